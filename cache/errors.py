@@ -1,0 +1,68 @@
+"""The one exception type for mistakes that a user can mend.
+
+It stands in the lowest layer because that is where a user's mistake may first be met (a damaged file, a full disk);
+`dpoeng.engine.errors` adds the codes of the layers above. The command line prints it without a traceback.
+"""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake in data, configuration, cache or environment, said so that the reader can mend it.
+
+    Args:
+        message: what is wrong, one sentence.
+        code: a stable short name, `area-problem`, e.g. `cache-corrupt`; docs/errors.md explains each.
+        where: file, line, field or option.
+        expected: what would have been right.
+        found: what was there instead.
+        remedy: what to do now.
+        exit_status: process exit status; 2 for usage and configuration, 3 for data, 4 for the cache, 5 for the machine.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str,
+        where: str | None = None,
+        expected: str | None = None,
+        found: str | None = None,
+        remedy: str | None = None,
+        exit_status: int = 2,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
+        self.where = where
+        self.expected = expected
+        self.found = found
+        self.remedy = remedy
+        self.exit_status = exit_status
+
+    def __str__(self) -> str:
+        lines = [f"{self.message} [{self.code}]"]
+        for label in ("where", "expected", "found", "remedy"):
+            value = getattr(self, label)
+            if value is not None:
+                lines.append(f"  {label + ':':<10}{value}")
+        return "\n".join(lines)
+
+
+class CacheError(UserError):
+    """A cache that cannot be used as it is: damaged, foreign, of the future, or not a cache at all."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str = "cache-corrupt",
+        where: str | None = None,
+        expected: str | None = None,
+        found: str | None = None,
+        remedy: str | None = None,
+        exit_status: int = 4,
+    ) -> None:
+        super().__init__(
+            message, code=code, where=where, expected=expected, found=found, remedy=remedy, exit_status=exit_status
+        )

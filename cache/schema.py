@@ -1,0 +1,102 @@
+"""What one row of the cache holds, and the key by which it is found again.
+
+Knows nothing of files: see `writer` and `reader`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+IdArray = npt.NDArray[np.int32]
+LogpArray = npt.NDArray[np.float32]
+
+PAIR_KEY_TAG = b"dpoeng.pair.v1"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PairIds:
+    """The token ids of one preference pair: two continuations of one shared prompt.
+
+    A tokenizer may merge the last characters of the prompt with the first of a response. The tokens from where the two
+    sides differ then belong to the responses, but those among them that hold prompt characters only are not scored:
+    `chosen_ids[:chosen_start]` and `rejected_ids[:rejected_start]` are such tokens (usually none).
+
+    Attributes:
+        prompt_ids: [P] int32, common to both sides; may be empty only if both starts are > 0.
+        chosen_ids: [C] int32.
+        rejected_ids: [R] int32.
+        chosen_start: the first scored token of `chosen_ids`; 0 <= chosen_start < C.
+        rejected_start: the first scored token of `rejected_ids`.
+    """
+
+    prompt_ids: IdArray
+    chosen_ids: IdArray
+    rejected_ids: IdArray
+    chosen_start: int = 0
+    rejected_start: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens computed when the prompt is run once: P + C + R."""
+        return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+
+    def same_as(self, other: PairIds) -> bool:
+        """Whether all ids and starts are equal, compared one by one."""
+        return (
+            self.chosen_start == other.chosen_start
+            and self.rejected_start == other.rejected_start
+            and np.array_equal(self.prompt_ids, other.prompt_ids)
+            and np.array_equal(self.chosen_ids, other.chosen_ids)
+            and np.array_equal(self.rejected_ids, other.rejected_ids)
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoredPair:
+    """A pair with the reference's log-probability of every scored token.
+
+    Attributes:
+        ids: the tokens.
+        chosen_logps: [C - chosen_start] float32, log p_ref(token | what precedes it), in nats, each <= 0.
+        rejected_logps: [R - rejected_start] float32.
+    """
+
+    ids: PairIds
+    chosen_logps: LogpArray
+    rejected_logps: LogpArray
+
+    @property
+    def chosen_sum(self) -> float:
+        """log p_ref(chosen | prompt) in nats, summed in float64."""
+        return float(self.chosen_logps.sum(dtype=np.float64))
+
+    @property
+    def rejected_sum(self) -> float:
+        """log p_ref(rejected | prompt) in nats, summed in float64."""
+        return float(self.rejected_logps.sum(dtype=np.float64))
+
+
+def as_ids(values: Any) -> IdArray:
+    """Any sequence of token ids as a contiguous little-endian int32 array."""
+    return np.ascontiguousarray(values, dtype=np.dtype("<i4"))
+
+
+def pair_key(ids: PairIds) -> bytes:
+    """16 bytes that identify a pair by its token ids alone: xxh3_128 over a tag, five counts and the ids.
+
+    The counts keep `ab|c` and `a|bc` apart. Text, template and source do not enter: they act only through the ids.
+    """
+    counts = np.array(
+        [len(ids.prompt_ids), len(ids.chosen_ids), len(ids.rejected_ids), ids.chosen_start, ids.rejected_start],
+        dtype="<i8",
+    )
+    digest = xxhash.xxh3_128(PAIR_KEY_TAG)
+    digest.update(counts.tobytes())
+    for part in (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids):
+        digest.update(as_ids(part).tobytes())
+    return digest.digest()

@@ -1,0 +1,1 @@
+"""Pairs, tokens, layout, models, scoring and the two phases of offline-reference DPO."""
