@@ -1,0 +1,140 @@
+"""Attention over packed rows in which branches share a prompt: exact, and only over what a branch may see.
+
+Registered with transformers under `SHARED_PROMPT`, so that every model that takes its attention from transformers'
+interface can use it. Each group costs one causal call over `[prompt | first branch]`, which is contiguous, and one
+call a further branch over `[prompt | branch]`. Nothing is computed between groups, so the cost is linear in the number
+of pairs of a row, and a pair's numbers cannot depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from dpoeng.engine.layout import GroupSpan
+
+SHARED_PROMPT = "dpoeng_shared_prompt"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionPlan:
+    """What every layer of one forward needs: the spans, and the masks that depend on lengths alone.
+
+    Handed through the model's keyword arguments as `dpoeng_plan`, so that a checkpointed layer sees the same plan when
+    it is run again in the backward pass.
+    """
+
+    groups: tuple[GroupSpan, ...]
+    masks: dict[tuple[int, int, int | None], torch.Tensor]
+
+    def mask(self, q_len: int, k_len: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+        """Additive mask [q_len, k_len]: query i is key `k_len - q_len + i` and sees keys up to itself.
+
+        With `window` w it sees the last w keys only, itself included, as transformers' sliding window does.
+        """
+        key = (q_len, k_len, window)
+        mask = self.masks.get(key)
+        if mask is None or mask.dtype != like.dtype:
+            queries = torch.arange(k_len - q_len, k_len, device=like.device)[:, None]
+            keys = torch.arange(k_len, device=like.device)[None, :]
+            visible = keys <= queries
+            if window is not None:
+                visible &= keys > queries - window
+            mask = torch.zeros(q_len, k_len, dtype=like.dtype, device=like.device)
+            mask.masked_fill_(~visible, float("-inf"))
+            self.masks[key] = mask
+        return mask
+
+
+def plan_attention(groups: tuple[GroupSpan, ...]) -> AttentionPlan:
+    """A plan for one forward over a row with these groups."""
+    return AttentionPlan(groups, {})
+
+
+def shared_prompt_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    *,
+    dpoeng_plan: AttentionPlan,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer. Shapes: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D].
+
+    Raises:
+        ValueError: a mask was built by the model, or attention dropout is on: neither can be honoured here.
+    """
+    if attention_mask is not None:
+        raise ValueError("shared-prompt attention takes no attention mask: the plan says who sees whom")
+    if dropout:
+        raise ValueError("attention dropout is not supported: it would differ between a shared and a separate prompt")
+    sinks = s_aux if s_aux is not None else getattr(module, "sinks", None)
+    pieces: list[torch.Tensor] = []
+    for group in dpoeng_plan.groups:
+        prompt = slice(group.prompt_begin, group.prompt_end)
+        for i, (begin, end) in enumerate(group.branches):
+            if i == 0:
+                rows = slice(group.prompt_begin, end)
+                k, v = key[:, :, rows], value[:, :, rows]
+            else:
+                rows = slice(begin, end)
+                k = torch.cat([key[:, :, prompt], key[:, :, rows]], dim=2)
+                v = torch.cat([value[:, :, prompt], value[:, :, rows]], dim=2)
+            pieces.append(_attend(query[:, :, rows], k, v, dpoeng_plan, scaling, sliding_window, softcap, sinks))
+    output = torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: AttentionPlan,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Lower-right causal attention of q [1, Hq, Q, D] over k, v [1, Hkv, K, D] -> [1, Hq, Q, D]."""
+    q_len, k_len = q.shape[2], k.shape[2]
+    if window is not None and k_len <= window:
+        window = None
+    repeats = q.shape[1] // k.shape[1]
+    if softcap is None and sinks is None:
+        causal = q_len == k_len and window is None
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if causal else plan.mask(q_len, k_len, window, q),
+            is_causal=causal,
+            scale=scaling,
+            enable_gqa=repeats > 1,
+        )
+    # Soft-capped scores (Gemma 2) and attention sinks (gpt-oss) have no fused kernel here: plain arithmetic.
+    if repeats > 1:
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    scale = scaling if scaling is not None else q.shape[-1] ** -0.5
+    scores = (q @ k.transpose(2, 3)) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores + plan.mask(q_len, k_len, window, q)
+    if sinks is not None:
+        sink = sinks.reshape(1, -1, 1, 1).expand(1, -1, q_len, 1).to(scores.dtype)
+        scores = torch.cat([scores, sink], dim=-1)
+    weights = torch.softmax(scores.float(), dim=-1).to(q.dtype)
+    return weights[..., :k_len] @ v
+
+
+def no_mask(*_: Any, **__: Any) -> None:
+    """The mask that transformers is asked to build for this attention: none, since the plan carries it."""

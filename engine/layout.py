@@ -1,0 +1,184 @@
+"""Pairs -> packed rows in which each prompt stands once. Pure arrays: knows no model and no tensor library.
+
+A pair becomes `[prompt | chosen | rejected]`; several pairs follow each other in one row without padding. Chosen
+positions go on from the prompt's, rejected positions start again at `len(prompt)`, and a branch sees its prompt and
+itself only. The first token of every branch is predicted from the last prompt position: one hidden state, several
+targets. The same rows serve the reference pass and training, which is what makes their numbers comparable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dpoeng.cache.schema import IdArray, PairIds
+
+IndexArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """One continuation of a prompt: `ids` [R], of which `ids[start:]` are scored."""
+
+    ids: IdArray
+    start: int = 0
+
+    @property
+    def scored(self) -> int:
+        """Number of scored tokens."""
+        return len(self.ids) - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class PromptGroup:
+    """A prompt [P] and the branches that share it. Without a prompt, a branch must have `start` > 0."""
+
+    prompt_ids: IdArray
+    branches: tuple[Branch, ...]
+
+    @property
+    def total_tokens(self) -> int:
+        """Positions computed for this group."""
+        return len(self.prompt_ids) + sum(len(branch.ids) for branch in self.branches)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpan:
+    """Where a group lies in a row: `[prompt_begin, prompt_end)`, then each branch's `[begin, end)`."""
+
+    prompt_begin: int
+    prompt_end: int
+    branches: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedRow:
+    """A row of T positions with N scored tokens in K branches.
+
+    Attributes:
+        input_ids: [T].
+        position_ids: [T].
+        groups: the spans, for attention.
+        gather: [N], the position whose hidden state predicts each scored token.
+        targets: [N], the scored tokens.
+        branch_offsets: [K + 1]; branch k's scores are `[branch_offsets[k], branch_offsets[k + 1])`.
+    """
+
+    input_ids: IndexArray
+    position_ids: IndexArray
+    groups: tuple[GroupSpan, ...]
+    gather: IndexArray
+    targets: IndexArray
+    branch_offsets: IndexArray
+
+
+def pair_group(ids: PairIds) -> PromptGroup:
+    """The group of one pair: branch 0 is chosen, branch 1 is rejected."""
+    return PromptGroup(
+        ids.prompt_ids, (Branch(ids.chosen_ids, ids.chosen_start), Branch(ids.rejected_ids, ids.rejected_start))
+    )
+
+
+def separate(group: PromptGroup) -> list[PromptGroup]:
+    """One group a branch, each with its own copy of the prompt, for models in which a prompt cannot be shared."""
+    return [
+        PromptGroup(
+            group.prompt_ids[:0],
+            (Branch(np.concatenate([group.prompt_ids, branch.ids]), len(group.prompt_ids) + branch.start),),
+        )
+        for branch in group.branches
+    ]
+
+
+def pack(groups: Sequence[PromptGroup]) -> PackedRow:
+    """Lays groups one after the other into a row.
+
+    Raises:
+        ValueError: no groups, or a scored token that nothing precedes.
+    """
+    if not groups:
+        raise ValueError("cannot pack an empty sequence of groups")
+    inputs: list[IdArray] = []
+    positions: list[IndexArray] = []
+    gather: list[IndexArray] = []
+    targets: list[IdArray] = []
+    spans: list[GroupSpan] = []
+    scored: list[int] = [0]
+    cursor = 0
+    for group in groups:
+        prompt_begin, prompt_end = cursor, cursor + len(group.prompt_ids)
+        inputs.append(group.prompt_ids)
+        positions.append(np.arange(len(group.prompt_ids)))
+        cursor = prompt_end
+        branch_spans: list[tuple[int, int]] = []
+        for branch in group.branches:
+            if branch.start == 0 and len(group.prompt_ids) == 0:
+                raise ValueError("nothing precedes the first scored token: empty prompt and start 0")
+            begin, end = cursor, cursor + len(branch.ids)
+            inputs.append(branch.ids)
+            positions.append(len(group.prompt_ids) + np.arange(len(branch.ids)))
+            predictors = np.arange(begin + branch.start - 1, end - 1)
+            if branch.start == 0 and len(predictors):
+                predictors[0] = prompt_end - 1
+            gather.append(predictors)
+            targets.append(branch.ids[branch.start :])
+            scored.append(branch.scored)
+            branch_spans.append((begin, end))
+            cursor = end
+        spans.append(GroupSpan(prompt_begin, prompt_end, tuple(branch_spans)))
+    return PackedRow(
+        input_ids=np.concatenate(inputs).astype(np.int64),
+        position_ids=np.concatenate(positions).astype(np.int64),
+        groups=tuple(spans),
+        gather=np.concatenate(gather).astype(np.int64),
+        targets=np.concatenate(targets).astype(np.int64),
+        branch_offsets=np.cumsum(scored, dtype=np.int64),
+    )
+
+
+def pad(groups: Sequence[PromptGroup], pad_id: int) -> tuple[PackedRow, tuple[int, int], IndexArray]:
+    """Lays promptless groups of one branch (see `separate`) into a right-padded rectangle `[B, L]`.
+
+    Returns:
+        the row with `input_ids` and `position_ids` flattened to [B * L] and `gather` indexing the flattened positions;
+        the shape (B, L); the attention mask [B * L], 1 on real tokens.
+    """
+    branches = [group.branches[0] for group in groups]
+    if any(len(group.prompt_ids) or len(group.branches) != 1 for group in groups):
+        raise ValueError("pad() takes groups of one branch and no prompt: use separate() first")
+    length = max(len(branch.ids) for branch in branches)
+    input_ids = np.full((len(branches), length), pad_id, dtype=np.int64)
+    mask = np.zeros((len(branches), length), dtype=np.int64)
+    for i, branch in enumerate(branches):
+        input_ids[i, : len(branch.ids)] = branch.ids
+        mask[i, : len(branch.ids)] = 1
+    packed = pack(groups)
+    gather = np.concatenate(
+        [i * length + np.arange(branch.start - 1, len(branch.ids) - 1) for i, branch in enumerate(branches)]
+    )
+    row = PackedRow(
+        input_ids=input_ids.reshape(-1),
+        position_ids=np.tile(np.arange(length, dtype=np.int64), len(branches)),
+        groups=(),
+        gather=gather.astype(np.int64),
+        targets=packed.targets,
+        branch_offsets=packed.branch_offsets,
+    )
+    return row, (len(branches), length), mask.reshape(-1)
+
+
+def batches_by_tokens(lengths: Sequence[int], budget: int) -> list[range]:
+    """Cuts a sequence into consecutive batches of at most `budget` tokens each; a longer item stands alone."""
+    batches: list[range] = []
+    begin, total = 0, 0
+    for i, length in enumerate(lengths):
+        if i > begin and total + length > budget:
+            batches.append(range(begin, i))
+            begin, total = i, 0
+        total += length
+    if begin < len(lengths):
+        batches.append(range(begin, len(lengths)))
+    return batches

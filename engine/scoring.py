@@ -1,0 +1,155 @@
+"""(model, groups) -> the log-probability of every scored token. One path for both phases.
+
+Only the positions that predict a scored token meet the head, and `[N, V]` logits are never built where the head is a
+plain frozen linear layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from dpoeng.cache.errors import UserError
+from dpoeng.engine.attention import plan_attention
+from dpoeng.engine.layout import Branch, IndexArray, PackedRow, PromptGroup, pack, pad, separate
+from dpoeng.engine.model import CausalLM, use_layout
+from dpoeng.kernels.row_logps import token_logps_from_logits
+from dpoeng.kernels.token_logps import token_logps
+
+
+def score_groups(lm: CausalLM, groups: Sequence[PromptGroup]) -> tuple[torch.Tensor, IndexArray]:
+    """Scores groups in one forward.
+
+    Returns:
+        token log-probs [N] float32, branch after branch, and the branches' offsets [K + 1] into them.
+    """
+    if lm.layout == "shared":
+        row = pack(groups)
+        hidden = _run_packed(lm, row)
+    else:
+        row, shape, mask = pad([single for group in groups for single in separate(group)], pad_id=0)
+        hidden = lm.backbone(
+            input_ids=_tensor(lm, row.input_ids).view(shape),
+            attention_mask=_tensor(lm, mask).view(shape),
+            position_ids=_tensor(lm, row.position_ids).view(shape),
+            use_cache=False,
+        ).last_hidden_state.flatten(0, 1)
+    predictors = hidden.index_select(0, _tensor(lm, row.gather))
+    return head_logps(lm, predictors, _tensor(lm, row.targets)), row.branch_offsets
+
+
+def _run_packed(lm: CausalLM, row: PackedRow) -> torch.Tensor:
+    output = lm.backbone(
+        input_ids=_tensor(lm, row.input_ids)[None],
+        position_ids=_tensor(lm, row.position_ids)[None],
+        use_cache=False,
+        dpoeng_plan=plan_attention(row.groups),
+    )
+    hidden: torch.Tensor = output.last_hidden_state[0]
+    return hidden
+
+
+def head_logps(lm: CausalLM, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """log p(target) from hidden states [N, H] and targets [N] -> [N] float32, by the cheapest way that is exact."""
+    head = lm.head
+    softcap, scale = head_transform(lm)
+    if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
+        return token_logps(
+            hidden.to(head.weight.dtype), head.weight, targets, bias=head.bias, softcap=softcap, scale=scale
+        )
+    logits = head(hidden) * scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    return token_logps_from_logits(logits, targets)
+
+
+def head_transform(lm: CausalLM) -> tuple[float | None, float]:
+    """What the architecture does to its logits: (soft cap or None, factor). Checked by `choose_layout`'s probe."""
+    config = lm.base.config
+    softcap = getattr(config, "final_logit_softcapping", None)
+    scale = 1.0
+    if getattr(config, "logits_scaling", None):  # Granite divides
+        scale = 1.0 / float(config.logits_scaling)
+    elif getattr(config, "logit_scale", None):  # Cohere multiplies
+        scale = float(config.logit_scale)
+    return (float(softcap) if softcap else None), scale
+
+
+def _tensor(lm: CausalLM, array: IndexArray) -> torch.Tensor:
+    return torch.from_numpy(array).to(lm.device, non_blocking=True)
+
+
+# --------------------------------------------------------------------------- the probe
+
+# Mean |difference| per token, nats, that a probe may show. Random tokens are the hardest case (log-probs near -15),
+# and a wrong mask or a missed logit scale is wrong by whole nats.
+_PROBE_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+
+
+@torch.inference_mode()
+def choose_layout(lm: CausalLM, wanted: str = "auto") -> None:
+    """Decides by trying: the shared-prompt layout if it gives the model's own numbers, else separate rows.
+
+    A dozen tokens are scored in the shared layout, and by the model's own forward with full logits. So an architecture
+    that looks at more than positions and masks (recurrence, its own attention, logits changed after the head) is
+    noticed whether or not dpoeng knows its name.
+
+    Raises:
+        UserError: `wanted` cannot be had, or not even separate rows give the model's own numbers.
+    """
+    generator = np.random.default_rng(0)
+    draw = lambda n: generator.integers(0, lm.vocab_size, n, dtype=np.int32)  # noqa: E731
+    groups = [
+        PromptGroup(draw(5), (Branch(draw(3)), Branch(draw(4), start=1))),
+        PromptGroup(draw(3), (Branch(draw(2)), Branch(draw(3)))),
+    ]
+    use_layout(lm, "separate")
+    expected = torch.cat([_own_logps(lm, single) for group in groups for single in separate(group)])
+    tolerance = _PROBE_TOLERANCE[lm.dtype] * (2.0 if lm.quantization != "none" else 1.0)
+
+    def difference() -> float:
+        return float((score_groups(lm, groups)[0] - expected).abs().mean())
+
+    separate_error = difference()
+    if not separate_error <= tolerance:
+        raise UserError(
+            f"dpoeng does not compute this architecture's log-probs correctly ({type(lm.base).__name__})",
+            code="model-unsupported",
+            where="a probe of 17 tokens against the model's own forward",
+            expected=f"mean difference per token <= {tolerance:g} nats",
+            found=f"{separate_error:.4g} nats",
+            remedy="please report the architecture; it changes its logits in a way that dpoeng does not know",
+        )
+    if wanted == "separate":
+        use_layout(lm, "separate", "asked for")
+        return
+    use_layout(lm, "shared")
+    try:
+        shared_error = difference()
+        reason = f"sharing the prompt moves the model's numbers by {shared_error:.3g} nats a token"
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        shared_error = float("inf")
+        reason = f"its attention cannot be replaced ({type(error).__name__}: {str(error).splitlines()[0]})"
+    if shared_error <= tolerance:
+        return
+    if wanted == "shared":
+        raise UserError(
+            f"{type(lm.base).__name__} cannot share a prompt between branches",
+            code="layout-unsupported",
+            where="--layout shared",
+            found=reason,
+            remedy="use --layout auto or separate",
+        )
+    use_layout(lm, "separate", reason)
+
+
+def _own_logps(lm: CausalLM, single: PromptGroup) -> torch.Tensor:
+    """The model's own forward, full logits, float64 log-softmax."""
+    (branch,) = single.branches
+    ids = _tensor(lm, branch.ids.astype(np.int64))
+    logits = lm.base(input_ids=ids[None], use_cache=False).logits[0, branch.start - 1 : -1]
+    logps = torch.log_softmax(logits.double(), dim=-1).gather(1, ids[branch.start :, None]).squeeze(1)
+    return logps.float()
