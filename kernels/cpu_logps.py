@@ -1,0 +1,128 @@
+"""Token log-probs and their unit gradient on a CPU, in tiles of the vocabulary.
+
+The derivative of log p(y) by the hidden state is `W_y - sum_v p_v W_v` (with no softcap): attention of one query over
+the vocabulary, keys and values both being the head. So it can be done as FlashAttention does it (Dao et al. 2022,
+https://arxiv.org/abs/2205.14135, section 3.1): one walk over tiles of the vocabulary that carries a running maximum, a
+running sum and a running weighted sum of head rows, rescaled whenever the maximum grows. Two matrix products in all,
+and never more than `ROWS x TILE` logits in memory, in training as in scoring.
+
+A row's result must not depend on its neighbours. Rows only meet in the matrix products, where BLAS picks other code
+for a handful of rows; blocks are therefore padded to a multiple of `ROW_STEP` rows, from where on MKL's results were
+bitwise the same whatever the row count (tests/test_kernels_cpu.py checks it where it runs).
+
+Knows nothing of autograd, of devices other than the CPU, or of ignored targets.
+"""
+
+import torch
+from torch import Tensor
+
+from dpoeng.kernels.head import Head, sum_dtype
+
+ROWS = 512  # rows that share one pass over the head
+ROW_STEP = 16
+TILE = 1024  # vocabulary entries; ROWS x TILE float32 is 2 MiB
+TILE_BF16 = 4096  # where the CPU multiplies bfloat16 itself: fewer, larger products
+
+
+def native_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 itself (AVX512-BF16 or AMX).
+
+    Its products then come back rounded to bfloat16, as eager's do. Elsewhere tiles are widened to float32, which is
+    faster there and keeps every product exact.
+    """
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def tiled_logps(hidden: Tensor, head: Head, targets: Tensor, unit_gradient: Tensor | None = None) -> Tensor:
+    """log p(target) per row; fills `unit_gradient` if given.
+
+    Args:
+        hidden: `[N, H]`.
+        head: weight `[V, H]` of the same dtype.
+        targets: `[N]` int64, each in `[0, V)`.
+        unit_gradient: `[N, H]`, overwritten with d logp / d hidden.
+
+    Returns:
+        `[N]` float32 (float64 for float64 inputs).
+    """
+    logps = hidden.new_empty(hidden.shape[0], dtype=sum_dtype(hidden.dtype))
+    for start in range(0, hidden.shape[0], ROWS):
+        rows = slice(start, start + ROWS)
+        logps[rows] = _block(hidden[rows], head, targets[rows], None if unit_gradient is None else unit_gradient[rows])
+    return logps
+
+
+def _block(hidden: Tensor, head: Head, targets: Tensor, unit_gradient: Tensor | None) -> Tensor:
+    n, width = hidden.shape
+    pad = -n % ROW_STEP
+    dtype = sum_dtype(hidden.dtype)
+    narrow = hidden.dtype == torch.bfloat16 and native_bf16()
+    product_dtype = torch.bfloat16 if narrow else dtype
+    tile = TILE_BF16 if narrow else TILE
+
+    h = hidden.new_zeros((n + pad, width), dtype=product_dtype)
+    h[:n] = hidden
+    y = targets.new_zeros(n + pad)
+    y[:n] = targets
+    scratch = h.new_empty((n + pad) * min(tile, head.vocabulary), dtype=dtype)
+    peak = h.new_full((n + pad,), -torch.inf, dtype=dtype)  # running maximum of z
+    rest = h.new_zeros(n + pad, dtype=dtype)  # running sum of exp(z - peak) over all but the target
+    z_target = torch.zeros_like(rest)
+    slope_target = torch.full_like(rest, head.slope)  # dz/draw at the target
+    others = None if unit_gradient is None else h.new_zeros((n + pad, width), dtype=dtype)  # the same sum of head rows
+
+    for low in range(0, head.vocabulary, tile):
+        weight = head.weight[low : low + tile].to(product_dtype)  # a view, unless it must be widened
+        z = scratch[: (n + pad) * weight.shape[0]].view(n + pad, weight.shape[0])
+        if narrow:
+            z.copy_(h @ weight.T)
+        else:
+            torch.mm(h, weight.T, out=z)
+        slopes = _map_logits(z, head, low)
+
+        inside = (y >= low) & (y < low + weight.shape[0])
+        column = torch.where(inside, y - low, 0).unsqueeze(1)
+        z_target = torch.where(inside, z.gather(1, column).squeeze(1), z_target)
+
+        new_peak = torch.maximum(peak, z.amax(1))
+        # While all is -inf, subtract 0: exp(-inf + inf) would be NaN where the tile has just nothing to add.
+        anchor = torch.where(new_peak == -torch.inf, 0.0, new_peak)
+        shrink = torch.exp(peak - anchor)
+        peak = new_peak
+        z.sub_(anchor.unsqueeze(1)).exp_()
+        # Without the target: where p is close to 1, 1 - p has lost the digits that the sum of the others still has.
+        z.scatter_(1, column, torch.where(inside.unsqueeze(1), 0.0, z.gather(1, column)))
+        rest.mul_(shrink).add_(z.sum(1))
+
+        if others is not None:
+            if slopes is not None:
+                z.mul_(slopes)
+                slope_target = torch.where(inside, slopes.gather(1, column).squeeze(1), slope_target)
+            others.mul_(shrink.unsqueeze(1))
+            if narrow:
+                others.add_(z.to(product_dtype) @ weight)
+            else:
+                others.addmm_(z, weight)
+
+    below = z_target - peak  # NaN if all is -inf, as log_softmax has it
+    total = rest + below.exp()
+    logps = torch.where(below == 0, -torch.log1p(rest), below - total.log())
+    if others is not None and unit_gradient is not None:
+        others.mul_((-1.0 if head.softcap else -head.slope) / total.unsqueeze(1))
+        others.addcmul_(head.weight[y].to(dtype), (rest / total * slope_target).unsqueeze(1))
+        unit_gradient.copy_(others[:n])
+    return logps[:n]
+
+
+def _map_logits(z: Tensor, head: Head, low: int) -> Tensor | None:
+    """Turn raw products `[R, T]` into logits in place; returns dz/draw `[R, T]` where a softcap makes it vary."""
+    if head.bias is not None:
+        z.add_(head.bias[low : low + z.shape[1]])
+    if head.softcap is None:
+        if head.slope != 1.0:
+            z.mul_(head.slope)
+        return None
+    z.mul_(head.scale / head.softcap).tanh_()
+    slopes = torch.addcmul(torch.ones((), dtype=z.dtype), z, z, value=-1.0).mul_(head.slope)
+    z.mul_(head.softcap / head.temperature)
+    return slopes

@@ -1,0 +1,178 @@
+"""log p(target) of selected tokens from hidden states and a frozen head, without the logits.
+
+    logits = hidden @ weight.T                                       # [N, V], never built here
+    token_logps = log_softmax(logits.float(), -1).gather(-1, targets)
+
+One public function. Its forward stores the *unit gradient* `G_t = d log p(y_t) / d hidden_t` (`[N, H]`, in place of the
+hidden states that autograd would otherwise keep), its backward is `upstream_t * G_t`. This is exact for every loss that
+is a function of the log-probs, because scaling a row commutes with a product that acts on rows. It costs two
+matrix products where recomputing costs three, and needs: a frozen head, and no double backward.
+
+Not allocated: `[N, V]` logits, `[N, V]` probabilities, `[V, H]` gradients.
+
+Knows nothing of DPO, models or batches.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpoeng.kernels.cpu_logps import tiled_logps
+from dpoeng.kernels.head import Head, check, sum_dtype
+
+
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """log p(target) per row, differentiable by `hidden` alone.
+
+    Args:
+        hidden: `[N, H]` hidden states after the final norm; bfloat16, float16, float32 or float64.
+        weight: `[V, H]` head of the same dtype, frozen. A sharded one (DTensor) is gathered once per call.
+        targets: `[N]` int64 in `[0, V)` or `ignore_index`.
+        bias: `[V]`, frozen.
+        softcap: `cap * tanh(x / cap)` on the scaled logits (Gemma).
+        scale: Factor on the logits before the softcap (Cohere's `logit_scale`, one over Granite's `logits_scaling`).
+        temperature: Divisor after the softcap.
+        ignore_index: Rows with this target get 0.0 and no gradient.
+
+    Returns:
+        `[N]` log-probs in nats, float32 (float64 for float64 inputs), at most 0.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices that do not fit together.
+        IndexError: A target outside the vocabulary, on a CPU. On a GPU, where looking would stall the device, that row
+            is NaN.
+        NotImplementedError: A quantised head, a head that wants a gradient, or a second backward.
+    """
+    if hasattr(weight, "full_tensor"):
+        weight = weight.full_tensor()
+    if bias is not None and hasattr(bias, "full_tensor"):
+        bias = bias.full_tensor()
+    head = Head(weight, bias, softcap, scale, temperature)
+    check(hidden, head, targets)
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        logps: Tensor = _train_op(hidden, weight, targets, bias, softcap, scale, temperature, ignore_index)[0]
+    else:
+        logps = _score_op(hidden, weight, targets, bias, softcap, scale, temperature, ignore_index)
+    return logps
+
+
+def plain_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """The same in plain PyTorch, `[N, V]` logits and all: the readable truth. Differentiable in everything."""
+    z = hidden @ weight.T
+    if bias is not None:
+        z = z + bias
+    z = z.to(sum_dtype(hidden.dtype)) * scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    kept = targets != ignore_index
+    picked = torch.log_softmax(z / temperature, -1).gather(1, torch.where(kept, targets, 0).unsqueeze(1)).squeeze(1)
+    return torch.where(kept, picked, 0.0)
+
+
+def _on_cpu(hidden: Tensor, head: Head, targets: Tensor, ignore_index: int, unit_gradient: Tensor | None) -> Tensor:
+    """Compute only the rows that count; the others get 0.0 and a zero gradient."""
+    kept = targets != ignore_index
+    wrong = kept & ((targets < 0) | (targets >= head.vocabulary))
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise IndexError(f"target {int(targets[row])} in row {row} is outside the vocabulary of {head.vocabulary}")
+    if kept.all():
+        return tiled_logps(hidden, head, targets, unit_gradient)
+    rows = kept.nonzero().squeeze(1)
+    gradient = None if unit_gradient is None else unit_gradient.new_empty((rows.numel(), hidden.shape[1]))
+    logps = hidden.new_zeros(hidden.shape[0], dtype=sum_dtype(hidden.dtype))
+    logps[rows] = tiled_logps(hidden[rows], head, targets[rows], gradient)
+    if unit_gradient is not None and gradient is not None:
+        unit_gradient.zero_()[rows] = gradient
+    return logps
+
+
+@torch.library.custom_op("dpoeng::token_logps_score", mutates_args=(), device_types="cpu")
+def _score_op(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    temperature: float,
+    ignore_index: int,
+) -> Tensor:
+    return _on_cpu(hidden, Head(weight, bias, softcap, scale, temperature), targets, ignore_index, None)
+
+
+@torch.library.custom_op("dpoeng::token_logps_train", mutates_args=(), device_types="cpu")
+def _train_op(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    temperature: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    unit_gradient = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    head = Head(weight, bias, softcap, scale, temperature)
+    return _on_cpu(hidden, head, targets, ignore_index, unit_gradient), unit_gradient
+
+
+@torch.library.custom_op("dpoeng::scale_rows", mutates_args=())
+def _scale_rows(unit_gradient: Tensor, upstream: Tensor) -> Tensor:
+    out = torch.empty_like(unit_gradient)
+    return torch.mul(unit_gradient, upstream.unsqueeze(1), out=out)  # multiplied in float32, rounded once
+
+
+@_score_op.register_fake
+def _(hidden: Tensor, *_: object) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], dtype=sum_dtype(hidden.dtype))
+
+
+@_train_op.register_fake
+def _(hidden: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    logps = hidden.new_empty(hidden.shape[0], dtype=sum_dtype(hidden.dtype))
+    return logps, torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+
+@_scale_rows.register_fake
+def _(unit_gradient: Tensor, upstream: Tensor) -> Tensor:
+    return torch.empty_like(unit_gradient)
+
+
+def _keep_unit_gradient(ctx: Any, inputs: object, output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+def _backward(ctx: Any, upstream: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():  # create_graph=True; the result would look constant, its second derivative zero
+        raise NotImplementedError(
+            "token_logps has no second derivative: its forward stores the first one as a constant. Use "
+            "plain_token_logps where a double backward (create_graph=True) is needed."
+        )
+    (unit_gradient,) = ctx.saved_tensors
+    return (_scale_rows(unit_gradient, upstream), *[None] * 7)
+
+
+_train_op.register_autograd(_backward, setup_context=_keep_unit_gradient)

@@ -1,0 +1,246 @@
+"""token_logps on a CPU: against float64 truth, row by row, at the edges, and what it refuses."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpoeng.kernels import cpu_logps
+from dpoeng.kernels.token_logps import plain_token_logps, token_logps
+
+# A plain head; Gemma's softcap; Cohere's scale with a temperature; a bias with a softcap. Between them every branch.
+MAPS: tuple[dict[str, Any], ...] = (
+    {},
+    {"softcap": 3.0},
+    {"scale": 0.25, "temperature": 0.7},
+    {"bias": True, "softcap": 5.0, "scale": 1.5, "temperature": 1.3},
+)
+# V: below one tile, one tile exactly, one more, ragged over several. N: one row, a ragged block, more than a block.
+SHAPES = ((1, 7, 5), (37, 1024, 48), (16, 1025, 33), (530, 2500, 24))
+
+
+def problem(n: int, v: int, h: int, dtype: torch.dtype, options: dict[str, Any], seed: int = 0) -> tuple[Tensor, ...]:
+    """Hidden states, head, targets and options whose logits have a spread like a trained model's (a few nats)."""
+    rng = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, h, generator=rng).to(dtype)
+    weight = (torch.randn(v, h, generator=rng) * 3 / h**0.5).to(dtype)
+    targets = torch.randint(0, v, (n,), generator=rng)
+    options = dict(options)
+    if options.pop("bias", False):
+        options["bias"] = torch.randn(v, generator=rng).to(dtype)
+    return hidden, weight, targets, options  # type: ignore[return-value]
+
+
+def run(fn: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Log-probs and the gradient under an upstream that differs from row to row."""
+    leaf = hidden.detach().clone().requires_grad_()
+    logps = fn(leaf, weight, targets, **options)
+    upstream = torch.linspace(-1.0, 2.0, len(targets), dtype=logps.dtype)
+    logps.backward(upstream)
+    assert leaf.grad is not None
+    return logps.detach(), leaf.grad
+
+
+def truth(hidden: Tensor, weight: Tensor, targets: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    wide = {k: v.double() if torch.is_tensor(v) else v for k, v in options.items()}
+    return run(plain_token_logps, hidden.double(), weight.double(), targets, wide)
+
+
+def worst(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).abs().max())
+
+
+@pytest.mark.parametrize("options", MAPS)
+@pytest.mark.parametrize(("n", "v", "h"), SHAPES)
+def test_float64_equals_the_plain_formula(n: int, v: int, h: int, options: dict[str, Any]) -> None:
+    args = problem(n, v, h, torch.float64, options)
+    logps, grad = run(token_logps, *args)
+    true_logps, true_grad = truth(*args)
+    assert worst(logps, true_logps) <= 1e-12
+    assert worst(grad, true_grad) <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", MAPS)
+@pytest.mark.parametrize(("n", "v", "h"), SHAPES)
+def test_no_further_from_truth_than_eager(n: int, v: int, h: int, options: dict[str, Any], dtype: torch.dtype) -> None:
+    args = problem(n, v, h, dtype, options)
+    true_logps, true_grad = truth(*args)
+    eager_logps, eager_grad = run(plain_token_logps, *args)
+    logps, grad = run(token_logps, *args)
+    # Two units in the last place of float32 at the size of the sums: both are right to rounding, and either may win.
+    floor = 2 * torch.finfo(torch.float32).eps * float(true_logps.abs().max() + 10)
+    assert worst(logps, true_logps) <= worst(eager_logps, true_logps) + floor
+    # The gradient is rounded to the dtype twice (stored, then scaled by the upstream), eager's once at the end.
+    rounding = torch.finfo(dtype).eps * float(true_grad.abs().max())
+    assert worst(grad, true_grad) <= worst(eager_grad, true_grad) + rounding
+    assert bool((logps <= 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
+    hidden, weight, targets, _ = problem(600, 3001, 64, dtype, {})
+    leaf = hidden.requires_grad_()
+    logps = token_logps(leaf, weight, targets)
+    logps.sum().backward()
+    assert leaf.grad is not None
+    # 1 to 17: where BLAS switches code; 512 and 513: around a block; a shuffle: place in the block.
+    for rows in (*(torch.arange(k) for k in (1, 2, 3, 5, 8, 16, 17, 64, 300, 512, 513)), torch.randperm(600)):
+        part = hidden.detach()[rows].requires_grad_()
+        some = token_logps(part, weight, targets[rows])
+        some.sum().backward()
+        assert part.grad is not None
+        assert torch.equal(some, logps[rows])
+        assert torch.equal(part.grad, leaf.grad[rows])
+    with torch.no_grad():
+        assert torch.equal(token_logps(hidden, weight, targets), logps)
+
+
+def test_extreme_logits() -> None:
+    weight = torch.eye(4).repeat(300, 1)  # 1200 entries: two tiles
+    hidden = torch.tensor([[1e4, -1e4, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [-1e4, -1e4, -1e4, -1e4]])
+    args = (hidden, weight, torch.tensor([0, 1199, 7]), {})
+    logps, grad = run(token_logps, *args)
+    true_logps, true_grad = truth(*args)
+    torch.testing.assert_close(logps.double(), true_logps, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(grad.double(), true_grad, rtol=1e-6, atol=1e-6)
+
+
+def test_closed_and_broken_vocabulary_entries() -> None:
+    """-inf closes an entry (also a whole tile, also the target); NaN and +inf poison their row, as in log_softmax."""
+    hidden, weight, targets, _ = problem(40, 2100, 16, torch.float32, {})
+    bias = torch.zeros(2100)
+    bias[:1500] = -torch.inf  # the whole first tile
+    for options in (
+        {"bias": bias},
+        {"bias": torch.full((2100,), -torch.inf)},
+        {"bias": bias.nan_to_num(neginf=torch.inf)},
+    ):
+        logps, grad = run(token_logps, hidden, weight, targets, options)
+        expected, expected_grad = run(plain_token_logps, hidden, weight, targets, options)
+        torch.testing.assert_close(logps, expected, equal_nan=True, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(grad, expected_grad, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+    clean = token_logps(hidden, weight, targets)
+    hidden[5, 3] = torch.nan
+    logps = token_logps(hidden, weight, targets)
+    assert bool(logps[5].isnan())
+    rest = torch.arange(40) != 5
+    assert torch.equal(logps[rest], clean[rest])
+
+
+def test_a_certain_target_keeps_the_digits_of_its_gradient() -> None:
+    """p(y) = 1 - 7e-10: in float32 `p - 1` and log p are 0, while log-prob and gradient are still representable."""
+    weight = torch.eye(8)
+    hidden = torch.tensor([[23.0, 0, 0, 0, 0, 0, 0, 0]])
+    args = (hidden, weight, torch.tensor([0]), {})
+    logps, grad = run(token_logps, *args)
+    true_logps, true_grad = truth(*args)
+    torch.testing.assert_close(logps.double(), true_logps, rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad.double(), true_grad, rtol=1e-5, atol=0)
+
+
+def test_ignored_rows_are_zero_whatever_they_hold() -> None:
+    hidden, weight, targets, _ = problem(9, 50, 8, torch.float32, {})
+    expected, expected_grad = run(token_logps, hidden, weight, targets, {})
+    hidden[2] = torch.nan
+    targets[2] = -100
+    logps, grad = run(token_logps, hidden, weight, targets, {})
+    assert logps[2] == 0
+    assert bool((grad[2] == 0).all())
+    rest = torch.arange(9) != 2
+    assert torch.equal(logps[rest], expected[rest])
+    assert torch.equal(grad[rest], expected_grad[rest])
+    assert token_logps(hidden, weight, torch.full((9,), -100)).tolist() == [0.0] * 9
+
+
+def test_no_rows() -> None:
+    hidden = torch.zeros(0, 8, requires_grad=True)
+    logps = token_logps(hidden, torch.zeros(50, 8), torch.zeros(0, dtype=torch.int64))
+    logps.sum().backward()
+    assert logps.shape == (0,)
+    assert hidden.grad is not None
+    assert hidden.grad.shape == (0, 8)
+
+
+def test_strided_inputs() -> None:
+    hidden, weight, targets, _ = problem(20, 90, 16, torch.float32, {})
+    expected, expected_grad = run(token_logps, hidden, weight, targets, {})
+    wide = torch.zeros(40, 33)
+    wide[::2, 1:17] = hidden
+    leaf = wide.requires_grad_()
+    logps = token_logps(leaf[::2, 1:17], weight.T.contiguous().T, targets.repeat_interleave(2)[::2])
+    logps.backward(torch.linspace(-1.0, 2.0, 20))
+    torch.testing.assert_close(logps, expected, rtol=1e-6, atol=1e-6)
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad[::2, 1:17], expected_grad, rtol=1e-5, atol=1e-6)
+
+
+def test_native_bf16_products_stay_within_eagers_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The branch for CPUs with bfloat16 units, run on whatever CPU this is."""
+    monkeypatch.setattr(cpu_logps, "native_bf16", lambda: True)
+    for options in MAPS:
+        args = problem(40, 5000, 64, torch.bfloat16, options)
+        true_logps, true_grad = truth(*args)
+        eager_logps, eager_grad = run(plain_token_logps, *args)
+        logps, grad = run(token_logps, *args)
+        assert worst(logps, true_logps) <= 1.5 * worst(eager_logps, true_logps)
+        assert worst(grad, true_grad) <= 1.5 * worst(eager_grad, true_grad)
+
+
+# --- what is refused, by name ---
+
+
+def test_an_outside_target_is_named() -> None:
+    hidden, weight, targets, _ = problem(4, 50, 8, torch.float32, {})
+    for bad in (50, -1, 2**40):
+        targets[2] = bad
+        with pytest.raises(IndexError, match=f"target {bad} in row 2 is outside the vocabulary of 50"):
+            token_logps(hidden, weight, targets)
+
+
+def test_a_head_that_wants_a_gradient_is_refused() -> None:
+    hidden, weight, targets, _ = problem(4, 50, 8, torch.float32, {})
+    weight.requires_grad_()
+    with pytest.raises(NotImplementedError, match=r"head wants a gradient.*requires_grad_\(False\)"):
+        token_logps(hidden, weight, targets)
+    with torch.no_grad():
+        assert token_logps(hidden, weight, targets).shape == (4,)
+    with pytest.raises(NotImplementedError, match="head wants a gradient"):
+        token_logps(hidden, weight.detach(), targets, bias=torch.zeros(50, requires_grad=True))
+
+
+def test_a_double_backward_is_refused() -> None:
+    hidden, weight, targets, _ = problem(4, 50, 8, torch.float32, {})
+    hidden.requires_grad_()
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(token_logps(hidden, weight, targets).sum(), hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_a_quantised_head_is_refused(dtype: torch.dtype) -> None:
+    hidden, weight, targets, _ = problem(4, 50, 8, torch.float32, {})
+    with pytest.raises(NotImplementedError, match="the head is quantised"):
+        token_logps(hidden, weight.to(dtype), targets)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(2, 2, 8)}, "hidden must be"),
+        ({"weight": torch.zeros(50, 9)}, "hidden must be"),
+        ({"weight": torch.zeros(50, 8, dtype=torch.bfloat16)}, "convert one of them"),
+        ({"weight": torch.zeros(0, 8)}, "the head is empty"),
+        ({"targets": torch.zeros(4, dtype=torch.int32)}, "targets must be int64"),
+        ({"targets": torch.zeros(5, dtype=torch.int64)}, "targets must be int64"),
+        ({"bias": torch.zeros(49)}, "bias must be"),
+        ({"softcap": 0.0}, "softcap must be positive"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"targets": torch.zeros(4, dtype=torch.int64, device="meta")}, "must share a device"),
+    ],
+)
+def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:
+    fitting = {"hidden": torch.zeros(4, 8), "weight": torch.zeros(50, 8), "targets": torch.zeros(4, dtype=torch.int64)}
+    with pytest.raises(ValueError, match=message):
+        token_logps(**(fitting | change))
