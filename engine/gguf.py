@@ -1,0 +1,315 @@
+"""A GGUF file as an ordinary transformers model and tokenizer, which can be saved, quantised and trained.
+
+transformers reads GGUF, but what it returns cannot be used as it is (seen with 5.23):
+
+- the model counts as quantised by a method that cannot be saved, so `save_pretrained` and quantisers refuse it;
+- numbers that GGUF keeps in float32 arrive as their nearest double (`rms_norm_eps` 9.999999747378752e-06, not 1e-5),
+  so the config differs from that of the same model in safetensors;
+- of the ways to split text before byte-pair encoding it knows some and takes GPT-2's for all others: SmolLM2's newlines
+  and spaces before digits then get other ids than they had in training.
+
+This module mends these three and knows nothing of preference data or of the cache. The format is described in
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import struct
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+import xxhash
+
+from dpoeng.cache.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+CONVERTED_FROM = "converted_from.json"
+"""File in a converted checkpoint that says which GGUF file it was made of."""
+
+# Text splitters by `tokenizer.ggml.pre` for which transformers' own choice was checked or is replaced here. Others that
+# transformers handles itself are left to it; where it has none either, `UntestedTokenizerWarning` says so.
+_SAME_AS_GPT2 = frozenset({"gpt-2"})
+_SINGLE_DIGITS = frozenset({"smollm"})
+
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_STRING, _ARRAY = 8, 9
+
+
+class UntestedTokenizerWarning(UserWarning):
+    """The GGUF file names a way of splitting text that nobody checked; token ids may differ from the original's."""
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether `path` is a file that begins with GGUF's magic bytes."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def load_gguf(path: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Load a GGUF file, dequantised, as an ordinary causal LM in evaluation mode and its tokenizer.
+
+    Args:
+        path: the `.gguf` file.
+        dtype: floating-point type of the returned weights.
+
+    Returns:
+        `(model, tokenizer)`: a transformers `PreTrainedModel` without any quantiser, and its fast tokenizer with the
+        file's chat template, if it has one.
+
+    Raises:
+        UserError: not a GGUF file, damaged, an architecture that transformers cannot read, or no `gguf` package.
+    """
+    return load_gguf_model(path, dtype), load_gguf_tokenizer(path)
+
+
+def load_gguf_model(path: str | Path, dtype: torch.dtype) -> Any:
+    """The model half of `load_gguf`."""
+    path = Path(path)
+    read_metadata(path)
+    _require_gguf_package(path)
+    with _loading(path):
+        return _load_model(path, dtype)
+
+
+def load_gguf_tokenizer(path: str | Path) -> Any:
+    """The tokenizer half of `load_gguf`; takes about a second, because no weights are read."""
+    path = Path(path)
+    metadata = read_metadata(path)
+    with _loading(path):
+        return _load_tokenizer(path, metadata)
+
+
+def convert_gguf(path: str | Path, out_dir: str | Path, dtype: torch.dtype) -> Path:
+    """Write a GGUF file as a normal checkpoint: config, safetensors, tokenizer, chat template.
+
+    The bytes depend only on the file, the dtype and the library versions. The folder appears whole or not at all. A
+    folder that was converted from the same bytes to the same dtype is left as it is.
+
+    Args:
+        path: the `.gguf` file.
+        out_dir: folder to create.
+        dtype: floating-point type of the saved weights.
+
+    Returns:
+        `out_dir`.
+
+    Raises:
+        UserError: as `load_gguf`, or `out_dir` holds something else.
+    """
+    path, out_dir = Path(path), Path(out_dir)
+    read_metadata(path)  # complain about a wrong file before hashing it
+    origin = {"xxh3_128": _hash_file(path), "dtype": str(dtype).removeprefix("torch.")}
+    if out_dir.exists():
+        if _read_origin(out_dir) == origin:
+            return out_dir
+        if not out_dir.is_dir() or any(out_dir.iterdir()):
+            raise UserError(
+                "The folder for the converted model holds something else.",
+                code="gguf-output-exists",
+                where=str(out_dir),
+                expected=f"no such folder, or one converted from {path.name} to {origin['dtype']}",
+                remedy="Name another folder, or remove this one.",
+            )
+    model, tokenizer = load_gguf(path, dtype)
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
+    try:
+        model.save_pretrained(work)
+        tokenizer.save_pretrained(work)
+        (work / CONVERTED_FROM).write_text(json.dumps(origin, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        work.chmod(0o755)  # mkdtemp makes it private
+        work.replace(out_dir)  # an empty folder at the target is replaced
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return out_dir
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The scalar key-value pairs at the head of a GGUF file; arrays appear as their length.
+
+    Raises:
+        UserError: the file is missing, is not GGUF version 2 or 3, or ends too early.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError("There is no such GGUF file.", code="gguf-missing", where=str(path))
+    with path.open("rb") as file:
+        try:
+            magic, version, _, count = struct.unpack("<4sIQQ", _read(file, 24))
+            if magic != b"GGUF" or version not in (2, 3):
+                raise UserError(
+                    "This is not a GGUF file that can be read.",
+                    code="gguf-format",
+                    where=str(path),
+                    expected="GGUF version 2 or 3, little-endian",
+                    found=f"first bytes {magic!r}, version {version}",
+                )
+            return {_read_string(file): _read_value(file) for _ in range(count)}
+        except (EOFError, KeyError, UnicodeDecodeError) as error:
+            raise UserError(
+                "The GGUF file's header is damaged or cut off.",
+                code="gguf-format",
+                where=str(path),
+                found=str(error) or type(error).__name__,
+                remedy="Fetch the file again.",
+            ) from error
+
+
+def _load_model(path: Path, dtype: torch.dtype) -> Any:
+    import transformers
+
+    source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    # The config is handed in because each reading of a large vocabulary by the `gguf` package takes seconds.
+    config = transformers.AutoConfig.from_pretrained(**source)
+    options: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):  # else some architectures keep their weights in GGUF's blocks
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(**source, config=config, dtype=dtype, **options)
+    clean = type(config).from_dict(_clean_config(config.to_dict()))
+    clean.dtype = dtype
+    model = type(loaded).from_pretrained(None, config=clean, state_dict=loaded.state_dict(), dtype=dtype)
+    model.generation_config = loaded.generation_config
+    return model.eval()
+
+
+def _clean_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of the same model in safetensors: no trace of GGUF, and decimals as somebody once wrote them."""
+    dropped = ("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version")
+    return {key: _shortest_decimals(value) for key, value in config.items() if key not in dropped}
+
+
+def _shortest_decimals(value: Any) -> Any:
+    """Doubles that are exactly a float32 become the shortest decimal of that float32: 9.999999747378752e-06 -> 1e-05.
+
+    A float32 forward is the same with either, because the scalar is rounded to float32 there.
+    """
+    if isinstance(value, dict):
+        return {key: _shortest_decimals(inner) for key, inner in value.items()}
+    if isinstance(value, float) and float(np.float32(value)) == value:
+        return float(str(np.float32(value)))
+    return value
+
+
+def _load_tokenizer(path: Path, metadata: dict[str, Any]) -> Any:
+    from tokenizers import pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
+    backend = tokenizer.backend_tokenizer
+    if metadata.get("tokenizer.ggml.model") == "gpt2":  # byte-level BPE; sentencepiece has no splitter to name
+        splitter = metadata.get("tokenizer.ggml.pre")
+        if splitter in _SINGLE_DIGITS:
+            backend.pre_tokenizer = pre_tokenizers.Sequence(
+                [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            )
+        elif splitter not in _SAME_AS_GPT2 and _splits_as_gpt2(backend):
+            warnings.warn(
+                f"{path.name}: the text splitter {splitter!r} is not known to dpoeng or transformers; GPT-2's is used. "
+                "Token ids may differ from those the model was trained with. Compare with the original tokenizer, "
+                "or use the model's safetensors checkpoint.",
+                UntestedTokenizerWarning,
+                stacklevel=4,
+            )
+    context = next((value for key, value in metadata.items() if key.endswith(".context_length")), None)
+    if isinstance(context, int) and tokenizer.model_max_length > context:
+        tokenizer.model_max_length = context
+    return tokenizer
+
+
+def _splits_as_gpt2(backend: Any) -> bool:
+    """Whether transformers left the splitter that it gives to files it knows nothing special about."""
+    splitter = json.loads(backend.to_str())["pre_tokenizer"]
+    return splitter is not None and splitter["type"] == "ByteLevel" and bool(splitter["use_regex"])
+
+
+def _require_gguf_package(path: Path) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(
+            "Reading GGUF files needs the package gguf.",
+            code="gguf-package",
+            where=str(path),
+            remedy="pip install 'dpoeng[gguf]'",
+            exit_status=5,
+        )
+
+
+@contextmanager
+def _loading(path: Path) -> Iterator[None]:
+    """Turn what transformers and gguf raise about a file's content into an error that names the file."""
+    try:
+        yield
+    except (ValueError, KeyError, IndexError, NotImplementedError) as error:
+        raise UserError(
+            "transformers cannot read this GGUF file.",
+            code="gguf-unsupported",
+            where=str(path),
+            found=f"{type(error).__name__}: {error}",
+            remedy="Use the model's safetensors checkpoint, or fetch the file again if it may be cut off.",
+        ) from error
+
+
+def _read_value(file: IO[bytes]) -> Any:
+    """One value, by the type that stands before it."""
+    (kind,) = struct.unpack("<I", _read(file, 4))
+    if kind == _STRING:
+        return _read_string(file)
+    if kind == _ARRAY:
+        return _skip_array(file)
+    return struct.unpack(_SCALARS[kind], _read(file, struct.calcsize(_SCALARS[kind])))[0]
+
+
+def _skip_array(file: IO[bytes]) -> int:
+    """Pass over an array of scalars or strings and return its length."""
+    kind, length = struct.unpack("<IQ", _read(file, 12))
+    if kind == _STRING:
+        for _ in range(length):
+            (size,) = struct.unpack("<Q", _read(file, 8))
+            file.seek(size, os.SEEK_CUR)
+    elif kind == _ARRAY:
+        for _ in range(length):
+            _skip_array(file)
+    else:
+        file.seek(struct.calcsize(_SCALARS[kind]) * length, os.SEEK_CUR)
+    return int(length)
+
+
+def _read_string(file: IO[bytes]) -> str:
+    (size,) = struct.unpack("<Q", _read(file, 8))
+    return _read(file, size).decode("utf-8")
+
+
+def _read(file: IO[bytes], size: int) -> bytes:
+    """Exactly `size` bytes; a length that runs past the end of the file is never allocated."""
+    remaining = os.fstat(file.fileno()).st_size - file.tell()
+    if size > remaining:
+        raise EOFError(f"{size} bytes wanted, {max(remaining, 0)} left")
+    return file.read(size)
+
+
+def _hash_file(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_origin(folder: Path) -> Any:
+    try:
+        return json.loads((folder / CONVERTED_FROM).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
