@@ -1,0 +1,270 @@
+"""Files to preference pairs: filter, shapes, rejects with file and row, duplicates and contradictions.
+
+Knows nothing of tokens: two pairs are the same here where their texts are.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from os import stat_result
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from dpoeng.cache.errors import UserError
+from dpoeng.engine import readers
+from dpoeng.engine.rejects import Reject, check_reject_share, write_rejects
+from dpoeng.engine.shapes import FIELDS, Message, PreferencePair, Shape, holds_human_turn, to_pair
+from dpoeng.engine.strict_json import RowFault
+from dpoeng.engine.where import Condition, parse_condition
+
+__all__ = [
+    "Message",
+    "PairFile",
+    "PreferencePair",
+    "Reject",
+    "Repeat",
+    "check_reject_share",
+    "ensure_unchanged",
+    "read_pairs",
+    "write_rejects",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """A row that says the same as an earlier one (a duplicate), or the opposite (a contradiction)."""
+
+    source_file: str
+    source_row: int
+    first_file: str
+    first_row: int
+
+
+@dataclass(frozen=True, slots=True)
+class PairFile:
+    """What was read.
+
+    Attributes:
+        pairs: in the order of the files and their rows; duplicates are all there.
+        rejects: rows left out, in the same order.
+        filtered: rows that the filter left out.
+        files: path as given -> xxh3_128 (hex) of the file's bytes.
+        duplicates: rows equal to an earlier one in prompt, responses, tools and template arguments.
+        contradictions: rows whose responses stand the other way round in an earlier one.
+        multi_turn: pairs with a further human turn inside a response.
+        columns: every column name that was seen.
+    """
+
+    pairs: list[PreferencePair] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+    filtered: int = 0
+    files: dict[str, str] = field(default_factory=dict)
+    duplicates: list[Repeat] = field(default_factory=list)
+    contradictions: list[Repeat] = field(default_factory=list)
+    multi_turn: int = 0
+    columns: tuple[str, ...] = ()
+
+
+def read_pairs(
+    paths: Sequence[Path],
+    *,
+    columns: Mapping[str, str] | None = None,
+    where: str | None = None,
+    max_reject_share: float = 0.05,
+    prompt_format: str | None = None,
+) -> PairFile:
+    """Read all pairs of the given files and directories.
+
+    Args:
+        paths: JSON Lines, JSON, CSV, Parquet or Arrow files, or directories of them.
+        columns: field -> column of the file, for `prompt`, `chosen`, `rejected`, `tools`, `chat_template_kwargs`.
+        where: a filter, see `where`; rows that it leaves out are counted, not rejected.
+        max_reject_share: the largest share of rejected rows, of those that pass the filter.
+        prompt_format: a text with `{prompt}` in it to put around prompts that are texts.
+
+    Raises:
+        UserError: a file cannot be read, is empty or changes meanwhile; columns are missing; too many rejects.
+    """
+    columns = dict(columns or {})
+    _check_targets(columns)
+    if prompt_format is not None and "{prompt}" not in prompt_format:
+        raise UserError(
+            "The prompt format has no place for the prompt.",
+            code="data-prompt-format",
+            where="prompt_format",
+            expected="a text with {prompt} in it",
+            found=repr(prompt_format),
+        )
+    condition = parse_condition(where) if where and where.strip() else None
+    builder = _Builder(condition, columns, prompt_format)
+    for path in readers.expand(paths):
+        builder.add_file(path)
+    found = builder.result()
+    check_reject_share(found.rejects, len(found.pairs) + len(found.rejects), max_reject_share)
+    if not found.pairs:
+        raise UserError(
+            "No pair is left.",
+            code="data-empty",
+            where=", ".join(found.files),
+            found=f"{found.filtered} rows, none of which passes the filter {where!r}",
+            remedy="loosen --where",
+            exit_status=3,
+        )
+    return found
+
+
+def ensure_unchanged(files: Mapping[str, str]) -> None:
+    """Check that files still hold the bytes that were read.
+
+    Args:
+        files: `PairFile.files`.
+
+    Raises:
+        UserError: one of them was changed or removed.
+    """
+    for name, digest in files.items():
+        if not Path(name).is_file() or _digest(Path(name)) != digest:
+            raise _changed(Path(name))
+
+
+class _Builder:
+    """Collects the rows of several files."""
+
+    def __init__(self, condition: Condition | None, columns: Mapping[str, str], prompt_format: str | None) -> None:
+        self._condition = condition
+        self._columns = columns
+        self._prompt_format = prompt_format
+        self._seen: dict[bytes, PreferencePair] = {}
+        self._pairs: list[PreferencePair] = []
+        self._rejects: list[Reject] = []
+        self._filtered = 0
+        self._files: dict[str, str] = {}
+        self._duplicates: list[Repeat] = []
+        self._contradictions: list[Repeat] = []
+        self._names: dict[str, None] = {}
+
+    def add_file(self, path: Path) -> None:
+        before = path.stat()
+        self._files[str(path)] = _digest(path)
+        shape = Shape(self._columns, readers.is_untyped(path), self._prompt_format)
+        rows = 0
+        names: dict[str, None] = {}
+        for number, row in readers.read_rows(path):
+            rows += 1
+            if isinstance(row, RowFault):
+                self._reject(path, number, row)
+                continue
+            names.update(dict.fromkeys(row))
+            try:
+                self._add_row(path, number, row, shape)
+            except RowFault as fault:
+                self._reject(path, number, fault)
+        if _identity(path.stat()) != _identity(before):
+            raise _changed(path)
+        if rows == 0:
+            raise UserError("The file has no rows.", code="data-empty", where=str(path), exit_status=3)
+        if names:
+            self._check_columns(path, names)
+        self._names.update(names)
+
+    def result(self) -> PairFile:
+        return PairFile(
+            pairs=self._pairs,
+            rejects=self._rejects,
+            filtered=self._filtered,
+            files=self._files,
+            duplicates=self._duplicates,
+            contradictions=self._contradictions,
+            multi_turn=sum(map(holds_human_turn, self._pairs)),
+            columns=tuple(self._names),
+        )
+
+    def _add_row(self, path: Path, number: int, row: dict[str, Any], shape: Shape) -> None:
+        if shape.untyped:
+            texts = {shape.column(name) for name in FIELDS} | {"instruction", "input"}
+            row = {name: (value or None) if name in texts else readers.csv_value(value) for name, value in row.items()}
+        if self._condition is not None and not self._condition.holds(row):
+            self._filtered += 1
+            return
+        pair = to_pair(row, shape, str(path), number)
+        key, opposite = _content_key(pair), _content_key(pair, swapped=True)
+        for earlier, repeats in ((key, self._duplicates), (opposite, self._contradictions)):
+            if earlier in self._seen:
+                first = self._seen[earlier]
+                repeats.append(Repeat(str(path), number, first.source_file, first.source_row))
+        self._seen.setdefault(key, pair)
+        self._pairs.append(pair)
+
+    def _reject(self, path: Path, number: int, fault: RowFault) -> None:
+        self._rejects.append(Reject(str(path), number, fault.reason, fault.detail))
+
+    def _check_columns(self, path: Path, names: Mapping[str, None]) -> None:
+        """Raise where a column that is needed, mapped or filtered by occurs in no row of a file."""
+        required = {"chosen": "chosen", "rejected": "rejected"} | dict(self._columns)
+        for target, column in required.items():
+            if column not in names:
+                raise _no_column(path, column, names, f"--columns {target}=NAME names the column that holds `{target}`")
+        if self._condition is not None:
+            for column in sorted(self._condition.columns - set(names)):
+                raise _no_column(path, column, names, f"correct the filter {self._condition.text!r}")
+
+
+def _check_targets(columns: Mapping[str, str]) -> None:
+    for target in columns:
+        if target not in FIELDS:
+            nearest = difflib.get_close_matches(target, FIELDS, n=1)
+            raise UserError(
+                f"There is no field {target!r} to take from a column.",
+                code="data-columns",
+                where=f"--columns {target}={columns[target]}",
+                expected=f"one of {', '.join(FIELDS)}, then = and the name of the file's column",
+                remedy=f"did you mean {nearest[0]}={columns[target]}?" if nearest else None,
+            )
+
+
+def _no_column(path: Path, column: str, names: Mapping[str, None], remedy: str) -> UserError:
+    nearest = difflib.get_close_matches(column, names, n=1)
+    shown = list(names)[:30]
+    return UserError(
+        f"The file has no column {column!r}.",
+        code="data-columns",
+        where=str(path),
+        expected=f"a column {column!r}",
+        found=", ".join(shown) + (f" and {len(names) - 30} more" if len(names) > 30 else ""),
+        remedy=(f"did you mean {nearest[0]!r}? " if nearest else "") + remedy,
+        exit_status=3,
+    )
+
+
+def _changed(path: Path) -> UserError:
+    return UserError(
+        "The file was changed while it was in use.",
+        code="data-changed",
+        where=str(path),
+        expected="the same bytes from beginning to end of the run",
+        remedy="run again when nothing writes to the file; what was computed is kept",
+        exit_status=3,
+    )
+
+
+def _identity(stat: stat_result) -> tuple[int, ...]:
+    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+def _digest(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _content_key(pair: PreferencePair, *, swapped: bool = False) -> bytes:
+    sides = (pair.rejected, pair.chosen) if swapped else (pair.chosen, pair.rejected)
+    content = json.dumps([pair.prompt, *sides, pair.tools, pair.chat_template_kwargs], sort_keys=True)
+    return xxhash.xxh3_128_digest(content.encode())

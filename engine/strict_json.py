@@ -1,0 +1,91 @@
+"""JSON as RFC 8259 has it, and no more: what Python's `json` lets through is refused.
+
+Duplicate keys, `NaN` and `Infinity`, numbers that overflow, lone surrogates and nesting too deep for later code are
+faults of the row that holds them. Knows nothing of files or pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+MAX_DEPTH = 64
+
+
+class RowFault(Exception):  # noqa: N818 - it is a finding about the data, counted and listed, not a failure of a call
+    """Why one row cannot be used.
+
+    Args:
+        reason: stable short code, e.g. `bad-json`; docs/data.md lists them.
+        detail: what exactly, for the reader of the rejects file.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+def parse(text: str) -> Any:
+    """The value of a JSON text, with a `RowFault` standing wherever a duplicate key or a non-finite number stood.
+
+    Leaving the fault in place lets a file that is one large array lose single rows: call `check` on each.
+
+    Raises:
+        RowFault: `bad-json` or `json-too-deep`, where there is no value at all.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
+    except RecursionError:
+        raise RowFault("json-too-deep", f"nested more than {MAX_DEPTH} levels deep") from None
+    except json.JSONDecodeError as error:
+        raise RowFault("bad-json", f"{error.msg} (line {error.lineno}, column {error.colno})") from None
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise RowFault("bad-json", str(error)) from None
+
+
+def check(value: Any) -> None:
+    """Raise the first fault in a parsed value: one that `parse` left there, a lone surrogate, or too deep a nest."""
+    stack = [(value, 1)]
+    while stack:
+        item, depth = stack.pop()
+        if isinstance(item, RowFault):
+            raise item
+        if isinstance(item, str):
+            _check_text(item)
+        elif isinstance(item, dict | list):
+            if depth > MAX_DEPTH:
+                raise RowFault("json-too-deep", f"nested more than {MAX_DEPTH} levels deep")
+            if isinstance(item, dict):
+                for key in item:
+                    _check_text(key)
+            stack.extend((child, depth + 1) for child in (item.values() if isinstance(item, dict) else item))
+
+
+def _check_text(text: str) -> None:
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code_point = ord(text[error.start])
+        raise RowFault("lone-surrogate", f"U+{code_point:04X} at character {error.start} is half a character") from None
+
+
+def _object(items: list[tuple[str, Any]]) -> dict[str, Any] | RowFault:
+    value = dict(items)
+    if len(value) == len(items):
+        return value
+    seen: set[str] = set()
+    repeated = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+    return RowFault("duplicate-key", f"the key {repeated!r} occurs more than once in one object")
+
+
+def _constant(name: str) -> RowFault:
+    return RowFault("not-finite", f"{name} is no JSON number")
+
+
+def _float(digits: str) -> float | RowFault:
+    value = float(digits)
+    return value if math.isfinite(value) else RowFault("not-finite", f"{digits[:40]} overflows a double")
