@@ -1,0 +1,280 @@
+"""Durable file operations: what is published is whole, on the disk, and never overwritten.
+
+Everything that changes the file system goes through `Disk`, one thin seam where tests put a full disk, a failing fsync,
+a kill or a power loss. Everything that is read goes through `Files.read` and `Files.map`, which follow no link.
+Knows nothing of what the files mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from dpoeng.cache.errors import CacheError
+from dpoeng.cache.records import damaged
+
+TMP = "tmp"
+QUARANTINE = "quarantine"
+_NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
+
+
+class Disk:
+    """The operations that change the file system, one method each."""
+
+    def mkdir(self, path: Path) -> None:
+        path.mkdir()
+
+    def create(self, path: Path) -> int:
+        """Opens a new file for writing; it must not exist."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+    def write(self, descriptor: int, data: bytes | memoryview) -> None:
+        view = memoryview(data).cast("B")
+        while view:
+            view = view[os.write(descriptor, view) :]
+
+    def fsync(self, descriptor: int) -> None:
+        if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync alone stops at the drive's cache
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+        else:
+            os.fsync(descriptor)
+
+    def link(self, source: Path, target: Path) -> None:
+        """Gives `source` a second name. Atomic, and fails where `target` exists."""
+        os.link(source, target)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Atomic; replaces `target`."""
+        source.rename(target)
+
+    def unlink(self, path: Path) -> None:
+        path.unlink()
+
+    def touch(self, path: Path) -> None:
+        """Sets the time of the last change to now."""
+        os.utime(path)
+
+    def sync_dir(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class Files:
+    """The files under one root, addressed by relative names that the cache itself has made (never read from a file)."""
+
+    def __init__(self, root: Path, disk: Disk) -> None:
+        self.root = root
+        self.disk = disk
+        self._durable_dirs: set[Path] = set()
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def read(self, name: str) -> bytes:
+        """All bytes. Raises FileNotFoundError; CacheError for a link, a device or a directory."""
+        descriptor = self._open(name)
+        with os.fdopen(descriptor, "rb") as file:
+            return file.read()
+
+    def map(self, name: str, size: int) -> mmap.mmap:
+        """Maps a file of exactly `size` bytes for reading. Raises as `read`, and CacheError for another size."""
+        descriptor = self._open(name)
+        try:
+            found = os.fstat(descriptor).st_size
+            if found != size:
+                raise damaged(str(self.root / name), f"{size} bytes", f"{found} bytes")
+            return mmap.mmap(descriptor, size, prot=mmap.PROT_READ)
+        finally:
+            os.close(descriptor)
+
+    def _open(self, name: str) -> int:
+        """Opens a regular file, following no symbolic link below the root."""
+        *folders, last = Path(name).parts
+        with self._explained(name), contextlib.ExitStack() as stack:
+            folder = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, folder)
+            for part in folders:
+                folder = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+                stack.callback(os.close, folder)
+            descriptor = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                os.close(descriptor)
+                raise OSError(errno.ELOOP, "not a regular file")
+            return descriptor
+
+    def names(self, folder: str, suffix: str = "") -> list[str]:
+        """The names in a folder that end in `suffix`, sorted, without it. A missing folder is empty."""
+        try:
+            found = [path.name for path in (self.root / folder).iterdir()]
+        except FileNotFoundError:
+            return []
+        return sorted(name.removesuffix(suffix) for name in found if name.endswith(suffix))
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def publish(self, name: str, data: bytes | memoryview) -> bool:
+        """Makes `data` appear under `name`, whole and durable, unless the name is taken.
+
+        Returns:
+            True if this call created it; False if something already stands there (durable too now, unread).
+        """
+        target = self.root / name
+        with self._explained(name):
+            self._durable_dir(target.parent)
+            if not os.path.lexists(target):
+                with self._temporary(target.name, data) as temporary:
+                    if self._link(temporary, target):
+                        return True
+            # Another writer may have died between its link and its fsync of the folder.
+            self.disk.sync_dir(target.parent)
+        return False
+
+    def replace(self, name: str, data: bytes | memoryview) -> None:
+        """Makes `data` appear under `name`, whole and durable, in the place of whatever stands there."""
+        target = self.root / name
+        with self._explained(name):
+            self._durable_dir(target.parent)
+            with self._temporary(target.name, data) as temporary:
+                self.disk.rename(temporary, target)
+                self.disk.sync_dir(target.parent)
+
+    def set_aside(self, name: str) -> Path | None:
+        """Moves a damaged file to the quarantine; None if it is gone already, or the cache is read-only."""
+        flat = name.replace("/", "-")
+        folder = self.root / QUARANTINE
+        try:
+            self._durable_dir(folder)
+            target = next(path for k in range(1, 1 << 20) if not (path := folder / f"{flat}.{k}").exists())
+            self.disk.rename(self.root / name, target)
+            self.disk.sync_dir((self.root / name).parent)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+                return None
+            raise disk_error(error, self.root / name) from error
+        return target
+
+    def touch(self, name: str) -> None:
+        """Makes a file young, where the cache may be written."""
+        with contextlib.suppress(OSError):
+            self.disk.touch(self.root / name)
+
+    @contextlib.contextmanager
+    def _temporary(self, name: str, data: bytes | memoryview) -> Iterator[Path]:
+        """A new file in tmp/ with `data`, synced; gone afterwards. The lock tells `gc` that its writer lives."""
+        folder = self.root / TMP
+        self._durable_dir(folder)
+        path = folder / f"{name}.{os.getpid()}.{secrets.token_hex(4)}"
+        descriptor = self.disk.create(path)
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks; gc then goes by age alone
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.disk.write(descriptor, data)
+            # A failed fsync is never tried again on this file: the kernel may have dropped the pages and forgotten.
+            self.disk.fsync(descriptor)
+            yield path
+        finally:
+            os.close(descriptor)
+            with contextlib.suppress(OSError):
+                self.disk.unlink(path)
+
+    def _link(self, temporary: Path, target: Path) -> bool:
+        try:
+            self.disk.link(temporary, target)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            if os.path.lexists(target):
+                return False
+            self.disk.rename(temporary, target)
+        try:
+            self.disk.sync_dir(target.parent)
+        except OSError:
+            # What is not known to be on the disk may not be seen either, or a later run would trust it.
+            with contextlib.suppress(OSError):
+                self.disk.unlink(target)
+            raise
+        return True
+
+    def _durable_dir(self, path: Path) -> None:
+        """Makes a folder, and syncs the entry of every folder down from the root that this object has not synced."""
+        if path in self._durable_dirs or path == self.root:
+            return
+        self._durable_dir(path.parent)
+        with contextlib.suppress(FileExistsError):
+            self.disk.mkdir(path)
+        if not stat.S_ISDIR(path.lstat().st_mode):
+            raise OSError(errno.ELOOP, "not a directory")
+        self.disk.sync_dir(path.parent)
+        self._durable_dirs.add(path)
+
+    @contextlib.contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise disk_error(error, self.root / name) from error
+
+
+def disk_error(error: OSError, path: Path) -> CacheError:
+    """The user's words for what the operating system refused."""
+    found = error.strerror or str(error)
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return CacheError(
+                "the disk is full",
+                code="cache-disk-full",
+                where=str(path),
+                found=found,
+                remedy="free some space and run the same command again: what was committed is kept and reused",
+                exit_status=5,
+            )
+        case errno.EROFS | errno.EACCES | errno.EPERM:
+            return CacheError(
+                "the cache may not be written",
+                code="cache-read-only",
+                where=str(path),
+                found=found,
+                remedy="make the folder writable, or choose another with --cache",
+                exit_status=5,
+            )
+        case errno.ELOOP | errno.ENOTDIR | errno.EISDIR | errno.ENXIO:
+            return CacheError(
+                "the cache holds something that is neither a plain file nor a plain folder",
+                code="cache-not-plain",
+                where=str(path),
+                expected="no symbolic links, devices or pipes below the cache folder",
+                found=found,
+                remedy="remove it, or move the cache as a whole and name its real folder",
+            )
+        case errno.EMFILE | errno.ENFILE:
+            return CacheError(
+                "too many open files",
+                code="cache-too-many-files",
+                where=str(path),
+                found=found,
+                remedy="raise the limit (`ulimit -n 4096`) and run the same command again",
+                exit_status=5,
+            )
+    return CacheError(
+        "the disk reported an error",
+        code="cache-disk-error",
+        where=str(path),
+        found=found,
+        remedy="check the disk, then run the same command again: what was committed is kept and reused",
+        exit_status=5,
+    )

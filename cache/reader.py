@@ -1,0 +1,165 @@
+"""Reads a view: a data set's rows in the order of their source, memory-mapped and zero-copy."""
+
+from __future__ import annotations
+
+import operator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, Self, SupportsIndex
+
+import xxhash
+
+from dpoeng.cache.errors import CacheError
+from dpoeng.cache.records import ViewRecord, damaged
+from dpoeng.cache.schema import ScoredPair
+from dpoeng.cache.shard import Shard, check_hash
+from dpoeng.cache.spec import ReferenceSpec
+from dpoeng.cache.store import THREADS, Store, object_name, table_name, view_name
+from dpoeng.cache.table import Table
+
+
+class View:
+    """The rows of one data set with their reference log-probs. Make it with `open`; it may be pickled and forked.
+
+    Attributes:
+        name: of the view.
+        meta: how the pairs were made.
+        spec: the reference that the numbers come from.
+    """
+
+    def __init__(
+        self, store: Store, record: ViewRecord, spec: ReferenceSpec, table: Table, shards: list[Shard]
+    ) -> None:
+        self.name = record.name
+        self.meta: dict[str, Any] = dict(record.meta)
+        self.spec = spec
+        self._store = store
+        self._record = record
+        self._table = table
+        self._shards = shards
+
+    @classmethod
+    def open(cls, root: Path | str, name: str | None = None, *, verify: Literal["open", "full"] = "full") -> Self:
+        """Opens a view.
+
+        Args:
+            root: the cache folder.
+            name: the view; None where there is only one.
+            verify: "open" checks records, sizes, schema and offsets; "full" also hashes every byte of the objects in
+                use and looks at every log-prob (some 0.1 s/GB from a warm cache).
+
+        Raises:
+            CacheError: no such view, several where none was named, or a file that is missing or damaged.
+        """
+        store = Store.open(root)
+        name = _choose(store, name)
+        record = _record(store, name)
+        full = verify == "full"
+        with ThreadPoolExecutor(THREADS) as pool:
+            shards = list(pool.map(lambda reference: store.open_shard(reference, check=full), record.objects))
+        return cls(store, record, store.spec(record.spec), open_table(store, record, check=full), shards)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, i: SupportsIndex) -> ScoredPair:
+        """Row i of the source. The arrays are read-only views of the file; copy what is to be changed."""
+        i = self._position(i)
+        return self._shards[int(self._table.object[i])][int(self._table.row[i])]
+
+    def source(self, i: SupportsIndex) -> tuple[str, int]:
+        """(file, 1-based row) that row i came from."""
+        i = self._position(i)
+        return self._record.files[self._table.file[i]], int(self._table.source_row[i])
+
+    def extra(self, i: SupportsIndex) -> dict[str, Any]:
+        """The user's other columns of row i."""
+        return self._table.extra(self._position(i))
+
+    def key(self, i: SupportsIndex) -> bytes:
+        """The pair key of row i; equal pairs have equal keys."""
+        return self._table.key(self._position(i))
+
+    def shrunk(self) -> CacheError | None:
+        """After a worker died of SIGBUS: the mapped file that somebody has cut meanwhile, or None if none was."""
+        named = [(table_name(self._record.table.name), self._record.table)]
+        named += [(object_name(reference.name), reference) for reference in self._record.objects]
+        for name, reference in named:
+            path = self._store.root / name
+            size = path.stat().st_size if path.exists() else 0
+            if size < reference.bytes:
+                return damaged(str(path), f"{reference.bytes} bytes, as when it was opened", f"{size} bytes")
+        return None
+
+    def _position(self, i: SupportsIndex) -> int:
+        i = operator.index(i)
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"row {i} of a view with {len(self)} rows")
+        return i % len(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (type(self), self._store.root.absolute(), self.name, _fingerprint(self._record))
+
+
+def open_table(store: Store, record: ViewRecord, *, check: bool) -> Table:
+    """Maps a view's table; with `check`, every byte of it is hashed. Raises CacheError where it is damaged."""
+    name = table_name(record.table.name)
+    where = str(store.root / name)
+    data = store.map(name, record.table.bytes)
+    if check:
+        check_hash(data, record.table.name, where)
+    table = Table(data, where, [reference.rows for reference in record.objects], len(record.files))
+    if len(table) != record.table.rows:
+        raise damaged(where, f"{record.table.rows} rows", f"{len(table)} rows")
+    return table
+
+
+def _reopen(kind: type[View], root: Path, name: str, fingerprint: str) -> View:
+    """What unpickling calls. The process that pickled has verified the bytes, so a worker only opens them."""
+    view = kind.open(root, name, verify="open")
+    if _fingerprint(view._record) != fingerprint:
+        raise CacheError(
+            "the view has been rewritten since this run opened it",
+            code="cache-changed",
+            where=str(root / view_name(name)),
+            remedy="start the run again, and let no other process write this view meanwhile",
+        )
+    return view
+
+
+def _fingerprint(record: ViewRecord) -> str:
+    return xxhash.xxh3_128_hexdigest(record.encode())
+
+
+def _choose(store: Store, name: str | None) -> str:
+    names = store.views()
+    if name is None and len(names) == 1:
+        return names[0]
+    if name in names:
+        return name
+    listed = ", ".join(names) or "no view at all"
+    if name is None and names:
+        raise CacheError(
+            "the cache holds several views",
+            code="cache-view-unnamed",
+            where=str(store.root),
+            expected="the name of one",
+            found=listed,
+            remedy=f"choose one, e.g. --view {names[0]}",
+            exit_status=2,
+        )
+    raise CacheError(
+        f"the cache has no view {name!r}" if name else "the cache has no view yet",
+        code="cache-no-view",
+        where=str(store.root),
+        found=listed,
+        remedy="run `dpoeng precompute-ref` to its end: it writes the view last",
+        exit_status=2,
+    )
+
+
+def _record(store: Store, name: str) -> ViewRecord:
+    try:
+        return store.view_record(name)
+    except FileNotFoundError:  # removed a moment ago
+        raise damaged(str(store.root / view_name(name)), "the record of a view", "no file") from None

@@ -1,0 +1,241 @@
+"""The small JSON files of a cache: canonical, carrying their own checksum, and strict about what they hold.
+
+A sealed record is two lines. The first is the body as canonical JSON; the second is `{"xxh3_128":"<hex>"}`, the hash of
+the first line's bytes with its newline. So one reads it with any JSON Lines tool, and a cut or flipped file is noticed.
+No record holds a time, a host or a path: the same work gives the same bytes, whenever and wherever it is done.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from dpoeng.cache.errors import CacheError
+
+DIGEST = re.compile(r"[0-9a-f]{32}")
+VIEW_NAME = re.compile(r"[A-Za-z0-9._-]{1,200}")
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one spelling of a JSON value: ASCII, keys sorted, no spaces, a whole number never written with a point.
+
+    Raises:
+        TypeError: for what JSON cannot hold, and for keys that are not strings (json would convert them silently).
+        ValueError: for NaN and infinities.
+    """
+    return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        if odd := [key for key in value if not isinstance(key, str)]:
+            raise TypeError(f"keys of a record must be strings, found {odd[0]!r}")
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)  # 16 and 16.0 are one value of lora_alpha, and must be one identity
+    return value
+
+
+def seal(body: Mapping[str, Any]) -> bytes:
+    """The bytes of a sealed record."""
+    line = canonical_json(body) + b"\n"
+    return line + canonical_json({"xxh3_128": xxhash.xxh3_128_hexdigest(line)}) + b"\n"
+
+
+def unseal(data: bytes, where: str) -> dict[str, Any]:
+    """The body of a sealed record.
+
+    Raises:
+        CacheError: for any byte that `seal` would not have written.
+    """
+    line, newline, _ = data.partition(b"\n")
+    body = parse_canonical(line, where)
+    if not newline or seal(body) != data:
+        raise damaged(where, "a record whose last line is the hash of its first", "another hash, or no hash")
+    return body
+
+
+def parse_canonical(data: bytes, where: str) -> dict[str, Any]:
+    """A JSON object that is spelled canonically (so without duplicate keys, NaN or spaces)."""
+    try:
+        body = json.loads(data)
+        canonical = canonical_json(body)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise damaged(where, "canonical JSON", f"{type(error).__name__}: {error}"[:200]) from None
+    if not isinstance(body, dict) or canonical != data:
+        raise damaged(where, "a JSON object in canonical form", "something else")
+    return body
+
+
+def damaged(where: str, expected: str, found: str) -> CacheError:
+    """The error for a file whose bytes are not what they must be."""
+    return CacheError(
+        "a file of the cache is damaged",
+        where=where,
+        expected=expected,
+        found=found,
+        remedy="run the same `dpoeng precompute-ref` again: it sets the file aside and recomputes its rows",
+    )
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ObjectRef:
+    """An object as a record names it: 32 hex digits, its number of rows and its size in bytes."""
+
+    name: str
+    rows: int
+    bytes: int
+
+    def to_json(self) -> list[Any]:
+        return [self.name, self.rows, self.bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """`runs/<spec>/commits/<object>.json`: this object's rows belong to this spec."""
+
+    spec: str
+    object: ObjectRef
+    provenance: Mapping[str, Any]
+
+    def encode(self) -> bytes:
+        return seal(
+            {
+                "kind": "commit",
+                "spec": self.spec,
+                "object": self.object.to_json(),
+                "provenance": self.provenance,
+            }
+        )
+
+    @classmethod
+    def decode(cls, data: bytes, where: str, *, spec: str, name: str) -> Commit:
+        fields = Fields(unseal(data, where), where, "commit")
+        fields.expect("spec", spec)
+        reference = fields.reference("object")
+        if reference.name != name:
+            raise damaged(where, f"the record of object {name}", f"the record of object {reference.name}")
+        return cls(spec, reference, fields.get("provenance", dict))
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """`runs/<spec>/manifest-<generation>.json`: all objects of a spec when a run had ended, sorted by name."""
+
+    spec: str
+    generation: int
+    objects: tuple[ObjectRef, ...]
+
+    def encode(self) -> bytes:
+        return seal(
+            {
+                "kind": "manifest",
+                "spec": self.spec,
+                "generation": self.generation,
+                "objects": [reference.to_json() for reference in self.objects],
+            }
+        )
+
+    @classmethod
+    def decode(cls, data: bytes, where: str, *, spec: str, generation: int) -> Manifest:
+        fields = Fields(unseal(data, where), where, "manifest")
+        fields.expect("spec", spec)
+        fields.expect("generation", generation)
+        return cls(spec, generation, fields.references("objects"))
+
+
+@dataclass(frozen=True, slots=True)
+class ViewRecord:
+    """`views/<name>.json`: a data set as rows of the cache; which rows, says the table `views/<hash>.arrow`.
+
+    Attributes:
+        name: the view.
+        spec: the reference that its numbers come from.
+        table: one row for every row of the source, in its order.
+        objects: the shards in use; the table's column `object` counts in this list.
+        files: the source files; the table's column `file` counts in this list.
+        meta: how the pairs were made.
+    """
+
+    name: str
+    spec: str
+    table: ObjectRef
+    objects: tuple[ObjectRef, ...]
+    files: tuple[str, ...]
+    meta: Mapping[str, Any]
+
+    def encode(self) -> bytes:
+        return seal(
+            {
+                "kind": "view",
+                "name": self.name,
+                "spec": self.spec,
+                "table": self.table.to_json(),
+                "objects": [reference.to_json() for reference in self.objects],
+                "files": self.files,
+                "meta": self.meta,
+            }
+        )
+
+    @classmethod
+    def decode(cls, data: bytes, where: str, *, name: str) -> ViewRecord:
+        fields = Fields(unseal(data, where), where, "view")
+        fields.expect("name", name)
+        files = fields.get("files", list)
+        if not all(isinstance(file, str) for file in files):
+            raise damaged(where, "names of source files", "something else")
+        return cls(
+            name,
+            fields.digest("spec"),
+            fields.reference("table"),
+            fields.references("objects"),
+            tuple(files),
+            fields.get("meta", dict),
+        )
+
+
+class Fields:
+    """Takes the members of a record, each with its type checked, so that no wrong record gets past the door."""
+
+    def __init__(self, body: dict[str, Any], where: str, kind: str) -> None:
+        self._body = body
+        self._where = where
+        self.expect("kind", kind)
+
+    def get(self, name: str, kind: type) -> Any:
+        value = self._body.get(name)
+        if type(value) is not kind:  # a bool is an int to isinstance
+            raise damaged(f"{self._where}: {name}", kind.__name__, type(value).__name__)
+        return value
+
+    def expect(self, name: str, value: str | int) -> None:
+        if (found := self.get(name, type(value))) != value:
+            raise damaged(f"{self._where}: {name}", str(value), str(found)[:200])
+
+    def digest(self, name: str) -> str:
+        value: str = self.get(name, str)
+        if not DIGEST.fullmatch(value):
+            raise damaged(f"{self._where}: {name}", "32 hex digits", value[:200])
+        return value
+
+    def reference(self, name: str) -> ObjectRef:
+        return self._reference(name, self.get(name, list))
+
+    def references(self, name: str) -> tuple[ObjectRef, ...]:
+        found = tuple(self._reference(name, item) for item in self.get(name, list))
+        if list(found) != sorted(found, key=lambda item: item.name) or len({item.name for item in found}) != len(found):
+            raise damaged(f"{self._where}: {name}", "objects sorted by name, each once", "another order")
+        return found
+
+    def _reference(self, name: str, item: Any) -> ObjectRef:
+        match item:
+            case [str(digest), int(rows), int(size)] if DIGEST.fullmatch(digest) and rows >= 0 and size > 0:
+                return ObjectRef(digest, rows, size)
+        raise damaged(f"{self._where}: {name}", "[object name, rows, bytes]", repr(item)[:200])

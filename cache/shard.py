@@ -1,0 +1,261 @@
+"""A shard: scored pairs as one immutable, uncompressed Arrow IPC file, read in place.
+
+Knows the bytes of a shard, not where shards lie (`store`) nor which rows a data set uses (`reader`).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import xxhash
+
+from dpoeng.cache.framing import FramingError, check_plain
+from dpoeng.cache.records import damaged
+from dpoeng.cache.schema import IdArray, LogpArray, PairIds, ScoredPair, pair_key
+
+BATCH_ROWS: Final = 4096
+_BATCH_IDS = 1 << 26  # keeps the 32-bit offsets of a batch far from their end, however long the rows
+SUM_TOLERANCE: Final = 1e-9  # relative; the order of a float64 sum is the writer's
+
+
+def _list(kind: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.field("item", kind, nullable=False))
+
+
+SHARD_SCHEMA: Final = pa.schema(
+    [
+        pa.field("pair_key", pa.binary(16), nullable=False),
+        pa.field("prompt_ids", _list(pa.int32()), nullable=False),
+        pa.field("chosen_ids", _list(pa.int32()), nullable=False),
+        pa.field("rejected_ids", _list(pa.int32()), nullable=False),
+        pa.field("chosen_logps", _list(pa.float32()), nullable=False),
+        pa.field("rejected_logps", _list(pa.float32()), nullable=False),
+        pa.field("chosen_sum", pa.float64(), nullable=False),
+        pa.field("rejected_sum", pa.float64(), nullable=False),
+    ],
+    metadata={"dpoeng.kind": "shard", "dpoeng.version": "1"},
+)
+
+
+def encode_shard(rows: Sequence[ScoredPair]) -> memoryview:
+    """The bytes of a shard: they depend on the rows and their order alone.
+
+    Raises:
+        ValueError: no rows, a row twice, or a row whose numbers cannot be log-probabilities; it names the row.
+    """
+    if not rows:
+        raise ValueError("a shard needs at least one row")
+    for index, row in enumerate(rows):
+        _check_row(row, index)
+    keys = [pair_key(row.ids) for row in rows]
+    if len(set(keys)) != len(keys):
+        raise ValueError("a pair stands in the shard twice")
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression=None, metadata_version=pa.ipc.MetadataVersion.V5)
+    with pa.ipc.new_file(sink, SHARD_SCHEMA, options=options) as writer:
+        for part in _batches(rows):
+            writer.write_batch(_encode_batch(rows[part], keys[part]))
+    return memoryview(sink.getvalue()).cast("B")
+
+
+def _check_row(row: ScoredPair, index: int) -> None:
+    ids = row.ids
+    for side, tokens, start, logps in (
+        ("chosen", ids.chosen_ids, ids.chosen_start, row.chosen_logps),
+        ("rejected", ids.rejected_ids, ids.rejected_start, row.rejected_logps),
+    ):
+        if not 0 <= start < len(tokens) or len(logps) != len(tokens) - start:
+            raise ValueError(f"row {index}: {len(logps)} {side} log-probs for {len(tokens)} tokens, {start} unscored")
+        if not (logps.max() <= 0 and logps.min() > -np.inf):  # NaN fails the first
+            raise ValueError(f"row {index}: a {side} log-prob is NaN, infinite or positive")
+    if any(len(part) and part.min() < 0 for part in (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids)):
+        raise ValueError(f"row {index}: a token id is negative")
+
+
+def _batches(rows: Sequence[ScoredPair]) -> Iterator[slice]:
+    start = tokens = 0
+    for index, row in enumerate(rows):
+        if index > start and (index - start == BATCH_ROWS or tokens + row.ids.total_tokens > _BATCH_IDS):
+            yield slice(start, index)
+            start, tokens = index, 0
+        tokens += row.ids.total_tokens
+    yield slice(start, len(rows))
+
+
+def _encode_batch(rows: Sequence[ScoredPair], keys: Sequence[bytes]) -> pa.RecordBatch:
+    def lists(parts: Sequence[IdArray] | Sequence[LogpArray], kind: pa.DataType, dtype: str) -> pa.Array:
+        offsets = np.zeros(len(parts) + 1, dtype=np.int32)
+        np.cumsum([len(part) for part in parts], out=offsets[1:])
+        values = np.concatenate(parts).astype(dtype, copy=False)
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, kind), type=_list(kind))
+
+    return pa.RecordBatch.from_arrays(
+        [
+            pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(rows), [None, pa.py_buffer(b"".join(keys))]),
+            lists([row.ids.prompt_ids for row in rows], pa.int32(), "<i4"),
+            lists([row.ids.chosen_ids for row in rows], pa.int32(), "<i4"),
+            lists([row.ids.rejected_ids for row in rows], pa.int32(), "<i4"),
+            lists([row.chosen_logps for row in rows], pa.float32(), "<f4"),
+            lists([row.rejected_logps for row in rows], pa.float32(), "<f4"),
+            pa.array([row.chosen_sum for row in rows], pa.float64()),
+            pa.array([row.rejected_sum for row in rows], pa.float64()),
+        ],
+        schema=SHARD_SCHEMA,
+    )
+
+
+def read_batches(data: memoryview, schema: pa.Schema, where: str) -> list[pa.RecordBatch]:
+    """The record batches of an IPC file of exactly this schema, as views of `data`, structurally sound.
+
+    Raises:
+        CacheError: for another schema, compression, dictionaries, nulls, bad offsets, or no Arrow file at all.
+    """
+    try:
+        check_plain(data)
+        with pa.ipc.open_file(pa.py_buffer(data)) as reader:
+            if not reader.schema.equals(schema, check_metadata=True):
+                raise damaged(where, "exactly the schema of docs/cache-format.md", "another schema")
+            batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
+        for batch in batches:
+            batch.validate(full=True)
+    except (FramingError, pa.ArrowException, OSError) as error:
+        raise damaged(where, "a sound, uncompressed Arrow file", str(error).splitlines()[0][:200]) from None
+    if any(_null_count(column) for batch in batches for column in batch.columns):
+        raise damaged(where, "no nulls", "nulls")
+    return batches
+
+
+def _null_count(column: pa.Array) -> int:
+    nulls: int = column.null_count
+    return nulls + (column.values.null_count if pa.types.is_list(column.type) else 0)
+
+
+class Lists(NamedTuple):
+    """A list column of one batch: item j is `values[offsets[j]:offsets[j + 1]]`."""
+
+    offsets: npt.NDArray[np.int32]
+    values: npt.NDArray[Any]
+
+
+class _Batch(NamedTuple):
+    keys: npt.NDArray[np.uint8]  # [n, 16]
+    prompt: Lists
+    chosen: Lists
+    rejected: Lists
+    chosen_logps: Lists
+    rejected_logps: Lists
+    sums: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]  # chosen, rejected
+
+
+class Shard:
+    """A shard in memory that somebody else owns (usually a mapped file); every array it hands out is a view of it.
+
+    Args:
+        data: the whole file.
+        where: what errors call it.
+
+    Raises:
+        CacheError: where the structure is not exactly right. The values are checked by `check_values`.
+    """
+
+    def __init__(self, data: memoryview, where: str) -> None:
+        self.where = where
+        self._batches = [_decode_batch(batch, where) for batch in read_batches(data, SHARD_SCHEMA, where)]
+        ends = np.cumsum([len(batch.keys) for batch in self._batches], dtype=np.int64)
+        self._starts: list[int] = [0, *ends.tolist()]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, row: int) -> ScoredPair:
+        """The pair in this row, without a copy (the arrays are read-only)."""
+        k = bisect_right(self._starts, row) - 1
+        batch, j = self._batches[k], row - self._starts[k]
+        chosen, rejected = _item(batch.chosen, j), _item(batch.rejected, j)
+        chosen_logps, rejected_logps = _item(batch.chosen_logps, j), _item(batch.rejected_logps, j)
+        ids = PairIds(
+            _item(batch.prompt, j),
+            chosen,
+            rejected,
+            len(chosen) - len(chosen_logps),
+            len(rejected) - len(rejected_logps),
+        )
+        return ScoredPair(ids, chosen_logps, rejected_logps)
+
+    def keys(self) -> npt.NDArray[np.uint8]:
+        """[rows, 16] pair keys."""
+        return np.concatenate([np.empty((0, 16), np.uint8), *(batch.keys for batch in self._batches)])
+
+    def check_values(self) -> None:
+        """Every value, at the speed of memory: counts, ids, finite log-probs <= 0.
+
+        Raises:
+            CacheError: naming the shard and the first batch at fault.
+        """
+        for k, batch in enumerate(self._batches):
+            where = f"{self.where}, rows {self._starts[k]} to {self._starts[k + 1] - 1}"
+            for side, ids, logps in (
+                ("chosen", batch.chosen, batch.chosen_logps),
+                ("rejected", batch.rejected, batch.rejected_logps),
+            ):
+                scored, tokens = np.diff(logps.offsets), np.diff(ids.offsets)
+                if len(tokens) and not (scored.min() >= 1 and (scored <= tokens).all()):
+                    raise damaged(where, f"1 to all of the {side} tokens scored", "another number of log-probs")
+                if len(logps.values) and not (logps.values.max() <= 0 and logps.values.min() > -np.inf):
+                    raise damaged(where, f"finite {side} log-probs, none above 0", "NaN, an infinity or one above 0")
+            for lists in (batch.prompt, batch.chosen, batch.rejected):
+                if len(lists.values) and lists.values.min() < 0:
+                    raise damaged(where, "token ids of at least 0", f"{lists.values.min()}")
+
+    def check_sums_and_keys(self) -> None:
+        """Every stored sum against its log-probs, and every key against its ids (about 400,000 rows/s).
+
+        Raises:
+            CacheError: naming the shard and the first row at fault.
+        """
+        for k, batch in enumerate(self._batches):
+            for name, lists, sums in zip(
+                ("chosen_sum", "rejected_sum"), (batch.chosen_logps, batch.rejected_logps), batch.sums, strict=True
+            ):
+                if not len(sums):
+                    continue
+                again = np.add.reduceat(lists.values.astype(np.float64), lists.offsets[:-1])
+                wrong = ~(np.abs(again - sums) <= SUM_TOLERANCE * np.abs(again))  # NaN is wrong
+                if wrong.any():
+                    j = int(wrong.argmax())
+                    where = f"{self.where}, row {self._starts[k] + j}"
+                    raise damaged(where, f"{name} {again[j]!r}", f"{sums[j]!r}")
+        for row, key in enumerate(self.keys()):
+            if (again_key := pair_key(self[row].ids)) != key.tobytes():
+                raise damaged(f"{self.where}, row {row}", f"pair_key {again_key.hex()}", key.tobytes().hex())
+
+
+def check_hash(data: memoryview, name: str, where: str) -> None:
+    """Raises CacheError unless the bytes are the object that carries this name."""
+    if (found := xxhash.xxh3_128_hexdigest(data)) != name:
+        raise damaged(where, f"bytes with hash {name}", f"hash {found}")
+
+
+def _item(lists: Lists, j: int) -> Any:
+    return lists.values[lists.offsets[j] : lists.offsets[j + 1]]
+
+
+def _decode_batch(batch: pa.RecordBatch, where: str) -> _Batch:
+    keys, *columns, chosen_sum, rejected_sum = batch.columns
+    raw = np.frombuffer(keys.buffers()[1] or b"", np.uint8)[: 16 * len(batch)]
+    lists = [Lists(_numpy(column.offsets), _numpy(column.values)) for column in columns]
+    if any(item.offsets[0] != 0 or item.offsets[-1] != len(item.values) for item in lists):
+        raise damaged(where, "lists that use all of their values", "values outside the lists")
+    prompt, chosen, rejected, chosen_logps, rejected_logps = lists
+    sums = _numpy(chosen_sum), _numpy(rejected_sum)
+    return _Batch(raw.reshape(-1, 16), prompt, chosen, rejected, chosen_logps, rejected_logps, sums)
+
+
+def _numpy(array: pa.Array) -> npt.NDArray[Any]:
+    view: npt.NDArray[Any] = array.to_numpy(zero_copy_only=True)
+    return view

@@ -1,0 +1,424 @@
+"""A cache folder: specs, objects, commit records, manifests and views, written so that nothing committed is ever lost.
+
+The commit protocol, for any number of writers at once and without locks: an object is published under the hash of its
+bytes, then its record, each whole and durable before the next; a manifest of all records goes last. A record is the
+truth; a manifest says what a finished run left, so that a later loss is noticed. Whatever is found damaged is moved to
+quarantine/ together with its record, and its rows are simply missing until they are computed again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final, Self
+
+import numpy as np
+import xxhash
+
+from dpoeng.cache.errors import CacheError
+from dpoeng.cache.files import TMP, Disk, Files, disk_error
+from dpoeng.cache.index import Damage, KeyIndex
+from dpoeng.cache.records import DIGEST, VIEW_NAME, Commit, Manifest, ObjectRef, ViewRecord, damaged
+from dpoeng.cache.schema import ScoredPair
+from dpoeng.cache.shard import Shard, check_hash, encode_shard
+from dpoeng.cache.spec import ReferenceSpec
+from dpoeng.cache.table import ViewEntry, encode_table
+
+FORMAT_NAME: Final = "FORMAT"
+FORMAT_BYTES: Final = b"dpoeng-refcache 1\n"
+THREADS: Final = min(8, os.cpu_count() or 1)
+_MANIFEST = re.compile(r"manifest-([0-9]{6})\.json")
+
+
+def spec_name(digest: str) -> str:
+    return f"specs/{_digest(digest)}.json"
+
+
+def object_name(name: str) -> str:
+    return f"objects/{_digest(name)[:2]}/{name}.arrow"
+
+
+def commits_folder(spec: str) -> str:
+    return f"runs/{_digest(spec)}/commits"
+
+
+def commit_name(spec: str, name: str) -> str:
+    return f"{commits_folder(spec)}/{_digest(name)}.json"
+
+
+def manifest_name(spec: str, generation: int) -> str:
+    return f"runs/{_digest(spec)}/manifest-{generation:06d}.json"
+
+
+def view_name(name: str) -> str:
+    if not VIEW_NAME.fullmatch(name):
+        raise CacheError(
+            "not a name for a view",
+            code="cache-view-name",
+            expected="1 to 200 of the characters A-Z a-z 0-9 . _ -",
+            found=repr(name)[:200],
+            exit_status=2,
+        )
+    return f"views/{name}.json"
+
+
+def table_name(name: str) -> str:
+    return f"views/{_digest(name)}.arrow"
+
+
+def _digest(text: str) -> str:
+    """Lets nothing but a digest into a path."""
+    if not DIGEST.fullmatch(text):
+        raise ValueError(f"not 32 hex digits: {text[:200]!r}")
+    return text
+
+
+class Store:
+    """A cache folder. Make it with `open`.
+
+    Attributes:
+        root: the folder.
+        files: the files in it.
+    """
+
+    def __init__(self, root: Path, disk: Disk) -> None:
+        self.root = root
+        self.files = Files(root, disk)
+
+    @classmethod
+    def open(cls, root: Path | str, *, create: bool = False, disk: Disk | None = None) -> Self:
+        """Opens a cache, and writes nothing unless it is to be created.
+
+        Raises:
+            CacheError: no cache there, one of a later version, or (with `create`) a folder with other things in it.
+        """
+        store = cls(Path(root), disk or Disk())
+        try:
+            found = store.files.read(FORMAT_NAME)
+        except FileNotFoundError:
+            if not create:
+                raise CacheError(
+                    "no reference cache here",
+                    code="cache-not-found",
+                    where=str(root),
+                    remedy="make one with `dpoeng precompute-ref PAIRS --model MODEL --cache FOLDER`",
+                ) from None
+            store._create()
+        else:
+            _check_format(found, store.root / FORMAT_NAME)
+        return store
+
+    def _create(self) -> None:
+        try:
+            _make_durable(self.root, self.files.disk)
+            others = {path.name for path in self.root.iterdir()} - {TMP}  # a kill may have left tmp/ behind
+        except OSError as error:
+            raise disk_error(error, self.root) from error
+        if others - {FORMAT_NAME}:
+            raise CacheError(
+                "this folder holds something else than a cache",
+                code="cache-not-empty",
+                where=str(self.root),
+                expected="a new or empty folder, or a cache with its FORMAT file",
+                found=", ".join(sorted(others)[:5]),
+                remedy="name another folder with --cache",
+            )
+        self.files.publish(FORMAT_NAME, FORMAT_BYTES)
+
+    # -- specs --------------------------------------------------------------------------------------------------------
+
+    def put_spec(self, spec: ReferenceSpec) -> str:
+        """Writes a spec, mending a damaged copy, and returns its digest."""
+        self._put(spec_name(spec.digest), spec.canonical)
+        return spec.digest
+
+    def spec(self, digest: str) -> ReferenceSpec:
+        """One spec. Raises CacheError if it is missing or damaged."""
+        name = spec_name(digest)
+        where = str(self.root / name)
+        try:
+            spec = ReferenceSpec.from_json(self.files.read(name), where)
+        except FileNotFoundError:
+            raise damaged(where, "the spec of a reference", "no file") from None
+        if spec.digest != digest:
+            raise damaged(where, f"bytes with hash {digest}", f"hash {spec.digest}")
+        return spec
+
+    def spec_digests(self) -> list[str]:
+        """The digests of all specs, damaged ones among them."""
+        return [name for name in self.files.names("specs", ".json") if DIGEST.fullmatch(name)]
+
+    def specs(self) -> dict[str, ReferenceSpec]:
+        """All specs by digest. Raises CacheError for a damaged one."""
+        return {digest: self.spec(digest) for digest in self.spec_digests()}
+
+    # -- rows ---------------------------------------------------------------------------------------------------------
+
+    def lookup(self, spec_digest: str, *, sealed: bool = False) -> KeyIndex:
+        """All sound rows of a spec; every byte of them is hashed, every value checked.
+
+        Damaged or missing objects, records and manifests are moved to quarantine/ (where the folder can be written)
+        and listed in the result; their rows are missing from it.
+
+        Args:
+            spec_digest: the reference.
+            sealed: only rows that the last finished run left. A plan made from these comes out the same however often
+                the run that follows it is killed and started again.
+
+        Raises:
+            CacheError: something is there that no accident makes: a link, a device, a record of the future.
+        """
+        damage: list[Damage] = []
+        commits = self.commits(spec_digest, damage)
+        manifest = self.latest_manifest(spec_digest, damage)
+        if sealed:
+            names = {reference.name for reference in manifest.objects} if manifest else set()
+            commits = [commit for commit in commits if commit.object.name in names]
+        with ThreadPoolExecutor(THREADS) as pool:
+            opened = list(pool.map(self._try_shard, commits))
+        shards = []
+        for commit, outcome in zip(commits, opened, strict=True):
+            if isinstance(outcome, Shard):
+                shards.append((commit.object, outcome))
+            else:
+                damage.append(self._set_aside(object_name(commit.object.name), outcome, commit.object.rows))
+                self.files.set_aside(commit_name(spec_digest, commit.object.name))
+        return KeyIndex(shards, damage)
+
+    def open_shard(self, reference: ObjectRef, *, check: bool = True) -> Shard:
+        """Maps an object.
+
+        Args:
+            reference: which, and of what size.
+            check: hash every byte and look at every value, besides the structure.
+
+        Raises:
+            CacheError: it is missing or not what the reference says.
+        """
+        name = object_name(reference.name)
+        where = str(self.root / name)
+        data = self.map(name, reference.bytes)
+        if check:
+            check_hash(data, reference.name, where)
+        shard = Shard(data, where)
+        if len(shard) != reference.rows:
+            raise damaged(where, f"{reference.rows} rows", f"{len(shard)} rows")
+        if check:
+            shard.check_values()
+        return shard
+
+    def map(self, name: str, size: int) -> memoryview:
+        """Maps a file of the cache. Raises CacheError if it is missing or of another size."""
+        try:
+            return memoryview(self.files.map(name, size))
+        except FileNotFoundError:
+            raise damaged(str(self.root / name), f"{size} bytes", "no file") from None
+
+    def _try_shard(self, commit: Commit) -> Shard | CacheError:
+        try:
+            return self.open_shard(commit.object)
+        except CacheError as error:
+            if error.code != "cache-corrupt":
+                raise
+            return error
+
+    def commit_shard(self, spec_digest: str, rows: Sequence[ScoredPair], provenance: Mapping[str, Any]) -> str:
+        """Writes rows for good: when this returns, they survive a kill and a power loss.
+
+        Args:
+            spec_digest: the reference whose numbers these are; its spec has been put.
+            rows: no pair twice. The same rows in the same order give the same bytes and so the same name.
+            provenance: JSON: library versions, device. Nothing of time, host or path. The first writer's is kept.
+
+        Returns:
+            The object's name.
+
+        Raises:
+            ValueError: rows that cannot be right (see `shard.encode_shard`).
+            CacheError: the disk is full, read-only or broken. What was committed before is untouched.
+        """
+        data = encode_shard(rows)
+        reference = ObjectRef(xxhash.xxh3_128_hexdigest(data), len(rows), len(data))
+        self._put(object_name(reference.name), data)
+        self.put_commit(Commit(spec_digest, reference, provenance))
+        return reference.name
+
+    def put_commit(self, commit: Commit) -> None:
+        """Publishes a record, unless a sound one is there. Its object must be durable already."""
+        name = commit_name(commit.spec, commit.object.name)
+        data = commit.encode()
+        if self.files.publish(name, data):
+            return
+        try:
+            found = Commit.decode(self.files.read(name), name, spec=commit.spec, name=commit.object.name)
+        except (CacheError, FileNotFoundError):
+            found = None
+        if found is None or found.object != commit.object:
+            self.files.set_aside(name)
+            self.files.replace(name, data)
+
+    def put_object(self, name: str, data: memoryview) -> None:
+        """Publishes an object that already has a name. Raises CacheError if the bytes do not hash to it."""
+        check_hash(data, name, object_name(name))
+        self._put(object_name(name), data)
+
+    def _put(self, name: str, data: bytes | memoryview) -> None:
+        """Publishes bytes under a name that is their hash.
+
+        A sound file that is there already is made young, or `gc` might take it for what a dead writer left just before
+        its record appears.
+        """
+        if self.files.publish(name, data):
+            return
+        if self._holds(name, data):
+            self.files.touch(name)
+        else:
+            self.files.set_aside(name)
+            self.files.replace(name, data)
+
+    def _holds(self, name: str, data: bytes | memoryview) -> bool:
+        try:
+            return self.files.read(name) == data
+        except FileNotFoundError:
+            return False
+
+    # -- records and manifests ----------------------------------------------------------------------------------------
+
+    def commits(self, spec_digest: str, damage: list[Damage]) -> list[Commit]:
+        """All sound records of a spec, by object name. Damaged ones are moved to quarantine/ and added to `damage`."""
+        folder = commits_folder(spec_digest)
+        found = []
+        for name in self.files.names(folder, ".json"):
+            path = f"{folder}/{name}.json"
+            try:
+                found.append(Commit.decode(self.files.read(path), str(self.root / path), spec=spec_digest, name=name))
+            except FileNotFoundError:
+                continue  # another process has just set it aside
+            except CacheError as error:
+                damage.append(self._set_aside(path, error))
+        return found
+
+    def generations(self, spec_digest: str) -> list[int]:
+        """The numbers of the manifests of a spec, ascending."""
+        names = self.files.names(f"runs/{_digest(spec_digest)}")
+        return [int(match[1]) for name in names if (match := _MANIFEST.fullmatch(name))]
+
+    def manifest(self, spec_digest: str, generation: int) -> Manifest:
+        """One manifest. Raises CacheError if it is damaged, FileNotFoundError if it is missing."""
+        name = manifest_name(spec_digest, generation)
+        return Manifest.decode(self.files.read(name), str(self.root / name), spec=spec_digest, generation=generation)
+
+    def latest_manifest(self, spec_digest: str, damage: list[Damage]) -> Manifest | None:
+        """The newest sound manifest. Damaged ones are moved to quarantine/ and added to `damage`."""
+        for generation in reversed(self.generations(spec_digest)):
+            try:
+                return self.manifest(spec_digest, generation)
+            except FileNotFoundError:
+                continue
+            except CacheError as error:
+                damage.append(self._set_aside(manifest_name(spec_digest, generation), error))
+        return None
+
+    def seal(self, spec_digest: str) -> Path:
+        """Ends a run: writes the next manifest if the records differ from the last one's. Returns the newest one."""
+        while True:
+            objects = tuple(sorted(commit.object for commit in self.commits(spec_digest, [])))
+            latest = self.latest_manifest(spec_digest, [])
+            generation = latest.generation if latest else 0
+            if latest and latest.objects == objects:
+                break
+            generation += 1
+            # Where another process has taken this generation, what it wrote is looked at next.
+            self.files.publish(
+                manifest_name(spec_digest, generation), Manifest(spec_digest, generation, objects).encode()
+            )
+        return self.root / manifest_name(spec_digest, generation)
+
+    def _set_aside(self, name: str, error: CacheError, rows: int | None = None) -> Damage:
+        if error.code != "cache-corrupt":
+            raise error
+        problem = f"expected {error.expected}, found {error.found}"
+        return Damage(str(self.root / name), problem, self.files.set_aside(name), rows)
+
+    # -- views --------------------------------------------------------------------------------------------------------
+
+    def write_view(self, spec_digest: str, name: str, entries: Sequence[ViewEntry], meta: Mapping[str, Any]) -> None:
+        """Writes (or atomically replaces) a view.
+
+        Args:
+            spec_digest: the reference.
+            name: letters, digits, `.`, `_`, `-`.
+            entries: the rows of the source, in its order; the pair of each has been committed.
+            meta: JSON: how the pairs were made.
+
+        Raises:
+            CacheError: a pair has no row.
+        """
+        path = view_name(name)
+        index = self.lookup(spec_digest)
+        keys = np.frombuffer(b"".join(entry.pair_key for entry in entries), np.uint8).reshape(-1, 16)
+        shards, rows = index.locate(keys)
+        if missing := np.flatnonzero(shards < 0).tolist():
+            first = entries[missing[0]]
+            raise CacheError(
+                "pairs of this view have no numbers in the cache",
+                code="cache-incomplete",
+                where=f"{first.source_file}:{first.source_row}" + (" and others" if len(missing) > 1 else ""),
+                expected=f"{len(entries)} pairs",
+                found=f"{len(missing)} of them missing",
+                remedy="run the same `dpoeng precompute-ref` again: it computes what is missing",
+            )
+        used = np.unique(shards)
+        files = {file: k for k, file in enumerate(dict.fromkeys(entry.source_file for entry in entries))}
+        data = encode_table(entries, files, np.searchsorted(used, shards).astype(np.int32), rows)
+        table = ObjectRef(xxhash.xxh3_128_hexdigest(data), len(entries), len(data))
+        objects = tuple(index.objects[k] for k in used)
+        record = ViewRecord(name, spec_digest, table, objects, tuple(files), meta).encode()
+        self._put(table_name(table.name), data)
+        if not self._holds(path, record):  # a complete cache may be read-only
+            self.files.replace(path, record)
+
+    def views(self) -> list[str]:
+        """The names of all views, sorted."""
+        return self.files.names("views", ".json")
+
+    def view_record(self, name: str) -> ViewRecord:
+        """A view's record. Raises CacheError if it is damaged, FileNotFoundError if it is missing."""
+        path = view_name(name)
+        return ViewRecord.decode(self.files.read(path), str(self.root / path), name=name)
+
+
+def _check_format(found: bytes, path: Path) -> None:
+    if found == FORMAT_BYTES:
+        return
+    if re.fullmatch(rb"dpoeng-refcache [0-9]{1,9}\n", found):
+        raise CacheError(
+            "this cache was written by a later version of dpoeng",
+            code="cache-future",
+            where=str(path),
+            expected=FORMAT_BYTES.decode().strip(),
+            found=found.decode().strip(),
+            remedy="update dpoeng, or name another folder with --cache",
+        )
+    raise CacheError(
+        "the FORMAT file of this cache is damaged",
+        code="cache-format",
+        where=str(path),
+        expected=repr(FORMAT_BYTES),
+        found=repr(found[:40]),
+        remedy=f"if dpoeng wrote this folder, put the line back: echo {FORMAT_BYTES.decode().strip()} > {path}",
+    )
+
+
+def _make_durable(root: Path, disk: Disk) -> None:
+    """Makes the root and its missing parents, each entry synced."""
+    missing = [path for path in (root, *root.parents) if not path.exists()]
+    for path in reversed(missing):
+        with contextlib.suppress(FileExistsError):
+            disk.mkdir(path)
+    for path in missing or [root]:  # a kill may have come between making the root and syncing its entry
+        disk.sync_dir(path.parent)

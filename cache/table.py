@@ -1,0 +1,120 @@
+"""The table of a view: for every row of the source, in its order, the cache row that holds its numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from dpoeng.cache.records import damaged
+from dpoeng.cache.shard import read_batches
+
+TABLE_SCHEMA: Final = pa.schema(
+    [
+        pa.field("file", pa.int32(), nullable=False),
+        pa.field("source_row", pa.int64(), nullable=False),
+        pa.field("pair_key", pa.binary(16), nullable=False),
+        pa.field("object", pa.int32(), nullable=False),
+        pa.field("row", pa.int32(), nullable=False),
+        pa.field("extra", pa.large_binary(), nullable=False),
+    ],
+    metadata={"dpoeng.kind": "view", "dpoeng.version": "1"},
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ViewEntry:
+    """One row of the source and the pair that it became. Equal pairs share a row of the cache.
+
+    Attributes:
+        source_file: as the user named it.
+        source_row: 1-based line or row in that file.
+        pair_key: `schema.pair_key` of the pair's ids.
+        extra: the user's other columns; what JSON cannot hold is kept as its str().
+    """
+
+    source_file: str
+    source_row: int
+    pair_key: bytes
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def encode_table(
+    entries: Sequence[ViewEntry],
+    files: Mapping[str, int],
+    objects: npt.NDArray[np.int32],
+    rows: npt.NDArray[np.int32],
+) -> memoryview:
+    """The bytes of a table.
+
+    Args:
+        entries: N rows of the source.
+        files: number of each source file.
+        objects: [N] which object of the view's record.
+        rows: [N] which row of it.
+    """
+    keys = b"".join(entry.pair_key for entry in entries)
+    extra = [json.dumps(dict(entry.extra), default=str).encode("ascii") for entry in entries]
+    batch = pa.RecordBatch.from_arrays(
+        [
+            pa.array([files[entry.source_file] for entry in entries], pa.int32()),
+            pa.array([entry.source_row for entry in entries], pa.int64()),
+            pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(entries), [None, pa.py_buffer(keys)]),
+            pa.array(objects, pa.int32()),
+            pa.array(rows, pa.int32()),
+            pa.array(extra, pa.large_binary()),
+        ],
+        schema=TABLE_SCHEMA,
+    )
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, TABLE_SCHEMA) as writer:
+        writer.write_batch(batch)
+    return memoryview(sink.getvalue()).cast("B")
+
+
+class Table:
+    """A table in memory that somebody else owns; its columns are views of it.
+
+    Args:
+        data: the whole file.
+        where: what errors call it.
+        shard_rows: rows of each object of the view's record.
+        file_count: number of source files in that record.
+
+    Raises:
+        CacheError: where the structure is not exactly right, or a row points outside the objects.
+    """
+
+    def __init__(self, data: memoryview, where: str, shard_rows: Sequence[int], file_count: int) -> None:
+        batches = read_batches(data, TABLE_SCHEMA, where)
+        if len(batches) != 1:
+            raise damaged(where, "one record batch", f"{len(batches)}")
+        file, source_row, self._keys, objects, row, self._extra = batches[0].columns
+        self.file: npt.NDArray[np.int32] = file.to_numpy()  # [N]
+        self.source_row: npt.NDArray[np.int64] = source_row.to_numpy()  # [N]
+        self.object: npt.NDArray[np.int32] = objects.to_numpy()  # [N]
+        self.row: npt.NDArray[np.int32] = row.to_numpy()  # [N]
+        if not len(self):
+            return
+        if self.object.min() < 0 or self.object.max() >= len(shard_rows):
+            raise damaged(where, f"objects 0 to {len(shard_rows) - 1}", "an object outside the record's list")
+        if self.row.min() < 0 or (self.row >= np.asarray(shard_rows)[self.object]).any():
+            raise damaged(where, "rows inside their objects", "a row past the end of its object")
+        if self.file.min() < 0 or self.file.max() >= file_count:
+            raise damaged(where, f"files 0 to {file_count - 1}", "a file outside the record's list")
+
+    def __len__(self) -> int:
+        return len(self.object)
+
+    def key(self, i: int) -> bytes:
+        value: bytes = self._keys[i].as_py()
+        return value
+
+    def extra(self, i: int) -> dict[str, Any]:
+        loaded: dict[str, Any] = json.loads(self._extra[i].as_py())
+        return loaded
