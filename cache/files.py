@@ -169,6 +169,11 @@ class Files:
         with contextlib.suppress(OSError):
             self.disk.touch(self.root / name)
 
+    def remove(self, name: str) -> None:
+        """Removes a file. Raises FileNotFoundError."""
+        with self._explained(name):
+            self.disk.unlink(self.root / name)
+
     @contextlib.contextmanager
     def _temporary(self, name: str, data: bytes | memoryview) -> Iterator[Path]:
         """A new file in tmp/ with `data`, synced; gone afterwards. The lock tells `gc` that its writer lives."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +54,7 @@ class KeyIndex:
         heads = _heads(self._keys)
         self._order = np.argsort(heads, kind="stable")  # equal heads stay in row order: the first one wins
         self._heads = heads[self._order]
+        self._head_at = self._heads.data  # its items are plain ints, which makes one look-up much faster
 
     def __len__(self) -> int:
         """Rows, equal ones counted as often as they stand there."""
@@ -109,9 +110,9 @@ class KeyIndex:
         return places[0] if places else -1
 
     def _places(self, key: bytes) -> Iterator[int]:
-        head = np.frombuffer(key, "<u8", 1)[0]
-        i = int(self._heads.searchsorted(head))
-        while i < len(self._heads) and self._heads[i] == head:
+        head = int.from_bytes(key[:8], "little")
+        i = bisect_left(self._head_at, head)
+        while i < len(self._head_at) and self._head_at[i] == head:
             place = int(self._order[i])
             if self._keys[place].tobytes() == key:
                 yield place

@@ -37,6 +37,7 @@ class View:
         self._record = record
         self._table = table
         self._shards = shards
+        self._object_at, self._row_at = table.object.data, table.row.data  # plain ints, read fast
 
     @classmethod
     def open(cls, root: Path | str, name: str | None = None, *, verify: Literal["open", "full"] = "full") -> Self:
@@ -65,7 +66,7 @@ class View:
     def __getitem__(self, i: SupportsIndex) -> ScoredPair:
         """Row i of the source. The arrays are read-only views of the file; copy what is to be changed."""
         i = self._position(i)
-        return self._shards[int(self._table.object[i])][int(self._table.row[i])]
+        return self._shards[self._object_at[i]][self._row_at[i]]
 
     def source(self, i: SupportsIndex) -> tuple[str, int]:
         """(file, 1-based row) that row i came from."""
@@ -78,7 +79,8 @@ class View:
 
     def key(self, i: SupportsIndex) -> bytes:
         """The pair key of row i; equal pairs have equal keys."""
-        return self._table.key(self._position(i))
+        key: bytes = self._table.keys[self._position(i)].tobytes()
+        return key
 
     def shrunk(self) -> CacheError | None:
         """After a worker died of SIGBUS: the mapped file that somebody has cut meanwhile, or None if none was."""

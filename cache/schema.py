@@ -5,6 +5,7 @@ Knows nothing of files: see `writer` and `reader`.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ IdArray = npt.NDArray[np.int32]
 LogpArray = npt.NDArray[np.float32]
 
 PAIR_KEY_TAG = b"dpoeng.pair.v1"
+_COUNTS = struct.Struct("<5q")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,13 +49,7 @@ class PairIds:
 
     def same_as(self, other: PairIds) -> bool:
         """Whether all ids and starts are equal, compared one by one."""
-        return (
-            self.chosen_start == other.chosen_start
-            and self.rejected_start == other.rejected_start
-            and np.array_equal(self.prompt_ids, other.prompt_ids)
-            and np.array_equal(self.chosen_ids, other.chosen_ids)
-            and np.array_equal(self.rejected_ids, other.rejected_ids)
-        )
+        return _content(self) == _content(other)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,12 +87,11 @@ def pair_key(ids: PairIds) -> bytes:
 
     The counts keep `ab|c` and `a|bc` apart. Text, template and source do not enter: they act only through the ids.
     """
-    counts = np.array(
-        [len(ids.prompt_ids), len(ids.chosen_ids), len(ids.rejected_ids), ids.chosen_start, ids.rejected_start],
-        dtype="<i8",
-    )
-    digest = xxhash.xxh3_128(PAIR_KEY_TAG)
-    digest.update(counts.tobytes())
-    for part in (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids):
-        digest.update(as_ids(part).tobytes())
-    return digest.digest()
+    return xxhash.xxh3_128_digest(PAIR_KEY_TAG + _content(ids))
+
+
+def _content(ids: PairIds) -> bytes:
+    """All that makes a pair, as bytes: five counts as little-endian int64, then the ids as little-endian int32."""
+    parts = [as_ids(part) for part in (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids)]
+    counts = _COUNTS.pack(*map(len, parts), ids.chosen_start, ids.rejected_start)
+    return b"".join((counts, *(part.data for part in parts)))

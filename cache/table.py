@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from dpoeng.cache.records import damaged
-from dpoeng.cache.shard import read_batches
+from dpoeng.cache.shard import fixed_binary, read_batches
 
 TABLE_SCHEMA: Final = pa.schema(
     [
@@ -94,7 +94,8 @@ class Table:
         batches = read_batches(data, TABLE_SCHEMA, where)
         if len(batches) != 1:
             raise damaged(where, "one record batch", f"{len(batches)}")
-        file, source_row, self._keys, objects, row, self._extra = batches[0].columns
+        file, source_row, keys, objects, row, self._extra = batches[0].columns
+        self.keys = fixed_binary(keys)  # [N, 16] uint8
         self.file: npt.NDArray[np.int32] = file.to_numpy()  # [N]
         self.source_row: npt.NDArray[np.int64] = source_row.to_numpy()  # [N]
         self.object: npt.NDArray[np.int32] = objects.to_numpy()  # [N]
@@ -110,10 +111,6 @@ class Table:
 
     def __len__(self) -> int:
         return len(self.object)
-
-    def key(self, i: int) -> bytes:
-        value: bytes = self._keys[i].as_py()
-        return value
 
     def extra(self, i: int) -> dict[str, Any]:
         loaded: dict[str, Any] = json.loads(self._extra[i].as_py())

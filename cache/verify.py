@@ -1,27 +1,38 @@
-"""Looks over a whole cache and says what is wrong, changing nothing."""
+"""Looks over a whole cache and says what is wrong, changing nothing.
+
+Four depths. `open`: every record's checksum, every file's presence, size, framing, schema and offsets. `full` adds the
+hash of every byte and a look at every log-prob: the bytes are those that were written. `semantic` adds, instead, every
+sum, every key and every entry of every view: the rows make sense, whoever wrote them. `all` is both. The fifth, a
+comparison with the model itself, needs a model and so lives in `dpoeng.engine`.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Literal
 
-from dpoeng.cache.errors import CacheError
-from dpoeng.cache.files import QUARANTINE
-from dpoeng.cache.reader import View, open_table
-from dpoeng.cache.records import DIGEST, Commit, ObjectRef, damaged
-from dpoeng.cache.store import THREADS, Store, commit_name, commits_folder, manifest_name, object_name
+import numpy as np
 
-Depth = Literal["open", "semantic", "full"]
-DEPTHS: tuple[Depth, ...] = ("open", "semantic", "full")
+from dpoeng.cache.errors import CacheError
+from dpoeng.cache.files import QUARANTINE, TMP
+from dpoeng.cache.reader import open_table
+from dpoeng.cache.records import DIGEST, Commit, Manifest, ObjectRef, damaged
+from dpoeng.cache.shard import Shard
+from dpoeng.cache.store import THREADS, Store, commit_name, commits_folder, manifest_name, view_name
+
+Depth = Literal["open", "semantic", "full", "all"]
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong: where, what should be there, what is."""
+    """One thing that is wrong."""
 
     where: str
     expected: str
@@ -35,7 +46,8 @@ class VerifyReport:
     Attributes:
         depth: how deep it looked.
         problems: empty for a sound cache.
-        counts: specs, objects, rows, manifests, views, quarantined.
+        counts: specs, objects, rows, manifests, views; and what harms nothing: orphans (objects without a record),
+            temporary, quarantined.
         bytes: size of all objects and tables.
         seconds: how long it took.
     """
@@ -49,3 +61,136 @@ class VerifyReport:
     @property
     def ok(self) -> bool:
         return not self.problems
+
+
+def verify(root: Path | str, *, depth: Depth = "full", progress: Progress | None = None) -> VerifyReport:
+    """Verifies a cache.
+
+    Args:
+        root: the cache folder.
+        depth: see above.
+        progress: called with (bytes done, bytes in all) after each object.
+
+    Raises:
+        CacheError: there is no cache of this version at all. Everything else is a problem in the report.
+    """
+    started = time.perf_counter()
+    store = Store.open(root)
+    report = VerifyReport(depth)
+    commits, manifests = _records(store, report)
+    objects = {commit.object.name: commit.object for commit in commits}
+    _check_manifests(store, commits, manifests, report)
+    shards = _check_objects(store, sorted(objects.values()), report, progress)
+    _check_views(store, shards, report)
+    orphans = set(object_names(store)) - objects.keys()
+    report.counts |= {
+        "specs": len(store.spec_digests()),
+        "objects": len(objects),
+        "rows": sum(reference.rows for reference in objects.values()),
+        "manifests": len(manifests),
+        "views": len(store.views()),
+        "orphans": len(orphans),
+        "temporary": len(store.files.names(TMP)),
+        "quarantined": len(store.files.names(QUARANTINE)),
+    }
+    report.bytes += sum(reference.bytes for reference in objects.values())
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def object_names(store: Store) -> list[str]:
+    """The names of all objects in the folder, whether a record names them or not."""
+    folders = [name for name in store.files.names("objects") if len(name) == 2]
+    names = [name for folder in folders for name in store.files.names(f"objects/{folder}", ".arrow")]
+    return [name for name in names if DIGEST.fullmatch(name)]
+
+
+@contextlib.contextmanager
+def _noting(report: VerifyReport, where: Path | str) -> Iterator[None]:
+    """Turns what is raised into a problem of the report."""
+    try:
+        yield
+    except CacheError as error:
+        report.problems.append(
+            Problem(error.where or str(where), error.expected or "a sound file", error.found or error.message)
+        )
+    except FileNotFoundError:
+        report.problems.append(Problem(str(where), "a file", "none"))
+
+
+def _records(store: Store, report: VerifyReport) -> tuple[list[Commit], list[Manifest]]:
+    """All sound records; what is wrong with the others goes into the report."""
+    commits: list[Commit] = []
+    manifests: list[Manifest] = []
+    for digest in sorted({*store.spec_digests(), *filter(DIGEST.fullmatch, store.files.names("runs"))}):
+        with _noting(report, store.root / "specs"):
+            store.spec(digest)
+        for name in store.files.names(commits_folder(digest), ".json"):
+            path = store.root / commits_folder(digest) / f"{name}.json"
+            with _noting(report, path):
+                if not DIGEST.fullmatch(name):
+                    raise damaged(str(path), "a record named by its object", "another name")
+                commits.append(
+                    Commit.decode(store.files.read(commit_name(digest, name)), str(path), spec=digest, name=name)
+                )
+        for generation in store.generations(digest):
+            with _noting(report, store.root / manifest_name(digest, generation)):
+                manifests.append(store.manifest(digest, generation))
+    return commits, manifests
+
+
+def _check_manifests(store: Store, commits: list[Commit], manifests: list[Manifest], report: VerifyReport) -> None:
+    """What the last finished run of a spec left must still have its records."""
+    recorded = {(commit.spec, commit.object) for commit in commits}
+    for manifest in {manifest.spec: manifest for manifest in manifests}.values():
+        for reference in manifest.objects:
+            if (manifest.spec, reference) not in recorded:
+                where = store.root / commit_name(manifest.spec, reference.name)
+                report.problems.append(
+                    Problem(
+                        str(where), f"the record of {reference.rows} rows that a finished run left", "no such record"
+                    )
+                )
+
+
+def _check_objects(
+    store: Store, references: list[ObjectRef], report: VerifyReport, progress: Progress | None
+) -> dict[str, Shard]:
+    """Opens and checks every object, in parallel; returns the sound ones."""
+    total = sum(reference.bytes for reference in references)
+    done = 0
+    lock = Lock()
+
+    def check(reference: ObjectRef) -> Shard | None:
+        nonlocal done
+        shard = None
+        with _noting(report, reference.name):
+            shard = store.open_shard(reference, check=report.depth in ("full", "all"))
+            if report.depth in ("semantic", "all"):
+                shard.check_values()
+                shard.check_sums_and_keys()
+        with lock:
+            done += reference.bytes
+            if progress:
+                progress(done, total)
+        return shard
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        shards = list(pool.map(check, references))
+    return {reference.name: shard for reference, shard in zip(references, shards, strict=True) if shard is not None}
+
+
+def _check_views(store: Store, shards: dict[str, Shard], report: VerifyReport) -> None:
+    for name in store.views():
+        where = store.root / "views" / name
+        with _noting(report, where):
+            record = store.view_record(name)
+            store.spec(record.spec)
+            table = open_table(store, record, check=report.depth in ("full", "all"))
+            report.bytes += record.table.bytes
+            for k, reference in enumerate(record.objects):
+                if (shard := shards.get(reference.name)) is None:
+                    raise damaged(str(store.root / view_name(name)), f"object {reference.name}", "none that is sound")
+                mine = np.flatnonzero(table.object == k)
+                if report.depth in ("semantic", "all") and (table.keys[mine] != shard.keys()[table.row[mine]]).any():
+                    raise damaged(str(store.root / view_name(name)), "rows with the keys that the view names", "others")

@@ -1,0 +1,137 @@
+"""Removes what nothing refers to any more. Looks only, unless told to act."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from dpoeng.cache.errors import CacheError
+from dpoeng.cache.files import QUARANTINE, TMP
+from dpoeng.cache.records import DIGEST
+from dpoeng.cache.store import (
+    Store,
+    commit_name,
+    commits_folder,
+    manifest_name,
+    object_name,
+    spec_name,
+    table_name,
+)
+from dpoeng.cache.verify import object_names
+
+KEPT_GENERATIONS: Final = 2
+Kind = Literal["temporary", "orphan", "table", "manifest", "spec", "quarantine"]
+
+
+@dataclass(frozen=True, slots=True)
+class Garbage:
+    """A file that may go: its name in the cache, why, and its size in bytes."""
+
+    name: str
+    kind: Kind
+    bytes: int
+
+
+def collect(
+    root: Path | str,
+    *,
+    dry_run: bool = True,
+    drop_specs: Collection[str] = (),
+    quarantine: bool = False,
+    grace_s: float = 3600.0,
+) -> list[Garbage]:
+    """Finds garbage, and removes it unless this is a dry run.
+
+    Kept: what a commit record, a view or one of the two newest manifests of a spec names; a temporary file whose
+    writer lives; and anything younger than `grace_s`, because its record may be on the way. Readers are not disturbed:
+    a removed file stays until the last process that maps it has ended.
+
+    Args:
+        root: the cache folder.
+        dry_run: only say what would go.
+        drop_specs: references to remove with all their rows; none of them may have a view.
+        quarantine: also what damage was set aside.
+        grace_s: age below which nothing goes; a file from the future counts as young.
+
+    Returns:
+        What goes, in the order of removal: records before the objects they name.
+
+    Raises:
+        CacheError: a spec to drop is in use or unknown, or a record is damaged (so that nobody knows what it names).
+    """
+    store = Store.open(root)
+    garbage = list(_find(store, drop_specs, quarantine, grace_s))
+    if not dry_run:
+        for item in garbage:
+            # A writer may have come upon it meanwhile, and made it young again.
+            if item.kind == "spec" or _is_old(store.root / item.name, grace_s):
+                with contextlib.suppress(FileNotFoundError):
+                    store.files.remove(item.name)
+    return garbage
+
+
+def _find(store: Store, drop_specs: Collection[str], quarantine: bool, grace_s: float) -> Iterator[Garbage]:
+    records = {name: store.view_record(name) for name in store.views()}
+    _refuse_in_use(store, drop_specs, {record.spec: name for name, record in records.items()})
+    tables = {record.table.name for record in records.values()}
+    kept = {reference.name for record in records.values() for reference in record.objects}
+    names: list[tuple[str, Kind]] = []
+    for digest in (name for name in store.files.names("runs") if DIGEST.fullmatch(name)):
+        commits = store.files.names(commits_folder(digest), ".json")
+        generations = store.generations(digest)
+        if digest in drop_specs:
+            names += [(manifest_name(digest, generation), "spec") for generation in generations]
+            names += [(commit_name(digest, name), "spec") for name in commits]
+        else:
+            kept.update(commits)
+            names += [(manifest_name(digest, generation), "manifest") for generation in generations[:-KEPT_GENERATIONS]]
+    names += [(spec_name(digest), "spec") for digest in drop_specs]
+    names += [(object_name(name), "orphan") for name in object_names(store) if name not in kept]
+    names += [(table_name(name), "table") for name in store.files.names("views", ".arrow") if name not in tables]
+    names += [(f"{TMP}/{name}", "temporary") for name in store.files.names(TMP) if _is_abandoned(store, name)]
+    if quarantine:
+        names += [(f"{QUARANTINE}/{name}", "quarantine") for name in store.files.names(QUARANTINE)]
+    for name, kind in names:
+        path = store.root / name
+        with contextlib.suppress(FileNotFoundError):
+            if kind == "spec" or _is_old(path, grace_s):
+                yield Garbage(name, kind, path.lstat().st_size)
+
+
+def _refuse_in_use(store: Store, drop_specs: Collection[str], viewed: dict[str, str]) -> None:
+    for digest in drop_specs:
+        if digest in viewed or digest not in store.spec_digests():
+            raise CacheError(
+                "this reference cannot be dropped",
+                code="cache-spec-in-use",
+                where=digest,
+                expected="a reference of this cache that no view uses",
+                found=f"the view {viewed[digest]!r} uses it" if digest in viewed else "no such reference",
+                remedy="see `dpoeng cache info`; remove the view's file in views/ first" if digest in viewed else None,
+                exit_status=2,
+            )
+
+
+def _is_old(path: Path, grace_s: float) -> bool:
+    return time.time() - path.lstat().st_mtime >= grace_s
+
+
+def _is_abandoned(store: Store, name: str) -> bool:
+    """Whether the writer of a temporary file is dead: a living one holds its lock."""
+    try:
+        descriptor = os.open(store.root / TMP / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
