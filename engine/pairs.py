@@ -20,6 +20,7 @@ from dpoeng.engine import readers
 from dpoeng.engine.rejects import Reject, check_reject_share, write_rejects
 from dpoeng.engine.shapes import FIELDS, Message, PreferencePair, Shape, holds_human_turn, to_pair
 from dpoeng.engine.strict_json import RowFault
+from dpoeng.engine.tabular import csv_value
 from dpoeng.engine.where import Condition, parse_condition
 
 __all__ = [
@@ -187,7 +188,7 @@ class _Builder:
     def _add_row(self, path: Path, number: int, row: dict[str, Any], shape: Shape) -> None:
         if shape.untyped:
             texts = {shape.column(name) for name in FIELDS} | {"instruction", "input"}
-            row = {name: (value or None) if name in texts else readers.csv_value(value) for name, value in row.items()}
+            row = {name: (value or None) if name in texts else csv_value(value) for name, value in row.items()}
         if self._condition is not None and not self._condition.holds(row):
             self._filtered += 1
             return

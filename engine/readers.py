@@ -6,29 +6,22 @@ be read at all is a `UserError`. Memory is bounded by the longest line allowed. 
 
 from __future__ import annotations
 
-import base64
-import csv
-import datetime
 import io
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
 import pyarrow as pa
-import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine import strict_json
-from dpoeng.engine.rejects import Reject as Reject
-from dpoeng.engine.rejects import write_rejects as write_rejects
-from dpoeng.engine.strict_json import RowFault
+from dpoeng.engine.strict_json import RowFault, as_row, json_type
+from dpoeng.engine.tabular import BATCH_ROWS, NumberedRow, arrow_batches, csv_rows, table_rows
 
 MAX_LINE_BYTES = 16 << 20
 MAX_DOCUMENT_BYTES = 256 << 20  # a JSON document is parsed whole
-BATCH_ROWS = 256
 
 FORMATS = {
     ".jsonl": "jsonl",
@@ -41,8 +34,6 @@ FORMATS = {
     ".feather": "arrow",
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
-
-NumberedRow = tuple[int, dict[str, Any] | RowFault]
 
 
 def expand(paths: Sequence[Path]) -> list[Path]:
@@ -71,12 +62,12 @@ def read_rows(path: Path) -> Iterator[NumberedRow]:
     try:
         if kind == "parquet":
             with pq.ParquetFile(path) as table:
-                yield from _table_rows(table.iter_batches(batch_size=BATCH_ROWS), path)
+                yield from table_rows(table.iter_batches(batch_size=BATCH_ROWS), path)
         elif kind == "arrow":
-            yield from _table_rows(_arrow_batches(path), path)
+            yield from table_rows(arrow_batches(path), path)
         elif kind == "csv":
             with _open(path, compression) as stream:
-                yield from _csv_rows(stream, path)
+                yield from csv_rows(_lines(stream), path, MAX_LINE_BYTES)
         elif kind == "json" and not _starts_with_a_row(path, compression):
             with _open(path, compression) as stream:
                 yield from _document_rows(stream, path)
@@ -197,32 +188,11 @@ def _line_rows(stream: IO[bytes]) -> Iterator[NumberedRow]:
             yield number, line
         elif not line.isspace():
             try:
-                row = _row(strict_json.parse(_decode(line)))
+                row = as_row(strict_json.parse(_decode(line)))
             except RowFault as fault:
                 cut = fault.reason in ("bad-json", "bad-utf8") and not line.endswith(b"\n")
                 row = RowFault("cut-line", f"the last line is incomplete: {fault.detail}") if cut else fault
             yield number, row
-
-
-def _row(value: Any) -> dict[str, Any] | RowFault:
-    """A parsed value as a row, if it is a sound object."""
-    try:
-        strict_json.check(value)
-    except RowFault as fault:
-        return fault
-    if not isinstance(value, dict):
-        return RowFault("not-an-object", f"a row must be a JSON object, this is {json_type(value)}")
-    return value
-
-
-def json_type(value: Any) -> str:
-    """What JSON calls the type of a value, with its article, for messages."""
-    if value is None:
-        return "null"
-    for types, name in ((bool, "a boolean"), (int | float, "a number"), (str, "a string"), (list, "an array")):
-        if isinstance(value, types):
-            return name
-    return "an object"
 
 
 def _starts_with_a_row(path: Path, compression: str | None) -> bool:
@@ -272,132 +242,4 @@ def _document_rows(stream: IO[bytes], path: Path) -> Iterator[NumberedRow]:
             exit_status=3,
         )
     for number, value in enumerate(rows, 1):
-        yield number, _row(value)
-
-
-def _csv_rows(stream: IO[bytes], path: Path) -> Iterator[NumberedRow]:
-    """CSV with a header. A cell that reads as a number, true or false is that; an empty one is null."""
-    previous_limit = csv.field_size_limit(MAX_LINE_BYTES)  # process-wide, and 128 KiB unless told
-    try:
-        source = _csv_lines(stream)
-        first = next(source, "")
-        delimiter = max(",;\t", key=first.count)
-        names = next(csv.reader([first], delimiter=delimiter, strict=True), [])
-        _check_names(names, path)
-        reader = csv.reader(source, delimiter=delimiter, strict=True)
-        number = 0
-        while True:
-            row: dict[str, Any] | RowFault
-            try:
-                cells = next(reader)
-                if not cells:
-                    continue
-                row = _csv_row(names, cells)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                row = RowFault("bad-csv", str(error))
-            except RowFault as fault:
-                row = fault
-            number += 1
-            yield number, row
-    finally:
-        csv.field_size_limit(previous_limit)
-
-
-_TOO_LONG = "\udc00"  # stands for a line that was skipped; no decoded byte gives this character
-
-
-def _csv_lines(stream: IO[bytes]) -> Iterator[str]:
-    # Bytes that are no UTF-8 become U+DC80 to U+DCFF, and are found in the cell that holds them.
-    for _, line in _lines(stream):
-        yield _TOO_LONG + "\n" if isinstance(line, RowFault) else line.decode(errors="surrogateescape")
-
-
-def _csv_row(names: Sequence[str], cells: Sequence[str]) -> dict[str, Any]:
-    for cell in cells:
-        if not cell.isascii() and any("\udc00" <= character <= "\udcff" for character in cell):
-            if _TOO_LONG in cell:
-                raise RowFault("line-too-long", f"a line of more than {MAX_LINE_BYTES >> 20} MiB")
-            raise RowFault("bad-utf8", "a cell is not UTF-8")
-    if len(cells) != len(names):
-        raise RowFault("bad-csv", f"{len(cells)} cells where the header has {len(names)}")
-    return dict(zip(names, cells, strict=True))
-
-
-def csv_value(cell: str) -> Any:
-    """What an extra cell of a CSV file means, since CSV has no types: a number, true, false, null (empty) or text."""
-    if cell == "":
-        return None
-    if cell.lower() in ("true", "false"):
-        return cell.lower() == "true"
-    if "_" in cell:  # which Python would read as 1_000
-        return cell
-    for number in (int, float):
-        try:
-            value = number(cell)
-        except ValueError:
-            continue
-        return value if math.isfinite(value) else cell
-    return cell
-
-
-def _check_names(names: Sequence[str], path: Path) -> None:
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise UserError(
-            "A column name occurs twice.",
-            code="data-columns",
-            where=str(path),
-            found=", ".join(repeated),
-            remedy="rename or remove one of them",
-            exit_status=3,
-        )
-
-
-def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
-    """Batches of an Arrow file or stream, validated, since pyarrow trusts the offsets of what it maps."""
-    with pa.memory_map(str(path)) as source:
-        magic = source.read(6)
-        source.seek(0)
-        if magic == b"ARROW1":
-            reader = ipc.open_file(source)
-            batches: Iterable[pa.RecordBatch] = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        else:
-            batches = ipc.open_stream(source)
-        for batch in batches:
-            batch.validate(full=True)
-            yield from (batch.slice(start, BATCH_ROWS) for start in range(0, batch.num_rows, BATCH_ROWS))
-
-
-def _table_rows(batches: Iterable[pa.RecordBatch], path: Path) -> Iterator[NumberedRow]:
-    number = 0
-    for batch in batches:
-        names = batch.schema.names
-        _check_names(names, path)
-        for index in range(batch.num_rows):
-            number += 1
-            try:
-                row = {name: plain(batch.column(at)[index].as_py()) for at, name in enumerate(names)}
-            except UnicodeDecodeError as error:
-                yield number, RowFault("bad-utf8", f"{error.reason} at byte {error.start} of a value")
-            else:
-                yield number, _row(row)
-
-
-def plain(value: Any) -> Any:
-    """A value of a table as JSON can hold it: dates as ISO 8601, bytes as base64, NaN (a missing number) as null."""
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        # A struct column gives every row the keys of all rows; those that a row did not have are null.
-        return {str(key): plain(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode("ascii")
-    if isinstance(value, datetime.date | datetime.time):  # datetime is a date
-        return value.isoformat()
-    return str(value)
+        yield number, as_row(value)

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpoeng.engine import strict_json
-from dpoeng.engine.readers import json_type
-from dpoeng.engine.strict_json import RowFault
+from dpoeng.engine.strict_json import RowFault, json_type
 
 Message = dict[str, Any]
 Turns = str | list[Message]

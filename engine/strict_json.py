@@ -63,6 +63,27 @@ def check(value: Any) -> None:
             stack.extend((child, depth + 1) for child in (item.values() if isinstance(item, dict) else item))
 
 
+def as_row(value: Any) -> dict[str, Any] | RowFault:
+    """A parsed value as a row, or what keeps it from being one."""
+    try:
+        check(value)
+    except RowFault as fault:
+        return fault
+    if not isinstance(value, dict):
+        return RowFault("not-an-object", f"a row must be a JSON object, this is {json_type(value)}")
+    return value
+
+
+def json_type(value: Any) -> str:
+    """What JSON calls the type of a value, with its article, for messages."""
+    if value is None:
+        return "null"
+    for types, name in ((bool, "a boolean"), (int | float, "a number"), (str, "a string"), (list, "an array")):
+        if isinstance(value, types):
+            return name
+    return "an object"
+
+
 def _check_text(text: str) -> None:
     if text.isascii():
         return
