@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,6 +66,7 @@ class CausalLM:
         device: where inputs go.
         dtype: compute dtype.
         quantization: how the base is held.
+        native_attention: the attention that transformers chose for this architecture.
         layout: whether branches share their prompt, and why if they do not.
     """
 
@@ -75,9 +76,9 @@ class CausalLM:
     device: torch.device
     dtype: torch.dtype
     quantization: Quantization
-    layout: Layout = "shared"
+    native_attention: str
+    layout: Layout = "separate"
     layout_reason: str = ""
-    notes: list[str] = field(default_factory=list)
 
     @property
     def backbone(self) -> Any:
@@ -139,8 +140,8 @@ def find_model(name: str, *, revision: str | None = None) -> ModelSource:
 
 def find_adapter(name: str) -> ModelSource:
     """A peft adapter's directory or hub id -> its files."""
-    path = Path(name).expanduser()
-    folder, commit = (path, None) if path.is_dir() else (path, None)
+    path = folder = Path(name).expanduser()
+    commit: str | None = None
     if not path.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "/")):
         folder, commit = _download(name, None, "adapter_model.safetensors")
     config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
@@ -364,6 +365,7 @@ def load_model(
         device=device,
         dtype=compute,
         quantization=quantization,
+        native_attention=base.config._attn_implementation,
     )
 
 
@@ -561,7 +563,7 @@ def set_mode(lm: CausalLM, *, training: bool) -> None:
 def use_layout(lm: CausalLM, layout: Layout, reason: str = "") -> None:
     """Switches the attention between the shared-prompt one and transformers' own."""
     lm.layout, lm.layout_reason = layout, reason
-    lm.base.set_attn_implementation(SHARED_PROMPT if layout == "shared" else "sdpa")
+    lm.base.set_attn_implementation(SHARED_PROMPT if layout == "shared" else lm.native_attention)
 
 
 def enable_gradient_checkpointing(lm: CausalLM) -> None:
@@ -597,3 +599,10 @@ def device_name(device: torch.device) -> str:
     import platform
 
     return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def lr_schedule(name: str, optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> Any:
+    """transformers' learning-rate schedule of that name."""
+    from transformers import get_scheduler
+
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps)

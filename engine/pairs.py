@@ -259,9 +259,12 @@ def _identity(stat: stat_result) -> tuple[int, ...]:
 
 def _digest(path: Path) -> str:
     digest = xxhash.xxh3_128()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
+    try:
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise readers.unreadable(path, error) from None
     return digest.hexdigest()
 
 

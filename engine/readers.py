@@ -33,6 +33,8 @@ FORMATS = {
     ".arrow": "arrow",
     ".feather": "arrow",
 }
+# What `datasets` writes beside the data when it saves to a directory.
+NOT_DATA = frozenset({"dataset_info.json", "dataset_dict.json", "state.json"})
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 
 
@@ -44,9 +46,12 @@ def expand(paths: Sequence[Path]) -> list[Path]:
     """
     files: dict[Path, Path] = {}
     for path in paths:
-        for file in _data_files(path) if path.is_dir() else [path]:
-            _kind(file)
-            files.setdefault(file.resolve(), file)
+        try:
+            for file in _data_files(path) if path.is_dir() else [path]:
+                _kind(file)
+                files.setdefault(file.resolve(), file)
+        except OSError as error:
+            raise unreadable(path, error) from None
     return list(files.values())
 
 
@@ -76,9 +81,7 @@ def read_rows(path: Path) -> Iterator[NumberedRow]:
                 yield from _line_rows(stream)
     except (pa.ArrowException, OSError) as error:  # pyarrow reports damage of compressed streams as OSError
         if isinstance(error, OSError) and error.errno is not None:
-            raise UserError(
-                f"Cannot read {path}: {error.strerror}.", code="data-unreadable", where=str(path), exit_status=3
-            ) from None
+            raise unreadable(path, error) from None
         raise UserError(
             "The file is damaged or not of the kind that its name says.",
             code="data-damaged",
@@ -90,6 +93,18 @@ def read_rows(path: Path) -> Iterator[NumberedRow]:
         ) from None
 
 
+def unreadable(path: Path, error: OSError) -> UserError:
+    """What to say when the system does not let us read a file."""
+    return UserError(
+        "The file cannot be read.",
+        code="data-unreadable",
+        where=str(path),
+        found=error.strerror or str(error),
+        remedy="check its permissions and the disk",
+        exit_status=3,
+    )
+
+
 def is_untyped(path: Path) -> bool:
     """Whether all values of the file are texts: `csv_value` says what they mean."""
     return _suffixes(path)[0] in (".csv", ".tsv")
@@ -97,7 +112,7 @@ def is_untyped(path: Path) -> bool:
 
 def _data_files(folder: Path) -> list[Path]:
     names = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
-    files = [file for file in names if _suffixes(file)[0] in FORMATS]
+    files = [file for file in names if _suffixes(file)[0] in FORMATS and file.name not in NOT_DATA]
     if not files:
         raise UserError(
             "The directory holds no data file.",

@@ -16,7 +16,6 @@ from dpoeng.cache.errors import UserError
 from dpoeng.engine.attention import plan_attention
 from dpoeng.engine.layout import Branch, IndexArray, PackedRow, PromptGroup, pack, pad, separate
 from dpoeng.engine.model import CausalLM, use_layout
-from dpoeng.kernels.row_logps import token_logps_from_logits
 from dpoeng.kernels.token_logps import token_logps
 
 
@@ -60,6 +59,8 @@ def head_logps(lm: CausalLM, hidden: torch.Tensor, targets: torch.Tensor) -> tor
         return token_logps(
             hidden.to(head.weight.dtype), head.weight, targets, bias=head.bias, softcap=softcap, scale=scale
         )
+    from dpoeng.kernels.row_logps import token_logps_from_logits
+
     logits = head(hidden) * scale
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap

@@ -124,10 +124,11 @@ def table_rows(batches: Iterable[pa.RecordBatch], path: Path) -> Iterator[Number
     for batch in batches:
         names = batch.schema.names
         _check_names(names, path)
+        columns = list(zip(names, batch.columns, strict=True))
         for index in range(batch.num_rows):
             number += 1
             try:
-                row = {name: plain(batch.column(at)[index].as_py()) for at, name in enumerate(names)}
+                row = {name: plain(column[index].as_py()) for name, column in columns}
             except UnicodeDecodeError as error:
                 yield number, RowFault("bad-utf8", f"{error.reason} at byte {error.start} of a value")
             else:

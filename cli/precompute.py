@@ -1,0 +1,80 @@
+"""`dpoeng precompute-ref`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dpoeng.cli.options import config_options, given
+from dpoeng.engine.config import PrecomputeConfig, load_config
+
+if TYPE_CHECKING:
+    from dpoeng.engine.precompute import PrecomputeSummary
+
+EPILOG = """\b
+Examples:
+  dpoeng precompute-ref pairs.jsonl --model sft-model
+  dpoeng precompute-ref pairs.jsonl --model Qwen/Qwen2.5-32B --adapter sft-lora --quantization 8bit
+  dpoeng precompute-ref pairs.jsonl --model sft-model --where confident --columns chosen=response_a
+"""
+
+
+@click.command("precompute-ref", epilog=EPILOG)
+@click.argument("pairs", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file.  [default: dpoeng.yaml]")
+@config_options(PrecomputeConfig, skip=frozenset({"pairs"}))
+def precompute_ref(pairs: tuple[Path, ...], config_file: Path | None, **options: Any) -> None:
+    """Phase one: run the frozen SFT model over PAIRS once and store its log-probs.
+
+    PAIRS are files or folders of preference pairs (JSON Lines, JSON, Parquet, CSV, Arrow; .gz and .zst too). The
+    reference is base + adapter exactly as named. Run the same command again after an interruption, or with more pairs:
+    only what the cache lacks is computed.
+    """
+    values = given(options)
+    if pairs:
+        values["pairs"] = pairs
+    config = load_config(PrecomputeConfig, values, config_file)
+
+    from dpoeng.cli.progress import TerminalProgress
+    from dpoeng.engine.precompute import precompute_reference
+
+    print_summary(precompute_reference(config, TerminalProgress()))
+
+
+def print_summary(summary: PrecomputeSummary) -> None:
+    """What was done, what was left out, and what to do next."""
+    from rich.console import Console
+
+    from dpoeng.cli.summary import facts_table
+    from dpoeng.cli.tables import length_table
+
+    console = Console()
+    console.print(length_table(summary.data))
+    facts: list[tuple[str, str]] = [
+        ("pairs", f"{summary.pairs} in view {summary.view!r}: {summary.computed} computed, {summary.reused} reused"),
+    ]
+    if summary.quarantined:
+        facts.append(("damaged", f"{summary.quarantined} objects set aside and computed again"))
+    if summary.computed:
+        seconds = max(summary.seconds, 1e-9)
+        facts.append(
+            (
+                "speed",
+                f"{summary.computed / seconds:.2f} pairs/s, {summary.computed_tokens / seconds:,.0f} tokens/s on "
+                f"{summary.device} (loading included)",
+            )
+        )
+        shared = "each prompt run once for both responses" if summary.layout == "shared" else summary.layout_reason
+        facts.append(("layout", f"{summary.layout}: {shared}"))
+    if summary.peak_bytes is not None:
+        facts.append(("peak memory", f"{summary.peak_bytes / 2**30:.2f} GiB allocated on the device"))
+    facts.append(("reference", f"prefers the chosen response in {100 * summary.reference_accuracy:.0f} % of the pairs"))
+    if summary.filtered:
+        facts.append(("filtered", f"{summary.filtered} rows by --where"))
+    if summary.rejects_file is not None:
+        facts.append(("rejected", f"{len(summary.rejects)} rows, listed in {summary.rejects_file}"))
+    facts.append(("identity", summary.spec))
+    console.print(facts_table(facts))
+    console.print(f"\nNext: [bold]dpoeng train --cache {summary.cache}[/]", highlight=False, soft_wrap=True)

@@ -1,0 +1,91 @@
+"""Progress on a terminal: bars where there is one, a line now and then where there is not."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from dpoeng.engine.progress import Advance
+
+LINE_EVERY_S = 15.0
+
+
+class TerminalProgress:
+    """Draws `dpoeng.engine.progress` on stderr."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+
+    def note(self, text: str) -> None:
+        """A sentence for the user."""
+        self._console.print(f"[yellow]note:[/] {text}", highlight=False)
+
+    @contextlib.contextmanager
+    def task(self, title: str, total: int, unit: str) -> Iterator[Advance]:
+        """A piece of work."""
+        if self._console.is_terminal:
+            with self._bar(title, total, unit) as advance:
+                yield advance
+        else:
+            with self._lines(title, total, unit) as advance:
+                yield advance
+
+    @contextlib.contextmanager
+    def _bar(self, title: str, total: int, unit: str) -> Iterator[Advance]:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[shown]}"),
+        )
+        with Progress(*columns, console=self._console, transient=False) as bar:
+            task = bar.add_task(title, total=total, rate="", shown="")
+            began, done = time.perf_counter(), 0
+
+            def advance(amount: int, shown: str) -> None:
+                nonlocal done
+                done += amount
+                seconds = time.perf_counter() - began
+                bar.update(task, advance=amount, shown=shown, rate=rate(done, seconds, unit))
+
+            yield advance
+
+    @contextlib.contextmanager
+    def _lines(self, title: str, total: int, unit: str) -> Iterator[Advance]:
+        began = last = time.perf_counter()
+        done = 0
+
+        def advance(amount: int, shown: str) -> None:
+            nonlocal done, last
+            done += amount
+            now = time.perf_counter()
+            if now - last >= LINE_EVERY_S and done < total:
+                last = now
+                left = (now - began) * (total - done) / max(done, 1)
+                self._console.print(
+                    f"{title}: {100 * done // max(total, 1)} %, {rate(done, now - began, unit)}, "
+                    f"{left:.0f} s left  {shown}",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+
+        yield advance
+        seconds = time.perf_counter() - began
+        if seconds >= 1:
+            self._console.print(
+                f"{title}: done in {seconds:.1f} s, {rate(done, seconds, unit)}", highlight=False, soft_wrap=True
+            )
+
+
+def rate(done: int, seconds: float, unit: str) -> str:
+    """`done` units in `seconds`, in words."""
+    per_second = done / max(seconds, 1e-9)
+    if unit == "B":
+        return f"{per_second / 1e6:.0f} MB/s"
+    return f"{per_second:,.0f} {unit}/s" if per_second >= 10 else f"{per_second:.2f} {unit}/s"

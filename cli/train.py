@@ -1,0 +1,79 @@
+"""`dpoeng train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dpoeng.cli.options import config_options, given
+from dpoeng.engine.config import TrainConfig, load_config
+
+if TYPE_CHECKING:
+    from dpoeng.engine.train import TrainSummary
+
+EPILOG = """\b
+Examples:
+  dpoeng train --cache refcache
+  dpoeng train --cache refcache --output-dir out --beta 0.1 --learning-rate 2e-5 --num-train-epochs 3
+  dpoeng train --cache refcache --adapter-mode stack --lora-r 32
+"""
+
+
+@click.command("train", epilog=EPILOG)
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file.  [default: dpoeng.yaml]")
+@config_options(TrainConfig)
+def train(config_file: Path | None, **options: Any) -> None:
+    """Phase two: DPO of a LoRA policy against the cached reference. No reference model is loaded.
+
+    Model, SFT adapter and precision are those that the cache names. Before the first step the policy is compared with
+    the cache on real pairs. A run that is started again with the same output folder goes on from its newest checkpoint.
+    """
+    config = load_config(TrainConfig, given(options), config_file)
+
+    from dpoeng.cli.progress import TerminalProgress
+    from dpoeng.engine.train import train as run
+
+    print_summary(run(config, TerminalProgress()))
+
+
+def print_summary(summary: TrainSummary) -> None:
+    """What was done, what it brought, and what to do next."""
+    from rich.console import Console
+
+    from dpoeng.cli.summary import facts_table, metrics_table
+
+    console = Console()
+    if summary.already_complete:
+        console.print(f"This run is complete already ({summary.steps} steps); nothing was done.", highlight=False)
+    facts: list[tuple[str, str]] = []
+    if summary.parity is not None:
+        facts.append(
+            (
+                "parity",
+                f"policy = cache on {summary.parity.pairs} pairs: mean difference {summary.parity.mean_diff:.2g}, "
+                f"largest {summary.parity.max_diff:.2g} nats a token; reward noise {summary.parity.reward_noise:.2g}",
+            )
+        )
+    facts.append(
+        (
+            "trained",
+            f"{summary.trainable:,} parameters ({summary.adapter_mode} adapter) on {summary.train_pairs} pairs, "
+            f"{summary.steps} steps" + (f", from step {summary.resumed_from}" if summary.resumed_from else ""),
+        )
+    )
+    if not summary.already_complete:
+        facts.append(("time", f"{summary.seconds:.0f} s on {summary.device}"))
+        shared = "each prompt run once for both responses" if summary.layout == "shared" else summary.layout_reason
+        facts.append(("layout", f"{summary.layout}: {shared}"))
+    if summary.peak_bytes is not None:
+        facts.append(("peak memory", f"{summary.peak_bytes / 2**30:.2f} GiB allocated on the device"))
+    console.print(facts_table(facts))
+    console.print(metrics_table(summary))
+    console.print(
+        f"\nThe adapter is in [bold]{summary.adapter}[/]; run.json beside it has the lines that load it with peft.\n"
+        f"Every step's figures: {summary.output_dir / 'metrics.jsonl'}",
+        highlight=False,
+        soft_wrap=True,
+    )

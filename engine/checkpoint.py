@@ -1,0 +1,165 @@
+"""Checkpoints: a folder a step, written whole or not at all, found again by checksum. Safetensors and JSON only.
+
+A checkpoint holds the trained tensors, the optimizer's state and how far the run had come. Random state is not in it:
+order and dropout depend on (seed, epoch, step) alone, so there is none to restore.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors.torch import load, save
+
+from dpoeng.cache.errors import UserError
+
+_PREFIX = "checkpoint-"
+_STATE = "state.json"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """What a run needs to go on: tensors by name, and the state that `save_checkpoint` was given."""
+
+    step: int
+    folder: Path
+    parameters: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    *,
+    parameters: Mapping[str, torch.Tensor],
+    optimizer: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Writes `root/checkpoint-<step>` durably, then removes the oldest beyond `keep`.
+
+    The old ones go only after the new one is on the disk.
+
+    Raises:
+        UserError: the disk is full or may not be written; older checkpoints are untouched.
+    """
+    folder = root / f"{_PREFIX}{step:08d}"
+    files = {
+        "parameters.safetensors": save(dict(parameters)),
+        "optimizer.safetensors": save(dict(optimizer)),
+    }
+    record = {
+        "step": step,
+        "state": dict(state),
+        "files": {name: {"bytes": len(data), "xxh3_128": _digest(data)} for name, data in files.items()},
+    }
+    files[_STATE] = _seal(record)
+    write_folder(folder, files)
+    for old in _folders(root)[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def latest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole, and one sentence for each newer one that is not."""
+    damaged = []
+    for folder in reversed(_folders(root)):
+        try:
+            return _read(folder), damaged
+        except (OSError, ValueError, KeyError) as error:
+            damaged.append(f"{folder} is damaged ({error}); the checkpoint before it is used")
+    return None, damaged
+
+
+def remove_checkpoints(root: Path) -> None:
+    """Removes all checkpoints under `root`, and what an interrupted save left."""
+    for folder in [*_folders(root), *root.glob(f".{_PREFIX}*")]:
+        shutil.rmtree(folder)
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Makes a folder with these files appear, whole and durable, in place of whatever stood there.
+
+    Raises:
+        UserError: the disk is full or may not be written.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        for name, data in files.items():
+            write_durably(temporary / name, data)
+        _sync_folder(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        _sync_folder(folder.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            "the output folder cannot be written",
+            code="output-unwritable",
+            where=str(folder),
+            found=error.strerror or str(error),
+            remedy="free some space or make the folder writable, then run the same command again: it goes on from the "
+            "newest checkpoint",
+            exit_status=5,
+        ) from error
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Writes a file and waits until it is on the disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(path for path in root.glob(f"{_PREFIX}*") if path.is_dir() and not path.is_symlink())
+
+
+def _digest(data: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def _seal(record: Mapping[str, Any]) -> bytes:
+    body = json.dumps(record, sort_keys=True, indent=1)
+    return json.dumps({"record": body, "xxh3_128": _digest(body.encode())}).encode()
+
+
+def _read(folder: Path) -> Checkpoint:
+    sealed = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    if _digest(sealed["record"].encode()) != sealed["xxh3_128"]:
+        raise ValueError(f"{_STATE} does not match its checksum")
+    record = json.loads(sealed["record"])
+    tensors = {}
+    for name, expected in record["files"].items():
+        data = (folder / name).read_bytes()
+        if len(data) != expected["bytes"] or _digest(data) != expected["xxh3_128"]:
+            raise ValueError(f"{name} does not match its checksum")
+        tensors[name] = load(data)
+    return Checkpoint(
+        step=record["step"],
+        folder=folder,
+        parameters=tensors["parameters.safetensors"],
+        optimizer=tensors["optimizer.safetensors"],
+        state=record["state"],
+    )

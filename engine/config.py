@@ -1,0 +1,240 @@
+"""Typed configuration: the fields of `dpoeng.yaml`, of the command line and of the Python API are these, once.
+
+A file may hold the fields of both phases side by side; each command takes its own. Precedence: command line, then
+file, then default. A field that means the same as in TRL's DPOConfig, transformers' TrainingArguments or peft's
+LoraConfig carries the same name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dpoeng.cache.errors import UserError
+
+DEFAULT_FILE = Path("dpoeng.yaml")
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["none", "8bit", "4bit"]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class PrecomputeConfig(_Config):
+    """Phase one: score the frozen reference once."""
+
+    pairs: tuple[Path, ...] = Field((), description="Files or folders of preference pairs.")
+    model: str | None = Field(None, description="The SFT base: a directory, a .gguf file or a hub id.")
+    adapter: str | None = Field(None, description="SFT LoRA adapter on the base; the reference is base + adapter.")
+    cache: Path = Field(Path("refcache"), description="The reference cache's folder; made if it is not there.")
+    name: str | None = Field(
+        None, description="Name of this set of pairs in the cache. Default: the first file's name without endings."
+    )
+    quantization: Quantization = Field("none", description="How the base is held: none, 8bit or 4bit (bitsandbytes).")
+    dtype: Dtype = Field("auto", description="Compute dtype; auto is the checkpoint's own.")
+    llm_int8_threshold: float = Field(6.0, ge=0, description="8bit: outlier threshold of LLM.int8(); 0 turns it off.")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4bit: the number format.")
+    bnb_4bit_use_double_quant: bool = Field(True, description="4bit: quantise the scales too.")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    layout: Literal["auto", "shared", "separate"] = Field(
+        "auto", description="shared runs each prompt once; separate repeats it; auto tries and checks."
+    )
+    max_length: int = Field(1024, ge=2, description="Most tokens of prompt + response; what is longer is truncated.")
+    max_prompt_length: int | None = Field(None, ge=1, description="Most tokens of a prompt. Default: no own limit.")
+    truncation_mode: Literal["keep_start", "keep_end"] = Field(
+        "keep_start", description="Which end of a text that is too long is kept; see docs/data.md."
+    )
+    append_eos: bool = Field(True, description="End each text response with the end-of-sequence token, once.")
+    columns: dict[str, str] = Field({}, description="Other names of fields, e.g. chosen=response_a.")
+    where: str | None = Field(None, description="Use only rows for which this holds, e.g. 'confident'.")
+    max_reject_share: float = Field(0.05, ge=0, le=1, description="Stop if more than this share of rows is unusable.")
+    batch_tokens: int | None = Field(
+        None, ge=1, description="Positions computed in one forward. Default: 16384 on a GPU, 2048 on a CPU."
+    )
+    shard_tokens: int = Field(
+        65536, ge=1, description="Positions stored in one file of the cache: what an interruption can cost at most."
+    )
+
+
+class TrainConfig(_Config):
+    """Phase two: train the policy against the cached numbers."""
+
+    cache: Path = Field(Path("refcache"), description="The reference cache that precompute-ref wrote.")
+    view: str | None = Field(None, description="Which set of pairs in the cache. Default: the only one.")
+    eval_view: str | None = Field(None, description="A set of pairs in the cache to evaluate on.")
+    eval_share: float = Field(
+        0.1, ge=0, lt=1, description="Without eval_view: share of prompts held out for evaluation; 0 for none."
+    )
+    output_dir: Path = Field(Path("out"), description="Where the adapter, the log and the checkpoints go.")
+    resume: bool | None = Field(
+        None, description="true: there must be a checkpoint; false: start anew; default: go on if there is one."
+    )
+
+    model: str | None = Field(None, description="Overrides the base that the cache names (it moved, for example).")
+    adapter: str | None = Field(None, description="Overrides the SFT adapter that the cache names.")
+    adapter_mode: Literal["auto", "new", "stack", "continue"] = Field(
+        "auto",
+        description="new: a fresh LoRA on the base; stack: a fresh LoRA on base + frozen SFT adapter; continue: the SFT "
+        "adapter trained further; auto: continue if the reference has an adapter, else new.",
+    )
+    quantization: Quantization | None = Field(None, description="Overrides the reference's quantisation.")
+    dtype: Dtype | None = Field(None, description="Overrides the reference's compute dtype.")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    layout: Literal["auto", "shared", "separate"] = Field(
+        "auto", description="shared runs each prompt once; separate repeats it; auto tries and checks."
+    )
+
+    lora_r: int = Field(16, ge=1, description="LoRA rank.")
+    lora_alpha: float = Field(32, gt=0, description="LoRA scale: the update is alpha / r times B A x.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the trained LoRA.")
+    lora_target_modules: tuple[str, ...] = Field(("all-linear",), description="Modules that get a LoRA.")
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r), https://arxiv.org/abs/2312.03732")
+    use_dora: bool = Field(False, description="Weight-decomposed LoRA, https://arxiv.org/abs/2402.09353")
+    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = Field(
+        True, description="LoRA's start; all of these leave the first policy equal to the reference."
+    )
+
+    loss_type: Literal["sigmoid"] = Field("sigmoid", description="sigmoid is DPO.")
+    beta: float = Field(0.1, gt=0, description="How strongly the policy is held to the reference.")
+
+    learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate of AdamW.")
+    lr_scheduler_type: str = Field("linear", description="A schedule of transformers: linear, cosine, constant, ...")
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps over which the rate rises.")
+    warmup_steps: int = Field(0, ge=0, description="Number of such steps; if > 0 it replaces warmup_ratio.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the variance.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0 turns clipping off.")
+    num_train_epochs: float = Field(3.0, gt=0, description="Passes over the pairs.")
+    max_steps: int = Field(-1, ge=-1, description="Optimizer steps; if > 0 it replaces num_train_epochs.")
+    per_device_train_batch_size: int = Field(2, ge=1, description="Pairs in one forward.")
+    gradient_accumulation_steps: int = Field(4, ge=1, description="Forwards in one optimizer step.")
+    per_device_eval_batch_size: int = Field(4, ge=1, description="Pairs in one forward of the evaluation.")
+    gradient_checkpointing: bool | None = Field(
+        None, description="Recompute layers in the backward pass: less memory, more time. Default: only on a GPU."
+    )
+    seed: int = Field(42, ge=0, description="Seeds the LoRA, the order of the pairs, the held-out share and dropout.")
+
+    logging_steps: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
+    eval_steps: int | None = Field(None, ge=1, description="Steps between evaluations. Default: once an epoch.")
+    save_steps: int | None = Field(None, ge=1, description="Steps between checkpoints. Default: a tenth of the run.")
+    save_total_limit: int = Field(2, ge=1, description="Checkpoints kept.")
+
+    parity_pairs: int = Field(32, ge=1, description="Pairs on which policy and cache are compared before step one.")
+    parity_tolerance: float | None = Field(
+        None, gt=0, description="Largest allowed mean difference per token, nats. Default: by precision."
+    )
+
+    @model_validator(mode="after")
+    def _continue_keeps_its_shape(self) -> TrainConfig:
+        shape = {"lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora", "init_lora_weights"}
+        named = sorted(shape & self.model_fields_set)
+        if self.adapter_mode == "continue" and named:
+            raise ValueError(
+                f"{', '.join(named)} cannot be set with adapter_mode continue: the SFT adapter keeps its own shape; "
+                "use adapter_mode stack for a new LoRA on top of it"
+            )
+        return self
+
+
+Config = TypeVar("Config", PrecomputeConfig, TrainConfig)
+
+
+def known_fields() -> dict[str, list[str]]:
+    """Every field name -> the commands that take it."""
+    fields: dict[str, list[str]] = {}
+    for command, cls in (("precompute-ref", PrecomputeConfig), ("train", TrainConfig)):
+        for name in cls.model_fields:
+            fields.setdefault(name, []).append(command)
+    return fields
+
+
+def load_config(cls: type[Config], overrides: Mapping[str, Any], file: Path | None = None) -> Config:
+    """Builds a config from a file and what was given on the command line.
+
+    Args:
+        cls: PrecomputeConfig or TrainConfig.
+        overrides: fields that were given explicitly; they win over the file.
+        file: a YAML file; None reads ./dpoeng.yaml if it is there.
+
+    Raises:
+        UserError: the file cannot be read, a name is unknown, or a value is wrong.
+    """
+    path = file if file is not None else (DEFAULT_FILE if DEFAULT_FILE.is_file() else None)
+    values = {k: v for k, v in (_read_yaml(path) if path is not None else {}).items() if k in cls.model_fields}
+    values.update(overrides)
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        raise _value_error(error, overrides, path) from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(
+            "the configuration file cannot be read",
+            code="config-unreadable",
+            where=str(path),
+            expected="YAML: one `field: value` a line",
+            found=str(error),
+            remedy="mend the file, or name another with --config",
+        ) from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(
+            "the configuration file is not a set of fields",
+            code="config-unreadable",
+            where=str(path),
+            expected="YAML: one `field: value` a line",
+            found=type(values).__name__,
+            remedy="write for example `model: Qwen/Qwen2.5-32B`",
+        )
+    fields = known_fields()
+    for key in values:
+        if key not in fields:
+            raise unknown_field(str(key), where=str(path))
+    return values
+
+
+def unknown_field(name: str, *, where: str) -> UserError:
+    """The error for a field that no command knows, with the nearest ones that exist."""
+    fields = known_fields()
+    near = difflib.get_close_matches(name.replace("-", "_"), fields, n=3, cutoff=0.5)
+    return UserError(
+        f"there is no field {name}",
+        code="config-unknown",
+        where=where,
+        expected=("perhaps " + ", ".join(f"{n} ({' and '.join(fields[n])})" for n in near))
+        if near
+        else "a field listed by dpoeng precompute-ref --help or dpoeng train --help",
+        found=name,
+        remedy="correct the name, or take it out",
+    )
+
+
+def _value_error(error: ValidationError, overrides: Mapping[str, Any], path: Path | None) -> UserError:
+    first = error.errors()[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    if first["type"] == "extra_forbidden":
+        return unknown_field(name, where="arguments")
+    option = f"--{name.replace('_', '-')}" if name in overrides else f"{name} in {path}" if path else name
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return UserError(
+        f"{name}: {message}" if name else message,
+        code="config-value",
+        where=option or "the combination of options",
+        expected=message[0].lower() + message[1:] if name else None,
+        found=repr(first["input"]) if name else None,
+        remedy="correct the value; --help tells what each field means",
+    )

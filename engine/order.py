@@ -1,0 +1,68 @@
+"""Which pairs are held out, and in which order the others are seen: functions of the seed and nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+
+def hold_out(prompts: Sequence[bytes], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Splits rows into (training, held out) by prompt, so that no prompt is on both sides.
+
+    Prompts are taken in the order of a seeded hash of their tokens until `share` of the rows is reached: the split does
+    not depend on the order of the rows, and adding rows moves few of the others.
+
+    Args:
+        prompts: the prompt's bytes (its token ids) of every row.
+        share: in [0, 1); at least one prompt is held out if it is above 0 and there are two prompts.
+        seed: another seed gives another split.
+    """
+    if share <= 0:
+        return list(range(len(prompts))), []
+    rows_of: dict[bytes, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows_of.setdefault(xxhash.xxh3_128_digest(prompt, seed=seed), []).append(row)
+    wanted = share * len(prompts)
+    held: list[int] = []
+    for digest in sorted(rows_of)[: len(rows_of) - 1]:
+        if held and len(held) + len(rows_of[digest]) / 2 > wanted:
+            break
+        held += rows_of[digest]
+    out = set(held)
+    return [row for row in range(len(prompts)) if row not in out], sorted(held)
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """The optimizer steps of a run over `rows` training rows, `batch` pairs a step; the last of an epoch may be smaller."""
+
+    rows: int
+    batch: int
+    total_steps: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass."""
+        return math.ceil(self.rows / self.batch)
+
+    def epoch(self, step: int) -> float:
+        """Passes completed after `step` steps."""
+        return step / self.steps_per_epoch
+
+    def rows_of_step(self, step: int) -> list[int]:
+        """Indices in [0, rows) of the pairs of optimizer step `step` (from 0)."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+        return [int(row) for row in order[within * self.batch : (within + 1) * self.batch]]
+
+
+def plan_schedule(rows: int, *, batch: int, epochs: float, max_steps: int, seed: int) -> Schedule:
+    """The schedule for `epochs` passes, or for `max_steps` steps if that is above 0."""
+    per_epoch = math.ceil(rows / batch)
+    total = max_steps if max_steps > 0 else max(1, math.ceil(epochs * per_epoch))
+    return Schedule(rows=rows, batch=batch, total_steps=total, seed=seed)

@@ -1,0 +1,315 @@
+"""Phase one: run the frozen reference once over the pairs that the cache lacks, and commit its log-probs."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpoeng.cache.errors import UserError
+from dpoeng.cache.schema import PairIds, pair_key
+from dpoeng.cache.store import KeyIndex, Store, ViewEntry
+from dpoeng.engine.config import PrecomputeConfig
+from dpoeng.engine.layout import batches_by_tokens
+from dpoeng.engine.model import (
+    CausalLM,
+    ModelSource,
+    device_name,
+    find_adapter,
+    find_model,
+    library_versions,
+    load_model,
+    load_reference_adapter,
+    load_tokenizer,
+    pick_device,
+    set_mode,
+)
+from dpoeng.engine.pairs import PairFile, read_pairs
+from dpoeng.engine.progress import QUIET, Progress
+from dpoeng.engine.rejects import Reject, write_rejects
+from dpoeng.engine.reference import reference_spec, score_pairs
+from dpoeng.engine.scoring import choose_layout
+from dpoeng.engine.tokens import TokenizedData, tokenize_pairs
+
+
+@dataclass(slots=True)
+class PrecomputeSummary:
+    """What phase one did. `pairs` counts rows of the view; `computed` and `reused` count distinct pairs."""
+
+    cache: Path
+    view: str
+    spec: str
+    pairs: int
+    computed: int
+    reused: int
+    quarantined: int
+    filtered: int
+    rejects: list[Reject]
+    rejects_file: Path | None
+    data: TokenizedData
+    source: PairFile
+    computed_tokens: int = 0
+    seconds: float = 0.0
+    layout: str = ""
+    layout_reason: str = ""
+    device: str = ""
+    peak_bytes: int | None = None
+    reference_accuracy: float = 0.0
+    reference: dict[str, Any] = field(default_factory=dict)
+
+
+def precompute_reference(config: PrecomputeConfig, progress: Progress = QUIET) -> PrecomputeSummary:
+    """Runs phase one. Run again after an interruption, it computes only what is missing, and ends with the same bytes.
+
+    Raises:
+        UserError: the data, the model, the configuration or the cache is not usable as it is.
+    """
+    if not config.pairs:
+        raise UserError(
+            "no preference pairs were named",
+            code="config-missing",
+            where="pairs",
+            expected="one file or more, e.g. dpoeng precompute-ref pairs.jsonl --model sft-model",
+            remedy="name the file, or write `pairs: [pairs.jsonl]` into dpoeng.yaml",
+        )
+    if config.model is None:
+        raise UserError(
+            "no model was named",
+            code="config-missing",
+            where="--model",
+            expected="the SFT model: a directory, a .gguf file or a hub id",
+            remedy="add --model DIR (and --adapter DIR for a LoRA SFT checkpoint), or write `model: DIR` into "
+            "dpoeng.yaml in this folder",
+        )
+    device = pick_device(config.device)
+    config = config.model_copy(update={"batch_tokens": config.batch_tokens or default_batch_tokens(device)})
+    view_name = config.name or default_view_name(config.pairs[0])
+    source = find_model(config.model, revision=None)
+    adapter = find_adapter(config.adapter) if config.adapter else None
+
+    file = read_pairs(
+        config.pairs, columns=config.columns, where=config.where, max_reject_share=config.max_reject_share
+    )
+    data = tokenize_pairs(
+        file.pairs,
+        load_tokenizer(source),
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        truncation_mode=config.truncation_mode,
+        append_eos=config.append_eos,
+    )
+    if not data.pairs:
+        raise UserError(
+            "no pair is left after tokenisation",
+            code="data-empty",
+            where=", ".join(map(str, config.pairs)),
+            expected="pairs that keep response tokens within max_length",
+            found=f"{len(data.rejects)} pairs rejected, the first: {data.rejects[0].reason}" if data.rejects else None,
+            remedy="raise --max-length, or look at the prompts",
+            exit_status=3,
+        )
+
+    store = Store.open(config.cache, create=True)
+    spec = reference_spec(config, source, adapter, progress)
+    spec_digest = store.put_spec(spec)
+    index = store.lookup(spec_digest)
+    for name in index.quarantined:
+        progress.note(f"object {name} of the cache was damaged; it was set aside and its pairs are computed again")
+
+    keys = [pair_key(pair.ids) for pair in data.pairs]
+    unique = {key: pair.ids for key, pair in zip(keys, data.pairs, strict=True)}
+    shards = plan_shards(unique, config.shard_tokens)
+    missing = [[ids for ids in shard if ids not in index] for shard in shards]
+    to_compute = sum(len(shard) for shard in missing)
+    summary = PrecomputeSummary(
+        cache=config.cache,
+        view=view_name,
+        spec=spec_digest,
+        pairs=len(data.pairs),
+        computed=to_compute,
+        reused=len(unique) - to_compute,
+        quarantined=len(index.quarantined),
+        filtered=file.filtered,
+        rejects=[*file.rejects, *data.rejects],
+        rejects_file=None,
+        data=data,
+        source=file,
+        device=device_name(device),
+    )
+    if to_compute:
+        began = time.perf_counter()
+        lm = load_reference(config, source, adapter, device)
+        summary.layout, summary.layout_reason = lm.layout, lm.layout_reason
+        _check_ids(unique.values(), lm, source)
+        _compute(lm, store, spec_digest, missing, config, summary, progress)
+        summary.seconds = time.perf_counter() - began
+        index = store.lookup(spec_digest)
+    store.seal(spec_digest)
+
+    summary.reference = {
+        "model": _portable(source),
+        "revision": source.revision,
+        "adapter": _portable(adapter) if adapter else None,
+        "quantization": config.quantization,
+        "dtype": spec.fields["dtype"],
+        "llm_int8_threshold": config.llm_int8_threshold,
+        "bnb_4bit_quant_type": config.bnb_4bit_quant_type,
+        "bnb_4bit_use_double_quant": config.bnb_4bit_use_double_quant,
+        "batch_tokens": config.batch_tokens,
+    }
+    store.write_view(
+        spec_digest,
+        view_name,
+        [
+            ViewEntry(pair.source_file, pair.source_row, key, pair.extra)
+            for pair, key in zip(data.pairs, keys, strict=True)
+        ],
+        {
+            "reference": summary.reference,
+            "tokens": {
+                "max_length": config.max_length,
+                "max_prompt_length": config.max_prompt_length,
+                "truncation_mode": config.truncation_mode,
+                "append_eos": config.append_eos,
+            },
+            "files": {str(path): digest for path, digest in file.files.items()},
+            "where": config.where,
+            "columns": config.columns,
+            "rejects": len(summary.rejects),
+            "versions": library_versions(),
+            "device": summary.device,
+        },
+    )
+    summary.rejects_file = _write_rejects(config.cache / "rejects" / f"{view_name}.jsonl", summary.rejects)
+    summary.reference_accuracy = _reference_accuracy(index, unique)
+    return summary
+
+
+def default_batch_tokens(device: torch.device) -> int:
+    """Positions in one forward: enough to keep the device busy, little beside the weights."""
+    return 16384 if device.type == "cuda" else 2048
+
+
+def default_view_name(path: Path) -> str:
+    """`data/pairs.jsonl.gz` -> `pairs`."""
+    stem = path.name.split(".")[0] or path.resolve().name
+    return re.sub(r"[^A-Za-z0-9._-]", "-", stem)
+
+
+def plan_shards(unique: dict[bytes, PairIds], shard_tokens: int) -> list[list[PairIds]]:
+    """Which pairs are stored together: a pure function of the set of pairs.
+
+    It does not look at what the cache already holds. So a run that is killed and started again, or that is done by
+    several processes, writes the same files as one that was left alone. The longest pairs come first: what will not
+    fit into memory fails at once, and batches hold pairs of like length.
+    """
+    ordered = sorted(unique.items(), key=lambda item: (-item[1].total_tokens, item[0]))
+    lengths = [ids.total_tokens for _, ids in ordered]
+    return [[ordered[i][1] for i in shard] for shard in batches_by_tokens(lengths, shard_tokens)]
+
+
+def load_reference(
+    config: PrecomputeConfig, source: ModelSource, adapter: ModelSource | None, device: torch.device
+) -> CausalLM:
+    """The frozen reference exactly as named, in the mode and layout in which both phases score."""
+    lm = load_model(
+        source,
+        quantization=config.quantization,
+        dtype=config.dtype,
+        device=device,
+        int8_threshold=config.llm_int8_threshold,
+        quant_type=config.bnb_4bit_quant_type,
+        double_quant=config.bnb_4bit_use_double_quant,
+        tokenizer=False,
+    )
+    if adapter is not None:
+        lm = load_reference_adapter(lm, adapter)
+    set_mode(lm, training=False)
+    choose_layout(lm, config.layout)
+    return lm
+
+
+def _compute(
+    lm: CausalLM,
+    store: Store,
+    spec_digest: str,
+    shards: Sequence[Sequence[PairIds]],
+    config: PrecomputeConfig,
+    summary: PrecomputeSummary,
+    progress: Progress,
+) -> None:
+    provenance = {"versions": library_versions(), "device": summary.device, "layout": lm.layout}
+    summary.computed_tokens = sum(ids.total_tokens for shard in shards for ids in shard)
+    if lm.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(lm.device)
+    assert config.batch_tokens is not None
+    pairs_done = 0
+    with progress.task("reference log-probs", summary.computed_tokens, "tokens") as advance:
+        for shard in shards:
+            rows = []
+            for batch in batches_by_tokens([ids.total_tokens for ids in shard], config.batch_tokens):
+                pairs = [shard[i] for i in batch]
+                try:
+                    rows += score_pairs(lm, pairs)
+                except FloatingPointError as error:
+                    raise UserError(
+                        "the reference gave a value that is no log-probability",
+                        code="reference-not-finite",
+                        where=f"a batch of {len(pairs)} pairs",
+                        expected="finite numbers",
+                        found=str(error),
+                        remedy="float16 overflows in some models: use --dtype bfloat16 or float32",
+                        exit_status=5,
+                    ) from error
+                pairs_done += len(pairs)
+                advance(sum(ids.total_tokens for ids in pairs), f"{pairs_done} of {summary.computed} pairs")
+            if rows:
+                store.commit_shard(spec_digest, rows, provenance)
+    if lm.device.type == "cuda":
+        summary.peak_bytes = torch.cuda.max_memory_allocated(lm.device)
+
+
+def _check_ids(pairs: Any, lm: CausalLM, source: ModelSource) -> None:
+    highest = max(
+        int(part.max()) for ids in pairs for part in (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids) if len(part)
+    )
+    if highest >= lm.vocab_size:
+        raise UserError(
+            "the tokenizer gives ids that the model does not have",
+            code="tokenizer-mismatch",
+            where=source.name,
+            expected=f"ids below {lm.vocab_size}",
+            found=str(highest),
+            remedy="use the tokenizer that belongs to this model; added tokens need resized embeddings",
+        )
+
+
+def _portable(source: ModelSource) -> str:
+    """A name by which phase two finds the files from any folder: an absolute path, or the hub id."""
+    if source.revision is not None:
+        return source.name
+    return str(source.weight_files[0].resolve() if source.gguf else source.folder.resolve())
+
+
+def _write_rejects(path: Path, rejects: list[Reject]) -> Path | None:
+    if not rejects:
+        path.unlink(missing_ok=True)
+        return None
+    path.parent.mkdir(exist_ok=True)
+    write_rejects(path, rejects)
+    return path
+
+
+def _reference_accuracy(index: KeyIndex, unique: dict[bytes, PairIds]) -> float:
+    """Share of distinct pairs whose chosen response the reference already finds likelier."""
+    right = 0
+    for ids in unique.values():
+        pair = index.get(ids)
+        assert pair is not None, "every pair was committed"
+        right += pair.chosen_sum > pair.rejected_sum
+    return right / len(unique)

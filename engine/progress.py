@@ -1,0 +1,38 @@
+"""How long work reports on itself. The engine prints nothing: a caller that wants to see hands in a `Progress`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+Advance = Callable[[int, str], None]
+"""Called with the amount of work done since the last call and a short text of current figures."""
+
+
+class Progress(Protocol):
+    """What a caller may hand in. The command line draws bars; tests collect; a notebook may do either."""
+
+    def task(self, title: str, total: int, unit: str) -> AbstractContextManager[Advance]:
+        """Begins a piece of work of `total` units; it ends with the context."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something that the user should read, one sentence."""
+        ...
+
+
+class NoProgress:
+    """Reports nothing."""
+
+    def task(self, title: str, total: int, unit: str) -> AbstractContextManager[Advance]:
+        """See `Progress.task`."""
+        del title, total, unit
+        return contextlib.nullcontext(lambda amount, shown: None)
+
+    def note(self, text: str) -> None:
+        """See `Progress.note`."""
+
+
+QUIET = NoProgress()

@@ -1,0 +1,171 @@
+"""What the reference is: its full identity, and whether a loaded model still agrees with cached values."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpoeng.cache.fingerprint import combined_digest, weight_digests
+from dpoeng.cache.reader import View
+from dpoeng.cache.schema import PairIds, ScoredPair
+from dpoeng.cache.spec import ReferenceSpec
+from dpoeng.engine.config import PrecomputeConfig
+from dpoeng.engine.layout import batches_by_tokens, pair_group
+from dpoeng.engine.model import CausalLM, ModelSource, adapter_config, forward_config, resolve_dtype
+from dpoeng.engine.progress import QUIET, Progress
+from dpoeng.engine.scoring import score_groups
+
+SCORING_VERSION = 1
+"""Raised when a change of this code moves log-probs by more than rounding."""
+
+
+def digest_memo() -> Path:
+    """Where digests of weight files are remembered between runs."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "dpoeng" / "digests"
+
+
+def weights_identity(source: ModelSource, progress: Progress = QUIET) -> str:
+    """One digest over all tensors by name, dtype, shape and bytes; the same however the checkpoint is sharded."""
+    total = sum(path.stat().st_size for path in source.weight_files)
+    with progress.task("hashing weights", total, "B") as advance:
+        done = 0
+
+        def report(hashed: int, _total: int) -> None:
+            nonlocal done
+            advance(hashed - done, "")
+            done = hashed
+
+        return combined_digest(weight_digests(source.weight_files, progress=report, memo=digest_memo()))
+
+
+def reference_spec(
+    config: PrecomputeConfig, source: ModelSource, adapter: ModelSource | None, progress: Progress = QUIET
+) -> ReferenceSpec:
+    """All that determines a cached number, and nothing else.
+
+    The tokenizer, the template and truncation are not in it: they act through the token ids, which key each row. The
+    batch plan is in it only where numbers depend on it beyond rounding: LLM.int8() with an outlier threshold picks its
+    outlier columns over the whole batch.
+    """
+    quantization: dict[str, Any] | None = None
+    batch_tokens: int | None = None
+    if config.quantization == "8bit":
+        quantization = {"method": "bitsandbytes-int8", "threshold": config.llm_int8_threshold, "skip": ["lm_head"]}
+        if config.llm_int8_threshold > 0:
+            batch_tokens = config.batch_tokens
+    elif config.quantization == "4bit":
+        quantization = {
+            "method": f"bitsandbytes-{config.bnb_4bit_quant_type}",
+            "double_quant": config.bnb_4bit_use_double_quant,
+            "skip": ["lm_head"],
+        }
+    return ReferenceSpec.from_fields(
+        {
+            "weights": weights_identity(source, progress),
+            "config": forward_config(source),
+            "adapter": None
+            if adapter is None
+            else {"weights": weights_identity(adapter, progress), "config": adapter_config(adapter)},
+            "quantization": quantization,
+            "dtype": str(resolve_dtype(source, config.dtype)).removeprefix("torch."),
+            "scoring": {
+                "version": SCORING_VERSION,
+                "layout": "separate" if config.layout == "separate" else "shared",
+                "batch_tokens": batch_tokens,
+            },
+        }
+    )
+
+
+@torch.inference_mode()
+def score_pairs(lm: CausalLM, pairs: Sequence[PairIds]) -> list[ScoredPair]:
+    """Log-probs of every scored token of some pairs, in one forward.
+
+    Raises:
+        FloatingPointError: the model gave a value that is no log-probability; the message names the pair's index.
+    """
+    token_logps, offsets = score_groups(lm, [pair_group(ids) for ids in pairs])
+    values = token_logps.float().cpu().numpy()
+    scored = []
+    for i, ids in enumerate(pairs):
+        chosen = values[offsets[2 * i] : offsets[2 * i + 1]].copy()
+        rejected = values[offsets[2 * i + 1] : offsets[2 * i + 2]].copy()
+        if not (np.isfinite(chosen).all() and np.isfinite(rejected).all()):
+            raise FloatingPointError(f"pair {i} of the batch has a log-prob that is not finite")
+        # Rounding in the log-sum-exp can leave +1e-7 where the token is certain.
+        scored.append(ScoredPair(ids, np.minimum(chosen, 0.0), np.minimum(rejected, 0.0)))
+    return scored
+
+
+@dataclass(frozen=True, slots=True)
+class ParityReport:
+    """Policy against cache on the same tokens. Differences are per token, absolute, in nats.
+
+    Attributes:
+        pairs: pairs compared.
+        tokens: tokens compared.
+        mean_diff: mean |difference|.
+        max_diff: largest |difference|.
+        reward_noise: root mean square of beta times the difference of a pair's margin: the spurious reward margin that
+            training starts with.
+        tolerance: largest `mean_diff` that is accepted.
+    """
+
+    pairs: int
+    tokens: int
+    mean_diff: float
+    max_diff: float
+    reward_noise: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the cached values are this model's (false for NaN)."""
+        return self.mean_diff <= self.tolerance
+
+
+def parity_tolerance(lm: CausalLM, reference_quantization: str, reference_dtype: str) -> float:
+    """Mean |difference| per token, nats, that rounding explains, and that a wrong model is well above.
+
+    Where policy and reference were asked for in different precisions, the gap between the two precisions is expected.
+    Measured on SmolLM2-135M: see docs/precision.md.
+    """
+    dtype = str(lm.dtype).removeprefix("torch.")
+    if lm.quantization != reference_quantization:
+        return 1.0 if "4bit" in (lm.quantization, reference_quantization) else 0.3
+    if dtype != reference_dtype:
+        return 0.1
+    return {"float32": 2e-3, "bfloat16": 3e-2, "float16": 1e-2}[dtype]
+
+
+def compare_with_cache(
+    lm: CausalLM, view: View, rows: Sequence[int], *, beta: float, batch_tokens: int, tolerance: float
+) -> ParityReport:
+    """Scores some rows of a view with the loaded model and compares them with the cached values."""
+    cached = [view[row] for row in rows]
+    diffs: list[np.ndarray[Any, np.dtype[np.float64]]] = []
+    margins: list[float] = []
+    for batch in batches_by_tokens([pair.ids.total_tokens for pair in cached], batch_tokens):
+        live = score_pairs(lm, [cached[i].ids for i in batch])
+        for i, now in zip(batch, live, strict=True):
+            chosen = now.chosen_logps.astype(np.float64) - cached[i].chosen_logps
+            rejected = now.rejected_logps.astype(np.float64) - cached[i].rejected_logps
+            diffs += [np.abs(chosen), np.abs(rejected)]
+            margins.append(float(chosen.sum() - rejected.sum()))
+    every = np.concatenate(diffs)
+    return ParityReport(
+        pairs=len(cached),
+        tokens=len(every),
+        mean_diff=float(every.mean()),
+        max_diff=float(every.max()),
+        reward_noise=beta * math.sqrt(float(np.mean(np.square(margins)))),
+        tolerance=tolerance,
+    )
