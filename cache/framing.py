@@ -44,9 +44,13 @@ def _check(data: memoryview) -> None:
     footer = _Table.root(data[start : size - 10])
     if footer.vector_length(2, _BLOCK.size):
         raise FramingError("dictionaries are not allowed")
+    end_before = len(MAGIC) + 2
     for index in range(footer.vector_length(3, _BLOCK.size)):
         offset, metadata_size, body_size = _BLOCK.unpack(footer.vector_item(3, _BLOCK.size, index))
-        if offset < 8 or metadata_size < 8 or body_size < 0 or offset + metadata_size + body_size > start:
+        if offset < end_before:  # or a small file could list one batch a million times
+            raise FramingError("record batches overlap")
+        end_before = offset + metadata_size + body_size
+        if metadata_size < 8 or body_size < 0 or end_before > start:
             raise FramingError("a record batch reaches past the file")
         if offset % 8 or metadata_size % 8:
             raise FramingError("a record batch is not aligned")

@@ -21,12 +21,14 @@ import xxhash
 
 from dpoeng.cache.errors import CacheError
 from dpoeng.cache.files import TMP, Disk, Files, disk_error
-from dpoeng.cache.index import Damage, KeyIndex
+from dpoeng.cache.index import Damage as Damage
+from dpoeng.cache.index import KeyIndex as KeyIndex
 from dpoeng.cache.records import DIGEST, VIEW_NAME, Commit, Manifest, ObjectRef, ViewRecord, damaged
 from dpoeng.cache.schema import ScoredPair
 from dpoeng.cache.shard import Shard, check_hash, encode_shard
 from dpoeng.cache.spec import ReferenceSpec
-from dpoeng.cache.table import ViewEntry, encode_table
+from dpoeng.cache.table import ViewEntry as ViewEntry
+from dpoeng.cache.table import encode_table
 
 FORMAT_NAME: Final = "FORMAT"
 FORMAT_BYTES: Final = b"dpoeng-refcache 1\n"
