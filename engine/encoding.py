@@ -6,6 +6,7 @@ of its characters. Knows nothing of pairs, end tokens or truncation.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,14 +50,25 @@ def encode(sides: Sequence[Side], tokenizer: PreTrainedTokenizerBase) -> list[En
 
 @contextmanager
 def _pristine(backend: Any, *, split_special_tokens: bool) -> Iterator[None]:
-    """Without the padding and truncation that earlier calls leave switched on in a `tokenizers.Tokenizer`."""
+    """Without the padding and truncation that earlier calls leave switched on in a `tokenizers.Tokenizer`.
+
+    Byte-level tokenizers mostly trim spaces off their offsets; a token that ends with a space would then seem to end
+    before it. That, too, is off for the time.
+    """
     padding, truncation, split = backend.padding, backend.truncation, backend.encode_special_tokens
+    processor = backend.post_processor
     backend.no_padding()
     backend.no_truncation()
     backend.encode_special_tokens = split_special_tokens
+    if processor is not None:
+        untrimmed = copy.copy(processor)
+        untrimmed.__setstate__(processor.__getstate__().replace(b'"trim_offsets":true', b'"trim_offsets":false'))
+        backend.post_processor = untrimmed
     try:
         yield
     finally:
+        if processor is not None:
+            backend.post_processor = processor
         backend.encode_special_tokens = split
         if padding is not None:
             backend.enable_padding(**padding)

@@ -218,7 +218,7 @@ def _transcript_cut(common: str) -> int | None:
     ends = [common.rfind(header) + len(header) for header in ASSISTANT_HEADERS if header in common]
     if ends:
         return max(ends)
-    if "\n" not in common.strip():
+    if "\n" not in common.lstrip():
         return None
     return len(common.rstrip()) if common[-1].isspace() else max(common.rfind(" "), common.rfind("\n"))
 
