@@ -15,7 +15,7 @@ from pydantic_core import PydanticUndefined
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class _KeyValue(click.ParamType):
+class _KeyValue(click.ParamType[tuple[str, str]]):
     name = "NAME=COLUMN"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
@@ -25,7 +25,7 @@ class _KeyValue(click.ParamType):
         return key, text
 
 
-class _Words(click.ParamType):
+class _Words(click.ParamType[tuple[str, ...]]):
     name = "NAME[,NAME...]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
@@ -33,7 +33,7 @@ class _Words(click.ParamType):
 
 
 def config_options(cls: type[BaseModel], *, skip: frozenset[str] = frozenset()) -> Callable[[Command], Command]:
-    """Adds an option for every field of a config; one that is not given arrives as None and is left to file or default."""
+    """Adds an option for every field of a config; one that is not given arrives as None: file or default decide."""
 
     def decorate(command: Command) -> Command:
         for name, field in reversed(cls.model_fields.items()):

@@ -70,7 +70,7 @@ def save_checkpoint(
 
 def latest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that is whole, and one sentence for each newer one that is not."""
-    damaged = []
+    damaged: list[str] = []
     for folder in reversed(_folders(root)):
         try:
             return _read(folder), damaged

@@ -81,8 +81,8 @@ class TrainConfig(_Config):
     adapter: str | None = Field(None, description="Overrides the SFT adapter that the cache names.")
     adapter_mode: Literal["auto", "new", "stack", "continue"] = Field(
         "auto",
-        description="new: a fresh LoRA on the base; stack: a fresh LoRA on base + frozen SFT adapter; continue: the SFT "
-        "adapter trained further; auto: continue if the reference has an adapter, else new.",
+        description="new: a fresh LoRA on the base; stack: a fresh LoRA on base + frozen SFT adapter; continue: the "
+        "SFT adapter trained further; auto: continue if the reference has an adapter, else new.",
     )
     quantization: Quantization | None = Field(None, description="Overrides the reference's quantisation.")
     dtype: Dtype | None = Field(None, description="Overrides the reference's compute dtype.")

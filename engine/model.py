@@ -311,13 +311,9 @@ def load_model(
     """
     import transformers
     from transformers import AutoModelForCausalLM
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     transformers.utils.logging.disable_progress_bar()
-    ALL_ATTENTION_FUNCTIONS.register(SHARED_PROMPT, shared_prompt_attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(SHARED_PROMPT, no_mask)
-
+    register_attention()
     compute = resolve_dtype(source, dtype)
     if source.gguf:
         if quantization != "none":
@@ -405,7 +401,7 @@ def _quantization_config(
         ) from error
     if quantization == "8bit":
         return BitsAndBytesConfig(
-            load_in_8bit=True, llm_int8_threshold=int8_threshold, llm_int8_skip_modules=["lm_head"]
+            load_in_8bit=True, llm_int8_threshold=float(int8_threshold), llm_int8_skip_modules=["lm_head"]
         )
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -446,7 +442,7 @@ def add_policy_adapter(lm: CausalLM, mode: AdapterMode, adapter: ModelSource | N
         mode: `new`, a fresh LoRA on the base; `stack`, a fresh LoRA on base + frozen `adapter`, unmerged; `continue`,
             `adapter` itself trained further.
         adapter: the SFT adapter for `stack` and `continue`.
-        lora: arguments of peft's LoraConfig for `new` and `stack`.
+        lora: arguments of peft's LoraConfig; `continue` takes only `lora_dropout` from them.
 
     Raises:
         UserError: the targets match nothing, or the adapter does not fit the base.
@@ -454,6 +450,7 @@ def add_policy_adapter(lm: CausalLM, mode: AdapterMode, adapter: ModelSource | N
     if mode == "continue":
         assert adapter is not None, "mode continue needs an adapter"
         lm.model = _peft_from_pretrained(lm, adapter, POLICY_ADAPTER, trainable=True)
+        _set_dropout(lm, float(lora["lora_dropout"]))
     else:
         from peft import LoraConfig, get_peft_model
 
@@ -484,6 +481,17 @@ def add_policy_adapter(lm: CausalLM, mode: AdapterMode, adapter: ModelSource | N
     for _, parameter in lm.trainable_parameters():
         parameter.data = parameter.data.float()
     return lm
+
+
+def _set_dropout(lm: CausalLM, probability: float) -> None:
+    """Replaces the dropout that the adapter was trained with in SFT: DPO's is this run's own choice.
+
+    Left as it was, the first policy would differ from the reference by noise, and the first loss from ln 2.
+    """
+    for module in lm.model.modules():
+        dropouts = getattr(module, "lora_dropout", None)
+        if isinstance(dropouts, nn.ModuleDict) and POLICY_ADAPTER in dropouts:
+            dropouts[POLICY_ADAPTER] = nn.Dropout(probability) if probability > 0 else nn.Identity()
 
 
 def _peft_from_pretrained(lm: CausalLM, adapter: ModelSource, name: str, *, trainable: bool) -> Any:
@@ -552,12 +560,20 @@ def set_mode(lm: CausalLM, *, training: bool) -> None:
 
     lm.model.eval()
     for name, module in lm.model.named_modules():
-        if type(module).__module__.startswith("bitsandbytes.nn"):
-            module.training = True
-        elif training and isinstance(module, GradientCheckpointingLayer):
+        checkpointed = training and isinstance(module, GradientCheckpointingLayer)
+        if checkpointed or type(module).__module__.startswith("bitsandbytes.nn"):
             module.training = True
         elif training and name.endswith(f".lora_dropout.{POLICY_ADAPTER}"):
             module.train()
+
+
+def register_attention() -> None:
+    """Makes the shared-prompt attention known to transformers; more than once does no harm."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(SHARED_PROMPT, shared_prompt_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(SHARED_PROMPT, no_mask)
 
 
 def use_layout(lm: CausalLM, layout: Layout, reason: str = "") -> None:

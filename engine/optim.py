@@ -47,6 +47,15 @@ def build_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, total
         ) from error
 
 
+def set_scheduler_step(scheduler: Any, step: int) -> None:
+    """Puts a fresh scheduler where it was after `step` steps. The rate is computed from the step, not accumulated."""
+    scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": step, "_step_count": step + 1})
+    rates = [base * rate(step) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer, trainable: Named) -> dict[str, torch.Tensor]:
     """The optimizer's state as `<parameter>/<quantity>` -> tensor, on the CPU."""
     return {

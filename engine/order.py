@@ -38,7 +38,7 @@ def hold_out(prompts: Sequence[bytes], share: float, seed: int) -> tuple[list[in
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The optimizer steps of a run over `rows` training rows, `batch` pairs a step; the last of an epoch may be smaller."""
+    """The optimizer steps of a run over `rows` rows, `batch` pairs a step; an epoch's last step may be smaller."""
 
     rows: int
     batch: int

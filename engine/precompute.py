@@ -31,8 +31,8 @@ from dpoeng.engine.model import (
 )
 from dpoeng.engine.pairs import PairFile, read_pairs
 from dpoeng.engine.progress import QUIET, Progress
-from dpoeng.engine.rejects import Reject, write_rejects
 from dpoeng.engine.reference import reference_spec, score_pairs
+from dpoeng.engine.rejects import Reject, write_rejects
 from dpoeng.engine.scoring import choose_layout
 from dpoeng.engine.tokens import TokenizedData, tokenize_pairs
 
@@ -86,11 +86,11 @@ def precompute_reference(config: PrecomputeConfig, progress: Progress = QUIET) -
             remedy="add --model DIR (and --adapter DIR for a LoRA SFT checkpoint), or write `model: DIR` into "
             "dpoeng.yaml in this folder",
         )
+    source = find_model(config.model)
+    adapter = find_adapter(config.adapter) if config.adapter else None
     device = pick_device(config.device)
     config = config.model_copy(update={"batch_tokens": config.batch_tokens or default_batch_tokens(device)})
     view_name = config.name or default_view_name(config.pairs[0])
-    source = find_model(config.model, revision=None)
-    adapter = find_adapter(config.adapter) if config.adapter else None
 
     file = read_pairs(
         config.pairs, columns=config.columns, where=config.where, max_reject_share=config.max_reject_share

@@ -79,7 +79,7 @@ def read_rows(path: Path) -> Iterator[NumberedRow]:
         else:
             with _open(path, compression) as stream:
                 yield from _line_rows(stream)
-    except (pa.ArrowException, OSError) as error:  # pyarrow reports damage of compressed streams as OSError
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:  # pyarrow calls damaged streams an OSError
         if isinstance(error, OSError) and error.errno is not None:
             raise unreadable(path, error) from None
         raise UserError(

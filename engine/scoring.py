@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dpoeng.cache.errors import UserError
+from dpoeng.cache.schema import IdArray
 from dpoeng.engine.attention import plan_attention
 from dpoeng.engine.layout import Branch, IndexArray, PackedRow, PromptGroup, pack, pad, separate
 from dpoeng.engine.model import CausalLM, use_layout
@@ -102,7 +103,10 @@ def choose_layout(lm: CausalLM, wanted: str = "auto") -> None:
         UserError: `wanted` cannot be had, or not even separate rows give the model's own numbers.
     """
     generator = np.random.default_rng(0)
-    draw = lambda n: generator.integers(0, lm.vocab_size, n, dtype=np.int32)  # noqa: E731
+
+    def draw(count: int) -> IdArray:
+        return generator.integers(0, lm.vocab_size, count, dtype=np.int32)
+
     groups = [
         PromptGroup(draw(5), (Branch(draw(3)), Branch(draw(4), start=1))),
         PromptGroup(draw(3), (Branch(draw(2)), Branch(draw(3)))),

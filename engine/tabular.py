@@ -10,6 +10,7 @@ import csv
 import datetime
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,8 @@ def csv_rows(lines: Iterable[tuple[int, bytes | RowFault]], path: Path, max_cell
         source = _csv_lines(lines)
         first = next(source, "")
         delimiter = max(",;\t", key=first.count)
-        names = next(csv.reader([first], delimiter=delimiter, strict=True), [])
-        _check_names(names, path)
-        reader = csv.reader(source, delimiter=delimiter, strict=True)
+        reader = csv.reader(chain([first], source), delimiter=delimiter, strict=True)
+        names = _csv_header(reader, path)
         number = 0
         while True:
             row: dict[str, Any] | RowFault
@@ -52,6 +52,23 @@ def csv_rows(lines: Iterable[tuple[int, bytes | RowFault]], path: Path, max_cell
             yield number, row
     finally:
         csv.field_size_limit(previous_limit)
+
+
+def _csv_header(reader: Iterator[list[str]], path: Path) -> list[str]:
+    try:
+        names = next(reader, [])
+        _csv_row(names, names)
+    except (csv.Error, RowFault) as error:
+        raise UserError(
+            "The header of the CSV file cannot be read.",
+            code="data-bad-csv",
+            where=str(path),
+            expected="the names of the columns, in UTF-8, in the first line",
+            found=str(error),
+            exit_status=3,
+        ) from None
+    _check_names(names, path)
+    return names
 
 
 _TOO_LONG = "\udc00"  # stands for a line that was skipped; no decoded byte gives this character
@@ -131,6 +148,8 @@ def table_rows(batches: Iterable[pa.RecordBatch], path: Path) -> Iterator[Number
                 row = {name: plain(column[index].as_py()) for name, column in columns}
             except UnicodeDecodeError as error:
                 yield number, RowFault("bad-utf8", f"{error.reason} at byte {error.start} of a value")
+            except (ValueError, OverflowError) as error:  # e.g. a date that Python cannot hold
+                yield number, RowFault("bad-value", str(error)[:200])
             else:
                 yield number, as_row(row)
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -46,7 +46,13 @@ from dpoeng.engine.model import (
     save_policy_adapter,
     set_mode,
 )
-from dpoeng.engine.optim import build_optimizer, build_scheduler, optimizer_tensors, restore_optimizer
+from dpoeng.engine.optim import (
+    build_optimizer,
+    build_scheduler,
+    optimizer_tensors,
+    restore_optimizer,
+    set_scheduler_step,
+)
 from dpoeng.engine.order import Schedule, hold_out, plan_schedule
 from dpoeng.engine.progress import QUIET, Progress
 from dpoeng.engine.reference import ParityReport, compare_with_cache, parity_tolerance
@@ -87,6 +93,26 @@ class TrainSummary:
     already_complete: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Rows(Sequence[ScoredPair]):
+    """Some rows of a view, read from the mapped file when they are asked for."""
+
+    view: View
+    indices: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, i: int) -> ScoredPair: ...
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[ScoredPair]: ...
+    def __getitem__(self, i: int | slice) -> ScoredPair | Sequence[ScoredPair]:
+        if isinstance(i, slice):
+            return [self.view[row] for row in self.indices[i]]
+        return self.view[self.indices[i]]
+
+
 @dataclass(slots=True)
 class _Run:
     """What the loop needs, put together once."""
@@ -119,8 +145,7 @@ def train(config: TrainConfig, progress: Progress = QUIET) -> TrainSummary:
     adapter = find_adapter(adapter_name) if adapter_name else None
     mode = resolve_adapter_mode(config, has_adapter=adapter is not None)
     train_indices, eval_indices = split(view, eval_view, config)
-    train_rows = [view[row] for row in train_indices]
-    eval_rows = [(eval_view or view)[row] for row in eval_indices]
+    train_rows, eval_rows = Rows(view, train_indices), Rows(eval_view or view, eval_indices)
     schedule = plan_schedule(
         len(train_rows),
         batch=config.per_device_train_batch_size * config.gradient_accumulation_steps,
@@ -172,7 +197,7 @@ def train(config: TrainConfig, progress: Progress = QUIET) -> TrainSummary:
     if checkpoint is not None:
         first_step = _restore(run, checkpoint)
         progress.note(f"going on from step {first_step} of {schedule.total_steps} ({checkpoint.folder})")
-    run.log.rewind(first_step)
+    run.log.rewind(first_step if checkpoint is not None else -1)
     _write_run_file(config, identity, view, mode, source.name, adapter_name, parity, lm)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -308,9 +333,7 @@ def check_parity(
 
 def run_identity(config: TrainConfig, view: View, eval_view: View | None, mode: AdapterMode) -> dict[str, Any]:
     """All that determines the result of a run: what a continuation must have in common with its beginning."""
-    settings = {
-        name: value for name, value in config.model_dump(mode="json").items() if name not in _FREE_TO_CHANGE
-    }
+    settings = {name: value for name, value in config.model_dump(mode="json").items() if name not in _FREE_TO_CHANGE}
     settings["adapter_mode"] = mode
     return {
         "settings": settings,
@@ -407,7 +430,7 @@ def _step(run: _Run, step: int) -> dict[str, float]:
         # Dropout depends on where the run is and on nothing that happened before.
         torch.manual_seed(int(np.random.SeedSequence([config.seed, step, micro]).generate_state(1, np.uint64)[0] >> 1))
         part = batch_loss(run.lm, batch, beta=config.beta, loss_type=config.loss_type)
-        (part.losses.sum() / len(rows)).backward()
+        torch.autograd.backward(part.losses.sum() / len(rows))
         parts.append(part)
     metrics = preference_metrics(parts)
     parameters = [parameter for _, parameter in run.lm.trainable_parameters()]
@@ -445,7 +468,9 @@ def batch_loss(lm: CausalLM, pairs: Sequence[ScoredPair], *, beta: float, loss_t
 
 
 @torch.no_grad()
-def evaluate(lm: CausalLM, rows: Sequence[ScoredPair], *, batch_size: int, beta: float, loss_type: str) -> dict[str, float]:
+def evaluate(
+    lm: CausalLM, rows: Sequence[ScoredPair], *, batch_size: int, beta: float, loss_type: str
+) -> dict[str, float]:
     """Metrics over held-out pairs, under `eval_` names."""
     parts = [batch_loss(lm, batch, beta=beta, loss_type=loss_type) for batch in _chunks(rows, batch_size)]
     return preference_metrics(parts, prefix="eval_")
@@ -490,9 +515,7 @@ def _restore(run: _Run, checkpoint: Checkpoint) -> int:
         for name, parameter in run.lm.trainable_parameters():
             parameter.copy_(checkpoint.parameters[name])
     restore_optimizer(run.optimizer, run.lm.trainable_parameters(), checkpoint.optimizer)
-    run.scheduler.last_epoch = checkpoint.step - 1
-    run.optimizer._step_count = checkpoint.step  # what the scheduler looks at to warn about call order
-    run.scheduler.step()
+    set_scheduler_step(run.scheduler, checkpoint.step)
     return checkpoint.step
 
 

@@ -1,0 +1,71 @@
+"""What several test files share: tiny models and pairs, made on the spot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SENTENCES = [
+    "The tide rises twice a day because the moon pulls on the sea.",
+    "Instruction: name three colours of autumn leaves.\nResponse: red, yellow and brown\nEND",
+    "Bread needs flour, water, salt and time; patience does the rest.",
+    "A short answer is often better than a long one, and a true one always is.",
+    "Instruction: why is the sky blue?\nResponse: short waves are scattered most\nEND",
+    "Rivers bend because the outer bank wears away faster than the inner one.",
+]
+
+
+def save_tiny_model(folder: Path, tokenizer: Any, *, seed: int = 0, hidden: int = 32, dtype: str = "float32") -> Path:
+    """A random Llama of two layers whose log-probs are far from uniform."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=0,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.12)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def pair_rows(count: int) -> list[dict[str, Any]]:
+    """Distinct pairs in the user's schema, of various lengths; some prompts come twice."""
+    rows = []
+    for i in range(count):
+        subject = ["tides", "bread", "rivers", "leaves", "the sky"][i % 5]
+        prompt = f"Instruction: tell me about {subject}, point {i // 2}.\nResponse:"
+        rows.append(
+            {
+                "prompt": prompt,
+                "chosen": f" {SENTENCES[i % 3]} ({i})\nEND",
+                "rejected": f" I do not know{' at all' * (i % 4)}, ask again {i}.\nEND",
+                "instruction": prompt.split("\n")[0],
+                "instruction_type": "qa",
+                "negative_type": ["wrong", "evasive"][i % 2],
+                "confident": i % 4 != 3,
+                "margin": round(0.1 * (i % 7), 2),
+            }
+        )
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Rows as JSON Lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

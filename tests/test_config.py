@@ -1,0 +1,71 @@
+"""Configuration: one set of fields, one precedence, and errors that name the field and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dpoeng.cache.errors import UserError
+from dpoeng.engine.config import PrecomputeConfig, TrainConfig, load_config
+
+
+def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "dpoeng.yaml"
+    file.write_text("model: base\nbeta: 0.3\nseed: 7\nmax_length: 99\n")
+    trained = load_config(TrainConfig, {"beta": 0.5}, file)
+    assert (trained.beta, trained.seed, trained.learning_rate) == (0.5, 7, 1e-5)
+    scored = load_config(PrecomputeConfig, {}, file)  # the same file serves both phases
+    assert (scored.model, scored.max_length) == ("base", 99)
+
+
+def test_the_file_in_the_current_folder_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config(PrecomputeConfig, {}).model is None
+    (tmp_path / "dpoeng.yaml").write_text("model: here\n")
+    assert load_config(PrecomputeConfig, {}).model == "here"
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "words"),
+    [
+        ("learning_rte: 1e-5", "config-unknown", ["learning_rte", "learning_rate (train)"]),
+        ("max_lenght: 5", "config-unknown", ["max_length (precompute-ref)"]),
+        ("beta: -1", "config-value", ["beta", "greater than 0", "-1"]),
+        ("beta: high", "config-value", ["beta", "'high'"]),
+        ("loss_type: sgimoid", "config-value", ["loss_type", "'sigmoid'"]),
+        ("- a\n- b", "config-unreadable", ["not a set of fields"]),
+        ("beta: [", "config-unreadable", ["YAML"]),
+        ("adapter_mode: continue\nlora_r: 8", "config-value", ["lora_r", "adapter_mode stack"]),
+    ],
+)
+def test_mistakes_in_the_file(tmp_path: Path, text: str, code: str, words: list[str]) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_config(TrainConfig, {}, file)
+    assert caught.value.code == code
+    assert caught.value.remedy
+    assert caught.value.exit_status == 2
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config(TrainConfig, {}, tmp_path / "none.yaml")
+
+
+def test_a_wrong_option_is_named_as_an_option() -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(TrainConfig, {"lora_dropout": 1.5})
+    assert caught.value.where == "--lora-dropout"
+
+
+def test_every_field_is_described_and_frozen() -> None:
+    for cls in (PrecomputeConfig, TrainConfig):
+        for name, field in cls.model_fields.items():
+            assert field.description, name
+            assert field.description.endswith((".", "/2312.03732", "/2402.09353")), name
+    with pytest.raises(ValueError, match="frozen"):
+        TrainConfig().beta = 0.2  # type: ignore[misc]

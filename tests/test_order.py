@@ -1,0 +1,67 @@
+"""The order of pairs and the held-out share depend on the seed alone."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpoeng.engine.order import hold_out, plan_schedule
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 3), st.integers(0, 99))
+def test_each_epoch_sees_each_row_once(rows: int, batch: int, epochs: int, seed: int) -> None:
+    schedule = plan_schedule(rows, batch=batch, epochs=epochs, max_steps=-1, seed=seed)
+    assert schedule.total_steps == epochs * schedule.steps_per_epoch
+    for epoch in range(epochs):
+        first = epoch * schedule.steps_per_epoch
+        seen = [row for step in range(first, first + schedule.steps_per_epoch) for row in schedule.rows_of_step(step)]
+        assert sorted(seen) == list(range(rows))
+    sizes = [len(schedule.rows_of_step(step)) for step in range(schedule.steps_per_epoch)]
+    assert all(size == batch for size in sizes[:-1])
+
+
+def test_the_order_ignores_disturbed_random_state() -> None:
+    schedule = plan_schedule(20, batch=4, epochs=2, max_steps=-1, seed=3)
+    before = [schedule.rows_of_step(step) for step in range(10)]
+    random.seed(1)
+    np.random.seed(1)  # the disturbance is the point
+    torch.manual_seed(1)
+    assert [schedule.rows_of_step(step) for step in range(10)] == before
+    assert before[:5] != before[5:]
+    other = plan_schedule(20, batch=4, epochs=2, max_steps=-1, seed=4)
+    assert other.rows_of_step(0) != before[0]
+
+
+def test_steps_and_partial_epochs() -> None:
+    assert plan_schedule(10, batch=4, epochs=0.5, max_steps=-1, seed=0).total_steps == 2
+    assert plan_schedule(10, batch=4, epochs=3, max_steps=5, seed=0).total_steps == 5
+    assert plan_schedule(10, batch=4, epochs=3, max_steps=-1, seed=0).epoch(3) == 1.0
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=60), st.floats(0.01, 0.9), st.integers(0, 5))
+def test_no_prompt_is_on_both_sides(prompts: list[int], share: float, seed: int) -> None:
+    keys = [bytes([p]) for p in prompts]
+    train, held = hold_out(keys, share, seed)
+    assert sorted(train + held) == list(range(len(prompts)))
+    assert not {keys[i] for i in train} & {keys[i] for i in held}
+    assert train
+    if len(set(prompts)) > 1:
+        assert held
+
+
+def test_the_split_does_not_depend_on_the_order_of_rows() -> None:
+    keys = [bytes([i]) for i in range(50)]
+    _, held = hold_out(keys, 0.2, 7)
+    assert len(held) == 10
+    mixed = list(reversed(keys))
+    _, held_mixed = hold_out(mixed, 0.2, 7)
+    assert {keys[i] for i in held} == {mixed[i] for i in held_mixed}
+    assert {keys[i] for i in hold_out(keys, 0.2, 8)[1]} != {keys[i] for i in held}
+
+
+def test_nothing_is_held_out_unless_asked() -> None:
+    assert hold_out([b"a", b"b"], 0.0, 1) == ([0, 1], [])

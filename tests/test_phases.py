@@ -1,0 +1,544 @@
+"""Both phases end to end on a tiny model: numbers, reuse, resume bit for bit, adapters, precisions, refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from dpoeng_testing import pair_rows, save_tiny_model, write_jsonl
+
+from dpoeng.cache.errors import UserError
+from dpoeng.cache.reader import View
+from dpoeng.cache.store import Store
+from dpoeng.engine import precompute as precompute_module
+from dpoeng.engine import train as train_module
+from dpoeng.engine.config import PrecomputeConfig, TrainConfig
+from dpoeng.engine.precompute import PrecomputeSummary, precompute_reference
+from dpoeng.engine.train import train
+
+
+def precompute(pairs: Path, model: Path, cache: Path, **fields: Any) -> PrecomputeSummary:
+    values: dict[str, Any] = {"shard_tokens": 300, "batch_tokens": 200, **fields}
+    return precompute_reference(PrecomputeConfig(pairs=(pairs,), model=str(model), cache=cache, **values))
+
+
+def quick(cache: Path, out: Path, **fields: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "max_steps": 6,
+        "save_steps": 1,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "lora_dropout": 0.1,
+        **fields,
+    }
+    return TrainConfig(cache=cache, output_dir=out, **values)
+
+
+def tree(root: Path, *folders: str) -> dict[str, bytes]:
+    """Every file below some folders, by name."""
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for folder in folders
+        for path in sorted((root / folder).rglob("*"))
+        if path.is_file()
+    }
+
+
+def plain_sums(model: Path, view: View) -> list[tuple[float, float]]:
+    """transformers alone: prompt + response, full logits, float64 log-softmax."""
+    from transformers import AutoModelForCausalLM
+
+    lm = AutoModelForCausalLM.from_pretrained(model).eval()
+    sums = []
+    for i in range(len(view)):
+        ids = view[i].ids
+        pair = []
+        for response, start in ((ids.chosen_ids, ids.chosen_start), (ids.rejected_ids, ids.rejected_start)):
+            tokens = torch.from_numpy(np.concatenate([ids.prompt_ids, response]).astype(np.int64))
+            with torch.inference_mode():
+                logps = lm(tokens[None]).logits[0].double().log_softmax(-1)
+            first = len(ids.prompt_ids) + start
+            pair.append(float(logps[first - 1 : -1].gather(1, tokens[first:, None]).sum()))
+        sums.append((pair[0], pair[1]))
+    return sums
+
+
+def test_cached_sums_equal_a_plain_forward(tmp_path: Path, tiny_model: Path, pairs_file: Path) -> None:
+    summary = precompute(pairs_file, tiny_model, tmp_path / "cache")
+    assert (summary.pairs, summary.computed, summary.reused, summary.layout) == (24, 24, 0, "shared")
+    view = View.open(tmp_path / "cache")
+    expected = plain_sums(tiny_model, view)
+    found = [(view[i].chosen_sum, view[i].rejected_sum) for i in range(len(view))]
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+    assert summary.reference_accuracy == np.mean([c > r for c, r in expected])
+    assert view.extra(1)["negative_type"] == "evasive"
+
+
+def test_only_what_is_new_is_computed(tmp_path: Path, tiny_model: Path) -> None:
+    cache = tmp_path / "cache"
+    rows = pair_rows(24)
+    file = write_jsonl(tmp_path / "pairs.jsonl", rows[:20])
+    precompute(file, tiny_model, cache)
+    before = tree(cache, "objects")
+
+    again = precompute(file, tiny_model, cache)
+    assert (again.computed, again.reused, again.layout) == (0, 20, "")
+    write_jsonl(file, [*reversed(rows), rows[3]])
+    more = precompute(file, tiny_model, cache)
+    assert (more.pairs, more.computed, more.reused) == (25, 4, 20)
+    after = tree(cache, "objects")
+    assert before.items() <= after.items()
+    view = View.open(cache)
+    assert view.key(24) == view.key(20)
+    assert view.source(24)[1] == 25
+
+    # What the user changes for phase two, or where things lie, moves nothing; what moves a number misses.
+    moved = shutil.copytree(tiny_model, tmp_path / "elsewhere")
+    assert precompute(file, moved, cache).computed == 0
+    assert precompute(file, moved, cache, dtype="bfloat16").computed == 24
+    other = save_tiny_model(tmp_path / "other", _tokenizer(tiny_model), seed=1)
+    assert precompute(file, other, cache).computed == 24
+    lengths = [max(len(p.chosen_ids), len(p.rejected_ids)) + len(p.prompt_ids) for p in (v.ids for v in view)]
+    shorter = precompute(file, moved, cache, max_length=sorted(lengths)[12])
+    assert shorter.computed == len({view.key(i) for i in range(25) if lengths[i] > sorted(lengths)[12]}) > 0
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_a_complete_cache_needs_no_model(
+    tmp_path: Path, tiny_model: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    precompute(pairs_file, tiny_model, tmp_path / "cache")
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the model was loaded although nothing is missing")
+
+    monkeypatch.setattr(precompute_module, "load_model", never)
+    assert precompute(pairs_file, tiny_model, tmp_path / "cache").reused == 24
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL where a real one would cost a process."""
+
+
+@pytest.mark.parametrize("survivors", [0, 1, 3])
+def test_phase_one_killed_between_shards_ends_the_same(
+    tmp_path: Path, tiny_model: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch, survivors: int
+) -> None:
+    precompute(pairs_file, tiny_model, tmp_path / "whole")
+    real, calls = Store.commit_shard, 0
+
+    def commit(self: Store, *args: Any) -> str:
+        nonlocal calls
+        if calls == survivors:
+            raise Killed
+        calls += 1
+        return real(self, *args)
+
+    monkeypatch.setattr(Store, "commit_shard", commit)
+    with pytest.raises(Killed):
+        precompute(pairs_file, tiny_model, tmp_path / "cut")
+    monkeypatch.undo()
+    resumed = precompute(pairs_file, tiny_model, tmp_path / "cut")
+    assert (resumed.reused > 0) == (survivors > 0)
+    parts = ("objects", "runs", "specs")
+    assert tree(tmp_path / "cut", *parts) == tree(tmp_path / "whole", *parts)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A cache of 24 pairs that the training tests share and do not change."""
+    folder = tmp_path_factory.mktemp("shared")
+    file = write_jsonl(folder / "pairs.jsonl", pair_rows(24))
+    precompute(file, tiny_model, folder / "cache")
+    return folder / "cache"
+
+
+def test_the_first_step_is_ln_2_and_training_learns(tmp_path: Path, cache: Path) -> None:
+    summary = train(quick(cache, tmp_path / "out", max_steps=30, learning_rate=3e-3, save_steps=10))
+    assert summary.parity is not None
+    assert summary.parity.mean_diff < 1e-5
+    assert summary.first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert summary.eval_before["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert summary.last["loss"] < 0.3
+    assert summary.eval_after["eval_rewards/accuracies"] > 0.9
+    assert summary.eval_after["eval_rewards/margins"] > summary.eval_before["eval_rewards/margins"] + 0.5
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["config"]["beta"] == 0.1
+    assert run["reference"]["spec"] == View.open(cache).spec.digest
+    assert run["versions"]["torch"] == torch.__version__
+
+
+def test_the_adapter_loads_with_peft_alone(tmp_path: Path, cache: Path, tiny_model: Path) -> None:
+    """The saved adapter, loaded by the lines in run.json, gives the rewards that training reported."""
+    summary = train(quick(cache, tmp_path / "out", lora_dropout=0.0, eval_share=0.2))
+    view = View.open(cache)
+    _, held = train_module.split(view, None, TrainConfig(eval_share=0.2))
+    scope: dict[str, Any] = {}
+    recipe = json.loads((tmp_path / "out" / "run.json").read_text())["load"]
+    source = "\n".join(recipe).replace("'adapter'", repr(str(tmp_path / "out" / "adapter")))
+    exec(source, scope)
+    model = scope["model"].eval()
+    margins = []
+    for i in held:
+        pair = view[i]
+        ratios = []
+        for response, reference in ((pair.ids.chosen_ids, pair.chosen_sum), (pair.ids.rejected_ids, pair.rejected_sum)):
+            tokens = torch.from_numpy(np.concatenate([pair.ids.prompt_ids, response]).astype(np.int64))
+            with torch.inference_mode():
+                logps = model(tokens[None]).logits[0].double().log_softmax(-1)
+            begin = len(pair.ids.prompt_ids)
+            ratios.append(float(logps[begin - 1 : -1].gather(1, tokens[begin:, None]).sum()) - reference)
+        margins.append(0.1 * (ratios[0] - ratios[1]))
+    assert summary.eval_after["eval_rewards/margins"] == pytest.approx(np.mean(margins), abs=1e-5)
+
+
+def outcome(out: Path) -> dict[str, bytes]:
+    """What two equal runs must have in common, byte for byte."""
+    return {**tree(out, "adapter", "checkpoint-00000006"), "metrics": (out / "metrics.jsonl").read_bytes()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    train(quick(cache, out))
+    return outcome(out)
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_phase_two_killed_at_any_step_ends_the_same(
+    tmp_path: Path, cache: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Killed between the two forwards of a step, or before the only one of step 6, where the epoch ends on 2 pairs."""
+    real, forwards = train_module.batch_loss, 0
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        nonlocal forwards
+        if torch.is_grad_enabled():
+            forwards += 1
+            if forwards == min(2 * step + 2, 11):
+                raise Killed
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(train_module, "batch_loss", dying)
+    with pytest.raises(Killed):
+        train(quick(cache, tmp_path / "out"))
+    monkeypatch.undo()
+    torch.manual_seed(12345)
+    summary = train(quick(cache, tmp_path / "out"))
+    assert summary.resumed_from == step
+    assert outcome(tmp_path / "out") == undisturbed
+    assert train(quick(cache, tmp_path / "out")).already_complete
+    assert outcome(tmp_path / "out") == undisturbed
+
+
+KILLED_SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_phases as t
+from dpoeng.cache.store import Store
+from dpoeng.engine import train as train_module
+
+cache, pairs, model, out = (Path(p) for p in sys.argv[2:])
+def kill_after(owner, name, calls):
+    real = getattr(owner, name)
+    left = [calls]
+    def call(*args, **kwargs):
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    setattr(owner, name, call)
+if sys.argv[1] == "one":
+    kill_after(Store, "commit_shard", 2)
+    t.precompute(pairs, model, cache)
+else:
+    kill_after(train_module, "batch_loss", 9)
+    t.train(t.quick(cache, out))
+"""
+
+
+@pytest.mark.parametrize("phase", ["one", "two"])
+def test_sigkill_and_the_same_command_again(
+    tmp_path: Path, tiny_model: Path, cache: Path, undisturbed: dict[str, bytes], phase: str
+) -> None:
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(24))
+    fresh, out = tmp_path / "cache", tmp_path / "out"
+    used = fresh if phase == "one" else cache
+    script = KILLED_SCRIPT.format(tests=str(Path(__file__).parent))
+    killed = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, phase, str(used), str(pairs), str(tiny_model), str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    if phase == "one":
+        assert precompute(pairs, tiny_model, fresh).reused > 0
+        parts = ("objects", "runs", "specs")
+        assert tree(fresh, *parts) == tree(cache, *parts)
+    else:
+        assert train(quick(cache, out)).resumed_from > 0
+        assert outcome(out) == undisturbed
+
+
+def test_a_folder_with_another_run_is_refused_with_the_difference(tmp_path: Path, cache: Path) -> None:
+    out = tmp_path / "out"
+    train(quick(cache, out, max_steps=2))
+    with pytest.raises(UserError) as caught:
+        train(quick(cache, out, max_steps=2, beta=0.2))
+    assert caught.value.code == "resume-changed"
+    assert "beta = 0.1" in str(caught.value.expected)
+    assert "beta = 0.2" in str(caught.value.found)
+    anew = train(quick(cache, out, max_steps=2, beta=0.2, resume=False))
+    assert anew.resumed_from == 0
+    with pytest.raises(UserError, match="no checkpoint"):
+        train(quick(cache, tmp_path / "empty", resume=True))
+
+
+# --------------------------------------------------------------------------- adapters
+
+
+@pytest.fixture(scope="module")
+def sft_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A LoRA that moves the tiny model's log-probs by whole nats."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(5)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model),
+        LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    folder = tmp_path_factory.mktemp("sft") / "adapter"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sft_cache(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, sft_adapter: Path) -> Path:
+    folder = tmp_path_factory.mktemp("sft-cache")
+    file = write_jsonl(folder / "pairs.jsonl", pair_rows(24))
+    precompute(file, tiny_model, folder / "cache", adapter=str(sft_adapter))
+    return folder / "cache"
+
+
+def test_the_reference_is_base_plus_adapter(sft_cache: Path, cache: Path, tiny_model: Path, sft_adapter: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    view, base = View.open(sft_cache), View.open(cache)
+    assert view.spec.digest != base.spec.digest
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), sft_adapter).eval()
+    pair = view[0]
+    tokens = torch.from_numpy(np.concatenate([pair.ids.prompt_ids, pair.ids.chosen_ids]).astype(np.int64))
+    with torch.inference_mode():
+        logps = model(tokens[None]).logits[0].double().log_softmax(-1)
+    begin = len(pair.ids.prompt_ids)
+    truth = float(logps[begin - 1 : -1].gather(1, tokens[begin:, None]).sum())
+    assert pair.chosen_sum == pytest.approx(truth, abs=1e-4)
+    assert abs(pair.chosen_sum - base[0].chosen_sum) > 0.5
+
+
+@pytest.mark.parametrize("mode", ["continue", "stack"])
+def test_dpo_from_an_sft_adapter(tmp_path: Path, sft_cache: Path, sft_adapter: Path, mode: Any) -> None:
+    summary = train(quick(sft_cache, tmp_path / "out", adapter_mode=mode, lora_dropout=0.0, max_steps=12))
+    assert summary.parity is not None
+    assert summary.parity.mean_diff < 1e-5
+    assert summary.first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert summary.last["loss"] < 0.6
+    saved = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert saved["r"] == (4 if mode == "continue" else 16)
+    # The lines in run.json load the trained policy, and it is no longer the reference.
+    scope: dict[str, Any] = {}
+    recipe = json.loads((tmp_path / "out" / "run.json").read_text())["load"]
+    exec("\n".join(recipe).replace("'adapter'", repr(str(tmp_path / "out" / "adapter"))), scope)
+    view = View.open(sft_cache)
+    step_one = train_module.plan_schedule(24, batch=4, epochs=1, max_steps=-1, seed=42)
+    assert step_one.rows == len(view)
+    pair = view[0]
+    tokens = torch.from_numpy(np.concatenate([pair.ids.prompt_ids, pair.ids.rejected_ids]).astype(np.int64))
+    with torch.inference_mode():
+        logps = scope["model"].eval()(tokens[None]).logits[0].double().log_softmax(-1)
+    begin = len(pair.ids.prompt_ids)
+    live = float(logps[begin - 1 : -1].gather(1, tokens[begin:, None]).sum())
+    assert live < pair.rejected_sum - 0.5
+
+
+def test_stack_leaves_the_sft_adapter_as_it_was(tmp_path: Path, sft_cache: Path, sft_adapter: Path) -> None:
+    from safetensors.torch import load_file
+
+    train(quick(sft_cache, tmp_path / "out", adapter_mode="stack", max_steps=2))
+    names = set(load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors"))
+    assert any("gate_proj" in name for name in names)  # the new LoRA, on all linear layers
+    assert not any("reference" in name for name in names)
+
+
+@pytest.mark.parametrize("mode", ["continue", "stack"])
+def test_resume_from_an_sft_adapter(
+    tmp_path: Path, sft_cache: Path, monkeypatch: pytest.MonkeyPatch, mode: Any
+) -> None:
+    config = quick(sft_cache, tmp_path / "out", adapter_mode=mode)
+    train(config.model_copy(update={"output_dir": tmp_path / "whole"}))
+    real, calls = train_module._step, 0
+
+    def dying(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise Killed
+        return real(*args)
+
+    monkeypatch.setattr(train_module, "_step", dying)
+    with pytest.raises(Killed):
+        train(config)
+    monkeypatch.undo()
+    assert train(config).resumed_from == 3
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+
+
+def test_modes_that_do_not_fit_are_refused(tmp_path: Path, cache: Path, sft_cache: Path) -> None:
+    for config, found in (
+        (quick(cache, tmp_path / "a", adapter_mode="stack"), "no SFT adapter"),
+        (quick(sft_cache, tmp_path / "b", adapter_mode="new"), "has an SFT adapter"),
+        (quick(sft_cache, tmp_path / "c", lora_r=8), "which adapter"),
+    ):
+        with pytest.raises(UserError) as caught:
+            train(config)
+        assert caught.value.code == "adapter-mode"
+        assert found in str(caught.value)
+        assert not config.output_dir.exists()
+
+
+# --------------------------------------------------------------------------- the wrong reference
+
+
+def test_parity_refuses_another_model(tmp_path: Path, cache: Path, tiny_model: Path) -> None:
+    other = save_tiny_model(tmp_path / "other", _tokenizer(tiny_model), seed=1)
+    with pytest.raises(UserError) as caught:
+        train(quick(cache, tmp_path / "out", model=str(other)))
+    assert caught.value.code == "parity-failed"
+    assert not (tmp_path / "out").exists()
+
+
+def test_parity_refuses_an_sft_adapter_of_another_scale(tmp_path: Path, sft_cache: Path, sft_adapter: Path) -> None:
+    """lora_alpha alone, edited after phase one: the weights are the same, the reference is not."""
+    edited = shutil.copytree(sft_adapter, tmp_path / "edited")
+    config = json.loads((edited / "adapter_config.json").read_text())
+    config["lora_alpha"] = 9
+    (edited / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="not the model that the cache was made with"):
+        train(quick(sft_cache, tmp_path / "out", adapter=str(edited)))
+
+
+def test_parity_refuses_a_policy_scored_with_its_adapter_on(
+    tmp_path: Path, sft_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 60 from the other side: were the SFT adapter switched off while comparing, it would be noticed."""
+    import contextlib
+
+    @contextlib.contextmanager
+    def all_off(lm: Any, mode: Any) -> Any:
+        with lm.model.disable_adapter():
+            yield
+
+    monkeypatch.setattr(train_module, "as_reference", all_off)
+    with pytest.raises(UserError, match="not the model that the cache was made with"):
+        train(quick(sft_cache, tmp_path / "out"))
+
+
+# --------------------------------------------------------------------------- precisions
+
+
+@pytest.mark.parametrize(("quantization", "dtype"), [("8bit", "float32"), ("8bit", "bfloat16"), ("4bit", "float32")])
+def test_quantised_reference_and_policy_agree(tmp_path: Path, tokenizer: Any, quantization: Any, dtype: Any) -> None:
+    model = save_tiny_model(tmp_path / "model", tokenizer, hidden=64)
+    file = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(8))
+    precompute(file, model, tmp_path / "cache", quantization=quantization, dtype=dtype)
+    config = quick(tmp_path / "cache", tmp_path / "out", max_steps=3, eval_share=0)
+    summary = train(config)
+    assert summary.parity is not None
+    assert summary.parity.mean_diff <= (1e-5 if dtype == "float32" else 3e-2)
+    assert summary.first["loss"] == pytest.approx(math.log(2), abs=1e-4 if dtype == "float32" else 0.05)
+    assert summary.last["loss"] < summary.first["loss"]
+    assert list((tmp_path / "out" / "adapter").iterdir())
+    twice = train(config.model_copy(update={"output_dir": tmp_path / "twice"}))
+    assert twice.last == summary.last  # repeats to the last bit
+
+
+def test_a_bf16_reference_for_an_8bit_policy(tmp_path: Path, tokenizer: Any) -> None:
+    model = save_tiny_model(tmp_path / "model", tokenizer, hidden=64)
+    file = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(8))
+    precompute(file, model, tmp_path / "cache", dtype="bfloat16")
+    summary = train(quick(tmp_path / "cache", tmp_path / "out", quantization="8bit", max_steps=1, eval_share=0))
+    assert summary.parity is not None
+    assert 1e-4 < summary.parity.mean_diff < summary.parity.tolerance  # the gap is measured, not hidden
+
+
+def test_gradient_checkpointing_changes_no_number(tmp_path: Path, cache: Path) -> None:
+    plain = train(quick(cache, tmp_path / "plain", max_steps=3))
+    saved = train(quick(cache, tmp_path / "saved", max_steps=3, gradient_checkpointing=True))
+    assert saved.last == pytest.approx(plain.last, rel=1e-5)
+    assert saved.last["loss"] != pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_separate_rows_train_the_same(tmp_path: Path, tiny_model: Path, cache: Path) -> None:
+    shared = train(quick(cache, tmp_path / "shared", lora_dropout=0.0))
+    apart = train(quick(cache, tmp_path / "apart", lora_dropout=0.0, layout="separate"))
+    assert (shared.layout, apart.layout) == ("shared", "separate")
+    assert apart.last == pytest.approx(shared.last, rel=1e-3, abs=1e-5)
+
+
+def test_a_held_out_view(tmp_path: Path, tiny_model: Path) -> None:
+    rows = pair_rows(24)
+    write_jsonl(tmp_path / "a.jsonl", rows[:16])
+    write_jsonl(tmp_path / "b.jsonl", rows[16:])
+    for name in ("a", "b"):
+        precompute(tmp_path / f"{name}.jsonl", tiny_model, tmp_path / "cache")
+    summary = train(quick(tmp_path / "cache", tmp_path / "out", view="a", eval_view="b", max_steps=2))
+    assert (summary.train_pairs, summary.eval_pairs) == (16, 8)
+    precompute(tmp_path / "b.jsonl", tiny_model, tmp_path / "cache", name="c", dtype="bfloat16")
+    with pytest.raises(UserError, match="different references"):
+        train(quick(tmp_path / "cache", tmp_path / "out2", view="a", eval_view="c"))
+
+
+def test_a_loss_that_is_not_a_number_stops_before_saving(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = train_module.batch_loss, 0
+
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        part = real(*args, **kwargs)
+        return train_module.PreferenceLoss(part.losses * (math.nan if calls == 4 else 1), *_rest(part))
+
+    monkeypatch.setattr(train_module, "batch_loss", poisoned)
+    with pytest.raises(UserError) as caught:
+        train(quick(cache, tmp_path / "out", eval_share=0))
+    assert caught.value.code == "training-not-finite"
+    assert caught.value.where is not None
+    assert caught.value.where.startswith("step 2")
+    assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-00000001"]
+
+
+def _rest(part: Any) -> tuple[Any, ...]:
+    return part.chosen_logps, part.rejected_logps, part.chosen_rewards, part.rejected_rewards

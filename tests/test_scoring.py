@@ -1,0 +1,201 @@
+"""Scoring against the models' own forward: every family, exact isolation of branches, gradients, the probe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dpoeng.cache.errors import UserError
+from dpoeng.cache.schema import as_ids
+from dpoeng.engine.attention import SHARED_PROMPT
+from dpoeng.engine.layout import Branch, PromptGroup, separate
+from dpoeng.engine.model import CausalLM, register_attention, set_mode, use_layout
+from dpoeng.engine.scoring import choose_layout, score_groups
+
+VOCAB = 97
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+# Config class -> what it needs besides SMALL. Windows of 6 are shorter than the rows, so that they matter.
+SHARED_FAMILIES: dict[str, dict[str, Any]] = {
+    "LlamaConfig": {},
+    "Qwen2Config": {},
+    "Qwen3Config": {"head_dim": 8},
+    "Qwen3MoeConfig": {"head_dim": 8, **MOE},
+    "MistralConfig": {"sliding_window": 6},
+    "Gemma2Config": {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8},
+    "Gemma3TextConfig": {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8},
+    "Phi3Config": {},
+    "GraniteConfig": {"logits_scaling": 4.0},
+    "SmolLM3Config": {},
+    "Olmo2Config": {},
+    "GptOssConfig": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
+    "CohereConfig": {"logit_scale": 0.25},
+    "GPT2Config": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+    "GPTNeoXConfig": {},
+}
+# Recurrence, or positions inside the attention: a prompt cannot be shared, and that must be noticed.
+SEPARATE_FAMILIES: dict[str, dict[str, Any]] = {"MambaConfig": {}, "BloomConfig": {"n_head": 4}}
+
+
+def make(name: str, extra: dict[str, Any], dtype: torch.dtype = torch.float32) -> CausalLM:
+    import transformers
+
+    register_attention()
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**{**SMALL, **extra})
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.requires_grad_(False)
+    lm = CausalLM(model, model, None, torch.device("cpu"), dtype, "none", model.config._attn_implementation)
+    set_mode(lm, training=False)
+    return lm
+
+
+def some_groups(seed: int = 1) -> list[PromptGroup]:
+    rng = np.random.default_rng(seed)
+
+    def draw(n: int) -> Any:
+        return rng.integers(0, VOCAB, n, dtype=np.int32)
+
+    return [
+        PromptGroup(draw(12), (Branch(draw(9)), Branch(draw(14), start=2))),
+        PromptGroup(draw(1), (Branch(draw(5)), Branch(draw(3)), Branch(draw(7)))),
+        PromptGroup(draw(8), (Branch(draw(1)), Branch(draw(2)))),
+    ]
+
+
+def own_logps(lm: CausalLM, groups: list[PromptGroup]) -> torch.Tensor:
+    """Each branch by itself through the model's own forward with its own attention, float64 log-softmax."""
+    use_layout(lm, "separate")
+    parts = []
+    for group in groups:
+        for single in separate(group):
+            (branch,) = single.branches
+            tokens = torch.from_numpy(branch.ids.astype(np.int64))
+            logits = lm.base(input_ids=tokens[None], use_cache=False).logits[0, branch.start - 1 : -1]
+            logps = torch.log_softmax(logits.double(), -1)
+            parts.append(logps.gather(1, tokens[branch.start :, None]).squeeze(1))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("name", SHARED_FAMILIES)
+def test_shared_prompt_equals_separate_forwards(name: str) -> None:
+    lm = make(name, SHARED_FAMILIES[name])
+    choose_layout(lm)
+    assert (lm.layout, lm.layout_reason) == ("shared", "")
+    with torch.inference_mode():
+        scored, _ = score_groups(lm, some_groups())
+        truth = own_logps(lm, some_groups())
+    torch.testing.assert_close(scored.double(), truth, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["LlamaConfig", "Qwen2Config", "MistralConfig"])
+def test_shared_prompt_in_float64(name: str) -> None:
+    """In float64 what remains is not rounding but error of the method: there must be none."""
+    lm = make(name, SHARED_FAMILIES[name], torch.float64)
+    truth = own_logps(lm, some_groups())
+    use_layout(lm, "shared")
+    scored, _ = score_groups(lm, some_groups())
+    torch.testing.assert_close(scored.double(), truth, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("name", SEPARATE_FAMILIES)
+def test_architectures_that_cannot_share_fall_back(name: str) -> None:
+    lm = make(name, SEPARATE_FAMILIES[name])
+    choose_layout(lm)
+    assert lm.layout == "separate"
+    assert lm.layout_reason
+    with torch.inference_mode():
+        scored, _ = score_groups(lm, some_groups())
+        truth = own_logps(lm, some_groups())
+    torch.testing.assert_close(scored.double(), truth, atol=2e-5, rtol=0)
+    with pytest.raises(UserError, match="cannot share a prompt"):
+        choose_layout(lm, "shared")
+
+
+def test_a_head_that_dpoeng_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = make("GraniteConfig", SHARED_FAMILIES["GraniteConfig"])
+    monkeypatch.setattr("dpoeng.engine.scoring.head_transform", lambda lm: (None, 1.0))
+    with pytest.raises(UserError) as caught:
+        choose_layout(lm)
+    assert caught.value.code == "model-unsupported"
+
+
+def test_changing_one_branch_moves_no_other_bit() -> None:
+    lm = make("Qwen2Config", {})
+    use_layout(lm, "shared")
+    groups = some_groups()
+    with torch.inference_mode():
+        before, offsets = score_groups(lm, groups)
+        for g, group in enumerate(groups):
+            for b, branch in enumerate(group.branches):
+                for position in range(len(branch.ids)):
+                    ids = branch.ids.copy()
+                    ids[position] = (ids[position] + 1) % VOCAB
+                    changed = list(group.branches)
+                    changed[b] = Branch(ids, branch.start)
+                    edited = [*groups[:g], PromptGroup(group.prompt_ids, tuple(changed)), *groups[g + 1 :]]
+                    after, _ = score_groups(lm, edited)
+                    k = sum(len(other.branches) for other in groups[:g]) + b
+                    outside = torch.ones(len(before), dtype=torch.bool)
+                    outside[offsets[k] : offsets[k + 1]] = False
+                    assert torch.equal(before[outside], after[outside])
+                    if position >= branch.start:  # and the branch itself does move
+                        assert not torch.equal(before[~outside], after[~outside])
+
+
+def test_gradients_equal_separate_forwards() -> None:
+    # GPT-2, since its norms stay in float64; a Llama's are computed in float32 whatever the model's dtype.
+    lm = make("GPT2Config", SHARED_FAMILIES["GPT2Config"], torch.float64)
+    weights = [p for n, p in lm.base.named_parameters() if n.endswith(("c_attn.weight", "mlp.c_proj.weight"))]
+    assert len(weights) == 4
+    for weight in weights:
+        weight.requires_grad_(True)
+    groups = some_groups()
+    truth = torch.autograd.grad(own_logps(lm, groups).sin().sum(), weights)
+    use_layout(lm, "shared")
+    scored, _ = score_groups(lm, groups)
+    found = torch.autograd.grad(scored.double().sin().sum(), weights)
+    for a, b in zip(found, truth, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+def test_how_a_batch_is_cut_does_not_matter() -> None:
+    lm = make("LlamaConfig", {})
+    use_layout(lm, "shared")
+    groups = some_groups() + some_groups(seed=2)
+    with torch.inference_mode():
+        together, offsets = score_groups(lm, groups)
+        alone = torch.cat([score_groups(lm, [group])[0] for group in groups])
+        backwards, _ = score_groups(lm, groups[::-1])
+    torch.testing.assert_close(together, alone, atol=2e-6, rtol=0)
+    sizes = [sum(branch.scored for branch in group.branches) for group in groups]
+    torch.testing.assert_close(torch.cat(backwards.split(sizes[::-1])[::-1]), together, atol=2e-6, rtol=0)
+    assert offsets[-1] == len(together)
+
+
+def test_attention_refuses_what_it_cannot_honour() -> None:
+    lm = make("LlamaConfig", {})
+    use_layout(lm, "shared")
+    assert lm.base.config._attn_implementation == SHARED_PROMPT
+    for layer in lm.base.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+        layer.self_attn.training = True
+    with pytest.raises(ValueError, match="attention dropout"):
+        score_groups(lm, [PromptGroup(as_ids([1, 2]), (Branch(as_ids([3])),))])
