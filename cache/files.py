@@ -148,14 +148,16 @@ class Files:
                 self.disk.sync_dir(target.parent)
 
     def set_aside(self, name: str) -> Path | None:
-        """Moves a damaged file to the quarantine; None if it is gone already, or the cache is read-only."""
+        """Moves a damaged file to the quarantine; None if it is gone already, or the cache is read-only.
+
+        Nothing is synced: a power loss can only bring the file back, to be found damaged again.
+        """
         flat = name.replace("/", "-")
         folder = self.root / QUARANTINE
         try:
             self._durable_dir(folder)
             target = next(path for k in range(1, 1 << 20) if not (path := folder / f"{flat}.{k}").exists())
             self.disk.rename(self.root / name, target)
-            self.disk.sync_dir((self.root / name).parent)
         except FileNotFoundError:
             return None
         except OSError as error:

@@ -237,5 +237,6 @@ class Fields:
     def _reference(self, name: str, item: Any) -> ObjectRef:
         match item:
             case [str(digest), int(rows), int(size)] if DIGEST.fullmatch(digest) and rows >= 0 and size > 0:
-                return ObjectRef(digest, rows, size)
+                if not isinstance(rows, bool) and not isinstance(size, bool):  # to Python, true is an int
+                    return ObjectRef(digest, rows, size)
         raise damaged(f"{self._where}: {name}", "[object name, rows, bytes]", repr(item)[:200])
