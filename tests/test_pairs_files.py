@@ -372,6 +372,8 @@ def test_a_truncated_file_is_refused(tmp_path: Path, suffix: str) -> None:
         ("a.txt", b"", "data-unknown-kind"),
         ("pairs", b"", "data-unknown-kind"),
         ("a.csv", b"prompt,chosen,chosen\np,a,b\n", "data-columns"),
+        ("a.csv", b"prompt,ch\xffosen,rejected\np,a,b\n", "data-bad-csv"),
+        ("a.csv", b'prompt,"chosen,rejected\np,a,b\n', "data-bad-csv"),
     ],
 )
 def test_a_file_that_cannot_be_read_at_all_is_named(tmp_path: Path, name: str, content: bytes, code: str) -> None:
