@@ -37,7 +37,7 @@ class Encoded:
 
 def encode(sides: Sequence[Side], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
     """Tokenise sides; the result does not depend on what the tokenizer was used for before, nor is it left changed."""
-    backend = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
+    backend = getattr(tokenizer, "backend_tokenizer", None) if getattr(tokenizer, "is_fast", False) else None
     if backend is None:
         encoded = [_encode_without_offsets(side, tokenizer) for side in sides]
     else:

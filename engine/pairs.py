@@ -86,7 +86,7 @@ def read_pairs(
         columns: field -> column of the file, for `prompt`, `chosen`, `rejected`, `tools`, `chat_template_kwargs`.
         where: a filter, see `where`; rows that it leaves out are counted, not rejected.
         max_reject_share: the largest share of rejected rows, of those that pass the filter.
-        prompt_format: a text with `{prompt}` in it to put around prompts that are texts.
+        prompt_format: a text with `{prompt}` in it to put around prompts given as texts, where the SFT data had one.
 
     Raises:
         UserError: a file cannot be read, is empty or changes meanwhile; columns are missing; too many rejects.
@@ -112,8 +112,9 @@ def read_pairs(
             "No pair is left.",
             code="data-empty",
             where=", ".join(found.files),
-            found=f"{found.filtered} rows, none of which passes the filter {where!r}",
-            remedy="loosen --where",
+            expected="at least one row that can be used" + (f" and passes the filter {where!r}" if where else ""),
+            found=f"{found.filtered} rows left out by the filter, {len(found.rejects)} rejected",
+            remedy="loosen --where" if found.filtered else "look at the reasons in the rejects file",
             exit_status=3,
         )
     return found

@@ -73,7 +73,7 @@ class Shape:
     Attributes:
         columns: field -> column of the file, where they differ.
         untyped: whether all values are texts (CSV), so that messages stand there as JSON.
-        prompt_format: a text with `{prompt}` in it, put around prompts that are texts, e.g. the SFT data's header.
+        prompt_format: a text with `{prompt}` in it, put around prompts given as texts (not around transcripts).
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -110,7 +110,7 @@ def to_pair(row: Mapping[str, Any], shape: Shape, source_file: str, source_row: 
             prompt, chosen, rejected = given, _answer(chosen), _answer(rejected)
         else:
             prompt, chosen, rejected = _split_texts(given, chosen, rejected)
-            if shape.prompt_format is not None:
+            if given is not None and shape.prompt_format is not None:
                 prompt = shape.prompt_format.replace("{prompt}", prompt)
     elif isinstance(chosen, list) and isinstance(rejected, list):
         prompt, chosen, rejected = _split_conversations(given, chosen, rejected)

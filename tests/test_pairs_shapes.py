@@ -74,6 +74,7 @@ def test_a_format_is_put_around_prompts_that_are_texts() -> None:
     assert parts(row, **shape)[0] == "Instruction: say {prompt}\nResponse:"
     messages = {"prompt": [user("hi")], "chosen": "a", "rejected": "b"}
     assert parts(messages, **shape)[0] == [user("hi")]
+    assert parts({"chosen": HH + " a", "rejected": HH + " b"}, **shape)[0] == HH
 
 
 def test_a_format_without_a_place_is_refused(tmp_path: Path) -> None:
