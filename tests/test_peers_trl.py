@@ -1,0 +1,206 @@
+"""dpoeng against TRL 1.16 on the same token ids: reference log-probs, and the first ten steps of training.
+
+Not in the default suite: `make test-peers` installs TRL beside dpoeng in an environment of its own and runs this file.
+The model is SmolLM2-135M-Instruct and the pairs are the demo's, or what PEER_MODEL and PEER_PAIRS name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dpoeng.cache.reader import View
+from dpoeng.engine.config import PrecomputeConfig, TrainConfig
+from dpoeng.engine.order import plan_schedule
+from dpoeng.engine.precompute import precompute_reference
+from dpoeng.engine.train import train
+
+pytestmark = [pytest.mark.peers, pytest.mark.timeout(3600)]
+
+PAIRS = 64
+STEPS = 10
+BATCH = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    named = os.environ.get("PEER_MODEL")
+    if named:
+        return Path(named)
+    from dpoeng.engine.demo import get_model
+
+    return get_model(Path(os.environ.get("DEMO_DIR", "demo")))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("peers")
+
+
+@pytest.fixture(scope="module")
+def first_adapter(folder: Path, model: Path) -> Path:
+    """A LoRA at its start, B = 0: for both programs the same first policy, equal to the base."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    get_peft_model(base, config).save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
+@pytest.fixture(scope="module")
+def view(folder: Path, model: Path, first_adapter: Path) -> View:
+    from importlib.resources import files
+
+    named = os.environ.get("PEER_PAIRS")
+    source = Path(named) if named else Path(str(files("dpoeng.cli") / "demo_pairs.jsonl"))
+    lines = source.read_text(encoding="utf-8").splitlines()[:PAIRS]
+    assert len(lines) == PAIRS
+    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    precompute_reference(
+        PrecomputeConfig(
+            pairs=(folder / "pairs.jsonl",),
+            model=str(model),
+            adapter=str(first_adapter),
+            cache=folder / "cache",
+            max_length=512,
+        )
+    )
+    return View.open(folder / "cache")
+
+
+def dataset(view: View) -> Any:
+    """The cache's own token ids, as the columns into which TRL tokenises."""
+    from datasets import Dataset
+
+    columns: dict[str, list[Any]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
+    for i in range(len(view)):
+        ids = view[i].ids
+        assert ids.chosen_start == ids.rejected_start == 0  # TRL has no unscored response tokens
+        columns["prompt_ids"].append(ids.prompt_ids.tolist())
+        columns["chosen_ids"].append(ids.chosen_ids.tolist())
+        columns["rejected_ids"].append(ids.rejected_ids.tolist())
+    return Dataset.from_dict(columns)
+
+
+def trl_trainer(folder: Path, model: Path, adapter: Path, rows: Any, order: list[int], **settings: Any) -> Any:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    class SameIds(DPOTrainer):  # type: ignore[misc]
+        """Takes token ids as they are and in the given order."""
+
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return order
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    policy = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+    config = DPOConfig(
+        output_dir=str(folder / "trl"),
+        beta=0.1,
+        loss_type="sigmoid",
+        max_length=512,
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=2,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        seed=0,
+        **settings,
+    )
+    return SameIds(
+        model=policy, args=config, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(model)
+    )
+
+
+def test_sums_equal_a_plain_forward_in_float64(view: View, model: Path) -> None:
+    """Prompt + response, full logits, float64 log-softmax: within 1e-3 nats."""
+    from transformers import AutoModelForCausalLM
+
+    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    largest = 0.0
+    for i in range(len(view)):
+        pair = view[i]
+        for response, found in ((pair.ids.chosen_ids, pair.chosen_sum), (pair.ids.rejected_ids, pair.rejected_sum)):
+            tokens = torch.from_numpy(np.concatenate([pair.ids.prompt_ids, response]).astype(np.int64))
+            with torch.inference_mode():
+                logps = lm(tokens[None]).logits[0].double().log_softmax(-1)
+            begin = len(pair.ids.prompt_ids)
+            truth = float(logps[begin - 1 : -1].gather(1, tokens[begin:, None]).sum())
+            largest = max(largest, abs(found - truth))
+    print(f"largest difference of {2 * len(view)} sums to a plain float64 log-softmax: {largest:.2e} nats")
+    assert largest < 1e-3
+
+
+def test_sums_equal_trl_precomputed(folder: Path, view: View, model: Path, first_adapter: Path) -> None:
+    order = list(range(PAIRS))
+    rows = trl_trainer(folder, model, first_adapter, dataset(view), order, precompute_ref_log_probs=True).train_dataset
+    differences = [
+        abs(ours - theirs)
+        for i in range(PAIRS)
+        for ours, theirs in (
+            (view[i].chosen_sum, rows[i]["ref_chosen_logps"]),
+            (view[i].rejected_sum, rows[i]["ref_rejected_logps"]),
+        )
+    ]
+    print(f"largest difference of {len(differences)} sums to TRL's: {max(differences):.2e} nats")
+    assert max(differences) < 1e-3
+
+
+def test_the_first_ten_steps_equal_trl(folder: Path, view: View, model: Path, first_adapter: Path) -> None:
+    """Same start, order, batches and schedule: loss, margin and gradient norm agree to 1e-3 relative."""
+    common = {"learning_rate": 1e-4, "warmup_steps": 2, "lr_scheduler_type": "linear", "max_steps": STEPS}
+    train(
+        TrainConfig(
+            cache=folder / "cache",
+            output_dir=folder / "ours",
+            eval_share=0,
+            seed=3,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=BATCH // 2,
+            **common,  # type: ignore[arg-type]
+        )
+    )
+    schedule = plan_schedule(PAIRS, batch=BATCH, epochs=1, max_steps=STEPS, seed=3)
+    order = [row for step in range(STEPS) for row in schedule.rows_of_step(step)]
+    trainer = trl_trainer(
+        folder, model, first_adapter, dataset(view), order, gradient_accumulation_steps=BATCH // 2, **common
+    )
+    trainer.train()
+    theirs = [line for line in trainer.state.log_history if "grad_norm" in line]
+    ours = [json.loads(line) for line in (folder / "ours" / "metrics.jsonl").read_text().splitlines()]
+    assert len(ours) == len(theirs) == STEPS
+    worst = {"loss": 0.0, "rewards/margins": 0.0, "grad_norm": 0.0}
+    for a, b in zip(ours, theirs, strict=True):
+        print(a["step"], *(f"{name} {a[name]:.6f} / {b[name]:.6f}" for name in worst))
+        for name in worst:
+            # A margin of exactly 0 has no relative error: the scale is the step's loss then.
+            scale = max(abs(b[name]), 1e-3 if name == "rewards/margins" else 0.0)
+            worst[name] = max(worst[name], abs(a[name] - b[name]) / scale)
+    print("largest relative differences:", worst)
+    assert ours[-1]["loss"] < ours[0]["loss"]
+    assert max(worst.values()) < 1e-3
