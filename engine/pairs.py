@@ -36,6 +36,10 @@ __all__ = [
 ]
 
 
+# A large file that is mostly unusable is given up early, lest the list of its rejects fill the memory.
+GIVE_UP_EVERY = 10_000
+
+
 @dataclass(frozen=True, slots=True)
 class Repeat:
     """A row that says the same as an earlier one (a duplicate), or the opposite (a contradiction)."""
@@ -102,7 +106,7 @@ def read_pairs(
             found=repr(prompt_format),
         )
     condition = parse_condition(where) if where and where.strip() else None
-    builder = _Builder(condition, columns, prompt_format)
+    builder = _Builder(condition, columns, prompt_format, max_reject_share)
     for path in readers.expand(paths):
         builder.add_file(path)
     found = builder.result()
@@ -137,7 +141,14 @@ def ensure_unchanged(files: Mapping[str, str]) -> None:
 class _Builder:
     """Collects the rows of several files."""
 
-    def __init__(self, condition: Condition | None, columns: Mapping[str, str], prompt_format: str | None) -> None:
+    def __init__(
+        self,
+        condition: Condition | None,
+        columns: Mapping[str, str],
+        prompt_format: str | None,
+        max_reject_share: float,
+    ) -> None:
+        self._max_reject_share = max_reject_share
         self._condition = condition
         self._columns = columns
         self._prompt_format = prompt_format
@@ -204,6 +215,9 @@ class _Builder:
 
     def _reject(self, path: Path, number: int, fault: RowFault) -> None:
         self._rejects.append(Reject(str(path), number, fault.reason, fault.detail))
+        if len(self._rejects) % GIVE_UP_EVERY == 0:
+            rows = len(self._pairs) + len(self._rejects)
+            check_reject_share(self._rejects, rows, max(self._max_reject_share, 0.5))
 
     def _check_columns(self, path: Path, names: Mapping[str, None]) -> None:
         """Raise where a column that is needed, mapped or filtered by occurs in no row of a file."""

@@ -122,8 +122,11 @@ def _check_names(names: Sequence[str], path: Path) -> None:
 
 
 def arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
-    """Batches of an Arrow file or stream, validated, since pyarrow trusts the offsets of what it maps."""
-    with pa.memory_map(str(path)) as source:
+    """Batches of an Arrow file or stream, validated, since pyarrow trusts the offsets that it reads.
+
+    The file is read and not mapped: one that is cut while mapped kills the process.
+    """
+    with pa.OSFile(str(path)) as source:
         magic = source.read(6)
         source.seek(0)
         if magic == b"ARROW1":

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpoeng.cache.errors import UserError
-from dpoeng.engine import readers
+from dpoeng.engine import pairs, readers
 from dpoeng.engine.pairs import ensure_unchanged, read_pairs, write_rejects
 
 ROWS: list[dict[str, Any]] = [
@@ -46,6 +46,20 @@ def zstd(data: bytes) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.CompressedOutputStream(sink, "zstd") as stream:
         stream.write(data)
+    return bytes(sink.getvalue())
+
+
+def pq_bytes(rows: int) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(ROWS)[:rows], sink)
+    return bytes(sink.getvalue())
+
+
+def ipc_bytes(rows: int) -> bytes:
+    sink = pa.BufferOutputStream()
+    table = pa.Table.from_pylist(ROWS)[:rows]
+    with ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
     return bytes(sink.getvalue())
 
 
@@ -214,6 +228,15 @@ def test_fault_19_too_many_bad_rows_stop_the_run(tmp_path: Path) -> None:
     assert len(read_pairs([path], max_reject_share=0.1).pairs) == 18
 
 
+def test_fault_19_a_large_unusable_file_is_given_up_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b"".join([*good_lines(), b"{}\n" * 1000]))
+    monkeypatch.setattr(pairs, "GIVE_UP_EVERY", 100)
+    with pytest.raises(UserError, match="100 of 140 rows cannot be used"):
+        read_pairs([path])
+    assert len(read_pairs([path], max_reject_share=1.0).rejects) == 1000
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -224,6 +247,8 @@ def test_fault_19_too_many_bad_rows_stop_the_run(tmp_path: Path) -> None:
         ("a.json", b"[]"),
         ("a.csv", b""),
         ("a.csv", b"prompt,chosen,rejected\n"),
+        ("a.parquet", pq_bytes(0)),
+        ("a.arrow", ipc_bytes(0)),
     ],
 )
 def test_fault_20_an_empty_file_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
@@ -364,7 +389,10 @@ def test_a_truncated_file_is_refused(tmp_path: Path, suffix: str) -> None:
         ("a.json", b"3", "data-bad-json"),
         ("a.json", b'"\xff"', "data-bad-json"),
         ("a.json", b'{"data": [], "data": []}', "data-bad-json"),
+        ("a.json", b'{\n"data": {}}', "data-bad-json"),
         ("a.parquet", b"no parquet", "data-damaged"),
+        ("a.parquet", b"", "data-damaged"),
+        ("a.arrow", b"", "data-damaged"),
         ("a.arrow", b"no arrow", "data-damaged"),
         ("a.jsonl.gz", b"no gzip", "data-damaged"),
         ("a.jsonl.zst", b"no zstd", "data-damaged"),
@@ -382,6 +410,15 @@ def test_a_file_that_cannot_be_read_at_all_is_named(tmp_path: Path, name: str, c
         read_pairs([tmp_path / name])
     assert (caught.value.code, caught.value.where, caught.value.exit_status) == (code, str(tmp_path / name), 3)
     assert caught.value.expected or caught.value.found
+
+
+def test_a_json_document_too_large_to_be_read_whole_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(ROWS))
+    monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 100)
+    with pytest.raises(UserError, match="JSON Lines") as caught:
+        read_pairs([path])
+    assert caught.value.code == "data-too-large"
 
 
 def test_missing_file_directory_without_data_and_pipe(tmp_path: Path) -> None:
