@@ -33,9 +33,14 @@ class Head(NamedTuple):
         return int(self.weight.shape[0])
 
     @property
-    def slope(self) -> float:
-        """dz/draw where no softcap bends it."""
-        return self.scale / self.temperature
+    def inner(self) -> float:
+        """Factor on the raw product before the tanh; with no softcap there is nothing before it."""
+        return self.scale / self.softcap if self.softcap else 1.0
+
+    @property
+    def outer(self) -> float:
+        """Factor that ends the map: `z = outer * tanh(inner * raw)`, or `outer * raw` with no softcap."""
+        return (self.softcap or self.scale) / self.temperature
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Token log-probs and their unit gradient on a CPU, in tiles of the vocabulary.
+"""Token log-probs and their unit gradient in tiles of the vocabulary, in plain PyTorch: the backend of CPUs.
 
 The derivative of log p(y) by the hidden state is `W_y - sum_v p_v W_v` (with no softcap): attention of one query over
 the vocabulary, keys and values both being the head. So it can be done as FlashAttention does it (Dao et al. 2022,
@@ -10,7 +10,7 @@ A row's result must not depend on its neighbours. Rows only meet in the matrix p
 for a handful of rows; blocks are therefore padded to a multiple of `ROW_STEP` rows, from where on MKL's results were
 bitwise the same whatever the row count (tests/test_kernels_cpu.py checks it where it runs).
 
-Knows nothing of autograd, of devices other than the CPU, or of ignored targets.
+Knows nothing of autograd or of ignored targets.
 """
 
 import torch
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from dpoeng.kernels.head import Head, sum_dtype
 
-ROWS = 512  # rows that share one pass over the head
+ROWS = 1024  # rows that share one pass over the head
 ROW_STEP = 16
-TILE = 1024  # vocabulary entries; ROWS x TILE float32 is 2 MiB
+TILE = 1024  # vocabulary entries; ROWS x TILE float32 is 4 MiB
 TILE_BF16 = 4096  # where the CPU multiplies bfloat16 itself: fewer, larger products
 
 
@@ -68,7 +68,7 @@ def _block(hidden: Tensor, head: Head, targets: Tensor, unit_gradient: Tensor | 
     peak = h.new_full((n + pad,), -torch.inf, dtype=dtype)  # running maximum of z
     rest = h.new_zeros(n + pad, dtype=dtype)  # running sum of exp(z - peak) over all but the target
     z_target = torch.zeros_like(rest)
-    slope_target = torch.full_like(rest, head.slope)  # dz/draw at the target
+    slope_target = torch.full_like(rest, head.outer)  # dz/draw at the target
     others = None if unit_gradient is None else h.new_zeros((n + pad, width), dtype=dtype)  # the same sum of head rows
 
     for low in range(0, head.vocabulary, tile):
@@ -108,7 +108,7 @@ def _block(hidden: Tensor, head: Head, targets: Tensor, unit_gradient: Tensor | 
     total = rest + below.exp()
     logps = torch.where(below == 0, -torch.log1p(rest), below - total.log())
     if others is not None and unit_gradient is not None:
-        others.mul_((-1.0 if head.softcap else -head.slope) / total.unsqueeze(1))
+        others.mul_((-1.0 if head.softcap else -head.outer) / total.unsqueeze(1))
         others.addcmul_(head.weight[y].to(dtype), (rest / total * slope_target).unsqueeze(1))
         unit_gradient.copy_(others[:n])
     return logps[:n]
@@ -118,11 +118,10 @@ def _map_logits(z: Tensor, head: Head, low: int) -> Tensor | None:
     """Turn raw products `[R, T]` into logits in place; returns dz/draw `[R, T]` where a softcap makes it vary."""
     if head.bias is not None:
         z.add_(head.bias[low : low + z.shape[1]])
-    if head.softcap is None:
-        if head.slope != 1.0:
-            z.mul_(head.slope)
-        return None
-    z.mul_(head.scale / head.softcap).tanh_()
-    slopes = torch.addcmul(torch.ones((), dtype=z.dtype), z, z, value=-1.0).mul_(head.slope)
-    z.mul_(head.softcap / head.temperature)
+    slopes = None
+    if head.softcap is not None:
+        z.mul_(head.inner).tanh_()
+        slopes = torch.addcmul(z.new_ones(()), z, z, value=-1.0).mul_(head.inner * head.outer)
+    if head.outer != 1.0:
+        z.mul_(head.outer)
     return slopes

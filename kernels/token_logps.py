@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpoeng.kernels.cpu_logps import tiled_logps
 from dpoeng.kernels.head import Head, check, sum_dtype
+from dpoeng.kernels.tiled_logps import tiled_logps
 
 
 def token_logps(
@@ -32,6 +32,7 @@ def token_logps(
     scale: float = 1.0,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    narrow_logits: bool = False,
 ) -> Tensor:
     """log p(target) per row, differentiable by `hidden` alone.
 
@@ -44,6 +45,8 @@ def token_logps(
         scale: Factor on the logits before the softcap (Cohere's `logit_scale`, one over Granite's `logits_scaling`).
         temperature: Divisor after the softcap.
         ignore_index: Rows with this target get 0.0 and no gradient.
+        narrow_logits: GPU training holds its chunk of logits in float32; True holds it in the inputs' 16 bits. That
+            halves the chunk (0.6 to 0.3 GB at V = 152k) and costs 7e-3 nats a log-prob in bfloat16 instead of 5e-7.
 
     Returns:
         `[N]` log-probs in nats, float32 (float64 for float64 inputs), at most 0.
@@ -61,7 +64,9 @@ def token_logps(
     head = Head(weight, bias, softcap, scale, temperature)
     check(hidden, head, targets)
     if torch.is_grad_enabled() and hidden.requires_grad:
-        logps: Tensor = _train_op(hidden, weight, targets, bias, softcap, scale, temperature, ignore_index)[0]
+        logps: Tensor = _train_op(
+            hidden, weight, targets, bias, softcap, scale, temperature, ignore_index, narrow_logits
+        )[0]
     else:
         logps = _score_op(hidden, weight, targets, bias, softcap, scale, temperature, ignore_index)
     return logps
@@ -90,8 +95,11 @@ def plain_token_logps(
     return torch.where(kept, picked, 0.0)
 
 
-def _on_cpu(hidden: Tensor, head: Head, targets: Tensor, ignore_index: int, unit_gradient: Tensor | None) -> Tensor:
-    """Compute only the rows that count; the others get 0.0 and a zero gradient."""
+# --- the backends ---
+
+
+def _tiled(hidden: Tensor, head: Head, targets: Tensor, ignore_index: int, unit_gradient: Tensor | None) -> Tensor:
+    """Tiles in PyTorch over the rows that count; the others get 0.0 and a zero gradient."""
     kept = targets != ignore_index
     wrong = kept & ((targets < 0) | (targets >= head.vocabulary))
     if wrong.any():
@@ -108,7 +116,10 @@ def _on_cpu(hidden: Tensor, head: Head, targets: Tensor, ignore_index: int, unit
     return logps
 
 
-@torch.library.custom_op("dpoeng::token_logps_score", mutates_args=(), device_types="cpu")
+# Custom ops take tensors and plain numbers, so a Head travels in parts.
+
+
+@torch.library.custom_op("dpoeng::token_logps_score", mutates_args=())
 def _score_op(
     hidden: Tensor,
     weight: Tensor,
@@ -119,10 +130,15 @@ def _score_op(
     temperature: float,
     ignore_index: int,
 ) -> Tensor:
-    return _on_cpu(hidden, Head(weight, bias, softcap, scale, temperature), targets, ignore_index, None)
+    head = Head(weight, bias, softcap, scale, temperature)
+    if hidden.is_cuda and hidden.dtype != torch.float64:
+        from dpoeng.kernels.linear_logps import fused_logps
+
+        return fused_logps(hidden, head, targets, ignore_index)
+    return _tiled(hidden, head, targets, ignore_index, None)
 
 
-@torch.library.custom_op("dpoeng::token_logps_train", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("dpoeng::token_logps_train", mutates_args=())
 def _train_op(
     hidden: Tensor,
     weight: Tensor,
@@ -132,10 +148,17 @@ def _train_op(
     scale: float,
     temperature: float,
     ignore_index: int,
+    narrow_logits: bool,
 ) -> tuple[Tensor, Tensor]:
-    unit_gradient = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     head = Head(weight, bias, softcap, scale, temperature)
-    return _on_cpu(hidden, head, targets, ignore_index, unit_gradient), unit_gradient
+    unit_gradient = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    if hidden.is_cuda and hidden.dtype != torch.float64:
+        from dpoeng.kernels.unit_gradient import chunked_logps
+
+        logps = chunked_logps(hidden, head, targets, ignore_index, unit_gradient, narrow=narrow_logits)
+    else:
+        logps = _tiled(hidden, head, targets, ignore_index, unit_gradient)
+    return logps, unit_gradient
 
 
 @torch.library.custom_op("dpoeng::scale_rows", mutates_args=())
@@ -172,7 +195,7 @@ def _backward(ctx: Any, upstream: Tensor, _: Tensor | None) -> tuple[Tensor | No
             "plain_token_logps where a double backward (create_graph=True) is needed."
         )
     (unit_gradient,) = ctx.saved_tensors
-    return (_scale_rows(unit_gradient, upstream), *[None] * 7)
+    return (_scale_rows(unit_gradient, upstream), *[None] * 8)
 
 
 _train_op.register_autograd(_backward, setup_context=_keep_unit_gradient)

@@ -1,0 +1,244 @@
+"""Compile the kernels ahead of time for every GPU of the table, on a machine without any, and read what came out.
+
+    python -m dpoeng.kernels.aot --gpu sm_80 gfx942       # a JSON list of reports on stdout
+
+The compilers are those of triton's wheel, so the machine code is that of a real launch. What it shows: registers,
+spills, shared memory, occupancy, which matrix instructions were chosen, how wide the loads are. What it does not show:
+time. Needs a process in which triton was imported without TRITON_INTERPRET.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dpoeng.kernels.tiles import GPUS, LINEAR_16, LINEAR_32, MERGE_ROWS, Gpu, LinearTile, launch_options, row_tile
+
+
+class Build(NamedTuple):
+    """One kernel as one launch would specialise it."""
+
+    kernel: str
+    variant: str
+    dtype: str  # of hidden, weight or logits, in triton's words: bf16, fp16, fp32
+    types: dict[str, str]  # arguments that are not pointers to `dtype` or int32
+    constants: dict[str, Any]
+    warps: int
+    stages: int = 2
+
+
+class Code(NamedTuple):
+    """What the machine code shows."""
+
+    registers: int  # a thread
+    spill_bytes: int  # a thread: its stack frame
+    loop_spills: int  # instructions inside loops that store or load spilled registers
+    matrix: tuple[str, ...]  # matrix instructions found: HMMA (mma), HGMMA (wgmma), UTC*MMA (tcgen05), v_mfma
+    load_bytes: int  # the widest load from global memory, a thread
+
+
+class Report(NamedTuple):
+    kernel: str
+    variant: str
+    dtype: str
+    gpu: str
+    code: Code
+    shared_bytes: int  # a block
+    shared_limit: int
+    warps: int
+    occupancy: float  # resident warps over the multiprocessor's warps
+
+    def problems(self) -> list[str]:
+        """What would make this build unfit to ship."""
+        found = []
+        if self.code.loop_spills:
+            found.append(f"{self.code.loop_spills} instructions inside loops move spilled registers")
+        if self.shared_bytes > self.shared_limit:
+            found.append(f"needs {self.shared_bytes} bytes of shared memory, the limit is {self.shared_limit}")
+        if self.code.load_bytes < 16 and self.kernel != "merge_partials":
+            found.append(f"loads {self.code.load_bytes} bytes at a time instead of 16")
+        if self.kernel == "linear_partials" and self.dtype != "fp32" and not self.code.matrix:
+            found.append("no matrix instructions")
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        flat = {name: value for name, value in self._asdict().items() if name != "code"}
+        return {**flat, **self.code._asdict(), "problems": self.problems()}
+
+
+def builds(gpu: str, linear: LinearTile | None = None) -> list[Build]:
+    """Every configuration that is shipped for one GPU. `linear` replaces the table's tile for 16-bit inputs."""
+    f32, i64 = "*fp32", "*i64"
+    row = row_tile()
+    row_types = {
+        "targets": i64, "logps": f32, "peaks": f32, "rests": f32, "upstream": f32, "size": "i32",
+        "ignore_index": "i32", "inner": "fp32", "outer": "fp32",
+    }  # fmt: skip
+    plain: dict[str, Any] = {"BLOCK": row.block}
+    out = [Build("row_forward", "", dtype, row_types, plain, row.warps) for dtype in ("bf16", "fp32")]
+    out += [Build("row_backward", "", dtype, row_types, plain, row.warps) for dtype in ("bf16", "fp32")]
+    # Training: float32 logits whose gradient is written in 16 bits over them; Gemma's softcap; a bias.
+    unit = {**row_types, "raw": f32}
+    out.append(Build("unit_gradient_rows", "", "bf16", unit, {**plain, "bias": None, "SOFTCAP": False}, row.warps))
+    out.append(Build("unit_gradient_rows", "softcap, bias", "bf16", unit, {**plain, "SOFTCAP": True}, row.warps))
+
+    tile_16 = linear or LINEAR_16[gpu]
+    types = {
+        "targets": i64, "peaks": f32, "rests": f32, "target_logits": f32, "logps": f32, "inner": "fp32",
+        "outer": "fp32",
+    }  # fmt: skip
+    for dtype, tile, variant, extra in (
+        ("bf16", tile_16, "", {"bias": None, "SOFTCAP": False}),
+        ("fp16", tile_16, "softcap", {"bias": None, "SOFTCAP": True}),
+        ("fp32", LINEAR_32, "", {"bias": None, "SOFTCAP": False}),
+    ):
+        sizes = {
+            "ROWS": tile.rows,
+            "COLS": tile.cols,
+            "DEPTH": tile.depth,
+            "GROUP": tile.group,
+            "RAGGED": False,
+            "UPCAST": False,
+        }
+        out.append(Build("linear_partials", variant, dtype, types, {**sizes, **extra}, tile.warps, tile.stages))
+    out.append(Build("merge_partials", "", "fp32", types, {"ROWS": MERGE_ROWS}, 4))
+    return out
+
+
+def compile_for(build: Build, gpu_name: str) -> Report:
+    """Compile one build for one GPU and read the machine code.
+
+    Raises:
+        RuntimeError: Triton was imported under TRITON_INTERPRET, where there is nothing to compile.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: compile in a process of its own without it")
+    gpu = GPUS[gpu_name]
+    function = _kernels()[build.kernel]
+    constants = {"ignore_index": -100, **build.constants}
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    signature = {name: "constexpr" if name in constants else _type_of(name, build) for name in function.arg_names}
+    # As a launch on torch's allocations has it: pointers, strides, V and H divisible by 16. N is not.
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(function.arg_names)
+        if signature[name].startswith("*") or name.endswith("stride") or name in ("size", "width")
+    }
+    source = ASTSource(function, signature, constexprs=constants, attrs=aligned)
+    options = launch_options(build.warps, build.stages)
+    try:
+        binary = triton.compile(source, target=GPUTarget(gpu.backend, gpu.arch, gpu.warp), options=options)
+    except RuntimeError as error:
+        raise RuntimeError(f"{build.kernel} ({build.dtype}) does not compile for {gpu_name}: {error}") from error
+    code = (_read_nvidia if gpu.backend == "cuda" else _read_amd)(binary.asm)
+    shared = binary.metadata.shared
+    return Report(
+        build.kernel, build.variant, build.dtype, gpu_name, code, shared, gpu.block_shared, build.warps,
+        occupancy(gpu, code.registers, shared, build.warps),
+    )  # fmt: skip
+
+
+def occupancy(gpu: Gpu, registers: int, shared: int, warps: int) -> float:
+    """Resident warps over possible warps, by registers and shared memory."""
+    step = 8  # registers are handed out in eights
+    per_warp = -(-registers // step) * step * gpu.warp
+    # NVIDIA keeps 1 KiB of shared memory a block for itself.
+    by_shared = gpu.shared // (shared + (1024 if gpu.backend == "cuda" else 0)) if shared else gpu.warps
+    blocks = min(gpu.registers // max(1, per_warp * warps), by_shared, gpu.warps // warps)
+    return blocks * warps / gpu.warps
+
+
+def _kernels() -> dict[str, Any]:
+    from dpoeng.kernels import linear_logps, row_kernels, unit_gradient
+
+    return {
+        "row_forward": row_kernels.row_forward,
+        "row_backward": row_kernels.row_backward,
+        "unit_gradient_rows": unit_gradient.unit_gradient_rows,
+        "linear_partials": linear_logps.linear_partials,
+        "merge_partials": linear_logps.merge_partials,
+    }
+
+
+def _type_of(name: str, build: Build) -> str:
+    if name in build.types:
+        return build.types[name]
+    if name in ("n", "size", "width", "tiles") or name.endswith("stride"):
+        return "i32"
+    return f"*{build.dtype}"
+
+
+def _read_nvidia(asm: Mapping[str, Any]) -> Code:
+    """From the cubin itself: ptxas run again by hand would use other flags and report other registers."""
+    import triton
+
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(asm["cubin"])
+        usage, sass = (
+            subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
+            for option in ("--dump-resource-usage", "-sass")
+        )
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass)]
+    loads = [text for _, text in code if re.search(r"\bLDG(STS)?\.", text)]
+    return Code(
+        registers=_number(r"REG:(\d+)", usage),
+        spill_bytes=_number(r"STACK:(\d+)", usage),
+        loop_spills=_inside_loops(code, r"\b(LDL|STL)\b", r"\bBRA(?:\.\S+)? .*?0x([0-9a-f]+)"),
+        matrix=tuple(sorted({m for _, text in code for m in re.findall(r"\b(HGMMA|UTC\w*MMA|HMMA)\b", text)})),
+        load_bytes=max((int(bits) // 8 for text in loads for bits in re.findall(r"\.(64|128)\b", text)), default=4),
+    )
+
+
+def _inside_loops(code: list[tuple[int, str]], wanted: str, branch: str) -> int:
+    """Instructions that match `wanted` between a backward branch and where it goes."""
+    loops = [(int(found.group(1), 16), at) for at, text in code if (found := re.search(branch, text)) is not None]
+    return sum(1 for at, text in code if re.search(wanted, text) and any(start <= at < end for start, end in loops))
+
+
+def _read_amd(asm: Mapping[str, Any]) -> Code:
+    text: str = asm["amdgcn"]
+    spilled = _number(r"\.vgpr_spill_count:\s+(\d+)", text) + _number(r"\.sgpr_spill_count:\s+(\d+)", text)
+    words = [int(n) for n in re.findall(r"(?:global|buffer)_load_dwordx(\d)", text)]
+    return Code(
+        registers=_number(r"\.vgpr_count:\s+(\d+)", text),
+        spill_bytes=4 * spilled,
+        loop_spills=spilled,  # not told apart: any spill counts
+        matrix=("v_mfma",) if "v_mfma" in text else (),
+        load_bytes=4 * max(words, default=1),
+    )
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"the compiler's report has changed: nothing matches {pattern!r} in {text[:500]!r}")
+    return int(found.group(1))
+
+
+def main(arguments: Iterable[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--gpu", nargs="+", choices=sorted(GPUS), default=list(GPUS))
+    parser.add_argument("--linear", type=int, nargs=5, metavar="N", help="rows cols depth warps stages, to try a tile")
+    parser.add_argument("--kernel", nargs="+", choices=sorted(_kernels()), default=sorted(_kernels()))
+    chosen = parser.parse_args(list(arguments) if arguments is not None else None)
+    tile = LinearTile(*chosen.linear) if chosen.linear else None
+    reports = [
+        compile_for(build, gpu) for gpu in chosen.gpu for build in builds(gpu, tile) if build.kernel in chosen.kernel
+    ]
+    json.dump([report.as_dict() for report in reports], sys.stdout, indent=1)
+    return 1 if any(report.problems() for report in reports) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

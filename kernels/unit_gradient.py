@@ -1,0 +1,110 @@
+"""GPU training: log-probs and their unit gradient, in chunks of rows, around one fused Triton pass.
+
+Per chunk of C rows: product `raw = h @ W.T` (cuBLAS, float32 out) -> one pass over each row that gathers the log-prob
+and turns `raw` into `d logp / d raw` in place -> product `G = d @ W` (cuBLAS). Two products in all, as many as plain
+autograd needs for a frozen head, and one chunk of logits instead of all of them.
+
+The plain PyTorch twin of the pass:
+
+    logp = log_softmax(map(raw), -1).gather(-1, y);   d = (one_hot(y) - softmax(map(raw))) * dmap/draw
+
+Not allocated: `[N, V]` of anything. The chunk is `CHUNK_BYTES` at most.
+"""
+
+# Triton reads these signatures itself and its decorator carries no types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dpoeng.kernels.head import Head
+from dpoeng.kernels.rows import gradient_entries, load_raw, logp_of, map_logits, row_sums
+from dpoeng.kernels.tiles import row_tile
+
+CHUNK_BYTES = 640 * 2**20  # 1024 rows of a vocabulary of 152k in float32
+MAX_CHUNK = 4096
+
+
+@triton.jit
+def unit_gradient_rows(
+    raw, bias, targets, logps, grad, stride, grad_stride, size, ignore_index, inner, outer,
+    BLOCK: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + row)
+    counts = target != ignore_index
+    source = raw + row * stride
+    peak, rest, below = row_sums(source, bias, target, size, inner, outer, BLOCK, SOFTCAP)
+    tl.store(logps + row, tl.where(counts, logp_of(below, rest), 0.0))
+    total = rest + tl.exp(below)
+    for low in range(0, size, BLOCK):
+        cols = low + tl.arange(0, BLOCK)
+        mask = cols < size
+        z, slope = map_logits(load_raw(source, bias, cols, mask), inner, outer, SOFTCAP)
+        entries = tl.where(counts, gradient_entries(z, slope, cols, target, peak, rest, total), 0.0)
+        # `grad` may be `raw` seen as a 16-bit type: entry v is then written over bytes of entry v // 2, which another
+        # warp may not have read yet. The barrier puts all of a block's reads before its writes; earlier blocks are
+        # read already, and a write never reaches beyond the block being read.
+        tl.debug_barrier()
+        tl.store(grad + row * grad_stride + cols, entries.to(grad.dtype.element_ty), mask=mask)
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """Rows per chunk: as many as `CHUNK_BYTES` of float32 logits hold, in steps of 256, for whole GEMM tiles."""
+    return max(256, min(MAX_CHUNK, CHUNK_BYTES // (4 * vocabulary) // 256 * 256))
+
+
+def chunked_logps(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    ignore_index: int,
+    unit_gradient: Tensor,
+    *,
+    narrow: bool = False,
+) -> Tensor:
+    """Log-probs `[N]` float32; fills `unit_gradient` `[N, H]`.
+
+    Args:
+        hidden: `[N, H]` bfloat16, float16 or float32.
+        head: weight of the same dtype.
+        targets: `[N]` int64.
+        ignore_index: Rows with this target get 0.0 and a zero gradient.
+        unit_gradient: `[N, H]`, overwritten.
+        narrow: Hold the logits in the inputs' dtype: half the chunk's memory, for an error of 7e-3 a log-prob in
+            bfloat16 (what rounded logits cost any head) against 5e-7.
+    """
+    n, size = hidden.shape[0], head.vocabulary
+    rows = min(n, chunk_rows(size))
+    padded = -(-size // 16) * 16  # rows that start on 16 bytes: wide loads, and cuBLAS's fast paths
+    buffer = hidden.new_empty((rows, padded), dtype=hidden.dtype if narrow else torch.float32)
+    raw = buffer[:, :size]
+    grad = buffer.view(hidden.dtype)[:, :size]  # the same memory: row r starts where row r of the logits starts
+    logps = hidden.new_empty(n, dtype=torch.float32)
+    for start in range(0, n, rows):
+        some = slice(start, min(n, start + rows))
+        count = some.stop - start
+        _product(hidden[some], head.weight.T, raw[:count])
+        fused_pass(raw[:count], head, targets[some], ignore_index, logps[some], grad[:count])
+        torch.mm(grad[:count], head.weight, out=unit_gradient[some])
+    return logps
+
+
+def fused_pass(raw: Tensor, head: Head, targets: Tensor, ignore_index: int, logps: Tensor, grad: Tensor) -> None:
+    """Launch the pass over `raw` `[C, V]`; fills `logps` `[C]` and `grad` `[C, V]`, which may share raw's memory."""
+    tile = row_tile()
+    unit_gradient_rows[(raw.shape[0],)](
+        raw, head.bias, targets.contiguous(), logps, grad, raw.stride(0), grad.stride(0), head.vocabulary, ignore_index,
+        head.inner, head.outer, BLOCK=tile.block, SOFTCAP=head.softcap is not None, **tile.options,
+    )  # fmt: skip
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:  # the CPU has no product that widens; only the interpreter's tests come here
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
