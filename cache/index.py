@@ -32,6 +32,9 @@ class Damage:
     moved_to: Path | None
     rows: int | None = None
 
+    def __str__(self) -> str:
+        return f"{self.where}: {self.problem}"
+
 
 class KeyIndex:
     """All rows of one reference that are on the disk and sound.

@@ -7,12 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Self, SupportsIndex
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from dpoeng.cache.errors import CacheError
 from dpoeng.cache.records import ViewRecord, damaged
 from dpoeng.cache.schema import ScoredPair
-from dpoeng.cache.shard import Shard, check_hash
+from dpoeng.cache.shard import Numbers, Shard, check_hash
 from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.store import THREADS, Store, object_name, table_name, view_name
 from dpoeng.cache.table import Table
@@ -81,6 +83,16 @@ class View:
         """The pair key of row i; equal pairs have equal keys."""
         key: bytes = self._table.keys[self._position(i)].tobytes()
         return key
+
+    def numbers(self) -> Numbers:
+        """Lengths and sums of all rows at once, in source order."""
+        starts = np.cumsum([0, *(len(shard) for shard in self._shards)])
+        places = starts[self._table.object] + self._table.row
+        return Numbers.join([shard.numbers() for shard in self._shards]).at(places)
+
+    def keys(self) -> npt.NDArray[np.uint8]:
+        """[N, 16] pair keys in source order."""
+        return self._table.keys
 
     def shrunk(self) -> CacheError | None:
         """After a worker died of SIGBUS: the mapped file that somebody has cut meanwhile, or None if none was."""

@@ -66,6 +66,20 @@ class ScoredPair:
     chosen_logps: LogpArray
     rejected_logps: LogpArray
 
+    def check(self) -> None:
+        """Raises ValueError where lengths do not fit, an id is negative, or a number cannot be a log-probability."""
+        ids = self.ids
+        for side, tokens, start, logps in (
+            ("chosen", ids.chosen_ids, ids.chosen_start, self.chosen_logps),
+            ("rejected", ids.rejected_ids, ids.rejected_start, self.rejected_logps),
+        ):
+            if not 0 <= start < len(tokens) or len(logps) != len(tokens) - start:
+                raise ValueError(f"{len(logps)} {side} log-probs for {len(tokens)} tokens, the first {start} unscored")
+            if not (logps.max() <= 0 and logps.min() > -np.inf):  # NaN fails the first
+                raise ValueError(f"a {side} log-prob is NaN, infinite or positive")
+        if any(len(part) and part.min() < 0 for part in (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids)):
+            raise ValueError("a token id is negative")
+
     @property
     def chosen_sum(self) -> float:
         """log p_ref(chosen | prompt) in nats, summed in float64."""

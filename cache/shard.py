@@ -51,7 +51,10 @@ def encode_shard(rows: Sequence[ScoredPair]) -> memoryview:
     if not rows:
         raise ValueError("a shard needs at least one row")
     for index, row in enumerate(rows):
-        _check_row(row, index)
+        try:
+            row.check()
+        except ValueError as error:
+            raise ValueError(f"row {index}: {error}") from None
     keys = [pair_key(row.ids) for row in rows]
     if len(set(keys)) != len(keys):
         raise ValueError("a pair stands in the shard twice")
@@ -61,20 +64,6 @@ def encode_shard(rows: Sequence[ScoredPair]) -> memoryview:
         for part in _batches(rows):
             writer.write_batch(_encode_batch(rows[part], keys[part]))
     return memoryview(sink.getvalue()).cast("B")
-
-
-def _check_row(row: ScoredPair, index: int) -> None:
-    ids = row.ids
-    for side, tokens, start, logps in (
-        ("chosen", ids.chosen_ids, ids.chosen_start, row.chosen_logps),
-        ("rejected", ids.rejected_ids, ids.rejected_start, row.rejected_logps),
-    ):
-        if not 0 <= start < len(tokens) or len(logps) != len(tokens) - start:
-            raise ValueError(f"row {index}: {len(logps)} {side} log-probs for {len(tokens)} tokens, {start} unscored")
-        if not (logps.max() <= 0 and logps.min() > -np.inf):  # NaN fails the first
-            raise ValueError(f"row {index}: a {side} log-prob is NaN, infinite or positive")
-    if any(len(part) and part.min() < 0 for part in (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids)):
-        raise ValueError(f"row {index}: a token id is negative")
 
 
 def _batches(rows: Sequence[ScoredPair]) -> Iterator[slice]:
@@ -159,6 +148,25 @@ class _Batch(NamedTuple):
     sums: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]  # chosen, rejected
 
 
+class Numbers(NamedTuple):
+    """One number a row, [N] each: tokens of the prompt, scored tokens of either side, sums of log-probs in nats."""
+
+    prompt_tokens: npt.NDArray[np.int32]
+    chosen_tokens: npt.NDArray[np.int32]
+    rejected_tokens: npt.NDArray[np.int32]
+    chosen_sum: npt.NDArray[np.float64]
+    rejected_sum: npt.NDArray[np.float64]
+
+    @classmethod
+    def join(cls, parts: Sequence[Numbers]) -> Numbers:
+        """One after the other; at least one."""
+        return cls(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+    def at(self, rows: npt.NDArray[np.signedinteger[Any]]) -> Numbers:
+        """Only these rows, in this order."""
+        return Numbers(*(column[rows] for column in self))  # type: ignore[arg-type]
+
+
 class Shard:
     """A shard in memory that somebody else owns (usually a mapped file); every array it hands out is a view of it.
 
@@ -188,6 +196,20 @@ class Shard:
         starts = len(chosen) - len(chosen_logps), len(rejected) - len(rejected_logps)
         ids = PairIds(batch.prompt[j], chosen, rejected, *starts)
         return ScoredPair(ids, chosen_logps, rejected_logps)
+
+    def numbers(self) -> Numbers:
+        """Lengths and sums of all rows, without a look at the tokens."""
+        return Numbers.join(
+            [
+                Numbers(
+                    np.diff(batch.prompt.offsets),
+                    np.diff(batch.chosen_logps.offsets),
+                    np.diff(batch.rejected_logps.offsets),
+                    *batch.sums,
+                )
+                for batch in self._batches
+            ]
+        )
 
     def keys(self) -> npt.NDArray[np.uint8]:
         """[rows, 16] pair keys."""

@@ -290,19 +290,30 @@ class Store:
 
     # -- records and manifests ----------------------------------------------------------------------------------------
 
-    def commits(self, spec_digest: str, damage: list[Damage]) -> list[Commit]:
-        """All sound records of a spec, by object name. Damaged ones are moved to quarantine/ and added to `damage`."""
+    def read_commits(self, spec_digest: str) -> list[tuple[str, Commit | CacheError]]:
+        """The name of every record of a spec, by object, and what is in it, or what is wrong with it."""
         folder = commits_folder(spec_digest)
-        found = []
+        found: list[tuple[str, Commit | CacheError]] = []
         for name in self.files.names(folder, ".json"):
             path = f"{folder}/{name}.json"
+            where = str(self.root / path)
             try:
-                found.append(Commit.decode(self.files.read(path), str(self.root / path), spec=spec_digest, name=name))
+                found.append((path, Commit.decode(self.files.read(path), where, spec=spec_digest, name=name)))
             except FileNotFoundError:
                 continue  # another process has just set it aside
             except CacheError as error:
-                damage.append(self._set_aside(path, error))
+                found.append((path, error))
         return found
+
+    def commits(self, spec_digest: str, damage: list[Damage]) -> list[Commit]:
+        """All sound records of a spec, by object. Damaged ones are moved to quarantine/ and added to `damage`."""
+        sound = []
+        for path, outcome in self.read_commits(spec_digest):
+            if isinstance(outcome, Commit):
+                sound.append(outcome)
+            else:
+                damage.append(self._set_aside(path, outcome))
+        return sound
 
     def generations(self, spec_digest: str) -> list[int]:
         """The numbers of the manifests of a spec, ascending."""
@@ -354,13 +365,13 @@ class Store:
         Args:
             spec_digest: the reference.
             name: letters, digits, `.`, `_`, `-`.
-            entries: the rows of the source, in its order; the pair of each has been committed.
+            entries: the rows of the source, in its order, at least one; the pair of each has been committed.
             meta: JSON: how the pairs were made.
 
         Raises:
             CacheError: a pair has no row.
         """
-        path = view_name(name)
+        view_name(name)  # before the work
         index = self.lookup(spec_digest)
         keys = np.frombuffer(b"".join(entry.pair_key for entry in entries), np.uint8).reshape(-1, 16)
         shards, rows = index.locate(keys)
@@ -379,10 +390,16 @@ class Store:
         data = encode_table(entries, files, np.searchsorted(used, shards).astype(np.int32), rows)
         table = ObjectRef(xxhash.xxh3_128_hexdigest(data), len(entries), len(data))
         objects = tuple(index.objects[k] for k in used)
-        record = ViewRecord(name, spec_digest, table, objects, tuple(files), meta).encode()
-        self._put(table_name(table.name), data)
-        if not self._holds(path, record):  # a complete cache may be read-only
-            self.files.replace(path, record)
+        self.put_view(ViewRecord(name, spec_digest, table, objects, tuple(files), meta), data)
+
+    def put_view(self, record: ViewRecord, table: memoryview) -> None:
+        """Publishes a view's table, then its record in the place of any other. Raises CacheError as `write_view`."""
+        path = view_name(record.name)
+        check_hash(table, record.table.name, path)
+        self._put(table_name(record.table.name), table)
+        data = record.encode()
+        if not self._holds(path, data):  # a complete cache may be read-only
+            self.files.replace(path, data)
 
     def views(self) -> list[str]:
         """The names of all views, sorted."""

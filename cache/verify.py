@@ -24,7 +24,7 @@ from dpoeng.cache.files import QUARANTINE, TMP
 from dpoeng.cache.reader import open_table
 from dpoeng.cache.records import DIGEST, Commit, Manifest, ObjectRef, damaged
 from dpoeng.cache.shard import Shard
-from dpoeng.cache.store import THREADS, Store, commit_name, commits_folder, manifest_name, view_name
+from dpoeng.cache.store import THREADS, Store, commit_name, manifest_name, view_name
 
 Depth = Literal["open", "semantic", "full", "all"]
 Progress = Callable[[int, int], None]
@@ -125,14 +125,11 @@ def _records(store: Store, report: VerifyReport) -> tuple[list[Commit], list[Man
     for digest in sorted({*store.spec_digests(), *filter(DIGEST.fullmatch, store.files.names("runs"))}):
         with _noting(report, store.root / "specs"):
             store.spec(digest)
-        for name in store.files.names(commits_folder(digest), ".json"):
-            path = store.root / commits_folder(digest) / f"{name}.json"
+        for path, outcome in store.read_commits(digest):
             with _noting(report, path):
-                if not DIGEST.fullmatch(name):
-                    raise damaged(str(path), "a record named by its object", "another name")
-                commits.append(
-                    Commit.decode(store.files.read(commit_name(digest, name)), str(path), spec=digest, name=name)
-                )
+                if isinstance(outcome, CacheError):
+                    raise outcome
+                commits.append(outcome)
         for generation in store.generations(digest):
             with _noting(report, store.root / manifest_name(digest, generation)):
                 manifests.append(store.manifest(digest, generation))

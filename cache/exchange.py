@@ -1,0 +1,272 @@
+"""Rows out of a cache and into one: columns in JSON Lines or Parquet, and whole caches merged."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from dpoeng.cache.errors import CacheError, UserError
+from dpoeng.cache.reader import View
+from dpoeng.cache.records import Commit
+from dpoeng.cache.schema import PairIds, ScoredPair, as_ids, pair_key
+from dpoeng.cache.shard import BATCH_ROWS
+from dpoeng.cache.store import Store, object_name, table_name, view_name
+from dpoeng.cache.table import ViewEntry
+
+T = TypeVar("T")
+
+EXPORT_SCHEMA: Final = pa.schema(
+    [
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("chosen_ids", pa.list_(pa.int32())),
+        ("rejected_ids", pa.list_(pa.int32())),
+        ("ref_chosen_logps", pa.float64()),
+        ("ref_rejected_logps", pa.float64()),
+        ("ref_chosen_token_logps", pa.list_(pa.float32())),
+        ("ref_rejected_token_logps", pa.list_(pa.float32())),
+        ("source_file", pa.string()),
+        ("source_row", pa.int64()),
+    ]
+)
+_NEEDED: Final = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_token_logps", "ref_rejected_token_logps")
+_SUMS: Final = ("ref_chosen_logps", "ref_rejected_logps", "reference_chosen_logps", "reference_rejected_logps")
+
+
+def export_view(view: View, path: Path) -> int:
+    """Writes the columns of `EXPORT_SCHEMA`, a row for every row of the source, in its order.
+
+    Args:
+        view: what to write.
+        path: ends in `.jsonl` or `.parquet`. It appears when it is complete.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        UserError: another ending.
+    """
+    write = {".jsonl": _write_jsonl, ".parquet": _write_parquet}.get(path.suffix)
+    if write is None:
+        raise _bad_suffix(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary, _batched(_columns(view)))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return len(view)
+
+
+def _columns(view: View) -> Iterator[dict[str, Any]]:
+    for i in range(len(view)):
+        row = view[i]
+        source_file, source_row = view.source(i)
+        yield {
+            "prompt_ids": row.ids.prompt_ids.tolist(),
+            "chosen_ids": row.ids.chosen_ids.tolist(),
+            "rejected_ids": row.ids.rejected_ids.tolist(),
+            "ref_chosen_logps": row.chosen_sum,
+            "ref_rejected_logps": row.rejected_sum,
+            "ref_chosen_token_logps": row.chosen_logps.tolist(),
+            "ref_rejected_token_logps": row.rejected_logps.tolist(),
+            "source_file": source_file,
+            "source_row": source_row,
+        }
+
+
+def _batched(items: Iterable[T]) -> Iterator[list[T]]:
+    """Lists of `BATCH_ROWS` items, the last one shorter."""
+    rest = iter(items)
+    while batch := list(islice(rest, BATCH_ROWS)):
+        yield batch
+
+
+def _write_jsonl(path: Path, batches: Iterable[list[dict[str, Any]]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for batch in batches:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in batch)
+
+
+def _write_parquet(path: Path, batches: Iterable[list[dict[str, Any]]]) -> None:
+    from pyarrow import parquet
+
+    with parquet.ParquetWriter(path, EXPORT_SCHEMA) as writer:
+        for batch in batches:
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=EXPORT_SCHEMA))
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """What an import did: rows read, how many of them the cache lacked, and the view, if the rows named a source."""
+
+    rows: int
+    added: int
+    view: str | None
+
+
+def import_rows(store: Store, spec_digest: str, path: Path, view: str | None = None) -> Imported:
+    """Takes rows that somebody else computed into a cache, under a reference that the caller vouches for.
+
+    The file has the columns that `export_view` writes; sums and sources may be absent. Nothing in it can prove which
+    model its numbers come from. So the records say that they were imported, and the parity check before training, or
+    `verify --recompute`, is what finds a wrong claim.
+
+    Args:
+        store: the cache.
+        spec_digest: the reference; its spec has been put.
+        path: `.jsonl` or `.parquet`.
+        view: name of a view to write over all rows of the file, in their order.
+
+    Raises:
+        UserError: no such columns, only sums, or a row whose numbers cannot be right; it names the row.
+    """
+    pairs = list(_read(path))
+    index = store.lookup(spec_digest)
+    unique = {pair_key(row.ids): row for row, _ in pairs}
+    missing = [row for row in unique.values() if row.ids not in index]
+    with path.open("rb") as file:
+        provenance = {"imported": {"xxh3_128": xxhash.xxh3_128_hexdigest(file.read()), "name": path.name}}
+    for rows in _batched(missing):
+        store.commit_shard(spec_digest, rows, provenance)
+    store.seal(spec_digest)
+    if view is not None:
+        entries = [ViewEntry(*source, pair_key(row.ids)) for row, source in pairs]
+        store.write_view(spec_digest, view, entries, provenance)
+    return Imported(len(pairs), len(missing), view)
+
+
+def _read(path: Path) -> Iterator[tuple[ScoredPair, tuple[str, int]]]:
+    """Rows of a file, each with its source: the one it names, or else this file and the row's number."""
+    for number, columns in enumerate(_read_columns(path), 1):
+        if lacking := [name for name in _NEEDED if columns.get(name) is None]:
+            raise _lacking(path, number, lacking, columns)
+        try:
+            row = _row(columns)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise _bad_row(path, number, str(error)) from None
+        yield row, (str(columns.get("source_file") or path.name), int(columns.get("source_row") or number))
+
+
+def _read_columns(path: Path) -> Iterator[dict[str, Any]]:
+    if path.suffix == ".jsonl":
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    columns = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise _bad_row(path, number, str(error)) from None
+                if not isinstance(columns, dict):
+                    raise _bad_row(path, number, type(columns).__name__)
+                yield columns
+    elif path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        with parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches(BATCH_ROWS):
+                yield from batch.to_pylist()
+    else:
+        raise _bad_suffix(path)
+
+
+def _row(columns: Mapping[str, Any]) -> ScoredPair:
+    prompt, chosen, rejected = (as_ids(columns[name]) for name in _NEEDED[:3])
+    chosen_logps, rejected_logps = (np.asarray(columns[name], np.float32) for name in _NEEDED[3:])
+    starts = len(chosen) - len(chosen_logps), len(rejected) - len(rejected_logps)
+    row = ScoredPair(PairIds(prompt, chosen, rejected, *starts), chosen_logps, rejected_logps)
+    row.check()
+    return row
+
+
+def merge(target: Store, source: Store) -> tuple[int, list[str]]:
+    """Copies everything sound of another cache: specs, objects, records, views. Nothing in the target changes.
+
+    Returns:
+        (number of objects that were new, names of the views that were copied).
+
+    Raises:
+        CacheError: the target has another view of the same name; or something in the source is damaged. What was
+            copied before stays, and the same call goes on from there.
+    """
+    copied = 0
+    views = [source.view_record(name) for name in source.views()]
+    for record in views:
+        if record.name in target.views() and target.view_record(record.name) != record:
+            raise CacheError(
+                "both caches have a view of this name",
+                code="cache-view-exists",
+                where=f"{target.root / view_name(record.name)} and {source.root / view_name(record.name)}",
+                remedy="run `dpoeng precompute-ref` on one of the two data sets with another --view, then merge again",
+                exit_status=2,
+            )
+    for digest, spec in source.specs().items():
+        target.put_spec(spec)
+        before = {commit.object.name for commit in target.commits(digest, [])}
+        for commit in _sound_commits(source, digest):
+            if commit.object.name not in before:
+                target.put_object(commit.object.name, source.map(object_name(commit.object.name), commit.object.bytes))
+                target.put_commit(commit)
+                copied += 1
+        target.seal(digest)
+    for record in views:
+        target.put_view(record, source.map(table_name(record.table.name), record.table.bytes))
+    return copied, [record.name for record in views]
+
+
+def _sound_commits(store: Store, digest: str) -> list[Commit]:
+    index = store.lookup(digest)
+    sound = set(index.objects)
+    return [commit for commit in store.commits(digest, []) if commit.object in sound]
+
+
+def _bad_suffix(path: Path) -> UserError:
+    return UserError(
+        "the ending of the file says no format that is known here",
+        code="export-format",
+        where=str(path),
+        expected=".jsonl or .parquet",
+        found=path.suffix or "no ending",
+    )
+
+
+def _bad_row(path: Path, number: int, found: str) -> UserError:
+    return UserError(
+        "a row of the import cannot be right",
+        code="import-row",
+        where=f"{path}:{number}",
+        expected="token ids, and for each scored token a finite log-probability of at most 0",
+        found=found[:200],
+        exit_status=3,
+    )
+
+
+def _lacking(path: Path, number: int, lacking: Sequence[str], columns: Mapping[str, Any]) -> UserError:
+    if sums := [name for name in _SUMS if columns.get(name) is not None]:
+        return UserError(
+            "this file has only sums of log-probs, and a cache holds one for each token",
+            code="import-sums-only",
+            where=str(path),
+            expected=", ".join(lacking),
+            found=", ".join(sums),
+            remedy=(
+                "run `dpoeng precompute-ref` on the pairs: a sum has truncation and length weighting baked in, and "
+                "cannot be taken apart again"
+            ),
+            exit_status=3,
+        )
+    return UserError(
+        "columns of the import are missing",
+        code="import-columns",
+        where=f"{path}:{number}",
+        expected=", ".join(_NEEDED),
+        found=", ".join(map(str, columns)) or "none",
+        exit_status=3,
+    )

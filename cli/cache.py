@@ -1,0 +1,347 @@
+"""`dpoeng cache`: look into a reference cache, check it, carry rows in and out of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from dpoeng.cache.spec import FieldChange
+    from dpoeng.cache.store import Store
+
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+_FILE = click.Path(path_type=Path, dir_okay=False)
+_SHOWN_CHANGES = 20
+
+
+def _example(*lines: str) -> str:
+    return "\n".join(["\b", "Example:", *(f"  {line}" for line in lines)])
+
+
+@click.group()
+def cache() -> None:
+    """Look into a reference cache, check it, carry rows in and out of it."""
+
+
+@cache.command(epilog=_example("dpoeng cache info refcache"))
+@click.argument("folder", type=_FOLDER)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def info(folder: Path, as_json: bool) -> None:
+    """What a cache holds: references, rows, sizes, views, by which versions, since when."""
+    from dpoeng.cache.info import cache_info
+
+    found = cache_info(folder)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(found), indent=2, default=str))
+        return
+    from rich.console import Console
+
+    from dpoeng.cli.summary import facts_table
+
+    console = Console(highlight=False)
+    console.print(f"[bold]{folder}[/]: references {len(found.references)}, views {len(found.views)}")
+    for reference in found.references:
+        facts = [
+            ("reference", reference.digest),
+            *((name, _short(value)) for name, value in reference.summary.items()),
+            ("rows", f"{reference.rows:,} in {reference.objects} objects, {_size(reference.bytes)}"),
+            ("finished run", f"generation {reference.generation}" if reference.generation else "none yet"),
+            ("last changed", reference.changed.strftime("%Y-%m-%d %H:%M") if reference.changed else "never"),
+            *(("written by", _short(provenance)) for provenance in reference.provenance),
+        ]
+        console.print()
+        console.print(facts_table(facts))
+    for view in found.views:
+        console.print()
+        console.print(facts_table([("view", view.name), ("rows", f"{view.rows:,}"), ("reference", view.spec)]))
+        console.print(facts_table([(f"  {name}", _short(value)) for name, value in view.meta.items()]))
+    for problem in found.problems:
+        console.print(f"[red]damaged:[/] {problem}")
+    if found.problems:
+        sys.exit(4)
+
+
+@cache.command(epilog=_example("dpoeng cache verify refcache", "dpoeng cache verify refcache --depth open"))
+@click.argument("folder", type=_FOLDER)
+@click.option(
+    "--depth",
+    type=click.Choice(["open", "semantic", "full", "all"]),
+    default="all",
+    show_default=True,
+    help="open: records, sizes, structure. full: also every byte's hash and every log-prob. "
+    "semantic: also every sum, key and view entry. all: both.",
+)
+def verify(folder: Path, depth: Any) -> None:
+    """Check a cache and change nothing; the exit status is 4 if something is wrong."""
+    from rich.console import Console
+
+    from dpoeng.cache.info import cache_info
+    from dpoeng.cache.verify import verify as run
+    from dpoeng.cli.progress import TerminalProgress
+
+    done = 0
+    total_bytes = sum(reference.bytes for reference in cache_info(folder).references)
+    with TerminalProgress().task("verify", total_bytes, "B") as advance:
+
+        def progress(now: int, total: int) -> None:
+            nonlocal done
+            advance(now - done, f"{_size(now)} of {_size(total)}")
+            done = now
+
+        report = run(folder, depth=depth, progress=progress)
+    console = Console(highlight=False)
+    for problem in report.problems:
+        for line in (
+            f"[red]damaged[/] {problem.where}",
+            f"  expected: {problem.expected}",
+            f"  found: {problem.found}",
+        ):
+            console.print(line, soft_wrap=True)
+    counts = ", ".join(f"{name} {count:,}" for name, count in report.counts.items() if count)
+    speed = report.bytes / max(report.seconds, 1e-9)
+    console.print(f"{counts}\ndepth {depth}, {_size(report.bytes)} in {report.seconds:.2f} s ({_size(speed)}/s)")
+    # The depth `recompute` (some rows scored anew and compared) needs a model: a function of dpoeng.engine is to be
+    # called here, and its finding printed like a problem.
+    if not report.ok:
+        console.print(
+            f"[red]{len(report.problems)} damaged.[/] Run the same `dpoeng precompute-ref` again: it sets damaged "
+            "files aside and computes their rows anew."
+        )
+        sys.exit(4)
+    console.print("[green]sound[/]")
+
+
+@cache.command(
+    epilog=_example("dpoeng cache export refcache pairs.parquet", "dpoeng cache export refcache out.jsonl --view eval")
+)
+@click.argument("folder", type=_FOLDER)
+@click.argument("file", type=_FILE)
+@click.option("--view", help="Which view.  [default: the only one]")
+def export(folder: Path, file: Path, view: str | None) -> None:
+    """Write token ids and reference log-probs of a view to FILE (.jsonl or .parquet), in the order of its source."""
+    from dpoeng.cache.exchange import export_view
+    from dpoeng.cache.reader import View
+
+    count = export_view(View.open(folder, view), file)
+    click.echo(f"{count:,} rows written to {file}")
+
+
+@cache.command(
+    epilog=_example(
+        "dpoeng cache diff old-cache new-cache", "dpoeng cache diff refcache refcache --old 3f2a --new 9b1c"
+    )
+)
+@click.argument("old_folder", metavar="OLD", type=_FOLDER)
+@click.argument("new_folder", metavar="NEW", type=_FOLDER)
+@click.option("--old", help="Reference in OLD: the beginning of its digest.  [default: the only one]")
+@click.option("--new", help="Reference in NEW.  [default: the only one]")
+def diff(old_folder: Path, new_folder: Path, old: str | None, new: str | None) -> None:
+    """Show in which fields the references of two caches differ; the exit status is 1 if they do."""
+    from dpoeng.cache.spec import diff_specs
+    from dpoeng.cache.store import Store
+
+    stores = Store.open(old_folder), Store.open(new_folder)
+    before, after = (store.spec(_choose(store, prefix)) for store, prefix in zip(stores, (old, new), strict=True))
+    changes = diff_specs(before, after)
+    if not changes:
+        click.echo(f"the same reference: {before.digest}")
+        return
+    _print_changes(changes)
+    sys.exit(1)
+
+
+@cache.command(epilog=_example("dpoeng cache explain refcache", "dpoeng cache explain refcache 9b1c"))
+@click.argument("folder", type=_FOLDER)
+@click.argument("reference", required=False)
+def explain(folder: Path, reference: str | None) -> None:
+    """Say why a run found nothing to reuse: the fields in which its REFERENCE differs from the nearest other one.
+
+    REFERENCE is the beginning of a digest; without it, the one that was added last.
+    """
+    from dpoeng.cache.info import newest_spec
+    from dpoeng.cache.spec import explain_miss
+    from dpoeng.cache.store import Store
+
+    store = Store.open(folder)
+    digest = _choose(store, reference) if reference else newest_spec(store)
+    explained = explain_miss(store.spec(digest), store.specs())
+    if explained is None:
+        click.echo(f"{digest} is the only reference here: nothing was there to reuse")
+        return
+    nearest, changes = explained
+    click.echo(f"reference {digest} was new to the cache. The nearest other one is {nearest}; what differs:")
+    _print_changes(changes)
+
+
+@cache.command("import", epilog=_example("dpoeng cache import rows.parquet refcache --spec 3f2a --view pairs"))
+@click.argument("file", type=_FILE)
+@click.argument("folder", type=_FOLDER)
+@click.option("--spec", "spec_text", required=True, help="The reference: a digest in the cache, or a spec's JSON file.")
+@click.option("--view", help="Write a view of this name over the rows of FILE.")
+def import_(file: Path, folder: Path, spec_text: str, view: str | None) -> None:
+    """Take over rows with per-token log-probs, in the columns that `export` writes, from FILE (.jsonl or .parquet).
+
+    You vouch that the reference named by --spec gave these numbers; `train` checks a sample against the model. Files
+    with sums only (as TRL writes) are refused: a sum has truncation and length weighting baked in.
+    """
+    from dpoeng.cache.exchange import import_rows
+    from dpoeng.cache.spec import ReferenceSpec
+    from dpoeng.cache.store import Store
+
+    store = Store.open(folder, create=True)
+    if Path(spec_text).is_file():
+        digest = store.put_spec(ReferenceSpec.from_json(Path(spec_text).read_bytes(), spec_text))
+    else:
+        digest = _choose(store, spec_text)
+    done = import_rows(store, digest, file, view)
+    click.echo(f"{done.rows:,} rows read, {done.added:,} of them new" + (f"; view {view!r} written" if view else ""))
+
+
+@cache.command(epilog=_example("dpoeng cache merge refcache other-cache third-cache"))
+@click.argument("target", type=_FOLDER)
+@click.argument("sources", nargs=-1, required=True, type=_FOLDER)
+def merge(target: Path, sources: tuple[Path, ...]) -> None:
+    """Copy references, rows and views of SOURCES into TARGET, which may be new. Nothing in SOURCES changes."""
+    from dpoeng.cache.exchange import merge as run
+    from dpoeng.cache.store import Store
+
+    opened = [(source, Store.open(source)) for source in sources]
+    store = Store.open(target, create=True)
+    for source, other in opened:
+        objects, views = run(store, other)
+        click.echo(f"{source}: {objects} new objects; views: {', '.join(views) or 'none'}")
+
+
+@cache.command(epilog=_example("dpoeng cache gc refcache", "dpoeng cache gc refcache --delete --drop-spec 3f2a"))
+@click.argument("folder", type=_FOLDER)
+@click.option("--delete", is_flag=True, help="Really remove. Without it, only say what would go.")
+@click.option("--drop-spec", "drop", multiple=True, help="Also this reference and all its rows; no view may use it.")
+@click.option("--quarantine", is_flag=True, help="Also what damage was set aside.")
+@click.option("--min-age-s", default=3600.0, show_default=True, help="Keep what is younger, in seconds.")
+def gc(folder: Path, delete: bool, drop: tuple[str, ...], quarantine: bool, min_age_s: float) -> None:
+    """Remove what nothing refers to: what killed writers left, superseded views and manifests, orphaned objects."""
+    from dpoeng.cache.gc import collect
+    from dpoeng.cache.store import Store
+
+    store = Store.open(folder)
+    digests = [_choose(store, prefix) for prefix in drop]
+    garbage = collect(folder, dry_run=not delete, drop_specs=digests, quarantine=quarantine, grace_s=min_age_s)
+    for item in garbage:
+        click.echo(f"{item.kind:<10} {_size(item.bytes):>10}  {item.name}")
+    total = _size(sum(item.bytes for item in garbage))
+    if delete:
+        click.echo(f"{len(garbage)} files removed, {total}")
+    else:
+        click.echo(f"{len(garbage)} files, {total}; nothing was removed" + (" (--delete does)" if garbage else ""))
+
+
+@cache.command(epilog=_example("dpoeng cache stats refcache", "dpoeng cache stats refcache --html reference.html"))
+@click.argument("folder", type=_FOLDER)
+@click.option("--view", help="Which view.  [default: the only one]")
+@click.option("--html", type=_FILE, help="Write a page with plots; it needs no network.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--pairs", default=10, show_default=True, help="How many strongly ranked pairs to name.")
+def stats(folder: Path, view: str | None, html: Path | None, as_json: bool, pairs: int) -> None:
+    """What the reference thinks of the data: margins, lengths, and pairs that look mislabelled."""
+    from dpoeng.cache.analytics import reference_stats
+    from dpoeng.cache.reader import View
+
+    opened = View.open(folder, view)
+    found = reference_stats(opened, notes=pairs)
+    if html:
+        from dpoeng.cache.report import html_report
+
+        facts = [("view", opened.name), ("reference", opened.spec.digest)]
+        html.write_text(html_report(found, f"The reference on {opened.name}", facts), encoding="utf-8")
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(found), indent=2))
+        return
+    _print_stats(found)
+    if html:
+        click.echo(f"plots in {html}")
+
+
+def _print_stats(found: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from dpoeng.cli.summary import facts_table
+
+    console = Console(highlight=False)
+    table = Table(title="the reference on these pairs", title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("")
+    for heading in ("mean", "std", "5 %", "median", "95 %"):
+        table.add_column(heading, justify="right")
+    for name in (
+        "prompt_tokens",
+        "chosen_tokens",
+        "rejected_tokens",
+        "length_difference",
+        "margin",
+        "margin_per_token",
+    ):
+        item = getattr(found, name)
+        cells = (item.mean, item.std, item.quantiles[1], item.quantiles[3], item.quantiles[5])
+        table.add_row(name.replace("_", " "), *(f"{value:,.2f}" for value in cells))
+    console.print(table)
+    facts = [
+        ("rows", f"{found.rows:,}, {found.pairs:,} distinct pairs, {len(found.contradictions):,} contradictions"),
+        ("reference prefers chosen", f"{found.accuracy:.1%} of pairs; per token {found.accuracy_per_token:.1%}"),
+        ("margin follows length", f"r = {found.length_correlation:+.2f}"),
+    ]
+    console.print(facts_table(facts))
+    for title, notes in (("strongly wrong", found.strongly_wrong), ("strongly right", found.strongly_right)):
+        if notes:
+            console.print(f"[bold]{title}[/] (nats per token)")
+        for note in notes:
+            console.print(f"  {note.margin_per_token:+.3f}  {note.source_file}:{note.source_row}", soft_wrap=True)
+
+
+def _choose(store: Store, prefix: str | None) -> str:
+    """The one reference whose digest begins so."""
+    from dpoeng.cache.errors import CacheError
+
+    digests = store.spec_digests()
+    found = [digest for digest in digests if digest.startswith(prefix or "")]
+    if len(found) != 1:
+        raise CacheError(
+            "this does not name one reference",
+            code="cache-which-spec",
+            where=str(store.root),
+            expected="the beginning of one of: " + (", ".join(digests) or "(none)"),
+            found=prefix or f"{len(digests)} references",
+            exit_status=2,
+        )
+    return found[0]
+
+
+def _print_changes(changes: list[FieldChange]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_edge=False, pad_edge=False)
+    for heading in ("field", "old", "new"):
+        table.add_column(heading, overflow="fold")
+    for change in changes[:_SHOWN_CHANGES]:
+        table.add_row(change.field, _short(change.old), _short(change.new))
+    Console(highlight=False).print(table)
+    if len(changes) > _SHOWN_CHANGES:
+        click.echo(f"... and {len(changes) - _SHOWN_CHANGES} more fields")
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 200 else text[:199] + "…"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
