@@ -127,8 +127,9 @@ def convert_gguf(path: str | Path, out_dir: str | Path, dtype: torch.dtype) -> P
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
     try:
-        model.save_pretrained(work)
-        tokenizer.save_pretrained(work)
+        with _no_bars():
+            model.save_pretrained(work)
+            tokenizer.save_pretrained(work)
         (work / CONVERTED_FROM).write_text(json.dumps(origin, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         work.chmod(0o755)  # mkdtemp makes it private
         work.replace(out_dir)  # an empty folder at the target is replaced
@@ -249,9 +250,10 @@ def _require_gguf_package(path: Path) -> None:
 
 @contextmanager
 def _loading(path: Path) -> Iterator[None]:
-    """Turn what transformers and gguf raise about a file's content into an error that names the file."""
+    """Load without progress bars, and turn what is raised about a file's content into an error that names the file."""
     try:
-        yield
+        with _no_bars():
+            yield
     except (ValueError, KeyError, IndexError, NotImplementedError) as error:
         raise UserError(
             "transformers cannot read this GGUF file.",
@@ -260,6 +262,23 @@ def _loading(path: Path) -> Iterator[None]:
             found=f"{type(error).__name__}: {error}",
             remedy="Use the model's safetensors checkpoint, or fetch the file again if it may be cut off.",
         ) from error
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Silence transformers' progress bars. Its GGUF reader draws one that no setting turns off, so that is replaced."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+    from transformers.utils import logging
+
+    shown, bar = logging.is_progress_bar_enabled(), getattr(reader, "tqdm", None)
+    logging.disable_progress_bar()
+    reader.tqdm = lambda iterable, **_: iterable
+    try:
+        yield
+    finally:
+        reader.tqdm = bar
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _read_value(file: IO[bytes]) -> Any:
