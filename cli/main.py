@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import signal
 import sys
+import warnings
 from typing import Any, NoReturn
 
 import click
@@ -71,6 +72,10 @@ def dpoeng(ctx: click.Context, debug: bool) -> None:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point of the console script."""
     signal.signal(signal.SIGTERM, _terminate)
+    if not sys.warnoptions:
+        # Deprecations inside the libraries are for their maintainers; python -W default shows them.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         status: Any = dpoeng.main(args=arguments, prog_name="dpoeng", standalone_mode=False)

@@ -248,7 +248,7 @@ def _compute(
     if lm.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(lm.device)
     assert config.batch_tokens is not None
-    pairs_done = 0
+    pairs_done, began = 0, time.perf_counter()
     with progress.task("reference log-probs", summary.computed_tokens, "tokens") as advance:
         for shard in shards:
             rows = []
@@ -267,7 +267,9 @@ def _compute(
                         exit_status=5,
                     ) from error
                 pairs_done += len(pairs)
-                advance(sum(ids.total_tokens for ids in pairs), f"{pairs_done} of {summary.computed} pairs")
+                speed = pairs_done / (time.perf_counter() - began)
+                shown = f"{pairs_done} of {summary.computed} pairs, {speed:.2f} pairs/s"
+                advance(sum(ids.total_tokens for ids in pairs), shown)
             if rows:
                 store.commit_shard(spec_digest, rows, provenance)
     if lm.device.type == "cuda":

@@ -133,17 +133,21 @@ class ParityReport:
 
 
 def parity_tolerance(lm: CausalLM, reference_quantization: str, reference_dtype: str) -> float:
-    """Mean |difference| per token, nats, that rounding explains, and that a wrong model is well above.
+    """Mean |difference| per token, nats, that rounding explains; a wrong model is well above.
 
-    Where policy and reference were asked for in different precisions, the gap between the two precisions is expected.
-    Measured on SmolLM2-135M: see docs/precision.md.
+    The same scoring code on the same machine repeats exactly in most cases; what is allowed for is another batch shape
+    (bfloat16: 0.03 was seen) or another device. LLM.int8() on a GPU computes in float16 whatever the dtype is, and
+    picks outliers over the batch. Where policy and reference were asked for in different precisions, the gap between
+    these is expected, and reported.
     """
     dtype = str(lm.dtype).removeprefix("torch.")
     if lm.quantization != reference_quantization:
         return 1.0 if "4bit" in (lm.quantization, reference_quantization) else 0.3
     if dtype != reference_dtype:
         return 0.1
-    return {"float32": 2e-3, "bfloat16": 3e-2, "float16": 1e-2}[dtype]
+    if lm.quantization != "none" and lm.device.type == "cuda":
+        return 0.06
+    return {"float32": 2e-3, "bfloat16": 6e-2, "float16": 2e-2}[dtype]
 
 
 def compare_with_cache(

@@ -493,6 +493,25 @@ def test_a_bf16_reference_for_an_8bit_policy(tmp_path: Path, tokenizer: Any) -> 
     assert 1e-4 < summary.parity.mean_diff < summary.parity.tolerance  # the gap is measured, not hidden
 
 
+@pytest.mark.parametrize(
+    "shape", [{"use_dora": True}, {"use_rslora": True}, {"init_lora_weights": "orthogonal"}, {"lora_alpha": 64.0}]
+)
+def test_every_shape_of_lora_starts_at_the_reference_and_learns(
+    tmp_path: Path, cache: Path, shape: dict[str, Any]
+) -> None:
+    config = quick(cache, tmp_path / "out", lora_dropout=0.0, lora_target_modules=("q_proj", "down_proj"), **shape)
+    summary = train(config)
+    assert summary.parity is not None
+    assert summary.parity.mean_diff < 1e-5
+    assert summary.first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert summary.last["loss"] < summary.first["loss"]
+    saved = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert sorted(saved["target_modules"]) == ["down_proj", "q_proj"]
+    for name, value in shape.items():
+        if name != "init_lora_weights":  # a saved adapter is not initialised again
+            assert saved[name] == value
+
+
 def test_gradient_checkpointing_changes_no_number(tmp_path: Path, cache: Path) -> None:
     plain = train(quick(cache, tmp_path / "plain", max_steps=3))
     saved = train(quick(cache, tmp_path / "saved", max_steps=3, gradient_checkpointing=True))
