@@ -1,0 +1,75 @@
+# Every target does all the set-up that it needs, from a fresh clone, and is fast the second time.
+#
+#   make demo        both phases on a small real model and 100 pairs
+#   make test        the test suite                    make test-slow   what takes minutes
+#   make lint        ruff, format, mypy                make test-peers  parity with TRL, in an environment of its own
+#   make bench       throughput and memory here        make coverage    the test suite with line coverage
+#   make clean       remove what the above made        make distclean   and the environments
+#
+# PYTHON names the Python to build with, PIP_FLAGS what pip needs here (for example an index with CPU builds of torch).
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+VENV ?= .venv
+PEERS ?= .venv-peers
+DEMO_DIR ?= demo
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export DEMO_DIR
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-peers coverage lint format bench clean distclean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+setup: $(VENV)/.installed
+
+# torch goes first and at its exact version: resolving an open range could fetch a build of several gigabytes.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet $(PIP_FLAGS) "$$(grep '^torch==' constraints.txt)"
+	$(VENV)/bin/pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(PEERS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet $(PIP_FLAGS) "$$(grep '^torch==' constraints.txt)"
+	$(PEERS)/bin/pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[dev]' trl datasets
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/dpoeng demo --dir $(DEMO_DIR)
+
+test: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest
+
+test-slow: $(VENV)/.installed
+	$(VENV)/bin/dpoeng demo --dir $(DEMO_DIR) --prepare-only
+	$(VENV)/bin/python -m pytest -m slow
+
+test-peers: $(PEERS)/.installed
+	$(PEERS)/bin/dpoeng demo --dir $(DEMO_DIR) --prepare-only
+	$(PEERS)/bin/python -m pytest -m peers
+
+coverage: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=85
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(VENV)/.installed
+	$(VENV)/bin/dpoeng bench
+
+clean:
+	rm -rf build dist *.egg-info .coverage* htmlcov .pytest_cache .mypy_cache .ruff_cache .hypothesis demo
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) $(PEERS)
