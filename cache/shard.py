@@ -164,7 +164,7 @@ class Numbers(NamedTuple):
 
     def at(self, rows: npt.NDArray[np.signedinteger[Any]]) -> Numbers:
         """Only these rows, in this order."""
-        return Numbers(*(column[rows] for column in self))  # type: ignore[arg-type]
+        return Numbers(*(column[rows] for column in self))
 
 
 class Shard:

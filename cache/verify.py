@@ -123,14 +123,17 @@ def _records(store: Store, report: VerifyReport) -> tuple[list[Commit], list[Man
     commits: list[Commit] = []
     manifests: list[Manifest] = []
     for digest in sorted({*store.spec_digests(), *filter(DIGEST.fullmatch, store.files.names("runs"))}):
-        with _noting(report, store.root / "specs"):
-            store.spec(digest)
-        for path, outcome in store.read_commits(digest):
+        outcomes = store.read_commits(digest)
+        generations = store.generations(digest)
+        if digest in store.spec_digests() or outcomes or generations:  # else an empty folder, which `gc` may leave
+            with _noting(report, store.root / "specs"):
+                store.spec(digest)
+        for path, outcome in outcomes:
             with _noting(report, path):
                 if isinstance(outcome, CacheError):
                     raise outcome
                 commits.append(outcome)
-        for generation in store.generations(digest):
+        for generation in generations:
             with _noting(report, store.root / manifest_name(digest, generation)):
                 manifests.append(store.manifest(digest, generation))
     return commits, manifests
