@@ -21,8 +21,9 @@ from dpoeng.engine.tokens import Lengths, TokenizedData, tokenize_pairs
 BOS, EOS = 100, 101
 
 
-def words(*, bos: bool = False, eos: bool = False) -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.WordLevel({**{str(i): i for i in range(100)}, "<s>": BOS, "</s>": EOS}, unk_token="0"))
+def words(*, bos: bool = False, eos: bool = False, unknown: str = "0") -> PreTrainedTokenizerFast:
+    vocabulary = {**{str(i): i for i in range(100)}, "<s>": BOS, "</s>": EOS}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
     single = f"{'<s> ' if bos else ''}$A{' </s>' if eos else ''}"
@@ -49,6 +50,11 @@ def count(first: int, last: int) -> str:
 def test_texts_end_with_exactly_one_end_token(adds_eos: bool, ending: str) -> None:
     data = tokenize(("1 2", f" 3{ending}", " 4 5"), tokenizer=words(eos=adds_eos))
     assert parts(data) == ([1, 2], [3, EOS], [4, 5, EOS])
+
+
+def test_an_end_token_that_stands_for_something_else_is_not_doubled_either() -> None:
+    # As in GPT-2, whose unknown token is its end token.
+    assert parts(tokenize(("1", " 3 what", " 4"), tokenizer=words(unknown="</s>"))) == ([1], [3, EOS], [4, EOS])
 
 
 def test_no_end_token_unless_it_is_asked_for() -> None:
