@@ -127,22 +127,17 @@ def tokenize_pairs(
     rejects: list[Reject] = []
     counts = TokenCounts()
     for start in range(0, len(pairs), CHUNK_PAIRS):
-        rendered: list[tuple[PreferencePair, tuple[Side, Side]]] = []
-        chunk: list[tuple[PreferencePair, tuple[Side, Side] | RowFault]] = []
-        for pair in pairs[start : start + CHUNK_PAIRS]:
+        chunk = pairs[start : start + CHUNK_PAIRS]
+        texts = [_sides_or_fault(pair, tokenizer) for pair in chunk]
+        encoded = encode([side for sides in texts if not isinstance(sides, RowFault) for side in sides], tokenizer)
+        both = iter(zip(encoded[::2], encoded[1::2], strict=True))
+        for pair, sides in zip(chunk, texts, strict=True):
             try:
-                sides = to_sides(pair, tokenizer)
-            except RowFault as fault:
-                chunk.append((pair, fault))
-            else:
-                chunk.append((pair, sides))
-                rendered.append((pair, sides))
-        encoded = iter(encode([side for _, sides in rendered for side in sides], tokenizer))
-        for pair, outcome in chunk:
-            try:
-                if isinstance(outcome, RowFault):
-                    raise outcome
-                chosen, rejected = (_closed(next(encoded), side, tokenizer, append_eos) for side in outcome)
+                if isinstance(sides, RowFault):
+                    raise sides
+                chosen, rejected = next(both)  # both at once, whatever is wrong with either
+                for side, tokens in zip(sides, (chosen, rejected), strict=True):
+                    _close(tokens, side, tokenizer, append_eos)
                 counts.separate += (not chosen.joint) + (not rejected.joint)
                 ids, truncated = _truncate(_share_prompt(chosen, rejected), limits)
             except RowFault as fault:
@@ -171,8 +166,15 @@ class _Parts:
     rejected_start: int
 
 
-def _closed(encoded: Encoded, side: Side, tokenizer: PreTrainedTokenizerBase, append_eos: bool) -> Encoded:
-    """A side with its end token: exactly one for texts, as the template has it for messages.
+def _sides_or_fault(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> tuple[Side, Side] | RowFault:
+    try:
+        return to_sides(pair, tokenizer)
+    except RowFault as fault:
+        return fault
+
+
+def _close(encoded: Encoded, side: Side, tokenizer: PreTrainedTokenizerBase, append_eos: bool) -> None:
+    """See that a side has its end token: exactly one for texts, as the template has it for messages.
 
     Raises:
         RowFault: `empty-response`, the response has no tokens; `no-context`, nothing stands before its first.
@@ -187,7 +189,6 @@ def _closed(encoded: Encoded, side: Side, tokenizer: PreTrainedTokenizerBase, ap
             encoded.ids.pop()
         if encoded.ids[-1] != eos and not side.text.rstrip().endswith(tokenizer.eos_token):
             encoded.ids.append(eos)
-    return encoded
 
 
 def _share_prompt(chosen: Encoded, rejected: Encoded) -> _Parts:

@@ -209,6 +209,22 @@ def test_neighbours_do_not_matter() -> None:
     assert all(a.ids.same_as(b.ids) for a, b in zip(together[-12:], alone * 3, strict=True))
 
 
+def test_a_rejected_neighbour_does_not_matter() -> None:
+    good = [("Assistant:", f" yes {i}", f" no {i}") for i in range(4)]
+    bad = [("", "a", "b"), ("t", "0", " 0"), ("t", " 0", "0"), ("p", "same", "same")]
+    rows = [row for both in zip(good, bad, strict=True) for row in both]
+    data = tokenize(TOKENIZERS["no regex"], *rows)
+    assert [pair.source_row for pair in data.pairs] == [1, 3, 5, 7]
+    assert [(reject.source_row, reject.reason) for reject in data.rejects] == [
+        (2, "no-context"),
+        (4, "no-context"),
+        (6, "no-context"),
+        (8, "same-tokens"),
+    ]
+    alone = [tokenize(TOKENIZERS["no regex"], row).pairs[0] for row in good]
+    assert all(a.ids.same_as(b.ids) for a, b in zip(data.pairs, alone, strict=True))
+
+
 @given(prompt=texts, chosen=texts, rejected=texts)
 @settings(max_examples=40, deadline=None)
 def test_without_offsets_the_ids_are_still_right_where_nothing_merges(prompt: str, chosen: str, rejected: str) -> None:
