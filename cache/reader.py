@@ -39,6 +39,7 @@ class View:
         self._record = record
         self._table = table
         self._shards = shards
+        self._length = len(table)
         self._object_at, self._row_at = table.object.data, table.row.data  # plain ints, read fast
 
     @classmethod
@@ -63,7 +64,7 @@ class View:
         return cls(store, record, store.spec(record.spec), open_table(store, record, check=full), shards)
 
     def __len__(self) -> int:
-        return len(self._table)
+        return self._length
 
     def __getitem__(self, i: SupportsIndex) -> ScoredPair:
         """Row i of the source. The arrays are read-only views of the file; copy what is to be changed."""
@@ -107,9 +108,9 @@ class View:
 
     def _position(self, i: SupportsIndex) -> int:
         i = operator.index(i)
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"row {i} of a view with {len(self)} rows")
-        return i % len(self)
+        if not -self._length <= i < self._length:
+            raise IndexError(f"row {i} of a view with {self._length} rows")
+        return i % self._length
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (type(self), self._store.root.absolute(), self.name, _fingerprint(self._record))
