@@ -25,7 +25,7 @@ STOP = ("\nEND",)
 EPILOG = """\b
 Examples:
   dpoeng demo
-  dpoeng demo --dir /tmp/demo --pairs 40
+  dpoeng demo --dir small-demo --pairs 40
   dpoeng demo --quantization 8bit
 """
 

@@ -25,12 +25,10 @@ from dpoeng.engine.model import (
     as_reference,
     find_adapter,
     find_model,
-    load_model,
-    pick_device,
     set_mode,
 )
 from dpoeng.engine.progress import QUIET, Progress
-from dpoeng.engine.reference import score_pairs
+from dpoeng.engine.reference import load_policy_base, score_pairs
 from dpoeng.engine.scoring import choose_layout
 from dpoeng.engine.train import ADAPTER_FOLDER, split
 
@@ -133,16 +131,7 @@ def _download_wheel(work: Path) -> Path:
 
 def load_trained(config: TrainConfig, view: View) -> CausalLM:
     """The base of a finished run with its trained adapter, ready to score and to generate, with its tokenizer."""
-    reference = view.meta["reference"]
-    lm = load_model(
-        find_model(config.model or reference["model"], revision=reference.get("revision")),
-        quantization=config.quantization or reference["quantization"],
-        dtype=config.dtype or reference["dtype"],
-        device=pick_device(config.device),
-        int8_threshold=reference["llm_int8_threshold"],
-        quant_type=reference["bnb_4bit_quant_type"],
-        double_quant=reference["bnb_4bit_use_double_quant"],
-    )
+    lm = load_policy_base(config, view.meta["reference"], tokenizer=True)
     lm = add_policy_adapter(lm, "continue", find_adapter(str(config.output_dir / ADAPTER_FOLDER)), {})
     set_mode(lm, training=False)
     choose_layout(lm, config.layout)

@@ -1,0 +1,196 @@
+"""The project's own rules: which way imports point, and what must and must not exist in the repository."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PACKAGES = ("cli", "bench", "engine", "kernels", "cache")
+
+# What each package may import of ours, and of others beside the standard library (None: anything).
+OURS = {
+    "cli": {"cli", "bench", "engine", "cache"},
+    "bench": {"bench", "engine", "kernels", "cache"},
+    "engine": {"engine", "kernels", "cache"},
+    "kernels": {"kernels"},
+    "cache": {"cache"},
+}
+OTHERS: dict[str, set[str] | None] = {
+    "cli": None,
+    "bench": None,
+    "engine": None,
+    "kernels": {"torch", "triton"},
+    "cache": {"pyarrow", "numpy", "xxhash", "gguf"},  # gguf only to find a file's tensors; it imports no torch
+}
+# Libraries whose API changes often are met in one place; bench compares with them, so it may.
+MODEL_LIBRARIES = {"transformers", "peft", "bitsandbytes", "tokenizers", "huggingface_hub"}
+MODEL_MODULES = {"engine/model.py", "engine/gguf.py"}
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imports(path: Path, *, typing: bool = True) -> Iterator[tuple[int, str]]:
+    """Line and full name of everything that a file imports, wherever in it the import stands.
+
+    Without `typing`, what stands under `if TYPE_CHECKING:` and so never runs is left out.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    if not typing:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+                node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
+            assert node.module is not None
+            if node.module == "dpoeng":
+                yield from ((node.lineno, f"dpoeng.{alias.name}") for alias in node.names)
+            else:
+                yield node.lineno, node.module
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_point_one_way(package: str) -> None:
+    wrong = []
+    for path in sources(package):
+        for line, name in imports(path):
+            top, _, rest = name.partition(".")
+            allowed = OTHERS[package]
+            if top == "dpoeng":
+                fine = rest.split(".")[0] in OURS[package]
+            elif top in PACKAGES:
+                fine = False  # `from cache...` would load the module a second time under another name
+            else:
+                fine = top in sys.stdlib_module_names or allowed is None or top in allowed
+            if not fine:
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_model_libraries_are_met_in_one_place() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for package in ("cli", "engine")
+        for path in sources(package)
+        for line, name in imports(path, typing=False)
+        if name.split(".")[0] in MODEL_LIBRARIES and path.relative_to(ROOT).as_posix() not in MODEL_MODULES
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_rules_above_see_imports_inside_functions(tmp_path: Path) -> None:
+    file = tmp_path / "sample.py"
+    file.write_text(
+        "from dpoeng import cache\n"
+        "def f():\n    import torch.nn\n    from peft import PeftModel\n"
+        "if TYPE_CHECKING:\n    import transformers\n"
+    )
+    assert set(imports(file, typing=False)) == {(1, "dpoeng.cache"), (3, "torch.nn"), (4, "peft")}
+    assert set(imports(file)) - set(imports(file, typing=False)) == {(6, "transformers")}
+
+
+@pytest.mark.parametrize("folder", ["", "kernels", "tests"])
+def test_these_folders_are_no_packages(folder: str) -> None:
+    # With an __init__.py, `kernels` would hide the installed package of that name that transformers imports, for
+    # anything that is run with the repository's root on sys.path.
+    assert not (ROOT / folder / "__init__.py").exists()
+    assert not (ROOT / "conftest.py").exists()
+
+
+def test_the_installed_package_kernels_is_not_hidden() -> None:
+    code = "import importlib.util as u; s = u.find_spec('kernels'); print(s is None or s.origin is None or s.origin)"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert str(ROOT) not in shown
+
+
+def test_every_package_is_listed_flat_and_typed() -> None:
+    tool = PROJECT["tool"]["setuptools"]
+    assert sorted(tool["packages"]) == sorted(f"dpoeng.{package}" for package in PACKAGES)
+    assert tool["package-dir"] == {f"dpoeng.{package}": package for package in PACKAGES}
+    for package in PACKAGES:
+        assert (ROOT / package / "py.typed").is_file(), package
+        # A subfolder is missing from the wheel until it is listed.
+        assert [path for path in sources(package) if path.parent != ROOT / package] == []
+        link = ROOT / ".typing" / "dpoeng" / package
+        assert link.resolve() == ROOT / package
+
+
+def test_every_dependency_is_pinned_within_its_range() -> None:
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            name, version = line.split("==")
+            pins[canonicalize_name(name)] = version
+    project = PROJECT["project"]
+    wanted = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
+    for requirement in map(Requirement, wanted):
+        if requirement.name != "dpoeng":
+            pin = pins.get(canonicalize_name(requirement.name))
+            assert pin is not None, f"{requirement.name} has no pin in constraints.txt"
+            assert requirement.specifier.contains(pin), f"{requirement} does not allow {pin}"
+
+
+def test_help_needs_no_heavy_library() -> None:
+    code = (
+        "import sys\n"
+        "from dpoeng.cli.main import main\n"
+        "try:\n    main(['--help'])\n"
+        "except SystemExit as stop:\n    assert stop.code == 0, stop.code\n"
+        "print(sorted({'torch', 'transformers', 'pyarrow', 'numpy', 'rich', 'pydantic'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "precompute-ref" in result.stdout
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def tracked() -> list[Path]:
+    """Files under version control that are text."""
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    paths = [ROOT / name for name in names.split("\0") if name]
+    return [path for path in paths if path.is_file() and b"\0" not in path.read_bytes()[:4096]]
+
+
+def test_nothing_names_somebodys_machine() -> None:
+    # A path from a developer's disk or the address of a package index works for nobody else.
+    folders = "|".join(("home", "root", "tmp", "work", "Users"))
+    pattern = re.compile(rf"(?<![\w.~$}}/])/(?:{folders})/|pypi[.]org|pythonhosted|localhost:\d")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
+        for path in tracked()
+        if path != Path(__file__)
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1)
+        if pattern.search(line)
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.slow  # builds in an environment of its own, for which pip fetches setuptools
+@pytest.mark.timeout(600)
+def test_the_wheel_holds_every_module_and_data_file(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    expected = {f"dpoeng/{path.relative_to(ROOT).as_posix()}" for package in PACKAGES for path in sources(package)}
+    expected |= {f"dpoeng/{package}/py.typed" for package in PACKAGES} | {"dpoeng/cli/demo_pairs.jsonl"}
+    assert expected <= names
+    assert "dpoeng/__init__.py" not in names
+    assert "dpoeng/kernels/__init__.py" not in names
