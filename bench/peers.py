@@ -1,0 +1,314 @@
+"""One process of `dpoeng bench compare`: one program on one job, measured; prints its figures as the last line.
+
+    python -m dpoeng.bench.peers JOB.json
+
+dpoeng runs through its own two phases. TRL runs through its own DPOTrainer, and is given the token ids, the order and
+the seed of the LoRA, so that both compute the same losses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from dpoeng.bench.measure import PeakMemory, Spent, Stopwatch, held_bytes, release_memory, touch
+from dpoeng.engine.config import Dtype, PrecomputeConfig, TrainConfig
+from dpoeng.engine.progress import Advance
+
+Program = Literal["dpoeng reference", "dpoeng", "trl precomputed", "trl adapter off", "trl second model"]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every program is given.
+
+    Attributes:
+        program: which one, and how it gets the reference's numbers.
+        model: a folder with safetensors.
+        pairs: files of pairs.
+        cache: the cache that `dpoeng reference` writes and from which all others take the token ids.
+        scratch: a folder of this process's own.
+        batch_size: pairs in one step; the same in the reference pass of TRL, as is its default.
+        steps: optimizer steps.
+        dtype: of the frozen weights; the LoRA is float32 in both programs.
+        threads: of torch.
+    """
+
+    program: Program
+    model: str
+    pairs: tuple[str, ...]
+    cache: str
+    scratch: str
+    batch_size: int
+    steps: int
+    dtype: Dtype
+    max_length: int
+    lora_r: int
+    learning_rate: float
+    seed: int
+    threads: int
+    device: str
+
+
+@dataclass(slots=True)
+class Figures:
+    """What one process measured. Memory is the peak above the process with the policy loaded, nothing else.
+
+    Attributes:
+        steps: time of each optimizer step, data included.
+        losses: of each step.
+        grad_norms: of each step, before clipping.
+        train_peak_bytes: over the steps.
+        reference: time of the reference pass over all pairs, storing included; None if the program has none.
+        reference_pairs: pairs that it scored.
+    """
+
+    steps: list[Spent] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    train_peak_bytes: int = 0
+    reference: Spent | None = None
+    reference_pairs: int = 0
+    reference_peak_bytes: int = 0
+    memory_method: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def run_job(job: Job) -> Figures:
+    """Runs one job in this process."""
+    torch.set_num_threads(job.threads)
+    if job.program == "dpoeng reference":
+        return _dpoeng_reference(job)
+    if job.program == "dpoeng":
+        return _dpoeng_train(job)
+    return _trl(job)
+
+
+class _Meter:
+    """A `Progress` that measures one task of the engine: memory over it, time at each advance."""
+
+    def __init__(self, title: str, device: torch.device) -> None:
+        self._title = title
+        self._device = device
+        self.laps: list[Spent] = []
+        self.memory = PeakMemory(device)
+
+    @contextlib.contextmanager
+    def task(self, title: str, total: int, unit: str) -> Iterator[Advance]:
+        del total, unit
+        if title != self._title:
+            yield lambda amount, shown: None
+            return
+        with self.memory:
+            watch = Stopwatch(self._device)
+
+            def advance(amount: int, shown: str) -> None:
+                del shown
+                if amount:
+                    self.laps.append(watch.lap())
+
+            yield advance
+            self.laps.append(watch.lap())
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr)
+
+    def total(self) -> Spent:
+        total = Spent()
+        for lap in self.laps:
+            total.add(lap)
+        return total
+
+
+def _dpoeng_reference(job: Job) -> Figures:
+    from dpoeng.engine.precompute import precompute_reference
+
+    meter = _Meter("reference log-probs", torch.device(job.device))
+    summary = precompute_reference(
+        PrecomputeConfig.model_validate(
+            {
+                "pairs": tuple(map(Path, job.pairs)),
+                "model": job.model,
+                "cache": Path(job.cache),
+                "name": "bench",
+                "dtype": job.dtype,
+                "device": job.device,
+                "max_length": job.max_length,
+            }
+        ),
+        meter,
+    )
+    return Figures(
+        reference=meter.total(),
+        reference_pairs=summary.computed,
+        reference_peak_bytes=meter.memory.peak_bytes,
+        memory_method=meter.memory.method,
+        versions=_versions(),
+    )
+
+
+def _dpoeng_train(job: Job) -> Figures:
+    from dpoeng.engine.train import train
+
+    meter = _Meter("training", torch.device(job.device))
+    output = Path(job.scratch) / "out"
+    train(
+        TrainConfig.model_validate(
+            {
+                "cache": Path(job.cache),
+                "output_dir": output,
+                "dtype": job.dtype,
+                "device": job.device,
+                "eval_share": 0,
+                "parity_pairs": 1,
+                "lora_r": job.lora_r,
+                "learning_rate": job.learning_rate,
+                "lr_scheduler_type": "constant",
+                "warmup_ratio": 0,
+                "max_steps": job.steps,
+                "per_device_train_batch_size": job.batch_size,
+                "gradient_accumulation_steps": 1,
+                "gradient_checkpointing": False,
+                "save_steps": job.steps,
+                "seed": job.seed,
+            }
+        ),
+        meter,
+    )
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return Figures(
+        steps=meter.laps[: job.steps],
+        losses=[line["loss"] for line in lines],
+        grad_norms=[line["grad_norm"] for line in lines],
+        train_peak_bytes=meter.memory.peak_bytes,
+        memory_method=meter.memory.method,
+        versions=_versions(),
+    )
+
+
+def _trl(job: Job) -> Figures:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    from dpoeng.cache.reader import View
+    from dpoeng.engine.model import DTYPES
+    from dpoeng.engine.order import plan_schedule
+    from dpoeng.engine.train import lora_arguments
+
+    device = torch.device(job.device)
+    view = View.open(job.cache)
+    ids = [view[i].ids for i in range(len(view))]
+    if any(pair.chosen_start or pair.rejected_start for pair in ids):
+        raise SystemExit("TRL has no response tokens that are not scored; these pairs have")
+    rows = Dataset.from_dict(
+        {
+            "prompt_ids": [pair.prompt_ids.tolist() for pair in ids],
+            "chosen_ids": [pair.chosen_ids.tolist() for pair in ids],
+            "rejected_ids": [pair.rejected_ids.tolist() for pair in ids],
+        }
+    )
+    schedule = plan_schedule(len(ids), batch=job.batch_size, epochs=1, max_steps=job.steps, seed=job.seed)
+    order = [row for step in range(job.steps) for row in schedule.rows_of_step(step)]
+    figures = Figures(versions={**_versions(), "trl": version("trl")})
+    held = [0]
+
+    class SameIds(DPOTrainer):  # type: ignore[misc]
+        """Takes token ids as they are and in the given order; its reference pass is timed."""
+
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return order
+
+        def _precompute_ref_logps(self, dataset: Any, *arguments: Any) -> Any:
+            with PeakMemory(device, held[0]) as memory:
+                watch = Stopwatch(device)
+                done = super()._precompute_ref_logps(dataset, *arguments)
+                figures.reference = watch.lap()
+            figures.reference_pairs, figures.reference_peak_bytes = len(dataset), memory.peak_bytes
+            return done
+
+    class Meter(TrainerCallback):  # type: ignore[misc]
+        """Times steps from end to end, the data of a step included, and takes the peak over all of them."""
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.memory = PeakMemory(device, held[0])
+            self.memory.__enter__()
+            self.watch = Stopwatch(device)
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            figures.steps.append(self.watch.lap())
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            self.memory.__exit__()
+            figures.train_peak_bytes, figures.memory_method = self.memory.peak_bytes, self.memory.method
+
+    def load() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(job.model, dtype=DTYPES[job.dtype]).to(device)
+        touch(model)
+        return model
+
+    policy = load()
+    release_memory(device)
+    held[0] = held_bytes(device)
+    trainer = SameIds(
+        model=policy,
+        ref_model=load() if job.program == "trl second model" else None,
+        args=DPOConfig(
+            output_dir=str(Path(job.scratch) / "trl"),
+            beta=0.1,
+            loss_type="sigmoid",
+            max_length=job.max_length,
+            precompute_ref_log_probs=job.program == "trl precomputed",
+            bf16=False,
+            use_cpu=device.type == "cpu",
+            gradient_checkpointing=False,
+            per_device_train_batch_size=job.batch_size,
+            gradient_accumulation_steps=1,
+            learning_rate=job.learning_rate,
+            lr_scheduler_type="constant",
+            max_steps=job.steps,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            seed=job.seed,
+        ),
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(job.model),
+        peft_config=LoraConfig(
+            task_type="CAUSAL_LM", **lora_arguments(TrainConfig.model_validate({"lora_r": job.lora_r}))
+        ),
+        callbacks=[Meter()],
+    )
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "grad_norm" in line]
+    figures.losses = [float(line["loss"]) for line in lines]
+    figures.grad_norms = [float(line["grad_norm"]) for line in lines]
+    return figures
+
+
+def _versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "transformers": version("transformers"), "peft": version("peft")}
+
+
+def main() -> None:
+    """Reads the job, runs it, prints the figures."""
+    raw = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    figures = run_job(Job(**{**raw, "pairs": tuple(raw["pairs"])}))
+    print("\n" + json.dumps(asdict(figures)))
+
+
+if __name__ == "__main__":
+    main()

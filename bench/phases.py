@@ -1,0 +1,328 @@
+"""Measures both phases in one process: pairs and tokens a second, where the time goes, peak memory above the weights.
+
+Layouts are measured in turn (shared, separate, shared, separate, ...) on the same pairs and batches, after a round that
+is not counted, in which every length is met once. The pieces are those that `dpoeng precompute-ref` and `dpoeng train`
+run; the cache that phase one writes is the one that phase two reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpoeng.bench.measure import PeakMemory, Spent, TimeSplit, gemm_flops, held_bytes, release_memory, touch
+from dpoeng.bench.records import stamp
+from dpoeng.bench.workload import padded_tokens, save_small_model, synthetic_pairs, unique_tokens
+from dpoeng.cache.reader import View
+from dpoeng.cache.schema import PairIds, pair_key
+from dpoeng.cache.spec import ReferenceSpec
+from dpoeng.cache.store import Store, ViewEntry
+from dpoeng.engine.config import Dtype, Quantization, TrainConfig
+from dpoeng.engine.layout import batches_by_tokens
+from dpoeng.engine.model import (
+    CausalLM,
+    Layout,
+    add_policy_adapter,
+    enable_gradient_checkpointing,
+    find_model,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    set_mode,
+    use_layout,
+)
+from dpoeng.engine.optim import build_optimizer
+from dpoeng.engine.pairs import read_pairs
+from dpoeng.engine.precompute import default_batch_tokens
+from dpoeng.engine.progress import QUIET, Progress
+from dpoeng.engine.reference import score_pairs
+from dpoeng.engine.scoring import choose_layout
+from dpoeng.engine.tokens import tokenize_pairs
+from dpoeng.engine.train import Rows, batch_loss, lora_arguments
+
+VIEW = "bench"
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseSettings:
+    """What is measured. `model` None is the embedded one; without `pairs`, synthetic ones of real lengths.
+
+    Attributes:
+        batch_size: pairs in one step of phase two; phase one packs up to its own default number of tokens.
+        steps: steps of phase two in one repeat; phase one scores the pairs of all these steps.
+        repeats: counted rounds.
+    """
+
+    model: str | None = None
+    pairs: tuple[Path, ...] = ()
+    dtype: Dtype = "auto"
+    quantization: Quantization = "none"
+    device: str = "auto"
+    batch_size: int = 4
+    steps: int = 8
+    repeats: int = 3
+    max_length: int = 512
+    lora_r: int = 16
+
+
+@dataclass(slots=True)
+class PhaseResult:
+    """One phase in one layout. Rates are medians over the repeats.
+
+    Attributes:
+        wall_s: each repeat's seconds.
+        cpu_s: each repeat's CPU seconds.
+        pairs_per_s: by the clock.
+        unique_tokens_per_s: tokens with each prompt counted once, by the clock: the useful work.
+        padded_equivalent_per_s: positions that padded, separate rows of the same batches would have had, by the clock.
+        split: part -> median seconds a repeat.
+        peak_bytes: highest above the loaded weights (phase two: weights and adapter), over the counted repeats.
+        flops: useful FLOP/s: each prompt counted once, frozen weights without a gradient, no padding.
+        of_gemm: `flops` over what this machine's matrix product reaches on the model's own layers.
+    """
+
+    phase: str
+    layout: Layout
+    pairs: int
+    unique_tokens: int
+    padded_equivalent: int
+    wall_s: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
+    pairs_per_s: float = 0.0
+    unique_tokens_per_s: float = 0.0
+    padded_equivalent_per_s: float = 0.0
+    split: dict[str, Spent] = field(default_factory=dict)
+    peak_bytes: int = 0
+    peak_method: str = ""
+    flops: float = 0.0
+    of_gemm: float = 0.0
+
+
+def bench_phases(settings: PhaseSettings, progress: Progress = QUIET) -> dict[str, Any]:
+    """Measures both phases and returns the record.
+
+    Raises:
+        UserError: the model or the pairs cannot be used.
+    """
+    device = pick_device(settings.device)
+    with tempfile.TemporaryDirectory(prefix="dpoeng-bench-") as scratch:
+        folder = Path(scratch)
+        source = find_model(settings.model or str(save_small_model(folder / "model")))
+        lm = load_model(
+            source, quantization=settings.quantization, dtype=settings.dtype, device=device, tokenizer=False
+        )
+        wanted = settings.batch_size * settings.steps
+        if settings.pairs:
+            file = read_pairs(settings.pairs)
+            data = tokenize_pairs(file.pairs[: 2 * wanted], load_tokenizer(source), max_length=settings.max_length)
+            pairs = [pair.ids for pair in data.pairs][:wanted]
+        else:
+            pairs = synthetic_pairs(wanted, lm.vocab_size)
+        record = stamp("phases", device, {**asdict(settings), "pairs": [str(path) for path in settings.pairs]})
+        record["versions"]["dtype"] = str(lm.dtype).removeprefix("torch.")
+        layers = linear_shapes(lm)
+        gemm = gemm_flops(layers, min(1024, unique_tokens(pairs[: settings.batch_size])), lm.dtype, device)
+        results = measure_phases(lm, pairs, folder, settings, gemm=gemm, progress=progress)
+    return {
+        **record,
+        "gemm_flops": gemm,
+        "layout_reason": lm.layout_reason,
+        "results": [asdict(result) for result in results],
+    }
+
+
+def measure_phases(
+    lm: CausalLM,
+    pairs: Sequence[PairIds],
+    folder: Path,
+    settings: PhaseSettings,
+    *,
+    gemm: float,
+    progress: Progress = QUIET,
+) -> list[PhaseResult]:
+    """Phase one, then phase two, each in every layout that the model can have.
+
+    Args:
+        lm: freshly loaded; it has a LoRA afterwards.
+        pairs: what is scored and trained on, in this order.
+        folder: for caches; they stay there.
+        settings: batch size, steps, repeats, rank.
+        gemm: FLOP/s of the machine's matrix product, see `gemm_flops`.
+        progress: told after each round.
+    """
+    set_mode(lm, training=False)
+    choose_layout(lm, "auto")
+    layouts: tuple[Layout, ...] = ("shared", "separate") if lm.layout == "shared" else ("separate",)
+    reason = lm.layout_reason
+    rounds = 1 + settings.repeats
+    layers = linear_shapes(lm)
+    touch(lm.base)
+    results = []
+
+    def collect(phase: str, work: Any, flop: float) -> None:
+        of_layout = {
+            layout: PhaseResult(phase, layout, len(pairs), unique_tokens(pairs), _padded(pairs, settings.batch_size))
+            for layout in layouts
+        }
+        splits: dict[Layout, list[TimeSplit]] = {layout: [] for layout in layouts}
+        release_memory(lm.device)
+        base = held_bytes(lm.device)
+        with progress.task(f"{phase} phase", rounds * len(layouts), "rounds") as advance:
+            for number in range(rounds):
+                for layout in layouts:
+                    use_layout(lm, layout)
+                    with PeakMemory(lm.device, base) as memory:
+                        split = work()
+                    if number > 0:
+                        splits[layout].append(split)
+                        result = of_layout[layout]
+                        result.peak_bytes = max(result.peak_bytes, memory.peak_bytes)
+                        result.peak_method = memory.method
+                    advance(1, layout)
+        for layout, result in of_layout.items():
+            _summarise(result, splits[layout], flop, gemm)
+            results.append(result)
+
+    caches = iter(range(1 << 30))
+    spec = ReferenceSpec.from_fields({"bench": "phases"})
+
+    def reference() -> TimeSplit:
+        return reference_pass(lm, pairs, folder / f"cache{next(caches)}", spec)
+
+    collect("reference", reference, forward_flop(lm, pairs, layers, trained=0)[0])
+
+    config = TrainConfig.model_validate({"per_device_train_batch_size": settings.batch_size, "lora_r": settings.lora_r})
+    add_policy_adapter(lm, "new", None, lora_arguments(config))
+    if lm.device.type == "cuda":
+        enable_gradient_checkpointing(lm)
+    set_mode(lm, training=True)
+    optimizer = build_optimizer(config, lm.trainable_parameters())
+    rows = Rows(View.open(folder / "cache0", VIEW), range(len(pairs)))
+    trained = sum(parameter.numel() for _, parameter in lm.trainable_parameters())
+    collect(
+        "training",
+        lambda: training_pass(lm, rows, optimizer, config),
+        sum(forward_flop(lm, pairs, layers, trained=trained)),
+    )
+    lm.layout_reason = reason
+    return results
+
+
+def reference_pass(lm: CausalLM, pairs: Sequence[PairIds], cache: Path, spec: ReferenceSpec) -> TimeSplit:
+    """Phase one over `pairs` into a new cache: longest first, as many tokens a forward as phase one takes."""
+    split = TimeSplit(lm.device)
+    with split.part("data"):
+        store = Store.open(cache, create=True)
+        digest = store.put_spec(spec)
+        ordered = sorted(pairs, key=lambda pair: -pair.total_tokens)
+        lengths = [pair.total_tokens for pair in ordered]
+    rows = []
+    with _forward_apart(lm, split):
+        for batch in batches_by_tokens(lengths, default_batch_tokens(lm.device)):
+            with split.part("head"):
+                rows += score_pairs(lm, [ordered[i] for i in batch])
+    with split.part("data"):
+        store.commit_shard(digest, rows, {})
+        store.seal(digest)
+        entries = [ViewEntry("bench", i + 1, pair_key(pair), {}) for i, pair in enumerate(pairs)]
+        store.write_view(digest, VIEW, entries, {})
+    return split
+
+
+def training_pass(lm: CausalLM, rows: Rows, optimizer: torch.optim.Optimizer, config: TrainConfig) -> TimeSplit:
+    """Phase two over `rows`, a step a batch."""
+    split = TimeSplit(lm.device)
+    parameters = [parameter for _, parameter in lm.trainable_parameters()]
+    size = config.per_device_train_batch_size
+    with _forward_apart(lm, split):
+        for begin in range(0, len(rows), size):
+            with split.part("data"):
+                batch = rows[begin : begin + size]
+            with split.part("head"):
+                loss = batch_loss(lm, batch, beta=config.beta, loss_type=config.loss_type).losses.mean()
+            with split.part("backward"):
+                torch.autograd.backward(loss)
+            with split.part("optimizer"):
+                torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+    return split
+
+
+@contextlib.contextmanager
+def _forward_apart(lm: CausalLM, split: TimeSplit) -> Iterator[None]:
+    """Counts the layers below the head as `forward`; what is left of scoring (packing, head, loss) is `head`."""
+    handles = [
+        lm.backbone.register_forward_pre_hook(lambda *_: split.enter("forward")),
+        lm.backbone.register_forward_hook(lambda *_: split.leave()),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def linear_shapes(lm: CausalLM) -> list[tuple[int, int]]:
+    """(in, out) of every frozen linear layer below the head; adapters are not among them."""
+    return [
+        (module.in_features, module.out_features)
+        for name, module in lm.base.named_modules()
+        if isinstance(module, nn.Linear) and module is not lm.head and ".lora_" not in name
+    ]
+
+
+def forward_flop(
+    lm: CausalLM, pairs: Sequence[PairIds], layers: Sequence[tuple[int, int]], *, trained: int
+) -> tuple[float, float]:
+    """FLOP of forward and backward that the result needs: every prompt once, no padding, no visible pair twice.
+
+    A frozen layer costs 2 FLOP a weight and token forward and 2 backward (no gradient of the weight); a trained one 4
+    backward; attention 4 a visible pair and channel forward and 8 backward; the head 2 a weight and scored token in
+    each direction.
+    """
+    config = lm.base.config.get_text_config()
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    tokens = unique_tokens(pairs)
+    frozen = sum(n_in * n_out for n_in, n_out in layers)
+    head = sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs) * lm.vocab_size * config.hidden_size
+    visible = 0
+    for pair in pairs:
+        prompt = len(pair.prompt_ids)
+        visible += prompt * (prompt + 1) // 2
+        visible += sum(n * prompt + n * (n + 1) // 2 for n in (len(pair.chosen_ids), len(pair.rejected_ids)))
+    attention = visible * width * config.num_hidden_layers
+    forward = 2.0 * tokens * (frozen + trained) + 4.0 * attention + 2.0 * head
+    backward = 2.0 * tokens * (frozen + 2 * trained) + 8.0 * attention + 2.0 * head
+    return forward, backward
+
+
+def _summarise(result: PhaseResult, splits: Sequence[TimeSplit], flop: float, gemm: float) -> None:
+    totals = [split.total() for split in splits]
+    result.wall_s = [total.wall_s for total in totals]
+    result.cpu_s = [total.cpu_s for total in totals]
+    seconds = statistics.median(result.wall_s)
+    result.pairs_per_s = result.pairs / seconds
+    result.unique_tokens_per_s = result.unique_tokens / seconds
+    result.padded_equivalent_per_s = result.padded_equivalent / seconds
+    result.flops = flop / seconds
+    result.of_gemm = result.flops / gemm
+    for name in splits[0].parts:
+        result.split[name] = Spent(
+            statistics.median(split.parts[name].wall_s for split in splits),
+            statistics.median(split.parts[name].cpu_s for split in splits),
+        )
+
+
+def _padded(pairs: Sequence[PairIds], batch_size: int) -> int:
+    return sum(padded_tokens(pairs[i : i + batch_size]) for i in range(0, len(pairs), batch_size))
