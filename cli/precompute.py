@@ -71,6 +71,13 @@ def print_summary(summary: PrecomputeSummary) -> None:
     if summary.peak_bytes is not None:
         facts.append(("peak memory", f"{summary.peak_bytes / 2**30:.2f} GiB allocated on the device"))
     facts.append(("reference", f"prefers the chosen response in {100 * summary.reference_accuracy:.0f} % of the pairs"))
+    for label, count, text in (
+        ("duplicates", len(summary.source.duplicates), "pairs that occur again; each is scored once"),
+        ("contradictions", len(summary.source.contradictions), "pairs that stand the other way round elsewhere"),
+        ("multi-turn", summary.source.multi_turn, "responses with later turns of the user, which are scored too"),
+    ):
+        if count:
+            facts.append((label, f"{count} {text}"))
     if summary.filtered:
         facts.append(("filtered", f"{summary.filtered} rows by --where"))
     if summary.rejects_file is not None:

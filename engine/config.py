@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dpoeng.cache.errors import UserError
 
@@ -53,6 +53,9 @@ class PrecomputeConfig(_Config):
     )
     append_eos: bool = Field(True, description="End each text response with the end-of-sequence token, once.")
     columns: dict[str, str] = Field({}, description="Other names of fields, e.g. chosen=response_a.")
+    prompt_format: str | None = Field(
+        None, description="How SFT wrapped a prompt given as text, e.g. 'Instruction: {prompt}\\nResponse:'."
+    )
     where: str | None = Field(None, description="Use only rows for which this holds, e.g. 'confident'.")
     max_reject_share: float = Field(0.05, ge=0, le=1, description="Stop if more than this share of rows is unusable.")
     batch_tokens: int | None = Field(
@@ -61,6 +64,12 @@ class PrecomputeConfig(_Config):
     shard_tokens: int = Field(
         65536, ge=1, description="Positions stored in one file of the cache: what an interruption can cost at most."
     )
+
+    @field_validator("prompt_format")
+    @classmethod
+    def _newlines(cls, value: str | None) -> str | None:
+        """A shell hands `\\n` over as two characters; it means a new line."""
+        return value.replace("\\n", "\n") if value is not None else None
 
 
 class TrainConfig(_Config):

@@ -452,7 +452,7 @@ def add_policy_adapter(lm: CausalLM, mode: AdapterMode, adapter: ModelSource | N
     if mode == "continue":
         assert adapter is not None, "mode continue needs an adapter"
         lm.model = _peft_from_pretrained(lm, adapter, POLICY_ADAPTER, trainable=True)
-        _set_dropout(lm, float(lora["lora_dropout"]))
+        _set_dropout(lm, float(lora.get("lora_dropout", 0.0)))
     else:
         from peft import LoraConfig, get_peft_model
 

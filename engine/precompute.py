@@ -29,10 +29,10 @@ from dpoeng.engine.model import (
     pick_device,
     set_mode,
 )
-from dpoeng.engine.pairs import PairFile, read_pairs
+from dpoeng.engine.pairs import PairFile, ensure_unchanged, read_pairs
 from dpoeng.engine.progress import QUIET, Progress
 from dpoeng.engine.reference import reference_spec, score_pairs
-from dpoeng.engine.rejects import Reject, write_rejects
+from dpoeng.engine.rejects import Reject, check_reject_share, write_rejects
 from dpoeng.engine.scoring import choose_layout
 from dpoeng.engine.tokens import TokenizedData, tokenize_pairs
 
@@ -93,7 +93,11 @@ def precompute_reference(config: PrecomputeConfig, progress: Progress = QUIET) -
     view_name = config.name or default_view_name(config.pairs[0])
 
     file = read_pairs(
-        config.pairs, columns=config.columns, where=config.where, max_reject_share=config.max_reject_share
+        config.pairs,
+        columns=config.columns,
+        where=config.where,
+        max_reject_share=config.max_reject_share,
+        prompt_format=config.prompt_format,
     )
     data = tokenize_pairs(
         file.pairs,
@@ -113,6 +117,7 @@ def precompute_reference(config: PrecomputeConfig, progress: Progress = QUIET) -
             remedy="raise --max-length, or look at the prompts",
             exit_status=3,
         )
+    check_reject_share([*file.rejects, *data.rejects], len(file.pairs) + len(file.rejects), config.max_reject_share)
 
     store = Store.open(config.cache, create=True)
     spec = reference_spec(config, source, adapter, progress)
@@ -151,6 +156,7 @@ def precompute_reference(config: PrecomputeConfig, progress: Progress = QUIET) -
         index = store.lookup(spec_digest)
     store.seal(spec_digest)
 
+    ensure_unchanged(file.files)
     summary.reference = {
         "model": _portable(source),
         "revision": source.revision,
@@ -180,6 +186,7 @@ def precompute_reference(config: PrecomputeConfig, progress: Progress = QUIET) -
             "files": {str(path): digest for path, digest in file.files.items()},
             "where": config.where,
             "columns": config.columns,
+            "prompt_format": config.prompt_format,
             "rejects": len(summary.rejects),
             "versions": library_versions(),
             "device": summary.device,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,18 @@ from dpoeng.cache.fingerprint import combined_digest, weight_digests
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import PairIds, ScoredPair
 from dpoeng.cache.spec import ReferenceSpec
-from dpoeng.engine.config import PrecomputeConfig
+from dpoeng.engine.config import PrecomputeConfig, TrainConfig
 from dpoeng.engine.layout import batches_by_tokens, pair_group
-from dpoeng.engine.model import CausalLM, ModelSource, adapter_config, forward_config, resolve_dtype
+from dpoeng.engine.model import (
+    CausalLM,
+    ModelSource,
+    adapter_config,
+    find_model,
+    forward_config,
+    load_model,
+    pick_device,
+    resolve_dtype,
+)
 from dpoeng.engine.progress import QUIET, Progress
 from dpoeng.engine.scoring import score_groups
 
@@ -82,6 +91,20 @@ def reference_spec(
                 "batch_tokens": batch_tokens,
             },
         }
+    )
+
+
+def load_policy_base(config: TrainConfig, reference: Mapping[str, Any], *, tokenizer: bool = False) -> CausalLM:
+    """The base on which the policy stands: the one that a view's `reference` record names, unless config overrides."""
+    return load_model(
+        find_model(config.model or reference["model"], revision=reference.get("revision")),
+        quantization=config.quantization or reference["quantization"],
+        dtype=config.dtype or reference["dtype"],
+        device=pick_device(config.device),
+        int8_threshold=reference["llm_int8_threshold"],
+        quant_type=reference["bnb_4bit_quant_type"],
+        double_quant=reference["bnb_4bit_use_double_quant"],
+        tokenizer=tokenizer,
     )
 
 

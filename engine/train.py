@@ -39,10 +39,7 @@ from dpoeng.engine.model import (
     device_name,
     enable_gradient_checkpointing,
     find_adapter,
-    find_model,
     library_versions,
-    load_model,
-    pick_device,
     save_policy_adapter,
     set_mode,
 )
@@ -55,7 +52,7 @@ from dpoeng.engine.optim import (
 )
 from dpoeng.engine.order import Schedule, hold_out, plan_schedule
 from dpoeng.engine.progress import QUIET, Progress
-from dpoeng.engine.reference import ParityReport, compare_with_cache, parity_tolerance
+from dpoeng.engine.reference import ParityReport, compare_with_cache, load_policy_base, parity_tolerance
 from dpoeng.engine.scoring import choose_layout, score_groups
 
 RUN_FILE = "run.json"
@@ -139,8 +136,6 @@ def train(config: TrainConfig, progress: Progress = QUIET) -> TrainSummary:
     view = View.open(config.cache, config.view)
     eval_view = View.open(config.cache, config.eval_view) if config.eval_view else None
     reference = view.meta["reference"]
-    device = pick_device(config.device)
-    source = find_model(config.model or reference["model"], revision=reference.get("revision"))
     adapter_name = config.adapter or reference.get("adapter")
     adapter = find_adapter(adapter_name) if adapter_name else None
     mode = resolve_adapter_mode(config, has_adapter=adapter is not None)
@@ -160,22 +155,13 @@ def train(config: TrainConfig, progress: Progress = QUIET) -> TrainSummary:
 
     # Seeded before the adapter is made: its start is part of what a seed means.
     torch.manual_seed(config.seed)
-    lm = load_model(
-        source,
-        quantization=config.quantization or reference["quantization"],
-        dtype=config.dtype or reference["dtype"],
-        device=device,
-        int8_threshold=reference["llm_int8_threshold"],
-        quant_type=reference["bnb_4bit_quant_type"],
-        double_quant=reference["bnb_4bit_use_double_quant"],
-        tokenizer=False,
-    )
+    lm = load_policy_base(config, reference)
     lm = add_policy_adapter(lm, mode, adapter, lora_arguments(config))
     set_mode(lm, training=False)
     with as_reference(lm, mode):
         choose_layout(lm, config.layout)
         parity = check_parity(config, lm, view, train_indices, reference)
-    checkpointing = config.gradient_checkpointing
+    device, checkpointing = lm.device, config.gradient_checkpointing
     if checkpointing or (checkpointing is None and device.type == "cuda"):
         enable_gradient_checkpointing(lm)
     set_mode(lm, training=True)
@@ -198,7 +184,7 @@ def train(config: TrainConfig, progress: Progress = QUIET) -> TrainSummary:
         first_step = _restore(run, checkpoint)
         progress.note(f"going on from step {first_step} of {schedule.total_steps} ({checkpoint.folder})")
     run.log.rewind(first_step if checkpoint is not None else -1)
-    _write_run_file(config, identity, view, mode, source.name, adapter_name, parity, lm)
+    _write_run_file(config, identity, view, mode, config.model or reference["model"], adapter_name, parity, lm)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 

@@ -69,3 +69,8 @@ def test_every_field_is_described_and_frozen() -> None:
             assert field.description.endswith((".", "/2312.03732", "/2402.09353")), name
     with pytest.raises(ValueError, match="frozen"):
         TrainConfig().beta = 0.2  # type: ignore[misc]
+
+
+def test_a_new_line_written_in_a_shell() -> None:
+    config = load_config(PrecomputeConfig, {"prompt_format": r"Instruction: {prompt}\nResponse:"})
+    assert config.prompt_format == "Instruction: {prompt}\nResponse:"
