@@ -82,7 +82,7 @@ class Files:
     def read(self, name: str) -> bytes:
         """All bytes. Raises FileNotFoundError; CacheError for a link, a device or a directory."""
         descriptor = self._open(name)
-        with os.fdopen(descriptor, "rb") as file:
+        with self._explained(name), os.fdopen(descriptor, "rb") as file:
             return file.read()
 
     def map(self, name: str, size: int) -> mmap.mmap:
@@ -114,7 +114,8 @@ class Files:
     def names(self, folder: str, suffix: str = "") -> list[str]:
         """The names in a folder that end in `suffix`, sorted, without it. A missing folder is empty."""
         try:
-            found = [path.name for path in (self.root / folder).iterdir()]
+            with self._explained(folder):
+                found = [path.name for path in (self.root / folder).iterdir()]
         except FileNotFoundError:
             return []
         return sorted(name.removesuffix(suffix) for name in found if name.endswith(suffix))

@@ -55,9 +55,8 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
     Raises:
         CacheError: for any byte that `seal` would not have written.
     """
-    line, newline, _ = data.partition(b"\n")
-    body = parse_canonical(line, where)
-    if not newline or seal(body) != data:
+    body = parse_canonical(data.partition(b"\n")[0], where)
+    if seal(body) != data:
         raise damaged(where, "a record whose last line is the hash of its first", "another hash, or no hash")
     return body
 
@@ -190,7 +189,7 @@ class ViewRecord:
         fields.expect("name", name)
         files = fields.get("files", list)
         if not all(isinstance(file, str) for file in files):
-            raise damaged(where, "names of source files", "something else")
+            raise damaged(f"{where}: files", "names of source files", "something else")
         return cls(
             name,
             fields.digest("spec"),

@@ -120,7 +120,8 @@ class Store:
             others = {path.name for path in self.root.iterdir()} - {TMP}  # a kill may have left tmp/ behind
         except OSError as error:
             raise disk_error(error, self.root) from error
-        if others - {FORMAT_NAME}:
+        # Another process may be creating it too. FORMAT comes first, so where there is more, it must be there by now.
+        if others and not (self.root / FORMAT_NAME).exists():
             raise CacheError(
                 "this folder holds something else than a cache",
                 code="cache-not-empty",
@@ -130,6 +131,7 @@ class Store:
                 remedy="name another folder with --cache",
             )
         self.files.publish(FORMAT_NAME, FORMAT_BYTES)
+        _check_format(self.files.read(FORMAT_NAME), self.root / FORMAT_NAME)
 
     # -- specs --------------------------------------------------------------------------------------------------------
 

@@ -78,22 +78,22 @@ def verify(root: Path | str, *, depth: Depth = "full", progress: Progress | None
     store = Store.open(root)
     report = VerifyReport(depth)
     commits, manifests = _records(store, report)
-    objects = {commit.object.name: commit.object for commit in commits}
+    objects = sorted({commit.object for commit in commits})
     _check_manifests(store, commits, manifests, report)
-    shards = _check_objects(store, sorted(objects.values()), report, progress)
+    shards = _check_objects(store, objects, report, progress)
     _check_views(store, shards, report)
-    orphans = set(object_names(store)) - objects.keys()
+    orphans = set(object_names(store)) - {reference.name for reference in objects}
     report.counts |= {
         "specs": len(store.spec_digests()),
         "objects": len(objects),
-        "rows": sum(reference.rows for reference in objects.values()),
+        "rows": sum(reference.rows for reference in objects),
         "manifests": len(manifests),
         "views": len(store.views()),
         "orphans": len(orphans),
         "temporary": len(store.files.names(TMP)),
         "quarantined": len(store.files.names(QUARANTINE)),
     }
-    report.bytes += sum(reference.bytes for reference in objects.values())
+    report.bytes += sum(reference.bytes for reference in objects)
     report.seconds = time.perf_counter() - started
     return report
 
@@ -155,7 +155,7 @@ def _check_manifests(store: Store, commits: list[Commit], manifests: list[Manife
 
 def _check_objects(
     store: Store, references: list[ObjectRef], report: VerifyReport, progress: Progress | None
-) -> dict[str, Shard]:
+) -> dict[ObjectRef, Shard]:
     """Opens and checks every object, in parallel; returns the sound ones."""
     total = sum(reference.bytes for reference in references)
     done = 0
@@ -177,10 +177,10 @@ def _check_objects(
 
     with ThreadPoolExecutor(THREADS) as pool:
         shards = list(pool.map(check, references))
-    return {reference.name: shard for reference, shard in zip(references, shards, strict=True) if shard is not None}
+    return {reference: shard for reference, shard in zip(references, shards, strict=True) if shard is not None}
 
 
-def _check_views(store: Store, shards: dict[str, Shard], report: VerifyReport) -> None:
+def _check_views(store: Store, shards: dict[ObjectRef, Shard], report: VerifyReport) -> None:
     for name in store.views():
         where = store.root / "views" / name
         with _noting(report, where):
@@ -189,7 +189,7 @@ def _check_views(store: Store, shards: dict[str, Shard], report: VerifyReport) -
             table = open_table(store, record, check=report.depth in ("full", "all"))
             report.bytes += record.table.bytes
             for k, reference in enumerate(record.objects):
-                if (shard := shards.get(reference.name)) is None:
+                if (shard := shards.get(reference)) is None:
                     raise damaged(str(store.root / view_name(name)), f"object {reference.name}", "none that is sound")
                 mine = np.flatnonzero(table.object == k)
                 if report.depth in ("semantic", "all") and (table.keys[mine] != shard.keys()[table.row[mine]]).any():

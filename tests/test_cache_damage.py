@@ -341,6 +341,34 @@ def test_records_that_are_wrong_under_a_true_checksum_are_refused(root: Path, bo
     assert len(index) == 6
 
 
+@pytest.mark.parametrize("member", ["table", "objects", "spec", "files", "name"])
+def test_a_view_that_names_a_path_is_refused(root: Path, names: dict[str, str], member: str) -> None:
+    """Fault 29: a view's record, too, may be wrong under a true checksum."""
+    body = unseal((root / names["view"]).read_bytes(), "")
+    path = "../" * 8 + "etc/passwd"
+    forged: Any = {
+        "table": [path, 6, 100],
+        "objects": [[path, 3, 100]],
+        "spec": path,
+        "files": [{"path": path}],
+        "name": path,
+    }[member]
+    (root / names["view"]).write_bytes(seal(body | {member: forged}))
+    with pytest.raises(CacheError) as caught:
+        View.open(root)
+    assert caught.value.code == "cache-corrupt"
+    assert str(caught.value.where) == f"{root / names['view']}: {member}"
+    assert not verify(root).ok
+
+
+@pytest.mark.parametrize("objects", [[["b" * 32, 1, 1], ["a" * 32, 1, 1]], [["a" * 32, 1, 1]] * 2, [["../x", 1, 1]]])
+def test_a_manifest_whose_objects_are_not_sorted_digests_is_refused(root: Path, objects: Any) -> None:
+    path = root / manifest_name(SPEC.digest, 1)
+    path.write_bytes(seal(unseal(path.read_bytes(), "") | {"objects": objects}))
+    [damage] = Store.open(root).lookup(SPEC.digest).quarantined
+    assert damage.where == str(path)
+
+
 def test_a_sealed_record_reads_back(root: Path) -> None:
     body = {"b": [1, 2.5, None, True], "a": {"ü": "\ud800"}, "c": 16.0}
     assert unseal(seal(body), "here") == body

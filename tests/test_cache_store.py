@@ -19,7 +19,7 @@ import pytest
 from dpoeng.bench.cache import synthetic_rows
 from dpoeng.cache import schema
 from dpoeng.cache.errors import CacheError
-from dpoeng.cache.files import Disk
+from dpoeng.cache.files import Disk, Files
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import PairIds, ScoredPair, as_ids, pair_key
 from dpoeng.cache.spec import ReferenceSpec
@@ -498,3 +498,50 @@ def test_many_processes_write_one_cache_at_once(tmp_path: Path) -> None:
     assert len({manifest.objects for manifest in last if manifest}) == 1
     assert list((tmp_path / "many" / "tmp").iterdir()) == []
     assert not (tmp_path / "many" / "quarantine").exists()
+
+
+def test_two_processes_may_create_a_cache_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one is quicker: between our look and our listing it has made the cache and filled it."""
+    real = Files.read
+    looks = iter([False])
+
+    def look(self: Files, name: str) -> bytes:
+        if next(looks, True):
+            return real(self, name)
+        filled(tmp_path, synthetic_rows(2))
+        raise FileNotFoundError(name)
+
+    monkeypatch.setattr(Files, "read", look)
+    assert len(Store.open(tmp_path, create=True).lookup(SPEC.digest)) == 2
+
+
+@pytest.mark.parametrize("folder", ["objects", "runs", "views", "tmp"])
+def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path: Path, folder: str) -> None:
+    rows = synthetic_rows(2)
+    store = Store.open(tmp_path, create=True)
+    store.put_spec(SPEC)
+    if (tmp_path / folder).exists():
+        (tmp_path / folder).rmdir()
+    (tmp_path / folder).write_text("")
+
+    def use() -> None:
+        store.lookup(SPEC.digest)
+        store.views()
+        Store.open(tmp_path).commit_shard(SPEC.digest, rows, {})
+
+    with pytest.raises(CacheError) as caught:
+        use()
+    assert caught.value.code == "cache-not-plain"
+
+
+def test_an_error_of_the_disk_while_reading_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 42: nothing is moved to quarantine because a disk could not be read just now."""
+    filled(tmp_path, synthetic_rows(2))
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdopen", fail)
+    with pytest.raises(CacheError) as caught:
+        Store.open(tmp_path)
+    assert (caught.value.code, caught.value.where) == ("cache-disk-error", str(tmp_path / "FORMAT"))
