@@ -12,7 +12,7 @@ class UserError(Exception):
 
     Args:
         message: what is wrong, one sentence.
-        code: a stable short name, `area-problem`, e.g. `cache-corrupt`; docs/errors.md explains each.
+        code: a stable short name, `area-problem`, e.g. `cache-corrupt`, for scripts and searches.
         where: file, line, field or option.
         expected: what would have been right.
         found: what was there instead.

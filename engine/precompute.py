@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dpoeng.cache.errors import UserError
+from dpoeng.cache.reader import View
 from dpoeng.cache.schema import PairIds, pair_key
 from dpoeng.cache.store import KeyIndex, Store, ViewEntry
 from dpoeng.engine.config import PrecomputeConfig
@@ -31,7 +32,14 @@ from dpoeng.engine.model import (
 )
 from dpoeng.engine.pairs import PairFile, ensure_unchanged, read_pairs
 from dpoeng.engine.progress import QUIET, Progress
-from dpoeng.engine.reference import reference_spec, score_pairs
+from dpoeng.engine.reference import (
+    ParityReport,
+    compare_with_cache,
+    parity_tolerance,
+    reference_spec,
+    score_pairs,
+    spread,
+)
 from dpoeng.engine.rejects import Reject, check_reject_share, write_rejects
 from dpoeng.engine.scoring import choose_layout
 from dpoeng.engine.tokens import TokenizedData, tokenize_pairs
@@ -167,6 +175,7 @@ def precompute_reference(config: PrecomputeConfig, progress: Progress = QUIET) -
         "bnb_4bit_quant_type": config.bnb_4bit_quant_type,
         "bnb_4bit_use_double_quant": config.bnb_4bit_use_double_quant,
         "batch_tokens": config.batch_tokens,
+        "layout": config.layout,
     }
     store.write_view(
         spec_digest,
@@ -239,6 +248,46 @@ def load_reference(
     set_mode(lm, training=False)
     choose_layout(lm, config.layout)
     return lm
+
+
+def recompute(
+    view: View, count: int, *, model: str | None = None, adapter: str | None = None, device: str = "auto"
+) -> ParityReport:
+    """The fourth depth of verification: scores some rows of a view anew with its reference and compares.
+
+    Args:
+        view: an open view.
+        count: rows to score, spread over the view.
+        model: where the base is now; default: where it was.
+        adapter: where the SFT adapter is now; default: where it was.
+        device: as in `PrecomputeConfig`.
+
+    Raises:
+        UserError: the model cannot be found or loaded.
+    """
+    reference = view.meta["reference"]
+    config = PrecomputeConfig(
+        **{
+            **{name: value for name, value in reference.items() if name in PrecomputeConfig.model_fields},
+            "model": model or reference["model"],
+            "adapter": adapter or reference["adapter"],
+            "layout": reference["layout"],
+            "device": device,
+        }
+    )
+    assert config.model is not None
+    source = find_model(config.model, revision=reference["revision"])
+    lm = load_reference(
+        config, source, find_adapter(config.adapter) if config.adapter else None, pick_device(config.device)
+    )
+    return compare_with_cache(
+        lm,
+        view,
+        spread(range(len(view)), count),
+        beta=0.1,
+        batch_tokens=reference["batch_tokens"],
+        tolerance=parity_tolerance(lm, reference["quantization"], reference["dtype"]),
+    )
 
 
 def _compute(

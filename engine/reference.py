@@ -173,6 +173,12 @@ def parity_tolerance(lm: CausalLM, reference_quantization: str, reference_dtype:
     return {"float32": 2e-3, "bfloat16": 6e-2, "float16": 2e-2}[dtype]
 
 
+def spread(rows: Sequence[int], count: int) -> list[int]:
+    """At most `count` of some rows, evenly spread over them."""
+    count = min(count, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
 def compare_with_cache(
     lm: CausalLM, view: View, rows: Sequence[int], *, beta: float, batch_tokens: int, tolerance: float
 ) -> ParityReport:

@@ -52,7 +52,7 @@ from dpoeng.engine.optim import (
 )
 from dpoeng.engine.order import Schedule, hold_out, plan_schedule
 from dpoeng.engine.progress import QUIET, Progress
-from dpoeng.engine.reference import ParityReport, compare_with_cache, load_policy_base, parity_tolerance
+from dpoeng.engine.reference import ParityReport, compare_with_cache, load_policy_base, parity_tolerance, spread
 from dpoeng.engine.scoring import choose_layout, score_groups
 
 RUN_FILE = "run.json"
@@ -296,8 +296,7 @@ def check_parity(
     Raises:
         UserError: they differ by more than rounding explains.
     """
-    count = min(config.parity_pairs, len(rows))
-    sample = [rows[i * len(rows) // count] for i in range(count)]
+    sample = spread(rows, config.parity_pairs)
     tolerance = config.parity_tolerance or parity_tolerance(lm, reference["quantization"], reference["dtype"])
     report = compare_with_cache(
         lm, view, sample, beta=config.beta, batch_tokens=reference["batch_tokens"], tolerance=tolerance

@@ -131,6 +131,17 @@ def test_a_complete_cache_needs_no_model(
     assert precompute(pairs_file, tiny_model, tmp_path / "cache").reused == 24
 
 
+def test_recomputing_finds_what_hashes_cannot(tmp_path: Path, tiny_model: Path, pairs_file: Path) -> None:
+    """Values that were stored whole and are wrong all the same: only scoring them anew can tell."""
+    precompute(pairs_file, tiny_model, tmp_path / "cache")
+    view = View.open(tmp_path / "cache")
+    report = precompute_module.recompute(view, 8)
+    assert (report.pairs, report.ok) == (8, True)
+    assert report.mean_diff < 1e-5
+    other = save_tiny_model(tmp_path / "other", _tokenizer(tiny_model), seed=1)
+    assert not precompute_module.recompute(view, 8, model=str(other)).ok
+
+
 class Killed(BaseException):
     """Stands for SIGKILL where a real one would cost a process."""
 
