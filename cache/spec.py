@@ -67,9 +67,11 @@ class FieldChange:
 def diff_specs(old: ReferenceSpec, new: ReferenceSpec) -> list[FieldChange]:
     """Every leaf that differs, sorted by its dotted path. Empty exactly when the digests are equal."""
     before, after = _leaves(old.fields), _leaves(new.fields)
-    paths = sorted(before.keys() | after.keys())
-    changes = [FieldChange(path, before.get(path, ABSENT), after.get(path, ABSENT)) for path in paths]
-    return [change for change in changes if change.old is not change.new and not _same(change.old, change.new)]
+    return [
+        FieldChange(".".join(path), before.get(path, ABSENT), after.get(path, ABSENT))
+        for path in sorted(before.keys() | after.keys())
+        if path not in before or path not in after or not _same(before[path], after[path])
+    ]
 
 
 def explain_miss(wanted: ReferenceSpec, known: Mapping[str, ReferenceSpec]) -> tuple[str, list[FieldChange]] | None:
@@ -85,13 +87,13 @@ def explain_miss(wanted: ReferenceSpec, known: Mapping[str, ReferenceSpec]) -> t
     return nearest, others[nearest]
 
 
-def _leaves(value: Any, path: str = "") -> dict[str, Any]:
-    """Maps dotted paths to leaves. Lists are leaves: their items have no names. So are empty objects."""
+def _leaves(value: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """Maps paths to leaves. Lists are leaves: their items have no names. So are empty objects."""
     if not isinstance(value, dict) or not value:
         return {path: value}
-    flat: dict[str, Any] = {}
+    flat: dict[tuple[str, ...], Any] = {}
     for key, item in value.items():
-        flat |= _leaves(item, f"{path}.{key}" if path else key)
+        flat |= _leaves(item, (*path, key))
     return flat
 
 

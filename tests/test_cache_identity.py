@@ -361,6 +361,20 @@ def test_true_is_not_one() -> None:
     assert (change.old, change.new) == (1, True)
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"a": {"b": 1}}, {"a.b": 1}),
+        ({"": {"a": 1}}, {"a": 1}),
+        ({}, {"a": ABSENT}),
+        ({"a": {}}, {}),
+        ({"a": {}}, {"a": []}),
+    ],
+)
+def test_fields_that_only_look_alike_differ(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert diff_specs(ReferenceSpec.from_fields(one), ReferenceSpec.from_fields(other))
+
+
 def test_a_miss_is_explained_by_the_nearest_spec() -> None:
     near = ReferenceSpec.from_fields({**FIELDS, "dtype": "float32"})
     far = ReferenceSpec.from_fields({"dtype": "float32"})
