@@ -15,11 +15,12 @@ import pyarrow as pa
 import xxhash
 
 from dpoeng.cache.errors import CacheError, UserError
+from dpoeng.cache.folder import object_name, table_name, view_name
 from dpoeng.cache.reader import View
 from dpoeng.cache.records import Commit
 from dpoeng.cache.schema import PairIds, ScoredPair, as_ids, pair_key
 from dpoeng.cache.shard import BATCH_ROWS
-from dpoeng.cache.store import Store, object_name, table_name, view_name
+from dpoeng.cache.store import Store
 from dpoeng.cache.table import ViewEntry
 
 T = TypeVar("T")

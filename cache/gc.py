@@ -13,16 +13,9 @@ from typing import Final, Literal
 
 from dpoeng.cache.errors import CacheError
 from dpoeng.cache.files import QUARANTINE, TMP
+from dpoeng.cache.folder import commit_name, commits_folder, manifest_name, object_name, spec_name, table_name
 from dpoeng.cache.records import DIGEST
-from dpoeng.cache.store import (
-    Store,
-    commit_name,
-    commits_folder,
-    manifest_name,
-    object_name,
-    spec_name,
-    table_name,
-)
+from dpoeng.cache.store import Store
 from dpoeng.cache.verify import object_names
 
 KEPT_GENERATIONS: Final = 2

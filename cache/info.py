@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dpoeng.cache.errors import CacheError
+from dpoeng.cache.folder import commit_name, spec_name
 from dpoeng.cache.records import Commit, canonical_json
-from dpoeng.cache.store import Store, commit_name, spec_name
+from dpoeng.cache.store import Store
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,12 @@ import numpy.typing as npt
 import xxhash
 
 from dpoeng.cache.errors import CacheError
+from dpoeng.cache.folder import object_name, table_name, view_name
 from dpoeng.cache.records import ViewRecord, damaged
 from dpoeng.cache.schema import ScoredPair
 from dpoeng.cache.shard import Numbers, Shard, check_hash
 from dpoeng.cache.spec import ReferenceSpec
-from dpoeng.cache.store import THREADS, Store, object_name, table_name, view_name
+from dpoeng.cache.store import THREADS, Store
 from dpoeng.cache.table import Table
 
 

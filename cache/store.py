@@ -8,7 +8,6 @@ quarantine/ together with its record, and its rows are simply missing until they
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -20,63 +19,29 @@ import numpy as np
 import xxhash
 
 from dpoeng.cache.errors import CacheError
-from dpoeng.cache.files import TMP, Disk, Files, disk_error
+from dpoeng.cache.files import Disk, Files
+from dpoeng.cache.folder import (
+    commit_name,
+    commits_folder,
+    manifest_name,
+    object_name,
+    open_folder,
+    run_folder,
+    spec_name,
+    table_name,
+    view_name,
+)
 from dpoeng.cache.index import Damage as Damage
 from dpoeng.cache.index import KeyIndex as KeyIndex
-from dpoeng.cache.records import DIGEST, VIEW_NAME, Commit, Manifest, ObjectRef, ViewRecord, damaged
+from dpoeng.cache.records import DIGEST, Commit, Manifest, ObjectRef, ViewRecord, damaged
 from dpoeng.cache.schema import ScoredPair
 from dpoeng.cache.shard import Shard, check_hash, encode_shard
 from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.table import ViewEntry as ViewEntry
 from dpoeng.cache.table import encode_table
 
-FORMAT_NAME: Final = "FORMAT"
-FORMAT_BYTES: Final = b"dpoeng-refcache 1\n"
 THREADS: Final = min(8, os.cpu_count() or 1)
 _MANIFEST = re.compile(r"manifest-([0-9]{6})\.json")
-
-
-def spec_name(digest: str) -> str:
-    return f"specs/{_digest(digest)}.json"
-
-
-def object_name(name: str) -> str:
-    return f"objects/{_digest(name)[:2]}/{name}.arrow"
-
-
-def commits_folder(spec: str) -> str:
-    return f"runs/{_digest(spec)}/commits"
-
-
-def commit_name(spec: str, name: str) -> str:
-    return f"{commits_folder(spec)}/{_digest(name)}.json"
-
-
-def manifest_name(spec: str, generation: int) -> str:
-    return f"runs/{_digest(spec)}/manifest-{generation:06d}.json"
-
-
-def view_name(name: str) -> str:
-    if not VIEW_NAME.fullmatch(name):
-        raise CacheError(
-            "not a name for a view",
-            code="cache-view-name",
-            expected="1 to 200 of the characters A-Z a-z 0-9 . _ -",
-            found=repr(name)[:200],
-            exit_status=2,
-        )
-    return f"views/{name}.json"
-
-
-def table_name(name: str) -> str:
-    return f"views/{_digest(name)}.arrow"
-
-
-def _digest(text: str) -> str:
-    """Lets nothing but a digest into a path."""
-    if not DIGEST.fullmatch(text):
-        raise ValueError(f"not 32 hex digits: {text[:200]!r}")
-    return text
 
 
 class Store:
@@ -99,39 +64,8 @@ class Store:
             CacheError: no cache there, one of a later version, or (with `create`) a folder with other things in it.
         """
         store = cls(Path(root), disk or Disk())
-        try:
-            found = store.files.read(FORMAT_NAME)
-        except FileNotFoundError:
-            if not create:
-                raise CacheError(
-                    "no reference cache here",
-                    code="cache-not-found",
-                    where=str(root),
-                    remedy="make one with `dpoeng precompute-ref PAIRS --model MODEL --cache FOLDER`",
-                ) from None
-            store._create()
-        else:
-            _check_format(found, store.root / FORMAT_NAME)
+        open_folder(store.files, create=create)
         return store
-
-    def _create(self) -> None:
-        try:
-            _make_durable(self.root, self.files.disk)
-            others = {path.name for path in self.root.iterdir()} - {TMP}  # a kill may have left tmp/ behind
-        except OSError as error:
-            raise disk_error(error, self.root) from error
-        # Another process may be creating it too. FORMAT comes first, so where there is more, it must be there by now.
-        if others and not (self.root / FORMAT_NAME).exists():
-            raise CacheError(
-                "this folder holds something else than a cache",
-                code="cache-not-empty",
-                where=str(self.root),
-                expected="a new or empty folder, or a cache with its FORMAT file",
-                found=", ".join(sorted(others)[:5]),
-                remedy="name another folder with --cache",
-            )
-        self.files.publish(FORMAT_NAME, FORMAT_BYTES)
-        _check_format(self.files.read(FORMAT_NAME), self.root / FORMAT_NAME)
 
     # -- specs --------------------------------------------------------------------------------------------------------
 
@@ -319,7 +253,7 @@ class Store:
 
     def generations(self, spec_digest: str) -> list[int]:
         """The numbers of the manifests of a spec, ascending."""
-        names = self.files.names(f"runs/{_digest(spec_digest)}")
+        names = self.files.names(run_folder(spec_digest))
         return [int(match[1]) for name in names if (match := _MANIFEST.fullmatch(name))]
 
     def manifest(self, spec_digest: str, generation: int) -> Manifest:
@@ -411,35 +345,3 @@ class Store:
         """A view's record. Raises CacheError if it is damaged, FileNotFoundError if it is missing."""
         path = view_name(name)
         return ViewRecord.decode(self.files.read(path), str(self.root / path), name=name)
-
-
-def _check_format(found: bytes, path: Path) -> None:
-    if found == FORMAT_BYTES:
-        return
-    if re.fullmatch(rb"dpoeng-refcache [0-9]{1,9}\n", found):
-        raise CacheError(
-            "this cache was written by a later version of dpoeng",
-            code="cache-future",
-            where=str(path),
-            expected=FORMAT_BYTES.decode().strip(),
-            found=found.decode().strip(),
-            remedy="update dpoeng, or name another folder with --cache",
-        )
-    raise CacheError(
-        "the FORMAT file of this cache is damaged",
-        code="cache-format",
-        where=str(path),
-        expected=repr(FORMAT_BYTES),
-        found=repr(found[:40]),
-        remedy=f"if dpoeng wrote this folder, put the line back: echo {FORMAT_BYTES.decode().strip()} > {path}",
-    )
-
-
-def _make_durable(root: Path, disk: Disk) -> None:
-    """Makes the root and its missing parents, each entry synced."""
-    missing = [path for path in (root, *root.parents) if not path.exists()]
-    for path in reversed(missing):
-        with contextlib.suppress(FileExistsError):
-            disk.mkdir(path)
-    for path in missing or [root]:  # a kill may have come between making the root and syncing its entry
-        disk.sync_dir(path.parent)

@@ -21,10 +21,11 @@ import numpy as np
 
 from dpoeng.cache.errors import CacheError
 from dpoeng.cache.files import QUARANTINE, TMP
+from dpoeng.cache.folder import commit_name, manifest_name, view_name
 from dpoeng.cache.reader import open_table
 from dpoeng.cache.records import DIGEST, Commit, Manifest, ObjectRef, damaged
 from dpoeng.cache.shard import Shard
-from dpoeng.cache.store import THREADS, Store, commit_name, manifest_name, view_name
+from dpoeng.cache.store import THREADS, Store
 
 Depth = Literal["open", "semantic", "full", "all"]
 Progress = Callable[[int, int], None]

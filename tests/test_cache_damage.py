@@ -18,13 +18,14 @@ import xxhash
 
 from dpoeng.bench.cache import synthetic_rows
 from dpoeng.cache.errors import CacheError
+from dpoeng.cache.folder import commit_name, manifest_name, object_name, spec_name, table_name, view_name
 from dpoeng.cache.framing import FramingError, check_plain
 from dpoeng.cache.reader import View, open_table
 from dpoeng.cache.records import Commit, Manifest, ObjectRef, canonical_json, seal, unseal
 from dpoeng.cache.schema import pair_key
 from dpoeng.cache.shard import Shard, encode_shard
 from dpoeng.cache.spec import ReferenceSpec
-from dpoeng.cache.store import Store, commit_name, manifest_name, object_name, spec_name, table_name, view_name
+from dpoeng.cache.store import Store
 from dpoeng.cache.table import Table, ViewEntry
 from dpoeng.cache.verify import Depth, verify
 

@@ -11,12 +11,13 @@ import pytest
 from dpoeng.bench.cache import synthetic_rows
 from dpoeng.cache.errors import CacheError
 from dpoeng.cache.files import Disk, Files
+from dpoeng.cache.folder import object_name
 from dpoeng.cache.gc import collect
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import pair_key
 from dpoeng.cache.shard import encode_shard
 from dpoeng.cache.spec import ReferenceSpec
-from dpoeng.cache.store import Store, object_name
+from dpoeng.cache.store import Store
 from dpoeng.cache.table import ViewEntry
 from dpoeng.cache.verify import verify
 

@@ -20,10 +20,11 @@ from dpoeng.bench.cache import synthetic_rows
 from dpoeng.cache import schema
 from dpoeng.cache.errors import CacheError
 from dpoeng.cache.files import Disk, Files
+from dpoeng.cache.folder import FORMAT_BYTES
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import PairIds, ScoredPair, as_ids, pair_key
 from dpoeng.cache.spec import ReferenceSpec
-from dpoeng.cache.store import FORMAT_BYTES, Store
+from dpoeng.cache.store import Store
 from dpoeng.cache.table import ViewEntry
 
 SPEC = ReferenceSpec.from_fields({"model": "m", "dtype": "float32"})
@@ -233,6 +234,14 @@ def test_pairs_that_share_half_a_key_are_told_apart(tmp_path: Path, monkeypatch:
     view = View.open(tmp_path)
     for i in range(15):
         assert_same(view[i], rows[i])
+
+
+def test_a_key_of_which_only_half_is_known_is_missing(tmp_path: Path) -> None:
+    [row] = rows = synthetic_rows(1)
+    store = filled(tmp_path, rows)
+    with pytest.raises(CacheError) as caught:
+        store.write_view(SPEC.digest, "half", [ViewEntry("f", 1, pair_key(row.ids)[:8] + bytes(8))], {})
+    assert caught.value.code == "cache-incomplete"
 
 
 def test_a_view_of_a_pair_without_numbers_is_refused(tmp_path: Path) -> None:
