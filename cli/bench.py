@@ -107,6 +107,26 @@ def compare(json_file: Path | None, results: Path | None, **settings: Any) -> No
     _finish(bench_compare(CompareSettings(**settings), TerminalProgress()), compare_tables, json_file, results)
 
 
+@click.command("cache")
+@click.option("--pairs", default=100_000, show_default=True, help="Pairs of the largest cache.", type=click.IntRange(1))
+@click.option("--weight-bytes", default=500_000_000, show_default=True, help="Size of the made-up checkpoint.")
+@click.option("--folder", type=click.Path(path_type=Path, exists=True), help="Where to write; removed again.")
+@_record_options
+def cache(json_file: Path | None, results: Path | None, **settings: Any) -> None:
+    """The cache alone, on made-up pairs: write, look up, open, read; and hashing the weights of a model."""
+    import torch
+    from rich.console import Console
+
+    from dpoeng.bench.cache import run
+    from dpoeng.bench.records import stamp
+    from dpoeng.cli.bench_tables import cache_tables
+
+    told = {**settings, "folder": None}
+    record = stamp("cache", torch.device("cpu"), told)
+    record |= run(**settings, say=Console(stderr=True).print)
+    _finish(record, cache_tables, json_file, results)
+
+
 def _run_phases(settings: dict[str, Any], json_file: Path | None, results: Path | None) -> None:
     from dpoeng.bench.phases import PhaseSettings, bench_phases
     from dpoeng.cli.bench_tables import phases_tables

@@ -1,4 +1,4 @@
-"""The tables that end `dpoeng bench phases` and `dpoeng bench compare`, made from their records."""
+"""The tables that end the commands of `dpoeng bench`, made from their records."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ from rich.table import Table
 from dpoeng.cli.summary import facts_table
 
 _PARTS = ("data", "forward", "head", "backward", "optimizer")
+
+# label, name among the medians, name among the ratios
+_COMPARED = (
+    ("step, CPU-s", "step_cpu_s", "step_cpu_s"),
+    ("step, wall s", "step_wall_s", "step_wall_s"),
+    ("step, peak", "train_peak_bytes", "train_peak_bytes"),
+    ("reference pass, CPU-s a pair", "reference_cpu_s_per_pair", "reference_cpu_s"),
+    ("reference pass, pairs/s", "reference_pairs_per_s", "reference_wall_s"),
+    ("reference pass, peak", "reference_peak_bytes", "reference_peak_bytes"),
+)
 
 
 def machine_table(record: dict[str, Any]) -> Table:
@@ -60,35 +70,28 @@ def phases_tables(record: dict[str, Any]) -> list[Table]:
 
 
 def compare_tables(record: dict[str, Any]) -> list[Table]:
-    """A row a program; ratios beside the peers' figures, or none if the losses differ."""
-    equality = record["equality"]
+    """A column a program; ratios under the peers' figures, or none if the losses differ."""
+    settings, equality, medians = record["settings"], record["equality"], record["medians"]
+    columns = {"dpoeng": {**medians["dpoeng reference"], **medians["dpoeng"]}}
+    columns |= {peer: medians[peer] for peer in record["ratios"]}
     table = Table(
-        title=f"{record['settings']['model']}, {record['settings']['dtype']}: a step of "
-        f"{record['settings']['batch_size']} pairs; (x): times what dpoeng needs",
+        title=f"{settings['model']}, {settings['dtype']}, {settings['batch_size']} pairs a step",
         title_justify="left",
         show_edge=False,
     )
     table.add_column("")
-    for heading in ("CPU-s a step", "wall s", "peak", "reference: CPU-s a pair", "wall", "peak"):
-        table.add_column(heading, justify="right")
-    medians = record["medians"]
-    ours = {**medians["dpoeng reference"], **medians["dpoeng"]}
-    rate = "reference_pairs_per_s"
-    for name, figures in (("dpoeng", ours), *((peer, medians[peer]) for peer in record["ratios"])):
-        found = record["ratios"].get(name, {}) if equality["ok"] else {}
-        table.add_row(
-            name,
-            _cell(figures, "step_cpu_s", found),
-            _cell(figures, "step_wall_s", found),
-            _cell(figures, "train_peak_bytes", found),
-            _cell(figures, "reference_cpu_s_per_pair", found, "reference_cpu_s"),
-            f"{figures[rate]:.2f} pairs/s" + _ratio(found, "reference_wall_s") if rate in figures else "–",
-            _cell(figures, "reference_peak_bytes", found),
-        )
+    for name in columns:
+        table.add_column(name.replace(" ", "\n", 1), justify="right")
+    for label, figure, ratio in _COMPARED:
+        cells = []
+        for name, figures in columns.items():
+            found = record["ratios"].get(name, {}) if equality["ok"] else {}
+            cells.append(_cell(figures.get(figure), found.get(ratio), is_bytes=figure.endswith("bytes")))
+        table.add_row(label, *cells)
     worst = max(equality["loss"].values())
     table.caption = (
-        f"Losses are equal: largest relative difference {worst:.1e} (allowed {equality['tolerance']:g}). "
-        f"Peak: above the loaded weights. Medians of {record['settings']['repeats']} repeats, range in brackets."
+        f"Losses are equal: largest relative difference {worst:.1e} (allowed {equality['tolerance']:g}). x: times what "
+        f"dpoeng needs, median and range of {settings['repeats']} repeats. Peaks: above the loaded weights."
         if equality["ok"]
         else f"[red]The losses differ by {worst:.1e} (allowed {equality['tolerance']:g}): no ratio is told.[/]"
     )
@@ -96,19 +99,33 @@ def compare_tables(record: dict[str, Any]) -> list[Table]:
     return [machine_table(record), table]
 
 
-def _cell(figures: dict[str, float], name: str, found: dict[str, Any], ratio: str | None = None) -> str:
-    if name not in figures:
+def cache_tables(record: dict[str, Any]) -> list[Table]:
+    """A column a size; then reading and hashing."""
+    sizes = record["sizes"]
+    table = Table(title="cache", title_justify="left", show_edge=False)
+    table.add_column("pairs")
+    for size in sizes:
+        table.add_column(f"{size['pairs']:,}", justify="right")
+    for name in sizes[0]:
+        if name != "pairs":
+            label, _, unit = name.rpartition("_")
+            shown = f"{label.replace('_', ' ')}, {unit}" if unit in ("us", "ms") else name.replace("_", " ")
+            table.add_row(shown, *(f"{size[name]:,.3g}" for size in sizes))
+    facts = {**record["read"], **record["weights"]}
+    return [
+        machine_table(record),
+        table,
+        facts_table([(name.replace("_", " "), f"{value:,.4g}") for name, value in facts.items()]),
+    ]
+
+
+def _cell(value: float | None, ratio: dict[str, float] | None, *, is_bytes: bool) -> str:
+    if value is None:
         return "–"
-    value = figures[name]
-    text = f"{value / 2**30:.2f} GiB" if name.endswith("bytes") else f"{value:.2f}"
-    return text + _ratio(found, ratio or name)
-
-
-def _ratio(found: dict[str, Any], name: str) -> str:
-    if name not in found:
-        return ""
-    ratio = found[name]
-    return f"\n{ratio['median']:.2f}x [dim]({ratio['low']:.2f}–{ratio['high']:.2f})[/]"
+    text = f"{value / 2**30:.2f} GiB" if is_bytes else f"{value:.3g}"
+    if ratio is None:
+        return text
+    return f"{text}\n{ratio['median']:.2f}x [dim]({ratio['low']:.2f}–{ratio['high']:.2f})[/]"
 
 
 def _share(split: dict[str, dict[str, float]], part: str) -> str:

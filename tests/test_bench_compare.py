@@ -1,0 +1,278 @@
+"""`dpoeng bench compare`: ratios by hand, planted faults that must be noticed, and (with TRL) the whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dpoeng_testing import save_tiny_model, write_jsonl
+
+from dpoeng.bench.compare import (
+    CompareSettings,
+    bench_compare,
+    check_equal,
+    check_peer,
+    first_pairs,
+    ratios,
+    relative,
+    run_process,
+    step_time,
+)
+from dpoeng.bench.measure import Spent
+from dpoeng.bench.peers import Figures, Job, main, run_job
+from dpoeng.cache.errors import UserError
+from dpoeng.cli.bench_tables import compare_tables
+
+MIB = 2**20
+PEER = "trl precomputed"
+
+
+def figures(step_s: float, *, peak: int = 100, losses: tuple[float, ...] = (0.69, 0.68, 0.67)) -> Figures:
+    """A run whose first step took ten times as long as the others."""
+    return Figures(
+        steps=[Spent(10 * step_s, 20 * step_s), Spent(step_s, 2 * step_s), Spent(step_s, 2 * step_s)],
+        losses=list(losses),
+        grad_norms=[1.0, 1.0, 1.0],
+        train_peak_bytes=peak,
+    )
+
+
+def reference(seconds: float, *, pairs: int = 10, peak: int = 50) -> Figures:
+    return Figures(reference=Spent(seconds, 2 * seconds), reference_pairs=pairs, reference_peak_bytes=peak)
+
+
+def test_ratios_are_taken_within_a_repeat() -> None:
+    rounds = []
+    for slowness in (1.0, 3.0, 2.0):  # a machine that others use too: its ratios stay
+        theirs = figures(4.0 * slowness, peak=500)
+        theirs.reference, theirs.reference_pairs, theirs.reference_peak_bytes = Spent(6 * slowness, 6.0), 20, 100
+        rounds.append({"dpoeng": figures(slowness), "dpoeng reference": reference(slowness), PEER: theirs})
+    found = ratios(rounds, PEER)
+    for name, expected in {
+        "step_cpu_s": 4.0,
+        "step_wall_s": 4.0,
+        "train_peak_bytes": 5.0,
+        "reference_wall_s": 3.0,
+    }.items():
+        assert (found[name].median, found[name].low, found[name].high) == pytest.approx((expected,) * 3), name
+    assert found["reference_peak_bytes"].median == 2.0
+
+
+def test_the_first_step_is_not_counted() -> None:
+    assert step_time(figures(1.5)) == Spent(1.5, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expected"),
+    [
+        ([0.69, 0.5], [0.69, 0.4], 0.25),
+        ([0.69], [0.69], 0.0),
+        ([0.69], [0.69, 0.68], 1e300),  # a step is missing
+        ([], [], 1e300),
+        ([float("nan")], [0.69], 1e300),
+        ([0.69], [float("nan")], 1e300),
+    ],
+)
+def test_relative_differences(ours: list[float], theirs: list[float], expected: float) -> None:
+    found = relative(ours, theirs)
+    assert found >= expected if expected > 1 else found == pytest.approx(expected)
+
+
+def test_speed_at_other_losses_is_not_told() -> None:
+    good = [
+        {"dpoeng": figures(1.0), "dpoeng reference": reference(1.0), PEER: figures(2.0, losses=(0.69, 0.6801, 0.67))}
+    ]
+    bad = [{**good[0], PEER: figures(2.0, losses=(0.69, 0.66, 0.67))}]
+    for rounds, ok in ((good, True), (bad, False)):
+        equality = check_equal(rounds, [PEER], 1e-3)
+        assert equality["ok"] == ok
+        record = {
+            "settings": {"model": "m", "dtype": "float32", "batch_size": 4, "repeats": 1},
+            "equality": equality,
+            "medians": {"dpoeng": {"step_cpu_s": 1.0}, "dpoeng reference": {}, PEER: {"step_cpu_s": 2.0}},
+            "ratios": {PEER: {name: asdict(ratio) for name, ratio in ratios(rounds, PEER).items()}},
+            "device_kind": "CPU",
+            "device": "cpu",
+            "machine": {"processor": "", "cores": 1, "threads": 1, "load": 0.0},
+            "versions": {"dpoeng": "", "torch": "", "transformers": ""},
+            "commit": None,
+        }
+        assert ("2.00x" in printed(record)) == ok
+
+
+def printed(record: dict[str, Any]) -> str:
+    from rich.console import Console
+
+    console = Console(width=120)
+    with console.capture() as capture:
+        for table in compare_tables(record):
+            console.print(table)
+    return capture.get()
+
+
+# --------------------------------------------------------------------------- planted faults
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Job:
+    """A model and responses large enough for scoring to be nearly all of the work."""
+    folder = tmp_path_factory.mktemp("compare")
+    model = save_tiny_model(folder / "model", tokenizer, hidden=128)
+    words = " ".join(["tides", "bread", "rivers", "leaves"] * 16)
+    rows = [{"prompt": f"Point {i}:", "chosen": f" {words} {i}", "rejected": f" {i} {words}"} for i in range(24)]
+    return Job(
+        program="dpoeng reference",
+        model=str(model),
+        pairs=(str(write_jsonl(folder / "pairs.jsonl", rows)),),
+        cache=str(folder / "cache"),
+        scratch=str(folder),
+        batch_size=4,
+        steps=3,
+        dtype="float32",
+        max_length=512,
+        lora_r=4,
+        learning_rate=1e-4,
+        seed=3,
+        threads=1,
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="module")
+def clean(job: Job) -> dict[str, Figures]:
+    """Both phases as they are; the first run of each is a warm-up."""
+    run_job(replace(job, cache=job.cache + "-warm"))
+    return {"dpoeng reference": run_job(job), "dpoeng": run_job(replace(job, program="dpoeng"))}
+
+
+def run_with(
+    job: Job, monkeypatch: pytest.MonkeyPatch, change: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Figures:
+    """Phase one with another `score_groups`, into a cache of its own."""
+    import dpoeng.engine.reference as engine
+
+    monkeypatch.setattr(engine, "score_groups", change(engine.score_groups))
+    return run_job(replace(job, cache=f"{job.cache}-{change.__name__}"))
+
+
+def test_a_run_has_all_its_figures(clean: dict[str, Figures], job: Job) -> None:
+    ours, scored = clean["dpoeng"], clean["dpoeng reference"]
+    assert len(ours.steps) == len(ours.losses) == len(ours.grad_norms) == job.steps
+    assert ours.losses[0] == pytest.approx(0.693147, abs=1e-4)
+    assert ours.train_peak_bytes > MIB
+    assert scored.reference is not None
+    assert scored.reference.cpu_s > 0
+    assert (scored.reference_pairs, scored.reference_peak_bytes > MIB) == (24, True)
+
+
+def test_a_planted_slow_down_is_noticed(clean: dict[str, Figures], job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scoring that does its work twice costs about 2; limits are wide, for a machine that others use too."""
+
+    def twice(score: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            score(*arguments)
+            return score(*arguments)
+
+        return run
+
+    def once(score: Callable[..., Any]) -> Callable[..., Any]:
+        return score
+
+    rounds = [
+        {**clean, PEER: replace_reference(clean["dpoeng"], run_with(job, monkeypatch, change))}
+        for change in (once, twice)
+    ]
+    same, slow = (ratios([done], PEER)["reference_cpu_s"].median for done in rounds)
+    assert 0.6 < same < 1.4
+    assert slow > 1.4 * same
+
+
+def replace_reference(steps: Figures, scored: Figures) -> Figures:
+    return replace(
+        steps,
+        reference=scored.reference,
+        reference_pairs=scored.reference_pairs,
+        reference_peak_bytes=scored.reference_peak_bytes,
+    )
+
+
+def test_a_planted_leak_is_noticed(clean: dict[str, Figures], job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[torch.Tensor] = []
+
+    def leaking(score: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            kept.append(torch.ones(48 * MIB // 4))
+            return score(*arguments)
+
+        return run
+
+    scored = run_with(job, monkeypatch, leaking)
+    assert kept
+    grown = scored.reference_peak_bytes - clean["dpoeng reference"].reference_peak_bytes
+    assert grown > 0.8 * len(kept) * 48 * MIB
+
+
+# --------------------------------------------------------------------------- processes
+
+
+def test_a_missing_peer_is_said_to_be_missing(tmp_path: Path) -> None:
+    without_trl = tmp_path / "python"
+    without_trl.write_text("#!/bin/sh\necho \"ModuleNotFoundError: No module named 'trl'\" >&2\nexit 1\n")
+    without_trl.chmod(0o755)
+    with pytest.raises(UserError, match=r"TRL is missing [\s\S]*No module named 'trl'") as caught:
+        check_peer(str(without_trl))
+    assert caught.value.code == "bench-no-peer"
+    with pytest.raises(UserError, match="TRL is missing"):
+        check_peer(str(tmp_path / "no-such-python"))
+
+
+def test_figures_come_back_from_a_process(
+    clean: dict[str, Figures],
+    job: Job,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "job.json"
+    file.write_text(json.dumps(asdict(job)))
+    monkeypatch.setattr("sys.argv", ["peers", str(file)])
+    monkeypatch.setattr("dpoeng.bench.peers.run_job", lambda given: clean["dpoeng"] if given == job else None)
+    main()
+    (tmp_path / "said").write_text("some noise\n" + capsys.readouterr().out)
+    for script, status in ((f"cat {tmp_path}/said", 0), ("echo the last words >&2; exit 9", 9)):
+        python = tmp_path / f"python{status}"
+        python.write_text(f"#!/bin/sh\n{script}\n")
+        python.chmod(0o755)
+    assert run_process(str(tmp_path / "python0"), replace(job, scratch=str(tmp_path))) == clean["dpoeng"]
+    with pytest.raises(UserError, match=r"exit status 9[\s\S]*the last words"):
+        run_process(str(tmp_path / "python9"), replace(job, scratch=str(tmp_path)))
+
+
+def test_the_first_pairs_of_plain_and_packed_files(tmp_path: Path) -> None:
+    import gzip
+
+    (tmp_path / "a.jsonl").write_text("1\n2\n3")
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.write("4\n5\n")
+    found = first_pairs([tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"], 4, tmp_path / "out")
+    assert found.read_text() == "1\n2\n3\n4\n"
+    with pytest.raises(UserError, match="cannot be read"):
+        first_pairs([tmp_path / "missing.jsonl"], 4, tmp_path / "out")
+
+
+@pytest.mark.peers
+@pytest.mark.timeout(1200)
+def test_trl_computes_the_same_losses(tiny_model: Path, pairs_file: Path) -> None:
+    record = bench_compare(
+        CompareSettings(model=str(tiny_model), pairs=(pairs_file,), pairs_count=24, steps=4, repeats=1, device="cpu")
+    )
+    assert record["equality"]["ok"], record["equality"]
+    assert max(record["equality"]["grad_norm"].values()) < 1e-3
+    assert record["ratios"].keys() == {"trl precomputed", "trl adapter off", "trl second model"}
+    assert record["peer_versions"]["trl"] == "1.16.0"
+    json.dumps(record, allow_nan=False)
