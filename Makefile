@@ -25,17 +25,18 @@ help:
 
 setup: $(VENV)/.installed
 
-# torch goes first and at its exact version: resolving an open range could fetch a build of several gigabytes.
+# torch goes first and at its exact version: resolving an open range could fetch a build of several gigabytes. Modules
+# are compiled when they are first imported: compiling all of what torch brings takes as long as installing it.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet $(PIP_FLAGS) "$$(grep '^torch==' constraints.txt)"
-	$(VENV)/bin/pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	$(VENV)/bin/pip install --quiet --no-compile $(PIP_FLAGS) "$$(grep '^torch==' constraints.txt)"
+	$(VENV)/bin/pip install --quiet --no-compile $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
 	@touch $@
 
 $(PEERS)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/pip install --quiet $(PIP_FLAGS) "$$(grep '^torch==' constraints.txt)"
-	$(PEERS)/bin/pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[dev]' trl datasets
+	$(PEERS)/bin/pip install --quiet --no-compile $(PIP_FLAGS) "$$(grep '^torch==' constraints.txt)"
+	$(PEERS)/bin/pip install --quiet --no-compile $(PIP_FLAGS) -c constraints.txt -e '.[dev]' trl datasets
 	@touch $@
 
 demo: $(VENV)/.installed

@@ -22,6 +22,12 @@ PAIRS_FILE = "demo_pairs.jsonl"
 PAIRS = 100
 STOP = ("\nEND",)
 
+HELD_OUT_CAPTION = (
+    "A reward is beta times what training added to log p of a response. accuracy: share of pairs whose chosen response has "
+    "the higher reward; margin: by how much. Before training all rewards are 0. prefers: share of pairs with "
+    "log p(chosen) > log p(rejected)."
+)
+
 EPILOG = """\b
 Examples:
   dpoeng demo
@@ -57,13 +63,16 @@ def demo(folder: Path, pairs: int, model: str | None, quantization: str, prepare
     from dpoeng.engine.precompute import precompute_reference
     from dpoeng.engine.train import train as run_training
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False)
     progress = TerminalProgress()
 
     _step(console, 1, "A model and preference pairs")
     model = model or obtain_model(folder / "model", progress)
     file = write_pairs(folder, pairs)
-    console.print(f"model: {model}\npairs: {file}, {pairs} of them; each has a prompt, a better and a worse response")
+    console.print(
+        f"model: {model}\npairs: {file}, {pairs} of them; each has a prompt, a better and a worse response",
+        soft_wrap=True,
+    )
     if prepare_only:
         return
 
@@ -77,7 +86,7 @@ def demo(folder: Path, pairs: int, model: str | None, quantization: str, prepare
     _step(console, 4, "What training changed")
     _show_changes(console, second)
     _step(console, 5, "Go on from here")
-    console.print(next_steps(folder, first, second), markup=False)
+    console.print(next_steps(folder, first, second), markup=False, soft_wrap=True)
 
 
 def write_pairs(folder: Path, count: int) -> Path:
@@ -134,7 +143,7 @@ def next_steps(folder: Path, first: PrecomputeConfig, second: TrainConfig) -> st
 def _step(console: Console, number: int, title: str, line: str | None = None) -> None:
     console.print(f"\n[bold cyan]{number}. {title}[/]")
     if line is not None:
-        console.print(f"[bold]$ {line}[/]")
+        console.print(f"$ {line}", style="bold", markup=False, soft_wrap=True)
 
 
 def _show_changes(console: Console, config: TrainConfig) -> None:
@@ -156,18 +165,12 @@ def held_out_table(pairs: Sequence[HeldOutPair], beta: float) -> Any:
     """Reward accuracy and margin before and after, over all pairs and by the kind of the worse response."""
     from rich.table import Table
 
-    table = Table(show_edge=False, pad_edge=False)
-    for heading in (
-        "worse response",
-        "pairs",
-        "likelier chosen, SFT",
-        "DPO",
-        "accuracy, SFT",
-        "DPO",
-        "margin, SFT",
-        "DPO",
-    ):
-        table.add_column(heading, justify="left" if heading == "worse response" else "right")
+    table = Table(show_edge=False, pad_edge=False, caption=HELD_OUT_CAPTION, caption_justify="left")
+    table.add_column("\nworse response", no_wrap=True)
+    table.add_column("\npairs", justify="right")
+    for heading in ("accuracy", "margin", "prefers"):
+        table.add_column(f"{heading}\nSFT", justify="right")
+        table.add_column("\nDPO", justify="right")
     kinds = sorted({str(pair.extra.get("negative_type", "")) for pair in pairs})
     for kind in [*kinds, "all"]:
         group = [pair for pair in pairs if kind in ("all", pair.extra.get("negative_type"))]
@@ -175,12 +178,12 @@ def held_out_table(pairs: Sequence[HeldOutPair], beta: float) -> Any:
         table.add_row(
             kind.replace("_", " "),
             str(len(group)),
-            _share(pair.reference_gap > 0 for pair in group),
-            _share(pair.policy_gap > 0 for pair in group),
-            "0.00",  # the policy still is the reference: every reward is zero, and no chosen one is above its rejected
+            "0.00",  # before training the policy is the reference: every reward is zero
             _share(margin > 0 for margin in margins),
             "0.000",
             f"{sum(margins) / len(margins):+.3f}",
+            _share(pair.reference_gap > 0 for pair in group),
+            _share(pair.policy_gap > 0 for pair in group),
             end_section=kind == (kinds[-1] if kinds else ""),
         )
     return table
