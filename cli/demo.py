@@ -23,8 +23,8 @@ PAIRS = 100
 STOP = ("\nEND",)
 
 HELD_OUT_CAPTION = (
-    "A reward is beta times what training added to log p of a response. accuracy: share of pairs whose chosen response has "
-    "the higher reward; margin: by how much. Before training all rewards are 0. prefers: share of pairs with "
+    "A reward is beta times what training added to log p of a response. accuracy: share of pairs whose chosen response "
+    "has the higher reward; margin: by how much. Before training all rewards are 0. prefers: share of pairs with "
     "log p(chosen) > log p(rejected)."
 )
 

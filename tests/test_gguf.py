@@ -275,3 +275,23 @@ def test_metadata_holds_scalars_and_array_lengths(make_gguf: GgufMaker) -> None:
     assert metadata["tokenizer.ggml.tokens"] == original.config.vocab_size
     assert metadata["tokenizer.ggml.merges"] == len(MERGES)
     assert metadata["llama.attention.layer_norm_rms_epsilon"] == float(np.float32(EPS))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_demos_model_splits_text_as_in_training_and_knows_the_capital_of_france() -> None:
+    from dpoeng.engine.demo import get_model
+    from dpoeng.engine.generate import generate
+    from dpoeng.engine.model import find_model, load_model, set_mode
+
+    folder = get_model(Path(os.environ.get("DEMO_DIR", "demo")))
+    lm = load_model(find_model(str(folder)), quantization="none", dtype="float32", device=torch.device("cpu"))
+    set_mode(lm, training=False)
+    # The published tokenizer: single digits, GPT-2's pattern for the rest, white space before a digit kept together.
+    assert lm.tokenizer.tokenize("In 1848:\n\n1. a  2") == [
+        *("In", "Ġ", "1", "8", "4", "8", ":", "ĊĊ", "1", ".", "Ġa", "ĠĠ", "2"),
+    ]
+    asked = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+    ids = lm.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
+    (answer,) = generate(lm, [np.array(ids, dtype=np.int32)], max_new_tokens=16)
+    assert answer == "The capital of France is Paris."
