@@ -25,14 +25,14 @@ from dpoeng.cache.reader import View
 from dpoeng.cache.schema import PairIds, pair_key
 from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.store import Store, ViewEntry
+from dpoeng.engine.adapters import add_policy_adapter
 from dpoeng.engine.config import Dtype, Quantization, TrainConfig
 from dpoeng.engine.layout import batches_by_tokens
+from dpoeng.engine.loop import Rows, batch_loss
 from dpoeng.engine.model import (
     CausalLM,
     Layout,
-    add_policy_adapter,
     enable_gradient_checkpointing,
-    find_model,
     load_model,
     load_tokenizer,
     pick_device,
@@ -45,8 +45,9 @@ from dpoeng.engine.precompute import default_batch_tokens
 from dpoeng.engine.progress import QUIET, Progress
 from dpoeng.engine.reference import score_pairs
 from dpoeng.engine.scoring import choose_layout
+from dpoeng.engine.sources import find_model
 from dpoeng.engine.tokens import tokenize_pairs
-from dpoeng.engine.train import Rows, batch_loss, lora_arguments
+from dpoeng.engine.train import lora_arguments
 
 VIEW = "bench"
 
@@ -67,7 +68,7 @@ class PhaseSettings:
     quantization: Quantization = "none"
     device: str = "auto"
     batch_size: int = 4
-    steps: int = 8
+    steps: int = 4
     repeats: int = 3
     max_length: int = 512
     lora_r: int = 16

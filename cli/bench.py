@@ -73,7 +73,7 @@ def bench(ctx: click.Context, json_file: Path | None, results: Path | None) -> N
 
 @click.command("phases")
 @_model_options(required=False)
-@click.option("--steps", default=8, show_default=True, help="Steps of phase two in a repeat.", type=click.IntRange(1))
+@click.option("--steps", default=4, show_default=True, help="Steps of phase two in a repeat.", type=click.IntRange(1))
 @click.option("--quantization", default="none", show_default=True, type=click.Choice(["none", "8bit", "4bit"]))
 @click.option(
     "--dtype", default="auto", show_default=True, type=click.Choice(["auto", "float32", "bfloat16", "float16"])
