@@ -160,7 +160,7 @@ def _dpoeng_train(job: Job) -> Figures:
 
     meter = _Meter("training", torch.device(job.device))
     output = Path(job.scratch) / "out"
-    train(
+    summary = train(
         TrainConfig.model_validate(
             {
                 "cache": Path(job.cache),
@@ -188,7 +188,7 @@ def _dpoeng_train(job: Job) -> Figures:
         steps=meter.laps[: job.steps],
         losses=[line["loss"] for line in lines],
         grad_norms=[line["grad_norm"] for line in lines],
-        train_peak_bytes=meter.memory.peak_bytes,
+        train_peak_bytes=meter.memory.peak_bytes + 4 * summary.trainable,  # the float32 LoRA was there when it began
         memory_method=meter.memory.method,
         versions=_versions(),
     )
