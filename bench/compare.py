@@ -25,8 +25,9 @@ from dpoeng.bench.peers import Figures, Job, Program
 from dpoeng.bench.records import stamp
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config import Dtype
-from dpoeng.engine.model import find_model, pick_device
+from dpoeng.engine.model import pick_device
 from dpoeng.engine.progress import QUIET, Progress
+from dpoeng.engine.sources import find_model
 
 PEERS: tuple[Program, ...] = ("trl precomputed", "trl adapter off", "trl second model")
 

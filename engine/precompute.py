@@ -15,17 +15,14 @@ from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import PairIds, pair_key
 from dpoeng.cache.store import KeyIndex, Store, ViewEntry
+from dpoeng.engine.adapters import load_reference_adapter
 from dpoeng.engine.config import PrecomputeConfig
 from dpoeng.engine.layout import batches_by_tokens
 from dpoeng.engine.model import (
     CausalLM,
-    ModelSource,
     device_name,
-    find_adapter,
-    find_model,
     library_versions,
     load_model,
-    load_reference_adapter,
     load_tokenizer,
     pick_device,
     set_mode,
@@ -42,6 +39,7 @@ from dpoeng.engine.reference import (
 )
 from dpoeng.engine.rejects import Reject, check_reject_share, write_rejects
 from dpoeng.engine.scoring import choose_layout
+from dpoeng.engine.sources import ModelSource, find_adapter, find_model
 from dpoeng.engine.tokens import TokenizedData, tokenize_pairs
 
 

@@ -18,18 +18,10 @@ from dpoeng.cache.schema import PairIds, ScoredPair
 from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.engine.config import PrecomputeConfig, TrainConfig
 from dpoeng.engine.layout import batches_by_tokens, pair_group
-from dpoeng.engine.model import (
-    CausalLM,
-    ModelSource,
-    adapter_config,
-    find_model,
-    forward_config,
-    load_model,
-    pick_device,
-    resolve_dtype,
-)
+from dpoeng.engine.model import CausalLM, load_model, pick_device, resolve_dtype
 from dpoeng.engine.progress import QUIET, Progress
 from dpoeng.engine.scoring import score_groups
+from dpoeng.engine.sources import ModelSource, adapter_config, find_model, forward_config
 
 SCORING_VERSION = 1
 """Raised when a change of this code moves log-probs by more than rounding."""

@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from dpoeng.bench.phases import PhaseSettings, bench_phases, forward_flop, linear_shapes
 from dpoeng.bench.workload import synthetic_pairs, unique_tokens
 from dpoeng.cli.bench import bench
-from dpoeng.engine.model import find_model, load_model
+from dpoeng.engine.model import load_model
+from dpoeng.engine.sources import find_model
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from dpoeng.engine.adapters import add_policy_adapter, as_reference
 from dpoeng.engine.generate import cut_at, generate
-from dpoeng.engine.model import CausalLM, add_policy_adapter, as_reference, find_model, load_model, set_mode
+from dpoeng.engine.model import CausalLM, load_model, set_mode
 from dpoeng.engine.scoring import choose_layout
+from dpoeng.engine.sources import find_model
 
 PROMPTS = [np.arange(10, 10 + n, dtype=np.int32) for n in (3, 7, 5)]
 

@@ -282,7 +282,8 @@ def test_metadata_holds_scalars_and_array_lengths(make_gguf: GgufMaker) -> None:
 def test_the_demos_model_splits_text_as_in_training_and_knows_the_capital_of_france() -> None:
     from dpoeng.engine.demo import get_model
     from dpoeng.engine.generate import generate
-    from dpoeng.engine.model import find_model, load_model, set_mode
+    from dpoeng.engine.model import load_model, set_mode
+    from dpoeng.engine.sources import find_model
 
     folder = get_model(Path(os.environ.get("DEMO_DIR", "demo")))
     lm = load_model(find_model(str(folder)), quantization="none", dtype="float32", device=torch.device("cpu"))

@@ -19,9 +19,11 @@ from dpoeng_testing import pair_rows, save_tiny_model, write_jsonl
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.cache.store import Store
+from dpoeng.engine import loop as loop_module
 from dpoeng.engine import precompute as precompute_module
 from dpoeng.engine import train as train_module
 from dpoeng.engine.config import PrecomputeConfig, TrainConfig
+from dpoeng.engine.order import plan_schedule
 from dpoeng.engine.precompute import PrecomputeSummary, precompute_reference
 from dpoeng.engine.train import train
 
@@ -235,7 +237,7 @@ def test_phase_two_killed_at_any_step_ends_the_same(
     tmp_path: Path, cache: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     """Killed between the two forwards of a step, or before the only one of step 6, where the epoch ends on 2 pairs."""
-    real, forwards = train_module.batch_loss, 0
+    real, forwards = loop_module.batch_loss, 0
 
     def dying(*args: Any, **kwargs: Any) -> Any:
         nonlocal forwards
@@ -245,7 +247,7 @@ def test_phase_two_killed_at_any_step_ends_the_same(
                 raise Killed
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(train_module, "batch_loss", dying)
+    monkeypatch.setattr(loop_module, "batch_loss", dying)
     with pytest.raises(Killed):
         train(quick(cache, tmp_path / "out"))
     monkeypatch.undo()
@@ -263,7 +265,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_phases as t
 from dpoeng.cache.store import Store
-from dpoeng.engine import train as train_module
+from dpoeng.engine import loop as loop_module
 
 cache, pairs, model, out = (Path(p) for p in sys.argv[2:])
 def kill_after(owner, name, calls):
@@ -279,7 +281,7 @@ if sys.argv[1] == "one":
     kill_after(Store, "commit_shard", 2)
     t.precompute(pairs, model, cache)
 else:
-    kill_after(train_module, "batch_loss", 9)
+    kill_after(loop_module, "batch_loss", 9)
     t.train(t.quick(cache, out))
 """
 
@@ -383,7 +385,7 @@ def test_dpo_from_an_sft_adapter(tmp_path: Path, sft_cache: Path, sft_adapter: P
     recipe = json.loads((tmp_path / "out" / "run.json").read_text())["load"]
     exec("\n".join(recipe).replace("'adapter'", repr(str(tmp_path / "out" / "adapter"))), scope)
     view = View.open(sft_cache)
-    step_one = train_module.plan_schedule(24, batch=4, epochs=1, max_steps=-1, seed=42)
+    step_one = plan_schedule(24, batch=4, epochs=1, max_steps=-1, seed=42)
     assert step_one.rows == len(view)
     pair = view[0]
     tokens = torch.from_numpy(np.concatenate([pair.ids.prompt_ids, pair.ids.rejected_ids]).astype(np.int64))
@@ -409,7 +411,7 @@ def test_resume_from_an_sft_adapter(
 ) -> None:
     config = quick(sft_cache, tmp_path / "out", adapter_mode=mode)
     train(config.model_copy(update={"output_dir": tmp_path / "whole"}))
-    real, calls = train_module._step, 0
+    real, calls = loop_module._step, 0
 
     def dying(*args: Any) -> Any:
         nonlocal calls
@@ -418,7 +420,7 @@ def test_resume_from_an_sft_adapter(
             raise Killed
         return real(*args)
 
-    monkeypatch.setattr(train_module, "_step", dying)
+    monkeypatch.setattr(loop_module, "_step", dying)
     with pytest.raises(Killed):
         train(config)
     monkeypatch.undo()
@@ -559,15 +561,15 @@ def test_a_held_out_view(tmp_path: Path, tiny_model: Path) -> None:
 def test_a_loss_that_is_not_a_number_stops_before_saving(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = train_module.batch_loss, 0
+    real, calls = loop_module.batch_loss, 0
 
     def poisoned(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         part = real(*args, **kwargs)
-        return train_module.PreferenceLoss(part.losses * (math.nan if calls == 4 else 1), *_rest(part))
+        return loop_module.PreferenceLoss(part.losses * (math.nan if calls == 4 else 1), *_rest(part))
 
-    monkeypatch.setattr(train_module, "batch_loss", poisoned)
+    monkeypatch.setattr(loop_module, "batch_loss", poisoned)
     with pytest.raises(UserError) as caught:
         train(quick(cache, tmp_path / "out", eval_share=0))
     assert caught.value.code == "training-not-finite"

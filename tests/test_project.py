@@ -37,7 +37,7 @@ OTHERS: dict[str, set[str] | None] = {
 }
 # Libraries whose API changes often are met in one place; bench compares with them, so it may.
 MODEL_LIBRARIES = {"transformers", "peft", "bitsandbytes", "tokenizers", "huggingface_hub"}
-MODEL_MODULES = {"engine/model.py", "engine/gguf.py"}
+MODEL_MODULES = {"engine/sources.py", "engine/model.py", "engine/adapters.py", "engine/gguf.py"}
 
 
 def sources(package: str) -> list[Path]:

@@ -1,0 +1,164 @@
+"""The output folder of a run: what identifies the run, what it goes on from, and the record of how it was made."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from dpoeng.cache.errors import UserError
+from dpoeng.cache.reader import View
+from dpoeng.engine.adapters import AdapterMode, save_policy_adapter
+from dpoeng.engine.checkpoint import Checkpoint, latest_checkpoint, remove_checkpoints, write_durably, write_folder
+from dpoeng.engine.config import TrainConfig
+from dpoeng.engine.metrics import METRICS_FILE, TIMINGS_FILE
+from dpoeng.engine.model import CausalLM, device_name, library_versions
+from dpoeng.engine.progress import Progress
+from dpoeng.engine.reference import ParityReport
+
+RUN_FILE = "run.json"
+ADAPTER_FOLDER = "adapter"
+
+# Fields that may differ between a run and its continuation: none of them moves a weight.
+_FREE_TO_CHANGE = frozenset(
+    "cache output_dir resume model adapter device logging_steps eval_steps save_steps save_total_limit "
+    "per_device_eval_batch_size parity_pairs parity_tolerance".split()
+)
+
+
+def run_identity(config: TrainConfig, view: View, eval_view: View | None, mode: AdapterMode) -> dict[str, Any]:
+    """All that determines the result of a run: what a continuation must have in common with its beginning."""
+    settings = {name: value for name, value in config.model_dump(mode="json").items() if name not in _FREE_TO_CHANGE}
+    settings["adapter_mode"] = mode
+    return {
+        "settings": settings,
+        "reference": view.spec.digest,
+        "pairs": rows_digest(view),
+        "eval_pairs": rows_digest(eval_view) if eval_view is not None else None,
+    }
+
+
+def rows_digest(view: View) -> str:
+    """One hash over the pair keys of a view, in order."""
+    digest = xxhash.xxh3_128()
+    for row in range(len(view)):
+        digest.update(view.key(row))
+    return digest.hexdigest()
+
+
+def open_output(config: TrainConfig, identity: dict[str, Any], progress: Progress) -> Checkpoint | None:
+    """The checkpoint to go on from, or None for a fresh start."""
+    root = config.output_dir
+    if config.resume is False:
+        remove_checkpoints(root)
+        for name in (METRICS_FILE, TIMINGS_FILE, RUN_FILE):
+            (root / name).unlink(missing_ok=True)
+        return None
+    checkpoint, damaged = latest_checkpoint(root)
+    for sentence in damaged:
+        progress.note(sentence)
+    if checkpoint is None:
+        if config.resume:
+            raise UserError(
+                "there is no checkpoint to go on from",
+                code="resume-nothing",
+                where=str(root),
+                expected="a checkpoint-* folder",
+                remedy="leave --resume out, or name the folder of the run with --output-dir",
+            )
+        return None
+    changed = _changes(checkpoint.state["identity"], identity)
+    if changed:
+        raise UserError(
+            "this folder holds a run of another configuration",
+            code="resume-changed",
+            where=str(root),
+            expected="; ".join(f"{name} = {old}" for name, old, _ in changed),
+            found="; ".join(f"{name} = {new}" for name, _, new in changed),
+            remedy="use the same values to go on, another --output-dir for a second run, or --no-resume to start anew "
+            "here (the old run's checkpoints are removed)",
+        )
+    return checkpoint
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    flat_old = {**old["settings"], **{k: v for k, v in old.items() if k != "settings"}}
+    flat_new = {**new["settings"], **{k: v for k, v in new.items() if k != "settings"}}
+    return [
+        (name, flat_old.get(name), flat_new.get(name))
+        for name in sorted(flat_old.keys() | flat_new.keys())
+        if flat_old.get(name) != flat_new.get(name)
+    ]
+
+
+def write_run_file(
+    config: TrainConfig,
+    identity: dict[str, Any],
+    view: View,
+    mode: AdapterMode,
+    model: str,
+    adapter: str | None,
+    parity: ParityReport,
+    lm: CausalLM,
+) -> None:
+    """All that is needed to repeat the run, and to load its result."""
+    record = {
+        "command": "dpoeng train",
+        "config": config.model_dump(mode="json"),
+        "identity": identity,
+        "reference": {**view.meta["reference"], "spec": view.spec.digest, "view": view.name},
+        "files": view.meta.get("files"),
+        "model": model,
+        "adapter_mode": mode,
+        "sft_adapter": adapter,
+        "seed": config.seed,
+        "parity": {
+            "pairs": parity.pairs,
+            "mean_diff": parity.mean_diff,
+            "max_diff": parity.max_diff,
+            "reward_noise": parity.reward_noise,
+            "tolerance": parity.tolerance,
+        },
+        "layout": lm.layout,
+        "layout_reason": lm.layout_reason,
+        "device": device_name(lm.device),
+        "versions": library_versions(),
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "load": loading_recipe(mode, model, adapter),
+    }
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    write_durably(config.output_dir / RUN_FILE, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def loading_recipe(mode: AdapterMode, model: str, adapter: str | None) -> list[str]:
+    """Python lines that load the result with transformers and peft alone; run in the output folder."""
+    lines = [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        f"model = AutoModelForCausalLM.from_pretrained({model!r})",
+    ]
+    if mode == "stack":
+        lines += [
+            f"model = PeftModel.from_pretrained(model, {adapter!r}, adapter_name='reference')",
+            f"model.load_adapter({ADAPTER_FOLDER!r}, adapter_name='default')",
+            "model.base_model.set_adapter(['reference', 'default'])",
+        ]
+    else:
+        lines.append(f"model = PeftModel.from_pretrained(model, {ADAPTER_FOLDER!r})")
+    return lines
+
+
+def write_adapter(lm: CausalLM, output_dir: Path) -> Path:
+    """Saves the trained adapter as `output_dir/adapter`, whole or not at all."""
+    staging = output_dir / f".{ADAPTER_FOLDER}.peft"
+    save_policy_adapter(lm, staging)
+    folder = output_dir / ADAPTER_FOLDER
+    write_folder(folder, {path.name: path.read_bytes() for path in sorted(staging.iterdir()) if path.is_file()})
+    shutil.rmtree(staging)
+    return folder

@@ -1,0 +1,179 @@
+"""Models and adapters by name: which files they are, and which of their settings move a log-probability.
+
+Reads names and JSON; loads no weight.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpoeng.cache.errors import UserError
+
+# Fields of config.json that name things, or set how text is generated, and do not move a log-probability.
+_INERT_CONFIG_FIELDS = frozenset(
+    """_name_or_path architectures attn_implementation auto_map bos_token_id dtype eos_token_id id2label
+    initializer_range label2id output_attentions output_hidden_states pad_token_id problem_type return_dict
+    return_dict_in_generate torch_dtype transformers_version transformers.js_config unsloth_fixed unsloth_version
+    use_cache""".split()
+)
+# Fields of adapter_config.json that do move one.
+_ADAPTER_FIELDS = (
+    "peft_type r lora_alpha use_rslora use_dora target_modules target_parameters rank_pattern alpha_pattern bias "
+    "lora_bias fan_in_fan_out modules_to_save layers_to_transform layers_pattern layer_replication exclude_modules "
+    "trainable_token_indices use_qalora alora_invocation_tokens arrow_config"
+).split()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where a model's files are. `name` is what the user wrote; `revision` the hub commit, if it came from the hub."""
+
+    name: str
+    folder: Path
+    weight_files: tuple[Path, ...]
+    gguf: bool = False
+    revision: str | None = None
+
+
+def find_model(name: str, *, revision: str | None = None) -> ModelSource:
+    """A directory, a GGUF file or a hub id -> its files.
+
+    Raises:
+        UserError: nothing there, no safetensors, or the hub cannot be reached.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(
+                f"{path} is a file, but not a GGUF model",
+                code="model-not-found",
+                where="--model",
+                expected="a directory with config.json and *.safetensors, a .gguf file, or a hub id",
+                remedy="name the directory that holds config.json",
+            )
+        return ModelSource(name, path.parent, (path,), gguf=True)
+    commit: str | None = None
+    if path.is_dir():
+        folder = path
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "/")):
+        folder, commit = _download(name, revision, "*.safetensors")
+    else:
+        raise UserError(
+            f"no model at {name}",
+            code="model-not-found",
+            where="--model",
+            expected="a directory with config.json and *.safetensors, a .gguf file, or a hub id like Qwen/Qwen2.5-32B",
+            found="no such file or directory",
+            remedy="check the path; a relative one starts at the current folder",
+        )
+    return ModelSource(name, folder, _weight_files(folder), revision=commit)
+
+
+def find_adapter(name: str) -> ModelSource:
+    """A peft adapter's directory or hub id -> its files."""
+    path = folder = Path(name).expanduser()
+    commit: str | None = None
+    if not path.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "/")):
+        folder, commit = _download(name, None, "adapter_model.safetensors")
+    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if not config.is_file() or not weights.is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        raise UserError(
+            f"no peft adapter at {name}",
+            code="adapter-not-found",
+            where="--adapter",
+            expected="a directory with adapter_config.json and adapter_model.safetensors",
+            found="adapter_model.bin, a pickle, which can run code when it is loaded" if pickled else f"{folder}",
+            remedy="load it once with peft and save_pretrained(..., safe_serialization=True)"
+            if pickled
+            else "name the folder that peft's save_pretrained wrote",
+        )
+    return ModelSource(name, folder, (weights,), revision=commit)
+
+
+def _weight_files(folder: Path) -> tuple[Path, ...]:
+    if not (folder / "config.json").is_file():
+        nearby = sorted(p.parent.name for p in folder.glob("*/config.json"))
+        adapter = (folder / "adapter_config.json").is_file()
+        raise UserError(
+            f"{folder} holds no model",
+            code="model-not-found",
+            where="--model",
+            expected="config.json and *.safetensors",
+            found="a peft adapter"
+            if adapter
+            else (f"config.json in {', '.join(nearby)}" if nearby else "no config.json"),
+            remedy="give the base as --model and this folder as --adapter"
+            if adapter
+            else "name the folder that holds config.json",
+        )
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [folder / shard for shard in shards]
+        missing = [f.name for f in files if not f.is_file()]
+        if missing:
+            raise UserError(
+                f"{len(missing)} of {len(files)} weight files are missing",
+                code="model-incomplete",
+                where=str(folder),
+                expected=", ".join(missing[:3]),
+                remedy="download the checkpoint again",
+            )
+        return tuple(files)
+    if (folder / "model.safetensors").is_file():
+        return (folder / "model.safetensors",)
+    pickles = sorted(p.name for p in folder.glob("*.bin"))
+    raise UserError(
+        f"{folder} holds no safetensors weights",
+        code="model-no-safetensors",
+        where="--model",
+        expected="model.safetensors, or model.safetensors.index.json with its shards",
+        found=", ".join(pickles[:3]) or "no weight files",
+        remedy="convert: AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder); pickles are not read, "
+        "since loading one can run code",
+    )
+
+
+def _download(name: str, revision: str | None, weights: str) -> tuple[Path, str | None]:
+    from huggingface_hub import snapshot_download
+
+    patterns = [weights, "*.json", "*.txt", "*.model", "*.jinja"]
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        raise UserError(
+            f"the hub has no {name}, or cannot be reached",
+            code="model-not-found",
+            where="--model",
+            expected="a local directory, a .gguf file, or a hub id",
+            found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            remedy="check the name and the network (HF_TOKEN for gated models), or give a local directory",
+        ) from error
+    return folder, folder.name
+
+
+def forward_config(source: ModelSource) -> dict[str, Any]:
+    """The fields of the model's configuration that can move a log-probability, as they stand on disk.
+
+    Taken from config.json and not from the loaded object, which grows new default fields with every release of
+    transformers and would make old caches miss.
+    """
+    if source.gguf:
+        # Everything in a GGUF that shapes the forward is in the file whose bytes are hashed.
+        return {"format": "gguf"}
+    raw = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    return {k: v for k, v in sorted(raw.items()) if k not in _INERT_CONFIG_FIELDS}
+
+
+def adapter_config(source: ModelSource) -> dict[str, Any]:
+    """The fields of adapter_config.json that move a log-probability (`lora_alpha` among them)."""
+    raw = json.loads((source.folder / "adapter_config.json").read_text(encoding="utf-8"))
+    kept = {k: raw[k] for k in _ADAPTER_FIELDS if raw.get(k) not in (None, [], {}, False)}
+    if isinstance(kept.get("target_modules"), list):
+        kept["target_modules"] = sorted(kept["target_modules"])
+    return kept
