@@ -132,15 +132,16 @@ def test_every_package_is_listed_flat_and_typed() -> None:
         assert link.resolve() == ROOT / package
 
 
-def test_the_map_names_every_module() -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_the_map_names_every_module(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
     tree = text.split("```\ncli/", 1)[1].split("```", 1)[0]
     for package, block in zip(
         PACKAGES, re.split(r"^(?=bench/|engine/|kernels/|cache/|tests/)", tree, flags=re.MULTILINE), strict=False
     ):
         words = set(re.findall(r"\w+", block))
         missing = [path.stem for path in sources(package) if path.stem not in words | {"__init__"}]
-        assert not missing, f"CONTRIBUTING.md does not say where {', '.join(missing)} of {package}/ belongs"
+        assert not missing, f"{document} does not say where {', '.join(missing)} of {package}/ belongs"
 
 
 def test_every_dependency_is_pinned_within_its_range() -> None:
