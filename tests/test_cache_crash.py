@@ -355,10 +355,12 @@ import test_cache_crash as crash
 from pathlib import Path
 
 base, kills, choose = Path(sys.argv[2]), int(sys.argv[3]), random.Random(7)
-started = time.perf_counter()
-crash.work(base / "undisturbed", crash.NoSyncDisk())
-whole = time.perf_counter() - started
-expected = crash.result(base / "undisturbed")
+whole = 1.0
+for k in range(3):
+    started = time.perf_counter()
+    crash.work(base / f"undisturbed{k}", crash.NoSyncDisk())
+    whole = min(whole, time.perf_counter() - started)
+expected = crash.result(base / "undisturbed0")
 done = attempt = 0
 while done < kills:
     root = base / str(attempt)
@@ -377,13 +379,13 @@ print(done)
 """
 
 
+@pytest.mark.timeout(900)
 def test_two_hundred_random_kills(tmp_path: Path) -> None:
     """Fault 44. One process imports everything once and forks the ones that are killed, so that a kill takes 20 ms."""
     done = subprocess.run(
         [sys.executable, "-c", NURSERY, str(Path(__file__).parent), str(tmp_path), "200"],
         capture_output=True,
         text=True,
-        timeout=200,
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 200

@@ -102,6 +102,7 @@ def main() -> None:
                 pa.field("prompt_ids", pa.list_(pa.int64())),
             )
         ),
+        "ids-negative": good.replace(rows[0].ids.chosen_ids.tobytes(), b"\xff" * rows[0].ids.chosen_ids.nbytes),
         "dictionary": ipc(with_column(batch, "pair_key", keys.dictionary_encode(), dictionary)),
         "null-in-a-column-without-nulls": ipc(nulls),
         "log-prob-nan": ipc(with_column(batch, "chosen_logps", log_probs(np.nan))),
