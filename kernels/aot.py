@@ -181,19 +181,16 @@ def _read_nvidia(asm: Mapping[str, Any]) -> Code:
     """From the cubin itself: ptxas run again by hand would use other flags and report other registers."""
     import triton
 
-    tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(asm["cubin"])
-        usage, sass = (
-            subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
-            for option in ("--dump-resource-usage", "-sass")
-        )
-    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass)]
-    loads = [text for _, text in code if re.search(r"\bLDG(STS)?\.", text)]
+        dump = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "-sass", path]
+        text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", text)]
+    loads = [line for _, line in code if re.search(r"\bLDG(STS)?\.", line)]
     return Code(
-        registers=_number(r"REG:(\d+)", usage),
-        spill_bytes=_number(r"STACK:(\d+)", usage),
+        registers=_number(r"REG:(\d+)", text),
+        spill_bytes=_number(r"STACK:(\d+)", text),
         loop_spills=_inside_loops(code, r"\b(LDL|STL)\b", r"\bBRA(?:\.\S+)? .*?0x([0-9a-f]+)"),
         matrix=tuple(sorted({m for _, text in code for m in re.findall(r"\b(HGMMA|UTC\w*MMA|HMMA)\b", text)})),
         load_bytes=max((int(bits) // 8 for text in loads for bits in re.findall(r"\.(64|128)\b", text)), default=4),

@@ -77,7 +77,7 @@ def chunked_logps(
             bfloat16 (what rounded logits cost any head) against 5e-7.
     """
     n, size = hidden.shape[0], head.vocabulary
-    rows = min(n, chunk_rows(size))
+    rows = max(1, min(n, chunk_rows(size)))
     padded = -(-size // 16) * 16  # rows that start on 16 bytes: wide loads, and cuBLAS's fast paths
     buffer = hidden.new_empty((rows, padded), dtype=hidden.dtype if narrow else torch.float32)
     raw = buffer[:, :size]
