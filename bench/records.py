@@ -43,6 +43,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_bytes": memory,
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "threading": {name: value for name, value in os.environ.items() if name.startswith(("OMP_", "GOMP_", "MKL_"))},
     }
 
 
