@@ -114,10 +114,11 @@ def test_a_temporary_file_stays_while_its_writer_lives(store: Store) -> None:
     os.read(ready, 1)
     [path] = (store.root / "tmp").iterdir()
     os.utime(path, (0, 0))
-    assert kinds(store, dry_run=False) == []
-    assert path.exists()
+    beside_the_living = kinds(store, dry_run=False)
     os.write(end, b"x")
     os.waitpid(child, 0)
+    assert beside_the_living == []
+    assert path.exists()
     assert kinds(store, dry_run=False) == ["temporary"]
     assert not path.exists()
     for descriptor in (start, end, ready, told):
