@@ -66,7 +66,7 @@ def info(folder: Path, as_json: bool) -> None:
         sys.exit(4)
 
 
-@cache.command(epilog=_example("dpoeng cache verify refcache", "dpoeng cache verify refcache --depth open"))
+@cache.command(epilog=_example("dpoeng cache verify refcache", "dpoeng cache verify refcache --recompute 16"))
 @click.argument("folder", type=_FOLDER)
 @click.option(
     "--depth",
@@ -76,7 +76,13 @@ def info(folder: Path, as_json: bool) -> None:
     help="open: records, sizes, structure. full: also every byte's hash and every log-prob. "
     "semantic: also every sum, key and view entry. all: both.",
 )
-def verify(folder: Path, depth: Any) -> None:
+@click.option("--recompute", type=click.IntRange(min=1), help="Also score this many pairs of a view anew and compare.")
+@click.option("--view", help="The view for --recompute.  [default: the only one]")
+@click.option("--model", help="Where the base is now, for --recompute.  [default: where it was]")
+@click.option("--adapter", help="Where the SFT adapter is now, for --recompute.  [default: where it was]")
+def verify(
+    folder: Path, depth: Any, recompute: int | None, view: str | None, model: str | None, adapter: str | None
+) -> None:
     """Check a cache and change nothing; the exit status is 4 if something is wrong."""
     from rich.console import Console
 
@@ -105,8 +111,6 @@ def verify(folder: Path, depth: Any) -> None:
     counts = ", ".join(f"{name} {count:,}" for name, count in report.counts.items() if count)
     speed = report.bytes / max(report.seconds, 1e-9)
     console.print(f"{counts}\ndepth {depth}, {_size(report.bytes)} in {report.seconds:.2f} s ({_size(speed)}/s)")
-    # The depth `recompute` (some rows scored anew and compared) needs a model: a function of dpoeng.engine is to be
-    # called here, and its finding printed like a problem.
     if not report.ok:
         console.print(
             f"[red]{len(report.problems)} damaged.[/] Run the same `dpoeng precompute-ref` again: it sets damaged "
@@ -114,6 +118,19 @@ def verify(folder: Path, depth: Any) -> None:
         )
         sys.exit(4)
     console.print("[green]sound[/]")
+    if recompute is not None:
+        from dpoeng.cache.reader import View
+        from dpoeng.engine.precompute import recompute as score_anew
+
+        found = score_anew(View.open(folder, view), recompute, model=model, adapter=adapter)
+        console.print(
+            f"{found.pairs} pairs scored anew: mean difference {found.mean_diff:.2g}, largest {found.max_diff:.2g} "
+            f"nats a token (allowed mean: {found.tolerance:g})"
+        )
+        if not found.ok:
+            console.print("[red]These are not the numbers of this model.[/] Was it changed in its place?")
+            sys.exit(4)
+        console.print("[green]the model's own[/]")
 
 
 @cache.command(

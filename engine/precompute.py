@@ -134,7 +134,9 @@ def precompute_reference(config: PrecomputeConfig, progress: Progress = QUIET) -
 
     keys = [pair_key(pair.ids) for pair in data.pairs]
     unique = {key: pair.ids for key, pair in zip(keys, data.pairs, strict=True)}
-    shards = plan_shards(unique, config.shard_tokens)
+    # Planned over what the last finished run left, not over what is there now: see plan_shards.
+    sealed = store.lookup(spec_digest, sealed=True)
+    shards = plan_shards({key: ids for key, ids in unique.items() if ids not in sealed}, config.shard_tokens)
     missing = [[ids for ids in shard if ids not in index] for shard in shards]
     to_compute = sum(len(shard) for shard in missing)
     summary = PrecomputeSummary(
@@ -215,14 +217,14 @@ def default_view_name(path: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "-", stem)
 
 
-def plan_shards(unique: dict[bytes, PairIds], shard_tokens: int) -> list[list[PairIds]]:
-    """Which pairs are stored together: a pure function of the set of pairs.
+def plan_shards(fresh: dict[bytes, PairIds], shard_tokens: int) -> list[list[PairIds]]:
+    """Which pairs are stored together: a pure function of the set of pairs that are new since the last finished run.
 
-    It does not look at what the cache already holds. So a run that is killed and started again, or that is done by
-    several processes, writes the same files as one that was left alone. The longest pairs come first: what will not
-    fit into memory fails at once, and batches hold pairs of like length.
+    It does not look at what an unfinished run has committed already. So a run that is killed and started again, or
+    that is done by several processes, writes the same files as one that was left alone. The longest pairs come first:
+    what will not fit into memory fails at once, and batches hold pairs of like length.
     """
-    ordered = sorted(unique.items(), key=lambda item: (-item[1].total_tokens, item[0]))
+    ordered = sorted(fresh.items(), key=lambda item: (-item[1].total_tokens, item[0]))
     lengths = [ids.total_tokens for _, ids in ordered]
     return [[ordered[i][1] for i in shard] for shard in batches_by_tokens(lengths, shard_tokens)]
 

@@ -94,6 +94,17 @@ def test_both_phases_with_a_config_file(run: Run, tmp_path: Path, tiny_model: Pa
     assert "complete already (3 steps)" in out
 
 
+def test_verify_by_recomputing(run: Run, small_cache: Path, tmp_path: Path, tokenizer: object) -> None:
+    status, out, err = run("cache", "verify", small_cache, "--recompute", "3")
+    assert status == 0, err
+    assert "3 pairs scored anew: mean difference" in out
+    assert "the model's own" in out
+    other = save_tiny_model(tmp_path / "other", tokenizer, seed=1)
+    status, out, _ = run("cache", "verify", small_cache, "--recompute", "3", "--model", other)
+    assert status == 4
+    assert "not the numbers of this model" in out
+
+
 def test_bad_rows_are_counted_and_listed(run: Run, tmp_path: Path, tiny_model: Path) -> None:
     rows = [*pair_rows(10), {"prompt": "p", "chosen": "same", "rejected": "same"}]
     write_jsonl(tmp_path / "pairs.jsonl", rows)

@@ -96,10 +96,11 @@ def test_only_what_is_new_is_computed(tmp_path: Path, tiny_model: Path) -> None:
     again = precompute(file, tiny_model, cache)
     assert (again.computed, again.reused, again.layout) == (0, 20, "")
     write_jsonl(file, [*reversed(rows), rows[3]])
-    more = precompute(file, tiny_model, cache)
+    more = precompute(file, tiny_model, cache, shard_tokens=2000)
     assert (more.pairs, more.computed, more.reused) == (25, 4, 20)
     after = tree(cache, "objects")
     assert before.items() <= after.items()
+    assert len(after) == len(before) + 1  # what is new is stored together, not scattered
     view = View.open(cache)
     assert view.key(24) == view.key(20)
     assert view.source(24)[1] == 25
