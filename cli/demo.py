@@ -157,7 +157,7 @@ def _show_changes(console: Console, config: TrainConfig) -> None:
     console.print(f"On the {len(pairs)} pairs that were held out (their prompts were not trained on):")
     console.print(held_out_table(pairs, config.beta))
     rows = engine.one_of_each(view, split(view, None, config)[1], "instruction_type", 3)
-    console.print("\nThe likeliest answers to three of their prompts:")
+    console.print("\nAnswers to three of their prompts (likeliest tokens, repetition penalty 1.1):")
     console.print(answers_table(engine.answers(lm, view, rows, max_new_tokens=48, stop=STOP)))
 
 

@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
@@ -150,11 +151,12 @@ def held_out(lm: CausalLM, view: View, config: TrainConfig) -> list[HeldOutPair]
 
 
 def answers(lm: CausalLM, view: View, rows: Sequence[int], *, max_new_tokens: int, stop: Sequence[str]) -> list[Answer]:
-    """Continue the prompts of some rows greedily, without the adapter and with it."""
+    """Continue the prompts of some rows, without the adapter and with it: the likeliest token each time."""
     prompts = [view[row].ids.prompt_ids for row in rows]
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop": stop, "repetition_penalty": 1.1}
     with as_reference(lm, "new"):
-        before = generate(lm, prompts, max_new_tokens=max_new_tokens, stop=stop)
-    after = generate(lm, prompts, max_new_tokens=max_new_tokens, stop=stop)
+        before = generate(lm, prompts, **settings)
+    after = generate(lm, prompts, **settings)
     return [
         Answer(view.extra(row), sft.strip(), dpo.strip()) for row, sft, dpo in zip(rows, before, after, strict=True)
     ]

@@ -25,6 +25,7 @@ def generate(
     max_new_tokens: int = 64,
     stop: Sequence[str] = (),
     temperature: float = 0.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
 ) -> list[str]:
     """Continue prompts, all in one batch.
@@ -35,6 +36,8 @@ def generate(
         max_new_tokens: most tokens of a continuation.
         stop: texts at which a continuation ends; they are cut off. End-of-sequence ends it in any case.
         temperature: 0 takes the likeliest token each time; above, tokens are drawn.
+        repetition_penalty: divides the scores of tokens that already occurred, https://arxiv.org/abs/1909.05858; 1 is
+            none. Small models that take the likeliest token each time run in circles without.
         seed: of the draws; torch's own generator is left as it was.
 
     Returns:
@@ -55,6 +58,7 @@ def generate(
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             use_cache=True,
+            repetition_penalty=repetition_penalty,
             pad_token_id=_pad_id(lm),
             stopping_criteria=[_StopAt(lm.tokenizer, stop, ids.shape[1])] if stop else None,
             **sampling,

@@ -30,7 +30,7 @@ def lm(tiny_model: Path) -> CausalLM:
 
 
 @torch.no_grad()
-def by_hand(tiny_model: Path, prompt: np.ndarray, count: int) -> list[int]:
+def by_hand(tiny_model: Path, prompt: np.ndarray, count: int, penalty: float = 1.0) -> list[int]:
     """Greedy decoding by whole forwards, without any cache, until the end token."""
     from transformers import AutoModelForCausalLM
 
@@ -38,7 +38,10 @@ def by_hand(tiny_model: Path, prompt: np.ndarray, count: int) -> list[int]:
     ids = torch.tensor(prompt[None].astype(np.int64))
     made: list[int] = []
     while len(made) < count:
-        token = int(model(ids).logits[0, -1].argmax())
+        scores = model(ids).logits[0, -1]
+        seen = ids[0].unique()
+        scores[seen] = torch.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
+        token = int(scores.argmax())
         made.append(token)
         if token == model.config.eos_token_id:
             break
@@ -52,6 +55,12 @@ def test_greedy_text_is_that_of_whole_forwards_and_independent_of_the_batch(lm: 
         assert text == lm.tokenizer.decode(by_hand(tiny_model, prompt, 12), skip_special_tokens=True)
         assert generate(lm, [prompt], max_new_tokens=12) == [text]
     assert len(set(texts)) == 3
+
+
+def test_a_repetition_penalty_divides_the_scores_of_what_occurred(lm: CausalLM, tiny_model: Path) -> None:
+    (text,) = generate(lm, PROMPTS[:1], max_new_tokens=12, repetition_penalty=3.0)
+    assert text == lm.tokenizer.decode(by_hand(tiny_model, PROMPTS[0], 12, penalty=3.0), skip_special_tokens=True)
+    assert [text] != generate(lm, PROMPTS[:1], max_new_tokens=12)
 
 
 def test_the_model_is_left_as_it_was(lm: CausalLM) -> None:

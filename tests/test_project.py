@@ -22,7 +22,7 @@ PACKAGES = ("cli", "bench", "engine", "kernels", "cache")
 
 # What each package may import of ours, and of others beside the standard library (None: anything).
 OURS = {
-    "cli": {"cli", "bench", "engine", "cache"},
+    "cli": {"cli", "bench", "engine", "kernels", "cache"},
     "bench": {"bench", "engine", "kernels", "cache"},
     "engine": {"engine", "kernels", "cache"},
     "kernels": {"kernels"},
