@@ -102,7 +102,7 @@ class _Meter:
         self.memory = PeakMemory(device)
 
     @contextlib.contextmanager
-    def task(self, title: str, total: int, unit: str) -> Iterator[Advance]:
+    def task(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
         del total, unit
         if title != self._title:
             yield lambda amount, shown: None

@@ -25,17 +25,14 @@ class TerminalProgress:
         self._console.print(f"[yellow]note:[/] {text}", highlight=False)
 
     @contextlib.contextmanager
-    def task(self, title: str, total: int, unit: str) -> Iterator[Advance]:
-        """A piece of work."""
-        if self._console.is_terminal:
-            with self._bar(title, total, unit) as advance:
-                yield advance
-        else:
-            with self._lines(title, total, unit) as advance:
-                yield advance
+    def task(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
+        """A piece of work. What an earlier run did counts for the share, not for the speed."""
+        draw = self._bar if self._console.is_terminal else self._lines
+        with draw(title, total, unit, done) as advance:
+            yield advance
 
     @contextlib.contextmanager
-    def _bar(self, title: str, total: int, unit: str) -> Iterator[Advance]:
+    def _bar(self, title: str, total: int, unit: str, before: int) -> Iterator[Advance]:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -45,7 +42,7 @@ class TerminalProgress:
             TextColumn("{task.fields[shown]}"),
         )
         with Progress(*columns, console=self._console, transient=False) as bar:
-            task = bar.add_task(title, total=total, rate="", shown="")
+            task = bar.add_task(title, total=total, completed=before, rate="", shown="")
             began, done = time.perf_counter(), 0
 
             def advance(amount: int, shown: str) -> None:
@@ -57,7 +54,7 @@ class TerminalProgress:
             yield advance
 
     @contextlib.contextmanager
-    def _lines(self, title: str, total: int, unit: str) -> Iterator[Advance]:
+    def _lines(self, title: str, total: int, unit: str, before: int) -> Iterator[Advance]:
         began = last = time.perf_counter()
         done = 0
 
@@ -65,11 +62,11 @@ class TerminalProgress:
             nonlocal done, last
             done += amount
             now = time.perf_counter()
-            if now - last >= LINE_EVERY_S and done < total:
+            if now - last >= LINE_EVERY_S and before + done < total:
                 last = now
-                left = (now - began) * (total - done) / max(done, 1)
+                left = (now - began) * (total - before - done) / max(done, 1)
                 self._console.print(
-                    f"{title}: {100 * done // max(total, 1)} %, {rate(done, now - began, unit)}, "
+                    f"{title}: {100 * (before + done) // max(total, 1)} %, {rate(done, now - began, unit)}, "
                     f"{left:.0f} s left  {shown}",
                     highlight=False,
                     soft_wrap=True,

@@ -68,8 +68,7 @@ def run_steps(run: Run, first_step: int, identity: dict[str, Any]) -> None:
     eval_every = config.eval_steps or schedule.steps_per_epoch
     if first_step == 0 and run.eval_rows:
         _evaluate(run, 0)
-    with run.progress.task("training", schedule.total_steps, "steps") as advance:
-        advance(first_step, "")
+    with run.progress.task("training", schedule.total_steps, "steps", first_step) as advance:
         for step in range(first_step, schedule.total_steps):
             began = time.perf_counter()
             metrics = _step(run, step)

@@ -14,8 +14,8 @@ Advance = Callable[[int, str], None]
 class Progress(Protocol):
     """What a caller may hand in. The command line draws bars; tests collect; a notebook may do either."""
 
-    def task(self, title: str, total: int, unit: str) -> AbstractContextManager[Advance]:
-        """Begins a piece of work of `total` units; it ends with the context."""
+    def task(self, title: str, total: int, unit: str, done: int = 0) -> AbstractContextManager[Advance]:
+        """Begins a piece of work of `total` units, `done` of them by an earlier run; it ends with the context."""
         ...
 
     def note(self, text: str) -> None:
@@ -26,9 +26,9 @@ class Progress(Protocol):
 class NoProgress:
     """Reports nothing."""
 
-    def task(self, title: str, total: int, unit: str) -> AbstractContextManager[Advance]:
+    def task(self, title: str, total: int, unit: str, done: int = 0) -> AbstractContextManager[Advance]:
         """See `Progress.task`."""
-        del title, total, unit
+        del title, total, unit, done
         return contextlib.nullcontext(lambda amount, shown: None)
 
     def note(self, text: str) -> None:
