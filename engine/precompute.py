@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, cast
 
+import numpy as np
 import torch
 
-from dpoeng.cache.errors import UserError
+from dpoeng.cache.errors import CacheError, UserError
+from dpoeng.cache.files import disk_error
 from dpoeng.cache.reader import View
+from dpoeng.cache.records import Commit
 from dpoeng.cache.schema import PairIds, pair_key
 from dpoeng.cache.store import KeyIndex, Store, ViewEntry
 from dpoeng.engine.adapters import load_reference_adapter
@@ -41,6 +44,9 @@ from dpoeng.engine.rejects import Reject, check_reject_share, write_rejects
 from dpoeng.engine.scoring import choose_layout
 from dpoeng.engine.sources import ModelSource, find_adapter, find_model
 from dpoeng.engine.tokens import TokenizedData, tokenize_pairs
+
+DRIFT_SAMPLE: Final = 8
+"""Reused pairs that are scored again where other libraries or another device computed them."""
 
 
 @dataclass(slots=True)
@@ -159,6 +165,8 @@ def precompute_reference(config: PrecomputeConfig, progress: Progress = QUIET) -
         lm = load_reference(config, source, adapter, device)
         summary.layout, summary.layout_reason = lm.layout, lm.layout_reason
         _check_ids(unique.values(), lm, source)
+        reused = {key: ids for key, ids in unique.items() if ids in index}
+        _check_drift(lm, store, spec_digest, index, reused, config, progress)
         _compute(lm, store, spec_digest, missing, config, summary, progress)
         summary.seconds = time.perf_counter() - began
         index = store.lookup(spec_digest)
@@ -177,31 +185,34 @@ def precompute_reference(config: PrecomputeConfig, progress: Progress = QUIET) -
         "batch_tokens": config.batch_tokens,
         "layout": config.layout,
     }
-    store.write_view(
-        spec_digest,
-        view_name,
-        [
-            ViewEntry(pair.source_file, pair.source_row, key, pair.extra)
-            for pair, key in zip(data.pairs, keys, strict=True)
-        ],
-        {
-            "reference": summary.reference,
-            "tokens": {
-                "max_length": config.max_length,
-                "max_prompt_length": config.max_prompt_length,
-                "truncation_mode": config.truncation_mode,
-                "append_eos": config.append_eos,
-            },
-            "files": {str(path): digest for path, digest in file.files.items()},
-            "where": config.where,
-            "columns": config.columns,
-            "prompt_format": config.prompt_format,
-            "rejects": len(summary.rejects),
-            "versions": library_versions(),
-            "device": summary.device,
+    entries = [
+        ViewEntry(pair.source_file, pair.source_row, key, pair.extra)
+        for pair, key in zip(data.pairs, keys, strict=True)
+    ]
+    meta = {
+        "reference": summary.reference,
+        "tokens": {
+            "max_length": config.max_length,
+            "max_prompt_length": config.max_prompt_length,
+            "truncation_mode": config.truncation_mode,
+            "append_eos": config.append_eos,
         },
-    )
-    summary.rejects_file = _write_rejects(config.cache / "rejects" / f"{view_name}.jsonl", summary.rejects)
+        "files": {str(path): digest for path, digest in file.files.items()},
+        "where": config.where,
+        "columns": config.columns,
+        "prompt_format": config.prompt_format,
+        "rejects": len(summary.rejects),
+        "versions": library_versions(),
+        "device": summary.device,
+    }
+    try:
+        store.write_view(spec_digest, view_name, entries, meta)
+    except CacheError as error:
+        if error.code != "cache-read-only" or not _view_holds(config.cache, view_name, spec_digest, keys):
+            raise
+        progress.note(f"the cache is read-only: its view {view_name!r} holds these pairs, and stays as it was written")
+    rejects_file = config.cache / "rejects" / f"{view_name}.jsonl"
+    summary.rejects_file = _write_rejects(rejects_file, summary.rejects, progress)
     summary.reference_accuracy = _reference_accuracy(index, unique)
     return summary
 
@@ -313,15 +324,7 @@ def _compute(
                 try:
                     rows += score_pairs(lm, pairs)
                 except FloatingPointError as error:
-                    raise UserError(
-                        "the reference gave a value that is no log-probability",
-                        code="reference-not-finite",
-                        where=f"a batch of {len(pairs)} pairs",
-                        expected="finite numbers",
-                        found=str(error),
-                        remedy="float16 overflows in some models: use --dtype bfloat16 or float32",
-                        exit_status=5,
-                    ) from error
+                    raise _not_finite(error, f"a batch of {len(pairs)} pairs") from error
                 pairs_done += len(pairs)
                 speed = pairs_done / (time.perf_counter() - began)
                 shown = f"{pairs_done} of {summary.computed} pairs, {speed:.2f} pairs/s"
@@ -330,6 +333,88 @@ def _compute(
                 store.commit_shard(spec_digest, rows, provenance)
     if lm.device.type == "cuda":
         summary.peak_bytes = torch.cuda.max_memory_allocated(lm.device)
+
+
+def _not_finite(error: FloatingPointError, where: str) -> UserError:
+    return UserError(
+        "the reference gave a value that is no log-probability",
+        code="reference-not-finite",
+        where=where,
+        expected="finite numbers",
+        found=str(error),
+        remedy="float16 overflows in some models: use --dtype bfloat16 or float32",
+        exit_status=5,
+    )
+
+
+def _check_drift(
+    lm: CausalLM,
+    store: Store,
+    spec_digest: str,
+    index: KeyIndex,
+    reused: dict[bytes, PairIds],
+    config: PrecomputeConfig,
+    progress: Progress,
+) -> None:
+    """Scores a few reused pairs again, where their records name other libraries or another device than these.
+
+    A version is no part of the identity: nearly all releases give the same numbers, and a miss would cost days. So
+    values of two releases may stand side by side, and this finds the release that moved them. It costs next to nothing,
+    since the model has been loaded anyway for the pairs that are missing.
+
+    Raises:
+        UserError: the values of then and now differ by more than rounding explains.
+    """
+    if not reused:
+        return
+    now = _computed_by({"versions": library_versions(), "device": device_name(lm.device)})
+    then = {
+        outcome.object.name: _computed_by(outcome.provenance)
+        for _, outcome in store.read_commits(spec_digest)
+        if isinstance(outcome, Commit)
+    }
+    shards, _ = index.locate(np.frombuffer(b"".join(reused), np.uint8).reshape(-1, 16))
+    makers = [then.get(index.objects[shard].name, now) for shard in shards]
+    foreign = [ids for ids, maker in zip(reused.values(), makers, strict=True) if maker != now]
+    if not foreign:
+        return
+    changes = sorted(
+        {f"{name} {maker[name]}, now {now[name]}" for maker in makers for name in now if maker[name] != now[name]}
+    )
+    sample = [index.get(foreign[i]) for i in spread(range(len(foreign)), DRIFT_SAMPLE)]
+    try:
+        report = compare_with_cache(
+            lm,
+            cast(View, sample),  # all that is asked of a view is a row by its number
+            range(len(sample)),
+            beta=0.1,
+            batch_tokens=config.batch_tokens or default_batch_tokens(lm.device),
+            tolerance=parity_tolerance(lm, config.quantization, str(lm.dtype).removeprefix("torch.")),
+        )
+    except FloatingPointError as error:
+        raise _not_finite(error, f"{len(sample)} pairs that the cache holds already") from error
+    if not report.ok:
+        raise UserError(
+            "the reference no longer gives the numbers that the cache holds for it",
+            code="reference-drifted",
+            where=f"{config.cache}: {report.pairs} of {len(foreign)} pairs that were computed by " + "; ".join(changes),
+            expected=f"mean difference per token <= {report.tolerance:g} nats",
+            found=f"mean {report.mean_diff:.4g}, largest {report.max_diff:.4g} nats",
+            remedy="go on with the versions and the device that computed them (`dpoeng cache info` lists these), or "
+            "compute all pairs anew in another folder with --cache",
+            exit_status=4,
+        )
+    progress.note(
+        f"{len(foreign)} reused pairs were computed by {'; '.join(changes)}: {report.pairs} of them were scored again "
+        f"and agree (mean difference {report.mean_diff:.2g} nats a token)"
+    )
+
+
+def _computed_by(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """What of a record can move a number: the libraries that compute, and the device but not its number of threads."""
+    versions = provenance.get("versions", {})
+    made = {name: str(versions.get(name, "unknown")) for name in ("torch", "transformers", "peft", "bitsandbytes")}
+    return {**made, "device": re.sub(r", \d+ threads", "", str(provenance.get("device", "unknown")))}
 
 
 def _check_ids(pairs: Any, lm: CausalLM, source: ModelSource) -> None:
@@ -354,13 +439,27 @@ def _portable(source: ModelSource) -> str:
     return str(source.weight_files[0].resolve() if source.gguf else source.folder.resolve())
 
 
-def _write_rejects(path: Path, rejects: list[Reject]) -> Path | None:
-    if not rejects:
-        path.unlink(missing_ok=True)
-        return None
-    path.parent.mkdir(exist_ok=True)
-    write_rejects(path, rejects)
-    return path
+def _view_holds(cache: Path, name: str, spec_digest: str, keys: Sequence[bytes]) -> bool:
+    """Whether a view has just these pairs of this reference, in this order."""
+    if name not in Store.open(cache).views():
+        return False
+    view = View.open(cache, name)
+    return view.spec.digest == spec_digest and [view.key(row) for row in range(len(view))] == list(keys)
+
+
+def _write_rejects(path: Path, rejects: list[Reject], progress: Progress) -> Path | None:
+    try:
+        if rejects:
+            path.parent.mkdir(exist_ok=True)
+            write_rejects(path, rejects)
+        elif path.exists():  # a read-only file system refuses even to remove what is not there
+            path.unlink()
+    except OSError as error:
+        explained = disk_error(error, path)
+        if explained.code != "cache-read-only":
+            raise explained from error
+        progress.note(f"the cache is read-only: {path} is not written anew ({len(rejects)} rows were rejected)")
+    return path if rejects and path.is_file() else None
 
 
 def _reference_accuracy(index: KeyIndex, unique: dict[bytes, PairIds]) -> float:
