@@ -132,9 +132,7 @@ def trl_trainer(folder: Path, model: Path, adapter: Path, rows: Any, order: list
         seed=0,
         **settings,
     )
-    return SameIds(
-        model=policy, args=config, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(model)
-    )
+    return SameIds(model=policy, args=config, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(model))
 
 
 def test_sums_equal_a_plain_forward_in_float64(view: View, model: Path) -> None:
