@@ -68,9 +68,9 @@ CASES = (
     Case("learning_rate", BASE, replace(BASE, learning_rate=2e-4)),
     Case("seed", BASE, replace(BASE, seed=43)),
     Case("rank of the trained LoRA", BASE, replace(BASE, lora_r=16)),
-    Case("max_length 512 to 120 (keep_end)", KEEP_END, replace(KEEP_END, max_length=120)),
-    Case("ld_alpha none to 0.5 (keep_end)", KEEP_END, replace(KEEP_END, ld_alpha=0.5)),
-    Case("lora_alpha of the reference, 8 to 16", TUNED, replace(TUNED, reference_alpha=16)),
+    Case("max_length under keep_end", KEEP_END, replace(KEEP_END, max_length=120)),
+    Case("ld_alpha under keep_end", KEEP_END, replace(KEEP_END, ld_alpha=0.5)),
+    Case("lora_alpha of the reference", TUNED, replace(TUNED, reference_alpha=16)),
     Case("one bit of the cached file", BASE, BASE, flip=True),
     Case(f"{ADDED} pairs appended", BASE, replace(BASE, rows=PAIRS + ADDED)),
     Case("killed at half, run again", BASE, BASE, kill=True),
@@ -424,9 +424,10 @@ def table(record: Mapping[str, Any]) -> Any:
     """The record for a terminal."""
     from rich.table import Table
 
-    shown = Table(title="A change, then the same command again: pairs scored again, and values that are wrong")
-    for heading in ("what changed", "values that change", "TRL scores", "TRL wrong", "dpoeng scores", "dpoeng wrong"):
-        shown.add_column(heading, justify="left" if heading == "what changed" else "right")
+    shown = Table(title="Change one thing, run again: pairs scored, and values that are wrong")
+    shown.add_column("what changed")
+    for heading in ("values\nmoved", "TRL\nscores", "TRL\nwrong", "dpoeng\nscores", "dpoeng\nwrong"):
+        shown.add_column(heading, justify="right")
     for case in record["cases"]:
         changed = "-" if case["changed"] is None else f"{case['changed']} of {case['pairs']}"
         cells = [str(case[program][name]) for program in ("trl", "dpoeng") for name in ("scored", "wrong")]
