@@ -6,13 +6,14 @@ Ratios are taken within a repeat and then summarised. A comparison counts only i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 
 from dpoeng.bench.measure import Spent
 from dpoeng.bench.peers import Figures, Job, Program
-from dpoeng.bench.records import stamp
+from dpoeng.bench.records import commit, stamp
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config import Dtype
 from dpoeng.engine.model import pick_device
@@ -44,6 +45,7 @@ class CompareSettings:
         pairs_count: the first so many pairs of the files are scored in the reference pass.
         steps: optimizer steps; the first one is not counted, since it meets cold caches.
         repeats: how often every program is run.
+        work: a folder that keeps every finished run, so that a comparison that was stopped goes on; None keeps nothing.
     """
 
     model: str
@@ -60,6 +62,7 @@ class CompareSettings:
     lora_r: int = 16
     learning_rate: float = 1e-4
     seed: int = 3
+    work: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +84,7 @@ def bench_compare(settings: CompareSettings, progress: Progress = QUIET) -> dict
     source = find_model(settings.model)
     python = str(settings.peer_python or sys.executable)
     check_peer(python)
-    with tempfile.TemporaryDirectory(prefix="dpoeng-bench-") as scratch:
-        folder = Path(scratch)
+    with _folder(settings.work) as folder:
         job = Job(
             program="dpoeng",
             model=str(source.folder.resolve()),
@@ -99,7 +101,7 @@ def bench_compare(settings: CompareSettings, progress: Progress = QUIET) -> dict
             threads=torch.get_num_threads(),
             device=str(device),
         )
-        settings_told = {**asdict(settings), "model": Path(settings.model).name, "peer_python": None}
+        settings_told = {**asdict(settings), "model": Path(settings.model).name, "peer_python": None, "work": None}
         settings_told["pairs"] = [path.name for path in settings.pairs]
         record = stamp("compare", device, settings_told)
         programs: tuple[Program, ...] = ("dpoeng reference", "dpoeng", *settings.peers)
@@ -110,7 +112,7 @@ def bench_compare(settings: CompareSettings, progress: Progress = QUIET) -> dict
                 done: dict[Program, Figures] = {}
                 for program in programs:
                     own = folder / f"{number}-{program.replace(' ', '-')}"
-                    own.mkdir()
+                    own.mkdir(exist_ok=True)
                     interpreter = python if program in settings.peers else sys.executable
                     done[program] = run_process(
                         interpreter, replace(job, program=program, cache=str(cache), scratch=str(own))
@@ -173,13 +175,28 @@ def first_pairs(files: Sequence[Path], count: int, target: Path) -> Path:
     return target
 
 
+@contextlib.contextmanager
+def _folder(work: Path | None) -> Iterator[Path]:
+    if work is not None:
+        work.mkdir(parents=True, exist_ok=True)
+        yield work.resolve()
+    else:
+        with tempfile.TemporaryDirectory(prefix="dpoeng-bench-") as scratch:
+            yield Path(scratch)
+
+
 def run_process(python: str, job: Job) -> Figures:
-    """Runs one job in a process of its own.
+    """Runs one job in a process of its own; or reads what it found, if it was run there before by the same code.
 
     Raises:
         UserError: the process failed; the message holds the end of what it said.
     """
-    file = Path(job.scratch) / "job.json"
+    file, kept = Path(job.scratch) / "job.json", Path(job.scratch) / "figures.json"
+    asked = json.loads(json.dumps({"job": asdict(job), "python": python, "commit": commit()}))
+    if kept.is_file():
+        found = json.loads(kept.read_text(encoding="utf-8"))
+        if found["asked"] == asked:
+            return _figures(found["figures"])
     file.write_text(json.dumps(asdict(job)), encoding="utf-8")
     done = subprocess.run(
         [python, "-m", "dpoeng.bench.peers", str(file)],
@@ -198,9 +215,13 @@ def run_process(python: str, job: Job) -> Figures:
             exit_status=5,
         )
     raw = json.loads(done.stdout.strip().splitlines()[-1])
-    raw["steps"] = [Spent(**step) for step in raw["steps"]]
-    raw["reference"] = Spent(**raw["reference"]) if raw["reference"] else None
-    return Figures(**raw)
+    kept.write_text(json.dumps({"asked": asked, "figures": raw}), encoding="utf-8")
+    return _figures(raw)
+
+
+def _figures(raw: dict[str, Any]) -> Figures:
+    steps = [Spent(**step) for step in raw["steps"]]
+    return Figures(**{**raw, "steps": steps, "reference": Spent(**raw["reference"]) if raw["reference"] else None})
 
 
 def check_equal(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -131,6 +132,7 @@ class _Meter:
 def _dpoeng_reference(job: Job) -> Figures:
     from dpoeng.engine.precompute import precompute_reference
 
+    shutil.rmtree(job.cache, ignore_errors=True)  # what a stopped run left would be reused, not computed
     meter = _Meter("reference log-probs", torch.device(job.device))
     summary = precompute_reference(
         PrecomputeConfig.model_validate(
@@ -165,6 +167,7 @@ def _dpoeng_train(job: Job) -> Figures:
             {
                 "cache": Path(job.cache),
                 "output_dir": output,
+                "resume": False,
                 "dtype": job.dtype,
                 "device": job.device,
                 "eval_share": 0,

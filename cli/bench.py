@@ -93,6 +93,7 @@ def phases(json_file: Path | None, results: Path | None, **settings: Any) -> Non
 @click.option("--pairs-count", default=64, show_default=True, help="Pairs that the reference pass scores.")
 @click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16", "float16"]))
 @click.option("--peer-python", type=click.Path(path_type=Path), help="A Python with TRL.  [default: this one]")
+@click.option("--work", type=click.Path(path_type=Path), help="Keep finished runs here, so that a stop costs one run.")
 @_record_options
 def compare(json_file: Path | None, results: Path | None, **settings: Any) -> None:
     """dpoeng against TRL, each in processes of their own, in turn: time, memory, and whether the losses are equal.

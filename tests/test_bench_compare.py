@@ -244,11 +244,17 @@ def test_figures_come_back_from_a_process(
     monkeypatch.setattr("dpoeng.bench.peers.run_job", lambda given: clean["dpoeng"] if given == job else None)
     main()
     (tmp_path / "said").write_text("some noise\n" + capsys.readouterr().out)
-    for script, status in ((f"cat {tmp_path}/said", 0), ("echo the last words >&2; exit 9", 9)):
+    for script, status in (
+        (f"printf . >> {tmp_path}/runs; cat {tmp_path}/said", 0),
+        ("echo the last words >&2; exit 9", 9),
+    ):
         python = tmp_path / f"python{status}"
         python.write_text(f"#!/bin/sh\n{script}\n")
         python.chmod(0o755)
     assert run_process(str(tmp_path / "python0"), replace(job, scratch=str(tmp_path))) == clean["dpoeng"]
+    # What was found is kept, and belongs to this job alone.
+    assert run_process(str(tmp_path / "python0"), replace(job, scratch=str(tmp_path))) == clean["dpoeng"]
+    assert len((tmp_path / "runs").read_text()) == 1
     with pytest.raises(UserError, match=r"exit status 9[\s\S]*the last words"):
         run_process(str(tmp_path / "python9"), replace(job, scratch=str(tmp_path)))
 
