@@ -27,6 +27,10 @@ Examples:
 """
 
 
+def _example(line: str) -> str:
+    return f"\b\nExample:\n  {line}"
+
+
 def _record_options(command: Command) -> Command:
     path = click.Path(path_type=Path)
     command = click.option("--results", type=path, help="Append the record to DIR/<what>-<cpu or gpu>.jsonl.")(command)
@@ -71,12 +75,22 @@ def bench(ctx: click.Context, json_file: Path | None, results: Path | None) -> N
         _run_phases({}, json_file, results)
 
 
-@click.command("phases")
+@click.command("phases", epilog=_example("dpoeng bench phases --model sft-model --pairs pairs.jsonl"))
 @_model_options(required=False)
 @click.option("--steps", default=4, show_default=True, help="Steps of phase two in a repeat.", type=click.IntRange(1))
-@click.option("--quantization", default="none", show_default=True, type=click.Choice(["none", "8bit", "4bit"]))
 @click.option(
-    "--dtype", default="auto", show_default=True, type=click.Choice(["auto", "float32", "bfloat16", "float16"])
+    "--quantization",
+    default="none",
+    show_default=True,
+    type=click.Choice(["none", "8bit", "4bit"]),
+    help="How the base is held.",
+)
+@click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    help="Compute dtype; auto is the checkpoint's own.",
 )
 @_record_options
 def phases(json_file: Path | None, results: Path | None, **settings: Any) -> None:
@@ -87,11 +101,20 @@ def phases(json_file: Path | None, results: Path | None, **settings: Any) -> Non
     _run_phases(settings, json_file, results)
 
 
-@click.command("compare")
+@click.command(
+    "compare",
+    epilog=_example("dpoeng bench compare --model sft-model --pairs pairs.jsonl --peer-python peer/bin/python"),
+)
 @_model_options(required=True)
 @click.option("--steps", default=6, show_default=True, help="Steps; the first is not counted.", type=click.IntRange(2))
 @click.option("--pairs-count", default=64, show_default=True, help="Pairs that the reference pass scores.")
-@click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16", "float16"]))
+@click.option(
+    "--dtype",
+    default="float32",
+    show_default=True,
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of the frozen weights, in both programs.",
+)
 @click.option("--peer-python", type=click.Path(path_type=Path), help="A Python with TRL.  [default: this one]")
 @click.option("--work", type=click.Path(path_type=Path), help="Keep finished runs here, so that a stop costs one run.")
 @_record_options
@@ -108,7 +131,7 @@ def compare(json_file: Path | None, results: Path | None, **settings: Any) -> No
     _finish(bench_compare(CompareSettings(**settings), TerminalProgress()), compare_tables, json_file, results)
 
 
-@click.command("cache")
+@click.command("cache", epilog=_example("dpoeng bench cache --json cache.jsonl"))
 @click.option("--pairs", default=100_000, show_default=True, help="Pairs of the largest cache.", type=click.IntRange(1))
 @click.option("--weight-bytes", default=500_000_000, show_default=True, help="Size of the made-up checkpoint.")
 @click.option("--folder", type=click.Path(path_type=Path, exists=True), help="Where to write; removed again.")

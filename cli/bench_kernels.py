@@ -8,7 +8,10 @@ from typing import Any
 import click
 
 
-@click.command("kernels")
+@click.command(
+    "kernels",
+    epilog="\b\nExamples:\n  dpoeng bench kernels --shape 151936,896,1024\n  dpoeng bench kernels --aot --gpu sm_90",
+)
 @click.option(
     "--shape",
     "shapes",
