@@ -216,12 +216,16 @@ def resolve_dtype(source: ModelSource, dtype: str) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _quantization_config(
-    quantization: Quantization, compute: torch.dtype, int8_threshold: float, quant_type: str, double_quant: bool
-) -> Any:
+def require_bitsandbytes(quantization: Quantization) -> None:
+    """Loads bitsandbytes if it will be needed, so that a broken install is named before any long work.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    if quantization == "none":
+        return
     try:
-        import bitsandbytes  # noqa: F401  # exercised here so that a broken install is named early
-        from transformers import BitsAndBytesConfig
+        import bitsandbytes  # noqa: F401
     except Exception as error:
         raise UserError(
             "bitsandbytes cannot be used",
@@ -231,6 +235,14 @@ def _quantization_config(
             remedy="pip install 'bitsandbytes>=0.48', or use --quantization none",
             exit_status=5,
         ) from error
+
+
+def _quantization_config(
+    quantization: Quantization, compute: torch.dtype, int8_threshold: float, quant_type: str, double_quant: bool
+) -> Any:
+    require_bitsandbytes(quantization)
+    from transformers import BitsAndBytesConfig
+
     if quantization == "8bit":
         return BitsAndBytesConfig(
             load_in_8bit=True, llm_int8_threshold=float(int8_threshold), llm_int8_skip_modules=["lm_head"]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dpoeng.cache.errors import UserError
 from dpoeng.cache.fingerprint import combined_digest, weight_digests
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import PairIds, ScoredPair
@@ -105,7 +106,7 @@ def score_pairs(lm: CausalLM, pairs: Sequence[PairIds]) -> list[ScoredPair]:
     """Log-probs of every scored token of some pairs, in one forward.
 
     Raises:
-        FloatingPointError: the model gave a value that is no log-probability; the message names the pair's index.
+        UserError: the model gave a value that is no log-probability.
     """
     token_logps, offsets = score_groups(lm, [pair_group(ids) for ids in pairs])
     values = token_logps.float().cpu().numpy()
@@ -114,7 +115,15 @@ def score_pairs(lm: CausalLM, pairs: Sequence[PairIds]) -> list[ScoredPair]:
         chosen = values[offsets[2 * i] : offsets[2 * i + 1]].copy()
         rejected = values[offsets[2 * i + 1] : offsets[2 * i + 2]].copy()
         if not (np.isfinite(chosen).all() and np.isfinite(rejected).all()):
-            raise FloatingPointError(f"pair {i} of the batch has a log-prob that is not finite")
+            raise UserError(
+                "the model gave a value that is no log-probability",
+                code="reference-not-finite",
+                where=f"pair {i} of a batch of {len(pairs)}, {ids.total_tokens} tokens",
+                expected="finite numbers",
+                found="NaN or infinity",
+                remedy="float16 overflows in some models: use --dtype bfloat16 or float32",
+                exit_status=5,
+            )
         # Rounding in the log-sum-exp can leave +1e-7 where the token is certain.
         scored.append(ScoredPair(ids, np.minimum(chosen, 0.0), np.minimum(rejected, 0.0)))
     return scored
@@ -172,7 +181,13 @@ def spread(rows: Sequence[int], count: int) -> list[int]:
 
 
 def compare_with_cache(
-    lm: CausalLM, view: View, rows: Sequence[int], *, beta: float, batch_tokens: int, tolerance: float
+    lm: CausalLM,
+    view: View | Sequence[ScoredPair],
+    rows: Sequence[int],
+    *,
+    beta: float,
+    batch_tokens: int,
+    tolerance: float,
 ) -> ParityReport:
     """Scores some rows of a view with the loaded model and compares them with the cached values."""
     cached = [view[row] for row in rows]

@@ -24,7 +24,8 @@ _INERT_CONFIG_FIELDS = frozenset(
 _ADAPTER_FIELDS = (
     "peft_type r lora_alpha use_rslora use_dora target_modules target_parameters rank_pattern alpha_pattern bias "
     "lora_bias fan_in_fan_out modules_to_save layers_to_transform layers_pattern layer_replication exclude_modules "
-    "trainable_token_indices use_qalora alora_invocation_tokens arrow_config"
+    "trainable_token_indices use_qalora qalora_group_size use_bdlora kasa_config velora_config alora_invocation_tokens "
+    "arrow_config"
 ).split()
 
 
@@ -174,6 +175,9 @@ def adapter_config(source: ModelSource) -> dict[str, Any]:
     """The fields of adapter_config.json that move a log-probability (`lora_alpha` among them)."""
     raw = json.loads((source.folder / "adapter_config.json").read_text(encoding="utf-8"))
     kept = {k: raw[k] for k in _ADAPTER_FIELDS if raw.get(k) not in (None, [], {}, False)}
+    start = raw.get("init_lora_weights")
+    if isinstance(start, str) and start not in ("gaussian", "orthogonal"):
+        kept["init_lora_weights"] = start  # PiSSA, OLoRA and their like change the base again whenever they are loaded
     if isinstance(kept.get("target_modules"), list):
         kept["target_modules"] = sorted(kept["target_modules"])
     return kept

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from dpoeng.engine import train as train_module
 from dpoeng.engine.config import PrecomputeConfig, TrainConfig
 from dpoeng.engine.order import plan_schedule
 from dpoeng.engine.precompute import PrecomputeSummary, precompute_reference
+from dpoeng.engine.sources import adapter_config, find_adapter
 from dpoeng.engine.train import train
 
 
@@ -147,6 +149,49 @@ def test_recomputing_finds_what_hashes_cannot(tmp_path: Path, tiny_model: Path, 
 
 class Killed(BaseException):
     """Stands for SIGKILL where a real one would cost a process."""
+
+
+def test_a_disk_without_room_is_noticed_before_the_model_is_loaded(
+    tmp_path: Path, tiny_model: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the model was loaded although its log-probs cannot be stored")
+
+    monkeypatch.setattr(precompute_module, "load_model", never)
+    monkeypatch.setattr(precompute_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=5000))
+    with pytest.raises(UserError) as caught:
+        precompute(pairs_file, tiny_model, tmp_path / "cache")
+    assert caught.value.code == "cache-disk-small"
+
+
+def test_a_model_that_gives_no_number_is_a_message_in_both_phases(
+    tmp_path: Path, tiny_model: Path, cache: Path, tokenizer: Any
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = shutil.copytree(tiny_model, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = math.nan
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(4))
+    with pytest.raises(UserError) as first:
+        precompute(pairs, broken, tmp_path / "cache")
+    with pytest.raises(UserError) as second:
+        train(quick(cache, tmp_path / "out", model=str(broken)))
+    assert first.value.exit_status == second.value.exit_status
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "gaussian"])
+def test_adapters_that_change_the_base_when_loaded_are_another_reference(
+    sft_adapter: Path, tmp_path: Path, start: str
+) -> None:
+    """PiSSA and OLoRA subtract their start from the base at every load; a Gaussian start leaves no trace."""
+    edited = shutil.copytree(sft_adapter, tmp_path / "edited")
+    config = json.loads((edited / "adapter_config.json").read_text())
+    (edited / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": start}))
+    same = adapter_config(find_adapter(str(edited))) == adapter_config(find_adapter(str(sft_adapter)))
+    assert same == (start == "gaussian")
 
 
 @pytest.mark.parametrize("survivors", [0, 1, 3])
