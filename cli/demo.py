@@ -51,7 +51,7 @@ Examples:
 )
 @click.option("--prepare-only", is_flag=True, help="Fetch the model, write the pairs, and stop.")
 def demo(folder: Path, pairs: int, model: str | None, quantization: str, prepare_only: bool) -> None:
-    """Both phases on SmolLM2-135M-Instruct and 100 preference pairs; about four minutes on two cores.
+    """Both phases on SmolLM2-135M-Instruct and 100 preference pairs; about six minutes on two cores.
 
     Each step prints the command that does the same. Run it again and it goes on from where it was.
     """
@@ -106,7 +106,7 @@ def configs(folder: Path, file: Path, model: str, quantization: str) -> tuple[Pr
         view, out = f"{view}-{quantization}", f"{out}-{quantization}"
         one |= {"quantization": quantization, "name": view}
     two: dict[str, Any] = {"cache": folder / "refcache", "view": view, "output_dir": folder / out}
-    two |= {"eval_share": 0.2, "learning_rate": 2e-4, "num_train_epochs": 2.0}
+    two |= {"eval_share": 0.2, "learning_rate": 2e-4, "num_train_epochs": 1.0}
     return PrecomputeConfig(**one), TrainConfig(**two)
 
 
