@@ -142,10 +142,14 @@ class TrainConfig(_Config):
         None, gt=0, description="Largest allowed mean difference per token, nats. Default: by precision."
     )
 
+    def lora_shape_given(self) -> list[str]:
+        """The fields of a new LoRA's shape that were set, not left at their default."""
+        shape = {"lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora", "init_lora_weights"}
+        return sorted(shape & self.model_fields_set)
+
     @model_validator(mode="after")
     def _continue_keeps_its_shape(self) -> TrainConfig:
-        shape = {"lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora", "init_lora_weights"}
-        named = sorted(shape & self.model_fields_set)
+        named = self.lora_shape_given()
         if self.adapter_mode == "continue" and named:
             raise ValueError(
                 f"{', '.join(named)} cannot be set with adapter_mode continue: the SFT adapter keeps its own shape; "

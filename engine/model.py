@@ -17,9 +17,9 @@ from torch import nn
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.attention import SHARED_PROMPT, no_mask, shared_prompt_attention
+from dpoeng.engine.config import Quantization
 from dpoeng.engine.sources import ModelSource
 
-Quantization = Literal["none", "8bit", "4bit"]
 Layout = Literal["shared", "separate"]
 
 POLICY_ADAPTER = "default"

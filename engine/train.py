@@ -152,8 +152,7 @@ def resolve_adapter_mode(config: TrainConfig, *, has_adapter: bool) -> AdapterMo
         UserError: the mode does not fit the reference.
     """
     if config.adapter_mode == "auto":
-        shape = {"lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora", "init_lora_weights"}
-        named = sorted(shape & config.model_fields_set)
+        named = config.lora_shape_given()
         if has_adapter and named:
             raise UserError(
                 "the reference has an SFT adapter, and LoRA settings were given: which adapter is to be trained?",

@@ -55,3 +55,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path
 def pairs_file(tmp_path: Path) -> Path:
     """24 pairs."""
     return write_jsonl(tmp_path / "pairs.jsonl", pair_rows(24))
+
+
+@pytest.fixture(scope="session")
+def sft_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A LoRA that moves the tiny model's log-probs by whole nats."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(5)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model),
+        LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    folder = tmp_path_factory.mktemp("sft") / "adapter"
+    model.save_pretrained(folder)
+    return folder

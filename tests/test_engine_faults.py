@@ -83,22 +83,9 @@ def flip_a_bit(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A LoRA that moves the tiny model's log-probs by whole nats."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(5)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tiny_model),
-        LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
-    )
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    folder = tmp_path_factory.mktemp("adapter") / "sft"
-    model.save_pretrained(folder)
-    return folder
+def adapter(sft_adapter: Path) -> Path:
+    """The adapter of the SFT model that is the reference here."""
+    return sft_adapter
 
 
 @pytest.fixture(scope="module")

@@ -374,25 +374,6 @@ def test_a_folder_with_another_run_is_refused_with_the_difference(tmp_path: Path
 
 
 @pytest.fixture(scope="module")
-def sft_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A LoRA that moves the tiny model's log-probs by whole nats."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(5)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tiny_model),
-        LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
-    )
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    folder = tmp_path_factory.mktemp("sft") / "adapter"
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def sft_cache(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, sft_adapter: Path) -> Path:
     folder = tmp_path_factory.mktemp("sft-cache")
     file = write_jsonl(folder / "pairs.jsonl", pair_rows(24))
