@@ -13,6 +13,8 @@ PIP_FLAGS ?=
 VENV ?= .venv
 PEERS ?= .venv-peers
 DEMO_DIR ?= demo
+# A process a core; a file's tests stay together, since they share models and caches that take a while to make.
+WORKERS ?= -n auto --maxprocesses 8 --dist loadfile
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export DEMO_DIR
@@ -43,7 +45,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/dpoeng demo --dir $(DEMO_DIR)
 
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(WORKERS)
 
 test-slow: $(VENV)/.installed
 	$(VENV)/bin/dpoeng demo --dir $(DEMO_DIR) --prepare-only
@@ -54,7 +56,7 @@ test-peers: $(PEERS)/.installed
 	$(PEERS)/bin/python -m pytest -m peers
 
 coverage: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=85
+	$(VENV)/bin/python -m pytest $(WORKERS) --cov --cov-report=term-missing:skip-covered --cov-fail-under=85
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -12,7 +12,10 @@ from dpoeng_testing import SENTENCES, pair_rows, save_tiny_model, write_jsonl
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-torch.set_num_threads(1)  # the models are tiny: a second thread would only spin
+# The models are tiny: a second thread would only spin. The processes that tests start have the same number, since it
+# is part of what a cache records about the machine.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

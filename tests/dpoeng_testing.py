@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -69,3 +70,13 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     """Rows as JSON Lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def tree(root: Path, *folders: str) -> dict[str, str]:
+    """A hash of every file below some folders, by name. Not the bytes: a failed comparison would print them all."""
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for folder in folders or (".",)
+        for path in sorted((root / folder).rglob("*"))
+        if path.is_file()
+    }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import errno
-import hashlib
 import multiprocessing
 import os
 import pickle
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dpoeng_testing import tree
 
 from dpoeng.bench.cache import synthetic_rows
 from dpoeng.cache import schema
@@ -42,16 +42,6 @@ def filled(root: Path, rows: Sequence[ScoredPair], shard_rows: int = 7) -> Store
     store.seal(spec)
     store.write_view(spec, "pairs", entries(rows), {"max_length": 1024})
     return store
-
-
-def tree(root: Path, *folders: str) -> dict[str, str]:
-    """Hash of every file below some of the folders of a cache."""
-    return {
-        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for folder in folders
-        for path in sorted((root / folder).rglob("*"))
-        if path.is_file()
-    }
 
 
 def assert_same(found: ScoredPair | None, expected: ScoredPair) -> None:

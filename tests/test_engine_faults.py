@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from dpoeng_testing import pair_rows, save_tiny_model, write_jsonl
+from dpoeng_testing import pair_rows, save_tiny_model, tree, write_jsonl
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.files import Disk
@@ -59,16 +59,6 @@ def precompute(
 def quick(cache: Path, out: Path, **fields: Any) -> TrainConfig:
     values: dict[str, Any] = {"max_steps": 2, "eval_share": 0, "learning_rate": 1e-3, **fields}
     return TrainConfig(cache=cache, output_dir=out, **values)
-
-
-def tree(root: Path, *folders: str) -> dict[str, bytes]:
-    """Every file below some folders, by name."""
-    return {
-        str(path.relative_to(root)): path.read_bytes()
-        for folder in folders or (".",)
-        for path in sorted((root / folder).rglob("*"))
-        if path.is_file()
-    }
 
 
 def edit_json(path: Path, **fields: Any) -> None:
@@ -174,9 +164,9 @@ def test_phase_one_stopped_goes_on_to_the_same_bytes(
     assert kept.items() <= expected.items()
 
 
-def outcome(out: Path) -> dict[str, bytes]:
+def outcome(out: Path) -> dict[str, str]:
     """What two equal runs must have in common, byte for byte."""
-    return {**tree(out, "adapter", "checkpoint-00000004"), "metrics": (out / "metrics.jsonl").read_bytes()}
+    return {**tree(out, "adapter", "checkpoint-00000004"), "metrics": (out / "metrics.jsonl").read_text()}
 
 
 TRAIN = (
@@ -186,7 +176,7 @@ TRAIN = (
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, whole: Path) -> dict[str, bytes]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, whole: Path) -> dict[str, str]:
     out = tmp_path_factory.mktemp("undisturbed")
     settings = {TRAIN[i][2:].replace("-", "_"): TRAIN[i + 1] for i in range(0, len(TRAIN), 2)}
     train(load_config(TrainConfig, {**settings, "cache": whole, "output_dir": out}))
@@ -207,7 +197,7 @@ def test_phase_two_stopped_goes_on_to_the_same_bytes(
     command: Callable[..., tuple[int, str]],
     tmp_path: Path,
     whole: Path,
-    undisturbed: dict[str, bytes],
+    undisturbed: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
     number: signal.Signals,
     owner: Any,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dpoeng_testing import pair_rows, save_tiny_model, write_jsonl
+from dpoeng_testing import pair_rows, save_tiny_model, tree, write_jsonl
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
@@ -46,16 +46,6 @@ def quick(cache: Path, out: Path, **fields: Any) -> TrainConfig:
         **fields,
     }
     return TrainConfig(cache=cache, output_dir=out, **values)
-
-
-def tree(root: Path, *folders: str) -> dict[str, bytes]:
-    """Every file below some folders, by name."""
-    return {
-        str(path.relative_to(root)): path.read_bytes()
-        for folder in folders
-        for path in sorted((root / folder).rglob("*"))
-        if path.is_file()
-    }
 
 
 def plain_sums(model: Path, view: View) -> list[tuple[float, float]]:
@@ -266,13 +256,13 @@ def test_the_adapter_loads_with_peft_alone(tmp_path: Path, cache: Path, tiny_mod
     assert summary.eval_after["eval_rewards/margins"] == pytest.approx(np.mean(margins), abs=1e-5)
 
 
-def outcome(out: Path) -> dict[str, bytes]:
+def outcome(out: Path) -> dict[str, str]:
     """What two equal runs must have in common, byte for byte."""
-    return {**tree(out, "adapter", "checkpoint-00000006"), "metrics": (out / "metrics.jsonl").read_bytes()}
+    return {**tree(out, "adapter", "checkpoint-00000006"), "metrics": (out / "metrics.jsonl").read_text()}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[str, bytes]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[str, str]:
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     train(quick(cache, out))
     return outcome(out)
@@ -280,7 +270,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[s
 
 @pytest.mark.parametrize("step", range(6))
 def test_phase_two_killed_at_any_step_ends_the_same(
-    tmp_path: Path, cache: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, step: int
+    tmp_path: Path, cache: Path, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     """Killed between the two forwards of a step, or before the only one of step 6, where the epoch ends on 2 pairs."""
     real, forwards = loop_module.batch_loss, 0
@@ -334,7 +324,7 @@ else:
 
 @pytest.mark.parametrize("phase", ["one", "two"])
 def test_sigkill_and_the_same_command_again(
-    tmp_path: Path, tiny_model: Path, cache: Path, undisturbed: dict[str, bytes], phase: str
+    tmp_path: Path, tiny_model: Path, cache: Path, undisturbed: dict[str, str], phase: str
 ) -> None:
     pairs = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(24))
     fresh, out = tmp_path / "cache", tmp_path / "out"
