@@ -29,6 +29,7 @@ from dpoeng.engine.adapters import add_policy_adapter
 from dpoeng.engine.config import Dtype, Quantization, TrainConfig
 from dpoeng.engine.layout import batches_by_tokens
 from dpoeng.engine.loop import Rows, batch_loss
+from dpoeng.engine.losses import LossSettings
 from dpoeng.engine.model import (
     CausalLM,
     Layout,
@@ -248,7 +249,7 @@ def training_pass(lm: CausalLM, rows: Rows, optimizer: torch.optim.Optimizer, co
             with split.part("data"):
                 batch = rows[begin : begin + size]
             with split.part("head"):
-                loss = batch_loss(lm, batch, beta=config.beta, loss_type=config.loss_type).losses.mean()
+                loss = batch_loss(lm, batch, LossSettings.of(config)).losses.mean()
             with split.part("backward"):
                 torch.autograd.backward(loss)
             with split.part("optimizer"):

@@ -16,11 +16,28 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dpoeng.cache.errors import UserError
+from dpoeng.engine.loss_names import FDivergence, LossType, check_combination, check_names
 
 DEFAULT_FILE = Path("dpoeng.yaml")
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "8bit", "4bit"]
+Optimizer = Literal[
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_bnb_8bit",
+    "adamw_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw",
+]
+
+# The fields that make the loss, all of TrainConfig.
+LOSS_FIELDS = (
+    "loss_type loss_weights beta label_smoothing ld_alpha f_divergence_type f_alpha_divergence_coef rpo_alpha "
+    "use_weighting pair_weight_column discopop_tau dpop_lambda bco_reward_shift beta_dpo_alpha beta_dpo_momentum "
+    "simpo_gamma cpo_alpha"
+).split()
 
 
 class _Config(BaseModel):
@@ -110,14 +127,78 @@ class TrainConfig(_Config):
         True, description="LoRA's start; all of these leave the first policy equal to the reference."
     )
 
-    loss_type: Literal["sigmoid"] = Field("sigmoid", description="sigmoid is DPO.")
-    beta: float = Field(0.1, gt=0, description="How strongly the policy is held to the reference.")
+    loss_type: tuple[LossType, ...] = Field(
+        ("sigmoid",),
+        min_length=1,
+        description="One loss, or several that are added: sigmoid (DPO), sigmoid_norm, robust, ipo, hinge, exo_pair, "
+        "nca_pair, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down, discopop, dpop, beta_dpo, simpo, cpo, "
+        "orpo, sft; see docs/losses.md.",
+    )
+    loss_weights: tuple[float, ...] | None = Field(
+        None, description="A weight for each loss of loss_type, e.g. sigmoid,sft with 1,0.2. Default: 1 each."
+    )
+    beta: float = Field(
+        0.1,
+        gt=0,
+        description="How strongly the policy is held to the reference. ipo: the paper's tau; orpo: its lambda; simpo "
+        "wants 2 to 2.5, ipo and sigmoid_norm more than DPO too, since they divide by the length.",
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="Assumed share of pairs whose labels are the wrong way round. With sigmoid this is cDPO; robust "
+        "corrects for it without bias; exo_pair needs some, e.g. 1e-3.",
+    )
+    ld_alpha: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="LD-DPO: weight of the tokens by which the longer response exceeds the shorter one; 1 is plain "
+        "DPO, 0 leaves them out. https://arxiv.org/abs/2409.06411",
+    )
+    f_divergence_type: FDivergence = Field(
+        "reverse_kl",
+        description="What holds the policy to the reference: reverse_kl is DPO's. https://arxiv.org/abs/2309.16240",
+    )
+    f_alpha_divergence_coef: float = Field(0.5, description="alpha_divergence: its alpha; 1 is reverse_kl.")
+    rpo_alpha: float | None = Field(
+        None,
+        gt=0,
+        description="Adds rpo_alpha times the mean negative log-prob of the chosen response's tokens, against chosen "
+        "responses growing less likely. https://arxiv.org/abs/2404.19733",
+    )
+    use_weighting: bool = Field(
+        False,
+        description="WPO: pairs that the policy would hardly write itself count less. https://arxiv.org/abs/2406.11827",
+    )
+    pair_weight_column: str | None = Field(
+        None, description="A column of numbers >= 0 in the pairs, e.g. margin: each pair's loss is multiplied by its."
+    )
+    discopop_tau: float = Field(0.05, gt=0, lt=1, description="discopop: temperature of the blend.")
+    dpop_lambda: float = Field(
+        50.0,
+        ge=0,
+        description="dpop: penalty, times beta, on a chosen response that the policy likes less than before.",
+    )
+    bco_reward_shift: bool = Field(
+        False, description="bco_pair: subtract the mean reward of the steps before, as the paper does and TRL does not."
+    )
+    beta_dpo_alpha: float = Field(0.6, ge=0, description="beta_dpo: how far beta follows the batch's mean margin.")
+    beta_dpo_momentum: float = Field(0.9, ge=0, lt=1, description="beta_dpo: decay of the mean margin's average.")
+    simpo_gamma: float = Field(0.5, ge=0, description="simpo: the margin to be reached, in units of the reward.")
+    cpo_alpha: float = Field(1.0, ge=0, description="cpo: weight of its likelihood term; 0 leaves it out.")
 
+    optim: Optimizer = Field(
+        "adamw_torch",
+        description="AdamW: of torch (adamw_torch_fused: one kernel a step), or of bitsandbytes with its state in 8 "
+        "bits or paged out to the CPU's memory.",
+    )
     learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate of AdamW.")
     lr_scheduler_type: str = Field("linear", description="A schedule of transformers: linear, cosine, constant, ...")
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps over which the rate rises.")
     warmup_steps: int = Field(0, ge=0, description="Number of such steps; if > 0 it replaces warmup_ratio.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay; on matrices, not on vectors.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the variance.")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
@@ -134,6 +215,24 @@ class TrainConfig(_Config):
 
     logging_steps: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
     eval_steps: int | None = Field(None, ge=1, description="Steps between evaluations. Default: once an epoch.")
+    eval_group_by: tuple[str, ...] | None = Field(
+        None,
+        description="Columns by whose values held-out results are also given. Default: those of text or yes/no with 2 "
+        "to 12 values.",
+    )
+    metric_for_best_model: str | None = Field(
+        None, description="Held-out metric to watch, e.g. rewards/accuracies. Default: loss."
+    )
+    greater_is_better: bool | None = Field(
+        None, description="Whether more of that metric is better. Default: not for a loss or a KL, else yes."
+    )
+    load_best_model_at_end: bool = Field(
+        False, description="Save the adapter of the best evaluation, not of the last step."
+    )
+    early_stopping_patience: int | None = Field(
+        None, ge=1, description="Stop after this many evaluations without a better value."
+    )
+    early_stopping_threshold: float = Field(0.0, ge=0, description="By how much a value must be better to count.")
     save_steps: int | None = Field(None, ge=1, description="Steps between checkpoints. Default: a tenth of the run.")
     save_total_limit: int = Field(2, ge=1, description="Checkpoints kept.")
 
@@ -146,6 +245,35 @@ class TrainConfig(_Config):
         """The fields of a new LoRA's shape that were set, not left at their default."""
         shape = {"lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora", "init_lora_weights"}
         return sorted(shape & self.model_fields_set)
+
+    @field_validator("loss_type", mode="before")
+    @classmethod
+    def _loss_names(cls, value: Any) -> Any:
+        """One name, several, or several with commas between them."""
+        names = [word.strip() for word in value.split(",")] if isinstance(value, str) else value
+        if isinstance(names, list | tuple):
+            check_names(names)
+        return names
+
+    @model_validator(mode="after")
+    def _losses_fit_their_settings(self) -> TrainConfig:
+        values = {name: getattr(self, name) for name in LOSS_FIELDS}
+        changed = [name for name in LOSS_FIELDS if values[name] != type(self).model_fields[name].default]
+        check_combination(values, changed)
+        return self
+
+    @model_validator(mode="after")
+    def _best_needs_evaluations(self) -> TrainConfig:
+        for name in ("load_best_model_at_end", "early_stopping_patience", "metric_for_best_model"):
+            if getattr(self, name) and self.eval_view is None and self.eval_share == 0:
+                raise ValueError(f"{name} needs held-out pairs: give eval_view, or an eval_share above 0")
+        for name in ("greater_is_better", "metric_for_best_model"):
+            watched = self.load_best_model_at_end or self.early_stopping_patience is not None
+            if getattr(self, name) is not None and not watched:
+                raise ValueError(f"{name} does nothing without load_best_model_at_end or early_stopping_patience")
+        if self.early_stopping_threshold and self.early_stopping_patience is None:
+            raise ValueError("early_stopping_threshold does nothing without early_stopping_patience")
+        return self
 
     @model_validator(mode="after")
     def _continue_keeps_its_shape(self) -> TrainConfig:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, overload
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from dpoeng.cache.errors import UserError
@@ -17,13 +18,26 @@ from dpoeng.cache.schema import ScoredPair
 from dpoeng.engine.checkpoint import Checkpoint, save_checkpoint
 from dpoeng.engine.config import TrainConfig
 from dpoeng.engine.layout import pair_group
-from dpoeng.engine.losses import PreferenceBatch, PreferenceLoss, preference_loss
+from dpoeng.engine.losses import (
+    LossSettings,
+    LossState,
+    PairSums,
+    PreferenceBatch,
+    PreferenceLoss,
+    next_state,
+    pair_sums,
+    preference_loss,
+)
 from dpoeng.engine.metrics import MetricsLog, preference_metrics
 from dpoeng.engine.model import CausalLM, set_mode
 from dpoeng.engine.optim import optimizer_tensors, restore_optimizer, set_scheduler_step
 from dpoeng.engine.order import Schedule
 from dpoeng.engine.progress import Progress
-from dpoeng.engine.scoring import score_groups
+from dpoeng.engine.scoring import head_log_collision, head_logps, predict_groups
+
+WeightArray = npt.NDArray[np.float64]
+Micro = tuple[Sequence[ScoredPair], WeightArray | None]
+"""Pairs of one forward, and the user's weights of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +59,59 @@ class Rows(Sequence[ScoredPair]):
             return [self.view[row] for row in self.indices[i]]
         return self.view[self.indices[i]]
 
+    def column(self, name: str) -> WeightArray:
+        """A column of numbers >= 0 of the user's, as weights of the pairs.
+
+        Raises:
+            UserError: a row has none, or something else there; or all are 0.
+        """
+        values = [self.view.extra(row).get(name) for row in self.indices]
+        for row, value in zip(self.indices, values, strict=True):
+            number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+            if not 0 <= number < math.inf:
+                file, line = self.view.source(row)
+                raise UserError(
+                    f"the column {name} does not hold a weight",
+                    code="data-weight",
+                    where=f"{file}, row {line}",
+                    expected="a number >= 0",
+                    found="no such column" if value is None else repr(value),
+                    remedy="correct the row, or name another column with --pair-weight-column; the columns here are "
+                    + (", ".join(sorted(self.view.extra(row))) or "none"),
+                    exit_status=3,
+                )
+        weights = np.array(values, dtype=np.float64)
+        if len(weights) and not weights.any():
+            raise UserError(
+                f"all weights in the column {name} are 0",
+                code="data-weight",
+                where="--pair-weight-column",
+                expected="at least one number > 0",
+                remedy="name another column",
+                exit_status=3,
+            )
+        return weights
+
 
 @dataclass(slots=True)
 class Run:
-    """What the loop needs, put together once."""
+    """What the loop needs, put together once.
+
+    `loss_state` is what the losses remember from step to step; weights are the user's, a number a row, or None.
+    """
 
     config: TrainConfig
     lm: CausalLM
     train_rows: Sequence[ScoredPair]
     eval_rows: Sequence[ScoredPair]
+    train_weights: WeightArray | None
+    eval_weights: WeightArray | None
     schedule: Schedule
     optimizer: torch.optim.Optimizer
     scheduler: Any
     log: MetricsLog
     progress: Progress
+    loss_state: LossState = field(default_factory=dict)
 
 
 def run_steps(run: Run, first_step: int, identity: dict[str, Any]) -> None:
@@ -86,14 +139,21 @@ def run_steps(run: Run, first_step: int, identity: dict[str, Any]) -> None:
 def _step(run: Run, step: int) -> dict[str, float]:
     """One optimizer step over the pairs that the schedule gives it; the loss is their mean however they are cut."""
     config = run.config
-    rows = [run.train_rows[i] for i in run.schedule.rows_of_step(step)]
-    parts: list[PreferenceLoss] = []
-    for micro, batch in enumerate(_chunks(rows, config.per_device_train_batch_size)):
-        # Dropout depends on where the run is and on nothing that happened before.
-        torch.manual_seed(int(np.random.SeedSequence([config.seed, step, micro]).generate_state(1, np.uint64)[0] >> 1))
-        part = batch_loss(run.lm, batch, beta=config.beta, loss_type=config.loss_type)
-        torch.autograd.backward(part.losses.sum() / len(rows))
-        parts.append(part)
+    indices = run.schedule.rows_of_step(step)
+    rows = [run.train_rows[i] for i in indices]
+    weights = None if run.train_weights is None else run.train_weights[indices]
+    micros = list(_chunks(rows, weights, config.per_device_train_batch_size))
+    settings = LossSettings.of(config)
+    if settings.whole_batch and len(micros) > 1:
+        parts = _backward_of_whole_batch(run, step, micros, settings)
+    else:
+        parts = []
+        mean_tokens = float(np.mean([len(pair.chosen_logps) for pair in rows]))
+        for micro, (batch, batch_weights) in enumerate(micros):
+            _seed(config.seed, step, micro)
+            part = batch_loss(run.lm, batch, settings, batch_weights, state=run.loss_state, mean_tokens=mean_tokens)
+            torch.autograd.backward(part.losses.sum() / len(rows))
+            parts.append(part)
     metrics = preference_metrics(parts)
     parameters = [parameter for _, parameter in run.lm.trainable_parameters()]
     limit = config.max_grad_norm if config.max_grad_norm > 0 else math.inf
@@ -112,12 +172,64 @@ def _step(run: Run, step: int) -> dict[str, float]:
     run.optimizer.step()
     run.scheduler.step()
     run.optimizer.zero_grad(set_to_none=True)
+    run.loss_state = next_state(run.loss_state, PairSums.join([part.sums for part in parts]), settings)
     return metrics
 
 
-def batch_loss(lm: CausalLM, pairs: Sequence[ScoredPair], *, beta: float, loss_type: str) -> PreferenceLoss:
+def _backward_of_whole_batch(
+    run: Run, step: int, micros: Sequence[Micro], settings: LossSettings
+) -> list[PreferenceLoss]:
+    """The exact gradient of a loss in which the pairs of a step meet, however many forwards the step is cut into.
+
+    Each part is run twice: without gradient, for the sums that the loss and its derivatives need; and with, to carry
+    these derivatives on. Dropout draws the same both times. Gao et al. 2021, https://arxiv.org/abs/2101.06983
+    """
+    sums: list[PairSums] = []
+    for micro, (batch, weights) in enumerate(micros):
+        _seed(run.config.seed, step, micro)
+        with torch.no_grad():
+            sums.append(batch_sums(run.lm, batch, settings, weights))
+    leaves = PairSums.join(sums).leaves()
+    whole = preference_loss(leaves, settings, state=run.loss_state)
+    torch.autograd.backward(whole.losses.mean())
+    begin = 0
+    for micro, (batch, weights) in enumerate(micros):
+        _seed(run.config.seed, step, micro)
+        part = batch_sums(run.lm, batch, settings, weights)
+        pairs = slice(begin, begin := begin + len(batch))
+        pulls = [
+            (x, leaf.grad[pairs])
+            for x, leaf in zip(part.with_gradient, leaves.with_gradient, strict=True)
+            if leaf.grad is not None
+        ]
+        torch.autograd.backward([x for x, _ in pulls], [pull for _, pull in pulls])
+    return [whole]
+
+
+def _seed(seed: int, step: int, micro: int) -> None:
+    """Dropout depends on where the run is and on nothing that happened before."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, micro]).generate_state(1, np.uint64)[0] >> 1))
+
+
+def batch_loss(
+    lm: CausalLM,
+    pairs: Sequence[ScoredPair],
+    settings: LossSettings,
+    weights: WeightArray | None = None,
+    *,
+    state: LossState | None = None,
+    mean_tokens: float | None = None,
+) -> PreferenceLoss:
+    """The loss of some pairs, with gradient where that is on; for the last two see `preference_loss`."""
+    return preference_loss(batch_sums(lm, pairs, settings, weights), settings, state=state, mean_tokens=mean_tokens)
+
+
+def batch_sums(
+    lm: CausalLM, pairs: Sequence[ScoredPair], settings: LossSettings, weights: WeightArray | None = None
+) -> PairSums:
     """Scores pairs with the policy, with gradient where that is on, and compares with their cached values."""
-    policy, offsets = score_groups(lm, [pair_group(pair.ids) for pair in pairs])
+    predictors, targets, offsets = predict_groups(lm, [pair_group(pair.ids) for pair in pairs])
+    policy = head_logps(lm, predictors, targets)
     reference = np.concatenate([side for pair in pairs for side in (pair.chosen_logps, pair.rejected_logps)])
     branch = np.repeat(np.arange(2 * len(pairs)), np.diff(offsets))
     batch = PreferenceBatch(
@@ -125,36 +237,47 @@ def batch_loss(lm: CausalLM, pairs: Sequence[ScoredPair], *, beta: float, loss_t
         reference=torch.from_numpy(reference).to(policy.device),
         branch=torch.from_numpy(branch).to(policy.device),
         pairs=len(pairs),
+        log_collision=head_log_collision(lm, predictors) if settings.use_weighting else None,
+        weights=None if weights is None else torch.from_numpy(weights).to(policy.device),
     )
-    return preference_loss(batch, beta=beta, loss_type=loss_type)
+    return pair_sums(batch, settings)
 
 
 @torch.no_grad()
 def evaluate(
-    lm: CausalLM, rows: Sequence[ScoredPair], *, batch_size: int, beta: float, loss_type: str
-) -> dict[str, float]:
-    """Metrics over held-out pairs, under `eval_` names."""
-    parts = [batch_loss(lm, batch, beta=beta, loss_type=loss_type) for batch in _chunks(rows, batch_size)]
-    return preference_metrics(parts, prefix="eval_")
+    lm: CausalLM,
+    rows: Sequence[ScoredPair],
+    settings: LossSettings,
+    weights: WeightArray | None = None,
+    *,
+    batch_size: int,
+    state: LossState | None = None,
+) -> PreferenceLoss:
+    """The loss of held-out pairs, all of them as one batch however they are cut."""
+    parts = [batch_sums(lm, batch, settings, some) for batch, some in _chunks(rows, weights, batch_size)]
+    return preference_loss(PairSums.join(parts), settings, state=state)
 
 
 def _evaluate(run: Run, step: int) -> None:
     config = run.config
     set_mode(run.lm, training=False)
-    metrics = evaluate(
+    found = evaluate(
         run.lm,
         run.eval_rows,
+        LossSettings.of(config),
+        run.eval_weights,
         batch_size=config.per_device_eval_batch_size,
-        beta=config.beta,
-        loss_type=config.loss_type,
+        state=run.loss_state,
     )
+    metrics = preference_metrics([found], prefix="eval_")
     set_mode(run.lm, training=True)
     run.log.write(step, run.schedule.epoch(step), metrics)
 
 
-def _chunks(rows: Sequence[ScoredPair], size: int) -> Iterator[Sequence[ScoredPair]]:
+def _chunks(rows: Sequence[ScoredPair], weights: WeightArray | None, size: int) -> Iterator[Micro]:
     for begin in range(0, len(rows), size):
-        yield rows[begin : begin + size]
+        part = slice(begin, begin + size)
+        yield rows[part], None if weights is None else weights[part]
 
 
 def save_run(run: Run, step: int, identity: dict[str, Any], *, complete: bool) -> None:
@@ -165,7 +288,7 @@ def save_run(run: Run, step: int, identity: dict[str, Any], *, complete: bool) -
         step,
         parameters={name: parameter.detach().cpu().contiguous() for name, parameter in trainable},
         optimizer=optimizer_tensors(run.optimizer, trainable),
-        state={"identity": identity, "complete": complete},
+        state={"identity": identity, "complete": complete, "losses": dict(run.loss_state)},
         keep=run.config.save_total_limit,
     )
 
@@ -177,4 +300,5 @@ def restore_run(run: Run, checkpoint: Checkpoint) -> int:
             parameter.copy_(checkpoint.parameters[name])
     restore_optimizer(run.optimizer, run.lm.trainable_parameters(), checkpoint.optimizer)
     set_scheduler_step(run.scheduler, checkpoint.step)
+    run.loss_state = checkpoint.state.get("losses", {})
     return checkpoint.step

@@ -1,16 +1,60 @@
-"""Preference losses: pure functions of log-probabilities. They know no model and no cache."""
+"""Preference losses of a batch: per-token log-probs to sums of pairs to one loss a pair. Knows no model and no cache.
+
+Two steps, so that an optimizer step may be cut into any number of forwards: `pair_sums` reduces what one forward gave,
+and `preference_loss` looks at pairs. The loss functions themselves are in `pair_losses` and `likelihood_losses`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
+
+from dpoeng.engine import likelihood_losses as likelihood
+from dpoeng.engine import pair_losses as pair
+from dpoeng.engine.loss_names import LOSS_FACTS
+
+LossState = Mapping[str, float]
+"""What some losses remember from one optimizer step to the next; part of every checkpoint. Empty for most."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossSettings:
+    """All that makes the loss; names and meaning as in TrainConfig."""
+
+    loss_type: tuple[str, ...] = ("sigmoid",)
+    loss_weights: tuple[float, ...] | None = None
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    ld_alpha: float | None = None
+    f_divergence_type: str = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    rpo_alpha: float | None = None
+    use_weighting: bool = False
+    discopop_tau: float = 0.05
+    dpop_lambda: float = 50.0
+    bco_reward_shift: bool = False
+    beta_dpo_alpha: float = 0.6
+    beta_dpo_momentum: float = 0.9
+    simpo_gamma: float = 0.5
+    cpo_alpha: float = 1.0
+
+    @classmethod
+    def of(cls, config: Any) -> LossSettings:
+        """The same fields of a TrainConfig."""
+        return cls(**{known.name: getattr(config, known.name) for known in fields(cls)})
+
+    @property
+    def whole_batch(self) -> bool:
+        """Whether a pair's loss depends on the other pairs of its optimizer step."""
+        return any(LOSS_FACTS[name].whole_batch for name in self.loss_type)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PreferenceBatch:
-    """What a loss may look at: per-token log-probs of B pairs, chosen and rejected branches in turn.
+    """What one forward gives: per-token log-probs of B pairs, chosen and rejected branches in turn.
 
     Branch 2i is pair i's chosen response and branch 2i + 1 its rejected one. Per-token values and not sums, since
     length-normalised and LD-DPO losses need them.
@@ -18,14 +62,18 @@ class PreferenceBatch:
     Attributes:
         policy: [N] float32, with gradient.
         reference: [N] float32, from the cache.
-        branch: [N] int64, the branch that each token belongs to.
+        branch: [N] int64, ascending, the branch that each token belongs to.
         pairs: B.
+        log_collision: [N] float32, log sum_v pi(v)^2 at each position, for `use_weighting`; else None.
+        weights: [B] float64, the user's weight of each pair, or None.
     """
 
     policy: torch.Tensor
     reference: torch.Tensor
     branch: torch.Tensor
     pairs: int
+    log_collision: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
     def sums(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Per-token values [N] -> (chosen sums [B], rejected sums [B]), added in float64."""
@@ -33,6 +81,43 @@ class PreferenceBatch:
         total = total.index_add(0, self.branch, values.double())
         by_side = total.view(self.pairs, 2)
         return by_side[:, 0], by_side[:, 1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PairSums:
+    """What the losses look at, a number a pair: all [B], float64.
+
+    `_ratio` is log pi/ref and `ref_` log ref, both with LD-DPO's weights on the tokens; `_logps` are plain sums of the
+    policy's log-probs; `_tokens` counts the scored tokens; `_kl` estimates the KL per token; `weights` multiplies a
+    pair's loss. Ratios and logps carry the gradient.
+    """
+
+    chosen_ratio: torch.Tensor
+    rejected_ratio: torch.Tensor
+    chosen_logps: torch.Tensor
+    rejected_logps: torch.Tensor
+    ref_chosen: torch.Tensor
+    ref_rejected: torch.Tensor
+    chosen_tokens: torch.Tensor
+    rejected_tokens: torch.Tensor
+    chosen_kl: torch.Tensor
+    rejected_kl: torch.Tensor
+    weights: torch.Tensor
+
+    @property
+    def with_gradient(self) -> tuple[torch.Tensor, ...]:
+        """What the losses are differentiated by."""
+        return self.chosen_ratio, self.rejected_ratio, self.chosen_logps, self.rejected_logps
+
+    def leaves(self) -> PairSums:
+        """The same numbers as leaves of a new graph: `backward` on a loss of them leaves the gradient in `.grad`."""
+        names = ("chosen_ratio", "rejected_ratio", "chosen_logps", "rejected_logps")
+        return replace(self, **{name: getattr(self, name).detach().clone().requires_grad_() for name in names})
+
+    @staticmethod
+    def join(parts: Sequence[PairSums]) -> PairSums:
+        """The pairs of several forwards as one batch."""
+        return PairSums(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(PairSums)})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,36 +129,223 @@ class PreferenceLoss:
     rejected_logps: torch.Tensor
     chosen_rewards: torch.Tensor
     rejected_rewards: torch.Tensor
+    sums: PairSums = field(repr=False)
 
 
-def sigmoid_loss(logits: torch.Tensor, beta: float) -> torch.Tensor:
-    """DPO: -log sigmoid(beta * logits), [B] -> [B].
+def pair_sums(batch: PreferenceBatch, settings: LossSettings) -> PairSums:
+    """Reduces a forward to its pairs."""
+    # Log-ratios are formed token by token, so that two large sums are never subtracted from each other.
+    ratio, reference = batch.policy - batch.reference, batch.reference
+    lengths = torch.bincount(batch.branch, minlength=2 * batch.pairs)
+    if settings.ld_alpha is not None:
+        tail = ld_weights(batch.branch, lengths, settings.ld_alpha)
+        ratio, reference = ratio * tail, reference * tail
+    chosen_ratio, rejected_ratio = batch.sums(ratio)
+    ref_chosen, ref_rejected = batch.sums(reference)
+    chosen_logps, rejected_logps = batch.sums(batch.policy)
+    tokens = lengths.double().view(batch.pairs, 2)
+    with torch.no_grad():
+        chosen_kl, rejected_kl = batch.sums(kl_per_token(batch.policy.double(), batch.reference.double()))
+        weights = batch.weights
+        if weights is None:
+            weights = torch.ones(batch.pairs, dtype=torch.float64, device=batch.policy.device)
+        if settings.use_weighting:
+            weights = weights * wpo_weights(batch)
+    return PairSums(
+        chosen_ratio=chosen_ratio,
+        rejected_ratio=rejected_ratio,
+        chosen_logps=chosen_logps,
+        rejected_logps=rejected_logps,
+        ref_chosen=ref_chosen,
+        ref_rejected=ref_rejected,
+        chosen_tokens=tokens[:, 0],
+        rejected_tokens=tokens[:, 1],
+        chosen_kl=chosen_kl / tokens[:, 0],
+        rejected_kl=rejected_kl / tokens[:, 1],
+        weights=weights,
+    )
 
-    `logits` is the difference of log-ratios, (log pi/ref)(chosen) - (log pi/ref)(rejected).
-    Rafailov et al. 2023, "Direct Preference Optimization", equation 7, https://arxiv.org/abs/2305.18290
+
+def ld_weights(branch: torch.Tensor, lengths: torch.Tensor, alpha: float) -> torch.Tensor:
+    """1 for tokens up to the length of the shorter response of a pair, `alpha` for those beyond it; [N] float32.
+
+    Liu et al. 2024, LD-DPO, equation 10, https://arxiv.org/abs/2409.06411
     """
-    return -F.logsigmoid(beta * logits)
+    position = torch.arange(len(branch), device=branch.device) - (lengths.cumsum(0) - lengths)[branch]
+    shared = lengths.view(-1, 2).amin(1).repeat_interleave(2)
+    return torch.where(position < shared[branch], 1.0, alpha)
 
 
-LOSSES = {"sigmoid": sigmoid_loss}
+def wpo_weights(batch: PreferenceBatch) -> torch.Tensor:
+    """How likely the policy itself would write both responses: a weight a pair, [B] float64, without gradient.
+
+    exp of the mean over tokens of log pi(token) - log sum_v pi(v)^2, chosen times rejected. Zhou et al. 2024,
+    equations 2 and 4 (sampled alignment), https://arxiv.org/abs/2406.11827
+    """
+    assert batch.log_collision is not None, "use_weighting needs the policy's collision probabilities"
+    lengths = torch.bincount(batch.branch, minlength=2 * batch.pairs).double().view(batch.pairs, 2)
+    chosen, rejected = batch.sums(batch.policy.detach().double() - batch.log_collision.double())
+    return torch.exp(chosen / lengths[:, 0] + rejected / lengths[:, 1])
 
 
-def preference_loss(batch: PreferenceBatch, *, beta: float, loss_type: str = "sigmoid") -> PreferenceLoss:
-    """Losses of a batch, one a pair.
+def kl_per_token(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """x - log x - 1 with x = ref/pi: never negative, and 0 only where both agree.
+
+    Schulman 2020, http://joschu.net/blog/kl-approx.html, estimator k3 of KL(pi || ref). It would be unbiased on tokens
+    drawn from the policy; on the tokens of given responses it measures how far the policy has moved there.
+    """
+    log_x = torch.clamp(reference - policy, max=pair.MAX_EXPONENT)
+    return torch.expm1(log_x) - log_x
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Terms:
+    """What is derived from the sums once and shared by the losses of a mixture."""
+
+    sums: PairSums
+    settings: LossSettings
+    state: LossState
+    mean_tokens: float
+    delta: torch.Tensor
+    mean_delta: torch.Tensor
+
+    @property
+    def means(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.sums.chosen_logps / self.sums.chosen_tokens, self.sums.rejected_logps / self.sums.rejected_tokens
+
+
+def preference_loss(
+    sums: PairSums, settings: LossSettings, *, state: LossState | None = None, mean_tokens: float | None = None
+) -> PreferenceLoss:
+    """Losses of pairs.
 
     Args:
-        batch: policy and reference log-probs of the same tokens.
-        beta: how strongly the policy is held to the reference; > 0.
-        loss_type: a name in `LOSSES`.
+        sums: the pairs. Where `settings.whole_batch`, all of the optimizer step's; else any part of them.
+        settings: which losses, and their parameters.
+        state: what the steps before have left, see `next_state`.
+        mean_tokens: mean number of chosen tokens over the optimizer step; None where `sums` is the whole step.
     """
-    chosen, rejected = batch.sums(batch.policy)
-    # Log-ratios are formed token by token, so that two large sums are never subtracted from each other.
-    chosen_ratio, rejected_ratio = batch.sums(batch.policy - batch.reference)
-    losses = LOSSES[loss_type](chosen_ratio - rejected_ratio, beta)
-    return PreferenceLoss(
-        losses=losses,
-        chosen_logps=chosen.detach(),
-        rejected_logps=rejected.detach(),
-        chosen_rewards=beta * chosen_ratio.detach(),
-        rejected_rewards=beta * rejected_ratio.detach(),
+    scores = [
+        pair.f_divergence_scores(ratio, settings.f_divergence_type, settings.f_alpha_divergence_coef)
+        for ratio in (sums.chosen_ratio, sums.rejected_ratio)
+    ]
+    terms = _Terms(
+        sums=sums,
+        settings=settings,
+        state=state or {},
+        mean_tokens=float(sums.chosen_tokens.mean()) if mean_tokens is None else mean_tokens,
+        delta=scores[0] - scores[1],
+        mean_delta=scores[0] / sums.chosen_tokens - scores[1] / sums.rejected_tokens,
     )
+    weights = settings.loss_weights or (1.0,) * len(settings.loss_type)
+    losses = torch.zeros_like(terms.delta)
+    for name, weight in zip(settings.loss_type, weights, strict=True):
+        losses = losses + weight * LOSSES[name](terms)
+    if settings.rpo_alpha is not None:
+        losses = losses + settings.rpo_alpha * likelihood.rpo_term(terms.means[0])
+    chosen_rewards, rejected_rewards = rewards(sums, settings)
+    return PreferenceLoss(
+        losses=losses * sums.weights,
+        chosen_logps=sums.chosen_logps.detach(),
+        rejected_logps=sums.rejected_logps.detach(),
+        chosen_rewards=chosen_rewards,
+        rejected_rewards=rejected_rewards,
+        sums=sums,
+    )
+
+
+def rewards(sums: PairSums, settings: LossSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    """beta times the log-ratio, DPO's implicit reward; for losses without a reference beta times what they compare."""
+    compared = [name for name in settings.loss_type if name != "sft"]
+    chosen, rejected = sums.chosen_ratio, sums.rejected_ratio
+    if compared and not any(LOSS_FACTS[name].reference for name in compared):
+        chosen, rejected = sums.chosen_logps, sums.rejected_logps
+        if compared[0] in ("simpo", "orpo"):
+            chosen, rejected = chosen / sums.chosen_tokens, rejected / sums.rejected_tokens
+    return settings.beta * chosen.detach(), settings.beta * rejected.detach()
+
+
+def next_state(state: LossState, sums: PairSums, settings: LossSettings) -> dict[str, float]:
+    """What the losses remember after an optimizer step over all of `sums`; the step itself has seen `state`."""
+    after = dict(state)
+    chosen, rejected = (settings.beta * ratio.detach() for ratio in (sums.chosen_ratio, sums.rejected_ratio))
+    if "bco_pair" in settings.loss_type and settings.bco_reward_shift:
+        count = state.get("bco_rewards", 0.0) + 2 * len(chosen)
+        total = float(chosen.sum() + rejected.sum()) + state.get("bco_mean", 0.0) * state.get("bco_rewards", 0.0)
+        after |= {"bco_rewards": count, "bco_mean": total / count}
+    if "beta_dpo" in settings.loss_type:
+        keep = settings.beta_dpo_momentum
+        mean = float((chosen - rejected).mean())
+        after["beta_dpo_margin"] = keep * state.get("beta_dpo_margin", 0.0) + (1 - keep) * mean
+    return after
+
+
+def _beta_dpo(terms: _Terms) -> torch.Tensor:
+    settings, margins = terms.settings, terms.settings.beta * terms.delta
+    average = terms.state.get("beta_dpo_margin", 0.0)
+    return pair.sigmoid_loss(terms.delta, pair.dynamic_beta(margins, settings.beta, settings.beta_dpo_alpha, average))
+
+
+def _aot(terms: _Terms) -> torch.Tensor:
+    sums, settings = terms.sums, terms.settings
+    reference = sums.ref_chosen - sums.ref_rejected
+    return pair.aot_loss(reference + terms.delta, reference, settings.beta, settings.label_smoothing)
+
+
+def _ratios(loss: Callable[..., torch.Tensor], *names: str) -> Callable[[_Terms], torch.Tensor]:
+    """A loss of the two log-ratios, beta and some settings."""
+
+    def of(terms: _Terms) -> torch.Tensor:
+        settings = (getattr(terms.settings, name) for name in ("beta", *names))
+        return loss(terms.sums.chosen_ratio, terms.sums.rejected_ratio, *settings)
+
+    return of
+
+
+def _delta(loss: Callable[..., torch.Tensor], *names: str, mean: bool = False) -> Callable[[_Terms], torch.Tensor]:
+    """A loss of the difference of scores, or of scores per token; beta and some settings."""
+
+    def of(terms: _Terms) -> torch.Tensor:
+        settings = (getattr(terms.settings, name) for name in ("beta", *names))
+        return loss(terms.mean_delta if mean else terms.delta, *settings)
+
+    return of
+
+
+LOSSES: dict[str, Callable[[_Terms], torch.Tensor]] = {
+    "sigmoid": _delta(pair.sigmoid_loss, "label_smoothing"),
+    "sigmoid_norm": _delta(pair.sigmoid_loss, mean=True),
+    "robust": _delta(pair.robust_loss, "label_smoothing"),
+    "ipo": _delta(pair.ipo_loss, mean=True),
+    "hinge": _delta(pair.hinge_loss),
+    "exo_pair": _delta(pair.exo_pair_loss, "label_smoothing"),
+    "nca_pair": _ratios(pair.nca_pair_loss),
+    "bco_pair": lambda t: pair.bco_pair_loss(
+        t.sums.chosen_ratio, t.sums.rejected_ratio, t.settings.beta, t.state.get("bco_mean", 0.0)
+    ),
+    "sppo_hard": _ratios(pair.sppo_hard_loss),
+    "aot": _aot,
+    "aot_unpaired": lambda t: pair.aot_loss(
+        t.sums.chosen_ratio, t.sums.rejected_ratio, t.settings.beta, t.settings.label_smoothing
+    ),
+    "apo_zero": _ratios(pair.apo_zero_loss),
+    "apo_down": _ratios(pair.apo_down_loss),
+    "discopop": _delta(pair.discopop_loss, "discopop_tau"),
+    "dpop": _ratios(pair.dpop_loss, "dpop_lambda"),
+    "beta_dpo": _beta_dpo,
+    "simpo": lambda t: likelihood.simpo_loss(
+        *t.means, t.settings.beta, t.settings.simpo_gamma, t.settings.label_smoothing
+    ),
+    "cpo": lambda t: likelihood.cpo_loss(
+        t.sums.chosen_logps,
+        t.sums.rejected_logps,
+        t.settings.beta,
+        alpha=t.settings.cpo_alpha,
+        mean_tokens=t.mean_tokens,
+        label_smoothing=t.settings.label_smoothing,
+    ),
+    "orpo": lambda t: likelihood.orpo_loss(
+        *t.means, t.settings.beta, chosen_logps=t.sums.chosen_logps, mean_tokens=t.mean_tokens
+    ),
+    "sft": lambda t: likelihood.sft_loss(t.sums.chosen_logps, t.mean_tokens),
+}

@@ -17,6 +17,8 @@ from dpoeng.cache.schema import IdArray
 from dpoeng.engine.attention import plan_attention
 from dpoeng.engine.layout import Branch, IndexArray, PackedRow, PromptGroup, pack, pad, separate
 from dpoeng.engine.model import CausalLM, use_layout
+from dpoeng.kernels.collision import log_collision
+from dpoeng.kernels.head import Head
 from dpoeng.kernels.token_logps import token_logps
 
 
@@ -25,6 +27,15 @@ def score_groups(lm: CausalLM, groups: Sequence[PromptGroup]) -> tuple[torch.Ten
 
     Returns:
         token log-probs [N] float32, branch after branch, and the branches' offsets [K + 1] into them.
+    """
+    predictors, targets, offsets = predict_groups(lm, groups)
+    return head_logps(lm, predictors, targets), offsets
+
+
+def predict_groups(lm: CausalLM, groups: Sequence[PromptGroup]) -> tuple[torch.Tensor, torch.Tensor, IndexArray]:
+    """The forward below the head: hidden states [N, H] that predict the scored tokens, these [N], and offsets [K + 1].
+
+    A position that predicts the first token of two branches is there twice.
     """
     if lm.layout == "shared":
         row = pack(groups)
@@ -37,8 +48,7 @@ def score_groups(lm: CausalLM, groups: Sequence[PromptGroup]) -> tuple[torch.Ten
             position_ids=_tensor(lm, row.position_ids).view(shape),
             use_cache=False,
         ).last_hidden_state.flatten(0, 1)
-    predictors = hidden.index_select(0, _tensor(lm, row.gather))
-    return head_logps(lm, predictors, _tensor(lm, row.targets)), row.branch_offsets
+    return hidden.index_select(0, _tensor(lm, row.gather)), _tensor(lm, row.targets), row.branch_offsets
 
 
 def _run_packed(lm: CausalLM, row: PackedRow) -> torch.Tensor:
@@ -56,16 +66,33 @@ def head_logps(lm: CausalLM, hidden: torch.Tensor, targets: torch.Tensor) -> tor
     """log p(target) from hidden states [N, H] and targets [N] -> [N] float32, by the cheapest way that is exact."""
     head = lm.head
     softcap, scale = head_transform(lm)
-    if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
+    if type(head) is nn.Linear and _frozen(head):
         return token_logps(
             hidden.to(head.weight.dtype), head.weight, targets, bias=head.bias, softcap=softcap, scale=scale
         )
     from dpoeng.kernels.row_logps import token_logps_from_logits
 
-    logits = head(hidden) * scale
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    return token_logps_from_logits(logits, targets)
+    return token_logps_from_logits(_logits(lm, hidden), targets)
+
+
+@torch.no_grad()
+def head_log_collision(lm: CausalLM, hidden: torch.Tensor) -> torch.Tensor:
+    """log sum_v p(v)^2 at each of some hidden states [N, H] -> [N] float32: what WPO weighs pairs by."""
+    head = lm.head
+    if type(head) is nn.Linear and _frozen(head):
+        return log_collision(hidden.to(head.weight.dtype), Head(head.weight, head.bias, *head_transform(lm)))
+    logps = torch.log_softmax(_logits(lm, hidden).float(), dim=-1)
+    return torch.logsumexp(2 * logps, dim=-1)
+
+
+def _frozen(head: nn.Module) -> bool:
+    return not any(p.requires_grad for p in head.parameters())
+
+
+def _logits(lm: CausalLM, hidden: torch.Tensor) -> torch.Tensor:
+    softcap, scale = head_transform(lm)
+    logits: torch.Tensor = lm.head(hidden) * scale
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 def head_transform(lm: CausalLM) -> tuple[float | None, float]:

@@ -70,6 +70,10 @@ def train(config: TrainConfig, progress: Progress = QUIET) -> TrainSummary:
     mode = resolve_adapter_mode(config, has_adapter=adapter is not None)
     train_indices, eval_indices = split(view, eval_view, config)
     train_rows, eval_rows = Rows(view, train_indices), Rows(eval_view or view, eval_indices)
+    train_weights, eval_weights = (
+        rows.column(config.pair_weight_column) if config.pair_weight_column else None
+        for rows in (train_rows, eval_rows)
+    )
     schedule = plan_schedule(
         len(train_rows),
         batch=config.per_device_train_batch_size * config.gradient_accumulation_steps,
@@ -102,6 +106,8 @@ def train(config: TrainConfig, progress: Progress = QUIET) -> TrainSummary:
         lm=lm,
         train_rows=train_rows,
         eval_rows=eval_rows,
+        train_weights=train_weights,
+        eval_weights=eval_weights,
         schedule=schedule,
         optimizer=optimizer,
         scheduler=build_scheduler(config, optimizer, schedule.total_steps),

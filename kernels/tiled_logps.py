@@ -78,7 +78,7 @@ def _block(hidden: Tensor, head: Head, targets: Tensor, unit_gradient: Tensor | 
             z.copy_(h @ weight.T)
         else:
             torch.mm(h, weight.T, out=z)
-        slopes = _map_logits(z, head, low)
+        slopes = map_logits(z, head, low)
 
         inside = (y >= low) & (y < low + weight.shape[0])
         column = torch.where(inside, y - low, 0).unsqueeze(1)
@@ -114,7 +114,7 @@ def _block(hidden: Tensor, head: Head, targets: Tensor, unit_gradient: Tensor | 
     return logps[:n]
 
 
-def _map_logits(z: Tensor, head: Head, low: int) -> Tensor | None:
+def map_logits(z: Tensor, head: Head, low: int) -> Tensor | None:
     """Turn raw products `[R, T]` into logits in place; returns dz/draw `[R, T]` where a softcap makes it vary."""
     if head.bias is not None:
         z.add_(head.bias[low : low + z.shape[1]])

@@ -187,8 +187,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, whole: Path) -> dict[s
     ("number", "owner", "name", "call"),
     [
         # Evaluation first: two batches; then two of the training in each step.
-        (signal.SIGINT, loop_module, "batch_loss", 6),
-        (signal.SIGTERM, loop_module, "batch_loss", 7),
+        (signal.SIGINT, loop_module, "batch_sums", 6),
+        (signal.SIGTERM, loop_module, "batch_sums", 7),
         (signal.SIGTERM, checkpoint_module, "write_durably", 5),
         (signal.SIGINT, checkpoint_module, "write_durably", 8),
     ],

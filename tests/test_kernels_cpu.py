@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from dpoeng.kernels import tiled_logps
+from dpoeng.kernels.collision import log_collision
+from dpoeng.kernels.head import Head
 from dpoeng.kernels.token_logps import plain_token_logps, token_logps
 
 # A plain head; Gemma's softcap; Cohere's scale with a temperature; a bias with a softcap. Between them every branch.
@@ -244,3 +246,16 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> Non
     fitting = {"hidden": torch.zeros(4, 8), "weight": torch.zeros(50, 8), "targets": torch.zeros(4, dtype=torch.int64)}
     with pytest.raises(ValueError, match=message):
         token_logps(**(fitting | change))
+
+
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 5), (7, 4096), (1030, 4099)])  # below, at and beyond a tile
+def test_the_collision_probability_equals_full_logits(rows: int, vocabulary: int) -> None:
+    draw = torch.Generator().manual_seed(rows)
+    hidden, weight = torch.randn(rows, 16, generator=draw), torch.randn(vocabulary, 16, generator=draw)
+    bias = torch.randn(vocabulary, generator=draw)
+    for head in (Head(weight), Head(10 * weight, bias), Head(weight, softcap=3.0, scale=0.5)):
+        raw = hidden.double() @ head.weight.double().T + (0 if head.bias is None else head.bias.double())
+        z = raw if head.softcap is None else head.outer * torch.tanh(head.inner * raw)
+        expected = (2 * z.log_softmax(-1)).logsumexp(-1)
+        torch.testing.assert_close(log_collision(hidden, head).double(), expected, rtol=0, atol=2e-4)
+    assert log_collision(hidden[:0], Head(weight)).shape == (0,)

@@ -596,4 +596,4 @@ def test_a_loss_that_is_not_a_number_stops_before_saving(
 
 
 def _rest(part: Any) -> tuple[Any, ...]:
-    return part.chosen_logps, part.rejected_logps, part.chosen_rewards, part.rejected_rewards
+    return part.chosen_logps, part.rejected_logps, part.chosen_rewards, part.rejected_rewards, part.sums

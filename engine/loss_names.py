@@ -1,0 +1,241 @@
+"""The losses by the names that users know, where each comes from, and which settings it takes. Imports no torch.
+
+Names are TRL's where TRL has the loss. The functions are in `pair_losses` and `likelihood_losses`, joined to these
+names in `losses`; docs/losses.md explains when to use which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+LossType = Literal[
+    "sigmoid",
+    "sigmoid_norm",
+    "robust",
+    "ipo",
+    "hinge",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "dpop",
+    "beta_dpo",
+    "simpo",
+    "cpo",
+    "orpo",
+    "sft",
+]
+FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+
+
+@dataclass(frozen=True, slots=True)
+class LossFacts:
+    """What is known of a loss before it is computed.
+
+    Attributes:
+        paper: authors, year and name.
+        equation: where in the paper.
+        url: of the paper.
+        reference: whether it reads the cached log-probs. Losses that do not still take their pairs from the cache.
+        f_divergence: whether it depends on the difference of the two scores alone, so that the normaliser of f-DPO
+            cancels and `f_divergence_type` may be another than reverse_kl.
+        whole_batch: whether a pair's loss depends on the other pairs of its optimizer step.
+        settings: the fields that it takes beside `beta`.
+    """
+
+    paper: str
+    equation: str
+    url: str
+    reference: bool = True
+    f_divergence: bool = False
+    whole_batch: bool = False
+    settings: tuple[str, ...] = ()
+
+
+def _arxiv(number: str) -> str:
+    return f"https://arxiv.org/abs/{number}"
+
+
+LOSS_FACTS: dict[str, LossFacts] = {
+    "sigmoid": LossFacts(
+        "Rafailov et al. 2023, DPO",
+        "equation 7",
+        _arxiv("2305.18290"),
+        f_divergence=True,
+        settings=("label_smoothing",),
+    ),
+    "sigmoid_norm": LossFacts(
+        "Lambert et al. 2024, Tulu 3: length-normalised DPO", "equation 6", _arxiv("2411.15124"), f_divergence=True
+    ),
+    "robust": LossFacts(
+        "Chowdhury et al. 2024, robust DPO",
+        "equation 12",
+        _arxiv("2403.00409"),
+        f_divergence=True,
+        settings=("label_smoothing",),
+    ),
+    "ipo": LossFacts("Azar et al. 2023, IPO", "equation 17", _arxiv("2310.12036"), f_divergence=True),
+    "hinge": LossFacts(
+        "Zhao et al. 2023, SLiC-HF; normalised by the reference as in Liu et al. 2023, RSO",
+        "RSO section 2.2",
+        _arxiv("2309.06657"),
+        f_divergence=True,
+    ),
+    "exo_pair": LossFacts(
+        "Ji et al. 2024, EXO", "equation 16", _arxiv("2402.00856"), f_divergence=True, settings=("label_smoothing",)
+    ),
+    "nca_pair": LossFacts("Chen et al. 2024, NCA", "equation 11, two responses", _arxiv("2402.05369")),
+    "bco_pair": LossFacts("Jung et al. 2024, BCO", "section 4", _arxiv("2404.04656"), settings=("bco_reward_shift",)),
+    "sppo_hard": LossFacts("Wu et al. 2024, SPPO with P = 1 and 0", "equation 4.7", _arxiv("2405.00675")),
+    "aot": LossFacts(
+        "Melnyk et al. 2024, AOT, paired",
+        "section 3",
+        _arxiv("2406.05882"),
+        whole_batch=True,
+        settings=("label_smoothing",),
+    ),
+    "aot_unpaired": LossFacts(
+        "Melnyk et al. 2024, AOT, unpaired",
+        "section 3",
+        _arxiv("2406.05882"),
+        whole_batch=True,
+        settings=("label_smoothing",),
+    ),
+    "apo_zero": LossFacts("D'Oosterlinck et al. 2024, APO-zero", "equation 7", _arxiv("2408.06266")),
+    "apo_down": LossFacts("D'Oosterlinck et al. 2024, APO-down", "equation 8", _arxiv("2408.06266")),
+    "discopop": LossFacts(
+        "Lu et al. 2024, DiscoPOP",
+        "equation 5",
+        _arxiv("2406.08414"),
+        f_divergence=True,
+        settings=("discopop_tau",),
+    ),
+    "dpop": LossFacts("Pal et al. 2024, DPO-Positive", "equation 3", _arxiv("2402.13228"), settings=("dpop_lambda",)),
+    "beta_dpo": LossFacts(
+        "Wu et al. 2024, beta-DPO, beta of a batch",
+        "section 4.2",
+        _arxiv("2407.08639"),
+        whole_batch=True,
+        settings=("beta_dpo_alpha", "beta_dpo_momentum"),
+    ),
+    "simpo": LossFacts(
+        "Meng et al. 2024, SimPO",
+        "equation 6",
+        _arxiv("2405.14734"),
+        reference=False,
+        settings=("simpo_gamma", "label_smoothing"),
+    ),
+    "cpo": LossFacts(
+        "Xu et al. 2024, CPO",
+        "equation 3",
+        _arxiv("2401.08417"),
+        reference=False,
+        settings=("cpo_alpha", "label_smoothing"),
+    ),
+    "orpo": LossFacts("Hong et al. 2024, ORPO", "equation 6", _arxiv("2403.07691"), reference=False),
+    "sft": LossFacts(
+        "Pang et al. 2024, iterative RPO: the likelihood term", "equation 1", _arxiv("2404.19733"), reference=False
+    ),
+}
+
+# Names that somebody will try, and what to do instead.
+OTHER_NAMES: dict[str, str] = {
+    "dpo": "DPO is loss_type sigmoid",
+    "cdpo": "cDPO is loss_type sigmoid with label_smoothing above 0",
+    "rdpo": "robust DPO is loss_type robust",
+    "slic": "SLiC is loss_type hinge",
+    "exo": "it is called exo_pair",
+    "nca": "it is called nca_pair",
+    "bco": "it is called bco_pair",
+    "sppo": "it is called sppo_hard",
+    "apo": "it is apo_zero or apo_down",
+    "aot_pair": "TRL 0.28 renamed aot_pair: use aot",
+    "rpo": "RPO is loss_type sigmoid with rpo_alpha",
+    "wpo": "WPO is use_weighting with any pairwise loss",
+    "ld_dpo": "LD-DPO is loss_type sigmoid with ld_alpha",
+    "kto_pair": "TRL dropped kto_pair; bco_pair or apo_zero are the nearest losses on pairs",
+    "kto": "KTO needs labels of single responses and a KL estimate from mismatched ones, which pairs do not give; "
+    "bco_pair or apo_zero are the nearest losses on pairs",
+    "alphapo": "AlphaPO is not among dpoeng's losses; simpo is its limit alpha = 0",
+}
+_TDPO = (
+    "TDPO needs at every position the KL divergence over the whole vocabulary, which needs the reference's whole "
+    "distribution; the cache holds the reference's log-prob of the observed token alone, so TDPO cannot be had exactly"
+)
+OTHER_NAMES |= dict.fromkeys(("tdpo", "tdpo1", "tdpo2"), _TDPO)
+
+_ONLY_SETTINGS = tuple(dict.fromkeys(name for facts in LOSS_FACTS.values() for name in facts.settings))
+
+
+def check_names(names: Sequence[object]) -> None:
+    """Raises ValueError where a name is that of a loss under another name, or of one that cannot be had."""
+    for name in names:
+        key = str(name).strip().lower().replace("-", "_")
+        if key in OTHER_NAMES:
+            raise ValueError(f"there is no loss_type {name}: {OTHER_NAMES[key]}")
+
+
+def check_combination(settings: Mapping[str, Any], changed: Sequence[str]) -> None:
+    """Refuses losses and settings that do not make sense together.
+
+    Args:
+        settings: the loss fields of TrainConfig by name.
+        changed: those among them whose value is not the default: a setting that nothing reads is refused, not ignored.
+
+    Raises:
+        ValueError: what does not fit, and why.
+    """
+    types: tuple[str, ...] = settings["loss_type"]
+    facts = {name: LOSS_FACTS[name] for name in types}
+    listed = " + ".join(types)
+    if len(facts) < len(types):
+        raise ValueError(f"loss_type names a loss twice ({listed}); give it one weight in loss_weights")
+    weights = settings["loss_weights"]
+    if weights is not None and len(weights) != len(types):
+        raise ValueError(f"loss_weights has {len(weights)} numbers for the {len(types)} losses {listed}; give one each")
+    for name in _ONLY_SETTINGS:
+        takers = [loss for loss, known in LOSS_FACTS.items() if name in known.settings]
+        if name in changed and not set(takers) & set(types):
+            raise ValueError(f"{name} does nothing with loss_type {listed}; it belongs to {', '.join(takers)}")
+    if "exo_pair" in types and settings["label_smoothing"] == 0:
+        raise ValueError("exo_pair needs label_smoothing above 0, since it contains its logarithm; the paper uses 1e-3")
+    if settings["rpo_alpha"] is not None and "sft" in types:
+        raise ValueError("rpo_alpha and loss_type sft are the same kind of term; give one of them")
+    if set(types) == {"sft"} and settings["ld_alpha"] is not None:
+        raise ValueError("ld_alpha does nothing with loss_type sft alone")
+    _check_scores(settings, changed, listed, facts)
+    whole = [name for name, known in facts.items() if known.whole_batch and name != "beta_dpo"]
+    for field in ("use_weighting", "pair_weight_column"):
+        if whole and settings[field]:
+            raise ValueError(
+                f"{field} cannot be used with {whole[0]}: it sorts the pairs of a batch, and a weight would no longer "
+                "belong to its pair"
+            )
+
+
+def _check_scores(
+    settings: Mapping[str, Any], changed: Sequence[str], listed: str, facts: Mapping[str, LossFacts]
+) -> None:
+    kind = settings["f_divergence_type"]
+    if kind != "reverse_kl":
+        others = [name for name, known in facts.items() if not known.f_divergence and name != "sft"]
+        if others:
+            fitting = [name for name, known in LOSS_FACTS.items() if known.f_divergence]
+            raise ValueError(
+                f"f_divergence_type {kind} has no meaning for {', '.join(others)}: the normaliser of f-DPO cancels "
+                f"only in the difference of two scores; it can be used with {', '.join(fitting)}"
+            )
+        if set(facts) == {"sft"}:
+            raise ValueError(f"f_divergence_type {kind} does nothing with loss_type {listed}")
+    if "f_alpha_divergence_coef" in changed and kind != "alpha_divergence":
+        raise ValueError(f"f_alpha_divergence_coef does nothing with f_divergence_type {kind}")
+    normalised = [name for name in ("simpo", "orpo") if name in facts]
+    if settings["ld_alpha"] is not None and normalised:
+        raise ValueError(f"ld_alpha cannot be used with {normalised[0]}, which divides by the length already")

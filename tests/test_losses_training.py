@@ -1,0 +1,173 @@
+"""Losses in training: the same however a step is cut, the same after a kill, weighted and refused as they should be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from dpoeng_testing import pair_rows, write_jsonl
+
+from dpoeng.cache.errors import UserError
+from dpoeng.cache.reader import View
+from dpoeng.engine import loop as loop_module
+from dpoeng.engine.config import PrecomputeConfig, TrainConfig
+from dpoeng.engine.precompute import precompute_reference
+from dpoeng.engine.train import TrainSummary, train
+
+
+def precompute(pairs: Path, model: Path, cache: Path) -> Path:
+    precompute_reference(PrecomputeConfig(pairs=(pairs,), model=str(model), cache=cache))
+    return cache
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    folder = tmp_path_factory.mktemp("losses")
+    return precompute(write_jsonl(folder / "pairs.jsonl", pair_rows(12)), tiny_model, folder / "cache")
+
+
+def run(cache: Path, out: Path, **fields: Any) -> TrainSummary:
+    values: dict[str, Any] = {"max_steps": 3, "learning_rate": 3e-3, "lora_r": 4, "save_steps": 1, **fields}
+    return train(TrainConfig(cache=cache, output_dir=out, **values))
+
+
+def lines(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"loss_type": ("sigmoid", "sft")},  # a mean over the tokens of the step
+        {"loss_type": ("aot",)},  # sorted over the step
+        {"loss_type": ("beta_dpo", "orpo"), "beta_dpo_alpha": 2.0},  # a beta of the step, and state
+        {"loss_type": ("bco_pair",), "bco_reward_shift": True},
+    ],
+    ids=lambda fields: "+".join(fields["loss_type"]),
+)
+def test_a_step_is_the_same_however_it_is_cut(tmp_path: Path, cache: Path, fields: dict[str, Any]) -> None:
+    """Four pairs at once, two by two, and one by one; and the held-out pairs likewise."""
+    for size in (4, 2, 1):
+        cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
+        run(cache, tmp_path / str(size), per_device_eval_batch_size=size, **cut, **fields)
+    whole = lines(tmp_path / "4")
+    assert len({line["loss"] for line in whole if "loss" in line}) >= 2
+    for other in ("2", "1"):
+        for line, expected in zip(lines(tmp_path / other), whole, strict=True):
+            assert line == pytest.approx(expected, rel=2e-4, abs=1e-6)
+
+
+def test_sorting_within_parts_would_be_another_loss(tmp_path: Path, cache: Path) -> None:
+    """What the exact way costs a second forward for: without it, the losses of the cut step differ."""
+    run(cache, tmp_path / "whole", loss_type=("aot",), per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop_module.LossSettings, "whole_batch", False)
+        run(cache, tmp_path / "parts", loss_type=("aot",), per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    whole, parts = (lines(tmp_path / name)[-2]["loss"] for name in ("whole", "parts"))
+    assert abs(whole - parts) > 1e-4
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+@pytest.mark.parametrize("call", [3, 7, 12])
+def test_what_losses_remember_survives_a_kill(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """Killed in either of the two passes of a step; with dropout, which must draw the same in both passes."""
+    fields = {"loss_type": ("beta_dpo", "bco_pair"), "bco_reward_shift": True, "lora_dropout": 0.2, "eval_share": 0}
+    run(cache, tmp_path / "whole", **fields)
+    real, calls = loop_module.batch_sums, 0
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise Killed
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(loop_module, "batch_sums", dying)
+    with pytest.raises(Killed):
+        run(cache, tmp_path / "cut", **fields)
+    monkeypatch.undo()
+    run(cache, tmp_path / "cut", **fields)
+    for name in ("metrics.jsonl", "adapter/adapter_model.safetensors", "checkpoint-00000003/state.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    record = json.loads(json.loads((tmp_path / "cut" / "checkpoint-00000003" / "state.json").read_text())["record"])
+    assert record["state"]["losses"]["bco_rewards"] > 0
+    assert record["state"]["losses"]["beta_dpo_margin"] != 0
+
+
+def test_both_passes_see_the_same_dropout(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seen = loop_module.batch_sums, []
+
+    def watch(*args: Any, **kwargs: Any) -> Any:
+        found = real(*args, **kwargs)
+        seen.append((torch.is_grad_enabled(), found.chosen_ratio.detach().tolist()))
+        return found
+
+    monkeypatch.setattr(loop_module, "batch_sums", watch)
+    run(cache, tmp_path / "out", loss_type=("aot",), lora_dropout=0.5, eval_share=0, max_steps=2)
+    last = seen[-(len(seen) // 2) :]
+    first, second = ([values for grad, values in last if grad == wanted] for wanted in (False, True))
+    assert first == second
+    assert any(abs(value) > 1e-6 for values in first for value in values)
+
+
+def test_weights_come_from_a_column(tmp_path: Path, cache: Path) -> None:
+    view = View.open(cache)
+    plain = run(cache, tmp_path / "plain", max_steps=1, per_device_train_batch_size=12, eval_share=0)
+    weighted = run(
+        cache,
+        tmp_path / "margin",
+        max_steps=1,
+        per_device_train_batch_size=12,
+        eval_share=0,
+        pair_weight_column="margin",
+    )
+    mean = np.mean([view.extra(i)["margin"] for i in range(len(view))])
+    assert weighted.first["loss"] == pytest.approx(plain.first["loss"] * mean, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("value", "column", "found"),
+    [("high", "margin", "'high'"), (-1, "margin", "-1"), (True, "margin", "True"), (1, "margn", "no such column")],
+)
+def test_a_column_without_weights_is_refused(
+    tmp_path: Path, tiny_model: Path, value: Any, column: str, found: str
+) -> None:
+    rows = pair_rows(4)
+    rows[2]["margin"] = value
+    used = precompute(write_jsonl(tmp_path / "pairs.jsonl", rows), tiny_model, tmp_path / "cache")
+    with pytest.raises(UserError) as caught:
+        run(used, tmp_path / "out", pair_weight_column=column, eval_share=0)
+    assert caught.value.code == "data-weight"
+    assert found in str(caught.value.found)
+    assert caught.value.where is not None
+    assert caught.value.where.endswith("row 1" if column == "margn" else "row 3")
+    assert "margin" in str(caught.value.remedy)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wpo_weighs_by_the_policys_own_probabilities(tmp_path: Path, cache: Path, tiny_model: Path) -> None:
+    """At the first step all losses are ln 2, so the mean loss shows the weights; against full logits in float64."""
+    from transformers import AutoModelForCausalLM
+
+    view, model = View.open(cache), AutoModelForCausalLM.from_pretrained(tiny_model).double().eval()
+    weights = []
+    for pair in (view[i] for i in range(len(view))):
+        aligned = 0.0
+        for response in (pair.ids.chosen_ids, pair.ids.rejected_ids):
+            tokens = torch.from_numpy(np.concatenate([pair.ids.prompt_ids, response]).astype(np.int64))
+            with torch.inference_mode():
+                logps = model(tokens[None]).logits[0, len(pair.ids.prompt_ids) - 1 : -1].log_softmax(-1)
+            own = logps.gather(1, tokens[len(pair.ids.prompt_ids) :, None]).squeeze(1)
+            aligned += float((own - (2 * logps).logsumexp(-1)).mean())
+        weights.append(np.exp(aligned))
+    found = run(cache, tmp_path / "out", use_weighting=True, per_device_train_batch_size=12, eval_share=0, max_steps=1)
+    assert found.first["loss"] == pytest.approx(np.log(2) * np.mean(weights), rel=1e-5)
