@@ -29,7 +29,6 @@ Optimizer = Literal[
     "adamw_8bit",
     "paged_adamw_8bit",
     "paged_adamw_32bit",
-    "paged_adamw",
 ]
 
 # The fields that make the loss, all of TrainConfig.

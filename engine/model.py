@@ -222,19 +222,28 @@ def require_bitsandbytes(quantization: Quantization) -> None:
     Raises:
         UserError: it cannot be imported.
     """
-    if quantization == "none":
-        return
+    if quantization != "none":
+        import_bitsandbytes(f"--quantization {quantization}", "use --quantization none")
+
+
+def import_bitsandbytes(where: str, instead: str) -> Any:
+    """The library, or a message that says what asked for it and what to use instead.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
     try:
-        import bitsandbytes  # noqa: F401
+        import bitsandbytes
     except Exception as error:
         raise UserError(
             "bitsandbytes cannot be used",
             code="bitsandbytes-unusable",
-            where=f"--quantization {quantization}",
+            where=where,
             found=f"{type(error).__name__}: {error}",
-            remedy="pip install 'bitsandbytes>=0.48', or use --quantization none",
+            remedy=f"pip install 'bitsandbytes>=0.48', or {instead}",
             exit_status=5,
         ) from error
+    return bitsandbytes
 
 
 def _quantization_config(
@@ -346,3 +355,14 @@ def lr_schedule(name: str, optimizer: torch.optim.Optimizer, warmup_steps: int, 
     from transformers import get_scheduler
 
     return get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps)
+
+
+def bitsandbytes_adamw(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
+    """bitsandbytes' AdamW.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    library = import_bitsandbytes("--optim", "use --optim adamw_torch")
+    optimizer: torch.optim.Optimizer = library.optim.AdamW(groups, **settings)
+    return optimizer

@@ -11,19 +11,41 @@ from torch import nn
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config import TrainConfig
-from dpoeng.engine.model import lr_schedule
+from dpoeng.engine.model import bitsandbytes_adamw, lr_schedule
 
 Named = Sequence[tuple[str, nn.Parameter]]
 
 
 def build_optimizer(config: TrainConfig, trainable: Named) -> torch.optim.Optimizer:
-    """AdamW. Decoupled weight decay as in Loshchilov and Hutter, https://arxiv.org/abs/1711.05101"""
-    return torch.optim.AdamW(
-        [parameter for _, parameter in trainable],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
+    """AdamW. Decoupled weight decay as in Loshchilov and Hutter, https://arxiv.org/abs/1711.05101
+
+    Decay pulls matrices towards zero, and leaves vectors (DoRA's magnitudes, biases) alone. bitsandbytes keeps the
+    state of tensors of 4,096 numbers and more in 8 bits; paged, it moves out of a full GPU, and on a CPU there is
+    nothing to move.
+
+    Raises:
+        UserError: bitsandbytes is asked for and cannot be imported.
+    """
+    matrices = [parameter for _, parameter in trainable if parameter.dim() > 1]
+    vectors = [parameter for _, parameter in trainable if parameter.dim() <= 1]
+    groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": config.weight_decay}]
+    if vectors:
+        groups.append({"params": vectors, "weight_decay": 0.0})
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+    }
+    if config.optim == "adamw_torch":
+        return torch.optim.AdamW(groups, **settings)
+    if config.optim == "adamw_torch_fused":
+        return torch.optim.AdamW(groups, **settings, fused=True)
+    on_gpu = any(parameter.device.type == "cuda" for _, parameter in trainable)
+    return bitsandbytes_adamw(
+        groups,
+        **settings,
+        optim_bits=8 if "8bit" in config.optim else 32,
+        is_paged="paged" in config.optim and on_gpu,
     )
 
 
@@ -57,20 +79,34 @@ def set_scheduler_step(scheduler: Any, step: int) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, trainable: Named) -> dict[str, torch.Tensor]:
-    """The optimizer's state as `<parameter>/<quantity>` -> tensor, on the CPU."""
+    """The optimizer's state as `<parameter>/<quantity>` -> tensor, on the CPU.
+
+    bitsandbytes' tables of its 256 values (`qmap`) are constants and left out.
+    """
     return {
         f"{name}/{quantity}": torch.as_tensor(value).detach().cpu().contiguous()
         for name, parameter in trainable
         for quantity, value in optimizer.state[parameter].items()
+        if not quantity.startswith("qmap")
     }
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, trainable: Named, tensors: Mapping[str, torch.Tensor]) -> None:
     """Puts back what `optimizer_tensors` gave, bit for bit."""
     by_name = dict(trainable)
+    if hasattr(optimizer, "init_state"):  # bitsandbytes: its own buffers, which may be paged, are filled
+        for at, group in enumerate(optimizer.param_groups):
+            for i, parameter in enumerate(group["params"]):
+                optimizer.init_state(group, parameter, at, i)
     for key, value in tensors.items():
         name, quantity = key.rsplit("/", 1)
         parameter = by_name[name]
-        # AdamW counts its steps in a CPU scalar; the moments live beside the parameter.
-        device = parameter.device if value.dim() else value.device
-        optimizer.state[parameter][quantity] = value.to(device)
+        state = optimizer.state[parameter]
+        if isinstance(state.get(quantity), torch.Tensor):
+            state[quantity].copy_(value)
+        elif quantity in state:
+            state[quantity] = int(value)
+        else:
+            # torch's AdamW counts its steps in a CPU scalar unless fused; the moments live beside the parameter.
+            beside = value.dim() > 0 or optimizer.defaults.get("fused")
+            state[quantity] = value.to(parameter.device if beside else value.device)

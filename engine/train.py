@@ -18,7 +18,14 @@ from dpoeng.engine.checkpoint import Checkpoint
 from dpoeng.engine.config import TrainConfig
 from dpoeng.engine.loop import Rows, Run, restore_run, run_steps, save_run
 from dpoeng.engine.metrics import MetricsLog
-from dpoeng.engine.model import CausalLM, device_name, enable_gradient_checkpointing, require_bitsandbytes, set_mode
+from dpoeng.engine.model import (
+    CausalLM,
+    device_name,
+    enable_gradient_checkpointing,
+    import_bitsandbytes,
+    require_bitsandbytes,
+    set_mode,
+)
 from dpoeng.engine.optim import build_optimizer, build_scheduler
 from dpoeng.engine.order import hold_out, plan_schedule
 from dpoeng.engine.progress import QUIET, Progress
@@ -65,6 +72,8 @@ def train(config: TrainConfig, progress: Progress = QUIET) -> TrainSummary:
     eval_view = View.open(config.cache, config.eval_view) if config.eval_view else None
     reference = view.meta["reference"]
     require_bitsandbytes(config.quantization or reference["quantization"])
+    if not config.optim.startswith("adamw_torch"):
+        import_bitsandbytes(f"--optim {config.optim}", "use --optim adamw_torch")
     adapter_name = config.adapter or reference.get("adapter")
     adapter = find_adapter(adapter_name) if adapter_name else None
     mode = resolve_adapter_mode(config, has_adapter=adapter is not None)

@@ -178,12 +178,12 @@ def test_reference_free_losses_by_hand() -> None:
     assert loss(pairs, settings("cpo", cpo_alpha=0.5)) == [pytest.approx(1.5 * LN2)]
     assert loss(pairs, settings("orpo", beta=0.5)) == [pytest.approx(LN2 + 0.5 * math.log(4 / 3))]  # odds 1 and 1/3
     assert loss(pairs, settings("sft")) == [pytest.approx(LN2)]
-    pairs = sums([0.31], [-0.53])
-    moved = replace(pairs, ref_chosen=pairs.ref_chosen + 0.47, chosen_ratio=pairs.chosen_ratio - 0.47)
-    for name, known in LOSS_FACTS.items():
-        assert (loss(pairs, settings(name)) == loss(moved, settings(name))) == (not known.reference), name
     free = preference_loss(pairs, settings("simpo", beta=2.0))
     assert free.chosen_rewards.tolist() == [pytest.approx(-2 * LN2)]  # what the loss compares, not log-ratios
+    here = sums([0.31], [-0.53])
+    moved = replace(here, ref_chosen=here.ref_chosen + 0.47, chosen_ratio=here.chosen_ratio - 0.47)
+    for name, known in LOSS_FACTS.items():
+        assert (loss(here, settings(name)) == loss(moved, settings(name))) == (not known.reference), name
 
 
 def test_sft_is_the_mean_over_tokens_and_rpo_the_mean_over_pairs() -> None:
