@@ -20,6 +20,7 @@ from dpoeng.cache.reader import View
 from dpoeng.cache.records import Commit
 from dpoeng.cache.schema import PairIds, ScoredPair, as_ids, pair_key
 from dpoeng.cache.shard import BATCH_ROWS
+from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.store import Store
 from dpoeng.cache.table import ViewEntry
 
@@ -38,8 +39,10 @@ EXPORT_SCHEMA: Final = pa.schema(
         ("source_row", pa.int64()),
     ]
 )
-_NEEDED: Final = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_token_logps", "ref_rejected_token_logps")
-_SUMS: Final = ("ref_chosen_logps", "ref_rejected_logps", "reference_chosen_logps", "reference_rejected_logps")
+_IDS: Final = ("prompt_ids", "chosen_ids", "rejected_ids")
+_TOKENS: Final = ("ref_chosen_token_logps", "ref_rejected_token_logps")
+# Names under which a sum is written: TRL's (and ours), and those of older TRL and open-instruct.
+_SUMS: Final = (("ref_chosen_logps", "ref_rejected_logps"), ("reference_chosen_logps", "reference_rejected_logps"))
 
 
 def export_view(view: View, path: Path) -> int:
@@ -68,6 +71,7 @@ def export_view(view: View, path: Path) -> int:
 
 
 def _columns(view: View) -> Iterator[dict[str, Any]]:
+    tokens = not view.spec.holds_sums
     for i in range(len(view)):
         row = view[i]
         source_file, source_row = view.source(i)
@@ -77,8 +81,8 @@ def _columns(view: View) -> Iterator[dict[str, Any]]:
             "rejected_ids": row.ids.rejected_ids.tolist(),
             "ref_chosen_logps": row.chosen_sum,
             "ref_rejected_logps": row.rejected_sum,
-            "ref_chosen_token_logps": row.chosen_logps.tolist(),
-            "ref_rejected_token_logps": row.rejected_logps.tolist(),
+            "ref_chosen_token_logps": row.chosen_logps.tolist() if tokens else None,
+            "ref_rejected_token_logps": row.rejected_logps.tolist() if tokens else None,
             "source_file": source_file,
             "source_row": source_row,
         }
@@ -114,47 +118,73 @@ class Imported:
     view: str | None
 
 
-def import_rows(store: Store, spec_digest: str, path: Path, view: str | None = None) -> Imported:
+def file_holds_sums(path: Path) -> bool:
+    """Whether a file to import has sums only, as TRL writes them; its first row decides.
+
+    Raises:
+        UserError: neither sums nor log-probs of tokens, or a file that cannot be read.
+    """
+    for columns in _read_columns(path):
+        if all(columns.get(name) is not None for name in _TOKENS):
+            return False
+        if _sum_columns(columns):
+            return True
+        raise _lacking(path, 1, columns)
+    raise UserError("there are no rows to import", code="import-columns", where=str(path), exit_status=3)
+
+
+def import_rows(
+    store: Store, spec: ReferenceSpec, path: Path, view: str | None = None, meta: Mapping[str, Any] | None = None
+) -> Imported:
     """Takes rows that somebody else computed into a cache, under a reference that the caller vouches for.
 
-    The file has the columns that `export_view` writes; sums and sources may be absent. Nothing in it can prove which
-    model its numbers come from. So the records say that they were imported, and the parity check before training, or
-    `verify --recompute`, is what finds a wrong claim.
+    The file has the columns that `export_view` writes; sources may be absent, and so may sums, or the log-probs of
+    tokens where the spec says that it holds sums. Nothing in it can prove which model its numbers come from. So the
+    records say that they were imported, and the parity check before training, or `verify --recompute`, is what finds a
+    wrong claim.
 
     Args:
         store: the cache.
-        spec_digest: the reference; its spec has been put.
-        path: `.jsonl` or `.parquet`.
+        spec: the reference; `spec.of_sums()` for a file with sums only.
+        path: `.jsonl`, `.parquet` or `.arrow`.
         view: name of a view to write over all rows of the file, in their order.
+        meta: what the view says besides that it was imported.
 
     Raises:
-        UserError: no such columns, only sums, or a row whose numbers cannot be right; it names the row.
+        UserError: columns are missing, or the numbers of a row cannot be right; it names the row.
     """
-    pairs = list(_read(path))
-    index = store.lookup(spec_digest)
+    pairs = list(_read(path, sums=spec.holds_sums))
+    digest = store.put_spec(spec)
+    index = store.lookup(digest)
     unique = {pair_key(row.ids): row for row, _ in pairs}
     missing = [row for row in unique.values() if row.ids not in index]
     with path.open("rb") as file:
         provenance = {"imported": {"xxh3_128": xxhash.xxh3_128_hexdigest(file.read()), "name": path.name}}
     for rows in _batched(missing):
-        store.commit_shard(spec_digest, rows, provenance)
-    store.seal(spec_digest)
+        store.commit_shard(digest, rows, provenance)
+    store.seal(digest)
     if view is not None:
         entries = [ViewEntry(*source, pair_key(row.ids)) for row, source in pairs]
-        store.write_view(spec_digest, view, entries, provenance)
+        store.write_view(digest, view, entries, {**(meta or {}), **provenance}, known=index)
     return Imported(len(pairs), len(missing), view)
 
 
-def _read(path: Path) -> Iterator[tuple[ScoredPair, tuple[str, int]]]:
+def _read(path: Path, *, sums: bool) -> Iterator[tuple[ScoredPair, tuple[str, int]]]:
     """Rows of a file, each with its source: the one it names, or else this file and the row's number."""
     for number, columns in enumerate(_read_columns(path), 1):
-        if lacking := [name for name in _NEEDED if columns.get(name) is None]:
-            raise _lacking(path, number, lacking, columns)
+        values = _sum_columns(columns) if sums else _TOKENS
+        if not values or any(columns.get(name) is None for name in (*_IDS, *values)):
+            raise _lacking(path, number, columns)
         try:
-            row = _row(columns)
+            row = _row(columns, values)
         except (ValueError, TypeError, OverflowError) as error:
             raise _bad_row(path, number, str(error)) from None
         yield row, (str(columns.get("source_file") or path.name), int(columns.get("source_row") or number))
+
+
+def _sum_columns(columns: Mapping[str, Any]) -> Sequence[str]:
+    """The names under which a row has the sums of both sides; empty where it has none."""
+    return next((names for names in _SUMS if all(columns.get(name) is not None for name in names)), ())
 
 
 def _read_columns(path: Path) -> Iterator[dict[str, Any]]:
@@ -174,15 +204,24 @@ def _read_columns(path: Path) -> Iterator[dict[str, Any]]:
         with parquet.ParquetFile(path) as table:
             for batch in table.iter_batches(BATCH_ROWS):
                 yield from batch.to_pylist()
+    elif path.suffix == ".arrow":  # what the datasets library writes
+        with pa.memory_map(str(path)) as mapped, pa.ipc.open_stream(mapped) as table:
+            for batch in table:
+                yield from batch.to_pylist()
     else:
         raise _bad_suffix(path)
 
 
-def _row(columns: Mapping[str, Any]) -> ScoredPair:
-    prompt, chosen, rejected = (as_ids(columns[name]) for name in _NEEDED[:3])
-    chosen_logps, rejected_logps = (np.asarray(columns[name], np.float32) for name in _NEEDED[3:])
-    starts = len(chosen) - len(chosen_logps), len(rejected) - len(rejected_logps)
-    row = ScoredPair(PairIds(prompt, chosen, rejected, *starts), chosen_logps, rejected_logps)
+def _row(columns: Mapping[str, Any], values: Sequence[str]) -> ScoredPair:
+    prompt, chosen, rejected = (as_ids(columns[name]) for name in _IDS)
+    if values == _TOKENS:
+        logps = [np.asarray(columns[name], np.float32) for name in values]
+    else:
+        logps = [np.zeros(len(ids), np.float32) for ids in (chosen, rejected)]
+        for of_side, name in zip(logps, values, strict=True):
+            of_side[:1] = columns[name]
+    starts = len(chosen) - len(logps[0]), len(rejected) - len(logps[1])
+    row = ScoredPair(PairIds(prompt, chosen, rejected, *starts), *logps)
     row.check()
     return row
 
@@ -233,7 +272,7 @@ def _bad_suffix(path: Path) -> UserError:
         "the ending of the file says no format that is known here",
         code="export-format",
         where=str(path),
-        expected=".jsonl or .parquet",
+        expected=".jsonl or .parquet (and .arrow, to read)",
         found=path.suffix or "no ending",
     )
 
@@ -249,25 +288,13 @@ def _bad_row(path: Path, number: int, found: str) -> UserError:
     )
 
 
-def _lacking(path: Path, number: int, lacking: Sequence[str], columns: Mapping[str, Any]) -> UserError:
-    if sums := [name for name in _SUMS if columns.get(name) is not None]:
-        return UserError(
-            "this file has only sums of log-probs, and a cache holds one for each token",
-            code="import-sums-only",
-            where=str(path),
-            expected=", ".join(lacking),
-            found=", ".join(sums),
-            remedy=(
-                "run `dpoeng precompute-ref` on the pairs: a sum has truncation and length weighting baked in, and "
-                "cannot be taken apart again"
-            ),
-            exit_status=3,
-        )
+def _lacking(path: Path, number: int, columns: Mapping[str, Any]) -> UserError:
     return UserError(
         "columns of the import are missing",
         code="import-columns",
         where=f"{path}:{number}",
-        expected=", ".join(_NEEDED),
-        found=", ".join(map(str, columns)) or "none",
+        expected=", ".join(_IDS) + f"; and {' and '.join(_TOKENS)}, or sums: {' and '.join(_SUMS[0])}",
+        found=", ".join(name for name, value in columns.items() if value is not None) or "none",
+        remedy="write these columns; from TRL: trainer.train_dataset.to_parquet(FILE) once it has precomputed",
         exit_status=3,
     )

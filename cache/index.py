@@ -59,6 +59,10 @@ class KeyIndex:
         self._heads = heads[self._order]
         self._head_at = self._heads.data  # its items are plain ints, which makes one look-up much faster
 
+    def shards(self) -> dict[ObjectRef, Shard]:
+        """The open objects by name."""
+        return dict(zip(self.objects, self._shards, strict=True))
+
     def __len__(self) -> int:
         """Rows, equal ones counted as often as they stand there."""
         return len(self._keys)

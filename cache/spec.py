@@ -13,6 +13,7 @@ import xxhash
 from dpoeng.cache.records import canonical_json, parse_canonical
 
 ABSENT = "(absent)"
+SUMS = "sums"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,15 @@ class ReferenceSpec:
     def digest(self) -> str:
         """32 hex digits: xxh3_128 of the canonical JSON."""
         return xxhash.xxh3_128_hexdigest(self.canonical)
+
+    def of_sums(self) -> ReferenceSpec:
+        """The same reference, where only the sum over each response is known: its rows never mix with others."""
+        return ReferenceSpec.from_fields({**self.fields, "values": SUMS})
+
+    @property
+    def holds_sums(self) -> bool:
+        """Whether rows hold sums: the first scored token of a response carries it, the others are 0."""
+        return bool(self.fields.get("values") == SUMS)
 
     @property
     def fields(self) -> dict[str, Any]:

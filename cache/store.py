@@ -96,7 +96,7 @@ class Store:
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
-    def lookup(self, spec_digest: str, *, sealed: bool = False) -> KeyIndex:
+    def lookup(self, spec_digest: str, *, sealed: bool = False, known: KeyIndex | None = None) -> KeyIndex:
         """All sound rows of a spec; every byte of them is hashed, every value checked.
 
         Damaged or missing objects, records and manifests are moved to quarantine/ (where the folder can be written)
@@ -106,6 +106,7 @@ class Store:
             spec_digest: the reference.
             sealed: only rows that the last finished run left. A plan made from these comes out the same however often
                 the run that follows it is killed and started again.
+            known: an earlier result; objects that it holds are taken from it and not hashed once more.
 
         Raises:
             CacheError: something is there that no accident makes: a link, a device, a record of the future.
@@ -116,8 +117,9 @@ class Store:
         if sealed:
             names = {reference.name for reference in manifest.objects} if manifest else set()
             commits = [commit for commit in commits if commit.object.name in names]
+        held = known.shards() if known is not None else {}
         with ThreadPoolExecutor(THREADS) as pool:
-            opened = list(pool.map(self._try_shard, commits))
+            opened = list(pool.map(lambda commit: held.get(commit.object) or self._try_shard(commit), commits))
         shards = []
         for commit, outcome in zip(commits, opened, strict=True):
             if isinstance(outcome, Shard):
@@ -295,7 +297,15 @@ class Store:
 
     # -- views --------------------------------------------------------------------------------------------------------
 
-    def write_view(self, spec_digest: str, name: str, entries: Sequence[ViewEntry], meta: Mapping[str, Any]) -> None:
+    def write_view(
+        self,
+        spec_digest: str,
+        name: str,
+        entries: Sequence[ViewEntry],
+        meta: Mapping[str, Any],
+        *,
+        known: KeyIndex | None = None,
+    ) -> None:
         """Writes (or atomically replaces) a view.
 
         Args:
@@ -303,12 +313,13 @@ class Store:
             name: letters, digits, `.`, `_`, `-`.
             entries: the rows of the source, in its order, at least one; the pair of each has been committed.
             meta: JSON: how the pairs were made.
+            known: as in `lookup`.
 
         Raises:
             CacheError: a pair has no row.
         """
         view_name(name)  # before the work
-        index = self.lookup(spec_digest)
+        index = self.lookup(spec_digest, known=known)
         keys = np.frombuffer(b"".join(entry.pair_key for entry in entries), np.uint8).reshape(-1, 16)
         shards, rows = index.locate(keys)
         if missing := np.flatnonzero(shards < 0).tolist():

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dpoeng.cli.options import config_options, given
+from dpoeng.engine.config import PrecomputeConfig, load_config
+
 if TYPE_CHECKING:
     from dpoeng.cache.spec import FieldChange
     from dpoeng.cache.store import Store
@@ -17,6 +20,10 @@ if TYPE_CHECKING:
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _SHOWN_CHANGES = 20
+_OF_A_REFERENCE = frozenset(
+    "model adapter cache name quantization dtype llm_int8_threshold bnb_4bit_quant_type bnb_4bit_use_double_quant "
+    "batch_tokens".split()
+)
 
 
 def _example(*lines: str) -> str:
@@ -120,7 +127,7 @@ def verify(
     console.print("[green]sound[/]")
     if recompute is not None:
         from dpoeng.cache.reader import View
-        from dpoeng.engine.precompute import recompute as score_anew
+        from dpoeng.engine.reference import recompute as score_anew
 
         found = score_anew(View.open(folder, view), recompute, model=model, adapter=adapter)
         console.print(
@@ -195,28 +202,34 @@ def explain(folder: Path, reference: str | None) -> None:
     _print_changes(changes)
 
 
-@cache.command("import", epilog=_example("dpoeng cache import rows.parquet refcache --spec 3f2a --view pairs"))
+@cache.command(
+    "import",
+    epilog=_example(
+        "dpoeng cache import rows.parquet --model sft-model",
+        "dpoeng cache import from_trl.parquet --model Qwen/Qwen2.5-0.5B --dtype bfloat16 --name pairs",
+    ),
+)
 @click.argument("file", type=_FILE)
-@click.argument("folder", type=_FOLDER)
-@click.option("--spec", "spec_text", required=True, help="The reference: a digest in the cache, or a spec's JSON file.")
-@click.option("--view", help="Write a view of this name over the rows of FILE.")
-def import_(file: Path, folder: Path, spec_text: str, view: str | None) -> None:
-    """Take over rows with per-token log-probs, in the columns that `export` writes, from FILE (.jsonl or .parquet).
+@config_options(PrecomputeConfig, skip=frozenset(PrecomputeConfig.model_fields) - _OF_A_REFERENCE)
+def import_(file: Path, **options: Any) -> None:
+    """Take over reference log-probs from FILE (.jsonl, .parquet, .arrow): `dpoeng cache export` wrote it, or TRL.
 
-    You vouch that the reference named by --spec gave these numbers; `train` checks a sample against the model. Files
-    with sums only (as TRL writes) are refused: a sum has truncation and length weighting baked in.
+    Needed are prompt_ids, chosen_ids, rejected_ids, and either log-probs of tokens (ref_chosen_token_logps,
+    ref_rejected_token_logps) or sums (ref_chosen_logps, ref_rejected_logps). From TRL, once it has precomputed:
+    `trainer.train_dataset.to_parquet(FILE)`. You vouch that the model named here gave these numbers; `dpoeng train`
+    checks a sample against it before its first step. Sums serve every loss but those that weigh tokens (ld_alpha).
     """
-    from dpoeng.cache.exchange import import_rows
-    from dpoeng.cache.spec import ReferenceSpec
-    from dpoeng.cache.store import Store
+    config = load_config(PrecomputeConfig, given(options))
 
-    store = Store.open(folder, create=True)
-    if Path(spec_text).is_file():
-        digest = store.put_spec(ReferenceSpec.from_json(Path(spec_text).read_bytes(), spec_text))
-    else:
-        digest = _choose(store, spec_text)
-    done = import_rows(store, digest, file, view)
-    click.echo(f"{done.rows:,} rows read, {done.added:,} of them new" + (f"; view {view!r} written" if view else ""))
+    from dpoeng.cli.progress import TerminalProgress
+    from dpoeng.engine.importing import import_reference
+
+    done, sums = import_reference(config, file, TerminalProgress())
+    click.echo(
+        f"{done.rows:,} rows read, {done.added:,} of them new; view {done.view!r} written"
+        + (" (sums only)" if sums else "")
+        + f"\n\nNext: dpoeng train --cache {config.cache} --view {done.view}"
+    )
 
 
 @cache.command(epilog=_example("dpoeng cache merge refcache other-cache third-cache"))

@@ -106,7 +106,7 @@ def configs(folder: Path, file: Path, model: str, quantization: str) -> tuple[Pr
         view, out = f"{view}-{quantization}", f"{out}-{quantization}"
         one |= {"quantization": quantization, "name": view}
     two: dict[str, Any] = {"cache": folder / "refcache", "view": view, "output_dir": folder / out}
-    two |= {"eval_share": 0.2, "learning_rate": 2e-4, "num_train_epochs": 1.0}
+    two |= {"eval_share": 0.2, "learning_rate": 2e-4, "num_train_epochs": 2.0}
     return PrecomputeConfig(**one), TrainConfig(**two)
 
 

@@ -18,6 +18,7 @@ Examples:
   dpoeng precompute-ref pairs.jsonl --model sft-model
   dpoeng precompute-ref pairs.jsonl --model Qwen/Qwen2.5-32B --adapter sft-lora --quantization 8bit
   dpoeng precompute-ref pairs.jsonl --model sft-model --where confident --columns chosen=response_a
+  torchrun --nproc-per-node 4 --no-python dpoeng precompute-ref pairs.jsonl --model sft-model
 """
 
 
@@ -40,7 +41,9 @@ def precompute_ref(pairs: tuple[Path, ...], config_file: Path | None, **options:
     from dpoeng.cli.progress import TerminalProgress
     from dpoeng.engine.precompute import precompute_reference
 
-    print_summary(precompute_reference(config, TerminalProgress()))
+    summary = precompute_reference(config, TerminalProgress())
+    if summary.reports:
+        print_summary(summary)
 
 
 def print_summary(summary: PrecomputeSummary) -> None:
@@ -70,7 +73,9 @@ def print_summary(summary: PrecomputeSummary) -> None:
         facts.append(("layout", f"{summary.layout}: {shared}"))
     if summary.peak_bytes is not None:
         facts.append(("peak memory", f"{summary.peak_bytes / 2**30:.2f} GiB allocated on the device"))
-    facts.append(("reference", f"prefers the chosen response in {100 * summary.reference_accuracy:.0f} % of the pairs"))
+    if not summary.pending:
+        share = f"{100 * summary.reference_accuracy:.0f} %"
+        facts.append(("reference", f"prefers the chosen response in {share} of the pairs"))
     for label, count, text in (
         ("duplicates", len(summary.source.duplicates), "pairs that occur again; each is scored once"),
         ("contradictions", len(summary.source.contradictions), "pairs that stand the other way round elsewhere"),
@@ -84,4 +89,12 @@ def print_summary(summary: PrecomputeSummary) -> None:
         facts.append(("rejected", f"{len(summary.rejects)} rows, listed in {summary.rejects_file}"))
     facts.append(("identity", summary.spec))
     console.print(facts_table(facts))
+    if summary.pending:
+        console.print(
+            f"\nPart {summary.part.index} of {summary.part.count} is done. {summary.pending} pairs belong to parts "
+            "that are not: the job that ends last writes the view. If all have ended, run the command once without "
+            "--shard.",
+            highlight=False,
+        )
+        return
     console.print(f"\nNext: [bold]dpoeng train --cache {summary.cache}[/]", highlight=False, soft_wrap=True)

@@ -77,6 +77,9 @@ class PrecomputeConfig(_Config):
     batch_tokens: int | None = Field(
         None, ge=1, description="Positions computed in one forward. Default: 16384 on a GPU, 2048 on a CPU."
     )
+    shard: str | None = Field(
+        None, description="Do one part of the work, e.g. 1/4 to 4/4 in four jobs that share the cache folder."
+    )
     shard_tokens: int = Field(
         65536, ge=1, description="Positions stored in one file of the cache: what an interruption can cost at most."
     )

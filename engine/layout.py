@@ -77,9 +77,41 @@ class PackedRow:
 
 def pair_group(ids: PairIds) -> PromptGroup:
     """The group of one pair: branch 0 is chosen, branch 1 is rejected."""
-    return PromptGroup(
-        ids.prompt_ids, (Branch(ids.chosen_ids, ids.chosen_start), Branch(ids.rejected_ids, ids.rejected_start))
-    )
+    return PromptGroup(ids.prompt_ids, tuple(Branch(response, start) for response, start in sides(ids)))
+
+
+def share_prompts(pairs: Sequence[PairIds]) -> tuple[list[PromptGroup], IndexArray]:
+    """Groups of some pairs in which every prompt stands once, and under it every response once.
+
+    Several pairs a prompt are common (one chosen response against several rejected ones), and so are responses that
+    occur in more than one of them.
+
+    Returns:
+        the groups, in the order in which their prompts first occur; and [B, 2] the branches of each pair (chosen,
+        rejected), counted through all groups.
+    """
+    prompts: dict[bytes, IdArray] = {}
+    branches: dict[bytes, dict[tuple[bytes, int], Branch]] = {}
+    for ids in pairs:
+        key = ids.prompt_ids.tobytes()
+        prompts.setdefault(key, ids.prompt_ids)
+        for response, start in sides(ids):
+            branches.setdefault(key, {}).setdefault((response.tobytes(), start), Branch(response, start))
+    places = {
+        (prompt, response): i
+        for i, (prompt, response) in enumerate((prompt, r) for prompt, of in branches.items() for r in of)
+    }
+    groups = [PromptGroup(prompts[prompt], tuple(of.values())) for prompt, of in branches.items()]
+    order = [
+        [places[ids.prompt_ids.tobytes(), (response.tobytes(), start)] for response, start in sides(ids)]
+        for ids in pairs
+    ]
+    return groups, np.array(order, dtype=np.int64).reshape(-1, 2)
+
+
+def sides(ids: PairIds) -> tuple[tuple[IdArray, int], tuple[IdArray, int]]:
+    """(ids, first scored token) of the chosen and of the rejected response."""
+    return (ids.chosen_ids, ids.chosen_start), (ids.rejected_ids, ids.rejected_start)
 
 
 def separate(group: PromptGroup) -> list[PromptGroup]:
@@ -181,4 +213,28 @@ def batches_by_tokens(lengths: Sequence[int], budget: int) -> list[range]:
         total += length
     if begin < len(lengths):
         batches.append(range(begin, len(lengths)))
+    return batches
+
+
+def batches_of_pairs(pairs: Sequence[PairIds], budget: int) -> list[tuple[range, int]]:
+    """Cuts pairs into consecutive batches of at most `budget` computed positions, as `share_prompts` lays them out.
+
+    Returns:
+        (which pairs, positions computed for them) of each batch; a longer pair stands alone.
+    """
+    batches: list[tuple[range, int]] = []
+    begin, total, seen = 0, 0, set[tuple[bytes, bytes, int]]()
+    for i, ids in enumerate(pairs):
+        prompt = ids.prompt_ids.tobytes()
+        pieces = {(prompt, b"", -1): len(ids.prompt_ids)}
+        pieces |= {(prompt, response.tobytes(), start): len(response) for response, start in sides(ids)}
+        new = sum(length for piece, length in pieces.items() if piece not in seen)
+        if i > begin and total + new > budget:
+            batches.append((range(begin, i), total))
+            begin, total, seen = i, 0, set()
+            new = sum(pieces.values())
+        total += new
+        seen |= pieces.keys()
+    if begin < len(pairs):
+        batches.append((range(begin, len(pairs)), total))
     return batches

@@ -77,8 +77,8 @@ class CausalLM:
 # --------------------------------------------------------------------------- loading
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` -> cuda where there is one, else cpu.
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto` -> cuda where there is one, else cpu; of several processes on a machine each gets a GPU of its own.
 
     Raises:
         UserError: a device was named that this machine does not have.
@@ -96,7 +96,7 @@ def pick_device(name: str) -> torch.device:
             exit_status=5,
         )
     if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cuda", local_rank or torch.cuda.current_device())
     return device
 
 

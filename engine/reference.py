@@ -17,12 +17,13 @@ from dpoeng.cache.fingerprint import combined_digest, weight_digests
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import PairIds, ScoredPair
 from dpoeng.cache.spec import ReferenceSpec
+from dpoeng.engine.adapters import load_reference_adapter
 from dpoeng.engine.config import PrecomputeConfig, TrainConfig
-from dpoeng.engine.layout import batches_by_tokens, pair_group
-from dpoeng.engine.model import CausalLM, load_model, pick_device, resolve_dtype
+from dpoeng.engine.layout import batches_of_pairs, share_prompts
+from dpoeng.engine.model import CausalLM, load_model, pick_device, resolve_dtype, set_mode
 from dpoeng.engine.progress import QUIET, Progress
-from dpoeng.engine.scoring import score_groups
-from dpoeng.engine.sources import ModelSource, adapter_config, find_model, forward_config
+from dpoeng.engine.scoring import choose_layout, score_groups
+from dpoeng.engine.sources import ModelSource, adapter_config, find_adapter, find_model, forward_config
 
 SCORING_VERSION = 1
 """Raised when a change of this code moves log-probs by more than rounding."""
@@ -103,17 +104,17 @@ def load_policy_base(config: TrainConfig, reference: Mapping[str, Any], *, token
 
 @torch.inference_mode()
 def score_pairs(lm: CausalLM, pairs: Sequence[PairIds]) -> list[ScoredPair]:
-    """Log-probs of every scored token of some pairs, in one forward.
+    """Log-probs of every scored token of some pairs, in one forward; each prompt and each response of it is run once.
 
     Raises:
         UserError: the model gave a value that is no log-probability.
     """
-    token_logps, offsets = score_groups(lm, [pair_group(ids) for ids in pairs])
+    groups, branches = share_prompts(pairs)
+    token_logps, offsets = score_groups(lm, groups)
     values = token_logps.float().cpu().numpy()
     scored = []
     for i, ids in enumerate(pairs):
-        chosen = values[offsets[2 * i] : offsets[2 * i + 1]].copy()
-        rejected = values[offsets[2 * i + 1] : offsets[2 * i + 2]].copy()
+        chosen, rejected = (values[offsets[branch] : offsets[branch + 1]].copy() for branch in branches[i])
         if not (np.isfinite(chosen).all() and np.isfinite(rejected).all()):
             raise UserError(
                 "the model gave a value that is no log-probability",
@@ -189,15 +190,21 @@ def compare_with_cache(
     batch_tokens: int,
     tolerance: float,
 ) -> ParityReport:
-    """Scores some rows of a view with the loaded model and compares them with the cached values."""
+    """Scores some rows of a view with the loaded model and compares them with the cached values.
+
+    Where the view holds sums only, a response's difference is spread evenly over its tokens.
+    """
+    sums = isinstance(view, View) and view.spec.holds_sums
     cached = [view[row] for row in rows]
     diffs: list[np.ndarray[Any, np.dtype[np.float64]]] = []
     margins: list[float] = []
-    for batch in batches_by_tokens([pair.ids.total_tokens for pair in cached], batch_tokens):
+    for batch, _ in batches_of_pairs([pair.ids for pair in cached], batch_tokens):
         live = score_pairs(lm, [cached[i].ids for i in batch])
         for i, now in zip(batch, live, strict=True):
             chosen = now.chosen_logps.astype(np.float64) - cached[i].chosen_logps
             rejected = now.rejected_logps.astype(np.float64) - cached[i].rejected_logps
+            if sums:
+                chosen, rejected = (np.full(len(side), side.mean()) for side in (chosen, rejected))
             diffs += [np.abs(chosen), np.abs(rejected)]
             margins.append(float(chosen.sum() - rejected.sum()))
     every = np.concatenate(diffs)
@@ -208,4 +215,65 @@ def compare_with_cache(
         max_diff=float(every.max()),
         reward_noise=beta * math.sqrt(float(np.mean(np.square(margins)))),
         tolerance=tolerance,
+    )
+
+
+def load_reference(
+    config: PrecomputeConfig, source: ModelSource, adapter: ModelSource | None, device: torch.device
+) -> CausalLM:
+    """The frozen reference exactly as named, in the mode and layout in which both phases score."""
+    lm = load_model(
+        source,
+        quantization=config.quantization,
+        dtype=config.dtype,
+        device=device,
+        int8_threshold=config.llm_int8_threshold,
+        quant_type=config.bnb_4bit_quant_type,
+        double_quant=config.bnb_4bit_use_double_quant,
+        tokenizer=False,
+    )
+    if adapter is not None:
+        lm = load_reference_adapter(lm, adapter)
+    set_mode(lm, training=False)
+    choose_layout(lm, config.layout)
+    return lm
+
+
+def recompute(
+    view: View, count: int, *, model: str | None = None, adapter: str | None = None, device: str = "auto"
+) -> ParityReport:
+    """The fourth depth of verification: scores some rows of a view anew with its reference and compares.
+
+    Args:
+        view: an open view.
+        count: rows to score, spread over the view.
+        model: where the base is now; default: where it was.
+        adapter: where the SFT adapter is now; default: where it was.
+        device: as in `PrecomputeConfig`.
+
+    Raises:
+        UserError: the model cannot be found or loaded.
+    """
+    reference = view.meta["reference"]
+    config = PrecomputeConfig(
+        **{
+            **{name: value for name, value in reference.items() if name in PrecomputeConfig.model_fields},
+            "model": model or reference["model"],
+            "adapter": adapter or reference["adapter"],
+            "layout": reference["layout"],
+            "device": device,
+        }
+    )
+    assert config.model is not None
+    source = find_model(config.model, revision=reference["revision"])
+    lm = load_reference(
+        config, source, find_adapter(config.adapter) if config.adapter else None, pick_device(config.device)
+    )
+    return compare_with_cache(
+        lm,
+        view,
+        spread(range(len(view)), count),
+        beta=0.1,
+        batch_tokens=reference["batch_tokens"],
+        tolerance=parity_tolerance(lm, reference["quantization"], reference["dtype"]),
     )

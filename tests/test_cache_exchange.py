@@ -12,13 +12,14 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
 from dpoeng.bench.cache import synthetic_rows
 from dpoeng.cache.analytics import QUANTILES, reference_stats
 from dpoeng.cache.errors import UserError
-from dpoeng.cache.exchange import export_view, import_rows, merge
+from dpoeng.cache.exchange import export_view, file_holds_sums, import_rows, merge
 from dpoeng.cache.reader import View
 from dpoeng.cache.report import html_report
 from dpoeng.cache.schema import PairIds, ScoredPair, as_ids, pair_key
@@ -102,7 +103,7 @@ def test_what_was_exported_comes_back_bit_for_bit(tmp_path: Path, suffix: str) -
     path = tmp_path / f"out{suffix}"
     export_view(View.open(tmp_path / "a"), path)
     store = Store.open(tmp_path / "b", create=True)
-    done = import_rows(store, store.put_spec(SPEC), path, "back")
+    done = import_rows(store, SPEC, path, "back")
     assert (done.rows, done.added, done.view) == (52, 51, "back")
     view = View.open(tmp_path / "b")
     for i, row in enumerate(rows):
@@ -113,7 +114,7 @@ def test_what_was_exported_comes_back_bit_for_bit(tmp_path: Path, suffix: str) -
     assert verify(tmp_path / "b", depth="all").ok
     [commit] = store.commits(SPEC.digest, [])
     assert commit.provenance["imported"]["name"] == path.name
-    assert import_rows(store, SPEC.digest, path).added == 0
+    assert import_rows(store, SPEC, path).added == 0
 
 
 GOOD = {
@@ -129,8 +130,7 @@ SUMS = {name: GOOD[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"
 @pytest.mark.parametrize(
     ("row", "code"),
     [
-        ({**SUMS, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}, "import-sums-only"),  # TRL
-        ({**SUMS, "reference_chosen_logps": -1.0}, "import-sums-only"),
+        ({**SUMS, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}, "import-columns"),  # sums among tokens
         (SUMS, "import-columns"),
         ({"prompt": "x", "chosen": "y"}, "import-columns"),
         ({**GOOD, "ref_chosen_token_logps": [0.5]}, "import-row"),
@@ -147,12 +147,52 @@ def test_an_import_that_cannot_be_right_is_refused_with_its_row(tmp_path: Path, 
     path = tmp_path / "in.jsonl"
     path.write_text(f"{json.dumps(GOOD)}\n{json.dumps(row)}\n")
     store = Store.open(tmp_path / "cache", create=True)
-    spec = store.put_spec(SPEC)
     with pytest.raises(UserError) as caught:
-        import_rows(store, spec, path)
+        import_rows(store, SPEC, path)
     assert caught.value.code == code
-    assert str(caught.value.where).startswith(str(path) if code == "import-sums-only" else f"{path}:2")
-    assert len(store.lookup(spec)) == 0
+    assert str(caught.value.where).startswith(f"{path}:2")
+    assert store.spec_digests() == []
+
+
+@pytest.mark.parametrize(
+    "names", [("ref_chosen_logps", "ref_rejected_logps"), ("reference_chosen_logps", "reference_rejected_logps")]
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".arrow"])
+def test_sums_are_taken_as_a_reference_of_their_own(tmp_path: Path, names: tuple[str, str], suffix: str) -> None:
+    rows = [
+        {**SUMS, "chosen_ids": [2, 4, 5], names[0]: -12.25, names[1]: -2.0},
+        {**SUMS, "prompt_ids": [6], names[0]: -1.0, names[1]: 0.0},
+    ]
+    path = tmp_path / f"in{suffix}"
+    table = pa.Table.from_pylist(rows)
+    if suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif suffix == ".parquet":
+        parquet.write_table(table, path)
+    else:
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+    assert file_holds_sums(path)
+    store = Store.open(tmp_path / "cache", create=True)
+    import_rows(store, SPEC.of_sums(), path, "sums")
+    view = View.open(tmp_path / "cache")
+    assert view.spec.holds_sums
+    assert view.spec.digest != SPEC.digest
+    assert (view[0].chosen_sum, view[0].rejected_sum, view[1].rejected_sum) == (-12.25, -2.0, 0.0)
+    assert verify(tmp_path / "cache", depth="all").ok
+    export_view(view, tmp_path / "out.jsonl")
+    first = read(tmp_path / "out.jsonl")[0]
+    assert (first["ref_chosen_logps"], first["ref_chosen_token_logps"]) == (-12.25, None)
+    assert file_holds_sums(tmp_path / "out.jsonl")
+
+
+def test_a_file_without_numbers_or_rows_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    for text in (json.dumps({**SUMS, "ref_chosen_logps": -1.0}), ""):
+        path.write_text(text)
+        with pytest.raises(UserError) as caught:
+            file_holds_sums(path)
+        assert caught.value.code == "import-columns"
 
 
 def test_an_import_of_broken_lines_is_refused(tmp_path: Path) -> None:
@@ -160,7 +200,7 @@ def test_an_import_of_broken_lines_is_refused(tmp_path: Path) -> None:
     path.write_text(f"{json.dumps(GOOD)}\n{{broken\n")
     store = Store.open(tmp_path / "cache", create=True)
     with pytest.raises(UserError) as caught:
-        import_rows(store, store.put_spec(SPEC), path)
+        import_rows(store, SPEC, path)
     assert (caught.value.code, caught.value.where) == ("import-row", f"{path}:2")
 
 

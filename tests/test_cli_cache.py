@@ -118,18 +118,9 @@ def test_diff_and_explain(folder: Path, tmp_path: Path, run: Run) -> None:
     assert "the same" in run("diff", folder, folder, "--old", SPEC.digest, "--new", SPEC.digest[:8]).output
 
 
-def test_import_and_merge(folder: Path, tmp_path: Path, run: Run) -> None:
-    run("export", folder, tmp_path / "rows.parquet")
-    spec = tmp_path / "spec.json"
-    spec.write_text(SPEC.to_json())
-    text = run("import", tmp_path / "rows.parquet", tmp_path / "new", "--spec", spec, "--view", "back").output
-    assert "9 rows read, 9 of them new" in text
-    assert (
-        "0 of them new" in run("import", tmp_path / "rows.parquet", tmp_path / "new", "--spec", SPEC.digest[:5]).output
-    )
-    text = run("merge", tmp_path / "both", folder, tmp_path / "new").output
+def test_merge(folder: Path, tmp_path: Path, run: Run) -> None:
+    text = run("merge", tmp_path / "both", folder).output
     assert "views: pairs" in text
-    assert "views: back" in text
     assert "sound" in run("verify", tmp_path / "both").output
 
 
