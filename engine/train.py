@@ -70,6 +70,7 @@ def train(config: TrainConfig, progress: Progress = QUIET) -> TrainSummary:
     began = time.perf_counter()
     view = View.open(config.cache, config.view)
     eval_view = View.open(config.cache, config.eval_view) if config.eval_view else None
+    refuse_sums_for_tokens(config, view)
     reference = view.meta["reference"]
     require_bitsandbytes(config.quantization or reference["quantization"])
     if not config.optim.startswith("adamw_torch"):
@@ -190,6 +191,19 @@ def resolve_adapter_mode(config: TrainConfig, *, has_adapter: bool) -> AdapterMo
             remedy="leave it out: auto chooses what fits",
         )
     return config.adapter_mode
+
+
+def refuse_sums_for_tokens(config: TrainConfig, view: View) -> None:
+    """Raises UserError where the loss weighs single tokens and the cache holds sums only."""
+    if view.spec.holds_sums and config.ld_alpha is not None:
+        raise UserError(
+            "this loss weighs single tokens, and these reference log-probs are sums over whole responses",
+            code="cache-sums-only",
+            where="--ld-alpha",
+            expected="a cache that `dpoeng precompute-ref` wrote",
+            found=f"view {view.name}, imported from {view.meta['imported']['name']}",
+            remedy="leave --ld-alpha out, or run precompute-ref on the pairs",
+        )
 
 
 def lora_arguments(config: TrainConfig) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from dpoeng.cache.spec import ReferenceSpec, diff_specs
 from dpoeng.cache.store import Store
 from dpoeng.cli.main import main
 from dpoeng.engine import checkpoint as checkpoint_module
+from dpoeng.engine import drift as drift_module
 from dpoeng.engine import loop as loop_module
 from dpoeng.engine import precompute as precompute_module
 from dpoeng.engine import reference as reference_module
@@ -712,7 +713,7 @@ def test_a_changed_library_is_checked_on_a_sample(
     [said] = notes.said
     assert "transformers 5.0.0, now " in said
     assert "torch" not in said
-    assert sum(scored) == precompute_module.DRIFT_SAMPLE
+    assert sum(scored) == drift_module.DRIFT_SAMPLE
 
 
 def test_a_library_that_moved_the_numbers_is_refused(
@@ -742,8 +743,9 @@ def test_the_same_libraries_cost_no_check(tmp_path: Path, tiny_model: Path, monk
     precompute(file, tiny_model, tmp_path / "cache")
     write_jsonl(file, pair_rows(6))
     here = precompute_module.device_name(torch.device("cpu"))
-    monkeypatch.setattr(precompute_module, "device_name", lambda _: here.replace("1 threads", "7 threads"))
-    monkeypatch.setattr(precompute_module, "compare_with_cache", never)
+    for module in (precompute_module, drift_module):
+        monkeypatch.setattr(module, "device_name", lambda _: here.replace("1 threads", "7 threads"))
+    monkeypatch.setattr(drift_module, "compare_with_cache", never)
     assert precompute(file, tiny_model, tmp_path / "cache").computed == 2
     assert "7 threads" in View.open(tmp_path / "cache").meta["device"]
 

@@ -76,6 +76,14 @@ def test_sums_that_are_off_are_noticed(tmp_path: Path, tiny_model: Path, compute
     assert not recompute(View.open(tmp_path / "cache"), 4).ok
 
 
+def test_a_loss_that_weighs_tokens_is_refused_on_sums(tmp_path: Path, tiny_model: Path, computed: Path) -> None:
+    path = rows_of(computed, tmp_path / "rows.jsonl", without=TOKENS)
+    import_reference(PrecomputeConfig(model=str(tiny_model), cache=tmp_path / "cache"), path)
+    with pytest.raises(UserError) as caught:
+        quick(tmp_path / "cache", tmp_path / "out", ld_alpha=0.5)
+    assert caught.value.code == "cache-sums-only"
+
+
 def test_an_import_without_a_model_says_what_is_needed(tmp_path: Path, computed: Path) -> None:
     path = rows_of(computed, tmp_path / "rows.jsonl")
     with pytest.raises(UserError) as caught:

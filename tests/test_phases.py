@@ -22,6 +22,7 @@ from dpoeng.cache.reader import View
 from dpoeng.cache.store import Store
 from dpoeng.engine import loop as loop_module
 from dpoeng.engine import precompute as precompute_module
+from dpoeng.engine import reference as reference_module
 from dpoeng.engine import train as train_module
 from dpoeng.engine.config import PrecomputeConfig, TrainConfig
 from dpoeng.engine.order import plan_schedule
@@ -122,7 +123,7 @@ def test_a_complete_cache_needs_no_model(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("the model was loaded although nothing is missing")
 
-    monkeypatch.setattr(precompute_module, "load_model", never)
+    monkeypatch.setattr(precompute_module, "load_reference", never)
     assert precompute(pairs_file, tiny_model, tmp_path / "cache").reused == 24
 
 
@@ -130,11 +131,11 @@ def test_recomputing_finds_what_hashes_cannot(tmp_path: Path, tiny_model: Path, 
     """Values that were stored whole and are wrong all the same: only scoring them anew can tell."""
     precompute(pairs_file, tiny_model, tmp_path / "cache")
     view = View.open(tmp_path / "cache")
-    report = precompute_module.recompute(view, 8)
+    report = reference_module.recompute(view, 8)
     assert (report.pairs, report.ok) == (8, True)
     assert report.mean_diff < 1e-5
     other = save_tiny_model(tmp_path / "other", _tokenizer(tiny_model), seed=1)
-    assert not precompute_module.recompute(view, 8, model=str(other)).ok
+    assert not reference_module.recompute(view, 8, model=str(other)).ok
 
 
 class Killed(BaseException):
@@ -147,7 +148,7 @@ def test_a_disk_without_room_is_noticed_before_the_model_is_loaded(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("the model was loaded although its log-probs cannot be stored")
 
-    monkeypatch.setattr(precompute_module, "load_model", never)
+    monkeypatch.setattr(precompute_module, "load_reference", never)
     monkeypatch.setattr(precompute_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=5000))
     with pytest.raises(UserError) as caught:
         precompute(pairs_file, tiny_model, tmp_path / "cache")
