@@ -28,8 +28,8 @@ from dpoeng.cache.store import Store, ViewEntry
 from dpoeng.engine.adapters import add_policy_adapter
 from dpoeng.engine.config import Dtype, Quantization, TrainConfig
 from dpoeng.engine.layout import batches_by_tokens
-from dpoeng.engine.loop import Rows, batch_loss
-from dpoeng.engine.losses import LossSettings
+from dpoeng.engine.loop import batch_loss
+from dpoeng.engine.loss_names import LossSettings
 from dpoeng.engine.model import (
     CausalLM,
     Layout,
@@ -45,6 +45,7 @@ from dpoeng.engine.pairs import read_pairs
 from dpoeng.engine.precompute import default_batch_tokens
 from dpoeng.engine.progress import QUIET, Progress
 from dpoeng.engine.reference import score_pairs
+from dpoeng.engine.rows import Rows
 from dpoeng.engine.scoring import choose_layout
 from dpoeng.engine.sources import find_model
 from dpoeng.engine.tokens import tokenize_pairs

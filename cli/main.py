@@ -17,6 +17,8 @@ from dpoeng.cli.lazy import LazyGroup
 COMMANDS = {
     "precompute-ref": ("dpoeng.cli.precompute:precompute_ref", "Phase one: score the frozen reference, once."),
     "train": ("dpoeng.cli.train:train", "Phase two: train a LoRA policy against the cached numbers."),
+    "eval": ("dpoeng.cli.evaluate:evaluate", "Evaluate a trained adapter on cached pairs."),
+    "compare": ("dpoeng.cli.compare:compare", "Answers before and after training, side by side."),
     "cache": ("dpoeng.cli.cache:cache", "Look into a reference cache: info, verify, export and more."),
     "demo": ("dpoeng.cli.demo:demo", "Both phases on a small real model and 100 pairs, in minutes."),
     "bench": ("dpoeng.cli.bench:bench", "Measure throughput and memory on this machine."),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from dpoeng.engine.advice import Advice
     from dpoeng.engine.train import TrainSummary
 
 # metric name -> how many decimals are worth reading
@@ -17,9 +18,14 @@ _SHOWN = {
     "rewards/margins": 3,
     "rewards/chosen": 3,
     "rewards/rejected": 3,
+    "rewards/accuracies_length_controlled": 3,
+    "rewards/margins_length_correlation": 2,
     "logps/chosen": 1,
     "logps/rejected": 1,
+    "kl/chosen": 4,
+    "kl/rejected": 4,
 }
+_OF_STEPS = [name for name in _SHOWN if not name.startswith("kl/") and "length" not in name]
 
 
 def facts_table(facts: Sequence[tuple[str, str]]) -> Table:
@@ -39,9 +45,58 @@ def metrics_table(summary: TrainSummary) -> Table:
     table.add_column("")
     for heading in ("step 1", f"step {summary.steps}", *(("held out before", "held out after") if held_out else ())):
         table.add_column(heading, justify="right")
-    for name, decimals in _SHOWN.items():
+    for name in _OF_STEPS:
+        decimals = _SHOWN[name]
         cells = [summary.first.get(name), summary.last.get(name)]
         if held_out:
             cells += [summary.eval_before.get(f"eval_{name}"), summary.eval_after.get(f"eval_{name}")]
         table.add_row(name, *("" if value is None else f"{value:.{decimals}f}" for value in cells))
     return table
+
+
+def evaluation_table(evaluation: Mapping[str, Any]) -> Table:
+    """Every metric of an evaluation with its interval."""
+    table = Table(
+        title="held out",
+        title_justify="left",
+        show_edge=False,
+        pad_edge=False,
+        caption="length_controlled: the mean of the accuracies where chosen is longer and where it is shorter. kl: per "
+        "token, of the given responses.",
+        caption_justify="left",
+    )
+    table.add_column("")
+    table.add_column("mean", justify="right")
+    table.add_column(f"{100 * evaluation['confidence']:.0f} % interval", justify="right")
+    for name, decimals in _SHOWN.items():
+        if name in evaluation["metrics"]:
+            table.add_row(name, f"{evaluation['metrics'][name]:.{decimals}f}", _interval(evaluation, name, decimals))
+    return table
+
+
+def group_tables(evaluation: Mapping[str, Any]) -> list[Table]:
+    """Accuracy and margin by the values of each column."""
+    tables = []
+    for column, groups in evaluation["groups"].items():
+        table = Table(title=f"by {column}", title_justify="left", show_edge=False, pad_edge=False)
+        table.add_column("")
+        for heading in ("pairs", "accuracy", "interval", "margin", "interval"):
+            table.add_column(heading, justify="right")
+        for label, group in groups.items():
+            cells = []
+            for name in ("rewards/accuracies", "rewards/margins"):
+                decimals = _SHOWN[name]
+                cells += [f"{group['metrics'][name]:.{decimals}f}", _interval(group, name, decimals)]
+            table.add_row(label, f"{group['pairs']:,}", *cells)
+        tables.append(table)
+    return tables
+
+
+def advice_text(advice: Sequence[Advice]) -> str:
+    """Remarks, a paragraph each; empty if there is none."""
+    return "".join(f"\n[yellow]{remark.code}[/]: {remark.seen}\n  try: {remark.remedy}\n" for remark in advice)
+
+
+def _interval(part: Mapping[str, Any], name: str, decimals: int) -> str:
+    low, high = part["intervals"].get(name, (None, None))
+    return "" if low is None else f"{low:.{decimals}f} to {high:.{decimals}f}"

@@ -42,7 +42,7 @@ def print_summary(summary: TrainSummary) -> None:
     """What was done, what it brought, and what to do next."""
     from rich.console import Console
 
-    from dpoeng.cli.summary import facts_table, metrics_table
+    from dpoeng.cli.summary import advice_text, facts_table, group_tables, metrics_table
 
     console = Console()
     if summary.already_complete:
@@ -69,8 +69,19 @@ def print_summary(summary: TrainSummary) -> None:
         facts.append(("layout", f"{summary.layout}: {shared}"))
     if summary.peak_bytes is not None:
         facts.append(("peak memory", f"{summary.peak_bytes / 2**30:.2f} GiB allocated on the device"))
+    if summary.best.step is not None:
+        facts.append(("best", f"evaluation at step {summary.best.step}: {summary.best.value:.4f}"))
+    if summary.planned_steps > summary.steps:
+        facts.append(("stopped", f"early, at step {summary.steps} of {summary.planned_steps}"))
     console.print(facts_table(facts))
     console.print(metrics_table(summary))
+    if summary.evaluation:
+        low, high = summary.evaluation["intervals"].get("rewards/accuracies", (None, None))
+        if low is not None:
+            console.print(f"held-out accuracy, 95 % interval: {low:.3f} to {high:.3f}", highlight=False)
+        for table in group_tables(summary.evaluation):
+            console.print(table)
+    console.print(advice_text(summary.advice), highlight=False, soft_wrap=True, end="")
     console.print(
         f"\nThe adapter is in [bold]{summary.adapter}[/]; run.json beside it has the lines that load it with peft.\n"
         f"Every step's figures: {summary.output_dir / 'metrics.jsonl'}",

@@ -129,6 +129,38 @@ def as_reference(lm: CausalLM, mode: AdapterMode | None) -> Iterator[None]:
         yield
 
 
+def load_trained_adapter(
+    lm: CausalLM, mode: AdapterMode, trained: ModelSource, reference: ModelSource | None
+) -> CausalLM:
+    """The base with a finished adapter, as it stood in training, and the reference's adapter beside or under it.
+
+    Raises:
+        UserError: an adapter does not fit the base.
+    """
+    if reference is None:
+        lm.model = _peft_from_pretrained(lm, trained, POLICY_ADAPTER, trainable=False)
+        return lm
+    lm.model = _peft_from_pretrained(lm, reference, REFERENCE_ADAPTER, trainable=False)
+    lm.model.load_adapter(str(trained.folder), adapter_name=POLICY_ADAPTER, torch_device=str(lm.device))
+    lm.model.base_model.set_adapter([REFERENCE_ADAPTER, POLICY_ADAPTER] if mode == "stack" else POLICY_ADAPTER)
+    return lm
+
+
+@contextlib.contextmanager
+def before_training(lm: CausalLM) -> Iterator[None]:
+    """A model from `load_trained_adapter` as the reference: the base, with the reference's adapter if it has one."""
+    if REFERENCE_ADAPTER not in lm.model.peft_config:
+        with lm.model.disable_adapter():
+            yield
+        return
+    active = list(lm.model.base_model.active_adapters)
+    lm.model.base_model.set_adapter(REFERENCE_ADAPTER)
+    try:
+        yield
+    finally:
+        lm.model.base_model.set_adapter(active)
+
+
 def save_policy_adapter(lm: CausalLM, folder: Path) -> None:
     """Writes the trained adapter in peft's own format: adapter_config.json and adapter_model.safetensors."""
     lm.model.save_pretrained(str(folder), selected_adapters=[POLICY_ADAPTER], safe_serialization=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,15 +43,16 @@ def save_checkpoint(
     optimizer: Mapping[str, torch.Tensor],
     state: Mapping[str, Any],
     keep: int,
+    spare: Collection[int] = (),
 ) -> Path:
-    """Writes `root/checkpoint-<step>` durably, then removes the oldest beyond `keep`.
+    """Writes `root/checkpoint-<step>` durably, then removes the oldest beyond `keep`, but none of the steps in `spare`.
 
     The old ones go only after the new one is on the disk.
 
     Raises:
         UserError: the disk is full or may not be written; older checkpoints are untouched.
     """
-    folder = root / f"{_PREFIX}{step:08d}"
+    folder = _folder(root, step)
     files = {
         "parameters.safetensors": save(dict(parameters)),
         "optimizer.safetensors": save(dict(optimizer)),
@@ -63,9 +64,32 @@ def save_checkpoint(
     }
     files[_STATE] = _seal(record)
     write_folder(folder, files)
+    spared = {_folder(root, step) for step in spare}
     for old in _folders(root)[:-keep]:
-        shutil.rmtree(old)
+        if old not in spared:
+            shutil.rmtree(old)
     return folder
+
+
+def read_checkpoint(root: Path, step: int) -> Checkpoint:
+    """The checkpoint of a step.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    folder = _folder(root, step)
+    try:
+        return _read(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            "a checkpoint that is needed cannot be read",
+            code="checkpoint-damaged",
+            where=str(folder),
+            expected="the model of the best evaluation",
+            found=str(error),
+            remedy="train again with --no-resume",
+            exit_status=5,
+        ) from error
 
 
 def latest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -130,6 +154,10 @@ def _sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _folder(root: Path, step: int) -> Path:
+    return root / f"{_PREFIX}{step:08d}"
 
 
 def _folders(root: Path) -> list[Path]:

@@ -264,14 +264,18 @@ class TrainConfig(_Config):
         check_combination(values, changed)
         return self
 
+    @property
+    def watches_a_metric(self) -> bool:
+        """Whether evaluations decide on what is saved or when training ends."""
+        return self.load_best_model_at_end or self.early_stopping_patience is not None
+
     @model_validator(mode="after")
     def _best_needs_evaluations(self) -> TrainConfig:
         for name in ("load_best_model_at_end", "early_stopping_patience", "metric_for_best_model"):
             if getattr(self, name) and self.eval_view is None and self.eval_share == 0:
                 raise ValueError(f"{name} needs held-out pairs: give eval_view, or an eval_share above 0")
         for name in ("greater_is_better", "metric_for_best_model"):
-            watched = self.load_best_model_at_end or self.early_stopping_patience is not None
-            if getattr(self, name) is not None and not watched:
+            if getattr(self, name) is not None and not self.watches_a_metric:
                 raise ValueError(f"{name} does nothing without load_best_model_at_end or early_stopping_patience")
         if self.early_stopping_threshold and self.early_stopping_patience is None:
             raise ValueError("early_stopping_threshold does nothing without early_stopping_patience")

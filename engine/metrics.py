@@ -16,35 +16,45 @@ from dpoeng.engine.losses import PreferenceLoss
 
 METRICS_FILE = "metrics.jsonl"
 TIMINGS_FILE = "timings.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
 
 
-def preference_metrics(parts: Sequence[PreferenceLoss], prefix: str = "") -> dict[str, float]:
-    """Means over the pairs of several forwards, under the names that TRL gave them."""
-    losses = torch.cat([part.losses.detach() for part in parts])
-    chosen = torch.cat([part.chosen_rewards for part in parts])
-    rejected = torch.cat([part.rejected_rewards for part in parts])
+def pair_values(part: PreferenceLoss) -> dict[str, torch.Tensor]:
+    """Name -> a number a pair, [B], under the names that TRL gave them; `kl/` is per token, see `kl_per_token`."""
     values = {
-        "loss": losses,
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/margins": chosen - rejected,
-        "rewards/accuracies": (chosen > rejected).double(),
-        "logps/chosen": torch.cat([part.chosen_logps for part in parts]),
-        "logps/rejected": torch.cat([part.rejected_logps for part in parts]),
+        "loss": part.losses.detach(),
+        "rewards/chosen": part.chosen_rewards,
+        "rewards/rejected": part.rejected_rewards,
+        "rewards/margins": part.chosen_rewards - part.rejected_rewards,
+        "rewards/accuracies": (part.chosen_rewards > part.rejected_rewards).double(),
+        "logps/chosen": part.chosen_logps,
+        "logps/rejected": part.rejected_logps,
+        "kl/chosen": part.sums.chosen_kl,
+        "kl/rejected": part.sums.rejected_kl,
     }
-    return {prefix + name: float(value.mean()) for name, value in values.items()}
+    if part.sums.chosen_kl.isnan().any():  # the cache holds sums over whole responses
+        del values["kl/chosen"], values["kl/rejected"]
+    return values
+
+
+def preference_metrics(parts: Sequence[PreferenceLoss]) -> dict[str, float]:
+    """Means over the pairs of several forwards."""
+    values = [pair_values(part) for part in parts]
+    names = [name for name in values[0] if all(name in value for value in values)]
+    return {name: float(torch.cat([value[name] for value in values]).mean()) for name in names}
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl and timings.jsonl, and cuts both back to a step when a run goes on from there."""
+    """Appends to metrics, timings and evaluations, and cuts them back to a step when a run goes on from there."""
 
     def __init__(self, folder: Path) -> None:
         self._metrics = folder / METRICS_FILE
         self._timings = folder / TIMINGS_FILE
+        self._evaluations = folder / EVALUATIONS_FILE
 
     def rewind(self, step: int) -> None:
         """Drops every line of a later step, and a last line that a kill cut short."""
-        for path in (self._metrics, self._timings):
+        for path in (self._metrics, self._timings, self._evaluations):
             if path.is_file():
                 kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
                 path.write_text("".join(kept), encoding="utf-8")
@@ -57,14 +67,26 @@ class MetricsLog:
         """One line of how long it took."""
         _append(self._timings, {"step": step, **timing})
 
+    def write_evaluation(self, step: int, record: dict[str, Any]) -> None:
+        """One evaluation in full: intervals and groups too."""
+        _append(self._evaluations, {"step": step, **record})
+
     def read(self) -> list[dict[str, Any]]:
         """Every line of metrics.jsonl."""
-        return [json.loads(line) for line in _whole_lines(self._metrics)] if self._metrics.is_file() else []
+        return _read(self._metrics)
+
+    def read_evaluations(self) -> list[dict[str, Any]]:
+        """Every line of evaluations.jsonl."""
+        return _read(self._evaluations)
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in _whole_lines(path)] if path.is_file() else []
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -23,7 +23,7 @@ MAX_EXPONENT = 80.0
 def f_divergence_scores(ratio: torch.Tensor, kind: str, alpha: float) -> torch.Tensor:
     """f'(pi/ref) from log pi/ref, up to a constant: what takes the place of the log-ratio.
 
-    Wang et al. 2023, "Beyond Reverse KL", table 1 and equation 14, https://arxiv.org/abs/2309.16240. The alpha
+    Wang et al. 2023, "Beyond Reverse KL", table 1, https://arxiv.org/abs/2309.16240. The alpha
     divergence is scaled as in TRL, ((pi/ref)^(alpha - 1) - 1) / (alpha - 1), so that alpha = 1 is the reverse KL.
     """
     if kind == "reverse_kl" or (kind == "alpha_divergence" and abs(alpha - 1) < 1e-6):
@@ -39,7 +39,7 @@ def f_divergence_scores(ratio: torch.Tensor, kind: str, alpha: float) -> torch.T
 def sigmoid_loss(delta: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
     """DPO; with label smoothing e conservative DPO: -(1 - e) log sigmoid(beta delta) - e log sigmoid(-beta delta).
 
-    Rafailov et al. 2023, equation 7, https://arxiv.org/abs/2305.18290; Mitchell 2023, equation 3,
+    Rafailov et al. 2023, equation 7, https://arxiv.org/abs/2305.18290; Mitchell 2023,
     https://ericmitchell.ai/cdpo.pdf. TRL from 0.29 on ignores `label_smoothing` here.
     """
     losses = -F.logsigmoid(beta * delta)
@@ -52,7 +52,7 @@ def robust_loss(delta: torch.Tensor, beta: float, label_smoothing: float) -> tor
     """DPO without bias where a share e < 1/2 of the labels is flipped; it may be negative.
 
     (-(1 - e) log sigmoid(beta delta) + e log sigmoid(-beta delta)) / (1 - 2 e)
-    Chowdhury et al. 2024, equation 12, https://arxiv.org/abs/2403.00409
+    Chowdhury et al. 2024, section 3.1, https://arxiv.org/abs/2403.00409
     """
     clean, flipped = F.logsigmoid(beta * delta), F.logsigmoid(-beta * delta)
     return (label_smoothing * flipped - (1 - label_smoothing) * clean) / (1 - 2 * label_smoothing)
@@ -100,7 +100,7 @@ def discopop_loss(delta: torch.Tensor, beta: float, tau: float) -> torch.Tensor:
 def nca_pair_loss(chosen_ratio: torch.Tensor, rejected_ratio: torch.Tensor, beta: float) -> torch.Tensor:
     """-log sigmoid(r_c) - (log sigmoid(-r_c) + log sigmoid(-r_r)) / 2 with r = beta ratio.
 
-    Chen et al. 2024, equation 11 for two responses with one preferred, https://arxiv.org/abs/2402.05369
+    Chen et al. 2024, section 4.1 for two responses with one preferred, https://arxiv.org/abs/2402.05369
     """
     chosen, rejected = beta * chosen_ratio, beta * rejected_ratio
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)

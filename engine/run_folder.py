@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,22 @@ import xxhash
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.engine.adapters import AdapterMode, save_policy_adapter
+from dpoeng.engine.advice import Advice
 from dpoeng.engine.checkpoint import Checkpoint, latest_checkpoint, remove_checkpoints, write_durably, write_folder
 from dpoeng.engine.config import TrainConfig
-from dpoeng.engine.metrics import METRICS_FILE, TIMINGS_FILE
+from dpoeng.engine.metrics import EVALUATIONS_FILE, METRICS_FILE, TIMINGS_FILE
 from dpoeng.engine.model import CausalLM, device_name, library_versions
 from dpoeng.engine.progress import Progress
 from dpoeng.engine.reference import ParityReport
 
 RUN_FILE = "run.json"
+ADVICE_FILE = "advice.json"
 ADAPTER_FOLDER = "adapter"
 
 # Fields that may differ between a run and its continuation: none of them moves a weight.
 _FREE_TO_CHANGE = frozenset(
     "cache output_dir resume model adapter device logging_steps eval_steps save_steps save_total_limit "
-    "per_device_eval_batch_size parity_pairs parity_tolerance".split()
+    "per_device_eval_batch_size parity_pairs parity_tolerance eval_group_by".split()
 )
 
 
@@ -35,6 +38,8 @@ def run_identity(config: TrainConfig, view: View, eval_view: View | None, mode: 
     """All that determines the result of a run: what a continuation must have in common with its beginning."""
     settings = {name: value for name, value in config.model_dump(mode="json").items() if name not in _FREE_TO_CHANGE}
     settings["adapter_mode"] = mode
+    if config.watches_a_metric:
+        settings["eval_steps"] = config.eval_steps
     return {
         "settings": settings,
         "reference": view.spec.digest,
@@ -56,7 +61,7 @@ def open_output(config: TrainConfig, identity: dict[str, Any], progress: Progres
     root = config.output_dir
     if config.resume is False:
         remove_checkpoints(root)
-        for name in (METRICS_FILE, TIMINGS_FILE, RUN_FILE):
+        for name in (METRICS_FILE, TIMINGS_FILE, EVALUATIONS_FILE, ADVICE_FILE, RUN_FILE):
             (root / name).unlink(missing_ok=True)
         return None
     checkpoint, damaged = latest_checkpoint(root)
@@ -152,6 +157,12 @@ def loading_recipe(mode: AdapterMode, model: str, adapter: str | None) -> list[s
     else:
         lines.append(f"model = PeftModel.from_pretrained(model, {ADAPTER_FOLDER!r})")
     return lines
+
+
+def write_advice(output_dir: Path, advice: Sequence[Advice]) -> None:
+    """The remarks on the finished run, an empty list if there is none."""
+    data = json.dumps([remark.record() for remark in advice], indent=2) + "\n"
+    write_durably(output_dir / ADVICE_FILE, data.encode())
 
 
 def write_adapter(lm: CausalLM, output_dir: Path) -> Path:

@@ -14,9 +14,11 @@ from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import ScoredPair
 from dpoeng.engine.adapters import AdapterMode, add_policy_adapter, as_reference
+from dpoeng.engine.advice import Advice, advise
+from dpoeng.engine.best import Best
 from dpoeng.engine.checkpoint import Checkpoint
 from dpoeng.engine.config import TrainConfig
-from dpoeng.engine.loop import Rows, Run, restore_run, run_steps, save_run
+from dpoeng.engine.loop import HeldOut, OnMetrics, Run, best_parameters, restore_run, run_steps, save_run
 from dpoeng.engine.metrics import MetricsLog
 from dpoeng.engine.model import (
     CausalLM,
@@ -30,7 +32,15 @@ from dpoeng.engine.optim import build_optimizer, build_scheduler
 from dpoeng.engine.order import hold_out, plan_schedule
 from dpoeng.engine.progress import QUIET, Progress
 from dpoeng.engine.reference import ParityReport, compare_with_cache, load_policy_base, parity_tolerance, spread
-from dpoeng.engine.run_folder import ADAPTER_FOLDER, open_output, run_identity, write_adapter, write_run_file
+from dpoeng.engine.rows import Rows
+from dpoeng.engine.run_folder import (
+    ADAPTER_FOLDER,
+    open_output,
+    run_identity,
+    write_adapter,
+    write_advice,
+    write_run_file,
+)
 from dpoeng.engine.scoring import choose_layout
 from dpoeng.engine.sources import find_adapter
 
@@ -58,10 +68,20 @@ class TrainSummary:
     seconds: float = 0.0
     peak_bytes: int | None = None
     already_complete: bool = False
+    planned_steps: int = 0
+    best: Best = field(default_factory=Best)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    advice: list[Advice] = field(default_factory=list)
 
 
-def train(config: TrainConfig, progress: Progress = QUIET) -> TrainSummary:
+def train(config: TrainConfig, progress: Progress = QUIET, on_metrics: OnMetrics | None = None) -> TrainSummary:
     """Runs phase two, or goes on with it where `output_dir` holds an unfinished run of the same configuration.
+
+    Args:
+        config: every setting.
+        progress: where bars and notes go.
+        on_metrics: called with the metrics of each logged step and each evaluation; what it raises ends the run, which
+            can then be gone on with.
 
     Raises:
         UserError: cache, model, configuration or output folder is not usable as it is; or the policy does not agree
@@ -80,9 +100,12 @@ def train(config: TrainConfig, progress: Progress = QUIET) -> TrainSummary:
     mode = resolve_adapter_mode(config, has_adapter=adapter is not None)
     train_indices, eval_indices = split(view, eval_view, config)
     train_rows, eval_rows = Rows(view, train_indices), Rows(eval_view or view, eval_indices)
-    train_weights, eval_weights = (
-        rows.column(config.pair_weight_column) if config.pair_weight_column else None
-        for rows in (train_rows, eval_rows)
+    train_weights = train_rows.weights(config.pair_weight_column)
+    held_out = HeldOut(
+        rows=eval_rows,
+        weights=eval_rows.weights(config.pair_weight_column),
+        prompts=eval_rows.prompts(),
+        labels=eval_rows.labels(config.eval_group_by) if eval_rows else {},
     )
     schedule = plan_schedule(
         len(train_rows),
@@ -115,15 +138,17 @@ def train(config: TrainConfig, progress: Progress = QUIET) -> TrainSummary:
         config=config,
         lm=lm,
         train_rows=train_rows,
-        eval_rows=eval_rows,
         train_weights=train_weights,
-        eval_weights=eval_weights,
+        held_out=held_out,
         schedule=schedule,
         optimizer=optimizer,
         scheduler=build_scheduler(config, optimizer, schedule.total_steps),
         log=MetricsLog(config.output_dir),
         progress=progress,
+        per_token=not view.spec.holds_sums,
     )
+    if on_metrics is not None:
+        run.on_metrics = on_metrics
     first_step = 0
     if checkpoint is not None:
         first_step = restore_run(run, checkpoint)
@@ -133,15 +158,18 @@ def train(config: TrainConfig, progress: Progress = QUIET) -> TrainSummary:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
-    run_steps(run, first_step, identity)
+    done = run_steps(run, first_step, identity)
 
-    adapter_folder = write_adapter(lm, config.output_dir)
-    save_run(run, schedule.total_steps, identity, complete=True)
+    with best_parameters(run, done):
+        adapter_folder = write_adapter(lm, config.output_dir)
+    save_run(run, done, identity, complete=True)
 
     summary = TrainSummary(
         output_dir=config.output_dir,
         adapter=adapter_folder,
-        steps=schedule.total_steps,
+        steps=done,
+        planned_steps=schedule.total_steps,
+        best=run.best,
         resumed_from=first_step,
         train_pairs=len(train_rows),
         eval_pairs=len(eval_rows),
@@ -154,7 +182,8 @@ def train(config: TrainConfig, progress: Progress = QUIET) -> TrainSummary:
         seconds=time.perf_counter() - began,
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     )
-    _add_results(summary, run.log)
+    _add_results(summary, run.log, config)
+    write_advice(config.output_dir, summary.advice)
     return summary
 
 
@@ -289,13 +318,19 @@ def _finished(
         device="",
         already_complete=True,
     )
-    _add_results(summary, MetricsLog(config.output_dir))
+    summary.best = Best(**checkpoint.state.get("best", {}))
+    _add_results(summary, MetricsLog(config.output_dir), config)
     return summary
 
 
-def _add_results(summary: TrainSummary, log: MetricsLog) -> None:
+def _add_results(summary: TrainSummary, log: MetricsLog, config: TrainConfig) -> None:
     lines = log.read()
     steps = [line for line in lines if "loss" in line]
     evals = [line for line in lines if "eval_loss" in line]
     summary.first, summary.last = (steps[0], steps[-1]) if steps else ({}, {})
     summary.eval_before, summary.eval_after = (evals[0], evals[-1]) if evals else ({}, {})
+    full = log.read_evaluations()
+    summary.evaluation = full[-1] if full else {}
+    summary.advice = advise(
+        steps, evals, loss_type=config.loss_type, beta=config.beta, held_out_pairs=summary.eval_pairs
+    )

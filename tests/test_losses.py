@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
 
 from dpoeng.engine.config import LOSS_FIELDS, TrainConfig
-from dpoeng.engine.loss_names import LOSS_FACTS, OTHER_NAMES, LossType
+from dpoeng.engine.loss_names import LOSS_FACTS, OTHER_NAMES, LossSettings, LossType
 from dpoeng.engine.losses import (
     LOSSES,
-    LossSettings,
     PairSums,
     PreferenceBatch,
     kl_per_token,
@@ -21,6 +22,7 @@ from dpoeng.engine.losses import (
     pair_sums,
     preference_loss,
 )
+from dpoeng.engine.metrics import preference_metrics
 
 LN2, LN3 = math.log(2), math.log(3)
 NEEDED: dict[str, dict[str, Any]] = {"exo_pair": {"label_smoothing": 0.125}}  # what a loss cannot do without
@@ -101,6 +103,19 @@ def test_every_name_has_a_function_and_its_source() -> None:
     assert all(known.url.startswith("https://arxiv.org/abs/") and known.equation for known in LOSS_FACTS.values())
     by_hand = {name for name, _, _ in BY_HAND}
     assert set(LOSSES) - by_hand == {"simpo", "cpo", "orpo", "sft"}  # below
+
+
+def test_the_page_on_losses_has_them_all() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "losses.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| `") and line.count("|") >= 6][1:]
+    rows = rows[: len(LOSS_FACTS)]
+    names = [re.findall(r"`(\w+)`", line)[0] for line in rows]
+    assert names == list(LOSS_FACTS)
+    for name, line in zip(LOSS_FACTS, rows, strict=False):
+        needs = {"yes": True, "no": False}[re.split(r"(?<!\\)\|", line)[4].strip()]
+        assert needs == LOSS_FACTS[name].reference, name
+    assert all(known.url in page for known in LOSS_FACTS.values())
+    assert all(f"`{code}`" in page for code in ("likelihood-displacement", "loss-does-not-move", "accuracy-saturated"))
 
 
 def test_settings_are_the_fields_of_the_config_with_its_defaults() -> None:
@@ -246,6 +261,19 @@ def test_weights_of_pairs_multiply_the_loss() -> None:
 def test_kl_is_zero_at_the_reference_and_positive_beside_it() -> None:
     policy, reference = torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-1.0, -1.0 - LN2, -1.0 + LN2])
     assert kl_per_token(policy, reference).tolist() == pytest.approx([0.0, 0.5 + LN2 - 1, 2 - LN2 - 1])
+
+
+def test_there_is_no_kl_where_only_sums_are_known() -> None:
+    """A cache that was imported from sums carries each in the response's first token; all else is the same."""
+    tokens = batch([-1.0, -2.0, -3.0], [-2.0, -2.5, -1.0], [0, 0, 1])
+    whole = batch([-1.0, -2.0, -3.0], [-4.5, 0.0, -1.0], [0, 0, 1], per_token=False)
+    known, summed = (
+        preference_metrics([preference_loss(pair_sums(made, settings("sigmoid")), settings("sigmoid"))])
+        for made in (tokens, whole)
+    )
+    assert known.pop("kl/chosen") > 0
+    assert known.pop("kl/rejected") > 0
+    assert summed == pytest.approx(known)
 
 
 def test_what_losses_remember_by_hand() -> None:

@@ -13,6 +13,7 @@ from dpoeng_testing import pair_rows, write_jsonl
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
+from dpoeng.cli.main import main
 from dpoeng.engine import loop as loop_module
 from dpoeng.engine.config import PrecomputeConfig, TrainConfig
 from dpoeng.engine.precompute import precompute_reference
@@ -171,3 +172,22 @@ def test_wpo_weighs_by_the_policys_own_probabilities(tmp_path: Path, cache: Path
         weights.append(np.exp(aligned))
     found = run(cache, tmp_path / "out", use_weighting=True, per_device_train_batch_size=12, eval_share=0, max_steps=1)
     assert found.first["loss"] == pytest.approx(np.log(2) * np.mean(weights), rel=1e-5)
+
+
+def test_losses_on_the_command_line(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    line = ["train", "--cache", str(cache), "--output-dir", str(tmp_path / "out"), "--max-steps", "2", "--lora-r", "4"]
+    with pytest.raises(SystemExit) as stop:
+        main([*line, "--loss-type", "sigmoid,sft", "--loss-weights", "1,0.5", "--eval-share", "0.5"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert "95 % interval" in shown
+    assert "by negative_type" in shown
+    config = json.loads((tmp_path / "out" / "run.json").read_text())["config"]
+    assert (config["loss_type"], config["loss_weights"]) == (["sigmoid", "sft"], [1.0, 0.5])
+    with pytest.raises(SystemExit) as stop:
+        main([*line, "--loss-type", "tdpo"])
+    assert stop.value.code == 2
+    assert "whole vocabulary" in capsys.readouterr().err

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from dpoeng.engine.losses import LOSSES, LossSettings, PreferenceBatch, pair_sums, preference_loss
+from dpoeng.engine.loss_names import LossSettings
+from dpoeng.engine.losses import LOSSES, PreferenceBatch, pair_sums, preference_loss
 
 pytestmark = pytest.mark.peers
 

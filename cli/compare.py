@@ -1,0 +1,143 @@
+"""`dpoeng compare`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dpoeng.cli.evaluate import run_config
+from dpoeng.cli.options import config_options, given
+from dpoeng.engine.config import TrainConfig
+
+if TYPE_CHECKING:
+    from dpoeng.engine.trained import Generation
+
+EPILOG = """\b
+Examples:
+  dpoeng compare out
+  dpoeng compare out --prompt "Why is the sky blue?" --prompt "Name three rivers."
+  dpoeng compare out --prompts prompts.txt --max-new-tokens 200 --json
+"""
+
+_FIELDS = frozenset("cache view model quantization dtype device".split())
+
+
+@click.command("compare", epilog=EPILOG)
+@click.argument("path", metavar="ADAPTER", type=click.Path(path_type=Path))
+@click.option("--prompt", "prompts", multiple=True, help="A prompt; may be given several times.")
+@click.option("--prompts", "file", type=click.Path(path_type=Path), help="A text file with a prompt a line.")
+@click.option("--count", default=4, show_default=True, help="Without prompts: how many of those held out are taken.")
+@click.option(
+    "--chat/--text",
+    default=None,
+    help="Whether given prompts are a user's messages for the chat template, or texts.  [default: messages if there is "
+    "a template and phase one put no prompt_format around texts]",
+)
+@click.option("--max-new-tokens", default=128, show_default=True, help="Most tokens of an answer.")
+@click.option("--temperature", default=0.0, show_default=True, help="0: the likeliest token each time; above: drawn.")
+@click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1 keeps small models from circling.")
+@click.option("--stop", multiple=True, help="A text at which an answer ends; may be given several times.")
+@click.option("--seed", default=0, show_default=True, help="Of the draws.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@config_options(TrainConfig, skip=frozenset(TrainConfig.model_fields) - _FIELDS)
+def compare(
+    path: Path,
+    prompts: tuple[str, ...],
+    file: Path | None,
+    count: int,
+    chat: bool | None,
+    as_json: bool,
+    max_new_tokens: int,
+    temperature: float,
+    repetition_penalty: float,
+    stop: tuple[str, ...],
+    seed: int,
+    **options: Any,
+) -> None:
+    """Show side by side how the model answers before and after training.
+
+    ADAPTER is a run's folder or an adapter's own. One model is in memory: before is the same model without the adapter.
+    Without prompts, some of those that the run held out are used, with just their token ids.
+    """
+    from dpoeng.cache.reader import View
+    from dpoeng.engine.trained import compare_generations, encode_prompt, find_trained, held_out_prompts, load_trained
+
+    given_prompts = [*prompts, *(read_prompts(file) if file else [])]
+    trained = find_trained(path)
+    config = run_config(trained, given(options))
+    view = View.open(config.cache, config.view)
+    lm = load_trained(trained, config, view, tokenizer=True)
+    if given_prompts:
+        wrapped = view.meta.get("prompt_format")
+        if chat is None:
+            chat = bool(getattr(lm.tokenizer, "chat_template", None)) and not wrapped
+        ids = [encode_prompt(lm, text, chat=chat, prompt_format=wrapped) for text in given_prompts]
+    else:
+        ids = held_out_prompts(view, config, count)
+    found = compare_generations(
+        lm,
+        ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        repetition_penalty=repetition_penalty,
+        stop=stop,
+        seed=seed,
+    )
+    if given_prompts:  # as they were given, not as the template has them
+        found = [dataclasses.replace(one, prompt=text) for one, text in zip(found, given_prompts, strict=True)]
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(one) for one in found], indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    Console(highlight=False).print(generations_table(found))
+
+
+def read_prompts(file: Path) -> list[str]:
+    """A prompt a line, empty lines left out.
+
+    Raises:
+        UserError: the file cannot be read, or holds none.
+    """
+    from dpoeng.cache.errors import UserError
+
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            "the file of prompts cannot be read",
+            code="data-unreadable",
+            where=str(file),
+            expected="a text file with a prompt a line",
+            found=str(error),
+            remedy="name another with --prompts",
+            exit_status=3,
+        ) from error
+    if not any(lines):
+        raise UserError(
+            "the file holds no prompt",
+            code="data-empty",
+            where=str(file),
+            expected="a prompt a line",
+            remedy="write one, or leave --prompts out: some of the held-out prompts are then used",
+            exit_status=3,
+        )
+    return [line for line in lines if line]
+
+
+def generations_table(found: list[Generation]) -> Any:
+    """Prompt and both answers."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(show_lines=True)
+    for heading in ("prompt", "before", "after"):
+        table.add_column(heading, ratio=1, overflow="fold")
+    for one in found:
+        same = "[dim](the same)[/]" if one.after == one.before else escape(one.after.strip())
+        table.add_row(escape(one.prompt.strip()), escape(one.before.strip()), same)
+    return table

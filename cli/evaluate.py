@@ -1,0 +1,92 @@
+"""`dpoeng eval`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from dpoeng.cli.options import config_options, given
+from dpoeng.engine.config import LOSS_FIELDS, TrainConfig, load_config
+
+if TYPE_CHECKING:
+    from dpoeng.engine.trained import EvaluationSummary, Trained
+
+EPILOG = """\b
+Examples:
+  dpoeng eval --cache refcache --adapter out
+  dpoeng eval --cache refcache --adapter out --view test --pairs all --json
+  dpoeng eval --cache refcache --adapter my-lora --eval-group-by negative_type
+"""
+
+_FIELDS = frozenset(
+    "cache view eval_view eval_share seed model quantization dtype device layout per_device_eval_batch_size "
+    "eval_group_by parity_pairs parity_tolerance".split()
+) | frozenset(LOSS_FIELDS)
+
+
+@click.command("eval", epilog=EPILOG)
+@click.option(
+    "--adapter", "path", type=click.Path(path_type=Path), required=True, help="A run's folder, or an adapter."
+)
+@click.option(
+    "--pairs",
+    type=click.Choice(["held-out", "all"]),
+    help="Those that the run held out, or all of the view.  [default: held-out where run.json lies beside the adapter "
+    "and no --view is given]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@config_options(TrainConfig, skip=frozenset(TrainConfig.model_fields) - _FIELDS)
+def evaluate(path: Path, pairs: Literal["held-out", "all"] | None, as_json: bool, **options: Any) -> None:
+    """Evaluate a trained adapter on cached pairs: rewards, accuracy with its interval, by group, warnings.
+
+    Settings that are not given are those of the adapter's run, where run.json lies beside it. Before anything is said,
+    the model without the adapter is compared with the cache.
+    """
+    from dpoeng.cli.progress import TerminalProgress
+    from dpoeng.engine.trained import evaluate_adapter, find_trained
+
+    trained = find_trained(path)
+    overrides = given(options)
+    if pairs is None and "view" in overrides:
+        pairs = "all"
+    found = evaluate_adapter(trained, run_config(trained, overrides), pairs, TerminalProgress())
+    if as_json:
+        click.echo(json.dumps(found.record(), indent=2))
+    else:
+        print_evaluation(found)
+
+
+def run_config(trained: Trained, overrides: dict[str, Any]) -> TrainConfig:
+    """The config of an adapter's run, or the defaults, with what was given on the command line."""
+    defaults = TrainConfig.model_validate({}).model_dump(mode="json")
+    run = {name: value for name, value in (trained.run or {}).items() if value != defaults.get(name, value)}
+    return load_config(TrainConfig, {**run, **overrides})
+
+
+def print_evaluation(summary: EvaluationSummary) -> None:
+    """Facts, means with intervals, groups, remarks."""
+    from rich.console import Console
+
+    from dpoeng.cli.summary import advice_text, evaluation_table, facts_table, group_tables
+
+    console = Console(highlight=False)
+    pairs = f"{summary.evaluation.pairs} of {summary.view} ({summary.which.replace('-', ' ')})"
+    console.print(
+        facts_table(
+            [
+                ("adapter", str(summary.adapter)),
+                ("pairs", pairs),
+                ("loss", f"{' + '.join(summary.loss_type)}, beta {summary.beta:g}"),
+                ("device", summary.device),
+                ("parity", f"without the adapter {summary.parity.mean_diff:.2g} nats a token from the cache"),
+            ]
+        )
+    )
+    record = summary.evaluation.record()
+    console.print(evaluation_table(record))
+    for table in group_tables(record):
+        console.print(table)
+    console.print(advice_text(summary.advice), soft_wrap=True, end="")
