@@ -3,6 +3,7 @@
 #   make demo        both phases on a small real model and 100 pairs
 #   make test        the test suite                    make test-slow   what takes minutes
 #   make lint        ruff, format, mypy                make test-peers  parity with TRL, in an environment of its own
+#   make site        the documents as a site, in site/        make docs-errors   docs/errors.md anew
 #   make bench       throughput and memory here        make coverage    the test suite with line coverage
 #   make clean       remove what the above made        make distclean   and the environments
 #
@@ -20,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export DEMO_DIR
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-peers coverage lint format bench clean distclean
+.PHONY: help setup demo test test-slow test-peers coverage lint format site docs-errors bench clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -47,7 +48,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest $(WORKERS)
 
-test-slow: $(VENV)/.installed
+test-slow: $(VENV)/.docs
 	$(VENV)/bin/dpoeng demo --dir $(DEMO_DIR) --prepare-only
 	$(VENV)/bin/python -m pytest -m slow
 
@@ -63,6 +64,16 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+site: $(VENV)/.docs
+	$(VENV)/bin/mkdocs build --strict
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(VENV)/bin/pip install --quiet --no-compile $(PIP_FLAGS) -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs-errors: $(VENV)/.installed
+	DPOENG_WRITE_DOCS=1 $(VENV)/bin/python -m pytest tests/test_errors.py -q
+
 format: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
@@ -71,7 +82,7 @@ bench: $(VENV)/.installed
 	$(VENV)/bin/dpoeng bench
 
 clean:
-	rm -rf build dist *.egg-info .coverage* htmlcov .pytest_cache .mypy_cache .ruff_cache .hypothesis demo
+	rm -rf build dist site *.egg-info .coverage* htmlcov .pytest_cache .mypy_cache .ruff_cache .hypothesis demo
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean

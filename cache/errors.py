@@ -1,7 +1,7 @@
 """The one exception type for mistakes that a user can mend.
 
-It stands in the lowest layer because that is where a user's mistake may first be met (a damaged file, a full disk);
-`dpoeng.engine.errors` adds the codes of the layers above. The command line prints it without a traceback.
+It stands in the lowest layer because that is where a user's mistake may first be met (a damaged file, a full disk). The
+command line prints it without a traceback. docs/errors.md lists every code.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ class UserError(Exception):
     """A mistake in data, configuration, cache or environment, said so that the reader can mend it.
 
     Args:
-        message: what is wrong, one sentence.
+        message: what is wrong: one sentence, beginning small and without a full stop.
         code: a stable short name, `area-problem`, e.g. `cache-corrupt`, for scripts and searches.
         where: file, line, field or option.
         expected: what would have been right.
         found: what was there instead.
-        remedy: what to do now.
-        exit_status: process exit status; 2 for usage and configuration, 3 for data, 4 for the cache, 5 for the machine.
+        remedy: what to do now; every mistake has one.
+        exit_status: process exit status; 2 for usage and configuration, 3 for data, 4 for the cache, 5 for the machine;
+            1 is left to our own mistakes.
     """
 
     def __init__(
@@ -28,7 +29,7 @@ class UserError(Exception):
         where: str | None = None,
         expected: str | None = None,
         found: str | None = None,
-        remedy: str | None = None,
+        remedy: str,
         exit_status: int = 2,
     ) -> None:
         super().__init__(message)
@@ -60,7 +61,7 @@ class CacheError(UserError):
         where: str | None = None,
         expected: str | None = None,
         found: str | None = None,
-        remedy: str | None = None,
+        remedy: str,
         exit_status: int = 4,
     ) -> None:
         super().__init__(

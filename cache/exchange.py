@@ -130,7 +130,13 @@ def file_holds_sums(path: Path) -> bool:
         if _sum_columns(columns):
             return True
         raise _lacking(path, 1, columns)
-    raise UserError("there are no rows to import", code="import-columns", where=str(path), exit_status=3)
+    raise UserError(
+        "there are no rows to import",
+        code="import-columns",
+        where=str(path),
+        remedy="name a file that `dpoeng cache export` or TRL wrote",
+        exit_status=3,
+    )
 
 
 def import_rows(
@@ -244,7 +250,7 @@ def merge(target: Store, source: Store) -> tuple[int, list[str]]:
                 "both caches have a view of this name",
                 code="cache-view-exists",
                 where=f"{target.root / view_name(record.name)} and {source.root / view_name(record.name)}",
-                remedy="run `dpoeng precompute-ref` on one of the two data sets with another --view, then merge again",
+                remedy="run `dpoeng precompute-ref` on one of the two data sets with another --name, then merge again",
                 exit_status=2,
             )
     for digest, spec in source.specs().items():
@@ -274,6 +280,7 @@ def _bad_suffix(path: Path) -> UserError:
         where=str(path),
         expected=".jsonl or .parquet (and .arrow, to read)",
         found=path.suffix or "no ending",
+        remedy="give the file one of these endings",
     )
 
 
@@ -284,6 +291,7 @@ def _bad_row(path: Path, number: int, found: str) -> UserError:
         where=f"{path}:{number}",
         expected="token ids, and for each scored token a finite log-probability of at most 0",
         found=found[:200],
+        remedy="correct the row where the file was made: nothing of it was taken over",
         exit_status=3,
     )
 

@@ -49,6 +49,7 @@ def view_name(name: str) -> str:
             code="cache-view-name",
             expected="1 to 200 of the characters A-Z a-z 0-9 . _ -",
             found=repr(name)[:200],
+            remedy="choose another name",
             exit_status=2,
         )
     return f"views/{name}.json"

@@ -106,7 +106,8 @@ def _refuse_in_use(store: Store, drop_specs: Collection[str], viewed: dict[str, 
                 where=digest,
                 expected="a reference of this cache that no view uses",
                 found=f"the view {viewed[digest]!r} uses it" if digest in viewed else "no such reference",
-                remedy="see `dpoeng cache info`; remove the view's file in views/ first" if digest in viewed else None,
+                remedy="`dpoeng cache info` shows the references"
+                + ("; remove the view's file in views/ first" if digest in viewed else ""),
                 exit_status=2,
             )
 

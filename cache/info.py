@@ -77,7 +77,13 @@ def newest_spec(store: Store) -> str:
     """The spec whose file was written last, by the file system's clock. Raises CacheError if there is none."""
     digests = store.spec_digests()
     if not digests:
-        raise CacheError("the cache has no reference yet", code="cache-no-spec", where=str(store.root), exit_status=2)
+        raise CacheError(
+            "the cache has no reference yet",
+            code="cache-no-spec",
+            where=str(store.root),
+            remedy="run `dpoeng precompute-ref` into it first",
+            exit_status=2,
+        )
     return max(digests, key=lambda digest: ((store.root / spec_name(digest)).stat().st_mtime_ns, digest))
 
 

@@ -285,9 +285,10 @@ def stats(folder: Path, view: str | None, html: Path | None, as_json: bool, pair
     found = reference_stats(opened, notes=pairs)
     if html:
         from dpoeng.cache.report import html_report
+        from dpoeng.cli.output import write_page
 
         facts = [("view", opened.name), ("reference", opened.spec.digest)]
-        html.write_text(html_report(found, f"The reference on {opened.name}", facts), encoding="utf-8")
+        write_page(html, html_report(found, f"The reference on {opened.name}", facts))
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(found), indent=2))
         return
@@ -345,6 +346,7 @@ def _choose(store: Store, prefix: str | None) -> str:
             where=str(store.root),
             expected="the beginning of one of: " + (", ".join(digests) or "(none)"),
             found=prefix or f"{len(digests)} references",
+            remedy="`dpoeng cache info` shows what each of them is" if digests else "run `dpoeng precompute-ref` first",
             exit_status=2,
         )
     return found[0]

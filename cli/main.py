@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import traceback
 import warnings
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -19,6 +22,9 @@ COMMANDS = {
     "train": ("dpoeng.cli.train:train", "Phase two: train a LoRA policy against the cached numbers."),
     "eval": ("dpoeng.cli.evaluate:evaluate", "Evaluate a trained adapter on cached pairs."),
     "compare": ("dpoeng.cli.compare:compare", "Answers before and after training, side by side."),
+    "check": ("dpoeng.cli.check:check", "Look through preference pairs for whatever could spoil a run."),
+    "report": ("dpoeng.cli.report:report", "Write a run as one HTML page: curves, tables, configuration."),
+    "doctor": ("dpoeng.cli.doctor:doctor", "Look whether this machine is ready: versions, GPU, disk, folders."),
     "cache": ("dpoeng.cli.cache:cache", "Look into a reference cache: info, verify, export and more."),
     "demo": ("dpoeng.cli.demo:demo", "Both phases on a small real model and 100 pairs, in minutes."),
     "bench": ("dpoeng.cli.bench:bench", "Measure throughput and memory on this machine."),
@@ -26,6 +32,7 @@ COMMANDS = {
 
 EPILOG = """\b
 Examples:
+  dpoeng check pairs.jsonl --model sft-model
   dpoeng precompute-ref pairs.jsonl --model sft-model --cache refcache
   dpoeng train --cache refcache --output-dir out
   dpoeng cache info refcache
@@ -41,40 +48,36 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 
 
 @click.group(cls=LazyGroup, table=COMMANDS, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--debug", is_flag=True, help="Show the traceback of a reported error too.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error too; may stand anywhere.")
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
 )
-@click.pass_context
-def dpoeng(ctx: click.Context, debug: bool) -> None:
+def dpoeng(debug: bool) -> None:
     """DPO with an offline reference.
 
     DPO needs the reference model only as numbers. `precompute-ref` runs the frozen SFT model once and stores them;
     `train` loads only the policy. So one GPU holds what would else need two models.
     """
-    ctx.obj = {"debug": debug}
+    del debug  # `main` takes it out of the arguments before; it is an option for the help's sake
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Entry point of the console script."""
+    """Entry point of the console script. Exit statuses are listed in docs/errors.md."""
     signal.signal(signal.SIGTERM, _terminate)
     if not sys.warnoptions:
         # Deprecations inside the libraries are for their maintainers; python -W default shows them.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal of another encoding must not turn a message into a crash
+            stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments  # wherever it stands: who adds it to a long command adds it at the end
+    arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         status: Any = dpoeng.main(args=arguments, prog_name="dpoeng", standalone_mode=False)
     except click.exceptions.Exit as stop:
         status = stop.exit_code
-    except click.ClickException as error:
-        error.show()
-        status = error.exit_code
-    except UserError as error:
-        if "--debug" in arguments:
-            raise
-        click.echo(click.style("error: ", fg="red", bold=True, reset=True) + str(error), err=True)
-        status = error.exit_status
     except (KeyboardInterrupt, click.Abort):
         click.echo(
             "\nStopped. What was committed is kept: run the same command again and it goes on from there.", err=True
@@ -83,7 +86,59 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except _Terminated:
         click.echo("\nStopped by SIGTERM. Run the same command again and it goes on from there.", err=True)
         status = 143
+    except BrokenPipeError:
+        # Who reads the output has seen enough (`| head`). Python would complain once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    except Exception as error:
+        reported = as_user_error(error)
+        if debug:
+            traceback.print_exc()
+        click.echo(click.style("error: ", fg="red", bold=True, reset=True) + str(reported), err=True)
+        status = reported.exit_status
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def as_user_error(error: Exception) -> UserError:
+    """Any exception as what the command line reports: a mistake of the user's, of the machine's, or ours."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, click.ClickException):
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "dpoeng"
+        return UserError(
+            error.format_message().rstrip("."),
+            code="usage",
+            where=command,
+            remedy=f"{command} --help lists what it takes",
+            exit_status=error.exit_code,
+        )
+    if isinstance(error, MemoryError):
+        return UserError(
+            "there is not enough memory",
+            code="memory-full",
+            found=str(error) or None,
+            remedy="end other programs, or take smaller batches (--batch-tokens, --per-device-train-batch-size)",
+            exit_status=5,
+        )
+    if isinstance(error, OSError) and error.errno is not None:
+        return UserError(
+            "the system refused a file operation",
+            code="system-error",
+            where=str(error.filename) if error.filename is not None else None,
+            found=error.strerror or str(error),
+            remedy="see that the disk has room and that the folder may be written to, then run the same command again",
+            exit_status=5,
+        )
+    frames = traceback.extract_tb(error.__traceback__)
+    return UserError(
+        "dpoeng met something that it does not handle: this is a mistake in dpoeng, not yours",
+        code="internal-error",
+        where=f"{Path(frames[-1].filename).name}:{frames[-1].lineno}, in {frames[-1].name}" if frames else None,
+        found=f"{type(error).__name__}: {error}",
+        remedy="please report it, with the output of the same command with --debug and of dpoeng doctor --json",
+        exit_status=1,
+    )
 
 
 class _Terminated(BaseException):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -88,9 +89,13 @@ def _peft_from_pretrained(lm: CausalLM, adapter: ModelSource, name: str, *, trai
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(
-            lm.base, str(adapter.folder), adapter_name=name, is_trainable=trainable, torch_device=str(lm.device)
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below, with a remedy
+            model = PeftModel.from_pretrained(
+                lm.base, str(adapter.folder), adapter_name=name, is_trainable=trainable, torch_device=str(lm.device)
+            )
+        _check_weights(model, adapter, name)
+        return model
     except (ValueError, RuntimeError, KeyError) as error:
         raise UserError(
             "the adapter does not fit this base model",
@@ -100,6 +105,27 @@ def _peft_from_pretrained(lm: CausalLM, adapter: ModelSource, name: str, *, trai
             remedy="give the base that the adapter was trained on; adapter_config.json names it in "
             "base_model_name_or_path",
         ) from error
+
+
+def _check_weights(model: Any, adapter: ModelSource, name: str) -> None:
+    """peft loads what fits and leaves the rest as it was: half an adapter, or one of another depth.
+
+    Raises:
+        ValueError: the file lacks weights that the adapter has in this model, or holds others.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with safe_open(adapter.weight_files[0], "pt") as file:
+        held = set(file.keys())
+    wanted = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+    lacking = sorted(wanted - held)
+    if lacking:
+        raise ValueError(f"its file lacks {lacking[0]}" + (f" and {len(lacking) - 1} more" if lacking[1:] else ""))
+    # Saved embeddings are no part of the adapter's own state.
+    over = sorted(key for key in held - wanted if "lora_" in key)
+    if over:
+        raise ValueError(f"the base has no place for {over[0]}" + (f" and {len(over) - 1} more" if over[1:] else ""))
 
 
 def linear_names(base: nn.Module) -> list[str]:

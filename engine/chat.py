@@ -82,7 +82,7 @@ def _template(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> str:
         template = tokenizer.get_chat_template(tools=pair.tools)
     except (AttributeError, ValueError):
         raise UserError(
-            "The pairs are chat messages and the tokenizer has no chat template.",
+            "the pairs are chat messages and the tokenizer has no chat template",
             code="tokenizer-no-template",
             where=f"{pair.source_file}:{pair.source_row}",
             expected="a chat_template in tokenizer_config.json or chat_template.jinja beside the model",

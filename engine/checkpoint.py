@@ -129,15 +129,20 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         _sync_folder(folder.parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            "the output folder cannot be written",
-            code="output-unwritable",
-            where=str(folder),
-            found=error.strerror or str(error),
-            remedy="free some space or make the folder writable, then run the same command again: it goes on from the "
-            "newest checkpoint",
-            exit_status=5,
-        ) from error
+        raise unwritable(folder, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    """What to say when the output folder refuses to be written."""
+    return UserError(
+        "the output folder cannot be written",
+        code="output-unwritable",
+        where=str(path),
+        found=error.strerror or str(error),
+        remedy="free some space or make the folder writable, then run the same command again: it goes on from the "
+        "newest checkpoint",
+        exit_status=5,
+    )
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -215,6 +215,10 @@ class TrainConfig(_Config):
     )
     seed: int = Field(42, ge=0, description="Seeds the LoRA, the order of the pairs, the held-out share and dropout.")
 
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
+        (), description="Trackers that get the metrics too, beside metrics.jsonl."
+    )
+    run_name: str | None = Field(None, description="What trackers call the run. Default: the output folder's name.")
     logging_steps: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
     eval_steps: int | None = Field(None, ge=1, description="Steps between evaluations. Default: once an epoch.")
     eval_group_by: tuple[str, ...] | None = Field(
@@ -242,6 +246,13 @@ class TrainConfig(_Config):
     parity_tolerance: float | None = Field(
         None, gt=0, description="Largest allowed mean difference per token, nats. Default: by precision."
     )
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _no_tracker(cls, value: Any) -> Any:
+        """transformers says "none" for none, and one name may stand without a list."""
+        names = [value] if isinstance(value, str) else value
+        return () if names in (None, ["none"], ("none",)) else names
 
     def lora_shape_given(self) -> list[str]:
         """The fields of a new LoRA's shape that were set, not left at their default."""

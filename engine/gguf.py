@@ -117,7 +117,7 @@ def convert_gguf(path: str | Path, out_dir: str | Path, dtype: torch.dtype) -> P
             return out_dir
         if not out_dir.is_dir() or any(out_dir.iterdir()):
             raise UserError(
-                "The folder for the converted model holds something else.",
+                "the folder for the converted model holds something else",
                 code="gguf-output-exists",
                 where=str(out_dir),
                 expected=f"no such folder, or one converted from {path.name} to {origin['dtype']}",
@@ -147,26 +147,27 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError("There is no such GGUF file.", code="gguf-missing", where=str(path))
+        raise UserError("there is no such GGUF file", code="gguf-missing", where=str(path), remedy="check the path")
     with path.open("rb") as file:
         try:
             magic, version, _, count = struct.unpack("<4sIQQ", _read(file, 24))
             if magic != b"GGUF" or version not in (2, 3):
                 raise UserError(
-                    "This is not a GGUF file that can be read.",
+                    "this is not a GGUF file that can be read",
                     code="gguf-format",
                     where=str(path),
                     expected="GGUF version 2 or 3, little-endian",
                     found=f"first bytes {magic!r}, version {version}",
+                    remedy="convert the model again with a current llama.cpp, or give it as safetensors",
                 )
             return {_read_string(file): _read_value(file) for _ in range(count)}
         except (EOFError, KeyError, UnicodeDecodeError) as error:
             raise UserError(
-                "The GGUF file's header is damaged or cut off.",
+                "the GGUF file's header is damaged or cut off",
                 code="gguf-format",
                 where=str(path),
                 found=str(error) or type(error).__name__,
-                remedy="Fetch the file again.",
+                remedy="fetch the file again",
             ) from error
 
 
@@ -240,7 +241,7 @@ def _splits_as_gpt2(backend: Any) -> bool:
 def _require_gguf_package(path: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise UserError(
-            "Reading GGUF files needs the package gguf.",
+            "reading GGUF files needs the package gguf",
             code="gguf-package",
             where=str(path),
             remedy="pip install 'dpoeng[gguf]'",
@@ -256,7 +257,7 @@ def _loading(path: Path) -> Iterator[None]:
             yield
     except (ValueError, KeyError, IndexError, NotImplementedError) as error:
         raise UserError(
-            "transformers cannot read this GGUF file.",
+            "transformers cannot read this GGUF file",
             code="gguf-unsupported",
             where=str(path),
             found=f"{type(error).__name__}: {error}",

@@ -101,14 +101,23 @@ def run_steps(run: Run, first_step: int, identity: dict[str, Any]) -> int:
             done += 1
             if done % config.logging_steps == 0 or done == schedule.total_steps:
                 _log(run, done, metrics)
-            run.log.write_timing(done, {"step_ms": 1e3 * (time.perf_counter() - began)})
-            advance(1, f"loss {metrics['loss']:.4f}  margin {metrics['rewards/margins']:+.3f}")
+            seconds = time.perf_counter() - began
+            run.log.write_timing(done, {"step_ms": 1e3 * seconds})
+            advance(1, live_figures(metrics, len(schedule.rows_of_step(done - 1)) / seconds))
             if run.held_out.rows and (done % eval_every == 0 or done == schedule.total_steps):
                 _evaluate(run, done)
             best = config.load_best_model_at_end and run.best.step == done
             if (best or done % save_every == 0) and done < schedule.total_steps:
                 save_run(run, done, identity, complete=False)
     return done
+
+
+def live_figures(metrics: Mapping[str, float], pairs_per_s: float) -> str:
+    """What a step tells while it goes by."""
+    return (
+        f"loss {metrics['loss']:.4f}  margin {metrics['rewards/margins']:+.3f}  "
+        f"accuracy {metrics['rewards/accuracies']:.2f}  {pairs_per_s:.3g} pairs/s"
+    )
 
 
 def _step(run: Run, step: int) -> dict[str, float]:

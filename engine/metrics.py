@@ -6,7 +6,7 @@ Timings are kept in a file of their own, so that the log of a resumed run equals
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ class MetricsLog:
         self._metrics = folder / METRICS_FILE
         self._timings = folder / TIMINGS_FILE
         self._evaluations = folder / EVALUATIONS_FILE
+        self.also: Callable[[int, Mapping[str, Any]], None] = lambda step, metrics: None
+        """Called with every line of results; a tracker listens here."""
 
     def rewind(self, step: int) -> None:
         """Drops every line of a later step, and a last line that a kill cut short."""
@@ -62,6 +64,7 @@ class MetricsLog:
     def write(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
         """One line of results."""
         _append(self._metrics, {"step": step, "epoch": round(epoch, 4), **metrics})
+        self.also(step, {"epoch": epoch, **metrics})
 
     def write_timing(self, step: int, timing: dict[str, float]) -> None:
         """One line of how long it took."""

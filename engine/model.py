@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -85,6 +86,15 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(
+            f"there is no device {name}",
+            code="config-value",
+            where="--device",
+            expected="auto, cpu, cuda or cuda:N",
+            found=name,
+            remedy="name one of these, or leave it out",
+        )
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(
@@ -168,7 +178,9 @@ def load_model(
             kwargs["device_map"] = {"": str(device)}
         try:
             with _quiet_loading():
-                base = AutoModelForCausalLM.from_pretrained(source.folder, **kwargs)
+                base, loaded = AutoModelForCausalLM.from_pretrained(
+                    source.folder, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+                )
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             raise UserError(
                 f"cannot load {source.name}",
@@ -178,6 +190,8 @@ def load_model(
                 remedy="check that config.json names an architecture that this transformers knows, and that the files "
                 "are complete",
             ) from error
+        _refuse_missing(loaded["missing_keys"], source)
+        _refuse_mismatched(loaded["mismatched_keys"], source)
         if quantization == "none":
             base = base.to(device)
     base.requires_grad_(False)
@@ -195,6 +209,31 @@ def load_model(
         quantization=quantization,
         native_attention=base.config._attn_implementation,
     )
+
+
+def _refuse_missing(names: Collection[str], source: ModelSource) -> None:
+    """Weights that the files lack would be random numbers: transformers only warns of them."""
+    if names:
+        raise UserError(
+            "the checkpoint lacks weights that the model has",
+            code="model-incomplete",
+            where=str(source.folder),
+            expected=", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else ""),
+            remedy="download or save the checkpoint again; config.json must be that of these weights",
+        )
+
+
+def _refuse_mismatched(weights: Collection[tuple[str, Any, Any]], source: ModelSource) -> None:
+    """Weights of another shape than config.json says would be random numbers too."""
+    for name, held, wanted in sorted(weights, key=lambda one: one[0]):
+        raise UserError(
+            "the checkpoint's weights do not have the shapes that its config.json says",
+            code="model-unloadable",
+            where=f"{source.folder}, {name}",
+            expected=str(tuple(wanted)),
+            found=str(tuple(held)),
+            remedy="put the config.json that belongs to these weights beside them",
+        )
 
 
 def resolve_dtype(source: ModelSource, dtype: str) -> torch.dtype:

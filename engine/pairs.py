@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import stat_result
 from pathlib import Path
@@ -21,12 +21,14 @@ from dpoeng.engine.rejects import Reject, check_reject_share, write_rejects
 from dpoeng.engine.shapes import FIELDS, Message, PreferencePair, Shape, holds_human_turn, to_pair
 from dpoeng.engine.strict_json import RowFault
 from dpoeng.engine.tabular import csv_value
-from dpoeng.engine.where import Condition, parse_condition
+from dpoeng.engine.where import parse_condition
 
 __all__ = [
     "Message",
     "PairFile",
+    "PairStream",
     "PreferencePair",
+    "ReadPair",
     "Reject",
     "Repeat",
     "check_reject_share",
@@ -48,6 +50,15 @@ class Repeat:
     source_row: int
     first_file: str
     first_row: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPair:
+    """A row that can be used, and the earlier rows that say the same or the opposite."""
+
+    pair: PreferencePair
+    duplicate: Repeat | None
+    contradiction: Repeat | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,25 +106,36 @@ def read_pairs(
     Raises:
         UserError: a file cannot be read, is empty or changes meanwhile; columns are missing; too many rejects.
     """
-    columns = dict(columns or {})
-    _check_targets(columns)
-    if prompt_format is not None and "{prompt}" not in prompt_format:
-        raise UserError(
-            "The prompt format has no place for the prompt.",
-            code="data-prompt-format",
-            where="prompt_format",
-            expected="a text with {prompt} in it",
-            found=repr(prompt_format),
-        )
-    condition = parse_condition(where) if where and where.strip() else None
-    builder = _Builder(condition, columns, prompt_format, max_reject_share)
-    for path in readers.expand(paths):
-        builder.add_file(path)
-    found = builder.result()
+    stream = PairStream(paths, columns=columns, where=where, prompt_format=prompt_format)
+    pairs: list[PreferencePair] = []
+    rejects: list[Reject] = []
+    duplicates: list[Repeat] = []
+    contradictions: list[Repeat] = []
+    for row in stream:
+        if isinstance(row, Reject):
+            rejects.append(row)
+            if len(rejects) % GIVE_UP_EVERY == 0:
+                check_reject_share(rejects, len(pairs) + len(rejects), max(max_reject_share, 0.5))
+            continue
+        pairs.append(row.pair)
+        if row.duplicate is not None:
+            duplicates.append(row.duplicate)
+        if row.contradiction is not None:
+            contradictions.append(row.contradiction)
+    found = PairFile(
+        pairs=pairs,
+        rejects=rejects,
+        filtered=stream.filtered,
+        files=stream.files,
+        duplicates=duplicates,
+        contradictions=contradictions,
+        multi_turn=sum(map(holds_human_turn, pairs)),
+        columns=stream.columns,
+    )
     check_reject_share(found.rejects, len(found.pairs) + len(found.rejects), max_reject_share)
     if not found.pairs:
         raise UserError(
-            "No pair is left.",
+            "no pair is left",
             code="data-empty",
             where=", ".join(found.files),
             expected="at least one row that can be used" + (f" and passes the filter {where!r}" if where else ""),
@@ -138,90 +160,116 @@ def ensure_unchanged(files: Mapping[str, str]) -> None:
             raise _changed(Path(name))
 
 
-class _Builder:
-    """Collects the rows of several files."""
+class PairStream:
+    """Reads the pairs of files one by one: iterate once, then look at what was counted on the way.
+
+    Memory grows by a hash and a row number a pair, whatever the texts.
+
+    Attributes:
+        rejected, filtered: rows left out so far.
+        files: as in `PairFile`.
+        columns: as in `PairFile`.
+    """
 
     def __init__(
         self,
-        condition: Condition | None,
-        columns: Mapping[str, str],
-        prompt_format: str | None,
-        max_reject_share: float,
+        paths: Sequence[Path],
+        *,
+        columns: Mapping[str, str] | None = None,
+        where: str | None = None,
+        prompt_format: str | None = None,
     ) -> None:
-        self._max_reject_share = max_reject_share
-        self._condition = condition
-        self._columns = columns
-        self._prompt_format = prompt_format
-        self._seen: dict[bytes, PreferencePair] = {}
-        self._pairs: list[PreferencePair] = []
-        self._rejects: list[Reject] = []
-        self._filtered = 0
-        self._files: dict[str, str] = {}
-        self._duplicates: list[Repeat] = []
-        self._contradictions: list[Repeat] = []
-        self._names: dict[str, None] = {}
+        """See `read_pairs` for the arguments.
 
-    def add_file(self, path: Path) -> None:
+        Raises:
+            UserError: a column, the filter or the format is not understood, or there is no such file.
+        """
+        self._columns = dict(columns or {})
+        _check_targets(self._columns)
+        if prompt_format is not None and "{prompt}" not in prompt_format:
+            raise UserError(
+                "the prompt format has no place for the prompt",
+                code="data-prompt-format",
+                where="prompt_format",
+                expected="a text with {prompt} in it",
+                found=repr(prompt_format),
+                remedy="write {prompt} where the prompt belongs, e.g. 'Instruction: {prompt}\\nResponse:'",
+            )
+        self._condition = parse_condition(where) if where and where.strip() else None
+        self._prompt_format = prompt_format
+        self._paths = readers.expand(paths)
+        self._seen: dict[bytes, tuple[str, int]] = {}
+        self._names: dict[str, None] = {}
+        self.rejected = 0
+        self.filtered = 0
+        self.files: dict[str, str] = {}
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Every column name that was seen."""
+        return tuple(self._names)
+
+    def __iter__(self) -> Iterator[ReadPair | Reject]:
+        """Every row that passes the filter, in the order of the files.
+
+        Raises:
+            UserError: a file cannot be read, is empty, lacks a column, or changes meanwhile.
+        """
+        for path in self._paths:
+            yield from self._read(path)
+
+    def _read(self, path: Path) -> Iterator[ReadPair | Reject]:
         before = path.stat()
-        self._files[str(path)] = _digest(path)
+        self.files[str(path)] = _digest(path)
         shape = Shape(self._columns, readers.is_untyped(path), self._prompt_format)
         rows = 0
         names: dict[str, None] = {}
         for number, row in readers.read_rows(path):
             rows += 1
-            if isinstance(row, RowFault):
-                self._reject(path, number, row)
-                continue
-            names.update(dict.fromkeys(row))
             try:
-                self._add_row(path, number, row, shape)
+                if isinstance(row, RowFault):
+                    raise row
+                names.update(dict.fromkeys(row))
+                pair = self._pair(path, number, row, shape)
             except RowFault as fault:
-                self._reject(path, number, fault)
+                self.rejected += 1
+                yield Reject(str(path), number, fault.reason, fault.detail)
+            else:
+                if pair is not None:
+                    yield pair
         if _identity(path.stat()) != _identity(before):
             raise _changed(path)
         if rows == 0:
-            raise UserError("The file has no rows.", code="data-empty", where=str(path), exit_status=3)
+            raise UserError(
+                "the file has no rows",
+                code="data-empty",
+                where=str(path),
+                remedy="make the file again, or leave it out",
+                exit_status=3,
+            )
         if names:
             self._check_columns(path, names)
         self._names.update(names)
 
-    def result(self) -> PairFile:
-        return PairFile(
-            pairs=self._pairs,
-            rejects=self._rejects,
-            filtered=self._filtered,
-            files=self._files,
-            duplicates=self._duplicates,
-            contradictions=self._contradictions,
-            multi_turn=sum(map(holds_human_turn, self._pairs)),
-            columns=tuple(self._names),
-        )
-
-    def _add_row(self, path: Path, number: int, row: dict[str, Any], shape: Shape) -> None:
+    def _pair(self, path: Path, number: int, row: dict[str, Any], shape: Shape) -> ReadPair | None:
         if shape.untyped:
             texts = {shape.column(name) for name in FIELDS} | {"instruction", "input"}
             row = {name: (value or None) if name in texts else csv_value(value) for name, value in row.items()}
         if self._condition is not None and not self._condition.holds(row):
-            self._filtered += 1
-            return
+            self.filtered += 1
+            return None
         pair = to_pair(row, shape, str(path), number)
-        key, opposite = _content_key(pair), _content_key(pair, swapped=True)
-        for earlier, repeats in ((key, self._duplicates), (opposite, self._contradictions)):
-            if earlier in self._seen:
-                first = self._seen[earlier]
-                repeats.append(Repeat(str(path), number, first.source_file, first.source_row))
-        self._seen.setdefault(key, pair)
-        self._pairs.append(pair)
-
-    def _reject(self, path: Path, number: int, fault: RowFault) -> None:
-        self._rejects.append(Reject(str(path), number, fault.reason, fault.detail))
-        if len(self._rejects) % GIVE_UP_EVERY == 0:
-            rows = len(self._pairs) + len(self._rejects)
-            check_reject_share(self._rejects, rows, max(self._max_reject_share, 0.5))
+        key, opposite = content_key(pair), content_key(pair, swapped=True)
+        same, other = (
+            Repeat(str(path), number, *self._seen[earlier]) if earlier in self._seen else None
+            for earlier in (key, opposite)
+        )
+        self._seen.setdefault(key, (str(path), number))
+        return ReadPair(pair, same, other)
 
     def _check_columns(self, path: Path, names: Mapping[str, None]) -> None:
         """Raise where a column that is needed, mapped or filtered by occurs in no row of a file."""
-        required = {"chosen": "chosen", "rejected": "rejected"} | dict(self._columns)
+        required = {"chosen": "chosen", "rejected": "rejected"} | self._columns
         for target, column in required.items():
             if column not in names:
                 raise _no_column(path, column, names, f"--columns {target}=NAME names the column that holds `{target}`")
@@ -235,11 +283,11 @@ def _check_targets(columns: Mapping[str, str]) -> None:
         if target not in FIELDS:
             nearest = difflib.get_close_matches(target, FIELDS, n=1)
             raise UserError(
-                f"There is no field {target!r} to take from a column.",
+                f"there is no field {target!r} to take from a column",
                 code="data-columns",
                 where=f"--columns {target}={columns[target]}",
                 expected=f"one of {', '.join(FIELDS)}, then = and the name of the file's column",
-                remedy=f"did you mean {nearest[0]}={columns[target]}?" if nearest else None,
+                remedy=f"did you mean {nearest[0]}={columns[target]}?" if nearest else "name one of these fields",
             )
 
 
@@ -247,7 +295,7 @@ def _no_column(path: Path, column: str, names: Mapping[str, None], remedy: str) 
     nearest = difflib.get_close_matches(column, names, n=1)
     shown = list(names)[:30]
     return UserError(
-        f"The file has no column {column!r}.",
+        f"the file has no column {column!r}",
         code="data-columns",
         where=str(path),
         expected=f"a column {column!r}",
@@ -259,7 +307,7 @@ def _no_column(path: Path, column: str, names: Mapping[str, None], remedy: str) 
 
 def _changed(path: Path) -> UserError:
     return UserError(
-        "The file was changed while it was in use.",
+        "the file was changed while it was in use",
         code="data-changed",
         where=str(path),
         expected="the same bytes from beginning to end of the run",
@@ -283,7 +331,8 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _content_key(pair: PreferencePair, *, swapped: bool = False) -> bytes:
+def content_key(pair: PreferencePair, *, swapped: bool = False) -> bytes:
+    """A hash of all that a pair is made of; with `swapped`, of the pair the other way round."""
     sides = (pair.rejected, pair.chosen) if swapped else (pair.chosen, pair.rejected)
     content = json.dumps([pair.prompt, *sides, pair.tools, pair.chat_template_kwargs], sort_keys=True)
     return xxhash.xxh3_128_digest(content.encode())

@@ -236,8 +236,10 @@ def _read(config: PrecomputeConfig, source: ModelSource) -> tuple[PairFile, Toke
             code="data-empty",
             where=", ".join(map(str, config.pairs)),
             expected="pairs that keep response tokens within max_length",
-            found=f"{len(data.rejects)} pairs rejected, the first: {data.rejects[0].reason}" if data.rejects else None,
-            remedy="raise --max-length, or look at the prompts",
+            found=f"{len(data.rejects)} pairs rejected, the first: {data.rejects[0].reason}, {data.rejects[0].detail}"
+            if data.rejects
+            else None,
+            remedy="see all reasons with `dpoeng check PAIRS --model MODEL`; raise --max-length if it is lengths",
             exit_status=3,
         )
     check_reject_share([*file.rejects, *data.rejects], len(file.pairs) + len(file.rejects), config.max_reject_share)

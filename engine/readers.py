@@ -83,7 +83,7 @@ def read_rows(path: Path) -> Iterator[NumberedRow]:
         if isinstance(error, OSError) and error.errno is not None:
             raise unreadable(path, error) from None
         raise UserError(
-            "The file is damaged or not of the kind that its name says.",
+            "the file is damaged or not of the kind that its name says",
             code="data-damaged",
             where=str(path),
             expected=f"a complete {compression or kind} file",
@@ -96,7 +96,7 @@ def read_rows(path: Path) -> Iterator[NumberedRow]:
 def unreadable(path: Path, error: OSError) -> UserError:
     """What to say when the system does not let us read a file."""
     return UserError(
-        "The file cannot be read.",
+        "the file cannot be read",
         code="data-unreadable",
         where=str(path),
         found=error.strerror or str(error),
@@ -115,11 +115,12 @@ def _data_files(folder: Path) -> list[Path]:
     files = [file for file in names if _suffixes(file)[0] in FORMATS and file.name not in NOT_DATA]
     if not files:
         raise UserError(
-            "The directory holds no data file.",
+            "the directory holds no data file",
             code="data-no-files",
             where=str(folder),
             expected=f"files ending in {', '.join(FORMATS)}, or one of the text kinds + .gz or .zst",
             found=", ".join(file.name for file in names[:5]) or "no files (subdirectories are not searched)",
+            remedy="name the folder that holds the files, or the files",
             exit_status=3,
         )
     return files
@@ -136,11 +137,11 @@ def _kind(path: Path) -> tuple[str, str | None]:
     """`(format, compression or None)` by the name of the file, which must be a regular one."""
     if not path.exists():
         raise UserError(
-            "There is no such file.", code="data-missing", where=str(path), remedy="check the path", exit_status=3
+            "there is no such file", code="data-missing", where=str(path), remedy="check the path", exit_status=3
         )
     if not path.is_file():
         raise UserError(
-            "Pairs are read from regular files only.",
+            "pairs are read from regular files only",
             code="data-not-a-file",
             where=str(path),
             remedy="write the stream to a file first: a run that is resumed must find the same rows again",
@@ -150,7 +151,7 @@ def _kind(path: Path) -> tuple[str, str | None]:
     kind = FORMATS.get(suffix)
     if kind is None or (compression and kind in ("parquet", "arrow")):
         raise UserError(
-            "The name of the file does not say what kind it is.",
+            "the name of the file does not say what kind it is",
             code="data-unknown-kind",
             where=str(path),
             expected=f"a name ending in {', '.join(FORMATS)}; the text kinds also with .gz or .zst",
@@ -172,7 +173,12 @@ def _open(path: Path, compression: str | None) -> Iterator[IO[bytes]]:
             stream.read(3)
         elif head[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise UserError(
-                "The file is UTF-16.", code="data-encoding", where=str(path), expected="UTF-8", exit_status=3
+                "the file is UTF-16",
+                code="data-encoding",
+                where=str(path),
+                expected="UTF-8",
+                remedy="convert it, e.g. iconv -f utf-16 -t utf-8",
+                exit_status=3,
             )
         yield stream
 
@@ -225,7 +231,7 @@ def _document_rows(stream: IO[bytes], path: Path) -> Iterator[NumberedRow]:
     content = stream.read(MAX_DOCUMENT_BYTES + 1)
     if len(content) > MAX_DOCUMENT_BYTES:
         raise UserError(
-            f"A JSON document of more than {MAX_DOCUMENT_BYTES >> 20} MiB is not read whole.",
+            f"a JSON document of more than {MAX_DOCUMENT_BYTES >> 20} MiB is not read whole",
             code="data-too-large",
             where=str(path),
             remedy="make it JSON Lines, one object a line, e.g. with `jq -c '.[]'`",
@@ -239,7 +245,7 @@ def _document_rows(stream: IO[bytes], path: Path) -> Iterator[NumberedRow]:
             raise document
     except RowFault as fault:
         raise UserError(
-            "The file is not valid JSON.",
+            "the file is not valid JSON",
             code="data-bad-json",
             where=str(path),
             found=f"{fault.reason}: {fault.detail}",
@@ -249,11 +255,12 @@ def _document_rows(stream: IO[bytes], path: Path) -> Iterator[NumberedRow]:
     rows = document.get("data", [document]) if isinstance(document, dict) else document
     if not isinstance(rows, list):
         raise UserError(
-            "The JSON file holds no rows.",
+            "the JSON file holds no rows",
             code="data-bad-json",
             where=str(path),
             expected='an array of objects, or {"data": [...]}',
             found=json_type(rows),
+            remedy="put the pairs into an array, or write one object a line and name the file .jsonl",
             exit_status=3,
         )
     for number, value in enumerate(rows, 1):

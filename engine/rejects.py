@@ -10,6 +10,42 @@ from pathlib import Path
 
 from dpoeng.cache.errors import UserError
 
+# Every reason -> what is wrong with the row, and what mends it.
+_SYNTAX = "write the file with a JSON (or CSV) library, not by hand"
+_MESSAGES = "give messages as objects with a `role` and a text as `content`; the responses begin with the assistant's"
+_PROMPT = "add a `prompt` column, or begin both texts with the same conversation"
+REASONS: dict[str, tuple[str, str]] = {
+    "bad-json": ("cannot be parsed as JSON", _SYNTAX),
+    "bad-csv": ("cannot be parsed as CSV", _SYNTAX),
+    "cut-line": ("the last line is incomplete", "write or copy the file again"),
+    "bad-utf8": ("not UTF-8", "convert the file, e.g. with `iconv -t utf-8`"),
+    "lone-surrogate": ("half a character", "cut texts at characters, not at UTF-16 units"),
+    "not-finite": ("NaN, Infinity or a number too large for a double", "write null instead"),
+    "duplicate-key": ("a key twice in one object", _SYNTAX),
+    "json-too-deep": ("nested more than 64 levels deep", "give texts or messages, not nested objects"),
+    "line-too-long": ("more than 16 MiB in one row", "split the row, or leave it out"),
+    "not-an-object": ("no JSON object", "write one object with prompt, chosen and rejected a line"),
+    "bad-value": ("a table value that JSON has no form for", "convert the column to text or numbers"),
+    "missing-field": ("`chosen` or `rejected` is missing or null", "fill it in, or name the column with --columns"),
+    "wrong-type": ("a column is neither text nor messages", "give a text or a list of messages"),
+    "empty-prompt": ("a prompt without messages", "give at least one message"),
+    "empty-response": ("a response of white space only", "leave the row out"),
+    "same-response": ("chosen and rejected are equal", "leave the row out: it prefers nothing"),
+    "bad-messages": ("a message without role or text, or a response that the assistant does not begin", _MESSAGES),
+    "not-text": ("a message holds images or other parts that are not text", "dpoeng trains on text alone"),
+    "mixed-shapes": ("one response is a text, the other is messages", "give both in the same way"),
+    "no-common-prompt": ("no prompt, and the two sides share none", _PROMPT),
+    "prompt-mismatch": ("another prompt than the conversations begin with", _PROMPT),
+    "bad-template-kwargs": ("a template argument that dpoeng sets itself", "take it out of chat_template_kwargs"),
+    "filter-type": ("a value that --where cannot put in order", "correct the value or the filter"),
+    "template-error": ("the chat template refuses the messages", "see the detail: roles mostly have to alternate"),
+    "template-boundary": ("the answer's beginning cannot be found in what the template writes", "give texts instead"),
+    "no-context": ("no token before the response", "give a prompt: nothing predicts the first token otherwise"),
+    "prompt-too-long": ("the prompt alone fills max_length", "raise --max-length or set --max-prompt-length"),
+    "response-too-long": ("the response alone fills max_length", "raise --max-length, or --truncation-mode keep_start"),
+    "same-tokens": ("responses that differ, but not in their tokens, or only behind the cut", "raise --max-length"),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Reject:
@@ -48,7 +84,7 @@ def check_reject_share(rejects: Sequence[Reject], rows: int, limit: float) -> No
         for reason, count in reasons
     ]
     raise UserError(
-        f"{len(rejects)} of {rows} rows cannot be used.",
+        f"{len(rejects)} of {rows} rows cannot be used",
         code="data-rejects",
         where=rejects[0].source_file,
         expected=f"at most {limit:.3g} of the rows",

@@ -16,7 +16,14 @@ from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.engine.adapters import AdapterMode, save_policy_adapter
 from dpoeng.engine.advice import Advice
-from dpoeng.engine.checkpoint import Checkpoint, latest_checkpoint, remove_checkpoints, write_durably, write_folder
+from dpoeng.engine.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    remove_checkpoints,
+    unwritable,
+    write_durably,
+    write_folder,
+)
 from dpoeng.engine.config import TrainConfig
 from dpoeng.engine.metrics import EVALUATIONS_FILE, METRICS_FILE, TIMINGS_FILE
 from dpoeng.engine.model import CausalLM, device_name, library_versions
@@ -30,7 +37,7 @@ ADAPTER_FOLDER = "adapter"
 # Fields that may differ between a run and its continuation: none of them moves a weight.
 _FREE_TO_CHANGE = frozenset(
     "cache output_dir resume model adapter device logging_steps eval_steps save_steps save_total_limit "
-    "per_device_eval_batch_size parity_pairs parity_tolerance eval_group_by".split()
+    "per_device_eval_batch_size parity_pairs parity_tolerance eval_group_by report_to run_name".split()
 )
 
 
@@ -137,8 +144,11 @@ def write_run_file(
         "platform": platform.platform(),
         "load": loading_recipe(mode, model, adapter),
     }
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    write_durably(config.output_dir / RUN_FILE, (json.dumps(record, indent=2) + "\n").encode())
+    try:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        write_durably(config.output_dir / RUN_FILE, (json.dumps(record, indent=2) + "\n").encode())
+    except OSError as error:
+        raise unwritable(config.output_dir, error) from error
 
 
 def loading_recipe(mode: AdapterMode, model: str, adapter: str | None) -> list[str]:

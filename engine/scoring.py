@@ -146,6 +146,16 @@ def choose_layout(lm: CausalLM, wanted: str = "auto") -> None:
         return float((score_groups(lm, groups)[0] - expected).abs().mean())
 
     separate_error = difference()
+    if not bool(expected.isfinite().all()):
+        raise UserError(
+            "the model gives values that are no log-probabilities",
+            code="reference-not-finite",
+            where="a probe of 17 tokens",
+            expected="finite numbers",
+            found="NaN or infinity",
+            remedy="if the dtype is float16, use --dtype bfloat16 or float32; else the weights are damaged",
+            exit_status=5,
+        )
     if not separate_error <= tolerance:
         raise UserError(
             f"dpoeng does not compute this architecture's log-probs correctly ({type(lm.base).__name__})",

@@ -60,7 +60,7 @@ def find_model(name: str, *, revision: str | None = None) -> ModelSource:
     commit: str | None = None
     if path.is_dir():
         folder = path
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "/")):
+    elif _is_hub_id(name):
         folder, commit = _download(name, revision, "*.safetensors")
     else:
         raise UserError(
@@ -74,11 +74,26 @@ def find_model(name: str, *, revision: str | None = None) -> ModelSource:
     return ModelSource(name, folder, _weight_files(folder), revision=commit)
 
 
+def find_tokenizer(name: str) -> ModelSource:
+    """As `find_model`, for the tokenizer alone: weights need not be there, and none are downloaded.
+
+    Raises:
+        UserError: nothing is there, or the hub cannot be reached.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return ModelSource(name, path, ())
+    if not path.is_file() and _is_hub_id(name):
+        folder, commit = _download(name, None, "tokenizer*")
+        return ModelSource(name, folder, (), revision=commit)
+    return find_model(name)
+
+
 def find_adapter(name: str) -> ModelSource:
     """A peft adapter's directory or hub id -> its files."""
     path = folder = Path(name).expanduser()
     commit: str | None = None
-    if not path.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "/")):
+    if not path.is_dir() and _is_hub_id(name):
         folder, commit = _download(name, None, "adapter_model.safetensors")
     config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     if not config.is_file() or not weights.is_file():
@@ -93,7 +108,34 @@ def find_adapter(name: str) -> ModelSource:
             if pickled
             else "name the folder that peft's save_pretrained wrote",
         )
+    _read_json(config)
     return ModelSource(name, folder, (weights,), revision=commit)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint.
+
+    Raises:
+        UserError: it cannot be read, or is none.
+    """
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(held, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            "a file of the checkpoint cannot be read",
+            code="checkpoint-json",
+            where=str(path),
+            expected="a JSON object",
+            found=str(error),
+            remedy="download or save the checkpoint again",
+        ) from error
+    return held
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith((".", "/"))
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
@@ -112,9 +154,10 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
             if adapter
             else "name the folder that holds config.json",
         )
+    _read_json(folder / "config.json")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
         files = [folder / shard for shard in shards]
         missing = [f.name for f in files if not f.is_file()]
         if missing:
@@ -167,13 +210,13 @@ def forward_config(source: ModelSource) -> dict[str, Any]:
     if source.gguf:
         # Everything in a GGUF that shapes the forward is in the file whose bytes are hashed.
         return {"format": "gguf"}
-    raw = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    raw = _read_json(source.folder / "config.json")
     return {k: v for k, v in sorted(raw.items()) if k not in _INERT_CONFIG_FIELDS}
 
 
 def adapter_config(source: ModelSource) -> dict[str, Any]:
     """The fields of adapter_config.json that move a log-probability (`lora_alpha` among them)."""
-    raw = json.loads((source.folder / "adapter_config.json").read_text(encoding="utf-8"))
+    raw = _read_json(source.folder / "adapter_config.json")
     kept = {k: raw[k] for k in _ADAPTER_FIELDS if raw.get(k) not in (None, [], {}, False)}
     start = raw.get("init_lora_weights")
     if isinstance(start, str) and start not in ("gaussian", "orthogonal"):

@@ -60,11 +60,12 @@ def _csv_header(reader: Iterator[list[str]], path: Path) -> list[str]:
         _csv_row(names, names)
     except (csv.Error, RowFault) as error:
         raise UserError(
-            "The header of the CSV file cannot be read.",
+            "the header of the CSV file cannot be read",
             code="data-bad-csv",
             where=str(path),
             expected="the names of the columns, in UTF-8, in the first line",
             found=str(error),
+            remedy="write the file with a CSV library, the names of the columns first",
             exit_status=3,
         ) from None
     _check_names(names, path)
@@ -112,7 +113,7 @@ def _check_names(names: Sequence[str], path: Path) -> None:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise UserError(
-            "A column name occurs twice.",
+            "a column name occurs twice",
             code="data-columns",
             where=str(path),
             found=", ".join(repeated),

@@ -33,6 +33,7 @@ class TokenizedPair:
         extra: the row's other columns.
         truncated: whether anything was cut off.
         merged: whether the prompt by itself has other tokens than it has before a response.
+        needed: positions of prompt + longer response before truncation: the `max_length` that cuts nothing.
     """
 
     ids: PairIds
@@ -41,6 +42,7 @@ class TokenizedPair:
     extra: dict[str, Any]
     truncated: bool
     merged: bool
+    needed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +114,17 @@ def tokenize_pairs(
     """
     for name, limit in (("max_length", max_length), ("max_prompt_length", max_prompt_length)):
         if limit is not None and limit < 1:
-            raise UserError("A length limit must be positive.", code="config-value", where=name, found=str(limit))
+            raise UserError(
+                "a length limit must be positive",
+                code="config-value",
+                where=name,
+                expected="1 or more",
+                found=str(limit),
+                remedy="raise it, or leave it out",
+            )
     if append_eos and tokenizer.eos_token_id is None and any(isinstance(pair.prompt, str) for pair in pairs):
         raise UserError(
-            "The tokenizer has no end token to put behind responses.",
+            "the tokenizer has no end token to put behind responses",
             code="tokenizer-no-eos",
             where="append_eos",
             expected="an eos_token in tokenizer_config.json",
@@ -139,12 +148,14 @@ def tokenize_pairs(
                 for side, tokens in zip(sides, (chosen, rejected), strict=True):
                     _close(tokens, side, tokenizer, append_eos)
                 counts.separate += (not chosen.joint) + (not rejected.joint)
+                needed = max(len(chosen.ids), len(rejected.ids))
                 ids, truncated = _truncate(_share_prompt(chosen, rejected), limits)
             except RowFault as fault:
                 rejects.append(Reject(pair.source_file, pair.source_row, fault.reason, fault.detail))
                 continue
             merged = chosen.merged or rejected.merged
-            done.append(TokenizedPair(ids, pair.source_file, pair.source_row, pair.extra, truncated, merged))
+            source = (pair.source_file, pair.source_row, pair.extra)
+            done.append(TokenizedPair(ids, *source, truncated, merged, needed))
     _count(done, counts)
     return TokenizedData(done, rejects, counts)
 

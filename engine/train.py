@@ -43,6 +43,7 @@ from dpoeng.engine.run_folder import (
 )
 from dpoeng.engine.scoring import choose_layout
 from dpoeng.engine.sources import find_adapter
+from dpoeng.engine.trackers import check_trackers, open_trackers
 
 
 @dataclass(slots=True)
@@ -88,6 +89,7 @@ def train(config: TrainConfig, progress: Progress = QUIET, on_metrics: OnMetrics
             with the cache before the first step; or a loss is not a number.
     """
     began = time.perf_counter()
+    check_trackers(config.report_to)
     view = View.open(config.cache, config.view)
     eval_view = View.open(config.cache, config.eval_view) if config.eval_view else None
     refuse_sums_for_tokens(config, view)
@@ -158,7 +160,19 @@ def train(config: TrainConfig, progress: Progress = QUIET, on_metrics: OnMetrics
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
-    done = run_steps(run, first_step, identity)
+    trackers = open_trackers(
+        config.report_to,
+        run_name=config.run_name or config.output_dir.resolve().name,
+        output_dir=config.output_dir,
+        settings=config.model_dump(mode="json"),
+        first_step=first_step,
+        progress=progress,
+    )
+    run.log.also = trackers.log
+    try:
+        done = run_steps(run, first_step, identity)
+    finally:
+        trackers.finish()
 
     with best_parameters(run, done):
         adapter_folder = write_adapter(lm, config.output_dir)

@@ -82,7 +82,7 @@ def truth(value: Any) -> bool:
 
 def _not_understood(text: str, problem: str) -> UserError:
     return UserError(
-        "The filter is not understood.",
+        "the filter is not understood",
         code="data-where",
         where=f"--where {text!r}",
         expected="columns, texts in quotes, numbers, == != < <= > >=, in (...), and, or, not, parentheses",

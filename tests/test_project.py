@@ -37,7 +37,7 @@ OTHERS: dict[str, set[str] | None] = {
 }
 # Libraries whose API changes often are met in one place; bench compares with them, so it may.
 MODEL_LIBRARIES = {"transformers", "peft", "bitsandbytes", "tokenizers", "huggingface_hub"}
-MODEL_MODULES = {"engine/sources.py", "engine/model.py", "engine/adapters.py", "engine/gguf.py"}
+MODEL_MODULES = {f"engine/{name}.py" for name in ("sources", "model", "adapters", "gguf", "probes")}
 
 
 def sources(package: str) -> list[Path]:
@@ -135,7 +135,7 @@ def test_every_package_is_listed_flat_and_typed() -> None:
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
 def test_the_map_names_every_module(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
-    tree = text.split("```\ncli/", 1)[1].split("```", 1)[0]
+    tree = text.split("```text\ncli/", 1)[1].split("```", 1)[0]
     for package, block in zip(
         PACKAGES, re.split(r"^(?=bench/|engine/|kernels/|cache/|tests/)", tree, flags=re.MULTILINE), strict=False
     ):
@@ -202,7 +202,10 @@ def test_the_wheel_holds_every_module_and_data_file(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     expected = {f"dpoeng/{path.relative_to(ROOT).as_posix()}" for package in PACKAGES for path in sources(package)}
-    expected |= {f"dpoeng/{package}/py.typed" for package in PACKAGES} | {"dpoeng/cli/demo_pairs.jsonl"}
+    expected |= {f"dpoeng/{package}/py.typed" for package in PACKAGES} | {
+        "dpoeng/cli/demo_pairs.jsonl",
+        "dpoeng/cache/page.css",
+    }
     assert expected <= names
     assert "dpoeng/__init__.py" not in names
     assert "dpoeng/kernels/__init__.py" not in names

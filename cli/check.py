@@ -1,0 +1,156 @@
+"""`dpoeng check`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dpoeng.cli.options import config_options, given
+from dpoeng.engine.config import PrecomputeConfig, load_config
+
+if TYPE_CHECKING:
+    from dpoeng.engine.check import CheckReport
+    from dpoeng.engine.findings import Finding
+
+EPILOG = """\b
+Examples:
+  dpoeng check pairs.jsonl
+  dpoeng check pairs.jsonl --model sft-model --eval held-out.jsonl --html check.html
+  dpoeng check pairs.jsonl --model sft-model --json --strict
+"""
+
+_USED = frozenset(
+    "model columns prompt_format where max_reject_share max_length max_prompt_length truncation_mode append_eos".split()
+)
+_STYLE = {"error": "bold red", "warning": "yellow", "info": "cyan"}
+EXIT_FOUND = 3
+
+
+@click.command("check", epilog=EPILOG)
+@click.argument("pairs", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file.  [default: dpoeng.yaml]")
+@click.option("--eval", "eval_files", multiple=True, type=click.Path(path_type=Path), help="Evaluation pairs: leakage?")
+@click.option("--examples", type=click.IntRange(min=0), default=3, show_default=True, help="Rows to name a finding.")
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page that needs no network.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--strict", is_flag=True, help="Fail on warnings too.")
+@config_options(PrecomputeConfig, skip=frozenset(PrecomputeConfig.model_fields) - _USED)
+def check(
+    pairs: tuple[Path, ...],
+    config_file: Path | None,
+    eval_files: tuple[Path, ...],
+    examples: int,
+    html: Path | None,
+    as_json: bool,
+    strict: bool,
+    **options: Any,
+) -> None:
+    """Look through PAIRS for whatever could spoil a run, before any GPU time.
+
+    With --model lengths are tokens and the tokenizer's own questions are asked too (truncation, boundaries, template,
+    end tokens); no weight is loaded. The exit status is 3 if an error was found, with --strict also for a warning.
+    """
+    values = given(options)
+    if pairs:
+        values["pairs"] = pairs
+    config = load_config(PrecomputeConfig, values, config_file)
+
+    from dpoeng.engine.check import check_pairs
+
+    report = check_pairs(config, eval_files, examples=examples)
+    if html is not None:
+        from dpoeng.cli.check_page import check_page
+        from dpoeng.cli.output import write_page
+
+        write_page(html, check_page(report))
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(report), indent=2))
+    else:
+        print_report(report, html)
+    if report.count("error") or (strict and report.count("warning")):
+        sys.exit(EXIT_FOUND)
+
+
+def print_report(report: CheckReport, html: Path | None) -> None:
+    """Findings first, then the tables, then what to do next."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from dpoeng.cli.summary import facts_table
+
+    console = Console(highlight=False)
+    for finding in report.findings:
+        _print_finding(console, finding)
+    _print_tables(console, report)
+    left_out = f", {report.rejected:,} left out" if report.rejected else ""
+    filtered = f", {report.filtered:,} by --where" if report.filtered else ""
+    facts = [("pairs", f"{report.pairs:,} of {report.rows:,} rows{left_out}{filtered}; {report.prompts:,} prompts")]
+    if report.bias is not None:
+        bias = report.bias
+        facts.append(
+            (
+                "length",
+                f"chosen is longer in {bias.share_longer:.0%} of pairs of unequal length, on average by "
+                f"{bias.mean_difference:+.1f} {report.unit} (sign test p = {bias.p_value:.2g})",
+            )
+        )
+    if report.max_length_needed is not None:
+        facts.append(("max_length", f"{report.max_length_needed:,} would cut nothing"))
+    if report.eval_pairs:
+        facts.append(("evaluation", f"{report.eval_pairs:,} pairs"))
+    facts.append(("time", f"{report.seconds:.1f} s"))
+    if html is not None:
+        facts.append(("page", str(html)))
+    console.print(facts_table(facts))
+    errors, warnings = report.count("error"), report.count("warning")
+    kinds = f"{errors} kinds of errors, {warnings} of warnings"
+    if not errors and not warnings:
+        console.print("\n[green]fine[/]")
+    else:
+        console.print(f"\n[{'red' if errors else 'yellow'}]{kinds}[/]")
+    if not errors:
+        files = escape(" ".join(report.files))
+        first, model = (
+            ("", f" --model {escape(report.model)}") if report.model else ("the same with --model, then ", "")
+        )
+        console.print(f"Next: {first}[bold]dpoeng precompute-ref {files}{model}[/]", soft_wrap=True)
+
+
+def _print_finding(console: Any, finding: Finding) -> None:
+    from rich.markup import escape
+
+    console.print(
+        f"[{_STYLE[finding.level]}]{finding.level}[/] {escape(finding.what)}: [bold]{finding.count:,}[/] of "
+        f"{finding.of:,} ({finding.share:.1%}) [dim]{escape('[' + finding.code + ']')}[/]",
+        soft_wrap=True,
+    )
+    if finding.detail:
+        console.print(f"  {escape(finding.detail)}", soft_wrap=True)
+    for where, shown in finding.examples:
+        console.print(f"  [dim]{escape(where)}[/]  {escape(shown)}", soft_wrap=True)
+    console.print(f"  why:    {escape(finding.why)}", soft_wrap=True)
+    console.print(f"  remedy: {escape(finding.remedy)}\n", soft_wrap=True)
+
+
+def _print_tables(console: Any, report: CheckReport) -> None:
+    from rich.table import Table
+
+    table = Table(title=report.unit, title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("")
+    for name in ("mean", "least", "5 %", "median", "95 %", "greatest"):
+        table.add_column(name, justify="right")
+    for one in report.lengths:
+        table.add_row(one.part, f"{one.mean:,.1f}", *(f"{value:,.0f}" for value in one.quantiles))
+    console.print(table)
+    if report.categories:
+        table = Table(title="categories", title_justify="left", show_edge=False, pad_edge=False)
+        for k, name in enumerate(("column", "value", "pairs", "share", "chosen is longer")):
+            table.add_column(name, justify="right" if k > 1 else "left", overflow="fold")
+        for category in report.categories:
+            table.add_row(*category.row(report.pairs))
+        console.print(table)

@@ -1,0 +1,32 @@
+"""`dpoeng report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+EPILOG = """\b
+Examples:
+  dpoeng report out
+  dpoeng report out --html run-7.html
+"""
+
+
+@click.command("report", epilog=EPILOG)
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="The page.  [default: OUT/report.html]")
+def report(out: Path, html: Path | None) -> None:
+    """Write the run in OUT, the --output-dir of `dpoeng train`, as one HTML page.
+
+    Curves, evaluations, warnings, configuration, hashes and versions, in one file that needs no network. A run that is
+    still going can be looked at too.
+    """
+    from dpoeng.cli.output import write_page
+    from dpoeng.cli.report_page import report_page
+    from dpoeng.engine.run_record import read_run
+
+    run = read_run(out)
+    target = html or out / "report.html"
+    write_page(target, report_page(run))
+    click.echo(f"{run.steps()} steps, {'complete' if run.complete else 'not complete yet'}: {target}")

@@ -1,0 +1,265 @@
+"""`dpoeng report`: a real run as a page, and what it does with runs that are cut short, damaged or odd."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import struct
+import subprocess
+import zlib
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from dpoeng_testing import pair_rows, write_jsonl
+
+from dpoeng.cache.errors import UserError
+from dpoeng.cache.page import Curve, line_chart, page, paragraph, table
+from dpoeng.cli.main import main
+from dpoeng.cli.report_page import report_page
+from dpoeng.engine.config import PrecomputeConfig, TrainConfig
+from dpoeng.engine.precompute import precompute_reference
+from dpoeng.engine.run_record import read_run
+from dpoeng.engine.train import train
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A run of six steps with two evaluations."""
+    root = tmp_path_factory.mktemp("report")
+    pairs = write_jsonl(root / "pairs.jsonl", pair_rows(16))
+    precompute_reference(PrecomputeConfig(pairs=(pairs,), model=str(tiny_model), cache=root / "cache"))
+    out = root / "out"
+    train(TrainConfig(cache=root / "cache", output_dir=out, max_steps=6, beta=0.25, learning_rate=1e-3, eval_steps=3))
+    return out
+
+
+@pytest.fixture
+def out(finished: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(finished, tmp_path / "out", ignore=shutil.ignore_patterns("checkpoint-*"))
+
+
+def svgs(text: str) -> dict[str, ElementTree.Element]:
+    drawings = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]
+    return {drawing.attrib["aria-label"]: drawing for drawing in drawings}
+
+
+class Asks(HTMLParser):
+    """Collects whatever would make a browser ask the network or run a program."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, name: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [key for key, _ in attrs if key in ("src", "href", "data", "xlink:href") or key.startswith("on")]
+        self.found += [name] if name in ("script", "link", "iframe", "img") else []
+
+
+def test_the_page_of_a_run(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["report", str(out)])
+    assert stop.value.code == 0
+    assert "6 steps, complete" in capsys.readouterr().out
+    text = (out / "report.html").read_text()
+    asks = Asks()
+    asks.feed(text)
+    assert asks.found == []
+    assert "url(" not in text
+    assert "@import" not in text
+    run = read_run(out)
+    drawn = svgs(text)
+    assert set(drawn) >= {
+        *("loss", "reward accuracy", "reward margin", "rewards", "log-probs", "gradient norm", "learning rate"),
+        "time of a step",
+    }
+    # Every point of the log is in the chart with its value.
+    shown = [str(circle.findtext("title")) for circle in drawn["loss"].iter("circle")]
+    logged = [("training", line, "loss") for line in run.metrics if "loss" in line]
+    logged += [("held out", line, "eval_loss") for line in run.metrics if "eval_loss" in line]
+    assert shown == [f"{name}, step {line['step']}: {line[key]:.4g}" for name, line, key in logged]
+    assert len(shown) == 6 + 3
+    for words in (run.record["reference"]["spec"], run.record["identity"]["pairs"], run.record["versions"]["torch"]):
+        assert words in text
+    changed = text.split("<h2>Configuration</h2>")[1].split("<details>")[0]
+    assert "<td>beta</td><td>0.25</td>" in changed
+    assert "lora_r" not in changed
+    assert "from peft import PeftModel" in text
+    assert text.index("0.6931") > 0
+
+
+def test_warnings_samples_and_unknown_metrics_are_shown_and_escaped(out: Path) -> None:
+    record = json.loads((out / "run.json").read_text())
+    record["warnings"] = ["chosen fell <b>too</b>", {"code": "x", "message": "margins are length"}]
+    (out / "run.json").write_text(json.dumps(record))
+    (out / "samples.jsonl").write_text(json.dumps({"prompt": "<script>", "before": "a", "after": "b"}) + "\n")
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 6, "eval_kl/chosen": 0.5, "eval_categories": {"wrong": 1}}) + "\n")
+    text = report_page(read_run(out))
+    assert "chosen fell &lt;b&gt;too&lt;/b&gt;" in text
+    assert "margins are length" in text
+    assert "<summary>&lt;script&gt;</summary>" in text
+    assert "kl/chosen" in svgs(text)
+    assert "eval_categories" not in text
+
+
+def test_a_run_that_is_still_going(out: Path) -> None:
+    shutil.rmtree(out / "adapter")
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
+    (out / "timings.jsonl").unlink()
+    run = read_run(out)
+    assert (run.steps(), run.complete) == (2, False)
+    assert "not complete: 2 steps so far" in report_page(run)
+    (out / "metrics.jsonl").unlink()
+    assert "0</b><span>steps" in report_page(read_run(out))
+
+
+def test_what_is_no_run_is_refused(out: Path, tmp_path: Path) -> None:
+    def code(folder: Path) -> str:
+        with pytest.raises(UserError) as caught:
+            read_run(folder)
+        assert caught.value.remedy
+        return caught.value.code
+
+    assert code(tmp_path / "nowhere") == "run-not-found"
+    assert code(tmp_path) == "run-not-found"
+    (out / "metrics.jsonl").write_text('{"step": 1}\nnot json\n')
+    assert code(out) == "run-damaged"
+    (out / "run.json").write_text("[]")
+    assert code(out) == "run-damaged"
+
+
+def test_a_page_that_cannot_be_written_is_explained(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["report", str(out), "--html", str(out / "none" / "page.html")])
+    assert stop.value.code == 5
+    assert "[page-unwritable]" in capsys.readouterr().err
+
+
+def coordinates(drawing: ElementTree.Element) -> list[tuple[float, float]]:
+    """Of the first curve."""
+    path = next(path.attrib["d"] for path in drawing.iter("path"))
+    return [(float(x), float(y)) for x, y in re.findall(r"[ML]([\d.-]+) ([\d.-]+)", path)]
+
+
+def test_points_of_a_chart_stand_where_their_values_are() -> None:
+    chart = svgs(line_chart("t", [Curve("a", [(0, 0.0), (5, 0.5), (10, 1.0)])]))["t"]
+    first, middle, last = coordinates(chart)
+    assert middle == pytest.approx(((first[0] + last[0]) / 2, (first[1] + last[1]) / 2), abs=0.11)
+    lines = {float(line.attrib["y1"]) for line in chart.iter("line")}
+    assert {first[1], last[1]} <= lines, "0 and 1 lie on ticks"
+    assert last[1] < first[1], "upwards is more"
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ([0.0, 1.0], ["0", "0.25", "0.50", "0.75", "1.00"]),
+        ([-130.0, -95.0], ["-130", "-120", "-110", "-100", "-90"]),
+        ([0.0, 1e-5], ["0", "2.5e-6", "5.0e-6", "7.5e-6", "1.0e-5"]),
+        ([3.0, 3.0], ["2.6", "2.8", "3.0", "3.2", "3.4"]),
+        ([0.0], ["-1.0", "-0.5", "0", "0.5", "1.0"]),
+        ([math.nan, math.inf, 2.0, 6.0], ["2", "3", "4", "5", "6"]),
+    ],
+)
+def test_ticks_are_round_and_hold_all_values(values: list[float], ticks: list[str]) -> None:
+    chart = svgs(line_chart("t", [Curve("a", list(enumerate(values)))]))["t"]
+    texts = [str(text.text) for text in chart.iter("text")]
+    assert texts[: len(ticks)] == ticks
+    assert all(8 <= y <= 170 for _, y in coordinates(chart))
+
+
+def test_a_gap_in_a_curve_stays_a_gap_and_no_values_are_said() -> None:
+    chart = svgs(line_chart("t", [Curve("a", [(0, 1.0), (1, math.nan), (2, 2.0), (3, 1.0)])]))["t"]
+    assert next(path.attrib["d"] for path in chart.iter("path")).count("M") == 2
+    assert "no values" in line_chart("t", [Curve("a", [(0, math.nan)])])
+
+
+def test_long_curves_get_their_running_mean() -> None:
+    points = [(float(x), float(x % 2)) for x in range(200)]
+    chart = svgs(line_chart("t", [Curve("a", points)]))["t"]
+    faint, mean = list(chart.iter("path"))
+    assert "faint" in faint.attrib["class"]
+    heights = [float(y) for _, y in re.findall(r"[ML]([\d.-]+) ([\d.-]+)", mean.attrib["d"])]
+    middle = heights[20:-20]
+    assert max(middle) - min(middle) < 20, "the mean of 0 and 1 in turn lies near one half"
+    assert len(list(svgs(line_chart("t", [Curve("a", points, exact=True)]))["t"].iter("path"))) == 1
+
+
+# --------------------------------------------------------------------------- in a browser
+
+
+def pixels(path: Path) -> tuple[int, int, bytes]:
+    """(width, height, rows of RGB or RGBA) of a PNG as Chromium writes it: 8 bits, not interlaced."""
+    data = path.read_bytes()
+    position, packed, width, height, channels = 8, b"", 0, 0, 3
+    while position < len(data):
+        length, kind = struct.unpack(">I4s", data[position : position + 8])
+        body = data[position + 8 : position + 8 + length]
+        if kind == b"IHDR":
+            width, height, _, colour = struct.unpack(">IIBB", body[:10])
+            channels = {2: 3, 6: 4}[colour]
+        elif kind == b"IDAT":
+            packed += body
+        position += 12 + length
+    raw, stride = zlib.decompress(packed), width * channels
+    rows, before = bytearray(), bytearray(stride)
+    for row in range(height):
+        start = row * (stride + 1)
+        kind, line = raw[start], bytearray(raw[start + 1 : start + 1 + stride])
+        for i in range(stride):
+            left = line[i - channels] if i >= channels else 0
+            corner = before[i - channels] if i >= channels else 0
+            if kind == 1:
+                line[i] = (line[i] + left) & 255
+            elif kind == 2:
+                line[i] = (line[i] + before[i]) & 255
+            elif kind == 3:
+                line[i] = (line[i] + (left + before[i]) // 2) & 255
+            elif kind == 4:
+                guess = left + before[i] - corner
+                near = min((left, before[i], corner), key=lambda value: abs(guess - value))
+                line[i] = (line[i] + near) & 255
+        rows += line
+        before = line
+    return width, height, bytes(rows)
+
+
+@pytest.mark.slow  # needs Chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_draws_the_page(out: Path, tmp_path: Path, scheme: str) -> None:
+    chromium = next((path for name in ("chromium", "google-chrome", "chrome") if (path := shutil.which(name))), None)
+    assert chromium, "install chromium to run this test"
+    (out / "report.html").write_text(report_page(read_run(out)))
+    picture = tmp_path / f"report-{scheme}.png"
+    command = [
+        *(chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=500,900"),
+        *(
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+            f"--screenshot={picture}",
+            f"--user-data-dir={tmp_path / 'profile'}",
+        ),
+        *(("--force-dark-mode", "--blink-settings=preferredColorScheme=0") if scheme == "dark" else ()),
+        (out / "report.html").as_uri(),
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    width, height, raw = pixels(picture)
+    channels = len(raw) // (width * height)
+    colours = {raw[i : i + 3] for i in range(0, len(raw), channels)}
+    assert raw[:3] == {"light": b"\xff\xff\xff", "dark": b"\x14\x17\x1a"}[scheme], "the page's own background"
+    ink = {"light": b"\x1c\x20\x24", "dark": b"\xec\xee\xf0"}[scheme]
+    curve = {"light": b"\x2f\x6f\xd0", "dark": b"\x6f\xa8\xf5"}[scheme]
+    assert {ink, curve} <= colours, "text and curves are drawn in the scheme's colours"
+
+
+def test_pages_escape_what_they_are_given() -> None:
+    text: Any = page("<t>", [paragraph("<p>&"), table(("<h>",), [("<td>",)])], "<s>")
+    assert "<t>" not in text
+    assert "&lt;p&gt;&amp;" in text
+    assert "&lt;td&gt;" in text
+    assert "&lt;s&gt;" in text
