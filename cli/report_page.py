@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from dpoeng.cache.page import (
@@ -46,11 +47,15 @@ def report_page(run: RunRecord) -> str:
     warnings = run.warnings()
     if warnings:
         parts.append(heading("Warnings"))
-        parts += [Html(f'<div class="finding warning">{tag("warning")} {text(words)}</div>') for words in warnings]
+        for seen, remedy in warnings:
+            inner = f"{tag('warning')} {text(seen)}" + (paragraph(f"Remedy: {remedy}", "dim") if remedy else "")
+            parts.append(Html(f'<div class="finding warning">{inner}</div>'))
     parts += [heading("Curves"), _note(run), plots(_charts(run)), heading("First and last"), _summary(run)]
     evaluations = [line for line in run.metrics if any(name.startswith(EVAL) for name in line)]
     if evaluations:
         parts += [heading("Evaluations"), _evaluations(evaluations)]
+    if run.evaluations:
+        parts += _last_evaluation(run.evaluations[-1])
     if run.samples:
         parts += [heading("Samples"), *map(_sample, run.samples)]
     parts += [heading("Configuration"), _configuration(run.record.get("config", {})), *_identity(run)]
@@ -147,6 +152,31 @@ def _evaluations(lines: list[dict[str, Any]]) -> Html:
     head = ("step", *(name.removeprefix(EVAL) for name in names))
     rows = [(str(line["step"]), *(number(line[name]) if name in line else "" for name in names)) for line in lines]
     return table(head, rows)
+
+
+def _last_evaluation(record: dict[str, Any]) -> list[Html]:
+    """Intervals of the means, and the same by groups of pairs."""
+    intervals = record.get("intervals", {})
+    level = f"{record.get('confidence', 0.95):.0%} interval"
+    rows = [(name, number(record["metrics"][name]), _interval(intervals[name])) for name in intervals]
+    parts = [heading(f"The last evaluation: {record.get('pairs', '?')} pairs"), table(("", "mean", level), rows)]
+    for column, groups in record.get("groups", {}).items():
+        names = list(dict.fromkeys(name for group in groups.values() for name in group["metrics"]))
+        lines = []
+        for value, group in groups.items():
+            cells = [
+                f"{number(group['metrics'][name])}  {_interval(group['intervals'].get(name))}".rstrip()
+                if name in group["metrics"]
+                else ""
+                for name in names
+            ]
+            lines.append((value, str(group["pairs"]), *cells))
+        parts.append(table((column, "pairs", *names), lines))
+    return parts
+
+
+def _interval(bounds: Sequence[float] | None) -> str:
+    return f"[{number(bounds[0])}, {number(bounds[1])}]" if bounds else ""
 
 
 def _sample(sample: dict[str, Any]) -> Html:

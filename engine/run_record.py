@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dpoeng.cache.errors import UserError
-from dpoeng.engine.metrics import METRICS_FILE, TIMINGS_FILE
-from dpoeng.engine.run_folder import ADAPTER_FOLDER, RUN_FILE
+from dpoeng.engine.metrics import EVALUATIONS_FILE, METRICS_FILE, TIMINGS_FILE
+from dpoeng.engine.run_folder import ADAPTER_FOLDER, ADVICE_FILE, RUN_FILE
 
 SAMPLES_FILE = "samples.jsonl"
 EVAL = "eval_"
@@ -33,6 +33,8 @@ class RunRecord:
         timings: the lines of timings.jsonl.
         samples: the lines of samples.jsonl, each a text by name; none if there is no such file.
         complete: whether the trained adapter is there.
+        advice: the remarks of advice.json.
+        evaluations: the lines of evaluations.jsonl, with intervals and groups.
     """
 
     folder: Path
@@ -41,6 +43,8 @@ class RunRecord:
     timings: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     complete: bool = False
+    advice: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
 
     def names(self) -> list[str]:
         """Every metric that is a number, without `eval_`, in the order of its first occurrence."""
@@ -63,10 +67,9 @@ class RunRecord:
         """Steps done so far."""
         return max((int(line["step"]) for line in self.metrics), default=0)
 
-    def warnings(self) -> list[str]:
-        """What the run warned of, in its words."""
-        found = self.record.get("warnings") or []
-        return [str(one.get("message", one)) if isinstance(one, dict) else str(one) for one in found]
+    def warnings(self) -> list[tuple[str, str]]:
+        """What an expert would remark on the curves: (what was seen, what to try)."""
+        return [(str(remark.get("seen", remark)), str(remark.get("remedy", ""))) for remark in self.advice]
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -85,20 +88,26 @@ def read_run(folder: Path) -> RunRecord:
             found="no such folder" if not folder.is_dir() else "a folder without it",
             remedy="name the --output-dir of a run",
         )
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record, dict):
-            raise ValueError("not a JSON object")
-    except (ValueError, OSError) as error:
-        raise _damaged(path, str(error)) from error
     return RunRecord(
         folder=folder,
-        record=record,
+        record=_json(path, dict),
         metrics=_lines(folder / METRICS_FILE),
         timings=_lines(folder / TIMINGS_FILE),
         samples=_lines(folder / SAMPLES_FILE),
         complete=(folder / ADAPTER_FOLDER / "adapter_config.json").is_file(),
+        advice=_json(folder / ADVICE_FILE, list) if (folder / ADVICE_FILE).is_file() else [],
+        evaluations=_lines(folder / EVALUATIONS_FILE),
     )
+
+
+def _json(path: Path, kind: type) -> Any:
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(held, kind):
+            raise ValueError(f"not a JSON {'object' if kind is dict else 'array'}")
+    except (ValueError, OSError) as error:
+        raise _damaged(path, str(error)) from error
+    return held
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

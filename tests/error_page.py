@@ -127,6 +127,7 @@ MEANINGS: dict[str, str] = {
     "eval-reference": "Both sets of pairs must be scored by one reference.",
     "resume-nothing": "`--resume` asks for a checkpoint, and the folder has none.",
     "resume-changed": "The folder holds a run with other settings; going on would mix two runs.",
+    "checkpoint-damaged": "A checkpoint that is needed does not match its checksum.",
     "training-not-finite": "The loss or its gradient is NaN or infinite. The newest checkpoint is from before.",
     "tracker-missing": "A tracker was named in report_to and its package is not installed. Nothing was loaded yet.",
     "tracker-failed": "A tracker could not start. One that fails later is left out with a note; the run goes on.",

@@ -120,7 +120,11 @@ def test_a_wrong_input_is_one_readable_message(desk: Desk, wrong: Wrong, capsys:
         assert tree(getattr(desk, name)) == before
     left = [path for path in desk.folder.rglob("*") if path.name.endswith(".tmp") or path.parent.name == "tmp"]
     assert left == []
-    assert not (desk.folder / "out" / ADAPTER_FOLDER).exists() or wrong.code in ("resume-changed", "run-damaged")
+    assert not (desk.folder / "out" / ADAPTER_FOLDER).exists() or wrong.code in (
+        "resume-changed",
+        "run-damaged",
+        "checkpoint-damaged",
+    )
 
 
 @pytest.mark.parametrize(("name", "row", "reason"), ROWS, ids=[name.replace(" ", "-") for name, _, _ in ROWS])

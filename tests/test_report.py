@@ -93,18 +93,19 @@ def test_the_page_of_a_run(out: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_warnings_samples_and_unknown_metrics_are_shown_and_escaped(out: Path) -> None:
-    record = json.loads((out / "run.json").read_text())
-    record["warnings"] = ["chosen fell <b>too</b>", {"code": "x", "message": "margins are length"}]
-    (out / "run.json").write_text(json.dumps(record))
+    remarks = [{"code": "displacement", "seen": "chosen fell <b>too</b>", "remedy": "raise beta"}]
+    (out / "advice.json").write_text(json.dumps(remarks))
     (out / "samples.jsonl").write_text(json.dumps({"prompt": "<script>", "before": "a", "after": "b"}) + "\n")
     with (out / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 6, "eval_kl/chosen": 0.5, "eval_categories": {"wrong": 1}}) + "\n")
     text = report_page(read_run(out))
     assert "chosen fell &lt;b&gt;too&lt;/b&gt;" in text
-    assert "margins are length" in text
+    assert "raise beta" in text
     assert "<summary>&lt;script&gt;</summary>" in text
     assert "kl/chosen" in svgs(text)
     assert "eval_categories" not in text
+    assert "The last evaluation" in text
+    assert re.search(r"<td>\[[-\d.e]+, [-\d.e]+\]</td>", text), "the intervals of evaluations.jsonl"
 
 
 def test_a_run_that_is_still_going(out: Path) -> None:

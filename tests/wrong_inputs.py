@@ -757,6 +757,15 @@ def no_wheel(desk: Desk) -> None:
     demo._download_wheel(desk.folder)
 
 
+def damaged_checkpoint(desk: Desk) -> None:
+    from dpoeng.engine.checkpoint import read_checkpoint
+
+    folder = desk.copy("run", "out")
+    for path in folder.glob("checkpoint-*/parameters.safetensors"):
+        flip(path)
+    read_checkpoint(folder, 2)
+
+
 def of_the_system(desk: Desk) -> None:
     raise PermissionError(errno.EACCES, "Permission denied", "out/metrics.jsonl")
 
@@ -777,6 +786,9 @@ OTHERS = (
     Wrong("a folder for conversion in use", "gguf-output-exists", 2, "", ("folder",), act=gguf_where_something_is),
     Wrong("a GGUF to be quantised again", "gguf-quantization", 2, "", ("safetensors",), act=gguf_quantised_again),
     Wrong("no index with the demo's model", "demo-model", 5, "", ("--model DIR",), act=no_wheel),
+    Wrong(
+        "a checkpoint that is needed and damaged", "checkpoint-damaged", 5, "", ("checksum",), act=damaged_checkpoint
+    ),
     Wrong("what the system refuses", "system-error", 5, "", ("out/metrics.jsonl",), act=of_the_system),
     Wrong("no memory", "memory-full", 5, "", ("batch",), act=of_memory),
     Wrong("a mistake of ours", "internal-error", 1, "", ("KeyError", "report it"), act=of_ours),
