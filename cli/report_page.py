@@ -32,6 +32,7 @@ _CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("reward margin", "beta × nats", ("rewards/margins",)),
     ("rewards", "beta × nats", ("rewards/chosen", "rewards/rejected")),
     ("log-probs", "nats a response", ("logps/chosen", "logps/rejected")),
+    ("KL to the reference", "an estimate", ("kl/chosen", "kl/rejected")),
     ("gradient norm", "before clipping", ("grad_norm",)),
     ("learning rate", "", ("learning_rate",)),
 )

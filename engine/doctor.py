@@ -17,6 +17,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -88,10 +89,11 @@ def diagnose(cache: Path, output_dir: Path, *, online: bool = False, probe: Prob
     """
     probe = probe or run_probe
     checks = [*_python(), *_versions(tested_versions())]
-    torch_found = probe("torch")
+    torch_found = probe("torch")  # by itself: the others hold some of the GPU's memory while they run
     checks += [*_torch(torch_found), *_processor(bool(torch_found.get("gpus")), cpu_flags())]
-    for name in ("transformers", "bitsandbytes", "triton"):
-        checks.append(_library(name, probe(name)))
+    others = ("transformers", "bitsandbytes", "triton")
+    with ThreadPoolExecutor(len(others)) as pool:
+        checks += map(_library, others, pool.map(probe, others))
     checks += [*_environment(os.environ), *_memory(), *_folders(cache, output_dir), *_hub(os.environ, online)]
     return Diagnosis(checks)
 

@@ -97,12 +97,14 @@ def test_warnings_samples_and_unknown_metrics_are_shown_and_escaped(out: Path) -
     (out / "advice.json").write_text(json.dumps(remarks))
     (out / "samples.jsonl").write_text(json.dumps({"prompt": "<script>", "before": "a", "after": "b"}) + "\n")
     with (out / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 6, "eval_kl/chosen": 0.5, "eval_categories": {"wrong": 1}}) + "\n")
+        file.write(
+            json.dumps({"step": 6, "eval_kl/chosen": 0.5, "entropy": 2.0, "eval_categories": {"wrong": 1}}) + "\n"
+        )
     text = report_page(read_run(out))
     assert "chosen fell &lt;b&gt;too&lt;/b&gt;" in text
     assert "raise beta" in text
     assert "<summary>&lt;script&gt;</summary>" in text
-    assert "kl/chosen" in svgs(text)
+    assert {"KL to the reference", "entropy"} <= set(svgs(text))
     assert "eval_categories" not in text
     assert "The last evaluation" in text
     assert re.search(r"<td>\[[-\d.e]+, [-\d.e]+\]</td>", text), "the intervals of evaluations.jsonl"
