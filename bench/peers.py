@@ -204,9 +204,9 @@ def _trl(job: Job) -> Figures:
     from trl import DPOConfig, DPOTrainer
 
     from dpoeng.cache.reader import View
+    from dpoeng.engine.adapters import lora_arguments
     from dpoeng.engine.model import DTYPES
     from dpoeng.engine.order import plan_schedule
-    from dpoeng.engine.train import lora_arguments
 
     device = torch.device(job.device)
     view = View.open(job.cache)

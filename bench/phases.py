@@ -25,7 +25,7 @@ from dpoeng.cache.reader import View
 from dpoeng.cache.schema import PairIds, pair_key
 from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.store import Store, ViewEntry
-from dpoeng.engine.adapters import add_policy_adapter
+from dpoeng.engine.adapters import add_policy_adapter, lora_arguments
 from dpoeng.engine.config import Dtype, Quantization, TrainConfig
 from dpoeng.engine.layout import batches_by_tokens
 from dpoeng.engine.loop import batch_loss
@@ -49,7 +49,6 @@ from dpoeng.engine.rows import Rows
 from dpoeng.engine.scoring import choose_layout
 from dpoeng.engine.sources import find_model
 from dpoeng.engine.tokens import tokenize_pairs
-from dpoeng.engine.train import lora_arguments
 
 VIEW = "bench"
 

@@ -18,6 +18,7 @@ from dpoeng.cli.lazy import LazyGroup
 # name -> (module:attribute, what it does). The modules are imported only when their command is run or asked for help,
 # so that `dpoeng --help` answers at once.
 COMMANDS = {
+    "plan": ("dpoeng.cli.plan:plan", "What a run would need: memory, hours and cost, before renting a card."),
     "precompute-ref": ("dpoeng.cli.precompute:precompute_ref", "Phase one: score the frozen reference, once."),
     "train": ("dpoeng.cli.train:train", "Phase two: train a LoRA policy against the cached numbers."),
     "eval": ("dpoeng.cli.evaluate:evaluate", "Evaluate a trained adapter on cached pairs."),
@@ -25,6 +26,7 @@ COMMANDS = {
     "check": ("dpoeng.cli.check:check", "Look through preference pairs for whatever could spoil a run."),
     "report": ("dpoeng.cli.report:report", "Write a run as one HTML page: curves, tables, configuration."),
     "doctor": ("dpoeng.cli.doctor:doctor", "Look whether this machine is ready: versions, GPU, disk, folders."),
+    "merge": ("dpoeng.cli.merge:merge", "Fold a run's adapters into the full-precision base."),
     "cache": ("dpoeng.cli.cache:cache", "Look into a reference cache: info, verify, export and more."),
     "demo": ("dpoeng.cli.demo:demo", "Both phases on a small real model and 100 pairs, in minutes."),
     "bench": ("dpoeng.cli.bench:bench", "Measure throughput and memory on this machine."),

@@ -68,7 +68,11 @@ def print_summary(summary: TrainSummary) -> None:
         shared = "each prompt run once for both responses" if summary.layout == "shared" else summary.layout_reason
         facts.append(("layout", f"{summary.layout}: {shared}"))
     if summary.peak_bytes is not None:
-        facts.append(("peak memory", f"{summary.peak_bytes / 2**30:.2f} GiB allocated on the device"))
+        predicted = ""
+        if summary.predicted_bytes:
+            off = summary.peak_bytes / summary.predicted_bytes - 1
+            predicted = f"; predicted {summary.predicted_bytes / 2**30:.2f} GiB ({off:+.1%})"
+        facts.append(("peak memory", f"{summary.peak_bytes / 2**30:.2f} GiB allocated on the device{predicted}"))
     if summary.best.step is not None:
         facts.append(("best", f"evaluation at step {summary.best.step}: {summary.best.value:.4f}"))
     if summary.planned_steps > summary.steps:

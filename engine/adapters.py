@@ -11,6 +11,8 @@ from typing import Any, Literal
 from torch import nn
 
 from dpoeng.cache.errors import UserError
+from dpoeng.engine.config import TrainConfig
+from dpoeng.engine.lora import use_lora_product
 from dpoeng.engine.model import POLICY_ADAPTER, CausalLM
 from dpoeng.engine.sources import ModelSource
 
@@ -22,7 +24,22 @@ REFERENCE_ADAPTER = "reference"
 def load_reference_adapter(lm: CausalLM, adapter: ModelSource) -> CausalLM:
     """base + frozen adapter: the SFT model whose log-probs are cached."""
     lm.model = _peft_from_pretrained(lm, adapter, REFERENCE_ADAPTER, trainable=False)
+    use_lora_product(lm.model)
     return lm
+
+
+def lora_arguments(config: TrainConfig) -> dict[str, Any]:
+    """The arguments of peft's LoraConfig."""
+    targets = list(config.lora_target_modules)
+    return {
+        "r": config.lora_r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "target_modules": targets[0] if targets == ["all-linear"] else targets,
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "init_lora_weights": config.init_lora_weights,
+    }
 
 
 def add_policy_adapter(lm: CausalLM, mode: AdapterMode, adapter: ModelSource | None, lora: dict[str, Any]) -> CausalLM:
@@ -71,6 +88,7 @@ def add_policy_adapter(lm: CausalLM, mode: AdapterMode, adapter: ModelSource | N
     # fp32 adapters over a half-precision base: 8-bit Adam and bf16 rounding can lose small updates otherwise.
     for _, parameter in lm.trainable_parameters():
         parameter.data = parameter.data.float()
+    use_lora_product(lm.model)
     return lm
 
 

@@ -31,9 +31,10 @@ from dpoeng.engine.losses import (
 )
 from dpoeng.engine.metrics import MetricsLog, preference_metrics
 from dpoeng.engine.model import CausalLM, set_mode
+from dpoeng.engine.oom import attempt, in_parts, is_out_of_memory, too_large
 from dpoeng.engine.optim import Named, optimizer_tensors, restore_optimizer, set_scheduler_step
 from dpoeng.engine.order import Schedule
-from dpoeng.engine.progress import Progress
+from dpoeng.engine.progress import QUIET, Progress
 from dpoeng.engine.rows import WeightArray
 from dpoeng.engine.scoring import head_log_collision, head_logps, predict_groups
 
@@ -59,6 +60,7 @@ class Run:
 
     `train_weights` are the user's, a number a row, or None. `per_token` is false where the cache holds sums.
     `loss_state` is what the losses remember from step to step.
+    `micro_batch` is the number of pairs in a forward: the configured one, until memory runs out.
     """
 
     config: TrainConfig
@@ -75,6 +77,10 @@ class Run:
     on_metrics: OnMetrics = lambda _: None
     loss_state: LossState = field(default_factory=dict)
     best: Best = field(default_factory=Best)
+    micro_batch: int = 0
+
+    def __post_init__(self) -> None:
+        self.micro_batch = self.micro_batch or self.config.per_device_train_batch_size
 
     @property
     def waited_enough(self) -> bool:
@@ -97,7 +103,7 @@ def run_steps(run: Run, first_step: int, identity: dict[str, Any]) -> int:
     with run.progress.task("training", schedule.total_steps, "steps", first_step) as advance:
         while done < schedule.total_steps and not run.waited_enough:
             began = time.perf_counter()
-            metrics = _step(run, done)
+            metrics = train_step(run, done)
             done += 1
             if done % config.logging_steps == 0 or done == schedule.total_steps:
                 _log(run, done, metrics)
@@ -120,14 +126,68 @@ def live_figures(metrics: Mapping[str, float], pairs_per_s: float) -> str:
     )
 
 
-def _step(run: Run, step: int) -> dict[str, float]:
+def train_step(run: Run, step: int) -> dict[str, float]:
     """One optimizer step over the pairs that the schedule gives it; the loss is their mean however they are cut."""
+    settings = LossSettings.of(run.config)
+    parts, grad_norm = _gradient_within_memory(run, step, settings)
+    metrics = preference_metrics(parts)
+    metrics["grad_norm"] = grad_norm
+    metrics["learning_rate"] = float(run.scheduler.get_last_lr()[0])
+    if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+        raise UserError(
+            "the loss or its gradient is not a number",
+            code="training-not-finite",
+            where=f"step {step + 1}",
+            expected="finite numbers",
+            found=f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}",
+            remedy="lower learning_rate, or use a wider dtype; the newest checkpoint is from before this step",
+            exit_status=5,
+        )
+    _update(run)
+    run.scheduler.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.loss_state = next_state(run.loss_state, PairSums.join([part.sums for part in parts]), settings)
+    return metrics
+
+
+def _gradient_within_memory(run: Run, step: int, settings: LossSettings) -> tuple[list[PreferenceLoss], float]:
+    """The step's gradient, and with fewer pairs a forward where memory runs out: see docs/memory.md.
+
+    A step that ran out is begun anew, so that its result is that of one left alone. If it runs out again, the number of
+    pairs in a forward is halved for the rest of the run, which then goes on as one that was configured so.
+
+    Raises:
+        UserError: one pair alone does not fit.
+    """
+    while True:
+        done, said = attempt(lambda: _gradient(run, step, settings))
+        if done is not None:
+            return done
+        run.optimizer.zero_grad(set_to_none=True)
+        if run.micro_batch == 1:
+            rows = [run.train_rows[i].ids for i in run.schedule.rows_of_step(step)]
+            raise too_large(
+                [max(rows, key=lambda ids: ids.total_tokens)],
+                said,
+                phase=f"phase two, step {step + 1}",
+                helps="turn on --gradient-checkpointing, use --optim paged_adamw_8bit, hold the base in fewer bits, or "
+                "run phase one again with a shorter --max-length",
+            )
+        run.micro_batch = (run.micro_batch + 1) // 2
+        run.progress.note(
+            f"out of memory at step {step + 1}: the step is done again, and the run goes on, with {run.micro_batch} "
+            "pairs a forward; the pairs of a step stay the same"
+        )
+
+
+def _gradient(run: Run, step: int, settings: LossSettings) -> tuple[list[PreferenceLoss], float]:
+    """Forward and backward of one step from the beginning: its losses, and the norm of the gradient it left."""
     config = run.config
+    run.optimizer.zero_grad(set_to_none=True)
     indices = run.schedule.rows_of_step(step)
     rows = [run.train_rows[i] for i in indices]
     weights = None if run.train_weights is None else run.train_weights[indices]
-    micros = list(_chunks(rows, weights, config.per_device_train_batch_size))
-    settings = LossSettings.of(config)
+    micros = list(_chunks(rows, weights, run.micro_batch))
     if settings.whole_batch and len(micros) > 1:
         parts = _backward_of_whole_batch(run, step, micros, settings)
     else:
@@ -146,26 +206,27 @@ def _step(run: Run, step: int) -> dict[str, float]:
             )
             torch.autograd.backward(part.losses.sum() / len(rows))
             parts.append(part)
-    metrics = preference_metrics(parts)
     parameters = [parameter for _, parameter in run.lm.trainable_parameters()]
     limit = config.max_grad_norm if config.max_grad_norm > 0 else math.inf
-    metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-    metrics["learning_rate"] = float(run.scheduler.get_last_lr()[0])
-    if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+    return parts, float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+
+
+def _update(run: Run) -> None:
+    """The optimizer's step. Where it runs out of memory half-way, weights and moments may no longer fit together."""
+    try:
+        run.optimizer.step()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(
-            "the loss or its gradient is not a number",
-            code="training-not-finite",
-            where=f"step {step + 1}",
-            expected="finite numbers",
-            found=f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}",
-            remedy="lower learning_rate, or use a wider dtype; the newest checkpoint is from before this step",
+            "out of memory in the optimizer's update",
+            code="memory-full",
+            where="phase two, after the gradients",
+            found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            remedy="use --optim adamw_torch_fused or paged_adamw_8bit; the same command goes on from the newest "
+            "checkpoint where the optimizer is the same",
             exit_status=5,
-        )
-    run.optimizer.step()
-    run.scheduler.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    run.loss_state = next_state(run.loss_state, PairSums.join([part.sums for part in parts]), settings)
-    return metrics
+        ) from error
 
 
 def _backward_of_whole_batch(
@@ -256,10 +317,28 @@ def evaluate(
     batch_size: int,
     state: LossState | None = None,
     per_token: bool = True,
+    note: Callable[[str], None] = QUIET.note,
 ) -> PreferenceLoss:
     """The loss of held-out pairs, all of them as one batch however they are cut."""
-    chunks = _chunks(rows, weights, batch_size)
-    parts = [batch_sums(lm, batch, settings, some, per_token=per_token) for batch, some in chunks]
+
+    def score(some: Sequence[int]) -> list[PairSums]:
+        return [
+            batch_sums(
+                lm,
+                [rows[i] for i in some],
+                settings,
+                None if weights is None else weights[list(some)],
+                per_token=per_token,
+            )
+        ]
+
+    def too_long(some: Sequence[int], said: str) -> UserError:
+        return too_large([rows[i].ids for i in some], said, phase="evaluation", helps="hold out shorter pairs")
+
+    parts: list[PairSums] = []
+    for begin in range(0, len(rows), batch_size):
+        some = range(begin, min(len(rows), begin + batch_size))
+        parts += in_parts(score, some, may_split=True, note=note, describe=too_long)
     return preference_loss(PairSums.join(parts), settings, state=state)
 
 
@@ -275,6 +354,7 @@ def _evaluate(run: Run, step: int) -> None:
         batch_size=config.per_device_eval_batch_size,
         state=run.loss_state,
         per_token=run.per_token,
+        note=run.progress.note,
     )
     set_mode(run.lm, training=True)
     result = summarise(
@@ -310,7 +390,13 @@ def save_run(run: Run, step: int, identity: dict[str, Any], *, complete: bool) -
         step,
         parameters={name: parameter.detach().cpu().contiguous() for name, parameter in trainable},
         optimizer=optimizer_tensors(run.optimizer, trainable),
-        state={"identity": identity, "complete": complete, "losses": dict(run.loss_state), "best": run.best.record()},
+        state={
+            "identity": identity,
+            "complete": complete,
+            "losses": dict(run.loss_state),
+            "micro_batch": run.micro_batch,
+            "best": run.best.record(),
+        },
         keep=run.config.save_total_limit,
         spare=run.best.kept if run.config.load_best_model_at_end else (),
     )
@@ -323,6 +409,7 @@ def restore_run(run: Run, checkpoint: Checkpoint) -> int:
     set_scheduler_step(run.scheduler, checkpoint.step)
     run.loss_state = checkpoint.state.get("losses", {})
     run.best = Best(**checkpoint.state.get("best", {}))
+    run.micro_batch = checkpoint.state.get("micro_batch", run.config.per_device_train_batch_size)
     return checkpoint.step
 
 

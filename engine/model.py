@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from torch import nn
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.attention import SHARED_PROMPT, no_mask, shared_prompt_attention
 from dpoeng.engine.config import Quantization
+from dpoeng.engine.quantized import import_bitsandbytes, keep_no_inputs, quantization_config, quantize_empty
 from dpoeng.engine.sources import ModelSource
 
 Layout = Literal["shared", "separate"]
@@ -172,7 +173,7 @@ def load_model(
     else:
         kwargs: dict[str, Any] = {"dtype": compute, "trust_remote_code": False, "use_safetensors": True}
         if quantization != "none":
-            kwargs["quantization_config"] = _quantization_config(
+            kwargs["quantization_config"] = quantization_config(
                 quantization, compute, int8_threshold, quant_type, double_quant
             )
             kwargs["device_map"] = {"": str(device)}
@@ -194,18 +195,83 @@ def load_model(
         _refuse_mismatched(loaded["mismatched_keys"], source)
         if quantization == "none":
             base = base.to(device)
+    return _frozen(base, load_tokenizer(source) if tokenizer else None, device, compute, quantization)
+
+
+def empty_model(
+    fields: Mapping[str, Any],
+    *,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    quant_type: str = "nf4",
+    double_quant: bool = True,
+) -> CausalLM:
+    """The model of a config.json without its weights, on the `meta` device, in the same modules as `load_model`'s.
+
+    Args:
+        fields: what config.json holds.
+        quantization: as in `load_model`; the outlier threshold of LLM.int8() is 0, since outliers are data.
+        dtype: compute dtype.
+        quant_type: 4bit: the number format.
+        double_quant: 4bit: whether the scales are quantised too.
+
+    Raises:
+        UserError: transformers does not know the architecture.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    register_attention()
+    try:
+        config = AutoConfig.for_model(**fields)
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            "no model can be made of this config.json",
+            code="model-unloadable",
+            where="--model",
+            expected="the config.json of a causal language model that this transformers knows",
+            found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            remedy="check model_type, or install a newer transformers",
+        ) from error
+    if quantization != "none":
+        quantize_empty(base, quantization_config(quantization, dtype, 0.0, quant_type, double_quant))
+    return _frozen(base, None, torch.device("meta"), dtype, quantization)
+
+
+def layer_period(fields: Mapping[str, Any]) -> int | None:
+    """After how many decoder layers their kinds repeat: 1 where all are equal; None if they do not."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(**fields)
+    kinds = list(getattr(config, "layer_types", None) or [])
+    if any(getattr(config, name, None) for name in ("first_k_dense_replace", "mlp_only_layers", "moe_layers")):
+        return None
+    return next((p for p in (1, 2) if all(kind == kinds[i % p] for i, kind in enumerate(kinds))), None)
+
+
+def _frozen(
+    base: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype, quantization: Quantization
+) -> CausalLM:
     base.requires_grad_(False)
     base.config.use_cache = False
     for module in base.modules():
         # Attention dropout is a plain float on the attention module; dropout would make policy and reference differ.
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
+    if quantization == "8bit":
+        keep_no_inputs(base)
+    if device.type == "cuda" and embedding_on_host(base, quantization):
+        # A lookup of some rows, copied to the device: 1.4 GiB of a 32B model that need not be there.
+        embedding = base.get_input_embeddings().to("cpu")
+        embedding.register_forward_pre_hook(lambda _module, inputs: (inputs[0].cpu(), *inputs[1:]))
+        embedding.register_forward_hook(lambda _module, _inputs, output: output.to(device))
     return CausalLM(
         model=base,
         base=base,
-        tokenizer=load_tokenizer(source) if tokenizer else None,
+        tokenizer=tokenizer,
         device=device,
-        dtype=compute,
+        dtype=dtype,
         quantization=quantization,
         native_attention=base.config._attn_implementation,
     )
@@ -236,6 +302,15 @@ def _refuse_mismatched(weights: Collection[tuple[str, Any, Any]], source: ModelS
         )
 
 
+def embedding_on_host(base: Any, quantization: Quantization) -> bool:
+    """Whether the input embedding stays in the host's memory when the rest is on a GPU.
+
+    Where the base is quantised, since memory is then what is short; not where the head is the same tensor.
+    """
+    head = base.get_output_embeddings()
+    return quantization != "none" and head is not None and head.weight is not base.get_input_embeddings().weight
+
+
 def resolve_dtype(source: ModelSource, dtype: str) -> torch.dtype:
     """`auto` -> the checkpoint's own dtype (float32 for a GGUF)."""
     if dtype == "auto":
@@ -253,55 +328,6 @@ def resolve_dtype(source: ModelSource, dtype: str) -> torch.dtype:
             remedy="name one of these with --dtype",
         )
     return DTYPES[dtype]
-
-
-def require_bitsandbytes(quantization: Quantization) -> None:
-    """Loads bitsandbytes if it will be needed, so that a broken install is named before any long work.
-
-    Raises:
-        UserError: it cannot be imported.
-    """
-    if quantization != "none":
-        import_bitsandbytes(f"--quantization {quantization}", "use --quantization none")
-
-
-def import_bitsandbytes(where: str, instead: str) -> Any:
-    """The library, or a message that says what asked for it and what to use instead.
-
-    Raises:
-        UserError: it cannot be imported.
-    """
-    try:
-        import bitsandbytes
-    except Exception as error:
-        raise UserError(
-            "bitsandbytes cannot be used",
-            code="bitsandbytes-unusable",
-            where=where,
-            found=f"{type(error).__name__}: {error}",
-            remedy=f"pip install 'bitsandbytes>=0.48', or {instead}",
-            exit_status=5,
-        ) from error
-    return bitsandbytes
-
-
-def _quantization_config(
-    quantization: Quantization, compute: torch.dtype, int8_threshold: float, quant_type: str, double_quant: bool
-) -> Any:
-    require_bitsandbytes(quantization)
-    from transformers import BitsAndBytesConfig
-
-    if quantization == "8bit":
-        return BitsAndBytesConfig(
-            load_in_8bit=True, llm_int8_threshold=float(int8_threshold), llm_int8_skip_modules=["lm_head"]
-        )
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quant_type,
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=compute,
-        llm_int8_skip_modules=["lm_head"],
-    )
 
 
 @contextlib.contextmanager
@@ -355,15 +381,11 @@ def use_layout(lm: CausalLM, layout: Layout, reason: str = "") -> None:
 
 
 def enable_gradient_checkpointing(lm: CausalLM) -> None:
-    """Recomputes each decoder layer in the backward pass.
+    """Recomputes each decoder layer in the backward pass, without re-entrance.
 
-    bitsandbytes' int8 layers keep their input where saved-tensor hooks do not see it, so the non-reentrant kind would
-    hold every layer's input; the re-entrant kind runs the forward without a graph and so holds none of them.
+    For LLM.int8() layers this frees anything only because of `keep_no_inputs`.
     """
-    reentrant = lm.quantization == "8bit"
-    lm.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    if reentrant:
-        lm.base.enable_input_require_grads()
+    lm.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def library_versions() -> dict[str, str]:

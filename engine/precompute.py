@@ -19,6 +19,7 @@ from dpoeng.cache.store import KeyIndex, Store
 from dpoeng.engine.config import PrecomputeConfig
 from dpoeng.engine.distributed import Group, process_group
 from dpoeng.engine.drift import check_drift
+from dpoeng.engine.fit import check_forward
 from dpoeng.engine.layout import batches_of_pairs
 from dpoeng.engine.model import (
     CausalLM,
@@ -26,11 +27,11 @@ from dpoeng.engine.model import (
     library_versions,
     load_tokenizer,
     pick_device,
-    require_bitsandbytes,
 )
 from dpoeng.engine.pairs import PairFile, ensure_unchanged, read_pairs
 from dpoeng.engine.progress import QUIET, Progress
-from dpoeng.engine.reference import load_reference, reference_spec, score_pairs
+from dpoeng.engine.quantized import outliers_over_batch, require_bitsandbytes
+from dpoeng.engine.reference import load_reference, reference_spec, score_pairs, score_within_memory
 from dpoeng.engine.rejects import Reject, check_reject_share
 from dpoeng.engine.shards import Part, plan_shards
 from dpoeng.engine.sources import ModelSource, find_adapter, find_model
@@ -72,6 +73,7 @@ class PrecomputeSummary:
     layout_reason: str = ""
     device: str = ""
     peak_bytes: int | None = None
+    predicted_bytes: int | None = None
     reference_accuracy: float = 0.0
     reference: dict[str, Any] = field(default_factory=dict)
 
@@ -146,6 +148,7 @@ def _precompute(config: PrecomputeConfig, group: Group, progress: Progress) -> P
     if mine:
         _check_disk(store.root, mine)
         began = time.perf_counter()
+        summary.predicted_bytes = check_forward(config, source, [ids for shard in mine for ids in shard], device)
         lm = load_reference(config, source, adapter, device)
         summary.layout, summary.layout_reason = lm.layout, lm.layout_reason
         _check_ids(unique.values(), lm, source)
@@ -303,13 +306,14 @@ def _compute(
     summary.computed_tokens = sum(positions for _, batches in planned for _, positions in batches)
     if lm.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(lm.device)
+    may_split = not outliers_over_batch(lm.model)
     pairs_done, began = 0, time.perf_counter()
     with progress.task("reference log-probs", summary.computed_tokens, "tokens") as advance:
         for shard, batches in planned:
             rows = []
             for batch, positions in batches:
                 pairs = [shard[i] for i in batch]
-                rows += score_pairs(lm, pairs)
+                rows += score_within_memory(lm, pairs, may_split=may_split, note=progress.note, score=score_pairs)
                 pairs_done += len(pairs)
                 speed = pairs_done / (time.perf_counter() - began)
                 shown = f"{pairs_done} of {summary.computed} pairs, {speed:.2f} pairs/s"

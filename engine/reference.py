@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from dpoeng.engine.adapters import load_reference_adapter
 from dpoeng.engine.config import PrecomputeConfig, TrainConfig
 from dpoeng.engine.layout import batches_of_pairs, share_prompts
 from dpoeng.engine.model import CausalLM, load_model, pick_device, resolve_dtype, set_mode
+from dpoeng.engine.oom import in_parts, too_large
 from dpoeng.engine.progress import QUIET, Progress
 from dpoeng.engine.scoring import choose_layout, score_groups
 from dpoeng.engine.sources import ModelSource, adapter_config, find_adapter, find_model, forward_config
@@ -130,6 +131,36 @@ def score_pairs(lm: CausalLM, pairs: Sequence[PairIds]) -> list[ScoredPair]:
     return scored
 
 
+def score_within_memory(
+    lm: CausalLM,
+    pairs: Sequence[PairIds],
+    *,
+    may_split: bool,
+    note: Callable[[str], None] = QUIET.note,
+    score: Callable[[CausalLM, Sequence[PairIds]], list[ScoredPair]] | None = None,
+) -> list[ScoredPair]:
+    """`score_pairs`, in smaller forwards where memory runs out.
+
+    Raises:
+        UserError: a pair alone does not fit; or all do not and `may_split` is False.
+    """
+
+    def too_long(some: Sequence[PairIds], said: str) -> UserError:
+        shorter = "hold the base in fewer bits with --quantization, or use a shorter --max-length"
+        return too_large(
+            some,
+            said,
+            phase="scoring",
+            helps=shorter
+            if len(some) == 1
+            else "use a smaller --batch-tokens: it is part of this reference, since LLM.int8() with an outlier "
+            "threshold looks at a batch as a whole",
+        )
+
+    work = score or score_pairs
+    return in_parts(lambda some: work(lm, some), pairs, may_split=may_split, note=note, describe=too_long)
+
+
 @dataclass(frozen=True, slots=True)
 class ParityReport:
     """Policy against cache on the same tokens. Differences are per token, absolute, in nats.
@@ -199,7 +230,7 @@ def compare_with_cache(
     diffs: list[np.ndarray[Any, np.dtype[np.float64]]] = []
     margins: list[float] = []
     for batch, _ in batches_of_pairs([pair.ids for pair in cached], batch_tokens):
-        live = score_pairs(lm, [cached[i].ids for i in batch])
+        live = score_within_memory(lm, [cached[i].ids for i in batch], may_split=True)
         for i, now in zip(batch, live, strict=True):
             chosen = now.chosen_logps.astype(np.float64) - cached[i].chosen_logps
             rejected = now.rejected_logps.astype(np.float64) - cached[i].rejected_logps

@@ -13,24 +13,19 @@ import torch
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import ScoredPair
-from dpoeng.engine.adapters import AdapterMode, add_policy_adapter, as_reference
+from dpoeng.engine.adapters import AdapterMode, add_policy_adapter, as_reference, lora_arguments
 from dpoeng.engine.advice import Advice, advise
 from dpoeng.engine.best import Best
 from dpoeng.engine.checkpoint import Checkpoint
 from dpoeng.engine.config import TrainConfig
+from dpoeng.engine.fit import check_step
 from dpoeng.engine.loop import HeldOut, OnMetrics, Run, best_parameters, restore_run, run_steps, save_run
 from dpoeng.engine.metrics import MetricsLog
-from dpoeng.engine.model import (
-    CausalLM,
-    device_name,
-    enable_gradient_checkpointing,
-    import_bitsandbytes,
-    require_bitsandbytes,
-    set_mode,
-)
+from dpoeng.engine.model import CausalLM, device_name, enable_gradient_checkpointing, pick_device, set_mode
 from dpoeng.engine.optim import build_optimizer, build_scheduler
 from dpoeng.engine.order import hold_out, plan_schedule
 from dpoeng.engine.progress import QUIET, Progress
+from dpoeng.engine.quantized import import_bitsandbytes, require_bitsandbytes
 from dpoeng.engine.reference import ParityReport, compare_with_cache, load_policy_base, parity_tolerance, spread
 from dpoeng.engine.rows import Rows
 from dpoeng.engine.run_folder import (
@@ -42,7 +37,7 @@ from dpoeng.engine.run_folder import (
     write_run_file,
 )
 from dpoeng.engine.scoring import choose_layout
-from dpoeng.engine.sources import find_adapter
+from dpoeng.engine.sources import find_adapter, find_model
 from dpoeng.engine.trackers import check_trackers, open_trackers
 
 
@@ -68,6 +63,7 @@ class TrainSummary:
     eval_after: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     peak_bytes: int | None = None
+    predicted_bytes: int | None = None
     already_complete: bool = False
     planned_steps: int = 0
     best: Best = field(default_factory=Best)
@@ -121,6 +117,14 @@ def train(config: TrainConfig, progress: Progress = QUIET, on_metrics: OnMetrics
     if checkpoint is not None and (config.output_dir / ADAPTER_FOLDER).is_dir() and checkpoint.state["complete"]:
         return _finished(config, checkpoint, mode, train_rows, eval_rows)
 
+    predicted_bytes = check_step(
+        config,
+        find_model(config.model or reference["model"], revision=reference.get("revision")),
+        [row.ids for row in train_rows],
+        pick_device(config.device),
+        quantization=config.quantization or reference["quantization"],
+        dtype=config.dtype or reference["dtype"],
+    )
     # Seeded before the adapter is made: its start is part of what a seed means.
     torch.manual_seed(config.seed)
     lm = load_policy_base(config, reference)
@@ -195,6 +199,7 @@ def train(config: TrainConfig, progress: Progress = QUIET, on_metrics: OnMetrics
         device=device_name(device),
         seconds=time.perf_counter() - began,
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        predicted_bytes=predicted_bytes,
     )
     _add_results(summary, run.log, config)
     write_advice(config.output_dir, summary.advice)
@@ -247,20 +252,6 @@ def refuse_sums_for_tokens(config: TrainConfig, view: View) -> None:
             found=f"view {view.name}, imported from {view.meta['imported']['name']}",
             remedy="leave --ld-alpha out, or run precompute-ref on the pairs",
         )
-
-
-def lora_arguments(config: TrainConfig) -> dict[str, Any]:
-    """The arguments of peft's LoraConfig."""
-    targets = list(config.lora_target_modules)
-    return {
-        "r": config.lora_r,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "target_modules": targets[0] if targets == ["all-linear"] else targets,
-        "use_rslora": config.use_rslora,
-        "use_dora": config.use_dora,
-        "init_lora_weights": config.init_lora_weights,
-    }
 
 
 def split(view: View, eval_view: View | None, config: TrainConfig) -> tuple[list[int], list[int]]:

@@ -56,6 +56,12 @@ def chunk_rows(vocabulary: int) -> int:
     return max(256, min(MAX_CHUNK, CHUNK_BYTES // (4 * vocabulary) // 256 * 256))
 
 
+def chunk_shape(n: int, vocabulary: int) -> tuple[int, int]:
+    """Rows and columns of the one chunk of logits that `n` tokens are worked through in."""
+    # Rows start on 16 bytes: wide loads, and cuBLAS's fast paths.
+    return max(1, min(n, chunk_rows(vocabulary))), -(-vocabulary // 16) * 16
+
+
 def chunked_logps(
     hidden: Tensor,
     head: Head,
@@ -77,8 +83,7 @@ def chunked_logps(
             bfloat16 (what rounded logits cost any head) against 5e-7.
     """
     n, size = hidden.shape[0], head.vocabulary
-    rows = max(1, min(n, chunk_rows(size)))
-    padded = -(-size // 16) * 16  # rows that start on 16 bytes: wide loads, and cuBLAS's fast paths
+    rows, padded = chunk_shape(n, size)
     buffer = hidden.new_empty((rows, padded), dtype=hidden.dtype if narrow else torch.float32)
     raw = buffer[:, :size]
     grad = buffer.view(hidden.dtype)[:, :size]  # the same memory: row r starts where row r of the logits starts

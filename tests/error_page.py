@@ -137,6 +137,7 @@ MEANINGS: dict[str, str] = {
     "page-unwritable": "The page's file cannot be written.",
     "no-gpu": "torch finds no CUDA device. `dpoeng doctor` says why.",
     "bitsandbytes-unusable": "8-bit and 4-bit need bitsandbytes. `dpoeng doctor` tries it.",
+    "memory-short": "Simulated before the model is loaded: the phase would not fit. `dpoeng plan` tells more.",
     "memory-full": "The process ran out of memory.",
     "system-error": "The operating system refused to read or write a file.",
     "internal-error": "A mistake in dpoeng. Please report it.",

@@ -146,7 +146,7 @@ def test_early_stopping_and_the_best_model_survive_a_kill(
 ) -> None:
     whole = run(cache, tmp_path / "whole", max_steps=20, **FIRST_IS_BEST)
     assert (whole.steps, whole.best.step, whole.best.waited, whole.planned_steps) == (5, 1, 4, 20)
-    real, calls = loop_module._step, 0
+    real, calls = loop_module.train_step, 0
 
     def dying(*args: Any) -> Any:
         nonlocal calls
@@ -155,7 +155,7 @@ def test_early_stopping_and_the_best_model_survive_a_kill(
             raise Killed
         return real(*args)
 
-    monkeypatch.setattr(loop_module, "_step", dying)
+    monkeypatch.setattr(loop_module, "train_step", dying)
     with pytest.raises(Killed):
         run(cache, tmp_path / "cut", max_steps=20, **FIRST_IS_BEST)
     monkeypatch.undo()

@@ -429,7 +429,7 @@ def test_resume_from_an_sft_adapter(
 ) -> None:
     config = quick(sft_cache, tmp_path / "out", adapter_mode=mode)
     train(config.model_copy(update={"output_dir": tmp_path / "whole"}))
-    real, calls = loop_module._step, 0
+    real, calls = loop_module.train_step, 0
 
     def dying(*args: Any) -> Any:
         nonlocal calls
@@ -438,7 +438,7 @@ def test_resume_from_an_sft_adapter(
             raise Killed
         return real(*args)
 
-    monkeypatch.setattr(loop_module, "_step", dying)
+    monkeypatch.setattr(loop_module, "train_step", dying)
     with pytest.raises(Killed):
         train(config)
     monkeypatch.undo()

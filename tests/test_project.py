@@ -37,7 +37,7 @@ OTHERS: dict[str, set[str] | None] = {
 }
 # Libraries whose API changes often are met in one place; bench compares with them, so it may.
 MODEL_LIBRARIES = {"transformers", "peft", "bitsandbytes", "tokenizers", "huggingface_hub"}
-MODEL_MODULES = {f"engine/{name}.py" for name in ("sources", "model", "adapters", "gguf", "probes")}
+MODEL_MODULES = {f"engine/{name}.py" for name in ("sources", "model", "quantized", "adapters", "gguf", "probes")}
 
 
 def sources(package: str) -> list[Path]:
@@ -205,6 +205,7 @@ def test_the_wheel_holds_every_module_and_data_file(tmp_path: Path) -> None:
     expected |= {f"dpoeng/{package}/py.typed" for package in PACKAGES} | {
         "dpoeng/cli/demo_pairs.jsonl",
         "dpoeng/cache/page.css",
+        "dpoeng/engine/known_models.jsonl",
     }
     assert expected <= names
     assert "dpoeng/__init__.py" not in names

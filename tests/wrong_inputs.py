@@ -668,6 +668,11 @@ def second_of_one_name(desk: Desk) -> None:
     desk.copy("sft_cache", "second")
 
 
+def little_memory(desk: Desk) -> None:
+    desk.patch.setattr("dpoeng.engine.fit._is_small", lambda *_: False)
+    desk.patch.setattr("dpoeng.engine.fit.available_bytes", lambda _: 10**6)
+
+
 RUNS = (
     Wrong("nothing to resume", "resume-nothing", 2, TRAIN + " --resume", ("checkpoint",)),
     Wrong("a folder with another run", "resume-changed", 2, TRAIN + " --beta 0.7", ("beta = 0.7",), finished_run),
@@ -676,6 +681,7 @@ RUNS = (
     Wrong("an output disk that is full", "output-unwritable", 5, TRAIN + " --max-steps 1", ("newest checkpoint",),
           raising(errno.ENOSPC, "dpoeng.engine.checkpoint.write_durably")),
     Wrong("a loss that is no number", "training-not-finite", 5, TRAIN + " --max-steps 1", ("step 1",), diverging),
+    Wrong("too little memory", "memory-short", 5, TRAIN, ("GiB",), little_memory),
     Wrong("a weight that is no number", "data-weight", 3, TRAIN + " --pair-weight-column negative_type", ("'wrong'",)),
     Wrong("a weight that is not there", "data-weight", 3, TRAIN + " --pair-weight-column weight", ("margin",)),
     Wrong("a tracker that is not installed", "tracker-missing", 5, TRAIN + " --report-to trackio", ("pip install",),

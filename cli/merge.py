@@ -1,0 +1,52 @@
+"""`dpoeng merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+EPILOG = """\b
+Examples:
+  dpoeng merge out --into merged
+  dpoeng merge out --into merged --dtype bfloat16 --model /models/Qwen2.5-32B
+"""
+
+
+@click.command("merge", epilog=EPILOG)
+@click.argument("output_dir", type=click.Path(path_type=Path))
+@click.option("--into", required=True, type=click.Path(path_type=Path), help="A new folder for the checkpoint.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Of the merged weights; auto is the base's own.",
+)
+@click.option("--model", help="The base, where it is not where the run found it.")
+def merge(output_dir: Path, into: Path, dtype: str, model: str | None) -> None:
+    """Fold the adapters of a finished run into the full-precision base: a checkpoint that needs no peft.
+
+    The base is read from its own files, also where training held it in 8 or 4 bits: merging into quantised weights
+    would round the update away. Needs host memory for one file of the checkpoint.
+    """
+    from rich.console import Console
+
+    from dpoeng.cli.progress import TerminalProgress
+    from dpoeng.cli.summary import facts_table
+    from dpoeng.engine.merge import merge_run
+
+    summary = merge_run(output_dir, into, dtype=dtype, model=model, progress=TerminalProgress())
+    console = Console()
+    console.print(
+        facts_table(
+            [
+                ("base", summary.base),
+                ("adapters", ", ".join(summary.adapters)),
+                ("merged", f"{summary.merged} of {summary.tensors} tensors, sums in float32"),
+            ]
+        )
+    )
+    console.print(
+        f"\nAutoModelForCausalLM.from_pretrained({str(summary.folder)!r}) loads it.", highlight=False, soft_wrap=True
+    )

@@ -1,0 +1,182 @@
+"""`dpoeng plan`."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from pydantic import ValidationError
+
+from dpoeng.cli.options import config_options, given
+from dpoeng.engine.plan_config import PlanConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dpoeng.engine.plan import CardPlan, Plan
+
+EPILOG = """\b
+Examples:
+  dpoeng plan --model Qwen/Qwen2.5-32B --gpu a100-80gb
+  dpoeng plan --model ./my-model --gpu 24gb --quantization 4bit --max-length 1024
+  dpoeng plan --model llama-3.1-8b --gpu 24gb,h100-80gb --pairs 5000 --price-per-hour 2.5 --json
+"""
+GIB = 2**30
+
+
+@click.command("plan", epilog=EPILOG)
+@config_options(PlanConfig)
+@click.option("--json", "for_scripts", is_flag=True, help="JSON, for scripts.")
+@click.option("--html", type=click.Path(path_type=Path), help="Also write the memory through a step as a picture.")
+def plan(for_scripts: bool, html: Path | None, **options: Any) -> None:
+    """What a run would need: memory of both phases, hours and cost, before anything is downloaded or rented.
+
+    Memory is simulated: the real step runs on a device that holds no values. Time is arithmetic. Nothing is measured on
+    the card that you ask about, and the output says so.
+    """
+    values = given(options)
+    if "model" not in values:
+        raise click.UsageError("name the model with --model")
+    try:
+        config = PlanConfig(**{**values, **({"whole": True} if html is not None else {})})
+    except ValidationError as error:
+        raise click.UsageError(str(error.errors()[0]["msg"]).removeprefix("Value error, ")) from error
+
+    from rich.console import Console
+
+    from dpoeng.engine.plan import as_json, make_plan
+
+    found = make_plan(config)
+    if html is not None:
+        html.write_text(picture(found), encoding="utf-8")
+    if for_scripts:
+        click.echo(json.dumps(as_json(found), indent=2))
+        return
+    show(found, Console())
+
+
+def show(found: Plan, console: Console) -> None:
+    """The answer in tables, the plot of a step, and the settings to use."""
+    from rich.table import Table
+
+    from dpoeng.engine.plan import suggested
+
+    request = found.request
+    console.print(
+        f"{request.model}: {found.parameters / 1e9:.2f} e9 parameters, {request.quantization}, r={request.lora_r}; "
+        f"one pair of 2 x {request.max_length} tokens, {request.prompt_length} of them a shared prompt. "
+        "[bold]Calculated, not measured.[/]",
+        highlight=False,
+    )
+    cards = Table(title="does it fit?", title_justify="left", show_edge=False, pad_edge=False)
+    for heading in ("card", "GiB", "phase one", "phase two", "pairs a forward", "hours, one + two", "cost"):
+        cards.add_column(heading, justify="left" if heading == "card" else "right")
+    for card in found.cards:
+        cards.add_row(
+            card.gpu.name,
+            f"{card.gpu.n_bytes / GIB:.1f}",
+            *_fits(found, card),
+            str(card.micro_batch) if card.phase2_fits else "-",
+            *_hours(found, card),
+        )
+    console.print(cards)
+
+    parts = Table(title="one pair a forward, GiB at the peak", title_justify="left", show_edge=False, pad_edge=False)
+    parts.add_column("")
+    parts.add_column("phase one", justify="right")
+    parts.add_column("phase two", justify="right")
+    one, two = found.phase1[min(found.phase1)].peak, found.step
+    for kind in sorted({*one.by_kind, *two.by_kind}, key=lambda k: -two.by_kind.get(k, 0)):
+        parts.add_row(kind, *(f"{peak.by_kind.get(kind, 0) / GIB:.2f}" for peak in (one, two)))
+    parts.add_row("[bold]simulated peak[/]", *(f"[bold]{peak.n_bytes / GIB:.2f}[/]" for peak in (one, two)))
+    for name, n_bytes in found.estimates.items():
+        parts.add_row(f"{name} (estimate)", *(2 * [f"{n_bytes / GIB:.2f}"]))
+    parts.add_row("with fragmentation (estimate)", *(f"{found.needed(peak) / GIB:.2f}" for peak in (one, two)))
+    console.print(parts)
+    console.print(f"\nmemory through a step, GiB\n{sparkline(found)}", highlight=False)
+
+    if found.two_models is not None:
+        others = Table(title="phase two otherwise, GiB", title_justify="left", show_edge=False, pad_edge=False)
+        others.add_column("")
+        others.add_column("peak", justify="right")
+        others.add_column("saves", justify="right")
+        rows = [(o.name, o.peak_bytes) for o in found.options]
+        rows.append(("two models, whole logits", found.two_models.peak.n_bytes))
+        for name, n_bytes in rows:
+            others.add_row(name, f"{n_bytes / GIB:.2f}", f"{(two.n_bytes - n_bytes) / GIB:+.2f}")
+        console.print(others)
+
+    best = next((card for card in found.cards if card.fits), None)
+    if best is None:
+        console.print(f"\n[bold red]It does not fit.[/] {advice(found)}", highlight=False)
+        return
+    lines = "\n".join(f"  {name}: {_yaml(value)}" for name, value in suggested(found, best).items())
+    console.print(f"\ndpoeng.yaml for {best.gpu.name}:\n{lines}", highlight=False)
+
+
+def advice(found: Plan) -> str:
+    """What would make it fit on the largest card asked about."""
+    room = max(card.gpu.n_bytes for card in found.cards)
+    over = sum(found.estimates.values())
+    helps = [o.name for o in found.options if o.peak_bytes + over < room and o.peak_bytes < found.step.n_bytes]
+    return ("What would fit: " + "; ".join(helps)) if helps else "No single option is enough: take a larger card."
+
+
+def sparkline(found: Plan, width: int = 96) -> str:
+    """Memory over the operations of a step as a line of blocks; the highest of each column."""
+    timeline = found.phase2[1].timeline
+    if not timeline:
+        points = [(peak.n_bytes, name) for name, peak in found.phase2[1].stretches.items()]
+        low = min(n for n, _ in points) * 0.98
+        return "\n".join(
+            f"  {name:<22}{'#' * max(1, round(40 * (n - low) / (found.step.n_bytes - low)))} {n / GIB:.2f}"
+            for n, name in points
+        )
+    columns = [timeline[i * len(timeline) // width : (i + 1) * len(timeline) // width] for i in range(width)]
+    tops = [(max(n for n, _ in column), column[0][1]) for column in columns if column]
+    low, high = min(n for n, _ in tops), max(n for n, _ in tops)
+    blocks = "▁▂▃▄▅▆▇█"
+    line = "".join(blocks[min(7, int(8 * (n - low) / max(1, high - low)))] for n, _ in tops)
+    phases = "".join(phase[0] for _, phase in tops)
+    return f"{line}\n{phases}\nf forward, b backward, o optimizer; from {low / GIB:.2f} to {high / GIB:.2f}"
+
+
+def picture(found: Plan) -> str:
+    """The same as a page with an SVG."""
+    timeline = found.phase2[1].timeline
+    step = max(1, len(timeline) // 1500)
+    points = [(i, max(n for n, _ in timeline[i : i + step])) for i in range(0, len(timeline), step)]
+    high = max(n for _, n in points)
+    path = " ".join(f"{1000 * i / len(timeline):.1f},{300 - 280 * n / high:.1f}" for i, n in points)
+    marks = [i for i in range(1, len(timeline)) if timeline[i][1] != timeline[i - 1][1]]
+    labels = "".join(
+        f'<text x="{1000 * i / len(timeline):.0f}" y="316" font-size="11">{timeline[i][1]}</text>' for i in [0, *marks]
+    )
+    return (
+        "<!doctype html><meta charset='utf-8'><title>dpoeng plan</title><body style='font-family:sans-serif'>"
+        f"<h1>{found.request.model}</h1><p>Memory through one optimizer step, simulated; peak {high / GIB:.2f} GiB.</p>"
+        f'<svg viewBox="0 0 1000 330" width="100%"><polyline fill="none" stroke="#06c" points="{path}"/>{labels}</svg>'
+    )
+
+
+def _fits(found: Plan, card: CardPlan) -> tuple[str, str]:
+    one, two = found.phase1[card.batch_tokens].peak, found.phase2[card.micro_batch].peak
+    return (
+        f"{'yes' if card.phase1_fits else 'no'}, {found.needed(one) / GIB:.1f}",
+        f"{'yes' if card.phase2_fits else 'no'}, {found.needed(two) / GIB:.1f}",
+    )
+
+
+def _hours(found: Plan, card: CardPlan) -> tuple[str, str]:
+    one, two = card.times[0].hours, card.times[1].hours
+    if math.isinf(one):
+        return "?", "?"
+    price = found.request.price_per_hour
+    return f"{one:.2f} + {two:.2f}", f"{(one + two) * price:.2f}" if price is not None else "-"
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,160 @@
+"""Before a model is loaded: will this phase fit where it is to run? And afterwards: was that right?
+
+The answer is `dpoeng plan`'s, for the pairs and the device at hand.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dpoeng.cache.errors import UserError
+from dpoeng.cache.schema import PairIds
+from dpoeng.engine.config import PrecomputeConfig, Quantization, TrainConfig
+from dpoeng.engine.memory_tracker import Peak
+from dpoeng.engine.model import resolve_dtype
+from dpoeng.engine.plan import estimate_overhead, needed_bytes
+from dpoeng.engine.simulate import Pair, Setup
+from dpoeng.engine.sources import ModelSource
+from dpoeng.engine.step_memory import forward_memory, step_memory
+
+GIB = 2**30
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can be had now: of the GPU, or of this machine within its container's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()) != "max":
+        free = min(free, int(text) - int(used.read_text(encoding="ascii")))
+    return free
+
+
+def check_step(
+    config: TrainConfig,
+    source: ModelSource,
+    pairs: Sequence[PairIds],
+    device: torch.device,
+    *,
+    quantization: Quantization,
+    dtype: str,
+) -> int | None:
+    """Refuses phase two where its longest pairs would not fit.
+
+    Returns:
+        the predicted peak of tensors, or None where it was plain without a simulation that all fits.
+
+    Raises:
+        UserError: it would not fit.
+    """
+    longest = _longest(pairs)[: config.per_device_train_batch_size]
+    if _is_small(source, longest, device):
+        return None
+    checkpointing = config.gradient_checkpointing
+    if checkpointing is None:
+        checkpointing = device.type == "cuda"
+    setup = _setup(config, source, device, quantization, dtype, checkpointing)
+    peak = step_memory(setup, longest).peak
+    room = available_bytes(device)
+    if _needed(setup, longest, peak, device) > room:
+        fewer = [n for n in (1, 2, 4) if n < len(longest)]
+        fits = [n for n in fewer if _needed(setup, longest[:n], step_memory(setup, longest[:n]).peak, device) <= room]
+        changes = (
+            [f"--per-device-train-batch-size {fits[-1]} (with more --gradient-accumulation-steps)"] if fits else []
+        )
+        changes += [] if checkpointing else ["--gradient-checkpointing"]
+        if not changes:
+            changes = ["phase one again with fewer bits (--quantization) or a shorter --max-length", "a larger device"]
+        raise _no_room("phase two", peak, _needed(setup, longest, peak, device), room, longest, changes)
+    return peak.n_bytes
+
+
+def check_forward(
+    config: PrecomputeConfig, source: ModelSource, pairs: Sequence[PairIds], device: torch.device
+) -> int | None:
+    """The same for phase one, whose longest pairs come first."""
+    longest: list[Pair] = []
+    tokens = 0
+    for pair in _longest(pairs):
+        size = pair.prompt + pair.chosen + pair.rejected
+        if longest and tokens + size > (config.batch_tokens or 0):
+            break
+        longest.append(pair)
+        tokens += size
+    if _is_small(source, longest, device):
+        return None
+    setup = _setup(TrainConfig.model_validate({}), source, device, config.quantization, config.dtype, False)
+    peak = forward_memory(setup, longest, adapters=config.adapter is not None).peak
+    room = available_bytes(device)
+    if _needed(setup, longest, peak, device) > room:
+        fewer = ["--batch-tokens with a smaller number"] if len(longest) > 1 else []
+        changes = [*fewer, "--quantization 8bit or 4bit", "a shorter --max-length"]
+        raise _no_room("phase one", peak, _needed(setup, longest, peak, device), room, longest, changes)
+    return peak.n_bytes
+
+
+def _setup(
+    config: TrainConfig,
+    source: ModelSource,
+    device: torch.device,
+    quantization: Quantization,
+    dtype: str,
+    checkpointing: bool,
+) -> Setup:
+    return Setup(
+        model=json.loads((source.folder / "config.json").read_text(encoding="utf-8")),
+        dtype=resolve_dtype(source, dtype),
+        quantization=quantization,
+        config=config.model_copy(update={"gradient_checkpointing": checkpointing}),
+        kernels="cuda" if device.type == "cuda" else "cpu",
+        accumulates=config.gradient_accumulation_steps > 1,
+    )
+
+
+def _longest(pairs: Sequence[PairIds]) -> list[Pair]:
+    ordered = sorted(pairs, key=lambda ids: -ids.total_tokens)
+    return [Pair(len(ids.prompt_ids), len(ids.chosen_ids), len(ids.rejected_ids)) for ids in ordered]
+
+
+def _is_small(source: ModelSource, pairs: Sequence[Pair], device: torch.device) -> bool:
+    """Whether a bound that no run can reach leaves half of the machine free; a GGUF's sizes are not known here."""
+    if source.gguf or not (source.folder / "config.json").is_file():
+        return True
+    if device.type == "cuda":
+        return False  # there the prediction is also compared with what was allocated
+    fields = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    layers, hidden = int(fields.get("num_hidden_layers") or 48), int(fields.get("hidden_size") or 8192)
+    inner = int(fields.get("intermediate_size") or 4 * hidden)
+    tokens = sum(2 * pair.prompt + pair.chosen + pair.rejected for pair in pairs)
+    weights = 3 * sum(path.stat().st_size for path in source.weight_files)
+    kept = 4 * tokens * (layers * (24 * hidden + 10 * inner) + int(fields.get("vocab_size") or 262144))
+    return 2 * (weights + kept) < available_bytes(device)
+
+
+def _needed(setup: Setup, pairs: Sequence[Pair], peak: Peak, device: torch.device) -> int:
+    estimates = estimate_overhead(setup, pairs[0])
+    if device.type == "cuda":  # mem_get_info has taken this process's context off already
+        return needed_bytes(peak, {name: n for name, n in estimates.items() if name != "CUDA context"})
+    return needed_bytes(peak, {})
+
+
+def _no_room(
+    phase: str, peak: Peak, needed: int, room: int, pairs: Sequence[Pair], changes: Sequence[str]
+) -> UserError:
+    parts = ", ".join(f"{kind} {n / GIB:.2f}" for kind, n in sorted(peak.by_kind.items(), key=lambda i: -i[1]))
+    tokens = max(pair.prompt + pair.chosen + pair.rejected for pair in pairs)
+    return UserError(
+        f"{phase} does not fit into the memory that is free",
+        code="memory-short",
+        where=f"{len(pairs)} pairs in one forward, the longest of {tokens} tokens",
+        expected=f"{needed / GIB:.2f} GiB free (simulated, GiB: {parts}; with workspaces and fragmentation)",
+        found=f"{room / GIB:.2f} GiB",
+        remedy="use " + ", or ".join(changes) + "; `dpoeng plan` shows what each change saves",
+        exit_status=5,
+    )

@@ -1,0 +1,87 @@
+"""The LoRA product: peft's arithmetic in a fraction of its memory.
+
+Over a half-precision base, peft converts the layer's input to float32 and keeps that for the backward, and forms the
+update in float32 twice, before and after its scale: at 4,096 tokens of a 32B model 0.9 GiB kept in a layer and 0.8 GiB
+beside it. Here the input is kept as it is (its storage is shared with the base layer's) and the float32 parts exist for
+some rows at a time. What is computed is the same: A and B in float32, one rounding to the base's dtype at the end.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import nn
+
+CHUNK_BYTES = 64 * 2**20
+
+
+class LoraProduct(torch.autograd.Function):
+    """`scale * (x A^T) B^T` for x [..., I], A [r, I], B [O, r] -> [..., O] in the dtype of x; A and B in theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+        """Keeps x itself for the gradient of A, and x A^T for that of B."""
+        rows = x.reshape(-1, x.shape[-1])
+        low = rows.new_empty((rows.shape[0], a.shape[0]), dtype=a.dtype)
+        out = rows.new_empty((rows.shape[0], b.shape[0]))
+        for part in _chunks(rows.shape[0], max(a.shape[1], b.shape[0]), a.element_size()):
+            low[part] = rows[part].to(a.dtype) @ a.T
+            out[part] = (low[part] @ b.T).mul_(scale)
+        ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, x.dtype
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, a, b, low if ctx.needs_input_grad[2] else None)
+        return out.view(*x.shape[:-1], b.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of x, A and B, as far as they are wanted."""
+        x, a, b, low = ctx.saved_tensors
+        wants_x, wants_a, wants_b, _ = ctx.needs_input_grad
+        grads = upstream[0].reshape(-1, b.shape[0])
+        x_grad = grads.new_empty((grads.shape[0], a.shape[1]), dtype=ctx.dtype) if wants_x else None
+        a_grad = torch.zeros_like(a) if wants_a else None
+        b_grad = torch.zeros_like(b) if wants_b else None
+        for part in _chunks(grads.shape[0], max(a.shape[1], b.shape[0]), a.element_size()):
+            grad = grads[part].to(b.dtype).mul(ctx.scale)
+            if b_grad is not None:
+                b_grad.addmm_(grad.T, low[part])
+            low_grad = grad @ b
+            if a_grad is not None:
+                a_grad.addmm_(low_grad.T, x.reshape(-1, a.shape[1])[part].to(a.dtype))
+            if x_grad is not None:
+                x_grad[part] = low_grad @ a
+        return (x_grad.view(ctx.shape) if x_grad is not None else None), a_grad, b_grad, None
+
+
+def _chunks(rows: int, width: int, item_bytes: int) -> list[slice]:
+    step = max(256, CHUNK_BYTES // (width * item_bytes))
+    return [slice(begin, begin + step) for begin in range(0, rows, step)]
+
+
+def use_lora_product(model: nn.Module) -> None:
+    """Makes every plain LoRA layer of a peft model compute its update by `LoraProduct`; DoRA and others stay peft's."""
+    for module in model.modules():
+        if hasattr(module, "lora_A") and _is_plain(module) and "forward" not in module.__dict__:
+            module.forward = types.MethodType(_forward, module)
+
+
+def _is_plain(layer: Any) -> bool:
+    base = layer.get_base_layer()
+    linear = isinstance(base, nn.Linear) or type(base).__name__ in ("Linear8bitLt", "Linear4bit")
+    return linear and all(
+        isinstance(part, nn.Linear) and part.bias is None for d in (layer.lora_A, layer.lora_B) for part in d.values()
+    )
+
+
+def _forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    active = [name for name in self.active_adapters if name in self.lora_A]
+    if self.disable_adapters or self.merged or kwargs or args or any(name in self.lora_variant for name in active):
+        result: torch.Tensor = type(self).forward(self, x, *args, **kwargs)
+        return result
+    result = self.base_layer(x)
+    for name in active:
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        update: torch.Tensor = LoraProduct.apply(self.lora_dropout[name](x), a, b, self.scaling[name])  # type: ignore[no-untyped-call]
+        result = result + update.to(result.dtype)
+    return result

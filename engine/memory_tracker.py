@@ -1,0 +1,177 @@
+"""Live tensor storage through a piece of work, operation by operation: how high it rises, when, and what it is made of.
+
+A dispatch mode sees every operation that makes a tensor, in forward, backward and optimizer alike, and a weak reference
+tells when a storage is freed. A storage counts once, however many views it has. It works on real tensors and on the
+`meta` device, where nothing is allocated: that is how `dpoeng plan` knows a step that would not fit where it is asked.
+
+Not seen: memory that a library takes for itself inside an operation (`scratch` adds what is known of that), and the
+allocator's rounding and fragmentation.
+"""
+
+from __future__ import annotations
+
+import bisect
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Phase = Literal["forward", "backward", "optimizer"]
+
+SAVED = "saved activations"
+TRANSIENT = "transient"
+LOGITS = "logits"
+
+_ITEM = torch.ops.aten._local_scalar_dense.default
+
+
+@dataclass(slots=True)
+class _Storage:
+    """One storage: bytes, the samples between which it lived (both included), and what it is if that was said."""
+
+    n_bytes: int
+    born: int
+    phase: Phase
+    kind: str | None
+    died: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The highest point of a stretch of work: bytes alive in all, and by kind."""
+
+    n_bytes: int
+    by_kind: Mapping[str, int]
+
+
+class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the storages on one kind of device while it is entered.
+
+    Args:
+        device_type: `meta`, `cpu` or `cuda`; what lies elsewhere is not counted.
+        handlers: for these operations, `handler(tracker, operation, args, kwargs)` is called instead.
+        vocabulary: width by which logits are recognised; 0 for none.
+
+    Attributes:
+        samples: bytes alive after each change.
+        phases: the phase of each sample.
+        live_bytes: bytes alive now.
+        in_optimizer: set it while the optimizer works.
+    """
+
+    def __init__(
+        self, device_type: str, *, handlers: Mapping[Any, Callable[..., Any]] | None = None, vocabulary: int = 0
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.device_type = device_type
+        self.vocabulary = vocabulary
+        self.handlers = handlers or {}
+        self.samples: list[int] = []
+        self.phases: list[Phase] = []
+        self.live_bytes = 0
+        self.in_optimizer = False
+        self._storages: list[_Storage] = []
+        self._alive: dict[int, tuple[_Storage, Any]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is _ITEM and args[0].device.type == "meta":
+            # `.item()` where there are no values: a step only asks whether its numbers are finite.
+            return 1.0 if args[0].is_floating_point() else 1
+        handler = self.handlers.get(func)
+        result = func(*args, **kwargs) if handler is None else handler(self, func, args, kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.see(leaf)
+        return result
+
+    def hold(self, tensors: Iterable[torch.Tensor], kind: str) -> None:
+        """Counts tensors that are there already, or says what they are."""
+        for tensor in tensors:
+            self.see(tensor, kind)
+
+    def see(self, tensor: torch.Tensor, kind: str | None = None) -> None:
+        """Counts a tensor's storage if it is new, and names its kind if one is given."""
+        if tensor.device.type != self.device_type:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._alive:
+            if kind is not None:
+                self._alive[key][0].kind = kind
+            return
+        if kind is None and self.vocabulary and tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary:
+            kind = LOGITS
+        record = _Storage(storage.nbytes(), len(self.samples), self._phase(), kind)
+        self._storages.append(record)
+        self._alive[key] = (record, weakref.ref(storage, lambda _: self._forget(key)))
+        self.live_bytes += record.n_bytes
+        self._sample(0)
+
+    def hold_bytes(self, n_bytes: int, kind: str) -> None:
+        """Counts memory that stays to the end and is no tensor here."""
+        self._storages.append(_Storage(n_bytes, len(self.samples), self._phase(), kind))
+        self.live_bytes += n_bytes
+        self._sample(0)
+
+    def scratch(self, *n_bytes: int, kind: str = TRANSIENT) -> None:
+        """Memory that one operation takes and gives back before it ends, beside its result."""
+        now = len(self.samples)
+        self._storages.append(_Storage(sum(n_bytes), now, self._phase(), kind, died=now))
+        self._sample(sum(n_bytes))
+
+    def _sample(self, extra: int) -> None:
+        self.samples.append(self.live_bytes + extra)
+        self.phases.append(self._phase())
+
+    def _phase(self) -> Phase:
+        if torch._C._current_graph_task_id() >= 0:
+            return "backward"
+        return "optimizer" if self.in_optimizer else "forward"
+
+    def _forget(self, key: int) -> None:
+        record, _ = self._alive.pop(key)
+        record.died = len(self.samples) - 1
+        self.live_bytes -= record.n_bytes
+
+    def stretches(self) -> dict[str, tuple[int, int]]:
+        """The samples of each phase as `[first, last)`; where a phase comes several times, the time it was highest."""
+        found: dict[str, tuple[int, int]] = {}
+        first = 0
+        for i in range(1, len(self.phases) + 1):
+            if i == len(self.phases) or self.phases[i] != self.phases[first]:
+                name = self.phases[first]
+                if name not in found or max(self.samples[first:i]) > max(self.samples[slice(*found[name])]):
+                    found[name] = (first, i)
+                first = i
+        return found
+
+    def peak(self, first: int = 0, last: int | None = None) -> Peak:
+        """The highest of the samples `[first, last)`, with what was alive then."""
+        window = self.samples[first:last]
+        top = max(window)
+        at = first + window.index(top)
+        begins = [i for i in range(1, len(self.phases)) if self.phases[i] == "backward" != self.phases[i - 1]]
+        by_kind: dict[str, int] = {}
+        for storage in self._storages:
+            if storage.born > at:
+                break
+            if storage.died is None or storage.died >= at:
+                kind = storage.kind or (SAVED if _kept_for_backward(storage, begins) else TRANSIENT)
+                by_kind[kind] = by_kind.get(kind, 0) + storage.n_bytes
+        assert sum(by_kind.values()) == top, "every storage that was alive is counted once"
+        return Peak(top, by_kind)
+
+
+def _kept_for_backward(storage: _Storage, backward_begins: list[int]) -> bool:
+    """Made in a forward, and alive when the backward after it begins."""
+    if storage.phase != "forward":
+        return False
+    i = bisect.bisect_right(backward_begins, storage.born)
+    return i < len(backward_begins) and (storage.died is None or storage.died >= backward_begins[i])

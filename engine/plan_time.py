@@ -1,0 +1,117 @@
+"""Arithmetic of both phases, and the hours it takes at a stated share of a card's peak. Calculated, never measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dpoeng.cache.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A card: bytes that programs can have, and dense bfloat16 operations a second (0 if it is not known)."""
+
+    name: str
+    n_bytes: int
+    flops: float = 0.0
+
+
+# Usable memory is a little less than the name says. Rates: NVIDIA's and AMD's data sheets, without sparsity.
+_CARDS = {
+    "rtx-3090-24gb": (23.6, 71e12),
+    "rtx-4090-24gb": (23.5, 165e12),
+    "l4-24gb": (22.0, 121e12),
+    "a100-40gb": (39.4, 312e12),
+    "a6000-48gb": (47.4, 155e12),
+    "l40s-48gb": (44.4, 362e12),
+    "a100-80gb": (79.1, 312e12),
+    "h100-80gb": (79.1, 989e12),
+    "h200-141gb": (139.7, 989e12),
+    "b200-180gb": (178.0, 2250e12),
+    "mi300x-192gb": (191.0, 1307e12),
+}
+GPUS = {name: Gpu(name, int(gib * 2**30), flops) for name, (gib, flops) in _CARDS.items()}
+
+
+def find_gpu(name: str) -> Gpu:
+    """A card by name, or `80` or `80gb` for one of that size of which no more is known.
+
+    Raises:
+        UserError: no such card.
+    """
+    key = name.lower().replace(" ", "-")
+    found = [gpu for known, gpu in GPUS.items() if known == key or known.startswith(f"{key}-")]
+    if found:
+        return found[0]
+    try:
+        size = float(key.removesuffix("gb").removesuffix("gib"))
+    except ValueError as error:
+        raise UserError(
+            f"there is no card {name} in the table",
+            code="config-value",
+            where="--gpu",
+            expected=", ".join(GPUS) + "; or a size, like 24gb",
+            found=name,
+            remedy="name one of these, or give the memory that nvidia-smi shows",
+        ) from error
+    # A card sold as 80 GB has about 79 GiB to give.
+    return Gpu(f"{size:g} GB", int(0.985 * size * 2**30))
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseTime:
+    """Operations of a phase over all pairs, and hours (infinite where the card's rate is not known)."""
+
+    name: str
+    flops: float
+    hours: float
+
+
+def phase_times(
+    parameters: Mapping[str, int],
+    model: Mapping[str, Any],
+    *,
+    pair: tuple[int, int, int],
+    pairs: int,
+    epochs: float,
+    checkpointing: bool,
+    shared: bool,
+    gpu: Gpu,
+    utilisation: float,
+) -> list[PhaseTime]:
+    """Both phases as asked for, and what they would take without the cache and without shared prompts.
+
+    A forward costs 2 operations a weight and token, and attention 4 a pair of positions and channel, half of them
+    masked. With a frozen base, backward costs another forward (no gradient of weights), and checkpointing one more; the
+    head's two products are one forward and one gradient. Kaplan et al. 2020, https://arxiv.org/abs/2001.08361, section
+    2.1.
+    """
+    layers, heads = int(model["num_hidden_layers"]), int(model["num_attention_heads"])
+    width = heads * int(model.get("head_dim") or model["hidden_size"] // heads)
+
+    def forward(is_shared: bool) -> tuple[float, float]:
+        prompt, chosen, rejected = pair
+        tokens = chosen + rejected + prompt * (1 if is_shared else 2)
+        positions = (prompt + chosen) ** 2 / 2 + (rejected * (prompt + rejected / 2))
+        if not is_shared:
+            positions += prompt**2 / 2
+        body = 2.0 * parameters["layers"] * tokens + 4.0 * layers * width * positions
+        return body, 2.0 * parameters["head"] * (chosen + rejected)
+
+    def hours(flops: float) -> float:
+        return flops / (gpu.flops * utilisation) / 3600 if gpu.flops else float("inf")
+
+    def one(name: str, body_forwards: float, head_forwards: float, is_shared: bool, times: float) -> PhaseTime:
+        body, head = forward(is_shared)
+        flops = times * pairs * (body_forwards * body + head_forwards * head)
+        return PhaseTime(name, flops, hours(flops))
+
+    step = 3.0 if checkpointing else 2.0
+    return [
+        one("phase one", 1, 1, shared, 1),
+        one("phase two", step, 2, shared, epochs),
+        one("phase two with a reference forward a step", step + 1, 3, shared, epochs),
+        one("phase two without shared prompts", step, 2, False, epochs),
+    ]
