@@ -105,7 +105,8 @@ def run_dpoeng(state: State, inputs: Path, cache: Path, die_after: int | None) -
     """Phase one, with the settings of both phases in one file."""
     from dpoeng.cache.reader import View
     from dpoeng.engine import precompute
-    from dpoeng.engine.config import PrecomputeConfig, load_config
+    from dpoeng.engine.config import PrecomputeConfig
+    from dpoeng.engine.config_files import load_config
 
     counted = _Counter(die_after)
     real = precompute.score_pairs  # type: ignore[attr-defined]

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dpoeng.cli.options import config_options, given
-from dpoeng.engine.config import PrecomputeConfig, load_config
+from dpoeng.engine.config import PrecomputeConfig
+from dpoeng.engine.config_files import load_config
 
 if TYPE_CHECKING:
     from dpoeng.engine.check import CheckReport

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from dpoeng.cli.options import config_options, given
-from dpoeng.engine.config import LOSS_FIELDS, TrainConfig, load_config
+from dpoeng.engine.config import LOSS_FIELDS, TrainConfig
+from dpoeng.engine.config_files import load_config
 
 if TYPE_CHECKING:
     from dpoeng.engine.trained import EvaluationSummary, Trained

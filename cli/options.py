@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,11 @@ from typing import Any, Literal, TypeVar
 import click
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
+
+from dpoeng.engine.config import bare_type
+from dpoeng.engine.config_files import as_error, unknown_field
+from dpoeng.engine.config_template import sections
+from dpoeng.engine.foreign_names import COMMANDS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -30,6 +34,49 @@ class _Words(click.ParamType[tuple[str, ...]]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
         return tuple(word.strip() for word in str(value).split(",") if word.strip())
+
+
+class ConfigCommand(click.Command):
+    """A command whose options are the fields of a config: grouped in `--help`, and unknown ones are explained.
+
+    `--learning_rate` is `--learning-rate`, as users of transformers write it.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Tells of an unknown option whether another phase or another trainer has it."""
+        given = list(args)
+        try:
+            return super().parse_args(ctx, [_as_option(word) for word in args])
+        except click.NoSuchOption as error:
+            known = {o for p in self.params for o in (*p.opts, *p.secondary_opts)} | set(ctx.help_option_names)
+            words = [w.split("=")[0] for w in given if w.startswith("--") and len(w) > 2]
+            unknown = [w for w in words if w.replace("_", "-") not in known] or [error.option_name]
+            cls = COMMANDS.get(self.name or "")
+            problems = [unknown_field(word, where=word, command=cls) for word in dict.fromkeys(unknown)]
+            raise as_error(problems) from error
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The options under the headings of their fields."""
+        commands = [self.name] if self.name in COMMANDS else list(COMMANDS)
+        headings: dict[str, str] = {}
+        for command in commands:
+            for heading, names in sections(command):
+                headings.update((name, heading) for name in names if name not in headings)
+        groups: dict[str, list[tuple[str, str]]] = {heading: [] for heading in headings.values()}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(headings.get(parameter.name or "", "Other"), []).append(record)
+        for heading, records in groups.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
+
+
+def _as_option(word: str) -> str:
+    """`--learning_rate=1e-5` -> `--learning-rate=1e-5`; what is no option is left alone."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else word
 
 
 def config_options(cls: type[BaseModel], *, skip: frozenset[str] = frozenset()) -> Callable[[Command], Command]:
@@ -54,7 +101,9 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 
 def _option(name: str, annotation: Any, default: Any, text: str) -> Callable[[Command], Command]:
     flag = "--" + name.replace("_", "-")
-    kind = _bare(annotation)
+    kind = bare_type(annotation)
+    if typing.get_origin(kind) is typing.Annotated:
+        kind = typing.get_args(kind)[0]
     shown = _shown_default(default)
     settings: dict[str, Any] = {"default": None, "help": text + (f"  [default: {shown}]" if shown else "")}
     if kind is bool:
@@ -68,14 +117,6 @@ def _option(name: str, annotation: Any, default: Any, text: str) -> Callable[[Co
     if kind is Path:
         return click.option(flag, name, type=click.Path(path_type=Path), **settings)
     return click.option(flag, name, type=kind if kind in (int, float) else str, **settings)
-
-
-def _bare(annotation: Any) -> Any:
-    """`X | None` -> X; a union of a flag and names is text."""
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
-        return kinds[0] if len(kinds) == 1 else str
-    return annotation
 
 
 def _shown_default(default: Any) -> str:

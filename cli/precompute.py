@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dpoeng.cli.options import config_options, given
-from dpoeng.engine.config import PrecomputeConfig, load_config
+from dpoeng.cli.options import ConfigCommand, config_options, given
+from dpoeng.engine.config import PrecomputeConfig
+from dpoeng.engine.config_files import load_config
 
 if TYPE_CHECKING:
     from dpoeng.engine.precompute import PrecomputeSummary
@@ -22,7 +23,7 @@ Examples:
 """
 
 
-@click.command("precompute-ref", epilog=EPILOG)
+@click.command("precompute-ref", cls=ConfigCommand, epilog=EPILOG)
 @click.argument("pairs", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file.  [default: dpoeng.yaml]")
 @config_options(PrecomputeConfig, skip=frozenset({"pairs"}))

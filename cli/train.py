@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dpoeng.cli.options import config_options, given
-from dpoeng.engine.config import TrainConfig, load_config
+from dpoeng.cli.options import ConfigCommand, config_options, given
+from dpoeng.engine.config import TrainConfig
+from dpoeng.engine.config_files import load_config
 
 if TYPE_CHECKING:
     from dpoeng.engine.train import TrainSummary
@@ -21,7 +22,7 @@ Examples:
 """
 
 
-@click.command("train", epilog=EPILOG)
+@click.command("train", cls=ConfigCommand, epilog=EPILOG)
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file.  [default: dpoeng.yaml]")
 @config_options(TrainConfig)
 def train(config_file: Path | None, **options: Any) -> None:

@@ -1,24 +1,21 @@
 """Typed configuration: the fields of `dpoeng.yaml`, of the command line and of the Python API are these, once.
 
 A file may hold the fields of both phases side by side; each command takes its own. Precedence: command line, then
-file, then default. A field that means the same as in TRL's DPOConfig, transformers' TrainingArguments or peft's
-LoraConfig carries the same name.
+file, then default; `config_files` reads and explains. A field that means the same as in TRL's DPOConfig, transformers'
+TrainingArguments or peft's LoraConfig carries the same name.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
+import re
+import types
+import typing
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from dpoeng.cache.errors import UserError
 from dpoeng.engine.loss_names import FDivergence, LossType, check_combination, check_names
-
-DEFAULT_FILE = Path("dpoeng.yaml")
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "8bit", "4bit"]
@@ -30,6 +27,20 @@ Optimizer = Literal[
     "paged_adamw_8bit",
     "paged_adamw_32bit",
 ]
+# transformers' schedules that need nothing but the number of steps.
+Schedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+]
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError("must be auto, cpu, cuda or cuda:N")
+    return name
+
+
+Device = Annotated[str, AfterValidator(_device)]
+
 
 # The fields that make the loss, all of TrainConfig.
 LOSS_FIELDS = (
@@ -38,9 +49,62 @@ LOSS_FIELDS = (
     "simpo_gamma cpo_alpha"
 ).split()
 
+# The field that a group begins with -> its heading, in --help, `dpoeng config show` and the file that init writes.
+SECTIONS = {
+    "precompute-ref": {
+        "pairs": "Pairs and model",
+        "cache": "Cache",
+        "quantization": "Precision and device",
+        "max_length": "From pairs to tokens",
+        "batch_tokens": "Batches",
+    },
+    "train": {
+        "cache": "Pairs and output",
+        "model": "Model, adapter and precision",
+        "lora_r": "LoRA",
+        "loss_type": "Loss",
+        "optim": "Optimisation",
+        "per_device_train_batch_size": "Batches and memory",
+        "report_to": "Log, evaluation and checkpoints",
+        "parity_pairs": "Policy against cache",
+    },
+}
+
+
+def bare_type(annotation: Any) -> Any:
+    """`X | None` -> X; a union of a flag and names is text."""
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+        return kinds[0] if len(kinds) == 1 else str
+    return annotation
+
 
 class _Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, coerce_numbers_to_str=True
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_meant(cls, value: Any, info: ValidationInfo) -> Any:
+        """A list may be written as words with commas; true and false are no numbers, though Python counts with them."""
+        kind = bare_type(cls.model_fields[info.field_name or ""].annotation)
+        if typing.get_origin(kind) is tuple and isinstance(value, str):
+            return tuple(word.strip() for word in value.split(",") if word.strip())
+        if kind in (int, float) and isinstance(value, bool):
+            raise ValueError("must be a number, not true or false")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, values: Any) -> Any:
+        """A name that is no field is explained as on the command line, and pydantic then need not say less."""
+        unknown = [name for name in values if name not in cls.model_fields] if isinstance(values, dict) else []
+        if unknown:
+            from dpoeng.engine.config_files import as_error, unknown_field
+
+            raise as_error([unknown_field(str(name), where=str(name), command=cls) for name in unknown])
+        return values
 
 
 class PrecomputeConfig(_Config):
@@ -58,7 +122,7 @@ class PrecomputeConfig(_Config):
     llm_int8_threshold: float = Field(6.0, ge=0, description="8bit: outlier threshold of LLM.int8(); 0 turns it off.")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4bit: the number format.")
     bnb_4bit_use_double_quant: bool = Field(True, description="4bit: quantise the scales too.")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    device: Device = Field("auto", description="auto, cpu, cuda or cuda:N.")
     layout: Literal["auto", "shared", "separate"] = Field(
         "auto", description="shared runs each prompt once; separate repeats it; auto tries and checks."
     )
@@ -90,6 +154,15 @@ class PrecomputeConfig(_Config):
         """A shell hands `\\n` over as two characters; it means a new line."""
         return value.replace("\\n", "\n") if value is not None else None
 
+    @model_validator(mode="after")
+    def _room_for_a_response(self) -> PrecomputeConfig:
+        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length {self.max_prompt_length} leaves no room for a response in max_length "
+                f"{self.max_length}"
+            )
+        return self
+
 
 class TrainConfig(_Config):
     """Phase two: train the policy against the cached numbers."""
@@ -114,7 +187,7 @@ class TrainConfig(_Config):
     )
     quantization: Quantization | None = Field(None, description="Overrides the reference's quantisation.")
     dtype: Dtype | None = Field(None, description="Overrides the reference's compute dtype.")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    device: Device = Field("auto", description="auto, cpu, cuda or cuda:N.")
     layout: Literal["auto", "shared", "separate"] = Field(
         "auto", description="shared runs each prompt once; separate repeats it; auto tries and checks."
     )
@@ -196,8 +269,8 @@ class TrainConfig(_Config):
         description="AdamW: of torch (adamw_torch_fused: one kernel a step), or of bitsandbytes with its state in 8 "
         "bits or paged out to the CPU's memory.",
     )
-    learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate of AdamW.")
-    lr_scheduler_type: str = Field("linear", description="A schedule of transformers: linear, cosine, constant, ...")
+    learning_rate: float = Field(1e-5, gt=0, lt=1, description="Peak learning rate of AdamW.")
+    lr_scheduler_type: Schedule = Field("linear", description="How the learning rate falls; transformers' schedules.")
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps over which the rate rises.")
     warmup_steps: int = Field(0, ge=0, description="Number of such steps; if > 0 it replaces warmup_ratio.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay; on matrices, not on vectors.")
@@ -293,6 +366,14 @@ class TrainConfig(_Config):
         return self
 
     @model_validator(mode="after")
+    def _places_differ(self) -> TrainConfig:
+        if self.cache == self.output_dir:
+            raise ValueError(f"cache and output_dir are the same folder, {self.cache}; a run may not write into it")
+        if self.eval_view is not None and self.eval_view == self.view:
+            raise ValueError(f"view and eval_view are both {self.view}; a run cannot be judged on what it trains on")
+        return self
+
+    @model_validator(mode="after")
     def _continue_keeps_its_shape(self) -> TrainConfig:
         named = self.lora_shape_given()
         if self.adapter_mode == "continue" and named:
@@ -301,98 +382,3 @@ class TrainConfig(_Config):
                 "use adapter_mode stack for a new LoRA on top of it"
             )
         return self
-
-
-Config = TypeVar("Config", PrecomputeConfig, TrainConfig)
-
-
-def known_fields() -> dict[str, list[str]]:
-    """Every field name -> the commands that take it."""
-    fields: dict[str, list[str]] = {}
-    for command, cls in (("precompute-ref", PrecomputeConfig), ("train", TrainConfig)):
-        for name in cls.model_fields:
-            fields.setdefault(name, []).append(command)
-    return fields
-
-
-def load_config(cls: type[Config], overrides: Mapping[str, Any], file: Path | None = None) -> Config:
-    """Builds a config from a file and what was given on the command line.
-
-    Args:
-        cls: PrecomputeConfig or TrainConfig.
-        overrides: fields that were given explicitly; they win over the file.
-        file: a YAML file; None reads ./dpoeng.yaml if it is there.
-
-    Raises:
-        UserError: the file cannot be read, a name is unknown, or a value is wrong.
-    """
-    path = file if file is not None else (DEFAULT_FILE if DEFAULT_FILE.is_file() else None)
-    values = {k: v for k, v in (_read_yaml(path) if path is not None else {}).items() if k in cls.model_fields}
-    values.update(overrides)
-    try:
-        return cls(**values)
-    except ValidationError as error:
-        raise _value_error(error, overrides, path) from error
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(
-            "the configuration file cannot be read",
-            code="config-unreadable",
-            where=str(path),
-            expected="YAML: one `field: value` a line",
-            found=str(error),
-            remedy="mend the file, or name another with --config",
-        ) from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(
-            "the configuration file is not a set of fields",
-            code="config-unreadable",
-            where=str(path),
-            expected="YAML: one `field: value` a line",
-            found=type(values).__name__,
-            remedy="write for example `model: Qwen/Qwen2.5-32B`",
-        )
-    fields = known_fields()
-    for key in values:
-        if key not in fields:
-            raise unknown_field(str(key), where=str(path))
-    return values
-
-
-def unknown_field(name: str, *, where: str) -> UserError:
-    """The error for a field that no command knows, with the nearest ones that exist."""
-    fields = known_fields()
-    near = difflib.get_close_matches(name.replace("-", "_"), fields, n=3, cutoff=0.5)
-    return UserError(
-        f"there is no field {name}",
-        code="config-unknown",
-        where=where,
-        expected=("perhaps " + ", ".join(f"{n} ({' and '.join(fields[n])})" for n in near))
-        if near
-        else "a field listed by dpoeng precompute-ref --help or dpoeng train --help",
-        found=name,
-        remedy="correct the name, or take it out",
-    )
-
-
-def _value_error(error: ValidationError, overrides: Mapping[str, Any], path: Path | None) -> UserError:
-    first = error.errors()[0]
-    name = str(first["loc"][0]) if first["loc"] else ""
-    if first["type"] == "extra_forbidden":
-        return unknown_field(name, where="arguments")
-    option = f"--{name.replace('_', '-')}" if name in overrides else f"{name} in {path}" if path else name
-    message = str(first["msg"]).removeprefix("Value error, ")
-    return UserError(
-        f"{name}: {message}" if name else message,
-        code="config-value",
-        where=option or "the combination of options",
-        expected=message[0].lower() + message[1:] if name else None,
-        found=repr(first["input"]) if name else None,
-        remedy="correct the value; --help tells what each field means",
-    )

@@ -22,7 +22,8 @@ from dpoeng.cache.reader import View
 from dpoeng.cli import demo as cli
 from dpoeng.cli.options import given
 from dpoeng.engine import demo as engine
-from dpoeng.engine.config import PrecomputeConfig, TrainConfig, load_config
+from dpoeng.engine.config import PrecomputeConfig, TrainConfig
+from dpoeng.engine.config_files import load_config
 from dpoeng.engine.pairs import read_pairs
 from dpoeng.engine.train import split
 

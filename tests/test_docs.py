@@ -133,7 +133,8 @@ def run_block(block: Block, stand_ins: dict[str, str]) -> None:
 
 
 def check_yaml(block: Block) -> None:
-    from dpoeng.engine.config import PrecomputeConfig, TrainConfig, load_config
+    from dpoeng.engine.config import PrecomputeConfig, TrainConfig
+    from dpoeng.engine.config_files import load_config
 
     held = yaml.safe_load(block.text)
     assert isinstance(held, dict), str(block)

@@ -31,7 +31,8 @@ from dpoeng.engine import drift as drift_module
 from dpoeng.engine import loop as loop_module
 from dpoeng.engine import precompute as precompute_module
 from dpoeng.engine import reference as reference_module
-from dpoeng.engine.config import PrecomputeConfig, TrainConfig, load_config
+from dpoeng.engine.config import PrecomputeConfig, TrainConfig
+from dpoeng.engine.config_files import load_config
 from dpoeng.engine.precompute import PrecomputeSummary, precompute_reference
 from dpoeng.engine.progress import NoProgress
 from dpoeng.engine.reference import reference_spec

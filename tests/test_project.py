@@ -210,3 +210,15 @@ def test_the_wheel_holds_every_module_and_data_file(tmp_path: Path) -> None:
     assert expected <= names
     assert "dpoeng/__init__.py" not in names
     assert "dpoeng/kernels/__init__.py" not in names
+
+
+def test_the_page_of_requirements_is_that_of_the_project() -> None:
+    page = (ROOT / "docs" / "requirements.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| ([\w-]+) \| (\S.*?) \|", page, flags=re.MULTILINE))
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE))
+    tested = dict(re.findall(r"^\| ([\w-]+) \| .*? \| (\S+) \|$", page, flags=re.MULTILINE))
+    for requirement in map(Requirement, PROJECT["project"]["dependencies"]):
+        shown = Requirement(requirement.name + rows[requirement.name].replace(" ", ""))
+        assert shown.specifier == requirement.specifier
+        pin = next(v for n, v in pins.items() if canonicalize_name(n) == canonicalize_name(requirement.name))
+        assert tested[requirement.name] == pin

@@ -1,0 +1,86 @@
+"""`dpoeng config show` and `dpoeng config schema`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dpoeng.cli.options import ConfigCommand, config_options, given
+from dpoeng.engine.config import PrecomputeConfig, TrainConfig
+from dpoeng.engine.config_files import config_schema, resolve
+from dpoeng.engine.config_template import plain, sections
+
+SHOW_EPILOG = """\b
+Examples:
+  dpoeng config show
+  dpoeng config show --config other.yaml --beta 0.2
+  dpoeng config show --json
+"""
+
+SCHEMA_EPILOG = """\b
+Example:
+  dpoeng config schema > dpoeng.schema.json
+Editors with a YAML language server then complete and check a file that begins with
+  # yaml-language-server: $schema=dpoeng.schema.json
+"""
+
+
+@click.group("config")
+def config() -> None:
+    """Look at the configuration: what holds and why, and its schema."""
+
+
+@config.command("show", cls=ConfigCommand, epilog=SHOW_EPILOG)
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file.  [default: dpoeng.yaml]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
+@config_options(PrecomputeConfig)
+@config_options(TrainConfig, skip=frozenset(PrecomputeConfig.model_fields))
+def show(config_file: Path | None, as_json: bool, **options: Any) -> None:
+    """Print every field of both phases, its value, and where that comes from.
+
+    Takes the options of both commands, so that a command line can be tried without running anything.
+    """
+    settings = resolve(given(options), config_file)
+    if as_json:
+        table: dict[str, dict[str, Any]] = {}
+        for s in settings:
+            table.setdefault(s.command, {})[s.name] = {"value": plain(s.value), "origin": s.origin}
+        click.echo(json.dumps(table, indent=1))
+        return
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    by_name = {(s.command, s.name): s for s in settings}
+    for command in dict.fromkeys(s.command for s in settings):
+        shown = Table(title=f"dpoeng {command}", title_justify="left", box=None)
+        shown.add_column("field", no_wrap=True)
+        shown.add_column("value", overflow="fold")
+        shown.add_column("from", no_wrap=True)
+        for heading, names in sections(command):
+            shown.add_row(Text(heading, style="bold"))
+            for name in names:
+                setting = by_name[command, name]
+                style = "dim" if setting.origin == "default" else ""
+                shown.add_row(Text(f"  {name}"), Text(in_words(setting.value)), Text(setting.origin), style=style)
+        console.print(shown)
+        console.print()
+
+
+def in_words(value: Any) -> str:
+    """A value as it would be written in the file; nothing given is a dash."""
+    if value is None or value in ((), {}):
+        return "-"
+    value = plain(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+@config.command("schema", epilog=SCHEMA_EPILOG)
+def schema() -> None:
+    """Print the JSON Schema of dpoeng.yaml, for editors."""
+    click.echo(json.dumps(config_schema(), indent=1))

@@ -1,0 +1,52 @@
+"""`dpoeng init`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+EPILOG = """\b
+Examples:
+  dpoeng init
+  dpoeng init pairs.jsonl --model Qwen/Qwen2.5-32B --adapter my-sft-lora --gpu-memory 80
+  dpoeng init pairs.jsonl --model sft-model --output runs/first.yaml
+"""
+
+
+@click.command("init", epilog=EPILOG)
+@click.argument("pairs", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--model", help="The SFT base: a directory, a .gguf file or a hub id.")
+@click.option("--adapter", help="SFT LoRA adapter on the base.")
+@click.option(
+    "--gpu-memory", type=click.FloatRange(min=0, min_open=True), help="GiB of the GPU.  [default: this one's]"
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("dpoeng.yaml"),
+    show_default=True,
+    help="The file to write.",
+)
+@click.option("--force", is_flag=True, help="Overwrite the output.")
+def init(
+    pairs: tuple[Path, ...], model: str | None, adapter: str | None, gpu_memory: float | None, output: Path, force: bool
+) -> None:
+    """Write a dpoeng.yaml with every field explained, set for your model, PAIRS and GPU."""
+    from dpoeng.engine.config_template import config_text, write_config
+    from dpoeng.engine.suggestions import suggest
+
+    header = [
+        "Configuration of dpoeng, for both phases. A field that is commented out shows its default.",
+        "Options win over this file; `dpoeng config show` prints what holds and why.",
+    ]
+    lines = suggest(pairs, model, adapter, gpu_bytes=int(gpu_memory * 2**30) if gpu_memory else None)
+    write_config(output, config_text(lines, header=header, every_field=True), force=force)
+    click.echo(f"{output} written:")
+    for name, line in lines.items():
+        value = ", ".join(map(str, line.value)) if isinstance(line.value, list) else line.value
+        click.echo(f"  {name}: {value}" + (f"  ({' '.join(line.comments)})" if line.comments else ""))
+    missing = [name for name in ("model", "pairs") if name not in lines]
+    click.echo("\nNext:" + (f" set {' and '.join(missing)} in {output}, then" if missing else ""))
+    config = "" if str(output) == "dpoeng.yaml" else f" --config {output}"
+    click.echo(f"  dpoeng precompute-ref{config}\n  dpoeng train{config}")

@@ -1,0 +1,91 @@
+"""`dpoeng migrate`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dpoeng.cache.errors import UserError
+
+if TYPE_CHECKING:
+    from dpoeng.engine.migrate_fields import Migration
+
+EPILOG = """\b
+Examples:
+  dpoeng migrate train_dpo.py
+  dpoeng migrate dpo_config.json --output dpoeng.yaml
+  dpoeng migrate axolotl.yml --output -
+  pbpaste | dpoeng migrate -
+"""
+
+
+@click.command("migrate", epilog=EPILOG)
+@click.argument("file", type=click.Path(path_type=Path, allow_dash=True))
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, allow_dash=True),
+    default=Path("dpoeng.yaml"),
+    show_default=True,
+    help="Where to write; - prints.",
+)
+@click.option("--force", is_flag=True, help="Overwrite the output.")
+def migrate(file: Path, output: Path, force: bool) -> None:
+    """Turn the set-up in FILE into a dpoeng.yaml.
+
+    FILE is a TRL script or notebook (read, never run), a DPOConfig in JSON or YAML, or a DPO configuration of Axolotl
+    or LLaMA-Factory; - reads what is pasted. Each line whose meaning changed carries a comment, and what has no
+    equivalent is listed.
+    """
+    from dpoeng.engine.config_template import config_text, write_config
+    from dpoeng.engine.migrate import migrate as read
+    from dpoeng.engine.migrate_fields import KINDS
+
+    result = read(file, _text(file))
+    header = [f"Made by `dpoeng migrate` from {KINDS[result.kind]}."]
+    for title, items in (("No equivalent:", result.lost), ("To know:", result.notes)):
+        header += [title, *(f"- {item}" for item in items)] if items else []
+    text = config_text(result.lines, header=header, every_field=False)
+    if str(output) == "-":
+        click.echo(text, nl=False)
+        return
+    write_config(output, text, force=force)
+    print_result(result, output)
+
+
+def _text(file: Path) -> str:
+    try:
+        return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            "the set-up cannot be read",
+            code="migrate-unreadable",
+            where=str(file),
+            found=getattr(error, "strerror", None) or str(error),
+            expected="a text file: Python, JSON or YAML",
+            remedy="name the script or configuration of the other trainer",
+        ) from error
+
+
+def print_result(result: Migration, output: Path) -> None:
+    """What was carried over, what was not, and what to do next."""
+    from dpoeng.engine.migrate_fields import KINDS
+
+    click.echo(f"{output}: {len(result.lines)} fields from {KINDS[result.kind]}")
+    for title, items in (
+        (f"Why the newest TRL and transformers refuse it ({result.fits}):", result.refused),
+        ("No equivalent, or not readable:", result.lost),
+        ("To know:", result.notes),
+    ):
+        if items:
+            click.echo(f"\n{title}")
+            for item in items:
+                click.echo(f"  - {item}")
+    if result.needless:
+        click.echo(f"\nNot needed here: {', '.join(dict.fromkeys(result.needless))}")
+    missing = [name for name in ("model", "pairs") if name not in result.lines]
+    click.echo("\nNext:" + (f" set {' and '.join(missing)} in {output}, then" if missing else ""))
+    config = "" if str(output) == "dpoeng.yaml" else f" --config {output}"
+    click.echo(f"  dpoeng precompute-ref{config}\n  dpoeng train{config}")

@@ -1,0 +1,361 @@
+"""Reads what a TRL training script sets, by its syntax tree: nothing of it is run or imported.
+
+Constants are followed through variables, dictionaries, and the defaults of argparse and of dataclasses. What is
+computed is not guessed but handed on as text.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import operator
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpoeng.cache.errors import UserError
+
+# class -> the source under which `foreign_names` knows its arguments
+CLASSES = {
+    "DPOTrainer": "trl",
+    "DPOConfig": "trl",
+    "TrainingArguments": "trl",
+    "ModelConfig": "trl",
+    "ScriptArguments": "trl",
+    "LoraConfig": "peft",
+    "BitsAndBytesConfig": "bitsandbytes",
+}
+# Arguments of DPOTrainer that are objects: followed to where they are made, or read there by themselves.
+_OBJECTS = frozenset("model ref_model args train_dataset eval_dataset peft_config".split())
+# Arguments of from_pretrained that say nothing of the model, or are read elsewhere.
+_LOADING = frozenset(
+    "pretrained_model_name_or_path model_name quantization_config device_map token low_cpu_mem_usage is_trainable "
+    "cache_dir local_files_only max_seq_length".split()
+)
+_FILE_KINDS = ("json", "csv", "parquet", "arrow")
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """A value that is computed when the script runs; `text` is its expression."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """One setting: `name` = `value` of `owner` (a class, or a kind of file), `source` as in `foreign_names`."""
+
+    name: str
+    value: Any
+    owner: str
+    source: str
+    line: int | None = None
+
+
+@dataclass(slots=True)
+class _Script:
+    assigned: dict[str, list[ast.expr]] = field(default_factory=dict)
+    defaults: dict[str, list[ast.expr]] = field(default_factory=dict)  # of command-line arguments
+    classes: dict[str, str] = field(default_factory=dict)  # subclasses of what is known
+
+
+def read_script(text: str, path: Path) -> list[Given]:
+    """Everything a script sets that matters for DPO, in the order of its lines.
+
+    Raises:
+        UserError: not Python.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(text), str(path))
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        line = getattr(error, "lineno", None)
+        raise UserError(
+            "the script cannot be read",
+            code="migrate-unreadable",
+            where=f"{path}:{line}" if line else str(path),
+            expected="Python",
+            found=str(getattr(error, "msg", error)),
+            remedy="give the whole script, or only its calls of DPOConfig, TrainingArguments and DPOTrainer",
+        ) from error
+    script = _collect(tree)
+    given: list[Given] = []
+    trainers = [call for call in _calls(tree) if _class_of(call, script) == "DPOTrainer"]
+    for call in _calls(tree):
+        owner = _class_of(call, script)
+        if owner is None:
+            continue
+        if not call.args and not call.keywords:
+            given.append(Given(owner, None, owner, "script", call.lineno))  # all defaults
+        for name, node in _arguments(call, owner, script):
+            if owner != "DPOTrainer" or name not in _OBJECTS:
+                given.append(Given(name, _evaluate(node, script), owner, CLASSES[owner], node.lineno))
+    for trainer in trainers:
+        arguments = dict(_arguments(trainer, "DPOTrainer", script))
+        given += _model(arguments.get("model"), script)
+        given += _reference(arguments.get("ref_model"), script)
+        for name in ("train_dataset", "eval_dataset"):
+            given += _data(name, arguments.get(name), script)
+        if "args" in arguments and any(
+            _class_of(made, script) == "TrainingArguments" for made in _made_by(arguments["args"], script)
+        ):
+            given.append(Given("args", "TrainingArguments", "DPOTrainer", "script", arguments["args"].lineno))
+    if not any(item.name in ("model", "adapter") and item.source == "script" for item in given):
+        for call in _calls(tree):
+            if _called(call) == "from_pretrained" and "CausalLM" in ast.unparse(call.func):
+                given += _model(call, script)
+                break
+    if not any(item.name == "pairs" for item in given):
+        for call in _calls(tree):
+            if _called(call) in ("load_dataset", "from_json"):
+                given += _data("train_dataset", call, script)
+                break
+    return given
+
+
+def notebook_code(text: str) -> str:
+    """The Python of a Jupyter notebook, without its shell and magic lines."""
+    cells = json.loads(text)["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell.get("cell_type") == "code"]
+    lines = "\n".join(sources).splitlines()
+    return "\n".join("" if line.lstrip().startswith(("!", "%")) else line for line in lines)
+
+
+# --------------------------------------------------------------------------- names and calls
+
+
+def _collect(tree: ast.Module) -> _Script:
+    script = _Script(classes={name: name for name in CLASSES})
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                for name in target.elts if isinstance(target, ast.Tuple) else [target]:
+                    if isinstance(name, ast.Name):
+                        script.assigned.setdefault(name.id, []).append(node.value)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+            script.assigned.setdefault(node.target.id, []).append(node.value)
+        elif isinstance(node, ast.Call) and _called(node) == "add_argument":
+            flags = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            default = next((k.value for k in node.keywords if k.arg == "default"), None)
+            for flag in flags:
+                if default is not None:
+                    script.defaults.setdefault(flag.lstrip("-").replace("-", "_"), []).append(default)
+        elif isinstance(node, ast.ClassDef):
+            bases = [base for base in map(_last_name, node.bases) if base in CLASSES]
+            if bases:
+                script.classes[node.name] = bases[0]
+            for line in node.body:
+                if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value is not None:
+                    value = line.value
+                    if isinstance(value, ast.Call):
+                        value = next((k.value for k in value.keywords if k.arg == "default"), value)
+                    script.defaults.setdefault(line.target.id, []).append(value)
+    return script
+
+
+def _calls(tree: ast.AST) -> list[ast.Call]:
+    return sorted((n for n in ast.walk(tree) if isinstance(n, ast.Call)), key=lambda n: (n.lineno, n.col_offset))
+
+
+def _last_name(node: ast.expr) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def _called(call: ast.Call) -> str:
+    return _last_name(call.func)
+
+
+def _class_of(call: ast.Call, script: _Script) -> str | None:
+    return script.classes.get(_called(call))
+
+
+def _arguments(call: ast.Call, owner: str, script: _Script) -> Iterator[tuple[str, ast.expr]]:
+    """Names and expressions of a call; `**settings` is unfolded where it is a dictionary in sight."""
+    positions = {"DPOTrainer": ("model", "ref_model", "args"), "DPOConfig": ("output_dir",)}
+    positions["TrainingArguments"] = positions["DPOConfig"]
+    yield from zip(positions.get(owner, ()), call.args, strict=False)
+    for keyword in call.keywords:
+        if keyword.arg is not None:
+            yield keyword.arg, keyword.value
+            continue
+        for made in _values(keyword.value, script):
+            if isinstance(made, ast.Dict):
+                for key, value in zip(made.keys, made.values, strict=True):
+                    if isinstance(key, ast.Constant) and isinstance(key.value, str):
+                        yield key.value, value
+            elif isinstance(made, ast.Call) and _called(made) == "dict":
+                yield from ((k.arg, k.value) for k in made.keywords if k.arg is not None)
+            else:
+                yield f"**{ast.unparse(made)}", made
+
+
+def _values(node: ast.expr, script: _Script) -> list[ast.expr]:
+    """What a variable was assigned; another expression is itself."""
+    return script.assigned.get(node.id, [node]) if isinstance(node, ast.Name) else [node]
+
+
+def _made_by(node: ast.expr | None, script: _Script, seen: frozenset[str] = frozenset()) -> list[ast.Call]:
+    """The calls that an object goes back to: through variables, subscripts, and methods that return it changed."""
+    if isinstance(node, ast.Name):
+        if node.id in seen:
+            return []
+        values = script.assigned.get(node.id, [])
+        return [call for value in values for call in _made_by(value, script, seen | {node.id})]
+    if isinstance(node, ast.Subscript | ast.Attribute | ast.Starred | ast.Await):
+        return _made_by(node.value, script, seen)
+    if isinstance(node, ast.IfExp):
+        return [*_made_by(node.body, script, seen), *_made_by(node.orelse, script, seen)]
+    if not isinstance(node, ast.Call):
+        return []
+    calls = [node]
+    inner = node.func.value if isinstance(node.func, ast.Attribute) else None
+    for passed in (inner, node.args[0] if node.args else None):
+        calls += _made_by(passed, script, seen) if passed is not None else []
+    return calls
+
+
+# --------------------------------------------------------------------------- constants
+
+_OPERATIONS: dict[type[ast.operator], Any] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+}
+
+
+def _evaluate(node: ast.expr, script: _Script, depth: int = 0) -> Any:
+    """The constant that an expression is, or Unread."""
+    try:
+        return _constant(node, script, depth)
+    except (LookupError, TypeError, ValueError, ArithmeticError):
+        return Unread(ast.unparse(node))
+
+
+def _constant(node: ast.expr, script: _Script, depth: int) -> Any:
+    if depth > 20:
+        raise LookupError
+
+    def inner(part: ast.expr) -> Any:
+        return _constant(part, script, depth + 1)
+
+    match node:
+        case ast.Constant():
+            return node.value
+        case ast.Name():
+            (value,) = script.assigned.get(node.id, [])  # ValueError: never assigned, or more than once
+            return inner(value)
+        case ast.UnaryOp(op=ast.USub()):
+            return -inner(node.operand)
+        case ast.BinOp() if type(node.op) in _OPERATIONS:
+            left, right = inner(node.left), inner(node.right)
+            if not isinstance(left, (int, float)) or not isinstance(right, (int, float)):
+                if isinstance(node.op, ast.Add) and isinstance(left, str) and isinstance(right, str):
+                    return left + right
+                raise TypeError
+            return _OPERATIONS[type(node.op)](left, right)
+        case ast.List() | ast.Tuple() | ast.Set():
+            return [inner(part) for part in node.elts]
+        case ast.Dict():
+            return {inner(k): inner(v) for k, v in zip(node.keys, node.values, strict=True) if k is not None}
+        case ast.Attribute():
+            if isinstance(node.value, ast.Name) and node.value.id == "torch":
+                return f"torch.{node.attr}"
+            if _last_name(node.value).endswith(("Strategy", "Type", "Names")) and node.attr.isupper():
+                return node.attr.lower()  # SchedulerType.COSINE
+            (value,) = script.defaults.get(node.attr, [])  # args.beta: the default of --beta
+            return inner(value)
+        case ast.Call():
+            plain = {"float": float, "int": int, "str": str, "Path": str, "list": list}
+            if _called(node) in plain and len(node.args) == 1 and not node.keywords:
+                return plain[_called(node)](inner(node.args[0]))
+            if _called(node) == "join" and ast.unparse(node.func) == "os.path.join":
+                return "/".join(inner(part) for part in node.args)
+        case ast.JoinedStr():
+            parts = [part.value if isinstance(part, ast.FormattedValue) else part for part in node.values]
+            return "".join(str(inner(part)) for part in parts)
+    raise LookupError
+
+
+# --------------------------------------------------------------------------- models and data
+
+
+def _model(node: ast.expr | None, script: _Script) -> list[Given]:
+    """Base, SFT adapter and how they are loaded."""
+    if node is None:
+        return []
+    value = _evaluate(node, script)
+    if isinstance(value, str):
+        return [Given("model", value, "DPOTrainer", "script", node.lineno)]
+    given: list[Given] = []
+    bases, adapters = [], []
+    for call in dict.fromkeys(_made_by(node, script)):
+        if _called(call) != "from_pretrained":
+            continue
+        kind = ast.unparse(call.func)
+        keywords = {k.arg: k.value for k in call.keywords if k.arg}
+        if "AutoPeft" in kind:
+            adapters.append(call.args[0] if call.args else keywords.get("pretrained_model_name_or_path"))
+        elif "PeftModel" in kind:
+            adapters.append(call.args[1] if len(call.args) > 1 else keywords.get("model_id"))
+            continue
+        elif "Tokenizer" not in kind and "Config" not in kind:
+            names = ("pretrained_model_name_or_path", "model_name")
+            bases.append(call.args[0] if call.args else next((keywords[n] for n in names if n in keywords), None))
+        given += [
+            Given(name, _evaluate(part, script), "from_pretrained", "trl", part.lineno)
+            for name, part in keywords.items()
+            if name not in _LOADING
+        ]
+    for name, found in (("model", bases), ("adapter", adapters)):
+        for part in found:
+            if part is not None:
+                given.append(Given(name, _evaluate(part, script), "from_pretrained", "script", part.lineno))
+    if not bases and not adapters:
+        given.append(Given("model", Unread(ast.unparse(node)), "DPOTrainer", "script", node.lineno))
+    return given
+
+
+def _reference(node: ast.expr | None, script: _Script) -> list[Given]:
+    """ref_model: None, a path, or the path that it was loaded from."""
+    if node is None or (isinstance(node, ast.Constant) and node.value is None):
+        return []
+    value = _evaluate(node, script)
+    if isinstance(value, Unread):
+        for call in _made_by(node, script):
+            if _called(call) == "from_pretrained" and call.args and "Tokenizer" not in ast.unparse(call.func):
+                value = _evaluate(call.args[-1] if "PeftModel" in ast.unparse(call.func) else call.args[0], script)
+                break
+    return [Given("ref_model", value, "DPOTrainer", "script", node.lineno)]
+
+
+def _data(name: str, node: ast.expr | None, script: _Script) -> list[Given]:
+    """The files of a data set, or its name on the hub, and the changes that the script makes to it."""
+    if node is None or (isinstance(node, ast.Constant) and node.value is None):
+        return []
+    field_name = "pairs" if name == "train_dataset" else "eval_pairs"
+    given: list[Given] = []
+    for call in dict.fromkeys(_made_by(node, script)):
+        if _called(call) in ("map", "filter", "select", "train_test_split"):
+            text = f".{_called(call)}({', '.join(map(ast.unparse, call.args))[:60]})"
+            given.append(Given("dataset_code", Unread(text), name, "script", call.lineno))
+        elif _called(call) in ("from_json", "from_csv", "from_parquet") and call.args:
+            given.append(Given(field_name, _evaluate(call.args[0], script), name, "script", call.lineno))
+        elif _called(call) == "load_dataset" and call.args:
+            kind = _evaluate(call.args[0], script)
+            keywords = {k.arg: k.value for k in call.keywords if k.arg}
+            files = keywords.get("data_files") or (call.args[2] if len(call.args) > 2 else None)
+            if kind in _FILE_KINDS and files is not None:
+                value = _evaluate(files, script)
+                if isinstance(value, dict):
+                    train = field_name == "pairs"
+                    value = value.get("train") if train else value.get("test") or value.get("validation")
+                given.append(Given(field_name, value, name, "script", call.lineno))
+            else:
+                given.append(Given("dataset_name", kind, name, "script", call.lineno))
+    if not given:
+        given.append(Given(field_name, Unread(ast.unparse(node)), name, "script", node.lineno))
+    return given
