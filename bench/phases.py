@@ -27,7 +27,7 @@ from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.store import Store, ViewEntry
 from dpoeng.engine.adapters import add_policy_adapter, lora_arguments
 from dpoeng.engine.config import Dtype, Quantization, TrainConfig
-from dpoeng.engine.layout import batches_by_tokens
+from dpoeng.engine.layout import batches_of_pairs
 from dpoeng.engine.loop import batch_loss
 from dpoeng.engine.loss_names import LossSettings
 from dpoeng.engine.model import (
@@ -47,6 +47,7 @@ from dpoeng.engine.progress import QUIET, Progress
 from dpoeng.engine.reference import score_pairs
 from dpoeng.engine.rows import Rows
 from dpoeng.engine.scoring import choose_layout
+from dpoeng.engine.shards import plan_shards
 from dpoeng.engine.sources import find_model
 from dpoeng.engine.tokens import tokenize_pairs
 
@@ -224,11 +225,10 @@ def reference_pass(lm: CausalLM, pairs: Sequence[PairIds], cache: Path, spec: Re
     with split.part("data"):
         store = Store.open(cache, create=True)
         digest = store.put_spec(spec)
-        ordered = sorted(pairs, key=lambda pair: -pair.total_tokens)
-        lengths = [pair.total_tokens for pair in ordered]
+        (ordered,) = plan_shards({pair_key(pair): pair for pair in pairs}, sum(pair.total_tokens for pair in pairs))
     rows = []
     with _forward_apart(lm, split):
-        for batch in batches_by_tokens(lengths, default_batch_tokens(lm.device)):
+        for batch, _ in batches_of_pairs(ordered, default_batch_tokens(lm.device)):
             with split.part("head"):
                 rows += score_pairs(lm, [ordered[i] for i in batch])
     with split.part("data"):

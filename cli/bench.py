@@ -16,6 +16,7 @@ COMMANDS = {
     "phases": ("dpoeng.cli.bench:phases", "Both phases: speed, where the time goes, memory."),
     "compare": ("dpoeng.cli.bench:compare", "dpoeng against TRL on the same tokens, with equal losses."),
     "kernels": ("dpoeng.cli.bench_kernels:kernels", "The fused head against its alternatives."),
+    "sharing": ("dpoeng.cli.bench:sharing", "What running each prompt once brings: two curves."),
     "cache": ("dpoeng.cli.bench:cache", "The cache: open, read, verify, look up."),
 }
 
@@ -129,6 +130,22 @@ def compare(json_file: Path | None, results: Path | None, **settings: Any) -> No
     from dpoeng.cli.progress import TerminalProgress
 
     _finish(bench_compare(CompareSettings(**settings), TerminalProgress()), compare_tables, json_file, results)
+
+
+@click.command("sharing", epilog=_example("dpoeng bench sharing --results bench/results"))
+@click.option("--model", help="A directory or a hub id.  [default: an embedded random one]")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--tokens", default=384, show_default=True, help="Of a pair, both responses.", type=click.IntRange(8))
+@click.option("--pairs", default=8, show_default=True, help="In a step and in a pass.", type=click.IntRange(1))
+@click.option("--repeats", default=3, show_default=True, help="Counted repeats.", type=click.IntRange(1))
+@_record_options
+def sharing(json_file: Path | None, results: Path | None, **settings: Any) -> None:
+    """Speed with each prompt run once, against repeating it: by the prompt's share of the tokens, by pairs a prompt."""
+    from dpoeng.bench.sharing import SharingSettings, bench_sharing
+    from dpoeng.cli.bench_tables import sharing_tables
+    from dpoeng.cli.progress import TerminalProgress
+
+    _finish(bench_sharing(SharingSettings(**settings), TerminalProgress()), sharing_tables, json_file, results)
 
 
 @click.command("cache", epilog=_example("dpoeng bench cache --json cache.jsonl"))

@@ -99,6 +99,26 @@ def compare_tables(record: dict[str, Any]) -> list[Table]:
     return [machine_table(record), table]
 
 
+def sharing_tables(record: dict[str, Any]) -> list[Table]:
+    """A row a point of each curve."""
+    tables = [machine_table(record)]
+    for title, name, columns in (
+        ("each prompt once for both responses", "prompt_share", ("reference_speedup", "training_speedup")),
+        ("each prompt once for all its pairs", "pairs_a_prompt", ("over_once_a_pair", "over_once_a_response")),
+    ):
+        table = Table(title=title, title_justify="left", show_edge=False)
+        for heading in (name, "positions_left", *columns):
+            table.add_column(heading.replace("_", " "), justify="right")
+        for point in record[name]:
+            table.add_row(
+                f"{point[name]:g}",
+                f"{100 * point['positions_left']:.0f} %",
+                *(f"{point[column]:.2f}x" for column in columns),
+            )
+        tables.append(table)
+    return tables
+
+
 def cache_tables(record: dict[str, Any]) -> list[Table]:
     """A column a size; then reading and hashing."""
     sizes = record["sizes"]

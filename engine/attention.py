@@ -3,7 +3,8 @@
 Registered with transformers under `SHARED_PROMPT`, so that every model that takes its attention from transformers'
 interface can use it. Each group costs one causal call over `[prompt | first branch]`, which is contiguous, and one
 call a further branch over `[prompt | branch]`. Nothing is computed between groups, so the cost is linear in the number
-of pairs of a row, and a pair's numbers cannot depend on its neighbours.
+of pairs of a row, and a pair's numbers cannot depend on its neighbours. The other way, one FlexAttention call over the
+whole row, is in `flex`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from dpoeng.engine.flex import block_mask, flex
 from dpoeng.engine.layout import GroupSpan
 
 SHARED_PROMPT = "dpoeng_shared_prompt"
@@ -29,6 +31,15 @@ class AttentionPlan:
 
     groups: tuple[GroupSpan, ...]
     masks: dict[tuple[int, int, int | None], torch.Tensor]
+    block_masks: dict[int | None, Any] | None = None
+    """FlexAttention's masks by window; None where attention goes segment by segment."""
+
+    def block_mask(self, window: int | None, like: torch.Tensor) -> Any:
+        """The mask of the whole row for FlexAttention."""
+        assert self.block_masks is not None
+        if window not in self.block_masks:
+            self.block_masks[window] = block_mask(self.groups, window, like.device)
+        return self.block_masks[window]
 
     def mask(self, q_len: int, k_len: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
         """Additive mask [q_len, k_len]: query i is key `k_len - q_len + i` and sees keys up to itself.
@@ -49,9 +60,9 @@ class AttentionPlan:
         return mask
 
 
-def plan_attention(groups: tuple[GroupSpan, ...]) -> AttentionPlan:
-    """A plan for one forward over a row with these groups."""
-    return AttentionPlan(groups, {})
+def plan_attention(groups: tuple[GroupSpan, ...], *, flex: bool = False) -> AttentionPlan:
+    """A plan for one forward over a row with these groups; with `flex`, in one FlexAttention call a layer."""
+    return AttentionPlan(groups, {}, {} if flex else None)
 
 
 def shared_prompt_attention(
@@ -79,6 +90,10 @@ def shared_prompt_attention(
     if dropout:
         raise ValueError("attention dropout is not supported: it would differ between a shared and a separate prompt")
     sinks = s_aux if s_aux is not None else getattr(module, "sinks", None)
+    if dpoeng_plan.block_masks is not None:
+        mask = dpoeng_plan.block_mask(sliding_window, query)
+        whole = flex(query, key, value, mask, scaling=scaling, softcap=softcap, sinks=sinks)
+        return whole.transpose(1, 2).contiguous(), None
     pieces: list[torch.Tensor] = []
     for group in dpoeng_plan.groups:
         prompt = slice(group.prompt_begin, group.prompt_end)

@@ -19,6 +19,7 @@ from dpoeng.engine.loss_names import FDivergence, LossType, check_combination, c
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "8bit", "4bit"]
+Attention = Literal["segments", "flex"]
 Optimizer = Literal[
     "adamw_torch",
     "adamw_torch_fused",
@@ -118,13 +119,20 @@ class PrecomputeConfig(_Config):
         None, description="Name of this set of pairs in the cache. Default: the first file's name without endings."
     )
     quantization: Quantization = Field("none", description="How the base is held: none, 8bit or 4bit (bitsandbytes).")
-    dtype: Dtype = Field("auto", description="Compute dtype; auto is the checkpoint's own.")
+    dtype: Dtype = Field(
+        "auto", description="Compute dtype; auto is the checkpoint's own, or float32 on a CPU without bfloat16 units."
+    )
     llm_int8_threshold: float = Field(6.0, ge=0, description="8bit: outlier threshold of LLM.int8(); 0 turns it off.")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4bit: the number format.")
     bnb_4bit_use_double_quant: bool = Field(True, description="4bit: quantise the scales too.")
     device: Device = Field("auto", description="auto, cpu, cuda or cuda:N.")
     layout: Literal["auto", "shared", "separate"] = Field(
         "auto", description="shared runs each prompt once; separate repeats it; auto tries and checks."
+    )
+    attention: Attention = Field(
+        "segments",
+        description="Over shared prompts: segments calls scaled_dot_product_attention on each; flex makes one "
+        "FlexAttention call a layer, compiled on a GPU.",
     )
     max_length: int = Field(1024, ge=2, description="Most tokens of prompt + response; what is longer is truncated.")
     max_prompt_length: int | None = Field(None, ge=1, description="Most tokens of a prompt. Default: no own limit.")
@@ -190,6 +198,11 @@ class TrainConfig(_Config):
     device: Device = Field("auto", description="auto, cpu, cuda or cuda:N.")
     layout: Literal["auto", "shared", "separate"] = Field(
         "auto", description="shared runs each prompt once; separate repeats it; auto tries and checks."
+    )
+    attention: Attention = Field(
+        "segments",
+        description="Over shared prompts: segments calls scaled_dot_product_attention on each; flex makes one "
+        "FlexAttention call a layer, compiled on a GPU.",
     )
 
     lora_r: int = Field(16, ge=1, description="LoRA rank.")

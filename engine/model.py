@@ -18,9 +18,10 @@ from torch import nn
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.attention import SHARED_PROMPT, no_mask, shared_prompt_attention
-from dpoeng.engine.config import Quantization
+from dpoeng.engine.config import Attention, Quantization
 from dpoeng.engine.quantized import import_bitsandbytes, keep_no_inputs, quantization_config, quantize_empty
 from dpoeng.engine.sources import ModelSource
+from dpoeng.kernels.tiled_logps import native_bf16
 
 Layout = Literal["shared", "separate"]
 
@@ -43,6 +44,7 @@ class CausalLM:
         quantization: how the base is held.
         native_attention: the attention that transformers chose for this architecture.
         layout: whether branches share their prompt, and why if they do not.
+        attention: how attention over shared prompts is computed; see `engine/attention`.
     """
 
     model: Any
@@ -54,6 +56,7 @@ class CausalLM:
     native_attention: str
     layout: Layout = "separate"
     layout_reason: str = ""
+    attention: Attention = "segments"
 
     @property
     def backbone(self) -> Any:
@@ -157,7 +160,7 @@ def load_model(
 
     transformers.utils.logging.disable_progress_bar()
     register_attention()
-    compute = resolve_dtype(source, dtype)
+    compute = resolve_dtype(source, dtype, device)
     if source.gguf:
         if quantization != "none":
             raise UserError(
@@ -311,8 +314,13 @@ def embedding_on_host(base: Any, quantization: Quantization) -> bool:
     return quantization != "none" and head is not None and head.weight is not base.get_input_embeddings().weight
 
 
-def resolve_dtype(source: ModelSource, dtype: str) -> torch.dtype:
-    """`auto` -> the checkpoint's own dtype (float32 for a GGUF)."""
+def resolve_dtype(source: ModelSource, dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` -> the checkpoint's own dtype (float32 for a GGUF).
+
+    On a CPU that does not multiply bfloat16 itself, `auto` is float32: each product would be emulated, several times
+    slower than in float32.
+    """
+    asked = dtype
     if dtype == "auto":
         if source.gguf:
             return torch.float32
@@ -327,6 +335,8 @@ def resolve_dtype(source: ModelSource, dtype: str) -> torch.dtype:
             found=dtype,
             remedy="name one of these with --dtype",
         )
+    if asked == "auto" and device.type == "cpu" and not native_bf16():
+        return torch.float32
     return DTYPES[dtype]
 
 

@@ -79,7 +79,7 @@ def reference_spec(
             if adapter is None
             else {"weights": weights_identity(adapter, progress), "config": adapter_config(adapter)},
             "quantization": quantization,
-            "dtype": str(resolve_dtype(source, config.dtype)).removeprefix("torch."),
+            "dtype": str(resolve_dtype(source, config.dtype, pick_device(config.device))).removeprefix("torch."),
             "scoring": {
                 "version": SCORING_VERSION,
                 "layout": "separate" if config.layout == "separate" else "shared",
@@ -266,7 +266,7 @@ def load_reference(
     if adapter is not None:
         lm = load_reference_adapter(lm, adapter)
     set_mode(lm, training=False)
-    choose_layout(lm, config.layout)
+    choose_layout(lm, config.layout, config.attention)
     return lm
 
 
@@ -291,7 +291,6 @@ def recompute(
             **{name: value for name, value in reference.items() if name in PrecomputeConfig.model_fields},
             "model": model or reference["model"],
             "adapter": adapter or reference["adapter"],
-            "layout": reference["layout"],
             "device": device,
         }
     )

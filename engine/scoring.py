@@ -15,6 +15,7 @@ from torch import nn
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import IdArray
 from dpoeng.engine.attention import plan_attention
+from dpoeng.engine.config import Attention
 from dpoeng.engine.layout import Branch, IndexArray, PackedRow, PromptGroup, pack, pad, separate
 from dpoeng.engine.model import CausalLM, use_layout
 from dpoeng.kernels.collision import log_collision
@@ -56,7 +57,7 @@ def _run_packed(lm: CausalLM, row: PackedRow) -> torch.Tensor:
         input_ids=_tensor(lm, row.input_ids)[None],
         position_ids=_tensor(lm, row.position_ids)[None],
         use_cache=False,
-        dpoeng_plan=plan_attention(row.groups),
+        dpoeng_plan=plan_attention(row.groups, flex=lm.attention == "flex"),
     )
     hidden: torch.Tensor = output.last_hidden_state[0]
     return hidden
@@ -119,7 +120,7 @@ _PROBE_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.
 
 
 @torch.inference_mode()
-def choose_layout(lm: CausalLM, wanted: str = "auto") -> None:
+def choose_layout(lm: CausalLM, wanted: str = "auto", attention: Attention = "segments") -> None:
     """Decides by trying: the shared-prompt layout if it gives the model's own numbers, else separate rows.
 
     A dozen tokens are scored in the shared layout, and by the model's own forward with full logits. So an architecture
@@ -169,6 +170,7 @@ def choose_layout(lm: CausalLM, wanted: str = "auto") -> None:
         use_layout(lm, "separate", "asked for")
         return
     use_layout(lm, "shared")
+    lm.attention = attention
     try:
         shared_error = difference()
         reason = f"sharing the prompt moves the model's numbers by {shared_error:.3g} nats a token"
@@ -177,6 +179,15 @@ def choose_layout(lm: CausalLM, wanted: str = "auto") -> None:
         reason = f"its attention cannot be replaced ({type(error).__name__}: {str(error).splitlines()[0]})"
     if shared_error <= tolerance:
         return
+    if attention == "flex":
+        raise UserError(
+            "FlexAttention does not give this model's numbers here",
+            code="attention-unsupported",
+            where="--attention flex",
+            found=reason,
+            remedy="leave --attention out: segments work wherever a prompt can be shared",
+            exit_status=5,
+        )
     if wanted == "shared":
         raise UserError(
             f"{type(lm.base).__name__} cannot share a prompt between branches",

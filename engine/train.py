@@ -131,7 +131,7 @@ def train(config: TrainConfig, progress: Progress = QUIET, on_metrics: OnMetrics
     lm = add_policy_adapter(lm, mode, adapter, lora_arguments(config))
     set_mode(lm, training=False)
     with as_reference(lm, mode):
-        choose_layout(lm, config.layout)
+        choose_layout(lm, config.layout, config.attention)
         parity = check_parity(config, lm, view, train_indices, reference)
     device, checkpointing = lm.device, config.gradient_checkpointing
     if checkpointing or (checkpointing is None and device.type == "cuda"):

@@ -35,6 +35,7 @@ def reference_record(
         "bnb_4bit_use_double_quant": config.bnb_4bit_use_double_quant,
         "batch_tokens": config.batch_tokens,
         "layout": config.layout,
+        "attention": config.attention,
     }
 
 

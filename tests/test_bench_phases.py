@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from dpoeng.bench.phases import PhaseSettings, bench_phases, forward_flop, linear_shapes
+from dpoeng.bench.sharing import pairs_of, positions_left
 from dpoeng.bench.workload import synthetic_pairs, unique_tokens
 from dpoeng.cli.bench import bench
 from dpoeng.engine.model import load_model
@@ -96,7 +97,7 @@ def test_the_command_prints_a_table_and_keeps_the_record(tmp_path: Path, tiny_mo
 def test_the_group_lists_its_commands() -> None:
     done = CliRunner().invoke(bench, ["--help"])
     assert done.exit_code == 0
-    assert all(f"\n  {name} " in done.output for name in ("phases", "compare", "kernels", "cache"))
+    assert all(f"\n  {name} " in done.output for name in ("phases", "compare", "kernels", "sharing", "cache"))
     assert CliRunner().invoke(bench, ["nonsense"]).exit_code == 2
 
 
@@ -105,3 +106,21 @@ def test_the_cache_command(tmp_path: Path) -> None:
     done = CliRunner().invoke(bench, arguments)
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "cache.jsonl").read_text())["sizes"][0]["pairs"] == 500
+
+
+def test_what_sharing_leaves_is_counted_by_hand() -> None:
+    """A prompt of 6 and responses of 3: alone 6 + 3 + 3 of 9 + 9; three pairs 6 + 3 + 3 * 3 of 3 * (9 + 9)."""
+    assert positions_left(pairs_of(2, 1, 6, 3, 50)) == pytest.approx(12 / 18)
+    assert positions_left(pairs_of(2, 3, 6, 3, 50)) == pytest.approx(18 / 54)
+
+
+def test_the_sharing_command(tmp_path: Path, tiny_model: Path) -> None:
+    arguments = ["sharing", "--model", str(tiny_model), "--tokens", "48", "--pairs", "8", "--repeats", "1"]
+    result = CliRunner().invoke(bench, [*arguments, "--json", str(tmp_path / "r.jsonl")], catch_exceptions=False)
+    assert "each prompt once for all its pairs" in result.output
+    record = json.loads((tmp_path / "r.jsonl").read_text())
+    assert [point["prompt_share"] for point in record["prompt_share"]] == [0.1, 0.25, 0.5, 0.75, 0.9]
+    assert [point["pairs_a_prompt"] for point in record["pairs_a_prompt"]] == [1, 2, 4, 8]
+    left = [point["positions_left"] for point in record["prompt_share"]]
+    assert left == sorted(left, reverse=True)
+    assert all(point["training_speedup"] > 0 for point in record["prompt_share"])

@@ -25,9 +25,10 @@ from dpoeng.engine import precompute as precompute_module
 from dpoeng.engine import reference as reference_module
 from dpoeng.engine import train as train_module
 from dpoeng.engine.config import PrecomputeConfig, TrainConfig
+from dpoeng.engine.model import resolve_dtype
 from dpoeng.engine.order import plan_schedule
 from dpoeng.engine.precompute import PrecomputeSummary, precompute_reference
-from dpoeng.engine.sources import adapter_config, find_adapter
+from dpoeng.engine.sources import adapter_config, find_adapter, find_model
 from dpoeng.engine.train import train
 
 
@@ -598,3 +599,26 @@ def test_a_loss_that_is_not_a_number_stops_before_saving(
 
 def _rest(part: Any) -> tuple[Any, ...]:
     return part.chosen_logps, part.rejected_logps, part.chosen_rewards, part.rejected_rewards, part.sums
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "units", "expected"),
+    [
+        ("auto", "cpu", False, "float32"),
+        ("auto", "cpu", True, "bfloat16"),
+        ("auto", "cuda", False, "bfloat16"),
+        ("bfloat16", "cpu", False, "bfloat16"),  # what is asked for is what is computed
+    ],
+)
+def test_auto_avoids_emulated_bfloat16(
+    tmp_path: Path,
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: str,
+    device: str,
+    units: bool,
+    expected: str,
+) -> None:
+    source = find_model(str(save_tiny_model(tmp_path / "bf16", tokenizer, dtype="bfloat16")))
+    monkeypatch.setattr("dpoeng.engine.model.native_bf16", lambda: units)
+    assert str(resolve_dtype(source, asked, torch.device(device))) == f"torch.{expected}"

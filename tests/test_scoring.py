@@ -11,7 +11,7 @@ import torch
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import as_ids
 from dpoeng.engine.attention import SHARED_PROMPT
-from dpoeng.engine.layout import Branch, PromptGroup, separate
+from dpoeng.engine.layout import Branch, PromptGroup, pack, separate
 from dpoeng.engine.model import CausalLM, register_attention, set_mode, use_layout
 from dpoeng.engine.scoring import choose_layout, score_groups
 
@@ -199,3 +199,45 @@ def test_attention_refuses_what_it_cannot_honour() -> None:
         layer.self_attn.training = True
     with pytest.raises(ValueError, match="attention dropout"):
         score_groups(lm, [PromptGroup(as_ids([1, 2]), (Branch(as_ids([3])),))])
+
+
+# FlexAttention. On a CPU it runs as plain operations, so this proves the masks, the transforms and the gradients; the
+# kernel that it is compiled to on a GPU is PyTorch's own. One family for each thing that mask or score must carry:
+# nothing, a window, a soft cap with windows in every second layer, sinks; grouped heads are in all of them.
+FLEX_FAMILIES = ["LlamaConfig", "MistralConfig", "Gemma2Config", "GptOssConfig"]
+
+
+@pytest.mark.parametrize("name", FLEX_FAMILIES)
+def test_flex_equals_separate_forwards(name: str) -> None:
+    lm = make(name, SHARED_FAMILIES[name])
+    choose_layout(lm, "shared", "flex")
+    assert (lm.layout, lm.attention) == ("shared", "flex")
+    with torch.inference_mode():
+        scored, _ = score_groups(lm, some_groups())
+        truth = own_logps(lm, some_groups())
+    torch.testing.assert_close(scored.double(), truth, atol=2e-5, rtol=0)
+
+
+def test_gradients_equal_those_of_segments() -> None:
+    gradients = {}
+    for attention in ("segments", "flex"):
+        lm = make("Gemma2Config", SHARED_FAMILIES["Gemma2Config"])
+        use_layout(lm, "shared")
+        lm.attention = attention  # type: ignore[assignment]
+        weight = lm.base.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
+        score_groups(lm, some_groups())[0].sum().backward()
+        gradients[attention] = weight.grad
+    torch.testing.assert_close(gradients["flex"], gradients["segments"], atol=1e-5, rtol=1e-4)
+
+
+def test_rows_longer_than_a_tile() -> None:
+    """300 positions: three tiles, the last one not full."""
+    lm = make("LlamaConfig", {"max_position_embeddings": 512})
+    groups = [group for seed in range(6) for group in some_groups(seed)]
+    assert len(pack(groups).input_ids) > 300
+    use_layout(lm, "shared")
+    with torch.inference_mode():
+        expected, _ = score_groups(lm, groups)
+        lm.attention = "flex"
+        found, _ = score_groups(lm, groups)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
