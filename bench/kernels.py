@@ -91,6 +91,7 @@ def run(
     *,
     device: str = "cpu",
     repeats: int = 3,
+    against: Sequence[str] = (),
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Measure all ways on all shapes and dtypes, training and scoring.
@@ -100,15 +101,16 @@ def run(
         dtypes: Names of torch dtypes.
         device: `cpu` or `cuda`.
         repeats: Counted rounds; one before them is not counted.
+        against: Names in `WAYS` to compare with; none named: all that are installed.
         say: Told what is being measured.
 
     Returns:
         A record: `results`, one entry per shape, dtype and mode, and `missing`, the reason by way.
     """
     place = torch.device(device)
-    settings = {"shapes": [list(s) for s in shapes], "dtypes": list(dtypes), "repeats": repeats}
+    settings = {"shapes": [list(s) for s in shapes], "dtypes": list(dtypes), "repeats": repeats, "against": [*against]}
     record = stamp("kernels", place, settings)
-    ways, missing = _available()
+    ways, missing = _available([OURS, *against] if against else [*WAYS])
     results = []
     for shape in shapes:
         for name in dtypes:
@@ -127,11 +129,11 @@ def run(
     return {**record, "results": results, "missing": missing}
 
 
-def _available() -> tuple[dict[str, Head], dict[str, str]]:
+def _available(names: Sequence[str]) -> tuple[dict[str, Head], dict[str, str]]:
     ways, missing = {}, {}
-    for name, load in WAYS.items():
+    for name in names:
         try:
-            ways[name] = load()
+            ways[name] = WAYS[name]()
         except (ImportError, AttributeError) as error:
             missing[name] = f"not installed ({error})"
     return ways, missing

@@ -26,6 +26,10 @@ import click
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--repeats", default=3, show_default=True, help="Counted rounds.", type=click.IntRange(1))
 @click.option(
+    "--against", multiple=True, type=click.Choice(["naive", "TRL", "Liger", "F.linear_cross_entropy"]),
+    help="Only with this; may be given more than once.  [default: all that are installed]",
+)  # fmt: skip
+@click.option(
     "--aot", is_flag=True, help="Compile for every GPU instead: registers, spills, shared memory. No GPU needed."
 )
 @click.option("--gpu", "gpus", multiple=True, help="With --aot: only this one, e.g. sm_90 or gfx942.")
@@ -33,7 +37,8 @@ import click
 @click.option("--results", type=click.Path(path_type=Path), help="Append the record to DIR/kernels-<cpu or gpu>.jsonl.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Append the record to this file.")
 def kernels(
-    shapes: tuple[str, ...], dtypes: tuple[str, ...], device: str, repeats: int, aot: bool, gpus: tuple[str, ...],
+    shapes: tuple[str, ...], dtypes: tuple[str, ...], device: str, repeats: int, against: tuple[str, ...],
+    aot: bool, gpus: tuple[str, ...],
     tune: bool, results: Path | None, json_file: Path | None,
 ) -> None:  # fmt: skip
     """The fused head against full logits, TRL's and Liger's heads and F.linear_cross_entropy.
@@ -65,7 +70,7 @@ def kernels(
     else:
         picked = dtypes or ("float32", "bfloat16")
         say = Console(stderr=True).print
-        record = bench.run(chosen, picked, device=device, repeats=repeats, say=say)
+        record = bench.run(chosen, picked, device=device, repeats=repeats, against=against, say=say)
         console.print(machine_table(record), highlight=False)
         for result in record["results"]:
             console.print(_way_table(result), highlight=False)

@@ -135,15 +135,11 @@ def flex(
     A sink is a score without a value (gpt-oss): the output shrinks by the share of the sum that it takes.
     """
 
-    def capped(score: torch.Tensor, b: Any, h: Any, q: Any, k: Any) -> torch.Tensor:
-        del b, h, q, k
-        return torch.tanh(score / softcap) * softcap
-
     output, lse = _attention(query.is_cuda)(
         query,
         key,
         value,
-        score_mod=capped if softcap is not None else None,
+        score_mod=_capped(softcap) if softcap is not None else None,
         block_mask=mask,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
@@ -153,6 +149,15 @@ def flex(
         share = torch.sigmoid(lse - sinks.reshape(1, -1, 1).to(lse.dtype))
         output = output * share.unsqueeze(-1).to(output.dtype)
     return torch.as_tensor(output)
+
+
+@functools.cache  # one function a cap: another one would be compiled anew
+def _capped(softcap: float) -> Callable[..., torch.Tensor]:
+    def capped(score: torch.Tensor, b: Any, h: Any, q: Any, k: Any) -> torch.Tensor:
+        del b, h, q, k
+        return torch.tanh(score / softcap) * softcap
+
+    return capped
 
 
 @functools.cache

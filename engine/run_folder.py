@@ -67,9 +67,6 @@ def open_output(config: TrainConfig, identity: dict[str, Any], progress: Progres
     """The checkpoint to go on from, or None for a fresh start."""
     root = config.output_dir
     if config.resume is False:
-        remove_checkpoints(root)
-        for name in (METRICS_FILE, TIMINGS_FILE, EVALUATIONS_FILE, ADVICE_FILE, RUN_FILE):
-            (root / name).unlink(missing_ok=True)
         return None
     checkpoint, damaged = latest_checkpoint(root)
     for sentence in damaged:
@@ -96,6 +93,14 @@ def open_output(config: TrainConfig, identity: dict[str, Any], progress: Progres
             "here (the old run's checkpoints are removed)",
         )
     return checkpoint
+
+
+def clear_output(config: TrainConfig) -> None:
+    """With `resume` false: removes what an earlier run left. Called when nothing can refuse the new one any more."""
+    if config.resume is False:
+        remove_checkpoints(config.output_dir)
+        for name in (METRICS_FILE, TIMINGS_FILE, EVALUATIONS_FILE, ADVICE_FILE, RUN_FILE):
+            (config.output_dir / name).unlink(missing_ok=True)
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:

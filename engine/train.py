@@ -30,6 +30,7 @@ from dpoeng.engine.reference import ParityReport, compare_with_cache, load_polic
 from dpoeng.engine.rows import Rows
 from dpoeng.engine.run_folder import (
     ADAPTER_FOLDER,
+    clear_output,
     open_output,
     run_identity,
     write_adapter,
@@ -133,6 +134,17 @@ def train(config: TrainConfig, progress: Progress = QUIET, on_metrics: OnMetrics
     with as_reference(lm, mode):
         choose_layout(lm, config.layout, config.attention)
         parity = check_parity(config, lm, view, train_indices, reference)
+    if config.attention == "flex" and lm.layout == "shared" and lm.device.type == "cpu":
+        raise UserError(
+            "FlexAttention has no backward pass on a CPU",
+            code="attention-unsupported",
+            where="--attention flex",
+            expected="a GPU",
+            found=device_name(lm.device),
+            remedy="leave --attention out",
+            exit_status=5,
+        )
+    clear_output(config)
     device, checkpointing = lm.device, config.gradient_checkpointing
     if checkpointing or (checkpointing is None and device.type == "cuda"):
         enable_gradient_checkpointing(lm)

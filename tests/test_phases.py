@@ -362,6 +362,16 @@ def test_a_folder_with_another_run_is_refused_with_the_difference(tmp_path: Path
         train(quick(cache, tmp_path / "empty", resume=True))
 
 
+def test_a_fresh_start_that_is_refused_leaves_the_old_run_as_it_is(tmp_path: Path, cache: Path, tokenizer: Any) -> None:
+    out, other = tmp_path / "out", save_tiny_model(tmp_path / "other", tokenizer, seed=5)
+    train(quick(cache, out, max_steps=2))
+    before = tree(out)
+    with pytest.raises(UserError) as caught:
+        train(quick(cache, out, max_steps=2, model=str(other), resume=False))
+    assert caught.value.code == "parity-failed"
+    assert tree(out) == before
+
+
 # --------------------------------------------------------------------------- adapters
 
 
@@ -622,3 +632,16 @@ def test_auto_avoids_emulated_bfloat16(
     source = find_model(str(save_tiny_model(tmp_path / "bf16", tokenizer, dtype="bfloat16")))
     monkeypatch.setattr("dpoeng.engine.model.native_bf16", lambda: units)
     assert str(resolve_dtype(source, asked, torch.device(device))) == f"torch.{expected}"
+
+
+def test_flex_attention_scores_on_a_cpu_and_refuses_to_train_there(
+    tmp_path: Path, tiny_model: Path, pairs_file: Path, cache: Path
+) -> None:
+    precompute(pairs_file, tiny_model, tmp_path / "flex", attention="flex")
+    found, expected = View.open(tmp_path / "flex"), View.open(cache)
+    assert found.spec.digest == expected.spec.digest  # the same numbers, but for rounding
+    for i in range(len(found)):
+        np.testing.assert_allclose(found[i].chosen_logps, expected[i].chosen_logps, atol=2e-5)
+    with pytest.raises(UserError) as caught:
+        train(quick(tmp_path / "flex", tmp_path / "out", attention="flex"))
+    assert (caught.value.code, caught.value.where) == ("attention-unsupported", "--attention flex")
