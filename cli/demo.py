@@ -51,7 +51,7 @@ Examples:
 )
 @click.option("--prepare-only", is_flag=True, help="Fetch the model, write the pairs, and stop.")
 def demo(folder: Path, pairs: int, model: str | None, quantization: str, prepare_only: bool) -> None:
-    """Both phases on SmolLM2-135M-Instruct and 100 preference pairs; about six minutes on two cores.
+    """Both phases on SmolLM2-135M-Instruct and 100 preference pairs; about seven minutes on two cores.
 
     Each step prints the command that does the same. Run it again and it goes on from where it was.
     """
