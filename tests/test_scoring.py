@@ -201,9 +201,9 @@ def test_attention_refuses_what_it_cannot_honour() -> None:
         score_groups(lm, [PromptGroup(as_ids([1, 2]), (Branch(as_ids([3])),))])
 
 
-# FlexAttention. On a CPU it runs as plain operations, so this proves the masks and the transforms; the kernel that it
-# is compiled to on a GPU, and its backward pass, are PyTorch's own. One family for each thing that mask or score must carry:
-# nothing, a window, a soft cap with windows in every second layer, sinks; grouped heads are in all of them.
+# FlexAttention. On a CPU it runs as plain operations, so this proves masks and transforms; the kernel that it is
+# compiled to on a GPU, and its backward pass, are PyTorch's own. One family for each thing that mask or score must
+# carry: nothing, a window, a soft cap with windows in every second layer, sinks; grouped heads are in all of them.
 FLEX_FAMILIES = ["LlamaConfig", "MistralConfig", "Gemma2Config", "GptOssConfig"]
 
 
