@@ -52,7 +52,7 @@ def visible(
 
     def rule(q: IndexArray, k: IndexArray) -> BoolArray:
         own = (rows.branch[k] == -1) | (rows.branch[k] == rows.branch[q])
-        seen = (rows.group[k] == rows.group[q]) & own & (k <= q)
+        seen: BoolArray = (rows.group[k] == rows.group[q]) & own & (k <= q)
         if window is not None:
             seen &= rows.position[q] - rows.position[k] < window
         return seen

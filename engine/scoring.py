@@ -181,7 +181,7 @@ def choose_layout(lm: CausalLM, wanted: str = "auto", attention: Attention = "se
         return
     if attention == "flex":
         raise UserError(
-            "FlexAttention does not give this model's numbers here",
+            "this model's numbers do not come out of FlexAttention here",
             code="attention-unsupported",
             where="--attention flex",
             found=reason,

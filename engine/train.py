@@ -136,7 +136,7 @@ def train(config: TrainConfig, progress: Progress = QUIET, on_metrics: OnMetrics
         parity = check_parity(config, lm, view, train_indices, reference)
     if config.attention == "flex" and lm.layout == "shared" and lm.device.type == "cpu":
         raise UserError(
-            "FlexAttention has no backward pass on a CPU",
+            "training through FlexAttention needs a GPU: it has no backward pass on a CPU",
             code="attention-unsupported",
             where="--attention flex",
             expected="a GPU",

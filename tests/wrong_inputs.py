@@ -707,6 +707,7 @@ RUNS = (
     Wrong("a schedule that is none", "usage", 2, TRAIN + " --lr-scheduler-type cosin", ("cosine",)),
     Wrong("a layout that cannot be", "layout-unsupported", 2, SCORE + " --layout shared", ("separate",),
           no_sharing),
+    Wrong("FlexAttention trained on a CPU", "attention-unsupported", 5, TRAIN + " --attention flex", ("a GPU",)),
     Wrong("a report of no run", "run-not-found", 2, "report nowhere", ("--output-dir",)),
     Wrong("a report of the wrong folder", "run-not-found", 2, "report CACHE", ("run.json",)),
     Wrong("a damaged log", "run-damaged", 3, "report out", ("line 1",),
