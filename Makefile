@@ -48,7 +48,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest $(WORKERS)
 
-test-slow: $(VENV)/.docs
+test-slow: $(VENV)/.extras
 	$(VENV)/bin/dpoeng demo --dir $(DEMO_DIR) --prepare-only
 	$(VENV)/bin/python -m pytest -m slow
 
@@ -64,11 +64,11 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-site: $(VENV)/.docs
+site: $(VENV)/.extras
 	$(VENV)/bin/mkdocs build --strict
 
-$(VENV)/.docs: $(VENV)/.installed
-	$(VENV)/bin/pip install --quiet --no-compile $(PIP_FLAGS) -c constraints.txt -e '.[docs]'
+$(VENV)/.extras: $(VENV)/.installed
+	$(VENV)/bin/pip install --quiet --no-compile $(PIP_FLAGS) -c constraints.txt -e '.[docs,trackers]'
 	@touch $@
 
 docs-errors: $(VENV)/.installed
