@@ -109,7 +109,7 @@ def _setup(
 ) -> Setup:
     return Setup(
         model=json.loads((source.folder / "config.json").read_text(encoding="utf-8")),
-        dtype=resolve_dtype(source, dtype),
+        dtype=resolve_dtype(source, dtype, device),
         quantization=quantization,
         config=config.model_copy(update={"gradient_checkpointing": checkpointing}),
         kernels="cuda" if device.type == "cuda" else "cpu",
