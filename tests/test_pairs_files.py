@@ -242,7 +242,7 @@ def test_fault_19_a_large_unusable_file_is_given_up_early(tmp_path: Path, monkey
     [
         ("a.jsonl", b""),
         ("a.jsonl", b"\n\n"),
-        ("a.jsonl.gz", gzip.compress(b"")),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0)),
         ("a.json", b""),
         ("a.json", b"[]"),
         ("a.csv", b""),
