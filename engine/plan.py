@@ -326,7 +326,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
                     {
                         "phase": time.name,
                         "pflop": round(time.flops / 1e15, 3),
-                        "hours": round(time.hours, 4),
+                        "hours": float(f"{time.hours:.3g}"),
                         "cost": round(time.hours * plan.request.price_per_hour, 2)
                         if plan.request.price_per_hour is not None
                         else None,

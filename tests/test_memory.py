@@ -116,7 +116,7 @@ def test_the_predicted_peak_is_the_allocators(
     lm = load_model(
         find_model(str(tmp_path)),
         quantization=quantization,
-        dtype="auto",
+        dtype=str(dtype).removeprefix("torch."),
         device=torch.device("cpu"),
         int8_threshold=0.0,
         tokenizer=False,
