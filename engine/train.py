@@ -118,11 +118,13 @@ def train(config: TrainConfig, progress: Progress = QUIET, on_metrics: OnMetrics
     if checkpoint is not None and (config.output_dir / ADAPTER_FOLDER).is_dir() and checkpoint.state["complete"]:
         return _finished(config, checkpoint, mode, train_rows, eval_rows)
 
+    device = pick_device(config.device)
+    refuse_flex_on_cpu(config, device)
     predicted_bytes = check_step(
         config,
         find_model(config.model or reference["model"], revision=reference.get("revision")),
         [row.ids for row in train_rows],
-        pick_device(config.device),
+        device,
         quantization=config.quantization or reference["quantization"],
         dtype=config.dtype or reference["dtype"],
     )
@@ -134,18 +136,8 @@ def train(config: TrainConfig, progress: Progress = QUIET, on_metrics: OnMetrics
     with as_reference(lm, mode):
         choose_layout(lm, config.layout, config.attention)
         parity = check_parity(config, lm, view, train_indices, reference)
-    if config.attention == "flex" and lm.layout == "shared" and lm.device.type == "cpu":
-        raise UserError(
-            "training through FlexAttention needs a GPU: it has no backward pass on a CPU",
-            code="attention-unsupported",
-            where="--attention flex",
-            expected="a GPU",
-            found=device_name(lm.device),
-            remedy="leave --attention out",
-            exit_status=5,
-        )
     clear_output(config)
-    device, checkpointing = lm.device, config.gradient_checkpointing
+    checkpointing = config.gradient_checkpointing
     if checkpointing or (checkpointing is None and device.type == "cuda"):
         enable_gradient_checkpointing(lm)
     set_mode(lm, training=True)
@@ -251,6 +243,20 @@ def resolve_adapter_mode(config: TrainConfig, *, has_adapter: bool) -> AdapterMo
             remedy="leave it out: auto chooses what fits",
         )
     return config.adapter_mode
+
+
+def refuse_flex_on_cpu(config: TrainConfig, device: torch.device) -> None:
+    """Raises UserError where the backward pass that training needs is not there."""
+    if config.attention == "flex" and config.layout != "separate" and device.type == "cpu":
+        raise UserError(
+            "training through FlexAttention needs a GPU: it has no backward pass on a CPU",
+            code="attention-unsupported",
+            where="--attention flex",
+            expected="a GPU",
+            found=device_name(device),
+            remedy="leave --attention out",
+            exit_status=5,
+        )
 
 
 def refuse_sums_for_tokens(config: TrainConfig, view: View) -> None:
