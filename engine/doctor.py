@@ -27,6 +27,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from dpoeng.engine.host import available_memory
+
 Status = Literal["ok", "info", "warning", "error"]
 STATUSES: tuple[Status, ...] = ("ok", "info", "warning", "error")
 
@@ -231,7 +233,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[Check]:
 
 
 def _memory() -> Iterator[Check]:
-    available = _available_memory()
+    available = available_memory()
     if available is None:
         yield Check("memory", "info", "unknown: /proc/meminfo is not there", "nothing")
     elif available < _FREE_MEMORY:
@@ -240,22 +242,6 @@ def _memory() -> Iterator[Check]:
         )
     else:
         yield Check("memory", "ok", f"{available / _GIB:.1f} GiB available")
-
-
-def _available_memory() -> int | None:
-    """What is left for this process: by the kernel, and by the limit of its container."""
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    fields = dict(line.split(":", 1) for line in text.splitlines())
-    left = int(fields["MemAvailable"].split()[0]) * 1024
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return left
-    return left if limit == "max" else min(left, int(limit) - used)
 
 
 def _folders(cache: Path, output_dir: Path) -> Iterator[Check]:

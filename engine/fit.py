@@ -6,14 +6,15 @@ The answer is `dpoeng plan`'s, for the pairs and the device at hand.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import PairIds
 from dpoeng.engine.config import PrecomputeConfig, Quantization, TrainConfig
+from dpoeng.engine.host import available_memory
 from dpoeng.engine.memory_tracker import Peak
 from dpoeng.engine.model import resolve_dtype
 from dpoeng.engine.plan import estimate_overhead, needed_bytes
@@ -28,12 +29,8 @@ def available_bytes(device: torch.device) -> int:
     """Memory that can be had now: of the GPU, or of this machine within its container's limit."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()) != "max":
-        free = min(free, int(text) - int(used.read_text(encoding="ascii")))
-    return free
+    host = available_memory()
+    return host if host is not None else sys.maxsize  # what nothing tells of cannot refuse a run
 
 
 def check_step(

@@ -189,7 +189,7 @@ def test_environment_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_available_memory", lambda: 1 << 30)
+    monkeypatch.setattr(module, "available_memory", lambda: 1 << 30)
     assert look(tmp_path)["memory"].found == "1.0 GiB available"
     assert look(tmp_path)["memory"].status == "warning"
 

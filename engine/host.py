@@ -1,0 +1,21 @@
+"""What this machine has to give. Imports nothing heavy, so that a command can ask before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def available_memory() -> int | None:
+    """Bytes left for this process: by the kernel, and by the limit of its container; None where nothing tells."""
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    fields = dict(line.split(":", 1) for line in text.splitlines())
+    left = int(fields["MemAvailable"].split()[0]) * 1024
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return left
+    return left if limit == "max" else min(left, int(limit) - used)
