@@ -23,6 +23,7 @@ from dpoeng.cache.errors import UserError
 from dpoeng.engine.model import DTYPES
 from dpoeng.engine.progress import QUIET, Progress
 from dpoeng.engine.run_folder import ADAPTER_FOLDER, RUN_FILE
+from dpoeng.engine.run_record import read_json
 from dpoeng.engine.sources import ModelSource, find_adapter, find_model
 
 _PREFIX = "base_model.model."
@@ -79,7 +80,7 @@ def merge_run(
             expected=f"{RUN_FILE} and {ADAPTER_FOLDER}/, which dpoeng train writes",
             remedy="name the folder that was given to train as --output-dir",
         )
-    record: dict[str, Any] = json.loads(record_file.read_text(encoding="utf-8"))
+    record: dict[str, Any] = read_json(record_file, dict)
     revision = record["reference"].get("revision") if model is None else None
     base = find_model(model or record["model"], revision=revision)
     adapters = [find_adapter(str(output_dir / ADAPTER_FOLDER))]

@@ -90,17 +90,18 @@ def read_run(folder: Path) -> RunRecord:
         )
     return RunRecord(
         folder=folder,
-        record=_json(path, dict),
+        record=read_json(path, dict),
         metrics=_lines(folder / METRICS_FILE),
         timings=_lines(folder / TIMINGS_FILE),
         samples=_lines(folder / SAMPLES_FILE),
         complete=(folder / ADAPTER_FOLDER / "adapter_config.json").is_file(),
-        advice=_json(folder / ADVICE_FILE, list) if (folder / ADVICE_FILE).is_file() else [],
+        advice=read_json(folder / ADVICE_FILE, list) if (folder / ADVICE_FILE).is_file() else [],
         evaluations=_lines(folder / EVALUATIONS_FILE),
     )
 
 
-def _json(path: Path, kind: type) -> Any:
+def read_json(path: Path, kind: type) -> Any:
+    """A JSON record of a run, of the type that it must have. Raises UserError where it is damaged."""
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(held, kind):

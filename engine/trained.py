@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from dpoeng.engine.progress import QUIET, Progress
 from dpoeng.engine.reference import ParityReport, load_policy_base
 from dpoeng.engine.rows import Rows
 from dpoeng.engine.run_folder import ADAPTER_FOLDER, RUN_FILE
+from dpoeng.engine.run_record import read_json
 from dpoeng.engine.scoring import choose_layout
 from dpoeng.engine.shapes import PreferencePair
 from dpoeng.engine.sources import find_adapter
@@ -58,7 +58,7 @@ def find_trained(path: Path) -> Trained:
     file = folder.parent / RUN_FILE
     if folder.name != ADAPTER_FOLDER or not file.is_file():
         return Trained(folder, None, None)
-    record = json.loads(file.read_text(encoding="utf-8"))
+    record = read_json(file, dict)
     return Trained(folder, record["config"], record["adapter_mode"])
 
 
