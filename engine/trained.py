@@ -77,7 +77,7 @@ def load_trained(trained: Trained, config: TrainConfig, view: View, *, tokenizer
     sft = find_adapter(sft_name) if sft_name else None
     lm = load_trained_adapter(lm, mode, find_adapter(str(trained.adapter)), sft)
     set_mode(lm, training=False)
-    choose_layout(lm, config.layout)
+    choose_layout(lm, config.layout, config.attention)
     return lm
 
 
