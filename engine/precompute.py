@@ -105,7 +105,8 @@ def _precompute(config: PrecomputeConfig, group: Group, progress: Progress) -> P
     adapter = find_adapter(config.adapter) if config.adapter else None
     device = pick_device(config.device, group.local_rank)
     require_bitsandbytes(config.quantization)
-    config = config.model_copy(update={"batch_tokens": config.batch_tokens or default_batch_tokens(device)})
+    batch_tokens = config.batch_tokens or default_batch_tokens(device)
+    config = config.model_copy(update={"batch_tokens": batch_tokens})
     view_name = config.name or default_view_name(config.pairs[0])
     part = _part(config, group)
     file, data = _read(config, source)
@@ -160,7 +161,7 @@ def _precompute(config: PrecomputeConfig, group: Group, progress: Progress) -> P
             index,
             reused,
             quantization=config.quantization,
-            batch_tokens=config.batch_tokens or default_batch_tokens(device),
+            batch_tokens=batch_tokens,
             progress=progress,
         )
         _compute(lm, store, spec_digest, mine, config, summary, progress)
