@@ -69,7 +69,8 @@ class View:
 
     def __getitem__(self, i: SupportsIndex) -> ScoredPair:
         """Row i of the source. The arrays are read-only views of the file; copy what is to be changed."""
-        i = self._position(i)
+        if type(i) is not int or not 0 <= i < self._length:  # else what a loop asks for, without a call
+            i = self._position(i)
         return self._shards[self._object_at[i]][self._row_at[i]]
 
     def source(self, i: SupportsIndex) -> tuple[str, int]:
