@@ -26,7 +26,7 @@ class LoraProduct(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         low = rows.new_empty((rows.shape[0], a.shape[0]), dtype=a.dtype)
         out = rows.new_empty((rows.shape[0], b.shape[0]))
-        for part in _chunks(rows.shape[0], max(a.shape[1], b.shape[0]), a.element_size()):
+        for part in _chunks(rows, max(a.shape[1], b.shape[0]), a.element_size()):
             low[part] = rows[part].to(a.dtype) @ a.T
             out[part] = (low[part] @ b.T).mul_(scale)
         ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, x.dtype
@@ -42,7 +42,7 @@ class LoraProduct(torch.autograd.Function):
         x_grad = grads.new_empty((grads.shape[0], a.shape[1]), dtype=ctx.dtype) if wants_x else None
         a_grad = torch.zeros_like(a) if wants_a else None
         b_grad = torch.zeros_like(b) if wants_b else None
-        for part in _chunks(grads.shape[0], max(a.shape[1], b.shape[0]), a.element_size()):
+        for part in _chunks(grads, max(a.shape[1], b.shape[0]), a.element_size()):
             grad = grads[part].to(b.dtype).mul(ctx.scale)
             if b_grad is not None:
                 b_grad.addmm_(grad.T, low[part])
@@ -54,9 +54,11 @@ class LoraProduct(torch.autograd.Function):
         return (x_grad.view(ctx.shape) if x_grad is not None else None), a_grad, b_grad, None
 
 
-def _chunks(rows: int, width: int, item_bytes: int) -> list[slice]:
+def _chunks(rows: torch.Tensor, width: int, item_bytes: int) -> list[slice]:
+    """Parts of the rows; where there are no values (`dpoeng plan`) the first two, since more take no more memory."""
     step = max(256, CHUNK_BYTES // (width * item_bytes))
-    return [slice(begin, begin + step) for begin in range(0, rows, step)]
+    chunks = [slice(begin, begin + step) for begin in range(0, rows.shape[0], step)]
+    return chunks[:2] if rows.is_meta else chunks
 
 
 def use_lora_product(model: nn.Module) -> None:
