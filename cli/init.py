@@ -9,7 +9,7 @@ import click
 EPILOG = """\b
 Examples:
   dpoeng init
-  dpoeng init pairs.jsonl --model Qwen/Qwen2.5-32B --adapter my-sft-lora --gpu-memory 80
+  dpoeng init pairs.jsonl --model Qwen/Qwen2.5-32B --adapter my-sft-lora --gpu a100-80gb
   dpoeng init pairs.jsonl --model sft-model --output runs/first.yaml
 """
 
@@ -18,9 +18,7 @@ Examples:
 @click.argument("pairs", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--model", help="The SFT base: a directory, a .gguf file or a hub id.")
 @click.option("--adapter", help="SFT LoRA adapter on the base.")
-@click.option(
-    "--gpu-memory", type=click.FloatRange(min=0, min_open=True), help="GiB of the GPU.  [default: this one's]"
-)
+@click.option("--gpu", help="The card by name, or by its memory: a100-80gb, 24gb.  [default: this one]")
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
@@ -30,9 +28,13 @@ Examples:
 )
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 def init(
-    pairs: tuple[Path, ...], model: str | None, adapter: str | None, gpu_memory: float | None, output: Path, force: bool
+    pairs: tuple[Path, ...], model: str | None, adapter: str | None, gpu: str | None, output: Path, force: bool
 ) -> None:
-    """Write a dpoeng.yaml with every field explained, set for your model, PAIRS and GPU."""
+    """Write a dpoeng.yaml with every field explained, set for your model, PAIRS and GPU.
+
+    What fits on the card is simulated as `dpoeng plan` does it; config.json is enough, no weights are read.
+    """
+    from dpoeng.cli.progress import TerminalProgress
     from dpoeng.engine.config_template import config_text, write_config
     from dpoeng.engine.suggestions import suggest
 
@@ -40,7 +42,7 @@ def init(
         "Configuration of dpoeng, for both phases. A field that is commented out shows its default.",
         "Options win over this file; `dpoeng config show` prints what holds and why.",
     ]
-    lines = suggest(pairs, model, adapter, gpu_bytes=int(gpu_memory * 2**30) if gpu_memory else None)
+    lines = suggest(pairs, model, adapter, gpu=gpu, progress=TerminalProgress())
     write_config(output, config_text(lines, header=header, every_field=True), force=force)
     click.echo(f"{output} written:")
     for name, line in lines.items():

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dpoeng.cache.errors import UserError
+from dpoeng.engine.config import Quantization
 from dpoeng.engine.memory_tracker import Peak
 from dpoeng.engine.model import DTYPES, empty_model
 from dpoeng.engine.plan_config import PlanConfig
@@ -144,7 +145,7 @@ def make_plan(request: PlanConfig) -> Plan:
     )
     answers = request.max_length - request.prompt_length
     pair = Pair(request.prompt_length, answers, answers)
-    estimates = estimate_overhead(setup, pair)
+    estimates, parts = estimate_overhead(setup, pair), _parameters(fields)
     largest = max(card.n_bytes for card in cards)
 
     phase2: dict[int, Memory] = {}
@@ -160,7 +161,7 @@ def make_plan(request: PlanConfig) -> Plan:
         phase1[pairs * tokens] = forward_memory(reference, [pair] * pairs, adapters=False)
     plan = Plan(
         request=request,
-        parameters=sum(_parameters(fields).values()),
+        parameters=sum(parts.values()),
         phase1=phase1,
         phase2=phase2,
         evaluation=evaluation,
@@ -169,8 +170,16 @@ def make_plan(request: PlanConfig) -> Plan:
         options=_options(setup, pair) if request.compare else [],
         cards=[],
     )
-    plan.cards = [_card(plan, setup, pair, gpu) for gpu in cards]
+    plan.cards = [_card(plan, setup, pair, parts, gpu) for gpu in cards]
     return plan
+
+
+def weights_bytes(fields: Mapping[str, Any], quantization: Quantization) -> int:
+    """At least what the base's weights take; embedding and head stay in 16 bits."""
+    parts = _parameters(fields)
+    return int(parts["layers"] * {"none": 2.0, "8bit": 1.0, "4bit": 0.5}[quantization]) + 2 * (
+        parts["head"] + parts["embedding"]
+    )
 
 
 def pair_tokens(pair: Pair, layout: str) -> int:
@@ -227,7 +236,7 @@ def _options(setup: Setup, pair: Pair) -> list[Option]:
     return [Option(name, step_memory(changed, [some]).peak.n_bytes) for name, changed, some in changes]
 
 
-def _card(plan: Plan, setup: Setup, pair: Pair, gpu: Gpu) -> CardPlan:
+def _card(plan: Plan, setup: Setup, pair: Pair, parts: Mapping[str, int], gpu: Gpu) -> CardPlan:
     request = plan.request
     micro = [n for n, memory in plan.phase2.items() if plan.needed(memory.peak) <= gpu.n_bytes]
     step = plan.phase2[max(micro, default=1)].peak.n_bytes
@@ -242,7 +251,7 @@ def _card(plan: Plan, setup: Setup, pair: Pair, gpu: Gpu) -> CardPlan:
         micro_batch=max(micro, default=1),
     )
     card.times = phase_times(
-        _parameters(setup.model),
+        parts,
         setup.model,
         pair=(pair.prompt, pair.chosen, pair.rejected),
         pairs=request.pairs,

@@ -36,7 +36,7 @@ GPUS = {name: Gpu(name, int(gib * 2**30), flops) for name, (gib, flops) in _CARD
 
 
 def find_gpu(name: str) -> Gpu:
-    """A card by name, or `80` or `80gb` for one of that size of which no more is known.
+    """A card by name, or one of which only the size is known: `80` or `80gb` as sold, `79.1gib` as it has to give.
 
     Raises:
         UserError: no such card.
@@ -46,7 +46,8 @@ def find_gpu(name: str) -> Gpu:
     if found:
         return found[0]
     try:
-        size = float(key.removesuffix("gb").removesuffix("gib"))
+        exact = key.endswith("gib")
+        size = float(key.removesuffix("gib").removesuffix("gb"))
     except ValueError as error:
         raise UserError(
             f"there is no card {name} in the table",
@@ -57,7 +58,7 @@ def find_gpu(name: str) -> Gpu:
             remedy="name one of these, or give the memory that nvidia-smi shows",
         ) from error
     # A card sold as 80 GB has about 79 GiB to give.
-    return Gpu(f"{size:g} GB", int(0.985 * size * 2**30))
+    return Gpu(f"{size:g} {'GiB' if exact else 'GB'}", int(size * (1.0 if exact else 0.985) * 2**30))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,26 +1,36 @@
-"""What `dpoeng init` proposes for a model, pairs and a GPU. Weights are counted from files; nothing is loaded."""
+"""What `dpoeng init` proposes for a model, pairs and a GPU: by the plan's simulation, from config.json alone."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from dpoeng.cache.errors import UserError
+from dpoeng.engine.config import PrecomputeConfig, TrainConfig
 from dpoeng.engine.config_template import Line
+from dpoeng.engine.plan import GIB, Plan, make_plan, model_fields, suggested, weights_bytes
+from dpoeng.engine.plan_config import PlanConfig
+from dpoeng.engine.plan_time import find_gpu
+from dpoeng.engine.progress import QUIET, Progress
 
-GIB = 2**30
-# Of the memory, what weights may take: the rest is for activations, LoRA and optimizer, and CUDA itself.
-WEIGHTS_SHARE = 0.6
-# Bytes a weight: 16 bits; 8 bits; 4 bits with their scales. Embedding and head stay in 16 bits, which these leave out.
-BYTES = {"none": 2.0, "8bit": 1.0, "4bit": 0.56}
+HEADROOM = 0.8
+"""Share of a card that a proposal may fill: a plan is a calculation, and longer pairs may come."""
 
 
-def suggest(pairs: Sequence[Path], model: str | None, adapter: str | None, *, gpu_bytes: int | None) -> dict[str, Line]:
-    """Fields with values, in the file's order.
+def suggest(
+    pairs: Sequence[Path], model: str | None, adapter: str | None, *, gpu: str | None, progress: Progress = QUIET
+) -> dict[str, Line]:
+    """Fields with values.
+
+    Args:
+        pairs: files that will be scored.
+        model: a folder or a name; its config.json decides what fits.
+        adapter: an SFT adapter on it.
+        gpu: a card, as `dpoeng plan` knows them; None for the one that is here, if there is one.
+        progress: told what is being simulated.
 
     Raises:
-        UserError: a file or folder that was named is not there.
+        UserError: a file or folder that was named is not there, or the card is not known.
     """
     lines: dict[str, Line] = {}
     for path in pairs:
@@ -28,54 +38,77 @@ def suggest(pairs: Sequence[Path], model: str | None, adapter: str | None, *, gp
             raise _missing("pairs", str(path))
     if pairs:
         lines["pairs"] = Line([str(path) for path in pairs])
-    if model is not None:
-        if model.startswith((".", "/", "~")) and not Path(model).expanduser().exists():
-            raise _missing("--model", model)
-        lines["model"] = Line(model)
+    for field, name in (("model", model), ("adapter", adapter)):
+        if name is None:
+            continue
+        if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
+            raise _missing(f"--{field}", name)
+        lines[field] = Line(name)
     if adapter is not None:
-        if adapter.startswith((".", "/", "~")) and not Path(adapter).expanduser().exists():
-            raise _missing("--adapter", adapter)
-        lines["adapter"] = Line(adapter)
         lines["adapter_mode"] = Line("continue", ("the SFT adapter is trained further; stack puts a new one on it",))
-    weights = count_weights(Path(model).expanduser()) if model is not None else None
-    memory = gpu_bytes if gpu_bytes is not None else _gpu_memory()
-    if weights is not None and memory is not None:
-        lines["quantization"] = _quantization(weights, memory)
-    if memory is not None and weights is not None and weights > 3e9:
-        lines["per_device_train_batch_size"] = Line(1, ("a large model: one pair in one forward",))
-        lines["gradient_accumulation_steps"] = Line(8, ("as many pairs a step as by default",))
+    gpu = gpu or _gpu_here()
+    if gpu is not None:
+        find_gpu(gpu)  # a card that nobody knows is said before anything is simulated
+        if model is not None:
+            lines |= _what_fits(model, gpu, progress)
     return lines
 
 
-def count_weights(model: Path) -> int | None:
-    """Number of weights, from the headers of the safetensors files; None if there are none."""
-    total = 0
-    for file in sorted(model.glob("*.safetensors")) if model.is_dir() else ():
-        try:
-            with file.open("rb") as stream:
-                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-            for name, tensor in header.items():
-                if name != "__metadata__":
-                    size = 1
-                    for length in tensor["shape"]:
-                        size *= length
-                    total += size
-        except (OSError, ValueError, KeyError, TypeError, MemoryError, OverflowError):
-            return None
-    return total or None
+def _what_fits(model: str, gpu: str, progress: Progress) -> dict[str, Line]:
+    """Quantization and batch sizes: the most exact weights that leave headroom, else what fits at all, else 4 bits."""
+    try:
+        fields = model_fields(model)
+    except UserError:
+        progress.note(f"the size of {model} is not known here: quantization and batch sizes are left to you")
+        return {}
+    plans: list[Plan] = []
+    max_length = PrecomputeConfig.model_fields["max_length"].default
+    with progress.task(f"simulating {model}", 3, "ways to hold it") as advance:
+        for quantization in ("none", "8bit", "4bit"):
+            if quantization == "4bit" or weights_bytes(fields, quantization) < find_gpu(gpu).n_bytes:
+                request = {"model": model, "gpu": (gpu,), "quantization": quantization, "compare": False}
+                plans.append(make_plan(PlanConfig.model_validate({**request, "max_length": max_length})))
+                if _share(plans[-1]) <= HEADROOM:
+                    break
+            advance(1, quantization)
+    roomy, fitting = _share(plans[-1]) <= HEADROOM, [plan for plan in plans if plan.cards[0].fits]
+    return _lines(plans[-1] if roomy or not fitting else fitting[-1])
 
 
-def _quantization(weights: int, memory: int) -> Line:
-    fits = [kind for kind, size in BYTES.items() if weights * size <= WEIGHTS_SHARE * memory]
-    kind = fits[0] if fits else "4bit"
-    text = f"calculated: {weights / 1e9:.3g}e9 weights take {weights * BYTES[kind] / GIB:.3g} of {memory / GIB:.3g} GiB"
-    return Line(kind, (text if fits else f"{text}; this will hardly fit",))
+def _share(plan: Plan) -> float:
+    """Of the card, what both phases need at most with one pair a forward."""
+    peaks = (plan.step, plan.evaluation.peak, plan.phase1[min(plan.phase1)].peak)
+    return max(map(plan.needed, peaks)) / plan.cards[0].gpu.n_bytes
 
 
-def _gpu_memory() -> int | None:
+def _lines(plan: Plan) -> dict[str, Line]:
+    """The fields that the plan suggests where these are not the defaults; quantization always, with its reason."""
+    card = plan.cards[0]
+    reason = (
+        f"calculated by dpoeng plan: at least {_share(plan) * card.gpu.n_bytes / GIB:.3g} of the "
+        f"{card.gpu.n_bytes / GIB:.3g} GiB of {card.gpu.name}, for pairs of 2 x {plan.request.max_length} tokens"
+    )
+    if not card.fits:
+        reason += "; this will not fit"
+    lines = {"quantization": Line(plan.request.quantization, (reason,))}
+    values = suggested(plan, card)
+    for cls, names in (
+        (PrecomputeConfig, ("batch_tokens",)),
+        (
+            TrainConfig,
+            ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size"),
+        ),
+    ):
+        lines |= {name: Line(values[name]) for name in names if values[name] != cls.model_fields[name].default}
+    return lines
+
+
+def _gpu_here() -> str | None:
     import torch
 
-    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        return None
+    return f"{torch.cuda.get_device_properties(0).total_memory / GIB:.4g}gib"
 
 
 def _missing(where: str, name: str) -> UserError:

@@ -118,21 +118,49 @@ def test_every_commented_field_of_init_shows_its_default(run: Run, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("gib", "kind", "words"),
-    [(80, "none", "takes"), (1e-5, "8bit", ""), (5e-6, "4bit", ""), (1e-7, "4bit", "this will hardly fit")],
+    ("gpu", "kind", "words"),
+    [
+        ("a100-80gb", "none", "of the 79.1 GiB of a100-80gb"),
+        ("2.05gib", "8bit", "calculated by dpoeng plan: at least 1.58"),
+        ("1gib", "4bit", "this will not fit"),
+    ],
 )
-def test_init_chooses_a_quantization_from_the_files(
-    run: Run, tmp_path: Path, gib: float, kind: str, words: str
-) -> None:
-    header = json.dumps({"a": {"dtype": "F32", "shape": [50, 100], "data_offsets": [0, 20000]}, "__metadata__": {}})
+def test_init_chooses_a_quantization_by_the_plan(run: Run, tmp_path: Path, gpu: str, kind: str, words: str) -> None:
+    """From config.json alone; and what init writes is what plan would say of it."""
+    fields = {
+        "model_type": "llama",
+        "vocab_size": 1000,
+        "hidden_size": 2048,
+        "intermediate_size": 24576,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+    }
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode())
-    status, out, err = run("init", "--model", "./model", "--gpu-memory", str(gib))
+    (tmp_path / "model" / "config.json").write_text(json.dumps(fields))
+    status, out, err = run("init", "--model", "./model", "--gpu", gpu)
     assert status == 0, err
     assert f"quantization: {kind}" in out
-    assert "calculated: 5e-06e9 weights" in out
-    assert words.replace("takes", "take") in out
-    assert load_config(PrecomputeConfig, {}, tmp_path / "dpoeng.yaml").quantization == kind
+    assert words in " ".join(out.split())
+    scored = load_config(PrecomputeConfig, {}, tmp_path / "dpoeng.yaml")
+    trained = load_config(TrainConfig, {}, tmp_path / "dpoeng.yaml")
+    assert scored.quantization == kind
+    if kind != "8bit":
+        return
+    request = ["--gpu", gpu, "--quantization", kind, "--max-length", "1024", "--no-compare", "--json"]
+    _, out, _ = run("plan", "--model", "./model", *request)
+    planned = json.loads(out)["phase2"]["suggested"]
+    assert trained.per_device_train_batch_size == planned["per_device_train_batch_size"]
+    assert trained.gradient_accumulation_steps == planned["gradient_accumulation_steps"]
+    assert (scored.batch_tokens or 16384) == planned["batch_tokens"]
+
+
+def test_init_leaves_open_what_it_cannot_know(run: Run, tmp_path: Path) -> None:
+    status, out, err = run("init", "--model", "org/unheard-of", "--gpu", "24gb")
+    assert status == 0, err
+    assert "the size of org/unheard-of is not known here" in " ".join(err.split())
+    assert "quantization" not in out
+    assert load_config(PrecomputeConfig, {}, tmp_path / "dpoeng.yaml") == PrecomputeConfig(model="org/unheard-of")
 
 
 @pytest.mark.parametrize(
@@ -142,7 +170,7 @@ def test_init_chooses_a_quantization_from_the_files(
         (["init", "--model", "./none"], ["./none is not there", "--model"]),
         (["init", "--adapter", "./none"], ["./none is not there", "--adapter"]),
         (["init", "--output", "none/dpoeng.yaml"], ["cannot be written", "No such file"]),
-        (["init", "--gpu-memory", "0"], ["--gpu-memory"]),
+        (["init", "--gpu", "abacus"], ["there is no card abacus", "--gpu", "a100-80gb"]),
         (["migrate", "none.py"], ["cannot be read", "No such file"]),
         (["migrate", "."], ["cannot be read"]),
         (["migrate", "empty.py"], ["nothing of DPO in this file", "dpoeng init"]),
