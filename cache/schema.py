@@ -20,7 +20,8 @@ PAIR_KEY_TAG = b"dpoeng.pair.v1"
 _COUNTS = struct.Struct("<5q")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+# Neither class is frozen: that would take thrice as long to make, and every row that is read is one of each.
+@dataclass(slots=True, eq=False)
 class PairIds:
     """The token ids of one preference pair: two continuations of one shared prompt.
 
@@ -52,7 +53,7 @@ class PairIds:
         return _content(self) == _content(other)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class ScoredPair:
     """A pair with the reference's log-probability of every scored token.
 
