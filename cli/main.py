@@ -27,6 +27,7 @@ COMMANDS = {
     "report": ("dpoeng.cli.report:report", "Write a run as one HTML page: curves, tables, configuration."),
     "doctor": ("dpoeng.cli.doctor:doctor", "Look whether this machine is ready: versions, GPU, disk, folders."),
     "merge": ("dpoeng.cli.merge:merge", "Fold a run's adapters into the full-precision base."),
+    "quantize": ("dpoeng.cli.quantize:quantize", "Write a model in 8 or 4 bits, to be loaded so from then on."),
     "init": ("dpoeng.cli.init:init", "Write a commented dpoeng.yaml for your model, pairs and GPU."),
     "migrate": ("dpoeng.cli.migrate:migrate", "Turn a TRL, Axolotl or LLaMA-Factory set-up into a dpoeng.yaml."),
     "config": ("dpoeng.cli.config:config", "Print every setting and where it comes from; a schema for editors."),

@@ -10,6 +10,7 @@ from dpoeng.engine.config import PrecomputeConfig
 from dpoeng.engine.model import pick_device
 from dpoeng.engine.precompute import default_batch_tokens, default_view_name, required_model
 from dpoeng.engine.progress import QUIET, Progress
+from dpoeng.engine.quantize import with_stored_quantization
 from dpoeng.engine.reference import reference_spec
 from dpoeng.engine.sources import find_adapter, find_model
 from dpoeng.engine.view_file import reference_record
@@ -30,6 +31,7 @@ def import_reference(config: PrecomputeConfig, path: Path, progress: Progress = 
         UserError: no such model, or rows that cannot be right.
     """
     source = find_model(required_model(config))
+    config = with_stored_quantization(config, source)
     adapter = find_adapter(config.adapter) if config.adapter else None
     config = config.model_copy(
         update={"batch_tokens": config.batch_tokens or default_batch_tokens(pick_device(config.device))}

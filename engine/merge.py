@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from dpoeng.engine.model import DTYPES
 from dpoeng.engine.progress import QUIET, Progress
 from dpoeng.engine.run_folder import ADAPTER_FOLDER, RUN_FILE
 from dpoeng.engine.run_record import read_json
-from dpoeng.engine.sources import ModelSource, find_adapter, find_model
+from dpoeng.engine.sources import ModelSource, copy_beside, find_adapter, find_model
 
 _PREFIX = "base_model.model."
 
@@ -193,10 +192,7 @@ def _copy_rest(base: ModelSource, into: Path, config: dict[str, Any], dtype: str
     if dtype != "auto":
         config = {**{k: v for k, v in config.items() if k != "torch_dtype"}, "dtype": dtype}
     (into / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for file in sorted(base.folder.iterdir()):
-        wanted = file.suffix in (".json", ".txt", ".model", ".jinja") and not (into / file.name).exists()
-        if file.is_file() and wanted and "index" not in file.name:
-            shutil.copyfile(file, into / file.name)
+    copy_beside(base, into)
     index = base.folder / "model.safetensors.index.json"
     if index.is_file():
         record = json.loads(index.read_text(encoding="utf-8"))

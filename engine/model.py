@@ -19,8 +19,14 @@ from torch import nn
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.attention import SHARED_PROMPT, no_mask, shared_prompt_attention
 from dpoeng.engine.config import Attention, Quantization
-from dpoeng.engine.quantized import import_bitsandbytes, keep_no_inputs, quantization_config, quantize_empty
-from dpoeng.engine.sources import ModelSource
+from dpoeng.engine.quantized import (
+    compute_in,
+    import_bitsandbytes,
+    keep_no_inputs,
+    quantization_config,
+    quantize_empty,
+)
+from dpoeng.engine.sources import ModelSource, stored_quantization
 from dpoeng.kernels.tiled_logps import native_bf16
 
 Layout = Literal["shared", "separate"]
@@ -175,11 +181,19 @@ def load_model(
         base = load_gguf_model(source.weight_files[0], compute).to(device)
     else:
         kwargs: dict[str, Any] = {"dtype": compute, "trust_remote_code": False, "use_safetensors": True}
-        if quantization != "none":
-            kwargs["quantization_config"] = quantization_config(
-                quantization, compute, int8_threshold, quant_type, double_quant
+        stored = stored_quantization(source)
+        if stored is not None and stored["quantization"] != quantization:
+            raise UserError(
+                f"{source.name} is quantised already, and in another way",
+                code="quantization-stored",
+                where=str(source.folder),
+                expected=f"quantization {stored['quantization']}, as its config.json says",
+                found=quantization,
+                remedy="leave --quantization out, or name the full-precision checkpoint with --model",
             )
-            kwargs["device_map"] = {"": str(device)}
+        if quantization != "none":
+            settings = quantization_config(quantization, compute, int8_threshold, quant_type, double_quant)
+            kwargs |= {"device_map": {"": str(device)}} | ({"quantization_config": settings} if stored is None else {})
         try:
             with _quiet_loading():
                 base, loaded = AutoModelForCausalLM.from_pretrained(
@@ -198,6 +212,8 @@ def load_model(
         _refuse_mismatched(loaded["mismatched_keys"], source)
         if quantization == "none":
             base = base.to(device)
+        if stored is not None:
+            compute_in(base, compute)
     return _frozen(base, load_tokenizer(source) if tokenizer else None, device, compute, quantization)
 
 
@@ -225,7 +241,8 @@ def empty_model(
 
     register_attention()
     try:
-        config = AutoConfig.for_model(**fields)
+        # How a stored checkpoint is quantised is told by `quantization`, as for any other.
+        config = AutoConfig.for_model(**{name: held for name, held in fields.items() if name != "quantization_config"})
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -30,6 +30,7 @@ from dpoeng.engine.model import (
 )
 from dpoeng.engine.pairs import PairFile, ensure_unchanged, read_pairs
 from dpoeng.engine.progress import QUIET, Progress
+from dpoeng.engine.quantize import with_stored_quantization
 from dpoeng.engine.quantized import outliers_over_batch, require_bitsandbytes
 from dpoeng.engine.reference import load_reference, reference_spec, score_pairs, score_within_memory
 from dpoeng.engine.rejects import Reject, check_reject_share
@@ -102,6 +103,7 @@ def _precompute(config: PrecomputeConfig, group: Group, progress: Progress) -> P
             remedy="name the file, or write `pairs: [pairs.jsonl]` into dpoeng.yaml",
         )
     source = find_model(required_model(config))
+    config = with_stored_quantization(config, source)
     adapter = find_adapter(config.adapter) if config.adapter else None
     device = pick_device(config.device, group.local_rank)
     require_bitsandbytes(config.quantization)

@@ -95,6 +95,13 @@ def quantized_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__module__.startswith("bitsandbytes.nn")]
 
 
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Makes 4-bit layers of a stored checkpoint multiply in this dtype, and not in the one that it was stored with."""
+    for module in quantized_layers(model):
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+
+
 def keep_no_inputs(model: nn.Module) -> None:
     """Makes LLM.int8() layers let go of their inputs, which their backward never reads.
 

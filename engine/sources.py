@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,41 @@ def find_adapter(name: str) -> ModelSource:
         )
     _read_json(config)
     return ModelSource(name, folder, (weights,), revision=commit)
+
+
+def stored_quantization(source: ModelSource) -> dict[str, Any] | None:
+    """How a checkpoint is quantised in its files, in the fields of PrecomputeConfig; None where it is not.
+
+    Raises:
+        UserError: in a way that dpoeng does not run, or config.json cannot be read.
+    """
+    file = source.folder / "config.json"
+    held = None if source.gguf or not file.is_file() else _read_json(file).get("quantization_config")
+    if not held:
+        return None
+    if held.get("quant_method") == "bitsandbytes" and held.get("load_in_8bit"):
+        return {"quantization": "8bit", "llm_int8_threshold": float(held.get("llm_int8_threshold", 6.0))}
+    if held.get("quant_method") == "bitsandbytes" and held.get("load_in_4bit"):
+        return {
+            "quantization": "4bit",
+            "bnb_4bit_quant_type": held.get("bnb_4bit_quant_type", "fp4"),
+            "bnb_4bit_use_double_quant": bool(held.get("bnb_4bit_use_double_quant", False)),
+        }
+    raise UserError(
+        f"{source.name} is quantised by {held.get('quant_method', 'a method without a name')}",
+        code="quantization-stored",
+        where=str(file),
+        expected="full precision, or bitsandbytes in 8 or 4 bits",
+        remedy="name the full-precision checkpoint; --quantization 8bit or 4bit quantises it while it is loaded",
+    )
+
+
+def copy_beside(source: ModelSource, into: Path) -> None:
+    """Copies what lies beside the weights (tokenizer, template, generation settings) unless `into` has it."""
+    for file in sorted(source.folder.iterdir()):
+        wanted = file.suffix in (".json", ".txt", ".model", ".jinja") and not (into / file.name).exists()
+        if file.is_file() and wanted and "index" not in file.name:
+            shutil.copyfile(file, into / file.name)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -106,6 +106,7 @@ MEANINGS: dict[str, str] = {
     "gguf-package": "An optional package is missing.",
     "weights-gguf": "An optional package is missing.",
     "gguf-output-exists": "The folder for a converted model is in use.",
+    "quantization-stored": "The checkpoint is quantised in its files, and not as was asked for.",
     "gguf-quantization": "A GGUF file is quantised already.",
     "cache-not-found": "There is no reference cache in this folder. Phase one makes it.",
     "cache-not-empty": "A cache is made in an empty folder or a new one, so that nothing of yours is mixed with it.",

@@ -319,6 +319,7 @@ def poisoned(held: dict[str, Any]) -> None:
 
 CHAT = {"prompt": [{"role": "user", "content": "Hi"}], "chosen": "Hello", "rejected": "Go"}
 OTHER = "precompute-ref pairs.jsonl --model other"
+IN_8_BITS = {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 0.0}
 MODELS = (
     Wrong("no such model", "model-not-found", 2, "precompute-ref pairs.jsonl --model ./nowhere", ("nowhere",)),
     Wrong("a file that is no model", "model-not-found", 2, "precompute-ref pairs.jsonl --model pairs.jsonl", ("GGUF",)),
@@ -352,6 +353,10 @@ MODELS = (
     Wrong("weights that are no numbers", "reference-not-finite", 5, OTHER, (), spoil("other", tensors(poisoned))),
     Wrong("a dtype that cannot compute", "config-value", 2, OTHER, ("--dtype",),
           spoil("other", lambda f, d: d.edit_json(f / "config.json", dtype="float8_e4m3fn"))),
+    Wrong("quantised by another method", "quantization-stored", 2, OTHER, ("gptq", "--quantization 8bit"),
+          spoil("other", lambda f, d: d.edit_json(f / "config.json", quantization_config={"quant_method": "gptq"}))),
+    Wrong("quantised already, in 8 bits", "quantization-stored", 2, f"{OTHER} --quantization 4bit", ("8bit", "4bit"),
+          spoil("other", lambda f, d: d.edit_json(f / "config.json", quantization_config=IN_8_BITS))),
     Wrong("no tokenizer", "tokenizer-missing", 2, OTHER, ("tokenizer.json",),
           spoil("other", lambda f, d: [path.unlink() for path in f.glob("*token*")])),
     Wrong("no tokenizer, in a check", "tokenizer-missing", 2, "check pairs.jsonl --model other", (),

@@ -1,0 +1,66 @@
+"""`dpoeng quantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+EPILOG = """\b
+Examples:
+  dpoeng quantize Qwen/Qwen2.5-32B --into qwen-8bit
+  dpoeng quantize sft-model --into sft-4bit --quantization 4bit
+"""
+
+
+@click.command("quantize", epilog=EPILOG)
+@click.argument("model")
+@click.option("--into", required=True, type=click.Path(path_type=Path), help="A new folder for the checkpoint.")
+@click.option(
+    "--quantization", type=click.Choice(["8bit", "4bit"]), default="8bit", show_default=True, help="bitsandbytes' bits."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Of what stays unquantised: head, embedding, norms.",
+)
+@click.option(
+    "--llm-int8-threshold", default=6.0, show_default=True, help="8bit: the outlier threshold that runs will use."
+)
+@click.option("--device", default="auto", show_default=True, help="Where it is quantised: auto, cpu, cuda or cuda:N.")
+def quantize(model: str, into: Path, quantization: str, dtype: str, llm_int8_threshold: float, device: str) -> None:
+    """Write a model in 8 or 4 bits, so that every later run reads half or a quarter of the bytes.
+
+    Both phases take the folder as --model and need no --quantization. `dpoeng merge` still needs the original.
+    """
+    from rich.console import Console
+
+    from dpoeng.cli.progress import TerminalProgress
+    from dpoeng.cli.summary import facts_table
+    from dpoeng.engine.model import pick_device
+    from dpoeng.engine.quantize import quantize as write_quantized
+    from dpoeng.engine.sources import find_model
+
+    summary = write_quantized(
+        find_model(model),
+        into,
+        quantization="8bit" if quantization == "8bit" else "4bit",
+        dtype=dtype,
+        device=pick_device(device),
+        int8_threshold=llm_int8_threshold,
+        progress=TerminalProgress(),
+    )
+    console = Console()
+    console.print(
+        facts_table(
+            [
+                ("checkpoint", str(summary.folder)),
+                ("weights", f"{summary.before / 2**30:.2f} GiB before, {summary.after / 2**30:.2f} GiB now"),
+            ]
+        )
+    )
+    console.print(
+        f"\nNext: dpoeng precompute-ref pairs.jsonl --model {summary.folder}", highlight=False, soft_wrap=True
+    )

@@ -1,0 +1,122 @@
+"""A checkpoint that is quantised already: written once, read in half or a quarter of the bytes from then on.
+
+The layers, and so the numbers, are those of quantising while loading. Merging needs the full-precision original.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dpoeng.cache.errors import UserError
+from dpoeng.engine.config import PrecomputeConfig, Quantization
+from dpoeng.engine.model import load_model
+from dpoeng.engine.progress import QUIET, Progress
+from dpoeng.engine.sources import ModelSource, copy_beside, stored_quantization
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeSummary:
+    """What was written; sizes in bytes."""
+
+    folder: Path
+    quantization: Quantization
+    before: int
+    after: int
+
+
+def quantize(
+    source: ModelSource,
+    into: Path,
+    *,
+    quantization: Quantization,
+    dtype: str = "auto",
+    device: torch.device | None = None,
+    int8_threshold: float = 6.0,
+    quant_type: str = "nf4",
+    double_quant: bool = True,
+    progress: Progress = QUIET,
+) -> QuantizeSummary:
+    """Writes a model in bitsandbytes' 8 or 4 bits, as transformers saves and loads it.
+
+    Args:
+        source: the full-precision checkpoint.
+        into: where the new one goes; must not exist, or be empty.
+        quantization: 8bit or 4bit.
+        dtype: of what stays unquantised (head, embedding, norms); `auto` is the checkpoint's own.
+        device: where it is quantised.
+        int8_threshold: 8bit: the outlier threshold that a run will use.
+        quant_type: 4bit: the number format.
+        double_quant: 4bit: whether the scales are quantised too.
+        progress: told of the two halves of the work.
+
+    Raises:
+        UserError: the model is quantised already or cannot be loaded, or the folder cannot be written.
+    """
+    if into.exists() and (not into.is_dir() or any(into.iterdir())):
+        raise UserError(
+            "the folder to write into is not empty",
+            code="output-unwritable",
+            where=str(into),
+            remedy="name a new folder with --into",
+            exit_status=5,
+        )
+    if source.gguf or stored_quantization(source) is not None:
+        raise UserError(
+            f"{source.name} is quantised already",
+            code="quantization-stored",
+            where=str(source.folder),
+            expected="a full-precision checkpoint of safetensors",
+            remedy="name the original",
+        )
+    with progress.task("quantising", 2, "halves") as advance:
+        lm = load_model(
+            source,
+            quantization=quantization,
+            dtype=dtype,
+            device=device or torch.device("cpu"),
+            int8_threshold=int8_threshold,
+            quant_type=quant_type,
+            double_quant=double_quant,
+            tokenizer=False,
+        )
+        advance(1, "loaded")
+        try:
+            lm.base.save_pretrained(into)
+            copy_beside(source, into)
+        except OSError as error:
+            raise UserError(
+                "the checkpoint cannot be written",
+                code="output-unwritable",
+                where=str(into),
+                found=error.strerror or str(error),
+                remedy="name a folder with room for it with --into",
+                exit_status=5,
+            ) from error
+        advance(1, "written")
+    after = sum(file.stat().st_size for file in into.glob("*.safetensors"))
+    return QuantizeSummary(into, quantization, sum(file.stat().st_size for file in source.weight_files), after)
+
+
+def with_stored_quantization(config: PrecomputeConfig, source: ModelSource) -> PrecomputeConfig:
+    """The configuration with what the checkpoint itself says of its quantisation.
+
+    Raises:
+        UserError: something else was asked for.
+    """
+    stored = stored_quantization(source)
+    if stored is None:
+        return config
+    for name, value in stored.items():
+        if name in config.model_fields_set and getattr(config, name) != value:
+            raise UserError(
+                f"{source.name} is quantised already, and in another way",
+                code="quantization-stored",
+                where="--" + name.replace("_", "-"),
+                expected=f"{value}, as its config.json says, or nothing",
+                found=str(getattr(config, name)),
+                remedy="leave the option out, or name the full-precision checkpoint with --model",
+            )
+    return config.model_copy(update=dict(stored))
