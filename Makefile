@@ -5,6 +5,7 @@
 #   make lint        ruff, format, mypy                make test-peers  parity with TRL, in an environment of its own
 #   make site        the documents as a site, in site/        make docs-errors   docs/errors.md anew
 #   make bench       throughput and memory here        make coverage    the test suite with line coverage
+#   make figures     README and docs from bench/results/
 #   make clean       remove what the above made        make distclean   and the environments
 #
 # PYTHON names the Python to build with, PIP_FLAGS what pip needs here (for example an index with CPU builds of torch).
@@ -21,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export DEMO_DIR
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-peers coverage lint format site docs-errors bench clean distclean
+.PHONY: help setup demo test test-slow test-peers coverage lint format site docs-errors figures bench clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -73,6 +74,9 @@ $(VENV)/.extras: $(VENV)/.installed
 
 docs-errors: $(VENV)/.installed
 	DPOENG_WRITE_DOCS=1 $(VENV)/bin/python -m pytest tests/test_errors.py -q
+
+figures: $(VENV)/.installed
+	$(VENV)/bin/python -m dpoeng.bench.figures
 
 format: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix .

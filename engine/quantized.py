@@ -97,9 +97,9 @@ def quantized_layers(model: nn.Module) -> list[nn.Module]:
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
     """Makes 4-bit layers of a stored checkpoint multiply in this dtype, and not in the one that it was stored with."""
-    for module in quantized_layers(model):
-        if hasattr(module, "compute_dtype"):
-            module.compute_dtype, module.compute_type_is_set = dtype, True
+    layers: list[Any] = [layer for layer in quantized_layers(model) if hasattr(layer, "compute_dtype")]
+    for layer in layers:
+        layer.compute_dtype, layer.compute_type_is_set = dtype, True
 
 
 def keep_no_inputs(model: nn.Module) -> None:

@@ -1,0 +1,297 @@
+"""Figures in README and docs, from recorded results alone: what stands between two markers is written by this file.
+
+    python -m dpoeng.bench.figures           # rewrites README.md and docs/*.md
+
+A block begins with `<!-- figures: NAME -->` and ends with `<!-- end of figures -->`. Each takes the last record of its
+kind in bench/results/. A test fails where a document says something else than the record.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+Record = dict[str, Any]
+_BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+_PEERS = {
+    "trl precomputed": "its reference log-probs precomputed",
+    "trl adapter off": "its default: the adapter switched off for the reference",
+    "trl second model": "a second model as the reference",
+}
+
+_HEADS = {"dpoeng": "dpoeng", "naive": "full logits", "TRL": "TRL 1.16's head"}
+
+
+def read(kind: str, results: Path = RESULTS) -> list[Record]:
+    """The records of a kind measured on CPUs, oldest first."""
+    lines = (results / f"{kind}-cpu.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def rewritten(text: str, results: Path = RESULTS) -> str:
+    """A document with its blocks made anew from the records.
+
+    Raises:
+        KeyError: a block of an unknown name.
+    """
+    return _BLOCK.sub(lambda m: f"{m[1]}{BLOCKS[m[2]](results)}\n{m[3]}", text)
+
+
+def documents() -> list[Path]:
+    """The files that may have blocks."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+# --------------------------------------------------------------------------- blocks
+
+
+def compare(results: Path) -> str:
+    """dpoeng against each configuration of TRL: every recorded comparison."""
+    return "\n\n".join(_comparison(record) for record in read("compare", results))
+
+
+def _comparison(record: Record) -> str:
+    settings, medians = record["settings"], record["medians"]
+    rows = [
+        ["TRL 1.16 over dpoeng", "a step, CPU time", "a step, memory", "reference pass, CPU time", "its memory"],
+        *(
+            [
+                _PEERS[peer],
+                _range(found, "step_cpu_s"),
+                _range(found, "train_peak_bytes"),
+                _range(found, "reference_cpu_s"),
+                _range(found, "reference_peak_bytes"),
+            ]
+            for peer, found in record["ratios"].items()
+        ),
+    ]
+    ours = {**medians["dpoeng reference"], **medians["dpoeng"]}
+    worst = max(record["equality"]["loss"].values())
+    return (
+        f"{settings['batch_size']} pairs a step, {settings['steps'] - 1} counted steps; reference pass over "
+        f"{settings['pairs_count']} pairs; {settings['dtype']}; median and range of {settings['repeats']} repeats. "
+        f"{_where(record)}:\n\n"
+        f"{_table(rows)}\n\n"
+        f"dpoeng itself: {ours['step_cpu_s']:.3g} CPU-s a step, {_gib(ours['train_peak_bytes'])} above the weights; "
+        f"reference {ours['reference_cpu_s_per_pair']:.2g} CPU-s a pair, {_gib(ours['reference_peak_bytes'])}. "
+        f"The losses of all steps agree to {worst:.1e}, relative."
+    )
+
+
+def sharing(results: Path) -> str:
+    """The two curves of `dpoeng bench sharing`."""
+    record = read("sharing", results)[-1]
+    by_share = [
+        ["prompt's share of a pair", "positions left", "reference pass", "training"],
+        *(
+            [
+                f"{100 * point['prompt_share']:.0f} %",
+                f"{100 * point['positions_left']:.0f} %",
+                f"{point['reference_speedup']:.2f} times",
+                f"{point['training_speedup']:.2f} times",
+            ]
+            for point in record["prompt_share"]
+        ),
+    ]
+    by_pairs = [
+        ["pairs a prompt", "positions left", "over once a pair", "over once a response"],
+        *(
+            [
+                str(point["pairs_a_prompt"]),
+                f"{100 * point['positions_left']:.0f} %",
+                f"{point['over_once_a_pair']:.2f} times",
+                f"{point['over_once_a_response']:.2f} times",
+            ]
+            for point in record["pairs_a_prompt"]
+        ),
+    ]
+    pairs = record["settings"]
+    return (
+        f"Speed with each prompt once over speed with repeats, {pairs['pairs']} pairs of {pairs['tokens']} tokens. "
+        f"{_where(record)}:\n\n{_table(by_share)}\n\n{_table(by_pairs)}"
+    )
+
+
+def cache(results: Path) -> str:
+    """What `dpoeng bench cache` found."""
+    record = read("cache", results)[-1]
+    found, weights = record["read"], record["weights"]
+    steps = {step["pairs"]: step for step in record["sizes"]}
+    rows = [["microseconds a pair", *(f"{count:,} pairs" for count in steps)]]
+    for name, label in (
+        ("commit_us", "commit to the cache"),
+        ("lookup_us", "read the index"),
+        ("hit_us", "find a pair, ids compared"),
+        ("write_view_us", "write the view"),
+    ):
+        rows.append([label, *(f"{step[name]:.2g}" for step in steps.values())])
+    return (
+        f"{_where(record)}:\n\n{_table(rows)}\n\n"
+        f"A view of {found['pairs']:,} pairs opens in {found['open_ms'] / 1e3:.2f} s, gives {found['rows_per_s']:,.0f} "
+        f"rows a second on one core and takes {found['anonymous_mib']:.0f} MiB of memory; a full check hashes "
+        f"{found['verify_gb_per_s']:.1f} GB/s. The identity hash of weights runs at {weights['identity_gb_per_s']:.1f} "
+        f"GB/s, sha256 over the same file at {weights['sha256_gb_per_s']:.2f}."
+    )
+
+
+def kernels(results: Path) -> str:
+    """The head against its alternatives: training and scoring side by side, a table a shape and dtype."""
+    tables = []
+    for record in read("kernels", results):
+        found = {(tuple(r["shape"]), r["dtype"], r["mode"]): r["ways"] for r in record["results"]}
+        for vocabulary, width, tokens, dtype in dict.fromkeys((*shape, dtype) for shape, dtype, _ in found):
+            train, score = (found[(vocabulary, width, tokens), dtype, mode] for mode in ("train", "score"))
+            heads = ["times dpoeng's", "peak MiB"]
+            rows = [["", "training, CPU-s", *heads, "scoring, CPU-s", *heads, "log-prob error"]]
+            rows += [
+                [_HEADS.get(way, f"`{way}`"), *_head(train[way]), *_head(score[way]), f"{train[way]['logp_error']:.1e}"]
+                for way in train
+            ]
+            tables.append(
+                f"V = {vocabulary:,}, H = {width}, N = {tokens}, {dtype} ({_count(record['settings']['repeats'])}). "
+                f"{_where(record)}:\n\n{_table(rows)}"
+            )
+    return "\n\n".join(tables)
+
+
+def _head(way: Record) -> list[str]:
+    ratio = way["cpu_s_ratio"]
+    times = f"{ratio['median']:.2f}"
+    if ratio["low"] < ratio["high"]:
+        times += f" ({ratio['low']:.2f}–{ratio['high']:.2f})"
+    seconds = sorted({min(way["cpu_s"]), max(way["cpu_s"])})
+    return ["–".join(f"{s:.3g}" for s in seconds), times, f"{way['peak_bytes'] / 2**20:,.0f}"]
+
+
+def _count(repeats: int) -> str:
+    return "one counted round" if repeats == 1 else f"{repeats} counted rounds"
+
+
+def phases(results: Path) -> str:
+    """Where the time of both phases goes."""
+    record = read("phases", results)[-1]
+    rows = [["", *(f"{r['phase']}, {r['layout']}" for r in record["results"])]]
+
+    def row(label: str, cell: Callable[[Record], str]) -> None:
+        rows.append([label, *(cell(r) for r in record["results"])])
+
+    row("pairs/s", lambda r: f"{r['pairs_per_s']:.2f}")
+    row("unique tokens/s", lambda r: f"{r['unique_tokens_per_s']:,.0f}")
+    row("peak above weights", lambda r: f"{r['peak_bytes'] / 2**20:,.0f} MiB")
+    row("of this machine's matmul", lambda r: f"{100 * r['of_gemm']:.0f} %")
+    for part in ("data", "forward", "head", "backward", "optimizer"):
+        row(part, lambda r, part=part: _share(r, part))  # type: ignore[misc]
+    return f"{_where(record)}:\n\n{_table(rows)}"
+
+
+def evidence(results: Path) -> str:
+    """README's lines about speed and memory."""
+    rows = [["measured", "found", "again with"], *_evidence(results)]
+    return _table(rows)
+
+
+def _evidence(results: Path) -> Iterator[list[str]]:
+    for record in read("compare", results):
+        settings, peers = record["settings"], record["ratios"]
+        yield [
+            f"a training step of {settings['batch_size']} pairs, {settings['dtype']}, losses equal to "
+            f"{max(record['equality']['loss'].values()):.0e}",
+            "; ".join(_against(peer, found, "step_cpu_s", "train_peak_bytes") for peer, found in peers.items()),
+            f"`dpoeng bench compare --batch-size {settings['batch_size']}`",
+        ]
+        for peer, found in peers.items():
+            if "reference_cpu_s" in found:
+                yield [
+                    f"reference pass over {settings['pairs_count']} pairs",
+                    _against(peer, found, "reference_cpu_s", "reference_peak_bytes"),
+                    "the same",
+                ]
+    for record in read("kernels", results):
+        for result in record["results"]:
+            if result["mode"] == "train":
+                vocabulary, _, tokens = result["shape"]
+                ways, ours = result["ways"], result["ways"]["dpoeng"]["peak_bytes"]
+                yield [
+                    f"log-probs and their gradient, {tokens:,} tokens, V = {vocabulary:,}, {result['dtype']}",
+                    f"TRL 1.16's head takes {ways['TRL']['cpu_s_ratio']['median']:.1f} times the CPU time, full logits "
+                    f"{ways['naive']['cpu_s_ratio']['median']:.1f} times; memory "
+                    f"{100 * ours / ways['naive']['peak_bytes']:.1f} % of full logits'",
+                    f"`dpoeng bench kernels --shape {','.join(map(str, result['shape']))} --dtype {result['dtype']}`",
+                ]
+    found = read("cache", results)[-1]["read"]
+    yield [
+        f"a cache of {found['pairs']:,} pairs",
+        f"opens in {found['open_ms'] / 1e3:.2f} s, {found['rows_per_s']:,.0f} rows/s, "
+        f"{found['anonymous_mib']:.0f} MiB of memory",
+        f"`dpoeng bench cache --pairs {found['pairs']}`",
+    ]
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "compare": compare,
+    "sharing": sharing,
+    "cache": cache,
+    "kernels": kernels,
+    "phases": phases,
+    "evidence": evidence,
+}
+
+
+# --------------------------------------------------------------------------- pieces
+
+
+def _against(peer: str, found: Record, time: str, memory: str) -> str:
+    return (
+        f"TRL 1.16, {_PEERS[peer]}: {found[time]['median']:.1f} times the CPU time, {found[memory]['median']:.1f} "
+        "times the memory"
+    )
+
+
+def _where(record: Record) -> str:
+    machine, versions = record["machine"], record["versions"]
+    threads = machine["threads"]
+    return (
+        f"{record['device_kind']}, {machine['processor']}, {threads} thread{'s' if threads > 1 else ''}, "
+        f"torch {versions['torch']}, commit {record['commit']}, {record['date'][:10]}"
+    )
+
+
+def _range(found: Record, name: str) -> str:
+    if name not in found:
+        return "–"
+    ratio = found[name]
+    return f"**{ratio['median']:.2f}** ({ratio['low']:.2f}–{ratio['high']:.2f})"
+
+
+def _share(result: Record, part: str) -> str:
+    total = sum(spent["wall_s"] for spent in result["split"].values())
+    return f"{100 * result['split'][part]['wall_s'] / total:.0f} %" if part in result["split"] else "–"
+
+
+def _gib(n_bytes: float) -> str:
+    return f"{n_bytes / 2**30:.2f} GiB"
+
+
+def _table(rows: list[list[str]]) -> str:
+    head, *body = rows
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body))
+
+
+def main() -> None:
+    """Rewrites the documents."""
+    for path in documents():
+        text = path.read_text(encoding="utf-8")
+        again = rewritten(text)
+        if again != text:
+            path.write_text(again, encoding="utf-8")
+            print(f"{path.relative_to(ROOT)} rewritten")
+
+
+if __name__ == "__main__":
+    main()

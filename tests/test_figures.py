@@ -1,0 +1,38 @@
+"""README and docs say what the recorded results say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dpoeng.bench.figures import RESULTS, documents, rewritten
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+def test_a_document_says_what_the_records_say(path: Path) -> None:
+    """After a new record: `python -m dpoeng.bench.figures`."""
+    text = path.read_text(encoding="utf-8")
+    assert rewritten(text) == text
+    assert text.count("<!-- figures: ") == text.count("<!-- end of figures -->")
+
+
+def test_another_record_makes_another_text(tmp_path: Path) -> None:
+    """The check can fail: a figure that differs from the record is rewritten."""
+    results = shutil.copytree(RESULTS, tmp_path / "results")
+    file = results / "sharing-cpu.jsonl"
+    record = json.loads(file.read_text().splitlines()[-1])
+    record["prompt_share"][0]["training_speedup"] = 7.77
+    file.write_text(json.dumps(record) + "\n")
+    text = "before\n<!-- figures: sharing -->\nold\n<!-- end of figures -->\nafter\n"
+    again = rewritten(text, results)
+    assert again.startswith("before\n<!-- figures: sharing -->\n")
+    assert again.endswith("\n<!-- end of figures -->\nafter\n")
+    assert "7.77 times" in again
+    assert "old" not in again
+    assert "7.77" not in rewritten(text)
+    assert rewritten("no block") == "no block"
+    with pytest.raises(KeyError):
+        rewritten("<!-- figures: nonsense -->\n<!-- end of figures -->")
