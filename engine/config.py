@@ -47,7 +47,7 @@ Device = Annotated[str, AfterValidator(_device)]
 LOSS_FIELDS = (
     "loss_type loss_weights beta label_smoothing ld_alpha f_divergence_type f_alpha_divergence_coef rpo_alpha "
     "use_weighting pair_weight_column discopop_tau dpop_lambda bco_reward_shift beta_dpo_alpha beta_dpo_momentum "
-    "simpo_gamma cpo_alpha"
+    "beta_dpo_keep simpo_gamma cpo_alpha"
 ).split()
 
 # The field that a group begins with -> its heading, in --help, `dpoeng config show` and the file that init writes.
@@ -274,6 +274,13 @@ class TrainConfig(_Config):
     )
     beta_dpo_alpha: float = Field(0.6, ge=0, description="beta_dpo: how far beta follows the batch's mean margin.")
     beta_dpo_momentum: float = Field(0.9, ge=0, lt=1, description="beta_dpo: decay of the mean margin's average.")
+    beta_dpo_keep: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="beta_dpo: share of a step's pairs that train, drawn with those of usual margins likelier; the "
+        "paper keeps 0.8.",
+    )
     simpo_gamma: float = Field(0.5, ge=0, description="simpo: the margin to be reached, in units of the reward.")
     cpo_alpha: float = Field(1.0, ge=0, description="cpo: weight of its likelihood term; 0 leaves it out.")
 

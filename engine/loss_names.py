@@ -119,11 +119,11 @@ LOSS_FACTS: dict[str, LossFacts] = {
     ),
     "dpop": LossFacts("Pal et al. 2024, DPO-Positive", "equation 3", _arxiv("2402.13228"), settings=("dpop_lambda",)),
     "beta_dpo": LossFacts(
-        "Wu et al. 2024, beta-DPO, beta of a batch",
-        "section 4.2",
+        "Wu et al. 2024, beta-DPO",
+        "sections 4.2 and 4.3",
         _arxiv("2407.08639"),
         whole_batch=True,
-        settings=("beta_dpo_alpha", "beta_dpo_momentum"),
+        settings=("beta_dpo_alpha", "beta_dpo_momentum", "beta_dpo_keep"),
     ),
     "simpo": LossFacts(
         "Meng et al. 2024, SimPO",
@@ -164,6 +164,7 @@ class LossSettings:
     bco_reward_shift: bool = False
     beta_dpo_alpha: float = 0.6
     beta_dpo_momentum: float = 0.9
+    beta_dpo_keep: float = 1.0
     simpo_gamma: float = 0.5
     cpo_alpha: float = 1.0
 

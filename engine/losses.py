@@ -197,7 +197,13 @@ class _Terms:
 
 
 def preference_loss(
-    sums: PairSums, settings: LossSettings, *, state: LossState | None = None, mean_tokens: float | None = None
+    gumbel: torch.Tensor | None
+    sums: PairSums,
+    settings: LossSettings,
+    *,
+    state: LossState | None = None,
+    mean_tokens: float | None = None,
+    gumbel: torch.Tensor | None = None,
 ) -> PreferenceLoss:
     """Losses of pairs.
 
@@ -215,6 +221,8 @@ def preference_loss(
         sums=sums,
         settings=settings,
         state=state or {},
+        gumbel: [B], independent draws for losses that choose pairs at random; None where all pairs count, as in an
+            evaluation.
         mean_tokens=sums.chosen_tokens.mean() if mean_tokens is None else mean_tokens,
         delta=scores[0] - scores[1],
         mean_delta=scores[0] / sums.chosen_tokens - scores[1] / sums.rejected_tokens,
@@ -225,6 +233,7 @@ def preference_loss(
         losses = losses + weight * LOSSES[name](terms)
     if settings.rpo_alpha is not None:
         losses = losses + settings.rpo_alpha * likelihood.rpo_term(terms.means[0])
+        gumbel=gumbel,
     chosen_rewards, rejected_rewards = rewards(sums, settings)
     return PreferenceLoss(
         losses=losses * sums.weights,
@@ -257,15 +266,26 @@ def next_state(state: LossState, sums: PairSums, settings: LossSettings) -> dict
         after |= {"bco_rewards": count, "bco_mean": total / count}
     if "beta_dpo" in settings.loss_type:
         keep = settings.beta_dpo_momentum
-        mean = float((chosen - rejected).mean())
-        after["beta_dpo_margin"] = keep * state.get("beta_dpo_margin", 0.0) + (1 - keep) * mean
+        margins = chosen - rejected
+        after["beta_dpo_margin"] = keep * state.get("beta_dpo_margin", 0.0) + (1 - keep) * float(margins.mean())
+        if settings.beta_dpo_keep < 1 and len(margins) > 1:
+            before = state.get("beta_dpo_deviation", 0.0)
+            after["beta_dpo_deviation"] = keep * before + (1 - keep) * float(margins.std())
     return after
 
 
 def _beta_dpo(terms: _Terms) -> torch.Tensor:
     settings, margins = terms.settings, terms.settings.beta * terms.delta
     average = terms.state.get("beta_dpo_margin", 0.0)
-    return pair.sigmoid_loss(terms.delta, pair.dynamic_beta(margins, settings.beta, settings.beta_dpo_alpha, average))
+    if settings.beta_dpo_keep == 1 or terms.gumbel is None:
+        beta = pair.dynamic_beta(margins, settings.beta, settings.beta_dpo_alpha, average)
+        return pair.sigmoid_loss(terms.delta, beta)
+    deviation = terms.state.get("beta_dpo_deviation", 0.0)
+    kept = pair.usual_pairs(margins, settings.beta_dpo_keep, average, deviation, terms.gumbel)
+    beta = pair.dynamic_beta(margins[kept], settings.beta, settings.beta_dpo_alpha, average)
+    # Scaled so that the mean over all pairs is that over the kept ones.
+    losses = len(margins) / len(kept) * pair.sigmoid_loss(terms.delta[kept], beta)
+    return torch.zeros_like(margins).index_add(0, kept, losses)
 
 
 def _aot(terms: _Terms) -> torch.Tensor:

@@ -164,7 +164,22 @@ def dynamic_beta(margins: torch.Tensor, beta: float, alpha: float, average: floa
     """beta (1 + alpha (mean(margins) - average)), at least 1e-3: the beta of one batch.
 
     Wu et al. 2024, section 4.2, https://arxiv.org/abs/2407.08639. `margins` are rewards of chosen less rejected at the
-    fixed beta, [B]; `average` is the moving average of their mean over the steps before. The paper's filter of
-    outliers, which draws pairs at random, is not part of this.
+    fixed beta, [B]; `average` is the moving average of their mean over the steps before.
     """
     return max(beta * (1 + alpha * (float(margins.detach().mean()) - average)), 1e-3)
+
+
+def usual_pairs(
+    margins: torch.Tensor, share: float, average: float, deviation: float, gumbel: torch.Tensor
+) -> torch.Tensor:
+    """Draws `share` of the pairs, at least one: those whose margin is near the average are likelier; their numbers [K].
+
+    Wu et al. 2024, section 4.3, https://arxiv.org/abs/2407.08639: without replacement, with weights
+    exp(-(margin - average)^2 / (2 deviation^2)). Adding independent Gumbel noise to the logarithms of the weights and
+    taking the largest draws just so (Kool et al. 2019, https://arxiv.org/abs/1903.06059). Without a deviation, as at
+    the first step, all pairs are equally likely.
+    """
+    score = gumbel
+    if deviation > 0:
+        score = gumbel - 0.5 * ((margins.detach() - average) / deviation) ** 2
+    return score.topk(max(1, int(share * len(score)))).indices

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +24,7 @@ from dpoeng.engine.losses import (
     preference_loss,
 )
 from dpoeng.engine.metrics import preference_metrics
+from dpoeng.engine.pair_losses import usual_pairs
 
 LN2, LN3 = math.log(2), math.log(3)
 NEEDED: dict[str, dict[str, Any]] = {"exo_pair": {"label_smoothing": 0.125}}  # what a loss cannot do without
@@ -290,6 +292,42 @@ def test_what_losses_remember_by_hand() -> None:
     assert state == {"beta_dpo_margin": pytest.approx(0.8 * 0.5 + 0.2 * 1.5)}
     beta = 0.5 * (1 + 0.5 * (1.5 - 0.5))
     assert loss(pairs, dynamic, state={"beta_dpo_margin": 0.5})[0] == pytest.approx(math.log1p(math.exp(-3 * beta)))
+
+
+def test_the_filter_of_beta_dpo_by_hand() -> None:
+    """Four pairs with margins 1, 2, 3, 9 at beta 1/2; half of them are kept."""
+    pairs = sums([2.0, 4.0, 6.0, 18.0], [0.0] * 4)
+    half = settings("beta_dpo", beta=0.5, beta_dpo_alpha=0.5, beta_dpo_momentum=0.8, beta_dpo_keep=0.5)
+    state = {"beta_dpo_margin": 2.0, "beta_dpo_deviation": 1.0}
+    # log weights -1/2, 0, -1/2, -49/2; with the noise 0, 0, 1.0, 23.9 the largest two are the third and the second
+    noise = torch.tensor([0.0, 0.0, 1.0, 23.9], dtype=torch.float64)
+    made = preference_loss(pairs, half, state=state, gumbel=noise)
+    beta = 0.5 * (1 + 0.5 * (2.5 - 2.0))
+    expected = [0.0, 2 * math.log1p(math.exp(-4 * beta)), 2 * math.log1p(math.exp(-6 * beta)), 0.0]
+    assert made.losses.tolist() == pytest.approx(expected)
+    made.losses.mean().backward()
+    assert pairs.chosen_ratio.grad is not None
+    assert (pairs.chosen_ratio.grad != 0).tolist() == [False, True, True, False]
+    # Without noise to draw by, as in an evaluation, all count; without a deviation yet, the noise alone decides.
+    assert (preference_loss(pairs, half, state=state).losses > 0).all()
+    assert (preference_loss(pairs, half, gumbel=noise).losses > 0).tolist() == [False, False, True, True]
+    after = next_state(state, pairs, half)
+    spread = math.sqrt(((1 - 3.75) ** 2 + (2 - 3.75) ** 2 + (3 - 3.75) ** 2 + (9 - 3.75) ** 2) / 3)
+    assert after == {
+        "beta_dpo_margin": pytest.approx(0.8 * 2.0 + 0.2 * 3.75),
+        "beta_dpo_deviation": pytest.approx(0.8 * 1.0 + 0.2 * spread),
+    }
+
+
+def test_the_filter_draws_as_its_weights_say() -> None:
+    """One of three pairs, 20,000 times: the shares are those of exp(-(margin - mean)^2 / 2)."""
+    margins = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+    generator = np.random.default_rng(0)
+    drawn = [
+        int(usual_pairs(margins, 0.34, 0.0, 1.0, torch.from_numpy(generator.gumbel(size=3)))) for _ in range(20_000)
+    ]
+    weights = np.exp([0.0, -0.5, -2.0])
+    np.testing.assert_allclose(np.bincount(drawn) / 20_000, weights / weights.sum(), atol=0.01)
 
 
 def variants() -> list[tuple[str, dict[str, Any]]]:
