@@ -26,9 +26,9 @@ from dpoeng.cache.schema import PairIds, pair_key
 from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.store import Store, ViewEntry
 from dpoeng.engine.adapters import add_policy_adapter, lora_arguments
+from dpoeng.engine.batch import batch_loss
 from dpoeng.engine.config import Dtype, Quantization, TrainConfig
 from dpoeng.engine.layout import batches_of_pairs
-from dpoeng.engine.loop import batch_loss
 from dpoeng.engine.loss_names import LossSettings
 from dpoeng.engine.model import (
     CausalLM,

@@ -149,7 +149,7 @@ def _step(console: Console, number: int, title: str, line: str | None = None) ->
 def _show_changes(console: Console, config: TrainConfig) -> None:
     from dpoeng.cache.reader import View
     from dpoeng.engine import demo as engine
-    from dpoeng.engine.train import split
+    from dpoeng.engine.train_setup import split
 
     view = View.open(config.cache, config.view)
     lm = engine.load_trained(config, view)

@@ -19,6 +19,7 @@ Examples:
   dpoeng train --cache refcache
   dpoeng train --cache refcache --output-dir out --beta 0.1 --learning-rate 2e-5 --num-train-epochs 3
   dpoeng train --cache refcache --adapter-mode stack --lora-r 32
+  torchrun --nproc-per-node 4 --no-python dpoeng train --cache refcache
 """
 
 
@@ -36,7 +37,9 @@ def train(config_file: Path | None, **options: Any) -> None:
     from dpoeng.cli.progress import TerminalProgress
     from dpoeng.engine.train import train as run
 
-    print_summary(run(config, TerminalProgress()))
+    summary = run(config, TerminalProgress())
+    if summary.reports:
+        print_summary(summary)
 
 
 def print_summary(summary: TrainSummary) -> None:
@@ -65,7 +68,8 @@ def print_summary(summary: TrainSummary) -> None:
         )
     )
     if not summary.already_complete:
-        facts.append(("time", f"{summary.seconds:.0f} s on {summary.device}"))
+        several = f"{summary.processes} processes, each on " if summary.processes > 1 else ""
+        facts.append(("time", f"{summary.seconds:.0f} s on {several}{summary.device}"))
         shared = "each prompt run once for both responses" if summary.layout == "shared" else summary.layout_reason
         facts.append(("layout", f"{summary.layout}: {shared}"))
     if summary.peak_bytes is not None:

@@ -301,8 +301,15 @@ class TrainConfig(_Config):
     num_train_epochs: float = Field(3.0, gt=0, description="Passes over the pairs.")
     max_steps: int = Field(-1, ge=-1, description="Optimizer steps; if > 0 it replaces num_train_epochs.")
     per_device_train_batch_size: int = Field(2, ge=1, description="Pairs in one forward.")
-    gradient_accumulation_steps: int = Field(4, ge=1, description="Forwards in one optimizer step.")
+    gradient_accumulation_steps: int = Field(
+        4, ge=1, description="Forwards in one optimizer step, of all processes together."
+    )
     per_device_eval_batch_size: int = Field(4, ge=1, description="Pairs in one forward of the evaluation.")
+    fsdp: bool = Field(
+        False,
+        description="Under torchrun: divide the base's layers over the processes (FSDP2), for a base that no one card "
+        "holds. Without it each process holds the base, and they share a step's forwards.",
+    )
     gradient_checkpointing: bool | None = Field(
         None, description="Recompute layers in the backward pass: less memory, more time. Default: only on a GPU."
     )
@@ -334,6 +341,12 @@ class TrainConfig(_Config):
     early_stopping_threshold: float = Field(0.0, ge=0, description="By how much a value must be better to count.")
     save_steps: int | None = Field(None, ge=1, description="Steps between checkpoints. Default: a tenth of the run.")
     save_total_limit: int = Field(2, ge=1, description="Checkpoints kept.")
+
+    samples: int = Field(
+        0,
+        ge=0,
+        description="Held-out prompts that are answered before and after training, for samples.jsonl and the report.",
+    )
 
     parity_pairs: int = Field(32, ge=1, description="Pairs on which policy and cache are compared before step one.")
     parity_tolerance: float | None = Field(
@@ -375,7 +388,7 @@ class TrainConfig(_Config):
 
     @model_validator(mode="after")
     def _best_needs_evaluations(self) -> TrainConfig:
-        for name in ("load_best_model_at_end", "early_stopping_patience", "metric_for_best_model"):
+        for name in ("load_best_model_at_end", "early_stopping_patience", "metric_for_best_model", "samples"):
             if getattr(self, name) and self.eval_view is None and self.eval_share == 0:
                 raise ValueError(f"{name} needs held-out pairs: give eval_view, or an eval_share above 0")
         for name in ("greater_is_better", "metric_for_best_model"):

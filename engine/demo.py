@@ -25,7 +25,7 @@ from dpoeng.engine.model import CausalLM
 from dpoeng.engine.progress import QUIET, Progress
 from dpoeng.engine.reference import score_pairs
 from dpoeng.engine.sources import find_model
-from dpoeng.engine.train import split
+from dpoeng.engine.train_setup import split
 from dpoeng.engine.trained import find_trained
 from dpoeng.engine.trained import load_trained as load_base_and_adapter
 

@@ -95,6 +95,10 @@ class PairSums:
         """The same numbers without the graph, and so without the activations that it holds."""
         return replace(self, **{name: getattr(self, name).detach() for name in _GRADIENT})
 
+    def on_host(self) -> PairSums:
+        """The same numbers in the host's memory, without the graph, as they are sent to other processes."""
+        return PairSums(**{f.name: getattr(self, f.name).detach().cpu() for f in fields(PairSums)})
+
     @staticmethod
     def join(parts: Sequence[PairSums]) -> PairSums:
         """The pairs of several forwards as one batch."""
@@ -111,6 +115,11 @@ class PreferenceLoss:
     chosen_rewards: torch.Tensor
     rejected_rewards: torch.Tensor
     sums: PairSums = field(repr=False)
+
+    def on_host(self) -> PreferenceLoss:
+        """As `PairSums.on_host`."""
+        tensors = {f.name: getattr(self, f.name).detach().cpu() for f in fields(PreferenceLoss) if f.name != "sums"}
+        return PreferenceLoss(**tensors, sums=self.sums.on_host())
 
 
 def pair_sums(batch: PreferenceBatch, settings: LossSettings) -> PairSums:
@@ -188,6 +197,7 @@ class _Terms:
     settings: LossSettings
     state: LossState
     mean_tokens: float | torch.Tensor
+    gumbel: torch.Tensor | None
     delta: torch.Tensor
     mean_delta: torch.Tensor
 
@@ -197,7 +207,6 @@ class _Terms:
 
 
 def preference_loss(
-    gumbel: torch.Tensor | None
     sums: PairSums,
     settings: LossSettings,
     *,
@@ -212,6 +221,8 @@ def preference_loss(
         settings: which losses, and their parameters.
         state: what the steps before have left, see `next_state`.
         mean_tokens: mean number of chosen tokens over the optimizer step; None where `sums` is the whole step.
+        gumbel: [B], independent draws for losses that choose pairs at random; None where all pairs count, as in an
+            evaluation.
     """
     scores = [
         pair.f_divergence_scores(ratio, settings.f_divergence_type, settings.f_alpha_divergence_coef)
@@ -221,9 +232,8 @@ def preference_loss(
         sums=sums,
         settings=settings,
         state=state or {},
-        gumbel: [B], independent draws for losses that choose pairs at random; None where all pairs count, as in an
-            evaluation.
         mean_tokens=sums.chosen_tokens.mean() if mean_tokens is None else mean_tokens,
+        gumbel=gumbel,
         delta=scores[0] - scores[1],
         mean_delta=scores[0] / sums.chosen_tokens - scores[1] / sums.rejected_tokens,
     )
@@ -233,7 +243,6 @@ def preference_loss(
         losses = losses + weight * LOSSES[name](terms)
     if settings.rpo_alpha is not None:
         losses = losses + settings.rpo_alpha * likelihood.rpo_term(terms.means[0])
-        gumbel=gumbel,
     chosen_rewards, rejected_rewards = rewards(sums, settings)
     return PreferenceLoss(
         losses=losses * sums.weights,

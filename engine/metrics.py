@@ -45,9 +45,13 @@ def preference_metrics(parts: Sequence[PreferenceLoss]) -> dict[str, float]:
 
 
 class MetricsLog:
-    """Appends to metrics, timings and evaluations, and cuts them back to a step when a run goes on from there."""
+    """Appends to metrics, timings and evaluations, and cuts them back to a step when a run goes on from there.
 
-    def __init__(self, folder: Path) -> None:
+    Of several processes one `writes`; in the others all of this does nothing.
+    """
+
+    def __init__(self, folder: Path, *, writes: bool = True) -> None:
+        self._writes = writes
         self._metrics = folder / METRICS_FILE
         self._timings = folder / TIMINGS_FILE
         self._evaluations = folder / EVALUATIONS_FILE
@@ -57,22 +61,22 @@ class MetricsLog:
     def rewind(self, step: int) -> None:
         """Drops every line of a later step, and a last line that a kill cut short."""
         for path in (self._metrics, self._timings, self._evaluations):
-            if path.is_file():
+            if self._writes and path.is_file():
                 kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
                 path.write_text("".join(kept), encoding="utf-8")
 
     def write(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
         """One line of results."""
-        _append(self._metrics, {"step": step, "epoch": round(epoch, 4), **metrics})
+        self._append(self._metrics, {"step": step, "epoch": round(epoch, 4), **metrics})
         self.also(step, {"epoch": epoch, **metrics})
 
     def write_timing(self, step: int, timing: dict[str, float]) -> None:
         """One line of how long it took."""
-        _append(self._timings, {"step": step, **timing})
+        self._append(self._timings, {"step": step, **timing})
 
     def write_evaluation(self, step: int, record: dict[str, Any]) -> None:
         """One evaluation in full: intervals and groups too."""
-        _append(self._evaluations, {"step": step, **record})
+        self._append(self._evaluations, {"step": step, **record})
 
     def read(self) -> list[dict[str, Any]]:
         """Every line of metrics.jsonl."""
@@ -82,10 +86,10 @@ class MetricsLog:
         """Every line of evaluations.jsonl."""
         return _read(self._evaluations)
 
-
-def _append(path: Path, record: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    def _append(self, path: Path, record: dict[str, Any]) -> None:
+        if self._writes:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

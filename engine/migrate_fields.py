@@ -129,6 +129,8 @@ def _value(name: str, value: Any) -> Any:
         if isinstance(value, str):
             value = [word.strip() for word in value.split(",")]
         return ["all-linear"] if value in (["all"], ["all-linear"]) else value
+    if name == "fsdp":  # until transformers 5 a list of options, `full_shard auto_wrap`
+        return bool(value)
     if isinstance(value, float) and value.is_integer() and "steps" in name:
         return int(value)
     return value

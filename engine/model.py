@@ -51,6 +51,7 @@ class CausalLM:
         native_attention: the attention that transformers chose for this architecture.
         layout: whether branches share their prompt, and why if they do not.
         attention: how attention over shared prompts is computed; see `engine/attention`.
+        sharded: whether layers are divided over processes, so that every forward is one of all of them.
     """
 
     model: Any
@@ -63,6 +64,7 @@ class CausalLM:
     layout: Layout = "separate"
     layout_reason: str = ""
     attention: Attention = "segments"
+    sharded: bool = False
 
     @property
     def backbone(self) -> Any:
@@ -116,7 +118,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
             exit_status=5,
         )
     if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", local_rank or torch.cuda.current_device())
+        # Where each process sees only its own GPU, as Slurm can arrange, that is the first one.
+        index = local_rank % torch.cuda.device_count() if local_rank else torch.cuda.current_device()
+        return torch.device("cuda", index)
     return device
 
 
@@ -390,6 +394,13 @@ def set_mode(lm: CausalLM, *, training: bool) -> None:
             module.training = True
         elif training and name.endswith(f".lora_dropout.{POLICY_ADAPTER}"):
             module.train()
+
+
+def decoder_layers(lm: CausalLM) -> list[nn.Module]:
+    """The layers of the decoder, in its order."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in lm.backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def register_attention() -> None:

@@ -6,8 +6,9 @@ the same, bit for bit. Halving moves the order of sums and so the last bits; who
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -48,6 +49,28 @@ def attempt(work: Callable[[], Result], tries: int = 2) -> tuple[Result | None, 
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
         release_memory()
     return None, said
+
+
+@contextlib.contextmanager
+def no_way_back(message: str, where: str, remedy: str) -> Iterator[None]:
+    """For work that cannot be done again: an update done half, or a forward in which other processes take part.
+
+    Raises:
+        UserError: memory ran out.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            message,
+            code="memory-full",
+            where=where,
+            found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            remedy=remedy,
+            exit_status=5,
+        ) from error
 
 
 def in_parts(

@@ -78,6 +78,13 @@ def set_scheduler_step(scheduler: Any, step: int) -> None:
     scheduler._last_lr = rates
 
 
+@torch.no_grad()
+def put_parameters(trainable: Named, values: Mapping[str, torch.Tensor]) -> None:
+    """Gives each parameter the values that stand under its name."""
+    for name, parameter in trainable:
+        parameter.copy_(values[name])
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer, trainable: Named) -> dict[str, torch.Tensor]:
     """The optimizer's state as `<parameter>/<quantity>` -> tensor, on the CPU.
 

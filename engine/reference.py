@@ -21,7 +21,7 @@ from dpoeng.engine.adapters import load_reference_adapter
 from dpoeng.engine.config import PrecomputeConfig, TrainConfig
 from dpoeng.engine.layout import batches_of_pairs, share_prompts
 from dpoeng.engine.model import CausalLM, load_model, pick_device, resolve_dtype, set_mode
-from dpoeng.engine.oom import in_parts, too_large
+from dpoeng.engine.oom import in_parts, no_way_back, too_large
 from dpoeng.engine.progress import QUIET, Progress
 from dpoeng.engine.scoring import choose_layout, score_groups
 from dpoeng.engine.sources import ModelSource, adapter_config, find_adapter, find_model, forward_config
@@ -89,13 +89,25 @@ def reference_spec(
     )
 
 
-def load_policy_base(config: TrainConfig, reference: Mapping[str, Any], *, tokenizer: bool = False) -> CausalLM:
-    """The base on which the policy stands: the one that a view's `reference` record names, unless config overrides."""
+def load_policy_base(
+    config: TrainConfig,
+    reference: Mapping[str, Any],
+    device: torch.device,
+    *,
+    on_host: bool = False,
+    tokenizer: bool = False,
+) -> CausalLM:
+    """The base on which the policy stands: the one that a view's `reference` record names, unless config overrides.
+
+    With `on_host` it is left in the host's memory, in the dtype that it would have on `device`.
+    """
+    source = find_model(config.model or reference["model"], revision=reference.get("revision"))
+    dtype = resolve_dtype(source, config.dtype or reference["dtype"], device)
     return load_model(
-        find_model(config.model or reference["model"], revision=reference.get("revision")),
+        source,
         quantization=config.quantization or reference["quantization"],
-        dtype=config.dtype or reference["dtype"],
-        device=pick_device(config.device),
+        dtype=str(dtype).removeprefix("torch."),
+        device=torch.device("cpu") if on_host else device,
         int8_threshold=reference["llm_int8_threshold"],
         quant_type=reference["bnb_4bit_quant_type"],
         double_quant=reference["bnb_4bit_use_double_quant"],
@@ -103,7 +115,7 @@ def load_policy_base(config: TrainConfig, reference: Mapping[str, Any], *, token
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what a sharded base gathers here is used again in training
 def score_pairs(lm: CausalLM, pairs: Sequence[PairIds]) -> list[ScoredPair]:
     """Log-probs of every scored token of some pairs, in one forward; each prompt and each response of it is run once.
 
@@ -158,6 +170,9 @@ def score_within_memory(
         )
 
     work = score or score_pairs
+    if lm.sharded:
+        with no_way_back("out of memory", "scoring over a sharded base", "hold it on more cards"):
+            return work(lm, pairs)
     return in_parts(lambda some: work(lm, some), pairs, may_split=may_split, note=note, describe=too_long)
 
 

@@ -37,6 +37,11 @@ class Rows(Sequence[ScoredPair]):
             return [self.view[row] for row in self.indices[i]]
         return self.view[self.indices[i]]
 
+    def source(self, i: int) -> str:
+        """Where a row stands in the user's files."""
+        file, line = self.view.source(self.indices[i])
+        return f"{file}, row {line}"
+
     def extras(self) -> list[dict[str, Any]]:
         """The user's other columns of each row."""
         return [self.view.extra(row) for row in self.indices]
@@ -58,11 +63,10 @@ class Rows(Sequence[ScoredPair]):
             value = extra.get(column)
             number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
             if not 0 <= number < math.inf:
-                file, line = self.view.source(self.indices[at])
                 raise UserError(
                     f"the column {column} does not hold a weight",
                     code="data-weight",
-                    where=f"{file}, row {line}",
+                    where=self.source(at),
                     expected="a number >= 0",
                     found="no such column" if value is None else repr(value),
                     remedy="correct the row, or name another column with --pair-weight-column; the columns here are "

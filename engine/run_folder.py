@@ -32,12 +32,14 @@ from dpoeng.engine.reference import ParityReport
 
 RUN_FILE = "run.json"
 ADVICE_FILE = "advice.json"
+SAMPLES_FILE = "samples.jsonl"
 ADAPTER_FOLDER = "adapter"
 
 # Fields that may differ between a run and its continuation: none of them moves a weight.
 _FREE_TO_CHANGE = frozenset(
     "cache output_dir resume model adapter device logging_steps eval_steps save_steps save_total_limit "
-    "per_device_eval_batch_size parity_pairs parity_tolerance eval_group_by report_to run_name".split()
+    "fsdp per_device_eval_batch_size parity_pairs parity_tolerance eval_group_by report_to run_name "
+    "samples".split()
 )
 
 
@@ -99,7 +101,7 @@ def clear_output(config: TrainConfig) -> None:
     """With `resume` false: removes what an earlier run left. Called when nothing can refuse the new one any more."""
     if config.resume is False:
         remove_checkpoints(config.output_dir)
-        for name in (METRICS_FILE, TIMINGS_FILE, EVALUATIONS_FILE, ADVICE_FILE, RUN_FILE):
+        for name in (METRICS_FILE, TIMINGS_FILE, EVALUATIONS_FILE, ADVICE_FILE, SAMPLES_FILE, RUN_FILE):
             (config.output_dir / name).unlink(missing_ok=True)
 
 
@@ -122,6 +124,8 @@ def write_run_file(
     adapter: str | None,
     parity: ParityReport,
     lm: CausalLM,
+    *,
+    processes: int,
 ) -> None:
     """All that is needed to repeat the run, and to load its result."""
     record = {
@@ -144,6 +148,7 @@ def write_run_file(
         "layout": lm.layout,
         "layout_reason": lm.layout_reason,
         "device": device_name(lm.device),
+        "processes": processes,
         "versions": library_versions(),
         "python": sys.version.split()[0],
         "platform": platform.platform(),

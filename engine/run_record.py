@@ -14,9 +14,8 @@ from typing import Any
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.metrics import EVALUATIONS_FILE, METRICS_FILE, TIMINGS_FILE
-from dpoeng.engine.run_folder import ADAPTER_FOLDER, ADVICE_FILE, RUN_FILE
+from dpoeng.engine.run_folder import ADAPTER_FOLDER, ADVICE_FILE, RUN_FILE, SAMPLES_FILE
 
-SAMPLES_FILE = "samples.jsonl"
 EVAL = "eval_"
 
 Points = list[tuple[float, float]]

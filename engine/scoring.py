@@ -119,7 +119,7 @@ def _tensor(lm: CausalLM, array: IndexArray) -> torch.Tensor:
 _PROBE_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def choose_layout(lm: CausalLM, wanted: str = "auto", attention: Attention = "segments") -> None:
     """Decides by trying: the shared-prompt layout if it gives the model's own numbers, else separate rows.
 

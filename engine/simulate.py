@@ -19,11 +19,10 @@ import torch
 import torch.nn.functional as F
 
 from dpoeng.cache.schema import PairIds, ScoredPair
-from dpoeng.engine import loop, scoring
+from dpoeng.engine import batch, scoring
 from dpoeng.engine.adapters import add_policy_adapter, lora_arguments
 from dpoeng.engine.config import Quantization, TrainConfig
 from dpoeng.engine.layout import pair_group
-from dpoeng.engine.loop import HeldOut, Run, train_step
 from dpoeng.engine.memory_tracker import MemoryTracker
 from dpoeng.engine.metrics import MetricsLog
 from dpoeng.engine.model import (
@@ -39,7 +38,9 @@ from dpoeng.engine.optim import Named, build_optimizer, build_scheduler
 from dpoeng.engine.order import plan_schedule
 from dpoeng.engine.progress import QUIET
 from dpoeng.engine.quantized import cpu_products, quantized_layers, quantized_tensors
+from dpoeng.engine.run_state import HeldOut, Run
 from dpoeng.engine.scoring import score_groups
+from dpoeng.engine.step import train_step
 from dpoeng.kernels.head import Head
 from dpoeng.kernels.tiled_logps import tiled_logps
 
@@ -276,11 +277,11 @@ def _head_of(setup: Setup) -> Iterator[None]:
     """With `full_logits`, log-probs as plain PyTorch computes them."""
     ours = scoring.head_logps
     if setup.full_logits:
-        loop.head_logps = scoring.head_logps = _full_logits  # type: ignore[attr-defined]
+        batch.head_logps = scoring.head_logps = _full_logits  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        loop.head_logps = scoring.head_logps = ours  # type: ignore[attr-defined]
+        batch.head_logps = scoring.head_logps = ours  # type: ignore[attr-defined]
 
 
 def _full_logits(lm: CausalLM, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

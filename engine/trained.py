@@ -11,14 +11,14 @@ from dpoeng.cache.reader import View
 from dpoeng.cache.schema import IdArray, as_ids
 from dpoeng.engine.adapters import AdapterMode, before_training, load_trained_adapter
 from dpoeng.engine.advice import Advice, advise
+from dpoeng.engine.batch import evaluate
 from dpoeng.engine.chat import to_sides
 from dpoeng.engine.config import TrainConfig
 from dpoeng.engine.encoding import encode
 from dpoeng.engine.evaluation import Evaluation, summarise
 from dpoeng.engine.generate import generate
-from dpoeng.engine.loop import evaluate
 from dpoeng.engine.loss_names import LossSettings
-from dpoeng.engine.model import CausalLM, device_name, set_mode
+from dpoeng.engine.model import CausalLM, device_name, pick_device, set_mode
 from dpoeng.engine.progress import QUIET, Progress
 from dpoeng.engine.reference import ParityReport, load_policy_base
 from dpoeng.engine.rows import Rows
@@ -27,7 +27,7 @@ from dpoeng.engine.run_record import read_json
 from dpoeng.engine.scoring import choose_layout
 from dpoeng.engine.shapes import PreferencePair
 from dpoeng.engine.sources import find_adapter
-from dpoeng.engine.train import check_parity, resolve_adapter_mode, split
+from dpoeng.engine.train_setup import check_parity, resolve_adapter_mode, split
 
 Which = Literal["held-out", "all"]
 
@@ -73,7 +73,7 @@ def load_trained(trained: Trained, config: TrainConfig, view: View, *, tokenizer
     reference = view.meta["reference"]
     sft_name = config.adapter or reference.get("adapter")
     mode = trained.mode or resolve_adapter_mode(TrainConfig.model_validate({}), has_adapter=sft_name is not None)
-    lm = load_policy_base(config, reference, tokenizer=tokenizer)
+    lm = load_policy_base(config, reference, pick_device(config.device), tokenizer=tokenizer)
     sft = find_adapter(sft_name) if sft_name else None
     lm = load_trained_adapter(lm, mode, find_adapter(str(trained.adapter)), sft)
     set_mode(lm, training=False)

@@ -336,6 +336,7 @@ def migrated(run: Run, tmp_path: Path, name: str, text: str) -> tuple[dict[str, 
         ("DPOTrainer(m, beta=0.1, args=DPOConfig(eval_strategy='no', loss_weights=[1]))", {}, ["no release takes"]),
         # no equivalent
         ("DPOConfig(sync_ref_model=True)", {}, ["sync_ref_model: True", "cannot be cached"]),
+        ("DPOConfig(fsdp='full_shard auto_wrap')", {"fsdp": True}, []),
         ("DPOConfig(deepspeed='z3.json')", {}, ["deepspeed: 'z3.json'"]),
         ("DPOConfig(report_to='wandb')", {"report_to": "wandb"}, []),
         ("DPOConfig(report_to='swanlab')", {}, ["report_to 'swanlab': must be one of"]),

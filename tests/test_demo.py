@@ -25,7 +25,7 @@ from dpoeng.engine import demo as engine
 from dpoeng.engine.config import PrecomputeConfig, TrainConfig
 from dpoeng.engine.config_files import load_config
 from dpoeng.engine.pairs import read_pairs
-from dpoeng.engine.train import split
+from dpoeng.engine.train_setup import split
 
 KINDS = {"qa", "completion", "generation", "response"}
 FAULTS = {"wrong", "evasive", "off_topic", "badly_formatted", "runs_on"}

@@ -26,9 +26,9 @@ from dpoeng.cache.schema import ScoredPair
 from dpoeng.cache.spec import ReferenceSpec, diff_specs
 from dpoeng.cache.store import Store
 from dpoeng.cli.main import main
+from dpoeng.engine import batch as batch_module
 from dpoeng.engine import checkpoint as checkpoint_module
 from dpoeng.engine import drift as drift_module
-from dpoeng.engine import loop as loop_module
 from dpoeng.engine import precompute as precompute_module
 from dpoeng.engine import reference as reference_module
 from dpoeng.engine.config import PrecomputeConfig, TrainConfig
@@ -189,8 +189,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, whole: Path) -> dict[s
     ("number", "owner", "name", "call"),
     [
         # Evaluation first: two batches; then two of the training in each step.
-        (signal.SIGINT, loop_module, "batch_sums", 6),
-        (signal.SIGTERM, loop_module, "batch_sums", 7),
+        (signal.SIGINT, batch_module, "batch_sums", 6),
+        (signal.SIGTERM, batch_module, "batch_sums", 7),
         (signal.SIGTERM, checkpoint_module, "write_durably", 5),
         (signal.SIGINT, checkpoint_module, "write_durably", 8),
     ],

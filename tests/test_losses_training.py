@@ -14,7 +14,7 @@ from dpoeng_testing import pair_rows, write_jsonl
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.cli.main import main
-from dpoeng.engine import loop as loop_module
+from dpoeng.engine import step as step_module
 from dpoeng.engine.config import PrecomputeConfig, TrainConfig
 from dpoeng.engine.precompute import precompute_reference
 from dpoeng.engine.train import TrainSummary, train
@@ -46,9 +46,10 @@ def lines(out: Path) -> list[dict[str, float]]:
         {"loss_type": ("sigmoid", "sft")},  # a mean over the tokens of the step
         {"loss_type": ("aot",)},  # sorted over the step
         {"loss_type": ("beta_dpo", "orpo"), "beta_dpo_alpha": 2.0},  # a beta of the step, and state
+        {"loss_type": ("beta_dpo",), "beta_dpo_keep": 0.5},  # and draws among the pairs of the step
         {"loss_type": ("bco_pair",), "bco_reward_shift": True},
     ],
-    ids=lambda fields: "+".join(fields["loss_type"]),
+    ids=lambda fields: "+".join((*fields["loss_type"], *list(fields)[1:])),
 )
 def test_a_step_is_the_same_however_it_is_cut(tmp_path: Path, cache: Path, fields: dict[str, Any]) -> None:
     """Four pairs at once, two by two, and one by one; and the held-out pairs likewise."""
@@ -67,7 +68,7 @@ def test_sorting_within_parts_would_be_another_loss(tmp_path: Path, cache: Path)
     fields = {"loss_type": ("aot_unpaired",), "max_steps": 4}
     run(cache, tmp_path / "whole", per_device_train_batch_size=4, gradient_accumulation_steps=1, **fields)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loop_module.LossSettings, "whole_batch", False)
+        patched.setattr(step_module.LossSettings, "whole_batch", False)
         run(cache, tmp_path / "parts", per_device_train_batch_size=1, gradient_accumulation_steps=4, **fields)
     whole, parts = (lines(tmp_path / name)[-2]["loss"] for name in ("whole", "parts"))
     assert abs(whole - parts) > 1e-4
@@ -83,8 +84,9 @@ def test_what_losses_remember_survives_a_kill(
 ) -> None:
     """Killed in either of the two passes of a step; with dropout, which must draw the same in both passes."""
     fields = {"loss_type": ("beta_dpo", "bco_pair"), "bco_reward_shift": True, "lora_dropout": 0.2, "eval_share": 0}
+    fields |= {"beta_dpo_keep": 0.75}
     run(cache, tmp_path / "whole", **fields)
-    real, calls = loop_module.batch_sums, 0
+    real, calls = step_module.batch_sums, 0
 
     def dying(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -93,7 +95,7 @@ def test_what_losses_remember_survives_a_kill(
             raise Killed
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(loop_module, "batch_sums", dying)
+    monkeypatch.setattr(step_module, "batch_sums", dying)
     with pytest.raises(Killed):
         run(cache, tmp_path / "cut", **fields)
     monkeypatch.undo()
@@ -106,7 +108,7 @@ def test_what_losses_remember_survives_a_kill(
 
 
 def test_both_passes_see_the_same_dropout(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loop_module.batch_sums
+    real = step_module.batch_sums
     seen: dict[bool, list[float]] = {True: [], False: []}
 
     def watch(*args: Any, **kwargs: Any) -> Any:
@@ -114,7 +116,7 @@ def test_both_passes_see_the_same_dropout(tmp_path: Path, cache: Path, monkeypat
         seen[torch.is_grad_enabled()] += found.chosen_ratio.detach().tolist()
         return found
 
-    monkeypatch.setattr(loop_module, "batch_sums", watch)
+    monkeypatch.setattr(step_module, "batch_sums", watch)
     run(cache, tmp_path / "out", loss_type=("aot",), lora_dropout=0.5, eval_share=0, max_steps=4)
     assert seen[True] == seen[False]
     assert max(map(abs, seen[True])) > 1e-6

@@ -20,7 +20,6 @@ from dpoeng.engine import fit, lora, plan, step_memory
 from dpoeng.engine.adapters import add_policy_adapter, lora_arguments
 from dpoeng.engine.config import TrainConfig
 from dpoeng.engine.layout import pair_group
-from dpoeng.engine.loop import HeldOut, Run, train_step
 from dpoeng.engine.memory_tracker import MemoryTracker
 from dpoeng.engine.metrics import MetricsLog
 from dpoeng.engine.model import empty_model, enable_gradient_checkpointing, load_model, set_mode, use_layout
@@ -30,9 +29,11 @@ from dpoeng.engine.plan_config import PlanConfig
 from dpoeng.engine.plan_time import find_gpu, phase_times
 from dpoeng.engine.progress import QUIET
 from dpoeng.engine.quantized import quantized_layers
+from dpoeng.engine.run_state import HeldOut, Run
 from dpoeng.engine.scoring import score_groups
 from dpoeng.engine.simulate import Pair, Setup, trace_step
 from dpoeng.engine.sources import find_model
+from dpoeng.engine.step import train_step
 
 GIB = 2**30
 

@@ -12,7 +12,7 @@ from dpoeng_testing import pair_rows, write_jsonl
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
-from dpoeng.engine import loop, precompute, reference
+from dpoeng.engine import batch, loop, precompute, reference
 from dpoeng.engine.config import PrecomputeConfig, TrainConfig
 from dpoeng.engine.oom import attempt, is_out_of_memory
 from dpoeng.engine.precompute import precompute_reference
@@ -73,9 +73,9 @@ def failing(real: Callable[..., Any], when: Callable[[int, Any], bool], error: B
 GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 CPU = RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried 123 bytes")
 STAGES = {
-    "forward": (loop, "predict_groups", GPU),
-    "head": (loop, "head_logps", CPU),
-    "loss": (loop, "preference_loss", MemoryError()),
+    "forward": (batch, "predict_groups", GPU),
+    "head": (batch, "head_logps", CPU),
+    "loss": (batch, "preference_loss", MemoryError()),
     "backward": (torch.autograd, "backward", GPU),
     "clipping": (torch.nn.utils, "clip_grad_norm_", GPU),
 }
@@ -99,8 +99,8 @@ def test_running_out_twice_goes_on_as_if_configured_with_fewer_pairs(
 ) -> None:
     """Four pairs never fit, nor three; two do. From there on the run is that of two pairs a forward, to the byte."""
     expected = run(cache, tmp_path / "a", eval_share=0, per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    too_many = failing(loop.predict_groups, lambda _, arguments: len(arguments[1]) > 2, GPU)
-    monkeypatch.setattr(loop, "predict_groups", too_many)
+    too_many = failing(batch.predict_groups, lambda _, arguments: len(arguments[1]) > 2, GPU)
+    monkeypatch.setattr(batch, "predict_groups", too_many)
     notes = Notes()
     assert run(cache, tmp_path / "b", notes, eval_share=0) == expected
     assert sum("2 pairs a forward" in text for text in notes.texts) == 1
@@ -117,21 +117,21 @@ def test_the_smaller_size_is_kept_through_a_resume(
     def first_step(n: int, arguments: Any) -> bool:
         return n <= 2 and len(arguments[1]) > 2
 
-    real = loop.predict_groups
-    monkeypatch.setattr(loop, "predict_groups", failing(real, first_step, GPU))
+    real = batch.predict_groups
+    monkeypatch.setattr(batch, "predict_groups", failing(real, first_step, GPU))
     whole = run(cache, tmp_path / "a", eval_share=0, save_steps=1)
-    monkeypatch.setattr(loop, "predict_groups", failing(real, first_step, GPU))
+    monkeypatch.setattr(batch, "predict_groups", failing(real, first_step, GPU))
     steps = loop.train_step
     monkeypatch.setattr(loop, "train_step", failing(steps, lambda n, _: n == 3, Killed()))
     with pytest.raises(Killed):
         run(cache, tmp_path / "b", eval_share=0, save_steps=1)
     monkeypatch.setattr(loop, "train_step", steps)
-    monkeypatch.setattr(loop, "predict_groups", real)
+    monkeypatch.setattr(batch, "predict_groups", real)
     assert run(cache, tmp_path / "b", eval_share=0, save_steps=1) == whole
 
 
 def test_one_pair_that_does_not_fit_is_named(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "predict_groups", failing(loop.predict_groups, lambda *_: True, GPU))
+    monkeypatch.setattr(batch, "predict_groups", failing(batch.predict_groups, lambda *_: True, GPU))
     with pytest.raises(UserError) as caught:
         run(cache, tmp_path / "out", eval_share=0)
     assert caught.value.code == "memory-full"
@@ -151,7 +151,7 @@ def test_the_optimizer_is_not_tried_twice(tmp_path: Path, cache: Path, monkeypat
 def test_the_evaluation_is_done_in_halves(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run(cache, tmp_path / "a", eval_share=0.3, per_device_train_batch_size=1)
     monkeypatch.setattr(
-        loop, "predict_groups", failing(loop.predict_groups, lambda _, arguments: len(arguments[1]) > 1, CPU)
+        batch, "predict_groups", failing(batch.predict_groups, lambda _, arguments: len(arguments[1]) > 1, CPU)
     )
     assert run(cache, tmp_path / "b", eval_share=0.3, per_device_train_batch_size=1) == expected
 

@@ -23,6 +23,7 @@ from dpoeng.cache.store import Store
 from dpoeng.engine import loop as loop_module
 from dpoeng.engine import precompute as precompute_module
 from dpoeng.engine import reference as reference_module
+from dpoeng.engine import step as step_module
 from dpoeng.engine import train as train_module
 from dpoeng.engine.config import PrecomputeConfig, TrainConfig
 from dpoeng.engine.model import resolve_dtype
@@ -30,6 +31,7 @@ from dpoeng.engine.order import plan_schedule
 from dpoeng.engine.precompute import PrecomputeSummary, precompute_reference
 from dpoeng.engine.sources import adapter_config, find_adapter, find_model
 from dpoeng.engine.train import train
+from dpoeng.engine.train_setup import split
 
 
 def precompute(pairs: Path, model: Path, cache: Path, **fields: Any) -> PrecomputeSummary:
@@ -238,7 +240,7 @@ def test_the_adapter_loads_with_peft_alone(tmp_path: Path, cache: Path, tiny_mod
     """The saved adapter, loaded by the lines in run.json, gives the rewards that training reported."""
     summary = train(quick(cache, tmp_path / "out", lora_dropout=0.0, eval_share=0.2))
     view = View.open(cache)
-    _, held = train_module.split(view, None, TrainConfig(eval_share=0.2))
+    _, held = split(view, None, TrainConfig(eval_share=0.2))
     scope: dict[str, Any] = {}
     recipe = json.loads((tmp_path / "out" / "run.json").read_text())["load"]
     source = "\n".join(recipe).replace("'adapter'", repr(str(tmp_path / "out" / "adapter")))
@@ -275,7 +277,7 @@ def test_phase_two_killed_at_any_step_ends_the_same(
     tmp_path: Path, cache: Path, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     """Killed between the two forwards of a step, or before the only one of step 6, where the epoch ends on 2 pairs."""
-    real, forwards = loop_module.batch_loss, 0
+    real, forwards = step_module.batch_loss, 0
 
     def dying(*args: Any, **kwargs: Any) -> Any:
         nonlocal forwards
@@ -285,7 +287,7 @@ def test_phase_two_killed_at_any_step_ends_the_same(
                 raise Killed
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(loop_module, "batch_loss", dying)
+    monkeypatch.setattr(step_module, "batch_loss", dying)
     with pytest.raises(Killed):
         train(quick(cache, tmp_path / "out"))
     monkeypatch.undo()
@@ -303,7 +305,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_phases as t
 from dpoeng.cache.store import Store
-from dpoeng.engine import loop as loop_module
+from dpoeng.engine import step as step_module
 
 cache, pairs, model, out = (Path(p) for p in sys.argv[2:])
 def kill_after(owner, name, calls):
@@ -319,7 +321,7 @@ if sys.argv[1] == "one":
     kill_after(Store, "commit_shard", 2)
     t.precompute(pairs, model, cache)
 else:
-    kill_after(loop_module, "batch_loss", 9)
+    kill_after(step_module, "batch_loss", 9)
     t.train(t.quick(cache, out))
 """
 
@@ -590,20 +592,23 @@ def test_a_held_out_view(tmp_path: Path, tiny_model: Path) -> None:
 def test_a_loss_that_is_not_a_number_stops_before_saving(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = loop_module.batch_loss, 0
+    real, calls = step_module.batch_loss, 0
 
     def poisoned(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         part = real(*args, **kwargs)
-        return loop_module.PreferenceLoss(part.losses * (math.nan if calls == 4 else 1), *_rest(part))
+        return step_module.PreferenceLoss(part.losses * (math.nan if calls == 4 else 1), *_rest(part))
 
-    monkeypatch.setattr(loop_module, "batch_loss", poisoned)
+    monkeypatch.setattr(step_module, "batch_loss", poisoned)
     with pytest.raises(UserError) as caught:
         train(quick(cache, tmp_path / "out", eval_share=0))
     assert caught.value.code == "training-not-finite"
     assert caught.value.where is not None
-    assert caught.value.where.startswith("step 2")
+    # The second forward of step 2: the third and fourth of its pairs, by their lines.
+    rows = plan_schedule(24, batch=4, epochs=1, max_steps=6, seed=42).rows_of_step(1)[2:]
+    named = "; ".join(f"{cache.parent / 'pairs.jsonl'}, row {row + 1}" for row in rows)
+    assert caught.value.where == f"step 2, at {named}"
     assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-00000001"]
 
 

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import signal
-import socket
-import sys
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +14,8 @@ import pytest
 from dpoeng_testing import pair_rows, tree, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
+from rank_processes import Rank, ends
+from rank_processes import start as start_ranks
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
@@ -182,10 +179,6 @@ def test_parts_cover_everything_once() -> None:
 # --------------------------------------------------------------------------- processes started together
 
 
-RANKS = multiprocessing.get_context("forkserver")  # imports once what would take seconds in each of them
-RANKS.set_forkserver_preload(["dpoeng.engine.precompute", "transformers.models.llama.modeling_llama", "peft"])
-
-
 def killed_at_the_third_batch() -> None:
     real, calls = precompute_module.score_pairs, []
 
@@ -205,55 +198,10 @@ def raises_while_loading() -> None:
     precompute_module.load_reference = load_reference  # type: ignore[attr-defined]
 
 
-def run_rank(command: list[str], variables: dict[str, str], output: Path, prelude: Callable[[], None] | None) -> None:
-    from dpoeng.cli.main import main
-
-    os.environ.update(variables)
-    sys.stdout, sys.stderr = (output.with_suffix(end).open("w") for end in (".out", ".err"))
-    warnings.simplefilter("ignore")
-    if prelude is not None:
-        prelude()
-    try:
-        main(command)
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-
-
-@dataclass
-class Rank:
-    process: Any
-    output: Path
-
-    def end(self, within_s: float = 240) -> tuple[int, str, str]:
-        """(exit status, stdout, stderr)."""
-        self.process.join(within_s)
-        assert self.process.exitcode is not None, "still running"
-        return self.process.exitcode, *(self.output.with_suffix(end).read_text() for end in (".out", ".err"))
-
-
 def start(files: Sequence[Path], model: Path, cache: Path, *, last: Callable[[], None] | None = None) -> list[Rank]:
-    """A process for each file, with the variables that torchrun sets; `last` is called in the last of them before."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """A process for each file."""
     line = ["--model", str(model), "--cache", str(cache), "--shard-tokens", "300", "--batch-tokens", "200"]
-    ranks = []
-    for rank, file in enumerate(files):
-        numbers = {"WORLD_SIZE": len(files), "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
-        variables = {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in numbers.items()}}
-        output = cache.parent / f"rank{rank}"
-        prelude = last if rank == len(files) - 1 else None
-        process = RANKS.Process(
-            target=run_rank, args=(["precompute-ref", str(file), *line], variables, output, prelude)
-        )
-        process.start()
-        ranks.append(Rank(process, output))
-    return ranks
-
-
-def ends(ranks: list[Rank]) -> list[tuple[int, str, str]]:
-    return [rank.end() for rank in ranks]
+    return start_ranks([["precompute-ref", str(file), *line] for file in files], cache.parent, last=last)
 
 
 def test_two_ranks_leave_the_bytes_of_one_and_one_of_them_reports(

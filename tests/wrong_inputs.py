@@ -599,6 +599,27 @@ def lost_rank(desk: Desk) -> None:
     Group(rank=1, size=2).wait()
 
 
+def one_card(desk: Desk) -> None:
+    import torch
+
+    from dpoeng.engine.distributed import Group
+    from dpoeng.engine.train_setup import refuse_shared_gpu
+
+    def gather(values: list[Any], value: Any) -> None:
+        values[:] = [value, value]
+
+    desk.patch.setattr(torch.distributed, "all_gather_object", gather)
+    refuse_shared_gpu(Group(rank=0, size=2), "node1, GPU 5f1a")
+
+
+def divided_8bit(desk: Desk) -> None:
+    from dpoeng.engine.config import TrainConfig
+    from dpoeng.engine.distributed import Group
+    from dpoeng.engine.fsdp import check_fsdp
+
+    check_fsdp(TrainConfig(fsdp=True), Group(rank=0, size=2), "8bit")
+
+
 def shard_and_ranks(desk: Desk) -> None:
     from dpoeng.engine.config import PrecomputeConfig
     from dpoeng.engine.distributed import Group
@@ -608,16 +629,16 @@ def shard_and_ranks(desk: Desk) -> None:
 
 
 def diverging(desk: Desk) -> None:
-    from dpoeng.engine import loop
+    from dpoeng.engine import step
 
-    real = loop.batch_loss
+    real = step.batch_loss
 
     def broken(*arguments: Any, **settings: Any) -> Any:
         part = real(*arguments, **settings)
         part.losses.data[:] = float("nan")
         return part
 
-    desk.patch.setattr(loop, "batch_loss", broken)
+    desk.patch.setattr(step, "batch_loss", broken)
 
 
 EXPORTED = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
@@ -659,6 +680,9 @@ CACHES = (
           bend()),
     Wrong("processes with other pairs", "ranks-differ", 2, "", ("12 pairs",), act=different_ranks),
     Wrong("a process that ended", "rank-lost", 5, "", ("rank 1 of 2",), act=lost_rank),
+    Wrong("processes on one card", "ranks-one-gpu", 5, "", ("ranks 0 and 1",), act=one_card),
+    Wrong("fsdp in one process", "fsdp-unavailable", 2, TRAIN + " --fsdp", ("torchrun",)),
+    Wrong("fsdp of a quantised base", "fsdp-unavailable", 2, "", ("--quantization none",), act=divided_8bit),
     Wrong("work divided twice", "shard-and-ranks", 2, "", ("--shard 1/4",), act=shard_and_ranks),
     Wrong("a part that is none", "config-value", 2, SCORE + " --shard 5/4", ("--shard",)),
     Wrong("an empty cache explained", "cache-no-spec", 2, "cache explain refcache", ("precompute-ref",),

@@ -1,0 +1,71 @@
+"""FSDP2: the frozen base divided over the processes, layer by layer, for a base that no one card holds.
+
+Only what is frozen in the decoder layers is divided. The adapter, its gradients and the optimizer's state are small
+beside the base and stay whole in every process: gradients are summed as in `step`, and optimizer, clipping, checkpoints
+and the saved adapter are those of a run without FSDP, byte for byte. Embedding and head stay whole too: the log-prob
+kernel reads the head as one tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dpoeng.cache.errors import UserError
+from dpoeng.engine.config import Quantization, TrainConfig
+from dpoeng.engine.distributed import Group
+from dpoeng.engine.model import CausalLM, decoder_layers
+
+
+def check_fsdp(config: TrainConfig, group: Group, quantization: Quantization) -> None:
+    """Raises UserError where FSDP is asked for and cannot be had."""
+    if not config.fsdp:
+        return
+    if group.size == 1:
+        raise UserError(
+            "fsdp divides the base over several processes, and there is one",
+            code="fsdp-unavailable",
+            where="--fsdp",
+            expected="torchrun --nproc-per-node N --no-python dpoeng train ... with N above 1",
+            remedy="start it so, or leave --fsdp out",
+        )
+    if quantization != "none":
+        raise UserError(
+            f"a base of bitsandbytes in {quantization.removesuffix('bit')} bits cannot be divided over processes",
+            code="fsdp-unavailable",
+            where="--fsdp",
+            expected="a base that is not quantised",
+            found=f"quantization {quantization}",
+            remedy="leave --fsdp out: every process then holds the quantised base whole; or, if that is too large for "
+            "one card, add --quantization none --dtype bfloat16, which divides it",
+        )
+
+
+def shard_base(lm: CausalLM, group: Group, device: torch.device) -> None:
+    """Leaves this process its part of every decoder layer, on `device`; a layer is whole only while it is run.
+
+    Args:
+        lm: a model with its adapters, on the host.
+        group: the processes; each has loaded the same model.
+        device: where the parts, and everything that stays whole, are to be.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (group.size,))
+    layers = decoder_layers(lm)
+    assert layers, "transformers' decoder layers are GradientCheckpointingLayers"
+    divided: set[torch.nn.Parameter] = set()
+    for layer in layers:
+        whole = {parameter for name, parameter in layer.named_parameters() if ".lora_" in name}
+        fully_shard(layer, mesh=mesh, ignored_params=whole)
+        divided |= set(layer.parameters()) - whole
+    whole = set(lm.model.parameters()) - divided
+    # The decoder itself has nothing to divide: it is what its layers take turns in, so that the next one is gathered
+    # while one is run.
+    fully_shard(lm.backbone, mesh=mesh, ignored_params=whole)
+    for parameter in whole:
+        parameter.data = parameter.data.to(device)
+    for module in lm.model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+    lm.device, lm.sharded = device, True

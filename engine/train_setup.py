@@ -1,0 +1,166 @@
+"""What phase two decides and checks before its first step: adapter mode, rows, devices, policy against cache."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dpoeng.cache.errors import UserError
+from dpoeng.cache.reader import View
+from dpoeng.engine.adapters import AdapterMode
+from dpoeng.engine.config import TrainConfig
+from dpoeng.engine.distributed import Group
+from dpoeng.engine.model import CausalLM, device_name, pick_device
+from dpoeng.engine.order import hold_out
+from dpoeng.engine.progress import Progress
+from dpoeng.engine.reference import ParityReport, compare_with_cache, parity_tolerance, spread
+
+
+def resolve_adapter_mode(config: TrainConfig, *, has_adapter: bool) -> AdapterMode:
+    """`auto` -> `continue` where the reference has an SFT adapter, else `new`.
+
+    Raises:
+        UserError: the mode does not fit the reference.
+    """
+    if config.adapter_mode == "auto":
+        named = config.lora_shape_given()
+        if has_adapter and named:
+            raise UserError(
+                "the reference has an SFT adapter, and LoRA settings were given: which adapter is to be trained?",
+                code="adapter-mode",
+                where=", ".join("--" + name.replace("_", "-") for name in named),
+                expected="adapter_mode stack: a new LoRA of this shape on top of the frozen SFT adapter; or "
+                "adapter_mode continue: the SFT adapter itself, in its own shape",
+                remedy="add --adapter-mode stack, or take the LoRA settings out",
+            )
+        return "continue" if has_adapter else "new"
+    if (config.adapter_mode == "new") == has_adapter:
+        raise UserError(
+            f"adapter_mode {config.adapter_mode} does not fit this reference",
+            code="adapter-mode",
+            where="--adapter-mode",
+            expected="continue or stack, since the reference has an SFT adapter"
+            if has_adapter
+            else "new, since the reference has no SFT adapter",
+            found=config.adapter_mode,
+            remedy="leave it out: auto chooses what fits",
+        )
+    return config.adapter_mode
+
+
+def note_idle(config: TrainConfig, group: Group, progress: Progress) -> None:
+    """Says so where a step has fewer forwards than there are processes: the batch does not grow with their number."""
+    forwards, size = config.gradient_accumulation_steps, config.per_device_train_batch_size
+    if forwards < group.size:
+        progress.note(
+            f"a step has {forwards} forwards of {size} pairs for {group.size} processes, so some have nothing to do: "
+            f"the batch of a step ({forwards * size} pairs) is the same with any number of processes; give "
+            f"--gradient-accumulation-steps {group.size} or more, or a smaller --per-device-train-batch-size"
+        )
+
+
+def own_device(config: TrainConfig, group: Group) -> torch.device:
+    """The device of this process, made torch's current one if it is a GPU.
+
+    Raises:
+        UserError: another process of the group has the same GPU, which NCCL refuses.
+    """
+    device = pick_device(config.device, group.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        refuse_shared_gpu(group, f"{socket.gethostname()}, GPU {torch.cuda.get_device_properties(device).uuid}")
+    return device
+
+
+def refuse_shared_gpu(group: Group, gpu: str) -> None:
+    """Raises UserError in every process unless each has a GPU of its own."""
+    everyones = group.gather(gpu)
+    for rank, other in enumerate(everyones):
+        if other in everyones[:rank]:
+            raise UserError(
+                "two processes of this run have the same GPU",
+                code="ranks-one-gpu",
+                where=f"ranks {everyones.index(other)} and {rank}",
+                expected="a GPU for each process",
+                found=other,
+                remedy="start at most as many processes on a machine as it has GPUs (--nproc-per-node), and leave "
+                "--device out",
+                exit_status=5,
+            )
+
+
+def refuse_flex_on_cpu(config: TrainConfig, device: torch.device) -> None:
+    """Raises UserError where the backward pass that training needs is not there."""
+    if config.attention == "flex" and config.layout != "separate" and device.type == "cpu":
+        raise UserError(
+            "training through FlexAttention needs a GPU: it has no backward pass on a CPU",
+            code="attention-unsupported",
+            where="--attention flex",
+            expected="a GPU",
+            found=device_name(device),
+            remedy="leave --attention out",
+            exit_status=5,
+        )
+
+
+def refuse_sums_for_tokens(config: TrainConfig, view: View) -> None:
+    """Raises UserError where the loss weighs single tokens and the cache holds sums only."""
+    if view.spec.holds_sums and config.ld_alpha is not None:
+        raise UserError(
+            "this loss weighs single tokens, and these reference log-probs are sums over whole responses",
+            code="cache-sums-only",
+            where="--ld-alpha",
+            expected="a cache that `dpoeng precompute-ref` wrote",
+            found=f"view {view.name}, imported from {view.meta['imported']['name']}",
+            remedy="leave --ld-alpha out, or run precompute-ref on the pairs",
+        )
+
+
+def split(view: View, eval_view: View | None, config: TrainConfig) -> tuple[list[int], list[int]]:
+    """Rows to train on and rows to evaluate on. With `eval_view`, all of each."""
+    if eval_view is not None:
+        if eval_view.spec.digest != view.spec.digest:
+            raise UserError(
+                "training and evaluation pairs were scored by different references",
+                code="eval-reference",
+                where="--eval-view",
+                expected=f"the reference of {view.name}: {view.spec.digest}",
+                found=f"{eval_view.name}: {eval_view.spec.digest}",
+                remedy="run precompute-ref for both files with the same model options",
+            )
+        return list(range(len(view))), list(range(len(eval_view)))
+    train_indices, eval_indices = hold_out(
+        [view[row].ids.prompt_ids.tobytes() for row in range(len(view))], config.eval_share, config.seed
+    )
+    return train_indices, eval_indices
+
+
+def check_parity(
+    config: TrainConfig, lm: CausalLM, view: View, rows: Sequence[int], reference: dict[str, Any]
+) -> ParityReport:
+    """Compares the policy, as the reference, with the cache on pairs spread over the view.
+
+    Raises:
+        UserError: they differ by more than rounding explains.
+    """
+    sample = spread(rows, config.parity_pairs)
+    tolerance = config.parity_tolerance or parity_tolerance(lm, reference["quantization"], reference["dtype"])
+    report = compare_with_cache(
+        lm, view, sample, beta=config.beta, batch_tokens=reference["batch_tokens"], tolerance=tolerance
+    )
+    if not report.ok:
+        raise UserError(
+            "the policy is not the model that the cache was made with",
+            code="parity-failed",
+            where=f"{report.pairs} pairs, {report.tokens} tokens, scored without the new adapter",
+            expected=f"mean difference per token <= {tolerance:g} nats",
+            found=f"mean {report.mean_diff:.4g}, largest {report.max_diff:.4g} nats; as reward noise "
+            f"{report.reward_noise:.3g} at beta {config.beta:g}",
+            remedy="train with the model, adapter and precision that the cache names (leave out --model, --adapter, "
+            "--dtype and --quantization), or run precompute-ref for this model",
+            exit_status=4,
+        )
+    return report

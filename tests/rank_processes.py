@@ -1,0 +1,77 @@
+"""Commands run as torchrun runs them: a process each, with its variables, on this machine's CPU through gloo."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RANKS = multiprocessing.get_context("forkserver")  # imports once what would take seconds in each of them
+RANKS.set_forkserver_preload(
+    [
+        "dpoeng.engine.precompute",
+        "dpoeng.engine.train",
+        "peft",
+        "torch.distributed.device_mesh",
+        "torch.distributed.fsdp",
+        "transformers.models.llama.modeling_llama",
+    ]
+)
+
+
+def run_rank(command: list[str], variables: dict[str, str], output: Path, prelude: Callable[[], None] | None) -> None:
+    from dpoeng.cli.main import main
+
+    os.environ.update(variables)
+    sys.stdout, sys.stderr = (output.with_suffix(end).open("w") for end in (".out", ".err"))
+    warnings.simplefilter("ignore")
+    if prelude is not None:
+        prelude()
+    try:
+        main(command)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+@dataclass
+class Rank:
+    process: Any
+    output: Path
+
+    def end(self, within_s: float = 240) -> tuple[int, str, str]:
+        """(exit status, stdout, stderr)."""
+        self.process.join(within_s)
+        assert self.process.exitcode is not None, "still running"
+        return self.process.exitcode, *(self.output.with_suffix(end).read_text() for end in (".out", ".err"))
+
+
+def start(commands: Sequence[list[str]], folder: Path, *, last: Callable[[], None] | None = None) -> list[Rank]:
+    """A process for each command line, with the variables that torchrun sets.
+
+    What they print goes into `folder`. `last` is called in the last of them before.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank, command in enumerate(commands):
+        numbers = {"WORLD_SIZE": len(commands), "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
+        variables = {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in numbers.items()}}
+        output = folder / f"rank{rank}"
+        prelude = last if rank == len(commands) - 1 else None
+        process = RANKS.Process(target=run_rank, args=(command, variables, output, prelude))
+        process.start()
+        ranks.append(Rank(process, output))
+    return ranks
+
+
+def ends(ranks: list[Rank]) -> list[tuple[int, str, str]]:
+    """How each of them ended."""
+    return [rank.end() for rank in ranks]

@@ -1,0 +1,275 @@
+"""Phase two in several processes: the adapter of one, whoever writes it, however a process ends."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dpoeng_testing import pair_rows, tree, write_jsonl
+from rank_processes import Rank, ends, start
+from safetensors.torch import load_file
+
+from dpoeng.cli.main import main
+from dpoeng.engine import batch as batch_module
+from dpoeng.engine import loop as loop_module
+from dpoeng.engine.config import PrecomputeConfig
+from dpoeng.engine.distributed import Group
+from dpoeng.engine.precompute import precompute_reference
+
+# Three forwards a step, which two processes and four cannot share evenly; dropout, which must not depend on who draws
+# it; an epoch of three steps, whose last is smaller; evaluations that decide which adapter is saved.
+SETTINGS = (
+    "--max-steps 5 --save-steps 1 --parity-pairs 2 --per-device-train-batch-size 2 --gradient-accumulation-steps 3 "
+    "--learning-rate 1e-3 --lora-dropout 0.1 --lora-r 4 --eval-share 0.2 --eval-steps 2 "
+    "--per-device-eval-batch-size 2 --load-best-model-at-end --gradient-checkpointing"
+).split()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    pairs = write_jsonl(folder / "pairs.jsonl", pair_rows(20))
+    precompute_reference(PrecomputeConfig(pairs=(pairs,), model=str(tiny_model), cache=folder / "cache"))
+    return folder / "cache"
+
+
+def command(cache: Path, out: Path, *more: str) -> list[str]:
+    return ["train", "--cache", str(cache), "--output-dir", str(out), *SETTINGS, *more]
+
+
+def alone(cache: Path, out: Path, *more: str) -> Path:
+    with pytest.raises(SystemExit) as stop:
+        main(command(cache, out, *more))
+    assert stop.value.code == 0
+    return out
+
+
+def together(size: int, cache: Path, out: Path, *more: str, last: Callable[[], None] | None = None) -> list[Rank]:
+    out.mkdir(parents=True, exist_ok=True)
+    return start([command(cache, out, *more)] * size, out, last=last)
+
+
+def finished(ranks: list[Rank], out: Path) -> Path:
+    found = ends(ranks)
+    assert [status for status, _, _ in found] == [0] * len(ranks), "\n".join(err for _, _, err in found)
+    assert "The adapter is in" in found[0][1]
+    assert [out for _, out, _ in found[1:]] == [""] * (len(ranks) - 1)
+    return out
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """The run of one process."""
+    return alone(cache, tmp_path_factory.mktemp("one") / "out")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """The same in two processes."""
+    out = tmp_path_factory.mktemp("two") / "out"
+    return finished(together(2, cache, out), out)
+
+
+def adapter(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def lines(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def check_same(out: Path, expected: Path) -> None:
+    """The same adapter to 1e-5, where training has moved its weights by 1e-3 and more; and the same figures."""
+    found, wanted = adapter(out), adapter(expected)
+    assert found.keys() == wanted.keys()
+    moved = max(float(wanted[name].abs().max()) for name in wanted if "lora_B" in name)  # zero at the start
+    assert moved > 1e-3
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], atol=1e-5, rtol=0)
+    for line, other in zip(lines(out), lines(expected), strict=True):
+        assert line == pytest.approx(other, rel=1e-4, abs=1e-5)
+    # Before the first step nothing has been added up over processes: a pair's numbers are the same bits.
+    assert lines(out)[0] == lines(expected)[0]
+
+
+def outcome(out: Path) -> dict[str, str]:
+    return tree(out, "adapter", "checkpoint-00000005") | {"metrics": (out / "metrics.jsonl").read_text()}
+
+
+def test_shares_cover_everything_once() -> None:
+    for size, count in itertools.product(range(1, 6), range(12)):
+        groups = [Group(rank, size) for rank in range(size)]
+        assert sorted(itertools.chain.from_iterable(group.mine(count) for group in groups)) == list(range(count))
+        assert {len(group.mine(count)) + group.idle(count) for group in groups} == {-(-count // size)}
+
+
+def test_two_processes_train_the_adapter_of_one(one: Path, two: Path) -> None:
+    check_same(two, one)
+    written = {path.relative_to(one).as_posix() for path in one.rglob("*") if path.is_file()}
+    by_ranks = {f"rank{rank}.{end}" for rank in range(2) for end in ("out", "err")}
+    assert {path.relative_to(two).as_posix() for path in two.rglob("*") if path.is_file()} - by_ranks == written
+    assert json.loads((two / "run.json").read_text())["processes"] == 2
+
+
+def test_fsdp_leaves_the_bytes_of_two_processes(tmp_path: Path, cache: Path, two: Path) -> None:
+    """What is gathered are the same weights, and what is added up are the same gradients."""
+    out = tmp_path / "out"
+    finished(together(2, cache, out, "--fsdp"), out)
+    assert outcome(out) == outcome(two)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    ["--loss-type aot", "--loss-type beta_dpo,sft --fsdp", "--loss-type bco_pair --bco-reward-shift"],
+)
+def test_losses_of_a_whole_step(tmp_path: Path, cache: Path, loss: str) -> None:
+    """Pairs of one step meet in the loss, whoever has scored them; the mean of earlier steps is everybody's."""
+    more = [*loss.split(), "--max-steps", "3"]
+    expected = alone(cache, tmp_path / "one", *[word for word in more if word != "--fsdp"])
+    check_same(finished(together(2, cache, tmp_path / "two", *more), tmp_path / "two"), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--fsdp"], ["--fsdp", "--loss-type", "aot"], ["--fsdp", "--use-dora"]])
+def test_four_processes_train_the_adapter_of_one(tmp_path: Path, cache: Path, more: Sequence[str]) -> None:
+    """Three forwards for four processes: one of them has none."""
+    expected = alone(cache, tmp_path / "one", *[word for word in more if word != "--fsdp"])
+    out = tmp_path / "four"
+    check_same(finished(together(4, cache, out, *more), out), expected)
+    assert "some have nothing to do" in (out / "rank0.err").read_text()
+
+
+# --------------------------------------------------------------------------- a process that ends
+
+
+def at_call(owner: Any, name: str, number: int, act: Callable[[], None]) -> None:
+    """Replaces a function, in this process for good, by one that acts before its n-th call."""
+    real, calls = getattr(owner, name), itertools.count(1)
+
+    def call(*arguments: Any, **settings: Any) -> Any:
+        if next(calls) == number:
+            act()
+        return real(*arguments, **settings)
+
+    setattr(owner, name, call)
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail() -> None:
+    raise ValueError("something broke")
+
+
+def killed_in_a_forward() -> None:
+    at_call(batch_module, "head_logps", 6, kill)
+
+
+def killed_between_steps() -> None:
+    at_call(loop_module, "train_step", 4, kill)
+
+
+def raises_in_a_step() -> None:
+    at_call(loop_module, "train_step", 4, fail)
+
+
+@pytest.mark.parametrize(
+    ("last", "status", "more"),
+    [
+        (killed_in_a_forward, -signal.SIGKILL, []),
+        (killed_between_steps, -signal.SIGKILL, []),
+        (raises_in_a_step, 1, []),
+        (killed_in_a_forward, -signal.SIGKILL, ["--fsdp"]),
+    ],
+)
+def test_a_process_that_ends_ends_the_others_and_the_same_command_goes_on(
+    tmp_path: Path, cache: Path, two: Path, last: Callable[[], None], status: int, more: list[str]
+) -> None:
+    """Faults 61 and 68: within 60 s, with a message; and the run that goes on ends with the undisturbed one's bytes."""
+    out = tmp_path / "out"
+    began = time.monotonic()
+    first, second = together(2, cache, out, *more, last=last)
+    assert second.end()[0] == status
+    code, _, err = first.end(within_s=60)
+    assert time.monotonic() - began < 60
+    assert code == 5
+    assert "another process of this run has ended" in err
+    assert "Traceback" not in err
+    assert not (out / "adapter").exists()
+    finished(together(2, cache, out, *more), out)
+    assert "going on from step" in (out / "rank0.err").read_text()
+    assert outcome(out) == outcome(two)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_another_number_of_processes_goes_on(
+    tmp_path: Path, cache: Path, one: Path, monkeypatch: pytest.MonkeyPatch, before: int, after: int
+) -> None:
+    """Fault 63 for phase two: the same steps, so the same adapter up to the rounding of sums."""
+    out = tmp_path / "out"
+    if before == 1:
+        with monkeypatch.context() as patched:
+            patched.setattr(loop_module, "train_step", loop_module.train_step)
+            at_call(loop_module, "train_step", 5, fail)
+            with pytest.raises(SystemExit):
+                main(command(cache, out))
+        finished(together(2, cache, out, "--fsdp"), out)
+    else:
+        ends(together(2, cache, out, last=killed_between_steps))
+        alone(cache, out)
+    assert (out / "checkpoint-00000005").is_dir()
+    check_same(out, one)
+
+
+def test_ranks_with_other_settings_are_refused(tmp_path: Path, cache: Path) -> None:
+    """Fault 66."""
+    commands = [command(cache, tmp_path / "out", "--beta", beta) for beta in ("0.1", "0.2")]
+    for status, _, err in ends(start(commands, tmp_path)):
+        assert status == 2
+        assert "different settings or pairs" in err
+        assert "beta = 0.1" in err
+        assert "beta = 0.2" in err
+        assert "learning_rate" not in err
+    assert not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------- out of memory
+
+
+def out_of_memory_with_two_pairs() -> None:
+    real = batch_module.predict_groups
+
+    def full(lm: Any, groups: Any) -> Any:
+        if torch.is_grad_enabled() and len(groups) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(lm, groups)
+
+    batch_module.predict_groups = full  # type: ignore[attr-defined]
+
+
+def test_all_take_fewer_pairs_when_one_runs_out(tmp_path: Path, cache: Path) -> None:
+    """One process has a smaller card: the run is from the first step on that of one pair a forward, to the byte."""
+    half = ["--per-device-train-batch-size", "1", "--gradient-accumulation-steps", "6", "--max-steps", "3"]
+    finished(together(2, cache, tmp_path / "half", *half), tmp_path / "half")
+    out = tmp_path / "out"
+    finished(together(2, cache, out, "--max-steps", "3", last=out_of_memory_with_two_pairs), out)
+    assert "1 pairs a forward" in (out / "rank0.err").read_text()
+    assert tree(out, "adapter") == tree(tmp_path / "half", "adapter")
+
+
+def test_over_a_sharded_base_nothing_is_tried_again(tmp_path: Path, cache: Path) -> None:
+    out = tmp_path / "out"
+    first, second = together(2, cache, out, "--fsdp", last=out_of_memory_with_two_pairs)
+    status, _, err = second.end(within_s=60)
+    assert (status, "out of memory over a sharded base" in err) == (5, True)
+    status, _, err = first.end(within_s=60)
+    assert (status, "another process of this run has ended" in err) == (5, True)
