@@ -25,6 +25,7 @@ AREAS: dict[str, str] = {
     "layout": "Models, tokenizers and adapters",
     "reference": "Models, tokenizers and adapters",
     "weights": "Models, tokenizers and adapters",
+    "quantization": "Models, tokenizers and adapters",
     "gguf": "GGUF files",
     "cache": "The reference cache",
     "import": "The reference cache",
