@@ -29,9 +29,9 @@ _HEADS = {"dpoeng": "dpoeng", "naive": "full logits", "TRL": "TRL 1.16's head"}
 
 
 def read(kind: str, results: Path = RESULTS) -> list[Record]:
-    """The records of a kind measured on CPUs, oldest first."""
-    lines = (results / f"{kind}-cpu.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    """The records of a kind measured on CPUs, oldest first; none if there is no file of them."""
+    file = results / f"{kind}-cpu.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
 def rewritten(text: str, results: Path = RESULTS) -> str:
@@ -198,23 +198,26 @@ def evidence(results: Path) -> str:
 
 def _evidence(results: Path) -> Iterator[list[str]]:
     for record in read("compare", results):
-        settings, peers = record["settings"], record["ratios"]
-        yield [
-            f"a training step of {settings['batch_size']} pairs, {settings['dtype']}, losses equal to "
-            f"{max(record['equality']['loss'].values()):.0e}",
-            "; ".join(_against(peer, found, "step_cpu_s", "train_peak_bytes") for peer, found in peers.items()),
-            f"`dpoeng bench compare --batch-size {settings['batch_size']}`",
-        ]
-        for peer, found in peers.items():
+        settings, command = (
+            record["settings"],
+            f"`dpoeng bench compare --batch-size {record['settings']['batch_size']}`",
+        )
+        for peer, found in record["ratios"].items():
+            same = f"losses equal to {record['equality']['loss'][peer]:.0e}"
+            yield [
+                f"a step of {settings['batch_size']} pairs, {settings['dtype']}, against TRL 1.16, {_PEERS[peer]}",
+                f"{_times(found, 'step_cpu_s', 'train_peak_bytes')}; {same}",
+                command,
+            ]
             if "reference_cpu_s" in found:
                 yield [
-                    f"reference pass over {settings['pairs_count']} pairs",
-                    _against(peer, found, "reference_cpu_s", "reference_peak_bytes"),
+                    f"the reference pass over {settings['pairs_count']} pairs, against `precompute_ref_log_probs`",
+                    _times(found, "reference_cpu_s", "reference_peak_bytes"),
                     "the same",
                 ]
     for record in read("kernels", results):
         for result in record["results"]:
-            if result["mode"] == "train":
+            if result["mode"] == "train" and result["dtype"] == "float32":
                 vocabulary, _, tokens = result["shape"]
                 ways, ours = result["ways"], result["ways"]["dpoeng"]["peak_bytes"]
                 yield [
@@ -224,13 +227,14 @@ def _evidence(results: Path) -> Iterator[list[str]]:
                     f"{100 * ours / ways['naive']['peak_bytes']:.1f} % of full logits'",
                     f"`dpoeng bench kernels --shape {','.join(map(str, result['shape']))} --dtype {result['dtype']}`",
                 ]
-    found = read("cache", results)[-1]["read"]
-    yield [
-        f"a cache of {found['pairs']:,} pairs",
-        f"opens in {found['open_ms'] / 1e3:.2f} s, {found['rows_per_s']:,.0f} rows/s, "
-        f"{found['anonymous_mib']:.0f} MiB of memory",
-        f"`dpoeng bench cache --pairs {found['pairs']}`",
-    ]
+    for record in read("cache", results)[-1:]:
+        found = record["read"]
+        yield [
+            f"a cache of {found['pairs']:,} pairs",
+            f"opens in {found['open_ms'] / 1e3:.2f} s, {found['rows_per_s']:,.0f} rows/s, "
+            f"{found['anonymous_mib']:.0f} MiB of memory",
+            f"`dpoeng bench cache --pairs {found['pairs']}`",
+        ]
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
@@ -246,11 +250,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
 # --------------------------------------------------------------------------- pieces
 
 
-def _against(peer: str, found: Record, time: str, memory: str) -> str:
-    return (
-        f"TRL 1.16, {_PEERS[peer]}: {found[time]['median']:.1f} times the CPU time, {found[memory]['median']:.1f} "
-        "times the memory"
-    )
+def _times(found: Record, time: str, memory: str) -> str:
+    return f"TRL takes **{found[time]['median']:.1f}** times the CPU time, **{found[memory]['median']:.1f}** the memory"
 
 
 def _where(record: Record) -> str:
