@@ -313,6 +313,9 @@ class TrainConfig(_Config):
     gradient_checkpointing: bool | None = Field(
         None, description="Recompute layers in the backward pass: less memory, more time. Default: only on a GPU."
     )
+    activation_offloading: bool = Field(
+        False, description="Keep what gradient checkpointing keeps, each layer's input, in host memory: slower steps."
+    )
     seed: int = Field(42, ge=0, description="Seeds the LoRA, the order of the pairs, the held-out share and dropout.")
 
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
@@ -381,6 +384,12 @@ class TrainConfig(_Config):
         check_combination(values, changed)
         return self
 
+    def checkpoints_on(self, device_type: str) -> bool:
+        """Whether layers are recomputed: as asked for, else on a GPU, and where their inputs go to the host."""
+        if self.gradient_checkpointing is None:
+            return device_type == "cuda" or self.activation_offloading
+        return self.gradient_checkpointing
+
     @property
     def watches_a_metric(self) -> bool:
         """Whether evaluations decide on what is saved or when training ends."""
@@ -396,6 +405,12 @@ class TrainConfig(_Config):
                 raise ValueError(f"{name} does nothing without load_best_model_at_end or early_stopping_patience")
         if self.early_stopping_threshold and self.early_stopping_patience is None:
             raise ValueError("early_stopping_threshold does nothing without early_stopping_patience")
+        return self
+
+    @model_validator(mode="after")
+    def _offloading_needs_checkpointing(self) -> TrainConfig:
+        if self.activation_offloading and self.gradient_checkpointing is False:
+            raise ValueError("activation_offloading moves what gradient checkpointing keeps: leave that on")
         return self
 
     @model_validator(mode="after")

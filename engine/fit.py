@@ -53,10 +53,7 @@ def check_step(
     longest = _longest(pairs)[: config.per_device_train_batch_size]
     if _is_small(source, longest, device):
         return None
-    checkpointing = config.gradient_checkpointing
-    if checkpointing is None:
-        checkpointing = device.type == "cuda"
-    setup = _setup(config, source, device, quantization, dtype, checkpointing)
+    setup = _setup(config, source, device, quantization, dtype, config.checkpoints_on(device.type))
     peak = step_memory(setup, longest).peak
     room = available_bytes(device)
     if _needed(setup, longest, peak, device) > room:
@@ -65,7 +62,7 @@ def check_step(
         changes = (
             [f"--per-device-train-batch-size {fits[-1]} (with more --gradient-accumulation-steps)"] if fits else []
         )
-        changes += [] if checkpointing else ["--gradient-checkpointing"]
+        changes += [] if config.checkpoints_on(device.type) else ["--gradient-checkpointing"]
         if not changes:
             changes = ["phase one again with fewer bits (--quantization) or a shorter --max-length", "a larger device"]
         raise _no_room("phase two", peak, _needed(setup, longest, peak, device), room, longest, changes)

@@ -19,6 +19,7 @@ from torch import nn
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.attention import SHARED_PROMPT, no_mask, shared_prompt_attention
 from dpoeng.engine.config import Attention, Quantization
+from dpoeng.engine.offload import keep_inputs_on_host
 from dpoeng.engine.quantized import (
     compute_in,
     import_bitsandbytes,
@@ -418,12 +419,14 @@ def use_layout(lm: CausalLM, layout: Layout, reason: str = "") -> None:
     lm.base.set_attn_implementation(SHARED_PROMPT if layout == "shared" else lm.native_attention)
 
 
-def enable_gradient_checkpointing(lm: CausalLM) -> None:
-    """Recomputes each decoder layer in the backward pass, without re-entrance.
+def enable_gradient_checkpointing(lm: CausalLM, *, inputs_on_host: bool = False) -> None:
+    """Recomputes each decoder layer in the backward pass, without re-entrance; its input may wait in host memory.
 
     For LLM.int8() layers this frees anything only because of `keep_no_inputs`.
     """
     lm.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if inputs_on_host:
+        keep_inputs_on_host(lm.base)
 
 
 def library_versions() -> dict[str, str]:

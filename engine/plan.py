@@ -227,9 +227,11 @@ def _options(setup: Setup, pair: Pair) -> list[Option]:
         if name != setup.quantization
     ]
     without = replace(setup, config=config.model_copy(update={"gradient_checkpointing": False}))
+    offloading = config.model_copy(update={"gradient_checkpointing": True, "activation_offloading": True})
     changes += [
         ("half of max_length", setup, half),
         ("optim adamw_8bit", replace(setup, config=config.model_copy(update={"optim": "adamw_8bit"})), pair),
+        ("activation_offloading", replace(setup, config=offloading), pair),
         ("without gradient checkpointing", without, pair),
         ("whole logits", replace(setup, full_logits=True), pair),
     ]

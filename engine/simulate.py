@@ -114,7 +114,7 @@ def build(setup: Setup, *, adapters: bool = True) -> CausalLM:
         lora = lora_arguments(setup.config)
         lm = add_policy_adapter(lm, "new", None, lora)
         if setup.config.gradient_checkpointing:
-            enable_gradient_checkpointing(lm)
+            enable_gradient_checkpointing(lm, inputs_on_host=setup.config.activation_offloading)
     for module in lm.model.modules() if setup.stock else ():
         module.__dict__.pop("forward", None)  # what use_lora_product set
     for module in quantized_layers(lm.model) if setup.leak else ():

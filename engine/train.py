@@ -177,9 +177,8 @@ def _train(config: TrainConfig, group: Group, progress: Progress, on_metrics: On
     group.wait()  # until every process has found its policy right
     if group.is_first:
         clear_output(config)
-    checkpointing = config.gradient_checkpointing
-    if checkpointing or (checkpointing is None and device.type == "cuda"):
-        enable_gradient_checkpointing(lm)
+    if config.checkpoints_on(device.type):
+        enable_gradient_checkpointing(lm, inputs_on_host=config.activation_offloading)
     set_mode(lm, training=True)
 
     optimizer = build_optimizer(config, trainable)

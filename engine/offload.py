@@ -1,0 +1,48 @@
+"""What checkpointing keeps of each layer, its input, in host memory between the forward and the backward.
+
+A copy out and a copy in, so the numbers do not change. Everything else of a layer is recomputed in the backward anyway,
+and stays where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+Packed = tuple[torch.device, torch.Tensor | torch.Size, torch.dtype]
+
+
+def keep_inputs_on_host(model: nn.Module) -> None:
+    """Makes the layers that gradient checkpointing recomputes keep their inputs in host memory."""
+    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "_gradient_checkpointing_func")]
+    for layer in layers:
+        layer._gradient_checkpointing_func = checkpoint_on_host
+
+
+def checkpoint_on_host(function: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Any:
+    """`torch.utils.checkpoint` without re-entrance, whose inputs wait in host memory.
+
+    Inside it, checkpointing's own hooks hold; only what it saves itself, the inputs, meets these.
+    """
+    with torch.autograd.graph.saved_tensors_hooks(to_host, from_host):
+        return torch.utils.checkpoint.checkpoint(function, *inputs, use_reentrant=False, **kwargs)
+
+
+def to_host(tensor: torch.Tensor) -> Packed:
+    """A copy in (pinned) host memory; of a tensor without values, its shape."""
+    if tensor.is_meta:
+        return tensor.device, tensor.shape, tensor.dtype
+    host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    host.copy_(tensor)
+    return tensor.device, host, tensor.dtype
+
+
+def from_host(packed: Packed) -> torch.Tensor:
+    """The tensor again, where it was."""
+    device, kept, dtype = packed
+    if not isinstance(kept, torch.Tensor):
+        return torch.empty(kept, dtype=dtype, device=device)
+    return kept.to(device, non_blocking=True)
