@@ -80,7 +80,7 @@ def run(
         for count in sizes:
             say(f"cache of {count:,} pairs")
             root = Path(name) / str(count)
-            steps.append(_measure_size(root, count))
+            steps.append(measure_size(root, count))
         say("reading")
         code = "import sys; from dpoeng.bench import cache; cache.print_reading(sys.argv[1])"
         read = json.loads(subprocess.check_output([sys.executable, "-c", code, str(root)]))
@@ -89,7 +89,7 @@ def run(
     return {"sizes": steps, "read": read, "weights": weights}
 
 
-def _measure_size(root: Path, count: int) -> dict[str, Any]:
+def measure_size(root: Path, count: int) -> dict[str, Any]:
     """Microseconds a pair of writing and finding again. Rows are made outside of the clock."""
     store = Store.open(root, create=True)
     spec = store.put_spec(SPEC)

@@ -191,15 +191,43 @@ def run_process(python: str, job: Job) -> Figures:
     Raises:
         UserError: the process failed; the message holds the end of what it said.
     """
-    file, kept = Path(job.scratch) / "job.json", Path(job.scratch) / "figures.json"
-    asked = json.loads(json.dumps({"job": asdict(job), "python": python, "commit": commit()}))
+    raw = run_module(
+        python,
+        "dpoeng.bench.peers",
+        asdict(job),
+        Path(job.scratch),
+        name=job.program,
+        remedy="if it was killed, the machine has too little memory: lower --batch-size",
+    )
+    return _figures(raw)
+
+
+def run_module(
+    python: str,
+    module: str,
+    job: dict[str, Any],
+    folder: Path,
+    *,
+    name: str,
+    remedy: str = "run the same command again: what is done is kept",
+) -> dict[str, Any]:
+    """Runs `python -m module JOB.json`, which prints what it found as its last line, and keeps that in `folder`.
+
+    The same job of the same code is not run again.
+
+    Raises:
+        UserError: the process failed; the message holds the end of what it said.
+    """
+    file, kept = folder / "job.json", folder / "figures.json"
+    asked = json.loads(json.dumps({"job": job, "python": python, "commit": commit()}))
     if kept.is_file():
-        found = json.loads(kept.read_text(encoding="utf-8"))
-        if found["asked"] == asked:
-            return _figures(found["figures"])
-    file.write_text(json.dumps(asdict(job)), encoding="utf-8")
+        before: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+        if before["asked"] == asked:
+            figures: dict[str, Any] = before["figures"]
+            return figures
+    file.write_text(json.dumps(job), encoding="utf-8")
     done = subprocess.run(
-        [python, "-m", "dpoeng.bench.peers", str(file)],
+        [python, "-m", module, str(file)],
         capture_output=True,
         text=True,
         check=False,
@@ -207,16 +235,16 @@ def run_process(python: str, job: Job) -> Figures:
     )
     if done.returncode != 0:
         raise UserError(
-            f"{job.program} failed",
+            f"{name} failed",
             code="bench-peer-failed",
-            where=f"{python} -m dpoeng.bench.peers, exit status {done.returncode}",
+            where=f"{python} -m {module}, exit status {done.returncode}",
             found="\n".join((done.stderr or done.stdout).strip().splitlines()[-8:]),
-            remedy="if it was killed, the machine has too little memory: lower --batch-size",
+            remedy=remedy,
             exit_status=5,
         )
-    raw = json.loads(done.stdout.strip().splitlines()[-1])
+    raw: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     kept.write_text(json.dumps({"asked": asked, "figures": raw}), encoding="utf-8")
-    return _figures(raw)
+    return raw
 
 
 def _figures(raw: dict[str, Any]) -> Figures:
@@ -257,7 +285,7 @@ def ratios(rounds: Sequence[Mapping[Program, Figures]], peer: Program) -> dict[s
     found: dict[str, list[float]] = {}
     for done in rounds:
         ours, theirs, our_pass = done["dpoeng"], done[peer], done["dpoeng reference"]
-        a, b = step_time(ours), step_time(theirs)
+        a, b = step_time(ours.steps), step_time(theirs.steps)
         found.setdefault("step_cpu_s", []).append(b.cpu_s / a.cpu_s)
         found.setdefault("step_wall_s", []).append(b.wall_s / a.wall_s)
         found.setdefault("train_peak_bytes", []).append(theirs.train_peak_bytes / max(ours.train_peak_bytes, 1))
@@ -271,9 +299,9 @@ def ratios(rounds: Sequence[Mapping[Program, Figures]], peer: Program) -> dict[s
     return {name: Ratio(statistics.median(values), min(values), max(values)) for name, values in found.items()}
 
 
-def step_time(figures: Figures) -> Spent:
+def step_time(steps: Sequence[Spent]) -> Spent:
     """Mean time of a step, the first one left out."""
-    counted = figures.steps[1:] or figures.steps
+    counted = steps[1:] or steps
     return Spent(statistics.fmean(step.wall_s for step in counted), statistics.fmean(step.cpu_s for step in counted))
 
 
@@ -282,7 +310,7 @@ def medians(runs: Sequence[Figures]) -> dict[str, float | None]:
     values: dict[str, list[float]] = {}
     for run in runs:
         if run.steps:
-            step = step_time(run)
+            step = step_time(run.steps)
             values.setdefault("step_cpu_s", []).append(step.cpu_s)
             values.setdefault("step_wall_s", []).append(step.wall_s)
             values.setdefault("train_peak_bytes", []).append(run.train_peak_bytes)

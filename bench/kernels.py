@@ -114,7 +114,7 @@ def run(
     results = []
     for shape in shapes:
         for name in dtypes:
-            problem = _problem(Shape(*shape), getattr(torch, name), place)
+            problem = head_problem(Shape(*shape), getattr(torch, name), place)
             rate = gemm_flops([(shape[1], shape[0])], shape[2], getattr(torch, name), place, tries=2)
             for mode in ("train", "score"):
                 say(f"V {shape[0]}, H {shape[1]}, N {shape[2]}, {name}, {mode}")
@@ -139,7 +139,9 @@ def _available(names: Sequence[str]) -> tuple[dict[str, Head], dict[str, str]]:
     return ways, missing
 
 
-class _Problem(NamedTuple):
+class HeadProblem(NamedTuple):
+    """Operands of a head, and what is right in float64 for the first `TRUTH_ROWS` rows."""
+
     hidden: Tensor
     weight: Tensor
     targets: Tensor
@@ -148,7 +150,7 @@ class _Problem(NamedTuple):
     true_grad: Tensor  # [TRUTH_ROWS, H] float64
 
 
-def _problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> _Problem:
+def head_problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> HeadProblem:
     """Logits with a spread of three nats, as trained models have."""
     rng = torch.Generator().manual_seed(0)
     weight = (torch.randn(shape.vocabulary, shape.width, generator=rng) * 3 / shape.width**0.5).to(device, dtype)
@@ -158,19 +160,19 @@ def _problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> _Problem
     leaf = hidden[:TRUTH_ROWS].double().requires_grad_()
     logps = plain_token_logps(leaf, weight.double(), targets[:TRUTH_ROWS])
     (grad,) = torch.autograd.grad(logps, leaf, upstream[:TRUTH_ROWS].double())
-    return _Problem(hidden, weight, targets, upstream, logps.detach(), grad)
+    return HeadProblem(hidden, weight, targets, upstream, logps.detach(), grad)
 
 
 def _measure(
-    ways: dict[str, Head], problem: _Problem, mode: str, repeats: int, missing: dict[str, str]
+    ways: dict[str, Head], problem: HeadProblem, mode: str, repeats: int, missing: dict[str, str]
 ) -> dict[str, dict[str, Any]]:
     figures: dict[str, dict[str, Any]] = {}
     device = problem.hidden.device
     for name, head in ways.items():  # first round: errors and memory, not timed
         try:
-            _step(head, problem, mode)  # libraries set themselves up; what that holds is nobody's peak
+            head_step(head, problem, mode)  # libraries set themselves up; what that holds is nobody's peak
             with PeakMemory(device) as memory:
-                logps, grad = _step(head, problem, mode)
+                logps, grad = head_step(head, problem, mode)
         except Exception as error:  # a peer may fail in any way; the record says so
             if name == OURS:
                 raise
@@ -181,7 +183,7 @@ def _measure(
     for _ in range(repeats):
         for name, figure in figures.items():
             watch = Stopwatch(device)
-            _step(ways[name], problem, mode)
+            head_step(ways[name], problem, mode)
             spent = watch.lap()
             figure["wall_s"].append(spent.wall_s)
             figure["cpu_s"].append(spent.cpu_s)
@@ -193,7 +195,8 @@ def _measure(
     return figures
 
 
-def _step(head: Head, problem: _Problem, mode: str) -> tuple[Tensor, Tensor | None]:
+def head_step(head: Head, problem: HeadProblem, mode: str) -> tuple[Tensor, Tensor | None]:
+    """One call: log-probs [N], and in mode `train` the gradient [N, H] too; in mode `score` None."""
     if mode == "score":
         with torch.no_grad():
             return head(problem.hidden, problem.weight, problem.targets), None
@@ -203,7 +206,7 @@ def _step(head: Head, problem: _Problem, mode: str) -> tuple[Tensor, Tensor | No
     return logps.detach(), leaf.grad
 
 
-def _errors(logps: Tensor, grad: Tensor | None, problem: _Problem) -> dict[str, float | None]:
+def _errors(logps: Tensor, grad: Tensor | None, problem: HeadProblem) -> dict[str, float | None]:
     """Worst log-prob error in nats; worst gradient error relative to the largest entry."""
     off = (logps[:TRUTH_ROWS].double() - problem.true_logps).abs().max()
     if grad is None:
@@ -236,7 +239,7 @@ def tune(shape: Shape, dtype: str) -> dict[str, Any]:
     from dpoeng.kernels.linear_logps import fused_logps
 
     device = torch.device("cuda")
-    problem = _problem(shape, getattr(torch, dtype), device)
+    problem = head_problem(shape, getattr(torch, dtype), device)
     head = KernelHead(problem.weight)
 
     def seconds(tile: tiles.LinearTile) -> float:

@@ -20,7 +20,7 @@ from torch import nn
 
 from dpoeng.bench.measure import PeakMemory, Spent, TimeSplit, gemm_flops, held_bytes, release_memory, touch
 from dpoeng.bench.records import stamp
-from dpoeng.bench.workload import padded_tokens, save_small_model, synthetic_pairs, unique_tokens
+from dpoeng.bench.workload import first_pairs_of, padded_tokens, save_small_model, unique_tokens
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import PairIds, pair_key
 from dpoeng.cache.spec import ReferenceSpec
@@ -35,13 +35,11 @@ from dpoeng.engine.model import (
     Layout,
     enable_gradient_checkpointing,
     load_model,
-    load_tokenizer,
     pick_device,
     set_mode,
     use_layout,
 )
 from dpoeng.engine.optim import build_optimizer
-from dpoeng.engine.pairs import read_pairs
 from dpoeng.engine.precompute import default_batch_tokens
 from dpoeng.engine.progress import QUIET, Progress
 from dpoeng.engine.reference import score_pairs
@@ -49,7 +47,6 @@ from dpoeng.engine.rows import Rows
 from dpoeng.engine.scoring import choose_layout
 from dpoeng.engine.shards import plan_shards
 from dpoeng.engine.sources import find_model
-from dpoeng.engine.tokens import tokenize_pairs
 
 VIEW = "bench"
 
@@ -87,7 +84,8 @@ class PhaseResult:
         unique_tokens_per_s: tokens with each prompt counted once, by the clock: the useful work.
         padded_equivalent_per_s: positions that padded, separate rows of the same batches would have had, by the clock.
         split: part -> median seconds a repeat.
-        peak_bytes: highest above the loaded weights (phase two: weights and adapter), over the counted repeats.
+        peaks_bytes: each repeat's highest above the loaded weights (phase two: weights and adapter).
+        peak_bytes: the highest of these.
         flops: useful FLOP/s: each prompt counted once, frozen weights without a gradient, no padding.
         of_gemm: `flops` over what this machine's matrix product reaches on the model's own layers.
     """
@@ -103,6 +101,7 @@ class PhaseResult:
     unique_tokens_per_s: float = 0.0
     padded_equivalent_per_s: float = 0.0
     split: dict[str, Spent] = field(default_factory=dict)
+    peaks_bytes: list[int] = field(default_factory=list)
     peak_bytes: int = 0
     peak_method: str = ""
     flops: float = 0.0
@@ -122,13 +121,13 @@ def bench_phases(settings: PhaseSettings, progress: Progress = QUIET) -> dict[st
         lm = load_model(
             source, quantization=settings.quantization, dtype=settings.dtype, device=device, tokenizer=False
         )
-        wanted = settings.batch_size * settings.steps
-        if settings.pairs:
-            file = read_pairs(settings.pairs)
-            data = tokenize_pairs(file.pairs[: 2 * wanted], load_tokenizer(source), max_length=settings.max_length)
-            pairs = [pair.ids for pair in data.pairs][:wanted]
-        else:
-            pairs = synthetic_pairs(wanted, lm.vocab_size)
+        pairs = first_pairs_of(
+            settings.pairs,
+            source,
+            settings.batch_size * settings.steps,
+            vocabulary=lm.vocab_size,
+            max_length=settings.max_length,
+        )
         record = stamp("phases", device, {**asdict(settings), "pairs": [str(path) for path in settings.pairs]})
         record["versions"]["dtype"] = str(lm.dtype).removeprefix("torch.")
         layers = linear_shapes(lm)
@@ -187,7 +186,7 @@ def measure_phases(
                     if number > 0:
                         splits[layout].append(split)
                         result = of_layout[layout]
-                        result.peak_bytes = max(result.peak_bytes, memory.peak_bytes)
+                        result.peaks_bytes.append(memory.peak_bytes)
                         result.peak_method = memory.method
                     advance(1, layout)
         for layout, result in of_layout.items():
@@ -311,6 +310,7 @@ def forward_flop(
 
 def _summarise(result: PhaseResult, splits: Sequence[TimeSplit], flop: float, gemm: float) -> None:
     totals = [split.total() for split in splits]
+    result.peak_bytes = max(result.peaks_bytes)
     result.wall_s = [total.wall_s for total in totals]
     result.cpu_s = [total.cpu_s for total in totals]
     seconds = statistics.median(result.wall_s)

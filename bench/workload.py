@@ -1,4 +1,4 @@
-"""What is measured when no model and no pairs are named: a random Llama, and pairs as long as real ones."""
+"""What is measured: some pairs; and where no model and no pairs are named, a random Llama and pairs of real lengths."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dpoeng.cache.schema import IdArray, PairIds, as_ids
+from dpoeng.engine.sources import ModelSource
 
 # Tokens of (prompt, chosen, rejected) of 64 pairs: every 23rd of 1,500 pairs of Anthropic's hh-rlhf (harmless-base),
 # sorted by length, as a chat, tokenised for SmolLM2-135M-Instruct, at most 512 tokens a side. Means of the 64: 140,
@@ -25,6 +26,25 @@ REAL_LENGTHS = (
 )
 
 
+def first_pairs_of(
+    files: Sequence[Path], source: ModelSource, count: int, *, vocabulary: int, max_length: int
+) -> list[PairIds]:
+    """The first `count` pairs of some files that can be used, by the model's tokenizer; without files synthetic ones.
+
+    Raises:
+        UserError: the files or the tokenizer cannot be used.
+    """
+    if not files:
+        return synthetic_pairs(count, vocabulary)
+    from dpoeng.engine.model import load_tokenizer
+    from dpoeng.engine.pairs import read_pairs
+    from dpoeng.engine.tokens import tokenize_pairs
+
+    rows = read_pairs(files).pairs[: 2 * count]
+    data = tokenize_pairs(rows, load_tokenizer(source), max_length=max_length)
+    return [pair.ids for pair in data.pairs][:count]
+
+
 def synthetic_pairs(count: int, vocabulary: int, *, seed: int = 0) -> list[PairIds]:
     """Pairs of random token ids: the real lengths in a random order, again and again until there are `count`."""
     random = np.random.default_rng(seed)
@@ -38,7 +58,7 @@ def synthetic_pairs(count: int, vocabulary: int, *, seed: int = 0) -> list[PairI
     return [PairIds(draw(prompt), draw(chosen), draw(rejected)) for prompt, chosen, rejected in lengths[:count]]
 
 
-def save_small_model(folder: Path, *, layers: int = 6) -> Path:
+def save_small_model(folder: Path, *, layers: int = 6, width: int = 576, vocabulary: int = 49152) -> Path:
     """A random Llama of SmolLM2-135M's shape, but with fewer of its 30 layers; 192 MB in float32."""
     import torch
     import transformers
@@ -47,12 +67,12 @@ def save_small_model(folder: Path, *, layers: int = 6) -> Path:
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=8 * width // 3,
         num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
+        num_attention_heads=width // 64,
+        num_key_value_heads=1 if width % 192 else width // 192,
         max_position_embeddings=8192,
         tie_word_embeddings=True,
     )

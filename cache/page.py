@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
@@ -16,7 +16,7 @@ Point = tuple[float, float]
 _STYLE = Path(__file__).with_name("page.css")
 _WIDTH, _HEIGHT = 440, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 8, 8, 20  # margins of a plot, for the numbers beside its axes
-_COLOURS = ("--c0", "--c1", "--c2", "--c3")
+_COLOURS = ("--c0", "--c1", "--c2", "--c3", "--c4", "--c5")
 SMOOTHED_FROM = 60
 """Curves of more points than this are drawn faint under their running mean."""
 
@@ -137,21 +137,47 @@ def histogram(name: str, unit: str, edges: Sequence[float], counts: Sequence[int
     )
 
 
-def line_chart(name: str, curves: Sequence[Curve], *, unit: str = "", x_name: str = "step") -> Html:
-    """Curves over a common x; points that are no finite number are left out of a curve, which has a gap there."""
-    finite = [(x, y) for curve in curves for x, y in curve.points if math.isfinite(y)]
-    colours = [f"var({_COLOURS[(k if curve.colour is None else curve.colour) % 4]})" for k, curve in enumerate(curves)]
+def bars(name: str, rows: Sequence[tuple[str, Sequence[tuple[str, float]]]], *, unit: str = "") -> Html:
+    """Bars from the left, one below the other: (label, its parts by name, which stand end to end and are added up)."""
+    parts = list(dict.fromkeys(part for _, row in rows for part, _ in row))
+    colours = {part: _colour(k) for k, part in enumerate(parts)}
+    top = max((sum(value for _, value in row) for _, row in rows), default=0.0) or 1.0
+    room = _WIDTH - 70  # beside the longest bar stands its number
+    drawn = []
+    for k, (label, row) in enumerate(rows):
+        at, left = 34 * k, 0.0
+        drawn.append(f'<text x="0" y="{at + 12}">{escape(label)}</text>')
+        for part, value in row:
+            wide = room * value / top
+            told = f"{escape(label)}{f', {escape(part)}' if part else ''}: {number(value)} {escape(unit)}"
+            drawn.append(
+                f'<rect x="{left:.1f}" y="{at + 16}" width="{wide:.1f}" height="12" fill="{colours[part]}">'
+                f"<title>{told}</title></rect>"
+            )
+            left += wide
+        drawn.append(f'<text x="{left + 6:.1f}" y="{at + 26}">{number(sum(value for _, value in row))}</text>')
+    caption = _caption(name, unit, list(colours.items()))
+    return _figure(caption, name, "".join(drawn), 34 * len(rows))
+
+
+def line_chart(
+    name: str, curves: Sequence[Curve], *, unit: str = "", x_name: str = "step", logarithmic: bool = False
+) -> Html:
+    """Curves over a common x; points that are no finite number are left out of a curve, which has a gap there.
+
+    With `logarithmic` both axes are; what is not above 0 then is no number.
+    """
+    colours = [_colour(k if curve.colour is None else curve.colour) for k, curve in enumerate(curves)]
     firsts = {colour: curve.name for curve, colour in reversed(list(zip(curves, colours, strict=True)))}
-    keys = "".join(
-        f'<span class="key"><i style="background: {colour}"></i>{escape(firsts[colour])}</span> '
-        for colour in dict.fromkeys(colours)
-        if len(firsts) > 1
-    )
-    caption = Html(f"<b>{escape(name)}</b>{f' <span class=dim>({escape(unit)})</span>' if unit else ''} {keys}")
+    caption = _caption(name, unit, [(firsts[colour], colour) for colour in dict.fromkeys(colours)])
+    if logarithmic:
+        curves = [replace(curve, points=[(_log10(x), _log10(y)) for x, y in curve.points]) for curve in curves]
+    finite = [(x, y) for curve in curves for x, y in curve.points if math.isfinite(x + y)]
     if not finite:
         return _figure(caption, name, f'<text x="{_LEFT}" y="{_TOP + 20}">no values</text>')
     x_low, x_high = min(x for x, _ in finite), max(x for x, _ in finite)
-    ticks = _ticks(min(y for _, y in finite), max(y for _, y in finite))
+    low, high = min(y for _, y in finite), max(y for _, y in finite)
+    ticks = [float(k) for k in range(math.floor(low), math.floor(high) + 2)] if logarithmic else _ticks(low, high)
     y_low, y_high = ticks[0], ticks[-1]
 
     def place(x: float, y: float) -> Point:
@@ -159,16 +185,20 @@ def line_chart(name: str, curves: Sequence[Curve], *, unit: str = "", x_name: st
         up = (y - y_low) / (y_high - y_low)
         return _LEFT + across * (_WIDTH - _LEFT - _RIGHT), _TOP + (1 - up) * (_HEIGHT - _TOP - _BOTTOM)
 
+    def told(value: float) -> str:
+        return number(10**value if logarithmic else value)
+
     drawn = []
     for tick in ticks:
         _, at = place(x_low, tick)
-        kind = "zero" if tick == 0 and y_low < 0 else "axis"
+        kind = "zero" if tick == 0 and y_low < 0 and not logarithmic else "axis"
+        words = f"{10**tick:g}" if logarithmic else _tick(tick, ticks)
         drawn.append(f'<line class="{kind}" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        drawn.append(f'<text x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{_tick(tick, ticks)}</text>')
-    drawn.append(f'<text x="{_LEFT}" y="{_HEIGHT - 4}">{number(x_low)}</text>')
+        drawn.append(f'<text x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{words}</text>')
+    drawn.append(f'<text x="{_LEFT}" y="{_HEIGHT - 4}">{told(x_low)}</text>')
     if x_high > x_low:
         drawn.append(
-            f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 4}" text-anchor="end">{escape(x_name)} {number(x_high)}</text>'
+            f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 4}" text-anchor="end">{escape(x_name)} {told(x_high)}</text>'
         )
     for curve, colour in zip(curves, colours, strict=True):
         smooth = len(curve.points) > SMOOTHED_FROM and not curve.dots and not curve.exact
@@ -180,19 +210,37 @@ def line_chart(name: str, curves: Sequence[Curve], *, unit: str = "", x_name: st
             drawn.append(f'<path class="curve" stroke="{colour}" d="{_path(_running_mean(curve.points), place)}"/>')
         few = curve.dots or len(curve.points) <= 12
         for x, y in curve.points if len(curve.points) <= 400 else ():
-            if math.isfinite(y):
+            if math.isfinite(x + y):
                 left, up = place(x, y)
                 drawn.append(
                     f'<circle cx="{left:.1f}" cy="{up:.1f}" r="{2.6 if few else 5}" fill="{colour}" '
-                    f'fill-opacity="{1 if few else 0}"><title>{escape(curve.name)}, {escape(x_name)} {number(x)}: '
-                    f"{number(y)}</title></circle>"
+                    f'fill-opacity="{1 if few else 0}"><title>{escape(curve.name)}, {escape(x_name)} {told(x)}: '
+                    f"{told(y)}</title></circle>"
                 )
     return _figure(caption, name, "".join(drawn))
 
 
-def _figure(caption: Html, label: str, inner: str) -> Html:
+def _colour(place: int) -> str:
+    return f"var({_COLOURS[place % len(_COLOURS)]})"
+
+
+def _log10(value: float) -> float:
+    return math.log10(value) if value > 0 else math.nan
+
+
+def _caption(name: str, unit: str, keys: Sequence[tuple[str, str]]) -> Html:
+    """A figure's name, and which colour is what where there is more than one."""
+    shown = "".join(
+        f'<span class="key"><i style="background: {colour}"></i>{escape(key)}</span> '
+        for key, colour in keys
+        if len(keys) > 1
+    )
+    return Html(f"<b>{escape(name)}</b>{f' <span class=dim>({escape(unit)})</span>' if unit else ''} {shown}")
+
+
+def _figure(caption: Html, label: str, inner: str, height: int = _HEIGHT) -> Html:
     return Html(
-        f'<figure><figcaption>{caption}</figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'<figure><figcaption>{caption}</figcaption><svg viewBox="0 0 {_WIDTH} {height}" role="img" '
         f'aria-label="{escape(label)}">{inner}</svg></figure>'
     )
 
@@ -225,7 +273,7 @@ def _path(points: Sequence[Point], place: Callable[[float, float], Point]) -> st
     """An SVG path; a point that is no number lifts the pen."""
     commands, pen = [], "M"
     for x, y in points:
-        if not math.isfinite(y):
+        if not math.isfinite(x + y):
             pen = "M"
             continue
         left, up = place(x, y)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from rich.table import Table
@@ -139,6 +140,98 @@ def cache_tables(record: dict[str, Any]) -> list[Table]:
     ]
 
 
+def kernels_tables(record: dict[str, Any]) -> list[Table]:
+    """A table a shape, dtype and direction; a row a way."""
+    tables = [machine_table(record), *map(_way_table, record["results"])]
+    return [*tables, facts_table(list(record["missing"].items()))] if record["missing"] else tables
+
+
+def _way_table(result: dict[str, Any]) -> Table:
+    v, h, n = result["shape"]
+    table = Table(
+        title=f"{result['mode']}: V {v}, H {h}, N {n}, {result['dtype']}", title_justify="left", show_edge=False
+    )
+    for heading in ("", "wall s", "x", "CPU-s", "x", "peak MiB", "of matmul", "log-prob error", "gradient error"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, figure in result["ways"].items():
+        error = figure["grad_error"]
+        table.add_row(
+            name,
+            f"{_median(figure['wall_s']):.3g}",
+            _ratio(figure["wall_s_ratio"]),
+            f"{_median(figure['cpu_s']):.3g}",
+            _ratio(figure["cpu_s_ratio"]),
+            f"{figure['peak_bytes'] / 2**20:,.0f}",
+            f"{100 * figure['of_gemm']:.0f} %",
+            f"{figure['logp_error']:.1e}",
+            "" if error is None else f"{error:.1e}",
+        )
+    table.caption = "x: times what dpoeng needs, median and range of the rounds. Errors: to float64, worst of 64 rows."
+    table.caption_justify = "left"
+    return table
+
+
+def aot_tables(record: dict[str, Any]) -> list[Table]:
+    """What the compilers made of every kernel."""
+    return [_aot_table(record["reports"])]
+
+
+def _aot_table(reports: list[dict[str, Any]]) -> Table:
+    table = Table(title="compiled ahead of time, nothing was run", title_justify="left", show_edge=False)
+    headings = (
+        "GPU", "kernel", "dtype", "registers", "stack bytes", "spills in loops", "shared KiB", "of", "occupancy",
+        "matrix", "load bytes",
+    )  # fmt: skip
+    for heading in headings:
+        table.add_column(heading)
+    for report in reports:
+        table.add_row(
+            report["gpu"],
+            " ".join(part for part in (report["kernel"], report["variant"]) if part),
+            report["dtype"],
+            str(report["registers"]),
+            str(report["spill_bytes"]),
+            str(report["loop_spills"]),
+            f"{report['shared_bytes'] / 1024:.1f}",
+            f"{report['shared_limit'] // 1024}",
+            f"{100 * report['occupancy']:.0f} %",
+            " ".join(report["matrix"]) or "–",
+            str(report["load_bytes"]),
+            style="red" if report["problems"] else "",
+        )
+    return table
+
+
+def _ratio(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"
+
+
+def memory_tables(record: dict[str, Any]) -> list[Table]:
+    """A row a case."""
+    settings, lengths = record["settings"], record["lengths"]
+    held = settings["quantization"] if settings["quantization"] != "none" else record["versions"]["dtype"]
+    recomputed = "with" if settings["gradient_checkpointing"] else "without"
+    table = Table(
+        title=f"peak memory, MiB: {held}, {len(lengths)} pairs of {sum(map(sum, lengths)):,} tokens, {recomputed} "
+        "gradient checkpointing",
+        title_justify="left",
+        show_edge=False,
+        caption="predicted: of tensors, by simulation, as dpoeng plan tells. measured: of tensors, by the allocator. "
+        "process: what the system gave, libraries and freed memory included.",
+        caption_justify="left",
+    )
+    table.add_column("")
+    for heading in ("predicted", "measured", "difference", "process", "over cached"):
+        table.add_column(heading, justify="right")
+    cached = next(case["measured_bytes"] for case in record["results"] if case["case"] == "cached reference")
+    for case in record["results"]:
+        numbers = [case[name] / 2**20 for name in ("predicted_bytes", "measured_bytes", "process_bytes")]
+        predicted, measured, process = (f"{number:,.1f}" for number in numbers)
+        ratio = "" if case["case"] == "phase one" else f"{case['measured_bytes'] / cached:.2f}x"
+        table.add_row(case["case"], predicted, measured, f"{100 * case['difference']:+.2f} %", process, ratio)
+    return [machine_table(record), table]
+
+
 def _cell(value: float | None, ratio: dict[str, float] | None, *, is_bytes: bool) -> str:
     if value is None:
         return "–"
@@ -159,3 +252,99 @@ def _median(values: list[float]) -> float:
 
 def _spread(values: list[float]) -> float:
     return (max(values) - min(values)) / 2 / _median(values)
+
+
+def quality_tables(record: dict[str, Any]) -> list[Table]:
+    """A row a way: as it was trained; and its adapter in float32, beside the first way's."""
+    settings, results = record["settings"], record["results"]
+    table = Table(
+        title=f"{settings['model']}: {results[0]['pairs']} held-out pairs, {results[0]['steps']} steps, "
+        f"{settings['seeds']} seed{'s' if settings['seeds'] > 1 else ''}",
+        title_justify="left",
+        show_edge=False,
+        caption="as trained: with its own precision and reference. In float32: the adapter alone, on the float32 model "
+        f"and reference, and how that differs from {results[0]['way']}, pair by pair. 95 % intervals over held-out "
+        "prompts. parity: mean difference of policy and reference before training, nats a token.",
+        caption_justify="left",
+    )
+    table.add_column("")
+    headings = (
+        "accuracy\nas trained", "margin\nas trained", "accuracy\nin float32", "difference", "margin\nin float32",
+        "difference", "parity", "s a step",
+    )  # fmt: skip
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for number, result in enumerate(results):
+        cells = [_mean(result["trained"][name], digits) for name, digits in _QUALITY]
+        for name, digits in _QUALITY:
+            cells.append(_mean(result["float32"][name], digits))
+            cells.append(_mean(result["difference"][name], digits, signed=True) if number else "")
+        parity = [value for value in result["parity"] if value is not None]
+        cells.append(f"{_median(parity):.2g}" if parity else "–")
+        cells.append(f"{_median(result['seconds']) / result['steps']:.2f}")
+        table.add_row(result["way"], *cells)
+    failed = (
+        [facts_table([(f"{way} failed", why) for way, why in record["failed"].items()])] if record["failed"] else []
+    )
+    return [machine_table(record), table, *failed]
+
+
+_QUALITY = (("rewards/accuracies", 3), ("rewards/margins", 3))
+
+
+def _mean(told: dict[str, Any], digits: int, *, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    text = f"{told['mean']:{sign}.{digits}f}"
+    if told["interval"]:
+        low, high = told["interval"]
+        text += f"\n[dim]{low:{sign}.{digits}f} to {high:{sign}.{digits}f}[/]"
+    return text
+
+
+def scale_tables(record: dict[str, Any]) -> list[Table]:
+    """A table a size that grows: a row a cost, with its exponent."""
+    tables = [machine_table(record)]
+    for over in dict.fromkeys(curve["over"] for curve in record["curves"]):
+        curves = [curve for curve in record["curves"] if curve["over"] == over]
+        for sizes in dict.fromkeys(tuple(curve["sizes"]) for curve in curves):
+            table = Table(
+                title=f"cost by {over}",
+                title_justify="left",
+                show_edge=False,
+                caption="exponent: 1 is in proportion; ± its standard error. last: between the two largest sizes.",
+                caption_justify="left",
+            )
+            table.add_column("")
+            for heading in (*(f"{size:,}" for size in sizes), "exponent", "last"):
+                table.add_column(heading, justify="right")
+            for curve in curves:
+                if tuple(curve["sizes"]) == sizes:
+                    fit, in_mib = curve["exponent"], curve["unit"] == "bytes"
+                    cells = [f"{cost / 2**20:,.4g}" if in_mib else f"{cost:.3g}" for cost in curve["medians"]]
+                    table.add_row(
+                        f"{curve['name']}, {'MiB' if in_mib else curve['unit']}"
+                        + (" [dim](simulated)[/]" if curve["simulated"] else ""),
+                        *cells,
+                        f"{fit['value']:.2f} ± {fit['standard_error']:.2f}",
+                        f"{fit['last']:.2f}",
+                    )
+            tables.append(table)
+    return tables
+
+
+_TABLES: dict[str, Callable[[dict[str, Any]], list[Table]]] = {
+    "phases": phases_tables,
+    "memory": memory_tables,
+    "compare": compare_tables,
+    "kernels": kernels_tables,
+    "kernels-aot": aot_tables,
+    "sharing": sharing_tables,
+    "quality": quality_tables,
+    "scale": scale_tables,
+    "cache": cache_tables,
+}
+
+
+def tables_of(record: dict[str, Any]) -> list[Table]:
+    """The tables of a record of any kind."""
+    return _TABLES[record["kind"]](record)

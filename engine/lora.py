@@ -68,6 +68,13 @@ def use_lora_product(model: nn.Module) -> None:
             module.forward = types.MethodType(_forward, module)
 
 
+def use_peft_product(model: nn.Module) -> None:
+    """Gives every LoRA layer peft's own product back."""
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.__dict__.pop("forward", None)
+
+
 def _is_plain(layer: Any) -> bool:
     base = layer.get_base_layer()
     linear = isinstance(base, nn.Linear) or type(base).__name__ in ("Linear8bitLt", "Linear4bit")

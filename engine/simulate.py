@@ -23,6 +23,7 @@ from dpoeng.engine import batch, scoring
 from dpoeng.engine.adapters import add_policy_adapter, lora_arguments
 from dpoeng.engine.config import Quantization, TrainConfig
 from dpoeng.engine.layout import pair_group
+from dpoeng.engine.lora import use_peft_product
 from dpoeng.engine.memory_tracker import MemoryTracker
 from dpoeng.engine.metrics import MetricsLog
 from dpoeng.engine.model import (
@@ -115,8 +116,8 @@ def build(setup: Setup, *, adapters: bool = True) -> CausalLM:
         lm = add_policy_adapter(lm, "new", None, lora)
         if setup.config.gradient_checkpointing:
             enable_gradient_checkpointing(lm, inputs_on_host=setup.config.activation_offloading)
-    for module in lm.model.modules() if setup.stock else ():
-        module.__dict__.pop("forward", None)  # what use_lora_product set
+    if setup.stock:
+        use_peft_product(lm.model)
     for module in quantized_layers(lm.model) if setup.leak else ():
         module._forward_hooks.clear()  # what keep_no_inputs added
     use_layout(lm, setup.layout)
@@ -163,7 +164,7 @@ def trace_step(setup: Setup, pairs: Sequence[Pair]) -> MemoryTracker:
         tracker.in_optimizer = True
 
     optimizer.register_step_pre_hook(before_optimizer)
-    with _kernels_of(setup.kernels), _head_of(setup), tracker:
+    with _kernels_of(setup.kernels), head_of(setup), tracker:
         train_step(run, 0)
     return tracker
 
@@ -192,7 +193,7 @@ def trace_forward(setup: Setup, pairs: Sequence[Pair], *, adapters: bool) -> Mem
     lm = build(setup, adapters=adapters)
     set_mode(lm, training=False)
     tracker = _tracker(setup, lm)
-    with torch.no_grad(), _kernels_of(setup.kernels), _head_of(setup), tracker:
+    with torch.no_grad(), _kernels_of(setup.kernels), head_of(setup), tracker:
         score_groups(lm, [pair_group(pair.scored().ids) for pair in pairs])
     return tracker
 
@@ -273,8 +274,8 @@ def _kernels_of(device_type: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _head_of(setup: Setup) -> Iterator[None]:
-    """With `full_logits`, log-probs as plain PyTorch computes them."""
+def head_of(setup: Setup) -> Iterator[None]:
+    """With `full_logits`, log-probs as plain PyTorch computes them, on any device."""
     ours = scoring.head_logps
     if setup.full_logits:
         batch.head_logps = scoring.head_logps = _full_logits  # type: ignore[attr-defined]

@@ -160,6 +160,8 @@ MEANINGS: dict[str, str] = {
     "internal-error": "A mistake in dpoeng. Please report it.",
     "bench-no-peer": "Comparing with TRL needs a Python that has it.",
     "bench-peer-failed": "The compared process failed; its last lines are shown.",
+    "bench-no-record": "`bench diff` compares what `--json` or `--results` of another bench command has kept.",
+    "bench-not-comparable": "Figures of another machine or of other settings say nothing about a commit.",
     "demo-model": "The demo needs a small model from the hub or a package index.",
 }
 
@@ -176,6 +178,7 @@ what to do. It goes to stderr. `--debug`, anywhere in the command, adds the trac
 | 3 | the data (also: `dpoeng check` found an error) |
 | 4 | the cache (also: `cache verify` found damage) |
 | 5 | the machine: disk, memory, GPU, libraries (also: `dpoeng doctor` found an error) |
+| 6 | a measurement is worse than it was, or than it may be (`bench diff`, `bench checks`) |
 | 130, 143 | stopped by Ctrl-C or SIGTERM; the same command goes on |
 
 The messages below were produced by the tests, each by the command above it. This page is written by

@@ -64,7 +64,7 @@ def test_ratios_are_taken_within_a_repeat() -> None:
 
 
 def test_the_first_step_is_not_counted() -> None:
-    assert step_time(figures(1.5)) == Spent(1.5, 3.0)
+    assert step_time(figures(1.5).steps) == Spent(1.5, 3.0)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from dpoeng.bench.allocator import trace_allocator
+from dpoeng.bench.memory import tensor_bytes, training_run
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import PairIds
 from dpoeng.cli.plan import plan as plan_command
@@ -21,15 +23,10 @@ from dpoeng.engine.adapters import add_policy_adapter, lora_arguments
 from dpoeng.engine.config import TrainConfig
 from dpoeng.engine.layout import pair_group
 from dpoeng.engine.memory_tracker import MemoryTracker
-from dpoeng.engine.metrics import MetricsLog
 from dpoeng.engine.model import empty_model, enable_gradient_checkpointing, load_model, set_mode, use_layout
-from dpoeng.engine.optim import build_optimizer, build_scheduler
-from dpoeng.engine.order import plan_schedule
 from dpoeng.engine.plan_config import PlanConfig
 from dpoeng.engine.plan_time import find_gpu, phase_times
-from dpoeng.engine.progress import QUIET
 from dpoeng.engine.quantized import quantized_layers
-from dpoeng.engine.run_state import HeldOut, Run
 from dpoeng.engine.scoring import score_groups
 from dpoeng.engine.simulate import Pair, Setup, trace_step
 from dpoeng.engine.sources import find_model
@@ -61,43 +58,6 @@ def fields(name: str, **changes: Any) -> dict[str, Any]:
 # --------------------------------------------------------------------------- the simulation against reality
 
 
-def allocator_peak(work: Any) -> int:
-    """Bytes by which torch's CPU allocator rose at most above where it was: its own events, from torch.profiler.
-
-    The profiler remembers addresses from session to session, so it reports the end of a block that began outside this
-    one with the size of another that was once there. Only blocks that began in here count, each with its own size.
-    """
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    found = []
-    waiting = list(profiler.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
-    while waiting:
-        event = waiting.pop()
-        waiting += event.children
-        if event.tag.name == "Allocation":
-            found.append((event.start_time_ns, event.extra_fields))
-    alive: dict[int, int] = {}
-    level = top = 0
-    for _, block in sorted(found, key=lambda item: item[0]):
-        if block.alloc_size > 0:
-            alive[block.ptr] = block.alloc_size
-            level += block.alloc_size
-        else:
-            level -= alive.pop(block.ptr, 0)
-        top = max(top, level)
-    return top
-
-
-def test_blocks_from_before_are_not_counted() -> None:
-    """A block that began before the profiler did, at an address that it once knew, ends inside the work."""
-    for _ in range(20):
-        kept: list[torch.Tensor] = []
-        allocator_peak(lambda kept=kept: kept.append(torch.empty(2_000_000)))
-        kept.clear()
-        kept.append(torch.empty(2_000_000))
-        assert allocator_peak(lambda kept=kept: (kept.clear(), torch.empty(1_000_000))) == 4_000_000
-
-
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "olmo2")
 EVERY = list(product(FAMILIES, ("float32", "bfloat16", "8bit", "4bit"), (False, True), ("shared", "separate")))
 # Each family and each precision; checkpointing changes what is kept. The others are slow tests.
@@ -121,7 +81,9 @@ def test_the_predicted_peak_is_the_allocators(
     """Real tensors, real step, the allocator's own count, against the step on the meta device: within 2 %."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = TrainConfig(gradient_checkpointing=checkpointing, per_device_train_batch_size=2)
+    config = TrainConfig(
+        gradient_checkpointing=checkpointing, per_device_train_batch_size=2, gradient_accumulation_steps=1
+    )
     quantization: Any = precision if precision.endswith("bit") else "none"
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     model = fields(family)
@@ -147,33 +109,11 @@ def test_the_predicted_peak_is_the_allocators(
         int8_threshold=0.0,
         tokenizer=False,
     )
-    lm = add_policy_adapter(lm, "new", None, lora_arguments(config))
-    if checkpointing:
-        enable_gradient_checkpointing(lm)
-    set_mode(lm, training=True)
     use_layout(lm, layout)
-    optimizer = build_optimizer(config, lm.trainable_parameters())
-    rows = [pair.scored() for pair in pairs]
-    run = Run(
-        config=config.model_copy(update={"gradient_accumulation_steps": 1}),
-        lm=lm,
-        train_rows=rows,
-        train_weights=None,
-        held_out=HeldOut((), None, (), {}),
-        schedule=plan_schedule(2, batch=2, epochs=3, max_steps=3, seed=0),
-        optimizer=optimizer,
-        scheduler=build_scheduler(config, optimizer, 3),
-        log=MetricsLog(tmp_path),
-        progress=QUIET,
-    )
-    train_step(run, 0)  # makes the optimizer's moments, and what libraries keep from their first call
-    held = MemoryTracker("cpu")
-    held.hold([*lm.model.parameters(), *lm.model.buffers()], "weights")
-    from dpoeng.engine.quantized import quantized_tensors
-
-    held.hold(quantized_tensors(lm.model), "weights")
-    held.hold((t for state in optimizer.state.values() for t in state.values()), "optimizer")
-    measured = held.live_bytes + allocator_peak(lambda: train_step(run, 1))
+    with training_run(lm, [pair.scored() for pair in pairs], config) as run:
+        train_step(run, 0)  # makes the optimizer's moments, and what libraries keep from their first call
+        held = tensor_bytes(lm, run.optimizer)
+        measured = held + trace_allocator(lambda: train_step(run, 1), lm.device).peak_bytes
     assert predicted.n_bytes == pytest.approx(measured, rel=0.02)
 
 
@@ -457,9 +397,8 @@ def test_loading_never_holds_the_model_in_full_precision(tmp_path: Path, quantiz
             )
         )
 
-    peak = allocator_peak(load)
-    held = MemoryTracker("cpu")
-    held.hold([*loaded[0].model.parameters(), *loaded[0].model.buffers()], "weights")
+    peak = trace_allocator(load, torch.device("cpu")).peak_bytes
+    held = tensor_bytes(loaded[0])
     largest = 256 * 640 * 4
-    assert held.live_bytes < 0.45 * on_disk
-    assert peak - on_disk < held.live_bytes + 4 * largest
+    assert held < 0.45 * on_disk
+    assert peak - on_disk < held + 4 * largest

@@ -1,0 +1,293 @@
+"""Measures the memory of both phases beside what `dpoeng plan` predicts, and a step with each kind of reference.
+
+The cases are run in one process on one batch: phase one's forward; a step against cached numbers; a step that first
+runs the reference by switching the adapter off; one that runs a second model; and that as plain PyTorch has it, with
+whole logits, a row a response and peft's own LoRA. All but the last run dpoeng's code, so they differ in the reference
+alone. The reference's forward comes before the policy's, where nothing is kept for a backward pass yet: the least that
+a reference in the step can cost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpoeng.bench.allocator import trace_allocator
+from dpoeng.bench.measure import PeakMemory, held_bytes, release_memory, touch
+from dpoeng.bench.records import stamp
+from dpoeng.bench.workload import first_pairs_of, save_small_model
+from dpoeng.cache.schema import PairIds, ScoredPair
+from dpoeng.engine.adapters import add_policy_adapter, as_reference, lora_arguments
+from dpoeng.engine.config import Dtype, Quantization, TrainConfig
+from dpoeng.engine.lora import use_peft_product
+from dpoeng.engine.memory_tracker import MemoryTracker
+from dpoeng.engine.metrics import MetricsLog
+from dpoeng.engine.model import (
+    CausalLM,
+    embedding_on_host,
+    enable_gradient_checkpointing,
+    load_model,
+    pick_device,
+    set_mode,
+    use_layout,
+)
+from dpoeng.engine.optim import build_optimizer, build_scheduler
+from dpoeng.engine.order import plan_schedule
+from dpoeng.engine.plan import model_fields
+from dpoeng.engine.progress import QUIET, Progress
+from dpoeng.engine.quantized import quantized_tensors
+from dpoeng.engine.reference import score_pairs
+from dpoeng.engine.run_state import HeldOut, Run
+from dpoeng.engine.scoring import choose_layout
+from dpoeng.engine.simulate import OPTIMIZER, Pair, Setup, head_of
+from dpoeng.engine.sources import find_model
+from dpoeng.engine.step import train_step
+from dpoeng.engine.step_memory import forward_memory, step_memory
+
+PHASE_ONE, CACHED, ADAPTER_OFF, TWO_MODELS, WHOLE_LOGITS = (
+    "phase one", "cached reference", "adapter off", "two models", "two models, whole logits"
+)  # fmt: skip
+POOL = 64
+"""So many pairs are looked at; the longest of them are the batch, since they decide whether a run fits."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySettings:
+    """What is measured. `model` None is the embedded one; without `pairs`, synthetic ones of real lengths.
+
+    Attributes:
+        batch_size: pairs in a forward of either phase.
+        gradient_checkpointing: whether layers are computed again in the backward pass.
+    """
+
+    model: str | None = None
+    pairs: tuple[Path, ...] = ()
+    dtype: Dtype = "auto"
+    quantization: Quantization = "none"
+    device: str = "auto"
+    batch_size: int = 2
+    max_length: int = 512
+    lora_r: int = 16
+    gradient_checkpointing: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class CaseMemory:
+    """One case. Bytes are of tensors, weights included, but for `process_bytes`.
+
+    Attributes:
+        predicted_bytes: the peak by simulation, what `dpoeng plan` tells.
+        by_kind: what it is made of.
+        measured_bytes: the peak by the allocator.
+        process_bytes: the peak that the system gave, above the process before the model was loaded: resident memory on
+            a CPU, what the allocator reserved on a GPU.
+        outline: (milliseconds, bytes) through the step, the highest of each stretch.
+    """
+
+    case: str
+    predicted_bytes: int
+    by_kind: dict[str, int]
+    measured_bytes: int
+    process_bytes: int
+    outline: list[tuple[float, int]]
+
+    @property
+    def difference(self) -> float:
+        """Measured over predicted, less 1."""
+        return self.measured_bytes / self.predicted_bytes - 1
+
+
+def bench_memory(settings: MemorySettings, progress: Progress = QUIET) -> dict[str, Any]:
+    """Measures all cases and returns the record.
+
+    Raises:
+        UserError: the model or the pairs cannot be used.
+    """
+    device = pick_device(settings.device)
+    record = stamp("memory", device, {**asdict(settings), "pairs": [str(path) for path in settings.pairs]})
+    with tempfile.TemporaryDirectory(prefix="dpoeng-bench-") as scratch:
+        source = find_model(settings.model or str(save_small_model(Path(scratch) / "model")))
+
+        def load() -> CausalLM:
+            return load_model(
+                source, quantization=settings.quantization, dtype=settings.dtype, device=device, tokenizer=False
+            )
+
+        release_memory(device)
+        before = held_bytes(device)
+        lm = load()
+        set_mode(lm, training=False)
+        choose_layout(lm, "auto")
+        pool = first_pairs_of(settings.pairs, source, POOL, vocabulary=lm.vocab_size, max_length=settings.max_length)
+        pairs = sorted(pool, key=lambda pair: -pair.total_tokens)[: settings.batch_size]
+        setup = Setup(
+            model=model_fields(str(source.folder)),
+            dtype=lm.dtype,
+            quantization=settings.quantization,
+            config=TrainConfig.model_validate(
+                {
+                    "lora_r": settings.lora_r,
+                    "gradient_checkpointing": settings.gradient_checkpointing,
+                    "per_device_train_batch_size": len(pairs),
+                    "gradient_accumulation_steps": 1,
+                }
+            ),
+            layout=lm.layout,
+            kernels="cuda" if device.type == "cuda" else "cpu",
+            accumulates=False,
+        )
+        cases = measure_cases(lm, load, pairs, setup, before=before, progress=progress)
+    record["versions"]["dtype"] = str(lm.dtype).removeprefix("torch.")
+    return {
+        **record,
+        "layout": setup.layout,
+        "layout_reason": lm.layout_reason,
+        "lengths": [[len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)] for p in pairs],
+        "results": [{**asdict(case), "difference": case.difference} for case in cases],
+    }
+
+
+def measure_cases(
+    lm: CausalLM,
+    load: Callable[[], CausalLM],
+    pairs: Sequence[PairIds],
+    setup: Setup,
+    *,
+    before: int = 0,
+    progress: Progress = QUIET,
+) -> list[CaseMemory]:
+    """Every case on one batch; the one of plain PyTorch is left out where its prediction is of another placement.
+
+    Args:
+        lm: freshly loaded, its layout chosen; it has a LoRA afterwards.
+        load: loads the same model once more.
+        pairs: the batch.
+        setup: what is simulated; its config and layout are what is measured.
+        before: bytes that the process held before `lm` was loaded, see `held_bytes`.
+        progress: told after each case.
+    """
+    lengths = [Pair(len(ids.prompt_ids), len(ids.chosen_ids), len(ids.rejected_ids)) for ids in pairs]
+    plain = replace(setup, layout="separate", second_model=True, full_logits=True, stock=True)
+    placed_alike = lm.device.type != "cuda" or not embedding_on_host(lm.base, lm.quantization)
+    found: list[CaseMemory] = []
+    with progress.task("memory", 5 if placed_alike else 4, "cases") as advance:
+
+        def add(case: str, work: Callable[[], object], held: int, peak_bytes: int, by_kind: dict[str, int]) -> None:
+            measured, outline = _tensor_peak(work, lm.device, held, before)
+            process = _process_peak(work, lm.device, before)
+            found.append(CaseMemory(case, peak_bytes, by_kind, measured, process, outline))
+            advance(1, case)
+
+        touch(lm.base)
+        rows = score_pairs(lm, pairs)
+        forward = forward_memory(setup, lengths, adapters=False).peak
+        add(PHASE_ONE, lambda: score_pairs(lm, pairs), tensor_bytes(lm), forward.n_bytes, dict(forward.by_kind))
+
+        with training_run(lm, rows, setup.config) as run:
+            step = _counted_step(run)
+            step()  # makes the optimizer's moments, and what libraries keep from their first call
+            peak = step_memory(setup, lengths).peak
+            add(CACHED, step, tensor_bytes(lm, run.optimizer), peak.n_bytes, dict(peak.by_kind))
+
+            def adapter_off() -> None:
+                set_mode(lm, training=False)
+                with as_reference(lm, "new"):
+                    run.train_rows = score_pairs(lm, pairs)
+                set_mode(lm, training=True)
+                step()
+
+            adapter_off()
+            forward = forward_memory(setup, lengths, adapters=True).peak
+            moments = peak.by_kind.get(OPTIMIZER, 0)
+            higher = max(peak.n_bytes, forward.n_bytes + moments)
+            kinds = peak.by_kind if higher == peak.n_bytes else {**forward.by_kind, OPTIMIZER: moments}
+            add(ADAPTER_OFF, adapter_off, tensor_bytes(lm, run.optimizer), higher, dict(kinds))
+
+            reference = load()
+            set_mode(reference, training=False)
+            use_layout(reference, lm.layout)
+            touch(reference.base)
+
+            def second_model() -> None:
+                run.train_rows = score_pairs(reference, pairs)
+                step()
+
+            def held() -> int:
+                return tensor_bytes(lm, run.optimizer) + tensor_bytes(reference)
+
+            second_model()
+            peak = step_memory(replace(setup, second_model=True), lengths).peak
+            add(TWO_MODELS, second_model, held(), peak.n_bytes, dict(peak.by_kind))
+            if placed_alike:
+                use_peft_product(lm.model)
+                use_layout(lm, "separate")
+                use_layout(reference, "separate")
+                with head_of(plain):
+                    second_model()
+                    peak = step_memory(plain, lengths).peak
+                    add(WHOLE_LOGITS, second_model, held(), peak.n_bytes, dict(peak.by_kind))
+    return found
+
+
+@contextlib.contextmanager
+def training_run(lm: CausalLM, rows: Sequence[ScoredPair], config: TrainConfig) -> Iterator[Run]:
+    """Phase two, ready for its first step, over one batch that comes again and again; `lm` gets its LoRA here."""
+    add_policy_adapter(lm, "new", None, lora_arguments(config))
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(lm, inputs_on_host=config.activation_offloading)
+    set_mode(lm, training=True)
+    optimizer = build_optimizer(config, lm.trainable_parameters())
+    steps = 1000
+    with tempfile.TemporaryDirectory(prefix="dpoeng-bench-") as folder:
+        yield Run(
+            config=config,
+            lm=lm,
+            train_rows=rows,
+            train_weights=None,
+            held_out=HeldOut((), None, (), {}),
+            schedule=plan_schedule(len(rows), batch=len(rows), epochs=steps, max_steps=steps, seed=0),
+            optimizer=optimizer,
+            scheduler=build_scheduler(config, optimizer, steps),
+            log=MetricsLog(Path(folder)),
+            progress=QUIET,
+        )
+
+
+def tensor_bytes(lm: CausalLM, optimizer: torch.optim.Optimizer | None = None) -> int:
+    """Bytes of the model's and the optimizer's tensors on the model's device, each storage once."""
+    tracker = MemoryTracker(lm.device.type)
+    tracker.hold([*lm.model.parameters(), *lm.model.buffers(), *quantized_tensors(lm.model)], "model")
+    if optimizer is not None:
+        tracker.hold((t for state in optimizer.state.values() for t in state.values()), OPTIMIZER)
+    return tracker.live_bytes
+
+
+def _counted_step(run: Run) -> Callable[[], object]:
+    done = iter(range(1 << 30))
+    return lambda: train_step(run, next(done))
+
+
+def _tensor_peak(
+    work: Callable[[], object], device: torch.device, held: int, before: int
+) -> tuple[int, list[tuple[float, int]]]:
+    release_memory(device)
+    if device.type == "cuda":
+        held = int(torch.cuda.memory_allocated(device)) - before
+        torch.cuda.reset_peak_memory_stats(device)
+    trace = trace_allocator(work, device)
+    peak = held + trace.peak_bytes
+    if device.type == "cuda":
+        peak = int(torch.cuda.max_memory_allocated(device)) - before
+    return peak, [(ms, held + n_bytes) for ms, n_bytes in trace.outline()]
+
+
+def _process_peak(work: Callable[[], object], device: torch.device, before: int) -> int:
+    with PeakMemory(device, before) as memory:
+        work()
+    return int(torch.cuda.max_memory_reserved(device)) if device.type == "cuda" else memory.peak_bytes

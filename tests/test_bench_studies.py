@@ -1,0 +1,203 @@
+"""`dpoeng bench quality` and `dpoeng bench scale` on tiny models, and their arithmetic by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from dpoeng_testing import pair_rows, write_jsonl
+
+from dpoeng.bench import quality
+from dpoeng.bench.quality import QualitySettings, bench_quality, run_way, split_pairs, summarise
+from dpoeng.bench.scale import power_law
+from dpoeng.cache.errors import UserError
+from dpoeng.cli.bench import bench
+from dpoeng.cli.bench_page import bench_page
+from dpoeng.cli.bench_tables import quality_tables
+
+# --------------------------------------------------------------------------- scale
+
+
+def test_an_exponent_by_hand() -> None:
+    """Of 3 x^2 exactly; and of three points whose slope and error are worked out: y = 1, 2, 2 at x = 0, 1, 2 (logs).
+
+    Slope (2 - 1) / 2, residuals -1/6, 1/3, -1/6, their squares 1/6 over one degree of freedom and a spread of 2.
+    """
+    exact = power_law([1, 10, 100, 1000], [3.0, 300.0, 3e4, 3e6])
+    assert (exact.value, exact.factor, exact.last) == pytest.approx((2.0, 3.0, 2.0))
+    assert exact.standard_error == pytest.approx(0.0, abs=1e-7)
+    found = power_law([1, math.e, math.e**2], [math.e, math.e**2, math.e**2])
+    assert (found.value, found.standard_error, found.last) == pytest.approx((0.5, math.sqrt(1 / 12), 0.0), abs=1e-9)
+
+
+def test_the_scale_command(tmp_path: Path, tiny_model: Path) -> None:
+    kept, page = tmp_path / "kept.jsonl", tmp_path / "page.html"
+    arguments = (
+        f"scale --model {tiny_model} --pairs 1e2,2e2,4e2 --lengths 16,32,64 --simulated-lengths 64,128,256 "
+        f"--vocabularies 512,1024,2048 --repeats 2 --device cpu --json {kept} --html {page}"
+    )
+    done = CliRunner().invoke(bench, arguments.split())
+    assert done.exit_code == 0, done.output
+    record = json.loads(kept.read_text())
+    curves = {curve["name"]: curve for curve in record["curves"]}
+    assert curves["commit to the cache"]["sizes"] == [100, 200, 400]
+    assert 0.9 < curves["size on disk"]["exponent"]["value"] < 1.1
+    assert [len(values) for values in curves["training step"]["values"]] == [2, 2, 2]
+    assert curves["training step"]["medians"][2] > curves["reference pass"]["medians"][2] > 0
+    simulated = [name for name, curve in curves.items() if curve["simulated"]]
+    assert simulated == ["peak of a step", "peak of a step, layers recomputed"]
+    less, more = (curves[name]["medians"][-1] for name in reversed(simulated))
+    assert less < more
+    assert curves["peak of the head"]["medians"][2] > 0
+    for shown in ("cost by vocabulary", "exponent", "(simulated)"):
+        assert shown in done.output
+    assert "cost by pairs in the cache" in page.read_text()
+    again = CliRunner().invoke(bench, ["diff", str(kept), str(kept)])
+    assert again.exit_code == 0, again.output
+
+
+@pytest.mark.parametrize("sizes", ["1e2,1e3", "8,4,16", "a,b,c", "10,10,10", "1,2,3"])
+def test_sizes_that_no_line_goes_through(sizes: str) -> None:
+    done = CliRunner().invoke(bench, ["scale", "--pairs", sizes])
+    assert done.exit_code == 2
+    assert "Invalid value for '--pairs'" in done.output
+
+
+# --------------------------------------------------------------------------- quality
+
+
+def settings(tmp_path: Path, model: Path, **changes: Any) -> QualitySettings:
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(24))
+    ways = ("float32", "4bit, bfloat16 reference")
+    told = QualitySettings(str(model), (pairs,), tmp_path / "work", ways=ways, batch_size=8, device="cpu")
+    return replace(told, **changes)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Ways are run in this process: what a process of their own adds is tested with `bench compare`."""
+    seen: list[str] = []
+
+    def here(python: str, module: str, job: dict[str, Any], folder: Path, *, name: str) -> dict[str, Any]:
+        assert module == "dpoeng.bench.quality"
+        assert Path(job["output_dir"]).parent == folder.resolve()
+        seen.append(name)
+        found: dict[str, Any] = json.loads(json.dumps(run_way(json.loads(json.dumps(job)))))
+        return found
+
+    monkeypatch.setattr(quality, "run_module", here)
+    return seen
+
+
+def test_ways_are_compared_on_the_same_pairs(tmp_path: Path, tiny_model: Path, runs: list[str]) -> None:
+    record = bench_quality(settings(tmp_path, tiny_model, learning_rate=5e-3, epochs=3.0))
+    json.dumps(record, allow_nan=False)
+    first, other = record["results"]
+    assert runs == ["float32, seed 0", "4bit, bfloat16 reference, seed 0"]
+    assert record["failed"] == {}
+    assert first["pairs"] == other["pairs"] >= 6
+    assert first["trained"] == first["float32"], "its own precision is float32"
+    assert first["float32"]["rewards/margins"]["mean"] > 0.05, "it has learnt something"
+    assert first["difference"]["rewards/margins"] == {"mean": 0.0, "interval": [0.0, 0.0]} or first["difference"][
+        "rewards/margins"
+    ] == {"mean": 0.0, "interval": (0.0, 0.0)}
+    assert other["trained"] != other["float32"]
+    assert first["parity"][0] < 1e-5 < other["parity"][0] < 1
+    for name in ("rewards/accuracies", "rewards/margins"):
+        difference = other["float32"][name]["mean"] - first["float32"][name]["mean"]
+        assert other["difference"][name]["mean"] == pytest.approx(difference, abs=1e-12)
+        low, high = other["difference"][name]["interval"]
+        assert low <= difference <= high
+    shown = bench_page([record])
+    for words in ("accuracy, as trained", "margin, in float32", "4bit, bfloat16 reference"):
+        assert words in shown
+
+
+def test_held_out_pairs_are_not_trained_on_and_the_same_for_all(tmp_path: Path, tiny_model: Path) -> None:
+    train_file, held_out = split_pairs(settings(tmp_path, tiny_model), tmp_path)
+    sides = [[json.loads(line)["prompt"] for line in path.read_text().splitlines()] for path in (train_file, held_out)]
+    assert sorted(map(len, sides), reverse=True) == [len(sides[0]), len(sides[1])]
+    assert sum(map(len, sides)) == 24
+    assert not set(sides[0]) & set(sides[1])
+    one_prompt = write_jsonl(tmp_path / "one.jsonl", [{**row, "prompt": "same"} for row in pair_rows(4)])
+    with pytest.raises(UserError, match="too few pairs"):
+        split_pairs(settings(tmp_path, tiny_model, pairs=(one_prompt,)), tmp_path)
+
+
+def test_other_settings_do_not_go_on_with_a_run(tmp_path: Path, tiny_model: Path, runs: list[str]) -> None:
+    """A run of another learning rate has a folder of its own; the cache is shared."""
+    few: dict[str, Any] = {"ways": ("float32",), "epochs": 0.5}
+    one = bench_quality(settings(tmp_path, tiny_model, **few))
+    two = bench_quality(settings(tmp_path, tiny_model, learning_rate=1e-2, **few))
+    assert one["results"][0]["float32"] != two["results"][0]["float32"]
+    assert len(list((tmp_path / "work").glob("float32-0-*"))) == 2
+    assert len(list((tmp_path / "work").glob("refcache/specs/*"))) <= 1
+
+
+VALUES = {"rewards/accuracies": [1.0, 0.0], "rewards/margins": [0.5, -0.1]}
+
+
+def test_a_way_that_fails_is_named_and_the_first_is_not_spared(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(python: str, module: str, job: dict[str, Any], folder: Path, *, name: str) -> Any:
+        if job["way"] != "float32":
+            raise UserError("it failed", code="bench-peer-failed", found="no 4 bits here", remedy="none")
+        return {
+            "prompts": ["00", "01"], "longer": [1, -1], "steps": 2, "seconds": 1.0, "parity": 0.0,
+            **{frame: dict(VALUES) for frame in ("trained", "float32")},
+        }  # fmt: skip
+
+    monkeypatch.setattr(quality, "run_module", failing)
+    record = bench_quality(settings(tmp_path, tiny_model))
+    assert [result["way"] for result in record["results"]] == ["float32"]
+    assert record["failed"] == {"4bit, bfloat16 reference": "no 4 bits here"}
+    assert any(
+        "no 4 bits here" in str(list(column.cells)) for table in quality_tables(record) for column in table.columns
+    )
+    with pytest.raises(UserError, match="it failed"):
+        bench_quality(settings(tmp_path, tiny_model, ways=("4bit", "float32")))
+
+
+def test_seeds_are_averaged_before_pairs_are_drawn() -> None:
+    """Means of two seeds by hand; the interval of a difference that is the same for every pair is a point."""
+
+    def run(margins: list[float]) -> dict[str, Any]:
+        values = {"rewards/accuracies": [float(m > 0) for m in margins], "rewards/margins": margins}
+        return {
+            "prompts": ["00", "01", "02"], "longer": [1, -1, 2], "trained": values, "float32": values, "steps": 3,
+            "seconds": 6.0, "parity": 0.1,
+        }  # fmt: skip
+
+    first = [run([0.1, 0.2, 0.3]), run([0.3, 0.4, 0.5])]
+    found = summarise("8bit", [run([0.4, 0.5, 0.6]), run([0.6, 0.7, 0.8])], first)
+    assert found["float32"]["rewards/margins"]["mean"] == pytest.approx(0.6)
+    assert found["difference"]["rewards/margins"]["mean"] == pytest.approx(0.3)
+    assert np.ptp(found["difference"]["rewards/margins"]["interval"]) == pytest.approx(0.0, abs=1e-12)
+    assert np.ptp(found["float32"]["rewards/margins"]["interval"]) > 0.05
+    assert found["by_seed"]["rewards/margins"] == pytest.approx([0.5, 0.7])
+
+
+def test_the_quality_command_takes_the_demos_model_and_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dpoeng.engine import demo
+
+    asked: list[QualitySettings] = []
+
+    def stop(told: QualitySettings, progress: Any) -> Any:
+        asked.append(told)
+        raise UserError("stop here", code="bench-peer-failed", remedy="none")
+
+    monkeypatch.setattr(demo, "obtain_model", lambda folder, progress: str(folder))
+    monkeypatch.setattr(quality, "bench_quality", stop)
+    CliRunner().invoke(bench, ["quality", "--work", str(tmp_path), "--seeds", "2"])
+    (told,) = asked
+    assert told.model == str(tmp_path / "model")
+    assert told.ways == tuple(quality.WAYS)
+    assert told.pairs[0].name == "demo_pairs.jsonl"
+    assert told.seeds == 2
