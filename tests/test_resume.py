@@ -51,7 +51,7 @@ def config(cache: Path, out: Path, **fields: Any) -> TrainConfig:
         "beta_dpo_keep": 0.5,
         "bco_reward_shift": True,
         "eval_share": 0.1,
-        "eval_steps": 6,
+        "eval_steps": 10,
         "load_best_model_at_end": True,
         "parity_pairs": 2,
         **fields,
