@@ -88,7 +88,7 @@ def bench(ctx: click.Context, outputs: Outputs) -> None:
     """Measure throughput and memory on this machine.
 
     Without a command: `phases` and `memory` on an embedded random model of SmolLM2's shape, cut to six layers, and on
-    pairs with the lengths of real ones. Ends within five minutes on two cores, with tables, the records in
+    pairs with the lengths of real ones. Takes about five CPU minutes, and ends with tables, the records in
     dpoeng-bench.jsonl and a page in dpoeng-bench.html.
     """
     if ctx.invoked_subcommand is not None:

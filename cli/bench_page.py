@@ -72,7 +72,7 @@ def _cards(record: dict[str, Any]) -> Iterable[tuple[str, str]]:
         yield "peak of a step, cached reference", f"{cached['measured_bytes'] / MIB:,.0f} MiB"
         yield "the same with two models", f"{two['measured_bytes'] / MIB:,.0f} MiB"
         worst = max((case["difference"] for case in record["results"]), key=abs)
-        yield "largest miss of the plan", f"{100 * worst:+.1f} %"
+        yield "largest miss of the plan", f"{100 * worst:+.2f} %"
 
 
 def _phases(record: dict[str, Any]) -> Iterable[Html]:

@@ -65,7 +65,7 @@ def quality(outputs: Outputs, **settings: Any) -> None:
 
     Every way is trained in a process of its own, one after another. Shown are held-out accuracy and margin, as it was
     trained and with the adapter alone on the float32 model, with intervals and the paired difference from the first
-    way. The demo's model takes about an hour on two cores; a CPU without bfloat16 units is slow at bfloat16.
+    way. It takes long on a CPU, above all bfloat16 where the CPU has no units for it: name a few ways with --way.
     """
     from dpoeng.bench.quality import WAYS, QualitySettings, bench_quality
     from dpoeng.cli.demo import PAIRS_FILE

@@ -210,10 +210,11 @@ def memory_tables(record: dict[str, Any]) -> list[Table]:
     """A row a case."""
     settings, lengths = record["settings"], record["lengths"]
     held = settings["quantization"] if settings["quantization"] != "none" else record["versions"]["dtype"]
+    batch = f"{len(lengths)} pairs" if len(lengths) > 1 else "1 pair"
     recomputed = "with" if settings["gradient_checkpointing"] else "without"
     table = Table(
-        title=f"peak memory, MiB: {held}, {len(lengths)} pairs of {sum(map(sum, lengths)):,} tokens, {recomputed} "
-        "gradient checkpointing",
+        title=f"peak memory, MiB: {held}, {batch} of {sum(map(sum, lengths)):,} tokens, {recomputed} gradient "
+        "checkpointing",
         title_justify="left",
         show_edge=False,
         caption="predicted: of tensors, by simulation, as dpoeng plan tells. measured: of tensors, by the allocator. "
