@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import bisect
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -59,8 +60,11 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         samples: bytes alive after each change.
         phases: the phase of each sample.
+        layers: the decoder layer at work at each sample: -1 before the first, their number after the last, one more
+            after the backward.
         live_bytes: bytes alive now.
         in_optimizer: set it while the optimizer works.
+        layer: the decoder layer at work; `watch_layers` keeps it.
     """
 
     def __init__(
@@ -72,8 +76,11 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.handlers = handlers or {}
         self.samples: list[int] = []
         self.phases: list[Phase] = []
+        self.layers: list[int] = []
         self.live_bytes = 0
         self.in_optimizer = False
+        self.layer = -1
+        self._count = 0
         self._storages: list[_Storage] = []
         self._alive: dict[int, tuple[_Storage, Any]] = {}
 
@@ -127,8 +134,29 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._sample(sum(n_bytes))
 
     def _sample(self, extra: int) -> None:
+        phase = self._phase()
+        if phase == "forward" and self.phases and self.phases[-1] == "backward":
+            self.layer = self._count + 1
         self.samples.append(self.live_bytes + extra)
-        self.phases.append(self._phase())
+        self.phases.append(phase)
+        self.layers.append(self.layer)
+
+    def watch_layers(self, layers: Sequence[nn.Module]) -> None:
+        """Notes which of these modules, run one after the other, is at work: forward, and backward the other way."""
+        self._count = len(layers)
+        for number, layer in enumerate(layers):
+            layer.register_forward_pre_hook(lambda *_, number=number: self._at(number))
+            layer.register_forward_hook(lambda _layer, _inputs, output, number=number: self._after(number, output))
+
+    def _at(self, number: int) -> None:
+        if self._phase() == "forward":  # a layer that checkpointing runs again is at work already
+            self.layer = number
+
+    def _after(self, number: int, output: Any) -> None:
+        self._at(number + 1)
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad and self._phase() == "forward":
+                leaf.register_hook(lambda _: setattr(self, "layer", number))  # type: ignore[no-untyped-call]
 
     def _phase(self) -> Phase:
         if torch._C._current_graph_task_id() >= 0:
@@ -140,17 +168,13 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         record.died = len(self.samples) - 1
         self.live_bytes -= record.n_bytes
 
-    def stretches(self) -> dict[str, tuple[int, int]]:
-        """The samples of each phase as `[first, last)`; where a phase comes several times, the time it was highest."""
-        found: dict[str, tuple[int, int]] = {}
-        first = 0
-        for i in range(1, len(self.phases) + 1):
-            if i == len(self.phases) or self.phases[i] != self.phases[first]:
-                name = self.phases[first]
-                if name not in found or max(self.samples[first:i]) > max(self.samples[slice(*found[name])]):
-                    found[name] = (first, i)
-                first = i
-        return found
+    def stretches(self) -> dict[tuple[Phase, int], Peak]:
+        """The highest point of each phase in each layer."""
+        tops: dict[tuple[Phase, int], int] = {}
+        for i, place in enumerate(zip(self.phases, self.layers, strict=True)):
+            if place not in tops or self.samples[i] > self.samples[tops[place]]:
+                tops[place] = i
+        return {place: self.peak(i, i + 1) for place, i in tops.items()}
 
     def peak(self, first: int = 0, last: int | None = None) -> Peak:
         """The highest of the samples `[first, last)`, with what was alive then."""

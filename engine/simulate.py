@@ -29,6 +29,7 @@ from dpoeng.engine.metrics import MetricsLog
 from dpoeng.engine.model import (
     CausalLM,
     Layout,
+    decoder_layers,
     embedding_on_host,
     empty_model,
     enable_gradient_checkpointing,
@@ -208,6 +209,7 @@ def model_bytes(setup: Setup, lm: CausalLM) -> dict[str, int]:
 def _tracker(setup: Setup, lm: CausalLM) -> MemoryTracker:
     tracker = MemoryTracker("meta", handlers=_handlers(setup.kernels), vocabulary=lm.vocab_size)
     _hold_model(tracker, setup, lm)
+    tracker.watch_layers(decoder_layers(lm))
     if setup.second_model:
         tracker.hold_bytes(model_bytes(setup, lm)[WEIGHTS], REFERENCE)
     return tracker

@@ -1,22 +1,25 @@
 """The memory of a step or a forward of a model of any depth: simulated whole, or from two shallow models, exactly.
 
-Equal layers add equal bytes, so within one stretch of a step (a half of the forward or of the backward, the optimizer)
-the peak is a linear function of the number of layers: memory falls or rises steadily while the backward walks through
-them, so its highest point is at the first or at the last. From three layers on, the first, the last and one between are
-all there. Tests compare with whole models, kind by kind and byte by byte. Models of unlike layers are simulated whole.
+Equal layers add equal bytes. So what is alive at one operation of one layer grows by the same amount with each layer
+more that the model has, and from a layer to the next; and the highest point of the work inside of one layer is at the
+same operation in all of them. Only the first layer and the last differ, since something else comes before and after. A
+model with a first layer, a last one and one between has them all: from that, and from one with a layer more, all others
+follow. The highest of the layers between is the second or the last but one, as a straight line is highest at an end.
+Tests compare with whole models, kind by kind and byte by byte. Models of unlike layers are simulated whole; where two
+kinds take turns, a pair of layers is what one layer is here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dpoeng.engine.memory_tracker import MemoryTracker, Peak
 from dpoeng.engine.model import layer_period
 from dpoeng.engine.simulate import Pair, Setup, trace_forward, trace_step
 
-# A first, a last and some between; even where two kinds of layer take turns.
-DEPTHS = {1: (3, 5), 2: (4, 6)}
+Stretches = dict[tuple[str, str], Peak]
+"""(phase, place) -> the highest point there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,7 @@ class Memory:
 
     Attributes:
         peak: its highest point.
-        stretches: the highest point of each stretch.
+        stretches: the highest point before, in and after the layers of each phase.
         timeline: (bytes, phase) after each operation, where the whole model was simulated; else empty.
     """
 
@@ -45,45 +48,63 @@ def forward_memory(setup: Setup, pairs: Sequence[Pair], *, adapters: bool, whole
 
 
 def _memory(setup: Setup, trace: Callable[[Setup], MemoryTracker], whole: bool) -> Memory:
-    if not whole and setup.layers > 6:
-        period = layer_period(setup.model)
-        if period is not None and setup.layers % period == 0:
-            depths = DEPTHS[period]
-            shallow = [_stretches(trace(setup.with_layers(depth))) for depth in depths]
-            extended = _extend(shallow, depths, setup.layers)
-            if extended is not None:
-                return Memory(max(extended.values(), key=lambda peak: peak.n_bytes), extended)
+    period = None if whole else layer_period(setup.model)
+    if period is not None and setup.layers % period == 0 and setup.layers > 5 * period:
+        depths = (3 * period, 4 * period)
+        few, more = (_by_place(trace(setup.with_layers(depth)), depth, period) for depth in depths)
+        extended = _extend(few, more, (setup.layers - depths[0]) // period)
+        if extended is not None:
+            return Memory(max(extended.values(), key=lambda peak: peak.n_bytes), _in_words(extended))
     tracker = trace(setup)
-    return Memory(tracker.peak(), _stretches(tracker), list(zip(tracker.samples, tracker.phases, strict=True)))
+    stretches = _in_words(_by_place(tracker, setup.layers, period or 1))
+    return Memory(tracker.peak(), stretches, list(zip(tracker.samples, tracker.phases, strict=True)))
 
 
-def _stretches(tracker: MemoryTracker) -> dict[str, Peak]:
-    """Peaks of the phases; of forward and backward in halves."""
-    found = {}
-    for phase, (first, last) in tracker.stretches().items():
-        if phase == "optimizer":
-            found[phase] = tracker.peak(first, last)
-            continue
-        middle = (first + last) // 2
-        for half, begin, end in (("first half", first, middle), ("second half", middle, last)):
-            if end > begin:
-                found[f"{phase}, {half}"] = tracker.peak(begin, end)
+def _by_place(tracker: MemoryTracker, depth: int, period: int) -> Stretches:
+    """The highest points of the places that models of all depths have."""
+    found: Stretches = {}
+    for (phase, layer), peak in tracker.stretches().items():
+        for place in _places(phase, layer, depth, period):
+            found[phase, place] = peak
     return found
 
 
-def _extend(shallow: Sequence[Mapping[str, Peak]], depths: tuple[int, int], layers: int) -> dict[str, Peak] | None:
-    """The stretches of a model of `layers` layers, or None where the shallow ones do not fit together."""
-    if any(stretches.keys() != shallow[0].keys() for stretches in shallow):
+def _places(phase: str, layer: int, depth: int, period: int) -> Iterator[str]:
+    """What a layer is, counted from either end; one of a model with three is the second and the last but one."""
+    if phase == "optimizer":
+        yield "all"
+    elif layer < 0:
+        yield "before the layers"
+    elif layer >= depth:
+        yield "head" if layer == depth else "gradients"
+    else:
+        if layer < 2 * period:
+            yield f"layer {layer + 1}"
+        if layer >= depth - 2 * period:
+            yield f"layer {layer - depth}"
+
+
+def _extend(few: Stretches, more: Stretches, steps: int) -> Stretches | None:
+    """The places of a deeper model, or None where the two shallow ones do not fit together."""
+    if few.keys() != more.keys():
         return None
-    few, more = shallow
     extended = {}
-    for name in few:
+    for place, low in few.items():
         by_kind = {}
-        for kind in {*few[name].by_kind, *more[name].by_kind}:
-            low = few[name].by_kind.get(kind, 0)
-            slope, odd = divmod(more[name].by_kind.get(kind, 0) - low, depths[1] - depths[0])
-            if odd or slope < 0:
+        for kind in {*low.by_kind, *more[place].by_kind}:
+            slope = more[place].by_kind.get(kind, 0) - low.by_kind.get(kind, 0)
+            by_kind[kind] = low.by_kind.get(kind, 0) + slope * steps
+            if slope < 0:
                 return None
-            by_kind[kind] = low + slope * (layers - depths[0])
-        extended[name] = Peak(sum(by_kind.values()), {kind: n for kind, n in by_kind.items() if n})
+        extended[place] = Peak(sum(by_kind.values()), {kind: n for kind, n in by_kind.items() if n})
     return extended
+
+
+def _in_words(stretches: Stretches) -> dict[str, Peak]:
+    """`forward, layers` and so on: the highest of the layers as one."""
+    found: dict[str, Peak] = {}
+    for (phase, place), peak in stretches.items():
+        name = phase if place == "all" else f"{phase}, {'layers' if place.startswith('layer ') else place}"
+        if name not in found or peak.n_bytes > found[name].n_bytes:
+            found[name] = peak
+    return found

@@ -36,7 +36,7 @@ def main() -> None:
     data = tokenize_pairs(read_pairs([arguments.pairs]).pairs, tokenizer, max_length=arguments.max_length)
     for step in range(arguments.steps):
         ids = data.pairs[step % len(data.pairs)].ids
-        tokens = torch.tensor([[*ids.prompt_ids, *ids.chosen_ids]])
+        tokens = torch.tensor([[*ids.prompt_ids.tolist(), *ids.chosen_ids.tolist()]])
         labels = tokens.clone()
         labels[0, : len(ids.prompt_ids)] = -100
         loss = model(input_ids=tokens, labels=labels).loss
