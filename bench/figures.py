@@ -118,28 +118,6 @@ def sharing(results: Path) -> str:
     )
 
 
-def cache(results: Path) -> str:
-    """What `dpoeng bench cache` found."""
-    record = read("cache", results)[-1]
-    found, weights = record["read"], record["weights"]
-    steps = {step["pairs"]: step for step in record["sizes"]}
-    rows = [["microseconds a pair", *(f"{count:,} pairs" for count in steps)]]
-    for name, label in (
-        ("commit_us", "commit to the cache"),
-        ("lookup_us", "read the index"),
-        ("hit_us", "find a pair, ids compared"),
-        ("write_view_us", "write the view"),
-    ):
-        rows.append([label, *(f"{step[name]:.2g}" for step in steps.values())])
-    return (
-        f"{_where(record)}:\n\n{_table(rows)}\n\n"
-        f"A view of {found['pairs']:,} pairs opens in {found['open_ms'] / 1e3:.2f} s, gives {found['rows_per_s']:,.0f} "
-        f"rows a second on one core and takes {found['anonymous_mib']:.0f} MiB of memory; a full check hashes "
-        f"{found['verify_gb_per_s']:.1f} GB/s. The identity hash of weights runs at {weights['identity_gb_per_s']:.1f} "
-        f"GB/s, sha256 over the same file at {weights['sha256_gb_per_s']:.2f}."
-    )
-
-
 def kernels(results: Path) -> str:
     """The head against its alternatives: training and scoring side by side, a table a shape and dtype."""
     tables = []
@@ -171,23 +149,6 @@ def _head(way: Record) -> list[str]:
 
 def _count(repeats: int) -> str:
     return "one counted round" if repeats == 1 else f"{repeats} counted rounds"
-
-
-def phases(results: Path) -> str:
-    """Where the time of both phases goes."""
-    record = read("phases", results)[-1]
-    rows = [["", *(f"{r['phase']}, {r['layout']}" for r in record["results"])]]
-
-    def row(label: str, cell: Callable[[Record], str]) -> None:
-        rows.append([label, *(cell(r) for r in record["results"])])
-
-    row("pairs/s", lambda r: f"{r['pairs_per_s']:.2f}")
-    row("unique tokens/s", lambda r: f"{r['unique_tokens_per_s']:,.0f}")
-    row("peak above weights", lambda r: f"{r['peak_bytes'] / 2**20:,.0f} MiB")
-    row("of this machine's matmul", lambda r: f"{100 * r['of_gemm']:.0f} %")
-    for part in ("data", "forward", "head", "backward", "optimizer"):
-        row(part, lambda r, part=part: _share(r, part))  # type: ignore[misc]
-    return f"{_where(record)}:\n\n{_table(rows)}"
 
 
 def evidence(results: Path) -> str:
@@ -240,9 +201,7 @@ def _evidence(results: Path) -> Iterator[list[str]]:
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "compare": compare,
     "sharing": sharing,
-    "cache": cache,
     "kernels": kernels,
-    "phases": phases,
     "evidence": evidence,
 }
 
@@ -268,11 +227,6 @@ def _range(found: Record, name: str) -> str:
         return "–"
     ratio = found[name]
     return f"**{ratio['median']:.2f}** ({ratio['low']:.2f}–{ratio['high']:.2f})"
-
-
-def _share(result: Record, part: str) -> str:
-    total = sum(spent["wall_s"] for spent in result["split"].values())
-    return f"{100 * result['split'][part]['wall_s'] / total:.0f} %" if part in result["split"] else "–"
 
 
 def _gib(n_bytes: float) -> str:

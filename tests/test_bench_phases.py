@@ -114,6 +114,7 @@ def test_what_sharing_leaves_is_counted_by_hand() -> None:
     assert positions_left(pairs_of(2, 3, 6, 3, 50)) == pytest.approx(18 / 54)
 
 
+@pytest.mark.slow
 def test_the_sharing_command(tmp_path: Path, tiny_model: Path) -> None:
     arguments = ["sharing", "--model", str(tiny_model), "--tokens", "48", "--pairs", "8", "--repeats", "1"]
     result = CliRunner().invoke(bench, [*arguments, "--json", str(tmp_path / "r.jsonl")], catch_exceptions=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dpoeng.bench.figures import RESULTS, documents, rewritten
+from dpoeng.bench.figures import BLOCKS, RESULTS, documents, rewritten
 
 
 @pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
@@ -17,6 +17,12 @@ def test_a_document_says_what_the_records_say(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert rewritten(text) == text
     assert text.count("<!-- figures: ") == text.count("<!-- end of figures -->")
+
+
+def test_every_block_is_used() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in documents())
+    for name in BLOCKS:
+        assert f"<!-- figures: {name} -->" in text
 
 
 def test_another_record_makes_another_text(tmp_path: Path) -> None:
