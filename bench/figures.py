@@ -118,6 +118,38 @@ def sharing(results: Path) -> str:
     )
 
 
+def cache(results: Path) -> str:
+    """What `dpoeng bench cache` found, beside what was asked for."""
+    record = read("cache", results)[-1]
+    found, weights = record["read"], record["weights"]
+    reached = [
+        ["", "reached", "asked for"],
+        [f"open {found['pairs']:,} pairs, structure checked", f"{found['open_ms'] / 1e3:.2f} s", "≤ 1 s"],
+        ["the same, every byte hashed and every log-prob looked at", f"{found['open_verified_ms'] / 1e3:.2f} s", ""],
+        [
+            "rows a second, one process, zero-copy: in order / shuffled",
+            f"{found['rows_per_s']:,.0f} / {found['random_rows_per_s']:,.0f}",
+            "≥ 100,000",
+        ],
+        ["growth of anonymous memory by opening and reading", f"{found['anonymous_mib']:.0f} MiB", "≤ 64 MiB"],
+        ["`verify` at depth full", f"{found['verify_gb_per_s']:.1f} GB/s", "≥ 3 GB/s"],
+        [
+            "identity of weights / sha256 in the same run",
+            f"{weights['identity_gb_per_s']:.1f} / {weights['sha256_gb_per_s']:.1f} GB/s",
+            "≥ 3 GB/s",
+        ],
+    ]
+    steps = [["microseconds a pair", *(f"{step['pairs']:,} pairs" for step in record["sizes"])]]
+    for name, label in (
+        ("commit_us", "commit"),
+        ("lookup_us", "look up all (hash and check every byte)"),
+        ("hit_us", "find one pair by its ids"),
+        ("write_view_us", "write the view"),
+    ):
+        steps.append([label, *(f"{step[name]:.3g}" for step in record["sizes"])])
+    return f"{_where(record)}:\n\n{_table(reached)}\n\n{_table(steps)}"
+
+
 def kernels(results: Path) -> str:
     """The head against its alternatives: training and scoring side by side, a table a shape and dtype."""
     tables = []
@@ -201,6 +233,7 @@ def _evidence(results: Path) -> Iterator[list[str]]:
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "compare": compare,
     "sharing": sharing,
+    "cache": cache,
     "kernels": kernels,
     "evidence": evidence,
 }

@@ -82,6 +82,7 @@ def test_blocks_from_before_are_not_counted() -> None:
         assert (trace.peak_bytes, trace.grown_bytes) == (4_000_000, 0)
 
 
+@pytest.mark.slow
 def test_the_command_and_a_step_that_takes_more_than_planned(
     tmp_path: Path, tiny_model: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

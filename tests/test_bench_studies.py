@@ -36,6 +36,7 @@ def test_an_exponent_by_hand() -> None:
     assert (found.value, found.standard_error, found.last) == pytest.approx((0.5, math.sqrt(1 / 12), 0.0), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_the_scale_command(tmp_path: Path, tiny_model: Path) -> None:
     kept, page = tmp_path / "kept.jsonl", tmp_path / "page.html"
     arguments = (
@@ -95,6 +96,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
+@pytest.mark.slow
 def test_ways_are_compared_on_the_same_pairs(tmp_path: Path, tiny_model: Path, runs: list[str]) -> None:
     record = bench_quality(settings(tmp_path, tiny_model, learning_rate=5e-3, epochs=3.0))
     json.dumps(record, allow_nan=False)

@@ -117,8 +117,14 @@ def test_the_predicted_peak_is_the_allocators(
     assert predicted.n_bytes == pytest.approx(measured, rel=0.02)
 
 
-@pytest.mark.parametrize("quantization", ["none", "8bit", pytest.param("4bit", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("quantization", "checkpointing"),
+    [
+        ("8bit", True),
+        ("none", False),
+        *(pytest.param(q, c, marks=pytest.mark.slow) for q, c in (("4bit", True), ("none", True), ("8bit", False))),
+    ],
+)
 def test_depth_is_extended_exactly(quantization: Any, checkpointing: bool) -> None:
     """From 3 and 4 layers to 7, and to 8: the same bytes, kind by kind, as all layers simulated.
 
