@@ -81,6 +81,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.in_optimizer = False
         self.layer = -1
         self._count = 0
+        self._backward_begins: list[int] = []
         self._storages: list[_Storage] = []
         self._alive: dict[int, tuple[_Storage, Any]] = {}
 
@@ -134,9 +135,11 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._sample(sum(n_bytes))
 
     def _sample(self, extra: int) -> None:
-        phase = self._phase()
-        if phase == "forward" and self.phases and self.phases[-1] == "backward":
+        phase, before = self._phase(), self.phases[-1] if self.phases else None
+        if phase == "forward" and before == "backward":
             self.layer = self._count + 1
+        if phase == "backward" and before not in (None, "backward"):
+            self._backward_begins.append(len(self.samples))
         self.samples.append(self.live_bytes + extra)
         self.phases.append(phase)
         self.layers.append(self.layer)
@@ -181,13 +184,12 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         window = self.samples[first:last]
         top = max(window)
         at = first + window.index(top)
-        begins = [i for i in range(1, len(self.phases)) if self.phases[i] == "backward" != self.phases[i - 1]]
         by_kind: dict[str, int] = {}
         for storage in self._storages:
             if storage.born > at:
                 break
             if storage.died is None or storage.died >= at:
-                kind = storage.kind or (SAVED if _kept_for_backward(storage, begins) else TRANSIENT)
+                kind = storage.kind or (SAVED if _kept_for_backward(storage, self._backward_begins) else TRANSIENT)
                 by_kind[kind] = by_kind.get(kind, 0) + storage.n_bytes
         assert sum(by_kind.values()) == top, "every storage that was alive is counted once"
         return Peak(top, by_kind)

@@ -145,7 +145,7 @@ def make_plan(request: PlanConfig) -> Plan:
     )
     answers = request.max_length - request.prompt_length
     pair = Pair(request.prompt_length, answers, answers)
-    estimates, parts = estimate_overhead(setup, pair), _parameters(fields)
+    estimates, parts = estimate_overhead(setup, pair), count_parameters(fields)
     largest = max(card.n_bytes for card in cards)
 
     phase2: dict[int, Memory] = {}
@@ -174,9 +174,8 @@ def make_plan(request: PlanConfig) -> Plan:
     return plan
 
 
-def weights_bytes(fields: Mapping[str, Any], quantization: Quantization) -> int:
-    """At least what the base's weights take; embedding and head stay in 16 bits."""
-    parts = _parameters(fields)
+def weights_bytes(parts: Mapping[str, int], quantization: Quantization) -> int:
+    """At least what the base's weights take, by `count_parameters`; embedding and head stay in 16 bits."""
     return int(parts["layers"] * {"none": 2.0, "8bit": 1.0, "4bit": 0.5}[quantization]) + 2 * (
         parts["head"] + parts["embedding"]
     )
@@ -266,7 +265,7 @@ def _card(plan: Plan, setup: Setup, pair: Pair, parts: Mapping[str, int], gpu: G
     return card
 
 
-def _parameters(fields: Mapping[str, Any]) -> dict[str, int]:
+def count_parameters(fields: Mapping[str, Any]) -> dict[str, int]:
     """Parameters of the base: `layers`, `head`, `embedding`."""
     two, three = (
         empty_model({**fields, "num_hidden_layers": n, "layer_types": None}, quantization="none", dtype=torch.bfloat16)

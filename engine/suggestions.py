@@ -8,7 +8,7 @@ from pathlib import Path
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config import PrecomputeConfig, TrainConfig
 from dpoeng.engine.config_template import Line
-from dpoeng.engine.plan import GIB, Plan, make_plan, model_fields, suggested, weights_bytes
+from dpoeng.engine.plan import GIB, Plan, count_parameters, make_plan, model_fields, suggested, weights_bytes
 from dpoeng.engine.plan_config import PlanConfig
 from dpoeng.engine.plan_time import find_gpu
 from dpoeng.engine.progress import QUIET, Progress
@@ -61,11 +61,12 @@ def _what_fits(model: str, gpu: str, progress: Progress) -> dict[str, Line]:
     except UserError:
         progress.note(f"the size of {model} is not known here: quantization and batch sizes are left to you")
         return {}
+    parts = count_parameters(fields)
     plans: list[Plan] = []
     max_length = PrecomputeConfig.model_fields["max_length"].default
     with progress.task(f"simulating {model}", 3, "ways to hold it") as advance:
         for quantization in ("none", "8bit", "4bit"):
-            if quantization == "4bit" or weights_bytes(fields, quantization) < find_gpu(gpu).n_bytes:
+            if quantization == "4bit" or weights_bytes(parts, quantization) < find_gpu(gpu).n_bytes:
                 request = {"model": model, "gpu": (gpu,), "quantization": quantization, "compare": False}
                 plans.append(make_plan(PlanConfig.model_validate({**request, "max_length": max_length})))
                 if _share(plans[-1]) <= HEADROOM:
