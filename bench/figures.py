@@ -31,7 +31,11 @@ _HEADS = {"dpoeng": "dpoeng", "naive": "full logits", "TRL": "TRL 1.16's head"}
 def read(kind: str, results: Path = RESULTS) -> list[Record]:
     """The records of a kind measured on CPUs, oldest first; none if there is no file of them."""
     file = results / f"{kind}-cpu.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    return _lines(file) if file.is_file() else []
+
+
+def _lines(file: Path) -> list[Record]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def rewritten(text: str, results: Path = RESULTS) -> str:
@@ -170,6 +174,53 @@ def kernels(results: Path) -> str:
     return "\n\n".join(tables)
 
 
+def plan(results: Path) -> str:
+    """Models of four sizes: peaks of phase two, and what each card can do. Calculated."""
+    record = _lines(results / "plan-calculated.jsonl")[-1]
+    found = {(r["model"], r["quantization"]): r for r in record["results"]}
+    models = list(dict.fromkeys(model for model, _ in found))
+    eight = [found[model, "8bit"] for model in models]
+    rows = [
+        ["one pair a forward, GiB", *(model.split("/")[-1] for model in models)],
+        ["**8 bits, checkpointing, fused head, cached reference**", *(f"**{r['phase2_gib']:.1f}**" for r in eight)],
+    ]
+    parts = sorted(eight[0]["breakdown_gib"], key=lambda name: -eight[-1]["breakdown_gib"][name])
+    rows += [[f"of it: {part}", *(f"{r['breakdown_gib'].get(part, 0):.1f}" for r in eight)] for part in parts]
+    needed = (f"{r['phase2_needed_gib']:.1f}" for r in eight)
+    rows.append(["with context, workspaces, fragmentation (estimates)", *needed])
+    rows += [
+        [_OPTIONS.get(option, option), *(f"{r['options_gib'][option]:.1f}" for r in eight)]
+        for option in eight[0]["options_gib"]
+    ]
+    rows.append(["two models in 8 bits, whole logits", *(f"{r['two_model_gib']:.1f}" for r in eight)])
+    cards = [["base", *(card["name"] for card in eight[0]["cards"])]]
+    for (model, quantization), result in found.items():
+        name = f"{model.split('/')[-1]}, {_BASES[quantization]}"
+        cards.append([name, *(_card(card) for card in result["cards"])])
+    asked = record["settings"]
+    what = f"2 x {asked['max_length']} tokens, LoRA r = {asked['lora_r']}; **calculated**, commit {record['commit']}"
+    return (
+        f"{what}:\n\n{_table(rows)}\n\nPairs a forward (up to 4 are tried) on a card of this size, estimates included:"
+        f"\n\n{_table(cards)}"
+    )
+
+
+_OPTIONS = {
+    "quantization none": "bfloat16 base",
+    "quantization 4bit": "4-bit base",
+    "half of max_length": "2 x 1024 tokens",
+    "optim adamw_8bit": "`--optim adamw_8bit`",
+    "activation_offloading": "`--activation-offloading`",
+}
+_BASES = {"8bit": "8 bits", "4bit": "4 bits", "none": "bfloat16"}
+
+
+def _card(card: Record) -> str:
+    if not card["phase2_fits"]:
+        return "no"
+    return f"{card['pairs_a_forward']}" if card["phase1_fits"] else f"{card['pairs_a_forward']}, not phase one"
+
+
 def _head(way: Record) -> list[str]:
     ratio = way["cpu_s_ratio"]
     times = f"{ratio['median']:.2f}"
@@ -235,6 +286,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "sharing": sharing,
     "cache": cache,
     "kernels": kernels,
+    "plan": plan,
     "evidence": evidence,
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,7 +171,7 @@ def _fits(found: Plan, card: CardPlan) -> tuple[str, str]:
 
 def _hours(found: Plan, card: CardPlan) -> tuple[str, str]:
     one, two = card.times[0].hours, card.times[1].hours
-    if math.isinf(one):
+    if one is None or two is None:
         return "?", "?"
     price = found.request.price_per_hour
     return f"{one:.2f} + {two:.2f}", f"{(one + two) * price:.2f}" if price is not None else "-"

@@ -336,9 +336,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
                     {
                         "phase": time.name,
                         "pflop": round(time.flops / 1e15, 3),
-                        "hours": float(f"{time.hours:.3g}"),
+                        "hours": float(f"{time.hours:.3g}") if time.hours is not None else None,
                         "cost": round(time.hours * plan.request.price_per_hour, 2)
-                        if plan.request.price_per_hour is not None
+                        if time.hours is not None and plan.request.price_per_hour is not None
                         else None,
                     }
                     for time in card.times

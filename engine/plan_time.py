@@ -63,11 +63,11 @@ def find_gpu(name: str) -> Gpu:
 
 @dataclass(frozen=True, slots=True)
 class PhaseTime:
-    """Operations of a phase over all pairs, and hours (infinite where the card's rate is not known)."""
+    """Operations of a phase over all pairs, and hours; None where the card's rate is not known."""
 
     name: str
     flops: float
-    hours: float
+    hours: float | None
 
 
 def phase_times(
@@ -101,8 +101,8 @@ def phase_times(
         body = 2.0 * parameters["layers"] * tokens + 4.0 * layers * width * positions
         return body, 2.0 * parameters["head"] * (chosen + rejected)
 
-    def hours(flops: float) -> float:
-        return flops / (gpu.flops * utilisation) / 3600 if gpu.flops else float("inf")
+    def hours(flops: float) -> float | None:
+        return flops / (gpu.flops * utilisation) / 3600 if gpu.flops else None
 
     def one(name: str, body_forwards: float, head_forwards: float, is_shared: bool, times: float) -> PhaseTime:
         body, head = forward(is_shared)
