@@ -70,8 +70,7 @@ def print_summary(summary: PrecomputeSummary) -> None:
                 f"{summary.device} (loading included)",
             )
         )
-        shared = "each prompt run once for both responses" if summary.layout == "shared" else summary.layout_reason
-        facts.append(("layout", f"{summary.layout}: {shared}"))
+        facts.append(("layout", f"{summary.layout}: {summary.layout_reason}"))
     if summary.peak_bytes is not None:
         facts.append(("peak memory", f"{summary.peak_bytes / 2**30:.2f} GiB allocated on the device"))
     if not summary.pending:

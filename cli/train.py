@@ -70,8 +70,7 @@ def print_summary(summary: TrainSummary) -> None:
     if not summary.already_complete:
         several = f"{summary.processes} processes, each on " if summary.processes > 1 else ""
         facts.append(("time", f"{summary.seconds:.0f} s on {several}{summary.device}"))
-        shared = "each prompt run once for both responses" if summary.layout == "shared" else summary.layout_reason
-        facts.append(("layout", f"{summary.layout}: {shared}"))
+        facts.append(("layout", f"{summary.layout}: {summary.layout_reason}"))
     if summary.peak_bytes is not None:
         predicted = ""
         if summary.predicted_bytes:

@@ -3,43 +3,51 @@
 Registered with transformers under `SHARED_PROMPT`, so that every model that takes its attention from transformers'
 interface can use it. Each group costs one causal call over `[prompt | first branch]`, which is contiguous, and one
 call a further branch over `[prompt | branch]`. Nothing is computed between groups, so the cost is linear in the number
-of pairs of a row, and a pair's numbers cannot depend on its neighbours. The other way, one FlexAttention call over the
-whole row, is in `flex`.
+of pairs of a row, and a pair's numbers cannot depend on its neighbours. The same in one call a layer, for GPUs, is in
+`varlen` (FlashAttention) and in `flex` (FlexAttention).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from dpoeng.engine.config import Attention
 from dpoeng.engine.flex import block_mask, flex
 from dpoeng.engine.layout import GroupSpan
+from dpoeng.engine.varlen import Texts, texts, varlen
 
 SHARED_PROMPT = "dpoeng_shared_prompt"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionPlan:
-    """What every layer of one forward needs: the spans, and the masks that depend on lengths alone.
+    """What every layer of one forward needs: the spans, the way, and the masks that depend on lengths alone.
 
     Handed through the model's keyword arguments as `dpoeng_plan`, so that a checkpointed layer sees the same plan when
     it is run again in the backward pass.
     """
 
     groups: tuple[GroupSpan, ...]
-    masks: dict[tuple[int, int, int | None], torch.Tensor]
-    block_masks: dict[int | None, Any] | None = None
-    """FlexAttention's masks by window; None where attention goes segment by segment."""
+    way: Attention = "segments"
+    masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
+    block_masks: dict[int | None, Any] = field(default_factory=dict)
+    row_texts: list[Texts] = field(default_factory=list)
 
     def block_mask(self, window: int | None, like: torch.Tensor) -> Any:
         """The mask of the whole row for FlexAttention."""
-        assert self.block_masks is not None
         if window not in self.block_masks:
             self.block_masks[window] = block_mask(self.groups, window, like.device)
         return self.block_masks[window]
+
+    def texts(self, like: torch.Tensor) -> Texts:
+        """The row as texts for FlashAttention."""
+        if not self.row_texts:
+            self.row_texts.append(texts(self.groups, like.device))
+        return self.row_texts[0]
 
     def mask(self, q_len: int, k_len: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
         """Additive mask [q_len, k_len]: query i is key `k_len - q_len + i` and sees keys up to itself.
@@ -58,11 +66,6 @@ class AttentionPlan:
             mask.masked_fill_(~visible, float("-inf"))
             self.masks[key] = mask
         return mask
-
-
-def plan_attention(groups: tuple[GroupSpan, ...], *, flex: bool = False) -> AttentionPlan:
-    """A plan for one forward over a row with these groups; with `flex`, in one FlexAttention call a layer."""
-    return AttentionPlan(groups, {}, {} if flex else None)
 
 
 def shared_prompt_attention(
@@ -90,7 +93,11 @@ def shared_prompt_attention(
     if dropout:
         raise ValueError("attention dropout is not supported: it would differ between a shared and a separate prompt")
     sinks = s_aux if s_aux is not None else getattr(module, "sinks", None)
-    if dpoeng_plan.block_masks is not None:
+    if dpoeng_plan.way == "varlen":
+        rows_of = dpoeng_plan.texts(query)
+        how: dict[str, Any] = {"scaling": scaling, "window": sliding_window, "softcap": softcap, "sinks": sinks}
+        return varlen(query, key, value, rows_of, **how), None
+    if dpoeng_plan.way == "flex":
         mask = dpoeng_plan.block_mask(sliding_window, query)
         whole = flex(query, key, value, mask, scaling=scaling, softcap=softcap, sinks=sinks)
         return whole.transpose(1, 2).contiguous(), None

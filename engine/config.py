@@ -19,7 +19,7 @@ from dpoeng.engine.loss_names import FDivergence, LossType, check_combination, c
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "8bit", "4bit"]
-Attention = Literal["segments", "flex"]
+Attention = Literal["auto", "segments", "varlen", "flex"]
 Optimizer = Literal[
     "adamw_torch",
     "adamw_torch_fused",
@@ -130,9 +130,9 @@ class PrecomputeConfig(_Config):
         "auto", description="shared runs each prompt once; separate repeats it; auto tries and checks."
     )
     attention: Attention = Field(
-        "segments",
-        description="Over shared prompts: segments calls scaled_dot_product_attention on each; flex makes one "
-        "FlexAttention call a layer, compiled on a GPU.",
+        "auto",
+        description="Over shared prompts: segments calls scaled_dot_product_attention on each; varlen makes one "
+        "FlashAttention call a layer, flex one FlexAttention call. auto tries varlen on a GPU, and checks.",
     )
     max_length: int = Field(1024, ge=2, description="Most tokens of prompt + response; what is longer is truncated.")
     max_prompt_length: int | None = Field(None, ge=1, description="Most tokens of a prompt. Default: no own limit.")
@@ -200,9 +200,9 @@ class TrainConfig(_Config):
         "auto", description="shared runs each prompt once; separate repeats it; auto tries and checks."
     )
     attention: Attention = Field(
-        "segments",
-        description="Over shared prompts: segments calls scaled_dot_product_attention on each; flex makes one "
-        "FlexAttention call a layer, compiled on a GPU.",
+        "auto",
+        description="Over shared prompts: segments calls scaled_dot_product_attention on each; varlen makes one "
+        "FlashAttention call a layer, flex one FlexAttention call. auto tries varlen on a GPU, and checks.",
     )
 
     lora_r: int = Field(16, ge=1, description="LoRA rank.")

@@ -14,7 +14,7 @@ from torch import nn
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import IdArray
-from dpoeng.engine.attention import plan_attention
+from dpoeng.engine.attention import AttentionPlan
 from dpoeng.engine.config import Attention
 from dpoeng.engine.layout import Branch, IndexArray, PackedRow, PromptGroup, pack, pad, separate
 from dpoeng.engine.model import CausalLM, use_layout
@@ -57,7 +57,7 @@ def _run_packed(lm: CausalLM, row: PackedRow) -> torch.Tensor:
         input_ids=_tensor(lm, row.input_ids)[None],
         position_ids=_tensor(lm, row.position_ids)[None],
         use_cache=False,
-        dpoeng_plan=plan_attention(row.groups, flex=lm.attention == "flex"),
+        dpoeng_plan=AttentionPlan(row.groups, lm.attention),
     )
     hidden: torch.Tensor = output.last_hidden_state[0]
     return hidden
@@ -120,7 +120,7 @@ _PROBE_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.
 
 
 @torch.no_grad()
-def choose_layout(lm: CausalLM, wanted: str = "auto", attention: Attention = "segments") -> None:
+def choose_layout(lm: CausalLM, wanted: str = "auto", attention: Attention = "auto") -> None:
     """Decides by trying: the shared-prompt layout if it gives the model's own numbers, else separate rows.
 
     A dozen tokens are scored in the shared layout, and by the model's own forward with full logits. So an architecture
@@ -169,21 +169,24 @@ def choose_layout(lm: CausalLM, wanted: str = "auto", attention: Attention = "se
     if wanted == "separate":
         use_layout(lm, "separate", "asked for")
         return
-    use_layout(lm, "shared")
-    lm.attention = attention
-    try:
-        shared_error = difference()
-        reason = f"sharing the prompt moves the model's numbers by {shared_error:.3g} nats a token"
-    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-        shared_error = float("inf")
-        reason = f"its attention cannot be replaced ({type(error).__name__}: {str(error).splitlines()[0]})"
-    if shared_error <= tolerance:
-        return
-    if attention == "flex":
+    reason, without = "", ""
+    for way in ways_to_attend(attention, lm.device.type, lm.dtype):
+        use_layout(lm, "shared", f"each prompt run once for both responses; attention: {way}{without}")
+        lm.attention = way
+        try:
+            error_of_way = difference()
+            reason = f"sharing the prompt moves the model's numbers by {error_of_way:.3g} nats a token"
+        except (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError) as error:
+            error_of_way = float("inf")
+            reason = f"its attention cannot be replaced ({type(error).__name__}: {str(error).splitlines()[0]})"
+        if error_of_way <= tolerance:
+            return
+        without = f" ({way}: {reason})"
+    if attention in ("flex", "varlen"):
         raise UserError(
-            "this model's numbers do not come out of FlexAttention here",
+            f"this model's numbers do not come out of {attention} attention here",
             code="attention-unsupported",
-            where="--attention flex",
+            where=f"--attention {attention}",
             found=reason,
             remedy="leave --attention out: segments work wherever a prompt can be shared",
             exit_status=5,
@@ -197,6 +200,13 @@ def choose_layout(lm: CausalLM, wanted: str = "auto", attention: Attention = "se
             remedy="use --layout auto or separate",
         )
     use_layout(lm, "separate", reason)
+
+
+def ways_to_attend(wanted: Attention, device_type: str, dtype: torch.dtype) -> tuple[Attention, ...]:
+    """The ways to try, the best first. FlashAttention's kernel is for GPUs, and for 16 bits."""
+    if wanted != "auto":
+        return (wanted,)
+    return ("varlen", "segments") if device_type == "cuda" and dtype != torch.float32 else ("segments",)
 
 
 def _own_logps(lm: CausalLM, single: PromptGroup) -> torch.Tensor:

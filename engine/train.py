@@ -47,7 +47,7 @@ from dpoeng.engine.train_setup import (
     check_parity,
     note_idle,
     own_device,
-    refuse_flex_on_cpu,
+    refuse_attention_on_cpu,
     refuse_sums_for_tokens,
     resolve_adapter_mode,
     split,
@@ -150,7 +150,7 @@ def _train(config: TrainConfig, group: Group, progress: Progress, on_metrics: On
         return _finished(config, group, checkpoint, mode, train_rows, eval_rows)
 
     device = own_device(config, group)
-    refuse_flex_on_cpu(config, device)
+    refuse_attention_on_cpu(config, device)
     note_idle(config, group, progress)
     predicted_bytes = None
     if not config.fsdp:  # the simulation knows no sharded layers

@@ -92,13 +92,13 @@ def refuse_shared_gpu(group: Group, gpu: str) -> None:
             )
 
 
-def refuse_flex_on_cpu(config: TrainConfig, device: torch.device) -> None:
-    """Raises UserError where the backward pass that training needs is not there."""
-    if config.attention == "flex" and config.layout != "separate" and device.type == "cpu":
+def refuse_attention_on_cpu(config: TrainConfig, device: torch.device) -> None:
+    """Raises UserError where the backward pass that training needs is not there, or not even the forward."""
+    if config.attention in ("flex", "varlen") and config.layout != "separate" and device.type == "cpu":
         raise UserError(
-            "training through FlexAttention needs a GPU: it has no backward pass on a CPU",
+            "training through FlexAttention or FlashAttention needs a GPU: they have no backward pass on a CPU",
             code="attention-unsupported",
-            where="--attention flex",
+            where=f"--attention {config.attention}",
             expected="a GPU",
             found=device_name(device),
             remedy="leave --attention out",

@@ -101,7 +101,7 @@ MEANINGS: dict[str, str] = {
     "adapter-mode": "What shall be trained does not fit the reference; docs/guide.md has the three modes.",
     "lora-no-target": "None of the module names occurs in the model; the message lists those that do.",
     "layout-unsupported": "This attention cannot run a prompt once for both responses. `auto` falls back by itself.",
-    "attention-unsupported": "FlexAttention cannot be used here; segments work wherever a prompt can be shared.",
+    "attention-unsupported": "This way of attention cannot be used here; segments can, wherever a prompt is shared.",
     "gguf-missing": "No such file.",
     "gguf-format": "The file is not GGUF 2 or 3, or is cut off.",
     "gguf-unsupported": "transformers does not know what this GGUF file holds.",

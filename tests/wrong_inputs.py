@@ -742,6 +742,7 @@ RUNS = (
     Wrong("a schedule that is none", "usage", 2, TRAIN + " --lr-scheduler-type cosin", ("cosine",)),
     Wrong("a layout that cannot be", "layout-unsupported", 2, SCORE + " --layout shared", ("separate",),
           no_sharing),
+    Wrong("FlashAttention on a CPU", "attention-unsupported", 5, SCORE + " --attention varlen", ("segments",)),
     Wrong("FlexAttention trained on a CPU", "attention-unsupported", 5, TRAIN + " --attention flex", ("a GPU",)),
     Wrong("a report of no run", "run-not-found", 2, "report nowhere", ("--output-dir",)),
     Wrong("a report of the wrong folder", "run-not-found", 2, "report CACHE", ("run.json",)),
