@@ -160,6 +160,34 @@ def bars(name: str, rows: Sequence[tuple[str, Sequence[tuple[str, float]]]], *, 
     return _figure(caption, name, "".join(drawn), 34 * len(rows))
 
 
+def interval_chart(name: str, rows: Sequence[tuple[str, float, float, float]], *, unit: str = "") -> Html:
+    """A dot and its interval a row, (label, value, low, high), one below the other, with a line at 0."""
+    low = min(0.0, *(row[2] for row in rows))
+    high = max(0.0, *(row[3] for row in rows))
+    ticks = _ticks(low, high)
+    left, right, floor = 8, _WIDTH - 8, 32 * len(rows) + 8
+
+    def across(value: float) -> float:
+        return left + (value - ticks[0]) / (ticks[-1] - ticks[0]) * (right - left)
+
+    drawn = []
+    for tick in ticks:
+        at = across(tick)
+        anchor = "start" if tick == ticks[0] else "end" if tick == ticks[-1] else "middle"
+        kind = "zero" if tick == 0 else "axis"
+        drawn.append(f'<line class="{kind}" x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="{floor}"/>')
+        drawn.append(f'<text x="{at:.1f}" y="{floor + 14}" text-anchor="{anchor}">{_tick(tick, ticks)}</text>')
+    for k, (label, value, lowest, highest) in enumerate(rows):
+        at = 32 * k + 24
+        told = f"{escape(label)}: {number(value)}, {number(lowest)} to {number(highest)}"
+        drawn.append(f'<text x="{left}" y="{at - 10}">{escape(label)}</text>')
+        drawn.append(
+            f'<path class="curve" stroke="{_colour(0)}" d="M{across(lowest):.1f} {at}L{across(highest):.1f} {at}"/>'
+            f'<circle cx="{across(value):.1f}" cy="{at}" r="3.5" fill="{_colour(0)}"><title>{told}</title></circle>'
+        )
+    return _figure(_caption(name, unit, []), name, "".join(drawn), floor + 20)
+
+
 def line_chart(
     name: str, curves: Sequence[Curve], *, unit: str = "", x_name: str = "step", logarithmic: bool = False
 ) -> Html:

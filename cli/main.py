@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": ("dpoeng.cli.plan:plan", "What a run would need: memory, hours and cost, before renting a card."),
     "precompute-ref": ("dpoeng.cli.precompute:precompute_ref", "Phase one: score the frozen reference, once."),
     "train": ("dpoeng.cli.train:train", "Phase two: train a LoRA policy against the cached numbers."),
+    "sweep": ("dpoeng.cli.sweep:sweep", "Many runs over one cache: every combination of some fields, ranked."),
     "eval": ("dpoeng.cli.evaluate:evaluate", "Evaluate a trained adapter on cached pairs."),
     "compare": ("dpoeng.cli.compare:compare", "Answers before and after training, side by side."),
     "check": ("dpoeng.cli.check:check", "Look through preference pairs for whatever could spoil a run."),

@@ -20,13 +20,20 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class _KeyValue(click.ParamType[tuple[str, str]]):
-    name = "NAME=COLUMN"
+    def __init__(self, name: str, example: str) -> None:
+        self.name, self.example = name, example
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
         key, separator, text = str(value).partition("=")
         if not separator or not key or not text:
-            self.fail(f"{value!r} is not NAME=COLUMN, e.g. chosen=response_a", param, ctx)
+            self.fail(f"{value!r} is not {self.name}, e.g. {self.example}", param, ctx)
         return key, text
+
+
+_KEY_VALUES = {
+    "columns": _KeyValue("NAME=COLUMN", "chosen=response_a"),
+    "vary": _KeyValue("FIELD=VALUE[,VALUE...]", "beta=0.05,0.1,0.3"),
+}
 
 
 class _Words(click.ParamType[tuple[str, ...]]):
@@ -57,7 +64,9 @@ class ConfigCommand(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The options under the headings of their fields."""
-        commands = [self.name] if self.name in COMMANDS else list(COMMANDS)
+        taken = {parameter.name for parameter in self.params}
+        commands = [name for name, cls in COMMANDS.items() if taken & cls.model_fields.keys()]
+        commands.sort(key=lambda name: name != self.name)  # a field of several stands where its own command has it
         headings: dict[str, str] = {}
         for command in commands:
             for heading, names in sections(command):
@@ -94,8 +103,12 @@ def config_options(cls: type[BaseModel], *, skip: frozenset[str] = frozenset()) 
 def given(options: dict[str, Any]) -> dict[str, Any]:
     """The options that were really given on the command line."""
     values = {name: value for name, value in options.items() if value not in (None, ())}
-    if "columns" in values:
-        values["columns"] = dict(values["columns"])
+    for name in _KEY_VALUES.keys() & values.keys():
+        keys = [key for key, _ in values[name]]
+        if len(set(keys)) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise click.UsageError(f"--{name} {twice} is given twice; all of its values belong into one")
+        values[name] = dict(values[name])
     return values
 
 
@@ -109,7 +122,7 @@ def _option(name: str, annotation: Any, default: Any, text: str) -> Callable[[Co
     if kind is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", name, **settings)
     if typing.get_origin(kind) is dict:
-        return click.option(flag, name, multiple=True, type=_KeyValue(), **settings)
+        return click.option(flag, name, multiple=True, type=_KEY_VALUES[name], **settings)
     if typing.get_origin(kind) is tuple:
         return click.option(flag, name, type=_Words(), **settings)
     if typing.get_origin(kind) is Literal:

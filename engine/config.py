@@ -69,6 +69,7 @@ SECTIONS = {
         "report_to": "Log, evaluation and checkpoints",
         "parity_pairs": "Policy against cache",
     },
+    "sweep": {"vary": "Sweep"},
 }
 
 
@@ -430,3 +431,33 @@ class TrainConfig(_Config):
                 "use adapter_mode stack for a new LoRA on top of it"
             )
         return self
+
+
+class SweepConfig(_Config):
+    """Many runs of phase two over one cache; everything that is not varied is as in TrainConfig."""
+
+    vary: dict[str, tuple[Any, ...]] = Field(
+        {},
+        description="A field of train and its values; every combination of all varied fields is a run. Several losses "
+        "or modules that belong together are joined by +, as in loss_type=sigmoid,sigmoid+sft.",
+    )
+    rank_by: str = Field(
+        "rewards/accuracies",
+        description="Held-out metric by which runs are ranked. Losses and rewards can be compared only between runs "
+        "with the same loss.",
+    )
+    max_runs: int = Field(64, ge=1, description="More combinations than this are refused, so that none start unmeant.")
+
+    @field_validator("vary", mode="before")
+    @classmethod
+    def _values(cls, value: Any) -> Any:
+        """Values are a list, or words with commas between them, or one alone."""
+        if not isinstance(value, dict):
+            return value
+
+        def listed(values: Any) -> Any:
+            if isinstance(values, str):
+                return tuple(word.strip() for word in values.split(",") if word.strip())
+            return tuple(values) if isinstance(values, list | tuple) else (values,)
+
+        return {str(name).replace("-", "_"): listed(values) for name, values in value.items()}

@@ -16,12 +16,12 @@ import yaml
 from pydantic import ValidationError
 
 from dpoeng.cache.errors import UserError
-from dpoeng.engine.config import PrecomputeConfig, TrainConfig
+from dpoeng.engine.config import PrecomputeConfig, SweepConfig, TrainConfig
 from dpoeng.engine.foreign_names import COMMANDS, known_fields, meaning, releases, remedy
 
 DEFAULT_FILE = Path("dpoeng.yaml")
 
-Config = TypeVar("Config", bound=PrecomputeConfig | TrainConfig)
+Config = TypeVar("Config", bound=PrecomputeConfig | TrainConfig | SweepConfig)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def load_config(cls: type[Config], overrides: Mapping[str, Any], file: Path | No
     """Builds a config from a file and what was given on the command line.
 
     Args:
-        cls: PrecomputeConfig or TrainConfig.
+        cls: PrecomputeConfig, TrainConfig or SweepConfig.
         overrides: fields that were given explicitly; they win over the file.
         file: a YAML file; None reads ./dpoeng.yaml if it is there.
 

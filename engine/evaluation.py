@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from dpoeng.engine.losses import PreferenceLoss
 from dpoeng.engine.metrics import pair_values
@@ -99,6 +100,25 @@ def summarise(
                 bootstrap(part, longer[rows], [prompts[row] for row in rows], seed=seed),
             )
     return Evaluation(len(prompts), metrics, intervals, groups)
+
+
+def pair_lines(
+    found: PreferenceLoss, prompts: Sequence[bytes], sources: Sequence[str], *, per_pair_loss: bool = True
+) -> list[dict[str, Any]]:
+    """One JSON object a held-out pair: where it stands, its prompt's hash, its tokens, its value of every metric."""
+    values = {name: value.cpu().tolist() for name, value in pair_values(found).items()}
+    if not per_pair_loss:
+        del values["loss"]
+    values["chosen_tokens"] = [int(count) for count in found.sums.chosen_tokens.tolist()]
+    values["rejected_tokens"] = [int(count) for count in found.sums.rejected_tokens.tolist()]
+    return [
+        {
+            "source": source,
+            "prompt": xxhash.xxh3_128_hexdigest(prompt),
+            **{name: value[pair] for name, value in values.items()},
+        }
+        for pair, (source, prompt) in enumerate(zip(sources, prompts, strict=True))
+    ]
 
 
 def length_controlled_accuracy(right: Floats, longer: Floats) -> float | None:

@@ -41,8 +41,9 @@ def check_step(
     *,
     quantization: Quantization,
     dtype: str,
+    held_bytes: int = 0,
 ) -> int | None:
-    """Refuses phase two where its longest pairs would not fit.
+    """Refuses phase two where its longest pairs would not fit; `held_bytes` are taken, and there for this run.
 
     Returns:
         the predicted peak of tensors, or None where it was plain without a simulation that all fits.
@@ -55,7 +56,7 @@ def check_step(
         return None
     setup = _setup(config, source, device, quantization, dtype, config.checkpoints_on(device.type))
     peak = step_memory(setup, longest).peak
-    room = available_bytes(device)
+    room = available_bytes(device) + held_bytes
     if _needed(setup, longest, peak, device) > room:
         fewer = [n for n in (1, 2, 4) if n < len(longest)]
         fits = [n for n in fewer if _needed(setup, longest[:n], step_memory(setup, longest[:n]).peak, device) <= room]

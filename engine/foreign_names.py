@@ -14,11 +14,12 @@ from typing import Any
 
 import yaml
 
-from dpoeng.engine.config import PrecomputeConfig, TrainConfig
+from dpoeng.engine.config import PrecomputeConfig, SweepConfig, TrainConfig
 
-COMMANDS: dict[str, type[PrecomputeConfig] | type[TrainConfig]] = {
+COMMANDS: dict[str, type[PrecomputeConfig] | type[TrainConfig] | type[SweepConfig]] = {
     "precompute-ref": PrecomputeConfig,
     "train": TrainConfig,
+    "sweep": SweepConfig,
 }
 
 # The classes whose names are known from their signatures, and how they are called in a message.

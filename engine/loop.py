@@ -9,7 +9,7 @@ from typing import Any
 
 from dpoeng.engine.batch import evaluate
 from dpoeng.engine.best import more_is_better, updated, watched
-from dpoeng.engine.evaluation import summarise
+from dpoeng.engine.evaluation import pair_lines, summarise
 from dpoeng.engine.loss_names import LossSettings
 from dpoeng.engine.losses import PreferenceLoss
 from dpoeng.engine.model import set_mode
@@ -92,6 +92,10 @@ def _conclude(run: Run, step: int, found: PreferenceLoss) -> None:
         if step:
             greater = more_is_better(name, config.greater_is_better)
             run.best = updated(run.best, step, value, greater=greater, threshold=config.early_stopping_threshold)
+    if not config.load_best_model_at_end or run.best.step == step:
+        sources = [held_out.source_of(row) for row in range(len(held_out.rows))]
+        lines = pair_lines(found, held_out.prompts, sources, per_pair_loss=not settings.sorts_pairs)
+        run.log.write_held_out(step, lines)
 
 
 def _log(run: Run, step: int, metrics: dict[str, float]) -> None:

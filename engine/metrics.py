@@ -17,6 +17,7 @@ from dpoeng.engine.losses import PreferenceLoss
 METRICS_FILE = "metrics.jsonl"
 TIMINGS_FILE = "timings.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
+HELD_OUT_FILE = "held_out.jsonl"
 
 
 def pair_values(part: PreferenceLoss) -> dict[str, torch.Tensor]:
@@ -47,6 +48,8 @@ def preference_metrics(parts: Sequence[PreferenceLoss]) -> dict[str, float]:
 class MetricsLog:
     """Appends to metrics, timings and evaluations, and cuts them back to a step when a run goes on from there.
 
+    Held-out pairs one by one are kept of one evaluation: of the adapter that is saved, were the run to end there.
+
     Of several processes one `writes`; in the others all of this does nothing.
     """
 
@@ -55,6 +58,7 @@ class MetricsLog:
         self._metrics = folder / METRICS_FILE
         self._timings = folder / TIMINGS_FILE
         self._evaluations = folder / EVALUATIONS_FILE
+        self._held_out = folder / HELD_OUT_FILE
         self.also: Callable[[int, Mapping[str, Any]], None] = lambda step, metrics: None
         """Called with every line of results; a tracker listens here."""
 
@@ -77,6 +81,13 @@ class MetricsLog:
     def write_evaluation(self, step: int, record: dict[str, Any]) -> None:
         """One evaluation in full: intervals and groups too."""
         self._append(self._evaluations, {"step": step, **record})
+
+    def write_held_out(self, step: int, pairs: Sequence[Mapping[str, Any]]) -> None:
+        """The held-out pairs one by one, in place of those of an earlier step."""
+        if self._writes:
+            temporary = self._held_out.with_name(f".{HELD_OUT_FILE}")
+            temporary.write_text("".join(json.dumps({"step": step, **pair}) + "\n" for pair in pairs), encoding="utf-8")
+            temporary.replace(self._held_out)
 
     def read(self) -> list[dict[str, Any]]:
         """Every line of metrics.jsonl."""

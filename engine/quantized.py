@@ -6,6 +6,7 @@ Knows nothing of pairs, phases or adapters.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -140,6 +141,20 @@ def quantized_tensors(model: nn.Module) -> list[torch.Tensor]:
         for level in (quant_state, getattr(quant_state, "state2", None)):
             found += [getattr(level, name, None) for name in ("absmax", "code", "offset")]
     return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
+
+
+def same_weights(parameter: nn.Parameter) -> nn.Parameter:
+    """Another parameter over the same storage, bitsandbytes' scales and code books included."""
+    held: Any = parameter
+    if type(parameter).__name__ == "Int8Params":
+        kind: Any = type(parameter)
+        made: nn.Parameter = kind(
+            held.data, requires_grad=False, has_fp16_weights=held.has_fp16_weights, CB=held.CB, SCB=held.SCB
+        )
+        return made
+    if type(parameter).__name__ == "Params4bit":
+        return copy.copy(parameter)
+    return nn.Parameter(parameter.data, requires_grad=False)
 
 
 def outliers_over_batch(model: nn.Module) -> bool:

@@ -25,7 +25,7 @@ from dpoeng.engine.checkpoint import (
     write_folder,
 )
 from dpoeng.engine.config import TrainConfig
-from dpoeng.engine.metrics import EVALUATIONS_FILE, METRICS_FILE, TIMINGS_FILE
+from dpoeng.engine.metrics import EVALUATIONS_FILE, HELD_OUT_FILE, METRICS_FILE, TIMINGS_FILE
 from dpoeng.engine.model import CausalLM, device_name, library_versions
 from dpoeng.engine.progress import Progress
 from dpoeng.engine.reference import ParityReport
@@ -101,7 +101,8 @@ def clear_output(config: TrainConfig) -> None:
     """With `resume` false: removes what an earlier run left. Called when nothing can refuse the new one any more."""
     if config.resume is False:
         remove_checkpoints(config.output_dir)
-        for name in (METRICS_FILE, TIMINGS_FILE, EVALUATIONS_FILE, ADVICE_FILE, SAMPLES_FILE, RUN_FILE):
+        files = (METRICS_FILE, TIMINGS_FILE, EVALUATIONS_FILE, HELD_OUT_FILE, ADVICE_FILE, SAMPLES_FILE, RUN_FILE)
+        for name in files:
             (config.output_dir / name).unlink(missing_ok=True)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dpoeng.cache.errors import UserError
-from dpoeng.engine.metrics import EVALUATIONS_FILE, METRICS_FILE, TIMINGS_FILE
+from dpoeng.engine.metrics import EVALUATIONS_FILE, HELD_OUT_FILE, METRICS_FILE, TIMINGS_FILE
 from dpoeng.engine.run_folder import ADAPTER_FOLDER, ADVICE_FILE, RUN_FILE, SAMPLES_FILE
 
 EVAL = "eval_"
@@ -97,6 +97,15 @@ def read_run(folder: Path) -> RunRecord:
         advice=read_json(folder / ADVICE_FILE, list) if (folder / ADVICE_FILE).is_file() else [],
         evaluations=_lines(folder / EVALUATIONS_FILE),
     )
+
+
+def read_held_out(folder: Path) -> list[dict[str, Any]]:
+    """The held-out pairs of a run one by one, as its saved adapter has them; empty where there are none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    return _lines(folder / HELD_OUT_FILE)
 
 
 def read_json(path: Path, kind: type) -> Any:

@@ -29,12 +29,15 @@ OnMetrics = Callable[[Mapping[str, float]], None]
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """The pairs of the evaluations, what tells their prompts apart, and the columns by which they are grouped."""
+    """The pairs of the evaluations, what tells their prompts apart, the columns by which they are grouped, and where
+    each stands in the user's files.
+    """
 
     rows: Sequence[ScoredPair]
     weights: WeightArray | None
     prompts: Sequence[bytes]
     labels: Mapping[str, Sequence[str]]
+    source_of: Callable[[int], str] = "row {}".format
 
 
 @dataclass(slots=True)

@@ -20,6 +20,7 @@ from dpoeng.engine.config import TrainConfig
 from dpoeng.engine.distributed import Group, process_group
 from dpoeng.engine.fit import check_step
 from dpoeng.engine.fsdp import check_fsdp, shard_base
+from dpoeng.engine.kept_base import KeptBase
 from dpoeng.engine.loop import run_steps
 from dpoeng.engine.metrics import MetricsLog
 from dpoeng.engine.model import device_name, enable_gradient_checkpointing, set_mode
@@ -86,7 +87,12 @@ class TrainSummary:
     advice: list[Advice] = field(default_factory=list)
 
 
-def train(config: TrainConfig, progress: Progress = QUIET, on_metrics: OnMetrics | None = None) -> TrainSummary:
+def train(
+    config: TrainConfig,
+    progress: Progress = QUIET,
+    on_metrics: OnMetrics | None = None,
+    kept_base: KeptBase | None = None,
+) -> TrainSummary:
     """Runs phase two, or goes on with it where `output_dir` holds an unfinished run of the same configuration.
 
     Under torchrun the processes share each step's forwards; the first of them writes and reports. The result does not
@@ -97,6 +103,7 @@ def train(config: TrainConfig, progress: Progress = QUIET, on_metrics: OnMetrics
         progress: where bars and notes go.
         on_metrics: called, in the first process, with the metrics of each logged step and each evaluation; what it
             raises ends the run, which can then be gone on with.
+        kept_base: holds the base between the runs of one process, so that it is loaded once; see `sweep`.
 
     Raises:
         UserError: cache, model, configuration or output folder is not usable as it is; or the policy does not agree
@@ -104,10 +111,12 @@ def train(config: TrainConfig, progress: Progress = QUIET, on_metrics: OnMetrics
             ended.
     """
     with process_group() as group:
-        return _train(config, group, progress if group.is_first else QUIET, on_metrics)
+        return _train(config, group, progress if group.is_first else QUIET, on_metrics, kept_base)
 
 
-def _train(config: TrainConfig, group: Group, progress: Progress, on_metrics: OnMetrics | None) -> TrainSummary:
+def _train(
+    config: TrainConfig, group: Group, progress: Progress, on_metrics: OnMetrics | None, kept_base: KeptBase | None
+) -> TrainSummary:
     began = time.perf_counter()
     if group.is_first:
         check_trackers(config.report_to)
@@ -131,6 +140,7 @@ def _train(config: TrainConfig, group: Group, progress: Progress, on_metrics: On
         weights=eval_rows.weights(config.pair_weight_column),
         prompts=eval_rows.prompts(),
         labels=eval_rows.labels(config.eval_group_by) if eval_rows else {},
+        source_of=eval_rows.source,
     )
     schedule = plan_schedule(
         len(train_rows),
@@ -161,10 +171,12 @@ def _train(config: TrainConfig, group: Group, progress: Progress, on_metrics: On
             device,
             quantization=quantization,
             dtype=config.dtype or reference["dtype"],
+            held_bytes=kept_base.n_bytes if kept_base is not None else 0,
         )
+    load = kept_base.load if kept_base is not None else load_policy_base
+    lm = load(config, reference, device, on_host=config.fsdp, tokenizer=config.samples > 0)
     # Seeded before the adapter is made: its start is part of what a seed means.
     torch.manual_seed(config.seed)
-    lm = load_policy_base(config, reference, device, on_host=config.fsdp, tokenizer=config.samples > 0)
     lm = add_policy_adapter(lm, mode, adapter, lora_arguments(config))
     if config.fsdp:
         shard_base(lm, group, device)

@@ -75,6 +75,7 @@ class Wrong:
 
 SCORE = "precompute-ref pairs.jsonl --model MODEL"
 TRAIN = "train --cache CACHE"
+SWEEP = "sweep --cache CACHE"
 GOOD = pair_rows(6)
 
 
@@ -744,6 +745,17 @@ RUNS = (
           no_sharing),
     Wrong("FlashAttention on a CPU", "attention-unsupported", 5, SCORE + " --attention varlen", ("segments",)),
     Wrong("FlexAttention trained on a CPU", "attention-unsupported", 5, TRAIN + " --attention flex", ("a GPU",)),
+    Wrong("values that do not go together", "sweep-combinations", 2, SWEEP + " --vary beta=0.1,-1 --vary lora_r=8,0",
+          ("3 of 4", "beta=-1,lora_r=8", "must be at least 1", "and 1 more")),
+    Wrong("more runs than were meant", "sweep-runs", 2, SWEEP + " --vary lora_r=1,2,4,8 --max-runs 3", ("4 runs",)),
+    Wrong("other held-out pairs in each run", "sweep-held-out", 2, SWEEP + " --vary seed=1,2", ("--eval-view",)),
+    Wrong("a sweep of several processes", "sweep-ranks", 2, SWEEP + " --vary beta=0.1,0.2", ("without torchrun",),
+          lambda d: d.patch.setenv("WORLD_SIZE", "2")),
+    Wrong("a sweep of which runs fail", "sweep-failed", 5, SWEEP + " --vary beta=0.1,0.2 --max-steps 1",
+          ("2 of 2", "error.txt"), diverging),
+    Wrong("a sweep over nothing", "config-missing", 2, SWEEP, ("--vary beta=",)),
+    Wrong("a field that is varied twice", "usage", 2, SWEEP + " --vary beta=1 --vary beta=2", ("given twice",)),
+    Wrong("values without their field", "usage", 2, SWEEP + " --vary beta", ("FIELD=VALUE",)),
     Wrong("a report of no run", "run-not-found", 2, "report nowhere", ("--output-dir",)),
     Wrong("a report of the wrong folder", "run-not-found", 2, "report CACHE", ("run.json",)),
     Wrong("a damaged log", "run-damaged", 3, "report out", ("line 1",),

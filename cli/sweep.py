@@ -1,0 +1,141 @@
+"""`dpoeng sweep`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dpoeng.cli.options import ConfigCommand, config_options, given
+from dpoeng.engine.config import SweepConfig, TrainConfig
+from dpoeng.engine.config_files import load_config
+
+if TYPE_CHECKING:
+    from dpoeng.engine.sweep import SweepPlan
+    from dpoeng.engine.sweep_ranking import RunResult
+
+PAGE_FILE = "sweep.html"
+
+EPILOG = """\b
+Examples:
+  dpoeng sweep --cache refcache --vary beta=0.05,0.1,0.3 --vary learning_rate=5e-6,2e-5
+  dpoeng sweep --cache refcache --vary loss_type=sigmoid,ipo,sigmoid+sft --num-train-epochs 1 --output-dir sweep
+  dpoeng sweep --config sweep.yaml --rank-by rewards/accuracies_length_controlled
+
+\b
+The same in a file:
+  cache: refcache
+  num_train_epochs: 1
+  vary:
+    beta: [0.05, 0.1, 0.3]
+    learning_rate: [5e-6, 2e-5]
+"""
+
+
+@click.command("sweep", cls=ConfigCommand, epilog=EPILOG)
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file.  [default: dpoeng.yaml]")
+@config_options(SweepConfig)
+@click.option(
+    "--output-dir", type=click.Path(path_type=Path), help="Each run gets a folder of its own in it.  [default: sweep]"
+)
+@config_options(TrainConfig, skip=frozenset({"output_dir"}))
+def sweep(config_file: Path | None, **options: Any) -> None:
+    """Many runs of `dpoeng train` over one cache: every combination of the varied fields.
+
+    Each run is what `dpoeng train` alone would leave, byte for byte, and is judged on the same held-out pairs. All
+    combinations are looked through before the first run starts. Started again, the command skips complete runs and goes
+    on with the one that was stopped. Ends with the runs ranked, with intervals, in a table, sweep.json and sweep.html.
+    """
+    from dpoeng.cli.progress import TerminalProgress
+    from dpoeng.engine.sweep import plan_sweep, run_sweep
+
+    taken = given(options)
+    own = {name: taken.pop(name) for name in SweepConfig.model_fields if name in taken}
+    plan = plan_sweep(load_config(SweepConfig, own, config_file), taken, config_file)
+
+    def show(results: Sequence[RunResult]) -> None:
+        from dpoeng.cli.output import write_page
+        from dpoeng.cli.sweep_page import sweep_page
+
+        write_page(plan.root / PAGE_FILE, sweep_page(plan, results))
+
+    results = run_sweep(plan, TerminalProgress(), show)
+    print_results(plan, results)
+    _report_failures(results)
+
+
+def print_results(plan: SweepPlan, results: Sequence[RunResult]) -> None:
+    """The runs, best first, and what the held-out pairs can tell of them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from dpoeng.engine.sweep_ranking import verdict
+
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table(
+        title=f"{len(results)} runs by held-out {plan.rank_by}",
+        title_justify="left",
+        show_edge=False,
+        pad_edge=False,
+        caption="intervals: 95 %, drawn over held-out prompts; the difference from the best run is taken pair by pair",
+        caption_justify="left",
+    )
+    for heading in (*plan.vary, plan.rank_by, "interval", "from the best", "interval"):
+        table.add_column(heading, justify="right", overflow="fold")
+    table.add_column("")
+    for row in result_rows(plan, results):
+        table.add_row(*row)
+    console.print(table)
+    console.print(verdict(results))
+    done = [result for result in results if result.value is not None]
+    if done:
+        console.print(f"\nThe best adapter: [bold]{done[0].folder / 'adapter'}[/]")
+    console.print(f"All of it as a page: {plan.root / PAGE_FILE}")
+
+
+def result_rows(plan: SweepPlan, results: Sequence[RunResult]) -> list[tuple[str, ...]]:
+    """Of each run: what is varied, its value, its difference from the best run, and a word on it."""
+    name = plan.rank_by.removeprefix("eval_")
+    rows = []
+    for place, result in enumerate(results):
+        values = tuple(result.values[field] for field in plan.vary)
+        if result.value is None:
+            rows.append((*values, "", "", "", "", result.state))
+            continue
+        word = "best" if place == 0 else "differs" if result.differs else "not told apart"
+        rows.append(
+            (
+                *values,
+                f"{result.value:.4g}",
+                _interval((result.intervals or {}).get(name)),
+                "" if result.difference is None else f"{result.difference:+.4g}",
+                _interval(result.difference_interval, sign=True),
+                word,
+            )
+        )
+    return rows
+
+
+def _interval(bounds: tuple[float, float] | None, *, sign: bool = False) -> str:
+    form = "{:+.3g} to {:+.3g}" if sign else "{:.3g} to {:.3g}"
+    return form.format(*bounds) if bounds else ""
+
+
+def _report_failures(results: Sequence[RunResult]) -> None:
+    """Raises UserError where runs have failed: a script should see it, and a person what it was."""
+    from dpoeng.cache.errors import UserError
+
+    failed = [result for result in results if result.state == "failed"]
+    if failed:
+        lines = [f"{result.name}: {result.error.splitlines()[0]}" for result in failed]
+        raise UserError(
+            f"{len(failed)} of {len(results)} runs failed",
+            code="sweep-failed",
+            where=str(failed[0].folder.parent),
+            expected="every run complete",
+            found=("\n" + " " * 12).join(lines),
+            remedy="error.txt in each of their folders tells more; the same command tries these again, and no others",
+            exit_status=5,
+        )
