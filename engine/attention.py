@@ -10,6 +10,7 @@ of pairs of a row, and a pair's numbers cannot depend on its neighbours. The sam
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -94,27 +95,33 @@ def shared_prompt_attention(
         raise ValueError("attention dropout is not supported: it would differ between a shared and a separate prompt")
     sinks = s_aux if s_aux is not None else getattr(module, "sinks", None)
     if dpoeng_plan.way == "varlen":
-        rows_of = dpoeng_plan.texts(query)
-        how: dict[str, Any] = {"scaling": scaling, "window": sliding_window, "softcap": softcap, "sinks": sinks}
-        return varlen(query, key, value, rows_of, **how), None
+        rows = dpoeng_plan.texts(query)
+        window = sliding_window
+        return varlen(query, key, value, rows, scaling=scaling, window=window, softcap=softcap, sinks=sinks), None
     if dpoeng_plan.way == "flex":
         mask = dpoeng_plan.block_mask(sliding_window, query)
         whole = flex(query, key, value, mask, scaling=scaling, softcap=softcap, sinks=sinks)
         return whole.transpose(1, 2).contiguous(), None
+    # `split` and not slices: the backward of each slice fills a tensor as long as the whole row.
+    sizes = [n for group in dpoeng_plan.groups for n in _text_sizes(group)]
     pieces: list[torch.Tensor] = []
+    parts = zip(*(torch.split(states, sizes, dim=2) for states in (query, key, value)), strict=True)
     for group in dpoeng_plan.groups:
-        prompt = slice(group.prompt_begin, group.prompt_end)
-        for i, (begin, end) in enumerate(group.branches):
+        length = group.prompt_end - group.prompt_begin
+        for i, (q, k, v) in enumerate(islice(parts, len(group.branches))):
             if i == 0:
-                rows = slice(group.prompt_begin, end)
-                k, v = key[:, :, rows], value[:, :, rows]
+                prompt = k[:, :, :length], v[:, :, :length]
             else:
-                rows = slice(begin, end)
-                k = torch.cat([key[:, :, prompt], key[:, :, rows]], dim=2)
-                v = torch.cat([value[:, :, prompt], value[:, :, rows]], dim=2)
-            pieces.append(_attend(query[:, :, rows], k, v, dpoeng_plan, scaling, sliding_window, softcap, sinks))
+                k, v = torch.cat([prompt[0], k], dim=2), torch.cat([prompt[1], v], dim=2)
+            pieces.append(_attend(q, k, v, dpoeng_plan, scaling, sliding_window, softcap, sinks))
     output = torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
     return output.transpose(1, 2).contiguous(), None
+
+
+def _text_sizes(group: GroupSpan) -> list[int]:
+    """Positions of `[prompt | first branch]`, and of each further branch: they follow each other without a gap."""
+    (_, first), *others = group.branches
+    return [first - group.prompt_begin, *(end - begin for begin, end in others)]
 
 
 def _attend(

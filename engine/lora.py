@@ -18,40 +18,53 @@ CHUNK_BYTES = 64 * 2**20
 
 
 class LoraProduct(torch.autograd.Function):
-    """`scale * (x A^T) B^T` for x [..., I], A [r, I], B [O, r] -> [..., O] in the dtype of x; A and B in theirs."""
+    """`out + scale * (x A^T) B^T` for x [..., I], A [r, I], B [O, r], out [..., O]; in `out` itself where that may be.
+
+    x and out are in the base's dtype, A and B in theirs.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    def forward(
+        ctx: Any, out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, in_place: bool
+    ) -> torch.Tensor:
         """Keeps x itself for the gradient of A, and x A^T for that of B."""
-        rows = x.reshape(-1, x.shape[-1])
+        result = out if in_place else torch.empty_like(out)
+        rows, before, after = x.reshape(-1, x.shape[-1]), out.view(-1, b.shape[0]), result.view(-1, b.shape[0])
         low = rows.new_empty((rows.shape[0], a.shape[0]), dtype=a.dtype)
-        out = rows.new_empty((rows.shape[0], b.shape[0]))
         for part in _chunks(rows, max(a.shape[1], b.shape[0]), a.element_size()):
             low[part] = rows[part].to(a.dtype) @ a.T
-            out[part] = (low[part] @ b.T).mul_(scale)
+            if out.dtype == b.dtype:
+                torch.addmm(before[part], low[part], b.T, alpha=scale, out=after[part])
+            else:
+                torch.add(before[part], (low[part] @ b.T).mul_(scale).to(out.dtype), out=after[part])
         ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, x.dtype
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, a, b, low if ctx.needs_input_grad[2] else None)
-        return out.view(*x.shape[:-1], b.shape[0])
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, a, b, low if ctx.needs_input_grad[3] else None)
+        if in_place:
+            ctx.mark_dirty(out)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of x, A and B, as far as they are wanted."""
+        """Gradients of out, x, A and B, as far as they are wanted. The scale meets what has r columns alone."""
         x, a, b, low = ctx.saved_tensors
-        wants_x, wants_a, wants_b, _ = ctx.needs_input_grad
+        _, wants_x, wants_a, wants_b, *_ = ctx.needs_input_grad
         grads = upstream[0].reshape(-1, b.shape[0])
         x_grad = grads.new_empty((grads.shape[0], a.shape[1]), dtype=ctx.dtype) if wants_x else None
         a_grad = torch.zeros_like(a) if wants_a else None
         b_grad = torch.zeros_like(b) if wants_b else None
         for part in _chunks(grads, max(a.shape[1], b.shape[0]), a.element_size()):
-            grad = grads[part].to(b.dtype).mul(ctx.scale)
+            grad = grads[part].to(b.dtype)
             if b_grad is not None:
-                b_grad.addmm_(grad.T, low[part])
-            low_grad = grad @ b
+                b_grad.addmm_(grad.T, low[part], alpha=ctx.scale)
+            low_grad = (grad @ b).mul_(ctx.scale)
             if a_grad is not None:
                 a_grad.addmm_(low_grad.T, x.reshape(-1, a.shape[1])[part].to(a.dtype))
             if x_grad is not None:
-                x_grad[part] = low_grad @ a
-        return (x_grad.view(ctx.shape) if x_grad is not None else None), a_grad, b_grad, None
+                if x_grad.dtype == a.dtype:
+                    torch.mm(low_grad, a, out=x_grad[part])
+                else:
+                    x_grad[part] = low_grad @ a
+        return upstream[0], (x_grad.view(ctx.shape) if x_grad is not None else None), a_grad, b_grad, None, None
 
 
 def _chunks(rows: torch.Tensor, width: int, item_bytes: int) -> list[slice]:
@@ -89,8 +102,9 @@ def _forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Ten
         result: torch.Tensor = type(self).forward(self, x, *args, **kwargs)
         return result
     result = self.base_layer(x)
+    # bitsandbytes' products return views that autograd does not let be changed in place.
+    in_place = type(self.get_base_layer()) is nn.Linear
     for name in active:
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        update: torch.Tensor = LoraProduct.apply(self.lora_dropout[name](x), a, b, self.scaling[name])  # type: ignore[no-untyped-call]
-        result = result + update.to(result.dtype)
+        result = LoraProduct.apply(result, self.lora_dropout[name](x), a, b, self.scaling[name], in_place)  # type: ignore[no-untyped-call]
     return result

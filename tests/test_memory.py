@@ -212,15 +212,17 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_small_chunks")
-def test_the_lora_product_is_its_formula() -> None:
+@pytest.mark.parametrize("in_place", [True, False])
+def test_the_lora_product_is_its_formula(in_place: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 700, 24, dtype=torch.float64, requires_grad=True)
     a, b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 24), (40, 4)))
-    found, expected = lora.LoraProduct.apply(x, a, b, 0.7), 0.7 * (x @ a.T) @ b.T
+    w = torch.randn(40, 24, dtype=torch.float64, requires_grad=True)
+    found, expected = lora.LoraProduct.apply(x @ w.T, x, a, b, 0.7, in_place), x @ w.T + 0.7 * (x @ a.T) @ b.T
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
-    pull = torch.randn_like(found)
+    pull, leaves = torch.randn_like(found), (x, a, b, w)
     for mine, truth in zip(
-        torch.autograd.grad(found, (x, a, b), pull), torch.autograd.grad(expected, (x, a, b), pull), strict=True
+        torch.autograd.grad(found, leaves, pull), torch.autograd.grad(expected, leaves, pull), strict=True
     ):
         torch.testing.assert_close(mine, truth, atol=1e-10, rtol=1e-10)
 

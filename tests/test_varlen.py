@@ -6,7 +6,6 @@ so that what dpoeng hands it (offsets, gathered keys, windows, grouped heads) is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,15 +21,15 @@ from dpoeng.engine.varlen import texts
 
 
 def plain(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_at: Any, k_at: Any, causal: bool, scale: Any, window: Any
-) -> torch.Tensor:
-    """What the operator's documentation says, text by text, in float64."""
-    pieces = []
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_at: Any, k_at: Any, causal: bool, scale: Any, window: Any,
+    grad: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """What the operator's documentation says, text by text, in float64: the output, or the gradients of q, k and v."""
+    outputs, grads = [], [torch.zeros_like(x, dtype=torch.float64) for x in (q, k, v)]
+    repeats, scale = q.shape[1] // k.shape[1], scale or q.shape[-1] ** -0.5
     for i in range(len(q_at) - 1):
-        a, b = q[q_at[i] : q_at[i + 1]].double(), slice(int(k_at[i]), int(k_at[i + 1]))
-        repeats = q.shape[1] // k.shape[1]
-        c, d = (x[b].double().repeat_interleave(repeats, 1) for x in (k, v))
-        scores = torch.einsum("qhd,khd->hqk", a, c) * (scale or q.shape[-1] ** -0.5)
+        rows, seen = slice(int(q_at[i]), int(q_at[i + 1])), slice(int(k_at[i]), int(k_at[i + 1]))
+        a, (c, d) = q[rows].double(), (x[seen].double().repeat_interleave(repeats, 1) for x in (k, v))
         late = torch.arange(len(c))[None, :] - (torch.arange(len(a))[:, None] + len(c) - len(a))
         left, right = window
         hidden = torch.zeros_like(late, dtype=torch.bool)
@@ -38,13 +37,20 @@ def plain(
             hidden |= late > (0 if causal else right)
         if left >= 0:
             hidden |= -late > left
-        scores = scores.masked_fill(hidden, float("-inf"))
-        pieces.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), d).to(q.dtype))
-    return torch.cat(pieces)
+        weights = (torch.einsum("qhd,khd->hqk", a, c) * scale).masked_fill(hidden, float("-inf")).softmax(-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, d).to(q.dtype))
+        if grad is not None:
+            pull = grad[rows].double()
+            of_weights = torch.einsum("qhd,khd->hqk", pull, d)
+            of_scores = scale * weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True))
+            grads[0][rows] = torch.einsum("hqk,khd->qhd", of_scores, c)
+            for x, one in ((1, (of_scores, a)), (2, (weights, pull))):
+                grads[x][seen] = torch.einsum("hqk,qhd->khd", *one).unflatten(1, (-1, repeats)).sum(2)
+    return tuple(x.to(q.dtype) for x in grads) if grad is not None else (torch.cat(outputs),)
 
 
-@pytest.fixture(autouse=True)
-def _arithmetic_for_the_kernel() -> Iterator[None]:
+@pytest.fixture(autouse=True, scope="module")
+def _arithmetic_for_the_kernel() -> None:
     """The operator's two kernels for a CPU, where PyTorch has none."""
 
     def forward(
@@ -55,24 +61,16 @@ def _arithmetic_for_the_kernel() -> Iterator[None]:
         assert most_k == int(k_at.diff().max())
         assert q_at.dtype == k_at.dtype == torch.int32
         sums = torch.empty(q.shape[1], q.shape[0])
-        return plain(q, k, v, q_at, k_at, causal, scale, window_size), sums, torch.zeros(2, dtype=torch.uint64)
+        return *plain(q, k, v, q_at, k_at, causal, scale, window_size), sums, torch.zeros(2, dtype=torch.uint64)
 
     def backward(
         grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, q_at: Any, k_at: Any, most_q: int, most_k: int,
         causal: bool, state: Any, scale: Any = None, window_size: Any = None,
     ) -> Any:  # fmt: skip
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        with torch.enable_grad():
-            found = plain(*leaves, q_at, k_at, causal, scale, window_size)
-        return tuple(torch.autograd.grad(found, leaves, grad))
+        return plain(q, k, v, q_at, k_at, causal, scale, window_size, grad)
 
     torch_varlen._varlen_attn.register_kernel("cpu")(forward)
     torch_varlen._varlen_attn_backward.register_kernel("cpu")(backward)
-    with (
-        torch_varlen._varlen_attn.set_kernel_enabled("cpu", enabled=True),
-        torch_varlen._varlen_attn_backward.set_kernel_enabled("cpu", enabled=True),
-    ):
-        yield
 
 
 def test_the_texts_of_a_row() -> None:
