@@ -148,6 +148,9 @@ def memory(outputs: Outputs, **settings: Any) -> None:
     finish([bench_memory(MemorySettings(**settings), TerminalProgress())], outputs)
 
 
+_PEERS = ("trl precomputed", "trl adapter off", "trl second model")
+
+
 @click.command(
     "compare",
     epilog=example("dpoeng bench compare --model sft-model --pairs pairs.jsonl --peer-python peer/bin/python"),
@@ -162,6 +165,13 @@ def memory(outputs: Outputs, **settings: Any) -> None:
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Of the frozen weights, in both programs.",
 )
+@click.option(
+    "--peer",
+    "peers",
+    multiple=True,
+    type=click.Choice(_PEERS),
+    help="A configuration of TRL; may be given more than once.  [default: all]",
+)
 @click.option("--peer-python", type=click.Path(path_type=Path), help="A Python with TRL.  [default: this one]")
 @click.option("--work", type=click.Path(path_type=Path), help="Keep finished runs here, so that a stop costs one run.")
 @output_options
@@ -171,9 +181,11 @@ def compare(outputs: Outputs, **settings: Any) -> None:
     TRL gets the same model, token ids, LoRA, order and batches, and the reference in three ways: precomputed, by
     switching the adapter off, and as a second model.
     """
-    from dpoeng.bench.compare import CompareSettings, bench_compare
+    from dpoeng.bench.compare import PEERS, CompareSettings, bench_compare
     from dpoeng.cli.progress import TerminalProgress
 
+    assert PEERS == _PEERS
+    settings["peers"] = settings["peers"] or _PEERS
     finish([bench_compare(CompareSettings(**settings), TerminalProgress())], outputs)
 
 
