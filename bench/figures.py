@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,34 @@ def _comparison(record: Record) -> str:
         f"dpoeng itself: {ours['step_cpu_s']:.3g} CPU-s a step, {_gib(ours['train_peak_bytes'])} above the weights; "
         f"reference {ours['reference_cpu_s_per_pair']:.2g} CPU-s a pair, {_gib(ours['reference_peak_bytes'])}. "
         f"The losses of all steps agree to {worst:.1e}, relative."
+    )
+
+
+def phases(results: Path) -> str:
+    """Both phases in both layouts: speed, where the time goes, and how near to the machine's matrix product."""
+    record = read("phases", results)[-1]
+    found, settings = record["results"], record["settings"]
+    parts = list(dict.fromkeys(part for result in found for part in result["split"]))
+
+    def share(result: Record, part: str) -> str:
+        spent = result["split"].get(part)
+        return "" if spent is None else f"{100 * spent['wall_s'] / statistics.median(result['wall_s']):.0f} %"
+
+    rows = [
+        ["", *(f"{result['phase']}, {result['layout']}" for result in found)],
+        ["pairs/s", *(f"{result['pairs_per_s']:.2f}" for result in found)],
+        ["unique tokens/s", *(f"{result['unique_tokens_per_s']:,.0f}" for result in found)],
+        *([part, *(share(result, part) for result in found)] for part in parts),
+        ["peak above weights", *(_gib(result["peak_bytes"]) for result in found)],
+        ["useful GFLOP/s", *(f"{result['flops'] / 1e9:.0f}" for result in found)],
+        [
+            f"of the matrix product's {record['gemm_flops'] / 1e9:.0f}",
+            *(f"{100 * result['of_gemm']:.0f} %" for result in found),
+        ],
+    ]
+    return (
+        f"{settings['model']}, {settings['batch_size']} pairs a step, {settings['steps']} steps, {settings['repeats']} "
+        f"repeats, {settings['dtype']}. {_where(record)}:\n\n{_table(rows)}"
     )
 
 
@@ -283,6 +312,7 @@ def _evidence(results: Path) -> Iterator[list[str]]:
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "compare": compare,
+    "phases": phases,
     "sharing": sharing,
     "cache": cache,
     "kernels": kernels,
