@@ -3,6 +3,7 @@
 #   make demo        both phases on a small real model and 100 pairs
 #   make test        the test suite                    make test-slow   what takes minutes
 #   make lint        ruff, format, mypy                make test-peers  parity with TRL, in an environment of its own
+#   make test-oldest the suite with the lowest accepted versions, in an environment of its own
 #   make site        the documents as a site, in site/        make docs-errors   docs/errors.md anew
 #   make bench       throughput and memory here        make coverage    the test suite with line coverage
 #   make figures     README and docs from bench/results/
@@ -14,6 +15,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 VENV ?= .venv
 PEERS ?= .venv-peers
+OLDEST ?= .venv-oldest
 DEMO_DIR ?= demo
 # A process a core; a file's tests stay together, since they share models and caches that take a while to make.
 WORKERS ?= -n auto --maxprocesses 8 --dist loadfile
@@ -22,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export DEMO_DIR
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-peers coverage lint format site docs-errors figures bench clean distclean
+.PHONY: help setup demo test test-slow test-peers test-oldest coverage lint format site docs-errors figures bench clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -43,6 +45,12 @@ $(PEERS)/.installed: pyproject.toml constraints.txt
 	$(PEERS)/bin/pip install --quiet --no-compile $(PIP_FLAGS) -c constraints.txt -e '.[dev]' trl datasets
 	@touch $@
 
+# Some gigabytes: the index has the oldest torch as its CUDA build only.
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --no-compile $(PIP_FLAGS) -c constraints-oldest.txt -e '.[dev]'
+	@touch $@
+
 demo: $(VENV)/.installed
 	$(VENV)/bin/dpoeng demo --dir $(DEMO_DIR)
 
@@ -56,6 +64,9 @@ test-slow: $(VENV)/.extras
 test-peers: $(PEERS)/.installed
 	$(PEERS)/bin/dpoeng demo --dir $(DEMO_DIR) --prepare-only
 	$(PEERS)/bin/python -m pytest -m peers
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest $(WORKERS)
 
 coverage: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest $(WORKERS) --cov --cov-report=term-missing:skip-covered --cov-fail-under=85
@@ -90,4 +101,4 @@ clean:
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) $(PEERS)
+	rm -rf $(VENV) $(PEERS) $(OLDEST)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -144,12 +145,26 @@ def test_the_map_names_every_module(document: str) -> None:
         assert not missing, f"{document} does not say where {', '.join(missing)} of {package}/ belongs"
 
 
+def pins_of(file: str) -> dict[str, str]:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+def test_the_oldest_versions_are_the_lower_bounds() -> None:
+    """What `make test-oldest` installs is what pyproject.toml promises to work with."""
+    project = PROJECT["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["gguf"]]
+    bounds = {canonicalize_name(r.name): next(s.version for s in r.specifier if s.operator == ">=")
+              for r in map(Requirement, wanted)}  # fmt: skip
+    found = pins_of("constraints-oldest.txt")
+    assert found.keys() == bounds.keys()
+    for name, version in found.items():
+        assert Version(version) == Version(bounds[name]), name
+
+
 def test_every_dependency_is_pinned_within_its_range() -> None:
-    pins = {}
-    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
-        if line and not line.startswith("#"):
-            name, version = line.split("==")
-            pins[canonicalize_name(name)] = version
+    pins = pins_of("constraints.txt")
     project = PROJECT["project"]
     wanted = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
     for requirement in map(Requirement, wanted):
