@@ -5,7 +5,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 from pydantic import BaseModel
@@ -19,7 +19,13 @@ from dpoeng.engine.foreign_names import COMMANDS
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class _KeyValue(click.ParamType[tuple[str, str]]):
+if TYPE_CHECKING:
+    _PairType, _WordsType = click.ParamType[tuple[str, str]], click.ParamType[tuple[str, ...]]
+else:
+    _PairType = _WordsType = click.ParamType  # takes no type parameter before click 8.4
+
+
+class _KeyValue(_PairType):
     def __init__(self, name: str, example: str) -> None:
         self.name, self.example = name, example
 
@@ -36,7 +42,7 @@ _KEY_VALUES = {
 }
 
 
-class _Words(click.ParamType[tuple[str, ...]]):
+class _Words(_WordsType):
     name = "NAME[,NAME...]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
