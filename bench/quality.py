@@ -227,6 +227,7 @@ def _score(job: Mapping[str, Any], precision: Precision) -> list[str]:
                     "name": name,
                     "quantization": precision[0],
                     "dtype": precision[1],
+                    "max_reject_share": 1.0,  # pairs that are too long are left out of every way alike
                     **{field: job[field] for field in ("model", "device", "max_length")},
                 }
             )
