@@ -25,6 +25,7 @@ from dpoeng.bench.workload import first_pairs_of, save_small_model
 from dpoeng.cache.schema import PairIds, ScoredPair
 from dpoeng.engine.adapters import add_policy_adapter, as_reference, lora_arguments
 from dpoeng.engine.config import Dtype, Quantization, TrainConfig
+from dpoeng.engine.full import train_all
 from dpoeng.engine.lora import use_peft_product
 from dpoeng.engine.memory_tracker import MemoryTracker
 from dpoeng.engine.metrics import MetricsLog
@@ -186,7 +187,7 @@ def measure_cases(
 
         touch(lm.base)
         rows = score_pairs(lm, pairs)
-        forward = forward_memory(setup, lengths, adapters=False).peak
+        forward = forward_memory(setup, lengths, policy=False).peak
         add(PHASE_ONE, lambda: score_pairs(lm, pairs), tensor_bytes(lm), forward.n_bytes, dict(forward.by_kind))
 
         with training_run(lm, rows, setup.config) as run:
@@ -203,7 +204,7 @@ def measure_cases(
                 step()
 
             adapter_off()
-            forward = forward_memory(setup, lengths, adapters=True).peak
+            forward = forward_memory(setup, lengths, policy=True).peak
             moments = peak.by_kind.get(OPTIMIZER, 0)
             higher = max(peak.n_bytes, forward.n_bytes + moments)
             kinds = peak.by_kind if higher == peak.n_bytes else {**forward.by_kind, OPTIMIZER: moments}
@@ -237,8 +238,11 @@ def measure_cases(
 
 @contextlib.contextmanager
 def training_run(lm: CausalLM, rows: Sequence[ScoredPair], config: TrainConfig) -> Iterator[Run]:
-    """Phase two, ready for its first step, over one batch that comes again and again; `lm` gets its LoRA here."""
-    add_policy_adapter(lm, "new", None, lora_arguments(config))
+    """Phase two, ready for its first step, over one batch that comes again and again; `lm` is made trainable here."""
+    if config.use_peft:
+        add_policy_adapter(lm, "new", None, lora_arguments(config))
+    else:
+        train_all(lm)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(lm, inputs_on_host=config.activation_offloading)
     set_mode(lm, training=True)
@@ -262,7 +266,9 @@ def training_run(lm: CausalLM, rows: Sequence[ScoredPair], config: TrainConfig) 
 def tensor_bytes(lm: CausalLM, optimizer: torch.optim.Optimizer | None = None) -> int:
     """Bytes of the model's and the optimizer's tensors on the model's device, each storage once."""
     tracker = MemoryTracker(lm.device.type)
-    tracker.hold([*lm.model.parameters(), *lm.model.buffers(), *quantized_tensors(lm.model)], "model")
+    tracker.hold(
+        [*lm.model.parameters(), *lm.model.buffers(), *lm.masters.values(), *quantized_tensors(lm.model)], "model"
+    )
     if optimizer is not None:
         tracker.hold((t for state in optimizer.state.values() for t in state.values()), OPTIMIZER)
     return tracker.live_bytes

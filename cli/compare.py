@@ -14,6 +14,7 @@ from dpoeng.cli.options import config_options, given
 from dpoeng.engine.config import TrainConfig
 
 if TYPE_CHECKING:
+    from dpoeng.cache.schema import IdArray
     from dpoeng.engine.trained import Generation
 
 EPILOG = """\b
@@ -27,7 +28,7 @@ _FIELDS = frozenset("cache view model quantization dtype device".split())
 
 
 @click.command("compare", epilog=EPILOG)
-@click.argument("path", metavar="ADAPTER", type=click.Path(path_type=Path))
+@click.argument("path", metavar="TRAINED", type=click.Path(path_type=Path))
 @click.option("--prompt", "prompts", multiple=True, help="A prompt; may be given several times.")
 @click.option("--prompts", "file", type=click.Path(path_type=Path), help="A text file with a prompt a line.")
 @click.option("--count", default=4, show_default=True, help="Without prompts: how many of those held out are taken.")
@@ -60,27 +61,30 @@ def compare(
 ) -> None:
     """Show side by side how the model answers before and after training.
 
-    ADAPTER is a run's folder or an adapter's own. One model is in memory: before is the same model without the adapter.
-    Without prompts, some of those that the run held out are used, with just their token ids.
+    TRAINED is a run's folder, an adapter's, or that of a checkpoint trained whole. One model is in memory at a time;
+    with an adapter, before is the same model without it. Without prompts, some of those that the run held out are used,
+    with just their token ids.
     """
     from dpoeng.cache.reader import View
-    from dpoeng.engine.trained import compare_generations, encode_prompt, find_trained, held_out_prompts, load_trained
+    from dpoeng.engine.trained import compare_generations, encode_prompt, find_trained, held_out_prompts
 
     given_prompts = [*prompts, *(read_prompts(file) if file else [])]
     trained = find_trained(path)
     config = run_config(trained, given(options))
     view = View.open(config.cache, config.view)
-    lm = load_trained(trained, config, view, tokenizer=True)
-    if given_prompts:
+
+    def prompts_of(tokenizer: Any) -> list[IdArray]:
+        if not given_prompts:
+            return held_out_prompts(view, config, count)
         wrapped = view.meta.get("prompt_format")
-        if chat is None:
-            chat = bool(getattr(lm.tokenizer, "chat_template", None)) and not wrapped
-        ids = [encode_prompt(lm, text, chat=chat, prompt_format=wrapped) for text in given_prompts]
-    else:
-        ids = held_out_prompts(view, config, count)
+        as_chat = bool(getattr(tokenizer, "chat_template", None)) and not wrapped if chat is None else chat
+        return [encode_prompt(tokenizer, text, chat=as_chat, prompt_format=wrapped) for text in given_prompts]
+
     found = compare_generations(
-        lm,
-        ids,
+        trained,
+        config,
+        view,
+        prompts_of,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         repetition_penalty=repetition_penalty,

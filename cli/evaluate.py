@@ -30,7 +30,11 @@ _FIELDS = frozenset(
 
 @click.command("eval", epilog=EPILOG)
 @click.option(
-    "--adapter", "path", type=click.Path(path_type=Path), required=True, help="A run's folder, or an adapter."
+    "--adapter",
+    "path",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="A run's folder, an adapter, or a checkpoint trained whole.",
 )
 @click.option(
     "--pairs",
@@ -41,19 +45,19 @@ _FIELDS = frozenset(
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @config_options(TrainConfig, skip=frozenset(TrainConfig.model_fields) - _FIELDS)
 def evaluate(path: Path, pairs: Literal["held-out", "all"] | None, as_json: bool, **options: Any) -> None:
-    """Evaluate a trained adapter on cached pairs: rewards, accuracy with its interval, by group, warnings.
+    """Evaluate what was trained on cached pairs: rewards, accuracy with its interval, by group, warnings.
 
-    Settings that are not given are those of the adapter's run, where run.json lies beside it. Before anything is said,
-    the model without the adapter is compared with the cache.
+    Settings that are not given are those of its run, where run.json lies beside it. Before anything is said, the model
+    as it was before training is compared with the cache.
     """
     from dpoeng.cli.progress import TerminalProgress
-    from dpoeng.engine.trained import evaluate_adapter, find_trained
+    from dpoeng.engine.trained import evaluate_trained, find_trained
 
     trained = find_trained(path)
     overrides = given(options)
     if pairs is None and "view" in overrides:
         pairs = "all"
-    found = evaluate_adapter(trained, run_config(trained, overrides), pairs, TerminalProgress())
+    found = evaluate_trained(trained, run_config(trained, overrides), pairs, TerminalProgress())
     if as_json:
         click.echo(json.dumps(found.record(), indent=2))
     else:
@@ -78,11 +82,11 @@ def print_evaluation(summary: EvaluationSummary) -> None:
     console.print(
         facts_table(
             [
-                ("adapter", str(summary.adapter)),
+                ("trained", str(summary.trained)),
                 ("pairs", pairs),
                 ("loss", f"{' + '.join(summary.loss_type)}, beta {summary.beta:g}"),
                 ("device", summary.device),
-                ("parity", f"without the adapter {summary.parity.mean_diff:.2g} nats a token from the cache"),
+                ("parity", f"before training {summary.parity.mean_diff:.2g} nats a token from the cache"),
             ]
         )
     )

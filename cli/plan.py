@@ -64,8 +64,9 @@ def show(found: Plan, console: Console) -> None:
     from dpoeng.engine.plan import suggested
 
     request = found.request
+    what = f"{request.quantization}, r={request.lora_r}" if request.use_peft else "all weights trained"
     console.print(
-        f"{request.model}: {found.parameters / 1e9:.2f} e9 parameters, {request.quantization}, r={request.lora_r}; "
+        f"{request.model}: {found.parameters / 1e9:.2f} e9 parameters, {what}; "
         f"one pair of 2 x {request.max_length} tokens, {request.prompt_length} of them a shared prompt. "
         "[bold]Calculated, not measured.[/]",
         highlight=False,

@@ -19,15 +19,23 @@ Examples:
   dpoeng train --cache refcache
   dpoeng train --cache refcache --output-dir out --beta 0.1 --learning-rate 2e-5 --num-train-epochs 3
   dpoeng train --cache refcache --adapter-mode stack --lora-r 32
+  dpoeng train --cache refcache --no-use-peft --learning-rate 1e-6
   torchrun --nproc-per-node 4 --no-python dpoeng train --cache refcache
 """
+
+MODES = {
+    "new": "new adapter",
+    "stack": "new adapter on the SFT adapter",
+    "continue": "the SFT adapter",
+    "full": "all weights",
+}
 
 
 @click.command("train", cls=ConfigCommand, epilog=EPILOG)
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file.  [default: dpoeng.yaml]")
 @config_options(TrainConfig)
 def train(config_file: Path | None, **options: Any) -> None:
-    """Phase two: DPO of a LoRA policy against the cached reference. No reference model is loaded.
+    """Phase two: DPO of a LoRA, or of all weights, against the cached reference. No reference model is loaded.
 
     Model, SFT adapter and precision are those that the cache names. Before the first step the policy is compared with
     the cache on real pairs. A run that is started again with the same output folder goes on from its newest checkpoint.
@@ -63,7 +71,7 @@ def print_summary(summary: TrainSummary) -> None:
     facts.append(
         (
             "trained",
-            f"{summary.trainable:,} parameters ({summary.adapter_mode} adapter) on {summary.train_pairs} pairs, "
+            f"{summary.trainable:,} parameters ({MODES[summary.mode]}) on {summary.train_pairs} pairs, "
             f"{summary.steps} steps" + (f", from step {summary.resumed_from}" if summary.resumed_from else ""),
         )
     )
@@ -90,8 +98,10 @@ def print_summary(summary: TrainSummary) -> None:
         for table in group_tables(summary.evaluation):
             console.print(table)
     console.print(advice_text(summary.advice), highlight=False, soft_wrap=True, end="")
+    what = "checkpoint" if summary.mode == "full" else "adapter"
+    said = f"The {what} is in [bold]{summary.result}[/]"
     console.print(
-        f"\nThe adapter is in [bold]{summary.adapter}[/]; run.json beside it has the lines that load it with peft.\n"
+        f"\n{said}; run.json beside it has the lines that load it.\n"
         f"Every step's figures: {summary.output_dir / 'metrics.jsonl'}",
         highlight=False,
         soft_wrap=True,

@@ -17,6 +17,8 @@ from dpoeng.engine.model import POLICY_ADAPTER, CausalLM
 from dpoeng.engine.sources import ModelSource
 
 AdapterMode = Literal["new", "stack", "continue"]
+Mode = Literal["new", "stack", "continue", "full"]
+"""What is trained: an adapter in one of its ways, or all weights and no adapter (`engine/full`)."""
 
 REFERENCE_ADAPTER = "reference"
 
@@ -155,8 +157,8 @@ def linear_names(base: nn.Module) -> list[str]:
 
 
 @contextlib.contextmanager
-def as_reference(lm: CausalLM, mode: AdapterMode | None) -> Iterator[None]:
-    """The policy as the reference: without its trainable adapter (`new`, `stack`), or as it is (`continue`, None)."""
+def as_reference(lm: CausalLM, mode: Mode) -> Iterator[None]:
+    """The policy before its first step as the reference: without its new adapter, or as it is (`continue`, `full`)."""
     if mode == "new":
         with lm.model.disable_adapter():
             yield

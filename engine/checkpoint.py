@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,13 +115,22 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     Raises:
         UserError: the disk is full or may not be written.
     """
+
+    def fill(temporary: Path) -> None:
+        for name, data in files.items():
+            write_durably(temporary / name, data)
+
+    place_folder(folder, fill)
+
+
+def place_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """The same of files that `fill` writes, each durably, into the folder that it is given."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        for name, data in files.items():
-            write_durably(temporary / name, data)
+        fill(temporary)
         _sync_folder(temporary)
         if folder.exists():
             shutil.rmtree(folder)
@@ -150,6 +159,12 @@ def write_durably(path: Path, data: bytes) -> None:
     with path.open("wb") as file:
         file.write(data)
         file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_file(path: Path) -> None:
+    """Waits until a file that a library has written is on the disk."""
+    with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 

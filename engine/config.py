@@ -62,7 +62,7 @@ SECTIONS = {
     "train": {
         "cache": "Pairs and output",
         "model": "Model, adapter and precision",
-        "lora_r": "LoRA",
+        "use_peft": "LoRA, or all weights",
         "loss_type": "Loss",
         "optim": "Optimisation",
         "per_device_train_batch_size": "Batches and memory",
@@ -206,6 +206,11 @@ class TrainConfig(_Config):
         "FlashAttention call a layer, flex one FlexAttention call. auto tries varlen on a GPU, and checks.",
     )
 
+    use_peft: bool = Field(
+        True,
+        description="Train a LoRA on the frozen base. false: full fine-tuning of all weights, without an adapter; it "
+        "wants a learning rate of 1e-6 or less, and a base that is not quantised.",
+    )
     lora_r: int = Field(16, ge=1, description="LoRA rank.")
     lora_alpha: float = Field(32, gt=0, description="LoRA scale: the update is alpha / r times B A x.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the trained LoRA.")
@@ -368,6 +373,31 @@ class TrainConfig(_Config):
         """The fields of a new LoRA's shape that were set, not left at their default."""
         shape = {"lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora", "init_lora_weights"}
         return sorted(shape & self.model_fields_set)
+
+    @model_validator(mode="after")
+    def _all_weights_are_no_adapter(self) -> TrainConfig:
+        if self.use_peft:
+            return self
+        named = sorted({*self.lora_shape_given(), *({"lora_dropout", "adapter"} & self.model_fields_set)})
+        named += ["adapter_mode"] if self.adapter_mode != "auto" else []
+        if named:
+            raise ValueError(
+                f"{', '.join(named)} cannot be set with use_peft false: full fine-tuning trains all weights and makes "
+                "no adapter"
+            )
+        if self.quantization not in (None, "none"):
+            raise ValueError(
+                f"quantization {self.quantization} cannot be had with use_peft false: weights that are quantised "
+                "cannot be trained"
+            )
+        if self.dtype == "float16":
+            raise ValueError(
+                "dtype float16 cannot be had with use_peft false: gradients of a whole model fall below its smallest "
+                "numbers; use bfloat16 or float32"
+            )
+        if self.fsdp:
+            raise ValueError("fsdp divides what is frozen, and with use_peft false nothing is")
+        return self
 
     @field_validator("loss_type", mode="before")
     @classmethod

@@ -52,7 +52,7 @@ def check_step(
         UserError: it would not fit.
     """
     longest = _longest(pairs)[: config.per_device_train_batch_size]
-    if _is_small(source, longest, device):
+    if _is_small(source, longest, device, not config.use_peft):
         return None
     setup = _setup(config, source, device, quantization, dtype, config.checkpoints_on(device.type))
     peak = step_memory(setup, longest).peak
@@ -64,6 +64,9 @@ def check_step(
             [f"--per-device-train-batch-size {fits[-1]} (with more --gradient-accumulation-steps)"] if fits else []
         )
         changes += [] if config.checkpoints_on(device.type) else ["--gradient-checkpointing"]
+        if not config.use_peft:
+            changes += [] if "8bit" in config.optim else ["--optim adamw_8bit (or adamw_torch_fused)"]
+            changes += ["a LoRA, without --no-use-peft"]
         if not changes:
             changes = ["phase one again with fewer bits (--quantization) or a shorter --max-length", "a larger device"]
         raise _no_room("phase two", peak, _needed(setup, longest, peak, device), room, longest, changes)
@@ -85,7 +88,7 @@ def check_forward(
     if _is_small(source, longest, device):
         return None
     setup = _setup(TrainConfig.model_validate({}), source, device, config.quantization, config.dtype, False)
-    peak = forward_memory(setup, longest, adapters=config.adapter is not None).peak
+    peak = forward_memory(setup, longest, policy=config.adapter is not None).peak
     room = available_bytes(device)
     if _needed(setup, longest, peak, device) > room:
         fewer = ["--batch-tokens with a smaller number"] if len(longest) > 1 else []
@@ -117,7 +120,7 @@ def _longest(pairs: Sequence[PairIds]) -> list[Pair]:
     return [Pair(len(ids.prompt_ids), len(ids.chosen_ids), len(ids.rejected_ids)) for ids in ordered]
 
 
-def _is_small(source: ModelSource, pairs: Sequence[Pair], device: torch.device) -> bool:
+def _is_small(source: ModelSource, pairs: Sequence[Pair], device: torch.device, full: bool = False) -> bool:
     """Whether a bound that no run can reach leaves half of the machine free; a GGUF's sizes are not known here."""
     if source.gguf or not (source.folder / "config.json").is_file():
         return True
@@ -127,7 +130,8 @@ def _is_small(source: ModelSource, pairs: Sequence[Pair], device: torch.device) 
     layers, hidden = int(fields.get("num_hidden_layers") or 48), int(fields.get("hidden_size") or 8192)
     inner = int(fields.get("intermediate_size") or 4 * hidden)
     tokens = sum(2 * pair.prompt + pair.chosen + pair.rejected for pair in pairs)
-    weights = 3 * sum(path.stat().st_size for path in source.weight_files)
+    # Of files in 16 bits, full fine-tuning makes 18 bytes a weight and transients.
+    weights = (12 if full else 3) * sum(path.stat().st_size for path in source.weight_files)
     kept = 4 * tokens * (layers * (24 * hidden + 10 * inner) + int(fields.get("vocab_size") or 262144))
     return 2 * (weights + kept) < available_bytes(device)
 

@@ -96,6 +96,7 @@ def read_script(text: str, path: Path) -> list[Given]:
         arguments = dict(_arguments(trainer, "DPOTrainer", script))
         given += _model(arguments.get("model"), script)
         given += _reference(arguments.get("ref_model"), script)
+        given += _peft(arguments.get("peft_config"), script)
         for name in ("train_dataset", "eval_dataset"):
             given += _data(name, arguments.get(name), script)
         if "args" in arguments and any(
@@ -317,6 +318,14 @@ def _model(node: ast.expr | None, script: _Script) -> list[Given]:
     if not bases and not adapters:
         given.append(Given("model", Unread(ast.unparse(node)), "DPOTrainer", "script", node.lineno))
     return given
+
+
+def _peft(node: ast.expr | None, script: _Script) -> list[Given]:
+    """peft_config where it is computed; a LoraConfig is read by itself."""
+    value = _evaluate(node, script) if node is not None else None
+    if node is None or value is None or any(_class_of(made, script) == "LoraConfig" for made in _made_by(node, script)):
+        return []
+    return [Given("peft_config", value, "DPOTrainer", "trl", node.lineno)]
 
 
 def _reference(node: ast.expr | None, script: _Script) -> list[Given]:

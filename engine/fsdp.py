@@ -3,10 +3,13 @@
 Only what is frozen in the decoder layers is divided. The adapter, its gradients and the optimizer's state are small
 beside the base and stay whole in every process: gradients are summed as in `step`, and optimizer, clipping, checkpoints
 and the saved adapter are those of a run without FSDP, byte for byte. Embedding and head stay whole too: the log-prob
-kernel reads the head as one tensor.
+kernel reads the head as one tensor. Of a base in 4 bits the packed bytes are divided; their scales, a 32nd of them with
+double quantisation, stay whole.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -14,6 +17,7 @@ from dpoeng.cache.errors import UserError
 from dpoeng.engine.config import Quantization, TrainConfig
 from dpoeng.engine.distributed import Group
 from dpoeng.engine.model import CausalLM, decoder_layers
+from dpoeng.engine.quantized import quantized_layers
 
 
 def check_fsdp(config: TrainConfig, group: Group, quantization: Quantization) -> None:
@@ -28,15 +32,16 @@ def check_fsdp(config: TrainConfig, group: Group, quantization: Quantization) ->
             expected="torchrun --nproc-per-node N --no-python dpoeng train ... with N above 1",
             remedy="start it so, or leave --fsdp out",
         )
-    if quantization != "none":
+    if quantization == "8bit":
+        # The layer holds its weight a second time, in a state of its own that its products read.
         raise UserError(
-            f"a base of bitsandbytes in {quantization.removesuffix('bit')} bits cannot be divided over processes",
+            "a base of bitsandbytes in 8 bits cannot be divided over processes",
             code="fsdp-unavailable",
             where="--fsdp",
-            expected="a base that is not quantised",
+            expected="a base in 4 bits, or one that is not quantised",
             found=f"quantization {quantization}",
             remedy="leave --fsdp out: every process then holds the quantised base whole; or, if that is too large for "
-            "one card, add --quantization none --dtype bfloat16, which divides it",
+            "one card, add --quantization 4bit, or --quantization none --dtype bfloat16",
         )
 
 
@@ -54,6 +59,8 @@ def shard_base(lm: CausalLM, group: Group, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (group.size,))
     layers = decoder_layers(lm)
     assert layers, "transformers' decoder layers are GradientCheckpointingLayers"
+    for module in quantized_layers(lm.model):
+        _as_plain_bytes(module, device)
     divided: set[torch.nn.Parameter] = set()
     for layer in layers:
         whole = {parameter for name, parameter in layer.named_parameters() if ".lora_" in name}
@@ -69,3 +76,13 @@ def shard_base(lm: CausalLM, group: Group, device: torch.device) -> None:
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
     lm.device, lm.sharded = device, True
+
+
+def _as_plain_bytes(layer: Any, device: torch.device) -> None:
+    """Makes a 4-bit layer's weight a plain tensor, which can be divided. bitsandbytes' own carries its scales along.
+
+    Its forward then looks for them on the layer (`fix_4bit_weight_quant_state_from_module`, made for FSDP).
+    """
+    layer.quant_state = layer.weight.quant_state
+    layer.quant_state.to(device)
+    layer.weight = torch.nn.Parameter(layer.weight.data, requires_grad=False)

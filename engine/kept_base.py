@@ -20,7 +20,7 @@ class KeptBase:
     """Loads a base once, and anew where a run asks for another one than the run before it.
 
     Whatever a run does to its modules (adapters, hooks, modes, layouts) is gone with them, so that the next one finds
-    the base as it was loaded. A base that will be divided over processes is not kept.
+    the base as it was loaded. A base that will be divided over processes, or whose weights are trained, is not kept.
     """
 
     def __init__(self) -> None:
@@ -37,9 +37,9 @@ class KeptBase:
         tokenizer: bool = False,
     ) -> CausalLM:
         """As `load_policy_base`, which it calls where it has to."""
-        if on_host:
+        if on_host or not config.use_peft:
             self.release()
-            return load_policy_base(config, reference, device, on_host=True, tokenizer=tokenizer)
+            return load_policy_base(config, reference, device, on_host=on_host, tokenizer=tokenizer)
         wanted = (config.model, config.quantization, config.dtype, str(device), tokenizer, sorted(reference.items()))
         if self._lm is None or self._wanted != wanted:
             self.release()  # there need not be room for two

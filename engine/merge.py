@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.model import DTYPES
 from dpoeng.engine.progress import QUIET, Progress
-from dpoeng.engine.run_folder import ADAPTER_FOLDER, RUN_FILE
+from dpoeng.engine.run_folder import ADAPTER_FOLDER, MODEL_FOLDER, RUN_FILE
 from dpoeng.engine.run_record import read_json
-from dpoeng.engine.sources import ModelSource, copy_beside, find_adapter, find_model
+from dpoeng.engine.sources import ModelSource, copy_beside, find_adapter, find_model, write_config
 
 _PREFIX = "base_model.model."
 
@@ -71,6 +71,14 @@ def merge_run(
         UserError: there is no finished run, `into` holds something, or an adapter is not plain LoRA.
     """
     record_file = output_dir / RUN_FILE
+    if (output_dir / MODEL_FOLDER).is_dir():
+        raise UserError(
+            "this run trained all weights: there is no adapter to merge",
+            code="full-finetuning",
+            where=str(output_dir),
+            found=f"{MODEL_FOLDER}/, a checkpoint that plain transformers loads",
+            remedy=f"use {output_dir / MODEL_FOLDER} as it is",
+        )
     if not record_file.is_file() or not (output_dir / ADAPTER_FOLDER).is_dir():
         raise UserError(
             "there is no finished run to merge",
@@ -145,7 +153,7 @@ def merge(
             where=base.name,
             remedy="give the base that the adapter was trained on with --model",
         )
-    _copy_rest(base, into, config, dtype, total_bytes)
+    _copy_rest(base, into, dtype, total_bytes)
     return MergeSummary(into, base.name, [adapter.name for adapter in adapters], len(updates), tensors, dtype)
 
 
@@ -187,11 +195,9 @@ def _of_pattern(pattern: dict[str, float] | None, module: str, default: float) -
     return default
 
 
-def _copy_rest(base: ModelSource, into: Path, config: dict[str, Any], dtype: str, total_bytes: int) -> None:
+def _copy_rest(base: ModelSource, into: Path, dtype: str, total_bytes: int) -> None:
     """Everything beside the weights: configuration, tokenizer, the index of shards."""
-    if dtype != "auto":
-        config = {**{k: v for k, v in config.items() if k != "torch_dtype"}, "dtype": dtype}
-    (into / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_config(base, into, dtype)
     copy_beside(base, into)
     index = base.folder / "model.safetensors.index.json"
     if index.is_file():

@@ -115,7 +115,7 @@ def _not_read(path: Path, found: str) -> UserError:
 
 
 def _adapter(by_name: dict[str, Given], result: Migration) -> None:
-    """What is trained, if there is an SFT adapter; and that LoRA is all there is."""
+    """What is trained: all weights, a LoRA, or an SFT adapter further."""
     shape = {"lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora", "init_lora_weights"}
     new_lora = any(item.source == "peft" for item in by_name.values()) or bool(shape & set(result.lines))
     if "adapter" in result.lines:
@@ -134,9 +134,28 @@ def _adapter(by_name: dict[str, Given], result: Migration) -> None:
             for name in sorted(shape & set(result.lines)):
                 result.lost.append(f"{name}: the SFT adapter that is trained further keeps its own shape")
                 del result.lines[name]
-    elif result.kind == "script" and not new_lora and "use_peft" not in by_name:
+    elif not new_lora and not any(
+        by_name[name].value for name in {"use_peft", "peft_config", "adapter"} & set(by_name)
+    ):
+        _all_weights(by_name, result)
+    if "use_peft" in result.lines and result.lines["use_peft"].value is False:
+        for name in sorted({*shape, "lora_dropout", "adapter_mode"} & set(result.lines)):
+            result.needless.append(name)
+            del result.lines[name]
+
+
+def _all_weights(by_name: dict[str, Given], result: Migration) -> None:
+    """No LoRA was seen there: full fine-tuning, as far as that can be known."""
+    trainer = any(item.owner == "DPOTrainer" for item in by_name.values())
+    computed = "model" in by_name and isinstance(by_name["model"].value, Unread)
+    if result.kind == "script" and trainer and not computed and "quantization" not in result.lines:
+        result.put("use_peft", False, "no LoraConfig was seen: all weights are trained there")
+    elif result.kind == "axolotl" and "quantization" not in result.lines:
+        result.put("use_peft", False, "no adapter: all weights are trained there")
+    elif result.kind == "script":
         result.notes.append(
-            "No LoraConfig was seen: TRL would train all weights. dpoeng trains a LoRA on the frozen base."
+            "No LoraConfig was seen. dpoeng trains a LoRA on the frozen base; set use_peft: false where TRL trained "
+            "all weights."
         )
 
 
@@ -194,6 +213,8 @@ def _defaults(by_name: dict[str, Given], result: Migration) -> None:
                 )
     if "warmup_steps" in result.lines:
         wanted.pop("warmup_ratio", None)
+    if "use_peft" in result.lines and result.lines["use_peft"].value is False:
+        wanted = {name: value for name, value in wanted.items() if not name.startswith("lora_")}
     keeps_shape = "adapter_mode" in result.lines and result.lines["adapter_mode"].value == "continue"
     given = {name for name in by_name if isinstance(by_name[name].value, Unread)}
     for name, value in wanted.items():

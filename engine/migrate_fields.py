@@ -282,7 +282,9 @@ def _plain_arguments(item: Given, _: dict[str, Given], result: Migration) -> Non
 def _method(item: Given, _: dict[str, Given], result: Migration) -> None:
     """The training method of Axolotl and LLaMA-Factory."""
     wanted = {"rl": "dpo", "stage": "dpo", "finetuning_type": "lora"}[item.name]
-    if item.name == "rl" and item.value in ("ipo", "simpo", "orpo"):
+    if (item.name, item.value) == ("finetuning_type", "full"):
+        result.put("use_peft", False, "finetuning_type: full")
+    elif item.name == "rl" and item.value in ("ipo", "simpo", "orpo"):
         result.put("loss_type", item.value)
     elif item.value != wanted:
         result.lost.append(f"{at(item)}{item.name}: {item.value!r}; dpoeng does {wanted}: this is another method")
@@ -292,8 +294,10 @@ def _adapter_kind(item: Given, by_name: dict[str, Given], result: Migration) -> 
     """`adapter` is lora or qlora in Axolotl, and a path in what was found in a script."""
     if item.source != "axolotl":
         result.put("adapter", item.value)
-    elif item.value not in ("lora", "qlora"):
-        result.lost.append(f"{at(item)}adapter: {item.value!r}; dpoeng trains a LoRA, not all weights")
+    elif item.value and item.value not in ("lora", "qlora"):
+        result.lost.append(
+            f"{at(item)}adapter: {item.value!r}; dpoeng trains a LoRA, or all weights: this is another way"
+        )
 
 
 def _model_path(item: Given, by_name: dict[str, Given], result: Migration) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -53,6 +53,8 @@ class CausalLM:
         layout: whether branches share their prompt, and why if they do not.
         attention: how attention over shared prompts is computed; see `engine/attention`.
         sharded: whether layers are divided over processes, so that every forward is one of all of them.
+        masters: with full fine-tuning in another dtype than float32, the float32 tensor behind each weight, which is
+            what the optimizer moves.
     """
 
     model: Any
@@ -66,6 +68,7 @@ class CausalLM:
     layout_reason: str = ""
     attention: Attention = "segments"
     sharded: bool = False
+    masters: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict)
 
     @property
     def backbone(self) -> Any:
@@ -85,7 +88,13 @@ class CausalLM:
 
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Name and tensor of each parameter that is trained, in the model's own order."""
-        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        return [(name, self.masters.get(p, p)) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def take_masters(self) -> None:
+        """Gives each weight the value of its master, rounded. To be called whenever the trained tensors have moved."""
+        for weight, master in self.masters.items():
+            weight.copy_(master)
 
 
 # --------------------------------------------------------------------------- loading

@@ -11,7 +11,7 @@ from torch import nn
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config import TrainConfig
-from dpoeng.engine.model import bitsandbytes_adamw, lr_schedule
+from dpoeng.engine.model import CausalLM, bitsandbytes_adamw, lr_schedule
 
 Named = Sequence[tuple[str, nn.Parameter]]
 
@@ -79,10 +79,11 @@ def set_scheduler_step(scheduler: Any, step: int) -> None:
 
 
 @torch.no_grad()
-def put_parameters(trainable: Named, values: Mapping[str, torch.Tensor]) -> None:
-    """Gives each parameter the values that stand under its name."""
-    for name, parameter in trainable:
+def put_parameters(lm: CausalLM, values: Mapping[str, torch.Tensor]) -> None:
+    """Gives each trained parameter the values that stand under its name."""
+    for name, parameter in lm.trainable_parameters():
         parameter.copy_(values[name])
+    lm.take_masters()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, trainable: Named) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from dpoeng.engine.memory_tracker import Peak
 from dpoeng.engine.model import DTYPES, empty_model
 from dpoeng.engine.plan_config import PlanConfig
 from dpoeng.engine.plan_time import Gpu, PhaseTime, find_gpu, phase_times
-from dpoeng.engine.simulate import Pair, Setup
+from dpoeng.engine.simulate import STAYING, Pair, Setup
 from dpoeng.engine.step_memory import Memory, forward_memory, step_memory
 
 GIB = 2**30
@@ -153,12 +153,12 @@ def make_plan(request: PlanConfig) -> Plan:
         phase2[micro_batch] = step_memory(setup, [pair] * micro_batch, whole=request.whole)
         if needed_bytes(phase2[micro_batch].peak, estimates) > largest:
             break
-    evaluation = forward_memory(setup, [pair], adapters=True)
+    evaluation = forward_memory(setup, [pair], policy=True)
     reference = replace(setup, quantization=request.reference_quantization or request.quantization)
     phase1: dict[int, Memory] = {}
     tokens = pair_tokens(pair, request.layout)
     for pairs in sorted({max(1, budget // tokens) for budget in BATCH_TOKENS}):
-        phase1[pairs * tokens] = forward_memory(reference, [pair] * pairs, adapters=False)
+        phase1[pairs * tokens] = forward_memory(reference, [pair] * pairs, policy=False)
     plan = Plan(
         request=request,
         parameters=sum(parts.values()),
@@ -208,7 +208,7 @@ FRAGMENTATION = 0.05
 
 def needed_bytes(peak: Peak, estimates: Mapping[str, int]) -> int:
     """Peak of tensors, plus estimates, plus fragmentation of all that does not stay for the whole run."""
-    staying = sum(n for kind, n in peak.by_kind.items() if kind in ("weights", "adapters", "optimizer"))
+    staying = sum(n for kind, n in peak.by_kind.items() if kind in STAYING)
     return peak.n_bytes + sum(estimates.values()) + int(FRAGMENTATION * (peak.n_bytes - staying))
 
 
@@ -223,13 +223,19 @@ def _options(setup: Setup, pair: Pair) -> list[Option]:
     changes: list[tuple[str, Setup, Pair]] = [
         (f"quantization {name}", replace(setup, quantization=name), pair)
         for name in ("none", "8bit", "4bit")
-        if name != setup.quantization
+        if name != setup.quantization and config.use_peft
     ]
+    as_lora = config.model_copy(update={"use_peft": True})
     without = replace(setup, config=config.model_copy(update={"gradient_checkpointing": False}))
     offloading = config.model_copy(update={"gradient_checkpointing": True, "activation_offloading": True})
     changes += [
+        *([] if config.use_peft else [("a LoRA", replace(setup, config=as_lora), pair)]),
         ("half of max_length", setup, half),
-        ("optim adamw_8bit", replace(setup, config=config.model_copy(update={"optim": "adamw_8bit"})), pair),
+        *(
+            (f"optim {name}", replace(setup, config=config.model_copy(update={"optim": name})), pair)
+            for name in ("adamw_torch_fused", "adamw_8bit")
+            if name != config.optim and (name != "adamw_torch_fused" or not config.use_peft)
+        ),
         ("activation_offloading", replace(setup, config=offloading), pair),
         ("without gradient checkpointing", without, pair),
         ("whole logits", replace(setup, full_logits=True), pair),
@@ -258,6 +264,7 @@ def _card(plan: Plan, setup: Setup, pair: Pair, parts: Mapping[str, int], gpu: G
         pairs=request.pairs,
         epochs=request.epochs,
         checkpointing=bool(setup.config.gradient_checkpointing),
+        full=not setup.config.use_peft,
         shared=request.layout == "shared",
         gpu=gpu,
         utilisation=request.utilisation,
@@ -354,6 +361,7 @@ def suggested(plan: Plan, card: CardPlan) -> dict[str, Any]:
     request = plan.request
     micro = min(card.micro_batch, request.batch)
     return {
+        **({} if request.use_peft else {"use_peft": False}),
         "quantization": request.quantization,
         "dtype": request.dtype,
         "max_length": request.max_length,

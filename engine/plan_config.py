@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -16,7 +16,10 @@ class PlanConfig(BaseModel):
 
     model: str = Field(description="A folder with config.json (no weights needed), or a name: Qwen/Qwen2.5-32B.")
     gpu: tuple[str, ...] = Field(("a100-80gb",), description="Cards by name, or by their memory: 24gb.")
-    quantization: Quantization = Field("8bit", description="How the policy's base is held.")
+    use_peft: bool = Field(True, description="Train a LoRA; false: full fine-tuning of all weights.")
+    quantization: Quantization = Field(
+        "8bit", description="How the policy's base is held. Default with full fine-tuning: none."
+    )
     reference_quantization: Quantization | None = Field(
         None, description="The same of the reference in phase one. Default: as the policy's."
     )
@@ -35,6 +38,17 @@ class PlanConfig(BaseModel):
     compare: bool = Field(True, description="Tell what other options and two models would take.")
     whole: bool = Field(False, description="Simulate every layer, in place of a few: the same result, slower.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _all_weights_are_not_quantised(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("use_peft") is False:
+            values = {"quantization": "none", **values}
+            if values["quantization"] != "none":
+                raise ValueError("full fine-tuning (use_peft false) needs weights that are not quantised")
+            if "lora_r" in values:
+                raise ValueError("lora_r does nothing in full fine-tuning (use_peft false)")
+        return values
+
     @model_validator(mode="after")
     def _room_for_a_response(self) -> PlanConfig:
         if self.prompt_length >= self.max_length:
@@ -44,7 +58,7 @@ class PlanConfig(BaseModel):
     def train_config(self) -> TrainConfig:
         """The part that phase two reads."""
         values = {
-            "lora_r": self.lora_r,
+            **({"lora_r": self.lora_r} if self.use_peft else {"use_peft": False}),
             "optim": self.optim,
             "gradient_checkpointing": self.gradient_checkpointing,
             "per_device_train_batch_size": 1,

@@ -78,6 +78,7 @@ def phase_times(
     pairs: int,
     epochs: float,
     checkpointing: bool,
+    full: bool = False,
     shared: bool,
     gpu: Gpu,
     utilisation: float,
@@ -86,8 +87,9 @@ def phase_times(
 
     A forward costs 2 operations a weight and token, and attention 4 a pair of positions and channel, half of them
     masked. With a frozen base, backward costs another forward (no gradient of weights), and checkpointing one more; the
-    head's two products are one forward and one gradient. Kaplan et al. 2020, https://arxiv.org/abs/2001.08361, section
-    2.1.
+    head's two products are one forward and one gradient. With `full` fine-tuning the gradient of the weights is one
+    forward more, and the head is computed again in the backward, for two gradients. Kaplan et al. 2020,
+    https://arxiv.org/abs/2001.08361, section 2.1.
     """
     layers, heads = int(model["num_hidden_layers"]), int(model["num_attention_heads"])
     width = heads * int(model.get("head_dim") or model["hidden_size"] // heads)
@@ -109,10 +111,11 @@ def phase_times(
         flops = times * pairs * (body_forwards * body + head_forwards * head)
         return PhaseTime(name, flops, hours(flops))
 
-    step = 3.0 if checkpointing else 2.0
+    step = (3.0 if checkpointing else 2.0) + full
+    head = 4.0 if full else 2.0
     return [
         one("phase one", 1, 1, shared, 1),
-        one("phase two", step, 2, shared, epochs),
-        one("phase two with a reference forward a step", step + 1, 3, shared, epochs),
-        one("phase two without shared prompts", step, 2, False, epochs),
+        one("phase two", step, head, shared, epochs),
+        one("phase two with a reference forward a step", step + 1, head + 1, shared, epochs),
+        one("phase two without shared prompts", step, head, False, epochs),
     ]

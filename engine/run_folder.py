@@ -11,29 +11,35 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from safetensors import SafetensorError
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
-from dpoeng.engine.adapters import AdapterMode, save_policy_adapter
+from dpoeng.engine.adapters import Mode, save_policy_adapter
 from dpoeng.engine.advice import Advice
 from dpoeng.engine.checkpoint import (
     Checkpoint,
     latest_checkpoint,
+    place_folder,
     remove_checkpoints,
+    sync_file,
     unwritable,
     write_durably,
-    write_folder,
 )
 from dpoeng.engine.config import TrainConfig
+from dpoeng.engine.full import save_model
 from dpoeng.engine.metrics import EVALUATIONS_FILE, HELD_OUT_FILE, METRICS_FILE, TIMINGS_FILE
 from dpoeng.engine.model import CausalLM, device_name, library_versions
 from dpoeng.engine.progress import Progress
 from dpoeng.engine.reference import ParityReport
+from dpoeng.engine.sources import ModelSource
 
 RUN_FILE = "run.json"
 ADVICE_FILE = "advice.json"
 SAMPLES_FILE = "samples.jsonl"
 ADAPTER_FOLDER = "adapter"
+MODEL_FOLDER = "model"
+"""With full fine-tuning: the trained checkpoint."""
 
 # Fields that may differ between a run and its continuation: none of them moves a weight.
 _FREE_TO_CHANGE = frozenset(
@@ -43,7 +49,7 @@ _FREE_TO_CHANGE = frozenset(
 )
 
 
-def run_identity(config: TrainConfig, view: View, eval_view: View | None, mode: AdapterMode) -> dict[str, Any]:
+def run_identity(config: TrainConfig, view: View, eval_view: View | None, mode: Mode) -> dict[str, Any]:
     """All that determines the result of a run: what a continuation must have in common with its beginning."""
     settings = {name: value for name, value in config.model_dump(mode="json").items() if name not in _FREE_TO_CHANGE}
     settings["adapter_mode"] = mode
@@ -104,6 +110,8 @@ def clear_output(config: TrainConfig) -> None:
         files = (METRICS_FILE, TIMINGS_FILE, EVALUATIONS_FILE, HELD_OUT_FILE, ADVICE_FILE, SAMPLES_FILE, RUN_FILE)
         for name in files:
             (config.output_dir / name).unlink(missing_ok=True)
+        for name in (ADAPTER_FOLDER, MODEL_FOLDER):
+            shutil.rmtree(config.output_dir / name, ignore_errors=True)
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -120,7 +128,7 @@ def write_run_file(
     config: TrainConfig,
     identity: dict[str, Any],
     view: View,
-    mode: AdapterMode,
+    mode: Mode,
     model: str,
     adapter: str | None,
     parity: ParityReport,
@@ -162,8 +170,13 @@ def write_run_file(
         raise unwritable(config.output_dir, error) from error
 
 
-def loading_recipe(mode: AdapterMode, model: str, adapter: str | None) -> list[str]:
+def loading_recipe(mode: Mode, model: str, adapter: str | None) -> list[str]:
     """Python lines that load the result with transformers and peft alone; run in the output folder."""
+    if mode == "full":
+        return [
+            "from transformers import AutoModelForCausalLM",
+            f"model = AutoModelForCausalLM.from_pretrained({MODEL_FOLDER!r})",
+        ]
     lines = [
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
@@ -186,11 +199,28 @@ def write_advice(output_dir: Path, advice: Sequence[Advice]) -> None:
     write_durably(output_dir / ADVICE_FILE, data.encode())
 
 
-def write_adapter(lm: CausalLM, output_dir: Path) -> Path:
-    """Saves the trained adapter as `output_dir/adapter`, whole or not at all."""
-    staging = output_dir / f".{ADAPTER_FOLDER}.peft"
-    save_policy_adapter(lm, staging)
-    folder = output_dir / ADAPTER_FOLDER
-    write_folder(folder, {path.name: path.read_bytes() for path in sorted(staging.iterdir()) if path.is_file()})
-    shutil.rmtree(staging)
-    return folder
+def result_folder(output_dir: Path, mode: Mode) -> Path:
+    """Where the result of a run stands when the run is complete."""
+    return output_dir / (MODEL_FOLDER if mode == "full" else ADAPTER_FOLDER)
+
+
+def has_result(output_dir: Path) -> bool:
+    """Whether a run's result is there."""
+    return any((output_dir / name).is_dir() for name in (ADAPTER_FOLDER, MODEL_FOLDER))
+
+
+def write_result(lm: CausalLM, output_dir: Path, mode: Mode, source: ModelSource) -> None:
+    """Saves what was trained, whole or not at all: the adapter, or a checkpoint with the rest as in `source`."""
+
+    def fill(temporary: Path) -> None:
+        try:
+            if mode == "full":
+                save_model(lm, source, temporary)
+            else:
+                save_policy_adapter(lm, temporary)
+        except SafetensorError as error:  # a full disk, among others
+            raise OSError(str(error)) from error
+        for path in temporary.iterdir():
+            sync_file(path)
+
+    place_folder(result_folder(output_dir, mode), fill)

@@ -14,7 +14,7 @@ from typing import Any
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.metrics import EVALUATIONS_FILE, HELD_OUT_FILE, METRICS_FILE, TIMINGS_FILE
-from dpoeng.engine.run_folder import ADAPTER_FOLDER, ADVICE_FILE, RUN_FILE, SAMPLES_FILE
+from dpoeng.engine.run_folder import ADVICE_FILE, RUN_FILE, SAMPLES_FILE, has_result
 
 EVAL = "eval_"
 
@@ -31,7 +31,7 @@ class RunRecord:
         metrics: the lines of metrics.jsonl, each with `step` and `epoch`; those of an evaluation have `eval_` names.
         timings: the lines of timings.jsonl.
         samples: the lines of samples.jsonl, each a text by name; none if there is no such file.
-        complete: whether the trained adapter is there.
+        complete: whether the result is there: the trained adapter, or the checkpoint.
         advice: the remarks of advice.json.
         evaluations: the lines of evaluations.jsonl, with intervals and groups.
     """
@@ -93,7 +93,7 @@ def read_run(folder: Path) -> RunRecord:
         metrics=_lines(folder / METRICS_FILE),
         timings=_lines(folder / TIMINGS_FILE),
         samples=_lines(folder / SAMPLES_FILE),
-        complete=(folder / ADAPTER_FOLDER / "adapter_config.json").is_file(),
+        complete=has_result(folder),
         advice=read_json(folder / ADVICE_FILE, list) if (folder / ADVICE_FILE).is_file() else [],
         evaluations=_lines(folder / EVALUATIONS_FILE),
     )

@@ -115,7 +115,7 @@ def save_run(run: Run, step: int, identity: dict[str, Any], *, complete: bool) -
 
 def restore_run(run: Run, checkpoint: Checkpoint) -> int:
     """Puts the run where the checkpoint was; returns its step."""
-    put_parameters(run.lm.trainable_parameters(), checkpoint.parameters)
+    put_parameters(run.lm, checkpoint.parameters)
     restore_optimizer(run.optimizer, run.lm.trainable_parameters(), checkpoint.optimizer)
     set_scheduler_step(run.scheduler, checkpoint.step)
     run.loss_state = checkpoint.state.get("losses", {})
@@ -136,12 +136,13 @@ def best_parameters(run: Run, done: int) -> Iterator[None]:
         yield
         return
     trainable = run.lm.trainable_parameters()
-    last = {name: parameter.detach().clone() for name, parameter in trainable}
+    last = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trainable}
     if run.group.is_first:
-        put_parameters(trainable, read_checkpoint(run.config.output_dir, best).parameters)
+        put_parameters(run.lm, read_checkpoint(run.config.output_dir, best).parameters)
     run.group.copy_first([parameter.data for _, parameter in trainable])
+    run.lm.take_masters()
     yield
-    put_parameters(trainable, last)
+    put_parameters(run.lm, last)
 
 
 def _digest(tensors: Mapping[str, torch.Tensor]) -> str:

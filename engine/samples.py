@@ -37,13 +37,12 @@ def take_samples(lm: CausalLM, start: Mapping[str, torch.Tensor], prompts: Seque
         prompts: token ids, [P] each.
     """
     assert lm.tokenizer is not None, "samples need the tokenizer"
-    trainable = lm.trainable_parameters()
-    trained = {name: parameter.detach().clone() for name, parameter in trainable}
+    trained = {name: parameter.detach().to("cpu", copy=True) for name, parameter in lm.trainable_parameters()}
     set_mode(lm, training=False)
     after = generate(lm, prompts, max_new_tokens=MAX_NEW_TOKENS)
-    put_parameters(trainable, start)
+    put_parameters(lm, start)
     before = generate(lm, prompts, max_new_tokens=MAX_NEW_TOKENS)
-    put_parameters(trainable, trained)
+    put_parameters(lm, trained)
     set_mode(lm, training=True)
     texts = lm.tokenizer.batch_decode([ids.tolist() for ids in prompts], skip_special_tokens=True)
     return [

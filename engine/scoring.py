@@ -1,7 +1,7 @@
 """(model, groups) -> the log-probability of every scored token. One path for both phases.
 
 Only the positions that predict a scored token meet the head, and `[N, V]` logits are never built where the head is a
-plain frozen linear layer.
+plain linear layer.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def head_logps(lm: CausalLM, hidden: torch.Tensor, targets: torch.Tensor) -> tor
     """log p(target) from hidden states [N, H] and targets [N] -> [N] float32, by the cheapest way that is exact."""
     head = lm.head
     softcap, scale = head_transform(lm)
-    if type(head) is nn.Linear and _frozen(head):
+    if type(head) is nn.Linear:
         return token_logps(
             hidden.to(head.weight.dtype), head.weight, targets, bias=head.bias, softcap=softcap, scale=scale
         )
@@ -80,14 +80,10 @@ def head_logps(lm: CausalLM, hidden: torch.Tensor, targets: torch.Tensor) -> tor
 def head_log_collision(lm: CausalLM, hidden: torch.Tensor) -> torch.Tensor:
     """log sum_v p(v)^2 at each of some hidden states [N, H] -> [N] float32: what WPO weighs pairs by."""
     head = lm.head
-    if type(head) is nn.Linear and _frozen(head):
+    if type(head) is nn.Linear:
         return log_collision(hidden.to(head.weight.dtype), Head(head.weight, head.bias, *head_transform(lm)))
     logps = torch.log_softmax(_logits(lm, hidden).float(), dim=-1)
     return torch.logsumexp(2 * logps, dim=-1)
-
-
-def _frozen(head: nn.Module) -> bool:
-    return not any(p.requires_grad for p in head.parameters())
 
 
 def _logits(lm: CausalLM, hidden: torch.Tensor) -> torch.Tensor:

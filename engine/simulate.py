@@ -22,6 +22,7 @@ from dpoeng.cache.schema import PairIds, ScoredPair
 from dpoeng.engine import batch, scoring
 from dpoeng.engine.adapters import add_policy_adapter, lora_arguments
 from dpoeng.engine.config import Quantization, TrainConfig
+from dpoeng.engine.full import train_all
 from dpoeng.engine.layout import pair_group
 from dpoeng.engine.lora import use_peft_product
 from dpoeng.engine.memory_tracker import MemoryTracker
@@ -43,10 +44,14 @@ from dpoeng.engine.quantized import cpu_products, quantized_layers, quantized_te
 from dpoeng.engine.run_state import HeldOut, Run
 from dpoeng.engine.scoring import score_groups
 from dpoeng.engine.step import train_step
-from dpoeng.kernels.head import Head
+from dpoeng.kernels.head import Head, sum_dtype
+from dpoeng.kernels.head_gradient import tiled_gradients
 from dpoeng.kernels.tiled_logps import tiled_logps
 
-WEIGHTS, ADAPTERS, GRADIENTS, OPTIMIZER, REFERENCE = "weights", "adapters", "gradients", "optimizer", "reference model"
+WEIGHTS, MASTERS, ADAPTERS = "weights", "master weights", "adapters"
+GRADIENTS, OPTIMIZER, REFERENCE = "gradients", "optimizer", "reference model"
+STAYING = (WEIGHTS, MASTERS, ADAPTERS, OPTIMIZER)
+"""What is there for the whole run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +78,8 @@ class Setup:
         dtype: compute dtype.
         quantization: how the base is held.
         double_quant: 4bit: whether the scales are quantised.
-        config: the adapter, the optimizer and whether layers are recomputed (`gradient_checkpointing` True or False).
+        config: what is trained, the optimizer, and whether layers are recomputed (`gradient_checkpointing` True or
+            False).
         layout: whether a prompt is run once for both branches.
         kernels: whose kernels: a GPU's or a CPU's.
         accumulates: whether gradients of an earlier forward are there already.
@@ -109,12 +115,14 @@ class Setup:
         return replace(self, model=fields)
 
 
-def build(setup: Setup, *, adapters: bool = True) -> CausalLM:
-    """The model of a setup on the meta device, as phase two has it, or without adapters."""
+def build(setup: Setup, *, policy: bool = True) -> CausalLM:
+    """The model of a setup on the meta device, as phase two trains it, or as the reference."""
     lm = empty_model(setup.model, quantization=setup.quantization, dtype=setup.dtype, double_quant=setup.double_quant)
-    if adapters:
-        lora = lora_arguments(setup.config)
-        lm = add_policy_adapter(lm, "new", None, lora)
+    if policy:
+        if setup.config.use_peft:
+            lm = add_policy_adapter(lm, "new", None, lora_arguments(setup.config))
+        else:
+            lm = train_all(lm)
         if setup.config.gradient_checkpointing:
             enable_gradient_checkpointing(lm, inputs_on_host=setup.config.activation_offloading)
     if setup.stock:
@@ -174,9 +182,9 @@ def _optimizer(setup: Setup, config: TrainConfig, trainable: Named) -> tuple[tor
     """The optimizer with its moments made, and bytes of moments that are no tensors here."""
     for _, parameter in trainable:
         parameter.grad = torch.zeros_like(parameter)
-    if not config.optim.startswith("adamw_torch"):
-        # bitsandbytes updates in its own kernels: two moments in place, of 8 bits and a float32 a block of 256 each,
-        # or of 32; paged ones can leave the device.
+    if config.optim != "adamw_torch":
+        # bitsandbytes and torch's fused kernel update in place: two moments of 8 bits and a float32 a block of 256
+        # each, or of 32; paged ones can leave the device.
         paged, narrow = "paged" in config.optim, "8bit" in config.optim
         sizes = [0 if paged else parameter.numel() for _, parameter in trainable]
         moments = sum(2 * (n + n // 64 if narrow and n >= 4096 else 4 * n) for n in sizes)
@@ -189,18 +197,23 @@ def _optimizer(setup: Setup, config: TrainConfig, trainable: Named) -> tuple[tor
     return optimizer, 0
 
 
-def trace_forward(setup: Setup, pairs: Sequence[Pair], *, adapters: bool) -> MemoryTracker:
-    """One forward without gradient: phase one's, the parity check's or the evaluation's."""
-    lm = build(setup, adapters=adapters)
+def trace_forward(setup: Setup, pairs: Sequence[Pair], *, policy: bool) -> MemoryTracker:
+    """One forward without gradient: phase one's, or the evaluation's of the policy in training."""
+    lm = build(setup, policy=policy)
     set_mode(lm, training=False)
     tracker = _tracker(setup, lm)
+    if policy and not setup.config.use_peft:  # an adapter's moments are little beside it
+        optimizer, state_bytes = _optimizer(setup, setup.config, lm.trainable_parameters())
+        tracker.hold((t for state in optimizer.state.values() for t in state.values()), OPTIMIZER)
+        tracker.hold_bytes(state_bytes, OPTIMIZER)
+        optimizer.zero_grad(set_to_none=True)
     with torch.no_grad(), _kernels_of(setup.kernels), head_of(setup), tracker:
         score_groups(lm, [pair_group(pair.scored().ids) for pair in pairs])
     return tracker
 
 
 def model_bytes(setup: Setup, lm: CausalLM) -> dict[str, int]:
-    """Bytes of the base and of all adapters on the device, each storage once."""
+    """Bytes of the base, of its masters and of all adapters on the device, each storage once."""
     tracker = MemoryTracker(lm.device.type)
     _hold_model(tracker, setup, lm)
     return dict(tracker.peak().by_kind)
@@ -221,6 +234,7 @@ def _hold_model(tracker: MemoryTracker, setup: Setup, lm: CausalLM) -> None:
     for name, tensor in [*lm.model.named_parameters(), *lm.model.named_buffers()]:
         if not (elsewhere and tensor is embedding):
             tracker.hold([tensor], ADAPTERS if ".lora_" in name else WEIGHTS)
+    tracker.hold(lm.masters.values(), MASTERS)
     tracker.hold(quantized_tensors(lm.model), WEIGHTS)
 
 
@@ -314,6 +328,20 @@ def _gpu_score_logps(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], k
     return func(*args, **kwargs)
 
 
+def _gpu_head_gradients(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from dpoeng.kernels.head_gradient import SLICE
+    from dpoeng.kernels.unit_gradient import chunk_shape
+
+    weight = args[1]
+    rows, columns = chunk_shape(args[0].shape[0], weight.shape[0])
+    result = func(*args, **kwargs)
+    # Beside the results: the chunk, the sum in float32 where that is not the result, and the part that is added to it.
+    total = 0 if weight.dtype == torch.float32 else 4 * weight.numel()
+    part = 4 * min(SLICE, weight.shape[0]) * weight.shape[1]
+    tracker.scratch(4 * rows * columns, total, part, *(one.nbytes for one in result))
+    return result
+
+
 def _gpu_int8_product(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     # The product in int32, then in float16, then in the dtype that was asked for.
     result = func(*args, **kwargs)
@@ -338,9 +366,22 @@ def _cpu_logps(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs:
     return logps if gradient is None else (logps, gradient)
 
 
+def _cpu_head_logps(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    hidden, weight, targets, bias, softcap, scale, temperature = args[:7]
+    with tracker:
+        sums = hidden.new_empty((3, hidden.shape[0]), dtype=sum_dtype(hidden.dtype))
+        return tiled_logps(hidden, Head(weight, bias, softcap, scale, temperature), targets, sums=sums), sums
+
+
 def _bincount(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     # How long it is depends on values; dpoeng always asks for a length that is enough.
     return args[0].new_empty(args[2] if len(args) > 2 else kwargs["minlength"], dtype=torch.int64)
+
+
+def _cpu_head_gradients(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    hidden, weight, targets, bias, softcap, scale, temperature, _, sums, upstream = args
+    with tracker:
+        return tiled_gradients(hidden, Head(weight, bias, softcap, scale, temperature), targets, sums, upstream)
 
 
 _INSIDE: dict[str, dict[str, Any]] = {
@@ -348,6 +389,8 @@ _INSIDE: dict[str, dict[str, Any]] = {
         "aten::bincount": _bincount,
         "dpoeng::token_logps_train": _gpu_train_logps,
         "dpoeng::token_logps_score": _gpu_score_logps,
+        "dpoeng::token_logps_head": _gpu_score_logps,
+        "dpoeng::token_logps_head_backward": _gpu_head_gradients,
         "bitsandbytes::int8_scaled_mm": _gpu_int8_product,
         "bitsandbytes::gemm_4bit": _product_4bit,
     },
@@ -355,6 +398,8 @@ _INSIDE: dict[str, dict[str, Any]] = {
         "aten::bincount": _bincount,
         "dpoeng::token_logps_train": _cpu_logps,
         "dpoeng::token_logps_score": _cpu_logps,
+        "dpoeng::token_logps_head": _cpu_head_logps,
+        "dpoeng::token_logps_head_backward": _cpu_head_gradients,
         "bitsandbytes::gemm_4bit": _product_4bit,
     },
 }

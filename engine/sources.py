@@ -140,6 +140,14 @@ def stored_quantization(source: ModelSource) -> dict[str, Any] | None:
     )
 
 
+def write_config(source: ModelSource, into: Path, dtype: str = "auto") -> None:
+    """Writes config.json into a folder as `source` has it, with another dtype unless that is auto."""
+    fields = _read_json(source.folder / "config.json")
+    if dtype != "auto":
+        fields = {**{name: held for name, held in fields.items() if name != "torch_dtype"}, "dtype": dtype}
+    (into / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
 def copy_beside(source: ModelSource, into: Path) -> None:
     """Copies what lies beside the weights (tokenizer, template, generation settings) unless `into` has it."""
     for file in sorted(source.folder.iterdir()):

@@ -1,10 +1,10 @@
 """One optimizer step of phase two. What it sees, dropout included, depends on its number and the seed alone.
 
 Several processes share a step's forwards. Each forward has the pairs and the dropout that it has in one process; then
-the gradients are added up once. This is what torch's DistributedDataParallel does, without its wrapper: only LoRA's
-parameters have gradients, so that little is sent and nothing is gained by sending during the backward; and a step may
-have any number of forwards in any process, two passes over each, and be begun anew where memory ran out, all of which
-the wrapper's hooks in the backward pass make hard.
+the gradients are added up once. This is what torch's DistributedDataParallel does, without its wrapper: LoRA has little
+to send, so that nothing is gained by sending during the backward; and a step may have any number of forwards in any
+process, two passes over each, and be begun anew where memory ran out, all of which the wrapper's hooks in the backward
+pass make hard.
 """
 
 from __future__ import annotations
@@ -107,6 +107,8 @@ def _gradient_within_memory(run: Run, step: int, settings: LossSettings) -> tupl
 def _gradient(run: Run, step: int, settings: LossSettings) -> tuple[list[PreferenceLoss], float]:
     """Forward and backward of one step from the beginning: its losses, and the norm of the gradient it left."""
     run.optimizer.zero_grad(set_to_none=True)
+    for weight in run.lm.masters:
+        weight.grad = None  # left where memory ran out before its master could take it
     indices = run.schedule.rows_of_step(step)
     rows = [run.train_rows[i] for i in indices]
     weights = None if run.train_weights is None else run.train_weights[indices]
@@ -173,6 +175,7 @@ def _update(run: Run) -> None:
         "the optimizer is the same",
     ):
         run.optimizer.step()
+        run.lm.take_masters()
 
 
 def _backward_of_whole_batch(

@@ -42,9 +42,9 @@ def step_memory(setup: Setup, pairs: Sequence[Pair], *, whole: bool = False) -> 
     return _memory(setup, lambda some: trace_step(some, pairs), whole)
 
 
-def forward_memory(setup: Setup, pairs: Sequence[Pair], *, adapters: bool, whole: bool = False) -> Memory:
-    """One forward without gradient over some pairs."""
-    return _memory(setup, lambda some: trace_forward(some, pairs, adapters=adapters), whole)
+def forward_memory(setup: Setup, pairs: Sequence[Pair], *, policy: bool, whole: bool = False) -> Memory:
+    """One forward without gradient over some pairs: of the policy in training, or of the reference."""
+    return _memory(setup, lambda some: trace_forward(some, pairs, policy=policy), whole)
 
 
 def _memory(setup: Setup, trace: Callable[[Setup], MemoryTracker], whole: bool) -> Memory:

@@ -26,14 +26,15 @@ from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.engine.config import LOSS_FIELDS, SweepConfig, TrainConfig, bare_type
 from dpoeng.engine.config_files import as_error, load_config, unknown_field
+from dpoeng.engine.full import check_full
 from dpoeng.engine.kept_base import KeptBase
 from dpoeng.engine.order import plan_schedule
 from dpoeng.engine.progress import QUIET, Progress
 from dpoeng.engine.rows import Rows
-from dpoeng.engine.run_folder import ADAPTER_FOLDER
+from dpoeng.engine.run_folder import has_result
 from dpoeng.engine.sweep_ranking import PER_PAIR, RunResult, compare_runs, write_sweep
 from dpoeng.engine.train import train
-from dpoeng.engine.train_setup import refuse_sums_for_tokens, resolve_adapter_mode, split
+from dpoeng.engine.train_setup import refuse_sums_for_tokens, resolve_mode, split
 
 DEFAULT_FOLDER = Path("sweep")
 ERROR_FILE = "error.txt"
@@ -218,7 +219,9 @@ class _Looker:
         view = self._open(config.cache, config.view)
         eval_view = self._open(config.cache, config.eval_view) if config.eval_view else None
         refuse_sums_for_tokens(config, view)
-        resolve_adapter_mode(config, has_adapter=bool(config.adapter or view.meta["reference"].get("adapter")))
+        reference = view.meta["reference"]
+        check_full(config, reference, quantization=config.quantization or reference["quantization"])
+        resolve_mode(config, has_adapter=bool(config.adapter or reference.get("adapter")))
         key = (config.cache, config.view, config.eval_view, config.eval_share, config.seed)
         if key not in self._splits:
             rows, held_out = split(view, eval_view, config)
@@ -370,7 +373,7 @@ def run_sweep(plan: SweepPlan, progress: Progress = QUIET, on_results: OnResults
         results = compare_runs([(p.name, p.values, p.config.output_dir) for p in plan.points], plan.rank_by, failed)
         write_sweep(plan.root, plan.vary, plan.rank_by, results)
         on_results(results)
-        left = [later for later in plan.points[number:] if not (later.config.output_dir / ADAPTER_FOLDER).is_dir()]
+        left = [later for later in plan.points[number:] if not has_result(later.config.output_dir)]
         if left and pairs:
             about = in_time(sum(later.pairs for later in left) * seconds / pairs)
             progress.note(f"{len(left)} runs are left, about {about} at the speed so far")

@@ -18,7 +18,7 @@ import numpy as np
 from dpoeng.engine.best import more_is_better
 from dpoeng.engine.checkpoint import write_durably
 from dpoeng.engine.evaluation import CONFIDENCE, Floats, bootstrap, length_controlled_accuracy
-from dpoeng.engine.run_folder import ADAPTER_FOLDER, RUN_FILE
+from dpoeng.engine.run_folder import RUN_FILE, has_result
 from dpoeng.engine.run_record import read_held_out, read_run
 
 SWEEP_FILE = "sweep.json"
@@ -100,7 +100,7 @@ def compare_runs(
     for run, values, folder in runs:
         if run in failed:
             results.append(RunResult(run, values, folder, "failed", failed[run]))
-        elif not (folder / ADAPTER_FOLDER).is_dir() or not (folder / RUN_FILE).is_file():
+        elif not has_result(folder) or not (folder / RUN_FILE).is_file():
             results.append(RunResult(run, values, folder, "stopped"))
         else:
             lines = read_held_out(folder)

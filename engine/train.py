@@ -1,4 +1,4 @@
-"""Phase two: DPO of a LoRA policy against the cached numbers. No reference model is ever loaded here."""
+"""Phase two: DPO of a LoRA, or of all weights, against the cached numbers. No reference model is ever loaded here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import ScoredPair
-from dpoeng.engine.adapters import AdapterMode, add_policy_adapter, as_reference, lora_arguments
+from dpoeng.engine.adapters import Mode, add_policy_adapter, as_reference, lora_arguments
 from dpoeng.engine.advice import Advice, advise
 from dpoeng.engine.best import Best
 from dpoeng.engine.checkpoint import Checkpoint
@@ -20,6 +20,7 @@ from dpoeng.engine.config import TrainConfig
 from dpoeng.engine.distributed import Group, process_group
 from dpoeng.engine.fit import check_step
 from dpoeng.engine.fsdp import check_fsdp, shard_base
+from dpoeng.engine.full import check_full, train_all
 from dpoeng.engine.kept_base import KeptBase
 from dpoeng.engine.loop import run_steps
 from dpoeng.engine.metrics import MetricsLog
@@ -31,12 +32,12 @@ from dpoeng.engine.quantized import import_bitsandbytes, require_bitsandbytes
 from dpoeng.engine.reference import ParityReport, load_policy_base
 from dpoeng.engine.rows import Rows
 from dpoeng.engine.run_folder import (
-    ADAPTER_FOLDER,
     clear_output,
     open_output,
+    result_folder,
     run_identity,
-    write_adapter,
     write_advice,
+    write_result,
     write_run_file,
 )
 from dpoeng.engine.run_state import HeldOut, OnMetrics, Run, best_parameters, restore_run, save_run
@@ -50,23 +51,26 @@ from dpoeng.engine.train_setup import (
     own_device,
     refuse_attention_on_cpu,
     refuse_sums_for_tokens,
-    resolve_adapter_mode,
+    resolve_mode,
     split,
 )
 
 
 @dataclass(slots=True)
 class TrainSummary:
-    """What phase two did. Of several processes one `reports`; the others know no results."""
+    """What phase two did. Of several processes one `reports`; the others know no results.
+
+    `result` is the folder of the trained adapter; with full fine-tuning (mode `full`) that of the trained checkpoint.
+    """
 
     output_dir: Path
-    adapter: Path
+    result: Path
     steps: int
     resumed_from: int
     train_pairs: int
     eval_pairs: int
     trainable: int
-    adapter_mode: str
+    mode: str
     parity: ParityReport | None
     layout: str
     layout_reason: str
@@ -131,7 +135,7 @@ def _train(
         import_bitsandbytes(f"--optim {config.optim}", "use --optim adamw_torch")
     adapter_name = config.adapter or reference.get("adapter")
     adapter = find_adapter(adapter_name) if adapter_name else None
-    mode = resolve_adapter_mode(config, has_adapter=adapter is not None)
+    mode = resolve_mode(config, has_adapter=adapter is not None)
     train_indices, eval_indices = split(view, eval_view, config)
     train_rows, eval_rows = Rows(view, train_indices), Rows(eval_view or view, eval_indices)
     train_weights = train_rows.weights(config.pair_weight_column)
@@ -155,10 +159,12 @@ def _train(
     group.agree("settings or pairs", shared, "give every process the same command, configuration and cache")
     # One process looks into the folder, so that all go on from the same step.
     checkpoint = group.from_first(open_output(config, identity, progress) if group.is_first else None)
-    has_adapter = group.from_first((config.output_dir / ADAPTER_FOLDER).is_dir())
-    if checkpoint is not None and has_adapter and checkpoint.state["complete"]:
+    has_result = group.from_first(result_folder(config.output_dir, mode).is_dir())
+    if checkpoint is not None and has_result and checkpoint.state["complete"]:
         return _finished(config, group, checkpoint, mode, train_rows, eval_rows)
 
+    check_full(config, reference, quantization=quantization)
+    source = find_model(config.model or reference["model"], revision=reference.get("revision"))
     device = own_device(config, group)
     refuse_attention_on_cpu(config, device)
     note_idle(config, group, progress)
@@ -166,7 +172,7 @@ def _train(
     if not config.fsdp:  # the simulation knows no sharded layers
         predicted_bytes = check_step(
             config,
-            find_model(config.model or reference["model"], revision=reference.get("revision")),
+            source,
             [row.ids for row in train_rows],
             device,
             quantization=quantization,
@@ -177,11 +183,12 @@ def _train(
     lm = load(config, reference, device, on_host=config.fsdp, tokenizer=config.samples > 0)
     # Seeded before the adapter is made: its start is part of what a seed means.
     torch.manual_seed(config.seed)
-    lm = add_policy_adapter(lm, mode, adapter, lora_arguments(config))
+    lm = train_all(lm) if mode == "full" else add_policy_adapter(lm, mode, adapter, lora_arguments(config))
     if config.fsdp:
         shard_base(lm, group, device)
     trainable = lm.trainable_parameters()
     group.copy_first([parameter.data for _, parameter in trainable])
+    lm.take_masters()
     set_mode(lm, training=False)
     with as_reference(lm, mode):
         choose_layout(lm, config.layout, config.attention)
@@ -211,7 +218,8 @@ def _train(
     )
     if on_metrics is not None:
         run.on_metrics = on_metrics
-    start = {name: parameter.detach().cpu().clone() for name, parameter in trainable} if config.samples else {}
+    wanted = trainable if config.samples else []
+    start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in wanted}
     first_step = 0
     if checkpoint is not None:
         first_step = restore_run(run, checkpoint)
@@ -244,13 +252,13 @@ def _train(
         if group.is_first:
             if config.samples:
                 write_samples(config.output_dir, samples)
-            write_adapter(lm, config.output_dir)
+            write_result(lm, config.output_dir, mode, source)
     save_run(run, done, identity, complete=True)
-    group.wait()  # nobody reports success before the adapter is on the disk
+    group.wait()  # nobody reports success before the result is on the disk
 
     summary = TrainSummary(
         output_dir=config.output_dir,
-        adapter=config.output_dir / ADAPTER_FOLDER,
+        result=result_folder(config.output_dir, mode),
         steps=done,
         planned_steps=schedule.total_steps,
         best=run.best,
@@ -258,7 +266,7 @@ def _train(
         train_pairs=len(train_rows),
         eval_pairs=len(eval_rows),
         trainable=sum(parameter.numel() for _, parameter in trainable),
-        adapter_mode=mode,
+        mode=mode,
         parity=parity,
         layout=lm.layout,
         layout_reason=lm.layout_reason,
@@ -279,19 +287,19 @@ def _finished(
     config: TrainConfig,
     group: Group,
     checkpoint: Checkpoint,
-    mode: AdapterMode,
+    mode: Mode,
     train_rows: Sequence[ScoredPair],
     eval_rows: Sequence[ScoredPair],
 ) -> TrainSummary:
     summary = TrainSummary(
         output_dir=config.output_dir,
-        adapter=config.output_dir / ADAPTER_FOLDER,
+        result=result_folder(config.output_dir, mode),
         steps=checkpoint.step,
         resumed_from=checkpoint.step,
         train_pairs=len(train_rows),
         eval_pairs=len(eval_rows),
         trainable=sum(tensor.numel() for tensor in checkpoint.parameters.values()),
-        adapter_mode=mode,
+        mode=mode,
         parity=None,
         layout="",
         layout_reason="",

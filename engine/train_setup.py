@@ -10,7 +10,7 @@ import torch
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
-from dpoeng.engine.adapters import AdapterMode
+from dpoeng.engine.adapters import Mode
 from dpoeng.engine.config import TrainConfig
 from dpoeng.engine.distributed import Group
 from dpoeng.engine.model import CausalLM, device_name, pick_device
@@ -19,12 +19,14 @@ from dpoeng.engine.progress import Progress
 from dpoeng.engine.reference import ParityReport, compare_with_cache, parity_tolerance, spread
 
 
-def resolve_adapter_mode(config: TrainConfig, *, has_adapter: bool) -> AdapterMode:
-    """`auto` -> `continue` where the reference has an SFT adapter, else `new`.
+def resolve_mode(config: TrainConfig, *, has_adapter: bool) -> Mode:
+    """`full` without peft; else `auto` -> `continue` where the reference has an SFT adapter, and `new` where not.
 
     Raises:
         UserError: the mode does not fit the reference.
     """
+    if not config.use_peft:
+        return "full"
     if config.adapter_mode == "auto":
         named = config.lora_shape_given()
         if has_adapter and named:

@@ -1,15 +1,15 @@
-"""A trained adapter and its model, found again: evaluated on cached pairs, and asked to go on before and after."""
+"""A trained policy found again, an adapter or a whole checkpoint: evaluated, and asked to go on before and after."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import IdArray, as_ids
-from dpoeng.engine.adapters import AdapterMode, before_training, load_trained_adapter
+from dpoeng.engine.adapters import Mode, before_training, load_trained_adapter
 from dpoeng.engine.advice import Advice, advise
 from dpoeng.engine.batch import evaluate
 from dpoeng.engine.chat import to_sides
@@ -18,64 +18,106 @@ from dpoeng.engine.encoding import encode
 from dpoeng.engine.evaluation import Evaluation, summarise
 from dpoeng.engine.generate import generate
 from dpoeng.engine.loss_names import LossSettings
+from dpoeng.engine.losses import PreferenceLoss
 from dpoeng.engine.model import CausalLM, device_name, pick_device, set_mode
+from dpoeng.engine.oom import release_memory
 from dpoeng.engine.progress import QUIET, Progress
 from dpoeng.engine.reference import ParityReport, load_policy_base
 from dpoeng.engine.rows import Rows
-from dpoeng.engine.run_folder import ADAPTER_FOLDER, RUN_FILE
+from dpoeng.engine.run_folder import ADAPTER_FOLDER, MODEL_FOLDER, RUN_FILE
 from dpoeng.engine.run_record import read_json
 from dpoeng.engine.scoring import choose_layout
 from dpoeng.engine.shapes import PreferencePair
 from dpoeng.engine.sources import find_adapter
-from dpoeng.engine.train_setup import check_parity, resolve_adapter_mode, split
+from dpoeng.engine.train_setup import check_parity, resolve_mode, split
 
 Which = Literal["held-out", "all"]
+Before = TypeVar("Before")
+After = TypeVar("After")
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """An adapter and what is known of its training.
+    """What was trained, and what is known of it.
 
     Attributes:
-        adapter: the folder with adapter_config.json.
+        folder: with adapter_config.json, or (mode `full`) the config.json of a whole checkpoint.
         run: the config of its run, where run.json lies beside it; else None.
-        mode: how it stands on the base and the reference's adapter, where that is known.
+        mode: how an adapter stands on the base and the reference's adapter, where that is known; or `full`.
     """
 
-    adapter: Path
+    folder: Path
     run: dict[str, Any] | None
-    mode: AdapterMode | None
+    mode: Mode | None
 
 
 def find_trained(path: Path) -> Trained:
-    """A run's output folder, or an adapter's own, which may be a run's `adapter`.
+    """A run's output folder, or the folder of its result; or any adapter, or any checkpoint trained whole.
 
     Raises:
-        UserError: there is no adapter.
+        UserError: it is none of these.
     """
-    folder = path / ADAPTER_FOLDER if (path / ADAPTER_FOLDER).is_dir() else path
-    find_adapter(str(folder))
+    folder = next((path / name for name in (ADAPTER_FOLDER, MODEL_FOLDER) if (path / name).is_dir()), path)
+    whole = (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
+    if not whole:
+        find_adapter(str(folder))
     file = folder.parent / RUN_FILE
-    if folder.name != ADAPTER_FOLDER or not file.is_file():
-        return Trained(folder, None, None)
+    if folder.name != (MODEL_FOLDER if whole else ADAPTER_FOLDER) or not file.is_file():
+        return Trained(folder, None, "full" if whole else None)
     record = read_json(file, dict)
     return Trained(folder, record["config"], record["adapter_mode"])
 
 
 def load_trained(trained: Trained, config: TrainConfig, view: View, *, tokenizer: bool = False) -> CausalLM:
-    """The base with the trained adapter, and under it the reference's where it was stacked, ready to score.
+    """The policy after training, ready to score: the base with its adapters, or the checkpoint that was trained whole.
 
-    Where the reference has an adapter it is loaded in any case, so that `before_training` can go back to it.
+    Where the reference has an adapter it is loaded too, so that `before_training` can go back to it.
 
     Raises:
         UserError: base or adapters cannot be had, or do not fit.
     """
     reference = view.meta["reference"]
+    device = pick_device(config.device)
     sft_name = config.adapter or reference.get("adapter")
-    mode = trained.mode or resolve_adapter_mode(TrainConfig.model_validate({}), has_adapter=sft_name is not None)
-    lm = load_policy_base(config, reference, pick_device(config.device), tokenizer=tokenizer)
+    mode = trained.mode or resolve_mode(TrainConfig.model_validate({}), has_adapter=sft_name is not None)
+    if mode == "full":
+        here = config.model_copy(update={"model": str(trained.folder)})
+        return _ready(load_policy_base(here, reference, device, tokenizer=tokenizer), config)
+    lm = load_policy_base(config, reference, device, tokenizer=tokenizer)
     sft = find_adapter(sft_name) if sft_name else None
-    lm = load_trained_adapter(lm, mode, find_adapter(str(trained.adapter)), sft)
+    return _ready(load_trained_adapter(lm, mode, find_adapter(str(trained.folder)), sft), config)
+
+
+def before_and_after(
+    trained: Trained,
+    config: TrainConfig,
+    view: View,
+    before: Callable[[CausalLM], Before],
+    after: Callable[[CausalLM], After],
+    *,
+    tokenizer: bool = False,
+) -> tuple[Before, After]:
+    """What some work gives on the policy before training, and other work after it. One model is in memory at a time.
+
+    With an adapter it is the same model, its adapter off and on; of weights trained whole, first the reference's.
+
+    Raises:
+        UserError: see `load_trained`.
+    """
+    if trained.mode != "full":
+        lm = load_trained(trained, config, view, tokenizer=tokenizer)
+        with before_training(lm):
+            found = before(lm)
+        return found, after(lm)
+    reference = view.meta["reference"]
+    base = load_policy_base(config, reference, pick_device(config.device), tokenizer=tokenizer)
+    found = before(_ready(base, config))
+    del base
+    release_memory()
+    return found, after(load_trained(trained, config, view, tokenizer=tokenizer))
+
+
+def _ready(lm: CausalLM, config: TrainConfig) -> CausalLM:
     set_mode(lm, training=False)
     choose_layout(lm, config.layout, config.attention)
     return lm
@@ -85,7 +127,7 @@ def load_trained(trained: Trained, config: TrainConfig, view: View, *, tokenizer
 class EvaluationSummary:
     """What `dpoeng eval` found."""
 
-    adapter: Path
+    trained: Path
     view: str
     which: str
     evaluation: Evaluation
@@ -98,7 +140,7 @@ class EvaluationSummary:
     def record(self) -> dict[str, Any]:
         """As JSON can hold it."""
         return {
-            "adapter": str(self.adapter),
+            "trained": str(self.trained),
             "view": self.view,
             "which": self.which,
             "loss_type": list(self.loss_type),
@@ -108,10 +150,10 @@ class EvaluationSummary:
         }
 
 
-def evaluate_adapter(
+def evaluate_trained(
     trained: Trained, config: TrainConfig, which: Which | None = None, progress: Progress = QUIET
 ) -> EvaluationSummary:
-    """Evaluates an adapter on cached pairs.
+    """Evaluates what was trained on cached pairs.
 
     Args:
         trained: see `find_trained`.
@@ -120,7 +162,7 @@ def evaluate_adapter(
         progress: where notes go.
 
     Raises:
-        UserError: the cache or the model is not usable, or the model without the adapter is not the cache's reference.
+        UserError: the cache or the model is not usable, or the model before training is not the cache's reference.
     """
     view = View.open(config.cache, config.view)
     eval_view = View.open(config.cache, config.eval_view) if config.eval_view else None
@@ -128,28 +170,35 @@ def evaluate_adapter(
     indices = split(view, eval_view, config)[1] if which == "held-out" else range(len(view))
     rows = Rows(eval_view if eval_view and which == "held-out" else view, indices)
     weights, labels = rows.weights(config.pair_weight_column), rows.labels(config.eval_group_by)
-    lm = load_trained(trained, config, view)
-    with before_training(lm):
-        parity = check_parity(config, lm, view, range(len(view)), view.meta["reference"])
     settings = LossSettings.of(config)
-    progress.note(f"evaluating {len(rows)} pairs of {rows.view.name} ({which})")
-    found = evaluate(
-        lm,
-        rows,
-        settings,
-        weights,
-        batch_size=config.per_device_eval_batch_size,
-        per_token=not rows.view.spec.holds_sums,
-    )
+    device = ""
+
+    def compare(lm: CausalLM) -> ParityReport:
+        nonlocal device
+        device = device_name(lm.device)
+        return check_parity(config, lm, view, range(len(view)), view.meta["reference"])
+
+    def score(lm: CausalLM) -> PreferenceLoss:
+        progress.note(f"evaluating {len(rows)} pairs of {rows.view.name} ({which})")
+        return evaluate(
+            lm,
+            rows,
+            settings,
+            weights,
+            batch_size=config.per_device_eval_batch_size,
+            per_token=not rows.view.spec.holds_sums,
+        )
+
+    parity, found = before_and_after(trained, config, view, compare, score)
     result = summarise(found, rows.prompts(), labels, seed=config.seed, per_pair_loss=not settings.sorts_pairs)
     line = {f"eval_{name}": value for name, value in result.metrics.items()}
     return EvaluationSummary(
-        adapter=trained.adapter,
+        trained=trained.folder,
         view=rows.view.name,
         which=which,
         evaluation=result,
         parity=parity,
-        device=device_name(lm.device),
+        device=device,
         loss_type=config.loss_type,
         beta=config.beta,
         advice=advise([], [line], loss_type=config.loss_type, beta=config.beta, held_out_pairs=result.pairs),
@@ -166,22 +215,40 @@ class Generation:
 
 
 def compare_generations(
-    lm: CausalLM, prompts: Sequence[IdArray], *, special: bool = False, **settings: Any
+    trained: Trained,
+    config: TrainConfig,
+    view: View,
+    prompts_of: Callable[[Any], Sequence[IdArray]],
+    *,
+    special: bool = False,
+    **settings: Any,
 ) -> list[Generation]:
-    """Continues prompts without the trained adapter and with it.
+    """Continues prompts as the policy did before training, and as it does.
 
     Args:
-        lm: from `load_trained`, with its tokenizer.
-        prompts: token ids, [P] each.
+        trained: see `find_trained`.
+        config: of its run; cache, view and precision are read.
+        view: of the cache.
+        prompts_of: tokenizer -> token ids, [P] each.
         special: whether the prompts' special tokens are shown.
         settings: of `generate`; the same for both.
+
+    Raises:
+        UserError: the model cannot be had, or a prompt not be encoded.
     """
-    assert lm.tokenizer is not None, "generating needs the tokenizer"
-    with before_training(lm):
-        before = generate(lm, prompts, **settings)
-    after = generate(lm, prompts, **settings)
-    texts = lm.tokenizer.batch_decode([ids.tolist() for ids in prompts], skip_special_tokens=not special)
-    return [Generation(*texts) for texts in zip(texts, before, after, strict=True)]
+
+    prompts: list[IdArray] = []
+
+    def before(lm: CausalLM) -> list[str]:
+        prompts.extend(prompts_of(lm.tokenizer))
+        return generate(lm, prompts, **settings)
+
+    def after(lm: CausalLM) -> tuple[list[str], list[str]]:
+        texts = lm.tokenizer.batch_decode([ids.tolist() for ids in prompts], skip_special_tokens=not special)
+        return texts, generate(lm, prompts, **settings)
+
+    old, (texts, new) = before_and_after(trained, config, view, before, after, tokenizer=True)
+    return [Generation(*one) for one in zip(texts, old, new, strict=True)]
 
 
 def held_out_prompts(view: View, config: TrainConfig, count: int) -> list[IdArray]:
@@ -191,7 +258,7 @@ def held_out_prompts(view: View, config: TrainConfig, count: int) -> list[IdArra
     return list(first.values())[:count]
 
 
-def encode_prompt(lm: CausalLM, text: str, *, chat: bool, prompt_format: str | None) -> IdArray:
+def encode_prompt(tokenizer: Any, text: str, *, chat: bool, prompt_format: str | None) -> IdArray:
     """A prompt as phase one would tokenise it: a user's message for the chat template, or a text.
 
     Raises:
@@ -202,5 +269,5 @@ def encode_prompt(lm: CausalLM, text: str, *, chat: bool, prompt_format: str | N
         pair = PreferencePair([{"role": "user", "content": text}], turn, turn)
     else:
         pair = PreferencePair((prompt_format or "{prompt}").replace("{prompt}", text), ".", ".")
-    (encoded,) = encode(to_sides(pair, lm.tokenizer)[:1], lm.tokenizer)
+    (encoded,) = encode(to_sides(pair, tokenizer)[:1], tokenizer)
     return as_ids(encoded.ids[: encoded.start])

@@ -1,4 +1,4 @@
-"""What a language-model head is, to the kernels: a frozen linear layer and the pointwise map that follows it.
+"""What a language-model head is, to the kernels: a linear layer and the pointwise map that follows it.
 
     raw    = hidden @ weight.T + bias            # [N, V]
     capped = cap * tanh(scale * raw / cap)       # without a softcap: scale * raw
@@ -6,7 +6,7 @@
     logp   = log_softmax(z)[target]
 
 `softcap` is Gemma's `final_logit_softcapping`, `scale` is Cohere's `logit_scale` or one over Granite's
-`logits_scaling`. A tied head is the embedding's own tensor and needs nothing special, as long as it is frozen.
+`logits_scaling`. A tied head is the embedding's own tensor and needs nothing special; autograd adds its two gradients.
 
 This module knows nothing of devices, tiles or gradients; it holds the checks that every backend relies on.
 """
@@ -20,7 +20,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class Head(NamedTuple):
-    """A frozen head. The floats are plain numbers because custom ops take nothing else."""
+    """A head. The floats are plain numbers because custom ops take nothing else."""
 
     weight: Tensor  # [V, H]
     bias: Tensor | None = None  # [V]
@@ -53,7 +53,7 @@ def check(hidden: Tensor, head: Head, targets: Tensor) -> None:
 
     Raises:
         ValueError: Shapes, dtypes or devices that do not fit together; a softcap or temperature that is not positive.
-        NotImplementedError: A quantised head, or a head that wants a gradient.
+        NotImplementedError: A quantised head.
     """
     weight, bias = head.weight, head.bias
     if weight.dtype not in FLOATS:
@@ -82,9 +82,3 @@ def check(hidden: Tensor, head: Head, targets: Tensor) -> None:
     devices = {t.device for t in (hidden, weight, targets, bias) if t is not None}
     if len(devices) > 1:
         raise ValueError(f"hidden, weight, targets and bias must share a device; got {sorted(map(str, devices))}")
-    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-        raise NotImplementedError(
-            "the head wants a gradient, and token_logps treats it as frozen (the gradient of a [V, H] head is what it "
-            "is built to avoid). Freeze it with lm_head.requires_grad_(False), or train it through "
-            "dpoeng.kernels.row_logps.token_logps_from_logits."
-        )

@@ -33,14 +33,36 @@ def native_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def tiled_logps(hidden: Tensor, head: Head, targets: Tensor, unit_gradient: Tensor | None = None) -> Tensor:
-    """log p(target) per row; fills `unit_gradient` if given.
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which hidden states and head are multiplied."""
+    return torch.bfloat16 if dtype == torch.bfloat16 and native_bf16() else sum_dtype(dtype)
+
+
+def tile_size(dtype: torch.dtype) -> int:
+    """Vocabulary entries of a tile."""
+    return TILE_BF16 if product_dtype(dtype) == torch.bfloat16 else TILE
+
+
+def raw_logits(rows: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Rows `[R, H]` times a tile of the head `[T, H]`, both in `product_dtype`, into `out` `[R, T]`."""
+    if out.dtype == rows.dtype:
+        torch.mm(rows, weight.T, out=out)
+    else:
+        out.copy_(rows @ weight.T)
+
+
+def tiled_logps(
+    hidden: Tensor, head: Head, targets: Tensor, unit_gradient: Tensor | None = None, sums: Tensor | None = None
+) -> Tensor:
+    """log p(target) per row; fills `unit_gradient` and `sums` if given.
 
     Args:
         hidden: `[N, H]`.
         head: weight `[V, H]` of the same dtype.
         targets: `[N]` int64, each in `[0, V)`.
         unit_gradient: `[N, H]`, overwritten with d logp / d hidden.
+        sums: `[3, N]`, overwritten with the peak of the logits, the sum of exp(z - peak) over all but the target, and
+            over all.
 
     Returns:
         `[N]` float32 (float64 for float64 inputs).
@@ -48,19 +70,23 @@ def tiled_logps(hidden: Tensor, head: Head, targets: Tensor, unit_gradient: Tens
     logps = hidden.new_empty(hidden.shape[0], dtype=sum_dtype(hidden.dtype))
     for start in range(0, hidden.shape[0], ROWS):
         rows = slice(start, start + ROWS)
-        logps[rows] = _block(hidden[rows], head, targets[rows], None if unit_gradient is None else unit_gradient[rows])
+        logps[rows] = _block(
+            hidden[rows],
+            head,
+            targets[rows],
+            None if unit_gradient is None else unit_gradient[rows],
+            None if sums is None else sums[:, rows],
+        )
     return logps
 
 
-def _block(hidden: Tensor, head: Head, targets: Tensor, unit_gradient: Tensor | None) -> Tensor:
+def _block(hidden: Tensor, head: Head, targets: Tensor, unit_gradient: Tensor | None, sums: Tensor | None) -> Tensor:
     n, width = hidden.shape
     pad = -n % ROW_STEP
-    dtype = sum_dtype(hidden.dtype)
-    narrow = hidden.dtype == torch.bfloat16 and native_bf16()
-    product_dtype = torch.bfloat16 if narrow else dtype
-    tile = TILE_BF16 if narrow else TILE
+    dtype, narrow = sum_dtype(hidden.dtype), product_dtype(hidden.dtype)
+    tile = tile_size(hidden.dtype)
 
-    h = hidden.new_zeros((n + pad, width), dtype=product_dtype)
+    h = hidden.new_zeros((n + pad, width), dtype=narrow)
     h[:n] = hidden
     y = targets.new_zeros(n + pad)
     y[:n] = targets
@@ -72,12 +98,9 @@ def _block(hidden: Tensor, head: Head, targets: Tensor, unit_gradient: Tensor | 
     others = None if unit_gradient is None else h.new_zeros((n + pad, width), dtype=dtype)  # the same sum of head rows
 
     for low in range(0, head.vocabulary, tile):
-        weight = head.weight[low : low + tile].to(product_dtype)  # a view, unless it must be widened
+        weight = head.weight[low : low + tile].to(narrow)  # a view, unless it must be widened
         z = scratch[: (n + pad) * weight.shape[0]].view(n + pad, weight.shape[0])
-        if narrow:
-            z.copy_(h @ weight.T)
-        else:
-            torch.mm(h, weight.T, out=z)
+        raw_logits(h, weight, z)
         slopes = map_logits(z, head, low)
 
         inside = (y >= low) & (y < low + weight.shape[0])
@@ -99,14 +122,16 @@ def _block(hidden: Tensor, head: Head, targets: Tensor, unit_gradient: Tensor | 
                 z.mul_(slopes)
                 slope_target = torch.where(inside, slopes.gather(1, column).squeeze(1), slope_target)
             others.mul_(shrink.unsqueeze(1))
-            if narrow:
-                others.add_(z.to(product_dtype) @ weight)
-            else:
+            if narrow == dtype:
                 others.addmm_(z, weight)
+            else:
+                others.add_(z.to(narrow) @ weight)
 
     below = z_target - peak  # NaN if all is -inf, as log_softmax has it
     total = rest + below.exp()
     logps = torch.where(below == 0, -torch.log1p(rest), below - total.log())
+    if sums is not None:
+        sums.copy_(torch.stack([peak, rest, total])[:, :n])
     if others is not None and unit_gradient is not None:
         others.mul_((-1.0 if head.softcap else -head.outer) / total.unsqueeze(1))
         others.addcmul_(head.weight[y].to(dtype), (rest / total * slope_target).unsqueeze(1))

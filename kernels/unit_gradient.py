@@ -91,7 +91,7 @@ def chunked_logps(
     for start in range(0, n, rows):
         some = slice(start, min(n, start + rows))
         count = some.stop - start
-        _product(hidden[some], head.weight.T, raw[:count])
+        product(hidden[some], head.weight.T, raw[:count])
         fused_pass(raw[:count], head, targets[some], ignore_index, logps[some], grad[:count])
         torch.mm(grad[:count], head.weight, out=unit_gradient[some])
     return logps
@@ -106,7 +106,8 @@ def fused_pass(raw: Tensor, head: Head, targets: Tensor, ignore_index: int, logp
     )  # fmt: skip
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+def product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """`a @ b` into `out`, which may be wider than both."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     elif a.is_cuda:

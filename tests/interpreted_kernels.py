@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpoeng.kernels import row_kernels, unit_gradient
+from dpoeng.kernels import head_gradient, row_kernels, unit_gradient
 from dpoeng.kernels.head import Head
 from dpoeng.kernels.linear_logps import fused_logps
 from dpoeng.kernels.row_logps import plain_token_logps_from_logits
@@ -223,6 +223,28 @@ class TestProperties:
         assert not (logps > 0).any()
         again = fused_logps(hidden, Head(weight, **options), targets, IGNORE)
         assert torch.equal(logps.nan_to_num(9.0), again.nan_to_num(9.0))
+
+
+def test_gradients_of_a_trained_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of rows and slices of the vocabulary, neither of which divides; an ignored row, a bias, a softcap."""
+    monkeypatch.setattr(unit_gradient, "chunk_rows", lambda vocabulary: 4)
+    monkeypatch.setattr(head_gradient, "SLICE", 30)
+    for dtype, options in ((torch.float32, {}), (torch.bfloat16, {}), (torch.float32, {"softcap": 5.0, "scale": 1.5})):
+        hidden, head, targets = problem(11, 70, 24, dtype)
+        bias = torch.randn(70, generator=torch.Generator().manual_seed(1)).to(dtype) if options else None
+        head = Head(head.weight, bias, **options)
+        targets[3] = IGNORE
+        upstream = torch.linspace(-1, 2, 11)
+        leaves = [x.double().requires_grad_() for x in (hidden, head.weight, *([bias] if bias is not None else []))]
+        given = {"bias": leaves[2], **options} if bias is not None else options
+        plain_token_logps(leaves[0], leaves[1], targets, **given).backward(upstream.double())
+        found = head_gradient.chunked_gradients(hidden, head, targets, IGNORE, upstream)
+        assert found[2].shape == ((70,) if bias is not None else (0,))
+        for grad, leaf in zip(found, leaves, strict=False):
+            assert leaf.grad is not None
+            assert grad.dtype == dtype
+            floor = (3 * 2**-7 if dtype == torch.bfloat16 else 1e-5) * float(leaf.grad.abs().max())
+            assert float((grad.double() - leaf.grad).abs().max()) <= floor
 
 
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor, options: dict[str, Any]) -> Tensor:

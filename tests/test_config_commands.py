@@ -347,6 +347,13 @@ def migrated(run: Run, tmp_path: Path, name: str, text: str) -> tuple[dict[str, 
         ("DPOConfig(nonsense=1)", {}, ["nonsense: not known", "DPOConfig never took it"]),
         ("DPOTrainer(m, ref_model='other', args=DPOConfig())", {}, ["is not the policy's own start"]),
         ("DPOTrainer('m', ref_model='m')", {"model": "m"}, ["Not needed here: ref_model"]),
+        # what is trained
+        ("DPOTrainer('m')", {"use_peft": False}, []),
+        ("DPOTrainer('m', peft_config=LoraConfig(r=4))", {"use_peft": None, "lora_r": 4}, []),
+        ("DPOTrainer('m', peft_config=made())", {"use_peft": None}, ["peft_config: computed"]),
+        ("DPOTrainer(build(), args=DPOConfig())", {"use_peft": None}, ["use_peft: false where TRL trained"]),
+        ("ModelConfig(use_peft=False, lora_r=8)", {"use_peft": False, "lora_r": None}, ["Not needed here: lora_r"]),
+        ("ModelConfig(use_peft=True, lora_r=8)", {"use_peft": True, "lora_r": 8}, []),
         # models and data
         (
             "b = AutoModelForCausalLM.from_pretrained('base')\nm = PeftModel.from_pretrained(b, 'sft')\nDPOTrainer(m)",
@@ -480,7 +487,8 @@ def test_axolotl(run: Run, tmp_path: Path) -> None:
         "chatml.intel",
     ):
         assert word in out
-    _, out = migrated(run, tmp_path, "kto.yml", "base_model: m\nrl: kto\n")
+    written, out = migrated(run, tmp_path, "kto.yml", "base_model: m\nrl: kto\n")
+    assert written["use_peft"] is False
     assert "rl: 'kto'; dpoeng does dpo: this is another method" in out
 
 
@@ -511,6 +519,9 @@ def test_llama_factory(run: Run, tmp_path: Path) -> None:
     }
     assert "dataset_info.json names its file" in out
     assert "template: 'llama3'" in out
+    whole = text.replace("finetuning_type: lora", "finetuning_type: full").replace("quantization_bit: 4\n", "")
+    written, _ = migrated(run, tmp_path, "a.yaml", whole)
+    assert (written["use_peft"], [name for name in written if name.startswith("lora")]) == (False, [])
     written, _ = migrated(run, tmp_path, "a.yaml", text + "adapter_name_or_path: sft\ncreate_new_adapter: true\n")
     assert (written["adapter"], written["adapter_mode"], written["lora_r"]) == ("sft", "stack", 4)
     written, out = migrated(run, tmp_path, "a.yaml", text + "adapter_name_or_path: sft\n")

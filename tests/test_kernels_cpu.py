@@ -202,15 +202,88 @@ def test_an_outside_target_is_named() -> None:
             token_logps(hidden, weight, targets)
 
 
-def test_a_head_that_wants_a_gradient_is_refused() -> None:
-    hidden, weight, targets, _ = problem(4, 50, 8, torch.float32, {})
+def trained(
+    fn: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: dict[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Log-probs and the gradients by all that a head can train, under an upstream that differs from row to row."""
+    leaves = {"hidden": hidden, "weight": weight} | ({"bias": options["bias"]} if "bias" in options else {})
+    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
+    rest = {name: value for name, value in options.items() if name != "bias"} | (
+        {"bias": leaves["bias"]} if "bias" in leaves else {}
+    )
+    logps = fn(leaves["hidden"], leaves["weight"], targets, **rest)
+    logps.backward(torch.linspace(-1.0, 2.0, len(targets), dtype=logps.dtype))
+    return logps.detach(), {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+def in_float64(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    hidden, weight, targets, options = args
+    wide = {k: v.double() if torch.is_tensor(v) else v for k, v in options.items()}
+    return hidden.double(), weight.double(), targets, wide
+
+
+@pytest.mark.parametrize("options", MAPS)
+@pytest.mark.parametrize(("n", "v", "h"), SHAPES)
+def test_a_trained_heads_gradients_in_float64(n: int, v: int, h: int, options: dict[str, Any]) -> None:
+    args = problem(n, v, h, torch.float64, options)
+    args[2][n // 2 :: 7] = -100 if n > 1 else args[2][0]  # ignored rows in the middle
+    logps, grads = trained(token_logps, *args)
+    true_logps, true_grads = trained(plain_token_logps, *args)
+    assert worst(logps, true_logps) <= 1e-12
+    assert grads.keys() == true_grads.keys() == {"hidden", "weight", *(["bias"] if "bias" in options else [])}
+    for name, grad in grads.items():
+        assert float(true_grads[name].abs().max()) > 1e-2
+        assert worst(grad, true_grads[name]) <= 1e-12 * n, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", MAPS)
+@pytest.mark.parametrize(("n", "v", "h"), SHAPES)
+def test_a_trained_heads_gradients_are_no_further_from_truth_than_eagers(
+    n: int, v: int, h: int, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    args = problem(n, v, h, dtype, options)
+    _, true = trained(plain_token_logps, *in_float64(args))
+    _, eager = trained(plain_token_logps, *args)
+    _, found = trained(token_logps, *args)
+    for name, grad in found.items():
+        # Sums of thousands of terms in another order: either may be the luckier one by a little.
+        rounding = torch.finfo(dtype).eps * float(true[name].abs().max())
+        assert worst(grad, true[name]) <= 1.5 * worst(eager[name], true[name]) + rounding, name
+
+
+def test_a_tied_head_gets_both_gradients() -> None:
+    """The embedding that is also the head: autograd adds what comes through the body and what comes from the head."""
+    _, weight, targets, _ = problem(40, 1100, 24, torch.float64, {})
+    body = torch.randn(24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(0, 1100, (40,), generator=torch.Generator().manual_seed(2))
+    found = []
+    for logps_of in (token_logps, plain_token_logps):
+        table = weight.clone().requires_grad_()
+        logps_of((table[ids] @ body).tanh(), table, targets).square().sum().backward()
+        assert table.grad is not None
+        found.append(table.grad)
+    assert worst(found[0], found[1]) <= 1e-11
+    assert float(found[1][ids].abs().min()) > 0
+
+
+def test_a_trained_head_alone_and_without_gradients() -> None:
+    """Only the bias, only the head; and the bits of the other two ways where nothing is trained."""
+    hidden, weight, targets, options = problem(40, 1100, 24, torch.float32, {"bias": True})
+    plain = token_logps(hidden, weight, targets, **options)
+    bias = options["bias"].clone().requires_grad_()
+    logps = token_logps(hidden, weight, targets, bias=bias)
+    assert torch.equal(logps, plain)
+    logps.sum().backward()
+    expected = options["bias"].clone().requires_grad_()
+    plain_token_logps(hidden, weight, targets, bias=expected).sum().backward()
+    assert bias.grad is not None
+    assert expected.grad is not None
+    torch.testing.assert_close(bias.grad, expected.grad, rtol=1e-5, atol=1e-5)
     weight.requires_grad_()
-    with pytest.raises(NotImplementedError, match=r"head wants a gradient.*requires_grad_\(False\)"):
-        token_logps(hidden, weight, targets)
+    assert torch.equal(token_logps(hidden, weight, targets, **options), plain)
     with torch.no_grad():
-        assert token_logps(hidden, weight, targets).shape == (4,)
-    with pytest.raises(NotImplementedError, match="head wants a gradient"):
-        token_logps(hidden, weight.detach(), targets, bias=torch.zeros(50, requires_grad=True))
+        assert torch.equal(token_logps(hidden, weight, targets, **options), plain)
 
 
 def test_a_double_backward_is_refused() -> None:
@@ -218,6 +291,8 @@ def test_a_double_backward_is_refused() -> None:
     hidden.requires_grad_()
     with pytest.raises(NotImplementedError, match="no second derivative"):
         torch.autograd.grad(token_logps(hidden, weight, targets).sum(), hidden, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(token_logps(hidden, weight.requires_grad_(), targets).sum(), weight, create_graph=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])

@@ -103,6 +103,15 @@ def ops() -> dict[str, tuple[object, ...]]:
         "token_logps_score": (hidden, weight, targets, *rest),
         "token_logps_train": (hidden.clone().requires_grad_(), weight, targets, *rest, False),
         "scale_rows": (hidden, torch.randn(N)),
+        "token_logps_head": (hidden.clone().requires_grad_(), weight.clone().requires_grad_(), targets, *rest),
+        "token_logps_head_backward": (
+            hidden,
+            weight,
+            targets,
+            *rest,
+            torch.stack([*sums, sums[1] + 1]),
+            torch.randn(N),
+        ),
         "row_logps": (logits.clone().requires_grad_(), targets, -100, False),
         "row_logps_backward": (logits, targets, torch.randn(N), *sums, -100),
         "row_logps_backward_": (logits.clone(), targets, torch.randn(N), *sums, -100),
@@ -142,6 +151,10 @@ def test_meta_tensors_give_shapes_and_dtypes() -> None:
     logps.sum().backward()
     assert hidden.grad is not None
     assert hidden.grad.shape == (5, 64)
+    head = torch.empty(900, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    token_logps(hidden, head, torch.empty(5, dtype=torch.int64, device="meta")).sum().backward()
+    assert head.grad is not None
+    assert (head.grad.shape, head.grad.dtype) == ((900, 64), torch.bfloat16)
 
 
 @pytest.fixture

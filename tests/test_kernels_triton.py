@@ -20,7 +20,7 @@ from dpoeng.kernels.tiles import GPUS
 HERE = Path(__file__).parent
 # Cases of tests/interpreted_kernels.py: three properties of CASES each, and the tests beside them.
 CASES = 102
-INTERPRETED_TESTS = 12
+INTERPRETED_TESTS = 13
 
 # Three processes on two cores: about 90 seconds alone, several times that beside other work.
 pytestmark = pytest.mark.timeout(900)

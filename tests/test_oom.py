@@ -53,7 +53,7 @@ def run(cache: Path, out: Path, progress: Any = None, **fields: Any) -> bytes:
         **fields,
     }
     summary = train(TrainConfig(cache=cache, output_dir=out, **values), progress or Notes())
-    return (summary.adapter / "adapter_model.safetensors").read_bytes()
+    return (summary.result / "adapter_model.safetensors").read_bytes()
 
 
 def failing(real: Callable[..., Any], when: Callable[[int, Any], bool], error: BaseException) -> Callable[..., Any]:

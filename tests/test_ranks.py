@@ -20,8 +20,10 @@ from safetensors.torch import load_file
 from dpoeng.cli.main import main
 from dpoeng.engine import batch as batch_module
 from dpoeng.engine import loop as loop_module
+from dpoeng.engine import train as train_module
 from dpoeng.engine.config import PrecomputeConfig
 from dpoeng.engine.distributed import Group
+from dpoeng.engine.model import decoder_layers
 from dpoeng.engine.precompute import precompute_reference
 
 # Three forwards a step, which two processes and four cannot share evenly; dropout, which must not depend on who draws
@@ -124,6 +126,60 @@ def test_fsdp_leaves_the_bytes_of_two_processes(tmp_path: Path, cache: Path, two
     out = tmp_path / "out"
     finished(together(2, cache, out, "--fsdp"), out)
     assert outcome(out) == outcome(two)
+
+
+def held_by_the_last() -> None:
+    """Leaves in `held.json` how many bytes of the base's frozen layers this process has, whole and divided."""
+    real = train_module.shard_base
+
+    def shard(lm: Any, *arguments: Any) -> None:
+        def layers() -> int:
+            named = [(name, p) for layer in decoder_layers(lm) for name, p in layer.named_parameters()]
+            held = [getattr(p, "_local_tensor", p).nbytes for name, p in named if ".lora_" not in name]
+            return sum(held)
+
+        whole = layers()
+        real(lm, *arguments)
+        Path("held.json").write_text(json.dumps([whole, layers()]))
+
+    train_module.shard_base = shard  # type: ignore[attr-defined]
+
+
+def test_fsdp_divides_a_base_in_4_bits(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """QLoRA over a divided base leaves the bytes of the replicated run, with gradient checkpointing and without."""
+    monkeypatch.chdir(tmp_path)
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(8))
+    precompute_reference(
+        PrecomputeConfig(pairs=(pairs,), model=str(tiny_model), cache=tmp_path / "cache", quantization="4bit")
+    )
+    more = ["--max-steps", "2"]
+    whole = finished(together(2, tmp_path / "cache", tmp_path / "whole", *more), tmp_path / "whole")
+    for name, extra in (("divided", []), ("kept", ["--no-gradient-checkpointing"])):
+        out = tmp_path / name
+        finished(together(2, tmp_path / "cache", out, *more, "--fsdp", *extra, last=held_by_the_last), out)
+        assert tree(out, "adapter") == tree(whole, "adapter")
+        assert (out / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+        before, after = json.loads((tmp_path / "held.json").read_text())
+        assert after == pytest.approx(before / 2, rel=0.02)
+
+
+def test_two_processes_train_all_weights_as_one(tmp_path: Path, cache: Path) -> None:
+    """Gradients of three forwards in two processes; an epsilon that the rounding of their sums does not reach."""
+    more = "--no-use-peft --max-steps 3 --adam-epsilon 1e-4".split()
+    of_lora = ("--lora-dropout", "--lora-r")
+    settings = [
+        word for before, word in zip(("", *SETTINGS), SETTINGS, strict=False) if {before, word}.isdisjoint(of_lora)
+    ]
+    line = ["train", "--cache", str(cache), *settings, *more, "--output-dir"]
+    with pytest.raises(SystemExit) as stop:
+        main([*line, str(tmp_path / "one")])
+    assert stop.value.code == 0
+    found = ends(start([[*line, str(tmp_path / "two")]] * 2, tmp_path))
+    assert [status for status, _, _ in found] == [0, 0], found
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    assert len(one) > 20
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -627,6 +627,25 @@ def divided_8bit(desk: Desk) -> None:
     check_fsdp(TrainConfig(fsdp=True), Group(rank=0, size=2), "8bit")
 
 
+def _all_weights(quantization: Any = "none", **reference: str) -> None:
+    from dpoeng.engine.config import TrainConfig
+    from dpoeng.engine.full import check_full
+
+    check_full(TrainConfig(use_peft=False), {"model": "base", **reference}, quantization=quantization)
+
+
+def all_weights_in_8bit(desk: Desk) -> None:
+    _all_weights("8bit", dtype="bfloat16")
+
+
+def all_weights_of_a_gguf(desk: Desk) -> None:
+    _all_weights(dtype="float32", model="model.gguf")
+
+
+def all_weights_in_float16(desk: Desk) -> None:
+    _all_weights(dtype="float16")
+
+
 def shard_and_ranks(desk: Desk) -> None:
     from dpoeng.engine.config import PrecomputeConfig
     from dpoeng.engine.distributed import Group
@@ -688,6 +707,13 @@ CACHES = (
     Wrong("processes with other pairs", "ranks-differ", 2, "", ("12 pairs",), act=different_ranks),
     Wrong("a process that ended", "rank-lost", 5, "", ("rank 1 of 2",), act=lost_rank),
     Wrong("processes on one card", "ranks-one-gpu", 5, "", ("ranks 0 and 1",), act=one_card),
+    Wrong("all weights, and an SFT adapter", "full-finetuning", 2, "train --cache SFT --no-use-peft", ("merge",)),
+    Wrong("all weights in 8 bits", "full-finetuning", 2, "", ("--quantization none",), act=all_weights_in_8bit),
+    Wrong("all weights of a GGUF file", "full-finetuning", 2, "", ("original",), act=all_weights_of_a_gguf),
+    Wrong("all weights in float16", "full-finetuning", 2, "", ("bfloat16",), act=all_weights_in_float16),
+    Wrong("all weights and a LoRA's rank", "config-value", 2, TRAIN + " --no-use-peft --lora-r 8", ("lora_r",)),
+    Wrong("a merge without an adapter", "full-finetuning", 2, "merge out --into merged", ("out/model",),
+          lambda d: d.write("out/model/config.json", "{}")),
     Wrong("fsdp in one process", "fsdp-unavailable", 2, TRAIN + " --fsdp", ("torchrun",)),
     Wrong("fsdp of a quantised base", "fsdp-unavailable", 2, "", ("--quantization none",), act=divided_8bit),
     Wrong("work divided twice", "shard-and-ranks", 2, "", ("--shard 1/4",), act=shard_and_ranks),
@@ -730,7 +756,7 @@ RUNS = (
     Wrong("a file as output folder", "output-unwritable", 5, TRAIN + " --output-dir file --max-steps 1", (),
           lambda d: d.write("file")),
     Wrong("an output disk that is full", "output-unwritable", 5, TRAIN + " --max-steps 1", ("newest checkpoint",),
-          raising(errno.ENOSPC, "dpoeng.engine.checkpoint.write_durably")),
+          raising(errno.ENOSPC, "dpoeng.engine.checkpoint._sync_folder")),
     Wrong("a loss that is no number", "training-not-finite", 5, TRAIN + " --max-steps 1", ("step 1",), diverging),
     Wrong("too little memory", "memory-short", 5, TRAIN, ("GiB",), little_memory),
     Wrong("a weight that is no number", "data-weight", 3, TRAIN + " --pair-weight-column negative_type", ("'wrong'",)),

@@ -1,0 +1,102 @@
+"""Full fine-tuning: every weight of the base is trained, and no adapter is made.
+
+AdamW moves a weight by about the learning rate. In bfloat16 the next number after 0.02 is 1.2e-4 away, so at 1e-6 every
+update would be rounded off again. So what the optimizer moves is float32 in any case. A model that computes in bfloat16
+stays as both phases run it and has a float32 master beside each weight, which takes its gradients over and gives it its
+value, rounded, after each step (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740, section 3.1). float32
+weights under autocast would need as much memory, with the casts that autocast keeps, and would be another forward than
+the one whose numbers are cached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpoeng.cache.errors import UserError
+from dpoeng.engine.config import Quantization, TrainConfig
+from dpoeng.engine.model import CausalLM
+from dpoeng.engine.sources import ModelSource, copy_beside, write_config
+
+
+def check_full(config: TrainConfig, reference: Mapping[str, Any], *, quantization: Quantization) -> None:
+    """Raises UserError where all weights are to be trained and cannot be."""
+    if config.use_peft:
+        return
+    if reference.get("adapter"):
+        raise _refused(
+            "the reference has an SFT adapter, and full fine-tuning trains the weights of one checkpoint",
+            where=f"--no-use-peft, and {reference['adapter']}",
+            expected="a reference without an adapter",
+            remedy="merge the adapter (see examples/sft_then_dpo.sh), run precompute-ref on the merged model and train "
+            "that; or leave --no-use-peft out",
+        )
+    if quantization != "none":
+        raise _refused(
+            "weights that are quantised cannot be trained",
+            where="--no-use-peft",
+            expected="quantization none",
+            found=f"{quantization}, as the cache's reference has it",
+            remedy="add --quantization none: the policy then starts a little beside the quantised reference, by what "
+            "the parity check says; or run precompute-ref without --quantization",
+        )
+    model = str(config.model or reference["model"])
+    if model.endswith(".gguf"):
+        raise _refused(
+            "a GGUF file holds rounded weights, and no checkpoint comes of it",
+            where="--no-use-peft",
+            expected="a directory with config.json and *.safetensors",
+            found=model,
+            remedy="name the original with --model here and in precompute-ref",
+        )
+    dtype = config.dtype or reference["dtype"]
+    if dtype == "float16":
+        raise _refused(
+            "gradients of a whole model in float16 fall below its smallest numbers",
+            where="--no-use-peft",
+            expected="bfloat16 or float32",
+            found="dtype float16",
+            remedy="add --dtype bfloat16, or run precompute-ref so",
+        )
+
+
+def _refused(message: str, *, where: str, expected: str, remedy: str, found: str | None = None) -> UserError:
+    return UserError(message, code="full-finetuning", where=where, expected=expected, found=found, remedy=remedy)
+
+
+def train_all(lm: CausalLM) -> CausalLM:
+    """Makes every weight trainable; one that is not float32 gets a master that is."""
+    for weight in lm.base.parameters():
+        weight.requires_grad_(True)
+        if weight.dtype != torch.float32:
+            master = nn.Parameter(weight.detach().float())
+            weight.register_post_accumulate_grad_hook(_hand_over(master))
+            lm.masters[weight] = master
+    return lm
+
+
+def _hand_over(master: nn.Parameter) -> Callable[[torch.Tensor], None]:
+    """A hook that adds a weight's gradient to its master's, so that the forwards of a step add up in float32."""
+
+    def hand_over(weight: torch.Tensor) -> None:
+        gradient = weight.grad
+        assert gradient is not None, "called after a gradient has been left"
+        if master.grad is None:
+            master.grad = gradient.float()
+        else:
+            master.grad.add_(gradient)
+        weight.grad = None
+
+    return hand_over
+
+
+def save_model(lm: CausalLM, source: ModelSource, folder: Path) -> None:
+    """Writes a checkpoint that plain transformers loads: the weights as they compute, the rest as `source` has it."""
+    lm.base.save_pretrained(str(folder))
+    # What stands in the loaded model's own config.json was changed for scoring.
+    write_config(source, folder, str(lm.dtype).removeprefix("torch."))
+    copy_beside(source, folder)
