@@ -20,7 +20,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 if TYPE_CHECKING:
-    _PairType, _WordsType = click.ParamType[tuple[str, str]], click.ParamType[tuple[str, ...]]
+    _PairType = click.ParamType[tuple[str, str]]
+    _WordsType = click.ParamType[tuple[str, ...]]
 else:
     _PairType = _WordsType = click.ParamType  # takes no type parameter before click 8.4
 
