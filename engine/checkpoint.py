@@ -6,6 +6,7 @@ order and dropout depend on (seed, epoch, step) alone, so there is none to resto
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -26,7 +27,7 @@ _STATE = "state.json"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """What a run needs to go on: tensors by name, and the state that `save_checkpoint` was given."""
+    """What a run needs to go on: tensors by name, and the state that `take_snapshot` was given."""
 
     step: int
     folder: Path
@@ -35,16 +36,28 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def save_checkpoint(
-    root: Path,
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot:
+    """What a checkpoint will hold, in host memory and apart from the tensors that go on changing."""
+
+    step: int
+    files: dict[str, bytes]
+    state: dict[str, Any]
+
+
+def take_snapshot(
     step: int,
     *,
     parameters: Mapping[str, torch.Tensor],
     optimizer: Mapping[str, torch.Tensor],
     state: Mapping[str, Any],
-    keep: int,
-    spare: Collection[int] = (),
-) -> Path:
+) -> Snapshot:
+    """Copies tensors and state as they are now."""
+    files = {"parameters.safetensors": save(dict(parameters)), "optimizer.safetensors": save(dict(optimizer))}
+    return Snapshot(step, files, copy.deepcopy(dict(state)))
+
+
+def save_checkpoint(root: Path, snapshot: Snapshot, *, keep: int, spare: Collection[int] = ()) -> Path:
     """Writes `root/checkpoint-<step>` durably, then removes the oldest beyond `keep`, but none of the steps in `spare`.
 
     The old ones go only after the new one is on the disk.
@@ -52,18 +65,13 @@ def save_checkpoint(
     Raises:
         UserError: the disk is full or may not be written; older checkpoints are untouched.
     """
-    folder = _folder(root, step)
-    files = {
-        "parameters.safetensors": save(dict(parameters)),
-        "optimizer.safetensors": save(dict(optimizer)),
-    }
+    folder = _folder(root, snapshot.step)
     record = {
-        "step": step,
-        "state": dict(state),
-        "files": {name: {"bytes": len(data), "xxh3_128": _digest(data)} for name, data in files.items()},
+        "step": snapshot.step,
+        "state": snapshot.state,
+        "files": {name: {"bytes": len(data), "xxh3_128": _digest(data)} for name, data in snapshot.files.items()},
     }
-    files[_STATE] = _seal(record)
-    write_folder(folder, files)
+    write_folder(folder, {**snapshot.files, _STATE: _seal(record)})
     spared = {_folder(root, step) for step in spare}
     for old in _folders(root)[:-keep]:
         if old not in spared:

@@ -350,6 +350,11 @@ class TrainConfig(_Config):
     early_stopping_threshold: float = Field(0.0, ge=0, description="By how much a value must be better to count.")
     save_steps: int | None = Field(None, ge=1, description="Steps between checkpoints. Default: a tenth of the run.")
     save_total_limit: int = Field(2, ge=1, description="Checkpoints kept.")
+    async_save: bool = Field(
+        False,
+        description="Copy a checkpoint to host memory and write it in the background while training goes on; at most "
+        "one is on its way.",
+    )
 
     samples: int = Field(
         0,

@@ -33,6 +33,7 @@ def run_steps(run: Run, first_step: int, identity: dict[str, Any]) -> int:
             began = time.perf_counter()
             metrics = train_step(run, done)
             done += 1
+            run.background.check()
             if done % config.logging_steps == 0 or done == schedule.total_steps:
                 _log(run, done, metrics)
             seconds = time.perf_counter() - began

@@ -45,7 +45,7 @@ MODEL_FOLDER = "model"
 _FREE_TO_CHANGE = frozenset(
     "cache output_dir resume model adapter device logging_steps eval_steps save_steps save_total_limit "
     "fsdp per_device_eval_batch_size parity_pairs parity_tolerance eval_group_by report_to run_name "
-    "samples activation_offloading".split()
+    "samples activation_offloading async_save".split()
 )
 
 

@@ -11,8 +11,9 @@ import torch
 import xxhash
 
 from dpoeng.cache.schema import ScoredPair
+from dpoeng.engine.background import Background
 from dpoeng.engine.best import Best
-from dpoeng.engine.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
+from dpoeng.engine.checkpoint import Checkpoint, read_checkpoint, save_checkpoint, take_snapshot
 from dpoeng.engine.config import TrainConfig
 from dpoeng.engine.distributed import ALONE, Group
 from dpoeng.engine.losses import LossState
@@ -48,7 +49,7 @@ class Run:
     `source_of` says where a training row stands in the user's files.
     `loss_state` is what the losses remember from step to step.
     `micro_batch` is the number of pairs in a forward: the configured one, until memory runs out. The processes of
-    `group` share a step's forwards; all hold the same adapter and optimizer.
+    `group` share a step's forwards; all hold the same adapter and optimizer. Checkpoints are written by `background`.
     """
 
     config: TrainConfig
@@ -68,6 +69,7 @@ class Run:
     source_of: Callable[[int], str] = "row {}".format
     micro_batch: int = 0
     group: Group = ALONE
+    background: Background = field(default_factory=lambda: Background(threaded=False))
 
     def __post_init__(self) -> None:
         self.micro_batch = self.micro_batch or self.config.per_device_train_batch_size
@@ -80,7 +82,7 @@ class Run:
 
 
 def save_run(run: Run, step: int, identity: dict[str, Any], *, complete: bool) -> None:
-    """A checkpoint of the run as it stands after `step` steps; the first process writes it.
+    """A checkpoint of the run as it stands after `step` steps; the first process writes it, maybe in the background.
 
     Raises:
         UserError: the processes do not hold the same weights any more; or the folder cannot be written.
@@ -96,8 +98,7 @@ def save_run(run: Run, step: int, identity: dict[str, Any], *, complete: bool) -
         )
     if not run.group.is_first:
         return
-    save_checkpoint(
-        run.config.output_dir,
+    snapshot = take_snapshot(
         step,
         parameters=parameters,
         optimizer=optimizer_tensors(run.optimizer, trainable),
@@ -108,9 +109,10 @@ def save_run(run: Run, step: int, identity: dict[str, Any], *, complete: bool) -
             "micro_batch": run.micro_batch,
             "best": run.best.record(),
         },
-        keep=run.config.save_total_limit,
-        spare=run.best.kept if run.config.load_best_model_at_end else (),
     )
+    root, keep = run.config.output_dir, run.config.save_total_limit
+    spare = run.best.kept if run.config.load_best_model_at_end else ()
+    run.background.do(lambda: save_checkpoint(root, snapshot, keep=keep, spare=spare))
 
 
 def restore_run(run: Run, checkpoint: Checkpoint) -> int:

@@ -14,6 +14,7 @@ from dpoeng.cache.reader import View
 from dpoeng.cache.schema import ScoredPair
 from dpoeng.engine.adapters import Mode, add_policy_adapter, as_reference, lora_arguments
 from dpoeng.engine.advice import Advice, advise
+from dpoeng.engine.background import Background
 from dpoeng.engine.best import Best
 from dpoeng.engine.checkpoint import Checkpoint
 from dpoeng.engine.config import TrainConfig
@@ -215,6 +216,7 @@ def _train(
         per_token=not view.spec.holds_sums,
         source_of=train_rows.source,
         group=group,
+        background=Background(threaded=config.async_save, tell=progress.note),
     )
     if on_metrics is not None:
         run.on_metrics = on_metrics
@@ -241,7 +243,8 @@ def _train(
     )
     run.log.also = trackers.log
     try:
-        done = run_steps(run, first_step, identity)
+        with run.background:  # left only when no checkpoint is on its way any more
+            done = run_steps(run, first_step, identity)
     finally:
         trackers.finish()
 
