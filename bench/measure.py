@@ -1,18 +1,20 @@
 """Time and memory of a piece of work: wall and CPU seconds, peak bytes above what was held before, GEMM rate.
 
 On a CPU the peak is the kernel's own high-water mark of resident memory, which cannot miss a short peak as sampling
-can; where it cannot be reset (not Linux, no right to), a thread samples instead. On a GPU it is the allocator's.
+can; where it cannot be reset (not Linux, no right to), a thread samples instead. On a GPU it is the allocator's, and
+time is that of CUDA events in the queue.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,27 +63,81 @@ class Stopwatch:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
 
-class TimeSplit:
-    """Where the time of repeated work went, by name. A part inside a part is not counted in the outer one.
+class Marks:
+    """Marks on the way of some work, and the time between neighbours: by CUDA events on a GPU, else by the clock.
 
-    Attributes:
-        parts: time by name; all of them together are the time between entering the outermost parts and leaving them.
+    An event is put into the GPU's queue, so that nothing waits for it: the work goes by as it does without marks.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.parts: dict[str, Spent] = {}
-        self._watch = Stopwatch(device)
-        self._open: list[str] = []
+        self._device = device
+        self._last = self._now()
+
+    def next(self) -> tuple[Any, Any, float]:
+        """The mark before this one, this one, and the CPU seconds between them; `between` makes time of the two."""
+        (begin, cpu), (end, later) = self._last, self._now()
+        self._last = (end, later)
+        return begin, end, later - cpu
+
+    def between(self, begin: Any, end: Any) -> float:
+        """Seconds; on a GPU those that passed in its queue, which must have been waited for."""
+        if self._device.type == "cuda":
+            return float(begin.elapsed_time(end)) / 1e3
+        return float(end - begin)
+
+    def _now(self) -> tuple[Any, float]:
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record()
+            return event, time.process_time()
+        return time.perf_counter(), time.process_time()
+
+
+def elapsed_s(device: torch.device, work: Callable[[], object]) -> float:
+    """Seconds of a piece of work, on a GPU without what it takes to start it."""
+    synchronize(device)
+    marks = Marks(device)
+    work()
+    begin, end, _ = marks.next()
+    synchronize(device)
+    return marks.between(begin, end)
+
+
+class TimeSplit:
+    """Where the time of repeated work went, by name. A part inside a part is not counted in the outer one.
+
+    The parts are named in a trace of torch.profiler too.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks = Marks(device)
+        self._open: list[tuple[str, Any]] = []
+        self._between: list[tuple[str, Any, Any, float]] = []
+        self._parts: dict[str, Spent] = {}
 
     def enter(self, name: str) -> None:
         """From here on time belongs to `name`."""
         self._charge()
-        self._open.append(name)
+        label = torch.profiler.record_function(name)
+        label.__enter__()  # type: ignore[no-untyped-call]
+        self._open.append((name, label))
 
     def leave(self) -> None:
         """From here on time belongs to the part around this one."""
         self._charge()
-        self._open.pop()
+        _, label = self._open.pop()
+        label.__exit__(None, None, None)
+
+    @property
+    def parts(self) -> dict[str, Spent]:
+        """Time by name; all of it is the time between entering the outermost parts and leaving them."""
+        if self._between:
+            synchronize(self._device)
+        for name, begin, end, cpu_s in self._between:
+            self._parts.setdefault(name, Spent()).add(Spent(self._marks.between(begin, end), cpu_s))
+        self._between = []
+        return self._parts
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -98,9 +154,9 @@ class TimeSplit:
         return total
 
     def _charge(self) -> None:
-        spent = self._watch.lap()
+        begin, end, cpu_s = self._marks.next()
         if self._open:
-            self.parts.setdefault(self._open[-1], Spent()).add(spent)
+            self._between.append((self._open[-1][0], begin, end, cpu_s))
 
 
 def synchronize(device: torch.device) -> None:
@@ -206,13 +262,9 @@ def gemm_flops(
             x = torch.randn(rows, n_in, device=device, dtype=dtype)
             weight = torch.randn(n_out, n_in, device=device, dtype=dtype)
             torch.nn.functional.linear(x, weight)
-            times = []
-            for _ in range(tries):
-                watch = Stopwatch(device)
-                torch.nn.functional.linear(x, weight)
-                times.append(watch.lap().wall_s)
+            product = functools.partial(torch.nn.functional.linear, x, weight)
             flop += 2.0 * rows * n_in * n_out * count
-            seconds += min(times) * count
+            seconds += min(elapsed_s(device, product) for _ in range(tries)) * count
     return flop / seconds
 
 

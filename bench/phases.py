@@ -8,17 +8,29 @@ run; the cache that phase one writes is the one that phase two reads.
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
-from dpoeng.bench.measure import PeakMemory, Spent, TimeSplit, gemm_flops, held_bytes, release_memory, touch
+from dpoeng.bench.gpu import EnergyMeter, PoolUse, card_of, copy_bytes_per_s, pool_use
+from dpoeng.bench.measure import (
+    PeakMemory,
+    Spent,
+    TimeSplit,
+    gemm_flops,
+    held_bytes,
+    release_memory,
+    synchronize,
+    touch,
+)
 from dpoeng.bench.records import stamp
 from dpoeng.bench.workload import first_pairs_of, padded_tokens, save_small_model, unique_tokens
 from dpoeng.cache.reader import View
@@ -40,8 +52,10 @@ from dpoeng.engine.model import (
     use_layout,
 )
 from dpoeng.engine.optim import build_optimizer
+from dpoeng.engine.plan_time import Gpu
 from dpoeng.engine.precompute import default_batch_tokens
 from dpoeng.engine.progress import QUIET, Progress
+from dpoeng.engine.quantized import quantized_tensors
 from dpoeng.engine.reference import score_pairs
 from dpoeng.engine.rows import Rows
 from dpoeng.engine.scoring import choose_layout
@@ -88,6 +102,13 @@ class PhaseResult:
         peak_bytes: the highest of these.
         flops: useful FLOP/s: each prompt counted once, frozen weights without a gradient, no padding.
         of_gemm: `flops` over what this machine's matrix product reaches on the model's own layers.
+        of_card: `flops` over the card's data sheet; None on a CPU or an unknown card.
+        weight_bytes_per_s: bytes of the base that cannot but be read, once a forward and once a backward (twice where
+            layers are recomputed), over seconds.
+        of_copy: that over what a large copy reaches here.
+        of_card_memory: that over the card's data sheet, as `of_card`.
+        joules_a_pair: energy of the card, median over the repeats; None where it does not tell.
+        pool: of a GPU: most that torch's pool had reserved, and allocations that needed a second try.
     """
 
     phase: str
@@ -106,10 +127,31 @@ class PhaseResult:
     peak_method: str = ""
     flops: float = 0.0
     of_gemm: float = 0.0
+    of_card: float | None = None
+    weight_bytes_per_s: float = 0.0
+    of_copy: float = 0.0
+    of_card_memory: float | None = None
+    joules_a_pair: float | None = None
+    pool: PoolUse | None = None
 
 
-def bench_phases(settings: PhaseSettings, progress: Progress = QUIET) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What this machine can do at most: measured products and copies, and the card's data sheet where there is one."""
+
+    gemm_flops: float
+    copy_bytes_per_s: float
+    card: Gpu | None = None
+
+
+def bench_phases(settings: PhaseSettings, progress: Progress = QUIET, trace: Path | None = None) -> dict[str, Any]:
     """Measures both phases and returns the record.
+
+    Args:
+        settings: what is measured.
+        progress: told after each round.
+        trace: after the counted rounds another one of each phase is run under torch.profiler and written beside this
+            name, with the phase's behind it, as Chrome and Perfetto read it.
 
     Raises:
         UserError: the model or the pairs cannot be used.
@@ -132,10 +174,11 @@ def bench_phases(settings: PhaseSettings, progress: Progress = QUIET) -> dict[st
         record["versions"]["dtype"] = str(lm.dtype).removeprefix("torch.")
         layers = linear_shapes(lm)
         gemm = gemm_flops(layers, min(1024, unique_tokens(pairs[: settings.batch_size])), lm.dtype, device)
-        results = measure_phases(lm, pairs, folder, settings, gemm=gemm, progress=progress)
+        limits = Limits(gemm, copy_bytes_per_s(device), card_of(device))
+        results = measure_phases(lm, pairs, folder, settings, limits=limits, progress=progress, trace=trace)
     return {
         **record,
-        "gemm_flops": gemm,
+        **asdict(limits),
         "layout_reason": lm.layout_reason,
         "results": [asdict(result) for result in results],
     }
@@ -147,8 +190,9 @@ def measure_phases(
     folder: Path,
     settings: PhaseSettings,
     *,
-    gemm: float,
+    limits: Limits,
     progress: Progress = QUIET,
+    trace: Path | None = None,
 ) -> list[PhaseResult]:
     """Phase one, then phase two, each in every layout that the model can have.
 
@@ -157,8 +201,9 @@ def measure_phases(
         pairs: what is scored and trained on, in this order.
         folder: for caches; they stay there.
         settings: batch size, steps, repeats, rank.
-        gemm: FLOP/s of the machine's matrix product, see `gemm_flops`.
+        limits: of the machine.
         progress: told after each round.
+        trace: see `bench_phases`.
     """
     set_mode(lm, training=False)
     choose_layout(lm, "auto")
@@ -167,31 +212,39 @@ def measure_phases(
     rounds = 1 + settings.repeats
     layers = linear_shapes(lm)
     touch(lm.base)
+    weights = read_bytes(lm)
     results = []
 
-    def collect(phase: str, work: Any, flop: float) -> None:
+    def collect(phase: str, work: Any, flop: float, weight_bytes: int) -> None:
         of_layout = {
             layout: PhaseResult(phase, layout, len(pairs), unique_tokens(pairs), _padded(pairs, settings.batch_size))
             for layout in layouts
         }
         splits: dict[Layout, list[TimeSplit]] = {layout: [] for layout in layouts}
+        joules: dict[Layout, list[float | None]] = {layout: [] for layout in layouts}
         release_memory(lm.device)
         base = held_bytes(lm.device)
         with progress.task(f"{phase} phase", rounds * len(layouts), "rounds") as advance:
             for number in range(rounds):
                 for layout in layouts:
                     use_layout(lm, layout)
-                    with PeakMemory(lm.device, base) as memory:
+                    with PeakMemory(lm.device, base) as memory, EnergyMeter(lm.device) as energy:
                         split = work()
+                        split.total()  # waits for a GPU, whose energy would be missed else
                     if number > 0:
                         splits[layout].append(split)
+                        joules[layout].append(energy.joules)
                         result = of_layout[layout]
                         result.peaks_bytes.append(memory.peak_bytes)
                         result.peak_method = memory.method
+                        result.pool = pool_use(lm.device)
                     advance(1, layout)
         for layout, result in of_layout.items():
-            _summarise(result, splits[layout], flop, gemm)
+            _summarise(result, splits[layout], flop, weight_bytes, joules[layout], limits)
             results.append(result)
+        if trace is not None:
+            use_layout(lm, layouts[0])
+            write_trace(trace.with_stem(f"{trace.stem}-{phase}"), lm.device, work)
 
     caches = iter(range(1 << 30))
     spec = ReferenceSpec.from_fields({"bench": "phases"})
@@ -199,7 +252,8 @@ def measure_phases(
     def reference() -> TimeSplit:
         return reference_pass(lm, pairs, folder / f"cache{next(caches)}", spec)
 
-    collect("reference", reference, forward_flop(lm, pairs, layers, trained=0)[0])
+    reference_forwards = len(reference_batches(lm, pairs)[1])
+    collect("reference", reference, forward_flop(lm, pairs, layers, trained=0)[0], reference_forwards * weights)
 
     config = TrainConfig.model_validate({"per_device_train_batch_size": settings.batch_size, "lora_r": settings.lora_r})
     add_policy_adapter(lm, "new", None, lora_arguments(config))
@@ -209,10 +263,12 @@ def measure_phases(
     optimizer = build_optimizer(config, lm.trainable_parameters())
     rows = Rows(View.open(folder / "cache0", VIEW), range(len(pairs)))
     trained = sum(parameter.numel() for _, parameter in lm.trainable_parameters())
+    passes = 3 if lm.device.type == "cuda" else 2  # there layers are recomputed
     collect(
         "training",
         lambda: training_pass(lm, rows, optimizer, config),
         sum(forward_flop(lm, pairs, layers, trained=trained)),
+        passes * weights * math.ceil(len(rows) / settings.batch_size),
     )
     lm.layout_reason = reason
     return results
@@ -224,10 +280,10 @@ def reference_pass(lm: CausalLM, pairs: Sequence[PairIds], cache: Path, spec: Re
     with split.part("data"):
         store = Store.open(cache, create=True)
         digest = store.put_spec(spec)
-        (ordered,) = plan_shards({pair_key(pair): pair for pair in pairs}, sum(pair.total_tokens for pair in pairs))
+        ordered, batches = reference_batches(lm, pairs)
     rows = []
     with _forward_apart(lm, split):
-        for batch, _ in batches_of_pairs(ordered, default_batch_tokens(lm.device)):
+        for batch in batches:
             with split.part("head"):
                 rows += score_pairs(lm, [ordered[i] for i in batch])
     with split.part("data"):
@@ -236,6 +292,22 @@ def reference_pass(lm: CausalLM, pairs: Sequence[PairIds], cache: Path, spec: Re
         entries = [ViewEntry("bench", i + 1, pair_key(pair), {}) for i, pair in enumerate(pairs)]
         store.write_view(digest, VIEW, entries, {})
     return split
+
+
+def reference_batches(lm: CausalLM, pairs: Sequence[PairIds]) -> tuple[Sequence[PairIds], list[Sequence[int]]]:
+    """The pairs in phase one's order, and which of them each forward takes."""
+    (ordered,) = plan_shards({pair_key(pair): pair for pair in pairs}, sum(pair.total_tokens for pair in pairs))
+    return ordered, [batch for batch, _ in batches_of_pairs(ordered, default_batch_tokens(lm.device))]
+
+
+def write_trace(path: Path, device: torch.device, work: Callable[[], object]) -> None:
+    """Runs some work under torch.profiler and writes what it saw, for chrome://tracing or ui.perfetto.dev."""
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with profile(activities=kinds) as found:
+        work()
+        synchronize(device)
+    found.export_chrome_trace(str(path))
 
 
 def training_pass(lm: CausalLM, rows: Rows, optimizer: torch.optim.Optimizer, config: TrainConfig) -> TimeSplit:
@@ -281,6 +353,16 @@ def linear_shapes(lm: CausalLM) -> list[tuple[int, int]]:
     ]
 
 
+def read_bytes(lm: CausalLM) -> int:
+    """Bytes of the base that every forward has to read: all but an input embedding that is not the head too."""
+    tensors = [*lm.base.parameters(), *quantized_tensors(lm.base)]
+    held = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}
+    embedding: Any = lm.base.get_input_embeddings().weight
+    if embedding is not lm.head.weight:
+        del held[embedding.data_ptr()]
+    return sum(held.values())
+
+
 def forward_flop(
     lm: CausalLM, pairs: Sequence[PairIds], layers: Sequence[tuple[int, int]], *, trained: int
 ) -> tuple[float, float]:
@@ -308,7 +390,14 @@ def forward_flop(
     return forward, backward
 
 
-def _summarise(result: PhaseResult, splits: Sequence[TimeSplit], flop: float, gemm: float) -> None:
+def _summarise(
+    result: PhaseResult,
+    splits: Sequence[TimeSplit],
+    flop: float,
+    weight_bytes: int,
+    joules: Sequence[float | None],
+    limits: Limits,
+) -> None:
     totals = [split.total() for split in splits]
     result.peak_bytes = max(result.peaks_bytes)
     result.wall_s = [total.wall_s for total in totals]
@@ -318,7 +407,14 @@ def _summarise(result: PhaseResult, splits: Sequence[TimeSplit], flop: float, ge
     result.unique_tokens_per_s = result.unique_tokens / seconds
     result.padded_equivalent_per_s = result.padded_equivalent / seconds
     result.flops = flop / seconds
-    result.of_gemm = result.flops / gemm
+    result.of_gemm = result.flops / limits.gemm_flops
+    result.weight_bytes_per_s = weight_bytes / seconds
+    if limits.card is not None:
+        result.of_card = result.flops / limits.card.flops
+        result.of_card_memory = result.weight_bytes_per_s / limits.card.bytes_per_s
+    result.of_copy = result.weight_bytes_per_s / limits.copy_bytes_per_s
+    known = [value for value in joules if value is not None]
+    result.joules_a_pair = statistics.median(known) / result.pairs if known else None
     for name in splits[0].parts:
         result.split[name] = Spent(
             statistics.median(split.parts[name].wall_s for split in splits),

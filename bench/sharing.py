@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dpoeng.bench.measure import TimeSplit
-from dpoeng.bench.phases import PhaseSettings, measure_phases
+from dpoeng.bench.phases import Limits, PhaseSettings, measure_phases
 from dpoeng.bench.records import stamp
 from dpoeng.bench.workload import save_small_model
 from dpoeng.cache.schema import PairIds, as_ids
@@ -102,7 +102,10 @@ def _share_point(
     prompt = round(share * settings.tokens)
     pairs = pairs_of(settings.pairs, 1, prompt, (settings.tokens - prompt) // 2, lm.vocab_size)
     phases = PhaseSettings(batch_size=settings.pairs, steps=1, repeats=settings.repeats)
-    results = {(r.phase, r.layout): r for r in measure_phases(lm, pairs, folder, phases, gemm=1.0, progress=progress)}
+    results = {
+        (r.phase, r.layout): r
+        for r in measure_phases(lm, pairs, folder, phases, limits=Limits(1.0, 1.0), progress=progress)
+    }
 
     def faster(phase: str) -> float:
         return statistics.median(results[phase, "separate"].wall_s) / statistics.median(results[phase, "shared"].wall_s)

@@ -109,8 +109,15 @@ def bench(ctx: click.Context, outputs: Outputs) -> None:
 @model_options()
 @click.option("--steps", default=4, show_default=True, help="Steps of phase two in a repeat.", type=click.IntRange(1))
 @precision_options
+@click.option(
+    "--trace",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="After the counted rounds, write what torch.profiler sees of one more of each phase: FILE-reference and "
+    "FILE-training, for ui.perfetto.dev.",
+)
+@click.option("--price-per-hour", type=click.FloatRange(0), help="Of the machine: adds what 1,000 pairs cost.")
 @output_options
-def phases(outputs: Outputs, **settings: Any) -> None:
+def phases(outputs: Outputs, trace: Path | None, price_per_hour: float | None, **settings: Any) -> None:
     """Both phases, with the prompt shared and with separate rows: pairs and tokens a second, time split, peak memory.
 
     Without --model: an embedded random one. Without --pairs: random tokens with the lengths of real pairs.
@@ -118,7 +125,8 @@ def phases(outputs: Outputs, **settings: Any) -> None:
     from dpoeng.bench.phases import PhaseSettings, bench_phases
     from dpoeng.cli.progress import TerminalProgress
 
-    finish([bench_phases(PhaseSettings(**settings), TerminalProgress())], outputs)
+    record = bench_phases(PhaseSettings(**settings), TerminalProgress(), trace)
+    finish([{**record, "price_per_hour": price_per_hour}], outputs)
 
 
 @click.command(

@@ -62,12 +62,32 @@ def phases_tables(record: dict[str, Any]) -> list[Table]:
     row("peak above weights", *(f"{r['peak_bytes'] / 2**20:,.0f} MiB" for r in results))
     row("useful GFLOP/s", *(f"{r['flops'] / 1e9:,.0f}" for r in results))
     row("  of this machine's matmul", *(f"{100 * r['of_gemm']:.0f} %" for r in results))
+    _optional_row(table, "  of the card's data sheet", results, "of_card", lambda value: f"{100 * value:.0f} %")
+    _optional_row(table, "weights read, GB/s", results, "weight_bytes_per_s", lambda value: f"{value / 1e9:,.1f}")
+    _optional_row(table, "  of a large copy here", results, "of_copy", lambda value: f"{100 * value:.0f} %")
+    _optional_row(table, "  of the card's memory", results, "of_card_memory", lambda value: f"{100 * value:.0f} %")
+    _optional_row(table, "J a pair", results, "joules_a_pair", lambda value: f"{value:,.1f}")
+    price = record.get("price_per_hour")
+    if price is not None:
+        row("cost of 1,000 pairs", *(f"{price / 3.6 / r['pairs_per_s']:.4g}" for r in results))
+    _optional_row(
+        table, "reserved by torch", results, "pool", lambda pool: f"{pool['reserved_bytes'] / 2**20:,.0f} MiB"
+    )
+    _optional_row(table, "  allocations tried again", results, "pool", lambda pool: f"{pool['retries']}")
     table.caption = (
         f"unique: each prompt once. padded-equivalent: the rows a padding trainer would compute. matmul: "
         f"{record['gemm_flops'] / 1e9:,.0f} GFLOP/s on this model's layers."
     )
     table.caption_justify = "left"
     return [machine_table(record), table]
+
+
+def _optional_row(
+    table: Table, label: str, results: list[dict[str, Any]], name: str, shown: Callable[[Any], str]
+) -> None:
+    """A row of what only some devices tell, and older records do not have."""
+    if any(result.get(name) is not None for result in results):
+        table.add_row(label, *(shown(r[name]) if r.get(name) is not None else "" for r in results))
 
 
 def compare_tables(record: dict[str, Any]) -> list[Table]:

@@ -11,28 +11,33 @@ from dpoeng.cache.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A card: bytes that programs can have, and dense bfloat16 operations a second (0 if it is not known)."""
+    """A card: bytes that programs can have, dense bfloat16 operations a second, and bytes a second of its memory.
+
+    The rates are 0 where they are not known.
+    """
 
     name: str
     n_bytes: int
     flops: float = 0.0
+    bytes_per_s: float = 0.0
 
 
-# Usable memory is a little less than the name says. Rates: NVIDIA's and AMD's data sheets, without sparsity.
+# Usable memory is a little less than the name says. Rates: NVIDIA's and AMD's data sheets, of the SXM
+# form where there are several, without sparsity.
 _CARDS = {
-    "rtx-3090-24gb": (23.6, 71e12),
-    "rtx-4090-24gb": (23.5, 165e12),
-    "l4-24gb": (22.0, 121e12),
-    "a100-40gb": (39.4, 312e12),
-    "a6000-48gb": (47.4, 155e12),
-    "l40s-48gb": (44.4, 362e12),
-    "a100-80gb": (79.1, 312e12),
-    "h100-80gb": (79.1, 989e12),
-    "h200-141gb": (139.7, 989e12),
-    "b200-180gb": (178.0, 2250e12),
-    "mi300x-192gb": (191.0, 1307e12),
+    "rtx-3090-24gb": (23.6, 71e12, 936e9),
+    "rtx-4090-24gb": (23.5, 165e12, 1008e9),
+    "l4-24gb": (22.0, 121e12, 300e9),
+    "a100-40gb": (39.4, 312e12, 1555e9),
+    "a6000-48gb": (47.4, 155e12, 768e9),
+    "l40s-48gb": (44.4, 362e12, 864e9),
+    "a100-80gb": (79.1, 312e12, 2039e9),
+    "h100-80gb": (79.1, 989e12, 3350e9),
+    "h200-141gb": (139.7, 989e12, 4800e9),
+    "b200-180gb": (178.0, 2250e12, 7700e9),
+    "mi300x-192gb": (191.0, 1307e12, 5300e9),
 }
-GPUS = {name: Gpu(name, int(gib * 2**30), flops) for name, (gib, flops) in _CARDS.items()}
+GPUS = {name: Gpu(name, int(gib * 2**30), flops, rate) for name, (gib, flops, rate) in _CARDS.items()}
 
 
 def find_gpu(name: str) -> Gpu:
