@@ -68,8 +68,13 @@ def _cards(plan: SweepPlan, results: Sequence[RunResult]) -> Html:
     if states.count("failed"):
         facts.append(("failed", str(states.count("failed"))))
     if results and results[0].value is not None:
-        facts += [("best run", results[0].name), (f"its held-out {plan.rank_by}", number(results[0].value))]
+        facts += [("best run", _spaced(results[0].name)), (f"its held-out {plan.rank_by}", number(results[0].value))]
     return cards(facts)
+
+
+def _spaced(name: str) -> str:
+    """A run's name that may break into lines."""
+    return name.replace(",", ", ")
 
 
 def _charts(plan: SweepPlan, name: str, done: Sequence[RunResult]) -> list[Html]:
@@ -111,7 +116,7 @@ def _other_metrics(done: Sequence[RunResult]) -> Html:
     names = [name for name in _OTHERS if any(name in (result.metrics or {}) for result in done)]
     rows = [
         (
-            result.name,
+            _spaced(result.name),
             str(result.step),
             *(number(metrics[name]) if name in (metrics := result.metrics or {}) else "" for name in names),
         )
