@@ -45,9 +45,9 @@ $(PEERS)/.installed: pyproject.toml constraints.txt
 	$(PEERS)/bin/pip install --quiet --no-compile $(PIP_FLAGS) -c constraints.txt -e '.[dev]' trl datasets
 	@touch $@
 
-# Some gigabytes: the index has the oldest torch as its CUDA build only.
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --no-compile $(PIP_FLAGS) "$$(grep '^torch==' constraints-oldest.txt)"
 	$(OLDEST)/bin/pip install --quiet --no-compile $(PIP_FLAGS) -c constraints-oldest.txt -e '.[dev]'
 	@touch $@
 

@@ -156,7 +156,7 @@ def test_the_oldest_versions_are_the_lower_bounds() -> None:
     project = PROJECT["project"]
     wanted = [*project["dependencies"], *project["optional-dependencies"]["gguf"]]
     bounds = {canonicalize_name(r.name): next(s.version for s in r.specifier if s.operator == ">=")
-              for r in map(Requirement, wanted)}  # fmt: skip
+              for r in map(Requirement, wanted) if r.name != "triton"}  # fmt: skip  # torch's CUDA builds pin theirs
     found = pins_of("constraints-oldest.txt")
     assert found.keys() == bounds.keys()
     for name, version in found.items():
