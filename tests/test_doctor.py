@@ -120,7 +120,7 @@ def test_a_processor_without_bfloat16_is_told_to_use_float32(
 
 def test_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = metadata.version
-    installed: dict[str, str] = {"peft": "0.5.0", "transformers": "5.1.0", "torch": "2.13.0+cpu"}
+    installed: dict[str, str] = {"peft": "0.5.0", "transformers": "5.21.0", "torch": "2.13.0+cpu"}
 
     def version(name: str) -> str:
         if name == "bitsandbytes":

@@ -74,8 +74,13 @@ def left_by(folder: Path) -> dict[str, str]:
         ({}, {"use_dora": [True, False], "layout": ["separate", "shared"]}, {"gradient_checkpointing": True}),
         ({"adapter": True}, {"adapter_mode": ["stack", "continue"], "beta": [0.2]}, {}),
         # bitsandbytes' layers keep state of their own beside the weights.
-        ({"quantization": "8bit", "hidden": 64}, {"beta": [0.1, 0.3]}, {"gradient_checkpointing": True}),
-        ({"quantization": "4bit", "hidden": 64}, {"beta": [0.1, 0.3]}, {}),
+        pytest.param(
+            {"quantization": "8bit", "hidden": 64},
+            {"beta": [0.1, 0.3]},
+            {"gradient_checkpointing": True},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"quantization": "4bit", "hidden": 64}, {"beta": [0.1, 0.3]}, {}, marks=pytest.mark.slow),
     ],
     ids=["losses", "modules", "sft adapter", "8bit", "4bit"],
 )
