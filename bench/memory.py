@@ -23,9 +23,8 @@ from dpoeng.bench.measure import PeakMemory, held_bytes, release_memory, touch
 from dpoeng.bench.records import stamp
 from dpoeng.bench.workload import first_pairs_of, save_small_model
 from dpoeng.cache.schema import PairIds, ScoredPair
-from dpoeng.engine.adapters import add_policy_adapter, as_reference, lora_arguments
+from dpoeng.engine.adapters import as_reference, make_trainable
 from dpoeng.engine.config import Dtype, Quantization, TrainConfig
-from dpoeng.engine.full import train_all
 from dpoeng.engine.lora import use_peft_product
 from dpoeng.engine.memory_tracker import MemoryTracker
 from dpoeng.engine.metrics import MetricsLog
@@ -239,10 +238,7 @@ def measure_cases(
 @contextlib.contextmanager
 def training_run(lm: CausalLM, rows: Sequence[ScoredPair], config: TrainConfig) -> Iterator[Run]:
     """Phase two, ready for its first step, over one batch that comes again and again; `lm` is made trainable here."""
-    if config.use_peft:
-        add_policy_adapter(lm, "new", None, lora_arguments(config))
-    else:
-        train_all(lm)
+    make_trainable(lm, config, "new" if config.use_peft else "full")
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(lm, inputs_on_host=config.activation_offloading)
     set_mode(lm, training=True)

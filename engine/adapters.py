@@ -12,6 +12,7 @@ from torch import nn
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config import TrainConfig
+from dpoeng.engine.full import train_all
 from dpoeng.engine.lora import use_lora_product
 from dpoeng.engine.model import POLICY_ADAPTER, CausalLM
 from dpoeng.engine.sources import ModelSource
@@ -42,6 +43,11 @@ def lora_arguments(config: TrainConfig) -> dict[str, Any]:
         "use_dora": config.use_dora,
         "init_lora_weights": config.init_lora_weights,
     }
+
+
+def make_trainable(lm: CausalLM, config: TrainConfig, mode: Mode, adapter: ModelSource | None = None) -> CausalLM:
+    """Makes of a loaded base the policy that `config` trains; arguments and errors as of `add_policy_adapter`."""
+    return train_all(lm) if mode == "full" else add_policy_adapter(lm, mode, adapter, lora_arguments(config))
 
 
 def add_policy_adapter(lm: CausalLM, mode: AdapterMode, adapter: ModelSource | None, lora: dict[str, Any]) -> CausalLM:

@@ -103,7 +103,7 @@ def shared_prompt_attention(
         whole = flex(query, key, value, mask, scaling=scaling, softcap=softcap, sinks=sinks)
         return whole.transpose(1, 2).contiguous(), None
     # `split` and not slices: the backward of each slice fills a tensor as long as the whole row.
-    sizes = [n for group in dpoeng_plan.groups for n in _text_sizes(group)]
+    sizes = [n for group in dpoeng_plan.groups for n in group.text_sizes]
     pieces: list[torch.Tensor] = []
     parts = zip(*(torch.split(states, sizes, dim=2) for states in (query, key, value)), strict=True)
     for group in dpoeng_plan.groups:
@@ -116,12 +116,6 @@ def shared_prompt_attention(
             pieces.append(_attend(q, k, v, dpoeng_plan, scaling, sliding_window, softcap, sinks))
     output = torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
     return output.transpose(1, 2).contiguous(), None
-
-
-def _text_sizes(group: GroupSpan) -> list[int]:
-    """Positions of `[prompt | first branch]`, and of each further branch: they follow each other without a gap."""
-    (_, first), *others = group.branches
-    return [first - group.prompt_begin, *(end - begin for begin, end in others)]
 
 
 def _attend(

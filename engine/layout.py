@@ -53,6 +53,12 @@ class GroupSpan:
     prompt_end: int
     branches: tuple[tuple[int, int], ...]
 
+    @property
+    def text_sizes(self) -> list[int]:
+        """Positions of `[prompt | first branch]`, and of each further branch: they follow each other without a gap."""
+        (_, first), *others = self.branches
+        return [first - self.prompt_begin, *(end - begin for begin, end in others)]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedRow:

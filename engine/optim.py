@@ -78,6 +78,11 @@ def set_scheduler_step(scheduler: Any, step: int) -> None:
     scheduler._last_lr = rates
 
 
+def copy_parameters(lm: CausalLM) -> dict[str, torch.Tensor]:
+    """The values of each trained parameter as they are now, in host memory; `put_parameters` brings them back."""
+    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in lm.trainable_parameters()}
+
+
 @torch.no_grad()
 def put_parameters(lm: CausalLM, values: Mapping[str, torch.Tensor]) -> None:
     """Gives each trained parameter the values that stand under its name."""

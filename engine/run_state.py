@@ -19,7 +19,13 @@ from dpoeng.engine.distributed import ALONE, Group
 from dpoeng.engine.losses import LossState
 from dpoeng.engine.metrics import MetricsLog
 from dpoeng.engine.model import CausalLM
-from dpoeng.engine.optim import optimizer_tensors, put_parameters, restore_optimizer, set_scheduler_step
+from dpoeng.engine.optim import (
+    copy_parameters,
+    optimizer_tensors,
+    put_parameters,
+    restore_optimizer,
+    set_scheduler_step,
+)
 from dpoeng.engine.order import Schedule
 from dpoeng.engine.progress import Progress
 from dpoeng.engine.rows import WeightArray
@@ -138,7 +144,7 @@ def best_parameters(run: Run, done: int) -> Iterator[None]:
         yield
         return
     trainable = run.lm.trainable_parameters()
-    last = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trainable}
+    last = copy_parameters(run.lm)
     if run.group.is_first:
         put_parameters(run.lm, read_checkpoint(run.config.output_dir, best).parameters)
     run.group.copy_first([parameter.data for _, parameter in trainable])

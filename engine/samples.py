@@ -12,7 +12,7 @@ from dpoeng.cache.schema import IdArray, ScoredPair
 from dpoeng.engine.checkpoint import unwritable, write_durably
 from dpoeng.engine.generate import generate
 from dpoeng.engine.model import CausalLM, set_mode
-from dpoeng.engine.optim import put_parameters
+from dpoeng.engine.optim import copy_parameters, put_parameters
 from dpoeng.engine.run_folder import SAMPLES_FILE
 
 MAX_NEW_TOKENS = 128
@@ -37,7 +37,7 @@ def take_samples(lm: CausalLM, start: Mapping[str, torch.Tensor], prompts: Seque
         prompts: token ids, [P] each.
     """
     assert lm.tokenizer is not None, "samples need the tokenizer"
-    trained = {name: parameter.detach().to("cpu", copy=True) for name, parameter in lm.trainable_parameters()}
+    trained = copy_parameters(lm)
     set_mode(lm, training=False)
     after = generate(lm, prompts, max_new_tokens=MAX_NEW_TOKENS)
     put_parameters(lm, start)

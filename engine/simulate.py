@@ -20,9 +20,8 @@ import torch.nn.functional as F
 
 from dpoeng.cache.schema import PairIds, ScoredPair
 from dpoeng.engine import batch, scoring
-from dpoeng.engine.adapters import add_policy_adapter, lora_arguments
+from dpoeng.engine.adapters import make_trainable
 from dpoeng.engine.config import Quantization, TrainConfig
-from dpoeng.engine.full import train_all
 from dpoeng.engine.layout import pair_group
 from dpoeng.engine.lora import use_peft_product
 from dpoeng.engine.memory_tracker import MemoryTracker
@@ -119,10 +118,7 @@ def build(setup: Setup, *, policy: bool = True) -> CausalLM:
     """The model of a setup on the meta device, as phase two trains it, or as the reference."""
     lm = empty_model(setup.model, quantization=setup.quantization, dtype=setup.dtype, double_quant=setup.double_quant)
     if policy:
-        if setup.config.use_peft:
-            lm = add_policy_adapter(lm, "new", None, lora_arguments(setup.config))
-        else:
-            lm = train_all(lm)
+        lm = make_trainable(lm, setup.config, "new" if setup.config.use_peft else "full")
         if setup.config.gradient_checkpointing:
             enable_gradient_checkpointing(lm, inputs_on_host=setup.config.activation_offloading)
     if setup.stock:

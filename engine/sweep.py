@@ -6,7 +6,6 @@ a sweep skips the runs that are complete, goes on with the one that was stopped,
 
 from __future__ import annotations
 
-import gc
 import itertools
 import os
 import re
@@ -19,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 
 from dpoeng.cache.errors import UserError
@@ -28,6 +26,7 @@ from dpoeng.engine.config import LOSS_FIELDS, SweepConfig, TrainConfig, bare_typ
 from dpoeng.engine.config_files import as_error, load_config, unknown_field
 from dpoeng.engine.full import check_full
 from dpoeng.engine.kept_base import KeptBase
+from dpoeng.engine.oom import release_memory
 from dpoeng.engine.order import plan_schedule
 from dpoeng.engine.progress import QUIET, Progress
 from dpoeng.engine.rows import Rows
@@ -369,7 +368,7 @@ def run_sweep(plan: SweepPlan, progress: Progress = QUIET, on_results: OnResults
             if not summary.already_complete:
                 seconds += time.perf_counter() - began
                 pairs += round(point.pairs * (summary.steps - summary.resumed_from) / max(1, summary.planned_steps))
-        _free_memory()
+        release_memory()  # a run's modules hold each other in cycles, and the next run is promised the memory
         results = compare_runs([(p.name, p.values, p.config.output_dir) for p in plan.points], plan.rank_by, failed)
         write_sweep(plan.root, plan.vary, plan.rank_by, results)
         on_results(results)
@@ -408,10 +407,3 @@ def _keep_error(point: Point, message: str) -> None:
         (point.config.output_dir / ERROR_FILE).write_text(f"{message}\n\n{traceback.format_exc()}", encoding="utf-8")
     except OSError:
         return
-
-
-def _free_memory() -> None:
-    """A run's modules hold each other in cycles, and the next run is promised the memory."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

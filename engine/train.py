@@ -12,7 +12,7 @@ import torch
 
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import ScoredPair
-from dpoeng.engine.adapters import Mode, add_policy_adapter, as_reference, lora_arguments
+from dpoeng.engine.adapters import Mode, as_reference, make_trainable
 from dpoeng.engine.advice import Advice, advise
 from dpoeng.engine.background import Background
 from dpoeng.engine.best import Best
@@ -21,12 +21,12 @@ from dpoeng.engine.config import TrainConfig
 from dpoeng.engine.distributed import Group, process_group
 from dpoeng.engine.fit import check_step
 from dpoeng.engine.fsdp import check_fsdp, shard_base
-from dpoeng.engine.full import check_full, train_all
+from dpoeng.engine.full import check_full
 from dpoeng.engine.kept_base import KeptBase
 from dpoeng.engine.loop import run_steps
 from dpoeng.engine.metrics import MetricsLog
 from dpoeng.engine.model import device_name, enable_gradient_checkpointing, set_mode
-from dpoeng.engine.optim import build_optimizer, build_scheduler
+from dpoeng.engine.optim import build_optimizer, build_scheduler, copy_parameters
 from dpoeng.engine.order import plan_schedule
 from dpoeng.engine.progress import QUIET, Progress
 from dpoeng.engine.quantized import import_bitsandbytes, require_bitsandbytes
@@ -184,7 +184,7 @@ def _train(
     lm = load(config, reference, device, on_host=config.fsdp, tokenizer=config.samples > 0)
     # Seeded before the adapter is made: its start is part of what a seed means.
     torch.manual_seed(config.seed)
-    lm = train_all(lm) if mode == "full" else add_policy_adapter(lm, mode, adapter, lora_arguments(config))
+    lm = make_trainable(lm, config, mode, adapter)
     if config.fsdp:
         shard_base(lm, group, device)
     trainable = lm.trainable_parameters()
@@ -220,8 +220,7 @@ def _train(
     )
     if on_metrics is not None:
         run.on_metrics = on_metrics
-    wanted = trainable if config.samples else []
-    start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in wanted}
+    start = copy_parameters(lm) if config.samples else {}
     first_step = 0
     if checkpoint is not None:
         first_step = restore_run(run, checkpoint)

@@ -171,12 +171,9 @@ def evaluate_trained(
     rows = Rows(eval_view if eval_view and which == "held-out" else view, indices)
     weights, labels = rows.weights(config.pair_weight_column), rows.labels(config.eval_group_by)
     settings = LossSettings.of(config)
-    device = ""
 
-    def compare(lm: CausalLM) -> ParityReport:
-        nonlocal device
-        device = device_name(lm.device)
-        return check_parity(config, lm, view, range(len(view)), view.meta["reference"])
+    def compare(lm: CausalLM) -> tuple[ParityReport, str]:
+        return check_parity(config, lm, view, range(len(view)), view.meta["reference"]), device_name(lm.device)
 
     def score(lm: CausalLM) -> PreferenceLoss:
         progress.note(f"evaluating {len(rows)} pairs of {rows.view.name} ({which})")
@@ -189,7 +186,7 @@ def evaluate_trained(
             per_token=not rows.view.spec.holds_sums,
         )
 
-    parity, found = before_and_after(trained, config, view, compare, score)
+    (parity, device), found = before_and_after(trained, config, view, compare, score)
     result = summarise(found, rows.prompts(), labels, seed=config.seed, per_pair_loss=not settings.sorts_pairs)
     line = {f"eval_{name}": value for name, value in result.metrics.items()}
     return EvaluationSummary(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -40,16 +39,12 @@ class Texts:
 
 def texts(groups: Sequence[GroupSpan], device: torch.device) -> Texts:
     """Spans of a row -> its texts."""
-    queries: list[int] = []
-    keys: list[np.ndarray[Any, Any]] = []
-    for group in groups:
-        for i, (begin, end) in enumerate(group.branches):
-            if i == 0:
-                queries.append(end - group.prompt_begin)
-                keys.append(np.arange(group.prompt_begin, end))
-            else:
-                queries.append(end - begin)
-                keys.append(np.concatenate([np.arange(group.prompt_begin, group.prompt_end), np.arange(begin, end)]))
+    queries = [size for group in groups for size in group.text_sizes]
+    keys = [
+        np.concatenate([np.arange(group.prompt_begin, group.prompt_end), np.arange(begin, end)])
+        for group in groups
+        for begin, end in group.branches
+    ]
     lengths = [len(rows) for rows in keys]
 
     def offsets(counts: Sequence[int]) -> torch.Tensor:

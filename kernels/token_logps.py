@@ -103,6 +103,11 @@ def plain_token_logps(
 # --- the backends ---
 
 
+def _has_kernels(hidden: Tensor) -> bool:
+    """Whether the Triton kernels take these hidden states; tiles in PyTorch take all others."""
+    return hidden.is_cuda and hidden.dtype != torch.float64
+
+
 def _tiled(
     hidden: Tensor,
     head: Head,
@@ -146,7 +151,7 @@ def _score_op(
     ignore_index: int,
 ) -> Tensor:
     head = Head(weight, bias, softcap, scale, temperature)
-    if hidden.is_cuda and hidden.dtype != torch.float64:
+    if _has_kernels(hidden):
         from dpoeng.kernels.linear_logps import fused_logps
 
         return fused_logps(hidden, head, targets, ignore_index)
@@ -167,7 +172,7 @@ def _train_op(
 ) -> tuple[Tensor, Tensor]:
     head = Head(weight, bias, softcap, scale, temperature)
     unit_gradient = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    if hidden.is_cuda and hidden.dtype != torch.float64:
+    if _has_kernels(hidden):
         from dpoeng.kernels.unit_gradient import chunked_logps
 
         logps = chunked_logps(hidden, head, targets, ignore_index, unit_gradient, narrow=narrow_logits)
@@ -232,7 +237,7 @@ def _head_op(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs `[N]`, and what the backward needs of each row beside its inputs: `[3, N]`, on a GPU nothing."""
     head = Head(weight, bias, softcap, scale, temperature)
-    if hidden.is_cuda and hidden.dtype != torch.float64:
+    if _has_kernels(hidden):
         from dpoeng.kernels.linear_logps import fused_logps
 
         return fused_logps(hidden, head, targets, ignore_index), hidden.new_empty((3, 0), dtype=torch.float32)
@@ -255,7 +260,7 @@ def _head_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by hidden states, weight and bias."""
     head = Head(weight, bias, softcap, scale, temperature)
-    if hidden.is_cuda and hidden.dtype != torch.float64:
+    if _has_kernels(hidden):
         return chunked_gradients(hidden, head, targets, ignore_index, upstream)
     kept = targets != ignore_index
     if kept.all():
@@ -270,7 +275,7 @@ def _head_backward_op(
 @_head_op.register_fake
 def _(hidden: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     logps = hidden.new_empty(hidden.shape[0], dtype=sum_dtype(hidden.dtype))
-    kept = 0 if hidden.is_cuda and hidden.dtype != torch.float64 else hidden.shape[0]
+    kept = 0 if _has_kernels(hidden) else hidden.shape[0]
     return logps, logps.new_empty((3, kept))
 
 

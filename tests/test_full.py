@@ -12,6 +12,7 @@ import pytest
 import torch
 from dpoeng_testing import pair_rows, save_tiny_model, tree, write_jsonl
 from safetensors.torch import load_file
+from test_memory import fields
 
 from dpoeng.bench.allocator import trace_allocator
 from dpoeng.bench.memory import tensor_bytes, training_run
@@ -365,24 +366,6 @@ def test_settings_of_an_adapter_are_refused(values: dict[str, Any], said: str) -
 # --------------------------------------------------------------------------- memory
 
 
-def fields(**changes: Any) -> dict[str, Any]:
-    small: dict[str, Any] = {
-        "model_type": "qwen2",
-        "vocab_size": 3000,
-        "hidden_size": 128,
-        "intermediate_size": 320,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": False,
-        "pad_token_id": 0,
-        "bos_token_id": None,
-        "eos_token_id": 0,
-    }
-    return {**small, **changes}
-
-
 @pytest.mark.parametrize(
     ("dtype", "checkpointing", "is_tied"),
     [(torch.float32, False, False), (torch.bfloat16, True, True), (torch.bfloat16, False, False)],
@@ -399,7 +382,7 @@ def test_the_predicted_peak_is_the_allocators(
         per_device_train_batch_size=2,
         gradient_accumulation_steps=1,
     )
-    model = fields(tie_word_embeddings=is_tied)
+    model = fields("qwen2", vocab_size=3000, tie_word_embeddings=is_tied)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.for_model(**model), dtype=dtype).save_pretrained(tmp_path)
     pairs = [Pair(64, 96, 96)] * 2
@@ -436,7 +419,7 @@ def test_the_predicted_peak_is_the_allocators(
 @pytest.mark.parametrize("accumulates", [False, True])
 def test_depth_is_extended_exactly(accumulates: bool) -> None:
     setup = Setup(
-        model=fields(num_hidden_layers=7),
+        model=fields("qwen2", vocab_size=3000, num_hidden_layers=7),
         dtype=torch.bfloat16,
         quantization="none",
         config=TrainConfig(use_peft=False, gradient_checkpointing=True),
@@ -449,7 +432,7 @@ def test_depth_is_extended_exactly(accumulates: bool) -> None:
 
 
 def test_the_plan_of_all_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(fields()))
+    (tmp_path / "config.json").write_text(json.dumps(fields("qwen2", vocab_size=3000)))
     line = ["plan", "--model", str(tmp_path), "--no-use-peft", "--gpu", "a100-80gb", "--max-length", "128"]
     command(*line, "--json")
     found = json.loads(capsys.readouterr().out)
