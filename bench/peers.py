@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 from dpoeng.bench.measure import PeakMemory, Spent, Stopwatch, held_bytes, release_memory, touch
-from dpoeng.engine.config import Dtype, PrecomputeConfig, TrainConfig
+from dpoeng.engine.config import Dtype, PrecomputeConfig, Quantization, TrainConfig
 from dpoeng.engine.progress import Advance
 
 Program = Literal["dpoeng reference", "dpoeng", "trl precomputed", "trl adapter off", "trl second model"]
@@ -39,8 +39,12 @@ class Job:
         scratch: a folder of this process's own.
         batch_size: pairs in one step; the same in the reference pass of TRL, as is its default.
         steps: optimizer steps.
-        dtype: of the frozen weights; the LoRA is float32 in both programs.
+        dtype: of the frozen weights; the LoRA is float32 in both programs, but for TRL's over a quantised base, which
+            it makes bfloat16.
         threads: of torch.
+        lr_scheduler_type: as transformers names it; without warm-up.
+        quantization: of the frozen weights, the head excepted, with dpoeng's settings for both.
+        max_prompt_length: most tokens of a prompt, the last ones; None for no limit of its own.
     """
 
     program: Program
@@ -57,6 +61,9 @@ class Job:
     seed: int
     threads: int
     device: str
+    lr_scheduler_type: str = "constant"
+    quantization: Quantization = "none"
+    max_prompt_length: int | None = None
 
 
 @dataclass(slots=True)
@@ -81,6 +88,11 @@ class Figures:
     reference_peak_bytes: int = 0
     memory_method: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+
+
+def adapter_folder(job: Job) -> Path:
+    """Where the job leaves the adapter that it trained, as peft stores it."""
+    return Path(job.scratch) / "out" / "adapter"
 
 
 def run_job(job: Job) -> Figures:
@@ -142,8 +154,10 @@ def _dpoeng_reference(job: Job) -> Figures:
                 "cache": Path(job.cache),
                 "name": "bench",
                 "dtype": job.dtype,
+                "quantization": job.quantization,
                 "device": job.device,
                 "max_length": job.max_length,
+                "max_prompt_length": job.max_prompt_length,
             }
         ),
         meter,
@@ -161,7 +175,7 @@ def _dpoeng_train(job: Job) -> Figures:
     from dpoeng.engine.train import train
 
     meter = _Meter("training", torch.device(job.device))
-    output = Path(job.scratch) / "out"
+    output = adapter_folder(job).parent
     summary = train(
         TrainConfig.model_validate(
             {
@@ -169,12 +183,13 @@ def _dpoeng_train(job: Job) -> Figures:
                 "output_dir": output,
                 "resume": False,
                 "dtype": job.dtype,
+                "quantization": job.quantization,
                 "device": job.device,
                 "eval_share": 0,
                 "parity_pairs": 1,
                 "lora_r": job.lora_r,
                 "learning_rate": job.learning_rate,
-                "lr_scheduler_type": "constant",
+                "lr_scheduler_type": job.lr_scheduler_type,
                 "warmup_ratio": 0,
                 "max_steps": job.steps,
                 "per_device_train_batch_size": job.batch_size,
@@ -207,6 +222,7 @@ def _trl(job: Job) -> Figures:
     from dpoeng.engine.adapters import lora_arguments
     from dpoeng.engine.model import DTYPES
     from dpoeng.engine.order import plan_schedule
+    from dpoeng.engine.quantized import quantization_config
 
     device = torch.device(job.device)
     view = View.open(job.cache)
@@ -258,7 +274,19 @@ def _trl(job: Job) -> Figures:
             figures.train_peak_bytes, figures.memory_method = self.memory.peak_bytes, self.memory.method
 
     def load() -> Any:
-        model = AutoModelForCausalLM.from_pretrained(job.model, dtype=DTYPES[job.dtype]).to(device)
+        held: dict[str, Any] = {}
+        if job.quantization != "none":
+            ours = PrecomputeConfig.model_validate({})
+            held["quantization_config"] = quantization_config(
+                job.quantization,
+                DTYPES[job.dtype],
+                ours.llm_int8_threshold,
+                ours.bnb_4bit_quant_type,
+                ours.bnb_4bit_use_double_quant,
+            )
+        model = AutoModelForCausalLM.from_pretrained(
+            job.model, dtype=DTYPES[job.dtype], device_map={"": str(device)}, **held
+        )
         touch(model)
         return model
 
@@ -280,7 +308,7 @@ def _trl(job: Job) -> Figures:
             per_device_train_batch_size=job.batch_size,
             gradient_accumulation_steps=1,
             learning_rate=job.learning_rate,
-            lr_scheduler_type="constant",
+            lr_scheduler_type=job.lr_scheduler_type,
             max_steps=job.steps,
             logging_steps=1,
             report_to=[],
@@ -296,6 +324,7 @@ def _trl(job: Job) -> Figures:
         callbacks=[Meter()],
     )
     trainer.train()
+    trainer.save_model(str(adapter_folder(job)))
     lines = [line for line in trainer.state.log_history if "grad_norm" in line]
     figures.losses = [float(line["loss"]) for line in lines]
     figures.grad_norms = [float(line["grad_norm"]) for line in lines]

@@ -26,6 +26,7 @@ from dpoeng.engine.batch import evaluate
 from dpoeng.engine.config import PrecomputeConfig, TrainConfig
 from dpoeng.engine.evaluation import bootstrap
 from dpoeng.engine.loss_names import LossSettings
+from dpoeng.engine.losses import PreferenceLoss
 from dpoeng.engine.metrics import pair_values
 from dpoeng.engine.model import pick_device
 from dpoeng.engine.order import hold_out
@@ -98,7 +99,7 @@ def bench_quality(settings: QualitySettings, progress: Progress = QUIET) -> dict
     told = {**asdict(settings), "model": Path(settings.model).name, "work": None}
     record = stamp("quality", device, {**told, "pairs": [path.name for path in settings.pairs]})
     settings.work.mkdir(parents=True, exist_ok=True)
-    files = split_pairs(settings, settings.work)
+    files = split_pairs(settings.pairs, settings.pairs_count, settings.held_out, settings.work)
     base = {
         **asdict(settings),
         "model": str(source.folder.resolve()),
@@ -135,22 +136,22 @@ def _folder_name(job: Mapping[str, Any]) -> str:
     return f"{job['way'].replace(', ', '-').replace(' ', '-')}-{job['seed']}-{asked}"
 
 
-def split_pairs(settings: QualitySettings, folder: Path) -> tuple[Path, Path]:
-    """Two files, to train on and to hold out; all pairs of a prompt are in one of them.
+def split_pairs(pairs: Sequence[Path], count: int, held_out_share: float, folder: Path) -> tuple[Path, Path]:
+    """Two files of the first so many pairs, to train on and to hold out; all pairs of a prompt are in one of them.
 
     Raises:
         UserError: the files cannot be read, or there is nothing to hold out.
     """
-    lines = first_pairs(settings.pairs, settings.pairs_count, folder / "pairs.jsonl").read_text(encoding="utf-8")
+    lines = first_pairs(pairs, count, folder / "pairs.jsonl").read_text(encoding="utf-8")
     rows = [line for line in lines.splitlines() if line.strip()]
-    train_rows, held_out = hold_out([_prompt(row) for row in rows], settings.held_out, 0)
+    train_rows, held_out = hold_out([_prompt(row) for row in rows], held_out_share, 0)
     files = folder / "train.jsonl", folder / "held-out.jsonl"
     for path, chosen in zip(files, (train_rows, held_out), strict=True):
         if not chosen:
             raise UserError(
                 "there are too few pairs to train on some and hold out others",
                 code="data-empty",
-                where=", ".join(map(str, settings.pairs)),
+                where=", ".join(map(str, pairs)),
                 expected="pairs of several prompts",
                 found=f"{len(rows)} pairs",
                 remedy="give more pairs, or another --held-out",
@@ -237,13 +238,17 @@ def _score(job: Mapping[str, Any], precision: Precision) -> list[str]:
 
 def held_out_values(config: TrainConfig) -> dict[str, list[float]]:
     """A value a held-out pair of each of `METRICS`, for the adapter of a finished run in the precision of `config`."""
+    values = pair_values(look_at(config.output_dir / ADAPTER_FOLDER, config))
+    return {name: [float(value) for value in values[name]] for name in METRICS}
+
+
+def look_at(adapter: Path, config: TrainConfig) -> PreferenceLoss:
+    """Rewards and log-probs of all pairs of `config.eval_view`, under an adapter in the precision of `config`."""
     assert config.eval_view is not None
     view = View.open(config.cache, config.eval_view)
-    lm = load_trained(find_trained(config.output_dir / ADAPTER_FOLDER), config, view)
+    lm = load_trained(find_trained(adapter), config, view)
     rows = Rows(view, range(len(view)))
-    found = evaluate(lm, rows, LossSettings.of(config), batch_size=config.per_device_eval_batch_size)
-    values = pair_values(found)
-    return {name: [float(value) for value in values[name]] for name in METRICS}
+    return evaluate(lm, rows, LossSettings.of(config), batch_size=config.per_device_eval_batch_size)
 
 
 # --------------------------------------------------------------------------- what they found

@@ -122,14 +122,15 @@ def test_ways_are_compared_on_the_same_pairs(tmp_path: Path, tiny_model: Path, r
 
 
 def test_held_out_pairs_are_not_trained_on_and_the_same_for_all(tmp_path: Path, tiny_model: Path) -> None:
-    train_file, held_out = split_pairs(settings(tmp_path, tiny_model), tmp_path)
+    asked = settings(tmp_path, tiny_model)
+    train_file, held_out = split_pairs(asked.pairs, asked.pairs_count, asked.held_out, tmp_path)
     sides = [[json.loads(line)["prompt"] for line in path.read_text().splitlines()] for path in (train_file, held_out)]
     assert sorted(map(len, sides), reverse=True) == [len(sides[0]), len(sides[1])]
     assert sum(map(len, sides)) == 24
     assert not set(sides[0]) & set(sides[1])
     one_prompt = write_jsonl(tmp_path / "one.jsonl", [{**row, "prompt": "same"} for row in pair_rows(4)])
     with pytest.raises(UserError, match="too few pairs"):
-        split_pairs(settings(tmp_path, tiny_model, pairs=(one_prompt,)), tmp_path)
+        split_pairs([one_prompt], asked.pairs_count, asked.held_out, tmp_path)
 
 
 def test_other_settings_do_not_go_on_with_a_run(tmp_path: Path, tiny_model: Path, runs: list[str]) -> None:
