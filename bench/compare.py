@@ -1,7 +1,9 @@
 """dpoeng against TRL: the same model, token ids, LoRA, order and batches, in processes of their own, in turn.
 
-Every repeat runs each program once, one after the other, so that a machine that grows slower does so for all of them.
-Ratios are taken within a repeat and then summarised. A comparison counts only if the losses agree.
+In every repeat dpoeng runs beside each peer. On a CPU both processes are alive at once and take turns, a batch or a
+step each: a machine that others use too grows slower and faster within a minute, and so does for both alike. On a GPU,
+whose memory two programs would have to share, one runs after the other. Ratios are taken within a repeat and then
+summarised. A comparison counts only if the losses agree.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 
 from dpoeng.bench.measure import Spent
-from dpoeng.bench.peers import Figures, Job, Program
+from dpoeng.bench.peers import IN_TURNS, TURN, Figures, Job, Program
 from dpoeng.bench.records import commit, stamp
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config import Dtype
@@ -31,6 +33,11 @@ from dpoeng.engine.progress import QUIET, Progress
 from dpoeng.engine.sources import find_model
 
 PEERS: tuple[Program, ...] = ("trl precomputed", "trl adapter off", "trl second model")
+
+Round = dict[Program, dict[Program, Figures]]
+"""Peer -> program -> what it found: the peer itself, and dpoeng beside it."""
+
+OF_MEMORY = "if it was killed, the machine has too little memory: lower --batch-size"
 
 # Largest relative difference of a step's loss. In bfloat16 the two programs' batches have other shapes, and so other
 # rounding: log-probs of a response differ by tenths of a nat, losses by beta times that.
@@ -44,7 +51,7 @@ class CompareSettings:
     Attributes:
         pairs_count: the first so many pairs of the files are scored in the reference pass.
         steps: optimizer steps; the first one is not counted, since it meets cold caches.
-        repeats: how often every program is run.
+        repeats: how often dpoeng is run beside every peer.
         work: a folder that keeps every finished run, so that a comparison that was stopped goes on; None keeps nothing.
     """
 
@@ -89,7 +96,7 @@ def bench_compare(settings: CompareSettings, progress: Progress = QUIET) -> dict
             program="dpoeng",
             model=str(source.folder.resolve()),
             pairs=(str(first_pairs(settings.pairs, settings.pairs_count, folder / "pairs.jsonl")),),
-            cache="",
+            cache=str(folder / "cache"),
             scratch="",
             batch_size=settings.batch_size,
             steps=settings.steps,
@@ -104,29 +111,134 @@ def bench_compare(settings: CompareSettings, progress: Progress = QUIET) -> dict
         settings_told = {**asdict(settings), "model": Path(settings.model).name, "peer_python": None, "work": None}
         settings_told["pairs"] = [path.name for path in settings.pairs]
         record = stamp("compare", device, settings_told)
-        programs: tuple[Program, ...] = ("dpoeng reference", "dpoeng", *settings.peers)
-        rounds: list[dict[Program, Figures]] = []
-        with progress.task("comparing", settings.repeats * len(programs), "runs") as advance:
+        rounds: list[Round] = []
+        with progress.task("comparing", 1 + settings.repeats * len(settings.peers), "runs") as advance:
+            # Peers take their token ids from this cache. It is not counted: no peer runs beside it.
+            first = run_process(sys.executable, _in_folder(replace(job, program="dpoeng reference"), folder / "first"))
+            advance(1, "token ids")
             for number in range(settings.repeats):
-                cache = folder / f"cache{number}"
-                done: dict[Program, Figures] = {}
-                for program in programs:
-                    own = folder / f"{number}-{program.replace(' ', '-')}"
-                    own.mkdir(exist_ok=True)
-                    interpreter = python if program in settings.peers else sys.executable
-                    done[program] = run_process(
-                        interpreter, replace(job, program=program, cache=str(cache), scratch=str(own))
-                    )
-                    advance(1, program)
-                rounds.append(done)
+                rounds.append({})
+                for peer in settings.peers:
+                    rounds[-1][peer] = _beside(job, peer, python, folder / f"{number}-{peer.replace(' ', '-')}")
+                    advance(1, peer)
+    done = [beside[peer] for beside in rounds for peer in settings.peers]
+    if "trl precomputed" not in settings.peers:
+        done.append({"dpoeng reference": first})
     return {
         **record,
-        "peer_versions": rounds[0][settings.peers[0]].versions,
+        "peer_versions": rounds[0][settings.peers[0]][settings.peers[0]].versions,
         "equality": check_equal(rounds, settings.peers, LOSS_TOLERANCE[settings.dtype]),
         "ratios": {peer: _plain(ratios(rounds, peer)) for peer in settings.peers},
-        "medians": {program: medians([done[program] for done in rounds]) for program in programs},
-        "runs": [{program: asdict(figures) for program, figures in done.items()} for done in rounds],
+        "medians": {
+            program: medians([found[program] for found in done if program in found])
+            for program in ("dpoeng reference", "dpoeng", *settings.peers)
+        },
+        "runs": [
+            {peer: {program: asdict(figures) for program, figures in found.items()} for peer, found in beside.items()}
+            for beside in rounds
+        ],
     }
+
+
+def _in_folder(job: Job, folder: Path) -> Job:
+    """The job with a folder of its own, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return replace(job, scratch=str(folder))
+
+
+def _beside(job: Job, peer: Program, python: str, folder: Path) -> dict[Program, Figures]:
+    """dpoeng beside one peer: phase one where the peer has one too, then phase two; or what was found before."""
+    phases: tuple[Program, ...] = ("dpoeng reference", "dpoeng") if peer == "trl precomputed" else ("dpoeng",)
+    own = [_in_folder(replace(job, program=phase), folder / phase.replace(" ", "-")) for phase in phases]
+    if len(own) > 1:
+        own[0] = replace(own[0], cache=str(folder / "cache"))
+    theirs = _in_folder(replace(job, program=peer), folder / "peer")
+    kept, asked = folder / "figures.json", {"jobs": [asdict(each) for each in (*own, theirs)], "commit": commit()}
+    asked = json.loads(json.dumps(asked))
+    if kept.is_file():
+        before = json.loads(kept.read_text(encoding="utf-8"))
+        if before["asked"] == asked:
+            return {program: _figures(raw) for program, raw in before["figures"].items()}
+    found = in_turns(own, theirs, python)
+    raw = {program: asdict(figures) for program, figures in found.items()}
+    kept.write_text(json.dumps({"asked": asked, "figures": raw}), encoding="utf-8")
+    return found
+
+
+class _Process:
+    """A job in a process of its own, which stops at every turn until it is told to go on.
+
+    Attributes:
+        turn: the phase and the pairs done in it, where it waits; None once it has ended.
+        figures: what it found, once it has ended.
+    """
+
+    def __init__(self, python: str, job: Job, *, turns: bool) -> None:
+        self.job, self._command = job, [python, "-m", "dpoeng.bench.peers", str(Path(job.scratch) / "job.json")]
+        Path(self._command[-1]).write_text(json.dumps(asdict(job)), encoding="utf-8")
+        self._errors = (Path(job.scratch) / "errors").open("w+", encoding="utf-8")
+        self._process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env={**_quiet(), IN_TURNS: "1" if turns else ""},
+        )
+        self.figures: Figures | None = None
+        self.turn = self._listen()
+
+    def go(self) -> None:
+        """Lets it work up to its next turn, or to its end."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+        self.turn = self._listen()
+
+    def end(self) -> None:
+        """Ends it, where it has not ended by itself."""
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def _listen(self) -> tuple[int, int] | None:
+        assert self._process.stdout is not None
+        last = ""
+        for line in self._process.stdout:
+            word, *rest = line.split()[:3] or [""]
+            if word == TURN and len(rest) == 2:
+                return int(rest[0]), int(rest[1])
+            last = line.strip() or last
+        if self._process.wait() != 0:
+            self._errors.seek(0)
+            raise _failed(self.job.program, self._command, self._process.returncode, self._errors.read() or last)
+        self.figures = _figures(json.loads(last))
+        return None
+
+
+def in_turns(ours: Sequence[Job], theirs: Job, python: str) -> dict[Program, Figures]:
+    """dpoeng's jobs one after the other, beside the peer's one: whoever has done fewer pairs of the phase goes on.
+
+    Raises:
+        UserError: a process failed; none is left behind.
+    """
+    turns = theirs.device == "cpu"
+    started: list[_Process] = []
+    try:
+        peer = _Process(python, theirs, turns=turns)
+        started.append(peer)
+        for job in ours:
+            own = _Process(sys.executable, job, turns=turns)
+            started.append(own)
+            while own.turn is not None:
+                first = own if peer.turn is None or own.turn <= peer.turn else peer
+                first.go()
+        while peer.turn is not None:
+            peer.go()
+        return {each.job.program: each.figures for each in started if each.figures is not None}
+    finally:
+        for each in started:
+            each.end()
 
 
 def check_peer(python: str) -> None:
@@ -197,7 +309,7 @@ def run_process(python: str, job: Job) -> Figures:
         asdict(job),
         Path(job.scratch),
         name=job.program,
-        remedy="if it was killed, the machine has too little memory: lower --batch-size",
+        remedy=OF_MEMORY,
     )
     return _figures(raw)
 
@@ -226,25 +338,29 @@ def run_module(
             figures: dict[str, Any] = before["figures"]
             return figures
     file.write_text(json.dumps(job), encoding="utf-8")
-    done = subprocess.run(
-        [python, "-m", module, str(file)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"},
-    )
+    command = [python, "-m", module, str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_quiet())
     if done.returncode != 0:
-        raise UserError(
-            f"{name} failed",
-            code="bench-peer-failed",
-            where=f"{python} -m {module}, exit status {done.returncode}",
-            found="\n".join((done.stderr or done.stdout).strip().splitlines()[-8:]),
-            remedy=remedy,
-            exit_status=5,
-        )
+        raise _failed(name, command, done.returncode, done.stderr or done.stdout, remedy)
     raw: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     kept.write_text(json.dumps({"asked": asked, "figures": raw}), encoding="utf-8")
     return raw
+
+
+def _quiet() -> dict[str, str]:
+    """The environment of a process that is measured."""
+    return {**os.environ, "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _failed(name: str, command: Sequence[str], status: int, said: str, remedy: str = OF_MEMORY) -> UserError:
+    return UserError(
+        f"{name} failed",
+        code="bench-peer-failed",
+        where=f"{' '.join(command[:-1])}, exit status {status}",
+        found="\n".join(said.strip().splitlines()[-8:]),
+        remedy=remedy,
+        exit_status=5,
+    )
 
 
 def _figures(raw: dict[str, Any]) -> Figures:
@@ -252,14 +368,13 @@ def _figures(raw: dict[str, Any]) -> Figures:
     return Figures(**{**raw, "steps": steps, "reference": Spent(**raw["reference"]) if raw["reference"] else None})
 
 
-def check_equal(
-    rounds: Sequence[Mapping[Program, Figures]], peers: Sequence[Program], tolerance: float
-) -> dict[str, Any]:
+def check_equal(rounds: Sequence[Round], peers: Sequence[Program], tolerance: float) -> dict[str, Any]:
     """Largest relative difference of a step's loss and gradient norm between dpoeng and each peer."""
     losses, norms = {}, {}
     for peer in peers:
-        losses[peer] = max(relative(done["dpoeng"].losses, done[peer].losses) for done in rounds)
-        norms[peer] = max(relative(done["dpoeng"].grad_norms, done[peer].grad_norms) for done in rounds)
+        pairs = [(done[peer]["dpoeng"], done[peer][peer]) for done in rounds]
+        losses[peer] = max(relative(ours.losses, theirs.losses) for ours, theirs in pairs)
+        norms[peer] = max(relative(ours.grad_norms, theirs.grad_norms) for ours, theirs in pairs)
     return {
         "ok": all(difference <= tolerance for difference in losses.values()),
         "tolerance": tolerance,
@@ -280,11 +395,12 @@ def relative(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return worst
 
 
-def ratios(rounds: Sequence[Mapping[Program, Figures]], peer: Program) -> dict[str, Ratio]:
+def ratios(rounds: Sequence[Round], peer: Program) -> dict[str, Ratio]:
     """Peer over dpoeng in everything that both have. A step is a mean over all steps but the first."""
     found: dict[str, list[float]] = {}
-    for done in rounds:
-        ours, theirs, our_pass = done["dpoeng"], done[peer], done["dpoeng reference"]
+    for beside in rounds:
+        done = beside[peer]
+        ours, theirs, our_pass = done["dpoeng"], done[peer], done.get("dpoeng reference", Figures())
         a, b = step_time(ours.steps), step_time(theirs.steps)
         found.setdefault("step_cpu_s", []).append(b.cpu_s / a.cpu_s)
         found.setdefault("step_wall_s", []).append(b.wall_s / a.wall_s)

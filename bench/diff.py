@@ -271,8 +271,10 @@ def _memory(record: dict[str, Any]) -> Figures:
 
 
 def _compare(record: dict[str, Any]) -> Figures:
-    for program in record["runs"][0]:
-        runs = [run[program] for run in record["runs"]]
+    programs = [(peer, program) for peer, beside in record["runs"][0].items() for program in beside]
+    for peer, name in programs:
+        runs = [run[peer][name] for run in record["runs"]]
+        program = name if name == peer else f"{name} beside {peer}"
         if runs[0]["steps"]:
             steps = [step_time([Spent(**step) for step in run["steps"]]) for run in runs]
             yield f"{program}: a step, CPU", Figure(tuple(step.cpu_s for step in steps), "CPU-s")

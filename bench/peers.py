@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -105,12 +106,27 @@ def run_job(job: Job) -> Figures:
     return _trl(job)
 
 
-class _Meter:
-    """A `Progress` that measures one task of the engine: memory over it, time at each advance."""
+REFERENCE, TRAINING = 0, 1
+"""Phases, as `wait_for_turn` tells them."""
 
-    def __init__(self, title: str, device: torch.device) -> None:
+TURN = "turn"
+IN_TURNS = "DPOENG_BENCH_IN_TURNS"
+
+
+def wait_for_turn(phase: int, pairs: int) -> None:
+    """Says how far this process is and waits for a line from its parent, where that lets processes take turns."""
+    if os.environ.get(IN_TURNS):
+        print(f"\n{TURN} {phase} {pairs}", flush=True)
+        sys.stdin.readline()
+
+
+class _Meter:
+    """A `Progress` that measures one task of the engine: memory over it, time at each advance, without the waiting."""
+
+    def __init__(self, title: str, device: torch.device, phase: int, pairs_each: int = 1) -> None:
         self._title = title
         self._device = device
+        self._phase, self._pairs_each = phase, pairs_each
         self.laps: list[Spent] = []
         self.memory = PeakMemory(device)
 
@@ -120,13 +136,19 @@ class _Meter:
         if title != self._title:
             yield lambda amount, shown: None
             return
+        wait_for_turn(self._phase, 0)
         with self.memory:
             watch = Stopwatch(self._device)
+            done = 0
 
             def advance(amount: int, shown: str) -> None:
+                nonlocal done
                 del shown
                 if amount:
                     self.laps.append(watch.lap())
+                    done += amount * self._pairs_each
+                    wait_for_turn(self._phase, done)
+                    watch.lap()
 
             yield advance
             self.laps.append(watch.lap())
@@ -145,7 +167,7 @@ def _dpoeng_reference(job: Job) -> Figures:
     from dpoeng.engine.precompute import precompute_reference
 
     shutil.rmtree(job.cache, ignore_errors=True)  # what a stopped run left would be reused, not computed
-    meter = _Meter("reference log-probs", torch.device(job.device))
+    meter = _Meter("reference log-probs", torch.device(job.device), REFERENCE)
     summary = precompute_reference(
         PrecomputeConfig.model_validate(
             {
@@ -174,7 +196,7 @@ def _dpoeng_reference(job: Job) -> Figures:
 def _dpoeng_train(job: Job) -> Figures:
     from dpoeng.engine.train import train
 
-    meter = _Meter("training", torch.device(job.device))
+    meter = _Meter("training", torch.device(job.device), TRAINING, job.batch_size)
     output = adapter_folder(job).parent
     summary = train(
         TrainConfig.model_validate(
@@ -240,9 +262,10 @@ def _trl(job: Job) -> Figures:
     order = [row for step in range(job.steps) for row in schedule.rows_of_step(step)]
     figures = Figures(versions={**_versions(), "trl": version("trl")})
     held = [0]
+    scoring: list[Stopwatch] = []
 
     class SameIds(DPOTrainer):  # type: ignore[misc]
-        """Takes token ids as they are and in the given order; its reference pass is timed."""
+        """Takes token ids as they are and in the given order; its reference pass is timed, without the waiting."""
 
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset
@@ -251,23 +274,37 @@ def _trl(job: Job) -> Figures:
             return order
 
         def _precompute_ref_logps(self, dataset: Any, *arguments: Any) -> Any:
+            figures.reference = Spent()
+            wait_for_turn(REFERENCE, 0)
             with PeakMemory(device, held[0]) as memory:
-                watch = Stopwatch(device)
+                scoring.append(Stopwatch(device))
                 done = super()._precompute_ref_logps(dataset, *arguments)
-                figures.reference = watch.lap()
+                figures.reference.add(scoring.pop().lap())
             figures.reference_pairs, figures.reference_peak_bytes = len(dataset), memory.peak_bytes
             return done
+
+        def compute_ref_log_probs(self, *arguments: Any) -> Any:
+            found = super().compute_ref_log_probs(*arguments)
+            if scoring and figures.reference is not None:  # and not a step's own reference
+                figures.reference.add(scoring[0].lap())
+                figures.reference_pairs += job.batch_size
+                wait_for_turn(REFERENCE, figures.reference_pairs)
+                scoring[0].lap()
+            return found
 
     class Meter(TrainerCallback):  # type: ignore[misc]
         """Times steps from end to end, the data of a step included, and takes the peak over all of them."""
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
+            wait_for_turn(TRAINING, 0)
             self.memory = PeakMemory(device, held[0])
             self.memory.__enter__()
             self.watch = Stopwatch(device)
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             figures.steps.append(self.watch.lap())
+            wait_for_turn(TRAINING, len(figures.steps) * job.batch_size)
+            self.watch.lap()
 
         def on_train_end(self, *_: Any, **__: Any) -> None:
             self.memory.__exit__()

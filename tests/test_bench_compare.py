@@ -18,6 +18,7 @@ from dpoeng.bench.compare import (
     check_equal,
     check_peer,
     first_pairs,
+    in_turns,
     ratios,
     relative,
     run_process,
@@ -51,7 +52,7 @@ def test_ratios_are_taken_within_a_repeat() -> None:
     for slowness in (1.0, 3.0, 2.0):  # a machine that others use too: its ratios stay
         theirs = figures(4.0 * slowness, peak=500)
         theirs.reference, theirs.reference_pairs, theirs.reference_peak_bytes = Spent(6 * slowness, 6.0), 20, 100
-        rounds.append({"dpoeng": figures(slowness), "dpoeng reference": reference(slowness), PEER: theirs})
+        rounds.append({PEER: {"dpoeng": figures(slowness), "dpoeng reference": reference(slowness), PEER: theirs}})
     found = ratios(rounds, PEER)
     for name, expected in {
         "step_cpu_s": 4.0,
@@ -84,11 +85,9 @@ def test_relative_differences(ours: list[float], theirs: list[float], expected: 
 
 
 def test_speed_at_other_losses_is_not_told() -> None:
-    good = [
-        {"dpoeng": figures(1.0), "dpoeng reference": reference(1.0), PEER: figures(2.0, losses=(0.69, 0.6801, 0.67))}
-    ]
-    bad = [{**good[0], PEER: figures(2.0, losses=(0.69, 0.66, 0.67))}]
-    for rounds, ok in ((good, True), (bad, False)):
+    ours = {"dpoeng": figures(1.0), "dpoeng reference": reference(1.0)}
+    for loss, ok in ((0.6801, True), (0.66, False)):
+        rounds = [{PEER: {**ours, PEER: figures(2.0, losses=(0.69, loss, 0.67))}}]
         equality = check_equal(rounds, [PEER], 1e-3)
         assert equality["ok"] == ok
         record = {
@@ -184,7 +183,7 @@ def test_a_planted_slow_down_is_noticed(clean: dict[str, Figures], job: Job, mon
         return score
 
     rounds = [
-        {**clean, PEER: replace_reference(clean["dpoeng"], run_with(job, monkeypatch, change))}
+        {PEER: {**clean, PEER: replace_reference(clean["dpoeng"], run_with(job, monkeypatch, change))}}
         for change in (once, twice)
     ]
     same, slow = (ratios([done], PEER)["reference_cpu_s"].median for done in rounds)
@@ -257,6 +256,66 @@ def test_figures_come_back_from_a_process(
     assert len((tmp_path / "runs").read_text()) == 1
     with pytest.raises(UserError, match=r"exit status 9[\s\S]*the last words"):
         run_process(str(tmp_path / "python9"), replace(job, scratch=str(tmp_path)))
+
+
+WORKER = """#!/bin/sh
+# A program of this many turns, of so many pairs each: PROGRAM TURNS PAIRS STATUS
+job=$3; name=$(sed 's/.*"program": "\\([^"]*\\)".*/\\1/' "$job")
+log={log}
+work() {{
+  i=0
+  while [ $i -lt $2 ]; do echo "$name $1" >> $log; i=$((i+1)); echo "turn $1 $((i*$3))"; read go || exit 3; done
+}}
+echo noise
+case "$name" in
+  "dpoeng reference") echo "turn 0 0"; read go; work 0 2 4 ;;
+  dpoeng) echo "turn 1 0"; read go; work 1 2 4 ;;
+  *) echo "turn 0 0"; read go; work 0 4 2; echo "turn 1 0"; read go; work 1 2 4; {end} ;;
+esac
+cat {said}
+"""
+
+
+@pytest.fixture
+def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[Job], Job, str, Path]]:
+    """Jobs, and a Python that is a script: it works in turns, and writes down when it does."""
+
+    def make(job: Job, end: str = "true") -> tuple[list[Job], Job, str, Path]:
+        log, said, python = tmp_path / "log", tmp_path / "said", tmp_path / "python"
+        said.write_text("\n" + json.dumps(asdict(figures(1.0))) + "\n")
+        python.write_text(WORKER.format(log=log, said=said, end=end))
+        python.chmod(0o755)
+        monkeypatch.setattr("sys.executable", str(python))
+        jobs = []
+        for program in ("dpoeng reference", "dpoeng", PEER):
+            folder = tmp_path / program.replace(" ", "-")
+            folder.mkdir()
+            jobs.append(replace(job, program=program, scratch=str(folder)))
+        return jobs[:2], jobs[2], str(python), log
+
+    return make
+
+
+def test_programs_take_turns(worker: Callable[..., tuple[list[Job], Job, str, Path]], job: Job) -> None:
+    """The one that has done fewer pairs goes on; the peer waits with its second phase for dpoeng's."""
+    ours, theirs, python, log = worker(job)
+    found = in_turns(ours, theirs, python)
+    assert found == dict.fromkeys(("dpoeng reference", "dpoeng", PEER), figures(1.0))
+    peer, reference = f"{PEER} 0", "dpoeng reference 0"
+    assert log.read_text().splitlines() == [
+        *(reference, peer, peer, reference, peer, peer),
+        *("dpoeng 1", f"{PEER} 1", "dpoeng 1", f"{PEER} 1"),
+    ]
+
+
+def test_a_program_that_fails_is_named_and_leaves_no_other_behind(
+    worker: Callable[..., tuple[list[Job], Job, str, Path]], job: Job
+) -> None:
+    ours, theirs, python, _ = worker(job, end="echo no memory >&2; exit 7")
+    with pytest.raises(UserError, match=r"trl precomputed failed[\s\S]*exit status 7[\s\S]*no memory"):
+        in_turns(ours, theirs, python)
+    left = [cmd.read_bytes() for cmd in Path("/proc").glob("[0-9]*/cmdline") if cmd.exists()]
+    assert not any(theirs.scratch.encode() in cmd or ours[1].scratch.encode() in cmd for cmd in left)
 
 
 def test_the_first_pairs_of_plain_and_packed_files(tmp_path: Path) -> None:
