@@ -13,14 +13,50 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 CHUNK_BYTES = 64 * 2**20
+
+
+class LoraLinear(torch.autograd.Function):
+    """`x W^T + bias + scale * (x A^T) B^T`, a frozen linear layer with its update, for x [..., I] -> [..., O].
+
+    One function for both, so that the gradient of x is formed once: of two functions autograd would add up two, a pass
+    over three tensors of the size of x in every layer.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """Keeps x itself for the gradient of A, and x A^T for that of B."""
+        out = F.linear(x, weight, bias)
+        low = _add_update(out, out, x, a, b, scale)
+        ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, x.dtype
+        _, _, _, wants_a, wants_b, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if wants_a else None, weight, a, b, low if wants_b else None)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of x, A and B, as far as they are wanted."""
+        x, weight, a, b, low = ctx.saved_tensors
+        wants_x, _, _, wants_a, wants_b, _ = ctx.needs_input_grad
+        x_grad = (upstream[0] @ weight).view(-1, a.shape[1]) if wants_x else None
+        a_grad, b_grad = _gradients(upstream[0], x, a, b, low, ctx.scale, x_grad, add=True, wants=(wants_a, wants_b))
+        return (x_grad.view(ctx.shape) if x_grad is not None else None), None, None, a_grad, b_grad, None
 
 
 class LoraProduct(torch.autograd.Function):
     """`out + scale * (x A^T) B^T` for x [..., I], A [r, I], B [O, r], out [..., O]; in `out` itself where that may be.
 
-    x and out are in the base's dtype, A and B in theirs.
+    x and out are in the base's dtype, A and B in theirs. For a base that is quantised, a second adapter, or dropout.
     """
 
     @staticmethod
@@ -29,14 +65,7 @@ class LoraProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         """Keeps x itself for the gradient of A, and x A^T for that of B."""
         result = out if in_place else torch.empty_like(out)
-        rows, before, after = x.reshape(-1, x.shape[-1]), out.view(-1, b.shape[0]), result.view(-1, b.shape[0])
-        low = rows.new_empty((rows.shape[0], a.shape[0]), dtype=a.dtype)
-        for part in _chunks(rows, max(a.shape[1], b.shape[0]), a.element_size()):
-            low[part] = rows[part].to(a.dtype) @ a.T
-            if out.dtype == b.dtype:
-                torch.addmm(before[part], low[part], b.T, alpha=scale, out=after[part])
-            else:
-                torch.add(before[part], (low[part] @ b.T).mul_(scale).to(out.dtype), out=after[part])
+        low = _add_update(out, result, x, a, b, scale)
         ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, x.dtype
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, a, b, low if ctx.needs_input_grad[3] else None)
         if in_place:
@@ -45,26 +74,67 @@ class LoraProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of out, x, A and B, as far as they are wanted. The scale meets what has r columns alone."""
+        """Gradients of out, x, A and B, as far as they are wanted."""
         x, a, b, low = ctx.saved_tensors
         _, wants_x, wants_a, wants_b, *_ = ctx.needs_input_grad
-        grads = upstream[0].reshape(-1, b.shape[0])
-        x_grad = grads.new_empty((grads.shape[0], a.shape[1]), dtype=ctx.dtype) if wants_x else None
-        a_grad = torch.zeros_like(a) if wants_a else None
-        b_grad = torch.zeros_like(b) if wants_b else None
-        for part in _chunks(grads, max(a.shape[1], b.shape[0]), a.element_size()):
-            grad = grads[part].to(b.dtype)
-            if b_grad is not None:
-                b_grad.addmm_(grad.T, low[part], alpha=ctx.scale)
-            low_grad = (grad @ b).mul_(ctx.scale)
-            if a_grad is not None:
-                a_grad.addmm_(low_grad.T, x.reshape(-1, a.shape[1])[part].to(a.dtype))
-            if x_grad is not None:
-                if x_grad.dtype == a.dtype:
-                    torch.mm(low_grad, a, out=x_grad[part])
-                else:
-                    x_grad[part] = low_grad @ a
+        rows = upstream[0].numel() // b.shape[0]
+        x_grad = upstream[0].new_empty((rows, a.shape[1]), dtype=ctx.dtype) if wants_x else None
+        a_grad, b_grad = _gradients(upstream[0], x, a, b, low, ctx.scale, x_grad, add=False, wants=(wants_a, wants_b))
         return upstream[0], (x_grad.view(ctx.shape) if x_grad is not None else None), a_grad, b_grad, None, None
+
+
+def _add_update(
+    out: torch.Tensor, result: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Writes `out + scale * (x A^T) B^T` into `result`; returns x A^T, [T, r] in the dtype of A."""
+    rows, before, after = x.reshape(-1, x.shape[-1]), out.view(-1, b.shape[0]), result.view(-1, b.shape[0])
+    low = rows.new_empty((rows.shape[0], a.shape[0]), dtype=a.dtype)
+    for part in _chunks(rows, max(a.shape[1], b.shape[0]), a.element_size()):
+        low[part] = rows[part].to(a.dtype) @ a.T
+        if out.dtype == b.dtype:
+            torch.addmm(before[part], low[part], b.T, alpha=scale, out=after[part])
+        else:
+            torch.add(before[part], (low[part] @ b.T).mul_(scale).to(out.dtype), out=after[part])
+    return low
+
+
+def _gradients(
+    upstream: torch.Tensor,
+    x: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    low: torch.Tensor | None,
+    scale: float,
+    x_grad: torch.Tensor | None,
+    *,
+    add: bool,
+    wants: tuple[bool, bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of A and B, where they are wanted; that of x is put into `x_grad` [T, I], or added to what is there.
+
+    The scale meets what has r columns alone.
+    """
+    grads = upstream.reshape(-1, b.shape[0])
+    a_grad = torch.zeros_like(a) if wants[0] else None
+    b_grad = torch.zeros_like(b) if wants[1] else None
+    for part in _chunks(grads, max(a.shape[1], b.shape[0]), a.element_size()):
+        grad = grads[part].to(b.dtype)
+        if b_grad is not None:
+            assert low is not None
+            b_grad.addmm_(grad.T, low[part], alpha=scale)
+        low_grad = (grad @ b).mul_(scale)
+        if a_grad is not None:
+            assert x is not None
+            a_grad.addmm_(low_grad.T, x.reshape(-1, a.shape[1])[part].to(a.dtype))
+        if x_grad is None:
+            continue
+        if x_grad.dtype == a.dtype:
+            torch.addmm(x_grad[part], low_grad, a, beta=int(add), out=x_grad[part])
+        elif add:
+            x_grad[part] += (low_grad @ a).to(x_grad.dtype)
+        else:
+            x_grad[part] = low_grad @ a
+    return a_grad, b_grad
 
 
 def _chunks(rows: torch.Tensor, width: int, item_bytes: int) -> list[slice]:
@@ -101,10 +171,27 @@ def _forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Ten
     if self.disable_adapters or self.merged or kwargs or args or any(name in self.lora_variant for name in active):
         result: torch.Tensor = type(self).forward(self, x, *args, **kwargs)
         return result
-    result = self.base_layer(x)
-    # bitsandbytes' products return views that autograd does not let be changed in place.
-    in_place = type(self.get_base_layer()) is nn.Linear
-    for name in active:
+    base, names = self.get_base_layer(), active
+    linear = type(base) is nn.Linear
+    if linear and names and _is_bare(base) and _passes_on(self.lora_dropout[names[0]]):
+        first, *names = names
+        a, b = self.lora_A[first].weight, self.lora_B[first].weight
+        result = LoraLinear.apply(x, base.weight, base.bias, a, b, self.scaling[first])  # type: ignore[no-untyped-call]
+    else:
+        result = self.base_layer(x)
+    for name in names:
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        result = LoraProduct.apply(result, self.lora_dropout[name](x), a, b, self.scaling[name], in_place)  # type: ignore[no-untyped-call]
+        # bitsandbytes' products return views that autograd does not let be changed in place.
+        result = LoraProduct.apply(result, self.lora_dropout[name](x), a, b, self.scaling[name], linear)  # type: ignore[no-untyped-call]
     return result
+
+
+def _is_bare(base: nn.Module) -> bool:
+    """Whether calling the layer is its product and nothing else: frozen, and without hooks."""
+    frozen = not any(parameter.requires_grad for parameter in base.parameters(recurse=False))
+    return frozen and not base._forward_hooks and not base._forward_pre_hooks
+
+
+def _passes_on(dropout: nn.Module) -> bool:
+    """Whether a dropout leaves its input as it is, now."""
+    return isinstance(dropout, nn.Identity) or not dropout.training

@@ -227,6 +227,31 @@ def test_the_lora_product_is_its_formula(in_place: bool) -> None:
         torch.testing.assert_close(mine, truth, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.usefixtures("_small_chunks")
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_linear_layer_with_its_update_is_its_formula(with_bias: bool, dtype: torch.dtype) -> None:
+    """In float64 against the formula; in bfloat16 against the sum of the separate functions."""
+    torch.manual_seed(0)
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    x = torch.randn(2, 700, 24, dtype=dtype, requires_grad=True)
+    a, b = (torch.randn(*shape, dtype=wide, requires_grad=True) for shape in ((4, 24), (40, 4)))
+    w, bias = torch.randn(40, 24, dtype=dtype), torch.randn(40, dtype=dtype) if with_bias else None
+    found = lora.LoraLinear.apply(x, w, bias, a, b, 0.7)
+    base = torch.nn.functional.linear(x, w, bias)
+    if dtype is torch.float64:
+        expected = base + 0.7 * (x @ a.T) @ b.T
+    else:
+        expected = lora.LoraProduct.apply(base, x, a, b, 0.7, False)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    pull, leaves = torch.randn_like(found), (x, a, b)
+    near = 1e-10 if dtype is torch.float64 else 1e-6
+    for mine, truth in zip(
+        torch.autograd.grad(found, leaves, pull), torch.autograd.grad(expected, leaves, pull), strict=True
+    ):
+        torch.testing.assert_close(mine, truth, atol=near, rtol=near)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_with_the_lora_product_is_pefts(dtype: torch.dtype) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
