@@ -79,6 +79,8 @@ def print_summary(summary: TrainSummary) -> None:
         several = f"{summary.processes} processes, each on " if summary.processes > 1 else ""
         facts.append(("time", f"{summary.seconds:.0f} s on {several}{summary.device}"))
         facts.append(("layout", f"{summary.layout}: {summary.layout_reason}"))
+    if summary.loaded:
+        facts.append(("base loaded", summary.loaded))
     if summary.peak_bytes is not None:
         predicted = ""
         if summary.predicted_bytes:

@@ -5,10 +5,13 @@ beside the base and stay whole in every process: gradients are summed as in `ste
 and the saved adapter are those of a run without FSDP, byte for byte. Embedding and head stay whole too: the log-prob
 kernel reads the head as one tensor. Of a base in 4 bits the packed bytes are divided; their scales, a 32nd of them with
 double quantisation, stay whole.
+
+Each process reads only its share of the files (`engine/sharded_loading`), or all of them where a share is not enough.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +21,8 @@ from dpoeng.engine.config import Quantization, TrainConfig
 from dpoeng.engine.distributed import Group
 from dpoeng.engine.model import CausalLM, decoder_layers
 from dpoeng.engine.quantized import quantized_layers
+from dpoeng.engine.sharded_loading import whole_because
+from dpoeng.engine.sources import ModelSource, adapter_config
 
 
 def check_fsdp(config: TrainConfig, group: Group, quantization: Quantization) -> None:
@@ -45,6 +50,30 @@ def check_fsdp(config: TrainConfig, group: Group, quantization: Quantization) ->
         )
 
 
+def loads_whole_because(
+    config: TrainConfig, group: Group, quantization: Quantization, source: ModelSource, adapter: ModelSource | None
+) -> str:
+    """Why each process has to load the whole base before it is divided, in words; empty where a share is enough."""
+    if quantization == "4bit":
+        return "bitsandbytes makes 4 bits of whole tensors"
+    held = adapter_config(adapter) if adapter is not None else {}
+    if config.use_dora or held.get("use_dora"):
+        return "DoRA begins with the norms of whole weights"
+    if held.get("modules_to_save"):
+        return "the SFT adapter has trained whole modules of the base"
+    return whole_because(source, group.size)
+
+
+def layer_sharding(group: Group, device: torch.device) -> Callable[[Any], None]:
+    """What divides the layers of a model that has no weights yet, for `load_model` to call."""
+    mesh = _mesh(group, device)
+
+    def shard(base: Any) -> None:
+        _divide(base.get_decoder(), mesh)
+
+    return shard
+
+
 def shard_base(lm: CausalLM, group: Group, device: torch.device) -> None:
     """Leaves this process its part of every decoder layer, on `device`; a layer is whole only while it is run.
 
@@ -53,29 +82,39 @@ def shard_base(lm: CausalLM, group: Group, device: torch.device) -> None:
         group: the processes; each has loaded the same model.
         device: where the parts, and everything that stays whole, are to be.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh(device.type, (group.size,))
-    layers = decoder_layers(lm)
-    assert layers, "transformers' decoder layers are GradientCheckpointingLayers"
+    mesh = _mesh(group, device)
     for module in quantized_layers(lm.model):
         _as_plain_bytes(module, device)
-    divided: set[torch.nn.Parameter] = set()
-    for layer in layers:
-        whole = {parameter for name, parameter in layer.named_parameters() if ".lora_" in name}
-        fully_shard(layer, mesh=mesh, ignored_params=whole)
-        divided |= set(layer.parameters()) - whole
-    whole = set(lm.model.parameters()) - divided
-    # The decoder itself has nothing to divide: it is what its layers take turns in, so that the next one is gathered
-    # while one is run.
-    fully_shard(lm.backbone, mesh=mesh, ignored_params=whole)
+    whole = set(lm.model.parameters()) - _divide(lm.backbone, mesh)
     for parameter in whole:
         parameter.data = parameter.data.to(device)
     for module in lm.model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
     lm.device, lm.sharded = device, True
+
+
+def _mesh(group: Group, device: torch.device) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device.type, (group.size,))
+
+
+def _divide(backbone: Any, mesh: Any) -> set[torch.nn.Parameter]:
+    """Divides what is frozen in a decoder's layers; returns the parts."""
+    from torch.distributed.fsdp import fully_shard
+
+    layers = decoder_layers(backbone)
+    assert layers, "transformers' decoder layers are GradientCheckpointingLayers"
+    divided: set[torch.nn.Parameter] = set()
+    for layer in layers:
+        whole = {parameter for name, parameter in layer.named_parameters() if ".lora_" in name}
+        fully_shard(layer, mesh=mesh, ignored_params=whole)
+        divided |= set(layer.parameters()) - whole
+    # The decoder itself has nothing to divide: it is what its layers take turns in, so that the next one is gathered
+    # while one is run.
+    fully_shard(backbone, mesh=mesh, ignored_params=set(backbone.parameters()) - divided)
+    return divided
 
 
 def _as_plain_bytes(layer: Any, device: torch.device) -> None:

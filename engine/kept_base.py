@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -35,11 +35,12 @@ class KeptBase:
         *,
         on_host: bool = False,
         tokenizer: bool = False,
+        shard: Callable[[Any], None] | None = None,
     ) -> CausalLM:
         """As `load_policy_base`, which it calls where it has to."""
-        if on_host or not config.use_peft:
+        if config.fsdp or not config.use_peft:
             self.release()
-            return load_policy_base(config, reference, device, on_host=on_host, tokenizer=tokenizer)
+            return load_policy_base(config, reference, device, on_host=on_host, tokenizer=tokenizer, shard=shard)
         wanted = (config.model, config.quantization, config.dtype, str(device), tokenizer, sorted(reference.items()))
         if self._lm is None or self._wanted != wanted:
             self.release()  # there need not be room for two

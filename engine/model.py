@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from dpoeng.engine.quantized import (
     quantization_config,
     quantize_empty,
 )
+from dpoeng.engine.sharded_loading import sharding_class
 from dpoeng.engine.sources import ModelSource, stored_quantization
 from dpoeng.kernels.tiled_logps import native_bf16
 
@@ -169,8 +170,12 @@ def load_model(
     quant_type: str = "nf4",
     double_quant: bool = True,
     tokenizer: bool = True,
+    shard: Callable[[Any], None] | None = None,
 ) -> CausalLM:
     """The base model, frozen, on `device`; adapters are added by the functions below.
+
+    With `shard` (of `engine/fsdp`) this process reads only its share of what that divides. Only for a checkpoint that
+    can be read so: see `whole_because`.
 
     Raises:
         UserError: the files cannot be loaded, or bitsandbytes cannot be used.
@@ -208,9 +213,14 @@ def load_model(
         if quantization != "none":
             settings = quantization_config(quantization, compute, int8_threshold, quant_type, double_quant)
             kwargs |= {"device_map": {"": str(device)}} | ({"quantization_config": settings} if stored is None else {})
+        loader: Any = AutoModelForCausalLM
         try:
+            if shard is not None:
+                assert quantization == "none", "bitsandbytes quantises whole tensors"
+                loader, kwargs["config"] = sharding_class(source, shard)
+                kwargs["device_map"] = {"": str(device)}
             with _quiet_loading():
-                base, loaded = AutoModelForCausalLM.from_pretrained(
+                base, loaded = loader.from_pretrained(
                     source.folder, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
                 )
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
@@ -224,11 +234,13 @@ def load_model(
             ) from error
         _refuse_missing(loaded["missing_keys"], source)
         _refuse_mismatched(loaded["mismatched_keys"], source)
-        if quantization == "none":
+        if quantization == "none" and shard is None:
             base = base.to(device)
         if stored is not None:
             compute_in(base, compute)
-    return _frozen(base, load_tokenizer(source) if tokenizer else None, device, compute, quantization)
+    lm = _frozen(base, load_tokenizer(source) if tokenizer else None, device, compute, quantization)
+    lm.sharded = shard is not None
+    return lm
 
 
 def empty_model(
@@ -406,11 +418,11 @@ def set_mode(lm: CausalLM, *, training: bool) -> None:
             module.train()
 
 
-def decoder_layers(lm: CausalLM) -> list[nn.Module]:
-    """The layers of the decoder, in its order."""
+def decoder_layers(backbone: nn.Module) -> list[nn.Module]:
+    """The layers of a decoder, in its order."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return [module for module in lm.backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def register_attention() -> None:

@@ -96,10 +96,12 @@ def load_policy_base(
     *,
     on_host: bool = False,
     tokenizer: bool = False,
+    shard: Callable[[Any], None] | None = None,
 ) -> CausalLM:
     """The base on which the policy stands: the one that a view's `reference` record names, unless config overrides.
 
-    With `on_host` it is left in the host's memory, in the dtype that it would have on `device`.
+    With `on_host` it is left in the host's memory, in the dtype that it would have on `device`. With `shard` this
+    process reads its share of it; see `load_model`.
     """
     source = find_model(config.model or reference["model"], revision=reference.get("revision"))
     dtype = resolve_dtype(source, config.dtype or reference["dtype"], device)
@@ -112,6 +114,7 @@ def load_policy_base(
         quant_type=reference["bnb_4bit_quant_type"],
         double_quant=reference["bnb_4bit_use_double_quant"],
         tokenizer=tokenizer,
+        shard=shard,
     )
 
 

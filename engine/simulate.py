@@ -218,7 +218,7 @@ def model_bytes(setup: Setup, lm: CausalLM) -> dict[str, int]:
 def _tracker(setup: Setup, lm: CausalLM) -> MemoryTracker:
     tracker = MemoryTracker("meta", handlers=_handlers(setup.kernels), vocabulary=lm.vocab_size)
     _hold_model(tracker, setup, lm)
-    tracker.watch_layers(decoder_layers(lm))
+    tracker.watch_layers(decoder_layers(lm.backbone))
     if setup.second_model:
         tracker.hold_bytes(model_bytes(setup, lm)[WEIGHTS], REFERENCE)
     return tracker

@@ -20,7 +20,7 @@ from dpoeng.engine.checkpoint import Checkpoint
 from dpoeng.engine.config import TrainConfig
 from dpoeng.engine.distributed import Group, process_group
 from dpoeng.engine.fit import check_step
-from dpoeng.engine.fsdp import check_fsdp, shard_base
+from dpoeng.engine.fsdp import check_fsdp, layer_sharding, loads_whole_because, shard_base
 from dpoeng.engine.full import check_full
 from dpoeng.engine.kept_base import KeptBase
 from dpoeng.engine.loop import run_steps
@@ -62,6 +62,7 @@ class TrainSummary:
     """What phase two did. Of several processes one `reports`; the others know no results.
 
     `result` is the folder of the trained adapter; with full fine-tuning (mode `full`) that of the trained checkpoint.
+    `loaded` says, with `fsdp`, how the processes came by their parts of the base.
     """
 
     output_dir: Path
@@ -77,6 +78,7 @@ class TrainSummary:
     layout_reason: str
     device: str
     processes: int = 1
+    loaded: str = ""
     reports: bool = True
     first: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
@@ -181,11 +183,22 @@ def _train(
             held_bytes=kept_base.n_bytes if kept_base is not None else 0,
         )
     load = kept_base.load if kept_base is not None else load_policy_base
-    lm = load(config, reference, device, on_host=config.fsdp, tokenizer=config.samples > 0)
+    whole = loads_whole_because(config, group, quantization, source, adapter) if config.fsdp else ""
+    if whole:
+        progress.note(f"each process loads the whole base into the host's memory before it is divided: {whole}")
+    in_parts = config.fsdp and not whole
+    lm = load(
+        config,
+        reference,
+        device,
+        on_host=bool(whole),
+        tokenizer=config.samples > 0,
+        shard=layer_sharding(group, device) if in_parts else None,
+    )
     # Seeded before the adapter is made: its start is part of what a seed means.
     torch.manual_seed(config.seed)
     lm = make_trainable(lm, config, mode, adapter)
-    if config.fsdp:
+    if whole:
         shard_base(lm, group, device)
     trainable = lm.trainable_parameters()
     group.copy_first([parameter.data for _, parameter in trainable])
@@ -274,6 +287,7 @@ def _train(
         layout_reason=lm.layout_reason,
         device=device_name(device),
         processes=group.size,
+        loaded=f"whole by each process, then divided: {whole}" if whole else "in parts" if in_parts else "",
         reports=group.is_first,
         seconds=time.perf_counter() - began,
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,

@@ -52,21 +52,25 @@ class Rank:
         return self.process.exitcode, *(self.output.with_suffix(end).read_text() for end in (".out", ".err"))
 
 
+def variables_of(size: int) -> list[dict[str, str]]:
+    """The variables that torchrun sets, for each of so many processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [{**own, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+
+
 def start(commands: Sequence[list[str]], folder: Path, *, last: Callable[[], None] | None = None) -> list[Rank]:
     """A process for each command line, with the variables that torchrun sets.
 
     What they print goes into `folder`. `last` is called in the last of them before.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     ranks = []
-    for rank, command in enumerate(commands):
-        numbers = {"WORLD_SIZE": len(commands), "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
-        variables = {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in numbers.items()}}
+    for rank, variables in enumerate(variables_of(len(commands))):
         output = folder / f"rank{rank}"
         prelude = last if rank == len(commands) - 1 else None
-        process = RANKS.Process(target=run_rank, args=(command, variables, output, prelude))
+        process = RANKS.Process(target=run_rank, args=(commands[rank], variables, output, prelude))
         process.start()
         ranks.append(Rank(process, output))
     return ranks

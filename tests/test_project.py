@@ -38,7 +38,9 @@ OTHERS: dict[str, set[str] | None] = {
 }
 # Libraries whose API changes often are met in one place; bench compares with them, so it may.
 MODEL_LIBRARIES = {"transformers", "peft", "bitsandbytes", "tokenizers", "huggingface_hub"}
-MODEL_MODULES = {f"engine/{name}.py" for name in ("sources", "model", "quantized", "adapters", "gguf", "probes")}
+MODEL_MODULES = {
+    f"engine/{name}.py" for name in ("sources", "model", "sharded_loading", "quantized", "adapters", "gguf", "probes")
+}
 
 
 def sources(package: str) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import os
@@ -13,18 +14,22 @@ from typing import Any
 
 import pytest
 import torch
-from dpoeng_testing import pair_rows, tree, write_jsonl
-from rank_processes import Rank, ends, start
+from dpoeng_testing import pair_rows, save_tiny_model, tree, write_jsonl
+from rank_processes import RANKS, Rank, ends, start, variables_of
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from dpoeng.cli.main import main
 from dpoeng.engine import batch as batch_module
 from dpoeng.engine import loop as loop_module
 from dpoeng.engine import train as train_module
-from dpoeng.engine.config import PrecomputeConfig
-from dpoeng.engine.distributed import Group
-from dpoeng.engine.model import decoder_layers
+from dpoeng.engine.config import PrecomputeConfig, TrainConfig
+from dpoeng.engine.distributed import Group, process_group
+from dpoeng.engine.fsdp import layer_sharding, loads_whole_because
+from dpoeng.engine.model import decoder_layers, load_model
 from dpoeng.engine.precompute import precompute_reference
+from dpoeng.engine.sharded_loading import whole_because
+from dpoeng.engine.sources import ModelSource, find_adapter, find_model
 
 # Three forwards a step, which two processes and four cannot share evenly; dropout, which must not depend on who draws
 # it; an epoch of three steps, whose last is smaller; evaluations that decide which adapter is saved.
@@ -126,6 +131,161 @@ def test_fsdp_leaves_the_bytes_of_two_processes(tmp_path: Path, cache: Path, two
     out = tmp_path / "out"
     finished(together(2, cache, out, "--fsdp"), out)
     assert outcome(out) == outcome(two)
+    assert "base loaded  in parts" in (out / "rank0.out").read_text()
+
+
+def test_fsdp_gathers_again_what_a_layer_has_saved(tmp_path: Path, cache: Path) -> None:
+    """Without checkpointing and dropout, a LoRA layer's backward reads the frozen weight that its forward has seen."""
+    more = "--lora-dropout 0 --no-gradient-checkpointing --max-steps 2".split()
+    whole, divided = tmp_path / "whole", tmp_path / "divided"
+    finished(together(2, cache, whole, *more), whole)
+    finished(together(2, cache, divided, *more, "--fsdp"), divided)
+    assert tree(divided, "adapter") == tree(whole, "adapter")
+
+
+def layers_of(folder: Path, count: int) -> int:
+    """Makes a checkpoint in bfloat16, cut up; returns the bytes of its layers in float32, 9 MB each."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    config = {**json.loads((folder.parent / "tiny" / "config.json").read_text()), "num_hidden_layers": count}
+    config |= {"hidden_size": 384, "intermediate_size": 1408, "head_dim": 96, "num_key_value_heads": 4}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**config))
+    layers = sum(p.nbytes for layer in model.model.layers for p in layer.parameters())
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="50MB")
+    AutoTokenizer.from_pretrained(folder.parent / "tiny").save_pretrained(folder)
+    return layers
+
+
+def host_memory_of_the_last() -> None:
+    """Leaves in `host.json` by how much resident memory rose at most: in the load, and after it to the first step."""
+    ctypes.CDLL(None).mallopt(-3, 2**17)  # M_MMAP_THRESHOLD: what is freed goes back to the system, however it was cut
+    load, step = train_module.load_policy_base, loop_module.train_step
+    rose: list[int] = []
+
+    def n_bytes(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+
+    def begin(*arguments: Any, **settings: Any) -> Any:
+        rose.append(-n_bytes("VmRSS:"))
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+        loaded = load(*arguments, **settings)
+        rose.append(n_bytes("VmHWM:") + rose[0])
+        Path("/proc/self/clear_refs").write_text("5")
+        return loaded
+
+    def end(*arguments: Any, **settings: Any) -> Any:
+        done = step(*arguments, **settings)
+        Path("host.json").write_text(json.dumps([rose[1], n_bytes("VmHWM:") + rose[0]]))
+        return done
+
+    train_module.load_policy_base = begin
+    loop_module.train_step = end
+
+
+@pytest.mark.slow
+def test_fsdp_never_holds_the_whole_base(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two processes each has its half of the layers in its memory, and not once all of them.
+
+    What a run takes beside them (pages of the libraries, above all) is what a run of the tiny model takes. While the
+    base is loaded, half of the files, in 16 bits, is mapped into memory too.
+    """
+    (tmp_path / "tiny").symlink_to(tiny_model)
+    whole = layers_of(tmp_path / "large", 24)
+    assert whole > 200e6
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(4))
+    line = ["train", "--cache", "cache", "--output-dir", "out", "--fsdp", "--max-steps", "1", "--eval-share", "0"]
+    line += "--per-device-train-batch-size 1 --gradient-accumulation-steps 2 --parity-pairs 2 --lora-r 2".split()
+    rose: dict[str, list[int]] = {}
+    for name in ("tiny", "large"):
+        folder = tmp_path / f"run-{name}"
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        precompute_reference(
+            PrecomputeConfig(pairs=(pairs,), model=str(tmp_path / name), cache=folder / "cache", dtype="float32")
+        )
+        found = ends(start([[*line, "--gradient-checkpointing"]] * 2, folder, last=host_memory_of_the_last))
+        assert [status for status, _, _ in found] == [0, 0], found
+        rose[name] = json.loads((folder / "host.json").read_text())
+    loading, after = (large - tiny for large, tiny in zip(rose["large"], rose["tiny"], strict=True))
+    print(f"of {whole / 2**20:.0f} MiB: {loading / 2**20:.0f} while loading, {after / 2**20:.0f} afterwards")
+    assert 0.5 * whole < loading < 1.2 * whole
+    assert 0.5 * whole < after < 0.85 * whole
+
+
+def whole_and_in_parts(variables: dict[str, str], folders: list[Path], out: Path) -> None:
+    """Leaves in `out` which tensors of a model read in parts are not those of the same model read whole."""
+    os.environ.update(variables)
+    wrong: list[str] = []
+    with process_group() as group:
+        for folder in folders:
+            source = find_model(str(folder))
+            assert whole_because(source, group.size) == ""
+            more: Any = {"quantization": "none", "dtype": "float32", "device": torch.device("cpu"), "tokenizer": False}
+            whole = load_model(source, **more)
+            parts = load_model(source, **more, shard=layer_sharding(group, torch.device("cpu")))
+            wanted = dict([*whole.base.named_parameters(), *whole.base.named_buffers()])
+            found = dict([*parts.base.named_parameters(), *parts.base.named_buffers()])
+            assert found.keys() == wanted.keys()
+            assert type(parts.base).__name__ == type(whole.base).__name__
+            tied = [lm.head.weight is lm.base.get_input_embeddings().weight for lm in (whole, parts)]
+            assert tied[0] == tied[1]
+            for name, tensor in found.items():
+                assert isinstance(tensor, DTensor) == (".layers." in name)
+                held: Any = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                if held.dtype != wanted[name].dtype or not torch.equal(held, wanted[name]):
+                    wrong.append(f"{folder.name} {name}")
+    out.write_text(json.dumps(wrong))
+
+
+def test_what_is_read_in_parts_is_what_is_read_whole(tmp_path: Path, tokenizer: Any) -> None:
+    """Rows that three processes cannot share evenly, files in bfloat16 that are cut up, a tied head, experts."""
+    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+    save_tiny_model(tmp_path / "plain", tokenizer)
+    small: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    tied = LlamaForCausalLM(LlamaConfig(**small, tie_word_embeddings=True)).to(torch.bfloat16)
+    tied.save_pretrained(tmp_path / "tied", max_shard_size="10KB")
+    assert len(list((tmp_path / "tied").glob("*.safetensors"))) > 2
+    MixtralForCausalLM(MixtralConfig(**small, num_local_experts=5)).save_pretrained(tmp_path / "experts")
+    folders = [tmp_path / name for name in ("plain", "tied", "experts")]
+    processes = [
+        RANKS.Process(target=whole_and_in_parts, args=(variables, folders, tmp_path / f"{rank}.json"))
+        for rank, variables in enumerate(variables_of(3))
+    ]
+    for process in processes:
+        process.start()
+    for rank, process in enumerate(processes):
+        process.join(240)
+        assert process.exitcode == 0
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == []
+
+
+def test_what_cannot_be_read_in_parts_is_said(tmp_path: Path, sft_adapter: Path) -> None:
+    from transformers import AutoConfig, MixtralConfig
+
+    def reason(config: Any, processes: int = 2) -> str:
+        config.save_pretrained(tmp_path)
+        return whole_because(ModelSource("model", tmp_path, ()), processes)
+
+    small: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    experts = MixtralConfig(**small, num_key_value_heads=2, num_local_experts=4)
+    assert reason(experts, 2) == ""
+    assert reason(experts, 3) == "4 experts leave one of 3 processes none"
+    # Its checkpoints have tensors that are cut up, whose rows would then be others.
+    assert "transformers changes tensors" in reason(AutoConfig.for_model("hrm_text"))
+    assert reason(AutoConfig.for_model("llama", **small)) == ""
+
+    def why(quantization: Any = "none", adapter: Any = None, **settings: Any) -> str:
+        config = TrainConfig(fsdp=True, **settings)
+        return loads_whole_because(config, Group(0, 2), quantization, ModelSource("model", tmp_path, ()), adapter)
+
+    sft = find_adapter(str(sft_adapter))
+    assert (why(), why(adapter=sft)) == ("", "")
+    assert "4 bits" in why("4bit")
+    assert "DoRA" in why(use_dora=True)
 
 
 def held_by_the_last() -> None:
@@ -134,7 +294,7 @@ def held_by_the_last() -> None:
 
     def shard(lm: Any, *arguments: Any) -> None:
         def layers() -> int:
-            named = [(name, p) for layer in decoder_layers(lm) for name, p in layer.named_parameters()]
+            named = [(name, p) for layer in decoder_layers(lm.backbone) for name, p in layer.named_parameters()]
             held = [getattr(p, "_local_tensor", p).nbytes for name, p in named if ".lora_" not in name]
             return sum(held)
 
