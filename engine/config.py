@@ -401,7 +401,11 @@ class TrainConfig(_Config):
                 "numbers; use bfloat16 or float32"
             )
         if self.fsdp:
-            raise ValueError("fsdp divides what is frozen, and with use_peft false nothing is")
+            raise ValueError(
+                "fsdp divides a frozen base, and with use_peft false every weight is trained: gradients, masters, "
+                "moments and checkpoints would have to be divided too, which dpoeng does not do; leave fsdp out "
+                "(optim adamw_8bit takes the least memory, `dpoeng plan --no-use-peft` tells how much), or train a LoRA"
+            )
         return self
 
     @field_validator("loss_type", mode="before")
