@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dpoeng_testing import pair_rows, write_jsonl
 
 from dpoeng.cache.reader import View
 from dpoeng.engine.config import PrecomputeConfig, TrainConfig
@@ -102,7 +103,8 @@ def dataset(view: View) -> Any:
     return Dataset.from_dict(columns)
 
 
-def trl_trainer(folder: Path, model: Path, adapter: Path, rows: Any, order: list[int], **settings: Any) -> Any:
+def trl_trainer(folder: Path, model: Path, adapter: Path | None, rows: Any, order: list[int], **settings: Any) -> Any:
+    """TRL's trainer of an adapter, or without one of all weights."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
@@ -116,8 +118,9 @@ def trl_trainer(folder: Path, model: Path, adapter: Path, rows: Any, order: list
         def _get_train_sampler(self, *_: Any) -> Any:
             return order
 
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    policy = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+    policy: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if adapter is not None:
+        policy = PeftModel.from_pretrained(policy, adapter, is_trainable=True)
     config = DPOConfig(
         output_dir=str(folder / "trl"),
         beta=0.1,
@@ -195,8 +198,13 @@ def test_the_first_ten_steps_equal_trl(folder: Path, view: View, model: Path, fi
         folder, model, first_adapter, dataset(view), order, gradient_accumulation_steps=BATCH // 2, **common
     )
     trainer.train()
+    agree(folder / "ours", trainer)
+
+
+def agree(ours_in: Path, trainer: Any) -> None:
+    """Loss, margin and gradient norm of each step, to 1e-3 relative."""
     theirs = [line for line in trainer.state.log_history if "grad_norm" in line]
-    ours = [json.loads(line) for line in (folder / "ours" / "metrics.jsonl").read_text().splitlines()]
+    ours = [json.loads(line) for line in (ours_in / "metrics.jsonl").read_text().splitlines()]
     assert len(ours) == len(theirs) == STEPS
     worst = {"loss": 0.0, "rewards/margins": 0.0, "grad_norm": 0.0}
     for a, b in zip(ours, theirs, strict=True):
@@ -207,3 +215,31 @@ def test_the_first_ten_steps_equal_trl(folder: Path, view: View, model: Path, fi
     print("largest relative differences:", worst)
     assert ours[-1]["loss"] < ours[0]["loss"]
     assert max(worst.values()) < 1e-3
+
+
+def test_full_fine_tuning_equals_trl(tmp_path: Path, tiny_model: Path) -> None:
+    """All weights of a tiny model, TRL with a second model as its reference: the steps, and the weights they leave."""
+    from transformers import AutoModelForCausalLM
+
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(16))
+    precompute_reference(PrecomputeConfig(pairs=(pairs,), model=str(tiny_model), cache=tmp_path / "cache"))
+    view = View.open(tmp_path / "cache")
+    common: dict[str, Any] = {"learning_rate": 1e-4, "warmup_steps": 2, "lr_scheduler_type": "linear"}
+    common |= {"max_steps": STEPS, "gradient_accumulation_steps": BATCH // 2}
+    config = {"cache": tmp_path / "cache", "output_dir": tmp_path / "ours", "use_peft": False, "eval_share": 0}
+    train(TrainConfig.model_validate({**config, **common, "per_device_train_batch_size": 2, "num_train_epochs": 3}))
+    schedule = plan_schedule(len(view), batch=BATCH, epochs=3, max_steps=STEPS, seed=42)
+    order = [row for step in range(STEPS) for row in schedule.rows_of_step(step)]
+    trainer = trl_trainer(tmp_path, tiny_model, None, dataset(view), order, **common)
+    assert trainer.ref_model is not None
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+    trainer.train()
+    agree(tmp_path / "ours", trainer)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours" / "model").state_dict()
+    start = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
+    theirs = trainer.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    moved = sum(float((theirs[name] - start[name]).double().square().sum()) for name in start)
+    apart = sum(float((theirs[name] - ours[name]).double().square().sum()) for name in start)
+    print(f"weights: moved by {moved**0.5:.3e}, apart by {apart**0.5:.3e}")
+    assert apart < 1e-6 * moved
