@@ -322,10 +322,11 @@ def run_module(
     *,
     name: str,
     remedy: str = "run the same command again: what is done is kept",
+    processes: int | None = None,
 ) -> dict[str, Any]:
     """Runs `python -m module JOB.json`, which prints what it found as its last line, and keeps that in `folder`.
 
-    The same job of the same code is not run again.
+    The same job of the same code is not run again. With `processes`, torchrun starts as many, and the first prints.
 
     Raises:
         UserError: the process failed; the message holds the end of what it said.
@@ -338,7 +339,8 @@ def run_module(
             figures: dict[str, Any] = before["figures"]
             return figures
     file.write_text(json.dumps(job), encoding="utf-8")
-    command = [python, "-m", module, str(file)]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"] if processes else []
+    command = [python, "-m", *torchrun, module, str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=_quiet())
     if done.returncode != 0:
         raise _failed(name, command, done.returncode, done.stderr or done.stdout, remedy)

@@ -300,7 +300,8 @@ def _kernels(record: dict[str, Any]) -> Figures:
 def _scale(record: dict[str, Any]) -> Figures:
     for curve in record["curves"]:
         for size, values in zip(curve["sizes"], curve["values"], strict=True):
-            yield f"{curve['name']}, {size:,}", Figure(tuple(values), curve["unit"], exact=curve["unit"] == "bytes")
+            name = f"{curve['name']}, {curve['over']} {size:,}"
+            yield name, Figure(tuple(values), curve["unit"], exact=curve["unit"] == "bytes")
 
 
 FIGURES: dict[str, Callable[[dict[str, Any]], Figures]] = {

@@ -25,6 +25,7 @@ from dpoeng.bench.workload import first_pairs_of, save_small_model
 from dpoeng.cache.schema import PairIds, ScoredPair
 from dpoeng.engine.adapters import as_reference, make_trainable
 from dpoeng.engine.config import Dtype, Quantization, TrainConfig
+from dpoeng.engine.distributed import ALONE, Group
 from dpoeng.engine.lora import use_peft_product
 from dpoeng.engine.memory_tracker import MemoryTracker
 from dpoeng.engine.metrics import MetricsLog
@@ -236,7 +237,9 @@ def measure_cases(
 
 
 @contextlib.contextmanager
-def training_run(lm: CausalLM, rows: Sequence[ScoredPair], config: TrainConfig) -> Iterator[Run]:
+def training_run(
+    lm: CausalLM, rows: Sequence[ScoredPair], config: TrainConfig, *, group: Group = ALONE
+) -> Iterator[Run]:
     """Phase two, ready for its first step, over one batch that comes again and again; `lm` is made trainable here."""
     make_trainable(lm, config, "new" if config.use_peft else "full")
     if config.gradient_checkpointing:
@@ -256,6 +259,7 @@ def training_run(lm: CausalLM, rows: Sequence[ScoredPair], config: TrainConfig) 
             scheduler=build_scheduler(config, optimizer, steps),
             log=MetricsLog(Path(folder)),
             progress=QUIET,
+            group=group,
         )
 
 

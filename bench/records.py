@@ -39,7 +39,7 @@ def machine() -> dict[str, Any]:
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
-        "cores": _cores(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "memory_bytes": memory,
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -75,7 +75,8 @@ def _git(root: Path, *arguments: str) -> str:
     ).stdout.strip()
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Cores that this process may use, as the system counts them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

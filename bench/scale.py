@@ -1,9 +1,10 @@
-"""How cost grows: with the number of pairs, the length of a pair, the vocabulary; and the exponent of each.
+"""How cost grows: with the number of pairs, the length of a pair, the vocabulary, and how it falls with the number of
+processes; and the exponent of each.
 
 An exponent is the slope of a straight line through log(cost) over log(size), by least squares, with its standard error:
 1 is cost in proportion. A constant part that is large at the smallest sizes pulls it down, so the slope between the two
-largest sizes stands beside it. Times are CPU seconds, medians of repeats. Memory by length is simulated, as `dpoeng
-plan` does it, and marked so.
+largest sizes stands beside it. Times are CPU seconds, medians of repeats; those of several processes are by the clock.
+Memory by length is simulated, as `dpoeng plan` does it, and marked so.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dpoeng.bench.cache import measure_size
 from dpoeng.bench.kernels import Shape, head_problem, head_step
 from dpoeng.bench.measure import Stopwatch
 from dpoeng.bench.memory import training_run
+from dpoeng.bench.ranks import RankRound, default_ranks, largest_difference, measure_ranks, pairs_for, usable_ranks
 from dpoeng.bench.records import stamp
 from dpoeng.bench.workload import save_small_model
 from dpoeng.cache.schema import PairIds, as_ids
@@ -40,18 +42,19 @@ from dpoeng.engine.step import train_step
 from dpoeng.engine.step_memory import step_memory
 from dpoeng.kernels.token_logps import token_logps
 
-PAIRS, LENGTH, VOCABULARY = "pairs in the cache", "tokens of a pair", "vocabulary"
+PAIRS, LENGTH, VOCABULARY, RANKS = "pairs in the cache", "tokens of a pair", "vocabulary", "processes"
 
 
 @dataclass(frozen=True, slots=True)
 class ScaleSettings:
-    """What is measured; each list has three sizes or more, or none to leave the curve out.
+    """What is measured; each list has three sizes or more (`ranks` two), or none to leave the curve out.
 
     Attributes:
         pairs: sizes of caches.
         lengths: tokens of a pair, half of them the prompt; two pairs are a batch.
         simulated_lengths: the same for the simulation of memory.
         vocabularies: rows of the head.
+        ranks: numbers of processes, the first of them 1; None: 1, 2, 4, ... as far as there are cores or GPUs.
         repeats: counted repeats of each size; the cache of a size is made once.
     """
 
@@ -62,6 +65,7 @@ class ScaleSettings:
     lengths: tuple[int, ...] = (128, 256, 512, 1024)
     simulated_lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
     vocabularies: tuple[int, ...] = (8192, 16384, 32768, 65536, 131072)
+    ranks: tuple[int, ...] | None = None
     repeats: int = 3
 
 
@@ -70,18 +74,18 @@ class Exponent:
     """cost = factor * size ** value.
 
     Attributes:
-        standard_error: of `value`.
+        standard_error: of `value`; None of two sizes, which a line goes through.
         last: the same between the two largest sizes alone.
     """
 
     value: float
-    standard_error: float
+    standard_error: float | None
     factor: float
     last: float
 
 
 def power_law(sizes: Sequence[float], costs: Sequence[float]) -> Exponent:
-    """Least squares of log(cost) over log(size), at three sizes or more.
+    """Least squares of log(cost) over log(size), at two sizes or more.
 
     The standard error is the usual one of a slope, sqrt(sum of squared residuals / (n - 2) / sum of squared deviations
     of log(size)).
@@ -91,7 +95,7 @@ def power_law(sizes: Sequence[float], costs: Sequence[float]) -> Exponent:
     spread = float(deviations @ deviations)
     slope = float(deviations @ y) / spread
     residuals = y - y.mean() - slope * deviations
-    error = math.sqrt(float(residuals @ residuals) / (len(x) - 2) / spread)
+    error = math.sqrt(float(residuals @ residuals) / (len(x) - 2) / spread) if len(x) > 2 else None
     last = float((y[-1] - y[-2]) / (x[-1] - x[-2]))
     return Exponent(slope, error, float(np.exp(y.mean() - slope * x.mean())), last)
 
@@ -113,6 +117,42 @@ class Curve:
         return {**asdict(self), "medians": medians, "exponent": asdict(power_law(self.sizes, medians))}
 
 
+@dataclass(frozen=True, slots=True)
+class RankCurve:
+    """The seconds that the same work takes in 1 (the first size) and more processes.
+
+    Attributes:
+        pairs: that each round works on.
+        busy: mean over the processes of their CPU seconds, over the most of one; a value a size. What is left to 1 is
+            work that could not be divided evenly.
+        sharing: sizes with fewer cores than processes, which say nothing about processes and are not in the fit.
+    """
+
+    name: str
+    sizes: list[int]
+    values: list[list[float]]
+    pairs: int
+    busy: list[float]
+    sharing: list[int]
+
+    def record(self) -> dict[str, Any]:
+        """With the medians and, where two sizes have their own cores, the fit; the rest is arithmetic on these."""
+        medians = [statistics.median(found) for found in self.values]
+        own = [(size, cost) for size, cost in zip(self.sizes, medians, strict=True) if size not in self.sharing]
+        speedup = [medians[0] / cost for cost in medians]
+        return {
+            **asdict(self),
+            "over": RANKS,
+            "unit": "s",
+            "simulated": False,
+            "medians": medians,
+            "pairs_per_s": [self.pairs / cost for cost in medians],
+            "speedup": speedup,
+            "efficiency": [times / size for times, size in zip(speedup, self.sizes, strict=True)],
+            "exponent": asdict(power_law(*zip(*own, strict=True))) if len(own) > 1 else None,
+        }
+
+
 def bench_scale(settings: ScaleSettings, progress: Progress = QUIET) -> dict[str, Any]:
     """Measures every curve and returns the record.
 
@@ -120,8 +160,9 @@ def bench_scale(settings: ScaleSettings, progress: Progress = QUIET) -> dict[str
         UserError: the model cannot be used.
     """
     device = pick_device(settings.device)
-    record = stamp("scale", device, asdict(settings))
-    curves: list[Curve] = []
+    ranks = default_ranks(device) if settings.ranks is None else settings.ranks
+    record = stamp("scale", device, {**asdict(settings), "ranks": ranks})
+    curves: list[Curve | RankCurve] = []
     with tempfile.TemporaryDirectory(prefix="dpoeng-bench-") as scratch:
         folder = Path(scratch)
         if settings.pairs:
@@ -132,6 +173,9 @@ def bench_scale(settings: ScaleSettings, progress: Progress = QUIET) -> dict[str
             curves += over_simulated_lengths(settings, folder, device, progress)
         if settings.vocabularies:
             curves += over_vocabularies(settings, device, progress)
+        if ranks:
+            found, record["loss_difference"] = over_ranks(settings, ranks, folder, device, progress)
+            curves += found
     return {**record, "curves": [curve.record() for curve in curves]}
 
 
@@ -233,6 +277,39 @@ def over_vocabularies(settings: ScaleSettings, device: torch.device, progress: P
         Curve("head, forward and backward", VOCABULARY, "CPU-s", sizes, seconds),
         Curve("peak of the head", VOCABULARY, "bytes", sizes, peaks),
     ]
+
+
+def over_ranks(
+    settings: ScaleSettings, sizes: Sequence[int], folder: Path, device: torch.device, progress: Progress = QUIET
+) -> tuple[list[RankCurve], float]:
+    """Phase one and a step of phase two in several processes; and how far the losses are from those of one."""
+    found = measure_ranks(
+        _model(settings, folder),
+        sizes,
+        folder,
+        device=settings.device,
+        dtype=settings.dtype,
+        repeats=settings.repeats,
+        progress=progress,
+    )
+    shared = [size for size in sizes if size > usable_ranks(device)]
+
+    def busy(rounds: Sequence[RankRound]) -> float:
+        return statistics.median(statistics.fmean(one.busy_s) / max(one.busy_s) for one in rounds)
+
+    curves = [
+        RankCurve(
+            name,
+            list(sizes),
+            [[one.wall_s for one in found[size][phase]] for size in sizes],
+            pairs_for(sizes),
+            [busy(found[size][phase]) for size in sizes],
+            shared,
+        )
+        for name, phase in (("reference pass", "reference"), ("training step", "training"))
+    ]
+    losses = {size: [one.loss for one in phases["training"] if one.loss is not None] for size, phases in found.items()}
+    return curves, largest_difference(losses)
 
 
 def _rounds(

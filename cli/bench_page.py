@@ -154,16 +154,23 @@ def _quality(record: dict[str, Any]) -> Iterable[Html]:
 
 
 def _scale(record: dict[str, Any]) -> Iterable[Html]:
-    for over, unit in dict.fromkeys((curve["over"], curve["unit"]) for curve in record["curves"]):
+    by_ranks = [curve for curve in record["curves"] if "speedup" in curve]
+    others = [curve for curve in record["curves"] if curve not in by_ranks]
+    for over, unit in dict.fromkeys((curve["over"], curve["unit"]) for curve in others):
         curves = [
             Curve(
                 f"{curve['name']}{', simulated' if curve['simulated'] else ''}: {curve['exponent']['value']:.2f}",
                 list(zip(curve["sizes"], curve["medians"], strict=True)),
             )
-            for curve in record["curves"]
+            for curve in others
             if (curve["over"], curve["unit"]) == (over, unit)
         ]
         yield line_chart(f"cost by {over}, with exponents", curves, unit=unit, x_name=over, logarithmic=True)
+    if by_ranks:
+        sizes = by_ranks[0]["sizes"]
+        found = [Curve(curve["name"], list(zip(sizes, curve["speedup"], strict=True))) for curve in by_ranks]
+        perfect = Curve("perfect", [(size, size) for size in sizes], dots=True)
+        yield line_chart("speed-up by processes", [*found, perfect], unit="times as fast", x_name="processes")
 
 
 _CHARTS: dict[str, Callable[[dict[str, Any]], Iterable[Html]]] = {

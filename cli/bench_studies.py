@@ -82,14 +82,18 @@ def quality(outputs: Outputs, **settings: Any) -> None:
     finish([record], outputs)
 
 
+def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> list[int]:
+    try:
+        return [int(float(word)) for word in value.split(",")]
+    except (ValueError, OverflowError) as error:
+        raise click.BadParameter(f"{value!r} are no numbers", ctx, param) from error
+
+
 def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
     """Sizes with commas: three or more to fit a line through, or none."""
     if value.strip() == "none":
         return ()
-    try:
-        sizes = [int(float(word)) for word in value.split(",")]
-    except (ValueError, OverflowError) as error:
-        raise click.BadParameter(f"{value!r} are no numbers", ctx, param) from error
+    sizes = _numbers(ctx, param, value)
     if len(set(sizes)) < 3 or sizes != sorted(set(sizes)) or sizes[0] < 4:
         raise click.BadParameter(
             f"{value!r} is neither three sizes or more of at least 4, the smallest first, nor none", ctx, param
@@ -97,11 +101,21 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int,
     return tuple(sizes)
 
 
+def _ranks(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...] | None:
+    """Numbers of processes with commas, what one does before; none of them; or as many as there are cores."""
+    if value.strip() in ("auto", "none"):
+        return None if value.strip() == "auto" else ()
+    ranks = _numbers(ctx, param, value)
+    if len(ranks) < 2 or ranks != sorted(set(ranks)) or ranks[0] != 1:
+        raise click.BadParameter(f"{value!r} is neither 1 and more processes, like 1,2,4, nor auto or none", ctx, param)
+    return tuple(ranks)
+
+
 @click.command(
     "scale",
     epilog=example(
         "dpoeng bench scale --results bench/results",
-        "dpoeng bench scale --pairs 1e2,1e3,1e4,1e5,1e6 --lengths none --vocabularies none",
+        "dpoeng bench scale --pairs 1e2,1e3,1e4,1e5,1e6 --lengths none --vocabularies none --ranks none",
     ),
 )
 @click.option("--model", help="A directory or a hub id.  [default: an embedded random one]")
@@ -125,13 +139,21 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int,
     callback=_sizes,
     help="Sizes of the vocabulary, or none.",
 )
+@click.option(
+    "--ranks",
+    default="auto",
+    show_default=True,
+    callback=_ranks,
+    help="Numbers of processes, as 1,2,4; auto: 1, 2, 4, ... as far as each has a core or a GPU; or none.",
+)
 @click.option("--repeats", default=3, show_default=True, help="Counted repeats.", type=click.IntRange(1))
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @output_options
 def scale(outputs: Outputs, **settings: Any) -> None:
-    """How cost grows with the number of pairs, their length and the vocabulary: curves, and the exponent of each.
+    """How cost grows with the number of pairs, their length and the vocabulary, and falls with the number of processes.
 
-    The caches hold made-up numbers: what storing costs is measured, not the model. Memory by length is simulated.
+    Curves, and the exponent of each. The caches hold made-up numbers: what storing costs is measured, not the model.
+    Memory by length is simulated. Processes are started by torchrun; each has one thread, or a GPU.
     """
     from dpoeng.bench.scale import ScaleSettings, bench_scale
     from dpoeng.cli.progress import TerminalProgress

@@ -323,9 +323,10 @@ def _mean(told: dict[str, Any], digits: int, *, signed: bool = False) -> str:
 
 
 def scale_tables(record: dict[str, Any]) -> list[Table]:
-    """A table a size that grows: a row a cost, with its exponent."""
+    """A table a size that grows: a row a cost, with its exponent; and one of several processes."""
     tables = [machine_table(record)]
-    for over in dict.fromkeys(curve["over"] for curve in record["curves"]):
+    by_ranks = [curve for curve in record["curves"] if "speedup" in curve]
+    for over in dict.fromkeys(curve["over"] for curve in record["curves"] if curve not in by_ranks):
         curves = [curve for curve in record["curves"] if curve["over"] == over]
         for sizes in dict.fromkeys(tuple(curve["sizes"]) for curve in curves):
             table = Table(
@@ -350,7 +351,35 @@ def scale_tables(record: dict[str, Any]) -> list[Table]:
                         f"{fit['last']:.2f}",
                     )
             tables.append(table)
-    return tables
+    return [*tables, _ranks_table(record, by_ranks)] if by_ranks else tables
+
+
+def _ranks_table(record: dict[str, Any], curves: list[dict[str, Any]]) -> Table:
+    sizes, shared = curves[0]["sizes"], curves[0]["sharing"]
+    each = "a GPU" if record["device_kind"] == "GPU" else "one thread"
+    table = Table(
+        title=f"the same {curves[0]['pairs']} pairs in several processes, each with {each}",
+        title_justify="left",
+        show_edge=False,
+        caption="speed-up: over one process; efficiency: that a process. evenly: mean over most CPU time of a process. "
+        "exponent: -1 is perfect."
+        + (" Marked *: fewer cores than processes, not in the fit." if shared else "")
+        + f" The losses agree with those of one process to {record['loss_difference']:.1e}.",
+        caption_justify="left",
+    )
+    table.add_column("")
+    for size in sizes:
+        table.add_column(f"{size}{'*' if size in shared else ''}", justify="right")
+    table.add_column("exponent", justify="right")
+    for curve in curves:
+        fit = curve["exponent"]
+        error = f" ± {fit['standard_error']:.2f}" if fit and fit["standard_error"] is not None else ""
+        exponent = f"{fit['value']:.2f}{error}" if fit else "–"
+        table.add_row(f"{curve['name']}, pairs/s", *(f"{speed:.2f}" for speed in curve["pairs_per_s"]), exponent)
+        table.add_row("  speed-up", *(f"{times:.2f}" for times in curve["speedup"]), "")
+        table.add_row("  efficiency", *(f"{100 * share:.0f} %" for share in curve["efficiency"]), "")
+        table.add_row("  evenly", *(f"{100 * share:.0f} %" for share in curve["busy"]), "")
+    return table
 
 
 _TABLES: dict[str, Callable[[dict[str, Any]], list[Table]]] = {

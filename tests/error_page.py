@@ -168,6 +168,7 @@ MEANINGS: dict[str, str] = {
     "internal-error": "A mistake in dpoeng. Please report it.",
     "bench-no-peer": "Comparing with TRL needs a Python that has it.",
     "bench-peer-failed": "The compared process failed; its last lines are shown.",
+    "bench-losses-differ": "A figure of several processes is told only if they compute what one does.",
     "bench-no-record": "`bench diff` compares what `--json` or `--results` of another bench command has kept.",
     "bench-not-comparable": "Figures of another machine or of other settings say nothing about a commit.",
     "demo-model": "The demo needs a small model from the hub or a package index.",

@@ -511,6 +511,12 @@ def failing_peer(desk: Desk) -> None:
     compare.run_process(str(desk.folder / "python"), job)  # type: ignore[arg-type]
 
 
+def losses_of_others(desk: Desk) -> None:
+    from dpoeng.bench.ranks import largest_difference
+
+    largest_difference({1: [0.6931, 0.6931], 2: [0.6931, 0.7104]})
+
+
 def colliding_keys(desk: Desk) -> None:
     from dpoeng.cache.reader import View
     from dpoeng.cache.store import Store, ViewEntry
@@ -795,6 +801,7 @@ RUNS = (
     Wrong("a diff of two machines", "bench-not-comparable", 3, "bench diff one.jsonl two.jsonl", ("cores", "--anyway"),
           two_machines),
     Wrong("a peer that is killed", "bench-peer-failed", 5, "", ("Killed",), act=failing_peer),
+    Wrong("processes with other losses", "bench-losses-differ", 5, "", ("2 processes",), act=losses_of_others),
 )  # fmt: skip
 
 
