@@ -238,6 +238,22 @@ class Files:
             raise disk_error(error, self.root / name) from error
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; the block done, that file takes the place of `path`, whole.
+
+    Where the block fails, `path` stays as it was. For files that a user names and for logs: nothing here is synced, and
+    no lock tells other writers apart, as `Files` does for the cache.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
 def disk_error(error: OSError, path: Path) -> CacheError:
     """The user's words for what the operating system refused."""
     found = error.strerror or str(error)

@@ -71,6 +71,8 @@ def print_summary(summary: PrecomputeSummary) -> None:
             )
         )
         facts.append(("layout", f"{summary.layout}: {summary.layout_reason}"))
+    if summary.blocks.total:
+        facts.append(("attention", str(summary.blocks)))
     if summary.peak_bytes is not None:
         facts.append(("peak memory", f"{summary.peak_bytes / 2**30:.2f} GiB allocated on the device"))
     if not summary.pending:

@@ -81,6 +81,8 @@ def print_summary(summary: TrainSummary) -> None:
         facts.append(("layout", f"{summary.layout}: {summary.layout_reason}"))
     if summary.loaded:
         facts.append(("base loaded", summary.loaded))
+    if summary.blocks.total:
+        facts.append(("attention", str(summary.blocks)))
     if summary.peak_bytes is not None:
         predicted = ""
         if summary.predicted_bytes:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from dpoeng.engine.config import Attention
-from dpoeng.engine.flex import block_mask, flex
+from dpoeng.engine.flex import BlockCount, RowMask, block_mask, flex
 from dpoeng.engine.layout import GroupSpan
 from dpoeng.engine.varlen import Texts, texts, varlen
 
@@ -29,16 +29,17 @@ class AttentionPlan:
     """What every layer of one forward needs: the spans, the way, and the masks that depend on lengths alone.
 
     Handed through the model's keyword arguments as `dpoeng_plan`, so that a checkpointed layer sees the same plan when
-    it is run again in the backward pass.
+    it is run again in the backward pass. FlexAttention's layers add to `blocks` what they compute.
     """
 
     groups: tuple[GroupSpan, ...]
     way: Attention = "segments"
     masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
-    block_masks: dict[int | None, Any] = field(default_factory=dict)
+    block_masks: dict[int | None, RowMask] = field(default_factory=dict)
     row_texts: list[Texts] = field(default_factory=list)
+    blocks: BlockCount = field(default_factory=BlockCount)
 
-    def block_mask(self, window: int | None, like: torch.Tensor) -> Any:
+    def block_mask(self, window: int | None, like: torch.Tensor) -> RowMask:
         """The mask of the whole row for FlexAttention."""
         if window not in self.block_masks:
             self.block_masks[window] = block_mask(self.groups, window, like.device)
@@ -99,8 +100,9 @@ def shared_prompt_attention(
         window = sliding_window
         return varlen(query, key, value, rows, scaling=scaling, window=window, softcap=softcap, sinks=sinks), None
     if dpoeng_plan.way == "flex":
-        mask = dpoeng_plan.block_mask(sliding_window, query)
-        whole = flex(query, key, value, mask, scaling=scaling, softcap=softcap, sinks=sinks)
+        row_mask = dpoeng_plan.block_mask(sliding_window, query)
+        dpoeng_plan.blocks.add(row_mask.blocks)
+        whole = flex(query, key, value, row_mask.mask, scaling=scaling, softcap=softcap, sinks=sinks)
         return whole.transpose(1, 2).contiguous(), None
     # `split` and not slices: the backward of each slice fills a tensor as long as the whole row.
     sizes = [n for group in dpoeng_plan.groups for n in group.text_sizes]

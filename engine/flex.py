@@ -32,6 +32,37 @@ class Segments:
     position: IndexArray
 
 
+@dataclass(slots=True)
+class BlockCount:
+    """Tiles of `BLOCK` x `BLOCK` scores: those that are computed, and all that a full square would have.
+
+    Added up over the layers of all forwards. How many heads and layers there are does not move the share.
+    """
+
+    computed: int = 0
+    total: int = 0
+
+    def add(self, other: BlockCount) -> None:
+        """Adds those of another layer."""
+        self.computed += other.computed
+        self.total += other.total
+
+    def record(self) -> dict[str, float]:
+        """For run.json."""
+        return {"size": BLOCK, "computed": self.computed, "total": self.total, "share": self.computed / self.total}
+
+    def __str__(self) -> str:
+        return f"{100 * self.computed / self.total:.3g} % of {BLOCK} x {BLOCK} blocks computed"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowMask:
+    """FlexAttention's BlockMask of a row, and how many of its tiles are computed."""
+
+    mask: Any
+    blocks: BlockCount
+
+
 def segments(groups: Sequence[GroupSpan]) -> Segments:
     """Spans of a row -> what each position belongs to."""
     total = max(end for span in groups for _, end in (*span.branches, (0, span.prompt_end)))
@@ -84,8 +115,8 @@ def block_lists(rows: Segments, window: int | None, block: int = BLOCK) -> tuple
     return partial, full
 
 
-def block_mask(groups: Sequence[GroupSpan], window: int | None, device: torch.device) -> Any:
-    """FlexAttention's BlockMask of a row."""
+def block_mask(groups: Sequence[GroupSpan], window: int | None, device: torch.device) -> RowMask:
+    """The mask of a row."""
     from torch.nn.attention.flex_attention import BlockMask
 
     rows = segments(groups)
@@ -100,13 +131,14 @@ def block_mask(groups: Sequence[GroupSpan], window: int | None, device: torch.de
         return seen
 
     total = len(rows.group)
-    return BlockMask.from_kv_blocks(
+    mask = BlockMask.from_kv_blocks(
         *_lists(partial, device),
         *_lists(full, device),
         BLOCK_SIZE=BLOCK,
         mask_mod=mask_mod,
         seq_lengths=(total, total),
     )
+    return RowMask(mask, BlockCount(sum(map(len, (*partial, *full))), len(partial) ** 2))
 
 
 def _lists(blocks: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

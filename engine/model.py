@@ -19,6 +19,7 @@ from torch import nn
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.attention import SHARED_PROMPT, no_mask, shared_prompt_attention
 from dpoeng.engine.config import Attention, Quantization
+from dpoeng.engine.flex import BlockCount
 from dpoeng.engine.offload import keep_inputs_on_host
 from dpoeng.engine.quantized import (
     compute_in,
@@ -28,7 +29,7 @@ from dpoeng.engine.quantized import (
     quantize_empty,
 )
 from dpoeng.engine.sharded_loading import sharding_class
-from dpoeng.engine.sources import ModelSource, stored_quantization
+from dpoeng.engine.sources import ModelSource, quantized_otherwise, stored_quantization
 from dpoeng.kernels.tiled_logps import native_bf16
 
 Layout = Literal["shared", "separate"]
@@ -53,6 +54,7 @@ class CausalLM:
         native_attention: the attention that transformers chose for this architecture.
         layout: whether branches share their prompt, and why if they do not.
         attention: how attention over shared prompts is computed; see `engine/attention`.
+        blocks: of FlexAttention: how much of the square it has computed so far.
         sharded: whether layers are divided over processes, so that every forward is one of all of them.
         masters: with full fine-tuning in another dtype than float32, the float32 tensor behind each weight, which is
             what the optimizer moves.
@@ -68,6 +70,7 @@ class CausalLM:
     layout: Layout = "separate"
     layout_reason: str = ""
     attention: Attention = "segments"
+    blocks: BlockCount = field(default_factory=BlockCount)
     sharded: bool = False
     masters: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict)
 
@@ -202,14 +205,7 @@ def load_model(
         kwargs: dict[str, Any] = {"dtype": compute, "trust_remote_code": False, "use_safetensors": True}
         stored = stored_quantization(source)
         if stored is not None and stored["quantization"] != quantization:
-            raise UserError(
-                f"{source.name} is quantised already, and in another way",
-                code="quantization-stored",
-                where=str(source.folder),
-                expected=f"quantization {stored['quantization']}, as its config.json says",
-                found=quantization,
-                remedy="leave --quantization out, or name the full-precision checkpoint with --model",
-            )
+            raise quantized_otherwise(source, "quantization", stored["quantization"], quantization)
         if quantization != "none":
             settings = quantization_config(quantization, compute, int8_threshold, quant_type, double_quant)
             kwargs |= {"device_map": {"": str(device)}} | ({"quantization_config": settings} if stored is None else {})

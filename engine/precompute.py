@@ -20,6 +20,7 @@ from dpoeng.engine.config import PrecomputeConfig
 from dpoeng.engine.distributed import Group, process_group
 from dpoeng.engine.drift import check_drift
 from dpoeng.engine.fit import check_forward
+from dpoeng.engine.flex import BlockCount
 from dpoeng.engine.layout import batches_of_pairs
 from dpoeng.engine.model import (
     CausalLM,
@@ -72,6 +73,7 @@ class PrecomputeSummary:
     seconds: float = 0.0
     layout: str = ""
     layout_reason: str = ""
+    blocks: BlockCount = field(default_factory=BlockCount)
     device: str = ""
     peak_bytes: int | None = None
     predicted_bytes: int | None = None
@@ -168,6 +170,7 @@ def _precompute(config: PrecomputeConfig, group: Group, progress: Progress) -> P
         )
         _compute(lm, store, spec_digest, mine, config, summary, progress)
         summary.seconds = time.perf_counter() - began
+        summary.blocks = lm.blocks
     group.wait()
     if not group.is_first:
         return summary

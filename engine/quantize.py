@@ -14,7 +14,7 @@ from dpoeng.cache.errors import UserError
 from dpoeng.engine.config import PrecomputeConfig, Quantization
 from dpoeng.engine.model import load_model
 from dpoeng.engine.progress import QUIET, Progress
-from dpoeng.engine.sources import ModelSource, copy_beside, stored_quantization
+from dpoeng.engine.sources import ModelSource, copy_beside, quantized_otherwise, stored_quantization
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +111,5 @@ def with_stored_quantization(config: PrecomputeConfig, source: ModelSource) -> P
         return config
     for name, value in stored.items():
         if name in config.model_fields_set and getattr(config, name) != value:
-            raise UserError(
-                f"{source.name} is quantised already, and in another way",
-                code="quantization-stored",
-                where="--" + name.replace("_", "-"),
-                expected=f"{value}, as its config.json says, or nothing",
-                found=str(getattr(config, name)),
-                remedy="leave the option out, or name the full-precision checkpoint with --model",
-            )
+            raise quantized_otherwise(source, name, value, getattr(config, name))
     return config.model_copy(update=dict(stored))

@@ -6,7 +6,7 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import xxhash
 from safetensors import SafetensorError
 
 from dpoeng.cache.errors import UserError
+from dpoeng.cache.files import replacing
 from dpoeng.cache.reader import View
 from dpoeng.engine.adapters import Mode, save_policy_adapter
 from dpoeng.engine.advice import Advice
@@ -168,6 +169,14 @@ def write_run_file(
         write_durably(config.output_dir / RUN_FILE, (json.dumps(record, indent=2) + "\n").encode())
     except OSError as error:
         raise unwritable(config.output_dir, error) from error
+
+
+def add_to_run_file(output_dir: Path, more: Mapping[str, Any]) -> None:
+    """Adds to run.json what is known at the end of a run."""
+    path = output_dir / RUN_FILE
+    record = {**json.loads(path.read_text(encoding="utf-8")), **more}
+    with replacing(path) as temporary:
+        write_durably(temporary, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def loading_recipe(mode: Mode, model: str, adapter: str | None) -> list[str]:

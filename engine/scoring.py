@@ -16,6 +16,7 @@ from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import IdArray
 from dpoeng.engine.attention import AttentionPlan
 from dpoeng.engine.config import Attention
+from dpoeng.engine.flex import BlockCount
 from dpoeng.engine.layout import Branch, IndexArray, PackedRow, PromptGroup, pack, pad, separate
 from dpoeng.engine.model import CausalLM, use_layout
 from dpoeng.kernels.collision import log_collision
@@ -57,7 +58,7 @@ def _run_packed(lm: CausalLM, row: PackedRow) -> torch.Tensor:
         input_ids=_tensor(lm, row.input_ids)[None],
         position_ids=_tensor(lm, row.position_ids)[None],
         use_cache=False,
-        dpoeng_plan=AttentionPlan(row.groups, lm.attention),
+        dpoeng_plan=AttentionPlan(row.groups, lm.attention, blocks=lm.blocks),
     )
     hidden: torch.Tensor = output.last_hidden_state[0]
     return hidden
@@ -176,6 +177,7 @@ def choose_layout(lm: CausalLM, wanted: str = "auto", attention: Attention = "au
             error_of_way = float("inf")
             reason = f"its attention cannot be replaced ({type(error).__name__}: {str(error).splitlines()[0]})"
         if error_of_way <= tolerance:
+            lm.blocks = BlockCount()  # the probe's row is no row of the run
             return
         without = f" ({way}: {reason})"
     if attention in ("flex", "varlen"):

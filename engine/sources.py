@@ -140,6 +140,18 @@ def stored_quantization(source: ModelSource) -> dict[str, Any] | None:
     )
 
 
+def quantized_otherwise(source: ModelSource, field: str, stored: Any, asked: Any) -> UserError:
+    """What to raise where a field says something else than the files of a quantised checkpoint."""
+    return UserError(
+        f"{source.name} is quantised already, and in another way",
+        code="quantization-stored",
+        where="--" + field.replace("_", "-"),
+        expected=f"{stored}, as its config.json says, or nothing",
+        found=str(asked),
+        remedy="leave the option out, or name the full-precision checkpoint with --model",
+    )
+
+
 def write_config(source: ModelSource, into: Path, dtype: str = "auto") -> None:
     """Writes config.json into a folder as `source` has it, with another dtype unless that is auto."""
     fields = _read_json(source.folder / "config.json")

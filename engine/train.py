@@ -20,6 +20,7 @@ from dpoeng.engine.checkpoint import Checkpoint
 from dpoeng.engine.config import TrainConfig
 from dpoeng.engine.distributed import Group, process_group
 from dpoeng.engine.fit import check_step
+from dpoeng.engine.flex import BlockCount
 from dpoeng.engine.fsdp import check_fsdp, layer_sharding, loads_whole_because, shard_base
 from dpoeng.engine.full import check_full
 from dpoeng.engine.kept_base import KeptBase
@@ -33,6 +34,7 @@ from dpoeng.engine.quantized import import_bitsandbytes, require_bitsandbytes
 from dpoeng.engine.reference import ParityReport, load_policy_base
 from dpoeng.engine.rows import Rows
 from dpoeng.engine.run_folder import (
+    add_to_run_file,
     clear_output,
     open_output,
     result_folder,
@@ -87,6 +89,7 @@ class TrainSummary:
     seconds: float = 0.0
     peak_bytes: int | None = None
     predicted_bytes: int | None = None
+    blocks: BlockCount = field(default_factory=BlockCount)
     already_complete: bool = False
     planned_steps: int = 0
     best: Best = field(default_factory=Best)
@@ -268,6 +271,11 @@ def _train(
             if config.samples:
                 write_samples(config.output_dir, samples)
             write_result(lm, config.output_dir, mode, source)
+    blocks = BlockCount()
+    for of_process in group.gather(lm.blocks):
+        blocks.add(of_process)
+    if blocks.total and group.is_first:
+        add_to_run_file(config.output_dir, {"attention_blocks": blocks.record()})
     save_run(run, done, identity, complete=True)
     group.wait()  # nobody reports success before the result is on the disk
 
@@ -292,6 +300,7 @@ def _train(
         seconds=time.perf_counter() - began,
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         predicted_bytes=predicted_bytes,
+        blocks=blocks,
     )
     if group.is_first:
         _add_results(summary, run.log, config)
