@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -15,6 +14,7 @@ import pyarrow as pa
 import xxhash
 
 from dpoeng.cache.errors import CacheError, UserError
+from dpoeng.cache.files import replacing
 from dpoeng.cache.folder import object_name, table_name, view_name
 from dpoeng.cache.reader import View
 from dpoeng.cache.records import Commit
@@ -61,12 +61,8 @@ def export_view(view: View, path: Path) -> int:
     write = {".jsonl": _write_jsonl, ".parquet": _write_parquet}.get(path.suffix)
     if write is None:
         raise _bad_suffix(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as temporary:
         write(temporary, _batched(_columns(view)))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return len(view)
 
 

@@ -21,6 +21,7 @@ from typing import Any, Final
 import xxhash
 
 from dpoeng.cache.errors import CacheError
+from dpoeng.cache.files import replacing
 from dpoeng.cache.records import canonical_json, seal, unseal
 
 Progress = Callable[[int, int], None]
@@ -237,12 +238,10 @@ def _recall(memo: Path, status: os.stat_result) -> dict[str, TensorDigest] | Non
 def _remember(memo: Path, status: os.stat_result, digests: Mapping[str, TensorDigest]) -> None:
     """Best effort: a folder that cannot be written only costs the next run its time."""
     identity = _identity(status)
-    path = _memo_file(memo, identity)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with contextlib.suppress(OSError):
         memo.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(seal({"file": identity, "tensors": {k: d.to_json() for k, d in digests.items()}}))
-        temporary.replace(path)
+        with replacing(_memo_file(memo, identity)) as temporary:
+            temporary.write_bytes(seal({"file": identity, "tensors": {k: d.to_json() for k, d in digests.items()}}))
 
 
 # -- helpers ----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dpoeng.cache.errors import UserError
+from dpoeng.cache.files import replacing
 
 
 def write_page(path: Path, page: str) -> None:
@@ -13,13 +14,10 @@ def write_page(path: Path, page: str) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(page, encoding="utf-8")
     except OSError as error:
-        if temporary.is_file():
-            temporary.unlink()
         raise UserError(
             "the page cannot be written",
             code="page-unwritable",

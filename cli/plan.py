@@ -10,6 +10,7 @@ import click
 from pydantic import ValidationError
 
 from dpoeng.cli.options import config_options, given
+from dpoeng.cli.output import write_page
 from dpoeng.engine.plan_config import PlanConfig
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def plan(for_scripts: bool, html: Path | None, **options: Any) -> None:
 
     found = make_plan(config)
     if html is not None:
-        html.write_text(picture(found), encoding="utf-8")
+        write_page(html, picture(found))
     if for_scripts:
         click.echo(json.dumps(as_json(found), indent=2))
         return
@@ -145,20 +146,23 @@ def sparkline(found: Plan, width: int = 96) -> str:
 
 
 def picture(found: Plan) -> str:
-    """The same as a page with an SVG."""
+    """Memory through a step as a page: a curve for each of its phases."""
+    from dpoeng.cache.page import Curve, cards, line_chart, page, plots
+
     timeline = found.phase2[1].timeline
-    step = max(1, len(timeline) // 1500)
-    points = [(i, max(n for n, _ in timeline[i : i + step])) for i in range(0, len(timeline), step)]
-    high = max(n for _, n in points)
-    path = " ".join(f"{1000 * i / len(timeline):.1f},{300 - 280 * n / high:.1f}" for i, n in points)
-    marks = [i for i in range(1, len(timeline)) if timeline[i][1] != timeline[i - 1][1]]
-    labels = "".join(
-        f'<text x="{1000 * i / len(timeline):.0f}" y="316" font-size="11">{timeline[i][1]}</text>' for i in [0, *marks]
-    )
-    return (
-        "<!doctype html><meta charset='utf-8'><title>dpoeng plan</title><body style='font-family:sans-serif'>"
-        f"<h1>{found.request.model}</h1><p>Memory through one optimizer step, simulated; peak {high / GIB:.2f} GiB.</p>"
-        f'<svg viewBox="0 0 1000 330" width="100%"><polyline fill="none" stroke="#06c" points="{path}"/>{labels}</svg>'
+    curves = []
+    for phase in dict.fromkeys(name for _, name in timeline):
+        points = [(i, n / GIB) for i, (n, name) in enumerate(timeline) if name == phase]
+        width = -(-len(points) // 400)  # the highest of so many operations is drawn
+        tops = [max(points[i : i + width], key=lambda point: point[1]) for i in range(0, len(points), width)]
+        curves.append(Curve(phase, tops, exact=True))
+    return page(
+        f"Plan for {found.request.model}",
+        [
+            cards([("peak of a step, GiB", f"{found.step.n_bytes / GIB:.2f}")]),
+            plots([line_chart("memory through a step, simulated", curves, unit="GiB", x_name="operation")]),
+        ],
+        "Calculated, not measured.",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpoeng.cache.page import (
@@ -59,7 +59,7 @@ def report_page(run: RunRecord) -> str:
         parts += _last_evaluation(run.evaluations[-1])
     if run.samples:
         parts += [heading("Samples"), *map(_sample, run.samples)]
-    parts += [heading("Configuration"), _configuration(run.record.get("config", {})), *_identity(run)]
+    parts += [heading("Configuration"), configuration(run.record.get("config", {})), *_identity(run)]
     return page(f"Run {run.folder.name or run.folder}", parts, subtitle)
 
 
@@ -189,14 +189,15 @@ def _sample(sample: dict[str, Any]) -> Html:
     return details(title, inner)
 
 
-def _configuration(config: dict[str, Any]) -> Html:
+def configuration(config: Mapping[str, Any]) -> Html:
     """What was set, open; what was left at its default, folded."""
-    defaults = {name: field.default for name, field in TrainConfig.model_fields.items()}
-    plain = json.loads(json.dumps(defaults, default=str))
-    rows = [(name, json.dumps(value)) for name, value in config.items()]
-    changed = [row for row in rows if row[0] not in plain or json.dumps(plain[row[0]]) != row[1]]
-    kept = [row for row in rows if row not in changed]
-    shown = table((), changed, words=True) if changed else paragraph("All fields have their defaults.", "dim")
+    default = {
+        name: json.dumps(value) for name, value in TrainConfig.model_validate({}).model_dump(mode="json").items()
+    }
+    rows = {name: json.dumps(value) for name, value in config.items()}
+    changed = {name: value for name, value in rows.items() if value != default.get(name)}
+    kept = [(name, value) for name, value in rows.items() if name not in changed]
+    shown = table((), changed.items(), words=True) if changed else paragraph("All fields have their defaults.", "dim")
     return Html(shown + (details(f"{len(kept)} fields at their default", table((), kept, words=True)) if kept else ""))
 
 

@@ -97,7 +97,6 @@ def print_results(plan: SweepPlan, results: Sequence[RunResult]) -> None:
 
 def result_rows(plan: SweepPlan, results: Sequence[RunResult]) -> list[tuple[str, ...]]:
     """Of each run: what is varied, its value, its difference from the best run, and a word on it."""
-    name = plan.rank_by.removeprefix("eval_")
     rows = []
     for place, result in enumerate(results):
         values = tuple(result.values[field] for field in plan.vary)
@@ -109,7 +108,7 @@ def result_rows(plan: SweepPlan, results: Sequence[RunResult]) -> list[tuple[str
             (
                 *values,
                 f"{result.value:.4g}",
-                _interval((result.intervals or {}).get(name)),
+                _interval((result.intervals or {}).get(plan.rank_by)),
                 "" if result.difference is None else f"{result.difference:+.4g}",
                 _interval(result.difference_interval, sign=True),
                 word,

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from dpoeng.cache.page import (
     Curve,
     Html,
     cards,
-    details,
     heading,
     interval_chart,
     line_chart,
@@ -22,8 +20,8 @@ from dpoeng.cache.page import (
     tag,
     text,
 )
+from dpoeng.cli.report_page import configuration
 from dpoeng.cli.sweep import result_rows
-from dpoeng.engine.config import TrainConfig
 from dpoeng.engine.run_record import EVAL, read_run
 from dpoeng.engine.sweep import SweepPlan
 from dpoeng.engine.sweep_ranking import RunResult, verdict
@@ -34,11 +32,10 @@ _OTHERS = ("rewards/accuracies", "rewards/margins", "loss", "logps/chosen", "log
 
 def sweep_page(plan: SweepPlan, results: Sequence[RunResult]) -> str:
     """The page, of a sweep that may still be going on."""
-    name = plan.rank_by.removeprefix("eval_")
     done = [result for result in results if result.value is not None]
     varied = ", ".join(f"{field}: {' '.join(values)}" for field, values in plan.vary.items())
     parts: list[str] = [_cards(plan, results), paragraph(verdict(results))]
-    head = (*plan.vary, name, "95 % interval", "from the best", "95 % interval", "")
+    head = (*plan.vary, plan.rank_by, "95 % interval", "from the best", "95 % interval", "")
     parts += [heading("Ranking"), table(head, result_rows(plan, results))]
     parts.append(
         paragraph(
@@ -49,7 +46,7 @@ def sweep_page(plan: SweepPlan, results: Sequence[RunResult]) -> str:
         )
     )
     if len(done) > 1:
-        parts.append(plots(_charts(plan, name, done)))
+        parts.append(plots(_charts(plan, done)))
         parts += [heading("Other metrics of the same evaluations"), _other_metrics(done)]
     failed = [result for result in results if result.state == "failed"]
     if failed:
@@ -58,7 +55,8 @@ def sweep_page(plan: SweepPlan, results: Sequence[RunResult]) -> str:
             Html(f'<div class="finding error">{tag("error")} {text(result.name)}{pre(result.error)}</div>')
             for result in failed
         ]
-    parts += [heading("Common settings"), _settings(plan)]
+    common = plan.points[0].config.model_dump(mode="json", exclude={*plan.vary, "output_dir"})
+    parts += [heading("Common settings"), configuration(common)]
     return page(f"Sweep {plan.root.name}", parts, f"{len(results)} runs over {varied}")
 
 
@@ -77,7 +75,8 @@ def _spaced(name: str) -> str:
     return name.replace(",", ", ")
 
 
-def _charts(plan: SweepPlan, name: str, done: Sequence[RunResult]) -> list[Html]:
+def _charts(plan: SweepPlan, done: Sequence[RunResult]) -> list[Html]:
+    name = plan.rank_by
     rows = [
         (result.name, result.difference, *result.difference_interval)
         for result in done
@@ -123,14 +122,3 @@ def _other_metrics(done: Sequence[RunResult]) -> Html:
         for result in done
     ]
     return table(("run", "step", *names), rows)
-
-
-def _settings(plan: SweepPlan) -> Html:
-    """What all runs have in common and is not at its default."""
-    common = plan.points[0].config.model_dump(mode="json")
-    defaults = TrainConfig.model_validate({}).model_dump(mode="json")
-    own = {*plan.vary, "output_dir"}
-    rows = [(name, json.dumps(value)) for name, value in common.items() if name not in own and value != defaults[name]]
-    kept = [(name, json.dumps(value)) for name, value in common.items() if value == defaults[name] and name not in own]
-    shown = table((), rows, words=True) if rows else paragraph("All fields have their defaults.", "dim")
-    return Html(shown + details(f"{len(kept)} fields at their default", table((), kept, words=True)))

@@ -173,6 +173,15 @@ class PrecomputeConfig(_Config):
         return self
 
 
+def why_not_trained(quantization: str | None, dtype: str | None) -> str:
+    """Why weights that are held so cannot be trained themselves; empty where they can."""
+    if quantization not in (None, "none"):
+        return f"quantised weights cannot be trained (quantization {quantization})"
+    if dtype == "float16":
+        return "in float16 the gradients of a whole model fall below its smallest numbers: use bfloat16 or float32"
+    return ""
+
+
 class TrainConfig(_Config):
     """Phase two: train the policy against the cached numbers."""
 
@@ -390,16 +399,8 @@ class TrainConfig(_Config):
                 f"{', '.join(named)} cannot be set with use_peft false: full fine-tuning trains all weights and makes "
                 "no adapter"
             )
-        if self.quantization not in (None, "none"):
-            raise ValueError(
-                f"quantization {self.quantization} cannot be had with use_peft false: weights that are quantised "
-                "cannot be trained"
-            )
-        if self.dtype == "float16":
-            raise ValueError(
-                "dtype float16 cannot be had with use_peft false: gradients of a whole model fall below its smallest "
-                "numbers; use bfloat16 or float32"
-            )
+        if why := why_not_trained(self.quantization, self.dtype):
+            raise ValueError(f"with use_peft false all weights are trained, and {why}")
         if self.fsdp:
             raise ValueError(
                 "fsdp divides a frozen base, and with use_peft false every weight is trained: gradients, masters, "
@@ -486,6 +487,12 @@ class SweepConfig(_Config):
         "with the same loss.",
     )
     max_runs: int = Field(64, ge=1, description="More combinations than this are refused, so that none start unmeant.")
+
+    @field_validator("rank_by")
+    @classmethod
+    def _held_out_name(cls, value: str) -> str:
+        """Metrics of evaluations stand in metrics.jsonl as `eval_...`, and may be named so."""
+        return value.removeprefix("eval_")
 
     @field_validator("vary", mode="before")
     @classmethod

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from dpoeng.cache.errors import UserError
+from dpoeng.cache.files import replacing
 from dpoeng.engine.config import SECTIONS
 from dpoeng.engine.foreign_names import COMMANDS
 
@@ -101,9 +102,8 @@ def write_config(path: Path, text: str, *, force: bool) -> None:
                 found="a file" if path.is_file() else "a folder",
                 remedy="name another with --output, or overwrite it with --force",
             )
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(
             "the configuration file cannot be written",

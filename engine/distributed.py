@@ -201,13 +201,18 @@ def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         yield bucket
 
 
+def group_size(environment: Mapping[str, str] = os.environ) -> int:
+    """How many processes the environment names: 1 without a launcher."""
+    return int(environment.get("WORLD_SIZE", "1"))
+
+
 @contextlib.contextmanager
 def process_group(environment: Mapping[str, str] = os.environ) -> Iterator[Group]:
     """The group that the environment names, for as long as the context lasts.
 
     Messages go through gloo, on the CPU, with and without GPUs; tensors on GPUs go through NCCL.
     """
-    size = int(environment.get("WORLD_SIZE", "1"))
+    size = group_size(environment)
     if size == 1:
         yield ALONE
         return

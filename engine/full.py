@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from dpoeng.cache.errors import UserError
-from dpoeng.engine.config import Quantization, TrainConfig
+from dpoeng.engine.config import Quantization, TrainConfig, why_not_trained
 from dpoeng.engine.model import CausalLM
 from dpoeng.engine.sources import ModelSource, copy_beside, write_config
 
@@ -35,14 +35,15 @@ def check_full(config: TrainConfig, reference: Mapping[str, Any], *, quantizatio
             remedy="merge the adapter (see examples/sft_then_dpo.sh), run precompute-ref on the merged model and train "
             "that; or leave --no-use-peft out",
         )
-    if quantization != "none":
+    dtype = config.dtype or reference["dtype"]
+    if why := why_not_trained(quantization, dtype):
         raise _refused(
-            "weights that are quantised cannot be trained",
+            why,
             where="--no-use-peft",
-            expected="quantization none",
-            found=f"{quantization}, as the cache's reference has it",
-            remedy="add --quantization none: the policy then starts a little beside the quantised reference, by what "
-            "the parity check says; or run precompute-ref without --quantization",
+            expected="quantization none, and bfloat16 or float32",
+            found=f"quantization {quantization}, dtype {dtype}; not given, they are those of the cache's reference",
+            remedy="add --quantization none --dtype bfloat16: the policy then starts a little beside the reference, by "
+            "what the parity check says; or run precompute-ref so",
         )
     model = str(config.model or reference["model"])
     if model.endswith(".gguf"):
@@ -52,15 +53,6 @@ def check_full(config: TrainConfig, reference: Mapping[str, Any], *, quantizatio
             expected="a directory with config.json and *.safetensors",
             found=model,
             remedy="name the original with --model here and in precompute-ref",
-        )
-    dtype = config.dtype or reference["dtype"]
-    if dtype == "float16":
-        raise _refused(
-            "gradients of a whole model in float16 fall below its smallest numbers",
-            where="--no-use-peft",
-            expected="bfloat16 or float32",
-            found="dtype float16",
-            remedy="add --dtype bfloat16, or run precompute-ref so",
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dpoeng.cache.files import replacing
 from dpoeng.engine.losses import PreferenceLoss
 
 METRICS_FILE = "metrics.jsonl"
@@ -85,9 +86,9 @@ class MetricsLog:
     def write_held_out(self, step: int, pairs: Sequence[Mapping[str, Any]]) -> None:
         """The held-out pairs one by one, in place of those of an earlier step."""
         if self._writes:
-            temporary = self._held_out.with_name(f".{HELD_OUT_FILE}")
-            temporary.write_text("".join(json.dumps({"step": step, **pair}) + "\n" for pair in pairs), encoding="utf-8")
-            temporary.replace(self._held_out)
+            lines = "".join(json.dumps({"step": step, **pair}) + "\n" for pair in pairs)
+            with replacing(self._held_out) as temporary:
+                temporary.write_text(lines, encoding="utf-8")
 
     def read(self) -> list[dict[str, Any]]:
         """Every line of metrics.jsonl."""

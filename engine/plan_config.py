@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dpoeng.engine.config import Dtype, Optimizer, Quantization, TrainConfig
+from dpoeng.engine.config import Dtype, Optimizer, Quantization, TrainConfig, why_not_trained
 
 
 class PlanConfig(BaseModel):
@@ -43,8 +43,8 @@ class PlanConfig(BaseModel):
     def _all_weights_are_not_quantised(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("use_peft") is False:
             values = {"quantization": "none", **values}
-            if values["quantization"] != "none":
-                raise ValueError("full fine-tuning (use_peft false) needs weights that are not quantised")
+            if why := why_not_trained(values["quantization"], values.get("dtype")):
+                raise ValueError(f"with use_peft false all weights are trained, and {why}")
             if "lora_r" in values:
                 raise ValueError("lora_r does nothing in full fine-tuning (use_peft false)")
         return values

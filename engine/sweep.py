@@ -7,7 +7,6 @@ a sweep skips the runs that are complete, goes on with the one that was stopped,
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import time
 import traceback
@@ -24,6 +23,7 @@ from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.engine.config import LOSS_FIELDS, SweepConfig, TrainConfig, bare_type
 from dpoeng.engine.config_files import as_error, load_config, unknown_field
+from dpoeng.engine.distributed import group_size
 from dpoeng.engine.full import check_full
 from dpoeng.engine.kept_base import KeptBase
 from dpoeng.engine.oom import release_memory
@@ -312,11 +312,10 @@ def _check_held_out(points: Sequence[Point], digests: Sequence[str]) -> None:
 
 def _check_metric(sweep: SweepConfig) -> None:
     """Raises UserError for a metric that has no value a pair, or that means something else in each run."""
-    name = sweep.rank_by.removeprefix("eval_")
     varied = sorted(set(LOSS_FIELDS) & set(sweep.vary))
-    if name not in PER_PAIR:
+    if sweep.rank_by not in PER_PAIR:
         expected = ", ".join(PER_PAIR)
-    elif name in _OF_THE_LOSS and varied:
+    elif sweep.rank_by in _OF_THE_LOSS and varied:
         expected = f"one that does not depend on {' and '.join(varied)}: rewards/accuracies, logps/... or kl/..."
     else:
         return
@@ -387,7 +386,7 @@ def in_time(seconds: float) -> str:
 
 
 def _refuse_ranks() -> None:
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = group_size()
     if size > 1:
         raise UserError(
             "the runs of a sweep are done one after the other by one process",

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dpoeng.cache.files import replacing
 from dpoeng.engine.best import more_is_better
 from dpoeng.engine.checkpoint import write_durably
 from dpoeng.engine.evaluation import CONFIDENCE, Floats, bootstrap, length_controlled_accuracy
@@ -95,7 +96,6 @@ def compare_runs(
     Raises:
         UserError: a record is damaged.
     """
-    name = rank_by.removeprefix("eval_")
     results, held_out = [], {}
     for run, values, folder in runs:
         if run in failed:
@@ -108,11 +108,13 @@ def compare_runs(
             found = next(line for line in reversed(read_run(folder).evaluations) if line["step"] == step)
             held_out[run] = _pairs(lines)
             metrics, intervals = found["metrics"], {key: (low, high) for key, (low, high) in found["intervals"].items()}
-            results.append(RunResult(run, values, folder, "complete", "", step, metrics, intervals, metrics.get(name)))
-    sign = 1.0 if more_is_better(name, None) else -1.0
+            results.append(
+                RunResult(run, values, folder, "complete", "", step, metrics, intervals, metrics.get(rank_by))
+            )
+    sign = 1.0 if more_is_better(rank_by, None) else -1.0
     ranked = [result for result in results if result.value is not None]
     ranked.sort(key=lambda result: -sign * (result.value or 0.0))
-    compared = ranked[:1] + [_against(result, ranked[0], held_out, name) for result in ranked[1:]]
+    compared = ranked[:1] + [_against(result, ranked[0], held_out, rank_by) for result in ranked[1:]]
     return compared + [result for result in results if result.value is None]
 
 
@@ -168,6 +170,5 @@ def write_sweep(root: Path, vary: Mapping[str, Sequence[str]], rank_by: str, res
         "runs": [{**asdict(result), "folder": result.folder.name} for result in results],
     }
     root.mkdir(parents=True, exist_ok=True)
-    temporary = root / f".{SWEEP_FILE}"
-    write_durably(temporary, (json.dumps(record, indent=1) + "\n").encode())
-    temporary.replace(root / SWEEP_FILE)
+    with replacing(root / SWEEP_FILE) as temporary:
+        write_durably(temporary, (json.dumps(record, indent=1) + "\n").encode())

@@ -353,7 +353,7 @@ def test_a_reference_with_an_adapter_or_in_eight_bits_is_refused(
         ({"lora_r": 8, "lora_dropout": 0.1}, "lora_dropout, lora_r cannot be set"),
         ({"adapter_mode": "stack"}, "adapter_mode cannot be set"),
         ({"adapter": "sft"}, "adapter cannot be set"),
-        ({"quantization": "4bit"}, "quantised cannot be trained"),
+        ({"quantization": "4bit"}, "quantised weights cannot be trained"),
         ({"dtype": "float16"}, "below its smallest"),
         ({"fsdp": True}, "every weight is trained"),
     ],

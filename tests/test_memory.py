@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -328,7 +329,12 @@ def test_the_plan_in_tables_and_as_a_picture(tmp_path: Path) -> None:
     shown = CliRunner().invoke(plan_command, arguments, catch_exceptions=False).stdout
     assert "Calculated, not measured" in shown
     assert "per_device_train_batch_size: 4" in shown
-    assert "<polyline" in picture.read_text()
+    page = picture.read_text()
+    for phase in ("forward", "backward", "optimizer"):
+        assert f"{phase}, operation " in page, "each has a curve whose points tell their values"
+    peak = re.search(r"simulated peak +([0-9.]+) +([0-9.]+)", shown)
+    assert peak
+    assert f"<b>{peak[2]}</b>" in page
 
 
 def test_a_model_that_does_not_fit_is_said_to(tmp_path: Path) -> None:
