@@ -445,7 +445,7 @@ def test_the_plan_of_all_weights(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "all weights trained" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main([*line, "--quantization", "8bit"])
-    assert "not quantised" in capsys.readouterr().err
+    assert "quantised weights cannot be trained" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------- runs one after the other

@@ -332,7 +332,7 @@ def test_the_plan_in_tables_and_as_a_picture(tmp_path: Path) -> None:
     page = picture.read_text()
     for phase in ("forward", "backward", "optimizer"):
         assert f"{phase}, operation " in page, "each has a curve whose points tell their values"
-    peak = re.search(r"simulated peak +([0-9.]+) +([0-9.]+)", shown)
+    peak = re.search(r"simulated peak[^0-9]+([0-9.]+)[^0-9]+([0-9.]+)", shown)
     assert peak
     assert f"<b>{peak[2]}</b>" in page
 
