@@ -278,7 +278,8 @@ def _evidence(results: Path) -> Iterator[list[str]]:
         for peer, found in record["ratios"].items():
             same = f"losses equal to {record['equality']['loss'][peer]:.0e}"
             yield [
-                f"a step of {settings['batch_size']} pairs, {settings['dtype']}, against TRL 1.16, {_PEERS[peer]}",
+                f"a step of {settings['batch_size']} pairs, {settings['dtype']}, {_threads(record)}, against TRL 1.16, "
+                f"{_PEERS[peer]}",
                 f"{_times(found, 'step_cpu_s', 'train_peak_bytes')}; {same}",
                 command,
             ]
@@ -330,11 +331,15 @@ def _times(found: Record, time: str, memory: str) -> str:
 
 def _where(record: Record) -> str:
     machine, versions = record["machine"], record["versions"]
-    threads = machine["threads"]
     return (
-        f"{record['device_kind']}, {machine['processor']}, {threads} thread{'s' if threads > 1 else ''}, "
+        f"{record['device_kind']}, {machine['processor']}, {_threads(record)}, "
         f"torch {versions['torch']}, commit {record['commit']}, {record['date'][:10]}"
     )
+
+
+def _threads(record: Record) -> str:
+    threads = record["machine"]["threads"]
+    return f"{threads} thread{'s' if threads > 1 else ''}"
 
 
 def _range(found: Record, name: str) -> str:
