@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,17 +23,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dpoeng.bench.compare import check_peer, relative, run_process
+from dpoeng.bench.compare import check_peer, in_folder, relative, run_process
 from dpoeng.bench.measure import Spent
 from dpoeng.bench.peers import Figures, Job, Program, adapter_folder
-from dpoeng.bench.quality import look_at, split_pairs
-from dpoeng.bench.records import append, stamp
-from dpoeng.cache.errors import UserError
+from dpoeng.bench.quality import longer_by, look_at, split_pairs, with_intervals
+from dpoeng.bench.records import show, stamp, told
 from dpoeng.cache.reader import View
 from dpoeng.engine.config import Quantization, TrainConfig
-from dpoeng.engine.evaluation import bootstrap
 from dpoeng.engine.metrics import pair_values
 from dpoeng.engine.model import pick_device
+from dpoeng.engine.rows import Rows
 from dpoeng.engine.sources import find_model
 
 Values = dict[str, npt.NDArray[np.float64]]
@@ -84,8 +84,7 @@ def accuracy_vs_trl(settings: AccuracySettings) -> dict[str, Any]:
     work = settings.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     train_file, held_out_file = split_pairs(settings.pairs, settings.pairs_count, settings.held_out, work)
-    told = {**asdict(settings), "model": Path(settings.model).name, "peer_python": None, "work": None}
-    record = stamp("accuracy-vs-trl", device, {**told, "pairs": [path.name for path in settings.pairs]})
+    record = stamp("accuracy-vs-trl", device, told(settings))
 
     job = Job(
         program="dpoeng reference",
@@ -106,29 +105,29 @@ def accuracy_vs_trl(settings: AccuracySettings) -> dict[str, Any]:
         quantization=settings.quantization,
         max_prompt_length=settings.max_prompt_length,
     )
-    reference = _run(job, "reference", work)
+    reference = run_process(sys.executable, in_folder(job, work / "reference"))
     held_out_job = replace(job, pairs=(str(held_out_file),), cache=str(work / "held-out-cache"))
-    _run(held_out_job, "held-out reference", work)
+    run_process(sys.executable, in_folder(held_out_job, work / "held-out-reference"))
     pairs = len(View.open(job.cache))
     job = replace(job, steps=pairs // settings.batch_size)
 
     view = View.open(held_out_job.cache)
-    rows = [view[i] for i in range(len(view))]
+    rows = Rows(view, range(len(view)))
     before = np.array([float(row.chosen_logps.sum() - row.rejected_logps.sum()) for row in rows])
     values: dict[str, Values] = {}
     runs: dict[str, Figures] = {}
     for program in PROGRAMS:
         python = settings.peer_python if program != "dpoeng" else sys.executable
-        own = replace(job, program=program)
-        runs[program] = _run(own, program, work, python)
-        values[program] = _values(_scratched(own, program, work), held_out_job.cache)
+        own = in_folder(replace(job, program=program), work / program.replace(" ", "-"))
+        runs[program] = run_process(python, own)
+        values[program] = _values(own, held_out_job.cache, view.name)
     return {
         **record,
         "peer_versions": runs[PROGRAMS[1]].versions,
         "train_pairs": pairs,
         "steps": job.steps,
         "loss_difference": relative(*(runs[program].losses[:10] for program in PROGRAMS)),
-        **summarise(before, values, [row.ids.prompt_ids.tobytes() for row in rows], _longer(rows)),
+        **summarise(before, values, rows.prompts(), np.array(longer_by(rows), dtype=np.float64)),
         "cost": {
             "dpoeng": _cost(reference.reference, runs["dpoeng"], reference.reference_peak_bytes),
             PROGRAMS[1]: _cost(Spent(), runs[PROGRAMS[1]]),
@@ -136,22 +135,12 @@ def accuracy_vs_trl(settings: AccuracySettings) -> dict[str, Any]:
     }
 
 
-def _scratched(job: Job, name: str, work: Path) -> Job:
-    return replace(job, scratch=str(work / name.replace(" ", "-")))
-
-
-def _run(job: Job, name: str, work: Path, python: str = sys.executable) -> Figures:
-    own = _scratched(job, name, work)
-    Path(own.scratch).mkdir(exist_ok=True)
-    return run_process(python, own)
-
-
-def _values(job: Job, cache: str) -> Values:
+def _values(job: Job, cache: str, view: str) -> Values:
     """A value a held-out pair of each of `METRICS`, under the adapter that the job has left."""
     config = TrainConfig.model_validate(
         {
             "cache": cache,
-            "eval_view": View.open(cache).name,
+            "eval_view": view,
             "quantization": job.quantization,
             "dtype": job.dtype,
             "device": job.device,
@@ -161,10 +150,6 @@ def _values(job: Job, cache: str) -> Values:
     values = {name: value.cpu().double().numpy() for name, value in found.items()}
     values["prefers chosen"] = (values["logps/chosen"] > values["logps/rejected"]).astype(np.float64)
     return {name: values[name] for name in METRICS}
-
-
-def _longer(rows: Sequence[Any]) -> npt.NDArray[np.float64]:
-    return np.array([len(row.chosen_logps) - len(row.rejected_logps) for row in rows], dtype=np.float64)
 
 
 def _cost(reference: Spent | None, training: Figures, reference_peak: int = 0) -> dict[str, float]:
@@ -193,17 +178,13 @@ def summarise(
         prompts: of each pair, whatever tells prompts apart.
         longer: tokens of the chosen response less those of the rejected one.
     """
-
-    def told(found: Values) -> dict[str, Any]:
-        intervals = bootstrap(found, longer, prompts, seed=0)
-        return {name: {"mean": float(found[name].mean()), "interval": intervals.get(name)} for name in found}
-
+    means = partial(with_intervals, longer=longer, prompts=prompts)
     ours, theirs = (values[program] for program in PROGRAMS)
     return {
         "held_out_pairs": len(prompts),
-        "before": told({"prefers chosen": (before > 0).astype(np.float64)}),
-        "after": {program: told(found) for program, found in values.items()},
-        "difference": told({name: ours[name] - theirs[name] for name in METRICS}),
+        "before": means({"prefers chosen": (before > 0).astype(np.float64)}),
+        "after": {program: means(found) for program, found in values.items()},
+        "difference": means({name: ours[name] - theirs[name] for name in METRICS}),
         "same_verdict": float((ours["rewards/accuracies"] == theirs["rewards/accuracies"]).mean()),
     }
 
@@ -246,15 +227,7 @@ def table(record: Mapping[str, Any]) -> Any:
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Append the record to this file.")
 def main(files: tuple[Path, ...], json_file: Path | None, **settings: Any) -> None:
     """Trains the same pairs with dpoeng and with TRL, and compares held-out accuracy, margin, time and memory."""
-    from rich.console import Console
-
-    try:
-        record = accuracy_vs_trl(AccuracySettings(pairs=files, **settings))
-    except UserError as error:
-        raise click.ClickException(str(error)) from error
-    Console().print(table(record), highlight=False)
-    if json_file:
-        append(record, json_file)
+    show(lambda: accuracy_vs_trl(AccuracySettings(pairs=files, **settings)), table, json_file)
 
 
 if __name__ == "__main__":

@@ -448,18 +448,9 @@ def main(peer_python: str, json_file: Path | None, program: str | None, folder: 
         told = version("trl") if program == "trl" else version("dpoeng")
         print("\n" + json.dumps({"version": told, "cases": run_cases(program, folder)}))
         return
-    from rich.console import Console
+    from dpoeng.bench.records import show
 
-    from dpoeng.bench.records import append
-    from dpoeng.cache.errors import UserError
-
-    try:
-        record = compare(peer_python)
-    except UserError as error:
-        raise click.ClickException(str(error)) from error
-    Console().print(table(record), highlight=False)
-    if json_file:
-        append(record, json_file)
+    show(lambda: compare(peer_python), table, json_file)
 
 
 if __name__ == "__main__":

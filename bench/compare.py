@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,7 @@ import torch
 
 from dpoeng.bench.measure import Spent
 from dpoeng.bench.peers import IN_TURNS, TURN, Figures, Job, Program
-from dpoeng.bench.records import commit, stamp
+from dpoeng.bench.records import commit, stamp, told
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config import Dtype
 from dpoeng.engine.model import pick_device
@@ -108,13 +108,11 @@ def bench_compare(settings: CompareSettings, progress: Progress = QUIET) -> dict
             threads=torch.get_num_threads(),
             device=str(device),
         )
-        settings_told = {**asdict(settings), "model": Path(settings.model).name, "peer_python": None, "work": None}
-        settings_told["pairs"] = [path.name for path in settings.pairs]
-        record = stamp("compare", device, settings_told)
+        record = stamp("compare", device, told(settings))
         rounds: list[Round] = []
         with progress.task("comparing", 1 + settings.repeats * len(settings.peers), "runs") as advance:
             # Peers take their token ids from this cache. It is not counted: no peer runs beside it.
-            first = run_process(sys.executable, _in_folder(replace(job, program="dpoeng reference"), folder / "first"))
+            first = run_process(sys.executable, in_folder(replace(job, program="dpoeng reference"), folder / "first"))
             advance(1, "token ids")
             for number in range(settings.repeats):
                 rounds.append({})
@@ -140,7 +138,7 @@ def bench_compare(settings: CompareSettings, progress: Progress = QUIET) -> dict
     }
 
 
-def _in_folder(job: Job, folder: Path) -> Job:
+def in_folder(job: Job, folder: Path) -> Job:
     """The job with a folder of its own, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
     return replace(job, scratch=str(folder))
@@ -149,20 +147,16 @@ def _in_folder(job: Job, folder: Path) -> Job:
 def _beside(job: Job, peer: Program, python: str, folder: Path) -> dict[Program, Figures]:
     """dpoeng beside one peer: phase one where the peer has one too, then phase two; or what was found before."""
     phases: tuple[Program, ...] = ("dpoeng reference", "dpoeng") if peer == "trl precomputed" else ("dpoeng",)
-    own = [_in_folder(replace(job, program=phase), folder / phase.replace(" ", "-")) for phase in phases]
+    own = [in_folder(replace(job, program=phase), folder / phase.replace(" ", "-")) for phase in phases]
     if len(own) > 1:
         own[0] = replace(own[0], cache=str(folder / "cache"))
-    theirs = _in_folder(replace(job, program=peer), folder / "peer")
-    kept, asked = folder / "figures.json", {"jobs": [asdict(each) for each in (*own, theirs)], "commit": commit()}
-    asked = json.loads(json.dumps(asked))
-    if kept.is_file():
-        before = json.loads(kept.read_text(encoding="utf-8"))
-        if before["asked"] == asked:
-            return {program: _figures(raw) for program, raw in before["figures"].items()}
-    found = in_turns(own, theirs, python)
-    raw = {program: asdict(figures) for program, figures in found.items()}
-    kept.write_text(json.dumps({"asked": asked, "figures": raw}), encoding="utf-8")
-    return found
+    theirs = in_folder(replace(job, program=peer), folder / "peer")
+
+    def find() -> dict[str, Any]:
+        return {program: asdict(figures) for program, figures in in_turns(own, theirs, python).items()}
+
+    found = kept(folder, {"jobs": [asdict(each) for each in (*own, theirs)], "python": python}, find)
+    return {each.program: _figures(found[each.program]) for each in (*own, theirs)}
 
 
 class _Process:
@@ -331,22 +325,32 @@ def run_module(
     Raises:
         UserError: the process failed; the message holds the end of what it said.
     """
-    file, kept = folder / "job.json", folder / "figures.json"
-    asked = json.loads(json.dumps({"job": job, "python": python, "commit": commit()}))
-    if kept.is_file():
-        before: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
-        if before["asked"] == asked:
-            figures: dict[str, Any] = before["figures"]
-            return figures
-    file.write_text(json.dumps(job), encoding="utf-8")
+    file = folder / "job.json"
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"] if processes else []
     command = [python, "-m", *torchrun, module, str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_quiet())
-    if done.returncode != 0:
-        raise _failed(name, command, done.returncode, done.stderr or done.stdout, remedy)
-    raw: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    kept.write_text(json.dumps({"asked": asked, "figures": raw}), encoding="utf-8")
-    return raw
+
+    def find() -> dict[str, Any]:
+        file.write_text(json.dumps(job), encoding="utf-8")
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=_quiet())
+        if done.returncode != 0:
+            raise _failed(name, command, done.returncode, done.stderr or done.stdout, remedy)
+        figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        return figures
+
+    return kept(folder, {"job": job, "python": python}, find)
+
+
+def kept(folder: Path, asked: Mapping[str, Any], find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `find` finds, which `folder` keeps; or what it keeps, if the same code was asked the same before."""
+    file, now = folder / "figures.json", json.loads(json.dumps({**asked, "commit": commit()}))
+    if file.is_file():
+        before: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if before["asked"] == now:
+            figures: dict[str, Any] = before["figures"]
+            return figures
+    found = find()
+    file.write_text(json.dumps({"asked": now, "figures": found}), encoding="utf-8")
+    return found
 
 
 def _quiet() -> dict[str, str]:

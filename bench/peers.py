@@ -120,6 +120,14 @@ def wait_for_turn(phase: int, pairs: int) -> None:
         sys.stdin.readline()
 
 
+def lap_and_wait(watch: Stopwatch, phase: int, pairs: int) -> Spent:
+    """The lap that ends here; the next one begins when it is this process's turn again."""
+    spent = watch.lap()
+    wait_for_turn(phase, pairs)
+    watch.lap()
+    return spent
+
+
 class _Meter:
     """A `Progress` that measures one task of the engine: memory over it, time at each advance, without the waiting."""
 
@@ -145,10 +153,8 @@ class _Meter:
                 nonlocal done
                 del shown
                 if amount:
-                    self.laps.append(watch.lap())
                     done += amount * self._pairs_each
-                    wait_for_turn(self._phase, done)
-                    watch.lap()
+                    self.laps.append(lap_and_wait(watch, self._phase, done))
 
             yield advance
             self.laps.append(watch.lap())
@@ -286,10 +292,8 @@ def _trl(job: Job) -> Figures:
         def compute_ref_log_probs(self, *arguments: Any) -> Any:
             found = super().compute_ref_log_probs(*arguments)
             if scoring and figures.reference is not None:  # and not a step's own reference
-                figures.reference.add(scoring[0].lap())
                 figures.reference_pairs += job.batch_size
-                wait_for_turn(REFERENCE, figures.reference_pairs)
-                scoring[0].lap()
+                figures.reference.add(lap_and_wait(scoring[0], REFERENCE, figures.reference_pairs))
             return found
 
     class Meter(TrainerCallback):  # type: ignore[misc]
@@ -302,9 +306,7 @@ def _trl(job: Job) -> Figures:
             self.watch = Stopwatch(device)
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            figures.steps.append(self.watch.lap())
-            wait_for_turn(TRAINING, len(figures.steps) * job.batch_size)
-            self.watch.lap()
+            figures.steps.append(lap_and_wait(self.watch, TRAINING, (len(figures.steps) + 1) * job.batch_size))
 
         def on_train_end(self, *_: Any, **__: Any) -> None:
             self.memory.__exit__()

@@ -32,11 +32,11 @@ from dpoeng.bench.measure import (
     touch,
 )
 from dpoeng.bench.records import stamp
-from dpoeng.bench.workload import first_pairs_of, padded_tokens, save_small_model, unique_tokens
+from dpoeng.bench.workload import VIEW, first_pairs_of, padded_tokens, save_small_model, seal_view, unique_tokens
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import PairIds, pair_key
 from dpoeng.cache.spec import ReferenceSpec
-from dpoeng.cache.store import Store, ViewEntry
+from dpoeng.cache.store import Store
 from dpoeng.engine.adapters import add_policy_adapter, lora_arguments
 from dpoeng.engine.batch import batch_loss
 from dpoeng.engine.config import Dtype, Quantization, TrainConfig
@@ -61,8 +61,6 @@ from dpoeng.engine.rows import Rows
 from dpoeng.engine.scoring import choose_layout
 from dpoeng.engine.shards import plan_shards
 from dpoeng.engine.sources import find_model
-
-VIEW = "bench"
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,9 +286,7 @@ def reference_pass(lm: CausalLM, pairs: Sequence[PairIds], cache: Path, spec: Re
                 rows += score_pairs(lm, [ordered[i] for i in batch])
     with split.part("data"):
         store.commit_shard(digest, rows, {})
-        store.seal(digest)
-        entries = [ViewEntry("bench", i + 1, pair_key(pair), {}) for i, pair in enumerate(pairs)]
-        store.write_view(digest, VIEW, entries, {})
+        seal_view(store, digest, pairs)
     return split
 
 

@@ -13,18 +13,19 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dpoeng.bench.compare import first_pairs, run_module
-from dpoeng.bench.records import commit, stamp
+from dpoeng.bench.records import commit, stamp, told
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.engine.batch import evaluate
 from dpoeng.engine.config import PrecomputeConfig, TrainConfig
-from dpoeng.engine.evaluation import bootstrap
+from dpoeng.engine.evaluation import Floats, bootstrap
 from dpoeng.engine.loss_names import LossSettings
 from dpoeng.engine.losses import PreferenceLoss
 from dpoeng.engine.metrics import pair_values
@@ -96,8 +97,7 @@ def bench_quality(settings: QualitySettings, progress: Progress = QUIET) -> dict
     """
     device = pick_device(settings.device)
     source = find_model(settings.model)
-    told = {**asdict(settings), "model": Path(settings.model).name, "work": None}
-    record = stamp("quality", device, {**told, "pairs": [path.name for path in settings.pairs]})
+    record = stamp("quality", device, told(settings))
     settings.work.mkdir(parents=True, exist_ok=True)
     files = split_pairs(settings.pairs, settings.pairs_count, settings.held_out, settings.work)
     base = {
@@ -205,7 +205,7 @@ def run_way(job: Mapping[str, Any]) -> dict[str, Any]:
     run = read_run(config.output_dir)
     return {
         "prompts": [prompt.hex() for prompt in rows.prompts()],
-        "longer": [len(row.chosen_logps) - len(row.rejected_logps) for row in rows],
+        "longer": longer_by(rows),
         "trained": held_out_values(config),
         "float32": held_out_values(alone),
         "steps": summary.steps,
@@ -251,6 +251,11 @@ def look_at(adapter: Path, config: TrainConfig) -> PreferenceLoss:
     return evaluate(lm, rows, LossSettings.of(config), batch_size=config.per_device_eval_batch_size)
 
 
+def longer_by(rows: Rows) -> list[int]:
+    """Scored tokens of each chosen response less those of the rejected one."""
+    return [len(row.chosen_logps) - len(row.rejected_logps) for row in rows]
+
+
 # --------------------------------------------------------------------------- what they found
 
 
@@ -261,10 +266,7 @@ def summarise(way: str, runs: Sequence[Mapping[str, Any]], first: Sequence[Mappi
     """
     prompts = [bytes.fromhex(prompt) for prompt in runs[0]["prompts"]]
     longer = np.array(runs[0]["longer"], dtype=np.float64)
-
-    def told(values: Mapping[str, Any]) -> dict[str, Any]:
-        intervals = bootstrap(values, longer, prompts, seed=0)
-        return {name: {"mean": float(values[name].mean()), "interval": intervals.get(name)} for name in METRICS}
+    means = partial(with_intervals, longer=longer, prompts=prompts)
 
     def mean(some: Sequence[Mapping[str, Any]], frame: str) -> dict[str, Any]:
         return {name: np.mean([run[frame][name] for run in some], axis=0) for name in METRICS}
@@ -273,14 +275,20 @@ def summarise(way: str, runs: Sequence[Mapping[str, Any]], first: Sequence[Mappi
     return {
         "way": way,
         "pairs": len(prompts),
-        "trained": told(mean(runs, "trained")),
-        "float32": told(own),
-        "difference": told({name: own[name] - others[name] for name in METRICS}),
+        "trained": means(mean(runs, "trained")),
+        "float32": means(own),
+        "difference": means({name: own[name] - others[name] for name in METRICS}),
         "by_seed": {name: [float(np.mean(run["float32"][name])) for run in runs] for name in METRICS},
         "steps": runs[0]["steps"],
         "seconds": [run["seconds"] for run in runs],
         "parity": [run["parity"] for run in runs],
     }
+
+
+def with_intervals(values: Mapping[str, Floats], *, longer: Floats, prompts: Sequence[bytes]) -> dict[str, Any]:
+    """Metric -> the mean of its values and the bootstrap interval of that; see `bootstrap`."""
+    intervals = bootstrap(values, longer, prompts, seed=0)
+    return {name: {"mean": float(found.mean()), "interval": intervals.get(name)} for name, found in values.items()}
 
 
 def main() -> None:

@@ -24,12 +24,12 @@ from dpoeng.bench.compare import relative, run_module
 from dpoeng.bench.measure import Stopwatch, touch
 from dpoeng.bench.memory import training_run
 from dpoeng.bench.records import cores
-from dpoeng.bench.workload import synthetic_pairs
+from dpoeng.bench.workload import seal_view, synthetic_pairs
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import PairIds, pair_key
 from dpoeng.cache.spec import ReferenceSpec
-from dpoeng.cache.store import Store, ViewEntry
+from dpoeng.cache.store import Store
 from dpoeng.engine.config import TrainConfig
 from dpoeng.engine.distributed import Group, process_group
 from dpoeng.engine.layout import batches_of_pairs
@@ -109,8 +109,9 @@ def measure_ranks(
         UserError: more processes than GPUs; or a process failed; or the losses are not those of one process.
     """
     found: dict[int, dict[str, list[RankRound]]] = {size: {phase: [] for phase in PHASES} for size in sizes}
-    usable = usable_ranks(pick_device(device))
-    if pick_device(device).type == "cuda" and max(sizes) > usable:
+    here = pick_device(device)
+    usable = usable_ranks(here)
+    if here.type == "cuda" and max(sizes) > usable:
         raise UserError(
             "there are more processes than GPUs",
             code="config-value",
@@ -227,9 +228,7 @@ def _score(lm: CausalLM, shards: Sequence[Sequence[PairIds]], cache: Path, group
 def _write_view(cache: Path, pairs: Sequence[PairIds]) -> None:
     store = Store.open(cache)
     (digest,) = store.spec_digests()
-    store.seal(digest)
-    entries = [ViewEntry("bench", i + 1, pair_key(pair), {}) for i, pair in enumerate(pairs)]
-    store.write_view(digest, "bench", entries, {})
+    seal_view(store, digest, pairs)
 
 
 _SPEC = ReferenceSpec.from_fields({"bench": "ranks"})

@@ -8,11 +8,16 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
+from rich.console import Console, RenderableType
 
+from dpoeng.cache.errors import UserError
 from dpoeng.engine.model import device_name, library_versions
 
 RECORD_VERSION = 1
@@ -31,6 +36,13 @@ def stamp(kind: str, device: torch.device, settings: dict[str, Any]) -> dict[str
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "settings": settings,
     }
+
+
+def told(settings: Any) -> dict[str, Any]:
+    """What a record says of settings (a dataclass with `model` and `pairs`): names, and not where things lie here."""
+    fields = asdict(settings)
+    fields |= dict.fromkeys({"peer_python", "work"} & fields.keys())
+    return {**fields, "model": Path(settings.model).name, "pairs": [path.name for path in settings.pairs]}
 
 
 def machine() -> dict[str, Any]:
@@ -67,6 +79,23 @@ def append(record: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+def show(
+    measure: Callable[[], dict[str, Any]], table: Callable[[dict[str, Any]], RenderableType], path: Path | None
+) -> None:
+    """Measures, prints the table and appends the record, for modules that are commands by themselves.
+
+    Raises:
+        click.ClickException: in place of a UserError.
+    """
+    try:
+        record = measure()
+    except UserError as error:
+        raise click.ClickException(str(error)) from error
+    Console().print(table(record), highlight=False)
+    if path:
+        append(record, path)
 
 
 def _git(root: Path, *arguments: str) -> str:

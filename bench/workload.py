@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dpoeng.cache.schema import IdArray, PairIds, as_ids
+from dpoeng.cache.schema import IdArray, PairIds, as_ids, pair_key
+from dpoeng.cache.store import Store, ViewEntry
 from dpoeng.engine.sources import ModelSource
 
 # Tokens of (prompt, chosen, rejected) of 64 pairs: every 23rd of 1,500 pairs of Anthropic's hh-rlhf (harmless-base),
@@ -24,6 +25,16 @@ REAL_LENGTHS = (
     *((241, 57, 56), (259, 62, 45), (151, 121, 105), (159, 96, 142), (325, 64, 27), (143, 34, 255), (252, 50, 150)),
     *((291, 73, 111), (272, 121, 106), (498, 14, 14), (451, 38, 61), (426, 86, 86)),
 )
+
+
+VIEW = "bench"
+
+
+def seal_view(store: Store, digest: str, pairs: Sequence[PairIds]) -> None:
+    """Ends phase one by hand: seals what was committed, and writes the view `VIEW` of these pairs."""
+    store.seal(digest)
+    entries = [ViewEntry("bench", i + 1, pair_key(pair), {}) for i, pair in enumerate(pairs)]
+    store.write_view(digest, VIEW, entries, {})
 
 
 def first_pairs_of(

@@ -23,13 +23,11 @@ def whole_because(source: ModelSource, processes: int) -> str:
     """
     if source.gguf:
         return "a GGUF file is decoded whole"
-    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source.folder))
+        _, model = _empty(source)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError):
         return ""  # the load that follows says what is wrong
     converters = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightConverter)]
@@ -39,6 +37,15 @@ def whole_because(source: ModelSource, processes: int) -> str:
     if any(-(-rows // processes) * (processes - 1) >= rows for rows in stacked):
         return f"{min(stacked)} experts leave one of {processes} processes none"
     return ""
+
+
+def _empty(source: ModelSource) -> tuple[Any, Any]:
+    """A checkpoint's config, and its model without weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(source.folder)
+    with torch.device("meta"):
+        return config, AutoModelForCausalLM.from_config(config)
 
 
 def _keeps_rows(converter: Any) -> bool:
@@ -55,11 +62,8 @@ def sharding_class(source: ModelSource, shard: Callable[[Any], None]) -> tuple[A
 
     transformers offers no hook there. The class passes for its parent, by whose name conversions are looked up.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(source.folder)
-    with torch.device("meta"):
-        parent = type(AutoModelForCausalLM.from_config(config))
+    config, model = _empty(source)
+    parent = type(model)
 
     def make(self: Any, *arguments: Any, **settings: Any) -> None:
         parent.__init__(self, *arguments, **settings)
