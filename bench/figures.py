@@ -117,6 +117,48 @@ def phases(results: Path) -> str:
     )
 
 
+def accuracy(results: Path) -> str:
+    """The same training by dpoeng and by TRL: what it brings on held-out pairs, and what it takes."""
+    record = read("accuracy-vs-trl", results)[-1]
+    settings, ours, theirs = record["settings"], *record["after"].values()
+
+    def told(found: Record) -> str:
+        low, high = found["interval"]
+        return f"{found['mean']:.3f} ({low:.3f} to {high:.3f})"
+
+    names = {
+        "rewards/accuracies": "the chosen response has the higher reward",
+        "rewards/margins": "reward margin",
+        "prefers chosen": "the chosen response has the higher log-prob",
+    }
+    rows = [
+        ["on held-out pairs", "before", "dpoeng", "TRL 1.16", "dpoeng less TRL"],
+        *(
+            [
+                shown,
+                told(record["before"][name]) if name in record["before"] else "0",
+                *(told(found[name]) for found in (ours, theirs, record["difference"])),
+            ]
+            for name, shown in names.items()
+        ),
+    ]
+    costs = list(record["cost"].values())
+    (cpu, their_cpu), (peak, their_peak) = (tuple(cost[name] for cost in costs) for name in ("cpu_s", "peak_bytes"))
+    return (
+        f"{settings['model']}, base in {_BASES[settings['quantization']]}, LoRA r = {settings['lora_r']}; "
+        f"{record['train_pairs']:,} pairs trained on once in steps of {settings['batch_size']}, learning rate "
+        f"{settings['learning_rate']:g} ({settings['lr_scheduler_type']}), beta 0.1; {record['held_out_pairs']} pairs "
+        f"of other prompts held out; texts cut to {settings['max_length']} tokens. {_where(record)}:\n\n"
+        f"{_table(rows)}\n\n"
+        f"Both programs agree on which response of a held-out pair has the higher reward in "
+        f"{100 * record['same_verdict']:.1f} % of the pairs; the losses of the first ten steps differ by at most "
+        f"{record['loss_difference']:.1e}, relative. dpoeng took {cpu:,.0f} CPU-s "
+        f"({costs[0]['reference_cpu_s']:,.0f} of them for the reference) and {_gib(peak)} above the loaded model, TRL "
+        f"{their_cpu:,.0f} CPU-s and {_gib(their_peak)}: **{their_cpu / cpu:.1f}** times the time, "
+        f"**{their_peak / peak:.1f}** times the memory."
+    )
+
+
 def sharing(results: Path) -> str:
     """The two curves of `dpoeng bench sharing`."""
     record = read("sharing", results)[-1]
@@ -301,6 +343,19 @@ def _evidence(results: Path) -> Iterator[list[str]]:
                     f"{100 * ours / ways['naive']['peak_bytes']:.1f} % of full logits'",
                     f"`dpoeng bench kernels --shape {','.join(map(str, result['shape']))} --dtype {result['dtype']}`",
                 ]
+    for record in read("accuracy-vs-trl", results)[-1:]:
+        ours, theirs, less = (
+            found["rewards/accuracies"] for found in (*record["after"].values(), record["difference"])
+        )
+        cost, their_cost = record["cost"].values()
+        low, high = less["interval"]
+        yield [
+            f"an epoch of {record['train_pairs']:,} pairs over a base in 8 bits, against TRL 1.16, its default",
+            f"accuracy on {record['held_out_pairs']} held-out pairs {ours['mean']:.3f}, TRL's {theirs['mean']:.3f} "
+            f"(difference {low:.3f} to {high:.3f}); TRL takes **{their_cost['cpu_s'] / cost['cpu_s']:.1f}** times the "
+            f"CPU time, **{their_cost['peak_bytes'] / cost['peak_bytes']:.1f}** the memory",
+            "[docs/results.md](docs/results.md)",
+        ]
     for record in read("cache", results)[-1:]:
         found = record["read"]
         yield [
@@ -314,6 +369,7 @@ def _evidence(results: Path) -> Iterator[list[str]]:
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "compare": compare,
     "phases": phases,
+    "accuracy": accuracy,
     "sharing": sharing,
     "cache": cache,
     "kernels": kernels,
