@@ -8,35 +8,20 @@ kind in bench/results/. A test fails where a document says something else than t
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results"
+from dpoeng.bench.figure_tables import cache, kernels, plan, sharing
+from dpoeng.bench.figure_text import BASES, RESULTS, ROOT, Record, gib, ranged, read, table, threads, where
 
-Record = dict[str, Any]
 _BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 _PEERS = {
     "trl precomputed": "its reference log-probs precomputed",
     "trl adapter off": "its default: the adapter switched off for the reference",
     "trl second model": "a second model as the reference",
 }
-
-_HEADS = {"dpoeng": "dpoeng", "naive": "full logits", "TRL": "TRL 1.16's head"}
-
-
-def read(kind: str, results: Path = RESULTS) -> list[Record]:
-    """The records of a kind measured on CPUs, oldest first; none if there is no file of them."""
-    file = results / f"{kind}-cpu.jsonl"
-    return _lines(file) if file.is_file() else []
-
-
-def _lines(file: Path) -> list[Record]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def rewritten(text: str, results: Path = RESULTS) -> str:
@@ -68,10 +53,10 @@ def _comparison(record: Record) -> str:
         *(
             [
                 _PEERS[peer],
-                _range(found, "step_cpu_s"),
-                _range(found, "train_peak_bytes"),
-                _range(found, "reference_cpu_s"),
-                _range(found, "reference_peak_bytes"),
+                ranged(found, "step_cpu_s"),
+                ranged(found, "train_peak_bytes"),
+                ranged(found, "reference_cpu_s"),
+                ranged(found, "reference_peak_bytes"),
             ]
             for peer, found in record["ratios"].items()
         ),
@@ -81,10 +66,10 @@ def _comparison(record: Record) -> str:
     return (
         f"{settings['batch_size']} pairs a step, {settings['steps'] - 1} counted steps; reference pass over "
         f"{settings['pairs_count']} pairs; {settings['dtype']}; median and range of {settings['repeats']} repeats. "
-        f"{_where(record)}:\n\n"
-        f"{_table(rows)}\n\n"
-        f"dpoeng itself: {ours['step_cpu_s']:.3g} CPU-s a step, {_gib(ours['train_peak_bytes'])} above the weights; "
-        f"reference {ours['reference_cpu_s_per_pair']:.2g} CPU-s a pair, {_gib(ours['reference_peak_bytes'])}. "
+        f"{where(record)}:\n\n"
+        f"{table(rows)}\n\n"
+        f"dpoeng itself: {ours['step_cpu_s']:.3g} CPU-s a step, {gib(ours['train_peak_bytes'])} above the weights; "
+        f"reference {ours['reference_cpu_s_per_pair']:.2g} CPU-s a pair, {gib(ours['reference_peak_bytes'])}. "
         f"The losses of all steps agree to {worst:.1e}, relative."
     )
 
@@ -104,7 +89,7 @@ def phases(results: Path) -> str:
         ["pairs/s", *(f"{result['pairs_per_s']:.2f}" for result in found)],
         ["unique tokens/s", *(f"{result['unique_tokens_per_s']:,.0f}" for result in found)],
         *([part, *(share(result, part) for result in found)] for part in parts),
-        ["peak above weights", *(_gib(result["peak_bytes"]) for result in found)],
+        ["peak above weights", *(gib(result["peak_bytes"]) for result in found)],
         ["useful GFLOP/s", *(f"{result['flops'] / 1e9:.0f}" for result in found)],
         [
             f"of the matrix product's {record['gemm_flops'] / 1e9:.0f}",
@@ -113,7 +98,7 @@ def phases(results: Path) -> str:
     ]
     return (
         f"{settings['model']}, {settings['batch_size']} pairs a step, {settings['steps']} steps, {settings['repeats']} "
-        f"repeats, {settings['dtype']}. {_where(record)}:\n\n{_table(rows)}"
+        f"repeats, {settings['dtype']}. {where(record)}:\n\n{table(rows)}"
     )
 
 
@@ -145,170 +130,28 @@ def accuracy(results: Path) -> str:
     costs = list(record["cost"].values())
     (cpu, their_cpu), (peak, their_peak) = (tuple(cost[name] for cost in costs) for name in ("cpu_s", "peak_bytes"))
     return (
-        f"{settings['model']}, base in {_BASES[settings['quantization']]}, LoRA r = {settings['lora_r']}; "
+        f"{settings['model']}, base in {BASES[settings['quantization']]}, LoRA r = {settings['lora_r']}; "
         f"{record['train_pairs']:,} pairs trained on once in steps of {settings['batch_size']}, learning rate "
         f"{settings['learning_rate']:g} ({settings['lr_scheduler_type']}), beta 0.1; {record['held_out_pairs']} pairs "
-        f"of other prompts held out; texts cut to {settings['max_length']} tokens. {_where(record)}:\n\n"
-        f"{_table(rows)}\n\n"
+        f"of other prompts held out; texts cut to {settings['max_length']} tokens. {where(record)}:\n\n"
+        f"{table(rows)}\n\n"
         f"Both programs agree on which response of a held-out pair has the higher reward in "
         f"{100 * record['same_verdict']:.1f} % of the pairs; the losses of the first ten steps differ by at most "
         f"{record['loss_difference']:.1e}, relative. dpoeng took {cpu:,.0f} CPU-s "
-        f"({costs[0]['reference_cpu_s']:,.0f} of them for the reference) and {_gib(peak)} above the loaded model, TRL "
-        f"{their_cpu:,.0f} CPU-s and {_gib(their_peak)}: **{their_cpu / cpu:.1f}** times the time, "
+        f"({costs[0]['reference_cpu_s']:,.0f} of them for the reference) and {gib(peak)} above the loaded model, TRL "
+        f"{their_cpu:,.0f} CPU-s and {gib(their_peak)}: **{their_cpu / cpu:.1f}** times the time, "
         f"**{their_peak / peak:.1f}** times the memory."
     )
-
-
-def sharing(results: Path) -> str:
-    """The two curves of `dpoeng bench sharing`."""
-    record = read("sharing", results)[-1]
-    by_share = [
-        ["prompt's share of a pair", "positions left", "reference pass", "training"],
-        *(
-            [
-                f"{100 * point['prompt_share']:.0f} %",
-                f"{100 * point['positions_left']:.0f} %",
-                f"{point['reference_speedup']:.2f} times",
-                f"{point['training_speedup']:.2f} times",
-            ]
-            for point in record["prompt_share"]
-        ),
-    ]
-    by_pairs = [
-        ["pairs a prompt", "positions left", "over once a pair", "over once a response"],
-        *(
-            [
-                str(point["pairs_a_prompt"]),
-                f"{100 * point['positions_left']:.0f} %",
-                f"{point['over_once_a_pair']:.2f} times",
-                f"{point['over_once_a_response']:.2f} times",
-            ]
-            for point in record["pairs_a_prompt"]
-        ),
-    ]
-    pairs = record["settings"]
-    return (
-        f"Speed with each prompt once over speed with repeats, {pairs['pairs']} pairs of {pairs['tokens']} tokens. "
-        f"{_where(record)}:\n\n{_table(by_share)}\n\n{_table(by_pairs)}"
-    )
-
-
-def cache(results: Path) -> str:
-    """What `dpoeng bench cache` found, beside what was asked for."""
-    record = read("cache", results)[-1]
-    found, weights = record["read"], record["weights"]
-    reached = [
-        ["", "reached", "asked for"],
-        [f"open {found['pairs']:,} pairs, structure checked", f"{found['open_ms'] / 1e3:.2f} s", "≤ 1 s"],
-        ["the same, every byte hashed and every log-prob looked at", f"{found['open_verified_ms'] / 1e3:.2f} s", ""],
-        [
-            "rows a second, one process, zero-copy: in order / shuffled",
-            f"{found['rows_per_s']:,.0f} / {found['random_rows_per_s']:,.0f}",
-            "≥ 100,000",
-        ],
-        ["growth of anonymous memory by opening and reading", f"{found['anonymous_mib']:.0f} MiB", "≤ 64 MiB"],
-        ["`verify` at depth full", f"{found['verify_gb_per_s']:.1f} GB/s", "≥ 3 GB/s"],
-        [
-            "identity of weights / sha256 in the same run",
-            f"{weights['identity_gb_per_s']:.1f} / {weights['sha256_gb_per_s']:.1f} GB/s",
-            "≥ 3 GB/s",
-        ],
-    ]
-    steps = [["microseconds a pair", *(f"{step['pairs']:,} pairs" for step in record["sizes"])]]
-    for name, label in (
-        ("commit_us", "commit"),
-        ("lookup_us", "look up all (hash and check every byte)"),
-        ("hit_us", "find one pair by its ids"),
-        ("write_view_us", "write the view"),
-    ):
-        steps.append([label, *(f"{step[name]:.3g}" for step in record["sizes"])])
-    return f"{_where(record)}:\n\n{_table(reached)}\n\n{_table(steps)}"
-
-
-def kernels(results: Path) -> str:
-    """The head against its alternatives: training and scoring side by side, a table a shape and dtype."""
-    tables = []
-    for record in read("kernels", results):
-        found = {(tuple(r["shape"]), r["dtype"], r["mode"]): r["ways"] for r in record["results"]}
-        for vocabulary, width, tokens, dtype in dict.fromkeys((*shape, dtype) for shape, dtype, _ in found):
-            train, score = (found[(vocabulary, width, tokens), dtype, mode] for mode in ("train", "score"))
-            heads = ["times dpoeng's", "peak MiB"]
-            rows = [["", "training, CPU-s", *heads, "scoring, CPU-s", *heads, "log-prob error"]]
-            rows += [
-                [_HEADS.get(way, f"`{way}`"), *_head(train[way]), *_head(score[way]), f"{train[way]['logp_error']:.1e}"]
-                for way in train
-            ]
-            tables.append(
-                f"V = {vocabulary:,}, H = {width}, N = {tokens}, {dtype} ({_count(record['settings']['repeats'])}). "
-                f"{_where(record)}:\n\n{_table(rows)}"
-            )
-    return "\n\n".join(tables)
-
-
-def plan(results: Path) -> str:
-    """Models of four sizes: peaks of phase two, and what each card can do. Calculated."""
-    record = _lines(results / "plan-calculated.jsonl")[-1]
-    found = {(r["model"], r["quantization"]): r for r in record["results"]}
-    models = list(dict.fromkeys(model for model, _ in found))
-    eight = [found[model, "8bit"] for model in models]
-    rows = [
-        ["one pair a forward, GiB", *(model.split("/")[-1] for model in models)],
-        ["**8 bits, checkpointing, fused head, cached reference**", *(f"**{r['phase2_gib']:.1f}**" for r in eight)],
-    ]
-    parts = sorted(eight[0]["breakdown_gib"], key=lambda name: -eight[-1]["breakdown_gib"][name])
-    rows += [[f"of it: {part}", *(f"{r['breakdown_gib'].get(part, 0):.1f}" for r in eight)] for part in parts]
-    needed = (f"{r['phase2_needed_gib']:.1f}" for r in eight)
-    rows.append(["with context, workspaces, fragmentation (estimates)", *needed])
-    rows += [
-        [_OPTIONS.get(option, option), *(f"{r['options_gib'][option]:.1f}" for r in eight)]
-        for option in eight[0]["options_gib"]
-    ]
-    rows.append(["two models in 8 bits, whole logits", *(f"{r['two_model_gib']:.1f}" for r in eight)])
-    cards = [["base", *(card["name"] for card in eight[0]["cards"])]]
-    for (model, quantization), result in found.items():
-        name = f"{model.split('/')[-1]}, {_BASES[quantization]}"
-        cards.append([name, *(_card(card) for card in result["cards"])])
-    asked = record["settings"]
-    what = f"2 x {asked['max_length']} tokens, LoRA r = {asked['lora_r']}; **calculated**, commit {record['commit']}"
-    return (
-        f"{what}:\n\n{_table(rows)}\n\nPairs a forward (up to 4 are tried) on a card of this size, estimates included:"
-        f"\n\n{_table(cards)}"
-    )
-
-
-_OPTIONS = {
-    "quantization none": "bfloat16 base",
-    "quantization 4bit": "4-bit base",
-    "half of max_length": "2 x 1024 tokens",
-    "optim adamw_8bit": "`--optim adamw_8bit`",
-    "activation_offloading": "`--activation-offloading`",
-}
-_BASES = {"8bit": "8 bits", "4bit": "4 bits", "none": "bfloat16"}
-
-
-def _card(card: Record) -> str:
-    if not card["phase2_fits"]:
-        return "no"
-    return f"{card['pairs_a_forward']}" if card["phase1_fits"] else f"{card['pairs_a_forward']}, not phase one"
-
-
-def _head(way: Record) -> list[str]:
-    ratio = way["cpu_s_ratio"]
-    times = f"{ratio['median']:.2f}"
-    if ratio["low"] < ratio["high"]:
-        times += f" ({ratio['low']:.2f}–{ratio['high']:.2f})"
-    seconds = sorted({min(way["cpu_s"]), max(way["cpu_s"])})
-    return ["–".join(f"{s:.3g}" for s in seconds), times, f"{way['peak_bytes'] / 2**20:,.0f}"]
-
-
-def _count(repeats: int) -> str:
-    return "one counted round" if repeats == 1 else f"{repeats} counted rounds"
 
 
 def evidence(results: Path) -> str:
     """README's lines about speed and memory."""
     rows = [["measured", "found", "again with"], *_evidence(results)]
-    return _table(rows)
+    return table(rows)
+
+
+def _times(found: Record, time: str, memory: str) -> str:
+    return f"TRL takes **{found[time]['median']:.1f}** times the CPU time, **{found[memory]['median']:.1f}** the memory"
 
 
 def _evidence(results: Path) -> Iterator[list[str]]:
@@ -320,7 +163,7 @@ def _evidence(results: Path) -> Iterator[list[str]]:
         for peer, found in record["ratios"].items():
             same = f"losses equal to {record['equality']['loss'][peer]:.0e}"
             yield [
-                f"a step of {settings['batch_size']} pairs, {settings['dtype']}, {_threads(record)}, against TRL 1.16, "
+                f"a step of {settings['batch_size']} pairs, {settings['dtype']}, {threads(record)}, against TRL 1.16, "
                 f"{_PEERS[peer]}",
                 f"{_times(found, 'step_cpu_s', 'train_peak_bytes')}; {same}",
                 command,
@@ -376,42 +219,6 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "plan": plan,
     "evidence": evidence,
 }
-
-
-# --------------------------------------------------------------------------- pieces
-
-
-def _times(found: Record, time: str, memory: str) -> str:
-    return f"TRL takes **{found[time]['median']:.1f}** times the CPU time, **{found[memory]['median']:.1f}** the memory"
-
-
-def _where(record: Record) -> str:
-    machine, versions = record["machine"], record["versions"]
-    return (
-        f"{record['device_kind']}, {machine['processor']}, {_threads(record)}, "
-        f"torch {versions['torch']}, commit {record['commit']}, {record['date'][:10]}"
-    )
-
-
-def _threads(record: Record) -> str:
-    threads = record["machine"]["threads"]
-    return f"{threads} thread{'s' if threads > 1 else ''}"
-
-
-def _range(found: Record, name: str) -> str:
-    if name not in found:
-        return "–"
-    ratio = found[name]
-    return f"**{ratio['median']:.2f}** ({ratio['low']:.2f}–{ratio['high']:.2f})"
-
-
-def _gib(n_bytes: float) -> str:
-    return f"{n_bytes / 2**30:.2f} GiB"
-
-
-def _table(rows: list[list[str]]) -> str:
-    head, *body = rows
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body))
 
 
 def main() -> None:

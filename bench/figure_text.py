@@ -1,0 +1,58 @@
+"""Pieces of the figures in README and docs: records read back, and how a value, a machine and a table are written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+Record = dict[str, Any]
+BASES = {"8bit": "8 bits", "4bit": "4 bits", "none": "bfloat16"}
+
+
+def read(kind: str, results: Path = RESULTS) -> list[Record]:
+    """The records of a kind measured on CPUs, oldest first; none if there is no file of them."""
+    file = results / f"{kind}-cpu.jsonl"
+    return lines_of(file) if file.is_file() else []
+
+
+def lines_of(file: Path) -> list[Record]:
+    """The records of a file."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def where(record: Record) -> str:
+    """On what it was measured, by which commit, when."""
+    machine, versions = record["machine"], record["versions"]
+    return (
+        f"{record['device_kind']}, {machine['processor']}, {threads(record)}, "
+        f"torch {versions['torch']}, commit {record['commit']}, {record['date'][:10]}"
+    )
+
+
+def threads(record: Record) -> str:
+    """How many threads computed."""
+    n = record["machine"]["threads"]
+    return f"{n} thread{'s' if n > 1 else ''}"
+
+
+def ranged(found: Record, name: str) -> str:
+    """A ratio with the range of its repeats."""
+    if name not in found:
+        return "–"
+    ratio = found[name]
+    return f"**{ratio['median']:.2f}** ({ratio['low']:.2f}–{ratio['high']:.2f})"
+
+
+def gib(n_bytes: float) -> str:
+    """Bytes in GiB."""
+    return f"{n_bytes / 2**30:.2f} GiB"
+
+
+def table(rows: list[list[str]]) -> str:
+    """A table in Markdown; the first row is its head."""
+    head, *body = rows
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body))
