@@ -4,6 +4,7 @@
 #   make test        the test suite                    make test-slow   what takes minutes
 #   make lint        ruff, format, mypy                make test-peers  parity with TRL, in an environment of its own
 #   make test-oldest the suite with the lowest accepted versions, in an environment of its own
+#   make test-gpu    what only a GPU can show: kernels, attention, both phases, memory
 #   make site        the documents as a site, in site/        make docs-errors   docs/errors.md anew
 #   make bench       throughput and memory here        make coverage    the test suite with line coverage
 #   make figures     README and docs from bench/results/
@@ -24,7 +25,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export DEMO_DIR
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-peers test-oldest coverage lint format site docs-errors figures bench clean distclean
+.PHONY: help setup demo test test-slow test-peers test-gpu test-oldest coverage lint format site docs-errors figures bench clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -64,6 +65,9 @@ test-slow: $(VENV)/.extras
 test-peers: $(PEERS)/.installed
 	$(PEERS)/bin/dpoeng demo --dir $(DEMO_DIR) --prepare-only
 	$(PEERS)/bin/python -m pytest -m peers
+
+test-gpu: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest -m gpu
 
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest $(WORKERS)

@@ -332,6 +332,11 @@ class TrainConfig(_Config):
         False, description="Keep what gradient checkpointing keeps, each layer's input, in host memory: slower steps."
     )
     seed: int = Field(42, ge=0, description="Seeds the LoRA, the order of the pairs, the held-out share and dropout.")
+    full_determinism: bool = Field(
+        False,
+        description="On a GPU, sum in a fixed order: a run that is repeated or resumed then leaves the same bytes, as "
+        "on a CPU it always does. Somewhat slower.",
+    )
 
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
         (), description="Trackers that get the metrics too, beside metrics.jsonl."

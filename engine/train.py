@@ -18,6 +18,7 @@ from dpoeng.engine.background import Background
 from dpoeng.engine.best import Best
 from dpoeng.engine.checkpoint import Checkpoint
 from dpoeng.engine.config import TrainConfig
+from dpoeng.engine.determinism import full_determinism
 from dpoeng.engine.distributed import Group, process_group
 from dpoeng.engine.fit import check_step
 from dpoeng.engine.flex import BlockCount
@@ -120,7 +121,7 @@ def train(
             with the cache before the first step; or a loss is not a number; or another process of the same run has
             ended.
     """
-    with process_group() as group:
+    with process_group() as group, full_determinism(config.full_determinism):
         return _train(config, group, progress if group.is_first else QUIET, on_metrics, kept_base)
 
 
