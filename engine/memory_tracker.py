@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import bisect
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
 
 Phase = Literal["forward", "backward", "optimizer"]
 
@@ -84,20 +85,44 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._backward_begins: list[int] = []
         self._storages: list[_Storage] = []
         self._alive: dict[int, tuple[_Storage, Any]] = {}
+        self._values: MutableMapping[torch.Tensor, torch.Tensor] = WeakTensorKeyDictionary()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is _ITEM and args[0].device.type == "meta":
-            # `.item()` where there are no values: a step only asks whether its numbers are finite.
+            value = self._values.get(args[0])
+            if value is not None:
+                return value.item()
+            # Where there are no values, a step only asks whether its numbers are finite.
             return 1.0 if args[0].is_floating_point() else 1
         handler = self.handlers.get(func)
         result = func(*args, **kwargs) if handler is None else handler(self, func, args, kwargs)
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self.see(leaf)
+        if handler is None and isinstance(result, torch.Tensor) and result.is_meta:
+            self._follow(result, func, args, kwargs)
         return result
+
+    def _follow(self, result: torch.Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keeps the values of whole numbers that come from the host, and of what is made of nothing else.
+
+        A program asks them how to go on: rows that are padded need a mask, others do not.
+        """
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if func._schema.is_mutable:
+            for tensor in inputs:
+                self._values.pop(tensor, None)
+        elif (
+            inputs
+            and not result.is_floating_point()
+            and all(t.device.type == "cpu" or t in self._values for t in inputs)
+        ):
+            on_host = {**kwargs, "device": torch.device("cpu")} if "device" in kwargs else kwargs
+            own, named = tree_map_only(torch.Tensor, lambda t: self._values.get(t, t), (args, on_host))
+            self._values[result] = func(*own, **named)
 
     def hold(self, tensors: Iterable[torch.Tensor], kind: str) -> None:
         """Counts tensors that are there already, or says what they are."""

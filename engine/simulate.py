@@ -256,6 +256,10 @@ def _attention(
         )
         return result
     aten = torch.ops.aten
+    if attn_mask is not None and attn_mask.dtype == torch.bool:  # as `convert_boolean_attn_mask` of torch does
+        hidden, attn_mask = attn_mask.logical_not(), torch.zeros_like(attn_mask, dtype=query.dtype)
+        attn_mask.masked_fill_(hidden, float("-inf"))
+        del hidden
     if device_type == "cpu":
         out = aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale

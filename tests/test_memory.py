@@ -72,12 +72,21 @@ SOME = {
     ("llama", "bfloat16", "separate"),
     ("qwen2", "4bit", "separate"),
 }
-CASES = [pytest.param(*case, marks=() if (case[0], case[1], case[3]) in SOME else pytest.mark.slow) for case in EVERY]
+EVEN, UNEVEN = [Pair(64, 96, 96)] * 2, [Pair(64, 96, 70), Pair(120, 200, 96)]
+# Rows that are padded have a mask, of which every layer's attention makes one that it keeps.
+PADDED = [("qwen2", "float32", False), ("llama", "bfloat16", True)]
+CASES = [
+    *(
+        pytest.param(*case, EVEN, marks=() if (case[0], case[1], case[3]) in SOME else pytest.mark.slow)
+        for case in EVERY
+    ),
+    *((*case, "separate", UNEVEN) for case in PADDED),
+]
 
 
-@pytest.mark.parametrize(("family", "precision", "checkpointing", "layout"), CASES)
+@pytest.mark.parametrize(("family", "precision", "checkpointing", "layout", "pairs"), CASES)
 def test_the_predicted_peak_is_the_allocators(
-    tmp_path: Path, family: str, precision: str, checkpointing: bool, layout: Any
+    tmp_path: Path, family: str, precision: str, checkpointing: bool, layout: Any, pairs: list[Pair]
 ) -> None:
     """Real tensors, real step, the allocator's own count, against the step on the meta device: within 2 %."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -90,7 +99,6 @@ def test_the_predicted_peak_is_the_allocators(
     model = fields(family)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.for_model(**model), dtype=dtype).save_pretrained(tmp_path)
-    pairs = [Pair(64, 96, 96)] * 2
     setup = Setup(
         model=json.loads((tmp_path / "config.json").read_text()),
         dtype=dtype,
