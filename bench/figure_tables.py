@@ -147,8 +147,8 @@ def _memory(record: Record) -> str:
         predicted, measured, process = (f"{case[name] / 2**20:,.1f}" for name in names)
         over = "" if case["case"] == "phase one" else f"{case['measured_bytes'] / cached:.2f} times"
         rows.append([case["case"], predicted, measured, f"{100 * case['difference']:+.2f} %", process, over])
-    model = Path(settings["model"]).name if settings["model"] else "the embedded model"
-    held = settings["quantization"] if settings["quantization"] != "none" else record["versions"]["dtype"]
+    model = settings["model"] or "The embedded model"
+    held = BASES[settings["quantization"]] if settings["quantization"] != "none" else record["versions"]["dtype"]
     pairs = f"{len(lengths)} pair{'s' if len(lengths) > 1 else ''} of {sum(map(sum, lengths)):,} tokens"
     recomputed = "with" if settings["gradient_checkpointing"] else "without"
     return f"{model}, {held}, {pairs}, {recomputed} gradient checkpointing. {where(record)}:\n\n{table(rows)}"

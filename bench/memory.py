@@ -20,7 +20,7 @@ import torch
 
 from dpoeng.bench.allocator import trace_allocator
 from dpoeng.bench.measure import PeakMemory, held_bytes, release_memory, touch
-from dpoeng.bench.records import stamp
+from dpoeng.bench.records import stamp, told
 from dpoeng.bench.workload import first_pairs_of, save_small_model
 from dpoeng.cache.schema import PairIds, ScoredPair
 from dpoeng.engine.adapters import as_reference, make_trainable
@@ -111,7 +111,7 @@ def bench_memory(settings: MemorySettings, progress: Progress = QUIET) -> dict[s
         UserError: the model or the pairs cannot be used.
     """
     device = pick_device(settings.device)
-    record = stamp("memory", device, {**asdict(settings), "pairs": [str(path) for path in settings.pairs]})
+    record = stamp("memory", device, told(settings))
     with tempfile.TemporaryDirectory(prefix="dpoeng-bench-") as scratch:
         source = find_model(settings.model or str(save_small_model(Path(scratch) / "model")))
 

@@ -31,7 +31,7 @@ from dpoeng.bench.measure import (
     synchronize,
     touch,
 )
-from dpoeng.bench.records import stamp
+from dpoeng.bench.records import stamp, told
 from dpoeng.bench.workload import VIEW, first_pairs_of, padded_tokens, save_small_model, seal_view, unique_tokens
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import PairIds, pair_key
@@ -168,7 +168,7 @@ def bench_phases(settings: PhaseSettings, progress: Progress = QUIET, trace: Pat
             vocabulary=lm.vocab_size,
             max_length=settings.max_length,
         )
-        record = stamp("phases", device, {**asdict(settings), "pairs": [str(path) for path in settings.pairs]})
+        record = stamp("phases", device, told(settings))
         record["versions"]["dtype"] = str(lm.dtype).removeprefix("torch.")
         layers = linear_shapes(lm)
         gemm = gemm_flops(layers, min(1024, unique_tokens(pairs[: settings.batch_size])), lm.dtype, device)

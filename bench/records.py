@@ -39,10 +39,16 @@ def stamp(kind: str, device: torch.device, settings: dict[str, Any]) -> dict[str
 
 
 def told(settings: Any) -> dict[str, Any]:
-    """What a record says of settings (a dataclass with `model` and `pairs`): names, and not where things lie here."""
+    """What a record says of settings (a dataclass): names, and not where things lie here."""
     fields = asdict(settings)
     fields |= dict.fromkeys({"peer_python", "work"} & fields.keys())
-    return {**fields, "model": Path(settings.model).name, "pairs": [path.name for path in settings.pairs]}
+    if fields.get("model"):
+        fields["model"] = Path(fields["model"]).name
+    return {name: _named(value) for name, value in fields.items()}
+
+
+def _named(value: Any) -> Any:
+    return [path.name for path in value] if value and isinstance(value, tuple) and isinstance(value[0], Path) else value
 
 
 def machine() -> dict[str, Any]:

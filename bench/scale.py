@@ -27,7 +27,7 @@ from dpoeng.bench.kernels import Shape, head_problem, head_step
 from dpoeng.bench.measure import Stopwatch
 from dpoeng.bench.memory import training_run
 from dpoeng.bench.ranks import RankRound, default_ranks, largest_difference, measure_ranks, pairs_for, usable_ranks
-from dpoeng.bench.records import stamp
+from dpoeng.bench.records import stamp, told
 from dpoeng.bench.workload import save_small_model
 from dpoeng.cache.schema import PairIds, as_ids
 from dpoeng.engine.config import Dtype, TrainConfig
@@ -161,7 +161,7 @@ def bench_scale(settings: ScaleSettings, progress: Progress = QUIET) -> dict[str
     """
     device = pick_device(settings.device)
     ranks = default_ranks(device) if settings.ranks is None else settings.ranks
-    record = stamp("scale", device, {**asdict(settings), "ranks": ranks})
+    record = stamp("scale", device, {**told(settings), "ranks": ranks})
     curves: list[Curve | RankCurve] = []
     with tempfile.TemporaryDirectory(prefix="dpoeng-bench-") as scratch:
         folder = Path(scratch)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 
 from dpoeng.bench.measure import TimeSplit
 from dpoeng.bench.phases import Limits, PhaseSettings, measure_phases
-from dpoeng.bench.records import stamp
+from dpoeng.bench.records import stamp, told
 from dpoeng.bench.workload import save_small_model
 from dpoeng.cache.schema import PairIds, as_ids
 from dpoeng.engine.config import Dtype
@@ -59,7 +59,7 @@ def bench_sharing(settings: SharingSettings, progress: Progress = QUIET) -> dict
         UserError: the model cannot be used.
     """
     device = pick_device(settings.device)
-    record = stamp("sharing", device, asdict(settings))
+    record = stamp("sharing", device, told(settings))
     with tempfile.TemporaryDirectory(prefix="dpoeng-bench-") as scratch:
         folder = Path(scratch)
         source = find_model(settings.model or str(save_small_model(folder / "model")))

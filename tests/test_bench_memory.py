@@ -99,7 +99,7 @@ def test_the_command_and_a_step_that_takes_more_than_planned(
     for shown in ("adapter off", "predicted", "over cached", "2 pairs of"):
         assert shown in done.output
     record = json.loads(kept.read_text())
-    assert record["settings"]["pairs"] == [str(pairs_file)]
+    assert record["settings"]["pairs"] == [pairs_file.name]
     assert len(record["lengths"]) == 2
     phase_one, cached, *_ = record["results"]
     assert abs(phase_one["difference"]) < 0.05
