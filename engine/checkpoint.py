@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ class Checkpoint:
     parameters: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
     state: dict[str, Any]
+
+    def without_tensors(self) -> Checkpoint:
+        """What is small of it."""
+        return replace(self, parameters={}, optimizer={})
 
 
 @dataclass(frozen=True, slots=True, eq=False)

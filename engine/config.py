@@ -323,7 +323,8 @@ class TrainConfig(_Config):
     fsdp: bool = Field(
         False,
         description="Under torchrun: divide the base's layers over the processes (FSDP2), for a base that no one card "
-        "holds. Without it each process holds the base, and they share a step's forwards.",
+        "holds; with use_peft false also their gradients, float32 masters and moments. Without it each process holds "
+        "all of it, and they share a step's forwards.",
     )
     gradient_checkpointing: bool | None = Field(
         None, description="Recompute layers in the backward pass: less memory, more time. Default: only on a GPU."
@@ -406,12 +407,6 @@ class TrainConfig(_Config):
             )
         if why := why_not_trained(self.quantization, self.dtype):
             raise ValueError(f"with use_peft false all weights are trained, and {why}")
-        if self.fsdp:
-            raise ValueError(
-                "fsdp divides a frozen base, and with use_peft false every weight is trained: gradients, masters, "
-                "moments and checkpoints would have to be divided too, which dpoeng does not do; leave fsdp out "
-                "(optim adamw_8bit takes the least memory, `dpoeng plan --no-use-peft` tells how much), or train a LoRA"
-            )
         return self
 
     @field_validator("loss_type", mode="before")

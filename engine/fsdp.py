@@ -1,10 +1,14 @@
-"""FSDP2: the frozen base divided over the processes, layer by layer, for a base that no one card holds.
+"""FSDP2: the base divided over the processes, layer by layer, for a base that no one card holds.
 
-Only what is frozen in the decoder layers is divided. The adapter, its gradients and the optimizer's state are small
-beside the base and stay whole in every process: gradients are summed as in `step`, and optimizer, clipping, checkpoints
-and the saved adapter are those of a run without FSDP, byte for byte. Embedding and head stay whole too: the log-prob
-kernel reads the head as one tensor. Of a base in 4 bits the packed bytes are divided; their scales, a 32nd of them with
-double quantisation, stay whole.
+With a LoRA only what is frozen in the decoder layers is divided. The adapter, its gradients and the optimizer's state
+are small beside the base and stay whole in every process: gradients are summed as in `step`, and optimizer, clipping,
+checkpoints and the saved adapter are those of a run without FSDP, byte for byte. Embedding and head stay whole too: the
+log-prob kernel reads the head as one tensor. Of a base in 4 bits the packed bytes are divided; their scales, a 32nd of
+them with double quantisation, stay whole.
+
+With full fine-tuning the layers' gradients and the optimizer's state of them are divided too: see `engine/parts`. Here
+FSDP2 sums the gradients, in float32, at the end of each layer's backward pass. What lies outside the layers (embedding,
+head, last norm) stays whole in every process, with its master, gradient and moments.
 
 Each process reads only its share of the files (`engine/sharded_loading`), or all of them where a share is not enough.
 """
@@ -37,6 +41,17 @@ def check_fsdp(config: TrainConfig, group: Group, quantization: Quantization) ->
             expected="torchrun --nproc-per-node N --no-python dpoeng train ... with N above 1",
             remedy="start it so, or leave --fsdp out",
         )
+    if not config.use_peft and not config.optim.startswith("adamw_torch"):
+        # Its blocks of 256 numbers would begin anew in each process's rows.
+        raise UserError(
+            "the state of bitsandbytes' AdamW is rounded in blocks, and those of divided weights would be other blocks "
+            "than those of whole ones: no run with another number of processes could go on with it",
+            code="fsdp-unavailable",
+            where="--fsdp --no-use-peft",
+            expected="adamw_torch or adamw_torch_fused",
+            found=f"--optim {config.optim}",
+            remedy="take adamw_torch, whose state is divided too; or leave --fsdp out",
+        )
     if quantization == "8bit":
         # The layer holds its weight a second time, in a state of its own that its products read.
         raise UserError(
@@ -64,28 +79,29 @@ def loads_whole_because(
     return whole_because(source, group.size)
 
 
-def layer_sharding(group: Group, device: torch.device) -> Callable[[Any], None]:
-    """What divides the layers of a model that has no weights yet, for `load_model` to call."""
+def layer_sharding(group: Group, device: torch.device, *, trained: bool = False) -> Callable[[Any], None]:
+    """What divides the layers of a model that has no weights yet, for `load_model` to call; `trained` as below."""
     mesh = _mesh(group, device)
 
     def shard(base: Any) -> None:
-        _divide(base.get_decoder(), mesh)
+        _divide(base.get_decoder(), mesh, trained=trained)
 
     return shard
 
 
-def shard_base(lm: CausalLM, group: Group, device: torch.device) -> None:
+def shard_base(lm: CausalLM, group: Group, device: torch.device, *, trained: bool = False) -> None:
     """Leaves this process its part of every decoder layer, on `device`; a layer is whole only while it is run.
 
     Args:
-        lm: a model with its adapters, on the host.
+        lm: a model on the host, with its adapters, or before `train_all`.
         group: the processes; each has loaded the same model.
         device: where the parts, and everything that stays whole, are to be.
+        trained: whether the layers' weights will be trained (`train_all`).
     """
     mesh = _mesh(group, device)
     for module in quantized_layers(lm.model):
         _as_plain_bytes(module, device)
-    whole = set(lm.model.parameters()) - _divide(lm.backbone, mesh)
+    whole = set(lm.model.parameters()) - _divide(lm.backbone, mesh, trained=trained)
     for parameter in whole:
         parameter.data = parameter.data.to(device)
     for module in lm.model.modules():
@@ -100,16 +116,27 @@ def _mesh(group: Group, device: torch.device) -> Any:
     return init_device_mesh(device.type, (group.size,))
 
 
-def _divide(backbone: Any, mesh: Any) -> set[torch.nn.Parameter]:
-    """Divides what is frozen in a decoder's layers; returns the parts."""
-    from torch.distributed.fsdp import fully_shard
+def _divide(backbone: Any, mesh: Any, *, trained: bool) -> set[torch.nn.Parameter]:
+    """Divides what a decoder's layers hold beside adapters; returns the parts.
 
-    layers = decoder_layers(backbone)
+    Where they are `trained` they will be float32, and are gathered in the dtype that they have now.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    settings: dict[str, Any] = {"mesh": mesh}
+    if trained:
+        dtype = next(backbone.parameters()).dtype
+        settings["mp_policy"] = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    layers: list[Any] = [*decoder_layers(backbone)]
     assert layers, "transformers' decoder layers are GradientCheckpointingLayers"
     divided: set[torch.nn.Parameter] = set()
     for layer in layers:
         whole = {parameter for name, parameter in layer.named_parameters() if ".lora_" in name}
-        fully_shard(layer, mesh=mesh, ignored_params=whole)
+        fully_shard(layer, ignored_params=whole, **settings)
+        if trained:
+            # The sum over the processes, as `step` means it: FSDP2's default is the mean.
+            layer.set_gradient_divide_factor(1.0)
+            layer.set_force_sum_reduction_for_comms(True)
         divided |= set(layer.parameters()) - whole
     # The decoder itself has nothing to divide: it is what its layers take turns in, so that the next one is gathered
     # while one is run.

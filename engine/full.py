@@ -6,6 +6,9 @@ stays as both phases run it and has a float32 master beside each weight, which t
 value, rounded, after each step (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740, section 3.1). float32
 weights under autocast would need as much memory, with the casts that autocast keeps, and would be another forward than
 the one whose numbers are cached.
+
+Over layers that FSDP divides, the float32 rows are what FSDP holds, and it gathers them rounded to what the model
+computes in: the same numbers, without a second copy of the rows (`engine/parts`).
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ from torch import nn
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config import Quantization, TrainConfig, why_not_trained
+from dpoeng.engine.distributed import Group
 from dpoeng.engine.model import CausalLM
+from dpoeng.engine.parts import make_whole, train_parts
 from dpoeng.engine.sources import ModelSource, copy_beside, write_config
 
 
@@ -61,9 +66,14 @@ def _refused(message: str, *, where: str, expected: str, remedy: str, found: str
 
 
 def train_all(lm: CausalLM) -> CausalLM:
-    """Makes every weight trainable; one that is not float32 gets a master that is."""
+    """Makes every weight trainable; one that is not float32 gets a master that is.
+
+    Over layers that are divided, this process trains its part of them; they are divided before this is called.
+    """
+    lm.base.requires_grad_(True)
+    if lm.sharded:
+        train_parts(lm)
     for weight in lm.base.parameters():
-        weight.requires_grad_(True)
         if weight.dtype != torch.float32:
             master = nn.Parameter(weight.detach().float())
             weight.register_post_accumulate_grad_hook(_hand_over(master))
@@ -86,9 +96,26 @@ def _hand_over(master: nn.Parameter) -> Callable[[torch.Tensor], None]:
     return hand_over
 
 
-def save_model(lm: CausalLM, source: ModelSource, folder: Path) -> None:
-    """Writes a checkpoint that plain transformers loads: the weights as they compute, the rest as `source` has it."""
-    lm.base.save_pretrained(str(folder))
+def whole_weights(lm: CausalLM, group: Group) -> dict[str, torch.Tensor] | None:
+    """Where layers are divided: what the first process is to save, whole, in its host's memory; else None.
+
+    All processes call this together.
+    """
+    if not lm.parts:
+        return None
+    parts = set(lm.parts.values())
+    rounded = {name: part.detach().to(lm.dtype) for name, part in lm.trainable_parameters() if part in parts}
+    return {**lm.base.state_dict(), **make_whole(lm, group, rounded)}
+
+
+def save_model(
+    lm: CausalLM, source: ModelSource, folder: Path, weights: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Writes a checkpoint that plain transformers loads: the weights as they compute, the rest as `source` has it.
+
+    `weights` are those of `whole_weights`.
+    """
+    lm.base.save_pretrained(str(folder), state_dict=None if weights is None else dict(weights))
     # What stands in the loaded model's own config.json was changed for scoring.
     write_config(source, folder, str(lm.dtype).removeprefix("torch."))
     copy_beside(source, folder)

@@ -58,6 +58,8 @@ class CausalLM:
         sharded: whether layers are divided over processes, so that every forward is one of all of them.
         masters: with full fine-tuning in another dtype than float32, the float32 tensor behind each weight, which is
             what the optimizer moves.
+        parts: with full fine-tuning over divided layers, this process's rows of each of their weights, in float32, as
+            a plain tensor over the same memory; see `engine/parts`.
     """
 
     model: Any
@@ -73,6 +75,7 @@ class CausalLM:
     blocks: BlockCount = field(default_factory=BlockCount)
     sharded: bool = False
     masters: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict)
+    parts: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict)
 
     @property
     def backbone(self) -> Any:
@@ -91,8 +94,9 @@ class CausalLM:
         return int(self.base.get_input_embeddings().weight.shape[0])
 
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Name and tensor of each parameter that is trained, in the model's own order."""
-        return [(name, self.masters.get(p, p)) for name, p in self.model.named_parameters() if p.requires_grad]
+        """Name and tensor of each parameter that is trained (of a divided one, the part), in the model's own order."""
+        moved = self.masters | self.parts
+        return [(name, moved.get(p, p)) for name, p in self.model.named_parameters() if p.requires_grad]
 
     @torch.no_grad()
     def take_masters(self) -> None:

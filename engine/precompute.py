@@ -171,7 +171,10 @@ def _precompute(config: PrecomputeConfig, group: Group, progress: Progress) -> P
         _compute(lm, store, spec_digest, mine, config, summary, progress)
         summary.seconds = time.perf_counter() - began
         summary.blocks = lm.blocks
-    group.wait()
+    blocks = BlockCount()
+    for of_process in group.gather(summary.blocks):  # returns when all have committed their shards
+        blocks.add(of_process)
+    summary.blocks = blocks
     if not group.is_first:
         return summary
     index = _look_again(store, spec_digest, index, unique, patience_s=VISIBLE_WITHIN_S if group.size > 1 else 0.0)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 from safetensors import SafetensorError
 
@@ -218,13 +219,22 @@ def has_result(output_dir: Path) -> bool:
     return any((output_dir / name).is_dir() for name in (ADAPTER_FOLDER, MODEL_FOLDER))
 
 
-def write_result(lm: CausalLM, output_dir: Path, mode: Mode, source: ModelSource) -> None:
-    """Saves what was trained, whole or not at all: the adapter, or a checkpoint with the rest as in `source`."""
+def write_result(
+    lm: CausalLM,
+    output_dir: Path,
+    mode: Mode,
+    source: ModelSource,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Saves what was trained, whole or not at all: the adapter, or a checkpoint with the rest as in `source`.
+
+    `weights` are those of `full.whole_weights`.
+    """
 
     def fill(temporary: Path) -> None:
         try:
             if mode == "full":
-                save_model(lm, source, temporary)
+                save_model(lm, source, temporary, weights)
             else:
                 save_policy_adapter(lm, temporary)
         except SafetensorError as error:  # a full disk, among others

@@ -27,6 +27,7 @@ from dpoeng.engine.optim import (
     set_scheduler_step,
 )
 from dpoeng.engine.order import Schedule
+from dpoeng.engine.parts import make_whole, own_rows
 from dpoeng.engine.progress import Progress
 from dpoeng.engine.rows import WeightArray
 
@@ -95,19 +96,24 @@ def save_run(run: Run, step: int, identity: dict[str, Any], *, complete: bool) -
     """
     trainable = run.lm.trainable_parameters()
     parameters = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable}
+    parts = set(run.lm.parts.values())
     if run.group.size > 1:
         run.group.agree(
             "trained weights",
-            _digest(parameters),
+            _digest({name: parameters[name] for name, parameter in trainable if parameter not in parts}),
             "start the same command again: it goes on from the checkpoint before; if this comes again, test the "
             "machines, since equal gradients give equal weights",
         )
+    if not (parts or run.group.is_first):
+        return
+    parameters = make_whole(run.lm, run.group, parameters)
+    optimizer = make_whole(run.lm, run.group, optimizer_tensors(run.optimizer, trainable))
     if not run.group.is_first:
         return
     snapshot = take_snapshot(
         step,
         parameters=parameters,
-        optimizer=optimizer_tensors(run.optimizer, trainable),
+        optimizer=optimizer,
         state={
             "identity": identity,
             "complete": complete,
@@ -123,8 +129,9 @@ def save_run(run: Run, step: int, identity: dict[str, Any], *, complete: bool) -
 
 def restore_run(run: Run, checkpoint: Checkpoint) -> int:
     """Puts the run where the checkpoint was; returns its step."""
-    put_parameters(run.lm, checkpoint.parameters)
-    restore_optimizer(run.optimizer, run.lm.trainable_parameters(), checkpoint.optimizer)
+    put_parameters(run.lm, own_rows(run.lm, run.group, checkpoint.parameters))
+    optimizer = own_rows(run.lm, run.group, checkpoint.optimizer)
+    restore_optimizer(run.optimizer, run.lm.trainable_parameters(), optimizer)
     set_scheduler_step(run.scheduler, checkpoint.step)
     run.loss_state = checkpoint.state.get("losses", {})
     run.best = Best(**checkpoint.state.get("best", {}))
@@ -143,12 +150,15 @@ def best_parameters(run: Run, done: int) -> Iterator[None]:
     if not run.config.load_best_model_at_end or best is None or best == done:
         yield
         return
-    trainable = run.lm.trainable_parameters()
     last = copy_parameters(run.lm)
-    if run.group.is_first:
-        put_parameters(run.lm, read_checkpoint(run.config.output_dir, best).parameters)
-    run.group.copy_first([parameter.data for _, parameter in trainable])
-    run.lm.take_masters()
+    values = read_checkpoint(run.config.output_dir, best).parameters if run.group.is_first else {}
+    if run.lm.parts:
+        put_parameters(run.lm, own_rows(run.lm, run.group, values))
+    else:
+        if run.group.is_first:
+            put_parameters(run.lm, values)
+        run.group.copy_first([parameter.data for _, parameter in run.lm.trainable_parameters()])
+        run.lm.take_masters()
     yield
     put_parameters(run.lm, last)
 

@@ -23,6 +23,7 @@ from dpoeng.engine.loss_names import LossSettings
 from dpoeng.engine.losses import PairSums, PreferenceLoss, next_state, preference_loss
 from dpoeng.engine.metrics import preference_metrics
 from dpoeng.engine.oom import attempt, no_way_back, too_large
+from dpoeng.engine.parts import clip_gradients, take_gradients, whole_parameters
 from dpoeng.engine.rows import WeightArray
 from dpoeng.engine.run_state import Run
 
@@ -107,7 +108,7 @@ def _gradient_within_memory(run: Run, step: int, settings: LossSettings) -> tupl
 def _gradient(run: Run, step: int, settings: LossSettings) -> tuple[list[PreferenceLoss], float]:
     """Forward and backward of one step from the beginning: its losses, and the norm of the gradient it left."""
     run.optimizer.zero_grad(set_to_none=True)
-    for weight in run.lm.masters:
+    for weight in (*run.lm.masters, *run.lm.parts):
         weight.grad = None  # left where memory ran out before its master could take it
     indices = run.schedule.rows_of_step(step)
     rows = [run.train_rows[i] for i in indices]
@@ -117,12 +118,12 @@ def _gradient(run: Run, step: int, settings: LossSettings) -> tuple[list[Prefere
         parts = _backward_of_whole_batch(run, step, micros, settings)
     else:
         parts = _backward_of_parts(run, step, micros, settings)
-    parameters = [parameter for _, parameter in run.lm.trainable_parameters()]
+    take_gradients(run.lm)
     limit = run.config.max_grad_norm if run.config.max_grad_norm > 0 else math.inf
     where = f"phase two, step {step + 1}, gradients of all processes"
     with no_way_back("out of memory", where, _SMALLER) if run.group.size > 1 else contextlib.nullcontext():
-        _add_gradients(run, parameters)
-        return parts, float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        _add_gradients(run, whole_parameters(run.lm))
+        return parts, clip_gradients(run.lm, run.group, limit)
 
 
 def _backward_of_parts(run: Run, step: int, micros: Sequence[Micro], settings: LossSettings) -> list[PreferenceLoss]:
@@ -155,7 +156,7 @@ def _backward_of_parts(run: Run, step: int, micros: Sequence[Micro], settings: L
 
 
 def _add_gradients(run: Run, parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Gives every process the sum of all gradients. A parameter that no process has used keeps none."""
+    """Gives every process the sum of all gradients of some parameters. One that no process has used keeps none."""
     if run.group.size == 1:
         return
     held = run.group.gather([parameter.grad is not None for parameter in parameters])

@@ -23,13 +23,14 @@ from dpoeng.engine.distributed import Group, process_group
 from dpoeng.engine.fit import check_step
 from dpoeng.engine.flex import BlockCount
 from dpoeng.engine.fsdp import check_fsdp, layer_sharding, loads_whole_because, shard_base
-from dpoeng.engine.full import check_full
+from dpoeng.engine.full import check_full, whole_weights
 from dpoeng.engine.kept_base import KeptBase
 from dpoeng.engine.loop import run_steps
 from dpoeng.engine.metrics import MetricsLog
 from dpoeng.engine.model import device_name, enable_gradient_checkpointing, set_mode
 from dpoeng.engine.optim import build_optimizer, build_scheduler, copy_parameters
 from dpoeng.engine.order import plan_schedule
+from dpoeng.engine.parts import whole_parameters
 from dpoeng.engine.progress import QUIET, Progress
 from dpoeng.engine.quantized import import_bitsandbytes, require_bitsandbytes
 from dpoeng.engine.reference import ParityReport, load_policy_base
@@ -165,7 +166,12 @@ def _train(
     del shared["settings"]
     group.agree("settings or pairs", shared, "give every process the same command, configuration and cache")
     # One process looks into the folder, so that all go on from the same step.
-    checkpoint = group.from_first(open_output(config, identity, progress) if group.is_first else None)
+    found = open_output(config, identity, progress) if group.is_first else None
+    if config.fsdp and mode == "full":  # its tensors are divided when they are put back
+        told = group.from_first(found.without_tensors() if found is not None else None)
+        checkpoint = found if group.is_first else told
+    else:
+        checkpoint = group.from_first(found)
     has_result = group.from_first(result_folder(config.output_dir, mode).is_dir())
     if checkpoint is not None and has_result and checkpoint.state["complete"]:
         return _finished(config, group, checkpoint, mode, train_rows, eval_rows)
@@ -197,15 +203,17 @@ def _train(
         device,
         on_host=bool(whole),
         tokenizer=config.samples > 0,
-        shard=layer_sharding(group, device) if in_parts else None,
+        shard=layer_sharding(group, device, trained=mode == "full") if in_parts else None,
     )
+    if whole and mode == "full":
+        shard_base(lm, group, device, trained=True)  # before: what is trained are the parts
     # Seeded before the adapter is made: its start is part of what a seed means.
     torch.manual_seed(config.seed)
     lm = make_trainable(lm, config, mode, adapter)
-    if whole:
+    if whole and mode != "full":
         shard_base(lm, group, device)
     trainable = lm.trainable_parameters()
-    group.copy_first([parameter.data for _, parameter in trainable])
+    group.copy_first([parameter.data for parameter in whole_parameters(lm)])
     lm.take_masters()
     set_mode(lm, training=False)
     with as_reference(lm, mode):
@@ -268,10 +276,12 @@ def _train(
         if config.samples and (group.is_first or lm.sharded):
             progress.note(f"answering {config.samples} held-out prompts, before and after")
             samples = take_samples(lm, start, sample_prompts(eval_rows, config.samples))
+        weights = whole_weights(lm, group)
         if group.is_first:
             if config.samples:
                 write_samples(config.output_dir, samples)
-            write_result(lm, config.output_dir, mode, source)
+            write_result(lm, config.output_dir, mode, source, weights)
+        del weights
     blocks = BlockCount()
     for of_process in group.gather(lm.blocks):
         blocks.add(of_process)
@@ -289,7 +299,7 @@ def _train(
         resumed_from=first_step,
         train_pairs=len(train_rows),
         eval_pairs=len(eval_rows),
-        trainable=sum(parameter.numel() for _, parameter in trainable),
+        trainable=sum(p.numel() for p in lm.model.parameters() if p.requires_grad),
         mode=mode,
         parity=parity,
         layout=lm.layout,

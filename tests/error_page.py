@@ -137,7 +137,8 @@ MEANINGS: dict[str, str] = {
     "ranks-differ": "All processes of a run must be given the same files and settings.",
     "ranks-one-gpu": "Training in several processes needs a GPU for each.",
     "rank-lost": "Another process of the run failed: its own message says why.",
-    "fsdp-unavailable": "FSDP divides a frozen base, in 4, 16 or 32 bits, over processes that torchrun has started.",
+    "fsdp-unavailable": "FSDP divides a base in 4, 16 or 32 bits over processes that torchrun has started, and with "
+    "`use_peft: false` the state of torch's AdamW.",
     "shard-and-ranks": "Work is divided by `--shard` or by torchrun, not by both.",
     "import-columns": "The file lacks columns that `dpoeng cache export` writes.",
     "import-row": "A row holds what no model can give. Nothing of the file was taken over.",

@@ -355,7 +355,6 @@ def test_a_reference_with_an_adapter_or_in_eight_bits_is_refused(
         ({"adapter": "sft"}, "adapter cannot be set"),
         ({"quantization": "4bit"}, "quantised weights cannot be trained"),
         ({"dtype": "float16"}, "below its smallest"),
-        ({"fsdp": True}, "every weight is trained"),
     ],
 )
 def test_settings_of_an_adapter_are_refused(values: dict[str, Any], said: str) -> None:

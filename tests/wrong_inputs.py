@@ -633,6 +633,14 @@ def divided_8bit(desk: Desk) -> None:
     check_fsdp(TrainConfig(fsdp=True), Group(rank=0, size=2), "8bit")
 
 
+def divided_8bit_adamw(desk: Desk) -> None:
+    from dpoeng.engine.config import TrainConfig
+    from dpoeng.engine.distributed import Group
+    from dpoeng.engine.fsdp import check_fsdp
+
+    check_fsdp(TrainConfig(fsdp=True, use_peft=False, optim="adamw_8bit"), Group(rank=0, size=2), "none")
+
+
 def _all_weights(quantization: Any = "none", **reference: str) -> None:
     from dpoeng.engine.config import TrainConfig
     from dpoeng.engine.full import check_full
@@ -722,6 +730,7 @@ CACHES = (
           lambda d: d.write("out/model/config.json", "{}")),
     Wrong("fsdp in one process", "fsdp-unavailable", 2, TRAIN + " --fsdp", ("torchrun",)),
     Wrong("fsdp of a quantised base", "fsdp-unavailable", 2, "", ("--quantization none",), act=divided_8bit),
+    Wrong("fsdp of all weights in 8-bit AdamW", "fsdp-unavailable", 2, "", ("adamw_torch",), act=divided_8bit_adamw),
     Wrong("work divided twice", "shard-and-ranks", 2, "", ("--shard 1/4",), act=shard_and_ranks),
     Wrong("a part that is none", "config-value", 2, SCORE + " --shard 5/4", ("--shard",)),
     Wrong("an empty cache explained", "cache-no-spec", 2, "cache explain refcache", ("precompute-ref",),
