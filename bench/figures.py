@@ -105,7 +105,8 @@ def phases(results: Path) -> str:
 def accuracy(results: Path) -> str:
     """The same training by dpoeng and by TRL: what it brings on held-out pairs, and what it takes."""
     record = read("accuracy-vs-trl", results)[-1]
-    settings, ours, theirs = record["settings"], *record["after"].values()
+    settings = record["settings"]
+    ours, theirs = record["after"].values()
 
     def told(found: Record) -> str:
         low, high = found["interval"]

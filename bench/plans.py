@@ -12,7 +12,7 @@ from typing import Any
 import click
 import torch
 
-from dpoeng.bench.figures import RESULTS
+from dpoeng.bench.figure_text import RESULTS
 from dpoeng.bench.records import append, stamp
 from dpoeng.engine.plan import Plan, as_json, make_plan
 from dpoeng.engine.plan_config import PlanConfig
