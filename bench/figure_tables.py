@@ -155,8 +155,11 @@ def _memory(record: Record) -> str:
 
 
 def scale(results: Path) -> str:
-    """The curves of `dpoeng bench scale`, a table a size that grows; then several processes."""
-    record = read("scale", results)[-1]
+    """The curves of `dpoeng bench scale`, a table a size that grows; then several processes. Every record."""
+    return "\n\n".join(_scale(record) for record in read("scale", results))
+
+
+def _scale(record: Record) -> str:
     by_ranks = [curve for curve in record["curves"] if "speedup" in curve]
     grows = [curve for curve in record["curves"] if curve not in by_ranks]
     tables = []

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dpoeng.bench.figure_tables import cache, kernels, memory, plan, sharing
+from dpoeng.bench.figure_tables import cache, kernels, memory, plan, scale, sharing
 from dpoeng.bench.figure_text import BASES, RESULTS, ROOT, Record, gib, ranged, read, table, threads, where
 
 _BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
@@ -219,6 +219,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "kernels": kernels,
     "plan": plan,
     "memory": memory,
+    "scale": scale,
     "evidence": evidence,
 }
 
