@@ -47,7 +47,8 @@ def generate(
         raise ValueError("generating needs the tokenizer: load the model with tokenizer=True")
     if not prompts:
         return []
-    ids, mask = _pad_left(prompts, pad_id=_pad_id(lm), device=lm.device)
+    # Where transformers looks for the model: on the host if its embedding is kept there, with each token's logits.
+    ids, mask = _pad_left(prompts, pad_id=_pad_id(lm), device=lm.base.device)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}

@@ -94,7 +94,7 @@ def _add_update(
         if out.dtype == b.dtype:
             torch.addmm(before[part], low[part], b.T, alpha=scale, out=after[part])
         else:
-            torch.add(before[part], (low[part] @ b.T).mul_(scale).to(out.dtype), out=after[part])
+            torch.add(before[part], ((low[part] * scale) @ b.T).to(out.dtype), out=after[part])
     return low
 
 

@@ -179,7 +179,7 @@ def load_model(
     tokenizer: bool = True,
     shard: Callable[[Any], None] | None = None,
 ) -> CausalLM:
-    """The base model, frozen, on `device`; adapters are added by the functions below.
+    """The base model, frozen, on `device`, which becomes the current one; adapters are added by the functions below.
 
     With `shard` (of `engine/fsdp`) this process reads only its share of what that divides. Only for a checkpoint that
     can be read so: see `whole_because`.
@@ -192,6 +192,8 @@ def load_model(
 
     transformers.utils.logging.disable_progress_bar()
     register_attention()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton launches on the current GPU, wherever the tensors are
     compute = resolve_dtype(source, dtype, device)
     if source.gguf:
         if quantization != "none":
@@ -210,9 +212,12 @@ def load_model(
         stored = stored_quantization(source)
         if stored is not None and stored["quantization"] != quantization:
             raise quantized_otherwise(source, "quantization", stored["quantization"], quantization)
-        if quantization != "none":
-            settings = quantization_config(quantization, compute, int8_threshold, quant_type, double_quant)
-            kwargs |= {"device_map": {"": str(device)}} | ({"quantization_config": settings} if stored is None else {})
+        if quantization != "none" or device.type == "cuda":  # tensor by tensor, never whole in the host's memory
+            kwargs["device_map"] = {"": str(device)}
+        if quantization != "none" and stored is None:
+            kwargs["quantization_config"] = quantization_config(
+                quantization, compute, int8_threshold, quant_type, double_quant
+            )
         loader: Any = AutoModelForCausalLM
         try:
             if shard is not None:
@@ -308,10 +313,7 @@ def _frozen(
     if quantization == "8bit":
         keep_no_inputs(base)
     if device.type == "cuda" and embedding_on_host(base, quantization):
-        # A lookup of some rows, copied to the device: 1.4 GiB of a 32B model that need not be there.
-        embedding = base.get_input_embeddings().to("cpu")
-        embedding.register_forward_pre_hook(lambda _module, inputs: (inputs[0].cpu(), *inputs[1:]))
-        embedding.register_forward_hook(lambda _module, _inputs, output: output.to(device))
+        keep_embedding_on_host(base, device)
     return CausalLM(
         model=base,
         base=base,
@@ -355,6 +357,22 @@ def embedding_on_host(base: Any, quantization: Quantization) -> bool:
     """
     head = base.get_output_embeddings()
     return quantization != "none" and head is not None and head.weight is not base.get_input_embeddings().weight
+
+
+def keep_embedding_on_host(base: Any, device: torch.device) -> None:
+    """Looks tokens up in the host's memory and copies the rows to `device`: 1.4 GiB of a 32B model need not be there.
+
+    transformers takes the first parameter's device, now the host, for the model's, and `generate` moves masks and
+    positions to it: what the model is given is brought to `device`.
+    """
+    embedding = base.get_input_embeddings().to("cpu")
+    embedding.register_forward_pre_hook(lambda _module, inputs: (inputs[0].cpu(), *inputs[1:]))
+    embedding.register_forward_hook(lambda _module, _inputs, output: output.to(device))
+
+    def to_device(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return inputs, {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in named.items()}
+
+    base.register_forward_pre_hook(to_device, with_kwargs=True)
 
 
 def resolve_dtype(source: ModelSource, dtype: str, device: torch.device) -> torch.dtype:

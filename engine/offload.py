@@ -36,7 +36,7 @@ def to_host(tensor: torch.Tensor) -> Packed:
     if tensor.is_meta:
         return tensor.device, tensor.shape, tensor.dtype
     host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-    host.copy_(tensor)
+    host.copy_(tensor, non_blocking=tensor.is_cuda)  # read again in the same stream only, so that nothing waits for it
     return tensor.device, host, tensor.dtype
 
 

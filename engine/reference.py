@@ -23,7 +23,7 @@ from dpoeng.engine.layout import batches_of_pairs, share_prompts
 from dpoeng.engine.model import CausalLM, load_model, pick_device, resolve_dtype, set_mode
 from dpoeng.engine.oom import in_parts, no_way_back, too_large
 from dpoeng.engine.progress import QUIET, Progress
-from dpoeng.engine.scoring import choose_layout, score_groups
+from dpoeng.engine.scoring import choose_layout, score_groups, wider_numbers
 from dpoeng.engine.sources import ModelSource, adapter_config, find_adapter, find_model, forward_config
 
 SCORING_VERSION = 1
@@ -138,7 +138,7 @@ def score_pairs(lm: CausalLM, pairs: Sequence[PairIds]) -> list[ScoredPair]:
                 where=f"pair {i} of a batch of {len(pairs)}, {ids.total_tokens} tokens",
                 expected="finite numbers",
                 found="NaN or infinity",
-                remedy="float16 overflows in some models: use --dtype bfloat16 or float32",
+                remedy=wider_numbers(lm, "some models overflow float16: use --dtype bfloat16 or float32"),
                 exit_status=5,
             )
         # Rounding in the log-sum-exp can leave +1e-7 where the token is certain.
