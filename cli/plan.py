@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 EPILOG = """\b
 Examples:
   dpoeng plan --model Qwen/Qwen2.5-32B --gpu a100-80gb
+  dpoeng plan --model Qwen/Qwen2.5-32B --gpu 24gb --gpus 2 --fsdp --quantization 4bit
   dpoeng plan --model ./my-model --gpu 24gb --quantization 4bit --max-length 1024
   dpoeng plan --model llama-3.1-8b --gpu 24gb,h100-80gb --pairs 5000 --price-per-hour 2.5 --json
 """
@@ -77,7 +78,7 @@ def show(found: Plan, console: Console) -> None:
         cards.add_column(heading, justify="left" if heading == "card" else "right")
     for card in found.cards:
         cards.add_row(
-            card.gpu.name,
+            f"{request.gpus} x {card.gpu.name}" if request.gpus > 1 else card.gpu.name,
             f"{card.gpu.n_bytes / GIB:.1f}",
             *_fits(found, card),
             str(card.micro_batch) if card.phase2_fits else "-",
@@ -179,7 +180,7 @@ def _hours(found: Plan, card: CardPlan) -> tuple[str, str]:
     if one is None or two is None:
         return "?", "?"
     price = found.request.price_per_hour
-    return f"{one:.2f} + {two:.2f}", f"{(one + two) * price:.2f}" if price is not None else "-"
+    return f"{one:.2f} + {two:.2f}", f"{found.request.gpus * (one + two) * price:.2f}" if price is not None else "-"
 
 
 def _yaml(value: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -41,9 +42,12 @@ def check_step(
     *,
     quantization: Quantization,
     dtype: str,
+    shards: int = 1,
     held_bytes: int = 0,
 ) -> int | None:
     """Refuses phase two where its longest pairs would not fit; `held_bytes` are taken, and there for this run.
+
+    With `shards` above 1 the frozen layers are divided over so many processes, each on a device of its own.
 
     Returns:
         the predicted peak of tensors, or None where it was plain without a simulation that all fits.
@@ -55,6 +59,7 @@ def check_step(
     if _is_small(source, longest, device, not config.use_peft):
         return None
     setup = _setup(config, source, device, quantization, dtype, config.checkpoints_on(device.type))
+    setup = replace(setup, shards=shards)
     peak = step_memory(setup, longest).peak
     room = available_bytes(device) + held_bytes
     if _needed(setup, longest, peak, device) > room:

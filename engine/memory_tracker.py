@@ -129,8 +129,11 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in tensors:
             self.see(tensor, kind)
 
-    def see(self, tensor: torch.Tensor, kind: str | None = None) -> None:
-        """Counts a tensor's storage if it is new, and names its kind if one is given."""
+    def see(self, tensor: torch.Tensor, kind: str | None = None, n_bytes: int | None = None) -> None:
+        """Counts a tensor's storage if it is new, and names its kind if one is given.
+
+        `n_bytes` is what counts where this device holds a part only.
+        """
         if tensor.device.type != self.device_type:
             return
         storage = tensor.untyped_storage()
@@ -141,7 +144,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         if kind is None and self.vocabulary and tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary:
             kind = LOGITS
-        record = _Storage(storage.nbytes(), len(self.samples), self._phase(), kind)
+        record = _Storage(storage.nbytes() if n_bytes is None else n_bytes, len(self.samples), self._phase(), kind)
         self._storages.append(record)
         self._alive[key] = (record, weakref.ref(storage, lambda _: self._forget(key)))
         self.live_bytes += record.n_bytes
@@ -187,7 +190,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 leaf.register_hook(lambda _: setattr(self, "layer", number))  # type: ignore[no-untyped-call]
 
     def _phase(self) -> Phase:
-        if torch._C._current_graph_task_id() >= 0:
+        if in_backward():
             return "backward"
         return "optimizer" if self.in_optimizer else "forward"
 
@@ -218,6 +221,11 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 by_kind[kind] = by_kind.get(kind, 0) + storage.n_bytes
         assert sum(by_kind.values()) == top, "every storage that was alive is counted once"
         return Peak(top, by_kind)
+
+
+def in_backward() -> bool:
+    """Whether autograd is at work."""
+    return bool(torch._C._current_graph_task_id() >= 0)
 
 
 def _kept_for_backward(storage: _Storage, backward_begins: list[int]) -> bool:

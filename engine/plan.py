@@ -16,6 +16,7 @@ import torch
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config import Quantization
+from dpoeng.engine.distributed import BUCKET_BYTES
 from dpoeng.engine.memory_tracker import Peak
 from dpoeng.engine.model import DTYPES, empty_model
 from dpoeng.engine.plan_config import PlanConfig
@@ -142,10 +143,13 @@ def make_plan(request: PlanConfig) -> Plan:
         config=request.train_config(),
         layout=request.layout,
         accumulates=request.batch > 1,
+        shards=request.gpus if request.fsdp else 1,
     )
     answers = request.max_length - request.prompt_length
     pair = Pair(request.prompt_length, answers, answers)
     estimates, parts = estimate_overhead(setup, pair), count_parameters(fields)
+    if request.gpus > 1:
+        estimates["gradients of all cards"] = BUCKET_BYTES
     largest = max(card.n_bytes for card in cards)
 
     phase2: dict[int, Memory] = {}
@@ -154,7 +158,8 @@ def make_plan(request: PlanConfig) -> Plan:
         if needed_bytes(phase2[micro_batch].peak, estimates) > largest:
             break
     evaluation = forward_memory(setup, [pair], policy=True)
-    reference = replace(setup, quantization=request.reference_quantization or request.quantization)
+    # Phase one holds the base whole on every card.
+    reference = replace(setup, quantization=request.reference_quantization or request.quantization, shards=1)
     phase1: dict[int, Memory] = {}
     tokens = pair_tokens(pair, request.layout)
     for pairs in sorted({max(1, budget // tokens) for budget in BATCH_TOKENS}):
@@ -223,12 +228,13 @@ def _options(setup: Setup, pair: Pair) -> list[Option]:
     changes: list[tuple[str, Setup, Pair]] = [
         (f"quantization {name}", replace(setup, quantization=name), pair)
         for name in ("none", "8bit", "4bit")
-        if name != setup.quantization and config.use_peft
+        if name != setup.quantization and config.use_peft and not (name == "8bit" and setup.shards > 1)
     ]
     as_lora = config.model_copy(update={"use_peft": True})
     without = replace(setup, config=config.model_copy(update={"gradient_checkpointing": False}))
     offloading = config.model_copy(update={"gradient_checkpointing": True, "activation_offloading": True})
     changes += [
+        *([] if setup.shards == 1 else [("without fsdp", replace(setup, shards=1), pair)]),
         *([] if config.use_peft else [("a LoRA", replace(setup, config=as_lora), pair)]),
         ("half of max_length", setup, half),
         *(
@@ -267,6 +273,7 @@ def _card(plan: Plan, setup: Setup, pair: Pair, parts: Mapping[str, int], gpu: G
         full=not setup.config.use_peft,
         shared=request.layout == "shared",
         gpu=gpu,
+        gpus=request.gpus,
         utilisation=request.utilisation,
     )
     return card
@@ -344,7 +351,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
                         "phase": time.name,
                         "pflop": round(time.flops / 1e15, 3),
                         "hours": float(f"{time.hours:.3g}") if time.hours is not None else None,
-                        "cost": round(time.hours * plan.request.price_per_hour, 2)
+                        "cost": round(plan.request.gpus * time.hours * plan.request.price_per_hour, 2)
                         if time.hours is not None and plan.request.price_per_hour is not None
                         else None,
                     }
@@ -359,9 +366,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
 def suggested(plan: Plan, card: CardPlan) -> dict[str, Any]:
     """Fields of dpoeng.yaml for a card, with the number of pairs a step that was asked for."""
     request = plan.request
-    micro = min(card.micro_batch, request.batch)
+    micro = min(card.micro_batch, max(1, request.batch // request.gpus))  # a forward for each card
     return {
         **({} if request.use_peft else {"use_peft": False}),
+        **({"fsdp": True} if request.fsdp else {}),
         "quantization": request.quantization,
         "dtype": request.dtype,
         "max_length": request.max_length,

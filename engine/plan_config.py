@@ -16,6 +16,8 @@ class PlanConfig(BaseModel):
 
     model: str = Field(description="A folder with config.json (no weights needed), or a name: Qwen/Qwen2.5-32B.")
     gpu: tuple[str, ...] = Field(("a100-80gb",), description="Cards by name, or by their memory: 24gb.")
+    gpus: int = Field(1, ge=1, description="How many such cards share the work, under torchrun.")
+    fsdp: bool = Field(False, description="Divide the frozen layers over these cards in phase two.")
     use_peft: bool = Field(True, description="Train a LoRA; false: full fine-tuning of all weights.")
     quantization: Quantization = Field(
         "8bit", description="How the policy's base is held. Default with full fine-tuning: none."
@@ -48,6 +50,14 @@ class PlanConfig(BaseModel):
             if "lora_r" in values:
                 raise ValueError("lora_r does nothing in full fine-tuning (use_peft false)")
         return values
+
+    @model_validator(mode="after")
+    def _divided(self) -> PlanConfig:
+        if self.fsdp and (self.gpus == 1 or not self.use_peft):
+            raise ValueError("fsdp divides a frozen base over several cards: say --gpus 2 or more, and train a LoRA")
+        if self.fsdp and self.quantization == "8bit":
+            raise ValueError("a base in 8 bits cannot be divided over cards: add --quantization 4bit, or none")
+        return self
 
     @model_validator(mode="after")
     def _room_for_a_response(self) -> PlanConfig:

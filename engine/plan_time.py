@@ -86,6 +86,7 @@ def phase_times(
     full: bool = False,
     shared: bool,
     gpu: Gpu,
+    gpus: int = 1,
     utilisation: float,
 ) -> list[PhaseTime]:
     """Both phases as asked for, and what they would take without the cache and without shared prompts.
@@ -109,7 +110,7 @@ def phase_times(
         return body, 2.0 * parameters["head"] * (chosen + rejected)
 
     def hours(flops: float) -> float | None:
-        return flops / (gpu.flops * utilisation) / 3600 if gpu.flops else None
+        return flops / (gpus * gpu.flops * utilisation) / 3600 if gpu.flops else None
 
     def one(name: str, body_forwards: float, head_forwards: float, is_shared: bool, times: float) -> PhaseTime:
         body, head = forward(is_shared)

@@ -42,6 +42,7 @@ from dpoeng.engine.progress import QUIET
 from dpoeng.engine.quantized import cpu_products, quantized_layers, quantized_tensors
 from dpoeng.engine.run_state import HeldOut, Run
 from dpoeng.engine.scoring import score_groups
+from dpoeng.engine.simulate_fsdp import divided, gather_layers, part_bytes
 from dpoeng.engine.step import train_step
 from dpoeng.kernels.head import Head, sum_dtype
 from dpoeng.kernels.head_gradient import tiled_gradients
@@ -86,6 +87,7 @@ class Setup:
         second_model: a reference model of the same precision beside the policy.
         stock: as peft and transformers have it: their LoRA product, the embedding on the device.
         leak: with the inputs that bitsandbytes' int8 layers keep.
+        shards: over how many devices the frozen layers are divided (FSDP2); what one of them holds is told.
     """
 
     model: Mapping[str, Any]
@@ -100,6 +102,7 @@ class Setup:
     second_model: bool = False
     stock: bool = False
     leak: bool = False
+    shards: int = 1
 
     @property
     def layers(self) -> int:
@@ -219,6 +222,8 @@ def _tracker(setup: Setup, lm: CausalLM) -> MemoryTracker:
     tracker = MemoryTracker("meta", handlers=_handlers(setup.kernels), vocabulary=lm.vocab_size)
     _hold_model(tracker, setup, lm)
     tracker.watch_layers(decoder_layers(lm.backbone))
+    if setup.shards > 1:
+        gather_layers(tracker, decoder_layers(lm.backbone), setup.shards, through_gloo=setup.kernels == "cpu")
     if setup.second_model:
         tracker.hold_bytes(model_bytes(setup, lm)[WEIGHTS], REFERENCE)
     return tracker
@@ -226,7 +231,11 @@ def _tracker(setup: Setup, lm: CausalLM) -> MemoryTracker:
 
 def _hold_model(tracker: MemoryTracker, setup: Setup, lm: CausalLM) -> None:
     embedding = lm.base.get_input_embeddings().weight
-    elsewhere = setup.kernels == "cuda" and not setup.stock and embedding_on_host(lm.base, lm.quantization)
+    for layer in decoder_layers(lm.backbone) if setup.shards > 1 else ():
+        for parameter in divided(layer):
+            tracker.see(parameter, WEIGHTS, part_bytes(parameter, setup.shards))
+    on_host = setup.kernels == "cuda" and not setup.stock and setup.shards == 1
+    elsewhere = on_host and embedding_on_host(lm.base, lm.quantization)
     for name, tensor in [*lm.model.named_parameters(), *lm.model.named_buffers()]:
         if not (elsewhere and tensor is embedding):
             tracker.hold([tensor], ADAPTERS if ".lora_" in name else WEIGHTS)

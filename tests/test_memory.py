@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -343,6 +344,52 @@ def test_the_plan_in_tables_and_as_a_picture(tmp_path: Path) -> None:
     peak = re.search(r"simulated peak[^0-9]+([0-9.]+)[^0-9]+([0-9.]+)", shown)
     assert peak
     assert f"<b>{peak[2]}</b>" in page
+
+
+def test_the_plan_of_several_cards(tmp_path: Path) -> None:
+    """Four cards with a divided base against one card: weights, hours, forwards for all of them."""
+    model = small_folder(tmp_path, hidden_size=1024, intermediate_size=8192)
+    line = ["--model", model, "--gpu", "a100-80gb", "--max-length", "2048", "--no-compare", "--quantization", "4bit"]
+
+    def found(*more: str) -> Any:
+        result = CliRunner().invoke(plan_command, [*line, *more, "--json"], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    one, divided = found(), found("--gpus", "4", "--fsdp")
+    assert [t["hours"] for t in divided["cards"][0]["time"]] == [
+        pytest.approx(t["hours"] / 4, rel=0.01) for t in one["cards"][0]["time"]
+    ]
+    weights = [plan_["phase2"]["breakdown_gib"]["weights"] for plan_ in (one, divided)]
+    assert weights[1] < 0.5 * weights[0]
+    assert divided["phase2"]["suggested"]["fsdp"] is True
+    suggested = divided["phase2"]["suggested"]
+    assert (suggested["per_device_train_batch_size"], suggested["gradient_accumulation_steps"]) == (2, 4)
+    for wrong in (["--fsdp"], ["--gpus", "2", "--fsdp", "--quantization", "8bit"]):
+        assert CliRunner().invoke(plan_command, [*line[:-2], *wrong]).exit_code == 2
+
+
+def test_a_divided_base_by_hand() -> None:
+    """A quarter of each layer, two layers gathered on a GPU, three while gloo gathers; extended exactly."""
+    a_layer = 2 * (3 * 320 * 128 + 2 * 128 * 128 + 2 * 64 * 128 + 128 + 2 * 64 + 2 * 128)  # bfloat16; Qwen2 has biases
+    rest = 2 * (2 * 1000 * 128 + 128) + 4 * 16  # embedding, head, norm; rotary frequencies in float32
+    for checkpointing in (False, True):
+        setup = Setup(
+            fields("qwen2", num_hidden_layers=7),
+            torch.bfloat16,
+            "none",
+            TrainConfig(gradient_checkpointing=checkpointing),
+            shards=4,
+        )
+        extended, whole = (step_memory.step_memory(setup, [Pair(40, 60, 50)], whole=way) for way in (False, True))
+        assert extended.stretches == whole.stretches
+        assert extended.peak == whole.peak
+        in_layers = whole.stretches["backward, layers"].by_kind
+        assert in_layers["gathered layers"] == 2 * a_layer
+        assert in_layers["weights"] == pytest.approx(7 * a_layer // 4 + rest, abs=64)
+        assert "gathered layers" not in whole.stretches["optimizer"].by_kind
+    gloo = trace_step(replace(setup, kernels="cpu"), [Pair(4, 6, 5)]).stretches()
+    assert max(peak.by_kind.get("gathered layers", 0) for peak in gloo.values()) == 3 * a_layer
 
 
 def test_a_model_that_does_not_fit_is_said_to(tmp_path: Path) -> None:
