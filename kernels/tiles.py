@@ -82,7 +82,7 @@ LINEAR_16 = {
     "sm_89": LinearTile(128, 128, 64, 8, 4),
     "sm_90": LinearTile(128, 256, 64, 8, 4),
     "sm_100": LinearTile(128, 256, 64, 8, 4),
-    "gfx942": LinearTile(128, 256, 64, 8, 2),
+    "gfx942": LinearTile(128, 128, 64, 8, 2),
 }
 # float32 inputs are multiplied exactly, on the ordinary cores: a smaller tile, one for all.
 LINEAR_32 = LinearTile(64, 64, 32, 8, 2)

@@ -165,6 +165,13 @@ def test_the_oldest_versions_are_the_lower_bounds() -> None:
         assert Version(version) == Version(bounds[name]), name
 
 
+def test_triton_is_the_one_that_torch_asks_for() -> None:
+    """torch's CUDA build names one version of triton, its CPU build none: a new torch needs a new line."""
+    asked = {"2.13.0": "3.7.1"}
+    pins = pins_of("constraints.txt")
+    assert pins["triton"] == asked[pins["torch"]]
+
+
 def test_every_dependency_is_pinned_within_its_range() -> None:
     pins = pins_of("constraints.txt")
     project = PROJECT["project"]
