@@ -31,7 +31,7 @@ from dpoeng.engine.plan_time import find_gpu, phase_times
 from dpoeng.engine.quantized import quantized_layers
 from dpoeng.engine.scoring import score_groups
 from dpoeng.engine.simulate import Pair, Setup, trace_step
-from dpoeng.engine.sources import find_model
+from dpoeng.engine.sources import ModelSource, find_model
 from dpoeng.engine.step import train_step
 
 GIB = 2**30
@@ -466,6 +466,21 @@ def test_a_phase_that_does_not_fit_is_refused_beforehand(
     assert caught.value.code == "memory-short"
     assert "--per-device-train-batch-size 1" in str(caught.value.remedy)
     assert fit.check_step(one, source, pairs, cpu, **how) == needs_one
+
+
+def test_a_divided_base_fits_where_a_whole_one_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(fields("llama", num_hidden_layers=16, intermediate_size=1024)))
+    source, cpu, config = ModelSource("model", tmp_path, ()), torch.device("cpu"), TrainConfig(lora_r=2)
+    how: dict[str, Any] = {"quantization": "none", "dtype": "float32"}
+    monkeypatch.setattr(fit, "_is_small", lambda *_: False)
+    whole, part = (fit.check_step(config, source, [ids(4, 6, 5)], cpu, **how, shards=n) for n in (1, 4))
+    assert whole is not None
+    assert part is not None
+    assert part < 0.6 * whole
+    monkeypatch.setattr(fit, "available_bytes", lambda _: (part + whole) // 2)
+    with pytest.raises(UserError, match="does not fit"):
+        fit.check_step(config, source, [ids(4, 6, 5)], cpu, **how)
+    assert fit.check_step(config, source, [ids(4, 6, 5)], cpu, **how, shards=4) == part
 
 
 # --------------------------------------------------------------------------- loading
