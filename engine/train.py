@@ -181,16 +181,18 @@ def _train(
     device = own_device(config, group)
     refuse_attention_on_cpu(config, device)
     note_idle(config, group, progress)
-    predicted_bytes = check_step(
-        config,
-        source,
-        [row.ids for row in train_rows],
-        device,
-        quantization=quantization,
-        dtype=config.dtype or reference["dtype"],
-        shards=group.size if config.fsdp else 1,
-        held_bytes=kept_base.n_bytes if kept_base is not None else 0,
-    )
+    predicted_bytes = None
+    if not (config.fsdp and mode == "full"):  # the simulation divides frozen layers only
+        predicted_bytes = check_step(
+            config,
+            source,
+            [row.ids for row in train_rows],
+            device,
+            quantization=quantization,
+            dtype=config.dtype or reference["dtype"],
+            shards=group.size if config.fsdp else 1,
+            held_bytes=kept_base.n_bytes if kept_base is not None else 0,
+        )
     load = kept_base.load if kept_base is not None else load_policy_base
     whole = loads_whole_because(config, group, quantization, source, adapter) if config.fsdp else ""
     if whole:
