@@ -110,6 +110,11 @@ def shard_base(lm: CausalLM, group: Group, device: torch.device, *, trained: boo
     lm.device, lm.sharded = device, True
 
 
+def divided_parameters(layer: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """What is divided of a layer: all but adapters."""
+    return [parameter for name, parameter in layer.named_parameters() if ".lora_" not in name]
+
+
 def _mesh(group: Group, device: torch.device) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -131,7 +136,7 @@ def _divide(backbone: Any, mesh: Any, *, trained: bool) -> set[torch.nn.Paramete
     assert layers, "transformers' decoder layers are GradientCheckpointingLayers"
     divided: set[torch.nn.Parameter] = set()
     for layer in layers:
-        whole = {parameter for name, parameter in layer.named_parameters() if ".lora_" in name}
+        whole = set(layer.parameters()) - set(divided_parameters(layer))
         fully_shard(layer, ignored_params=whole, **settings)
         if trained:
             # The sum over the processes, as `step` means it: FSDP2's default is the mean.

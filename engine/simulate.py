@@ -22,6 +22,7 @@ from dpoeng.cache.schema import PairIds, ScoredPair
 from dpoeng.engine import batch, scoring
 from dpoeng.engine.adapters import make_trainable
 from dpoeng.engine.config import Quantization, TrainConfig
+from dpoeng.engine.fsdp import divided_parameters
 from dpoeng.engine.layout import pair_group
 from dpoeng.engine.lora import use_peft_product
 from dpoeng.engine.memory_tracker import MemoryTracker
@@ -42,7 +43,7 @@ from dpoeng.engine.progress import QUIET
 from dpoeng.engine.quantized import cpu_products, quantized_layers, quantized_tensors
 from dpoeng.engine.run_state import HeldOut, Run
 from dpoeng.engine.scoring import score_groups
-from dpoeng.engine.simulate_fsdp import divided, gather_layers, part_bytes
+from dpoeng.engine.simulate_fsdp import gather_layers, part_bytes
 from dpoeng.engine.step import train_step
 from dpoeng.kernels.head import Head, sum_dtype
 from dpoeng.kernels.head_gradient import tiled_gradients
@@ -232,7 +233,7 @@ def _tracker(setup: Setup, lm: CausalLM) -> MemoryTracker:
 def _hold_model(tracker: MemoryTracker, setup: Setup, lm: CausalLM) -> None:
     embedding = lm.base.get_input_embeddings().weight
     for layer in decoder_layers(lm.backbone) if setup.shards > 1 else ():
-        for parameter in divided(layer):
+        for parameter in divided_parameters(layer):
             tracker.see(parameter, WEIGHTS, part_bytes(parameter, setup.shards))
     on_host = setup.kernels == "cuda" and not setup.stock and setup.shards == 1
     elsewhere = on_host and embedding_on_host(lm.base, lm.quantization)

@@ -13,14 +13,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from dpoeng.engine.fsdp import divided_parameters
 from dpoeng.engine.memory_tracker import MemoryTracker, in_backward
 
 GATHERED = "gathered layers"
-
-
-def divided(layer: nn.Module) -> list[nn.Parameter]:
-    """What is divided of a layer (`dpoeng.engine.fsdp`)."""
-    return [parameter for name, parameter in layer.named_parameters() if ".lora_" not in name]
 
 
 def part_bytes(parameter: nn.Parameter, shards: int) -> int:
@@ -38,7 +34,7 @@ def gather_layers(tracker: MemoryTracker, layers: Sequence[nn.Module], shards: i
 
     NCCL writes into that buffer. Gloo, on a CPU, gathers into a tensor of its own first.
     """
-    parts = [sum(part_bytes(parameter, shards) for parameter in divided(layer)) for layer in layers]
+    parts = [sum(part_bytes(parameter, shards) for parameter in divided_parameters(layer)) for layer in layers]
     whole: dict[int, torch.Tensor] = {}
     buffers: dict[int, torch.Tensor] = {}
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 RANKS = multiprocessing.get_context("forkserver")  # imports once what would take seconds in each of them
 RANKS.set_forkserver_preload(
     [
@@ -38,6 +40,19 @@ def run_rank(command: list[str], variables: dict[str, str], output: Path, prelud
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def train_command(cache: Path, out: Path, *settings: str) -> list[str]:
+    return ["train", "--cache", str(cache), "--output-dir", str(out), *settings]
+
+
+def run_alone(command: list[str]) -> None:
+    """The same command in this process, which must end well."""
+    from dpoeng.cli.main import main
+
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    assert stop.value.code == 0
 
 
 @dataclass

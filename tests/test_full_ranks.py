@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 from dpoeng_testing import pair_rows, save_tiny_model, tree, write_jsonl
-from rank_processes import ends, start
+from rank_processes import ends, run_alone, start, train_command
 from safetensors.torch import load_file
 
-from dpoeng.cli.main import main
 from dpoeng.engine import loop as loop_module
 from dpoeng.engine import train as train_module
 from dpoeng.engine.config import PrecomputeConfig
@@ -49,13 +48,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
 
 
 def command(cache: Path, out: Path, *more: str) -> list[str]:
-    return ["train", "--cache", str(cache), "--output-dir", str(out), *SETTINGS, *more]
+    return train_command(cache, out, *SETTINGS, *more)
 
 
 def alone(cache: Path, out: Path, *more: str) -> Path:
-    with pytest.raises(SystemExit) as stop:
-        main(command(cache, out, *more))
-    assert stop.value.code == 0
+    run_alone(command(cache, out, *more))
     return out
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from dpoeng_testing import pair_rows, save_tiny_model, tree, write_jsonl
-from test_kernels_cpu import MAPS, problem, run, truth, worst
+from test_kernels_cpu import MAPS, check_no_further_than_eager, problem, worst
 from test_scoring import SHARED_FAMILIES, make, own_logps, some_groups
 
 from dpoeng.bench.memory import MemorySettings, bench_memory
@@ -25,7 +25,7 @@ from dpoeng.engine.model import CausalLM, use_layout
 from dpoeng.engine.precompute import precompute_reference
 from dpoeng.engine.scoring import score_groups
 from dpoeng.engine.train import train
-from dpoeng.kernels.token_logps import plain_token_logps, token_logps
+from dpoeng.kernels.token_logps import token_logps
 
 CARD = pytest.param("cuda", marks=pytest.mark.gpu)
 everywhere = pytest.mark.parametrize("device", ["cpu", CARD], indirect=True)
@@ -56,17 +56,10 @@ def test_log_probs_and_gradients(
     *tensors, options = problem(n, v, h, dtype, options)
     hidden, weight, targets = on(device, *tensors)
     options = dict(zip(options, on(device, *options.values()), strict=True))
-    args = hidden, weight, targets, options
-    true_logps, true_grad = truth(*args)
-    eager_logps, eager_grad = run(plain_token_logps, *args)
-    logps, grad = run(token_logps, *args)
-    floor = 4 * torch.finfo(torch.float32).eps * float(true_logps.abs().max() + 10)
-    assert worst(logps, true_logps) <= worst(eager_logps, true_logps) + floor
-    rounding = torch.finfo(dtype).eps * float(true_grad.abs().max())
-    assert worst(grad, true_grad) <= worst(eager_grad, true_grad) + rounding
+    true_logps, most = check_no_further_than_eager((hidden, weight, targets, options), units=4)
     with torch.no_grad():  # the fused kernel of scoring
         scored = token_logps(hidden, weight, targets, **options)
-    assert worst(scored, true_logps) <= worst(eager_logps, true_logps) + floor
+    assert worst(scored, true_logps) <= most
     assert bool((scored <= 0).all())
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from dpoeng_testing import pair_rows, save_tiny_model, tree, write_jsonl
-from rank_processes import RANKS, Rank, ends, start, variables_of
+from rank_processes import RANKS, Rank, ends, run_alone, start, train_command, variables_of
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
@@ -56,13 +56,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 
 
 def command(cache: Path, out: Path, *more: str) -> list[str]:
-    return ["train", "--cache", str(cache), "--output-dir", str(out), *SETTINGS, *more]
+    return train_command(cache, out, *SETTINGS, *more)
 
 
 def alone(cache: Path, out: Path, *more: str) -> Path:
-    with pytest.raises(SystemExit) as stop:
-        main(command(cache, out, *more))
-    assert stop.value.code == 0
+    run_alone(command(cache, out, *more))
     return out
 
 
