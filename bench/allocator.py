@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -35,16 +36,27 @@ class AllocatorTrace:
 
 
 def trace_allocator(work: Callable[[], object], device: torch.device) -> AllocatorTrace:
-    """Runs `work` and returns what the allocator of `device` did meanwhile. Slower than the work alone.
+    """Runs `work` and returns what the allocator of `device` did meanwhile. Slower than the work alone."""
+    with allocator_profiler() as profiler:
+        work()
+    return read_trace(profiler, device)
+
+
+def allocator_profiler() -> torch.profiler.profile:
+    """A profiler that `read_trace` can read, to begin and to end."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would tell the terminal of each start and stop
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+
+
+def read_trace(profiler: torch.profiler.profile, device: torch.device) -> AllocatorTrace:
+    """What the allocator of `device` did while the profiler ran, which has ended.
 
     The profiler remembers addresses from session to session, so it reports the end of a block that began outside this
     one with the size of another that was once there. Only blocks that began in here count, each with its own size.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would tell the terminal of each start and stop
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
+    recorded: Any = profiler.profiler
     found = []
-    waiting = list(profiler.profiler.kineto_results.experimental_event_tree())
+    waiting = list(recorded.kineto_results.experimental_event_tree())
     while waiting:
         event = waiting.pop()
         waiting += event.children

@@ -4,6 +4,9 @@ In every repeat dpoeng runs beside each peer. On a CPU both processes are alive 
 step each: a machine that others use too grows slower and faster within a minute, and so does for both alike. On a GPU,
 whose memory two programs would have to share, one runs after the other. Ratios are taken within a repeat and then
 summarised. A comparison counts only if the losses agree.
+
+On a CPU a run's memory is what the system gave the process, which varies with what the allocator gives back. So every
+program runs once more on the longest pairs, where the bytes of its tensors are counted: they are the same each time.
 """
 
 from __future__ import annotations
@@ -27,9 +30,10 @@ from dpoeng.bench.measure import Spent
 from dpoeng.bench.peers import IN_TURNS, TURN, Figures, Job, Program
 from dpoeng.bench.records import commit, stamp, told
 from dpoeng.cache.errors import UserError
+from dpoeng.cache.reader import View
 from dpoeng.engine.config import Dtype
 from dpoeng.engine.model import pick_device
-from dpoeng.engine.progress import QUIET, Progress
+from dpoeng.engine.progress import QUIET, Advance, Progress
 from dpoeng.engine.sources import find_model
 
 PEERS: tuple[Program, ...] = ("trl precomputed", "trl adapter off", "trl second model")
@@ -66,6 +70,7 @@ class CompareSettings:
     repeats: int = 3
     pairs_count: int = 64
     max_length: int = 512
+    max_prompt_length: int | None = None
     lora_r: int = 16
     learning_rate: float = 1e-4
     seed: int = 3
@@ -107,10 +112,13 @@ def bench_compare(settings: CompareSettings, progress: Progress = QUIET) -> dict
             seed=settings.seed,
             threads=torch.get_num_threads(),
             device=str(device),
+            max_prompt_length=settings.max_prompt_length,
         )
         record = stamp("compare", device, told(settings))
         rounds: list[Round] = []
-        with progress.task("comparing", 1 + settings.repeats * len(settings.peers), "runs") as advance:
+        on_cpu = device.type == "cpu"
+        runs = 1 + settings.repeats * len(settings.peers) + (2 + len(settings.peers) if on_cpu else 0)
+        with progress.task("comparing", runs, "runs") as advance:
             # Peers take their token ids from this cache. It is not counted: no peer runs beside it.
             first = run_process(sys.executable, in_folder(replace(job, program="dpoeng reference"), folder / "first"))
             advance(1, "token ids")
@@ -119,6 +127,7 @@ def bench_compare(settings: CompareSettings, progress: Progress = QUIET) -> dict
                 for peer in settings.peers:
                     rounds[-1][peer] = _beside(job, peer, python, folder / f"{number}-{peer.replace(' ', '-')}")
                     advance(1, peer)
+            tensors = _tensors(job, settings.peers, python, folder / "tensors", advance) if on_cpu else {}
     done = [beside[peer] for beside in rounds for peer in settings.peers]
     if "trl precomputed" not in settings.peers:
         done.append({"dpoeng reference": first})
@@ -126,9 +135,9 @@ def bench_compare(settings: CompareSettings, progress: Progress = QUIET) -> dict
         **record,
         "peer_versions": rounds[0][settings.peers[0]][settings.peers[0]].versions,
         "equality": check_equal(rounds, settings.peers, LOSS_TOLERANCE[settings.dtype]),
-        "ratios": {peer: _plain(ratios(rounds, peer)) for peer in settings.peers},
+        "ratios": {peer: _plain({**ratios(rounds, peer), **tensor_ratios(tensors, peer)}) for peer in settings.peers},
         "medians": {
-            program: medians([found[program] for found in done if program in found])
+            program: medians([found[program] for found in done if program in found]) | tensor_bytes(tensors, program)
             for program in ("dpoeng reference", "dpoeng", *settings.peers)
         },
         "runs": [
@@ -157,6 +166,19 @@ def _beside(job: Job, peer: Program, python: str, folder: Path) -> dict[Program,
 
     found = kept(folder, {"jobs": [asdict(each) for each in (*own, theirs)], "python": python}, find)
     return {each.program: _figures(found[each.program]) for each in (*own, theirs)}
+
+
+def _tensors(job: Job, peers: Sequence[Program], python: str, folder: Path, advance: Advance) -> dict[Program, Figures]:
+    """Every program once over the longest pairs, which are two batches, with the bytes of tensors as its memory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    longest = longest_pairs(job.cache, Path(job.pairs[0]), 2 * job.batch_size, folder / "pairs.jsonl")
+    job = replace(job, pairs=(str(longest),), cache=str(folder / "cache"), steps=2, tensors=True)
+    found: dict[Program, Figures] = {}
+    for program in ("dpoeng reference", "dpoeng", *peers):
+        own = in_folder(replace(job, program=program), folder / program.replace(" ", "-"))
+        found[program] = run_process(python if program in peers else sys.executable, own)
+        advance(1, f"{program}, tensors")
+    return found
 
 
 class _Process:
@@ -278,6 +300,15 @@ def first_pairs(files: Sequence[Path], count: int, target: Path) -> Path:
             exit_status=3,
         ) from error
     target.write_text("".join(line.rstrip("\n") + "\n" for line in kept), encoding="utf-8")
+    return target
+
+
+def longest_pairs(cache: str, file: Path, count: int, target: Path) -> Path:
+    """Copies the lines of the `count` pairs of a view with most tokens: those that set the peak of memory."""
+    view = View.open(cache)
+    by_length = sorted(range(len(view)), key=lambda i: (-view[i].ids.total_tokens, i))
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    target.write_text("".join(lines[view.source(i)[1] - 1] for i in by_length[:count]), encoding="utf-8")
     return target
 
 
@@ -419,6 +450,20 @@ def ratios(rounds: Sequence[Round], peer: Program) -> dict[str, Ratio]:
                 theirs.reference_peak_bytes / max(our_pass.reference_peak_bytes, 1)
             )
     return {name: Ratio(statistics.median(values), min(values), max(values)) for name, values in found.items()}
+
+
+def tensor_bytes(found: Mapping[Program, Figures], program: Program) -> dict[str, float]:
+    """Peaks of a program's tensors; none where they were not counted."""
+    run = found.get(program, Figures())
+    peaks = {"train_tensor_bytes": run.train_peak_bytes, "reference_tensor_bytes": run.reference_peak_bytes}
+    return {name: float(peak) for name, peak in peaks.items() if peak}
+
+
+def tensor_ratios(found: Mapping[Program, Figures], peer: Program) -> dict[str, Ratio]:
+    """Peer over dpoeng in the bytes of tensors, which are the same each time."""
+    ours = tensor_bytes(found, "dpoeng") | tensor_bytes(found, "dpoeng reference")
+    shares = {name: peak / ours[name] for name, peak in tensor_bytes(found, peer).items()}
+    return {name: Ratio(share, share, share) for name, share in shares.items()}
 
 
 def step_time(steps: Sequence[Spent]) -> Spent:

@@ -44,7 +44,8 @@ def ranged(found: Record, name: str) -> str:
     if name not in found:
         return "–"
     ratio = found[name]
-    return f"**{ratio['median']:.2f}** ({ratio['low']:.2f}–{ratio['high']:.2f})"
+    several = ratio["low"] < ratio["high"]
+    return f"**{ratio['median']:.2f}**" + (f" ({ratio['low']:.2f}–{ratio['high']:.2f})" if several else "")
 
 
 def gib(n_bytes: float) -> str:

@@ -1,8 +1,8 @@
 """Time and memory of a piece of work: wall and CPU seconds, peak bytes above what was held before, GEMM rate.
 
 On a CPU the peak is the kernel's own high-water mark of resident memory, which cannot miss a short peak as sampling
-can; where it cannot be reset (not Linux, no right to), a thread samples instead. On a GPU it is the allocator's, and
-time is that of CUDA events in the queue.
+can; where it cannot be reset (not Linux, no right to), a thread samples instead. What tensors alone take is counted
+from the allocator's events, on request. On a GPU it is the allocator's, and time is that of CUDA events in the queue.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from dpoeng.bench.allocator import allocator_profiler, read_trace
 
 SAMPLE_EVERY_S = 0.002
 
@@ -175,11 +177,20 @@ def release_memory(device: torch.device) -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def held_bytes(device: torch.device) -> int:
-    """Memory that is held now: allocated on a GPU, resident in the process on a CPU."""
+def held_bytes(device: torch.device, *, tensors: bool = False) -> int:
+    """Memory that is held now: allocated on a GPU; on a CPU resident in the process, or (`tensors`) that of tensors."""
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
-    return _status_bytes("VmRSS")
+    return _tensor_bytes(device) if tensors else _status_bytes("VmRSS")
+
+
+def _tensor_bytes(device: torch.device) -> int:
+    """Bytes of all tensors that Python can reach; what two of them share is counted once."""
+    gc.collect()
+    # type() and not isinstance(): lazily imported modules answer the latter by importing what they stand for
+    tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+    blocks = (tensor.untyped_storage() for tensor in tensors if tensor.device == device)
+    return sum({block.data_ptr(): block.nbytes() for block in blocks}.values())
 
 
 def touch(model: Any) -> None:
@@ -192,13 +203,16 @@ def touch(model: Any) -> None:
 class PeakMemory:
     """The peak of a block above what was held at `base` (default: when the block began).
 
+    With `tensors`, a CPU's peak is that of tensors, to the byte and the same each time, and the block is slower.
+
     >>> with PeakMemory(device) as memory:
     ...     work()
     >>> memory.peak_bytes
     """
 
-    def __init__(self, device: torch.device, base: int | None = None) -> None:
+    def __init__(self, device: torch.device, base: int | None = None, *, tensors: bool = False) -> None:
         self.device = device
+        self.tensors = tensors
         self.base_bytes = base
         self.peak_bytes = 0
         self.method = ""
@@ -206,11 +220,16 @@ class PeakMemory:
     def __enter__(self) -> PeakMemory:
         release_memory(self.device)
         synchronize(self.device)
+        self._begun_bytes = held_bytes(self.device, tensors=self.tensors)
         if self.base_bytes is None:
-            self.base_bytes = held_bytes(self.device)
+            self.base_bytes = self._begun_bytes
         if self.device.type == "cuda":
             self.method = "torch.cuda.max_memory_allocated"
             torch.cuda.reset_peak_memory_stats(self.device)
+        elif self.tensors:
+            self.method = "allocator events"
+            self._profiler = allocator_profiler()
+            self._profiler.start()
         elif _reset_high_water():
             self.method = "VmHWM"
         else:
@@ -224,6 +243,9 @@ class PeakMemory:
         synchronize(self.device)
         if self.device.type == "cuda":
             highest = int(torch.cuda.max_memory_allocated(self.device))
+        elif self.tensors:
+            self._profiler.stop()
+            highest = self._begun_bytes + read_trace(self._profiler, self.device).peak_bytes
         elif self.method == "VmHWM":
             highest = _status_bytes("VmHWM")
         else:

@@ -46,6 +46,7 @@ class Job:
         lr_scheduler_type: as transformers names it; without warm-up.
         quantization: of the frozen weights, the head excepted, with dpoeng's settings for both.
         max_prompt_length: most tokens of a prompt, the last ones; None for no limit of its own.
+        tensors: memory is that of tensors alone, on a CPU, and the time means nothing; else that of the process.
     """
 
     program: Program
@@ -65,6 +66,7 @@ class Job:
     lr_scheduler_type: str = "constant"
     quantization: Quantization = "none"
     max_prompt_length: int | None = None
+    tensors: bool = False
 
 
 @dataclass(slots=True)
@@ -131,12 +133,12 @@ def lap_and_wait(watch: Stopwatch, phase: int, pairs: int) -> Spent:
 class _Meter:
     """A `Progress` that measures one task of the engine: memory over it, time at each advance, without the waiting."""
 
-    def __init__(self, title: str, device: torch.device, phase: int, pairs_each: int = 1) -> None:
+    def __init__(self, title: str, job: Job, phase: int, pairs_each: int = 1) -> None:
         self._title = title
-        self._device = device
+        self._device = torch.device(job.device)
         self._phase, self._pairs_each = phase, pairs_each
         self.laps: list[Spent] = []
-        self.memory = PeakMemory(device)
+        self.memory = PeakMemory(self._device, tensors=job.tensors)
 
     @contextlib.contextmanager
     def task(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
@@ -173,7 +175,7 @@ def _dpoeng_reference(job: Job) -> Figures:
     from dpoeng.engine.precompute import precompute_reference
 
     shutil.rmtree(job.cache, ignore_errors=True)  # what a stopped run left would be reused, not computed
-    meter = _Meter("reference log-probs", torch.device(job.device), REFERENCE)
+    meter = _Meter("reference log-probs", job, REFERENCE)
     summary = precompute_reference(
         PrecomputeConfig.model_validate(
             {
@@ -202,7 +204,7 @@ def _dpoeng_reference(job: Job) -> Figures:
 def _dpoeng_train(job: Job) -> Figures:
     from dpoeng.engine.train import train
 
-    meter = _Meter("training", torch.device(job.device), TRAINING, job.batch_size)
+    meter = _Meter("training", job, TRAINING, job.batch_size)
     output = adapter_folder(job).parent
     summary = train(
         TrainConfig.model_validate(
@@ -282,7 +284,7 @@ def _trl(job: Job) -> Figures:
         def _precompute_ref_logps(self, dataset: Any, *arguments: Any) -> Any:
             figures.reference = Spent()
             wait_for_turn(REFERENCE, 0)
-            with PeakMemory(device, held[0]) as memory:
+            with PeakMemory(device, held[0], tensors=job.tensors) as memory:
                 scoring.append(Stopwatch(device))
                 done = super()._precompute_ref_logps(dataset, *arguments)
                 figures.reference.add(scoring.pop().lap())
@@ -301,7 +303,7 @@ def _trl(job: Job) -> Figures:
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             wait_for_turn(TRAINING, 0)
-            self.memory = PeakMemory(device, held[0])
+            self.memory = PeakMemory(device, held[0], tensors=job.tensors)
             self.memory.__enter__()
             self.watch = Stopwatch(device)
 
@@ -331,7 +333,7 @@ def _trl(job: Job) -> Figures:
 
     policy = load()
     release_memory(device)
-    held[0] = held_bytes(device)
+    held[0] = held_bytes(device, tensors=job.tensors)
     trainer = SameIds(
         model=policy,
         ref_model=load() if job.program == "trl second model" else None,

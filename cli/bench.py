@@ -167,6 +167,9 @@ _PEERS = ("trl precomputed", "trl adapter off", "trl second model")
 @click.option("--steps", default=6, show_default=True, help="Steps; the first is not counted.", type=click.IntRange(2))
 @click.option("--pairs-count", default=64, show_default=True, help="Pairs that the reference pass scores.")
 @click.option(
+    "--max-prompt-length", type=click.IntRange(1), help="Most tokens of a prompt, the last ones.  [default: no limit]"
+)
+@click.option(
     "--dtype",
     default="float32",
     show_default=True,

@@ -15,9 +15,11 @@ _PARTS = ("data", "forward", "head", "backward", "optimizer")
 _COMPARED = (
     ("step, CPU-s", "step_cpu_s", "step_cpu_s"),
     ("step, wall s", "step_wall_s", "step_wall_s"),
+    ("step, peak of tensors", "train_tensor_bytes", "train_tensor_bytes"),
     ("step, peak", "train_peak_bytes", "train_peak_bytes"),
     ("reference pass, CPU-s a pair", "reference_cpu_s_per_pair", "reference_cpu_s"),
     ("reference pass, pairs/s", "reference_pairs_per_s", "reference_wall_s"),
+    ("reference pass, peak of tensors", "reference_tensor_bytes", "reference_tensor_bytes"),
     ("reference pass, peak", "reference_peak_bytes", "reference_peak_bytes"),
 )
 
@@ -259,7 +261,8 @@ def _cell(value: float | None, ratio: dict[str, float] | None, *, is_bytes: bool
     text = f"{value / 2**30:.2f} GiB" if is_bytes else f"{value:.3g}"
     if ratio is None:
         return text
-    return f"{text}\n{ratio['median']:.2f}x [dim]({ratio['low']:.2f}–{ratio['high']:.2f})[/]"
+    several = ratio["low"] < ratio["high"]
+    return f"{text}\n{ratio['median']:.2f}x" + (f" [dim]({ratio['low']:.2f}–{ratio['high']:.2f})[/]" if several else "")
 
 
 def _share(split: dict[str, dict[str, float]], part: str) -> str:

@@ -14,15 +14,19 @@ from dpoeng_testing import save_tiny_model, write_jsonl
 
 from dpoeng.bench.compare import (
     CompareSettings,
+    Ratio,
     bench_compare,
     check_equal,
     check_peer,
     first_pairs,
     in_turns,
+    longest_pairs,
     ratios,
     relative,
     run_process,
     step_time,
+    tensor_bytes,
+    tensor_ratios,
 )
 from dpoeng.bench.measure import Spent
 from dpoeng.bench.peers import Figures, Job, main, run_job
@@ -82,6 +86,17 @@ def test_the_first_step_is_not_counted() -> None:
 def test_relative_differences(ours: list[float], theirs: list[float], expected: float) -> None:
     found = relative(ours, theirs)
     assert found >= expected if expected > 1 else found == pytest.approx(expected)
+
+
+def test_ratios_of_tensors_stand_beside_those_of_processes() -> None:
+    peer = figures(1.0, peak=450)
+    peer.reference_peak_bytes = 300
+    counted = {"dpoeng": figures(1.0, peak=100), "dpoeng reference": reference(1.0, peak=20), PEER: peer}
+    counted["trl adapter off"] = figures(1.0, peak=220)
+    found = tensor_ratios(counted, PEER)
+    assert found == {"train_tensor_bytes": Ratio(4.5, 4.5, 4.5), "reference_tensor_bytes": Ratio(15.0, 15.0, 15.0)}
+    assert tensor_ratios(counted, "trl adapter off") == {"train_tensor_bytes": Ratio(2.2, 2.2, 2.2)}
+    assert tensor_ratios({}, PEER) == tensor_bytes({}, PEER) == {}  # a GPU, whose peaks are of tensors as it is
 
 
 def test_speed_at_other_losses_is_not_told() -> None:
@@ -166,6 +181,38 @@ def test_a_run_has_all_its_figures(clean: dict[str, Figures], job: Job) -> None:
     assert scored.reference is not None
     assert scored.reference.cpu_s > 0
     assert (scored.reference_pairs, scored.reference_peak_bytes > MIB) == (24, True)
+
+
+def test_the_bytes_of_tensors_are_the_same_each_time(clean: dict[str, Figures], job: Job, tmp_path: Path) -> None:
+    longest = longest_pairs(job.cache, Path(job.pairs[0]), 8, tmp_path / "pairs.jsonl")
+    counted = replace(job, pairs=(str(longest),), cache=str(tmp_path / "cache"), steps=2, tensors=True)
+    runs = [
+        {
+            name: run_job(replace(counted, program=name, scratch=str(tmp_path)))
+            for name in ("dpoeng reference", "dpoeng")
+        }
+        for _ in range(2)
+    ]
+    assert tensor_bytes(runs[0], "dpoeng reference") == tensor_bytes(runs[1], "dpoeng reference")
+    assert tensor_bytes(runs[0], "dpoeng") == tensor_bytes(runs[1], "dpoeng")
+    assert runs[0]["dpoeng"].memory_method == "allocator events"
+    # The whole process needs more than its tensors, but in a run of so little not many times as much.
+    assert MIB < runs[0]["dpoeng"].train_peak_bytes < 3 * clean["dpoeng"].train_peak_bytes
+
+
+def test_the_longest_pairs_are_found(tmp_path: Path, tiny_model: Path, job: Job) -> None:
+    words = "tides and bread and rivers and leaves"
+    lines = [3, 9, 5, 7, 1]
+    rows = [{"prompt": f"Point {i}:", "chosen": f" {words * n}", "rejected": " no"} for i, n in enumerate(lines)]
+    file = write_jsonl(tmp_path / "all.jsonl", rows)
+    scored = replace(job, pairs=(str(file),), model=str(tiny_model), cache=str(tmp_path / "c"), scratch=str(tmp_path))
+    run_job(scored)
+    found = longest_pairs(scored.cache, file, 3, tmp_path / "longest.jsonl")
+    assert [json.loads(line)["prompt"] for line in found.read_text().splitlines()] == [
+        "Point 1:",
+        "Point 3:",
+        "Point 2:",
+    ]
 
 
 def test_a_planted_slow_down_is_noticed(clean: dict[str, Figures], job: Job) -> None:
@@ -352,4 +399,8 @@ def test_trl_computes_the_same_losses(tiny_model: Path, pairs_file: Path) -> Non
     assert max(record["equality"]["grad_norm"].values()) < 1e-3
     assert record["ratios"].keys() == {"trl precomputed", "trl adapter off", "trl second model"}
     assert record["peer_versions"]["trl"] == "1.16.0"
+    for found in record["ratios"].values():  # on a tiny model whole logits and padding cost TRL the more
+        assert found["train_tensor_bytes"]["median"] > 1.2
+    both = record["ratios"]["trl second model"]["train_tensor_bytes"]["median"]
+    assert both > record["ratios"]["trl precomputed"]["train_tensor_bytes"]["median"]
     json.dumps(record, allow_nan=False)

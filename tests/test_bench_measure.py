@@ -28,6 +28,8 @@ def busy(seconds: float) -> None:
 
 
 def test_a_part_inside_a_part_is_counted_once() -> None:
+    with TimeSplit(CPU).part("warm-up"):  # the first label of a process takes 20 ms
+        pass
     watch = Stopwatch(CPU)
     split = TimeSplit(CPU)
     with split.part("outer"):
@@ -64,6 +66,26 @@ def test_a_planted_allocation_is_noticed(high_water: bool, monkeypatch: pytest.M
     assert (memory.method == "VmHWM") == high_water
     assert memory.peak_bytes + MIB >= 96 * MIB
     assert memory.peak_bytes < 120 * MIB
+
+
+def test_bytes_of_tensors_are_counted_exactly() -> None:
+    """What the caller holds at the start, what grew since the base, and the highest point; not what numpy holds."""
+    base = held_bytes(CPU, tensors=True)
+    grown = torch.ones(3 * MIB)
+    shared = grown.view(-1)[MIB:]
+    with PeakMemory(CPU, base, tensors=True) as memory:
+        peak = torch.ones(2 * MIB)
+        del peak
+        torch.ones(MIB)
+    assert (memory.method, memory.peak_bytes) == ("allocator events", 4 * 5 * MIB)
+    del grown
+    assert held_bytes(CPU, tensors=True) - base == 4 * 3 * MIB  # `shared` keeps the whole block
+    del shared
+    assert held_bytes(CPU, tensors=True) == base
+    for _ in range(2):
+        with PeakMemory(CPU, tensors=True) as memory:
+            torch.ones(MIB)
+        assert memory.peak_bytes == 4 * MIB
 
 
 def test_what_came_before_the_block_is_no_peak_of_it() -> None:
