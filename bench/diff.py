@@ -286,6 +286,11 @@ def _compare(record: dict[str, Any]) -> Figures:
             yield f"{program}: reference, CPU a pair", Figure(passes, "CPU-s")
             peaks = tuple(run["reference_peak_bytes"] for run in runs)
             yield f"{program}: peak of the reference", Figure(peaks, "bytes")
+    for program, found in record["medians"].items():
+        for phase in ("train", "reference"):
+            peak = found.get(f"{phase}_tensor_bytes")
+            if peak is not None:
+                yield f"{program}: {phase}, peak of tensors", Figure((peak,), "bytes", exact=True)
 
 
 def _kernels(record: dict[str, Any]) -> Figures:

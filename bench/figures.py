@@ -11,8 +11,10 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
+from dpoeng.bench.compare import CompareSettings
 from dpoeng.bench.figure_tables import cache, kernels, memory, plan, scale, sharing
 from dpoeng.bench.figure_text import BASES, RESULTS, ROOT, Record, gib, ranged, read, table, threads, where
 
@@ -49,27 +51,36 @@ def compare(results: Path) -> str:
 def _comparison(record: Record) -> str:
     settings, medians = record["settings"], record["medians"]
     rows = [
-        ["TRL 1.16 over dpoeng", "a step, CPU time", "a step, memory", "reference pass, CPU time", "its memory"],
+        [
+            "TRL 1.16 over dpoeng",
+            *("a step: CPU time", "memory of tensors", "of the process"),
+            *("reference pass: CPU time", "memory of tensors", "of the process"),
+        ],
         *(
             [
                 _PEERS[peer],
-                ranged(found, "step_cpu_s"),
-                ranged(found, "train_peak_bytes"),
-                ranged(found, "reference_cpu_s"),
-                ranged(found, "reference_peak_bytes"),
+                *(ranged(found, name) for name in ("step_cpu_s", "train_tensor_bytes", "train_peak_bytes")),
+                *(
+                    ranged(found, name)
+                    for name in ("reference_cpu_s", "reference_tensor_bytes", "reference_peak_bytes")
+                ),
             ]
             for peer, found in record["ratios"].items()
         ),
     ]
     ours = {**medians["dpoeng reference"], **medians["dpoeng"]}
+    repeats = f"median and range of {settings['repeats']} repeats" if settings["repeats"] > 1 else "one repeat"
+    prompts = f", prompts at most {settings['max_prompt_length']}" if settings["max_prompt_length"] else ""
     worst = max(record["equality"]["loss"].values())
+    lengths = f"at most {settings['max_length']} tokens a side{prompts}"
     return (
         f"{settings['batch_size']} pairs a step, {settings['steps'] - 1} counted steps; reference pass over "
-        f"{settings['pairs_count']} pairs; {settings['dtype']}; median and range of {settings['repeats']} repeats. "
+        f"{settings['pairs_count']} pairs; {lengths}; {settings['dtype']}; {repeats}. "
         f"{where(record)}:\n\n"
         f"{table(rows)}\n\n"
-        f"dpoeng itself: {ours['step_cpu_s']:.3g} CPU-s a step, {gib(ours['train_peak_bytes'])} above the weights; "
-        f"reference {ours['reference_cpu_s_per_pair']:.2g} CPU-s a pair, {gib(ours['reference_peak_bytes'])}. "
+        f"dpoeng itself: {ours['step_cpu_s']:.3g} CPU-s a step, tensors of {gib(ours['train_tensor_bytes'])} above "
+        f"the weights; reference {ours['reference_cpu_s_per_pair']:.2g} CPU-s a pair, "
+        f"{gib(ours['reference_tensor_bytes'])}. "
         f"The losses of all steps agree to {worst:.1e}, relative."
     )
 
@@ -155,24 +166,30 @@ def _times(found: Record, time: str, memory: str) -> str:
     return f"TRL takes **{found[time]['median']:.1f}** times the CPU time, **{found[memory]['median']:.1f}** the memory"
 
 
+def _compare_command(settings: Record) -> str:
+    """What measures such a comparison again, but for model, pairs and the peer's Python."""
+    usual = asdict(CompareSettings(model="", pairs=()))
+    names = ("batch_size", "pairs_count", "steps", "repeats", "max_length", "max_prompt_length", "dtype")
+    given = [f"--{name.replace('_', '-')} {settings[name]}" for name in names if settings[name] != usual[name]]
+    return " ".join(["dpoeng bench compare", *given])
+
+
 def _evidence(results: Path) -> Iterator[list[str]]:
     for record in read("compare", results):
-        settings, command = (
-            record["settings"],
-            f"`dpoeng bench compare --batch-size {record['settings']['batch_size']}`",
-        )
+        settings, command = record["settings"], f"`{_compare_command(record['settings'])}`"
         for peer, found in record["ratios"].items():
             same = f"losses equal to {record['equality']['loss'][peer]:.0e}"
             yield [
                 f"a step of {settings['batch_size']} pairs, {settings['dtype']}, {threads(record)}, against TRL 1.16, "
                 f"{_PEERS[peer]}",
-                f"{_times(found, 'step_cpu_s', 'train_peak_bytes')}; {same}",
+                f"{_times(found, 'step_cpu_s', 'train_tensor_bytes')}; {same}",
                 command,
             ]
             if "reference_cpu_s" in found:
                 yield [
-                    f"the reference pass over {settings['pairs_count']} pairs, against `precompute_ref_log_probs`",
-                    _times(found, "reference_cpu_s", "reference_peak_bytes"),
+                    f"the reference pass over {settings['pairs_count']} pairs, {settings['dtype']}, against "
+                    "`precompute_ref_log_probs`",
+                    _times(found, "reference_cpu_s", "reference_tensor_bytes"),
                     "the same",
                 ]
     for record in read("kernels", results):

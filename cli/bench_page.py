@@ -124,10 +124,12 @@ def _compare(record: dict[str, Any]) -> Iterable[Html]:
     medians = record["medians"]
     for name, figure, scale, unit in (
         ("a training step", "step_cpu_s", 1.0, "CPU-s"),
-        ("peak of training above the weights", "train_peak_bytes", MIB, "MiB"),
+        ("peak of training above the weights, process", "train_peak_bytes", MIB, "MiB"),
+        ("peak of training above the weights, tensors", "train_tensor_bytes", MIB, "MiB"),
     ):
         rows = [(who, [("", found[figure] / scale)]) for who, found in medians.items() if figure in found]
-        yield bars(name, rows, unit=unit)
+        if rows:
+            yield bars(name, rows, unit=unit)
 
 
 def _kernels(record: dict[str, Any]) -> Iterable[Html]:
