@@ -87,7 +87,10 @@ def _comparison(record: Record) -> str:
 
 def phases(results: Path) -> str:
     """Both phases in both layouts: speed, where the time goes, and how near to the machine's matrix product."""
-    record = read("phases", results)[-1]
+    return "\n\n".join(_phases(record) for record in read("phases", results))
+
+
+def _phases(record: Record) -> str:
     found, settings = record["results"], record["settings"]
     parts = list(dict.fromkeys(part for result in found for part in result["split"]))
 
@@ -107,9 +110,10 @@ def phases(results: Path) -> str:
             *(f"{100 * result['of_gemm']:.0f} %" for result in found),
         ],
     ]
+    model = settings["model"] or f"The embedded model, {settings['layers']} layers of width {settings['width']:,}"
     return (
-        f"{settings['model']}, {settings['batch_size']} pairs a step, {settings['steps']} steps, {settings['repeats']} "
-        f"repeats, {settings['dtype']}. {where(record)}:\n\n{table(rows)}"
+        f"{model}, {settings['batch_size']} pairs a step, {settings['steps']} steps, {settings['repeats']} repeats, "
+        f"{record['versions']['dtype']}. {where(record)}:\n\n{table(rows)}"
     )
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dpoeng.bench.allocator import allocator_profiler, read_trace
 
@@ -188,7 +189,12 @@ def _tensor_bytes(device: torch.device) -> int:
     """Bytes of all tensors that Python can reach; what two of them share is counted once."""
     gc.collect()
     # type() and not isinstance(): lazily imported modules answer the latter by importing what they stand for
-    tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+    # a simulation's tensors have a device and no memory
+    tensors = [
+        found
+        for found in gc.get_objects()
+        if issubclass(type(found), torch.Tensor) and not issubclass(type(found), FakeTensor)
+    ]
     blocks = (tensor.untyped_storage() for tensor in tensors if tensor.device == device)
     return sum({block.data_ptr(): block.nbytes() for block in blocks}.values())
 

@@ -8,6 +8,7 @@ run; the cache that phase one writes is the one that phase two reads.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import statistics
 import tempfile
@@ -71,6 +72,8 @@ class PhaseSettings:
         batch_size: pairs in one step of phase two; phase one packs up to its own default number of tokens.
         steps: steps of phase two in one repeat; phase one scores the pairs of all these steps.
         repeats: counted rounds.
+        layers: of the embedded model.
+        width: of the embedded model: its hidden size.
     """
 
     model: str | None = None
@@ -83,6 +86,8 @@ class PhaseSettings:
     repeats: int = 3
     max_length: int = 512
     lora_r: int = 16
+    layers: int = 6
+    width: int = 576
 
 
 @dataclass(slots=True)
@@ -157,7 +162,8 @@ def bench_phases(settings: PhaseSettings, progress: Progress = QUIET, trace: Pat
     device = pick_device(settings.device)
     with tempfile.TemporaryDirectory(prefix="dpoeng-bench-") as scratch:
         folder = Path(scratch)
-        source = find_model(settings.model or str(save_small_model(folder / "model")))
+        embedded = functools.partial(save_small_model, layers=settings.layers, width=settings.width)
+        source = find_model(settings.model or str(embedded(folder / "model")))
         lm = load_model(
             source, quantization=settings.quantization, dtype=settings.dtype, device=device, tokenizer=False
         )

@@ -70,7 +70,14 @@ def synthetic_pairs(count: int, vocabulary: int, *, seed: int = 0) -> list[PairI
 
 
 def save_small_model(folder: Path, *, layers: int = 6, width: int = 576, vocabulary: int = 49152) -> Path:
-    """A random Llama of SmolLM2-135M's shape, but with fewer of its 30 layers; 192 MB in float32."""
+    """A random Llama of SmolLM2-135M's shape, but with fewer of its 30 layers; 192 MB in float32.
+
+    Args:
+        folder: where it is saved.
+        layers: decoder layers.
+        width: hidden size, a multiple of 64; heads and MLP grow with it.
+        vocabulary: rows of the tied embedding.
+    """
     import torch
     import transformers
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -80,7 +87,7 @@ def save_small_model(folder: Path, *, layers: int = 6, width: int = 576, vocabul
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=width,
-        intermediate_size=8 * width // 3,
+        intermediate_size=64 * round(8 * width / 3 / 64),
         num_hidden_layers=layers,
         num_attention_heads=width // 64,
         num_key_value_heads=1 if width % 192 else width // 192,

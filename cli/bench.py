@@ -116,6 +116,14 @@ def bench(ctx: click.Context, outputs: Outputs) -> None:
     "FILE-training, for ui.perfetto.dev.",
 )
 @click.option("--price-per-hour", type=click.FloatRange(0), help="Of the machine: adds what 1,000 pairs cost.")
+@click.option("--layers", default=6, show_default=True, help="Of the embedded model.", type=click.IntRange(1))
+@click.option(
+    "--width",
+    default=576,
+    show_default=True,
+    help="Hidden size of the embedded model, a multiple of 64.",
+    type=click.IntRange(64),
+)
 @output_options
 def phases(outputs: Outputs, trace: Path | None, price_per_hour: float | None, **settings: Any) -> None:
     """Both phases, with the prompt shared and with separate rows: pairs and tokens a second, time split, peak memory.
@@ -125,6 +133,11 @@ def phases(outputs: Outputs, trace: Path | None, price_per_hour: float | None, *
     from dpoeng.bench.phases import PhaseSettings, bench_phases
     from dpoeng.cli.progress import TerminalProgress
 
+    usual = PhaseSettings()
+    if settings["model"] and (settings["layers"], settings["width"]) != (usual.layers, usual.width):
+        raise click.UsageError("--layers and --width shape the embedded model: leave them out, or --model")
+    if settings["width"] % 64:
+        raise click.UsageError(f"--width {settings['width']} is not a multiple of 64, the size of a head")
     record = bench_phases(PhaseSettings(**settings), TerminalProgress(), trace)
     finish([{**record, "price_per_hour": price_per_hour}], outputs)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpoeng.bench import measure
 from dpoeng.bench.measure import PeakMemory, Stopwatch, TimeSplit, gemm_flops, held_bytes
@@ -86,6 +87,14 @@ def test_bytes_of_tensors_are_counted_exactly() -> None:
         with PeakMemory(CPU, tensors=True) as memory:
             torch.ones(MIB)
         assert memory.peak_bytes == 4 * MIB
+
+
+def test_a_simulations_tensors_hold_no_memory() -> None:
+    base = held_bytes(CPU, tensors=True)
+    with FakeTensorMode():
+        simulated = torch.ones(MIB)
+    assert simulated.device == CPU
+    assert held_bytes(CPU, tensors=True) == base
 
 
 def test_what_came_before_the_block_is_no_peak_of_it() -> None:

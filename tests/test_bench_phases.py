@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from dpoeng.bench.phases import PhaseSettings, bench_phases, forward_flop, linear_shapes
 from dpoeng.bench.sharing import pairs_of, positions_left
-from dpoeng.bench.workload import synthetic_pairs, unique_tokens
+from dpoeng.bench.workload import save_small_model, synthetic_pairs, unique_tokens
 from dpoeng.cli.bench import bench
 from dpoeng.engine.model import load_model
 from dpoeng.engine.sources import find_model
@@ -92,6 +92,30 @@ def test_the_command_prints_a_table_and_keeps_the_record(tmp_path: Path, tiny_mo
     (line,) = (tmp_path / "one.jsonl").read_text().splitlines()
     assert (tmp_path / "results" / "phases-cpu.jsonl").read_text().splitlines() == [line]
     assert json.loads(line)["settings"]["batch_size"] == 2
+
+
+def test_the_embedded_model_has_the_shape_that_was_asked_for(tmp_path: Path) -> None:
+    arguments = "phases --layers 1 --width 192 --device cpu --batch-size 1 --steps 1 --repeats 1"
+    done = CliRunner().invoke(bench, [*arguments.split(), "--json", str(tmp_path / "one.jsonl")])
+    assert done.exit_code == 0, done.output
+    settings = json.loads((tmp_path / "one.jsonl").read_text())["settings"]
+    assert (settings["model"], settings["layers"], settings["width"]) == (None, 1, 192)
+    config = json.loads((save_small_model(tmp_path / "model", layers=1, width=192) / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"]) == (1, 192, 512)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--width 100", "--width 100 is not a multiple of 64"),
+        ("--model M --layers 1", "leave them out, or --model"),
+        ("--model M --width 64", "leave them out, or --model"),
+    ],
+)
+def test_a_shape_that_no_model_can_take_is_refused(given: str, said: str) -> None:
+    done = CliRunner().invoke(bench, ["phases", *given.split()])
+    assert done.exit_code == 2
+    assert said in " ".join(done.output.replace("│", " ").split())
 
 
 def test_the_group_lists_its_commands() -> None:
