@@ -43,9 +43,11 @@ Round = dict[Program, dict[Program, Figures]]
 
 OF_MEMORY = "if it was killed, the machine has too little memory: lower --batch-size"
 
-# Largest relative difference of a step's loss. In bfloat16 the two programs' batches have other shapes, and so other
-# rounding: log-probs of a response differ by tenths of a nat, losses by beta times that.
-LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 2e-2}
+# Largest relative difference of a step's loss. In 16 bits the two programs' batches have other shapes, and so other
+# rounding. In bfloat16, over a SmolLM2-135M, a pair's log-prob difference is 0.3 nat off float32's on average, with
+# padded rows as with packed ones. For 4 pairs, beta 0.1 and four such sums (policy and reference of both programs) that
+# makes a standard deviation of 3 % of ln 2. So 16 bits tell wrong mathematics from right, and float32 proves equality.
+LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1, "float16": 2e-2}
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,12 @@ def documents() -> list[Path]:
 
 def compare(results: Path) -> str:
     """dpoeng against each configuration of TRL: every recorded comparison."""
-    return "\n\n".join(_comparison(record) for record in read("compare", results))
+    return "\n\n".join(_comparison(record) for record in _comparisons(results))
+
+
+def _comparisons(results: Path) -> list[Record]:
+    """Those whose losses are equal: of others no ratio is told."""
+    return [record for record in read("compare", results) if record["equality"]["ok"]]
 
 
 def _comparison(record: Record) -> str:
@@ -179,7 +184,7 @@ def _compare_command(settings: Record) -> str:
 
 
 def _evidence(results: Path) -> Iterator[list[str]]:
-    for record in read("compare", results):
+    for record in _comparisons(results):
         settings, command = record["settings"], f"`{_compare_command(record['settings'])}`"
         for peer, found in record["ratios"].items():
             same = f"losses equal to {record['equality']['loss'][peer]:.0e}"

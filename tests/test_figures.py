@@ -42,3 +42,17 @@ def test_another_record_makes_another_text(tmp_path: Path) -> None:
     assert rewritten("no block") == "no block"
     with pytest.raises(KeyError):
         rewritten("<!-- figures: nonsense -->\n<!-- end of figures -->")
+
+
+def test_of_other_losses_no_ratio_is_told(tmp_path: Path) -> None:
+    results = shutil.copytree(RESULTS, tmp_path / "results")
+    file = results / "compare-cpu.jsonl"
+    record = json.loads(file.read_text().splitlines()[0])
+    record["settings"]["batch_size"] = 77
+    file.write_text(json.dumps(record) + "\n")
+    for block in ("compare", "evidence"):
+        assert "77 pairs" in BLOCKS[block](results)
+    record["equality"]["ok"] = False
+    file.write_text(json.dumps(record) + "\n")
+    for block in ("compare", "evidence"):
+        assert "77 pairs" not in BLOCKS[block](results)
