@@ -187,7 +187,7 @@ def _evidence(results: Path) -> Iterator[list[str]]:
     for record in _comparisons(results):
         settings, command = record["settings"], f"`{_compare_command(record['settings'])}`"
         for peer, found in record["ratios"].items():
-            same = f"losses equal to {record['equality']['loss'][peer]:.0e}"
+            same = f"losses equal to within {record['equality']['loss'][peer]:.0e}"
             yield [
                 f"a step of {settings['batch_size']} pairs, {settings['dtype']}, {threads(record)}, against TRL 1.16, "
                 f"{_PEERS[peer]}",
