@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from dpoeng.bench.allocator import allocator_profiler, read_trace
 
@@ -189,13 +188,10 @@ def _tensor_bytes(device: torch.device) -> int:
     """Bytes of all tensors that Python can reach; what two of them share is counted once."""
     gc.collect()
     # type() and not isinstance(): lazily imported modules answer the latter by importing what they stand for
-    # a simulation's tensors have a device and no memory
-    tensors = [
-        found
-        for found in gc.get_objects()
-        if issubclass(type(found), torch.Tensor) and not issubclass(type(found), FakeTensor)
-    ]
-    blocks = (tensor.untyped_storage() for tensor in tensors if tensor.device == device)
+    tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    # the storage's device and not the tensor's: a simulation's tensors name a device on which they have no memory
+    blocks = (storage for storage in storages if storage.device == device)
     return sum({block.data_ptr(): block.nbytes() for block in blocks}.values())
 
 

@@ -8,7 +8,6 @@ run; the cache that phase one writes is the one that phase two reads.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import statistics
 import tempfile
@@ -162,8 +161,8 @@ def bench_phases(settings: PhaseSettings, progress: Progress = QUIET, trace: Pat
     device = pick_device(settings.device)
     with tempfile.TemporaryDirectory(prefix="dpoeng-bench-") as scratch:
         folder = Path(scratch)
-        embedded = functools.partial(save_small_model, layers=settings.layers, width=settings.width)
-        source = find_model(settings.model or str(embedded(folder / "model")))
+        model = settings.model or str(save_small_model(folder / "model", layers=settings.layers, width=settings.width))
+        source = find_model(model)
         lm = load_model(
             source, quantization=settings.quantization, dtype=settings.dtype, device=device, tokenizer=False
         )
