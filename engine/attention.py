@@ -20,6 +20,7 @@ from dpoeng.engine.config import Attention
 from dpoeng.engine.flex import BlockCount, RowMask, block_mask, flex
 from dpoeng.engine.layout import GroupSpan
 from dpoeng.engine.varlen import Texts, texts, varlen
+from dpoeng.kernels.cpu_linear import dtype_of_products
 
 SHARED_PROMPT = "dpoeng_shared_prompt"
 
@@ -104,6 +105,8 @@ def shared_prompt_attention(
         dpoeng_plan.blocks.add(row_mask.blocks)
         whole = flex(query, key, value, row_mask.mask, scaling=scaling, softcap=softcap, sinks=sinks)
         return whole.transpose(1, 2).contiguous(), None
+    narrow, wide = query.dtype, dtype_of_products(query)
+    query, key, value = query.to(wide), key.to(wide), value.to(wide)
     # `split` and not slices: the backward of each slice fills a tensor as long as the whole row.
     sizes = [n for group in dpoeng_plan.groups for n in group.text_sizes]
     pieces: list[torch.Tensor] = []
@@ -117,7 +120,7 @@ def shared_prompt_attention(
                 k, v = torch.cat([prompt[0], k], dim=2), torch.cat([prompt[1], v], dim=2)
             pieces.append(_attend(q, k, v, dpoeng_plan, scaling, sliding_window, softcap, sinks))
     output = torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
-    return output.transpose(1, 2).contiguous(), None
+    return output.transpose(1, 2).contiguous().to(narrow), None
 
 
 def _attend(

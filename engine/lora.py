@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+
+from dpoeng.kernels.cpu_linear import linear
 
 CHUNK_BYTES = 64 * 2**20
 
@@ -36,7 +37,7 @@ class LoraLinear(torch.autograd.Function):
         scale: float,
     ) -> torch.Tensor:
         """Keeps x itself for the gradient of A, and x A^T for that of B."""
-        out = F.linear(x, weight, bias)
+        out = linear(x, weight, bias)
         low = _add_update(out, out, x, a, b, scale)
         ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, x.dtype
         _, _, _, wants_a, wants_b, _ = ctx.needs_input_grad
@@ -48,7 +49,7 @@ class LoraLinear(torch.autograd.Function):
         """Gradients of x, A and B, as far as they are wanted."""
         x, weight, a, b, low = ctx.saved_tensors
         wants_x, _, _, wants_a, wants_b, _ = ctx.needs_input_grad
-        x_grad = (upstream[0] @ weight).view(-1, a.shape[1]) if wants_x else None
+        x_grad = linear(upstream[0], weight.T).view(-1, a.shape[1]) if wants_x else None
         a_grad, b_grad = _gradients(upstream[0], x, a, b, low, ctx.scale, x_grad, add=True, wants=(wants_a, wants_b))
         return (x_grad.view(ctx.shape) if x_grad is not None else None), None, None, a_grad, b_grad, None
 

@@ -45,6 +45,7 @@ from dpoeng.engine.run_state import HeldOut, Run
 from dpoeng.engine.scoring import score_groups
 from dpoeng.engine.simulate_fsdp import gather_layers, part_bytes
 from dpoeng.engine.step import train_step
+from dpoeng.kernels.cpu_linear import as_on_cpu
 from dpoeng.kernels.head import Head, sum_dtype
 from dpoeng.kernels.head_gradient import tiled_gradients
 from dpoeng.kernels.tiled_logps import tiled_logps
@@ -293,7 +294,10 @@ def _kernels_of(device_type: str) -> Iterator[None]:
     original = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = functools.partial(_attention, device_type, original)
     try:
-        with cpu_products() if device_type == "cpu" else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if device_type == "cpu":
+                stack.enter_context(cpu_products())
+                stack.enter_context(as_on_cpu())
             yield
     finally:
         F.scaled_dot_product_attention = original

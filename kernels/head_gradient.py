@@ -14,8 +14,9 @@ Knows nothing of autograd.
 import torch
 from torch import Tensor
 
+from dpoeng.kernels.cpu_linear import product_dtype
 from dpoeng.kernels.head import Head, sum_dtype
-from dpoeng.kernels.tiled_logps import ROW_STEP, ROWS, map_logits, product_dtype, raw_logits, tile_size
+from dpoeng.kernels.tiled_logps import ROW_STEP, ROWS, map_logits, raw_logits, tile_size
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 """By hidden states [N, H], weight [V, H] and bias [V], or [0] without one."""

@@ -16,26 +16,13 @@ Knows nothing of autograd or of ignored targets.
 import torch
 from torch import Tensor
 
+from dpoeng.kernels.cpu_linear import product_dtype
 from dpoeng.kernels.head import Head, sum_dtype
 
 ROWS = 1024  # rows that share one pass over the head
 ROW_STEP = 16
 TILE = 1024  # vocabulary entries; ROWS x TILE float32 is 4 MiB
 TILE_BF16 = 4096  # where the CPU multiplies bfloat16 itself: fewer, larger products
-
-
-def native_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 itself (AVX512-BF16 or AMX).
-
-    Its products then come back rounded to bfloat16, as eager's do. Elsewhere tiles are widened to float32, which is
-    faster there and keeps every product exact.
-    """
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which hidden states and head are multiplied."""
-    return torch.bfloat16 if dtype == torch.bfloat16 and native_bf16() else sum_dtype(dtype)
 
 
 def tile_size(dtype: torch.dtype) -> int:

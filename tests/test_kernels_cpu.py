@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpoeng.kernels import tiled_logps
+from dpoeng.kernels import cpu_linear
 from dpoeng.kernels.collision import log_collision
 from dpoeng.kernels.head import Head
 from dpoeng.kernels.token_logps import plain_token_logps, token_logps
@@ -192,7 +192,7 @@ def test_strided_inputs() -> None:
 
 def test_native_bf16_products_stay_within_eagers_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """The branch for CPUs with bfloat16 units, run on whatever CPU this is."""
-    monkeypatch.setattr(tiled_logps, "native_bf16", lambda: True)
+    monkeypatch.setattr(cpu_linear, "native_bf16", lambda: True)
     for options in MAPS:
         args = problem(40, 5000, 64, torch.bfloat16, options)
         true_logps, true_grad = truth(*args)
