@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from dpoeng.bench.allocator import allocator_profiler, read_trace
+from dpoeng.kernels.cpu_linear import dtype_of_products
 
 SAMPLE_EVERY_S = 0.002
 
@@ -270,7 +271,7 @@ def gemm_flops(
     Args:
         shapes: (in, out) of each layer, as often as the model has it.
         rows: rows of the left factor.
-        dtype: of both factors.
+        dtype: of the layers. A CPU without units for it multiplies in float32, here as in the layers.
         device: where.
         tries: the fastest of so many counts for each shape.
 
@@ -284,7 +285,8 @@ def gemm_flops(
     with torch.inference_mode():
         for (n_in, n_out), count in counts.items():
             x = torch.randn(rows, n_in, device=device, dtype=dtype)
-            weight = torch.randn(n_out, n_in, device=device, dtype=dtype)
+            x = x.to(dtype_of_products(x))
+            weight = torch.randn(n_out, n_in, device=device, dtype=x.dtype)
             torch.nn.functional.linear(x, weight)
             product = functools.partial(torch.nn.functional.linear, x, weight)
             flop += 2.0 * rows * n_in * n_out * count

@@ -8,6 +8,7 @@ run; the cache that phase one writes is the one that phase two reads.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import statistics
 import tempfile
@@ -103,7 +104,9 @@ class PhaseResult:
         peaks_bytes: each repeat's highest above the loaded weights (phase two: weights and adapter).
         peak_bytes: the highest of these.
         flops: useful FLOP/s: each prompt counted once, frozen weights without a gradient, no padding.
-        of_gemm: `flops` over what this machine's matrix product reaches on the model's own layers.
+        gemm_flops: FLOP/s of this machine's matrix product on the model's own layers, beside each repeat: the mean of
+            right before and right after, since a machine that others use is not always as fast.
+        of_gemm: median over the repeats of useful FLOP/s over that.
         of_card: `flops` over the card's data sheet; None on a CPU or an unknown card.
         weight_bytes_per_s: bytes of the base that cannot but be read, once a forward and once a backward (twice where
             layers are recomputed), over seconds.
@@ -128,6 +131,7 @@ class PhaseResult:
     peak_bytes: int = 0
     peak_method: str = ""
     flops: float = 0.0
+    gemm_flops: list[float] = field(default_factory=list)
     of_gemm: float = 0.0
     of_card: float | None = None
     weight_bytes_per_s: float = 0.0
@@ -139,9 +143,9 @@ class PhaseResult:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What this machine can do at most: measured products and copies, and the card's data sheet where there is one."""
+    """What this machine can do at most: products (measured when asked), copies, and the data sheet of a known card."""
 
-    gemm_flops: float
+    gemm_flops: Callable[[], float]
     copy_bytes_per_s: float
     card: Gpu | None = None
 
@@ -176,12 +180,15 @@ def bench_phases(settings: PhaseSettings, progress: Progress = QUIET, trace: Pat
         record = stamp("phases", device, told(settings))
         record["versions"]["dtype"] = str(lm.dtype).removeprefix("torch.")
         layers = linear_shapes(lm)
-        gemm = gemm_flops(layers, min(1024, unique_tokens(pairs[: settings.batch_size])), lm.dtype, device)
+        rows = min(1024, unique_tokens(pairs[: settings.batch_size]))
+        gemm = functools.partial(gemm_flops, layers, rows, lm.dtype, device)
         limits = Limits(gemm, copy_bytes_per_s(device), card_of(device))
         results = measure_phases(lm, pairs, folder, settings, limits=limits, progress=progress, trace=trace)
     return {
         **record,
-        **asdict(limits),
+        "gemm_flops": statistics.median(rate for result in results for rate in result.gemm_flops),
+        "copy_bytes_per_s": limits.copy_bytes_per_s,
+        "card": None if limits.card is None else asdict(limits.card),
         "layout_reason": lm.layout_reason,
         "results": [asdict(result) for result in results],
     }
@@ -228,16 +235,19 @@ def measure_phases(
         release_memory(lm.device)
         base = held_bytes(lm.device)
         with progress.task(f"{phase} phase", rounds * len(layouts), "rounds") as advance:
+            gemm = limits.gemm_flops()
             for number in range(rounds):
                 for layout in layouts:
                     use_layout(lm, layout)
                     with PeakMemory(lm.device, base) as memory, EnergyMeter(lm.device) as energy:
                         split = work()
                         split.total()  # waits for a GPU, whose energy would be missed else
+                    before, gemm = gemm, limits.gemm_flops()
                     if number > 0:
                         splits[layout].append(split)
                         joules[layout].append(energy.joules)
                         result = of_layout[layout]
+                        result.gemm_flops.append((before + gemm) / 2)
                         result.peaks_bytes.append(memory.peak_bytes)
                         result.peak_method = memory.method
                         result.pool = pool_use(lm.device)
@@ -408,7 +418,9 @@ def _summarise(
     result.unique_tokens_per_s = result.unique_tokens / seconds
     result.padded_equivalent_per_s = result.padded_equivalent / seconds
     result.flops = flop / seconds
-    result.of_gemm = result.flops / limits.gemm_flops
+    result.of_gemm = statistics.median(
+        flop / wall_s / rate for wall_s, rate in zip(result.wall_s, result.gemm_flops, strict=True)
+    )
     result.weight_bytes_per_s = weight_bytes / seconds
     if limits.card is not None:
         result.of_card = result.flops / limits.card.flops

@@ -104,7 +104,7 @@ def _share_point(
     phases = PhaseSettings(batch_size=settings.pairs, steps=1, repeats=settings.repeats)
     results = {
         (r.phase, r.layout): r
-        for r in measure_phases(lm, pairs, folder, phases, limits=Limits(1.0, 1.0), progress=progress)
+        for r in measure_phases(lm, pairs, folder, phases, limits=Limits(lambda: 1.0, 1.0), progress=progress)
     }
 
     def faster(phase: str) -> float:

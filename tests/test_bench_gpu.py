@@ -193,13 +193,13 @@ class Timed:
 
 def test_rates_against_the_limits_by_hand() -> None:
     """20 pairs in 2 s on an A100: 312e12 FLOP/s and a copy of 2e12 bytes/s are its limits."""
-    result = PhaseResult("training", "shared", 20, 8000, 12000, peaks_bytes=[5, 7])
-    limits = Limits(gemm_flops=250e12, copy_bytes_per_s=1.6e12, card=GPUS["a100-80gb"])
+    result = PhaseResult("training", "shared", 20, 8000, 12000, peaks_bytes=[5, 7], gemm_flops=[250e12, 200e12, 260e12])
+    limits = Limits(lambda: 0.0, copy_bytes_per_s=1.6e12, card=GPUS["a100-80gb"])
     splits: Any = [Timed(2.0), Timed(1.9), Timed(2.5)]
     _summarise(result, splits, 156e12, 800_000_000_000, [600.0, None, 1000.0], limits)
     assert result.flops == 78e12
     assert result.of_card == pytest.approx(0.25)
-    assert result.of_gemm == pytest.approx(0.312)
+    assert result.of_gemm == pytest.approx(0.312)  # the median of 78 / 250, 82.1 / 200 and 62.4 / 260
     assert result.weight_bytes_per_s == 400e9
     assert result.of_copy == pytest.approx(0.25)
     assert result.of_card_memory == pytest.approx(400 / 2039)
