@@ -21,7 +21,7 @@ import torch
 from dpoeng.bench.allocator import trace_allocator
 from dpoeng.bench.measure import PeakMemory, held_bytes, release_memory, touch
 from dpoeng.bench.records import stamp, told
-from dpoeng.bench.workload import first_pairs_of, save_small_model
+from dpoeng.bench.workload import first_pairs_of, model_or_embedded
 from dpoeng.cache.schema import PairIds, ScoredPair
 from dpoeng.engine.adapters import as_reference, make_trainable
 from dpoeng.engine.config import Dtype, Quantization, TrainConfig
@@ -47,7 +47,6 @@ from dpoeng.engine.reference import score_pairs
 from dpoeng.engine.run_state import HeldOut, Run
 from dpoeng.engine.scoring import choose_layout
 from dpoeng.engine.simulate import OPTIMIZER, Pair, Setup, head_of
-from dpoeng.engine.sources import find_model
 from dpoeng.engine.step import train_step
 from dpoeng.engine.step_memory import forward_memory, step_memory
 
@@ -113,7 +112,7 @@ def bench_memory(settings: MemorySettings, progress: Progress = QUIET) -> dict[s
     device = pick_device(settings.device)
     record = stamp("memory", device, told(settings))
     with tempfile.TemporaryDirectory(prefix="dpoeng-bench-") as scratch:
-        source = find_model(settings.model or str(save_small_model(Path(scratch) / "model")))
+        source = model_or_embedded(settings.model, Path(scratch), settings.pairs)
 
         def load() -> CausalLM:
             return load_model(

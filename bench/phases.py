@@ -33,7 +33,7 @@ from dpoeng.bench.measure import (
     touch,
 )
 from dpoeng.bench.records import stamp, told
-from dpoeng.bench.workload import VIEW, first_pairs_of, padded_tokens, save_small_model, seal_view, unique_tokens
+from dpoeng.bench.workload import VIEW, first_pairs_of, model_or_embedded, padded_tokens, seal_view, unique_tokens
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import PairIds, pair_key
 from dpoeng.cache.spec import ReferenceSpec
@@ -61,7 +61,6 @@ from dpoeng.engine.reference import score_pairs
 from dpoeng.engine.rows import Rows
 from dpoeng.engine.scoring import choose_layout
 from dpoeng.engine.shards import plan_shards
-from dpoeng.engine.sources import find_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +164,7 @@ def bench_phases(settings: PhaseSettings, progress: Progress = QUIET, trace: Pat
     device = pick_device(settings.device)
     with tempfile.TemporaryDirectory(prefix="dpoeng-bench-") as scratch:
         folder = Path(scratch)
-        model = settings.model or str(save_small_model(folder / "model", layers=settings.layers, width=settings.width))
-        source = find_model(model)
+        source = model_or_embedded(settings.model, folder, settings.pairs, layers=settings.layers, width=settings.width)
         lm = load_model(
             source, quantization=settings.quantization, dtype=settings.dtype, device=device, tokenizer=False
         )

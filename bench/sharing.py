@@ -19,7 +19,7 @@ import torch
 from dpoeng.bench.measure import TimeSplit
 from dpoeng.bench.phases import Limits, PhaseSettings, measure_phases
 from dpoeng.bench.records import stamp, told
-from dpoeng.bench.workload import save_small_model
+from dpoeng.bench.workload import model_or_embedded
 from dpoeng.cache.schema import PairIds, as_ids
 from dpoeng.engine.config import Dtype
 from dpoeng.engine.layout import batches_by_tokens, batches_of_pairs, pack, pair_group, separate, share_prompts
@@ -28,7 +28,6 @@ from dpoeng.engine.precompute import default_batch_tokens
 from dpoeng.engine.progress import QUIET, Progress
 from dpoeng.engine.reference import score_pairs
 from dpoeng.engine.scoring import choose_layout, score_groups
-from dpoeng.engine.sources import find_model
 
 PROMPT_SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 PAIRS_A_PROMPT = (1, 2, 4, 8)
@@ -62,7 +61,7 @@ def bench_sharing(settings: SharingSettings, progress: Progress = QUIET) -> dict
     record = stamp("sharing", device, told(settings))
     with tempfile.TemporaryDirectory(prefix="dpoeng-bench-") as scratch:
         folder = Path(scratch)
-        source = find_model(settings.model or str(save_small_model(folder / "model")))
+        source = model_or_embedded(settings.model, folder)
 
         def load() -> CausalLM:
             return load_model(source, quantization="none", dtype=settings.dtype, device=device, tokenizer=False)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import IdArray, PairIds, as_ids, pair_key
 from dpoeng.cache.store import Store, ViewEntry
-from dpoeng.engine.sources import ModelSource
+from dpoeng.engine.sources import ModelSource, find_model
 
 # Tokens of (prompt, chosen, rejected) of 64 pairs: every 23rd of 1,500 pairs of Anthropic's hh-rlhf (harmless-base),
 # sorted by length, as a chat, tokenised for SmolLM2-135M-Instruct, at most 512 tokens a side. Means of the 64: 140,
@@ -35,6 +36,27 @@ def seal_view(store: Store, digest: str, pairs: Sequence[PairIds]) -> None:
     store.seal(digest)
     entries = [ViewEntry("bench", i + 1, pair_key(pair), {}) for i, pair in enumerate(pairs)]
     store.write_view(digest, VIEW, entries, {})
+
+
+def model_or_embedded(
+    model: str | None, folder: Path, files: Sequence[Path] = (), *, layers: int = 6, width: int = 576
+) -> ModelSource:
+    """The model that is named, or else the embedded one, made in `folder`.
+
+    Raises:
+        UserError: no such model; or files of pairs are named and no model whose tokenizer could read them.
+    """
+    if model is not None:
+        return find_model(model)
+    if files:
+        raise UserError(
+            "the embedded model has no tokenizer to read pairs with",
+            code="tokenizer-missing",
+            where=f"--pairs {files[0]}",
+            expected="--model with it",
+            remedy="name your model with --model, or leave --pairs out for synthetic pairs of real lengths",
+        )
+    return find_model(str(save_small_model(folder / "model", layers=layers, width=width)))
 
 
 def first_pairs_of(

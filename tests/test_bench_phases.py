@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from dpoeng.bench.phases import PhaseSettings, bench_phases, forward_flop, linear_shapes
 from dpoeng.bench.sharing import pairs_of, positions_left
 from dpoeng.bench.workload import save_small_model, synthetic_pairs, unique_tokens
+from dpoeng.cache.errors import UserError
 from dpoeng.cli.bench import bench
 from dpoeng.engine.model import load_model
 from dpoeng.engine.sources import find_model
@@ -151,3 +152,11 @@ def test_the_sharing_command(tmp_path: Path, tiny_model: Path) -> None:
     left = [point["positions_left"] for point in record["prompt_share"]]
     assert left == sorted(left, reverse=True)
     assert all(point["training_speedup"] > 0 for point in record["prompt_share"])
+
+
+def test_pairs_for_the_embedded_model_are_refused_by_name(pairs_file: Path) -> None:
+    for what in ("phases", "memory"):
+        with pytest.raises(UserError, match="the embedded model has no tokenizer") as caught:
+            CliRunner().invoke(bench, [what, "--pairs", str(pairs_file)], catch_exceptions=False)
+        assert caught.value.where == f"--pairs {pairs_file}"
+        assert "--model" in caught.value.remedy
