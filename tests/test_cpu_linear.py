@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from dpoeng_testing import save_tiny_model
 from torch import nn
 
+from dpoeng.engine.attention import AttentionPlan, shared_prompt_attention
+from dpoeng.engine.layout import GroupSpan
 from dpoeng.engine.lora import LoraLinear
 from dpoeng.engine.model import load_model
 from dpoeng.engine.sources import find_model
@@ -94,3 +96,20 @@ def test_only_cpus_multiply_in_another_dtype() -> None:
     with as_on_cpu():
         assert dtype_of_products(x) == torch.float32
     assert dtype_of_products(x) == torch.bfloat16
+
+
+def test_attention_over_a_shared_prompt_is_that_of_float32_rounded_once() -> None:
+    plan = AttentionPlan((GroupSpan(0, 3, ((3, 7), (7, 9))),))
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(1, heads, 9, 8, generator=generator).bfloat16() for heads in (4, 2, 2)]
+    narrow, wide = ([s.to(dtype).requires_grad_() for s in states] for dtype in (torch.bfloat16, torch.float32))
+    upstream = torch.randn(1, 9, 4, 8, generator=generator).bfloat16()
+    found, _ = shared_prompt_attention(nn.Module(), *narrow, None, dpoeng_plan=plan)
+    expected, _ = shared_prompt_attention(nn.Module(), *wide, None, dpoeng_plan=plan)
+    found.backward(upstream)
+    expected.backward(upstream.float())
+    assert torch.equal(found, expected.bfloat16())
+    for a, b in zip(narrow, wide, strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        assert torch.equal(a.grad, b.grad.bfloat16())
