@@ -102,7 +102,9 @@ def test_attention_over_a_shared_prompt_is_that_of_float32_rounded_once() -> Non
     plan = AttentionPlan((GroupSpan(0, 3, ((3, 7), (7, 9))),))
     generator = torch.Generator().manual_seed(0)
     states = [torch.randn(1, heads, 9, 8, generator=generator).bfloat16() for heads in (4, 2, 2)]
-    narrow, wide = ([s.to(dtype).requires_grad_() for s in states] for dtype in (torch.bfloat16, torch.float32))
+    narrow, wide = (
+        [s.to(dtype, copy=True).requires_grad_() for s in states] for dtype in (torch.bfloat16, torch.float32)
+    )
     upstream = torch.randn(1, 9, 4, 8, generator=generator).bfloat16()
     found, _ = shared_prompt_attention(nn.Module(), *narrow, None, dpoeng_plan=plan)
     expected, _ = shared_prompt_attention(nn.Module(), *wide, None, dpoeng_plan=plan)
