@@ -65,7 +65,10 @@ class _WideLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         wants_x, wants_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
-        return _wide(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+        # Not a view of what `_wide` returns: autograd lets nothing be added in place to a view that a function returns.
+        out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+        _wide(x.reshape(-1, x.shape[-1]), weight, bias, out=out.view(-1, weight.shape[0]))
+        return out
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -77,13 +80,13 @@ class _WideLinear(torch.autograd.Function):
         return x_grad, weight_grad, grad.sum(0) if wants_bias else None
 
 
-def _wide(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`a b^T + bias` for a [M, K], b [N, K] -> [M, N], summed in `product_dtype` and rounded once."""
+def _wide(a: Tensor, b: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """`a b^T + bias` for a [M, K], b [N, K] -> [M, N], summed in `product_dtype`, rounded once; in `out` if given."""
     wide = dtype_of_products(a)
     width = a.shape[1] * wide.itemsize
     rows = min(ROWS, max(256, TILE_BYTES // width))
     tile = max(256, TILE_BYTES // max(width, rows * wide.itemsize))
-    out = a.new_empty((a.shape[0], b.shape[0]))
+    out = a.new_empty((a.shape[0], b.shape[0])) if out is None else out
     for low in range(0, b.shape[0], tile):
         columns = slice(low, low + tile)
         factor = b[columns].to(wide).T

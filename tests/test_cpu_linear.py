@@ -12,7 +12,7 @@ from torch import nn
 
 from dpoeng.engine.attention import AttentionPlan, shared_prompt_attention
 from dpoeng.engine.layout import GroupSpan
-from dpoeng.engine.lora import LoraLinear
+from dpoeng.engine.lora import LoraLinear, LoraProduct
 from dpoeng.engine.model import load_model
 from dpoeng.engine.sources import find_model
 from dpoeng.kernels import cpu_linear
@@ -66,6 +66,18 @@ def test_what_needs_no_gradient_gets_none_and_is_not_kept() -> None:
     out.backward(upstream)
     assert weight.grad is None
     assert x.grad is not None
+
+
+def test_what_it_returns_can_be_added_to_in_place() -> None:
+    """As LoRA with dropout does."""
+    x, weight, _, upstream = _problem(torch.bfloat16, 5, 8, 6)
+    a, b = torch.ones(2, 8, requires_grad=True), torch.ones(6, 2, requires_grad=True)
+    base = linear(x.requires_grad_(), weight)
+    expected = base.detach() + (x.float() @ a.T @ b.T).bfloat16()
+    out = LoraProduct.apply(base, x, a, b, 1.0, True)  # type: ignore[no-untyped-call]
+    out.backward(upstream)
+    assert out.data_ptr() == base.data_ptr()
+    assert torch.equal(out, expected)
 
 
 def test_a_lora_layer_multiplies_in_float32_both_ways() -> None:

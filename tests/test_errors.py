@@ -92,6 +92,7 @@ def as_example(desk: Desk, wrong: Wrong, said: str) -> tuple[str, str, int]:
     message = message.replace(f"{desk.folder}/", "").replace(str(desk.folder), ".")
     message = re.sub(r"(?<![\w./])/\S*/(?=[\w.-]+)", "", message)
     message = re.sub(r"\b[0-9a-f]{32}\b", "0123456789abcdef", message)
+    message = re.sub(r"\bobjects/[0-9a-f]{2}/", "objects/01/", message)
     lines = [line if len(line) <= 160 else line[:159] + "…" for line in message.splitlines()]
     return (command if len(command) <= 120 else command[:119] + "…"), "\n".join(lines), wrong.status
 
