@@ -65,33 +65,34 @@ class _WideLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         wants_x, wants_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
-        # Not a view of what `_wide` returns: autograd lets nothing be added in place to a view that a function returns.
-        out = x.new_empty((*x.shape[:-1], weight.shape[0]))
-        _wide(x.reshape(-1, x.shape[-1]), weight, bias, out=out.view(-1, weight.shape[0]))
-        return out
+        return _wide(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         grad = upstream[0].reshape(-1, upstream[0].shape[-1])
-        x_grad = _wide(grad, weight.T).view(*upstream[0].shape[:-1], -1) if wants_x else None
+        x_grad = _wide(upstream[0], weight.T) if wants_x else None
         weight_grad = _wide(grad.T, x.reshape(-1, x.shape[-1]).T) if wants_weight else None
         return x_grad, weight_grad, grad.sum(0) if wants_bias else None
 
 
-def _wide(a: Tensor, b: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """`a b^T + bias` for a [M, K], b [N, K] -> [M, N], summed in `product_dtype`, rounded once; in `out` if given."""
+def _wide(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`a b^T + bias` for a [..., K], b [N, K] -> [..., N], summed in `product_dtype` and rounded once.
+
+    What is returned is no view: autograd lets nothing be added in place to a view that a function returns.
+    """
     wide = dtype_of_products(a)
-    width = a.shape[1] * wide.itemsize
-    rows = min(ROWS, max(256, TILE_BYTES // width))
-    tile = max(256, TILE_BYTES // max(width, rows * wide.itemsize))
-    out = a.new_empty((a.shape[0], b.shape[0])) if out is None else out
+    width = a.shape[-1] * wide.itemsize
+    step = min(ROWS, max(256, TILE_BYTES // width))
+    tile = max(256, TILE_BYTES // max(width, step * wide.itemsize))
+    result = a.new_empty((*a.shape[:-1], b.shape[0]))
+    rows, out = a.reshape(-1, a.shape[-1]), result.view(-1, b.shape[0])
     for low in range(0, b.shape[0], tile):
         columns = slice(low, low + tile)
         factor = b[columns].to(wide).T
-        for start in range(0, a.shape[0], rows):
-            some = slice(start, start + rows)
-            product = a[some].to(wide) @ factor
+        for start in range(0, rows.shape[0], step):
+            some = slice(start, start + step)
+            product = rows[some].to(wide) @ factor
             out[some, columns] = product if bias is None else product.add_(bias[columns])
-    return out
+    return result
