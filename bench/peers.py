@@ -321,7 +321,6 @@ def _trl(job: Job) -> Figures:
             held["quantization_config"] = quantization_config(
                 job.quantization,
                 DTYPES[job.dtype],
-                ours.llm_int8_threshold,
                 ours.bnb_4bit_quant_type,
                 ours.bnb_4bit_use_double_quant,
             )

@@ -2,8 +2,8 @@
 
     python -m dpoeng.bench.precision MODEL PAIRS [--pairs 32] [--max-length 192]
 
-LLM.int8() is measured twice: as a CPU trains with it (8-bit weights, exact activations) and as a GPU does (activations
-in 8 bits too, outliers beside them), which bitsandbytes also computes on a CPU, slowly, when its layers are in eval().
+8 bits are measured as dpoeng multiplies (8-bit weights, exact activations) and by LLM.int8(), bitsandbytes' product on
+a GPU (activations in 8 bits too, outliers beside them), which it also computes on a CPU, slowly, in layers in eval().
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from dpoeng.cache.schema import PairIds
 from dpoeng.engine.model import CausalLM, load_model, load_tokenizer, set_mode
 from dpoeng.engine.pairs import read_pairs
-from dpoeng.engine.quantized import quantized_layers
+from dpoeng.engine.quantized import multiply_as_bitsandbytes, quantized_layers
 from dpoeng.engine.reference import score_pairs
 from dpoeng.engine.scoring import choose_layout
 from dpoeng.engine.sources import ModelSource, find_model
@@ -33,21 +33,20 @@ BETA = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A name, and how the model is loaded and run; `int8_activations` runs LLM.int8() as a GPU does."""
+    """A name, and how the model is loaded and run; `threshold` is that of LLM.int8(), where it multiplies."""
 
     name: str
     quantization: Any = "none"
     dtype: str = "float32"
-    threshold: float = 0.0
-    int8_activations: bool = False
+    threshold: float | None = None
 
 
 WAYS = (
     Way("float32"),
     Way("bfloat16", dtype="bfloat16"),
-    Way("8bit, as on a CPU", "8bit"),
-    Way("8bit, as on a GPU, threshold 6", "8bit", threshold=6.0, int8_activations=True),
-    Way("8bit, as on a GPU, threshold 0", "8bit", int8_activations=True),
+    Way("8bit", "8bit"),
+    Way("LLM.int8(), threshold 6", "8bit", threshold=6.0),
+    Way("LLM.int8(), threshold 0", "8bit", threshold=0.0),
     Way("4bit nf4", "4bit"),
 )
 
@@ -88,14 +87,15 @@ def measure(source: ModelSource, pairs: Sequence[PairIds], ways: Sequence[Way] =
             quantization=way.quantization,
             dtype=way.dtype,
             device=torch.device("cpu"),
-            int8_threshold=way.threshold,
             tokenizer=False,
         )
         set_mode(lm, training=False)
-        choose_layout(lm)  # with exact activations: its probe would take the noise of int8 ones for a wrong layout
-        if way.int8_activations:
-            for layer in quantized_layers(lm.model):
-                layer.eval()
+        choose_layout(lm)  # before: its probe would take the noise of activations in 8 bits for a wrong layout
+        if way.threshold is not None:
+            multiply_as_bitsandbytes(lm.model)
+            for module in quantized_layers(lm.model):
+                layer: Any = module
+                layer.eval().state.threshold = way.threshold
         began = time.perf_counter()
         scores = _score(lm, pairs, 8)
         seconds = time.perf_counter() - began

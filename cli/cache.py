@@ -22,8 +22,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _SHOWN_CHANGES = 20
 _OF_A_REFERENCE = frozenset(
-    "model adapter cache name quantization dtype llm_int8_threshold bnb_4bit_quant_type bnb_4bit_use_double_quant "
-    "batch_tokens".split()
+    "model adapter cache name quantization dtype bnb_4bit_quant_type bnb_4bit_use_double_quant batch_tokens".split()
 )
 
 

@@ -26,11 +26,8 @@ Examples:
     show_default=True,
     help="Of what stays unquantised: head, embedding, norms.",
 )
-@click.option(
-    "--llm-int8-threshold", default=6.0, show_default=True, help="8bit: the outlier threshold that runs will use."
-)
 @click.option("--device", default="auto", show_default=True, help="Where it is quantised: auto, cpu, cuda or cuda:N.")
-def quantize(model: str, into: Path, quantization: str, dtype: str, llm_int8_threshold: float, device: str) -> None:
+def quantize(model: str, into: Path, quantization: str, dtype: str, device: str) -> None:
     """Write a model in 8 or 4 bits, so that every later run reads half or a quarter of the bytes.
 
     Both phases take the folder as --model and need no --quantization. `dpoeng merge` still needs the original.
@@ -49,7 +46,6 @@ def quantize(model: str, into: Path, quantization: str, dtype: str, llm_int8_thr
         quantization="8bit" if quantization == "8bit" else "4bit",
         dtype=dtype,
         device=pick_device(device),
-        int8_threshold=llm_int8_threshold,
         progress=TerminalProgress(),
     )
     console = Console()

@@ -110,7 +110,7 @@ def evaluate(
                 with no_way_back("out of memory", "evaluation", "use a smaller --per-device-eval-batch-size"):
                     found = score(batches[number])
             else:
-                found = in_parts(score, batches[number], may_split=True, note=note, describe=too_long)
+                found = in_parts(score, batches[number], note=note, describe=too_long)
             if counts:
                 parts.append((number, PairSums.join(found)))
         return parts

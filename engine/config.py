@@ -123,7 +123,6 @@ class PrecomputeConfig(_Config):
     dtype: Dtype = Field(
         "auto", description="Compute dtype; auto is the checkpoint's own, or float32 on a CPU without bfloat16 units."
     )
-    llm_int8_threshold: float = Field(6.0, ge=0, description="8bit: outlier threshold of LLM.int8(); 0 turns it off.")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4bit: the number format.")
     bnb_4bit_use_double_quant: bool = Field(True, description="4bit: quantise the scales too.")
     device: Device = Field("auto", description="auto, cpu, cuda or cuda:N.")

@@ -182,8 +182,8 @@ def _forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Ten
         result = self.base_layer(x)
     for name in names:
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        # bitsandbytes' products return views that autograd does not let be changed in place.
-        result = LoraProduct.apply(result, self.lora_dropout[name](x), a, b, self.scaling[name], linear)  # type: ignore[no-untyped-call]
+        in_place = linear or not result._is_view()  # autograd lets no view that a function returned be changed in place
+        result = LoraProduct.apply(result, self.lora_dropout[name](x), a, b, self.scaling[name], in_place)  # type: ignore[no-untyped-call]
     return result
 
 

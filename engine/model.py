@@ -25,7 +25,7 @@ from dpoeng.engine.offload import keep_inputs_on_host
 from dpoeng.engine.quantized import (
     compute_in,
     import_bitsandbytes,
-    keep_no_inputs,
+    multiply_exactly,
     quantization_config,
     quantize_empty,
 )
@@ -174,7 +174,6 @@ def load_model(
     quantization: Quantization,
     dtype: str,
     device: torch.device,
-    int8_threshold: float = 6.0,
     quant_type: str = "nf4",
     double_quant: bool = True,
     tokenizer: bool = True,
@@ -216,9 +215,7 @@ def load_model(
         if quantization != "none" or device.type == "cuda":  # tensor by tensor, never whole in the host's memory
             kwargs["device_map"] = {"": str(device)}
         if quantization != "none" and stored is None:
-            kwargs["quantization_config"] = quantization_config(
-                quantization, compute, int8_threshold, quant_type, double_quant
-            )
+            kwargs["quantization_config"] = quantization_config(quantization, compute, quant_type, double_quant)
         loader: Any = AutoModelForCausalLM
         try:
             if shard is not None:
@@ -261,7 +258,7 @@ def empty_model(
 
     Args:
         fields: what config.json holds.
-        quantization: as in `load_model`; the outlier threshold of LLM.int8() is 0, since outliers are data.
+        quantization: as in `load_model`.
         dtype: compute dtype.
         quant_type: 4bit: the number format.
         double_quant: 4bit: whether the scales are quantised too.
@@ -287,7 +284,7 @@ def empty_model(
             remedy="check model_type, or install a newer transformers",
         ) from error
     if quantization != "none":
-        quantize_empty(base, quantization_config(quantization, dtype, 0.0, quant_type, double_quant))
+        quantize_empty(base, quantization_config(quantization, dtype, quant_type, double_quant))
     return _frozen(base, None, torch.device("meta"), dtype, quantization)
 
 
@@ -312,7 +309,7 @@ def _frozen(
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
     if quantization == "8bit":
-        keep_no_inputs(base)
+        multiply_exactly(base)
     if device.type != "cuda" and product_dtype(dtype) != dtype:
         _multiply_wide(base)
     if device.type == "cuda" and embedding_on_host(base, quantization):
@@ -434,8 +431,8 @@ def set_mode(lm: CausalLM, *, training: bool) -> None:
     """Puts every module in the mode that both phases use; with `training`, only what must differ differs.
 
     - Everything in eval(), so that no dropout of the base and no router noise separates policy and reference.
-    - bitsandbytes' layers in train(), in both phases: in eval() LLM.int8() on a CPU quantises activations too and its
-      numbers depend on what else is in the batch; NF4 repacks its weights for good and then loses gradients.
+    - bitsandbytes' layers in train(), in both phases: in eval() NF4 on a CPU repacks its weights for good and then
+      loses gradients.
     - With `training`: dropout of the trained adapter, and the flag that checkpointed layers look at.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -472,10 +469,7 @@ def use_layout(lm: CausalLM, layout: Layout, reason: str = "") -> None:
 
 
 def enable_gradient_checkpointing(lm: CausalLM, *, inputs_on_host: bool = False) -> None:
-    """Recomputes each decoder layer in the backward pass, without re-entrance; its input may wait in host memory.
-
-    For LLM.int8() layers this frees anything only because of `keep_no_inputs`.
-    """
+    """Recomputes each decoder layer in the backward pass, without re-entrance; its input may wait in host memory."""
     lm.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if inputs_on_host:
         keep_inputs_on_host(lm.base)

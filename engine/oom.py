@@ -77,33 +77,31 @@ def in_parts(
     work: Callable[[Sequence[Item]], Sequence[Result]],
     items: Sequence[Item],
     *,
-    may_split: bool,
     note: Callable[[str], None],
     describe: Callable[[Sequence[Item], str], UserError],
 ) -> list[Result]:
-    """`work(items)`, in halves where memory does not suffice for all at once.
+    """`work(items)`, in halves where memory does not suffice for all at once; the cut moves results in their last bits.
 
     Args:
         work: items -> results.
         items: at least one.
-        may_split: whether results may depend on the cutting in their last bits.
         note: told of a cut.
         describe: the error for items that cannot be cut further, with what torch said.
 
     Raises:
-        UserError: one item alone does not fit, or `may_split` is False.
+        UserError: one item alone does not fit.
     """
     results, said = attempt(lambda: work(items))
     if results is not None:
         return list(results)
-    if len(items) == 1 or not may_split:
+    if len(items) == 1:
         raise describe(items, said)
     middle = (len(items) + 1) // 2
     note(f"out of memory with {len(items)} pairs in one forward: they are done in halves from here")
     return [
         result
         for half in (items[:middle], items[middle:])
-        for result in in_parts(work, half, may_split=may_split, note=note, describe=describe)
+        for result in in_parts(work, half, note=note, describe=describe)
     ]
 
 

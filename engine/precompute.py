@@ -32,7 +32,7 @@ from dpoeng.engine.model import (
 from dpoeng.engine.pairs import PairFile, ensure_unchanged, read_pairs
 from dpoeng.engine.progress import QUIET, Progress
 from dpoeng.engine.quantize import with_stored_quantization
-from dpoeng.engine.quantized import outliers_over_batch, require_bitsandbytes
+from dpoeng.engine.quantized import require_bitsandbytes
 from dpoeng.engine.reference import load_reference, reference_spec, score_pairs, score_within_memory
 from dpoeng.engine.rejects import Reject, check_reject_share
 from dpoeng.engine.shards import Part, plan_shards
@@ -315,14 +315,13 @@ def _compute(
     summary.computed_tokens = sum(positions for _, batches in planned for _, positions in batches)
     if lm.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(lm.device)
-    may_split = not outliers_over_batch(lm.model)
     pairs_done, began = 0, time.perf_counter()
     with progress.task("reference log-probs", summary.computed_tokens, "tokens") as advance:
         for shard, batches in planned:
             rows = []
             for batch, positions in batches:
                 pairs = [shard[i] for i in batch]
-                rows += score_within_memory(lm, pairs, may_split=may_split, note=progress.note, score=score_pairs)
+                rows += score_within_memory(lm, pairs, note=progress.note, score=score_pairs)
                 pairs_done += len(pairs)
                 speed = pairs_done / (time.perf_counter() - began)
                 shown = f"{pairs_done} of {summary.computed} pairs, {speed:.2f} pairs/s"

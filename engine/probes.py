@@ -50,6 +50,8 @@ def bitsandbytes_probe() -> dict[str, Any]:
     import torch
     from torch import nn
 
+    from dpoeng.engine.quantized import multiply_exactly
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     plain = nn.Linear(128, 64, bias=False).requires_grad_(False)
@@ -61,6 +63,7 @@ def bitsandbytes_probe() -> dict[str, Any]:
     ):
         layer.load_state_dict(plain.state_dict())
         layer = layer.to(device).train()
+        multiply_exactly(layer)
         inputs = x.to(device).requires_grad_()
         found = layer(inputs)
         _near(found.float().cpu(), want, tolerance, f"{name} layer on {device}")

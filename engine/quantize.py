@@ -34,7 +34,6 @@ def quantize(
     quantization: Quantization,
     dtype: str = "auto",
     device: torch.device | None = None,
-    int8_threshold: float = 6.0,
     quant_type: str = "nf4",
     double_quant: bool = True,
     progress: Progress = QUIET,
@@ -47,7 +46,6 @@ def quantize(
         quantization: 8bit or 4bit.
         dtype: of what stays unquantised (head, embedding, norms); `auto` is the checkpoint's own.
         device: where it is quantised.
-        int8_threshold: 8bit: the outlier threshold that a run will use.
         quant_type: 4bit: the number format.
         double_quant: 4bit: whether the scales are quantised too.
         progress: told of the two halves of the work.
@@ -77,7 +75,6 @@ def quantize(
             quantization=quantization,
             dtype=dtype,
             device=device or torch.device("cpu"),
-            int8_threshold=int8_threshold,
             quant_type=quant_type,
             double_quant=double_quant,
             tokenizer=False,

@@ -1,14 +1,13 @@
-"""bitsandbytes: its settings, its layers without weights, and the mend of what they keep. The importer of it.
+"""bitsandbytes: its settings, its layers without weights, and how they multiply. The importer of it.
 
 Knows nothing of pairs, phases or adapters.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
-from collections.abc import Iterator
+import types
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config import Quantization
+from dpoeng.kernels.int8_linear import int8_linear
 
 
 def require_bitsandbytes(quantization: Quantization) -> None:
@@ -45,22 +45,16 @@ def import_bitsandbytes(where: str, instead: str) -> Any:
             remedy=f"pip install 'bitsandbytes>=0.48', or {instead}",
             exit_status=5,
         ) from error
-    # It says at every product of a bfloat16 model that inputs are cast to float16: thousands of lines a step.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return bitsandbytes
 
 
-def quantization_config(
-    quantization: Quantization, compute: torch.dtype, int8_threshold: float, quant_type: str, double_quant: bool
-) -> Any:
+def quantization_config(quantization: Quantization, compute: torch.dtype, quant_type: str, double_quant: bool) -> Any:
     """transformers' BitsAndBytesConfig; the head stays as it is, since log-probs are read from it."""
     require_bitsandbytes(quantization)
     from transformers import BitsAndBytesConfig
 
     if quantization == "8bit":
-        return BitsAndBytesConfig(
-            load_in_8bit=True, llm_int8_threshold=float(int8_threshold), llm_int8_skip_modules=["lm_head"]
-        )
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quant_type,
@@ -103,29 +97,31 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
         layer.compute_dtype, layer.compute_type_is_set = dtype, True
 
 
-def keep_no_inputs(model: nn.Module) -> None:
-    """Makes LLM.int8() layers let go of their inputs, which their backward never reads.
-
-    bitsandbytes keeps a layer's input as an attribute of its autograd node and not among the saved tensors. A frozen
-    weight needs it for nothing, but it stays alive until the backward; and checkpointing without re-entrance, which
-    acts on saved tensors alone, cannot free it. On a 32B model that is 21 GiB at 4,096 tokens (docs/memory.md).
-    """
+def multiply_exactly(model: nn.Module) -> None:
+    """Makes 8-bit layers multiply by `int8_linear`, with activations as they are, on every device."""
     for module in quantized_layers(model):
-        if type(module).__name__ == "Linear8bitLt":
-            module.register_forward_hook(_drop_input)
+        if holds_8_bits(module):
+            module.forward = types.MethodType(_exact_forward, module)
 
 
-def _drop_input(module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    node: Any = output.grad_fn
-    while node is not None and not type(node).__name__.startswith("MatMul8bit"):
-        # A reshape may stand between the product and the layer's output.
-        node = node.next_functions[0][0] if node.next_functions else None
-    if node is None:
-        return
-    if hasattr(node, "tensors"):  # MatMul8bitLt: (the input quantised by column, its outlier columns, the input)
-        node.tensors = (None, None, None)
-    if hasattr(node, "A"):  # MatMul8bitFp, on CPUs
-        node.A = None
+def multiply_as_bitsandbytes(model: nn.Module) -> None:
+    """Gives 8-bit layers bitsandbytes' own product back: for comparisons."""
+    import_bitsandbytes("8-bit layers", "compare without quantization")
+    # It says at every product of a bfloat16 model that inputs are cast to float16: thousands of lines a step.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    for module in quantized_layers(model):
+        module.__dict__.pop("forward", None)
+
+
+def holds_8_bits(module: nn.Module) -> bool:
+    """Whether this is bitsandbytes' 8-bit layer."""
+    return type(module).__name__ == "Linear8bitLt"
+
+
+def _exact_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    # A forward of bitsandbytes' own would move the scales from the weight to the layer's state.
+    scales = self.weight.SCB if self.weight.SCB is not None else self.state.SCB
+    return int8_linear(x, self.weight.data, scales, self.bias)
 
 
 def quantized_tensors(model: nn.Module) -> list[torch.Tensor]:
@@ -155,30 +151,3 @@ def same_weights(parameter: nn.Parameter) -> nn.Parameter:
     if type(parameter).__name__ == "Params4bit":
         return copy.copy(parameter)
     return nn.Parameter(parameter.data, requires_grad=False)
-
-
-def outliers_over_batch(model: nn.Module) -> bool:
-    """Whether LLM.int8() layers choose outlier columns over all that is in a batch, so that its cut moves numbers."""
-    states = [getattr(module, "state", None) for module in quantized_layers(model)]
-    return any(getattr(state, "threshold", 0.0) > 0 for state in states)
-
-
-@contextlib.contextmanager
-def cpu_products() -> Iterator[None]:
-    """On the meta device, LLM.int8() layers that multiply as they do on a CPU."""
-    try:
-        import bitsandbytes
-        from bitsandbytes.autograd._functions import MatMul8bitFp
-    except Exception:  # without bitsandbytes there is no such layer
-        yield
-        return
-    original = bitsandbytes.matmul
-
-    def matmul(A: Any, B: Any, out: Any = None, state: Any = None, threshold: float = 0.0, bias: Any = None) -> Any:
-        return MatMul8bitFp.apply(A, B, out, bias, state)
-
-    bitsandbytes.matmul = matmul
-    try:
-        yield
-    finally:
-        bitsandbytes.matmul = original

@@ -23,7 +23,7 @@ from dpoeng.engine.layout import batches_of_pairs, share_prompts
 from dpoeng.engine.model import CausalLM, load_model, pick_device, resolve_dtype, set_mode
 from dpoeng.engine.oom import in_parts, no_way_back, too_large
 from dpoeng.engine.progress import QUIET, Progress
-from dpoeng.engine.scoring import choose_layout, score_groups, wider_numbers
+from dpoeng.engine.scoring import choose_layout, score_groups
 from dpoeng.engine.sources import ModelSource, adapter_config, find_adapter, find_model, forward_config
 
 SCORING_VERSION = 1
@@ -55,16 +55,12 @@ def reference_spec(
 ) -> ReferenceSpec:
     """All that determines a cached number, and nothing else.
 
-    The tokenizer, the template and truncation are not in it: they act through the token ids, which key each row. The
-    batch plan is in it only where numbers depend on it beyond rounding: LLM.int8() with an outlier threshold picks its
-    outlier columns over the whole batch.
+    The tokenizer, the template and truncation are not in it: they act through the token ids, which key each row. Nor is
+    the batch plan, on which numbers depend by rounding alone.
     """
     quantization: dict[str, Any] | None = None
-    batch_tokens: int | None = None
     if config.quantization == "8bit":
-        quantization = {"method": "bitsandbytes-int8", "threshold": config.llm_int8_threshold, "skip": ["lm_head"]}
-        if config.llm_int8_threshold > 0:
-            batch_tokens = config.batch_tokens
+        quantization = {"method": "bitsandbytes-int8", "activations": "exact", "skip": ["lm_head"]}
     elif config.quantization == "4bit":
         quantization = {
             "method": f"bitsandbytes-{config.bnb_4bit_quant_type}",
@@ -83,7 +79,6 @@ def reference_spec(
             "scoring": {
                 "version": SCORING_VERSION,
                 "layout": "separate" if config.layout == "separate" else "shared",
-                "batch_tokens": batch_tokens,
             },
         }
     )
@@ -110,7 +105,6 @@ def load_policy_base(
         quantization=config.quantization or reference["quantization"],
         dtype=str(dtype).removeprefix("torch."),
         device=torch.device("cpu") if on_host else device,
-        int8_threshold=reference["llm_int8_threshold"],
         quant_type=reference["bnb_4bit_quant_type"],
         double_quant=reference["bnb_4bit_use_double_quant"],
         tokenizer=tokenizer,
@@ -138,7 +132,7 @@ def score_pairs(lm: CausalLM, pairs: Sequence[PairIds]) -> list[ScoredPair]:
                 where=f"pair {i} of a batch of {len(pairs)}, {ids.total_tokens} tokens",
                 expected="finite numbers",
                 found="NaN or infinity",
-                remedy=wider_numbers(lm, "some models overflow float16: use --dtype bfloat16 or float32"),
+                remedy="some models overflow float16: use --dtype bfloat16 or float32",
                 exit_status=5,
             )
         # Rounding in the log-sum-exp can leave +1e-7 where the token is certain.
@@ -150,33 +144,24 @@ def score_within_memory(
     lm: CausalLM,
     pairs: Sequence[PairIds],
     *,
-    may_split: bool,
     note: Callable[[str], None] = QUIET.note,
     score: Callable[[CausalLM, Sequence[PairIds]], list[ScoredPair]] | None = None,
 ) -> list[ScoredPair]:
     """`score_pairs`, in smaller forwards where memory runs out.
 
     Raises:
-        UserError: a pair alone does not fit; or all do not and `may_split` is False.
+        UserError: a pair alone does not fit.
     """
 
     def too_long(some: Sequence[PairIds], said: str) -> UserError:
         shorter = "hold the base in fewer bits with --quantization, or use a shorter --max-length"
-        return too_large(
-            some,
-            said,
-            phase="scoring",
-            helps=shorter
-            if len(some) == 1
-            else "use a smaller --batch-tokens: it is part of this reference, since LLM.int8() with an outlier "
-            "threshold looks at a batch as a whole",
-        )
+        return too_large(some, said, phase="scoring", helps=shorter)
 
     work = score or score_pairs
     if lm.sharded:
         with no_way_back("out of memory", "scoring over a sharded base", "hold it on more cards"):
             return work(lm, pairs)
-    return in_parts(lambda some: work(lm, some), pairs, may_split=may_split, note=note, describe=too_long)
+    return in_parts(lambda some: work(lm, some), pairs, note=note, describe=too_long)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,17 +195,14 @@ def parity_tolerance(lm: CausalLM, reference_quantization: str, reference_dtype:
     """Mean |difference| per token, nats, that rounding explains; a wrong model is well above.
 
     The same scoring code on the same machine repeats exactly in most cases; what is allowed for is another batch shape
-    (bfloat16: 0.03 was seen) or another device. LLM.int8() on a GPU computes in float16 whatever the dtype is, and
-    picks outliers over the batch. Where policy and reference were asked for in different precisions, the gap between
-    these is expected, and reported.
+    (bfloat16: 0.03 was seen) or another device. Where policy and reference were asked for in different precisions, the
+    gap between these is expected, and reported.
     """
     dtype = str(lm.dtype).removeprefix("torch.")
     if lm.quantization != reference_quantization:
         return 1.0 if "4bit" in (lm.quantization, reference_quantization) else 0.3
     if dtype != reference_dtype:
         return 0.1
-    if lm.quantization != "none" and lm.device.type == "cuda":
-        return 0.06
     return {"float32": 2e-3, "bfloat16": 6e-2, "float16": 2e-2}[dtype]
 
 
@@ -248,7 +230,7 @@ def compare_with_cache(
     diffs: list[np.ndarray[Any, np.dtype[np.float64]]] = []
     margins: list[float] = []
     for batch, _ in batches_of_pairs([pair.ids for pair in cached], batch_tokens):
-        live = score_within_memory(lm, [cached[i].ids for i in batch], may_split=True)
+        live = score_within_memory(lm, [cached[i].ids for i in batch])
         for i, now in zip(batch, live, strict=True):
             chosen = now.chosen_logps.astype(np.float64) - cached[i].chosen_logps
             rejected = now.rejected_logps.astype(np.float64) - cached[i].rejected_logps
@@ -276,7 +258,6 @@ def load_reference(
         quantization=config.quantization,
         dtype=config.dtype,
         device=device,
-        int8_threshold=config.llm_int8_threshold,
         quant_type=config.bnb_4bit_quant_type,
         double_quant=config.bnb_4bit_use_double_quant,
         tokenizer=False,

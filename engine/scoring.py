@@ -151,9 +151,7 @@ def choose_layout(lm: CausalLM, wanted: str = "auto", attention: Attention = "au
             where="a probe of 17 tokens",
             expected="finite numbers",
             found="NaN or infinity",
-            remedy=wider_numbers(
-                lm, "if the dtype is float16, use --dtype bfloat16 or float32; else the weights are damaged"
-            ),
+            remedy="if the dtype is float16, use --dtype bfloat16 or float32; else the weights are damaged",
             exit_status=5,
         )
     if not separate_error <= tolerance:
@@ -200,13 +198,6 @@ def choose_layout(lm: CausalLM, wanted: str = "auto", attention: Attention = "au
             remedy="use --layout auto or separate",
         )
     use_layout(lm, "separate", reason)
-
-
-def wider_numbers(lm: CausalLM, otherwise: str) -> str:
-    """What helps where numbers are not finite; bitsandbytes' 8-bit product on a GPU is float16 whatever the dtype."""
-    if lm.quantization == "8bit" and lm.device.type == "cuda":
-        return "LLM.int8() on a GPU goes through float16, which some models overflow: use --quantization 4bit or none"
-    return otherwise
 
 
 def ways_to_attend(wanted: Attention, device_type: str, dtype: torch.dtype) -> tuple[Attention, ...]:

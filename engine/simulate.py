@@ -40,7 +40,7 @@ from dpoeng.engine.model import (
 from dpoeng.engine.optim import Named, build_optimizer, build_scheduler
 from dpoeng.engine.order import plan_schedule
 from dpoeng.engine.progress import QUIET
-from dpoeng.engine.quantized import cpu_products, quantized_layers, quantized_tensors
+from dpoeng.engine.quantized import quantized_tensors
 from dpoeng.engine.run_state import HeldOut, Run
 from dpoeng.engine.scoring import score_groups
 from dpoeng.engine.simulate_fsdp import gather_layers, part_bytes
@@ -88,7 +88,6 @@ class Setup:
         full_logits: log-probs from whole logits in float32, as plain PyTorch has it.
         second_model: a reference model of the same precision beside the policy.
         stock: as peft and transformers have it: their LoRA product, the embedding on the device.
-        leak: with the inputs that bitsandbytes' int8 layers keep.
         shards: over how many devices the frozen layers are divided (FSDP2); what one of them holds is told.
     """
 
@@ -103,7 +102,6 @@ class Setup:
     full_logits: bool = False
     second_model: bool = False
     stock: bool = False
-    leak: bool = False
     shards: int = 1
 
     @property
@@ -128,8 +126,6 @@ def build(setup: Setup, *, policy: bool = True) -> CausalLM:
             enable_gradient_checkpointing(lm, inputs_on_host=setup.config.activation_offloading)
     if setup.stock:
         use_peft_product(lm.model)
-    for module in quantized_layers(lm.model) if setup.leak else ():
-        module._forward_hooks.clear()  # what keep_no_inputs added
     use_layout(lm, setup.layout)
     return lm
 
@@ -294,10 +290,7 @@ def _kernels_of(device_type: str) -> Iterator[None]:
     original = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = functools.partial(_attention, device_type, original)
     try:
-        with contextlib.ExitStack() as stack:
-            if device_type == "cpu":
-                stack.enter_context(cpu_products())
-                stack.enter_context(as_on_cpu())
+        with as_on_cpu() if device_type == "cpu" else contextlib.nullcontext():
             yield
     finally:
         F.scaled_dot_product_attention = original
@@ -356,13 +349,6 @@ def _gpu_head_gradients(tracker: MemoryTracker, func: Any, args: tuple[Any, ...]
     return result
 
 
-def _gpu_int8_product(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    # The product in int32, then in float16, then in the dtype that was asked for.
-    result = func(*args, **kwargs)
-    tracker.scratch(result.numel() * 6, 0 if result.dtype == torch.float16 else result.nbytes)
-    return result
-
-
 def _product_4bit(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     # The weight is written out in the dtype of the input; its scales before it.
     shape = args[2]
@@ -405,7 +391,6 @@ _INSIDE: dict[str, dict[str, Any]] = {
         "dpoeng::token_logps_score": _gpu_score_logps,
         "dpoeng::token_logps_head": _gpu_score_logps,
         "dpoeng::token_logps_head_backward": _gpu_head_gradients,
-        "bitsandbytes::int8_scaled_mm": _gpu_int8_product,
         "bitsandbytes::gemm_4bit": _product_4bit,
     },
     "cpu": {

@@ -124,7 +124,7 @@ def stored_quantization(source: ModelSource) -> dict[str, Any] | None:
     if not held:
         return None
     if held.get("quant_method") == "bitsandbytes" and held.get("load_in_8bit"):
-        return {"quantization": "8bit", "llm_int8_threshold": float(held.get("llm_int8_threshold", 6.0))}
+        return {"quantization": "8bit"}
     if held.get("quant_method") == "bitsandbytes" and held.get("load_in_4bit"):
         return {
             "quantization": "4bit",

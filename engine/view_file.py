@@ -30,7 +30,6 @@ def reference_record(
         "adapter": _portable(adapter) if adapter else None,
         "quantization": config.quantization,
         "dtype": spec.fields["dtype"],
-        "llm_int8_threshold": config.llm_int8_threshold,
         "bnb_4bit_quant_type": config.bnb_4bit_quant_type,
         "bnb_4bit_use_double_quant": config.bnb_4bit_use_double_quant,
         "batch_tokens": config.batch_tokens,

@@ -252,7 +252,6 @@ def test_several_unknown_options_are_told_at_once(refused: Run) -> None:
         ("append_eos: perhaps", ["must be true or false"]),
         ("columns: chosen", ["must be a set of NAME: COLUMN"]),
         ("columns: {chosen: [a]}", ["must be text"]),
-        ("llm_int8_threshold: -1", ["must be at least 0"]),
         ("bnb_4bit_quant_type: nf5", ["was nf4 meant?"]),
         ("batch_tokens: 0", ["must be at least 1"]),
         ("shard_tokens: many", ["must be a whole number"]),

@@ -264,12 +264,10 @@ MISSES: dict[str, tuple[dict[str, Any], dict[str, Any], Edit | None, set[str]]] 
     "dtype": ({}, {"dtype": "bfloat16"}, None, {"dtype"}),
     "8bit": (
         {},
-        {"quantization": "8bit", "llm_int8_threshold": 0},
+        {"quantization": "8bit"},
         None,
-        {"quantization", "quantization.method", "quantization.skip", "quantization.threshold"},
+        {"quantization", "quantization.method", "quantization.skip", "quantization.activations"},
     ),
-    "outlier threshold": (EIGHT, {**EIGHT, "llm_int8_threshold": 5.0}, None, {"quantization.threshold"}),
-    "batch that outliers are picked from": (EIGHT, {**EIGHT, "batch_tokens": 200}, None, {"scoring.batch_tokens"}),
     "number format": (FOUR, {**FOUR, "bnb_4bit_quant_type": "fp4"}, None, {"quantization.method"}),
     "double quantisation": (FOUR, {**FOUR, "bnb_4bit_use_double_quant": False}, None, {"quantization.double_quant"}),
     "attention layout": ({}, {"layout": "separate"}, None, {"scoring.layout"}),
@@ -299,16 +297,12 @@ def test_with_and_without_adapter_or_scoring_code_misses(
 
 
 HITS: dict[str, tuple[dict[str, Any], dict[str, Any], Edit | None]] = {
-    "batch plan without outliers": ({"batch_tokens": 100}, {"batch_tokens": 200}, None),
-    "batch plan, 8bit without outliers": (
-        {**EIGHT, "llm_int8_threshold": 0},
-        {**EIGHT, "llm_int8_threshold": 0, "batch_tokens": 200},
-        None,
-    ),
+    "batch plan": ({"batch_tokens": 100}, {"batch_tokens": 200}, None),
+    "batch plan, 8bit": ({**EIGHT, "batch_tokens": 100}, {**EIGHT, "batch_tokens": 200}, None),
     "batch plan, 4bit": ({**FOUR, "batch_tokens": 100}, {**FOUR, "batch_tokens": 200}, None),
     "settings of a quantiser that is off": (
         {},
-        {"llm_int8_threshold": 1.0, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
+        {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
         None,
     ),
     "dtype spelled out": ({}, {"dtype": "float32"}, None),

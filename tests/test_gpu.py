@@ -170,7 +170,7 @@ def test_both_phases_and_a_resume(
     """The policy starts at its reference; loss and margins move; a run that was stopped leaves the bytes of one that
     was not, which on a GPU is what `full_determinism` is for."""
     pairs = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(16))
-    fields = {"quantization": quantization, "dtype": dtype, "device": str(device), "llm_int8_threshold": 0.0}
+    fields = {"quantization": quantization, "dtype": dtype, "device": str(device)}
     precompute_reference(PrecomputeConfig(pairs=(pairs,), model=str(wide_model), cache=tmp_path / "cache", **fields))
 
     def config(out: str) -> TrainConfig:

@@ -28,7 +28,7 @@ from dpoeng.engine.memory_tracker import MemoryTracker
 from dpoeng.engine.model import empty_model, enable_gradient_checkpointing, load_model, set_mode, use_layout
 from dpoeng.engine.plan_config import PlanConfig
 from dpoeng.engine.plan_time import find_gpu, phase_times
-from dpoeng.engine.quantized import quantized_layers
+from dpoeng.engine.quantized import multiply_as_bitsandbytes
 from dpoeng.engine.scoring import score_groups
 from dpoeng.engine.simulate import Pair, Setup, trace_step
 from dpoeng.engine.sources import ModelSource, find_model
@@ -116,7 +116,6 @@ def test_the_predicted_peak_is_the_allocators(
         quantization=quantization,
         dtype=str(dtype).removeprefix("torch."),
         device=torch.device("cpu"),
-        int8_threshold=0.0,
         tokenizer=False,
     )
     use_layout(lm, layout)
@@ -174,14 +173,13 @@ def test_the_tracker_counts_a_storage_once_and_knows_when_it_dies() -> None:
 # --------------------------------------------------------------------------- the leak
 
 
-def kept_bytes(quantization: Any, folder: Path, *, mended: bool = True) -> int:
+def kept_bytes(quantization: Any, folder: Path, *, ours: bool = True) -> int:
     """Bytes alive between forward and backward, under checkpointing without re-entrance."""
     lm = load_model(
         find_model(str(folder)), quantization=quantization, dtype="auto", device=torch.device("cpu"), tokenizer=False
     )
-    if not mended:
-        for layer in quantized_layers(lm.model):
-            layer._forward_hooks.clear()
+    if not ours:
+        multiply_as_bitsandbytes(lm.model)
     lm = add_policy_adapter(lm, "new", None, lora_arguments(TrainConfig()))
     enable_gradient_checkpointing(lm)
     set_mode(lm, training=True)
@@ -197,16 +195,13 @@ def kept_bytes(quantization: Any, folder: Path, *, mended: bool = True) -> int:
 
 
 def test_checkpointing_keeps_no_inputs_of_int8_layers(tmp_path: Path) -> None:
-    """If the first check fails, the mend no longer works; if the second does, bitsandbytes has mended it itself.
-
-    In the second case `keep_no_inputs` can go.
-    """
+    """As bitsandbytes' own product does, on a graph node, where checkpointing does not see them."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     small = {k: v for k, v in fields("llama").items() if k != "model_type"}
     LlamaForCausalLM(LlamaConfig(**small)).save_pretrained(tmp_path)
     unquantised, mended = kept_bytes("none", tmp_path), kept_bytes("8bit", tmp_path)
-    stock = kept_bytes("8bit", tmp_path, mended=False)
+    stock = kept_bytes("8bit", tmp_path, ours=False)
     layers, tokens, hidden, inner = 3, 256, 128, 320
     inputs = layers * tokens * 4 * (hidden + hidden + hidden + inner)  # of q/k/v, of o, of gate/up, of down
     assert mended <= 1.05 * unquantised

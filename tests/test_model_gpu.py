@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from dpoeng.engine.model import keep_embedding_on_host, load_model
-from dpoeng.engine.scoring import wider_numbers
 from dpoeng.engine.sources import find_model
 
 
@@ -62,14 +60,3 @@ def test_text_is_generated_over_an_embedding_on_the_host() -> None:
     logits = base(**inputs).logits
     assert logits.shape[-1] == 32
     assert logits.device.type == "meta"
-
-
-def test_what_helps_against_numbers_that_are_not_finite() -> None:
-    """bitsandbytes' product on a GPU is float16: a wider --dtype, which else is advised, changes nothing there."""
-    for device, quantization, named in (
-        ("cuda", "8bit", "--quantization"),
-        ("cpu", "8bit", "--dtype"),
-        ("cuda", "none", "--dtype"),
-    ):
-        lm: Any = SimpleNamespace(device=torch.device(device), quantization=quantization)
-        assert named in wider_numbers(lm, "use a wider --dtype")

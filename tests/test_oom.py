@@ -183,17 +183,6 @@ def test_phase_one_again_and_in_halves(
     assert caught.value.code == "memory-full"
 
 
-def test_a_reference_whose_batches_matter_is_not_cut(
-    tmp_path: Path, tiny_model: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """LLM.int8() picks outliers over a batch: half a batch is another reference, and --batch-tokens is its name."""
-    real = reference.score_pairs
-    monkeypatch.setattr(precompute, "score_pairs", failing(real, lambda _, arguments: len(arguments[1]) > 3, GPU))
-    with pytest.raises(UserError, match="batch-tokens"):
-        score_all(tiny_model, pairs_file, tmp_path / "a", quantization="8bit")
-    score_all(tiny_model, pairs_file, tmp_path / "b", quantization="8bit", llm_int8_threshold=0)
-
-
 def _objects(cache: Path) -> set[str]:
     return {path.name for path in (cache / "objects").rglob("*.arrow")}
 

@@ -41,15 +41,13 @@ def test_both_phases_on_a_stored_checkpoint(tmp_path: Path, tiny_model: Path, qu
             str(tmp_path / "model"),
             "--quantization",
             quantization,
-            "--llm-int8-threshold",
-            "0",
         ],
         catch_exceptions=False,
     )
     assert done.exit_code == 0
     assert "dpoeng precompute-ref" in done.output
     assert (tmp_path / "model" / "tokenizer.json").is_file()
-    live = precompute(tmp_path / "live", tiny_model, quantization=quantization, llm_int8_threshold=0.0)
+    live = precompute(tmp_path / "live", tiny_model, quantization=quantization)
     stored = precompute(tmp_path / "stored", tmp_path / "model")
     assert stored.meta["reference"]["quantization"] == quantization
     assert stored.spec.digest != live.spec.digest, "other bytes of weights, so another reference"
@@ -67,11 +65,11 @@ def test_what_the_checkpoint_says_stands(tmp_path: Path, tiny_model: Path) -> No
     source = find_model(str(tiny_model))
     assert stored_quantization(source) is None
     assert with_stored_quantization(PrecomputeConfig(), source) == PrecomputeConfig()
-    quantize(source, tmp_path / "model", quantization="8bit", int8_threshold=3.0)
+    quantize(source, tmp_path / "model", quantization="8bit")
     held = find_model(str(tmp_path / "model"))
     found = with_stored_quantization(PrecomputeConfig(quantization="8bit"), held)
-    assert (found.quantization, found.llm_int8_threshold) == ("8bit", 3.0)
-    for wrong in ({"quantization": "4bit"}, {"quantization": "none"}, {"llm_int8_threshold": 6.0}):
+    assert found.quantization == "8bit"
+    for wrong in ({"quantization": "4bit"}, {"quantization": "none"}):
         with pytest.raises(UserError) as caught:
             with_stored_quantization(PrecomputeConfig(**wrong), held)
         assert caught.value.code == "quantization-stored"

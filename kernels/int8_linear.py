@@ -1,0 +1,59 @@
+"""A frozen linear layer with its weight in 8 bits: widened for the product, with activations as they are.
+
+LLM.int8(), bitsandbytes' product on a GPU, rounds activations to 8 bits too, but for columns with outliers, which it
+looks for over all rows of a forward. So a text's log-probs depend on what else is in its batch, by as much as the 8
+bits themselves cost (docs/memory.md), and a cached reference could not be met again in batches of another size. Here a
+row's result depends on that row alone, nothing is read back from the device, and the backward needs the weight alone.
+It costs a pass over the weight in 16 bits in each product.
+(Dettmers et al. 2022, LLM.int8(), https://arxiv.org/abs/2208.07339)
+
+Knows nothing of models.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpoeng.kernels.cpu_linear import dtype_of_products, linear
+
+
+def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x W^T + bias` for x [..., I] -> [..., O], W = codes [O, I] int8 * scales [O] / 127, in the dtype of x.
+
+    The gradient of x alone: codes have none. What is returned is no view, so that it may be added to in place.
+    """
+    out: Tensor = _Int8Linear.apply(x, codes, scales, bias)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Int8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        """Keeps the weight as it is held, and nothing of x."""
+        ctx.save_for_backward(codes, scales)
+        return _no_view(x, widened(codes, scales, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of x."""
+        codes, scales = ctx.saved_tensors
+        return linear(upstream[0], widened(codes, scales, upstream[0].dtype).T), None, None, None
+
+
+def _no_view(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear`, whose result torch makes a view where there is a bias and x has three dimensions."""
+    if dtype_of_products(x) != x.dtype:
+        return linear(x, weight, bias)
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    rows, flat = x.reshape(-1, x.shape[-1]), out.view(-1, weight.shape[0])
+    if bias is None:
+        torch.mm(rows, weight.T, out=flat)
+    else:
+        torch.addmm(bias.to(x.dtype), rows, weight.T, out=flat)
+    return out
+
+
+def widened(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight [O, I] that 8-bit codes stand for, each entry rounded once."""
+    return codes.to(dtype).mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
