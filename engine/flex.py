@@ -122,12 +122,13 @@ def block_mask(groups: Sequence[GroupSpan], window: int | None, device: torch.de
     rows = segments(groups)
     partial, full = block_lists(rows, window)
     group, branch, position = (torch.from_numpy(a).to(device) for a in (rows.group, rows.branch, rows.position))
+    reach = torch.tensor(window or 0, device=device)  # a number would become a symbol that is not lowered everywhere
 
     def mask_mod(b: Any, h: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         del b, h
         seen = (group[k] == group[q]) & ((branch[k] == -1) | (branch[k] == branch[q])) & (k <= q)
         if window is not None:
-            seen = seen & (position[q] - position[k] < window)
+            seen = seen & (position[q] - position[k] < reach)
         return seen
 
     total = len(rows.group)
@@ -167,27 +168,32 @@ def flex(
     A sink is a score without a value (gpt-oss): the output shrinks by the share of the sum that it takes.
     """
 
-    output, lse = _attention(query.is_cuda)(
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    found = _attention(query.is_cuda)(
         query,
         key,
         value,
-        score_mod=_capped(softcap) if softcap is not None else None,
+        score_mod=_capped(softcap, query.device) if softcap is not None else None,
         block_mask=mask,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
-        return_lse=True,
+        return_aux=AuxRequest(lse=True) if sinks is not None else None,
     )
-    if sinks is not None:
-        share = torch.sigmoid(lse - sinks.reshape(1, -1, 1).to(lse.dtype))
-        output = output * share.unsqueeze(-1).to(output.dtype)
-    return torch.as_tensor(output)
+    if sinks is None:
+        return torch.as_tensor(found)
+    output, more = found
+    share = torch.sigmoid(more.lse - sinks.reshape(1, -1, 1).to(more.lse.dtype))
+    return torch.as_tensor(output * share.unsqueeze(-1).to(output.dtype))
 
 
 @functools.cache  # one function a cap: another one would be compiled anew
-def _capped(softcap: float) -> Callable[..., torch.Tensor]:
+def _capped(softcap: float, device: torch.device) -> Callable[..., torch.Tensor]:
+    cap = torch.tensor(softcap, device=device)  # a float would be a dynamic shape's symbol, which inductor cannot lower
+
     def capped(score: torch.Tensor, b: Any, h: Any, q: Any, k: Any) -> torch.Tensor:
         del b, h, q, k
-        return torch.tanh(score / softcap) * softcap
+        return torch.tanh(score / cap) * cap
 
     return capped
 

@@ -18,8 +18,10 @@ from dpoeng.cache.reader import View
 from dpoeng.cache.schema import PairIds, ScoredPair, as_ids, pair_key
 from dpoeng.cache.store import Store, ViewEntry
 from dpoeng.cli.train import print_summary
+from dpoeng.engine import flex as flex_module
+from dpoeng.engine.attention import AttentionPlan, shared_prompt_attention
 from dpoeng.engine.config import PrecomputeConfig, TrainConfig
-from dpoeng.engine.flex import BlockCount, block_lists, block_mask, segments, visible
+from dpoeng.engine.flex import BlockCount, _attention, block_lists, block_mask, segments, visible
 from dpoeng.engine.layout import GroupSpan
 from dpoeng.engine.precompute import precompute_reference
 from dpoeng.engine.train import train
@@ -90,6 +92,33 @@ def test_blocks_counted_by_hand(window: int | None, of_a_pair: int) -> None:
         assert str(blocks) == "27.8 % of 128 x 128 blocks computed"
         blocks.add(BlockCount(2, 4))  # of another row
         assert blocks.record() == {"size": 128, "computed": 12, "total": 40, "share": 0.3}
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (64, None), (None, 20.0)])
+def test_compiled_it_gives_the_numbers_of_segments(window: int | None, softcap: float | None) -> None:
+    """By inductor, for this CPU, whose kernel takes the tiles into account; rows of any length without compiling anew.
+
+    It has no backward pass and no sums of scores here, which sinks need.
+    """
+    from torch._dynamo.utils import counters
+
+    _attention.cache_clear()
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    for pairs in (pairs_in_a_row(2, 150, 70), pairs_in_a_row(3, 40, 90), pairs_in_a_row(1, 300, 129)):
+        total = pairs[-1].branches[-1][1]
+        q, k, v = (torch.randn(1, heads, total, 32) for heads in (4, 2, 2))
+        mask = block_mask(pairs, window, torch.device("cpu")).mask
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(flex_module, "_attention", lambda _compiled: _attention(True))
+            found = flex_module.flex(q, k, v, mask, scaling=None, softcap=softcap, sinks=None)
+            plan = AttentionPlan(tuple(pairs))
+            expected, _ = shared_prompt_attention(
+                torch.nn.Module(), q, k, v, None, sliding_window=window, softcap=softcap, dpoeng_plan=plan
+            )
+        torch.testing.assert_close(found.transpose(1, 2), expected, atol=1e-5, rtol=0)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_run_with_flex_attention_tells_how_many_blocks_it_computed(
