@@ -140,8 +140,8 @@ def _attend(
     repeats = q.shape[1] // k.shape[1]
     if softcap is None and sinks is None:
         causal = q_len == k_len and window is None
-        if repeats > 1 and q.is_cuda and not causal:
-            # With a mask and grouped heads, CUDA has only the slow kernel that writes out all scores.
+        if repeats > 1 and q.is_cuda and not (causal and q.dtype != torch.float32):
+            # With grouped heads, CUDA has only FlashAttention (16 bits, no mask) and one that writes out all scores.
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
             repeats = 1
         return F.scaled_dot_product_attention(
@@ -166,7 +166,3 @@ def _attend(
         scores = torch.cat([scores, sink], dim=-1)
     weights = torch.softmax(scores.float(), dim=-1).to(q.dtype)
     return weights[..., :k_len] @ v
-
-
-def no_mask(*_: Any, **__: Any) -> None:
-    """The mask that transformers is asked to build for this attention: none, since the plan carries it."""

@@ -19,7 +19,7 @@ from dpoeng.engine.model import CausalLM
 from dpoeng.engine.oom import in_parts, no_way_back, too_large
 from dpoeng.engine.progress import QUIET
 from dpoeng.engine.rows import WeightArray
-from dpoeng.engine.scoring import head_log_collision, head_logps, predict_groups
+from dpoeng.engine.scoring import head_log_collision, head_logps, on_device, predict_groups
 
 Part = TypeVar("Part", PairSums, PreferenceLoss)
 
@@ -59,11 +59,11 @@ def batch_sums(
     branch = np.repeat(np.arange(2 * len(pairs)), np.diff(offsets))
     batch = PreferenceBatch(
         policy=policy,
-        reference=torch.from_numpy(reference).to(policy.device),
-        branch=torch.from_numpy(branch).to(policy.device),
+        reference=on_device(lm, reference),
+        branch=on_device(lm, branch),
         pairs=len(pairs),
         log_collision=head_log_collision(lm, predictors) if settings.use_weighting else None,
-        weights=None if weights is None else torch.from_numpy(weights).to(policy.device),
+        weights=None if weights is None else on_device(lm, weights),
         per_token=per_token,
     )
     return pair_sums(batch, settings)

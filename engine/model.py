@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from dpoeng.cache.errors import UserError
-from dpoeng.engine.attention import SHARED_PROMPT, no_mask, shared_prompt_attention
+from dpoeng.engine.attention import SHARED_PROMPT, shared_prompt_attention
 from dpoeng.engine.config import Attention, Quantization
 from dpoeng.engine.flex import BlockCount
 from dpoeng.engine.offload import keep_inputs_on_host
@@ -454,12 +454,13 @@ def decoder_layers(backbone: nn.Module) -> list[nn.Module]:
 
 
 def register_attention() -> None:
-    """Makes the shared-prompt attention known to transformers; more than once does no harm."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    """Makes the shared-prompt attention known to transformers; more than once does no harm.
+
+    With no mask of its own: transformers then builds none, and does not look for packed texts on the device.
+    """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(SHARED_PROMPT, shared_prompt_attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(SHARED_PROMPT, no_mask)
 
 
 def use_layout(lm: CausalLM, layout: Layout, reason: str = "") -> None:

@@ -7,8 +7,10 @@ plain linear layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -45,18 +47,18 @@ def predict_groups(lm: CausalLM, groups: Sequence[PromptGroup]) -> tuple[torch.T
     else:
         row, shape, mask = pad([single for group in groups for single in separate(group)], pad_id=0)
         hidden = lm.backbone(
-            input_ids=_tensor(lm, row.input_ids).view(shape),
-            attention_mask=_tensor(lm, mask).view(shape),
-            position_ids=_tensor(lm, row.position_ids).view(shape),
+            input_ids=on_device(lm, row.input_ids).view(shape),
+            attention_mask=on_device(lm, mask).view(shape),
+            position_ids=on_device(lm, row.position_ids).view(shape),
             use_cache=False,
         ).last_hidden_state.flatten(0, 1)
-    return hidden.index_select(0, _tensor(lm, row.gather)), _tensor(lm, row.targets), row.branch_offsets
+    return hidden.index_select(0, on_device(lm, row.gather)), on_device(lm, row.targets), row.branch_offsets
 
 
 def _run_packed(lm: CausalLM, row: PackedRow) -> torch.Tensor:
     output = lm.backbone(
-        input_ids=_tensor(lm, row.input_ids)[None],
-        position_ids=_tensor(lm, row.position_ids)[None],
+        input_ids=on_device(lm, row.input_ids)[None],
+        position_ids=on_device(lm, row.position_ids)[None],
         use_cache=False,
         dpoeng_plan=AttentionPlan(row.groups, lm.attention, blocks=lm.blocks),
     )
@@ -105,7 +107,8 @@ def head_transform(lm: CausalLM) -> tuple[float | None, float]:
     return (float(softcap) if softcap else None), scale
 
 
-def _tensor(lm: CausalLM, array: IndexArray) -> torch.Tensor:
+def on_device(lm: CausalLM, array: npt.NDArray[Any]) -> torch.Tensor:
+    """An array as a tensor where the model is, without waiting for the device."""
     return torch.from_numpy(array).to(lm.device, non_blocking=True)
 
 
@@ -210,7 +213,7 @@ def ways_to_attend(wanted: Attention, device_type: str, dtype: torch.dtype) -> t
 def _own_logps(lm: CausalLM, single: PromptGroup) -> torch.Tensor:
     """The model's own forward, full logits, float64 log-softmax."""
     (branch,) = single.branches
-    ids = _tensor(lm, branch.ids.astype(np.int64))
+    ids = on_device(lm, branch.ids.astype(np.int64))
     logits = lm.base(input_ids=ids[None], use_cache=False).logits[0, branch.start - 1 : -1]
     logps = torch.log_softmax(logits.double(), dim=-1).gather(1, ids[branch.start :, None]).squeeze(1)
     return logps.float()
