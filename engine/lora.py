@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpoeng.kernels.cpu_linear import linear
+from dpoeng.kernels.cpu_linear import linear, owned_linear
 
 CHUNK_BYTES = 64 * 2**20
 
@@ -38,7 +38,7 @@ class LoraLinear(torch.autograd.Function):
         scale: float,
     ) -> torch.Tensor:
         """Keeps x itself for the gradient of A, and x A^T for that of B."""
-        out = linear(x, weight, bias)
+        out = owned_linear(x, weight, bias)
         low = _add_update(out, out, x, a, b, scale)
         ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, x.dtype
         _, _, _, wants_a, wants_b, _ = ctx.needs_input_grad

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -35,6 +35,7 @@ from dpoeng.engine.quantize import with_stored_quantization
 from dpoeng.engine.quantized import require_bitsandbytes
 from dpoeng.engine.reference import load_reference, reference_spec, score_pairs, score_within_memory
 from dpoeng.engine.rejects import Reject, check_reject_share
+from dpoeng.engine.scoring import rotary_limit
 from dpoeng.engine.shards import Part, plan_shards
 from dpoeng.engine.sources import ModelSource, find_adapter, find_model
 from dpoeng.engine.tokens import TokenizedData, tokenize_pairs
@@ -157,6 +158,7 @@ def _precompute(config: PrecomputeConfig, group: Group, progress: Progress) -> P
         lm = load_reference(config, source, adapter, device)
         summary.layout, summary.layout_reason = lm.layout, lm.layout_reason
         _check_ids(unique.values(), lm, source)
+        _check_positions(unique.values(), lm)
         reused = {key: ids for key, ids in unique.items() if ids in index}
         check_drift(
             lm,
@@ -343,6 +345,20 @@ def _check_ids(pairs: Any, lm: CausalLM, source: ModelSource) -> None:
             expected=f"ids below {lm.vocab_size}",
             found=str(highest),
             remedy="use the tokenizer that belongs to this model; added tokens need resized embeddings",
+        )
+
+
+def _check_positions(pairs: Collection[PairIds], lm: CausalLM) -> None:
+    limit = rotary_limit(lm)
+    lengths = [len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids)) for ids in pairs]
+    if limit is not None and max(lengths) > limit:
+        raise UserError(
+            "this model changes its rotary frequencies for long texts, and so the numbers of all texts beside them",
+            code="model-unsupported",
+            where=f"{sum(length > limit for length in lengths)} of {len(lengths)} pairs",
+            expected=f"prompt and response of at most {limit} tokens, up to which its frequencies stand still",
+            found=f"{max(lengths)} tokens",
+            remedy=f"use --max-length {limit}, or leave the long pairs out with --where",
         )
 
 

@@ -107,6 +107,20 @@ def head_transform(lm: CausalLM) -> tuple[float | None, float]:
     return (float(softcap) if softcap else None), scale
 
 
+def rotary_limit(lm: CausalLM) -> int | None:
+    """The length up to which a text's rotary frequencies are its own; None where there is no limit.
+
+    LongRoPE and dynamic NTK choose them by the largest position of a forward (`dynamic_rope_update` of transformers),
+    so that a longer text would change the numbers of all others in it.
+    """
+    config = lm.base.config
+    held = getattr(config, "rope_parameters", None) or {}
+    kinds = [held] if "rope_type" in held else [kind for kind in held.values() if isinstance(kind, dict)]
+    limits = [int(kind["original_max_position_embeddings"]) for kind in kinds if kind.get("rope_type") == "longrope"]
+    limits += [int(config.max_position_embeddings) for kind in kinds if "dynamic" in str(kind.get("rope_type"))]
+    return min(limits, default=None)
+
+
 def on_device(lm: CausalLM, array: npt.NDArray[Any]) -> torch.Tensor:
     """An array as a tensor where the model is, without waiting for the device."""
     return torch.from_numpy(array).to(lm.device, non_blocking=True)

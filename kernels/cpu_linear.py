@@ -60,6 +60,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
+def owned_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` within an autograd function: without gradient, and what is returned is no view.
+
+    torch's own is one where there is a bias, and autograd lets nothing be added in place to a view of a function's.
+    """
+    if dtype_of_products(x) != x.dtype:
+        return _wide(x, weight, bias)
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    rows, flat = x.reshape(-1, x.shape[-1]), out.view(-1, weight.shape[0])
+    if bias is None:
+        torch.mm(rows, weight.T, out=flat)
+    else:
+        torch.addmm(bias.to(x.dtype), rows, weight.T, out=flat)
+    return out
+
+
 class _WideLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -78,10 +94,7 @@ class _WideLinear(torch.autograd.Function):
 
 
 def _wide(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`a b^T + bias` for a [..., K], b [N, K] -> [..., N], summed in `product_dtype` and rounded once.
-
-    What is returned is no view: autograd lets nothing be added in place to a view that a function returns.
-    """
+    """`a b^T + bias` for a [..., K], b [N, K] -> [..., N], summed in `product_dtype` and rounded once; no view."""
     wide = dtype_of_products(a)
     width = a.shape[-1] * wide.itemsize
     step = min(ROWS, max(256, TILE_BYTES // width))

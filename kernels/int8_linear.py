@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpoeng.kernels.cpu_linear import dtype_of_products, linear
+from dpoeng.kernels.cpu_linear import linear, owned_linear
 
 
 def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -32,26 +32,13 @@ class _Int8Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         """Keeps the weight as it is held, and nothing of x."""
         ctx.save_for_backward(codes, scales)
-        return _no_view(x, widened(codes, scales, x.dtype), bias)
+        return owned_linear(x, widened(codes, scales, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of x."""
         codes, scales = ctx.saved_tensors
         return linear(upstream[0], widened(codes, scales, upstream[0].dtype).T), None, None, None
-
-
-def _no_view(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`linear`, whose result torch makes a view where there is a bias and x has three dimensions."""
-    if dtype_of_products(x) != x.dtype:
-        return linear(x, weight, bias)
-    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    rows, flat = x.reshape(-1, x.shape[-1]), out.view(-1, weight.shape[0])
-    if bias is None:
-        torch.mm(rows, weight.T, out=flat)
-    else:
-        torch.addmm(bias.to(x.dtype), rows, weight.T, out=flat)
-    return out
 
 
 def widened(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

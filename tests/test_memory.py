@@ -243,6 +243,7 @@ def test_a_linear_layer_with_its_update_is_its_formula(with_bias: bool, dtype: t
     a, b = (torch.randn(*shape, dtype=wide, requires_grad=True) for shape in ((4, 24), (40, 4)))
     w, bias = torch.randn(40, 24, dtype=dtype), torch.randn(40, dtype=dtype) if with_bias else None
     found = lora.LoraLinear.apply(x, w, bias, a, b, 0.7)
+    assert not found._is_view(), "a second adapter adds to it in place"
     base = torch.nn.functional.linear(x, w, bias)
     if dtype is torch.float64:
         expected = base + 0.7 * (x @ a.T) @ b.T

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +14,11 @@ import torch
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import as_ids
 from dpoeng.engine.attention import SHARED_PROMPT
+from dpoeng.engine.config import PrecomputeConfig
 from dpoeng.engine.layout import Branch, PromptGroup, pack, separate
 from dpoeng.engine.model import CausalLM, register_attention, set_mode, use_layout
-from dpoeng.engine.scoring import choose_layout, score_groups
+from dpoeng.engine.precompute import precompute_reference
+from dpoeng.engine.scoring import choose_layout, rotary_limit, score_groups
 
 VOCAB = 97
 SMALL = {
@@ -130,6 +135,61 @@ def test_architectures_that_cannot_share_fall_back(name: str) -> None:
     torch.testing.assert_close(scored.double(), truth, atol=2e-5, rtol=0)
     with pytest.raises(UserError, match="cannot share a prompt"):
         choose_layout(lm, "shared")
+
+
+ROTARY = {
+    "plain": ("LlamaConfig", {"max_position_embeddings": 64}, None),
+    "dynamic": (
+        "LlamaConfig",
+        {"max_position_embeddings": 64, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+        64,
+    ),
+    "longrope": (
+        "Phi3Config",
+        {
+            "pad_token_id": None,
+            "max_position_embeddings": 256,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 4,
+                "long_factor": [4.0] * 4,
+                "original_max_position_embeddings": 64,
+            },
+        },
+        64,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+def test_up_to_the_rotary_limit_a_long_text_moves_no_other(kind: str) -> None:
+    """And beyond it does, where there is a limit: that is why it is one."""
+    name, extra, limit = ROTARY[kind]
+    lm = make(name, extra)
+    assert rotary_limit(lm) == limit
+    use_layout(lm, "shared")
+    rng = np.random.default_rng(0)
+
+    def text(tokens: int) -> PromptGroup:
+        return PromptGroup(*(rng.integers(0, VOCAB, 4), (Branch(rng.integers(0, VOCAB, tokens - 4)),)))
+
+    short = text(20)
+    for tokens, moves in ((64, False), (70, limit is not None)):
+        alone, beside = (score_groups(lm, groups)[0][:16] for groups in ([short], [short, text(tokens)]))
+        assert bool((alone - beside).abs().max() > 1e-3) == moves
+
+
+def test_pairs_beyond_the_rotary_limit_are_refused(tmp_path: Path, tiny_model: Path, pairs_file: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    config = {**json.loads((model / "config.json").read_text()), "max_position_embeddings": 8, "rope_parameters": rope}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="rotary") as caught:
+        precompute_reference(PrecomputeConfig(pairs=(pairs_file,), model=str(model), cache=tmp_path / "cache"))
+    assert "--max-length 8" in str(caught.value.remedy)
 
 
 def test_a_head_that_dpoeng_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
