@@ -80,7 +80,7 @@ def add_policy_adapter(lm: CausalLM, mode: AdapterMode, adapter: ModelSource | N
                 lm.model.add_adapter(POLICY_ADAPTER, config)
                 lm.model.base_model.set_adapter([REFERENCE_ADAPTER, POLICY_ADAPTER])
                 for name, parameter in lm.model.named_parameters():
-                    if f".{REFERENCE_ADAPTER}." in name:
+                    if POLICY_ADAPTER not in name.split("."):  # SFT may have trained biases, embeddings, tokens
                         parameter.requires_grad_(False)
         except ValueError as error:
             if "arget modules" not in str(error):

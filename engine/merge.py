@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,7 @@ def merge(
     replaced: dict[str, torch.Tensor] = {}
     for adapter in adapters:
         _read_adapter(adapter, updates, replaced)
+    _check_replaced(base, replaced)
 
     into.mkdir(parents=True, exist_ok=True)
     wanted = None if dtype == "auto" else DTYPES[dtype]
@@ -176,7 +177,7 @@ def _read_adapter(adapter: ModelSource, updates: dict[str, list[Update]], replac
         if ".lora_B." in bare:
             continue
         if ".lora_A." not in bare:
-            replaced[bare] = tensor
+            replaced[bare.replace(".base_layer.", ".")] = tensor
             continue
         module = bare.split(".lora_A.")[0]
         rank = _of_pattern(config.get("rank_pattern"), module, config["r"])
@@ -185,6 +186,29 @@ def _read_adapter(adapter: ModelSource, updates: dict[str, list[Update]], replac
         b = tensors[name.replace(".lora_A.", ".lora_B.")]
         update = Update(tensor, b, scale, bool(config.get("fan_in_fan_out")))
         updates.setdefault(f"{module}.weight", []).append(update)
+
+
+def _check_replaced(base: ModelSource, replaced: Mapping[str, torch.Tensor]) -> None:
+    """What an adapter holds beside LoRA's matrices takes the place of the base's own weights, or cannot be merged."""
+    held: set[str] = set()
+    shared: list[str] = []
+    for file in base.weight_files:
+        with safe_open(file, framework="pt") as weights:
+            names = set(weights.keys())
+            held |= names
+            shared += [n for n in names & set(replaced) if not torch.equal(weights.get_tensor(n), replaced[n])]
+    embeddings = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+    tied = not any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in held)
+    lost = sorted(set(replaced) - held) + [name for name in sorted(shared) if tied and name.endswith(embeddings)]
+    if lost:
+        raise UserError(
+            f"{len(lost)} of the adapter's tensors have no place of their own in the base, e.g. {lost[0]}",
+            code="adapter-mismatch",
+            where=base.name,
+            expected="plain LoRA, and whole modules or biases that the base holds by themselves",
+            found="LoRA on an embedding, trained tokens, or a head and an embedding that are one tensor in the base",
+            remedy="load the full-precision base with peft (run.json has the lines) and call merge_and_unload()",
+        )
 
 
 def _of_pattern(pattern: dict[str, float] | None, module: str, default: float) -> float:
@@ -200,7 +224,7 @@ def _copy_rest(base: ModelSource, into: Path, dtype: str, total_bytes: int) -> N
     write_config(base, into, dtype)
     copy_beside(base, into)
     index = base.folder / "model.safetensors.index.json"
-    if index.is_file():
+    if index.is_file() and base.weight_files[0].name != "model.safetensors":
         record = json.loads(index.read_text(encoding="utf-8"))
         record["metadata"] = {**record.get("metadata", {}), "total_size": total_bytes}
         (into / index.name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

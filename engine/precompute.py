@@ -33,6 +33,7 @@ from dpoeng.engine.pairs import PairFile, ensure_unchanged, read_pairs
 from dpoeng.engine.progress import QUIET, Progress
 from dpoeng.engine.quantize import with_stored_quantization
 from dpoeng.engine.quantized import require_bitsandbytes
+from dpoeng.engine.readers import COMPRESSIONS, FORMATS
 from dpoeng.engine.reference import load_reference, reference_spec, score_pairs, score_within_memory
 from dpoeng.engine.rejects import Reject, check_reject_share
 from dpoeng.engine.scoring import rotary_limit
@@ -281,9 +282,12 @@ def default_batch_tokens(device: torch.device) -> int:
 
 
 def default_view_name(path: Path) -> str:
-    """`data/pairs.jsonl.gz` -> `pairs`."""
-    stem = path.name.split(".")[0] or path.resolve().name
-    return re.sub(r"[^A-Za-z0-9._-]", "-", stem)
+    """`data/pairs.train.jsonl.gz` -> `pairs.train`; names that cannot be kept get a hash."""
+    stem = path.name or path.resolve().name
+    for endings in (COMPRESSIONS, FORMATS):
+        stem = next((stem.removesuffix(ending) for ending in endings if stem.endswith(ending)), stem)
+    plain = re.sub(r"[^A-Za-z0-9._-]", "-", stem)
+    return plain if plain == stem else f"{plain}-{xxhash.xxh3_64_hexdigest(stem.encode())[:6]}"
 
 
 def _check_disk(root: Path, missing: Sequence[Sequence[PairIds]]) -> None:

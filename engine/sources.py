@@ -109,7 +109,16 @@ def find_adapter(name: str) -> ModelSource:
             if pickled
             else "name the folder that peft's save_pretrained wrote",
         )
-    _read_json(config)
+    kind = _read_json(config).get("peft_type", "LORA")
+    if kind != "LORA":
+        raise UserError(
+            f"{name} is no LoRA",
+            code="adapter-mismatch",
+            where=str(config),
+            expected="peft_type LORA, whose settings dpoeng knows how to tell apart",
+            found=str(kind),
+            remedy="merge it into the base with peft (merge_and_unload) and give the result as --model",
+        )
     return ModelSource(name, folder, (weights,), revision=commit)
 
 
@@ -210,7 +219,26 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
             if adapter
             else "name the folder that holds config.json",
         )
-    _read_json(folder / "config.json")
+    config = _read_json(folder / "config.json")
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder} holds a model and an adapter",
+            code="model-ambiguous",
+            where=str(folder / "adapter_config.json"),
+            expected="one of them: transformers would load the adapter with the model, without a word",
+            remedy="move adapter_config.json and its weights to a folder of their own, and give that as --adapter",
+        )
+    if config.get("transformers_weights"):
+        raise UserError(
+            f"{folder / 'config.json'} names a weight file of its own",
+            code="model-ambiguous",
+            where="transformers_weights",
+            expected="model.safetensors, or model.safetensors.index.json with its shards",
+            found=str(config["transformers_weights"]),
+            remedy="load it with transformers and save_pretrained() into a new folder",
+        )
+    if (folder / "model.safetensors").is_file():  # before the index, as transformers looks for them
+        return (folder / "model.safetensors",)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
@@ -225,8 +253,6 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
                 remedy="download the checkpoint again",
             )
         return tuple(files)
-    if (folder / "model.safetensors").is_file():
-        return (folder / "model.safetensors",)
     pickles = sorted(p.name for p in folder.glob("*.bin"))
     raise UserError(
         f"{folder} holds no safetensors weights",

@@ -25,9 +25,9 @@ def reference_record(
 ) -> dict[str, Any]:
     """What phase two needs to load the model that gave these numbers; part of the view."""
     return {
-        "model": _portable(source),
+        "model": portable_name(source),
         "revision": source.revision,
-        "adapter": _portable(adapter) if adapter else None,
+        "adapter": portable_name(adapter) if adapter else None,
         "quantization": config.quantization,
         "dtype": spec.fields["dtype"],
         "bnb_4bit_quant_type": config.bnb_4bit_quant_type,
@@ -77,8 +77,11 @@ def write_pairs_view(
         ViewEntry(pair.source_file, pair.source_row, key, pair.extra)
         for pair, key in zip(data.pairs, keys, strict=True)
     ]
+    before = _files(store, name)
     try:
         store.write_view(spec_digest, name, entries, meta, known=known)
+        if before and before != list(meta["files"]):
+            progress.note(f"view {name!r} was of {', '.join(before)}; it is of these pairs now (--name keeps both)")
     except CacheError as error:
         if error.code != "cache-read-only" or not _view_holds(store, name, spec_digest, keys):
             raise
@@ -102,11 +105,20 @@ def write_rejects_file(store: Store, name: str, rejects: list[Reject], progress:
     return path if rejects and path.is_file() else None
 
 
-def _portable(source: ModelSource) -> str:
+def portable_name(source: ModelSource) -> str:
     """A name by which phase two finds the files from any folder: an absolute path, or the hub id."""
     if source.revision is not None:
         return source.name
-    return str(source.weight_files[0].resolve() if source.gguf else source.folder.resolve())
+    # A GGUF is known by its ending, which what a link of the hub's cache points to does not have.
+    return str(source.weight_files[0].absolute() if source.gguf else source.folder.resolve())
+
+
+def _files(store: Store, name: str) -> list[str]:
+    """The files that a view is of; none where there is no such view, or it cannot be read."""
+    try:
+        return list(store.view_record(name).meta.get("files", {})) if name in store.views() else []
+    except CacheError:
+        return []
 
 
 def _view_holds(store: Store, name: str, spec_digest: str, keys: Sequence[bytes]) -> bool:

@@ -33,11 +33,12 @@ from dpoeng.engine import precompute as precompute_module
 from dpoeng.engine import reference as reference_module
 from dpoeng.engine.config import PrecomputeConfig, TrainConfig
 from dpoeng.engine.config_files import load_config
-from dpoeng.engine.precompute import PrecomputeSummary, precompute_reference
+from dpoeng.engine.precompute import PrecomputeSummary, default_view_name, precompute_reference
 from dpoeng.engine.progress import NoProgress
 from dpoeng.engine.reference import reference_spec
 from dpoeng.engine.sources import find_adapter, find_model
 from dpoeng.engine.train import train
+from dpoeng.engine.view_file import portable_name
 
 
 class Notes(NoProgress):
@@ -807,3 +808,52 @@ def test_a_cache_knows_a_spec_by_its_bytes(whole: Path) -> None:
     shuffled = dict(reversed(list(spec.fields.items())))
     assert canonical_json(shuffled) == spec.canonical
     assert ReferenceSpec.from_fields(shuffled).digest == digest
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("data/pairs.jsonl.gz", "pairs"),
+        ("pairs.train.jsonl", "pairs.train"),
+        ("pairs.test.jsonl", "pairs.test"),
+        ("v1.2", "v1.2"),
+    ],
+)
+def test_other_files_have_other_views(path: str, name: str) -> None:
+    assert default_view_name(Path(path)) == name
+
+
+def test_letters_that_have_no_place_in_a_views_name_still_tell_files_apart() -> None:
+    names = {default_view_name(Path(path)) for path in ("训练.jsonl", "测试.jsonl", "a b.csv", "a-b.csv")}
+    assert len(names) == 4
+
+
+def test_a_view_of_other_pairs_is_not_replaced_without_a_word(tmp_path: Path, tiny_model: Path) -> None:
+    notes = Notes()
+    for folder in ("a", "b", "b"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        pairs = write_jsonl(tmp_path / folder / "pairs.jsonl", pair_rows(3))
+        precompute(pairs, tiny_model, tmp_path / "cache", notes)
+    assert [text for text in notes.said if "view 'pairs' was of" in text] == [
+        f"view 'pairs' was of {tmp_path / 'a' / 'pairs.jsonl'}; it is of these pairs now (--name keeps both)"
+    ]
+
+
+def test_the_weights_that_are_hashed_are_those_that_transformers_loads(tmp_path: Path, tiny_model: Path) -> None:
+    """Of a folder with both, transformers takes model.safetensors and leaves the list of shards aside."""
+    from transformers import AutoModelForCausalLM
+
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    AutoModelForCausalLM.from_pretrained(model).save_pretrained(tmp_path / "cut", max_shard_size="20KB")
+    for file in (tmp_path / "cut").glob("model*"):
+        shutil.copy(file, model)
+    assert (model / "model.safetensors.index.json").is_file()
+    assert find_model(str(model)).weight_files == (model / "model.safetensors",)
+
+
+def test_a_gguf_behind_a_link_is_found_again(tmp_path: Path) -> None:
+    """The hub's cache links names to files that are called by their hash."""
+    (tmp_path / "blob").write_bytes(b"GGUF")
+    (tmp_path / "model.gguf").symlink_to(tmp_path / "blob")
+    name = portable_name(find_model(str(tmp_path / "model.gguf")))
+    assert find_model(name).gguf

@@ -14,8 +14,9 @@ from dpoeng_testing import pair_rows, write_jsonl
 from dpoeng.cache.errors import UserError
 from dpoeng.cli.merge import merge as merge_command
 from dpoeng.engine.config import PrecomputeConfig, TrainConfig
-from dpoeng.engine.merge import merge_run
+from dpoeng.engine.merge import merge, merge_run
 from dpoeng.engine.precompute import precompute_reference
+from dpoeng.engine.sources import find_adapter, find_model
 from dpoeng.engine.train import train
 
 
@@ -106,3 +107,58 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path, tiny_model: Path)
     with pytest.raises(UserError) as caught:
         merge_run(out, tmp_path / "merged", model=str(other))
     assert caught.value.code == "adapter-mismatch"
+
+
+def _merged_and_peft(tmp_path: Path, model: Path, **lora: Any) -> tuple[Any, Any]:
+    """A random adapter, merged by dpoeng; and the same by peft."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(task_type="CAUSAL_LM", **lora))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapted.save_pretrained(tmp_path / "adapter")
+    summary = merge(find_model(str(model)), [find_adapter(str(tmp_path / "adapter"))], tmp_path / "merged")
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), tmp_path / "adapter")
+    return AutoModelForCausalLM.from_pretrained(summary.folder), peft
+
+
+def with_biases(folder: Path, *, tied: bool) -> Path:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Qwen2Config(vocab_size=200, num_key_value_heads=2, tie_word_embeddings=tied, **sizes)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ["q_proj"], "bias": "all"},
+        {"target_modules": ["q_proj"], "bias": "lora_only"},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    ],
+)
+def test_what_an_adapter_holds_beside_lora_is_merged(tmp_path: Path, lora: dict[str, Any]) -> None:
+    merged, peft = _merged_and_peft(tmp_path, with_biases(tmp_path / "model", tied=False), **lora)
+    torch.testing.assert_close(logits(merged), logits(peft), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("lora", "tied"),
+    [
+        ({"target_modules": ["q_proj", "embed_tokens"]}, False),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 4]}}, False),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, True),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, True),
+    ],
+)
+def test_what_has_no_place_in_the_base_is_refused(tmp_path: Path, lora: dict[str, Any], tied: bool) -> None:
+    with pytest.raises(UserError) as caught:
+        _merged_and_peft(tmp_path, with_biases(tmp_path / "model", tied=tied), **lora)
+    assert caught.value.code == "adapter-mismatch"
+    assert not (tmp_path / "merged").exists()

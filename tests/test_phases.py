@@ -25,8 +25,9 @@ from dpoeng.engine import precompute as precompute_module
 from dpoeng.engine import reference as reference_module
 from dpoeng.engine import step as step_module
 from dpoeng.engine import train as train_module
+from dpoeng.engine.adapters import add_policy_adapter
 from dpoeng.engine.config import PrecomputeConfig, TrainConfig
-from dpoeng.engine.model import resolve_dtype
+from dpoeng.engine.model import POLICY_ADAPTER, load_model, resolve_dtype
 from dpoeng.engine.order import plan_schedule
 from dpoeng.engine.precompute import PrecomputeSummary, precompute_reference
 from dpoeng.engine.sources import adapter_config, find_adapter, find_model
@@ -651,3 +652,20 @@ def test_flex_attention_scores_on_a_cpu_and_refuses_to_train_there(
     with pytest.raises(UserError) as caught:
         train(quick(tmp_path / "flex", tmp_path / "out", attention="flex"))
     assert (caught.value.code, caught.value.where) == ("attention-unsupported", "--attention flex")
+
+
+@pytest.mark.parametrize("lora", [{"bias": "all"}, {"target_modules": ["q_proj", "embed_tokens"]}])
+def test_stack_trains_nothing_but_its_own_adapter(tmp_path: Path, tiny_model: Path, lora: dict[str, Any]) -> None:
+    """What SFT trained beside plain LoRA, its biases and embeddings, is part of the reference."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"], **lora}
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(**settings)).save_pretrained(
+        tmp_path / "sft"
+    )
+    lm = load_model(find_model(str(tiny_model)), quantization="none", dtype="auto", device=torch.device("cpu"))
+    lm = add_policy_adapter(lm, "stack", find_adapter(str(tmp_path / "sft")), {"target_modules": ["q_proj"], "r": 4})
+    names = [name for name, _ in lm.trainable_parameters()]
+    assert len(names) == 4
+    assert all(f".{POLICY_ADAPTER}." in name for name in names)
