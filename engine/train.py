@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ from dpoeng.engine.run_folder import (
     write_result,
     write_run_file,
 )
+from dpoeng.engine.run_lock import holding
 from dpoeng.engine.run_state import HeldOut, OnMetrics, Run, best_parameters, restore_run, save_run
 from dpoeng.engine.samples import sample_prompts, take_samples, write_samples
 from dpoeng.engine.scoring import choose_layout
@@ -118,11 +120,15 @@ def train(
         kept_base: holds the base between the runs of one process, so that it is loaded once; see `sweep`.
 
     Raises:
-        UserError: cache, model, configuration or output folder is not usable as it is; or the policy does not agree
-            with the cache before the first step; or a loss is not a number; or another process of the same run has
-            ended.
+        UserError: cache, model, configuration or output folder is not usable as it is; or another run is writing to
+            that folder; or the policy does not agree with the cache before the first step; or a loss is not a number;
+            or another process of the same run has ended.
     """
-    with process_group() as group, full_determinism(config.full_determinism):
+    with (
+        process_group() as group,
+        holding(config.output_dir) if group.is_first else contextlib.nullcontext(),
+        full_determinism(config.full_determinism),
+    ):
         return _train(config, group, progress if group.is_first else QUIET, on_metrics, kept_base)
 
 

@@ -153,6 +153,7 @@ MEANINGS: dict[str, str] = {
     "tracker-missing": "A tracker was named in report_to and its package is not installed. Nothing was loaded yet.",
     "tracker-failed": "A tracker could not start. One that fails later is left out with a note; the run goes on.",
     "output-unwritable": "The output folder is full, read-only, or a file.",
+    "output-in-use": "Two runs in one folder would mix their metrics and checkpoints. A killed run holds nothing.",
     "run-not-found": "The folder was not written by `dpoeng train`.",
     "run-damaged": "A log of the run is damaged.",
     "sweep-combinations": "Each combination of what is varied is looked through before the first run; these are wrong.",

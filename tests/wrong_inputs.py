@@ -765,9 +765,21 @@ def little_memory(desk: Desk) -> None:
     desk.patch.setattr("dpoeng.engine.fit.available_bytes", lambda _: 10**6)
 
 
+def run_in_the_folder(desk: Desk) -> None:
+    from dpoeng.engine.config import TrainConfig
+    from dpoeng.engine.run_lock import LOCK_FILE, holding
+    from dpoeng.engine.train import train
+
+    with holding(desk.folder / "out"):  # a lock belongs to the open file: this process can stand for another one
+        desk.write(f"out/{LOCK_FILE}", "process 4711 on node1\n")
+        train(TrainConfig(cache=desk.cache, output_dir=Path("out")))
+
+
 RUNS = (
     Wrong("nothing to resume", "resume-nothing", 2, TRAIN + " --resume", ("checkpoint",)),
     Wrong("a folder with another run", "resume-changed", 2, TRAIN + " --beta 0.7", ("beta = 0.7",), finished_run),
+    Wrong("a folder in which a run is at work", "output-in-use", 2, "", ("4711", "--output-dir"),
+          act=run_in_the_folder),
     Wrong("a file as output folder", "output-unwritable", 5, TRAIN + " --output-dir file --max-steps 1", (),
           lambda d: d.write("file")),
     Wrong("an output disk that is full", "output-unwritable", 5, TRAIN + " --max-steps 1", ("newest checkpoint",),
