@@ -51,7 +51,7 @@ def print_summary(summary: PrecomputeSummary) -> None:
     """What was done, what was left out, and what to do next."""
     from rich.console import Console
 
-    from dpoeng.cli.summary import facts_table
+    from dpoeng.cli.summary import command_line, facts_table
     from dpoeng.cli.tables import length_table
 
     console = Console()
@@ -99,4 +99,5 @@ def print_summary(summary: PrecomputeSummary) -> None:
             highlight=False,
         )
         return
-    console.print(f"\nNext: [bold]dpoeng train --cache {summary.cache}[/]", highlight=False, soft_wrap=True)
+    view = ("--view", summary.view) if summary.views > 1 else ()
+    console.print(f"\nNext: {command_line('train', '--cache', summary.cache, *view)}", highlight=False, soft_wrap=True)

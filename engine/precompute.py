@@ -51,7 +51,8 @@ _STORED_BYTES_A_PAIR = 64  # key, sums, offsets
 class PrecomputeSummary:
     """What phase one did. `pairs` counts rows of the view; `computed` and `reused` count distinct pairs.
 
-    `pending` pairs belong to other parts that are not done; while there are any, the view is not written.
+    `pending` pairs belong to other parts that are not done; while there are any, the view is not written. `views`
+    counts those of the cache then.
     """
 
     cache: Path
@@ -69,6 +70,7 @@ class PrecomputeSummary:
     part: Part
     reports: bool = True
     pending: int = 0
+    views: int = 0
     computed_tokens: int = 0
     seconds: float = 0.0
     layout: str = ""
@@ -190,6 +192,7 @@ def _precompute(config: PrecomputeConfig, group: Group, progress: Progress) -> P
         **source_record(config, file, len(summary.rejects), summary.device),
     }
     write_pairs_view(store, spec_digest, view_name, data, keys, meta, known=index, progress=progress)
+    summary.views = len(store.views())
     summary.rejects_file = write_rejects_file(store, view_name, summary.rejects, progress)
     summary.reference_accuracy = _reference_accuracy(index, unique)
     return summary

@@ -53,6 +53,7 @@ from dpoeng.engine.scoring import choose_layout
 from dpoeng.engine.sources import find_adapter, find_model
 from dpoeng.engine.trackers import check_trackers, open_trackers
 from dpoeng.engine.train_setup import (
+    check_apart,
     check_parity,
     note_idle,
     own_device,
@@ -138,7 +139,7 @@ def _train(
     began = time.perf_counter()
     if group.is_first:
         check_trackers(config.report_to)
-    view = View.open(config.cache, config.view)
+    view = View.open(config.cache, config.view, beside=config.eval_view)
     eval_view = View.open(config.cache, config.eval_view) if config.eval_view else None
     refuse_sums_for_tokens(config, view)
     reference = view.meta["reference"]
@@ -151,6 +152,8 @@ def _train(
     adapter = find_adapter(adapter_name) if adapter_name else None
     mode = resolve_mode(config, has_adapter=adapter is not None)
     train_indices, eval_indices = split(view, eval_view, config)
+    if eval_view is not None and (overlap := check_apart(view, eval_view)):
+        progress.note(overlap)
     train_rows, eval_rows = Rows(view, train_indices), Rows(eval_view or view, eval_indices)
     train_weights = train_rows.weights(config.pair_weight_column)
     held_out = HeldOut(

@@ -10,6 +10,7 @@ import torch
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
+from dpoeng.cache.schema import pair_key
 from dpoeng.engine.adapters import Mode
 from dpoeng.engine.config import TrainConfig
 from dpoeng.engine.distributed import Group
@@ -138,6 +139,44 @@ def split(view: View, eval_view: View | None, config: TrainConfig) -> tuple[list
         [view[row].ids.prompt_ids.tobytes() for row in range(len(view))], config.eval_share, config.seed
     )
     return train_indices, eval_indices
+
+
+def check_apart(view: View, eval_view: View) -> str:
+    """What to tell of pairs, or prompts, that are both trained and evaluated on; empty where there are none.
+
+    As in `dpoeng check --eval` a pair is the same either way round; texts are compared by their token ids.
+
+    Raises:
+        UserError: all pairs that are evaluated on are trained on.
+    """
+    trained = {view.key(row) for row in range(len(view))}
+    prompts = {view[row].ids.prompt_ids.tobytes() for row in range(len(view))}
+    pairs = also = 0
+    for row in range(len(eval_view)):
+        ids = eval_view[row].ids
+        if eval_view.key(row) in trained or pair_key(ids.swapped()) in trained:
+            pairs += 1
+        elif ids.prompt_ids.tobytes() in prompts:
+            also += 1
+    if pairs == len(eval_view):
+        raise UserError(
+            "all pairs that are to be evaluated on are trained on too",
+            code="eval-trained-on",
+            where=f"--eval-view {eval_view.name}",
+            expected=f"pairs that the training view {view.name} does not hold",
+            found=f"{pairs} of {len(eval_view)} are in both",
+            remedy="say --eval-share 0.1 in place of --eval-view, to keep a tenth of the pairs out of training; or run "
+            "precompute-ref on other pairs and name their view",
+        )
+    told = [f"{pairs} are trained on too"] if pairs else []
+    told += [f"{also}{' more' if pairs else ''} have a prompt that is trained on"] if also else []
+    if not told:
+        return ""
+    return (
+        f"of the {len(eval_view)} pairs of {eval_view.name}, which are evaluated on, {' and '.join(told)} (in "
+        f"{view.name}): what was learnt by heart counts as learnt; --eval-share 0.1 in place of --eval-view splits by "
+        "prompt"
+    )
 
 
 def check_parity(

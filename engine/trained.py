@@ -164,7 +164,7 @@ def evaluate_trained(
     Raises:
         UserError: the cache or the model is not usable, or the model before training is not the cache's reference.
     """
-    view = View.open(config.cache, config.view)
+    view = View.open(config.cache, config.view, beside=config.eval_view)
     eval_view = View.open(config.cache, config.eval_view) if config.eval_view else None
     which = which or ("all" if trained.run is None else "held-out")
     indices = split(view, eval_view, config)[1] if which == "held-out" else range(len(view))

@@ -146,6 +146,7 @@ MEANINGS: dict[str, str] = {
     "full-finetuning": "What was asked does not go with training all weights (`use_peft: false`).",
     "parity-failed": "Policy and cache disagree before the first step: another model, adapter or precision.",
     "eval-reference": "Both sets of pairs must be scored by one reference.",
+    "eval-trained-on": "An evaluation on pairs that are trained on tells nothing about others.",
     "resume-nothing": "`--resume` asks for a checkpoint, and the folder has none.",
     "resume-changed": "The folder holds a run with other settings; going on would mix two runs.",
     "checkpoint-damaged": "A checkpoint that is needed does not match its checksum.",

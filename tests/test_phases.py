@@ -25,13 +25,15 @@ from dpoeng.engine import precompute as precompute_module
 from dpoeng.engine import reference as reference_module
 from dpoeng.engine import step as step_module
 from dpoeng.engine import train as train_module
-from dpoeng.engine.config import PrecomputeConfig, TrainConfig
+from dpoeng.engine.config import PrecomputeConfig, SweepConfig, TrainConfig
 from dpoeng.engine.model import resolve_dtype
 from dpoeng.engine.order import plan_schedule
 from dpoeng.engine.precompute import PrecomputeSummary, precompute_reference
+from dpoeng.engine.progress import QUIET
 from dpoeng.engine.sources import adapter_config, find_adapter, find_model
+from dpoeng.engine.sweep import plan_sweep
 from dpoeng.engine.train import train
-from dpoeng.engine.train_setup import split
+from dpoeng.engine.train_setup import check_apart, split
 
 
 def precompute(pairs: Path, model: Path, cache: Path, **fields: Any) -> PrecomputeSummary:
@@ -587,6 +589,44 @@ def test_a_held_out_view(tmp_path: Path, tiny_model: Path) -> None:
     precompute(tmp_path / "b.jsonl", tiny_model, tmp_path / "cache", name="c", dtype="bfloat16")
     with pytest.raises(UserError, match="different references"):
         train(quick(tmp_path / "cache", tmp_path / "out2", view="a", eval_view="c"))
+
+
+def test_pairs_that_are_both_trained_and_evaluated_on(tmp_path: Path, tiny_model: Path) -> None:
+    """Of six pairs that are evaluated on two are trained on, one of them the other way round; two share a prompt."""
+    rows, cache = pair_rows(24), tmp_path / "cache"
+    turned = {**rows[1], "chosen": rows[1]["rejected"], "rejected": rows[1]["chosen"]}
+    other = [{**rows[k], "chosen": " another answer\nEND"} for k in (2, 3)]
+    for name, held in (("a", rows[:16]), ("mixed", [rows[0], turned, *other, *rows[20:22]]), ("b", rows[16:])):
+        write_jsonl(tmp_path / f"{name}.jsonl", held)
+        precompute(tmp_path / f"{name}.jsonl", tiny_model, cache)
+    assert "of the 6 pairs of mixed" in (said := check_apart(View.open(cache, "a"), View.open(cache, "mixed")))
+    assert "2 are trained on too and 2 more have a prompt" in said
+    assert check_apart(View.open(cache, "a"), View.open(cache, "b")) == ""
+    notes: list[str] = []
+    progress = SimpleNamespace(note=notes.append, task=QUIET.task)
+    train(quick(cache, tmp_path / "out", view="a", eval_view="mixed", max_steps=1), progress)
+    assert said in notes
+    for view, eval_view in (("a", "half"), ("mixed", "mixed2")):
+        write_jsonl(tmp_path / "half.jsonl", [turned, *rows[4:8]])
+        precompute(tmp_path / "half.jsonl", tiny_model, cache)
+        precompute(tmp_path / "mixed.jsonl", tiny_model, cache, name="mixed2")
+        with pytest.raises(UserError) as caught:
+            train(quick(cache, tmp_path / "no", view=view, eval_view=eval_view))
+        assert caught.value.code == "eval-trained-on"
+        options = {"cache": cache, "view": view, "eval_view": eval_view, "output_dir": tmp_path / "sweep"}
+        with pytest.raises(UserError) as caught:
+            plan_sweep(SweepConfig(vary={"beta": [0.1, 0.2]}), options)
+        assert caught.value.code == "eval-trained-on"
+
+
+def test_the_other_of_two_views_is_trained_on(tmp_path: Path, tiny_model: Path) -> None:
+    rows = pair_rows(24)
+    for name, held in (("a", rows[:16]), ("b", rows[16:])):
+        write_jsonl(tmp_path / f"{name}.jsonl", held)
+        precompute(tmp_path / f"{name}.jsonl", tiny_model, tmp_path / "cache")
+    summary = train(quick(tmp_path / "cache", tmp_path / "out", eval_view="a", max_steps=1))
+    assert (summary.train_pairs, summary.eval_pairs) == (8, 16)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["reference"]["view"] == "b"
 
 
 def test_a_loss_that_is_not_a_number_stops_before_saving(
