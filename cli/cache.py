@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -229,7 +230,7 @@ def import_(file: Path, **options: Any) -> None:
     click.echo(
         f"{done.rows:,} rows read, {done.added:,} of them new; view {done.view!r} written"
         + (" (sums only)" if sums else "")
-        + f"\n\nNext: dpoeng train --cache {config.cache} --view {done.view}"
+        + f"\n\nNext: {shlex.join(['dpoeng', 'train', '--cache', str(config.cache), '--view', str(done.view)])}"
     )
 
 

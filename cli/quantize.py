@@ -38,7 +38,7 @@ def quantize(model: str, into: Path, quantization: str, dtype: str, llm_int8_thr
     from rich.console import Console
 
     from dpoeng.cli.progress import TerminalProgress
-    from dpoeng.cli.summary import facts_table
+    from dpoeng.cli.summary import command_line, facts_table
     from dpoeng.engine.model import pick_device
     from dpoeng.engine.quantize import quantize as write_quantized
     from dpoeng.engine.sources import find_model
@@ -61,6 +61,5 @@ def quantize(model: str, into: Path, quantization: str, dtype: str, llm_int8_thr
             ]
         )
     )
-    console.print(
-        f"\nNext: dpoeng precompute-ref pairs.jsonl --model {summary.folder}", highlight=False, soft_wrap=True
-    )
+    then = command_line("precompute-ref", "pairs.jsonl", "--model", summary.folder)
+    console.print(f"\nNext: {then}", highlight=False, soft_wrap=True)
