@@ -191,6 +191,7 @@ what to do. It goes to stderr. `--debug`, anywhere in the command, adds the trac
 | 4 | the cache (also: `cache verify` found damage) |
 | 5 | the machine: disk, memory, GPU, libraries (also: `dpoeng doctor` found an error) |
 | 6 | a measurement is worse than it was, or than it may be (`bench diff`, `bench checks`) |
+| 141 | nobody reads the output any more, as behind `head` |
 | 130, 143 | stopped by Ctrl-C or SIGTERM; the same command goes on |
 
 The messages below were produced by the tests, each by the command above it. This page is written by
