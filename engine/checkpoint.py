@@ -174,6 +174,16 @@ def saving_tensors() -> Iterator[None]:
 
 def unwritable(path: Path, error: OSError) -> UserError:
     """What to say when the output folder refuses to be written."""
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return UserError(
+            "a file stands where the output folder should be",
+            code="output-unwritable",
+            where=str(path),
+            expected="a folder, or nothing yet",
+            found=error.strerror or str(error),
+            remedy="name another folder with --output-dir, or move that file away",
+            exit_status=5,
+        )
     return UserError(
         "the output folder cannot be written",
         code="output-unwritable",
