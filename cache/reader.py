@@ -19,6 +19,7 @@ from dpoeng.cache.shard import Numbers, Shard, check_hash
 from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.store import THREADS, Store
 from dpoeng.cache.table import Table
+from dpoeng.cache.words import counted
 
 
 class View:
@@ -135,7 +136,7 @@ def open_table(store: Store, record: ViewRecord, *, check: bool) -> Table:
         check_hash(data, record.table.name, where)
     table = Table(data, where, [reference.rows for reference in record.objects], len(record.files))
     if len(table) != record.table.rows:
-        raise damaged(where, f"{record.table.rows} rows", f"{len(table)} rows")
+        raise damaged(where, counted(record.table.rows, "row"), counted(len(table), "row"))
     return table
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dpoeng.cache.words import counted
 from dpoeng.cli.options import as_words, config_options, given
 from dpoeng.engine.config import PrecomputeConfig
 from dpoeng.engine.config_files import load_config
@@ -91,7 +92,8 @@ def print_report(report: CheckReport, html: Path | None, then: Sequence[str]) ->
     _print_tables(console, report)
     left_out = f", {report.rejected:,} left out" if report.rejected else ""
     filtered = f", {report.filtered:,} by --where" if report.filtered else ""
-    facts = [("pairs", f"{report.pairs:,} of {report.rows:,} rows{left_out}{filtered}; {report.prompts:,} prompts")]
+    rows, prompts = counted(report.rows, "row"), counted(report.prompts, "prompt")
+    facts = [("pairs", f"{report.pairs:,} of {rows}{left_out}{filtered}; {prompts}")]
     if report.bias is not None:
         bias = report.bias
         facts.append(
@@ -104,13 +106,13 @@ def print_report(report: CheckReport, html: Path | None, then: Sequence[str]) ->
     if report.max_length_needed is not None:
         facts.append(("max_length", f"{report.max_length_needed:,} would cut nothing"))
     if report.eval_pairs:
-        facts.append(("evaluation", f"{report.eval_pairs:,} pairs"))
+        facts.append(("evaluation", counted(report.eval_pairs, "pair")))
     facts.append(("time", f"{report.seconds:.1f} s"))
     if html is not None:
         facts.append(("page", str(html)))
     console.print(facts_table(facts))
     errors, warnings = report.count("error"), report.count("warning")
-    kinds = f"{errors} kinds of errors, {warnings} of warnings"
+    kinds = f"{counted(errors, 'kind')} of errors, {warnings} of warnings"
     if not errors and not warnings:
         console.print("\n[green]fine[/]")
     else:

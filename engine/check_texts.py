@@ -11,6 +11,7 @@ from typing import Any
 
 import xxhash
 
+from dpoeng.cache.words import counted
 from dpoeng.engine.findings import Tally, snippet
 from dpoeng.engine.shapes import Message, PreferencePair, Turns, holds_human_turn
 from dpoeng.engine.where import truth
@@ -109,11 +110,13 @@ class TextCheck:
             without = self._pairs - sum(one.count for one in values.values())
             if 0 < without <= self._pairs / 2:
                 self._tally.count("no-category", without)
-                self._tally.example("no-category", f"column {column}", f"{without:,} pairs")
+                self._tally.example("no-category", f"column {column}", counted(without, "pair"))
             for one in values.values():
                 if one.count < 5 <= self._pairs / 20:
                     self._tally.count("rare-category", one.count)
-                    self._tally.example("rare-category", f"column {column}", f"{one.value}: {one.count} pairs")
+                    self._tally.example(
+                        "rare-category", f"column {column}", f"{one.value}: {counted(one.count, 'pair')}"
+                    )
         return found
 
     def _categorise(self, pair: PreferencePair, longer: int) -> None:
@@ -146,7 +149,7 @@ class TextCheck:
             for kind in others:
                 self._tally.count("mixed-types", kinds[kind].count)
                 for where, shown in kinds[kind].first:
-                    told = f"{column} is {kind}, {shown}; in {kinds[most].count:,} pairs it is {most}"
+                    told = f"{column} is {kind}, {shown}; in {counted(kinds[most].count, 'pair')} it is {most}"
                     self._tally.example("mixed-types", where, told)
 
     def _endings(self) -> None:

@@ -16,6 +16,7 @@ import xxhash
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import PairIds, pair_key
 from dpoeng.cache.store import KeyIndex, Store
+from dpoeng.cache.words import counted
 from dpoeng.engine.config import PrecomputeConfig
 from dpoeng.engine.distributed import Group, process_group
 from dpoeng.engine.drift import check_drift
@@ -251,7 +252,8 @@ def _read(config: PrecomputeConfig, source: ModelSource) -> tuple[PairFile, Toke
             code="data-empty",
             where=", ".join(map(str, config.pairs)),
             expected="pairs that keep response tokens within max_length",
-            found=f"{len(data.rejects)} pairs rejected, the first: {data.rejects[0].reason}, {data.rejects[0].detail}"
+            found=f"{counted(len(data.rejects), 'pair')} rejected, the first: {data.rejects[0].reason}, "
+            f"{data.rejects[0].detail}"
             if data.rejects
             else None,
             remedy="see all reasons with `dpoeng check PAIRS --model MODEL`; raise --max-length if it is lengths",
@@ -328,7 +330,7 @@ def _compute(
                 rows += score_within_memory(lm, pairs, may_split=may_split, note=progress.note, score=score_pairs)
                 pairs_done += len(pairs)
                 speed = pairs_done / (time.perf_counter() - began)
-                shown = f"{pairs_done} of {summary.computed} pairs, {speed:.2f} pairs/s"
+                shown = f"{pairs_done} of {counted(summary.computed, 'pair')}, {speed:.2f} pairs/s"
                 advance(positions, shown)
             store.commit_shard(spec_digest, rows, provenance)
     if lm.device.type == "cuda":

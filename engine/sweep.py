@@ -21,6 +21,7 @@ import xxhash
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
+from dpoeng.cache.words import counted
 from dpoeng.engine.config import LOSS_FIELDS, SweepConfig, TrainConfig, bare_type
 from dpoeng.engine.config_files import as_error, load_config, unknown_field
 from dpoeng.engine.distributed import group_size
@@ -377,7 +378,7 @@ def run_sweep(plan: SweepPlan, progress: Progress = QUIET, on_results: OnResults
         left = [later for later in plan.points[number:] if not has_result(later.config.output_dir)]
         if left and pairs:
             about = in_time(sum(later.pairs for later in left) * seconds / pairs)
-            progress.note(f"{len(left)} runs are left, about {about} at the speed so far")
+            progress.note(f"{counted(len(left), 'run')} left, about {about} at the speed so far")
     return results
 
 

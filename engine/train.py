@@ -13,6 +13,7 @@ import torch
 
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import ScoredPair
+from dpoeng.cache.words import counted
 from dpoeng.engine.adapters import Mode, as_reference, make_trainable
 from dpoeng.engine.advice import Advice, advise
 from dpoeng.engine.background import Background
@@ -284,7 +285,7 @@ def _train(
 
     with best_parameters(run, done):
         if config.samples and (group.is_first or lm.sharded):
-            progress.note(f"answering {config.samples} held-out prompts, before and after")
+            progress.note(f"answering {counted(config.samples, 'held-out prompt')}, before and after")
             samples = take_samples(lm, start, sample_prompts(eval_rows, config.samples))
         weights = whole_weights(lm, group)
         if group.is_first:

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import IdArray, as_ids
+from dpoeng.cache.words import counted
 from dpoeng.engine.adapters import Mode, before_training, load_trained_adapter
 from dpoeng.engine.advice import Advice, advise
 from dpoeng.engine.batch import evaluate
@@ -176,7 +177,7 @@ def evaluate_trained(
         return check_parity(config, lm, view, range(len(view)), view.meta["reference"]), device_name(lm.device)
 
     def score(lm: CausalLM) -> PreferenceLoss:
-        progress.note(f"evaluating {len(rows)} pairs of {rows.view.name} ({which})")
+        progress.note(f"evaluating {counted(len(rows), 'pair')} of {rows.view.name} ({which})")
         return evaluate(
             lm,
             rows,

@@ -125,7 +125,7 @@ def test_bad_rows_are_counted_and_listed(run: Run, tmp_path: Path, tiny_model: P
     write_jsonl(tmp_path / "pairs.jsonl", rows)
     status, out, _ = run("precompute-ref", "pairs.jsonl", "--model", tiny_model, "--max-reject-share", "0.2")
     assert status == 0
-    assert "1 rows, listed in refcache/rejects/pairs.jsonl" in out
+    assert "1 row, listed in refcache/rejects/pairs.jsonl" in out
     assert '"row": 11' in (tmp_path / "refcache/rejects/pairs.jsonl").read_text().replace("source_row", "row")
     status, _, err = run("precompute-ref", "pairs.jsonl", "--model", tiny_model)
     assert status == 3

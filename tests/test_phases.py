@@ -599,8 +599,8 @@ def test_pairs_that_are_both_trained_and_evaluated_on(tmp_path: Path, tiny_model
     for name, held in (("a", rows[:16]), ("mixed", [rows[0], turned, *other, *rows[20:22]]), ("b", rows[16:])):
         write_jsonl(tmp_path / f"{name}.jsonl", held)
         precompute(tmp_path / f"{name}.jsonl", tiny_model, cache)
-    assert "of the 6 pairs of mixed" in (said := check_apart(View.open(cache, "a"), View.open(cache, "mixed")))
-    assert "2 are trained on too and 2 more have a prompt" in said
+    assert "of 6 pairs in mixed" in (said := check_apart(View.open(cache, "a"), View.open(cache, "mixed")))
+    assert "(in a): 2 pairs and 2 more by prompt alone" in said
     assert check_apart(View.open(cache, "a"), View.open(cache, "b")) == ""
     notes: list[str] = []
     progress = SimpleNamespace(note=notes.append, task=QUIET.task)
