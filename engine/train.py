@@ -58,6 +58,7 @@ from dpoeng.engine.train_setup import (
     check_parity,
     note_idle,
     own_device,
+    parity_text,
     refuse_attention_on_cpu,
     refuse_sums_for_tokens,
     resolve_mode,
@@ -208,14 +209,17 @@ def _train(
     if whole:
         progress.note(f"each process loads the whole base into the host's memory before it is divided: {whole}")
     in_parts = config.fsdp and not whole
-    lm = load(
-        config,
-        reference,
-        device,
-        on_host=bool(whole),
-        tokenizer=config.samples > 0,
-        shard=layer_sharding(group, device, trained=mode == "full") if in_parts else None,
-    )
+    n_bytes = sum(file.stat().st_size for file in source.weight_files)
+    with progress.task("loading the base", n_bytes, "B") as advance:
+        lm = load(
+            config,
+            reference,
+            device,
+            on_host=bool(whole),
+            tokenizer=config.samples > 0,
+            shard=layer_sharding(group, device, trained=mode == "full") if in_parts else None,
+        )
+        advance(n_bytes, "")
     if whole and mode == "full":
         shard_base(lm, group, device, trained=True)  # before: what is trained are the parts
     # Seeded before the adapter is made: its start is part of what a seed means.
@@ -229,7 +233,11 @@ def _train(
     set_mode(lm, training=False)
     with as_reference(lm, mode):
         choose_layout(lm, config.layout, config.attention)
-        parity = check_parity(config, lm, view, train_indices, reference)
+        sample = min(config.parity_pairs, len(train_indices))
+        with progress.task("comparing the policy with the cache", sample, "pairs") as advance:
+            parity = check_parity(config, lm, view, train_indices, reference)
+            advance(sample, "")
+    progress.note(parity_text(parity))
     group.wait()  # until every process has found its policy right
     if group.is_first:
         clear_output(config)

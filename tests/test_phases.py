@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
@@ -16,10 +17,12 @@ import numpy as np
 import pytest
 import torch
 from dpoeng_testing import pair_rows, save_tiny_model, tree, write_jsonl
+from rich.console import Console
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.cache.store import Store
+from dpoeng.cli.progress import TerminalProgress
 from dpoeng.engine import loop as loop_module
 from dpoeng.engine import precompute as precompute_module
 from dpoeng.engine import reference as reference_module
@@ -33,7 +36,7 @@ from dpoeng.engine.progress import QUIET
 from dpoeng.engine.sources import adapter_config, find_adapter, find_model
 from dpoeng.engine.sweep import plan_sweep
 from dpoeng.engine.train import train
-from dpoeng.engine.train_setup import check_apart, split
+from dpoeng.engine.train_setup import check_apart, parity_text, split
 
 
 def precompute(pairs: Path, model: Path, cache: Path, **fields: Any) -> PrecomputeSummary:
@@ -236,6 +239,35 @@ def test_the_first_step_is_ln_2_and_training_learns(tmp_path: Path, cache: Path)
     assert run["config"]["beta"] == 0.1
     assert run["reference"]["spec"] == View.open(cache).spec.digest
     assert run["versions"]["torch"] == torch.__version__
+
+
+def test_what_takes_long_is_told_before_it_begins(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In lines, as in a log file; and the policy's agreement with the cache before the first step."""
+    output = io.StringIO()
+    progress = TerminalProgress(Console(file=output, width=80))
+    seen: dict[str, list[str]] = {}
+
+    def looking(name: str, real: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seen.setdefault(name, output.getvalue().splitlines())
+            return real(*args, **kwargs)
+
+        return call
+
+    for owner, name in (
+        (train_module, "load_policy_base"),
+        (train_module, "check_parity"),
+        (loop_module, "evaluate"),
+        (loop_module, "train_step"),
+    ):
+        monkeypatch.setattr(owner, name, looking(name, getattr(owner, name)))
+    summary = train(quick(cache, tmp_path / "out", max_steps=1), progress)
+    assert seen["load_policy_base"][-1] == "loading the base ..."
+    assert seen["check_parity"][-1] == "comparing the policy with the cache ..."
+    assert seen["evaluate"][-1] == "evaluating before training ..."
+    assert summary.parity is not None
+    assert f"note: {parity_text(summary.parity)}" in seen["train_step"]
+    assert seen["train_step"][-1] == "training ..."
 
 
 def test_the_adapter_loads_with_peft_alone(tmp_path: Path, cache: Path, tiny_model: Path) -> None:
