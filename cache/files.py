@@ -185,8 +185,7 @@ class Files:
         path = folder / f"{name}.{os.getpid()}.{secrets.token_hex(4)}"
         descriptor = self.disk.create(path)
         try:
-            with contextlib.suppress(OSError):  # a file system without locks; gc then goes by age alone
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(descriptor)  # on a file system without locks gc goes by age alone
             self.disk.write(descriptor, data)
             # A failed fsync is never tried again on this file: the kernel may have dropped the pages and forgotten.
             self.disk.fsync(descriptor)
@@ -236,6 +235,20 @@ class Files:
             raise
         except OSError as error:
             raise disk_error(error, self.root / name) from error
+
+
+def lock(descriptor: int) -> bool | None:
+    """Whether this process holds an open file from now on: False where another one does, None where nobody can.
+
+    The system lets go of it when the descriptor is closed, and when the process ends, in whatever way.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return None
+    return True
 
 
 @contextlib.contextmanager

@@ -72,6 +72,14 @@ def open_folder(files: Files, *, create: bool) -> None:
     Raises:
         CacheError: no cache there, one of a later version, or (with `create`) a folder with other things in it.
     """
+    if files.root.is_file():
+        raise CacheError(
+            "this is a file, not a cache",
+            code="cache-not-plain",
+            where=str(files.root),
+            expected="the folder that `dpoeng precompute-ref` writes",
+            remedy="name that folder with --cache",
+        )
     try:
         found = files.read(FORMAT_NAME)
     except FileNotFoundError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import time
 from collections.abc import Collection, Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from dpoeng.cache.errors import CacheError
-from dpoeng.cache.files import QUARANTINE, TMP
+from dpoeng.cache.files import QUARANTINE, TMP, lock
 from dpoeng.cache.folder import commit_name, commits_folder, manifest_name, object_name, spec_name, table_name
 from dpoeng.cache.records import DIGEST
 from dpoeng.cache.store import Store
@@ -123,9 +122,6 @@ def _is_abandoned(store: Store, name: str) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+        return lock(descriptor) is True
     finally:
         os.close(descriptor)
-    return True

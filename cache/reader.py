@@ -19,6 +19,7 @@ from dpoeng.cache.shard import Numbers, Shard, check_hash
 from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.store import THREADS, Store
 from dpoeng.cache.table import Table
+from dpoeng.cache.words import counted
 
 
 class View:
@@ -44,12 +45,20 @@ class View:
         self._object_at, self._row_at = table.object.data, table.row.data  # plain ints, read fast
 
     @classmethod
-    def open(cls, root: Path | str, name: str | None = None, *, verify: Literal["open", "full"] = "full") -> Self:
+    def open(
+        cls,
+        root: Path | str,
+        name: str | None = None,
+        *,
+        beside: str | None = None,
+        verify: Literal["open", "full"] = "full",
+    ) -> Self:
         """Opens a view.
 
         Args:
             root: the cache folder.
-            name: the view; None where there is only one.
+            name: the view; None where there is only one, or one beside another.
+            beside: the name of a view that has its use already, and is not meant where none is named.
             verify: "open" checks records, sizes, schema and offsets; "full" also hashes every byte of the objects in
                 use and looks at every log-prob (some 0.1 s/GB from a warm cache).
 
@@ -57,7 +66,7 @@ class View:
             CacheError: no such view, several where none was named, or a file that is missing or damaged.
         """
         store = Store.open(root)
-        name = _choose(store, name)
+        name = _choose(store, name, beside)
         record = _record(store, name)
         full = verify == "full"
         with ThreadPoolExecutor(THREADS) as pool:
@@ -127,7 +136,7 @@ def open_table(store: Store, record: ViewRecord, *, check: bool) -> Table:
         check_hash(data, record.table.name, where)
     table = Table(data, where, [reference.rows for reference in record.objects], len(record.files))
     if len(table) != record.table.rows:
-        raise damaged(where, f"{record.table.rows} rows", f"{len(table)} rows")
+        raise damaged(where, counted(record.table.rows, "row"), counted(len(table), "row"))
     return table
 
 
@@ -148,10 +157,11 @@ def _fingerprint(record: ViewRecord) -> str:
     return xxhash.xxh3_128_hexdigest(record.encode())
 
 
-def _choose(store: Store, name: str | None) -> str:
+def _choose(store: Store, name: str | None, beside: str | None) -> str:
     names = store.views()
-    if name is None and len(names) == 1:
-        return names[0]
+    free = [one for one in names if one != beside] or names
+    if name is None and len(free) == 1:
+        return free[0]
     if name in names:
         return name
     listed = ", ".join(names) or "no view at all"
@@ -162,7 +172,7 @@ def _choose(store: Store, name: str | None) -> str:
             where=str(store.root),
             expected="the name of one",
             found=listed,
-            remedy=f"choose one, e.g. --view {names[0]}",
+            remedy=f"choose one, e.g. --view {free[0]}",
             exit_status=2,
         )
     raise CacheError(
@@ -170,7 +180,8 @@ def _choose(store: Store, name: str | None) -> str:
         code="cache-no-view",
         where=str(store.root),
         found=listed,
-        remedy="run `dpoeng precompute-ref` to its end: it writes the view last",
+        remedy=(f"name one that is there: {listed}; or " if names else "")
+        + "run `dpoeng precompute-ref` to its end: it writes the view last",
         exit_status=2,
     )
 

@@ -43,6 +43,10 @@ class PairIds:
     chosen_start: int = 0
     rejected_start: int = 0
 
+    def swapped(self) -> PairIds:
+        """The same pair the other way round."""
+        return PairIds(self.prompt_ids, self.rejected_ids, self.chosen_ids, self.rejected_start, self.chosen_start)
+
     @property
     def total_tokens(self) -> int:
         """Tokens computed when the prompt is run once: P + C + R."""

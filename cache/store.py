@@ -39,6 +39,7 @@ from dpoeng.cache.shard import Shard, check_hash, encode_shard
 from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.table import ViewEntry as ViewEntry
 from dpoeng.cache.table import encode_table
+from dpoeng.cache.words import counted
 
 THREADS: Final = min(8, os.cpu_count() or 1)
 _MANIFEST = re.compile(r"manifest-([0-9]{6})\.json")
@@ -146,7 +147,7 @@ class Store:
             check_hash(data, reference.name, where)
         shard = Shard(data, where)
         if len(shard) != reference.rows:
-            raise damaged(where, f"{reference.rows} rows", f"{len(shard)} rows")
+            raise damaged(where, counted(reference.rows, "row"), counted(len(shard), "row"))
         if check:
             shard.check_values()
         return shard
@@ -328,7 +329,7 @@ class Store:
                 "pairs of this view have no numbers in the cache",
                 code="cache-incomplete",
                 where=f"{first.source_file}:{first.source_row}" + (" and others" if len(missing) > 1 else ""),
-                expected=f"{len(entries)} pairs",
+                expected=counted(len(entries), "pair"),
                 found=f"{len(missing)} of them missing",
                 remedy="run the same `dpoeng precompute-ref` again: it computes what is missing",
             )

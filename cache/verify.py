@@ -26,6 +26,7 @@ from dpoeng.cache.reader import open_table
 from dpoeng.cache.records import DIGEST, Commit, Manifest, ObjectRef, damaged
 from dpoeng.cache.shard import Shard
 from dpoeng.cache.store import THREADS, Store
+from dpoeng.cache.words import counted
 
 Depth = Literal["open", "semantic", "full", "all"]
 Progress = Callable[[int, int], None]
@@ -149,7 +150,9 @@ def _check_manifests(store: Store, commits: list[Commit], manifests: list[Manife
                 where = store.root / commit_name(manifest.spec, reference.name)
                 report.problems.append(
                     Problem(
-                        str(where), f"the record of {reference.rows} rows that a finished run left", "no such record"
+                        str(where),
+                        f"the record of {counted(reference.rows, 'row')} that a finished run left",
+                        "no such record",
                     )
                 )
 

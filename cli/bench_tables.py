@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from dpoeng.cache.words import counted
 from dpoeng.cli.summary import facts_table
 
 _PARTS = ("data", "forward", "head", "backward", "optimizer")
@@ -98,7 +99,7 @@ def compare_tables(record: dict[str, Any]) -> list[Table]:
     columns = {"dpoeng": {**medians["dpoeng reference"], **medians["dpoeng"]}}
     columns |= {peer: medians[peer] for peer in record["ratios"]}
     table = Table(
-        title=f"{settings['model']}, {settings['dtype']}, {settings['batch_size']} pairs a step",
+        title=f"{settings['model']}, {settings['dtype']}, {counted(settings['batch_size'], 'pair')} a step",
         title_justify="left",
         show_edge=False,
     )
@@ -114,7 +115,7 @@ def compare_tables(record: dict[str, Any]) -> list[Table]:
     worst = max(equality["loss"].values())
     table.caption = (
         f"Losses are equal: largest relative difference {worst:.1e} (allowed {equality['tolerance']:g}). x: times what "
-        f"dpoeng needs, median and range of {settings['repeats']} repeats. Peaks: above the loaded weights."
+        f"dpoeng needs, median and range of {counted(settings['repeats'], 'repeat')}. Peaks: above the loaded weights."
         if equality["ok"]
         else f"[red]The losses differ by {worst:.1e} (allowed {equality['tolerance']:g}): no ratio is told.[/]"
     )
@@ -232,7 +233,7 @@ def memory_tables(record: dict[str, Any]) -> list[Table]:
     """A row a case."""
     settings, lengths = record["settings"], record["lengths"]
     held = settings["quantization"] if settings["quantization"] != "none" else record["versions"]["dtype"]
-    batch = f"{len(lengths)} pairs" if len(lengths) > 1 else "1 pair"
+    batch = counted(len(lengths), "pair")
     recomputed = "with" if settings["gradient_checkpointing"] else "without"
     table = Table(
         title=f"peak memory, MiB: {held}, {batch} of {sum(map(sum, lengths)):,} tokens, {recomputed} gradient "
@@ -282,8 +283,8 @@ def quality_tables(record: dict[str, Any]) -> list[Table]:
     """A row a way: as it was trained; and its adapter in float32, beside the first way's."""
     settings, results = record["settings"], record["results"]
     table = Table(
-        title=f"{settings['model']}: {results[0]['pairs']} held-out pairs, {results[0]['steps']} steps, "
-        f"{settings['seeds']} seed{'s' if settings['seeds'] > 1 else ''}",
+        title=f"{settings['model']}: {results[0]['pairs']} held-out pairs, {counted(results[0]['steps'], 'step')}, "
+        f"{counted(settings['seeds'], 'seed')}",
         title_justify="left",
         show_edge=False,
         caption="as trained: with its own precision and reference. In float32: the adapter alone, on the float32 model "

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from dpoeng.cache.words import counted
 from dpoeng.cli.options import config_options, given
 from dpoeng.engine.config import PrecomputeConfig
 from dpoeng.engine.config_files import load_config
@@ -56,7 +58,7 @@ def info(folder: Path, as_json: bool) -> None:
         facts = [
             ("reference", reference.digest),
             *((name, _short(value)) for name, value in reference.summary.items()),
-            ("rows", f"{reference.rows:,} in {reference.objects} objects, {_size(reference.bytes)}"),
+            ("rows", f"{reference.rows:,} in {counted(reference.objects, 'object')}, {_size(reference.bytes)}"),
             ("finished run", f"generation {reference.generation}" if reference.generation else "none yet"),
             ("last changed", reference.changed.strftime("%Y-%m-%d %H:%M") if reference.changed else "never"),
             *(("written by", _short(provenance)) for provenance in reference.provenance),
@@ -131,8 +133,8 @@ def verify(
 
         found = score_anew(View.open(folder, view), recompute, model=model, adapter=adapter)
         console.print(
-            f"{found.pairs} pairs scored anew: mean difference {found.mean_diff:.2g}, largest {found.max_diff:.2g} "
-            f"nats a token (allowed mean: {found.tolerance:g})"
+            f"{counted(found.pairs, 'pair')} scored anew: mean difference {found.mean_diff:.2g}, largest "
+            f"{found.max_diff:.2g} nats a token (allowed mean: {found.tolerance:g})"
         )
         if not found.ok:
             console.print("[red]These are not the numbers of this model.[/] Was it changed in its place?")
@@ -152,7 +154,7 @@ def export(folder: Path, file: Path, view: str | None) -> None:
     from dpoeng.cache.reader import View
 
     count = export_view(View.open(folder, view), file)
-    click.echo(f"{count:,} rows written to {file}")
+    click.echo(f"{counted(count, 'row')} written to {file}")
 
 
 @cache.command(
@@ -226,9 +228,9 @@ def import_(file: Path, **options: Any) -> None:
 
     done, sums = import_reference(config, file, TerminalProgress())
     click.echo(
-        f"{done.rows:,} rows read, {done.added:,} of them new; view {done.view!r} written"
+        f"{counted(done.rows, 'row')} read, {done.added:,} of them new; view {done.view!r} written"
         + (" (sums only)" if sums else "")
-        + f"\n\nNext: dpoeng train --cache {config.cache} --view {done.view}"
+        + f"\n\nNext: {shlex.join(['dpoeng', 'train', '--cache', str(config.cache), '--view', str(done.view)])}"
     )
 
 
@@ -264,10 +266,11 @@ def gc(folder: Path, delete: bool, drop: tuple[str, ...], quarantine: bool, min_
     for item in garbage:
         click.echo(f"{item.kind:<10} {_size(item.bytes):>10}  {item.name}")
     total = _size(sum(item.bytes for item in garbage))
+    files = counted(len(garbage), "file")
     if delete:
-        click.echo(f"{len(garbage)} files removed, {total}")
+        click.echo(f"{files} removed, {total}")
     else:
-        click.echo(f"{len(garbage)} files, {total}; nothing was removed" + (" (--delete does)" if garbage else ""))
+        click.echo(f"{files}, {total}; nothing was removed" + (" (--delete does)" if garbage else ""))
 
 
 @cache.command(epilog=_example("dpoeng cache stats refcache", "dpoeng cache stats refcache --html reference.html"))
@@ -345,7 +348,7 @@ def _choose(store: Store, prefix: str | None) -> str:
             code="cache-which-spec",
             where=str(store.root),
             expected="the beginning of one of: " + (", ".join(digests) or "(none)"),
-            found=prefix or f"{len(digests)} references",
+            found=prefix or counted(len(digests), "reference"),
             remedy="`dpoeng cache info` shows what each of them is" if digests else "run `dpoeng precompute-ref` first",
             exit_status=2,
         )

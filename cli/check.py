@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dpoeng.cli.options import config_options, given
+from dpoeng.cache.words import counted
+from dpoeng.cli.options import as_words, config_options, given
 from dpoeng.engine.config import PrecomputeConfig
 from dpoeng.engine.config_files import load_config
 
@@ -57,6 +59,7 @@ def check(
     end tokens); no weight is loaded. The exit status is 3 if an error was found, with --strict also for a warning.
     """
     values = given(options)
+    then = [*map(str, pairs), *(["--config", str(config_file)] if config_file else []), *as_words(values)]
     if pairs:
         values["pairs"] = pairs
     config = load_config(PrecomputeConfig, values, config_file)
@@ -72,17 +75,16 @@ def check(
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(report), indent=2))
     else:
-        print_report(report, html)
+        print_report(report, html, then)
     if report.count("error") or (strict and report.count("warning")):
         sys.exit(EXIT_FOUND)
 
 
-def print_report(report: CheckReport, html: Path | None) -> None:
-    """Findings first, then the tables, then what to do next."""
+def print_report(report: CheckReport, html: Path | None, then: Sequence[str]) -> None:
+    """Findings first, then the tables, then what to do next: `then` is what phase one is to be given."""
     from rich.console import Console
-    from rich.markup import escape
 
-    from dpoeng.cli.summary import facts_table
+    from dpoeng.cli.summary import command_line, facts_table
 
     console = Console(highlight=False)
     for finding in report.findings:
@@ -90,7 +92,8 @@ def print_report(report: CheckReport, html: Path | None) -> None:
     _print_tables(console, report)
     left_out = f", {report.rejected:,} left out" if report.rejected else ""
     filtered = f", {report.filtered:,} by --where" if report.filtered else ""
-    facts = [("pairs", f"{report.pairs:,} of {report.rows:,} rows{left_out}{filtered}; {report.prompts:,} prompts")]
+    rows, prompts = counted(report.rows, "row"), counted(report.prompts, "prompt")
+    facts = [("pairs", f"{report.pairs:,} of {rows}{left_out}{filtered}; {prompts}")]
     if report.bias is not None:
         bias = report.bias
         facts.append(
@@ -103,23 +106,20 @@ def print_report(report: CheckReport, html: Path | None) -> None:
     if report.max_length_needed is not None:
         facts.append(("max_length", f"{report.max_length_needed:,} would cut nothing"))
     if report.eval_pairs:
-        facts.append(("evaluation", f"{report.eval_pairs:,} pairs"))
+        facts.append(("evaluation", counted(report.eval_pairs, "pair")))
     facts.append(("time", f"{report.seconds:.1f} s"))
     if html is not None:
         facts.append(("page", str(html)))
     console.print(facts_table(facts))
     errors, warnings = report.count("error"), report.count("warning")
-    kinds = f"{errors} kinds of errors, {warnings} of warnings"
+    kinds = f"{counted(errors, 'kind')} of errors, {warnings} of warnings"
     if not errors and not warnings:
         console.print("\n[green]fine[/]")
     else:
         console.print(f"\n[{'red' if errors else 'yellow'}]{kinds}[/]")
     if not errors:
-        files = escape(" ".join(report.files))
-        first, model = (
-            ("", f" --model {escape(report.model)}") if report.model else ("the same with --model, then ", "")
-        )
-        console.print(f"Next: {first}[bold]dpoeng precompute-ref {files}{model}[/]", soft_wrap=True)
+        first = "" if report.model else "the same with --model, then "
+        console.print(f"Next: {first}{command_line('precompute-ref', *then)}", soft_wrap=True)
 
 
 def _print_finding(console: Any, finding: Finding) -> None:

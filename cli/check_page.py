@@ -15,6 +15,7 @@ from dpoeng.cache.page import (
     tag,
     text,
 )
+from dpoeng.cache.words import counted
 from dpoeng.engine.check import CheckReport
 from dpoeng.engine.findings import Finding
 
@@ -45,8 +46,9 @@ def check_page(report: CheckReport) -> str:
         bias = report.bias
         parts.append(
             paragraph(
-                f"Chosen is longer in {bias.longer:,} pairs, shorter in {bias.shorter:,}, equal in {bias.equal:,}; on "
-                f"average by {bias.mean_difference:+.1f} {report.unit} (sign test p = {bias.p_value:.2g}).",
+                f"Chosen is longer in {counted(bias.longer, 'pair')}, shorter in {bias.shorter:,}, equal in "
+                f"{bias.equal:,}; on average by {bias.mean_difference:+.1f} {report.unit} (sign test p = "
+                f"{bias.p_value:.2g}).",
                 "dim",
             )
         )

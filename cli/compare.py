@@ -71,7 +71,7 @@ def compare(
     given_prompts = [*prompts, *(read_prompts(file) if file else [])]
     trained = find_trained(path)
     config = run_config(trained, given(options))
-    view = View.open(config.cache, config.view)
+    view = View.open(config.cache, config.view, beside=config.eval_view)
 
     def prompts_of(tokenizer: Any) -> list[IdArray]:
         if not given_prompts:

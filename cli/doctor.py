@@ -43,6 +43,8 @@ def doctor(cache: Path, output_dir: Path, online: bool, as_json: bool, strict: b
         from rich.markup import escape
         from rich.table import Table
 
+        from dpoeng.cache.words import counted
+
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         for _ in range(3):
             table.add_column(overflow="fold")
@@ -54,7 +56,7 @@ def doctor(cache: Path, output_dir: Path, online: bool, as_json: bool, strict: b
         console.print(table)
         counts = {name: sum(check.status == name for check in found.checks) for name in ("error", "warning")}
         if counts["error"] or counts["warning"]:
-            console.print(f"\n{counts['error']} errors, {counts['warning']} warnings")
+            console.print(f"\n{counted(counts['error'], 'error')}, {counted(counts['warning'], 'warning')}")
         else:
             console.print("\n[green]ready[/]")
     if found.worst() == "error" or (strict and found.worst() == "warning"):

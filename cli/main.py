@@ -7,8 +7,9 @@ import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import click
 
@@ -75,7 +76,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         # Deprecations inside the libraries are for their maintainers; python -W default shows them.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
-    for stream in (sys.stdout, sys.stderr):
+    streams = (sys.stdout, sys.stderr)
+    for stream in streams:
         if hasattr(stream, "reconfigure"):  # a terminal of another encoding must not turn a message into a crash
             stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -94,16 +96,36 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         click.echo("\nStopped by SIGTERM. Run the same command again and it goes on from there.", err=True)
         status = 143
     except BrokenPipeError:
-        # Who reads the output has seen enough (`| head`). Python would complain once more when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 141
+        status = _unread(streams)
+    except SystemExit as stop:
+        # Both rich and click end the process themselves then, with status 1; click puts another stdout in place first.
+        unread = isinstance(stop.__context__, BrokenPipeError) or sys.stdout is not streams[0]
+        status = _unread(streams) if unread else stop.code
     except Exception as error:
         reported = as_user_error(error)
         if debug:
             traceback.print_exc()
-        click.echo(click.style("error: ", fg="red", bold=True, reset=True) + str(reported), err=True)
+        _print_error(str(reported))
         status = reported.exit_status
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _unread(streams: Iterable[TextIO]) -> int:
+    """Who reads the output has seen enough (`| head`): the exit status of a process that SIGPIPE ends."""
+    for stream in streams:
+        try:
+            stream.flush()
+        except BrokenPipeError:  # Python would complain once more when it flushes at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return 128 + signal.SIGPIPE
+
+
+def _print_error(message: str) -> None:
+    """In colour where rich's tables are: NO_COLOR, FORCE_COLOR and TERM decide."""
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
 
 
 def as_user_error(error: Exception) -> UserError:

@@ -32,6 +32,7 @@ def merge(output_dir: Path, into: Path, dtype: str, model: str | None) -> None:
     """
     from rich.console import Console
 
+    from dpoeng.cache.words import counted
     from dpoeng.cli.progress import TerminalProgress
     from dpoeng.cli.summary import facts_table
     from dpoeng.engine.merge import merge_run
@@ -43,7 +44,7 @@ def merge(output_dir: Path, into: Path, dtype: str, model: str | None) -> None:
             [
                 ("base", summary.base),
                 ("adapters", ", ".join(summary.adapters)),
-                ("merged", f"{summary.merged} of {summary.tensors} tensors, sums in float32"),
+                ("merged", f"{summary.merged} of {counted(summary.tensors, 'tensor')}, sums in float32"),
             ]
         )
     )

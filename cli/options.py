@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -117,6 +117,20 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
             raise click.UsageError(f"--{name} {twice} is given twice; all of its values belong into one")
         values[name] = dict(values[name])
     return values
+
+
+def as_words(values: Mapping[str, Any]) -> list[str]:
+    """What `given` has found, as it would be typed for another command with the same fields."""
+    words: list[str] = []
+    for name, value in values.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, Mapping):
+            words += [word for key, text in value.items() for word in (flag, f"{key}={text}")]
+        else:
+            words += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return words
 
 
 def _option(name: str, annotation: Any, default: Any, text: str) -> Callable[[Command], Command]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dpoeng.cache.words import counted
 from dpoeng.cli.options import ConfigCommand, config_options, given
 from dpoeng.engine.config import PrecomputeConfig
 from dpoeng.engine.config_files import load_config
@@ -51,7 +52,7 @@ def print_summary(summary: PrecomputeSummary) -> None:
     """What was done, what was left out, and what to do next."""
     from rich.console import Console
 
-    from dpoeng.cli.summary import facts_table
+    from dpoeng.cli.summary import command_line, facts_table
     from dpoeng.cli.tables import length_table
 
     console = Console()
@@ -60,7 +61,7 @@ def print_summary(summary: PrecomputeSummary) -> None:
         ("pairs", f"{summary.pairs} in view {summary.view!r}: {summary.computed} computed, {summary.reused} reused"),
     ]
     if summary.quarantined:
-        facts.append(("damaged", f"{summary.quarantined} objects set aside and computed again"))
+        facts.append(("damaged", f"{counted(summary.quarantined, 'object')} set aside and computed again"))
     if summary.computed:
         seconds = max(summary.seconds, 1e-9)
         facts.append(
@@ -78,25 +79,26 @@ def print_summary(summary: PrecomputeSummary) -> None:
     if not summary.pending:
         share = f"{100 * summary.reference_accuracy:.0f} %"
         facts.append(("reference", f"prefers the chosen response in {share} of the pairs"))
-    for label, count, text in (
-        ("duplicates", len(summary.source.duplicates), "pairs that occur again; each is scored once"),
-        ("contradictions", len(summary.source.contradictions), "pairs that stand the other way round elsewhere"),
-        ("multi-turn", summary.source.multi_turn, "responses with later turns of the user, which are scored too"),
+    for label, count, word, text in (
+        ("duplicates", len(summary.source.duplicates), "pair", "repeated; each is scored once"),
+        ("contradictions", len(summary.source.contradictions), "pair", "the other way round elsewhere"),
+        ("multi-turn", summary.source.multi_turn, "response", "with later turns of the user, which are scored too"),
     ):
         if count:
-            facts.append((label, f"{count} {text}"))
+            facts.append((label, f"{counted(count, word)} {text}"))
     if summary.filtered:
-        facts.append(("filtered", f"{summary.filtered} rows by --where"))
+        facts.append(("filtered", f"{counted(summary.filtered, 'row')} by --where"))
     if summary.rejects_file is not None:
-        facts.append(("rejected", f"{len(summary.rejects)} rows, listed in {summary.rejects_file}"))
+        facts.append(("rejected", f"{counted(len(summary.rejects), 'row')}, listed in {summary.rejects_file}"))
     facts.append(("identity", summary.spec))
     console.print(facts_table(facts))
     if summary.pending:
         console.print(
-            f"\nPart {summary.part.index} of {summary.part.count} is done. {summary.pending} pairs belong to parts "
-            "that are not: the job that ends last writes the view. If all have ended, run the command once without "
-            "--shard.",
+            f"\nPart {summary.part.index} of {summary.part.count} is done. {counted(summary.pending, 'pair')} of other "
+            "parts still to be computed: the job that ends last writes the view. If all have ended, run the command "
+            "once without --shard.",
             highlight=False,
         )
         return
-    console.print(f"\nNext: [bold]dpoeng train --cache {summary.cache}[/]", highlight=False, soft_wrap=True)
+    view = ("--view", summary.view) if summary.views > 1 else ()
+    console.print(f"\nNext: {command_line('train', '--cache', summary.cache, *view)}", highlight=False, soft_wrap=True)

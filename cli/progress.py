@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from dpoeng.engine.progress import Advance
@@ -22,7 +23,7 @@ class TerminalProgress:
 
     def note(self, text: str) -> None:
         """A sentence for the user."""
-        self._console.print(f"[yellow]note:[/] {text}", highlight=False)
+        self._console.print(f"[yellow]note:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def task(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
@@ -55,6 +56,8 @@ class TerminalProgress:
 
     @contextlib.contextmanager
     def _lines(self, title: str, total: int, unit: str, before: int) -> Iterator[Advance]:
+        # First of all: what takes a minute should be seen to have begun.
+        self._console.print(f"{title} ...", highlight=False, soft_wrap=True)
         began = last = time.perf_counter()
         done = 0
 

@@ -35,7 +35,7 @@ def quantize(model: str, into: Path, quantization: str, dtype: str, device: str)
     from rich.console import Console
 
     from dpoeng.cli.progress import TerminalProgress
-    from dpoeng.cli.summary import facts_table
+    from dpoeng.cli.summary import command_line, facts_table
     from dpoeng.engine.model import pick_device
     from dpoeng.engine.quantize import quantize as write_quantized
     from dpoeng.engine.sources import find_model
@@ -57,6 +57,5 @@ def quantize(model: str, into: Path, quantization: str, dtype: str, device: str)
             ]
         )
     )
-    console.print(
-        f"\nNext: dpoeng precompute-ref pairs.jsonl --model {summary.folder}", highlight=False, soft_wrap=True
-    )
+    then = command_line("precompute-ref", "pairs.jsonl", "--model", summary.folder)
+    console.print(f"\nNext: {then}", highlight=False, soft_wrap=True)

@@ -22,6 +22,7 @@ def report(out: Path, html: Path | None) -> None:
     Curves, evaluations, warnings, configuration, hashes and versions, in one file that needs no network. A run that is
     still going can be looked at too.
     """
+    from dpoeng.cache.words import counted
     from dpoeng.cli.output import write_page
     from dpoeng.cli.report_page import report_page
     from dpoeng.engine.run_record import read_run
@@ -29,4 +30,4 @@ def report(out: Path, html: Path | None) -> None:
     run = read_run(out)
     target = html or out / "report.html"
     write_page(target, report_page(run))
-    click.echo(f"{run.steps()} steps, {'complete' if run.complete else 'not complete yet'}: {target}")
+    click.echo(f"{counted(run.steps(), 'step')}, {'complete' if run.complete else 'not complete yet'}: {target}")

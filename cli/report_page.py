@@ -22,6 +22,7 @@ from dpoeng.cache.page import (
     tag,
     text,
 )
+from dpoeng.cache.words import counted
 from dpoeng.engine.config import TrainConfig
 from dpoeng.engine.run_record import EVAL, RunRecord
 
@@ -42,7 +43,7 @@ _CHARTED = {name for _, _, names in _CHARTS for name in names}
 def report_page(run: RunRecord) -> str:
     """The page."""
     reference = run.record.get("reference", {})
-    state = "complete" if run.complete else f"not complete: {run.steps()} steps so far"
+    state = "complete" if run.complete else f"not complete: {counted(run.steps(), 'step')} so far"
     subtitle = f"{run.record.get('model', '')} on view {reference.get('view', '?')}, {state}"
     parts: list[str] = [cards(_cards(run))]
     warnings = run.warnings()
@@ -198,7 +199,10 @@ def configuration(config: Mapping[str, Any]) -> Html:
     changed = {name: value for name, value in rows.items() if value != default.get(name)}
     kept = [(name, value) for name, value in rows.items() if name not in changed]
     shown = table((), changed.items(), words=True) if changed else paragraph("All fields have their defaults.", "dim")
-    return Html(shown + (details(f"{len(kept)} fields at their default", table((), kept, words=True)) if kept else ""))
+    return Html(
+        shown
+        + (details(f"{counted(len(kept), 'field')} at their default", table((), kept, words=True)) if kept else "")
+    )
 
 
 def _identity(run: RunRecord) -> list[str]:

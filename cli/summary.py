@@ -1,10 +1,12 @@
-"""The tables that end a command."""
+"""What ends a command: tables, and what to do next."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -36,6 +38,11 @@ def facts_table(facts: Sequence[tuple[str, str]]) -> Table:
     for label, text in facts:
         table.add_row(label, text)
     return table
+
+
+def command_line(*words: object) -> str:
+    """A command of dpoeng that a shell takes as it stands, in bold."""
+    return f"[bold]{escape(shlex.join(['dpoeng', *map(str, words)]))}[/]"
 
 
 def metrics_table(summary: TrainSummary) -> Table:

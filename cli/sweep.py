@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dpoeng.cache.words import counted
 from dpoeng.cli.options import ConfigCommand, config_options, given
 from dpoeng.engine.config import SweepConfig, TrainConfig
 from dpoeng.engine.config_files import load_config
@@ -75,7 +76,7 @@ def print_results(plan: SweepPlan, results: Sequence[RunResult]) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     table = Table(
-        title=f"{len(results)} runs by held-out {plan.rank_by}",
+        title=f"{counted(len(results), 'run')} by held-out {plan.rank_by}",
         title_justify="left",
         show_edge=False,
         pad_edge=False,
@@ -130,7 +131,7 @@ def _report_failures(results: Sequence[RunResult]) -> None:
     if failed:
         lines = [f"{result.name}: {result.error.splitlines()[0]}" for result in failed]
         raise UserError(
-            f"{len(failed)} of {len(results)} runs failed",
+            f"{len(failed)} of {counted(len(results), 'run')} failed",
             code="sweep-failed",
             where=str(failed[0].folder.parent),
             expected="every run complete",

@@ -20,6 +20,7 @@ from dpoeng.cache.page import (
     tag,
     text,
 )
+from dpoeng.cache.words import counted
 from dpoeng.cli.report_page import configuration
 from dpoeng.cli.sweep import result_rows
 from dpoeng.engine.run_record import EVAL, read_run
@@ -57,7 +58,7 @@ def sweep_page(plan: SweepPlan, results: Sequence[RunResult]) -> str:
         ]
     common = plan.points[0].config.model_dump(mode="json", exclude={*plan.vary, "output_dir"})
     parts += [heading("Common settings"), configuration(common)]
-    return page(f"Sweep {plan.root.name}", parts, f"{len(results)} runs over {varied}")
+    return page(f"Sweep {plan.root.name}", parts, f"{counted(len(results), 'run')} over {varied}")
 
 
 def _cards(plan: SweepPlan, results: Sequence[RunResult]) -> Html:

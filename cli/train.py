@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dpoeng.cache.words import counted
 from dpoeng.cli.options import ConfigCommand, config_options, given
 from dpoeng.engine.config import TrainConfig
 from dpoeng.engine.config_files import load_config
@@ -55,24 +56,21 @@ def print_summary(summary: TrainSummary) -> None:
     from rich.console import Console
 
     from dpoeng.cli.summary import advice_text, facts_table, group_tables, metrics_table
+    from dpoeng.engine.train_setup import parity_text
 
     console = Console()
     if summary.already_complete:
-        console.print(f"This run is complete already ({summary.steps} steps); nothing was done.", highlight=False)
+        steps = counted(summary.steps, "step")
+        console.print(f"This run is complete already ({steps}); nothing was done.", highlight=False)
     facts: list[tuple[str, str]] = []
     if summary.parity is not None:
-        facts.append(
-            (
-                "parity",
-                f"policy = cache on {summary.parity.pairs} pairs: mean difference {summary.parity.mean_diff:.2g}, "
-                f"largest {summary.parity.max_diff:.2g} nats a token; reward noise {summary.parity.reward_noise:.2g}",
-            )
-        )
+        facts.append(("parity", parity_text(summary.parity)))
     facts.append(
         (
             "trained",
-            f"{summary.trainable:,} parameters ({MODES[summary.mode]}) on {summary.train_pairs} pairs, "
-            f"{summary.steps} steps" + (f", from step {summary.resumed_from}" if summary.resumed_from else ""),
+            f"{counted(summary.trainable, 'parameter')} ({MODES[summary.mode]}) on "
+            f"{counted(summary.train_pairs, 'pair')}, {counted(summary.steps, 'step')}"
+            + (f", from step {summary.resumed_from}" if summary.resumed_from else ""),
         )
     )
     if not summary.already_complete:

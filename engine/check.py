@@ -18,6 +18,7 @@ import numpy as np
 import xxhash
 
 from dpoeng.cache.errors import UserError
+from dpoeng.cache.words import counted
 from dpoeng.engine.check_texts import Category, TextCheck, content
 from dpoeng.engine.config import PrecomputeConfig
 from dpoeng.engine.findings import Finding, Level, Tally, snippet
@@ -133,7 +134,7 @@ def check_pairs(config: PrecomputeConfig, eval_files: Sequence[Path] = (), *, ex
             code="data-empty",
             where=", ".join(stream.files),
             expected="at least one row that passes the filter",
-            found=f"{stream.filtered} rows left out by the filter {config.where!r}",
+            found=f"{counted(stream.filtered, 'row')} left out by the filter {config.where!r}",
             remedy="loosen --where",
             exit_status=3,
         )

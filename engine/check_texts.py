@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import xxhash
 
+from dpoeng.cache.words import counted
 from dpoeng.engine.findings import Tally, snippet
 from dpoeng.engine.shapes import Message, PreferencePair, Turns, holds_human_turn
+from dpoeng.engine.where import truth
 
 BOS_TEXTS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
 END_TEXTS = (
@@ -32,6 +35,7 @@ _TAILS_KEPT = 5_000
 _SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
 _MARGINS = ("margin", "score_margin", "score_diff", "preference_strength")
 _CATEGORY_VALUES = 30
+_TYPE_EXAMPLES = 10
 
 
 @dataclass(slots=True)
@@ -49,6 +53,14 @@ class Category:
         return self.column, self.value, f"{self.count:,}", f"{self.count / max(of, 1):.1%}", longer
 
 
+@dataclass(slots=True)
+class _Values:
+    """Values of one type in one column: how many, and (file:line, value) of the first."""
+
+    count: int = 0
+    first: list[tuple[str, str]] = field(default_factory=list)
+
+
 class TextCheck:
     """Looks at each pair once, and at the whole at the end."""
 
@@ -61,6 +73,7 @@ class TextCheck:
         self._responses: dict[int, int] = {}
         self._often: dict[int, tuple[str, str]] = {}
         self._categories: dict[str, dict[str, Category] | None] = {}
+        self._types: dict[str, dict[str, _Values]] = {}
 
     def add(self, pair: PreferencePair, longer: int) -> None:
         """One pair; `longer` is 1 where chosen is the longer response, -1 where rejected is, else 0."""
@@ -78,10 +91,12 @@ class TextCheck:
             if self._responses[key] == 2:
                 self._often[key] = (f"{pair.source_file}:{pair.source_row}", snippet(written))
         self._categorise(pair, longer)
+        self._note_types(pair)
 
     def finish(self) -> list[Category]:
         """The findings about the whole, and the table of categories."""
         self._endings()
+        self._mixed_types()
         often = [(count, key) for key, count in self._responses.items() if count >= max(5, self._pairs / 20)]
         for count, key in sorted(often, reverse=True)[:20]:
             where, shown = self._often[key]
@@ -95,11 +110,13 @@ class TextCheck:
             without = self._pairs - sum(one.count for one in values.values())
             if 0 < without <= self._pairs / 2:
                 self._tally.count("no-category", without)
-                self._tally.example("no-category", f"column {column}", f"{without:,} pairs")
+                self._tally.example("no-category", f"column {column}", counted(without, "pair"))
             for one in values.values():
                 if one.count < 5 <= self._pairs / 20:
                     self._tally.count("rare-category", one.count)
-                    self._tally.example("rare-category", f"column {column}", f"{one.value}: {one.count} pairs")
+                    self._tally.example(
+                        "rare-category", f"column {column}", f"{one.value}: {counted(one.count, 'pair')}"
+                    )
         return found
 
     def _categorise(self, pair: PreferencePair, longer: int) -> None:
@@ -116,6 +133,24 @@ class TextCheck:
             one.chosen_longer += longer > 0
             if len(values) > _CATEGORY_VALUES:
                 self._categories[column] = None
+
+    def _note_types(self, pair: PreferencePair) -> None:
+        for column, value in pair.extra.items():
+            kind = "yes/no" if isinstance(value, bool) else "text" if isinstance(value, str) else "a number"
+            if isinstance(value, str | int | float):
+                values = self._types.setdefault(column, {}).setdefault(kind, _Values())
+                values.count += 1
+                if len(values.first) < _TYPE_EXAMPLES:
+                    values.first.append((f"{pair.source_file}:{pair.source_row}", snippet(str(value))))
+
+    def _mixed_types(self) -> None:
+        for column, kinds in self._types.items():
+            most, *others = sorted(kinds, key=lambda kind: -kinds[kind].count)
+            for kind in others:
+                self._tally.count("mixed-types", kinds[kind].count)
+                for where, shown in kinds[kind].first:
+                    told = f"{column} is {kind}, {shown}; in {counted(kinds[most].count, 'pair')} it is {most}"
+                    self._tally.example("mixed-types", where, told)
 
     def _endings(self) -> None:
         """Words that end most responses of one side, such as END: on both sides, and of all?"""
@@ -219,8 +254,9 @@ def _token_texts(texts: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 
 
 def _scores(extra: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    if extra.get("confident") is False:
-        yield "not-confident", "confident: false"
+    confident = extra.get("confident")
+    if confident is not None and not truth(confident):  # as --where has it
+        yield "not-confident", f"confident: {json.dumps(confident, default=str)}"
     for chosen, rejected in _SCORES:
         if _is_number(extra.get(chosen)) and _is_number(extra.get(rejected)) and extra[chosen] <= extra[rejected]:
             yield "score-against-preference", f"{chosen} {extra[chosen]}, {rejected} {extra[rejected]}"

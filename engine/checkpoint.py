@@ -6,17 +6,19 @@ order and dropout depend on (seed, epoch, step) alone, so there is none to resto
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from dpoeng.cache.errors import UserError
@@ -135,8 +137,13 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     place_folder(folder, fill)
 
 
-def place_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """The same of files that `fill` writes, each durably, into the folder that it is given."""
+def place_folder(
+    folder: Path, fill: Callable[[Path], None], refused: Callable[[Path, OSError], UserError] | None = None
+) -> None:
+    """The same of files that `fill` writes, each durably, into the folder that it is given.
+
+    `refused` is what is said where the system refuses it; by default `unwritable`.
+    """
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -150,11 +157,33 @@ def place_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         _sync_folder(folder.parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise unwritable(folder, error) from error
+        raise (refused or unwritable)(folder, error) from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def saving_tensors() -> Iterator[None]:
+    """What safetensors cannot write is an OSError like that of any other file."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def unwritable(path: Path, error: OSError) -> UserError:
     """What to say when the output folder refuses to be written."""
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return UserError(
+            "a file stands where the output folder should be",
+            code="output-unwritable",
+            where=str(path),
+            expected="a folder, or nothing yet",
+            found=error.strerror or str(error),
+            remedy="name another folder with --output-dir, or move that file away",
+            exit_status=5,
+        )
     return UserError(
         "the output folder cannot be written",
         code="output-unwritable",

@@ -27,6 +27,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from dpoeng.cache.words import counted
 from dpoeng.engine.host import available_memory
 
 Status = Literal["ok", "info", "warning", "error"]
@@ -213,9 +214,9 @@ def _library(name: str, found: Mapping[str, Any]) -> Check:
 def _processor(has_gpu: bool, flags: frozenset[str] | None) -> Iterator[Check]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if has_gpu or flags is None or flags & {"avx512_bf16", "amx_bf16", "bf16"}:
-        yield Check("processor", "ok", f"{cores} cores")
+        yield Check("processor", "ok", counted(cores, "core"))
         return
-    found = f"{cores} cores without bfloat16 instructions: bfloat16 takes 6 to 7 times as long as float32 here"
+    found = f"{counted(cores, 'core')} without bfloat16 instructions: bfloat16 takes 6 to 7 times as long as float32"
     yield Check("processor", "warning", found, "use --dtype float32 in both phases")
 
 

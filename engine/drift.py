@@ -12,6 +12,7 @@ from dpoeng.cache.errors import UserError
 from dpoeng.cache.records import Commit
 from dpoeng.cache.schema import PairIds
 from dpoeng.cache.store import KeyIndex, Store
+from dpoeng.cache.words import counted
 from dpoeng.engine.model import CausalLM, device_name, library_versions
 from dpoeng.engine.progress import Progress
 from dpoeng.engine.reference import compare_with_cache, parity_tolerance, spread
@@ -70,7 +71,7 @@ def check_drift(
         raise UserError(
             "the reference no longer gives the numbers that the cache holds for it",
             code="reference-drifted",
-            where=f"{store.root}: {report.pairs} of {len(foreign)} pairs that were computed by " + "; ".join(changes),
+            where=f"{store.root}: {report.pairs} of {counted(len(foreign), 'pair')} computed by " + "; ".join(changes),
             expected=f"mean difference per token <= {report.tolerance:g} nats",
             found=f"mean {report.mean_diff:.4g}, largest {report.max_diff:.4g} nats",
             remedy="go on with the versions and the device that computed them (`dpoeng cache info` lists these), or "
@@ -87,4 +88,4 @@ def _computed_by(provenance: Mapping[str, Any]) -> dict[str, str]:
     """What of a record can move a number: the libraries that compute, and the device but not its number of threads."""
     versions = provenance.get("versions", {})
     made = {name: str(versions.get(name, "unknown")) for name in ("torch", "transformers", "peft", "bitsandbytes")}
-    return {**made, "device": re.sub(r", \d+ threads", "", str(provenance.get("device", "unknown")))}
+    return {**made, "device": re.sub(r", \d+ threads?", "", str(provenance.get("device", "unknown")))}

@@ -74,6 +74,12 @@ KINDS: dict[str, Kind] = {
         "a margin of at most 0, or a chosen score not above the rejected one, says that the order is doubtful or wrong",
         "leave them out with --where, e.g. --where 'margin > 0', or look whether the columns are swapped",
     ),
+    "mixed-types": Kind(
+        "warning",
+        "values of another type than most of their column",
+        "a filter cannot compare text with a number and leaves the row out; no score and no weight is read from text",
+        "write the column alike in all rows: numbers, true and false without quotes",
+    ),
     "later-human-turn": Kind(
         "warning",
         "pairs with a later turn of the user inside a response",

@@ -14,6 +14,7 @@ import torch
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import PairIds
+from dpoeng.cache.words import counted
 from dpoeng.engine.config import PrecomputeConfig, Quantization, TrainConfig
 from dpoeng.engine.host import available_memory
 from dpoeng.engine.memory_tracker import Peak
@@ -156,7 +157,7 @@ def _no_room(
     return UserError(
         f"{phase} does not fit into the memory that is free",
         code="memory-short",
-        where=f"{len(pairs)} pairs in one forward, the longest of {tokens} tokens",
+        where=f"{counted(len(pairs), 'pair')} in one forward, the longest of {tokens} tokens",
         expected=f"{needed / GIB:.2f} GiB free (simulated, GiB: {parts}; with workspaces and fragmentation)",
         found=f"{room / GIB:.2f} GiB",
         remedy="use " + ", or ".join(changes) + "; `dpoeng plan` shows what each change saves",

@@ -26,7 +26,9 @@ def run_steps(run: Run, first_step: int, identity: dict[str, Any]) -> int:
     save_every = config.save_steps or max(1, math.ceil(schedule.total_steps / 10))
     eval_every = config.eval_steps or schedule.steps_per_epoch
     if first_step == 0 and run.held_out.rows:
-        _evaluate(run, 0)
+        with run.progress.task("evaluating before training", len(run.held_out.rows), "pairs") as advance:
+            _evaluate(run, 0)
+            advance(len(run.held_out.rows), "")
     done = first_step
     with run.progress.task("training", schedule.total_steps, "steps", first_step) as advance:
         while done < schedule.total_steps and not run.waited_enough:

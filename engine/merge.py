@@ -19,7 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dpoeng.cache.errors import UserError
+from dpoeng.engine.checkpoint import saving_tensors
 from dpoeng.engine.model import DTYPES
+from dpoeng.engine.new_folder import refuse_filled, write_new
 from dpoeng.engine.progress import QUIET, Progress
 from dpoeng.engine.run_folder import ADAPTER_FOLDER, MODEL_FOLDER, RUN_FILE
 from dpoeng.engine.run_record import read_json
@@ -102,16 +104,10 @@ def merge(
     """Writes base + adapters as a checkpoint that plain transformers loads.
 
     Raises:
-        UserError: `into` holds something, the base is a GGUF file or quantised, or an adapter cannot be merged.
+        UserError: `into` holds something or cannot be written, the base is a GGUF file or quantised, or an adapter
+            cannot be merged.
     """
-    if into.exists() and any(into.iterdir()):
-        raise UserError(
-            "the folder to merge into is not empty",
-            code="output-unwritable",
-            where=str(into),
-            remedy="name a new folder with --into",
-            exit_status=5,
-        )
+    refuse_filled(into)
     config = {} if base.gguf else json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
     if base.gguf or config.get("quantization_config"):
         raise UserError(
@@ -126,7 +122,25 @@ def merge(
         _read_adapter(adapter, updates, replaced)
     _check_replaced(base, replaced)
 
-    into.mkdir(parents=True, exist_ok=True)
+    tensors = 0
+
+    def fill(folder: Path) -> None:
+        nonlocal tensors
+        tensors = _write_merged(base, folder, dtype, updates, replaced, progress)
+
+    write_new(into, fill)
+    return MergeSummary(into, base.name, [adapter.name for adapter in adapters], len(updates), tensors, dtype)
+
+
+def _write_merged(
+    base: ModelSource,
+    folder: Path,
+    dtype: str,
+    updates: Mapping[str, Sequence[Update]],
+    replaced: Mapping[str, torch.Tensor],
+    progress: Progress,
+) -> int:
+    """Writes every file of the checkpoint; returns the number of its tensors."""
     wanted = None if dtype == "auto" else DTYPES[dtype]
     open_updates, tensors, total_bytes = set(updates), 0, 0
     with progress.task("merging", len(base.weight_files), "files") as advance:
@@ -143,7 +157,8 @@ def merge(
                             weight += update.delta()
                         open_updates.discard(name)
                     found[name] = weight.to(target).contiguous()
-            save_file(found, into / file.name, metadata={"format": "pt"})
+            with saving_tensors():
+                save_file(found, folder / file.name, metadata={"format": "pt"})
             tensors += len(found)
             total_bytes += sum(tensor.nbytes for tensor in found.values())
             advance(1, file.name)
@@ -154,8 +169,8 @@ def merge(
             where=base.name,
             remedy="give the base that the adapter was trained on with --model",
         )
-    _copy_rest(base, into, dtype, total_bytes)
-    return MergeSummary(into, base.name, [adapter.name for adapter in adapters], len(updates), tensors, dtype)
+    _copy_rest(base, folder, dtype, total_bytes)
+    return tensors
 
 
 def _read_adapter(adapter: ModelSource, updates: dict[str, list[Update]], replaced: dict[str, torch.Tensor]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import xxhash
 
 from dpoeng.cache.errors import UserError
+from dpoeng.cache.words import counted
 from dpoeng.engine import readers
 from dpoeng.engine.rejects import Reject, check_reject_share, write_rejects
 from dpoeng.engine.shapes import FIELDS, Message, PreferencePair, Shape, holds_human_turn, to_pair
@@ -139,7 +140,7 @@ def read_pairs(
             code="data-empty",
             where=", ".join(found.files),
             expected="at least one row that can be used" + (f" and passes the filter {where!r}" if where else ""),
-            found=f"{found.filtered} rows left out by the filter, {len(found.rejects)} rejected",
+            found=f"{counted(found.filtered, 'row')} left out by the filter, {len(found.rejects)} rejected",
             remedy="loosen --where" if found.filtered else "look at the reasons in the rejects file",
             exit_status=3,
         )

@@ -16,6 +16,7 @@ import xxhash
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import PairIds, pair_key
 from dpoeng.cache.store import KeyIndex, Store
+from dpoeng.cache.words import counted
 from dpoeng.engine.config import PrecomputeConfig
 from dpoeng.engine.distributed import Group, process_group
 from dpoeng.engine.drift import check_drift
@@ -53,7 +54,8 @@ _STORED_BYTES_A_PAIR = 64  # key, sums, offsets
 class PrecomputeSummary:
     """What phase one did. `pairs` counts rows of the view; `computed` and `reused` count distinct pairs.
 
-    `pending` pairs belong to other parts that are not done; while there are any, the view is not written.
+    `pending` pairs belong to other parts that are not done; while there are any, the view is not written. `views`
+    counts those of the cache then.
     """
 
     cache: Path
@@ -71,6 +73,7 @@ class PrecomputeSummary:
     part: Part
     reports: bool = True
     pending: int = 0
+    views: int = 0
     computed_tokens: int = 0
     seconds: float = 0.0
     layout: str = ""
@@ -193,6 +196,7 @@ def _precompute(config: PrecomputeConfig, group: Group, progress: Progress) -> P
         **source_record(config, file, len(summary.rejects), summary.device),
     }
     write_pairs_view(store, spec_digest, view_name, data, keys, meta, known=index, progress=progress)
+    summary.views = len(store.views())
     summary.rejects_file = write_rejects_file(store, view_name, summary.rejects, progress)
     summary.reference_accuracy = _reference_accuracy(index, unique)
     return summary
@@ -251,7 +255,8 @@ def _read(config: PrecomputeConfig, source: ModelSource) -> tuple[PairFile, Toke
             code="data-empty",
             where=", ".join(map(str, config.pairs)),
             expected="pairs that keep response tokens within max_length",
-            found=f"{len(data.rejects)} pairs rejected, the first: {data.rejects[0].reason}, {data.rejects[0].detail}"
+            found=f"{counted(len(data.rejects), 'pair')} rejected, the first: {data.rejects[0].reason}, "
+            f"{data.rejects[0].detail}"
             if data.rejects
             else None,
             remedy="see all reasons with `dpoeng check PAIRS --model MODEL`; raise --max-length if it is lengths",
@@ -330,7 +335,7 @@ def _compute(
                 rows += score_within_memory(lm, pairs, note=progress.note, score=score_pairs)
                 pairs_done += len(pairs)
                 speed = pairs_done / (time.perf_counter() - began)
-                shown = f"{pairs_done} of {summary.computed} pairs, {speed:.2f} pairs/s"
+                shown = f"{pairs_done} of {counted(summary.computed, 'pair')}, {speed:.2f} pairs/s"
                 advance(positions, shown)
             store.commit_shard(spec_digest, rows, provenance)
     if lm.device.type == "cuda":

@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 
 from dpoeng.cache.errors import UserError
+from dpoeng.engine.checkpoint import saving_tensors
 from dpoeng.engine.config import PrecomputeConfig, Quantization
 from dpoeng.engine.model import load_model
+from dpoeng.engine.new_folder import refuse_filled, write_new
 from dpoeng.engine.progress import QUIET, Progress
 from dpoeng.engine.sources import ModelSource, copy_beside, quantized_otherwise, stored_quantization
 
@@ -53,14 +55,7 @@ def quantize(
     Raises:
         UserError: the model is quantised already or cannot be loaded, or the folder cannot be written.
     """
-    if into.exists() and (not into.is_dir() or any(into.iterdir())):
-        raise UserError(
-            "the folder to write into is not empty",
-            code="output-unwritable",
-            where=str(into),
-            remedy="name a new folder with --into",
-            exit_status=5,
-        )
+    refuse_filled(into)
     if source.gguf or stored_quantization(source) is not None:
         raise UserError(
             f"{source.name} is quantised already",
@@ -80,18 +75,13 @@ def quantize(
             tokenizer=False,
         )
         advance(1, "loaded")
-        try:
-            lm.base.save_pretrained(into)
-            copy_beside(source, into)
-        except OSError as error:
-            raise UserError(
-                "the checkpoint cannot be written",
-                code="output-unwritable",
-                where=str(into),
-                found=error.strerror or str(error),
-                remedy="name a folder with room for it with --into",
-                exit_status=5,
-            ) from error
+
+        def fill(folder: Path) -> None:
+            with saving_tensors():
+                lm.base.save_pretrained(folder)
+            copy_beside(source, folder)
+
+        write_new(into, fill)
         advance(1, "written")
     after = sum(file.stat().st_size for file in into.glob("*.safetensors"))
     return QuantizeSummary(into, quantization, sum(file.stat().st_size for file in source.weight_files), after)

@@ -209,7 +209,7 @@ def _line_rows(stream: IO[bytes]) -> Iterator[NumberedRow]:
             yield number, line
         elif not line.isspace():
             try:
-                row = as_row(strict_json.parse(_decode(line)))
+                row = as_row(strict_json.parse(_decode(line).rstrip("\r\n"), is_line=True))
             except RowFault as fault:
                 cut = fault.reason in ("bad-json", "bad-utf8") and not line.endswith(b"\n")
                 row = RowFault("cut-line", f"the last line is incomplete: {fault.detail}") if cut else fault

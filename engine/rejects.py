@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpoeng.cache.errors import UserError
+from dpoeng.cache.words import counted
 
 # Every reason -> what is wrong with the row, and what mends it.
 _SYNTAX = "write the file with a JSON (or CSV) library, not by hand"
@@ -84,7 +85,7 @@ def check_reject_share(rejects: Sequence[Reject], rows: int, limit: float) -> No
         for reason, count in reasons
     ]
     raise UserError(
-        f"{len(rejects)} of {rows} rows cannot be used",
+        f"{len(rejects)} of {counted(rows, 'row')} cannot be used",
         code="data-rejects",
         where=rejects[0].source_file,
         expected=f"at most {limit:.3g} of the rows",

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import xxhash
-from safetensors import SafetensorError
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.files import replacing
@@ -24,6 +23,7 @@ from dpoeng.engine.checkpoint import (
     latest_checkpoint,
     place_folder,
     remove_checkpoints,
+    saving_tensors,
     sync_file,
     unwritable,
     write_durably,
@@ -232,13 +232,11 @@ def write_result(
     """
 
     def fill(temporary: Path) -> None:
-        try:
+        with saving_tensors():
             if mode == "full":
                 save_model(lm, source, temporary, weights)
             else:
                 save_policy_adapter(lm, temporary)
-        except SafetensorError as error:  # a full disk, among others
-            raise OSError(str(error)) from error
         for path in temporary.iterdir():
             sync_file(path)
 

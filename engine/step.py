@@ -18,6 +18,7 @@ import torch
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import ScoredPair
+from dpoeng.cache.words import counted
 from dpoeng.engine.batch import batch_loss, batch_sums, in_order, turns
 from dpoeng.engine.loss_names import LossSettings
 from dpoeng.engine.losses import PairSums, PreferenceLoss, next_state, preference_loss
@@ -100,8 +101,8 @@ def _gradient_within_memory(run: Run, step: int, settings: LossSettings) -> tupl
             )
         run.micro_batch = (run.micro_batch + 1) // 2
         run.progress.note(
-            f"out of memory at step {step + 1}: the step is done again, and the run goes on, with {run.micro_batch} "
-            "pairs a forward; the pairs of a step stay the same"
+            f"out of memory at step {step + 1}: the step is done again, and the run goes on, with "
+            f"{counted(run.micro_batch, 'pair')} a forward; the pairs of a step stay the same"
         )
 
 

@@ -27,8 +27,10 @@ class RowFault(Exception):  # noqa: N818 - it is a finding about the data, count
         self.detail = detail
 
 
-def parse(text: str) -> Any:
+def parse(text: str, *, is_line: bool = False) -> Any:
     """The value of a JSON text, with a `RowFault` standing wherever a duplicate key or a non-finite number stood.
+
+    What `is_line` of a file has its place told as a column: which line it is, the reader knows.
 
     Leaving the fault in place lets a file that is one large array lose single rows: call `check` on each.
 
@@ -40,7 +42,8 @@ def parse(text: str) -> Any:
     except RecursionError:
         raise RowFault("json-too-deep", f"nested more than {MAX_DEPTH} levels deep") from None
     except json.JSONDecodeError as error:
-        raise RowFault("bad-json", f"{error.msg} (line {error.lineno}, column {error.colno})") from None
+        place = f"column {error.pos + 1}" if is_line else f"line {error.lineno}, column {error.colno}"
+        raise RowFault("bad-json", f"{error.msg} ({place})") from None
     except ValueError as error:  # an integer of more digits than Python converts
         raise RowFault("bad-json", str(error)) from None
 

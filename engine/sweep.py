@@ -21,6 +21,7 @@ import xxhash
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
+from dpoeng.cache.words import counted
 from dpoeng.engine.config import LOSS_FIELDS, SweepConfig, TrainConfig, bare_type
 from dpoeng.engine.config_files import as_error, load_config, unknown_field
 from dpoeng.engine.distributed import group_size
@@ -33,7 +34,7 @@ from dpoeng.engine.rows import Rows
 from dpoeng.engine.run_folder import has_result
 from dpoeng.engine.sweep_ranking import PER_PAIR, RunResult, compare_runs, write_sweep
 from dpoeng.engine.train import train
-from dpoeng.engine.train_setup import refuse_sums_for_tokens, resolve_mode, split
+from dpoeng.engine.train_setup import check_apart, refuse_sums_for_tokens, resolve_mode, split
 
 DEFAULT_FOLDER = Path("sweep")
 ERROR_FILE = "error.txt"
@@ -209,13 +210,13 @@ class _Looker:
     """Looks at the cache for each point: what its training and its held-out pairs are; views are opened once."""
 
     def __init__(self) -> None:
-        self._views: dict[tuple[Path, str | None], View] = {}
+        self._views: dict[tuple[Path, str | None, str | None], View] = {}
         self._splits: dict[tuple[Any, ...], tuple[list[int], list[int], str]] = {}
 
     def __call__(self, point: Point) -> tuple[Point, str]:
         """The point with its number of pairs, and a hash over its held-out pairs; empty where there are none."""
         config = point.config
-        view = self._open(config.cache, config.view)
+        view = self._open(config.cache, config.view, beside=config.eval_view)
         eval_view = self._open(config.cache, config.eval_view) if config.eval_view else None
         refuse_sums_for_tokens(config, view)
         reference = view.meta["reference"]
@@ -224,6 +225,8 @@ class _Looker:
         key = (config.cache, config.view, config.eval_view, config.eval_share, config.seed)
         if key not in self._splits:
             rows, held_out = split(view, eval_view, config)
+            if eval_view is not None:
+                check_apart(view, eval_view)
             keys = b"".join((eval_view or view).key(row) for row in held_out)
             self._splits[key] = rows, held_out, xxhash.xxh3_128_hexdigest(keys) if held_out else ""
         rows, held_out, digest = self._splits[key]
@@ -239,10 +242,10 @@ class _Looker:
         pairs = schedule.total_steps * min(batch, len(rows))
         return Point(point.name, point.values, config, pairs), digest
 
-    def _open(self, cache: Path, name: str | None) -> View:
-        if (cache, name) not in self._views:
-            self._views[cache, name] = View.open(cache, name)
-        return self._views[cache, name]
+    def _open(self, cache: Path, name: str | None, *, beside: str | None = None) -> View:
+        if (cache, name, beside) not in self._views:
+            self._views[cache, name, beside] = View.open(cache, name, beside=beside)
+        return self._views[cache, name, beside]
 
 
 Wrong = Sequence[tuple[str, UserError]]
@@ -360,7 +363,8 @@ def run_sweep(plan: SweepPlan, progress: Progress = QUIET, on_results: OnResults
             if isinstance(error, UserError) and error.code == "resume-changed":
                 raise
             failed[point.name] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            _keep_error(point, failed[point.name])
+            if not (isinstance(error, UserError) and error.code == "output-in-use"):  # that folder is another's
+                _keep_error(point, failed[point.name])
             progress.note(f"{point.name} failed, the others go on: {failed[point.name].splitlines()[0]}")
         else:
             (point.config.output_dir / ERROR_FILE).unlink(missing_ok=True)
@@ -374,7 +378,7 @@ def run_sweep(plan: SweepPlan, progress: Progress = QUIET, on_results: OnResults
         left = [later for later in plan.points[number:] if not has_result(later.config.output_dir)]
         if left and pairs:
             about = in_time(sum(later.pairs for later in left) * seconds / pairs)
-            progress.note(f"{len(left)} runs are left, about {about} at the speed so far")
+            progress.note(f"{counted(len(left), 'run')} left, about {about} at the speed so far")
     return results
 
 

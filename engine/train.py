@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import ScoredPair
+from dpoeng.cache.words import counted
 from dpoeng.engine.adapters import Mode, as_reference, make_trainable
 from dpoeng.engine.advice import Advice, advise
 from dpoeng.engine.background import Background
@@ -45,15 +47,18 @@ from dpoeng.engine.run_folder import (
     write_result,
     write_run_file,
 )
+from dpoeng.engine.run_lock import holding
 from dpoeng.engine.run_state import HeldOut, OnMetrics, Run, best_parameters, restore_run, save_run
 from dpoeng.engine.samples import sample_prompts, take_samples, write_samples
 from dpoeng.engine.scoring import choose_layout
 from dpoeng.engine.sources import find_adapter, find_model
 from dpoeng.engine.trackers import check_trackers, open_trackers
 from dpoeng.engine.train_setup import (
+    check_apart,
     check_parity,
     note_idle,
     own_device,
+    parity_text,
     refuse_attention_on_cpu,
     refuse_sums_for_tokens,
     resolve_mode,
@@ -118,11 +123,15 @@ def train(
         kept_base: holds the base between the runs of one process, so that it is loaded once; see `sweep`.
 
     Raises:
-        UserError: cache, model, configuration or output folder is not usable as it is; or the policy does not agree
-            with the cache before the first step; or a loss is not a number; or another process of the same run has
-            ended.
+        UserError: cache, model, configuration or output folder is not usable as it is; or another run is writing to
+            that folder; or the policy does not agree with the cache before the first step; or a loss is not a number;
+            or another process of the same run has ended.
     """
-    with process_group() as group, full_determinism(config.full_determinism):
+    with (
+        process_group() as group,
+        holding(config.output_dir) if group.is_first else contextlib.nullcontext(),
+        full_determinism(config.full_determinism),
+    ):
         return _train(config, group, progress if group.is_first else QUIET, on_metrics, kept_base)
 
 
@@ -132,7 +141,7 @@ def _train(
     began = time.perf_counter()
     if group.is_first:
         check_trackers(config.report_to)
-    view = View.open(config.cache, config.view)
+    view = View.open(config.cache, config.view, beside=config.eval_view)
     eval_view = View.open(config.cache, config.eval_view) if config.eval_view else None
     refuse_sums_for_tokens(config, view)
     reference = view.meta["reference"]
@@ -145,6 +154,8 @@ def _train(
     adapter = find_adapter(adapter_name) if adapter_name else None
     mode = resolve_mode(config, has_adapter=adapter is not None)
     train_indices, eval_indices = split(view, eval_view, config)
+    if eval_view is not None and (overlap := check_apart(view, eval_view)):
+        progress.note(overlap)
     train_rows, eval_rows = Rows(view, train_indices), Rows(eval_view or view, eval_indices)
     train_weights = train_rows.weights(config.pair_weight_column)
     held_out = HeldOut(
@@ -198,14 +209,17 @@ def _train(
     if whole:
         progress.note(f"each process loads the whole base into the host's memory before it is divided: {whole}")
     in_parts = config.fsdp and not whole
-    lm = load(
-        config,
-        reference,
-        device,
-        on_host=bool(whole),
-        tokenizer=config.samples > 0,
-        shard=layer_sharding(group, device, trained=mode == "full") if in_parts else None,
-    )
+    n_bytes = sum(file.stat().st_size for file in source.weight_files)
+    with progress.task("loading the base", n_bytes, "B") as advance:
+        lm = load(
+            config,
+            reference,
+            device,
+            on_host=bool(whole),
+            tokenizer=config.samples > 0,
+            shard=layer_sharding(group, device, trained=mode == "full") if in_parts else None,
+        )
+        advance(n_bytes, "")
     if whole and mode == "full":
         shard_base(lm, group, device, trained=True)  # before: what is trained are the parts
     # Seeded before the adapter is made: its start is part of what a seed means.
@@ -219,7 +233,11 @@ def _train(
     set_mode(lm, training=False)
     with as_reference(lm, mode):
         choose_layout(lm, config.layout, config.attention)
-        parity = check_parity(config, lm, view, train_indices, reference)
+        sample = min(config.parity_pairs, len(train_indices))
+        with progress.task("comparing the policy with the cache", sample, "pairs") as advance:
+            parity = check_parity(config, lm, view, train_indices, reference)
+            advance(sample, "")
+    progress.note(parity_text(parity))
     group.wait()  # until every process has found its policy right
     if group.is_first:
         clear_output(config)
@@ -275,7 +293,7 @@ def _train(
 
     with best_parameters(run, done):
         if config.samples and (group.is_first or lm.sharded):
-            progress.note(f"answering {config.samples} held-out prompts, before and after")
+            progress.note(f"answering {counted(config.samples, 'held-out prompt')}, before and after")
             samples = take_samples(lm, start, sample_prompts(eval_rows, config.samples))
         weights = whole_weights(lm, group)
         if group.is_first:

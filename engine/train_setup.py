@@ -10,6 +10,8 @@ import torch
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
+from dpoeng.cache.schema import pair_key
+from dpoeng.cache.words import counted
 from dpoeng.engine.adapters import Mode
 from dpoeng.engine.config import TrainConfig
 from dpoeng.engine.distributed import Group
@@ -58,9 +60,10 @@ def note_idle(config: TrainConfig, group: Group, progress: Progress) -> None:
     forwards, size = config.gradient_accumulation_steps, config.per_device_train_batch_size
     if forwards < group.size:
         progress.note(
-            f"a step has {forwards} forwards of {size} pairs for {group.size} processes, so some have nothing to do: "
-            f"the batch of a step ({forwards * size} pairs) is the same with any number of processes; give "
-            f"--gradient-accumulation-steps {group.size} or more, or a smaller --per-device-train-batch-size"
+            f"a step has {counted(forwards, 'forward')} of {counted(size, 'pair')} for {group.size} processes, so some "
+            f"have nothing to do: the batch of a step ({counted(forwards * size, 'pair')}) is the same with any number "
+            f"of processes; give --gradient-accumulation-steps {group.size} or more, or a smaller "
+            "--per-device-train-batch-size"
         )
 
 
@@ -140,6 +143,44 @@ def split(view: View, eval_view: View | None, config: TrainConfig) -> tuple[list
     return train_indices, eval_indices
 
 
+def check_apart(view: View, eval_view: View) -> str:
+    """What to tell of pairs, or prompts, that are both trained and evaluated on; empty where there are none.
+
+    As in `dpoeng check --eval` a pair is the same either way round; texts are compared by their token ids.
+
+    Raises:
+        UserError: all pairs that are evaluated on are trained on.
+    """
+    trained = {view.key(row) for row in range(len(view))}
+    prompts = {view[row].ids.prompt_ids.tobytes() for row in range(len(view))}
+    pairs = also = 0
+    for row in range(len(eval_view)):
+        ids = eval_view[row].ids
+        if eval_view.key(row) in trained or pair_key(ids.swapped()) in trained:
+            pairs += 1
+        elif ids.prompt_ids.tobytes() in prompts:
+            also += 1
+    if pairs == len(eval_view):
+        raise UserError(
+            "all pairs that are to be evaluated on are trained on too",
+            code="eval-trained-on",
+            where=f"--eval-view {eval_view.name}",
+            expected=f"pairs that the training view {view.name} does not hold",
+            found=f"{pairs} of {len(eval_view)} are in both",
+            remedy="say --eval-share 0.1 in place of --eval-view, to keep a tenth of the pairs out of training; or run "
+            "precompute-ref on other pairs and name their view",
+        )
+    told = [counted(pairs, "pair")] if pairs else []
+    told += [f"{also} more by prompt alone" if pairs else f"{counted(also, 'pair')} by prompt alone"] if also else []
+    if not told:
+        return ""
+    return (
+        f"of {counted(len(eval_view), 'pair')} in {eval_view.name}, to be evaluated on, these are trained on too (in "
+        f"{view.name}): {' and '.join(told)}; their figures tell what was learnt by heart; --eval-share 0.1 in place "
+        "of --eval-view splits by prompt"
+    )
+
+
 def check_parity(
     config: TrainConfig, lm: CausalLM, view: View, rows: Sequence[int], reference: dict[str, Any]
 ) -> ParityReport:
@@ -157,7 +198,7 @@ def check_parity(
         raise UserError(
             "the policy is not the model that the cache was made with",
             code="parity-failed",
-            where=f"{report.pairs} pairs, {report.tokens} tokens, scored without the new adapter",
+            where=f"{counted(report.pairs, 'pair')}, {counted(report.tokens, 'token')}, scored without the new adapter",
             expected=f"mean difference per token <= {tolerance:g} nats",
             found=f"mean {report.mean_diff:.4g}, largest {report.max_diff:.4g} nats; as reward noise "
             f"{report.reward_noise:.3g} at beta {config.beta:g}",
@@ -166,3 +207,11 @@ def check_parity(
             exit_status=4,
         )
     return report
+
+
+def parity_text(report: ParityReport) -> str:
+    """What the comparison has found, on one line."""
+    return (
+        f"policy = cache on {counted(report.pairs, 'pair')}: mean difference {report.mean_diff:.2g}, largest "
+        f"{report.max_diff:.2g} nats a token; reward noise {report.reward_noise:.2g}"
+    )

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import IdArray, as_ids
+from dpoeng.cache.words import counted
 from dpoeng.engine.adapters import Mode, before_training, load_trained_adapter
 from dpoeng.engine.advice import Advice, advise
 from dpoeng.engine.batch import evaluate
@@ -164,7 +165,7 @@ def evaluate_trained(
     Raises:
         UserError: the cache or the model is not usable, or the model before training is not the cache's reference.
     """
-    view = View.open(config.cache, config.view)
+    view = View.open(config.cache, config.view, beside=config.eval_view)
     eval_view = View.open(config.cache, config.eval_view) if config.eval_view else None
     which = which or ("all" if trained.run is None else "held-out")
     indices = split(view, eval_view, config)[1] if which == "held-out" else range(len(view))
@@ -176,7 +177,7 @@ def evaluate_trained(
         return check_parity(config, lm, view, range(len(view)), view.meta["reference"]), device_name(lm.device)
 
     def score(lm: CausalLM) -> PreferenceLoss:
-        progress.note(f"evaluating {len(rows)} pairs of {rows.view.name} ({which})")
+        progress.note(f"evaluating {counted(len(rows), 'pair')} of {rows.view.name} ({which})")
         return evaluate(
             lm,
             rows,

@@ -11,6 +11,7 @@ from dpoeng.cache.files import disk_error
 from dpoeng.cache.reader import View
 from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.store import KeyIndex, Store, ViewEntry
+from dpoeng.cache.words import counted
 from dpoeng.engine.config import PrecomputeConfig
 from dpoeng.engine.model import library_versions
 from dpoeng.engine.pairs import PairFile
@@ -101,7 +102,7 @@ def write_rejects_file(store: Store, name: str, rejects: list[Reject], progress:
         explained = disk_error(error, path)
         if explained.code != "cache-read-only":
             raise explained from error
-        progress.note(f"the cache is read-only: {path} is not written anew ({len(rejects)} rows were rejected)")
+        progress.note(f"the cache is read-only: {path} is not written anew ({counted(len(rejects), 'row')} rejected)")
     return path if rejects and path.is_file() else None
 
 

@@ -147,6 +147,7 @@ MEANINGS: dict[str, str] = {
     "full-finetuning": "What was asked does not go with training all weights (`use_peft: false`).",
     "parity-failed": "Policy and cache disagree before the first step: another model, adapter or precision.",
     "eval-reference": "Both sets of pairs must be scored by one reference.",
+    "eval-trained-on": "An evaluation on pairs that are trained on tells nothing about others.",
     "resume-nothing": "`--resume` asks for a checkpoint, and the folder has none.",
     "resume-changed": "The folder holds a run with other settings; going on would mix two runs.",
     "checkpoint-damaged": "A checkpoint that is needed does not match its checksum.",
@@ -154,6 +155,7 @@ MEANINGS: dict[str, str] = {
     "tracker-missing": "A tracker was named in report_to and its package is not installed. Nothing was loaded yet.",
     "tracker-failed": "A tracker could not start. One that fails later is left out with a note; the run goes on.",
     "output-unwritable": "The output folder is full, read-only, or a file.",
+    "output-in-use": "Two runs in one folder would mix their metrics and checkpoints. A killed run holds nothing.",
     "run-not-found": "The folder was not written by `dpoeng train`.",
     "run-damaged": "A log of the run is damaged.",
     "sweep-combinations": "Each combination of what is varied is looked through before the first run; these are wrong.",
@@ -190,6 +192,7 @@ what to do. It goes to stderr. `--debug`, anywhere in the command, adds the trac
 | 4 | the cache (also: `cache verify` found damage) |
 | 5 | the machine: disk, memory, GPU, libraries (also: `dpoeng doctor` found an error) |
 | 6 | a measurement is worse than it was, or than it may be (`bench diff`, `bench checks`) |
+| 141 | nobody reads the output any more, as behind `head` |
 | 130, 143 | stopped by Ctrl-C or SIGTERM; the same command goes on |
 
 The messages below were produced by the tests, each by the command above it. This page is written by

@@ -294,6 +294,25 @@ def test_which_view(tmp_path: Path) -> None:
     with pytest.raises(CacheError) as caught:
         View.open(tmp_path, "test")
     assert (caught.value.code, caught.value.found) == ("cache-no-view", "eval, train")
+    assert "eval, train" in caught.value.remedy
+
+
+def test_the_view_beside_the_one_that_is_evaluated_on(tmp_path: Path) -> None:
+    rows = synthetic_rows(3)
+    store = Store.open(tmp_path, create=True)
+    spec = store.put_spec(SPEC)
+    store.commit_shard(spec, rows, {})
+    store.write_view(spec, "eval", entries(rows[:1]), {})
+    assert View.open(tmp_path, beside="eval").name == "eval"  # there is no other
+    store.write_view(spec, "train", entries(rows), {})
+    assert View.open(tmp_path, beside="eval").name == "train"
+    assert View.open(tmp_path, "eval", beside="eval").name == "eval"
+    with pytest.raises(CacheError, match="several views"):
+        View.open(tmp_path, beside="none of them")
+    store.write_view(spec, "more", entries(rows[1:]), {})
+    with pytest.raises(CacheError) as caught:
+        View.open(tmp_path, beside="eval")
+    assert (caught.value.code, caught.value.remedy) == ("cache-view-unnamed", "choose one, e.g. --view more")
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", "x\n", "ü", "a" * 201])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import tracemalloc
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -60,7 +61,7 @@ def test_clean_pairs_give_no_finding(tmp_path: Path, tiny_model: Path) -> None:
     assert (report.unit, report.pairs, report.prompts, report.worst()) == ("tokens", 120, 120, None)
 
 
-Edit = Callable[[list[Row]], None]
+Edit = Callable[[list[Row]], Any]
 
 
 def edit(number: int, **fields: Any) -> Edit:
@@ -96,6 +97,11 @@ TEXT_FAULTS: dict[str, tuple[Edit, int, str]] = {
     "joined-words": (edit(2, chosen="Yes, surely so.", rejected="No, or maybe."), 1, "Answer:Yes"),
     "damaged-text": (edit(2, chosen=" CafÃ© is open today."), 1, "CafÃ©"),
     "not-confident": (edit(2, confident=False), 1, "confident: false"),
+    "mixed-types": (
+        lambda rows: [row.update(margin="0.5" if k == 2 else 0.5 + k) for k, row in enumerate(rows)],
+        1,
+        "margin is text, '0.5'; in 119 pairs it is a number",
+    ),
     "template-in-messages": (
         lambda rows: rows.append(chat({**rows[0], "prompt": "<|im_start|>user\nhi<|im_end|>"})),
         1,
@@ -121,6 +127,17 @@ def test_a_fault_of_a_text_is_found_and_only_it(tmp_path: Path, code: str) -> No
     assert words in f"{where} {shown}"
     assert found[code].why
     assert found[code].remedy
+
+
+def test_not_confident_is_what_the_filter_leaves_out(tmp_path: Path) -> None:
+    """Files write yes and no in many ways; a row that says nothing is not counted."""
+    said = [False, "False", "no", " FALSE ", 0, "0", "", True, "True", "yes", 1, None]
+    rows = [{**row, "confident": value} for row, value in zip(clean_rows(), said, strict=False)]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    found = codes(check_pairs(PrecomputeConfig(pairs=(tmp_path / "pairs.jsonl",))))
+    filtered = check_pairs(PrecomputeConfig(pairs=(tmp_path / "pairs.jsonl",), where="confident or confident == null"))
+    assert found["not-confident"] == 7 == filtered.filtered
+    assert "not-confident" not in codes(filtered)
 
 
 def test_findings_about_the_whole(tmp_path: Path) -> None:
@@ -315,6 +332,37 @@ def test_the_command(
     assert status == 3
     assert "too-many-rejects" in out
     assert call("--max-reject-share", "0.1")[0] == 0
+
+
+def test_what_to_do_next_has_what_was_given(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Phase one on other rows, cut at another length, is not what was checked."""
+    monkeypatch.chdir(tmp_path)
+    file = write_jsonl(
+        tmp_path / "my [b] pairs.jsonl", [{**row, "answer": row["chosen"], "margin": 0.5} for row in clean_rows()]
+    )
+    (tmp_path / "other.yaml").write_text("max_prompt_length: 100\n")
+    options = [
+        *("--config", "other.yaml", "--model", str(tiny_model), "--columns", "chosen=answer"),
+        *("--where", "margin > 0.2 or margin == null", "--max-length", "200", "--no-append-eos"),
+    ]
+
+    def then(*words: str) -> list[str]:
+        with pytest.raises(SystemExit):
+            main(["check", *words])
+        return shlex.split(capsys.readouterr().out.rsplit("Next: ", 1)[1])
+
+    words = then(file.name, *options)
+    assert words[:3] == ["dpoeng", "precompute-ref", file.name]
+    pairs = [(words[k], words[k + 1]) for k in range(3, len(words) - 1) if words[k].startswith("--")]
+    assert set(pairs) >= {(options[k], options[k + 1]) for k in range(0, 10, 2)}
+    assert "--no-append-eos" in words
+    assert len(words) == 3 + len(options)
+    assert then(file.name)[-3:] == ["dpoeng", "precompute-ref", file.name]
+    with pytest.raises(SystemExit) as stop:
+        main(words[1:])
+    assert stop.value.code == 0
 
 
 def test_every_kind_is_complete_and_in_the_docs() -> None:

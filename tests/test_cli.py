@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import time
@@ -94,6 +95,20 @@ def test_both_phases_with_a_config_file(run: Run, tmp_path: Path, tiny_model: Pa
     assert "complete already (3 steps)" in out
 
 
+def test_what_to_do_next_is_a_command_that_a_shell_takes(run: Run, tmp_path: Path, tiny_model: Path) -> None:
+    """With a second view the first command would be refused; a folder may have spaces and brackets in its name."""
+    cache = tmp_path / "my [red] cache"
+    for name, rows in (("pairs", pair_rows(6)), ("more", pair_rows(12)[6:])):
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        status, out, err = run("precompute-ref", f"{name}.jsonl", "--model", tiny_model, "--cache", cache)
+        assert status == 0, err
+        line = out.rsplit("Next: ", 1)[1].strip()
+        view = ["--view", name] if name == "more" else []
+        assert shlex.split(line) == ["dpoeng", "train", "--cache", str(cache), *view]
+    status, _, err = run(*shlex.split(line)[1:], "--max-steps", "1")
+    assert status == 0, err
+
+
 def test_verify_by_recomputing(run: Run, small_cache: Path, tmp_path: Path, tokenizer: object) -> None:
     status, out, err = run("cache", "verify", small_cache, "--recompute", "3")
     assert status == 0, err
@@ -110,7 +125,7 @@ def test_bad_rows_are_counted_and_listed(run: Run, tmp_path: Path, tiny_model: P
     write_jsonl(tmp_path / "pairs.jsonl", rows)
     status, out, _ = run("precompute-ref", "pairs.jsonl", "--model", tiny_model, "--max-reject-share", "0.2")
     assert status == 0
-    assert "1 rows, listed in refcache/rejects/pairs.jsonl" in out
+    assert "1 row, listed in refcache/rejects/pairs.jsonl" in out
     assert '"row": 11' in (tmp_path / "refcache/rejects/pairs.jsonl").read_text().replace("source_row", "row")
     status, _, err = run("precompute-ref", "pairs.jsonl", "--model", tiny_model)
     assert status == 3

@@ -69,7 +69,7 @@ def test_every_command_has_an_example_and_help_is_quick(run: Run) -> None:
 
 def test_info(folder: Path, run: Run) -> None:
     text = run("info", folder).output
-    for words in (SPEC.digest, "float32", "9 in 1 objects", "generation 1", "2.13.0", "pairs", "1024"):
+    for words in (SPEC.digest, "float32", "9 in 1 object", "generation 1", "2.13.0", "pairs", "1024"):
         assert words in text
     found = json.loads(run("info", folder, "--json").output)
     assert [(item["digest"], item["rows"]) for item in found["references"]] == [(SPEC.digest, 9)]
@@ -130,7 +130,7 @@ def test_gc(folder: Path, run: Run) -> None:
     left.write_bytes(b"half")
     assert "nothing was removed (--delete does)" in run("gc", folder, "--min-age-s", 0).output
     assert left.exists()
-    assert "1 files removed" in run("gc", folder, "--min-age-s", 0, "--delete").output
+    assert "1 file removed" in run("gc", folder, "--min-age-s", 0, "--delete").output
     assert not left.exists()
     with pytest.raises(UserError, match="cannot be dropped"):
         run("gc", folder, "--delete", "--drop-spec", SPEC.digest[:4])

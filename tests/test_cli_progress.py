@@ -21,9 +21,16 @@ def test_a_resumed_task_counts_its_share_but_not_its_speed(monkeypatch: pytest.M
         advance(1, "loss 0.69")
         advance(1, "loss 0.68")
     lines = output.getvalue().splitlines()
-    assert lines[0] == "training: 55 %, 0.05 steps/s, 180 s left  loss 0.69"
-    assert lines[1] == "training: 60 %, 0.05 steps/s, 160 s left  loss 0.68"
-    assert lines[2] == "training: done in 60.0 s, 0.03 steps/s"
+    assert lines[0] == "training ..."
+    assert lines[1] == "training: 55 %, 0.05 steps/s, 180 s left  loss 0.69"
+    assert lines[2] == "training: 60 %, 0.05 steps/s, 160 s left  loss 0.68"
+    assert lines[3] == "training: done in 60.0 s, 0.03 steps/s"
+
+
+def test_what_takes_long_is_seen_to_have_begun() -> None:
+    output = io.StringIO()
+    with TerminalProgress(Console(file=output, width=120)).task("loading the base", 8, "B"):
+        assert output.getvalue() == "loading the base ...\n"
 
 
 def test_a_bar_on_a_terminal_ends_full() -> None:
@@ -43,5 +50,6 @@ def test_rates_in_words() -> None:
 
 def test_notes_go_to_the_same_place() -> None:
     output = io.StringIO()
-    TerminalProgress(Console(file=output, width=120)).note("object x was damaged")
-    assert output.getvalue() == "note: object x was damaged\n"
+    """On one line, whatever its length, and with what stands in brackets."""
+    TerminalProgress(Console(file=output, width=20)).note("object [x] was damaged and set aside")
+    assert output.getvalue() == "note: object [x] was damaged and set aside\n"

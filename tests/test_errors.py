@@ -7,6 +7,8 @@ import errno
 import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -217,9 +219,6 @@ def test_a_complete_cache_that_is_read_only_serves_both_phases(desk: Desk, capsy
 
 def test_any_locale_and_encoding_of_the_terminal(desk: Desk) -> None:
     """Fault 82: a message with letters that the terminal does not have is no crash, and says the same."""
-    import subprocess
-    import sys
-
     (desk.folder / "pärs.jsonl").write_text("[")
     command = [sys.executable, "-c", "from dpoeng.cli.main import main; main()", "check", "pärs.jsonl"]
     plain = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONHASHSEED": "7"}
@@ -299,12 +298,45 @@ def test_an_error_says_all_that_it_knows() -> None:
     assert said.splitlines() == ["m [a-b]", "  where:    w", "  expected: e", "  found:    f", "  remedy:   r"]
 
 
-def test_output_that_nobody_reads_ends_quietly(desk: Desk) -> None:
-    import subprocess
-    import sys
-
-    program = f"{shlex.quote(sys.executable)} -c 'from dpoeng.cli.main import main; main()' check pairs.jsonl --json"
+@pytest.mark.parametrize("command", ["check pairs.jsonl --json", "check pairs.jsonl", "config schema", "train --help"])
+def test_output_that_nobody_reads_ends_quietly(desk: Desk, command: str) -> None:
+    """As a tool that SIGPIPE ends; what is printed goes through click in some commands, through rich in others."""
+    program = f"{shlex.quote(sys.executable)} -c 'from dpoeng.cli.main import main; main()' {command}"
     done = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {program} | true"], capture_output=True, text=True, check=False
+        ["bash", "-c", f"{program} | exec true; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True, check=False
     )
-    assert done.stderr == ""
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("variables", "red", "on_terminal"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"NO_COLOR": "1"}, False, True),
+        ({"NO_COLOR": ""}, True, True),
+        ({"TERM": "dumb"}, False, True),
+        ({"FORCE_COLOR": "1"}, True, False),
+        ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False, False),
+    ],
+)
+def test_an_error_is_red_where_that_is_wanted(
+    desk: Desk, variables: dict[str, str], red: bool, on_terminal: bool
+) -> None:
+    """The conventions of https://no-color.org and https://force-color.org, on a real terminal."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    kept = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+    done = subprocess.run(
+        [sys.executable, "-c", "from dpoeng.cli.main import main; main()", "check", "none.jsonl"],
+        env={**kept, "TERM": "xterm-256color", **variables},
+        stderr=theirs if on_terminal else subprocess.PIPE,
+        check=False,
+    )
+    os.close(theirs)
+    said = os.read(ours, 10_000) if on_terminal else done.stderr
+    os.close(ours)
+    assert done.returncode == 3
+    assert b"no such file" in said
+    assert (b"31m" in said) == red

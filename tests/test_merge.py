@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from dpoeng_testing import pair_rows, write_jsonl
+from dpoeng_testing import pair_rows, room_for, write_jsonl
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cli.merge import merge as merge_command
@@ -162,3 +162,29 @@ def test_what_has_no_place_in_the_base_is_refused(tmp_path: Path, lora: dict[str
         _merged_and_peft(tmp_path, with_biases(tmp_path / "model", tied=tied), **lora)
     assert caught.value.code == "adapter-mismatch"
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_full_disk_leaves_no_checkpoint(tmp_path: Path, tiny_model: Path) -> None:
+    """Refused in the midst of the weights, and behind them."""
+    out, before = trained(tmp_path, tiny_model, None), set(tmp_path.iterdir())
+    weights = (tiny_model / "model.safetensors").stat().st_size
+    for room in (weights // 2, 0):
+        with pytest.raises(UserError) as caught, room_for(room):
+            merge_run(out, tmp_path / "merged")
+        assert (caught.value.code, caught.value.exit_status) == ("output-unwritable", 5)
+        assert "--into" in caught.value.remedy
+        assert set(tmp_path.iterdir()) == before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dpoeng.engine.merge._copy_rest", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            merge_run(out, tmp_path / "merged")
+    assert set(tmp_path.iterdir()) == before
+    (tmp_path / "merged").mkdir()
+    assert merge_run(out, tmp_path / "merged").folder == tmp_path / "merged"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="a file, not a folder"):
+        merge_run(out, tmp_path / "file")
+
+
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt

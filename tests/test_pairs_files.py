@@ -169,6 +169,16 @@ def test_a_bad_line_is_left_out_and_named(tmp_path: Path, fault: str) -> None:
     assert [pair.source_row for pair in found.pairs] == [*range(1, 21), *range(22, 42)]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_where_a_line_is_wrong_is_a_column_of_it(tmp_path: Path, end: str) -> None:
+    """A line has no second line, also where it ends too early."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(f'{{"prompt": "p",{end}{{"prompt" "p"}}{end}'.encode() + b"".join(good_lines()))
+    first, second = (reject.detail for reject in read_pairs([path]).rejects)
+    assert first.endswith("(column 16)")
+    assert second.endswith("(column 11)")
+
+
 def test_fault_1_a_cut_last_line(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(b"".join(good_lines())[:-9])

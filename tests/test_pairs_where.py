@@ -139,7 +139,7 @@ def test_a_filter_by_an_unknown_column_names_the_nearest(tmp_path: Path) -> None
 
 def test_a_filter_that_keeps_nothing_says_so(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"instruction": "i", "chosen": "a", "rejected": "b", "margin": 1}])
-    with pytest.raises(UserError, match="1 rows left out by the filter"):
+    with pytest.raises(UserError, match="1 row left out by the filter"):
         read_pairs([path], where="margin > 1")
     with pytest.raises(UserError, match="filter-type"):
         read_pairs([path], where="margin > 'x'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
@@ -16,23 +17,27 @@ import numpy as np
 import pytest
 import torch
 from dpoeng_testing import pair_rows, save_tiny_model, tree, write_jsonl
+from rich.console import Console
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.cache.store import Store
+from dpoeng.cli.progress import TerminalProgress
 from dpoeng.engine import loop as loop_module
 from dpoeng.engine import precompute as precompute_module
 from dpoeng.engine import reference as reference_module
 from dpoeng.engine import step as step_module
 from dpoeng.engine import train as train_module
 from dpoeng.engine.adapters import add_policy_adapter
-from dpoeng.engine.config import PrecomputeConfig, TrainConfig
+from dpoeng.engine.config import PrecomputeConfig, SweepConfig, TrainConfig
 from dpoeng.engine.model import POLICY_ADAPTER, load_model, resolve_dtype
 from dpoeng.engine.order import plan_schedule
 from dpoeng.engine.precompute import PrecomputeSummary, precompute_reference
+from dpoeng.engine.progress import QUIET
 from dpoeng.engine.sources import adapter_config, find_adapter, find_model
+from dpoeng.engine.sweep import plan_sweep
 from dpoeng.engine.train import train
-from dpoeng.engine.train_setup import split
+from dpoeng.engine.train_setup import check_apart, parity_text, split
 
 
 def precompute(pairs: Path, model: Path, cache: Path, **fields: Any) -> PrecomputeSummary:
@@ -235,6 +240,35 @@ def test_the_first_step_is_ln_2_and_training_learns(tmp_path: Path, cache: Path)
     assert run["config"]["beta"] == 0.1
     assert run["reference"]["spec"] == View.open(cache).spec.digest
     assert run["versions"]["torch"] == torch.__version__
+
+
+def test_what_takes_long_is_told_before_it_begins(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In lines, as in a log file; and the policy's agreement with the cache before the first step."""
+    output = io.StringIO()
+    progress = TerminalProgress(Console(file=output, width=80))
+    seen: dict[str, list[str]] = {}
+
+    def looking(name: str, real: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seen.setdefault(name, output.getvalue().splitlines())
+            return real(*args, **kwargs)
+
+        return call
+
+    for owner, name in (
+        (train_module, "load_policy_base"),
+        (train_module, "check_parity"),
+        (loop_module, "evaluate"),
+        (loop_module, "train_step"),
+    ):
+        monkeypatch.setattr(owner, name, looking(name, getattr(owner, name)))
+    summary = train(quick(cache, tmp_path / "out", max_steps=1), progress)
+    assert seen["load_policy_base"][-1] == "loading the base ..."
+    assert seen["check_parity"][-1] == "comparing the policy with the cache ..."
+    assert seen["evaluate"][-1] == "evaluating before training ..."
+    assert summary.parity is not None
+    assert f"note: {parity_text(summary.parity)}" in seen["train_step"]
+    assert seen["train_step"][-1] == "training ..."
 
 
 def test_the_adapter_loads_with_peft_alone(tmp_path: Path, cache: Path, tiny_model: Path) -> None:
@@ -588,6 +622,44 @@ def test_a_held_out_view(tmp_path: Path, tiny_model: Path) -> None:
     precompute(tmp_path / "b.jsonl", tiny_model, tmp_path / "cache", name="c", dtype="bfloat16")
     with pytest.raises(UserError, match="different references"):
         train(quick(tmp_path / "cache", tmp_path / "out2", view="a", eval_view="c"))
+
+
+def test_pairs_that_are_both_trained_and_evaluated_on(tmp_path: Path, tiny_model: Path) -> None:
+    """Of six pairs that are evaluated on two are trained on, one of them the other way round; two share a prompt."""
+    rows, cache = pair_rows(24), tmp_path / "cache"
+    turned = {**rows[1], "chosen": rows[1]["rejected"], "rejected": rows[1]["chosen"]}
+    other = [{**rows[k], "chosen": " another answer\nEND"} for k in (2, 3)]
+    for name, held in (("a", rows[:16]), ("mixed", [rows[0], turned, *other, *rows[20:22]]), ("b", rows[16:])):
+        write_jsonl(tmp_path / f"{name}.jsonl", held)
+        precompute(tmp_path / f"{name}.jsonl", tiny_model, cache)
+    assert "of 6 pairs in mixed" in (said := check_apart(View.open(cache, "a"), View.open(cache, "mixed")))
+    assert "(in a): 2 pairs and 2 more by prompt alone" in said
+    assert check_apart(View.open(cache, "a"), View.open(cache, "b")) == ""
+    notes: list[str] = []
+    progress = SimpleNamespace(note=notes.append, task=QUIET.task)
+    train(quick(cache, tmp_path / "out", view="a", eval_view="mixed", max_steps=1), progress)
+    assert said in notes
+    for view, eval_view in (("a", "half"), ("mixed", "mixed2")):
+        write_jsonl(tmp_path / "half.jsonl", [turned, *rows[4:8]])
+        precompute(tmp_path / "half.jsonl", tiny_model, cache)
+        precompute(tmp_path / "mixed.jsonl", tiny_model, cache, name="mixed2")
+        with pytest.raises(UserError) as caught:
+            train(quick(cache, tmp_path / "no", view=view, eval_view=eval_view))
+        assert caught.value.code == "eval-trained-on"
+        options = {"cache": cache, "view": view, "eval_view": eval_view, "output_dir": tmp_path / "sweep"}
+        with pytest.raises(UserError) as caught:
+            plan_sweep(SweepConfig(vary={"beta": [0.1, 0.2]}), options)
+        assert caught.value.code == "eval-trained-on"
+
+
+def test_the_other_of_two_views_is_trained_on(tmp_path: Path, tiny_model: Path) -> None:
+    rows = pair_rows(24)
+    for name, held in (("a", rows[:16]), ("b", rows[16:])):
+        write_jsonl(tmp_path / f"{name}.jsonl", held)
+        precompute(tmp_path / f"{name}.jsonl", tiny_model, tmp_path / "cache")
+    summary = train(quick(tmp_path / "cache", tmp_path / "out", eval_view="a", max_steps=1))
+    assert (summary.train_pairs, summary.eval_pairs) == (8, 16)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["reference"]["view"] == "b"
 
 
 def test_a_loss_that_is_not_a_number_stops_before_saving(

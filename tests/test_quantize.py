@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from dpoeng_testing import pair_rows, write_jsonl
+from dpoeng_testing import pair_rows, room_for, write_jsonl
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
@@ -79,6 +79,15 @@ def test_what_the_checkpoint_says_stands(tmp_path: Path, tiny_model: Path) -> No
     with pytest.raises(UserError) as caught:
         quantize(source, tmp_path / "model", quantization="8bit")
     assert caught.value.code == "output-unwritable"
+
+
+def test_a_full_disk_leaves_no_checkpoint(tmp_path: Path, tiny_model: Path) -> None:
+    source = find_model(str(tiny_model))
+    with pytest.raises(UserError) as caught, room_for(source.weight_files[0].stat().st_size // 4):
+        quantize(source, tmp_path / "model", quantization="8bit")
+    assert (caught.value.code, caught.value.exit_status) == ("output-unwritable", 5)
+    assert list(tmp_path.iterdir()) == []
+    quantize(source, tmp_path / "model", quantization="8bit")
 
 
 def test_a_method_that_dpoeng_does_not_run_is_named(tmp_path: Path) -> None:

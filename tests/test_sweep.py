@@ -256,8 +256,8 @@ def test_how_long_the_others_will_take(cache: Path, tmp_path: Path, monkeypatch:
     notes: list[str] = []
     progress = SimpleNamespace(note=notes.append, task=QUIET.task)
     run_sweep(planned(cache, tmp_path, {"max_steps": [3, 6, 12]}), progress)
-    assert "2 runs are left, about 3 min at the speed so far" in notes
-    assert "1 runs are left, about 2 min at the speed so far" in notes
+    assert "2 runs left, about 3 min at the speed so far" in notes
+    assert "1 run left, about 2 min at the speed so far" in notes
 
 
 # --------------------------------------------------------------------------- the ranking

@@ -695,13 +695,12 @@ IMPORT = "cache import rows.jsonl --model MODEL"
 CACHES = (
     Wrong("no cache", "cache-not-found", 4, "train --cache nowhere", ("nowhere",)),
     Wrong("a folder that is no cache", "cache-not-found", 4, "train --cache folder", (), lambda d: d.write("folder/a")),
-    Wrong("a file as cache", "cache-not-plain", 4, SCORE + " --cache file", ("file",), lambda d: d.write("file")),
     Wrong("a folder that holds other things", "cache-not-empty", 4, SCORE + " --cache folder", (),
           lambda d: d.write("folder/a")),
     Wrong("a cache of the future", "cache-future", 4, "train", ("2",),
           bend(lambda f, d: (f / "FORMAT").write_text("dpoeng-refcache 2\n"))),
     Wrong("a damaged FORMAT", "cache-format", 4, "train", (), bend(lambda f, d: (f / "FORMAT").write_text("dpoeng-"))),
-    Wrong("no view of this name", "cache-no-view", 2, TRAIN + " --view other", ("pairs",)),
+    Wrong("no view of this name", "cache-no-view", 2, TRAIN + " --view other", ("name one that is there: pairs",)),
     Wrong("two views and none named", "cache-view-unnamed", 2, "train", ("second", "--view"), bend(second_view)),
     Wrong("a flipped bit in a table of pairs", "cache-corrupt", 4, "train", ("arrow",),
           bend(lambda f, d: flip(an_object(f), 200))),
@@ -709,9 +708,13 @@ CACHES = (
     Wrong("an edited view", "cache-corrupt", 4, "train", ("pairs.json",),
           bend(lambda f, d: flip(f / "views" / "pairs.json", 40))),
     Wrong("a link in a cache", "cache-not-plain", 4, "train", (), bend(a_file_of_the_cache_is_a_link)),
+    Wrong("a file as cache", "cache-not-plain", 4, SCORE + " --cache file", ("file",), lambda d: d.write("file")),
+    Wrong("a file as cache, phase two", "cache-not-plain", 4, "train --cache pairs.jsonl", ("a file, not a cache",)),
     Wrong("a name that is none", "cache-view-name", 2, SCORE + " --name a/b", ("A-Z",)),
     Wrong("evaluation by another reference", "eval-reference", 2, "train --view pairs --eval-view sft", ("pairs",),
           bend(other_reference)),
+    Wrong("evaluation on what is trained on", "eval-trained-on", 2, "train --eval-view second",
+          ("view pairs", "5 of 5", "--eval-share 0.1"), bend(second_view)),
     Wrong("another model than the cache's", "parity-failed", 4, TRAIN + " --model other", ("nats",),
           lambda d: save_tiny_model(d.folder / "other", d.tokenizer, seed=9)),
     Wrong("a release that moved the numbers", "reference-drifted", 4, SCORE, ("transformers 5.0.0",), drifted),
@@ -773,13 +776,27 @@ def little_memory(desk: Desk) -> None:
     desk.patch.setattr("dpoeng.engine.fit.available_bytes", lambda _: 10**6)
 
 
+def run_in_the_folder(desk: Desk) -> None:
+    from dpoeng.engine.config import TrainConfig
+    from dpoeng.engine.run_lock import LOCK_FILE, holding
+    from dpoeng.engine.train import train
+
+    with holding(desk.folder / "out"):  # a lock belongs to the open file: this process can stand for another one
+        desk.write(f"out/{LOCK_FILE}", "process 4711 on node1\n")
+        train(TrainConfig(cache=desk.cache, output_dir=Path("out")))
+
+
 RUNS = (
     Wrong("nothing to resume", "resume-nothing", 2, TRAIN + " --resume", ("checkpoint",)),
     Wrong("a folder with another run", "resume-changed", 2, TRAIN + " --beta 0.7", ("beta = 0.7",), finished_run),
-    Wrong("a file as output folder", "output-unwritable", 5, TRAIN + " --output-dir file --max-steps 1", (),
-          lambda d: d.write("file")),
+    Wrong("a folder in which a run is at work", "output-in-use", 2, "", ("4711", "--output-dir"),
+          act=run_in_the_folder),
     Wrong("an output disk that is full", "output-unwritable", 5, TRAIN + " --max-steps 1", ("newest checkpoint",),
           raising(errno.ENOSPC, "dpoeng.engine.checkpoint._sync_folder")),
+    Wrong("a file as output folder", "output-unwritable", 5, TRAIN + " --output-dir file --max-steps 1",
+          ("a file stands where",), lambda d: d.write("file")),
+    Wrong("a file above the output folder", "output-unwritable", 5, TRAIN + " --output-dir file/out --max-steps 1",
+          ("a file stands where", "--output-dir"), lambda d: d.write("file")),
     Wrong("a loss that is no number", "training-not-finite", 5, TRAIN + " --max-steps 1", ("step 1",), diverging),
     Wrong("too little memory", "memory-short", 5, TRAIN, ("GiB",), little_memory),
     Wrong("a weight that is no number", "data-weight", 3, TRAIN + " --pair-weight-column negative_type", ("'wrong'",)),
