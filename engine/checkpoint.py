@@ -66,7 +66,8 @@ def take_snapshot(
 def save_checkpoint(root: Path, snapshot: Snapshot, *, keep: int, spare: Collection[int] = ()) -> Path:
     """Writes `root/checkpoint-<step>` durably, then removes the oldest beyond `keep`, but none of the steps in `spare`.
 
-    The old ones go only after the new one is on the disk.
+    The old ones go only after the new one is on the disk. Later ones go too: damaged, since this run did not go on from
+    them, they would take the places of those that are whole.
 
     Raises:
         UserError: the disk is full or may not be written; older checkpoints are untouched.
@@ -79,7 +80,9 @@ def save_checkpoint(root: Path, snapshot: Snapshot, *, keep: int, spare: Collect
     }
     write_folder(folder, {**snapshot.files, _STATE: _seal(record)})
     spared = {_folder(root, step) for step in spare}
-    for old in _folders(root)[:-keep]:
+    found = _folders(root)
+    end = found.index(folder) + 1
+    for old in [*found[:end][:-keep], *found[end:]]:
         if old not in spared:
             shutil.rmtree(old)
     return folder

@@ -91,8 +91,8 @@ def _conclude(run: Run, step: int, found: PreferenceLoss) -> None:
     run.log.write_evaluation(step, result.record())
     if config.watches_a_metric:
         name = config.metric_for_best_model
-        value = watched(metrics, name)
-        if step:
+        if step:  # before it margins are all 0, and what compares them is no number yet
+            value = watched(metrics, name)
             greater = more_is_better(name, config.greater_is_better)
             run.best = updated(run.best, step, value, greater=greater, threshold=config.early_stopping_threshold)
     if not config.load_best_model_at_end or run.best.step == step:

@@ -67,8 +67,10 @@ class MetricsLog:
         """Drops every line of a later step, and a last line that a kill cut short."""
         for path in (self._metrics, self._timings, self._evaluations):
             if self._writes and path.is_file():
-                kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
-                path.write_text("".join(kept), encoding="utf-8")
+                kept = "".join(line for line in _whole_lines(path) if json.loads(line)["step"] <= step)
+                if len(kept.encode()) != path.stat().st_size:
+                    with replacing(path) as temporary:
+                        temporary.write_text(kept, encoding="utf-8")
 
     def write(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
         """One line of results."""

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from dpoeng.cache.errors import UserError
+from dpoeng.cache.words import counted
 from dpoeng.engine.attention import SHARED_PROMPT, shared_prompt_attention
 from dpoeng.engine.config import Attention, Quantization
 from dpoeng.engine.flex import BlockCount
@@ -496,7 +497,7 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     import platform
 
-    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return f"cpu ({platform.machine()}, {counted(torch.get_num_threads(), 'thread')})"
 
 
 def lr_schedule(name: str, optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> Any:

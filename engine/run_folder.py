@@ -57,12 +57,15 @@ def run_identity(config: TrainConfig, view: View, eval_view: View | None, mode: 
     settings["adapter_mode"] = mode
     if config.watches_a_metric:
         settings["eval_steps"] = config.eval_steps
-    return {
+    identity = {
         "settings": settings,
         "reference": view.spec.digest,
         "pairs": rows_digest(view),
         "eval_pairs": rows_digest(eval_view) if eval_view is not None else None,
     }
+    if config.pair_weight_column is not None:
+        identity["weights"] = _column_digest(view, config.pair_weight_column)
+    return identity
 
 
 def rows_digest(view: View) -> str:
@@ -70,6 +73,14 @@ def rows_digest(view: View) -> str:
     digest = xxhash.xxh3_128()
     for row in range(len(view)):
         digest.update(view.key(row))
+    return digest.hexdigest()
+
+
+def _column_digest(view: View, column: str) -> str:
+    """One hash over what a column of the user's holds, in the order of the rows."""
+    digest = xxhash.xxh3_128()
+    for row in range(len(view)):
+        digest.update(json.dumps(view.extra(row).get(column)).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -55,6 +55,7 @@ from dpoeng.engine.sources import find_adapter, find_model
 from dpoeng.engine.trackers import check_trackers, open_trackers
 from dpoeng.engine.train_setup import (
     check_apart,
+    check_held_out,
     check_parity,
     note_idle,
     own_device,
@@ -156,6 +157,7 @@ def _train(
     train_indices, eval_indices = split(view, eval_view, config)
     if eval_view is not None and (overlap := check_apart(view, eval_view)):
         progress.note(overlap)
+    check_held_out(config, len(eval_indices))
     train_rows, eval_rows = Rows(view, train_indices), Rows(eval_view or view, eval_indices)
     train_weights = train_rows.weights(config.pair_weight_column)
     held_out = HeldOut(
@@ -373,9 +375,11 @@ def _add_results(summary: TrainSummary, log: MetricsLog, config: TrainConfig) ->
     steps = [line for line in lines if "loss" in line]
     evals = [line for line in lines if "eval_loss" in line]
     summary.first, summary.last = (steps[0], steps[-1]) if steps else ({}, {})
-    summary.eval_before, summary.eval_after = (evals[0], evals[-1]) if evals else ({}, {})
     full = log.read_evaluations()
-    summary.evaluation = full[-1] if full else {}
+    saved = summary.best.step if config.load_best_model_at_end else None
+    evals_of_saved = [line for line in evals if line["step"] == saved] or evals
+    summary.eval_before, summary.eval_after = (evals[0], evals_of_saved[-1]) if evals else ({}, {})
+    summary.evaluation = ([line for line in full if line["step"] == saved] or full or [{}])[-1]
     summary.advice = advise(
         steps, evals, loss_type=config.loss_type, beta=config.beta, held_out_pairs=summary.eval_pairs
     )

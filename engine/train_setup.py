@@ -143,6 +143,32 @@ def split(view: View, eval_view: View | None, config: TrainConfig) -> tuple[list
     return train_indices, eval_indices
 
 
+def check_held_out(config: TrainConfig, count: int) -> None:
+    """Refuses what needs held-out pairs where there are none.
+
+    Raises:
+        UserError: early stopping, the best model or samples were asked for.
+    """
+    wants = [
+        option
+        for option, asked in (
+            ("--load-best-model-at-end", config.load_best_model_at_end),
+            ("--early-stopping-patience", config.early_stopping_patience is not None),
+            ("--samples", bool(config.samples)),
+        )
+        if asked
+    ]
+    if wants and not count:
+        raise UserError(
+            "there are no held-out pairs",
+            code="eval-empty",
+            where=", ".join(wants),
+            expected="pairs that are not trained on",
+            found=f"--eval-share {config.eval_share:g} of the prompts is none",
+            remedy="raise --eval-share, name other pairs with --eval-view, or leave these options out",
+        )
+
+
 def check_apart(view: View, eval_view: View) -> str:
     """What to tell of pairs, or prompts, that are both trained and evaluated on; empty where there are none.
 

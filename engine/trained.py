@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import IdArray, as_ids
 from dpoeng.cache.words import counted
@@ -25,7 +26,7 @@ from dpoeng.engine.oom import release_memory
 from dpoeng.engine.progress import QUIET, Progress
 from dpoeng.engine.reference import ParityReport, load_policy_base
 from dpoeng.engine.rows import Rows
-from dpoeng.engine.run_folder import ADAPTER_FOLDER, MODEL_FOLDER, RUN_FILE
+from dpoeng.engine.run_folder import ADAPTER_FOLDER, MODEL_FOLDER, RUN_FILE, rows_digest
 from dpoeng.engine.run_record import read_json
 from dpoeng.engine.scoring import choose_layout
 from dpoeng.engine.shapes import PreferencePair
@@ -168,7 +169,18 @@ def evaluate_trained(
     view = View.open(config.cache, config.view, beside=config.eval_view)
     eval_view = View.open(config.cache, config.eval_view) if config.eval_view else None
     which = which or ("all" if trained.run is None else "held-out")
+    if which == "held-out" and eval_view is None:
+        _check_pairs_of_run(trained, view)
     indices = split(view, eval_view, config)[1] if which == "held-out" else range(len(view))
+    if not len(indices):
+        raise UserError(
+            "there are no pairs to evaluate",
+            code="eval-empty",
+            where=str(trained.folder.parent),
+            expected="pairs that its run held out",
+            found=f"none of {counted(len(view), 'pair')}",
+            remedy="say --pairs all to evaluate on all pairs of the view, those that were trained on too",
+        )
     rows = Rows(eval_view if eval_view and which == "held-out" else view, indices)
     weights, labels = rows.weights(config.pair_weight_column), rows.labels(config.eval_group_by)
     settings = LossSettings.of(config)
@@ -201,6 +213,21 @@ def evaluate_trained(
         beta=config.beta,
         advice=advise([], [line], loss_type=config.loss_type, beta=config.beta, held_out_pairs=result.pairs),
     )
+
+
+def _check_pairs_of_run(trained: Trained, view: View) -> None:
+    """Refuses to hold pairs out anew of others than the run had: some of them would be pairs that it trained on."""
+    file = trained.folder.parent / RUN_FILE
+    held = read_json(file, dict)["identity"]["pairs"] if trained.run is not None else None
+    if held is not None and held != rows_digest(view):
+        raise UserError(
+            "the view holds other pairs than when the run was trained",
+            code="eval-changed",
+            where=f"view {view.name}, {counted(len(view), 'pair')}",
+            expected=f"the pairs that {file} was made with",
+            found="pairs were added, left out or put in another order: which were held out cannot be told from them",
+            remedy="say --pairs all to evaluate on all of them, or put new pairs into a view of their own",
+        )
 
 
 @dataclass(frozen=True, slots=True)

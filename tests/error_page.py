@@ -147,6 +147,8 @@ MEANINGS: dict[str, str] = {
     "full-finetuning": "What was asked does not go with training all weights (`use_peft: false`).",
     "parity-failed": "Policy and cache disagree before the first step: another model, adapter or precision.",
     "eval-reference": "Both sets of pairs must be scored by one reference.",
+    "eval-empty": "What looks at held-out pairs needs some.",
+    "eval-changed": "Held-out pairs are found again by splitting the same pairs in the same way.",
     "eval-trained-on": "An evaluation on pairs that are trained on tells nothing about others.",
     "resume-nothing": "`--resume` asks for a checkpoint, and the folder has none.",
     "resume-changed": "The folder holds a run with other settings; going on would mix two runs.",

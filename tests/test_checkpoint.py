@@ -11,6 +11,7 @@ import torch
 from dpoeng.cache.errors import UserError
 from dpoeng.engine import checkpoint as module
 from dpoeng.engine.checkpoint import latest_checkpoint, remove_checkpoints, save_checkpoint, take_snapshot
+from dpoeng.engine.metrics import MetricsLog
 
 
 def save(root: Path, step: int, keep: int = 2) -> Path:
@@ -127,3 +128,35 @@ def test_remove(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("kept")
     remove_checkpoints(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_damaged_later_checkpoint_does_not_push_out_new_ones(tmp_path: Path) -> None:
+    """A run that went on from an earlier one: what it writes is the newest that is whole."""
+    for step in (4, 8):
+        save(tmp_path, step, keep=1)
+    (tmp_path / "checkpoint-00000008" / "parameters.safetensors").write_bytes(b"")
+    for step in (2, 4, 6):
+        save(tmp_path, step, keep=1)
+    found, damaged = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert (found.step, damaged) == (6, [])
+
+
+def test_metrics_that_cannot_be_cut_back_stay_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = MetricsLog(tmp_path)
+    for step in range(5):
+        log.write(step, 0.0, {"loss": 1.0})
+    real = Path.write_text
+
+    def full(self: Path, text: str, **settings: str) -> int:
+        real(self, text[:7], **settings)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space"):
+            log.rewind(2)
+        log.rewind(9)  # nothing to cut: nothing is written
+    assert len(log.read()) == 5
+    log.rewind(2)
+    assert [line["step"] for line in log.read()] == [0, 1, 2]

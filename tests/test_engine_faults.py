@@ -740,7 +740,7 @@ def test_the_same_libraries_cost_no_check(tmp_path: Path, tiny_model: Path, monk
     write_jsonl(file, pair_rows(6))
     here = precompute_module.device_name(torch.device("cpu"))
     for module in (precompute_module, drift_module):
-        monkeypatch.setattr(module, "device_name", lambda _: here.replace("1 threads", "7 threads"))
+        monkeypatch.setattr(module, "device_name", lambda _: here.replace("1 thread)", "7 threads)"))
     monkeypatch.setattr(drift_module, "compare_with_cache", never)
     assert precompute(file, tiny_model, tmp_path / "cache").computed == 2
     assert "7 threads" in View.open(tmp_path / "cache").meta["device"]

@@ -365,3 +365,37 @@ def test_an_adapter_of_another_model_is_refused(
     status, _, shown = command(capsys, "eval", "--cache", cache, "--adapter", tmp_path / "nothing")
     assert status == 2
     assert "adapter-not-found" in shown
+
+
+def test_what_is_told_of_the_best_model_is_told_of_what_is_saved(tmp_path: Path, cache: Path) -> None:
+    """The last evaluation is of another adapter."""
+    summary = run(cache, tmp_path / "out", **FIRST_IS_BEST)
+    evaluations = [json.loads(line) for line in (tmp_path / "out" / "evaluations.jsonl").read_text().splitlines()]
+    assert summary.best.step == 1 < evaluations[-1]["step"]
+    assert summary.evaluation["step"] == summary.eval_after["step"] == 1
+
+
+def test_other_weights_are_another_run(tmp_path: Path, tiny_model: Path) -> None:
+    """The column's name is the same, its numbers are not."""
+
+    def trained(weight: float) -> TrainSummary:
+        rows = [{**row, "weight": 1.0 + weight * (number % 2)} for number, row in enumerate(pair_rows(8))]
+        pairs = write_jsonl(tmp_path / "pairs.jsonl", rows)
+        precompute_reference(PrecomputeConfig(pairs=(pairs,), model=str(tiny_model), cache=tmp_path / "cache"))
+        return run(tmp_path / "cache", tmp_path / "out", max_steps=1, pair_weight_column="weight")
+
+    assert not trained(1.0).already_complete
+    assert trained(1.0).already_complete
+    with pytest.raises(UserError) as caught:
+        trained(2.0)
+    assert caught.value.code == "resume-changed"
+
+
+def test_what_needs_held_out_pairs_is_refused_where_there_are_none(tmp_path: Path, tiny_model: Path) -> None:
+    rows = [{**row, "prompt": "Instruction: one\nResponse:"} for row in pair_rows(6)]
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    precompute_reference(PrecomputeConfig(pairs=(pairs,), model=str(tiny_model), cache=tmp_path / "cache"))
+    for fields in ({"samples": 2}, {"load_best_model_at_end": True, "eval_steps": 1}):
+        with pytest.raises(UserError) as caught:
+            run(tmp_path / "cache", tmp_path / "out", **fields)
+        assert caught.value.code == "eval-empty"

@@ -786,7 +786,25 @@ def run_in_the_folder(desk: Desk) -> None:
         train(TrainConfig(cache=desk.cache, output_dir=Path("out")))
 
 
+def changed_run(*keys: str, value: Any) -> Callable[[Desk], Any]:
+    """A copy of the run as `mine`, with something else in its record."""
+
+    def prepare(desk: Desk) -> None:
+        file = Path(shutil.copytree(desk.run, desk.folder / "mine")) / "run.json"
+        record = at = json.loads(file.read_text())
+        for key in keys[:-1]:
+            at = at[key]
+        at[keys[-1]] = value
+        file.write_text(json.dumps(record))
+
+    return prepare
+
+
 RUNS = (
+    Wrong("nothing was held out", "eval-empty", 2, "eval --cache CACHE --adapter mine", ("--pairs all",),
+          changed_run("config", "eval_share", value=0.0)),
+    Wrong("a view that has grown", "eval-changed", 2, "eval --cache CACHE --adapter mine", ("--pairs all", "run.json"),
+          changed_run("identity", "pairs", value="0" * 32)),
     Wrong("nothing to resume", "resume-nothing", 2, TRAIN + " --resume", ("checkpoint",)),
     Wrong("a folder with another run", "resume-changed", 2, TRAIN + " --beta 0.7", ("beta = 0.7",), finished_run),
     Wrong("a folder in which a run is at work", "output-in-use", 2, "", ("4711", "--output-dir"),
