@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,5 +88,8 @@ def print_result(result: Migration, output: Path) -> None:
         click.echo(f"\nNot needed here: {', '.join(dict.fromkeys(result.needless))}")
     missing = [name for name in ("model", "pairs") if name not in result.lines]
     click.echo("\nNext:" + (f" set {' and '.join(missing)} in {output}, then" if missing else ""))
-    config = "" if str(output) == "dpoeng.yaml" else f" --config {output}"
-    click.echo(f"  dpoeng precompute-ref{config}\n  dpoeng train{config}")
+    config = "" if str(output) == "dpoeng.yaml" else f" --config {shlex.quote(str(output))}"
+    click.echo(f"  dpoeng precompute-ref{config}")
+    if result.eval_pairs:
+        click.echo(f"  dpoeng precompute-ref {shlex.join(result.eval_pairs)} --name eval{config}")
+    click.echo(f"  dpoeng train{config}")

@@ -346,9 +346,15 @@ def _data(name: str, node: ast.expr | None, script: _Script) -> list[Given]:
     if node is None or (isinstance(node, ast.Constant) and node.value is None):
         return []
     field_name = "pairs" if name == "train_dataset" else "eval_pairs"
+    calls = list(dict.fromkeys(_made_by(node, script)))
+    cut = next((call for call in calls if _called(call) == "train_test_split"), None)
+    if cut is not None and name == "eval_dataset":  # a part of the training pairs, and no file of its own
+        share = next((k.value for k in cut.keywords if k.arg == "test_size"), cut.args[0] if cut.args else None)
+        value = _evaluate(share, script) if share is not None else 0.25  # the default of `datasets`
+        return [Given("eval_share", value, name, "script", cut.lineno)]
     given: list[Given] = []
-    for call in dict.fromkeys(_made_by(node, script)):
-        if _called(call) in ("map", "filter", "select", "train_test_split"):
+    for call in calls:
+        if _called(call) in ("map", "filter", "select"):
             text = f".{_called(call)}({', '.join(map(ast.unparse, call.args))[:60]})"
             given.append(Given("dataset_code", Unread(text), name, "script", call.lineno))
         elif _called(call) in ("from_json", "from_csv", "from_parquet") and call.args:

@@ -119,7 +119,13 @@ def _adapter(by_name: dict[str, Given], result: Migration) -> None:
     shape = {"lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora", "init_lora_weights"}
     new_lora = any(item.source == "peft" for item in by_name.values()) or bool(shape & set(result.lines))
     if "adapter" in result.lines:
-        if result.kind == "script":
+        if result.kind == "script" and new_lora:
+            result.notes.append(
+                "With a PeftModel and a peft_config, older releases of TRL merged the adapter into the base, as it was "
+                "loaded, and took that as the reference; 1.16 refuses the two together. Here the reference is base + "
+                "adapter, the SFT model, and the new LoRA stands on it."
+            )
+        elif result.kind == "script":
             result.notes.append(
                 "With a PeftModel and no ref_model, TRL's reference is the base without the adapter up to 0.28, and a "
                 "copy of the adapter since. Here the reference is base + adapter: the SFT model."

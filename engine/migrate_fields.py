@@ -42,6 +42,7 @@ class Migration:
     notes: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     fits: str = ""
+    eval_pairs: list[str] = field(default_factory=list)
 
     def put(self, name: str, value: Any, *comments: str) -> None:
         """Sets a field, if it takes the value; else it is lost, with the reason."""
@@ -204,8 +205,9 @@ def _pairs(item: Given, _: dict[str, Given], result: Migration) -> None:
 
 
 def _eval_pairs(item: Given, _: dict[str, Given], result: Migration) -> None:
-    result.put("eval_view", "eval", f"dpoeng precompute-ref {item.value} --name eval")
-    result.notes.append(f"Evaluation pairs: run `dpoeng precompute-ref {item.value} --name eval` too.")
+    files = item.value if isinstance(item.value, list) else [item.value]
+    result.eval_pairs = [str(file) for file in files]
+    result.put("eval_view", "eval", "the pairs that are evaluated on and not trained on")
 
 
 def _hub_data(item: Given, _: dict[str, Given], result: Migration) -> None:
@@ -217,10 +219,12 @@ def _hub_data(item: Given, _: dict[str, Given], result: Migration) -> None:
 
 def _data_code(item: Given, _: dict[str, Given], result: Migration) -> None:
     assert isinstance(item.value, Unread)
-    result.notes.append(
+    note = (
         f"{at(item)}the data set is changed in code, {item.value.text}: use where, columns or prompt_format for it, or "
         "save the changed data set with .to_json('pairs.jsonl')."
     )
+    if note not in result.notes:  # the training and the evaluation pairs may both come from there
+        result.notes.append(note)
 
 
 def _datasets(item: Given, _: dict[str, Given], result: Migration) -> None:
@@ -351,6 +355,7 @@ _SPECIAL: dict[str, Callable[[Given, dict[str, Given], Migration], None]] = {
     "dataset_code": _data_code,
     "datasets": _datasets,
     "test_datasets": _evaluation_data,
+    "eval_share": _shares,
     "val_set_size": _shares,
     "val_size": _shares,
     "ref_model": _ref_model,

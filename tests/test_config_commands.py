@@ -121,7 +121,7 @@ def test_every_commented_field_of_init_shows_its_default(run: Run, tmp_path: Pat
     ("gpu", "kind", "words"),
     [
         ("a100-80gb", "none", "of the 79.1 GiB of a100-80gb"),
-        ("2.05gib", "8bit", "calculated by dpoeng plan: at least 1.58"),
+        ("2.05gib", "8bit", "calculated by dpoeng plan: at least 1.56"),
         ("1gib", "4bit", "this will not fit"),
     ],
 )
@@ -364,7 +364,7 @@ def migrated(run: Run, tmp_path: Path, name: str, text: str) -> tuple[dict[str, 
             "b = AutoModelForCausalLM.from_pretrained('base')\nb = PeftModel.from_pretrained(b, 'sft')\n"
             "DPOTrainer(b, peft_config=LoraConfig(r=4))",
             {"adapter": "sft", "adapter_mode": "stack", "lora_r": 4},
-            [],
+            ["older releases of TRL merged the adapter into the base"],
         ),
         ("m = AutoPeftModelForCausalLM.from_pretrained('sft')\nDPOTrainer(m)", {"adapter": "sft"}, ["set model"]),
         ("DPOTrainer(build())", {}, ["model: computed when the script runs (build())"]),
@@ -372,7 +372,19 @@ def migrated(run: Run, tmp_path: Path, name: str, text: str) -> tuple[dict[str, 
             "d = load_dataset('json', data_files={'train': 'a.jsonl', 'test': 'b.jsonl'})\n"
             "DPOTrainer('m', train_dataset=d['train'], eval_dataset=d['test'])",
             {"pairs": ["a.jsonl"], "eval_view": "eval"},
-            ["precompute-ref b.jsonl --name eval"],
+            ["  dpoeng precompute-ref b.jsonl --name eval\n  dpoeng train"],
+        ),
+        (
+            "d = load_dataset('json', data_files='a.jsonl', split='train').filter(ok).train_test_split(test_size=0.2)\n"
+            "DPOTrainer('m', train_dataset=d['train'], eval_dataset=d['test'])",
+            {"pairs": ["a.jsonl"], "eval_share": 0.2, "eval_view": None},
+            ["changed in code, .filter(ok)", "Next:\n  dpoeng precompute-ref\n  dpoeng train\n"],
+        ),
+        (
+            "d = load_dataset('json', data_files='a.jsonl', split='train').train_test_split(20)\n"
+            "DPOTrainer('m', train_dataset=d['train'], eval_dataset=d['test'])",
+            {"pairs": ["a.jsonl"], "eval_view": None},
+            ["eval_share: 20 rows; set eval_share to a share of the prompts"],
         ),
         ("DPOTrainer('m', train_dataset=load_dataset('org/d'))", {}, ["to_json('pairs.jsonl')"]),
         (
