@@ -52,6 +52,7 @@ def test_the_file_in_the_current_folder_is_read(tmp_path: Path, monkeypatch: pyt
         ("loss_type: [sigmoid, sft]\nrpo_alpha: 1", "config-value", ["same kind of term"]),
         ("loss_type: simpo\nld_alpha: 0.5", "config-value", ["divides by the length already"]),
         ("loss_type: sft\nld_alpha: 0.5", "config-value", ["does nothing"]),
+        ("loss_type: [sft, cpo]\nld_alpha: 0.5", "config-value", ["does nothing"]),
         ("loss_type: aot\nuse_weighting: true", "config-value", ["sorts the pairs"]),
         ("loss_type: aot_unpaired\npair_weight_column: margin", "config-value", ["sorts the pairs"]),
         ("early_stopping_patience: 2\neval_share: 0", "config-value", ["held-out pairs"]),
