@@ -248,7 +248,7 @@ def check_combination(settings: Mapping[str, Any], changed: Sequence[str]) -> No
     if settings["rpo_alpha"] is not None and "sft" in types:
         raise ValueError("rpo_alpha and loss_type sft are the same kind of term; give one of them")
     if set(types) <= {"sft", "cpo"} and settings["ld_alpha"] is not None:
-        raise ValueError(f"ld_alpha does nothing with loss_type {listed}: it acts on what is compared with the reference")
+        raise ValueError(f"ld_alpha does nothing with loss_type {listed}: it acts on ratios to the reference")
     _check_scores(settings, changed, listed, facts)
     whole = [name for name, known in facts.items() if known.whole_batch and name != "beta_dpo"]
     for field in ("use_weighting", "pair_weight_column"):
