@@ -32,9 +32,8 @@ def holding(folder: Path) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            with contextlib.suppress(
-                OSError
-            ):  # first the name, then the lock: who waits for neither finds both or none
+            # First the name, then the lock: who comes meanwhile finds both or none.
+            with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
             os.close(descriptor)
         with contextlib.suppress(OSError):  # a folder that the run has filled stays
