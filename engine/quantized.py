@@ -42,7 +42,7 @@ def import_bitsandbytes(where: str, instead: str) -> Any:
             code="bitsandbytes-unusable",
             where=where,
             found=f"{type(error).__name__}: {error}",
-            remedy=f"pip install 'bitsandbytes>=0.48', or {instead}",
+            remedy=f"pip install 'bitsandbytes>=0.50', or {instead}",
             exit_status=5,
         ) from error
     return bitsandbytes
