@@ -22,7 +22,7 @@ from dpoeng.cache.words import counted
 from dpoeng.engine.check_texts import Category, TextCheck, content
 from dpoeng.engine.config import PrecomputeConfig
 from dpoeng.engine.findings import Finding, Level, Tally, snippet
-from dpoeng.engine.pairs import PairStream, PreferencePair, ReadPair, Reject, content_key
+from dpoeng.engine.pairs import PairStream, PreferencePair, ReadPair, Reject, column_remark, content_key
 from dpoeng.engine.shapes import Turns
 from dpoeng.engine.tokens import TokenizedPair, tokenize_pairs
 
@@ -128,6 +128,9 @@ def check_pairs(config: PrecomputeConfig, eval_files: Sequence[Path] = (), *, ex
     run.finish_chunk()
     categories = run.texts.finish()
     run.whole(stream.rejected)
+    if remark := column_remark(stream.instructions, stream.misspelt):
+        code = "prompt-from-instruction" if stream.instructions else "unused-column"
+        tally.count(code, stream.instructions or run.rows, remark)
     if not run.lengths["chosen"] and not stream.rejected:
         raise UserError(
             "no pair is left",

@@ -188,6 +188,19 @@ KINDS: dict[str, Kind] = {
         "its words are pushed down (or up) in every context: better answers that share them suffer",
         "keep a few of these pairs, or vary the text",
     ),
+    "prompt-from-instruction": Kind(
+        "info",
+        "pairs without a prompt, whose instruction is taken for it",
+        "where SFT put more around the instruction, the model is asked something else than it was trained on",
+        "nothing, if SFT had the bare instruction too; else name the prompt's column with --columns prompt=NAME, or "
+        "say what stood around it with --prompt-format",
+    ),
+    "unused-column": Kind(
+        "info",
+        "pairs in files with an unused column that may be a misspelt one",
+        "a column of another name is kept beside the pair and does nothing",
+        "correct its name, or give the field with --columns",
+    ),
     "rare-category": Kind(
         "info",
         "categories with fewer than five pairs",

@@ -19,7 +19,15 @@ from dpoeng.cache.errors import UserError
 from dpoeng.cache.words import counted
 from dpoeng.engine import readers
 from dpoeng.engine.rejects import Reject, check_reject_share, write_rejects
-from dpoeng.engine.shapes import FIELDS, Message, PreferencePair, Shape, holds_human_turn, to_pair
+from dpoeng.engine.shapes import (
+    FIELDS,
+    Message,
+    PreferencePair,
+    Shape,
+    holds_human_turn,
+    prompt_from_instruction,
+    to_pair,
+)
 from dpoeng.engine.strict_json import RowFault
 from dpoeng.engine.tabular import csv_value
 from dpoeng.engine.where import parse_condition
@@ -75,6 +83,8 @@ class PairFile:
         contradictions: rows whose responses stand the other way round in an earlier one.
         multi_turn: pairs with a further human turn inside a response.
         columns: every column name that was seen.
+        instructions: pairs whose prompt is their bare `instruction`, since they have no prompt.
+        misspelt: unused column -> the field that no column has and whose name is close.
     """
 
     pairs: list[PreferencePair] = field(default_factory=list)
@@ -85,6 +95,12 @@ class PairFile:
     contradictions: list[Repeat] = field(default_factory=list)
     multi_turn: int = 0
     columns: tuple[str, ...] = ()
+    instructions: int = 0
+    misspelt: dict[str, str] = field(default_factory=dict)
+
+    def column_remark(self) -> str:
+        """See the function of the same name."""
+        return column_remark(self.instructions, self.misspelt)
 
 
 def read_pairs(
@@ -132,6 +148,8 @@ def read_pairs(
         contradictions=contradictions,
         multi_turn=sum(map(holds_human_turn, pairs)),
         columns=stream.columns,
+        instructions=stream.instructions,
+        misspelt=stream.misspelt,
     )
     check_reject_share(found.rejects, len(found.pairs) + len(found.rejects), max_reject_share)
     if not found.pairs:
@@ -168,7 +186,7 @@ class PairStream:
 
     Attributes:
         rejected, filtered: rows left out so far.
-        files: as in `PairFile`.
+        files, instructions, misspelt: as in `PairFile`.
         columns: as in `PairFile`.
     """
 
@@ -203,6 +221,8 @@ class PairStream:
         self._names: dict[str, None] = {}
         self.rejected = 0
         self.filtered = 0
+        self.instructions = 0
+        self.misspelt: dict[str, str] = {}
         self.files: dict[str, str] = {}
 
     @property
@@ -250,6 +270,7 @@ class PairStream:
             )
         if names:
             self._check_columns(path, names)
+            self.misspelt |= _misspelt(names, self._columns)
         self._names.update(names)
 
     def _pair(self, path: Path, number: int, row: dict[str, Any], shape: Shape) -> ReadPair | None:
@@ -260,6 +281,8 @@ class PairStream:
             self.filtered += 1
             return None
         pair = to_pair(row, shape, str(path), number)
+        # With a format around it, it was meant.
+        self.instructions += shape.prompt_format is None and prompt_from_instruction(row, shape)
         key, opposite = content_key(pair), content_key(pair, swapped=True)
         same, other = (
             Repeat(str(path), number, *self._seen[earlier]) if earlier in self._seen else None
@@ -290,6 +313,29 @@ def _check_targets(columns: Mapping[str, str]) -> None:
                 expected=f"one of {', '.join(FIELDS)}, then = and the name of the file's column",
                 remedy=f"did you mean {nearest[0]}={columns[target]}?" if nearest else "name one of these fields",
             )
+
+
+def _misspelt(names: Mapping[str, None], columns: Mapping[str, str]) -> dict[str, str]:
+    """Column -> the field whose name is close, of fields that no column has and columns that are no field."""
+    lacking = [name for name in FIELDS if name not in names and name not in columns]
+    if "prompt" in lacking:
+        lacking.append("input" if "instruction" in names else "instruction")
+    found: dict[str, str] = {}
+    for name in names:
+        if name not in (*FIELDS, "instruction", "input") and name not in columns.values():
+            # `promt`, `prompts` and `Prompt` are close, `prompt_id` and `instruction_type` are not.
+            if nearest := difflib.get_close_matches(name.casefold(), lacking, n=1, cutoff=0.83):
+                found[name] = nearest[0]
+    return found
+
+
+def column_remark(instructions: int, misspelt: Mapping[str, str]) -> str:
+    """What is to be known of the columns, in one line; empty if nothing is. The arguments are as in `PairFile`."""
+    told = [f"prompt taken from `instruction` in {counted(instructions, 'pair')}"] if instructions else []
+    for column, target in misspelt.items():
+        how = f" (--columns {target}={column})" if target in FIELDS else ""
+        told.append(f"unused column `{column}`: did you mean `{target}`?{how}")
+    return "; ".join(told)
 
 
 def _no_column(path: Path, column: str, names: Mapping[str, None], remedy: str) -> UserError:

@@ -119,6 +119,8 @@ def _precompute(config: PrecomputeConfig, group: Group, progress: Progress) -> P
     view_name = config.name or default_view_name(config.pairs[0])
     part = _part(config, group)
     file, data = _read(config, source)
+    if remark := file.column_remark():
+        progress.note(remark)
 
     store = Store.open(config.cache, create=True)
     with group.first_on_machine():

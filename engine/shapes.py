@@ -96,7 +96,7 @@ def to_pair(row: Mapping[str, Any], shape: Shape, source_file: str, source_row: 
     given: Turns | None = None
     if row.get(shape.column("prompt")) is not None:
         given = _turns(row, shape.column("prompt"), shape.untyped)
-    elif isinstance(row.get("instruction"), str):
+    elif prompt_from_instruction(row, shape):
         # Alpaca's convention: `input` continues `instruction`.
         more = row.get("input")
         given = f"{row['instruction']}\n{more}" if isinstance(more, str) and more else row["instruction"]
@@ -127,6 +127,11 @@ def to_pair(row: Mapping[str, Any], shape: Shape, source_file: str, source_row: 
         tools=_tools(row.get(shape.column("tools"))),
         chat_template_kwargs=_template_kwargs(row.get(shape.column("chat_template_kwargs"))),
     )
+
+
+def prompt_from_instruction(row: Mapping[str, Any], shape: Shape) -> bool:
+    """Whether a row has no prompt of its own, and its `instruction` is taken for one."""
+    return row.get(shape.column("prompt")) is None and isinstance(row.get("instruction"), str)
 
 
 def holds_human_turn(pair: PreferencePair) -> bool:

@@ -365,6 +365,50 @@ def test_what_to_do_next_has_what_was_given(
     assert stop.value.code == 0
 
 
+def renamed(rows: list[Row], **names: str) -> list[Row]:
+    """Rows with other names of some columns."""
+    return [{names.get(name, name): value for name, value in row.items()} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("rows", "fields", "found"),
+    [
+        # The user's file with a slip: the bare instruction would be trained on in silence.
+        (
+            renamed(pair_rows(24), prompt="promt"),
+            {},
+            {
+                "prompt-from-instruction": "prompt taken from `instruction` in 24 pairs; unused column `promt`: did "
+                "you mean `prompt`? (--columns prompt=promt)"
+            },
+        ),
+        (
+            renamed(clean_rows(), prompt="instruction"),
+            {},
+            {"prompt-from-instruction": "prompt taken from `instruction` in 120 pairs"},
+        ),
+        (renamed(clean_rows(), prompt="instruction"), {"prompt_format": "Q: {prompt}"}, {}),
+        ([{**row, "tool": "none"} for row in clean_rows()], {}, {"unused-column": "did you mean `tools`?"}),
+        # named on purpose, or not close: nothing to say
+        (renamed(clean_rows(), prompt="promt"), {"columns": {"prompt": "promt"}}, {}),
+        (pair_rows(24), {}, {}),
+        ([{**row, "prompt_id": "a", "prompts": "b"} for row in clean_rows()], {}, {}),
+        (renamed(clean_rows(), chosen="answer"), {"columns": {"chosen": "answer"}}, {}),
+    ],
+)
+def test_a_prompt_from_elsewhere_and_a_misspelt_column_are_told(
+    tmp_path: Path, rows: list[Row], fields: dict[str, Any], found: dict[str, str]
+) -> None:
+    told = {
+        finding.code: finding.detail
+        for finding in run(tmp_path, rows, **fields).findings
+        if finding.code in ("prompt-from-instruction", "unused-column")
+    }
+    assert set(told) == set(found)
+    for code, words in found.items():
+        assert words in told[code]
+
+
 def test_every_kind_is_complete_and_in_the_docs() -> None:
     text = (ROOT / "docs" / "check.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"^\| `([a-z-]+)`", text, re.MULTILINE))

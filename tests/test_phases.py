@@ -151,6 +151,19 @@ class Killed(BaseException):
     """Stands for SIGKILL where a real one would cost a process."""
 
 
+def test_a_prompt_that_is_not_the_one_that_was_meant_is_told(tmp_path: Path, tiny_model: Path) -> None:
+    rows = [{("promt" if name == "prompt" else name): value for name, value in row.items()} for row in pair_rows(4)]
+    notes: list[str] = []
+    config = PrecomputeConfig(
+        pairs=(write_jsonl(tmp_path / "pairs.jsonl", rows),), model=str(tiny_model), cache=tmp_path / "cache"
+    )
+    precompute_reference(config, SimpleNamespace(note=notes.append, task=QUIET.task))
+    assert notes == [
+        "prompt taken from `instruction` in 4 pairs; unused column `promt`: did you mean `prompt`? (--columns "
+        "prompt=promt)"
+    ]
+
+
 def test_a_disk_without_room_is_noticed_before_the_model_is_loaded(
     tmp_path: Path, tiny_model: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
