@@ -322,10 +322,11 @@ def _misspelt(names: Mapping[str, None], columns: Mapping[str, str]) -> dict[str
         lacking.append("input" if "instruction" in names else "instruction")
     found: dict[str, str] = {}
     for name in names:
-        if name not in (*FIELDS, "instruction", "input") and name not in columns.values():
-            # `promt`, `prompts` and `Prompt` are close, `prompt_id` and `instruction_type` are not.
-            if nearest := difflib.get_close_matches(name.casefold(), lacking, n=1, cutoff=0.83):
-                found[name] = nearest[0]
+        known = name in (*FIELDS, "instruction", "input") or name in columns.values()
+        # `promt`, `prompts` and `Prompt` are close, `prompt_id` and `instruction_type` are not.
+        nearest = difflib.get_close_matches(name.casefold(), lacking, n=1, cutoff=0.83)
+        if nearest and not known:
+            found[name] = nearest[0]
     return found
 
 
