@@ -21,21 +21,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dpoeng.bench.allocator import trace_allocator
 from dpoeng.bench.kernels import naive
+from dpoeng.bench.measuring.allocator import trace_allocator
+from dpoeng.bench.measuring.workload import save_small_model
 from dpoeng.bench.memory import training_run
-from dpoeng.bench.workload import save_small_model
 from dpoeng.cache.schema import PairIds, as_ids
-from dpoeng.engine.adapters import add_policy_adapter, lora_arguments
-from dpoeng.engine.config import TrainConfig
-from dpoeng.engine.lora import use_peft_product
-from dpoeng.engine.model import CausalLM, load_model, set_mode
-from dpoeng.engine.optim import build_optimizer
-from dpoeng.engine.reference import score_pairs
-from dpoeng.engine.run_state import Run
-from dpoeng.engine.scoring import choose_layout
-from dpoeng.engine.sources import find_model
-from dpoeng.engine.step import train_step
+from dpoeng.engine.config.fields import TrainConfig
+from dpoeng.engine.models.adapters import add_policy_adapter, lora_arguments
+from dpoeng.engine.models.loading import load_model
+from dpoeng.engine.models.lora_product import use_peft_product
+from dpoeng.engine.models.model import CausalLM, set_mode
+from dpoeng.engine.models.sources import find_model
+from dpoeng.engine.scoring.choose_layout import choose_layout
+from dpoeng.engine.scoring.pairs import score_pairs
+from dpoeng.engine.training.optimizer import build_optimizer
+from dpoeng.engine.training.run import Run
+from dpoeng.engine.training.step import train_step
 from dpoeng.kernels.token_logps import token_logps
 
 CPU = torch.device("cpu")

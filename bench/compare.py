@@ -26,15 +26,15 @@ from typing import Any
 
 import torch
 
-from dpoeng.bench.measure import Spent
+from dpoeng.bench.measuring.measure import Spent
+from dpoeng.bench.measuring.records import commit, stamp, told
 from dpoeng.bench.peers import IN_TURNS, TURN, Figures, Job, Program
-from dpoeng.bench.records import commit, stamp, told
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
-from dpoeng.engine.config import Dtype
-from dpoeng.engine.model import pick_device
-from dpoeng.engine.progress import QUIET, Advance, Progress
-from dpoeng.engine.sources import find_model
+from dpoeng.engine.config.fields import Dtype
+from dpoeng.engine.models.loading import pick_device
+from dpoeng.engine.models.sources import find_model
+from dpoeng.engine.runtime.progress import QUIET, Advance, Progress
 
 PEERS: tuple[Program, ...] = ("trl precomputed", "trl adapter off", "trl second model")
 

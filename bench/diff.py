@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dpoeng.bench.compare import step_time
-from dpoeng.bench.measure import Spent
+from dpoeng.bench.measuring.measure import Spent
 from dpoeng.cache.errors import UserError
 
 THRESHOLD = 0.05

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpoeng.bench.measure import PeakMemory, Stopwatch, gemm_flops, release_memory
-from dpoeng.bench.records import stamp
+from dpoeng.bench.measuring.measure import PeakMemory, Stopwatch, gemm_flops, release_memory
+from dpoeng.bench.measuring.records import stamp
 from dpoeng.kernels.token_logps import plain_token_logps, token_logps
 
 OURS = "dpoeng"

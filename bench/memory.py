@@ -18,37 +18,32 @@ from typing import Any
 
 import torch
 
-from dpoeng.bench.allocator import trace_allocator
-from dpoeng.bench.measure import PeakMemory, held_bytes, release_memory, touch
-from dpoeng.bench.records import stamp, told
-from dpoeng.bench.workload import first_pairs_of, model_or_embedded
+from dpoeng.bench.measuring.allocator import trace_allocator
+from dpoeng.bench.measuring.measure import PeakMemory, held_bytes, release_memory, touch
+from dpoeng.bench.measuring.records import stamp, told
+from dpoeng.bench.measuring.workload import first_pairs_of, model_or_embedded
 from dpoeng.cache.schema import PairIds, ScoredPair
-from dpoeng.engine.adapters import as_reference, make_trainable
-from dpoeng.engine.config import Dtype, Quantization, TrainConfig
-from dpoeng.engine.distributed import ALONE, Group
-from dpoeng.engine.lora import use_peft_product
-from dpoeng.engine.memory_tracker import MemoryTracker
-from dpoeng.engine.metrics import MetricsLog
-from dpoeng.engine.model import (
-    CausalLM,
-    embedding_on_host,
-    enable_gradient_checkpointing,
-    load_model,
-    pick_device,
-    set_mode,
-    use_layout,
-)
-from dpoeng.engine.optim import build_optimizer, build_scheduler
-from dpoeng.engine.order import plan_schedule
-from dpoeng.engine.plan import model_fields
-from dpoeng.engine.progress import QUIET, Progress
-from dpoeng.engine.quantized import quantized_tensors
-from dpoeng.engine.reference import score_pairs
-from dpoeng.engine.run_state import HeldOut, Run
-from dpoeng.engine.scoring import choose_layout
-from dpoeng.engine.simulate import OPTIMIZER, Pair, Setup, head_of
-from dpoeng.engine.step import train_step
-from dpoeng.engine.step_memory import forward_memory, step_memory
+from dpoeng.engine.config.fields import Dtype, Quantization, TrainConfig
+from dpoeng.engine.memory.any_depth import forward_memory, step_memory
+from dpoeng.engine.memory.overhead import model_fields
+from dpoeng.engine.memory.simulate import OPTIMIZER, Pair, Setup
+from dpoeng.engine.memory.stand_ins import head_of
+from dpoeng.engine.memory.tracker import MemoryTracker
+from dpoeng.engine.models.adapters import as_reference, make_trainable
+from dpoeng.engine.models.loading import embedding_on_host, load_model, pick_device
+from dpoeng.engine.models.lora_product import use_peft_product
+from dpoeng.engine.models.model import CausalLM, enable_gradient_checkpointing, set_mode
+from dpoeng.engine.models.quantized import quantized_tensors
+from dpoeng.engine.runs.metrics import MetricsLog
+from dpoeng.engine.runtime.distributed import ALONE, Group
+from dpoeng.engine.runtime.progress import QUIET, Progress
+from dpoeng.engine.scoring.attention import use_layout
+from dpoeng.engine.scoring.choose_layout import choose_layout
+from dpoeng.engine.scoring.pairs import score_pairs
+from dpoeng.engine.training.optimizer import build_optimizer, build_scheduler
+from dpoeng.engine.training.order import plan_schedule
+from dpoeng.engine.training.run import HeldOut, Run
+from dpoeng.engine.training.step import train_step
 
 PHASE_ONE, CACHED, ADAPTER_OFF, TWO_MODELS, WHOLE_LOGITS = (
     "phase one", "cached reference", "adapter off", "two models", "two models, whole logits"
@@ -228,7 +223,7 @@ def measure_cases(
                 use_peft_product(lm.model)
                 use_layout(lm, "separate")
                 use_layout(reference, "separate")
-                with head_of(plain):
+                with head_of(full_logits=plain.full_logits):
                     second_model()
                     peak = step_memory(plain, lengths).peak
                     add(WHOLE_LOGITS, second_model, held(), peak.n_bytes, dict(peak.by_kind))

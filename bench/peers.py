@@ -21,9 +21,9 @@ from typing import Any, Literal
 
 import torch
 
-from dpoeng.bench.measure import PeakMemory, Spent, Stopwatch, held_bytes, release_memory, touch
-from dpoeng.engine.config import Dtype, PrecomputeConfig, Quantization, TrainConfig
-from dpoeng.engine.progress import Advance
+from dpoeng.bench.measuring.measure import PeakMemory, Spent, Stopwatch, held_bytes, release_memory, touch
+from dpoeng.engine.config.fields import Dtype, PrecomputeConfig, Quantization, TrainConfig
+from dpoeng.engine.runtime.progress import Advance
 
 Program = Literal["dpoeng reference", "dpoeng", "trl precomputed", "trl adapter off", "trl second model"]
 
@@ -172,7 +172,7 @@ class _Meter:
 
 
 def _dpoeng_reference(job: Job) -> Figures:
-    from dpoeng.engine.precompute import precompute_reference
+    from dpoeng.engine.recipes.precompute import precompute_reference
 
     shutil.rmtree(job.cache, ignore_errors=True)  # what a stopped run left would be reused, not computed
     meter = _Meter("reference log-probs", job, REFERENCE)
@@ -202,7 +202,7 @@ def _dpoeng_reference(job: Job) -> Figures:
 
 
 def _dpoeng_train(job: Job) -> Figures:
-    from dpoeng.engine.train import train
+    from dpoeng.engine.recipes.train import train
 
     meter = _Meter("training", job, TRAINING, job.batch_size)
     output = adapter_folder(job).parent
@@ -249,10 +249,10 @@ def _trl(job: Job) -> Figures:
     from trl import DPOConfig, DPOTrainer
 
     from dpoeng.cache.reader import View
-    from dpoeng.engine.adapters import lora_arguments
-    from dpoeng.engine.model import DTYPES
-    from dpoeng.engine.order import plan_schedule
-    from dpoeng.engine.quantized import quantization_config
+    from dpoeng.engine.models.adapters import lora_arguments
+    from dpoeng.engine.models.model import DTYPES
+    from dpoeng.engine.models.quantized import quantization_config
+    from dpoeng.engine.training.order import plan_schedule
 
     device = torch.device(job.device)
     view = View.open(job.cache)

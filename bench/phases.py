@@ -21,8 +21,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from dpoeng.bench.gpu import EnergyMeter, PoolUse, card_of, copy_bytes_per_s, pool_use
-from dpoeng.bench.measure import (
+from dpoeng.bench.measuring.gpu import EnergyMeter, PoolUse, card_of, copy_bytes_per_s, pool_use
+from dpoeng.bench.measuring.measure import (
     PeakMemory,
     Spent,
     TimeSplit,
@@ -32,35 +32,36 @@ from dpoeng.bench.measure import (
     synchronize,
     touch,
 )
-from dpoeng.bench.records import stamp, told
-from dpoeng.bench.workload import VIEW, first_pairs_of, model_or_embedded, padded_tokens, seal_view, unique_tokens
+from dpoeng.bench.measuring.records import stamp, told
+from dpoeng.bench.measuring.workload import (
+    VIEW,
+    first_pairs_of,
+    model_or_embedded,
+    padded_tokens,
+    seal_view,
+    unique_tokens,
+)
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import PairIds, pair_key
 from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.store import Store
-from dpoeng.engine.adapters import add_policy_adapter, lora_arguments
-from dpoeng.engine.batch import batch_loss
-from dpoeng.engine.config import Dtype, Quantization, TrainConfig
-from dpoeng.engine.layout import batches_of_pairs
-from dpoeng.engine.loss_names import LossSettings
-from dpoeng.engine.model import (
-    CausalLM,
-    Layout,
-    enable_gradient_checkpointing,
-    load_model,
-    pick_device,
-    set_mode,
-    use_layout,
-)
-from dpoeng.engine.optim import build_optimizer
-from dpoeng.engine.plan_time import Gpu
-from dpoeng.engine.precompute import default_batch_tokens
-from dpoeng.engine.progress import QUIET, Progress
-from dpoeng.engine.quantized import quantized_tensors
-from dpoeng.engine.reference import score_pairs
-from dpoeng.engine.rows import Rows
-from dpoeng.engine.scoring import choose_layout
-from dpoeng.engine.shards import plan_shards
+from dpoeng.engine.config.fields import Dtype, Quantization, TrainConfig
+from dpoeng.engine.losses.names import LossSettings
+from dpoeng.engine.memory.cards import Gpu
+from dpoeng.engine.models.adapters import add_policy_adapter, lora_arguments
+from dpoeng.engine.models.loading import load_model, pick_device
+from dpoeng.engine.models.model import CausalLM, Layout, enable_gradient_checkpointing, set_mode
+from dpoeng.engine.models.quantized import quantized_tensors
+from dpoeng.engine.recipes.precompute import default_batch_tokens
+from dpoeng.engine.reference.shards import plan_shards
+from dpoeng.engine.runtime.progress import QUIET, Progress
+from dpoeng.engine.scoring.attention import use_layout
+from dpoeng.engine.scoring.choose_layout import choose_layout
+from dpoeng.engine.scoring.layout import batches_of_pairs
+from dpoeng.engine.scoring.pairs import score_pairs
+from dpoeng.engine.training.batch_loss import batch_loss
+from dpoeng.engine.training.optimizer import build_optimizer
+from dpoeng.engine.training.rows import Rows
 
 
 @dataclass(frozen=True, slots=True)

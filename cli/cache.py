@@ -13,8 +13,8 @@ import click
 
 from dpoeng.cache.words import counted
 from dpoeng.cli.options import config_options, given
-from dpoeng.engine.config import PrecomputeConfig
-from dpoeng.engine.config_files import load_config
+from dpoeng.engine.config.fields import PrecomputeConfig
+from dpoeng.engine.config.files import load_config
 
 if TYPE_CHECKING:
     from dpoeng.cache.spec import FieldChange
@@ -50,7 +50,7 @@ def info(folder: Path, as_json: bool) -> None:
         return
     from rich.console import Console
 
-    from dpoeng.cli.summary import facts_table
+    from dpoeng.cli.tables import facts_table
 
     console = Console(highlight=False)
     console.print(f"[bold]{folder}[/]: references {len(found.references)}, views {len(found.views)}")
@@ -129,7 +129,7 @@ def verify(
     console.print("[green]sound[/]")
     if recompute is not None:
         from dpoeng.cache.reader import View
-        from dpoeng.engine.reference import recompute as score_anew
+        from dpoeng.engine.reference.parity import recompute as score_anew
 
         found = score_anew(View.open(folder, view), recompute, model=model, adapter=adapter)
         console.print(
@@ -224,7 +224,7 @@ def import_(file: Path, **options: Any) -> None:
     config = load_config(PrecomputeConfig, given(options))
 
     from dpoeng.cli.progress import TerminalProgress
-    from dpoeng.engine.importing import import_reference
+    from dpoeng.engine.recipes.import_reference import import_reference
 
     done, sums = import_reference(config, file, TerminalProgress())
     click.echo(
@@ -287,8 +287,8 @@ def stats(folder: Path, view: str | None, html: Path | None, as_json: bool, pair
     opened = View.open(folder, view)
     found = reference_stats(opened, notes=pairs)
     if html:
-        from dpoeng.cache.report import html_report
-        from dpoeng.cli.output import write_page
+        from dpoeng.cli.pages.html import write_page
+        from dpoeng.cli.pages.reference import html_report
 
         facts = [("view", opened.name), ("reference", opened.spec.digest)]
         write_page(html, html_report(found, f"The reference on {opened.name}", facts))
@@ -304,7 +304,7 @@ def _print_stats(found: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from dpoeng.cli.summary import facts_table
+    from dpoeng.cli.tables import facts_table
 
     console = Console(highlight=False)
     table = Table(title="the reference on these pairs", title_justify="left", show_edge=False, pad_edge=False)

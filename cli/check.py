@@ -13,12 +13,12 @@ import click
 
 from dpoeng.cache.words import counted
 from dpoeng.cli.options import as_words, config_options, given
-from dpoeng.engine.config import PrecomputeConfig
-from dpoeng.engine.config_files import load_config
+from dpoeng.engine.config.fields import PrecomputeConfig
+from dpoeng.engine.config.files import load_config
 
 if TYPE_CHECKING:
-    from dpoeng.engine.check import CheckReport
-    from dpoeng.engine.findings import Finding
+    from dpoeng.engine.checks.findings import Finding
+    from dpoeng.engine.recipes.check import CheckReport
 
 EPILOG = """\b
 Examples:
@@ -64,12 +64,12 @@ def check(
         values["pairs"] = pairs
     config = load_config(PrecomputeConfig, values, config_file)
 
-    from dpoeng.engine.check import check_pairs
+    from dpoeng.engine.recipes.check import check_pairs
 
     report = check_pairs(config, eval_files, examples=examples)
     if html is not None:
-        from dpoeng.cli.check_page import check_page
-        from dpoeng.cli.output import write_page
+        from dpoeng.cli.pages.check import check_page
+        from dpoeng.cli.pages.html import write_page
 
         write_page(html, check_page(report))
     if as_json:
@@ -84,7 +84,7 @@ def print_report(report: CheckReport, html: Path | None, then: Sequence[str]) ->
     """Findings first, then the tables, then what to do next: `then` is what phase one is to be given."""
     from rich.console import Console
 
-    from dpoeng.cli.summary import command_line, facts_table
+    from dpoeng.cli.tables import command_line, facts_table
 
     console = Console(highlight=False)
     for finding in report.findings:

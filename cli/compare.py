@@ -11,11 +11,11 @@ import click
 
 from dpoeng.cli.evaluate import run_config
 from dpoeng.cli.options import config_options, given
-from dpoeng.engine.config import TrainConfig
+from dpoeng.engine.config.fields import TrainConfig
 
 if TYPE_CHECKING:
     from dpoeng.cache.schema import IdArray
-    from dpoeng.engine.trained import Generation
+    from dpoeng.engine.recipes.compare import Generation
 
 EPILOG = """\b
 Examples:
@@ -66,7 +66,8 @@ def compare(
     with just their token ids.
     """
     from dpoeng.cache.reader import View
-    from dpoeng.engine.trained import compare_generations, encode_prompt, find_trained, held_out_prompts
+    from dpoeng.engine.recipes.compare import compare_generations, encode_prompt, held_out_prompts
+    from dpoeng.engine.recipes.evaluate import find_trained
 
     given_prompts = [*prompts, *(read_prompts(file) if file else [])]
     trained = find_trained(path)

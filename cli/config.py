@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from dpoeng.cli.options import ConfigCommand, config_options, given
-from dpoeng.engine.config import PrecomputeConfig, TrainConfig
-from dpoeng.engine.config_files import config_schema, resolve
-from dpoeng.engine.config_template import plain, sections
+from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
+from dpoeng.engine.config.files import config_schema, resolve
+from dpoeng.engine.config.template import plain, sections
 
 SHOW_EPILOG = """\b
 Examples:

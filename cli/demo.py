@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 from pydantic import BaseModel
 
-from dpoeng.engine.config import PrecomputeConfig, TrainConfig
+from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dpoeng.engine.demo import Answer, HeldOutPair
+    from dpoeng.engine.recipes.demo import Answer, HeldOutPair
 
 PAIRS_FILE = "demo_pairs.jsonl"
 PAIRS = 100
@@ -59,9 +59,9 @@ def demo(folder: Path, pairs: int, model: str | None, quantization: str, prepare
 
     from dpoeng.cli import precompute, train
     from dpoeng.cli.progress import TerminalProgress
-    from dpoeng.engine.demo import obtain_model
-    from dpoeng.engine.precompute import precompute_reference
-    from dpoeng.engine.train import train as run_training
+    from dpoeng.engine.recipes.demo import obtain_model
+    from dpoeng.engine.recipes.precompute import precompute_reference
+    from dpoeng.engine.recipes.train import train as run_training
 
     console = Console(highlight=False)
     progress = TerminalProgress()
@@ -148,8 +148,8 @@ def _step(console: Console, number: int, title: str, line: str | None = None) ->
 
 def _show_changes(console: Console, config: TrainConfig) -> None:
     from dpoeng.cache.reader import View
-    from dpoeng.engine import demo as engine
-    from dpoeng.engine.train_setup import split
+    from dpoeng.engine.recipes import demo as engine
+    from dpoeng.engine.recipes.inputs import split
 
     view = View.open(config.cache, config.view)
     lm = engine.load_trained(config, view)

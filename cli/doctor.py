@@ -33,7 +33,7 @@ def doctor(cache: Path, output_dir: Path, online: bool, as_json: bool, strict: b
     bitsandbytes and Triton compute something small, each in a process of its own. No network is used without --online.
     The exit status is 5 if something would fail, with --strict also if something is only not as it should be.
     """
-    from dpoeng.engine.doctor import diagnose
+    from dpoeng.engine.recipes.doctor import diagnose
 
     found = diagnose(cache, output_dir, online=online)
     if as_json:

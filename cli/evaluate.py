@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from dpoeng.cli.options import config_options, given
-from dpoeng.engine.config import LOSS_FIELDS, TrainConfig
-from dpoeng.engine.config_files import load_config
+from dpoeng.engine.config.fields import LOSS_FIELDS, TrainConfig
+from dpoeng.engine.config.files import load_config
 
 if TYPE_CHECKING:
-    from dpoeng.engine.trained import EvaluationSummary, Trained
+    from dpoeng.engine.recipes.evaluate import EvaluationSummary, Trained
 
 EPILOG = """\b
 Examples:
@@ -51,7 +51,7 @@ def evaluate(path: Path, pairs: Literal["held-out", "all"] | None, as_json: bool
     as it was before training is compared with the cache.
     """
     from dpoeng.cli.progress import TerminalProgress
-    from dpoeng.engine.trained import evaluate_trained, find_trained
+    from dpoeng.engine.recipes.evaluate import evaluate_trained, find_trained
 
     trained = find_trained(path)
     overrides = given(options)
@@ -75,7 +75,7 @@ def print_evaluation(summary: EvaluationSummary) -> None:
     """Facts, means with intervals, groups, remarks."""
     from rich.console import Console
 
-    from dpoeng.cli.summary import advice_text, evaluation_table, facts_table, group_tables
+    from dpoeng.cli.tables import advice_text, evaluation_table, facts_table, group_tables
 
     console = Console(highlight=False)
     pairs = f"{summary.evaluation.pairs} of {summary.view} ({summary.which.replace('-', ' ')})"

@@ -35,8 +35,8 @@ def init(
     What fits on the card is simulated as `dpoeng plan` does it; config.json is enough, no weights are read.
     """
     from dpoeng.cli.progress import TerminalProgress
-    from dpoeng.engine.config_template import config_text, write_config
-    from dpoeng.engine.suggestions import suggest
+    from dpoeng.engine.config.template import config_text, write_config
+    from dpoeng.engine.recipes.init import suggest
 
     header = [
         "Configuration of dpoeng, for both phases. A field that is commented out shows its default.",

@@ -35,7 +35,7 @@ COMMANDS = {
     "config": ("dpoeng.cli.config:config", "Print every setting and where it comes from; a schema for editors."),
     "cache": ("dpoeng.cli.cache:cache", "Look into a reference cache: info, verify, export and more."),
     "demo": ("dpoeng.cli.demo:demo", "Both phases on a small real model and 100 pairs, in minutes."),
-    "bench": ("dpoeng.cli.bench:bench", "Measure throughput and memory on this machine."),
+    "bench": ("dpoeng.cli.bench.commands:bench", "Measure throughput and memory on this machine."),
 }
 
 EPILOG = """\b

@@ -34,8 +34,8 @@ def merge(output_dir: Path, into: Path, dtype: str, model: str | None) -> None:
 
     from dpoeng.cache.words import counted
     from dpoeng.cli.progress import TerminalProgress
-    from dpoeng.cli.summary import facts_table
-    from dpoeng.engine.merge import merge_run
+    from dpoeng.cli.tables import facts_table
+    from dpoeng.engine.recipes.merge import merge_run
 
     summary = merge_run(output_dir, into, dtype=dtype, model=model, progress=TerminalProgress())
     console = Console()

@@ -12,7 +12,7 @@ import click
 from dpoeng.cache.errors import UserError
 
 if TYPE_CHECKING:
-    from dpoeng.engine.migrate_fields import Migration
+    from dpoeng.engine.migration.fields import Migration
 
 EPILOG = """\b
 Examples:
@@ -40,9 +40,9 @@ def migrate(file: Path, output: Path, force: bool) -> None:
     or LLaMA-Factory; - reads what is pasted. Each line whose meaning changed carries a comment, and what has no
     equivalent is listed.
     """
-    from dpoeng.engine.config_template import config_text, write_config
-    from dpoeng.engine.migrate import migrate as read
-    from dpoeng.engine.migrate_fields import KINDS
+    from dpoeng.engine.config.template import config_text, write_config
+    from dpoeng.engine.migration.fields import KINDS
+    from dpoeng.engine.recipes.migrate import migrate as read
 
     result = read(file, _text(file))
     header = [f"Made by `dpoeng migrate` from {KINDS[result.kind]}."]
@@ -72,7 +72,7 @@ def _text(file: Path) -> str:
 
 def print_result(result: Migration, output: Path) -> None:
     """What was carried over, what was not, and what to do next."""
-    from dpoeng.engine.migrate_fields import KINDS
+    from dpoeng.engine.migration.fields import KINDS
 
     click.echo(f"{output}: {len(result.lines)} fields from {KINDS[result.kind]}")
     for title, items in (

@@ -11,10 +11,10 @@ import click
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from dpoeng.engine.config import bare_type
-from dpoeng.engine.config_files import as_error, unknown_field
-from dpoeng.engine.config_template import sections
-from dpoeng.engine.foreign_names import COMMANDS
+from dpoeng.engine.config.fields import COMMANDS, bare_type
+from dpoeng.engine.config.fields import unknown as unknown_field
+from dpoeng.engine.config.problems import as_error
+from dpoeng.engine.config.template import sections
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -66,7 +66,7 @@ class ConfigCommand(click.Command):
             words = [w.split("=")[0] for w in given if w.startswith("--") and len(w) > 2]
             unknown = [w for w in words if w.replace("_", "-") not in known] or [error.option_name]
             cls = COMMANDS.get(self.name or "")
-            problems = [unknown_field(word, where=word, command=cls) for word in dict.fromkeys(unknown)]
+            problems = [unknown_field(cls, word, where=word) for word in dict.fromkeys(unknown)]
             raise as_error(problems) from error
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -10,13 +10,13 @@ import click
 from pydantic import ValidationError
 
 from dpoeng.cli.options import config_options, given
-from dpoeng.cli.output import write_page
-from dpoeng.engine.plan_config import PlanConfig
+from dpoeng.cli.pages.html import write_page
+from dpoeng.engine.config.plan import PlanConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dpoeng.engine.plan import CardPlan, Plan
+    from dpoeng.engine.recipes.plan import CardPlan, Plan
 
 EPILOG = """\b
 Examples:
@@ -48,7 +48,7 @@ def plan(for_scripts: bool, html: Path | None, **options: Any) -> None:
 
     from rich.console import Console
 
-    from dpoeng.engine.plan import as_json, make_plan
+    from dpoeng.engine.recipes.plan import as_json, make_plan
 
     found = make_plan(config)
     if html is not None:
@@ -63,7 +63,7 @@ def show(found: Plan, console: Console) -> None:
     """The answer in tables, the plot of a step, and the settings to use."""
     from rich.table import Table
 
-    from dpoeng.engine.plan import suggested
+    from dpoeng.engine.recipes.plan import suggested
 
     request = found.request
     what = f"{request.quantization}, r={request.lora_r}" if request.use_peft else "all weights trained"
@@ -148,7 +148,7 @@ def sparkline(found: Plan, width: int = 96) -> str:
 
 def picture(found: Plan) -> str:
     """Memory through a step as a page: a curve for each of its phases."""
-    from dpoeng.cache.page import Curve, cards, line_chart, page, plots
+    from dpoeng.cli.pages.html import Curve, cards, line_chart, page, plots
 
     timeline = found.phase2[1].timeline
     curves = []

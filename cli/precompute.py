@@ -9,11 +9,11 @@ import click
 
 from dpoeng.cache.words import counted
 from dpoeng.cli.options import ConfigCommand, config_options, given
-from dpoeng.engine.config import PrecomputeConfig
-from dpoeng.engine.config_files import load_config
+from dpoeng.engine.config.fields import PrecomputeConfig
+from dpoeng.engine.config.files import load_config
 
 if TYPE_CHECKING:
-    from dpoeng.engine.precompute import PrecomputeSummary
+    from dpoeng.engine.recipes.precompute import PrecomputeSummary
 
 EPILOG = """\b
 Examples:
@@ -41,7 +41,7 @@ def precompute_ref(pairs: tuple[Path, ...], config_file: Path | None, **options:
     config = load_config(PrecomputeConfig, values, config_file)
 
     from dpoeng.cli.progress import TerminalProgress
-    from dpoeng.engine.precompute import precompute_reference
+    from dpoeng.engine.recipes.precompute import precompute_reference
 
     summary = precompute_reference(config, TerminalProgress())
     if summary.reports:
@@ -52,8 +52,7 @@ def print_summary(summary: PrecomputeSummary) -> None:
     """What was done, what was left out, and what to do next."""
     from rich.console import Console
 
-    from dpoeng.cli.summary import command_line, facts_table
-    from dpoeng.cli.tables import length_table
+    from dpoeng.cli.tables import command_line, facts_table, length_table
 
     console = Console()
     console.print(length_table(summary.data))
@@ -72,8 +71,6 @@ def print_summary(summary: PrecomputeSummary) -> None:
             )
         )
         facts.append(("layout", f"{summary.layout}: {summary.layout_reason}"))
-    if summary.blocks.total:
-        facts.append(("attention", str(summary.blocks)))
     if summary.peak_bytes is not None:
         facts.append(("peak memory", f"{summary.peak_bytes / 2**30:.2f} GiB allocated on the device"))
     if not summary.pending:

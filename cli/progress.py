@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from dpoeng.engine.progress import Advance
+from dpoeng.engine.runtime.progress import Advance
 
 LINE_EVERY_S = 15.0
 
 
 class TerminalProgress:
-    """Draws `dpoeng.engine.progress` on stderr."""
+    """Draws `dpoeng.engine.runtime.progress` on stderr."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)

@@ -35,10 +35,10 @@ def quantize(model: str, into: Path, quantization: str, dtype: str, device: str)
     from rich.console import Console
 
     from dpoeng.cli.progress import TerminalProgress
-    from dpoeng.cli.summary import command_line, facts_table
-    from dpoeng.engine.model import pick_device
-    from dpoeng.engine.quantize import quantize as write_quantized
-    from dpoeng.engine.sources import find_model
+    from dpoeng.cli.tables import command_line, facts_table
+    from dpoeng.engine.models.loading import pick_device
+    from dpoeng.engine.models.sources import find_model
+    from dpoeng.engine.recipes.quantize import quantize as write_quantized
 
     summary = write_quantized(
         find_model(model),

@@ -23,9 +23,9 @@ def report(out: Path, html: Path | None) -> None:
     still going can be looked at too.
     """
     from dpoeng.cache.words import counted
-    from dpoeng.cli.output import write_page
-    from dpoeng.cli.report_page import report_page
-    from dpoeng.engine.run_record import read_run
+    from dpoeng.cli.pages.html import write_page
+    from dpoeng.cli.pages.run import report_page
+    from dpoeng.engine.runs.reading import read_run
 
     run = read_run(out)
     target = html or out / "report.html"

@@ -10,12 +10,13 @@ import click
 
 from dpoeng.cache.words import counted
 from dpoeng.cli.options import ConfigCommand, config_options, given
-from dpoeng.engine.config import SweepConfig, TrainConfig
-from dpoeng.engine.config_files import load_config
+from dpoeng.cli.tables import result_rows
+from dpoeng.engine.config.fields import SweepConfig, TrainConfig
+from dpoeng.engine.config.files import load_config
 
 if TYPE_CHECKING:
-    from dpoeng.engine.sweep import SweepPlan
-    from dpoeng.engine.sweep_ranking import RunResult
+    from dpoeng.engine.recipes.sweep import SweepPlan
+    from dpoeng.engine.recipes.sweep_ranking import RunResult
 
 PAGE_FILE = "sweep.html"
 
@@ -50,15 +51,15 @@ def sweep(config_file: Path | None, **options: Any) -> None:
     on with the one that was stopped. Ends with the runs ranked, with intervals, in a table, sweep.json and sweep.html.
     """
     from dpoeng.cli.progress import TerminalProgress
-    from dpoeng.engine.sweep import plan_sweep, run_sweep
+    from dpoeng.engine.recipes.sweep import plan_sweep, run_sweep
 
     taken = given(options)
     own = {name: taken.pop(name) for name in SweepConfig.model_fields if name in taken}
     plan = plan_sweep(load_config(SweepConfig, own, config_file), taken, config_file)
 
     def show(results: Sequence[RunResult]) -> None:
-        from dpoeng.cli.output import write_page
-        from dpoeng.cli.sweep_page import sweep_page
+        from dpoeng.cli.pages.html import write_page
+        from dpoeng.cli.pages.sweep import sweep_page
 
         write_page(plan.root / PAGE_FILE, sweep_page(plan, results))
 
@@ -72,7 +73,7 @@ def print_results(plan: SweepPlan, results: Sequence[RunResult]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from dpoeng.engine.sweep_ranking import verdict
+    from dpoeng.engine.recipes.sweep_ranking import verdict
 
     console = Console(highlight=False, soft_wrap=True)
     table = Table(
@@ -94,33 +95,6 @@ def print_results(plan: SweepPlan, results: Sequence[RunResult]) -> None:
     if done:
         console.print(f"\nThe best adapter: [bold]{done[0].folder / 'adapter'}[/]")
     console.print(f"All of it as a page: {plan.root / PAGE_FILE}")
-
-
-def result_rows(plan: SweepPlan, results: Sequence[RunResult]) -> list[tuple[str, ...]]:
-    """Of each run: what is varied, its value, its difference from the best run, and a word on it."""
-    rows = []
-    for place, result in enumerate(results):
-        values = tuple(result.values[field] for field in plan.vary)
-        if result.value is None:
-            rows.append((*values, "", "", "", "", result.state))
-            continue
-        word = "best" if place == 0 else "differs" if result.differs else "not told apart"
-        rows.append(
-            (
-                *values,
-                f"{result.value:.4g}",
-                _interval((result.intervals or {}).get(plan.rank_by)),
-                "" if result.difference is None else f"{result.difference:+.4g}",
-                _interval(result.difference_interval, sign=True),
-                word,
-            )
-        )
-    return rows
-
-
-def _interval(bounds: tuple[float, float] | None, *, sign: bool = False) -> str:
-    form = "{:+.3g} to {:+.3g}" if sign else "{:.3g} to {:.3g}"
-    return form.format(*bounds) if bounds else ""
 
 
 def _report_failures(results: Sequence[RunResult]) -> None:

@@ -9,11 +9,11 @@ import click
 
 from dpoeng.cache.words import counted
 from dpoeng.cli.options import ConfigCommand, config_options, given
-from dpoeng.engine.config import TrainConfig
-from dpoeng.engine.config_files import load_config
+from dpoeng.engine.config.fields import TrainConfig
+from dpoeng.engine.config.files import load_config
 
 if TYPE_CHECKING:
-    from dpoeng.engine.train import TrainSummary
+    from dpoeng.engine.recipes.train import TrainSummary
 
 EPILOG = """\b
 Examples:
@@ -44,7 +44,7 @@ def train(config_file: Path | None, **options: Any) -> None:
     config = load_config(TrainConfig, given(options), config_file)
 
     from dpoeng.cli.progress import TerminalProgress
-    from dpoeng.engine.train import train as run
+    from dpoeng.engine.recipes.train import train as run
 
     summary = run(config, TerminalProgress())
     if summary.reports:
@@ -55,8 +55,8 @@ def print_summary(summary: TrainSummary) -> None:
     """What was done, what it brought, and what to do next."""
     from rich.console import Console
 
-    from dpoeng.cli.summary import advice_text, facts_table, group_tables, metrics_table
-    from dpoeng.engine.train_setup import parity_text
+    from dpoeng.cli.tables import advice_text, facts_table, group_tables, metrics_table
+    from dpoeng.engine.recipes.policy import parity_text
 
     console = Console()
     if summary.already_complete:
@@ -79,8 +79,6 @@ def print_summary(summary: TrainSummary) -> None:
         facts.append(("layout", f"{summary.layout}: {summary.layout_reason}"))
     if summary.loaded:
         facts.append(("base loaded", summary.loaded))
-    if summary.blocks.total:
-        facts.append(("attention", str(summary.blocks)))
     if summary.peak_bytes is not None:
         predicted = ""
         if summary.predicted_bytes:

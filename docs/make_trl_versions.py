@@ -148,7 +148,8 @@ def compact(known: dict[str, object]) -> str:
 
 def page(known: dict[str, object]) -> str:
     """docs/trl-versions.md."""
-    from dpoeng.engine.foreign_names import answer_in_words
+    from dpoeng.engine.config.fields import known_fields
+    from dpoeng.engine.config.other_trainers import answer_in_words
 
     names = known["names"]
     assert isinstance(names, dict)
@@ -180,7 +181,7 @@ def page(known: dict[str, object]) -> str:
                     for since, text in entry["defaults"]
                     if text
                 )
-                cells = (f"`{name}`", releases, defaults, answer_in_words(name))
+                cells = (f"`{name}`", releases, defaults, answer_in_words(name, known_fields()))
                 lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"

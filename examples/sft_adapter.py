@@ -14,8 +14,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpoeng.engine.pairs import read_pairs
-from dpoeng.engine.tokens import tokenize_pairs
+from dpoeng.engine.data.pairs import read_pairs
+from dpoeng.engine.data.tokenization import tokenize_pairs
 
 
 def main() -> None:

@@ -17,8 +17,8 @@ import pytest
 RANKS = multiprocessing.get_context("forkserver")  # imports once what would take seconds in each of them
 RANKS.set_forkserver_preload(
     [
-        "dpoeng.engine.precompute",
-        "dpoeng.engine.train",
+        "dpoeng.engine.recipes.precompute",
+        "dpoeng.engine.recipes.train",
         "peft",
         "torch.distributed.device_mesh",
         "torch.distributed.fsdp",

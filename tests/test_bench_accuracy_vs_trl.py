@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from dpoeng_testing import pair_rows, write_jsonl
 from rich.console import Console
 
-from dpoeng.bench import accuracy_vs_trl as bench
+from dpoeng.bench.studies import accuracy_vs_trl as bench
 
 
 def _values(rewards: list[float], prefers: list[float]) -> bench.Values:

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from dpoeng.bench import cache_vs_trl as bench
+from dpoeng.bench.studies import cache_vs_trl as bench
 
 
 def test_wrong_values_are_counted() -> None:

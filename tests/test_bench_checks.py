@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from dpoeng.bench import checks
 from dpoeng.bench.checks import Check, Subject, plain_scores, subject
 from dpoeng.bench.kernels import naive
-from dpoeng.cli.bench import bench
+from dpoeng.cli.bench.commands import bench
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_the_twin_does_the_same_work(on: Subject) -> None:
 def test_scoring_twice_as_slow_is_noticed(
     on: Subject, clean: dict[str, Check], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dpoeng.engine.reference as engine
+    import dpoeng.engine.reference.identity as engine
 
     monkeypatch.setattr(engine, "score_groups", twice(engine.score_groups))
     slow = checks.scoring_time(on)
@@ -65,7 +65,7 @@ def test_scoring_twice_as_slow_is_noticed(
 
 
 def test_steps_twice_as_slow_are_noticed(on: Subject, clean: dict[str, Check], monkeypatch: pytest.MonkeyPatch) -> None:
-    import dpoeng.engine.step as engine
+    import dpoeng.engine.training.step as engine
 
     monkeypatch.setattr(engine, "_gradient", twice(engine._gradient))
     monkeypatch.setattr(checks, "ATTEMPTS", 2)  # enough to see that a second one does not excuse it
@@ -83,7 +83,7 @@ def test_whole_logits_are_noticed(clean: dict[str, Check]) -> None:
 
 def test_a_leak_of_scoring_is_noticed(on: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """8 KiB of tensors and 64 KiB of arrays a call: far below what resident memory could tell."""
-    import dpoeng.engine.reference as engine
+    import dpoeng.engine.reference.identity as engine
 
     kept: list[Any] = []
     real = engine.score_groups
@@ -102,7 +102,7 @@ def test_a_leak_of_scoring_is_noticed(on: Subject, monkeypatch: pytest.MonkeyPat
 
 def test_a_leak_of_steps_is_noticed(on: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """The usual leak: somebody keeps every loss, for a mean; and what was read from the data."""
-    import dpoeng.engine.step as engine
+    import dpoeng.engine.training.step as engine
 
     kept: list[Any] = []
     real = engine.batch_loss

@@ -28,10 +28,10 @@ from dpoeng.bench.compare import (
     tensor_bytes,
     tensor_ratios,
 )
-from dpoeng.bench.measure import Spent
+from dpoeng.bench.measuring.measure import Spent
 from dpoeng.bench.peers import Figures, Job, main, run_job
 from dpoeng.cache.errors import UserError
-from dpoeng.cli.bench_tables import compare_tables
+from dpoeng.cli.bench.tables import compare_tables
 
 MIB = 2**20
 PEER = "trl precomputed"
@@ -166,7 +166,7 @@ def clean(job: Job) -> dict[str, Figures]:
 
 def run_with(job: Job, change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Figures:
     """Phase one with another `score_groups`, into a cache of its own."""
-    import dpoeng.engine.reference as engine
+    import dpoeng.engine.reference.identity as engine
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "score_groups", change(engine.score_groups))

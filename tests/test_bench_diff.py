@@ -13,9 +13,9 @@ import torch
 from click.testing import CliRunner
 
 from dpoeng.bench.diff import Figure, compare_records, differences, find_records, verdict
-from dpoeng.bench.records import append, stamp
+from dpoeng.bench.measuring.records import append, stamp
 from dpoeng.cache.errors import UserError
-from dpoeng.cli.bench import bench
+from dpoeng.cli.bench.commands import bench
 
 
 def record(commit: str = "aaaaaaaaaaaa", cpu_s: tuple[float, ...] = (2.0, 2.1, 1.9), **changes: Any) -> dict[str, Any]:

@@ -13,16 +13,16 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from dpoeng.bench import gpu
-from dpoeng.bench.gpu import EnergyMeter, PoolUse, card_of, copy_bytes_per_s, pool_use
-from dpoeng.bench.measure import TimeSplit, elapsed_s
+from dpoeng.bench.measuring import gpu
+from dpoeng.bench.measuring.gpu import EnergyMeter, PoolUse, card_of, copy_bytes_per_s, pool_use
+from dpoeng.bench.measuring.measure import TimeSplit, elapsed_s
 from dpoeng.bench.phases import Limits, PhaseResult, _summarise, bench_phases
 from dpoeng.bench.phases import PhaseSettings as Settings
-from dpoeng.cli.bench import bench
-from dpoeng.cli.bench_tables import phases_tables
-from dpoeng.engine.model import load_model
-from dpoeng.engine.plan_time import GPUS
-from dpoeng.engine.sources import find_model
+from dpoeng.cli.bench.commands import bench
+from dpoeng.cli.bench.tables import phases_tables
+from dpoeng.engine.memory.cards import GPUS
+from dpoeng.engine.models.loading import load_model
+from dpoeng.engine.models.sources import find_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -183,7 +183,7 @@ class Timed:
     """A split that took so long."""
 
     def __init__(self, seconds: float) -> None:
-        from dpoeng.bench.measure import Spent
+        from dpoeng.bench.measuring.measure import Spent
 
         self.parts = {"forward": Spent(seconds, seconds)}
 

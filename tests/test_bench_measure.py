@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dpoeng.bench import measure
-from dpoeng.bench.measure import PeakMemory, Stopwatch, TimeSplit, gemm_flops, held_bytes
-from dpoeng.bench.records import append, stamp
-from dpoeng.bench.workload import padded_tokens, synthetic_pairs, unique_tokens
+from dpoeng.bench.measuring import measure
+from dpoeng.bench.measuring.measure import PeakMemory, Stopwatch, TimeSplit, gemm_flops, held_bytes
+from dpoeng.bench.measuring.records import append, stamp
+from dpoeng.bench.measuring.workload import padded_tokens, synthetic_pairs, unique_tokens
 from dpoeng.cache.schema import PairIds, as_ids
 
 CPU = torch.device("cpu")

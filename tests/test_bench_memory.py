@@ -11,10 +11,10 @@ import torch
 from click.testing import CliRunner
 
 from dpoeng.bench import memory
-from dpoeng.bench.allocator import trace_allocator
+from dpoeng.bench.measuring.allocator import trace_allocator
+from dpoeng.bench.measuring.workload import save_small_model
 from dpoeng.bench.memory import MemorySettings, bench_memory
-from dpoeng.bench.workload import save_small_model
-from dpoeng.cli.bench import bench
+from dpoeng.cli.bench.commands import bench
 
 CPU = torch.device("cpu")
 MIB = 2**20

@@ -10,10 +10,10 @@ from xml.etree import ElementTree
 import pytest
 from click.testing import CliRunner
 
-from dpoeng.cache.page import Curve, bars, line_chart
-from dpoeng.cli.bench import bench
-from dpoeng.cli.bench_page import bench_page
-from dpoeng.cli.bench_tables import tables_of
+from dpoeng.cli.bench.commands import bench
+from dpoeng.cli.bench.tables import tables_of
+from dpoeng.cli.pages.bench import bench_page
+from dpoeng.cli.pages.html import Curve, bars, line_chart
 
 
 def svg(figure: str) -> ElementTree.Element:

@@ -10,13 +10,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from dpoeng.bench.measuring.workload import save_small_model, synthetic_pairs, unique_tokens
 from dpoeng.bench.phases import PhaseSettings, bench_phases, forward_flop, linear_shapes
-from dpoeng.bench.sharing import pairs_of, positions_left
-from dpoeng.bench.workload import save_small_model, synthetic_pairs, unique_tokens
+from dpoeng.bench.studies.sharing import pairs_of, positions_left
 from dpoeng.cache.errors import UserError
-from dpoeng.cli.bench import bench
-from dpoeng.engine.model import load_model
-from dpoeng.engine.sources import find_model
+from dpoeng.cli.bench.commands import bench
+from dpoeng.engine.models.loading import load_model
+from dpoeng.engine.models.sources import find_model
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_rates_are_counts_over_time(record: dict[str, Any]) -> None:
 
 
 def test_a_missing_layout_is_said_not_measured(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dpoeng.engine.model import use_layout
+    from dpoeng.engine.scoring.attention import use_layout
 
     def refuse(lm: Any, wanted: str = "auto") -> None:
         use_layout(lm, "separate", "this architecture cannot")

@@ -11,13 +11,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from dpoeng.bench import ranks, scale
-from dpoeng.bench.ranks import default_ranks, largest_difference, pairs_for, run_rank
-from dpoeng.bench.scale import RankCurve
+from dpoeng.bench.studies import ranks, scale
+from dpoeng.bench.studies.ranks import default_ranks, largest_difference, pairs_for, run_rank
+from dpoeng.bench.studies.scale import RankCurve
 from dpoeng.cache.errors import UserError
-from dpoeng.cli.bench import bench
-from dpoeng.cli.bench_page import bench_page
-from dpoeng.engine.distributed import ALONE
+from dpoeng.cli.bench.commands import bench
+from dpoeng.cli.pages.bench import bench_page
+from dpoeng.engine.runtime.distributed import ALONE
 
 CPU = torch.device("cpu")
 ONLY = "--pairs none --lengths none --simulated-lengths none --vocabularies none --device cpu"
@@ -82,7 +82,7 @@ def in_turn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def here(
         python: str, module: str, job: dict[str, Any], folder: Path, *, name: str, processes: int
     ) -> dict[str, Any]:
-        assert module == "dpoeng.bench.ranks"
+        assert module == "dpoeng.bench.studies.ranks"
         assert job["folder"] == str(folder)
         seen.append(processes)
         wall_s = {1: 1.0, 2: 0.6, 3: 0.6}[processes]

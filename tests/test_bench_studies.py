@@ -13,13 +13,13 @@ import pytest
 from click.testing import CliRunner
 from dpoeng_testing import pair_rows, write_jsonl
 
-from dpoeng.bench import quality
-from dpoeng.bench.quality import QualitySettings, bench_quality, run_way, split_pairs, summarise
-from dpoeng.bench.scale import power_law
+from dpoeng.bench.studies import quality
+from dpoeng.bench.studies.quality import QualitySettings, bench_quality, run_way, split_pairs, summarise
+from dpoeng.bench.studies.scale import power_law
 from dpoeng.cache.errors import UserError
-from dpoeng.cli.bench import bench
-from dpoeng.cli.bench_page import bench_page
-from dpoeng.cli.bench_tables import quality_tables
+from dpoeng.cli.bench.commands import bench
+from dpoeng.cli.bench.tables import quality_tables
+from dpoeng.cli.pages.bench import bench_page
 
 # --------------------------------------------------------------------------- scale
 
@@ -86,7 +86,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
 
     def here(python: str, module: str, job: dict[str, Any], folder: Path, *, name: str) -> dict[str, Any]:
-        assert module == "dpoeng.bench.quality"
+        assert module == "dpoeng.bench.studies.quality"
         assert Path(job["output_dir"]).parent == folder.resolve()
         seen.append(name)
         found: dict[str, Any] = json.loads(json.dumps(run_way(json.loads(json.dumps(job)))))
@@ -188,7 +188,7 @@ def test_seeds_are_averaged_before_pairs_are_drawn() -> None:
 
 
 def test_the_quality_command_takes_the_demos_model_and_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dpoeng.engine import demo
+    from dpoeng.engine.recipes import demo
 
     asked: list[QualitySettings] = []
 

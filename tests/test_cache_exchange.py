@@ -21,12 +21,12 @@ from dpoeng.cache.analytics import QUANTILES, reference_stats
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.exchange import export_view, file_holds_sums, import_rows, merge
 from dpoeng.cache.reader import View
-from dpoeng.cache.report import html_report
 from dpoeng.cache.schema import PairIds, ScoredPair, as_ids, pair_key
 from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.store import Store
 from dpoeng.cache.table import ViewEntry
 from dpoeng.cache.verify import verify
+from dpoeng.cli.pages.reference import html_report
 
 SPEC = ReferenceSpec.from_fields({"model": "exchange"})
 

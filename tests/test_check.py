@@ -16,11 +16,11 @@ import pytest
 from dpoeng_testing import pair_rows, write_jsonl
 
 from dpoeng.cli.main import main
-from dpoeng.engine.check import CheckReport, check_pairs, sign_test
-from dpoeng.engine.check_texts import tail
-from dpoeng.engine.config import PrecomputeConfig
-from dpoeng.engine.findings import KINDS
-from dpoeng.engine.pairs import PairStream
+from dpoeng.engine.checks.findings import KINDS
+from dpoeng.engine.checks.texts import tail
+from dpoeng.engine.config.fields import PrecomputeConfig
+from dpoeng.engine.data.pairs import PairStream
+from dpoeng.engine.recipes.check import CheckReport, check_pairs, sign_test
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]

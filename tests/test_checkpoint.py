@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from dpoeng.cache.errors import UserError
-from dpoeng.engine import checkpoint as module
-from dpoeng.engine.checkpoint import latest_checkpoint, remove_checkpoints, save_checkpoint, take_snapshot
-from dpoeng.engine.metrics import MetricsLog
+from dpoeng.engine.runs.checkpoint import latest_checkpoint, remove_checkpoints, save_checkpoint, take_snapshot
+from dpoeng.engine.runs.metrics import MetricsLog
+from dpoeng.engine.runtime import folders
 
 
 def save(root: Path, step: int, keep: int = 2) -> Path:
@@ -99,8 +99,8 @@ def test_a_kill_or_full_disk_at_any_operation_keeps_the_old_one(
 
         return call
 
-    monkeypatch.setattr(module, "write_durably", failing(module.write_durably))
-    monkeypatch.setattr(module, "_sync_folder", failing(module._sync_folder))
+    monkeypatch.setattr(folders, "write_durably", failing(folders.write_durably))
+    monkeypatch.setattr(folders, "_sync_folder", failing(folders._sync_folder))
     monkeypatch.setattr(Path, "mkdir", failing(Path.mkdir))
     monkeypatch.setattr(Path, "rename", failing(Path.rename))
     caught: UserError | None = None

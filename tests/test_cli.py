@@ -175,8 +175,8 @@ def test_mistakes(
 
 @pytest.fixture(scope="module")
 def small_cache(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    from dpoeng.engine.config import PrecomputeConfig
-    from dpoeng.engine.precompute import precompute_reference
+    from dpoeng.engine.config.fields import PrecomputeConfig
+    from dpoeng.engine.recipes.precompute import precompute_reference
 
     folder = tmp_path_factory.mktemp("cli")
     file = write_jsonl(folder / "pairs.jsonl", pair_rows(4))

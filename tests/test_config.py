@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dpoeng.cache.errors import UserError
-from dpoeng.engine.config import PrecomputeConfig, TrainConfig
-from dpoeng.engine.config_files import load_config
+from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
+from dpoeng.engine.config.files import load_config
 
 
 def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:

@@ -12,10 +12,9 @@ import pytest
 import yaml
 
 from dpoeng.cli.main import main
-from dpoeng.engine.config import PrecomputeConfig, TrainConfig
-from dpoeng.engine.config_files import config_schema, load_config
-from dpoeng.engine.config_template import config_text, yaml_line
-from dpoeng.engine.foreign_names import known_fields
+from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig, known_fields
+from dpoeng.engine.config.files import config_schema, load_config
+from dpoeng.engine.config.template import config_text, yaml_line
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -552,8 +551,8 @@ def test_help_is_grouped_as_the_file_is() -> None:
     import click
 
     from dpoeng.cli.main import dpoeng
-    from dpoeng.engine.config_template import sections
-    from dpoeng.engine.foreign_names import COMMANDS
+    from dpoeng.engine.config.fields import COMMANDS
+    from dpoeng.engine.config.template import sections
 
     for command, cls in COMMANDS.items():
         found = dpoeng.get_command(click.Context(dpoeng), command)

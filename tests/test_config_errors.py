@@ -15,9 +15,9 @@ from pydantic import ValidationError
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cli.main import main
-from dpoeng.engine.config import PrecomputeConfig, TrainConfig
-from dpoeng.engine.config_files import load_config
-from dpoeng.engine.foreign_names import answer_in_words, known_fields, meaning, releases, signatures
+from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig, known_fields
+from dpoeng.engine.config.files import load_config
+from dpoeng.engine.config.other_trainers import answer_in_words, meaning, releases, signatures
 
 ROOT = Path(__file__).resolve().parent.parent
 FOREIGN = sorted(set(signatures()["names"]) - set(known_fields()))
@@ -61,7 +61,7 @@ def test_the_table_covers_every_name_of_every_release() -> None:
     names = signatures()["names"]
     assert len(names) >= 230
     for name in names:
-        assert answer_in_words(name)
+        assert answer_in_words(name, known_fields())
     # Spot checks against what the releases are known to have.
     assert releases("padding_value") == "TRL's DPOConfig 0.9 to 0.25; TRL's DPOTrainer 0.7 to 0.12"
     assert releases("evaluation_strategy").startswith("transformers' TrainingArguments 4.31 to 4.")
@@ -75,7 +75,7 @@ def test_a_name_of_trl_as_an_option(refused: Run, name: str) -> None:
     one_message(text)
     assert name in text
     assert releases(name) in text
-    known = meaning(name)
+    known = meaning(name, fields=known_fields())
     assert known is not None
     assert (known.field or known.instead or known.needless or "").removeprefix("nothing: ") in text
     if known.renamed:
@@ -102,7 +102,7 @@ def test_python_arguments_are_answered_alike() -> None:
 
 def test_meanings_name_fields_that_exist() -> None:
     """A word in a remedy that looks like a field is one; so renaming a field cannot leave the table behind."""
-    texts = [found for name in FOREIGN if (found := meaning(name))]
+    texts = [found for name in FOREIGN if (found := meaning(name, fields=known_fields()))]
     for found in texts:
         if found.field:
             assert found.field in known_fields()
@@ -120,7 +120,7 @@ def test_the_page_of_versions_is_that_of_the_data() -> None:
             rows.setdefault(cells[1].strip("`"), []).append(cells[4].replace("\\|", "|"))
     assert set(rows) == set(signatures()["names"])
     for name, answers in rows.items():
-        assert set(answers) == {answer_in_words(name)}, f"{name}: run docs/make_trl_versions.py again"
+        assert set(answers) == {answer_in_words(name, known_fields())}, f"{name}: run docs/make_trl_versions.py again"
         assert len(answers) == len(signatures()["names"][name])
 
 

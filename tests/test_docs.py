@@ -23,8 +23,8 @@ import yaml
 from dpoeng_testing import pair_rows, write_jsonl
 
 from dpoeng.cli.main import COMMANDS, dpoeng, main
-from dpoeng.engine.pairs import read_pairs
-from dpoeng.engine.where import parse_condition
+from dpoeng.engine.data.pairs import read_pairs
+from dpoeng.engine.data.where import parse_condition
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -133,8 +133,8 @@ def run_block(block: Block, stand_ins: dict[str, str]) -> None:
 
 
 def check_yaml(block: Block) -> None:
-    from dpoeng.engine.config import PrecomputeConfig, TrainConfig
-    from dpoeng.engine.config_files import load_config
+    from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
+    from dpoeng.engine.config.files import load_config
 
     held = yaml.safe_load(block.text)
     assert isinstance(held, dict), str(block)
@@ -152,7 +152,8 @@ def test_every_block_runs(
     document: Path, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    from dpoeng.engine import doctor, probes
+    from dpoeng.engine.checks import probes
+    from dpoeng.engine.recipes import doctor
 
     tiny, adapter = stand_in_model(tmp_path, tokenizer)
     # In this process: importing the libraries in four others takes a minute.

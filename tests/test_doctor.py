@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from dpoeng.cli.main import main
-from dpoeng.engine import doctor as module
-from dpoeng.engine import probes, quantized
-from dpoeng.engine.doctor import Check, diagnose, run_probe
+from dpoeng.engine.checks import probes
+from dpoeng.engine.models import quantized
+from dpoeng.engine.recipes import doctor as module
+from dpoeng.engine.recipes.doctor import Check, diagnose, run_probe
 
 GPU = {"name": "A100", "capability": "8.0", "total_bytes": 80 << 30, "free_bytes": 79 << 30, "bfloat16": True}
 FINE: dict[str, dict[str, Any]] = {

@@ -26,19 +26,20 @@ from dpoeng.cache.schema import ScoredPair
 from dpoeng.cache.spec import ReferenceSpec, diff_specs
 from dpoeng.cache.store import Store
 from dpoeng.cli.main import main
-from dpoeng.engine import batch as batch_module
-from dpoeng.engine import checkpoint as checkpoint_module
-from dpoeng.engine import drift as drift_module
-from dpoeng.engine import precompute as precompute_module
-from dpoeng.engine import reference as reference_module
-from dpoeng.engine.config import PrecomputeConfig, TrainConfig
-from dpoeng.engine.config_files import load_config
-from dpoeng.engine.precompute import PrecomputeSummary, default_view_name, precompute_reference
-from dpoeng.engine.progress import NoProgress
-from dpoeng.engine.reference import reference_spec
-from dpoeng.engine.sources import find_adapter, find_model
-from dpoeng.engine.train import train
-from dpoeng.engine.view_file import portable_name
+from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
+from dpoeng.engine.config.files import load_config
+from dpoeng.engine.models.sources import find_adapter, find_model
+from dpoeng.engine.recipes import precompute as precompute_module
+from dpoeng.engine.recipes.precompute import PrecomputeSummary, default_view_name, precompute_reference
+from dpoeng.engine.recipes.train import train
+from dpoeng.engine.reference import drift as drift_module
+from dpoeng.engine.reference import identity as reference_module
+from dpoeng.engine.reference.identity import reference_spec
+from dpoeng.engine.reference.view import portable_name
+from dpoeng.engine.runs import checkpoint as checkpoint_module
+from dpoeng.engine.runtime.progress import NoProgress
+from dpoeng.engine.scoring import pairs as scoring_pairs
+from dpoeng.engine.training import batch_loss as batch_module
 
 
 class Notes(NoProgress):
@@ -702,8 +703,8 @@ def test_a_changed_library_is_checked_on_a_sample(
     """Fault 81: the values agree; the run goes on and says what it found."""
     file, notes = half_by_old_versions(tmp_path, tiny_model), Notes()
     scored: list[int] = []
-    real = reference_module.score_pairs
-    monkeypatch.setattr(reference_module, "score_pairs", lambda lm, pairs: scored.append(len(pairs)) or real(lm, pairs))
+    real = scoring_pairs.score_pairs
+    monkeypatch.setattr(scoring_pairs, "score_pairs", lambda lm, pairs: scored.append(len(pairs)) or real(lm, pairs))
     summary = precompute(file, tiny_model, tmp_path / "cache", notes)
     assert (summary.computed, summary.reused) == (12, 12)
     [said] = notes.said

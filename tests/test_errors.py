@@ -19,10 +19,10 @@ from wrong_inputs import ALL, ROWS, SCORE, Desk, Wrong, raising
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cli.main import as_user_error, main
-from dpoeng.engine.config import PrecomputeConfig, TrainConfig
-from dpoeng.engine.precompute import precompute_reference
-from dpoeng.engine.run_folder import ADAPTER_FOLDER
-from dpoeng.engine.train import train
+from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
+from dpoeng.engine.recipes.precompute import precompute_reference
+from dpoeng.engine.recipes.train import train
+from dpoeng.engine.runs.folder import ADAPTER_FOLDER
 
 PAGE = ROOT / "docs" / "errors.md"
 
@@ -191,7 +191,7 @@ def test_repetitions_and_a_huge_line_through_the_command_line(desk: Desk, capsys
     swapped = {**rows[1], "chosen": rows[1]["rejected"], "rejected": rows[1]["chosen"]}
     merged = {"prompt": "tell me about bread: ", "chosen": "short waves", "rejected": "short sky"}
     desk.rows(*rows, rows[0], swapped, merged, {**rows[2], "prompt": "x" * 9000})
-    desk.patch.setattr("dpoeng.engine.readers.MAX_LINE_BYTES", 5000)
+    desk.patch.setattr("dpoeng.engine.data.readers.MAX_LINE_BYTES", 5000)
     assert run("check", "pairs.jsonl", "--model", str(desk.model), "--max-reject-share", "0.2") == 0
     said = capsys.readouterr().out
     for code, line in (("duplicate", 7), ("contradiction", 8), ("boundary-merged", 9), ("line-too-long", 10)):
@@ -282,7 +282,7 @@ def test_what_dpoeng_did_not_expect_is_a_message_too(desk: Desk, capsys: pytest.
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("flux capacitor")
 
-    desk.patch.setattr("dpoeng.engine.check.check_pairs", broken)
+    desk.patch.setattr("dpoeng.engine.recipes.check.check_pairs", broken)
     with pytest.raises(SystemExit) as stop:
         main(["check", "pairs.jsonl"])
     said = capsys.readouterr().err

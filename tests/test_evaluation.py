@@ -15,15 +15,16 @@ from dpoeng_testing import pair_rows, save_tiny_model, write_jsonl
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cli.main import main
-from dpoeng.engine import loop as loop_module
-from dpoeng.engine.advice import advise
-from dpoeng.engine.best import Best, more_is_better, updated, watched
-from dpoeng.engine.config import PrecomputeConfig, TrainConfig
-from dpoeng.engine.evaluation import bootstrap, labels_of, length_controlled_accuracy, summarise
-from dpoeng.engine.loss_names import LossSettings
-from dpoeng.engine.losses import PreferenceBatch, pair_sums, preference_loss
-from dpoeng.engine.precompute import precompute_reference
-from dpoeng.engine.train import TrainSummary, train
+from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
+from dpoeng.engine.losses.batch import PreferenceBatch, pair_sums, preference_loss
+from dpoeng.engine.losses.names import LossSettings
+from dpoeng.engine.recipes.precompute import precompute_reference
+from dpoeng.engine.recipes.train import TrainSummary, train
+from dpoeng.engine.training import loop as loop_module
+from dpoeng.engine.training.advice import advise
+from dpoeng.engine.training.early_stopping import Best, more_is_better, updated, watched
+from dpoeng.engine.training.evaluation import bootstrap, length_controlled_accuracy, summarise
+from dpoeng.engine.training.rows import labels_of
 
 # --------------------------------------------------------------------------- figures
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dpoeng.bench.figures import BLOCKS, RESULTS, documents, rewritten
+from dpoeng.bench.figure_text import RESULTS
+from dpoeng.bench.figures import BLOCKS, documents, rewritten
 
 
 @pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)

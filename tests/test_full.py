@@ -14,23 +14,25 @@ from dpoeng_testing import pair_rows, save_tiny_model, tree, write_jsonl
 from safetensors.torch import load_file
 from test_memory import fields
 
-from dpoeng.bench.allocator import trace_allocator
+from dpoeng.bench.measuring.allocator import trace_allocator
 from dpoeng.bench.memory import tensor_bytes, training_run
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.cli.main import main
-from dpoeng.engine import loop as loop_module
-from dpoeng.engine.batch import batch_loss
-from dpoeng.engine.config import PrecomputeConfig, TrainConfig
-from dpoeng.engine.full import train_all
-from dpoeng.engine.loss_names import LossSettings
-from dpoeng.engine.model import CausalLM, enable_gradient_checkpointing, load_model, set_mode, use_layout
-from dpoeng.engine.precompute import precompute_reference
-from dpoeng.engine.simulate import Pair, Setup, trace_step
-from dpoeng.engine.sources import find_model
-from dpoeng.engine.step import train_step
-from dpoeng.engine.step_memory import step_memory
-from dpoeng.engine.train import TrainSummary, train
+from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
+from dpoeng.engine.losses.names import LossSettings
+from dpoeng.engine.memory.any_depth import step_memory
+from dpoeng.engine.memory.simulate import Pair, Setup, trace_step
+from dpoeng.engine.models.full_finetuning import train_all
+from dpoeng.engine.models.loading import load_model
+from dpoeng.engine.models.model import CausalLM, enable_gradient_checkpointing, set_mode
+from dpoeng.engine.models.sources import find_model
+from dpoeng.engine.recipes.precompute import precompute_reference
+from dpoeng.engine.recipes.train import TrainSummary, train
+from dpoeng.engine.scoring.attention import use_layout
+from dpoeng.engine.training import loop as loop_module
+from dpoeng.engine.training.batch_loss import batch_loss
+from dpoeng.engine.training.step import train_step
 
 
 def settings(**changes: Any) -> dict[str, Any]:
@@ -173,8 +175,8 @@ def test_a_run_is_plain_pytorchs(tmp_path: Path, cache: Path, tiny_model: Path) 
     """Against a hand-written loop: AdamW, linear schedule, clipping, full logits. And it starts at ln 2, and learns."""
     from transformers import AutoModelForCausalLM
 
-    from dpoeng.engine.order import plan_schedule
-    from dpoeng.engine.train_setup import split
+    from dpoeng.engine.recipes.inputs import split
+    from dpoeng.engine.training.order import plan_schedule
 
     steps = 5
     # An epsilon that noise of 1e-7 does not reach: AdamW's first step would turn its sign into a whole step.

@@ -14,10 +14,10 @@ from dpoeng_testing import pair_rows, save_tiny_model, tree, write_jsonl
 from rank_processes import ends, run_alone, start, train_command
 from safetensors.torch import load_file
 
-from dpoeng.engine import loop as loop_module
-from dpoeng.engine import train as train_module
-from dpoeng.engine.config import PrecomputeConfig
-from dpoeng.engine.precompute import precompute_reference
+from dpoeng.engine.config.fields import PrecomputeConfig
+from dpoeng.engine.recipes import train as train_module
+from dpoeng.engine.recipes.precompute import precompute_reference
+from dpoeng.engine.training import loop as loop_module
 
 # Three forwards a step, of which two processes do two and one; a last step of an epoch that is smaller; gradients that
 # are clipped in every step; an epsilon that the rounding of sums does not reach; and the worst evaluation, which is not

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from dpoeng.engine.adapters import add_policy_adapter, as_reference
-from dpoeng.engine.generate import cut_at, generate
-from dpoeng.engine.model import CausalLM, load_model, set_mode
-from dpoeng.engine.scoring import choose_layout
-from dpoeng.engine.sources import find_model
+from dpoeng.engine.models.adapters import add_policy_adapter, as_reference
+from dpoeng.engine.models.generate import cut_at, generate
+from dpoeng.engine.models.loading import load_model
+from dpoeng.engine.models.model import CausalLM, set_mode
+from dpoeng.engine.models.sources import find_model
+from dpoeng.engine.scoring.choose_layout import choose_layout
 
 PROMPTS = [np.arange(10, 10 + n, dtype=np.int32) for n in (3, 7, 5)]
 

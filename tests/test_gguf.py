@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from dpoeng.cache.errors import UserError
-from dpoeng.engine.gguf import (
+from dpoeng.engine.models.gguf import (
     CONVERTED_FROM,
     UntestedTokenizerWarning,
     convert_gguf,
@@ -199,7 +199,7 @@ def test_converting_in_two_processes_gives_the_same_bytes(make_gguf: GgufMaker, 
     path, _ = make_gguf()
     here = convert_gguf(path, tmp_path / "here", torch.float32)
     code = (
-        "import sys, torch; from dpoeng.engine.gguf import convert_gguf; "
+        "import sys, torch; from dpoeng.engine.models.gguf import convert_gguf; "
         "convert_gguf(sys.argv[1], sys.argv[2], torch.float32)"
     )
     # Another hash seed: nothing may depend on the order of a set.
@@ -280,10 +280,11 @@ def test_metadata_holds_scalars_and_array_lengths(make_gguf: GgufMaker) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_demos_model_splits_text_as_in_training_and_knows_the_capital_of_france() -> None:
-    from dpoeng.engine.demo import get_model
-    from dpoeng.engine.generate import generate
-    from dpoeng.engine.model import load_model, set_mode
-    from dpoeng.engine.sources import find_model
+    from dpoeng.engine.models.generate import generate
+    from dpoeng.engine.models.loading import load_model
+    from dpoeng.engine.models.model import set_mode
+    from dpoeng.engine.models.sources import find_model
+    from dpoeng.engine.recipes.demo import get_model
 
     folder = get_model(Path(os.environ.get("DEMO_DIR", "demo")))
     lm = load_model(find_model(str(folder)), quantization="none", dtype="float32", device=torch.device("cpu"))

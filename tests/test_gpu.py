@@ -16,15 +16,16 @@ from dpoeng_testing import pair_rows, save_tiny_model, tree, write_jsonl
 from test_kernels_cpu import MAPS, check_no_further_than_eager, problem, worst
 from test_scoring import SHARED_FAMILIES, make, own_logps, some_groups
 
+from dpoeng.bench.measuring.workload import save_small_model
 from dpoeng.bench.memory import MemorySettings, bench_memory
 from dpoeng.bench.phases import PhaseSettings, bench_phases
-from dpoeng.bench.workload import save_small_model
 from dpoeng.cli.main import main
-from dpoeng.engine.config import Attention, PrecomputeConfig, Quantization, TrainConfig
-from dpoeng.engine.model import CausalLM, use_layout
-from dpoeng.engine.precompute import precompute_reference
-from dpoeng.engine.scoring import score_groups
-from dpoeng.engine.train import train
+from dpoeng.engine.config.fields import Attention, PrecomputeConfig, Quantization, TrainConfig
+from dpoeng.engine.models.model import CausalLM
+from dpoeng.engine.recipes.precompute import precompute_reference
+from dpoeng.engine.recipes.train import train
+from dpoeng.engine.scoring.attention import use_layout
+from dpoeng.engine.scoring.forward import score_groups
 from dpoeng.kernels.token_logps import token_logps
 
 CARD = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -96,8 +97,6 @@ def moved(name: str, device: torch.device, dtype: torch.dtype) -> CausalLM:
                 ("segments", torch.float32, 1e-4),
                 ("segments", torch.bfloat16, 0.15),
                 ("varlen", torch.bfloat16, 0.15),
-                ("flex", torch.float32, 1e-4),
-                ("flex", torch.bfloat16, 0.15),
             )
         ),
     ],

@@ -12,11 +12,11 @@ from dpoeng_testing import pair_rows, save_tiny_model, write_jsonl
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.exchange import export_view
 from dpoeng.cache.reader import View
-from dpoeng.engine.config import PrecomputeConfig, TrainConfig
-from dpoeng.engine.importing import import_reference
-from dpoeng.engine.precompute import precompute_reference
-from dpoeng.engine.reference import recompute
-from dpoeng.engine.train import TrainSummary, train
+from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
+from dpoeng.engine.recipes.import_reference import import_reference
+from dpoeng.engine.recipes.precompute import precompute_reference
+from dpoeng.engine.recipes.train import TrainSummary, train
+from dpoeng.engine.reference.parity import recompute
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,13 @@ from dpoeng_testing import save_tiny_model
 from torch import nn
 
 from dpoeng.cache.schema import PairIds
-from dpoeng.engine.lora import LoraProduct
-from dpoeng.engine.model import CausalLM, load_model, set_mode
-from dpoeng.engine.quantized import multiply_as_bitsandbytes, quantized_layers
-from dpoeng.engine.reference import score_pairs
-from dpoeng.engine.scoring import choose_layout
-from dpoeng.engine.sources import find_model
+from dpoeng.engine.models.loading import load_model
+from dpoeng.engine.models.lora_product import LoraProduct
+from dpoeng.engine.models.model import CausalLM, set_mode
+from dpoeng.engine.models.quantized import multiply_as_bitsandbytes, quantized_layers
+from dpoeng.engine.models.sources import find_model
+from dpoeng.engine.scoring.choose_layout import choose_layout
+from dpoeng.engine.scoring.pairs import score_pairs
 from dpoeng.kernels.int8_linear import int8_linear, widened
 
 ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}

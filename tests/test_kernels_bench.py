@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from dpoeng.bench import kernels as bench
-from dpoeng.cli.bench_kernels import kernels
+from dpoeng.cli.bench.kernels import kernels
 
 
 def test_every_way_is_measured_or_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpoeng.cache.schema import PairIds, as_ids
-from dpoeng.engine.layout import Branch, PromptGroup, batches_by_tokens, pack, pad, pair_group, separate
+from dpoeng.engine.scoring.layout import Branch, PromptGroup, batches_by_tokens, pack, pad, pair_group, separate
 
 
 def test_one_pair_by_hand() -> None:

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from dpoeng.engine.config import LOSS_FIELDS, TrainConfig
-from dpoeng.engine.loss_names import LOSS_FACTS, OTHER_NAMES, LossSettings, LossType
-from dpoeng.engine.losses import (
+from dpoeng.engine.config.fields import LOSS_FIELDS, TrainConfig
+from dpoeng.engine.losses.batch import (
     LOSSES,
     PairSums,
     PreferenceBatch,
@@ -23,8 +22,9 @@ from dpoeng.engine.losses import (
     pair_sums,
     preference_loss,
 )
-from dpoeng.engine.metrics import preference_metrics
-from dpoeng.engine.pair_losses import usual_pairs
+from dpoeng.engine.losses.names import LOSS_FACTS, OTHER_NAMES, LossSettings, LossType
+from dpoeng.engine.losses.pairwise import usual_pairs
+from dpoeng.engine.runs.metrics import preference_metrics
 
 LN2, LN3 = math.log(2), math.log(3)
 NEEDED: dict[str, dict[str, Any]] = {"exo_pair": {"label_smoothing": 0.125}}  # what a loss cannot do without

@@ -14,10 +14,10 @@ from dpoeng_testing import pair_rows, write_jsonl
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.cli.main import main
-from dpoeng.engine import step as step_module
-from dpoeng.engine.config import PrecomputeConfig, TrainConfig
-from dpoeng.engine.precompute import precompute_reference
-from dpoeng.engine.train import TrainSummary, train
+from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
+from dpoeng.engine.recipes.precompute import precompute_reference
+from dpoeng.engine.recipes.train import TrainSummary, train
+from dpoeng.engine.training import step as step_module
 
 
 def precompute(pairs: Path, model: Path, cache: Path) -> Path:

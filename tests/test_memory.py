@@ -15,24 +15,29 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from dpoeng.bench.allocator import trace_allocator
+from dpoeng.bench.measuring.allocator import trace_allocator
 from dpoeng.bench.memory import tensor_bytes, training_run
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import PairIds
 from dpoeng.cli.plan import plan as plan_command
-from dpoeng.engine import fit, lora, plan, step_memory
-from dpoeng.engine.adapters import add_policy_adapter, lora_arguments
-from dpoeng.engine.config import TrainConfig
-from dpoeng.engine.layout import pair_group
-from dpoeng.engine.memory_tracker import MemoryTracker
-from dpoeng.engine.model import empty_model, enable_gradient_checkpointing, load_model, set_mode, use_layout
-from dpoeng.engine.plan_config import PlanConfig
-from dpoeng.engine.plan_time import find_gpu, phase_times
-from dpoeng.engine.quantized import multiply_as_bitsandbytes
-from dpoeng.engine.scoring import score_groups
-from dpoeng.engine.simulate import Pair, Setup, trace_step
-from dpoeng.engine.sources import ModelSource, find_model
-from dpoeng.engine.step import train_step
+from dpoeng.engine.config.fields import TrainConfig
+from dpoeng.engine.config.plan import PlanConfig
+from dpoeng.engine.memory import any_depth as step_memory
+from dpoeng.engine.memory import fit, overhead
+from dpoeng.engine.memory.cards import find_gpu, phase_times
+from dpoeng.engine.memory.simulate import Pair, Setup, trace_step
+from dpoeng.engine.memory.tracker import MemoryTracker
+from dpoeng.engine.models import lora_product as lora
+from dpoeng.engine.models.adapters import add_policy_adapter, lora_arguments
+from dpoeng.engine.models.loading import empty_model, load_model
+from dpoeng.engine.models.model import enable_gradient_checkpointing, set_mode
+from dpoeng.engine.models.quantized import multiply_as_bitsandbytes
+from dpoeng.engine.models.sources import ModelSource, find_model
+from dpoeng.engine.recipes import plan
+from dpoeng.engine.scoring.attention import use_layout
+from dpoeng.engine.scoring.forward import score_groups
+from dpoeng.engine.scoring.layout import pair_group
+from dpoeng.engine.training.step import train_step
 
 GIB = 2**30
 
@@ -262,7 +267,7 @@ def test_a_linear_layer_with_its_update_is_its_formula(with_bias: bool, dtype: t
 def test_a_model_with_the_lora_product_is_pefts(dtype: torch.dtype) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from dpoeng.engine.model import CausalLM
+    from dpoeng.engine.models.model import CausalLM
 
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields("qwen2")), dtype=dtype)
@@ -295,7 +300,7 @@ def test_a_model_with_the_lora_product_is_pefts(dtype: torch.dtype) -> None:
 
 
 def test_known_models_have_the_published_number_of_parameters() -> None:
-    for line in plan.KNOWN_MODELS.read_text().splitlines():
+    for line in overhead.KNOWN_MODELS.read_text().splitlines():
         record = json.loads(line)
         lm = empty_model({**record["config"], "num_hidden_layers": 2}, quantization="none", dtype=torch.bfloat16)
         per_layer = sum(p.numel() for p in lm.base.model.layers[0].parameters())
@@ -400,10 +405,10 @@ def test_a_model_that_does_not_fit_is_said_to(tmp_path: Path) -> None:
 
 def test_what_the_plan_does_not_know_is_a_message() -> None:
     with pytest.raises(UserError, match="size of nobody/nothing"):
-        plan.model_fields("nobody/nothing")
+        overhead.model_fields("nobody/nothing")
     with pytest.raises(UserError, match="no card voodoo"):
         find_gpu("voodoo")
-    assert plan.model_fields("qwen2.5-7b-instruct")["hidden_size"] == 3584
+    assert overhead.model_fields("qwen2.5-7b-instruct")["hidden_size"] == 3584
 
 
 def test_operations_by_hand() -> None:

@@ -13,11 +13,11 @@ from dpoeng_testing import pair_rows, room_for, write_jsonl
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cli.merge import merge as merge_command
-from dpoeng.engine.config import PrecomputeConfig, TrainConfig
-from dpoeng.engine.merge import merge, merge_run
-from dpoeng.engine.precompute import precompute_reference
-from dpoeng.engine.sources import find_adapter, find_model
-from dpoeng.engine.train import train
+from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
+from dpoeng.engine.models.sources import find_adapter, find_model
+from dpoeng.engine.recipes.merge import merge, merge_run
+from dpoeng.engine.recipes.precompute import precompute_reference
+from dpoeng.engine.recipes.train import train
 
 
 def trained(tmp_path: Path, model: Path, adapter: Path | None, **fields: Any) -> Path:
@@ -175,7 +175,7 @@ def test_a_full_disk_leaves_no_checkpoint(tmp_path: Path, tiny_model: Path) -> N
         assert "--into" in caught.value.remedy
         assert set(tmp_path.iterdir()) == before
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dpoeng.engine.merge._copy_rest", interrupted)
+        patch.setattr("dpoeng.engine.recipes.merge._copy_rest", interrupted)
         with pytest.raises(KeyboardInterrupt):
             merge_run(out, tmp_path / "merged")
     assert set(tmp_path.iterdir()) == before

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from dpoeng.engine.model import keep_embedding_on_host, load_model
-from dpoeng.engine.sources import find_model
+from dpoeng.engine.models.loading import keep_embedding_on_host, load_model
+from dpoeng.engine.models.sources import find_model
 
 
 class LoadedError(Exception):

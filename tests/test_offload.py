@@ -10,11 +10,11 @@ import torch
 from dpoeng_testing import pair_rows, write_jsonl
 from test_memory import fields
 
-from dpoeng.engine import offload
-from dpoeng.engine.config import PrecomputeConfig, TrainConfig
-from dpoeng.engine.precompute import precompute_reference
-from dpoeng.engine.simulate import Pair, Setup, trace_step
-from dpoeng.engine.train import train
+from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
+from dpoeng.engine.memory.simulate import Pair, Setup, trace_step
+from dpoeng.engine.models import offload
+from dpoeng.engine.recipes.precompute import precompute_reference
+from dpoeng.engine.recipes.train import train
 
 
 def test_the_adapter_is_the_same(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,14 @@ from dpoeng_testing import pair_rows, write_jsonl
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
-from dpoeng.engine import batch, loop, precompute, reference
-from dpoeng.engine.config import PrecomputeConfig, TrainConfig
-from dpoeng.engine.oom import attempt, is_out_of_memory
-from dpoeng.engine.precompute import precompute_reference
-from dpoeng.engine.train import train
+from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
+from dpoeng.engine.recipes import precompute
+from dpoeng.engine.recipes.precompute import precompute_reference
+from dpoeng.engine.recipes.train import train
+from dpoeng.engine.runtime.out_of_memory import attempt, is_out_of_memory
+from dpoeng.engine.scoring import pairs as reference
+from dpoeng.engine.training import batch_loss as batch
+from dpoeng.engine.training import loop
 
 
 class Notes:
@@ -29,7 +32,7 @@ class Notes:
         self.texts.append(text)
 
     def task(self, title: str, total: int, unit: str, done: int = 0) -> Any:
-        from dpoeng.engine.progress import QUIET
+        from dpoeng.engine.runtime.progress import QUIET
 
         return QUIET.task(title, total, unit, done)
 

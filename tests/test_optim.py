@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from dpoeng.cache.errors import UserError
-from dpoeng.engine.config import Optimizer, TrainConfig
-from dpoeng.engine.optim import build_optimizer, optimizer_tensors, restore_optimizer
+from dpoeng.engine.config.fields import Optimizer, TrainConfig
+from dpoeng.engine.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
 
 NAMES = get_args(Optimizer)
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpoeng.engine.order import hold_out, plan_schedule
+from dpoeng.engine.training.order import hold_out, plan_schedule
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 3), st.integers(0, 99))

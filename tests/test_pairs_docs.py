@@ -7,9 +7,9 @@ import json
 import re
 from pathlib import Path
 
-from dpoeng.engine.pairs import read_pairs
-from dpoeng.engine.rejects import REASONS
-from dpoeng.engine.where import parse_condition
+from dpoeng.engine.data.pairs import read_pairs
+from dpoeng.engine.data.rejects import REASONS
+from dpoeng.engine.data.where import parse_condition
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
@@ -60,7 +60,7 @@ def reasons_raised(module: Path) -> set[str]:
 
 
 def test_limits_are_as_written() -> None:
-    from dpoeng.engine import readers, strict_json
+    from dpoeng.engine.data import readers, strict_json
 
     assert f"up to {readers.MAX_DOCUMENT_BYTES >> 20} MiB" in TEXT
     assert f"have {readers.MAX_LINE_BYTES >> 20} MiB" in TEXT

@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpoeng.cache.errors import UserError
-from dpoeng.engine import pairs, readers
-from dpoeng.engine.pairs import ensure_unchanged, read_pairs, write_rejects
+from dpoeng.engine.data import pairs, readers
+from dpoeng.engine.data.pairs import ensure_unchanged, read_pairs
+from dpoeng.engine.data.rejects import write_rejects
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -214,7 +215,7 @@ def test_fault_18_a_huge_line_costs_that_line_and_no_memory(tmp_path: Path, suff
     path.write_bytes({"gz": gzip.compress, "zst": zstd}.get(suffix.split(".")[-1], bytes)(text))
     del text
     script = (
-        "import sys, resource; from pathlib import Path; from dpoeng.engine.pairs import read_pairs\n"
+        "import sys, resource; from pathlib import Path; from dpoeng.engine.data.pairs import read_pairs\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "found = read_pairs([Path(sys.argv[1])])\n"
         "after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"

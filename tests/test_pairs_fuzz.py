@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpoeng.cache.errors import UserError
-from dpoeng.engine.pairs import read_pairs
+from dpoeng.engine.data.pairs import read_pairs
 
 TRIES = int(os.environ.get("DPOENG_FUZZ", "120"))
 

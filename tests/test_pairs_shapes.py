@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from dpoeng.cache.errors import UserError
-from dpoeng.engine.pairs import read_pairs
-from dpoeng.engine.shapes import PreferencePair, Shape, to_pair
-from dpoeng.engine.strict_json import RowFault
+from dpoeng.engine.data.pairs import read_pairs
+from dpoeng.engine.data.shapes import PreferencePair, Shape, to_pair
+from dpoeng.engine.data.strict_json import RowFault
 
 
 def user(text: str) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpoeng.cache.errors import UserError
-from dpoeng.engine.pairs import read_pairs
-from dpoeng.engine.strict_json import RowFault
-from dpoeng.engine.where import parse_condition
+from dpoeng.engine.data.pairs import read_pairs
+from dpoeng.engine.data.strict_json import RowFault
+from dpoeng.engine.data.where import parse_condition
 
 ROW: dict[str, Any] = {
     "confident": True,

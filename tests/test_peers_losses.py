@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from dpoeng.engine.loss_names import LossSettings
-from dpoeng.engine.losses import LOSSES, PreferenceBatch, pair_sums, preference_loss
+from dpoeng.engine.losses.batch import LOSSES, PreferenceBatch, pair_sums, preference_loss
+from dpoeng.engine.losses.names import LossSettings
 
 pytestmark = pytest.mark.peers
 

@@ -18,10 +18,10 @@ import torch
 from dpoeng_testing import pair_rows, write_jsonl
 
 from dpoeng.cache.reader import View
-from dpoeng.engine.config import PrecomputeConfig, TrainConfig
-from dpoeng.engine.order import plan_schedule
-from dpoeng.engine.precompute import precompute_reference
-from dpoeng.engine.train import train
+from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
+from dpoeng.engine.recipes.precompute import precompute_reference
+from dpoeng.engine.recipes.train import train
+from dpoeng.engine.training.order import plan_schedule
 
 pytestmark = [pytest.mark.peers, pytest.mark.timeout(3600)]
 
@@ -44,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     named = os.environ.get("PEER_MODEL")
     if named:
         return Path(named)
-    from dpoeng.engine.demo import get_model
+    from dpoeng.engine.recipes.demo import get_model
 
     return get_model(Path(os.environ.get("DEMO_DIR", "demo")))
 

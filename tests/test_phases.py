@@ -23,21 +23,23 @@ from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.cache.store import Store
 from dpoeng.cli.progress import TerminalProgress
-from dpoeng.engine import loop as loop_module
-from dpoeng.engine import precompute as precompute_module
-from dpoeng.engine import reference as reference_module
-from dpoeng.engine import step as step_module
-from dpoeng.engine import train as train_module
-from dpoeng.engine.adapters import add_policy_adapter
-from dpoeng.engine.config import PrecomputeConfig, SweepConfig, TrainConfig
-from dpoeng.engine.model import POLICY_ADAPTER, load_model, resolve_dtype
-from dpoeng.engine.order import plan_schedule
-from dpoeng.engine.precompute import PrecomputeSummary, precompute_reference
-from dpoeng.engine.progress import QUIET
-from dpoeng.engine.sources import adapter_config, find_adapter, find_model
-from dpoeng.engine.sweep import plan_sweep
-from dpoeng.engine.train import train
-from dpoeng.engine.train_setup import check_apart, parity_text, split
+from dpoeng.engine.config.fields import PrecomputeConfig, SweepConfig, TrainConfig
+from dpoeng.engine.models.adapters import add_policy_adapter
+from dpoeng.engine.models.loading import load_model, resolve_dtype
+from dpoeng.engine.models.model import POLICY_ADAPTER
+from dpoeng.engine.models.sources import adapter_config, find_adapter, find_model
+from dpoeng.engine.recipes import precompute as precompute_module
+from dpoeng.engine.recipes import train as train_module
+from dpoeng.engine.recipes.inputs import check_apart, split
+from dpoeng.engine.recipes.policy import parity_text
+from dpoeng.engine.recipes.precompute import PrecomputeSummary, precompute_reference
+from dpoeng.engine.recipes.sweep import plan_sweep
+from dpoeng.engine.recipes.train import train
+from dpoeng.engine.reference import parity
+from dpoeng.engine.runtime.progress import QUIET
+from dpoeng.engine.training import loop as loop_module
+from dpoeng.engine.training import step as step_module
+from dpoeng.engine.training.order import plan_schedule
 
 
 def precompute(pairs: Path, model: Path, cache: Path, **fields: Any) -> PrecomputeSummary:
@@ -140,11 +142,11 @@ def test_recomputing_finds_what_hashes_cannot(tmp_path: Path, tiny_model: Path, 
     """Values that were stored whole and are wrong all the same: only scoring them anew can tell."""
     precompute(pairs_file, tiny_model, tmp_path / "cache")
     view = View.open(tmp_path / "cache")
-    report = reference_module.recompute(view, 8)
+    report = parity.recompute(view, 8)
     assert (report.pairs, report.ok) == (8, True)
     assert report.mean_diff < 1e-5
     other = save_tiny_model(tmp_path / "other", _tokenizer(tiny_model), seed=1)
-    assert not reference_module.recompute(view, 8, model=str(other)).ok
+    assert not parity.recompute(view, 8, model=str(other)).ok
 
 
 class Killed(BaseException):
@@ -721,22 +723,8 @@ def test_auto_avoids_emulated_bfloat16(
     expected: str,
 ) -> None:
     source = find_model(str(save_tiny_model(tmp_path / "bf16", tokenizer, dtype="bfloat16")))
-    monkeypatch.setattr("dpoeng.engine.model.native_bf16", lambda: units)
+    monkeypatch.setattr("dpoeng.engine.models.loading.native_bf16", lambda: units)
     assert str(resolve_dtype(source, asked, torch.device(device))) == f"torch.{expected}"
-
-
-def test_flex_attention_scores_on_a_cpu_and_refuses_to_train_there(
-    tmp_path: Path, tiny_model: Path, pairs_file: Path, cache: Path
-) -> None:
-    summary = precompute(pairs_file, tiny_model, tmp_path / "flex", attention="flex")
-    assert 0 < summary.blocks.computed <= summary.blocks.total
-    found, expected = View.open(tmp_path / "flex"), View.open(cache)
-    assert found.spec.digest == expected.spec.digest  # the same numbers, but for rounding
-    for i in range(len(found)):
-        np.testing.assert_allclose(found[i].chosen_logps, expected[i].chosen_logps, atol=2e-5)
-    with pytest.raises(UserError) as caught:
-        train(quick(tmp_path / "flex", tmp_path / "out", attention="flex"))
-    assert (caught.value.code, caught.value.where) == ("attention-unsupported", "--attention flex")
 
 
 @pytest.mark.parametrize("lora", [{"bias": "all"}, {"target_modules": ["q_proj", "embed_tokens"]}])

@@ -13,11 +13,12 @@ from dpoeng_testing import pair_rows, room_for, write_jsonl
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.cli.quantize import quantize as quantize_command
-from dpoeng.engine.config import PrecomputeConfig, Quantization, TrainConfig
-from dpoeng.engine.precompute import precompute_reference
-from dpoeng.engine.quantize import quantize, with_stored_quantization
-from dpoeng.engine.sources import find_model, stored_quantization
-from dpoeng.engine.train import train
+from dpoeng.engine.config.fields import PrecomputeConfig, Quantization, TrainConfig
+from dpoeng.engine.models.loading import with_stored_quantization
+from dpoeng.engine.models.sources import find_model, stored_quantization
+from dpoeng.engine.recipes.precompute import precompute_reference
+from dpoeng.engine.recipes.quantize import quantize
+from dpoeng.engine.recipes.train import train
 
 
 def precompute(folder: Path, model: Path, **fields: object) -> View:

@@ -20,23 +20,24 @@ from rank_processes import RANKS, Rank, ends, run_alone, start, train_command, v
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from dpoeng.bench.allocator import trace_allocator
+from dpoeng.bench.measuring.allocator import trace_allocator
 from dpoeng.cache.reader import View
 from dpoeng.cli.main import main
-from dpoeng.engine import batch as batch_module
-from dpoeng.engine import loop as loop_module
-from dpoeng.engine import train as train_module
-from dpoeng.engine.config import PrecomputeConfig, TrainConfig
-from dpoeng.engine.distributed import Group, process_group
-from dpoeng.engine.fsdp import layer_sharding, loads_whole_because
-from dpoeng.engine.model import decoder_layers, load_model
-from dpoeng.engine.order import plan_schedule
-from dpoeng.engine.precompute import precompute_reference
-from dpoeng.engine.quantized import quantized_layers
-from dpoeng.engine.sharded_loading import whole_because
-from dpoeng.engine.simulate import Pair, Setup, trace_step
-from dpoeng.engine.sources import ModelSource, find_adapter, find_model
-from dpoeng.engine.train_setup import split
+from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
+from dpoeng.engine.memory.simulate import Pair, Setup, trace_step
+from dpoeng.engine.models.fsdp import layer_sharding, loads_whole_because
+from dpoeng.engine.models.fsdp_loading import whole_because
+from dpoeng.engine.models.loading import load_model
+from dpoeng.engine.models.model import decoder_layers
+from dpoeng.engine.models.quantized import quantized_layers
+from dpoeng.engine.models.sources import ModelSource, find_adapter, find_model
+from dpoeng.engine.recipes import train as train_module
+from dpoeng.engine.recipes.inputs import split
+from dpoeng.engine.recipes.precompute import precompute_reference
+from dpoeng.engine.runtime.distributed import Group, process_group
+from dpoeng.engine.training import batch_loss as batch_module
+from dpoeng.engine.training import loop as loop_module
+from dpoeng.engine.training.order import plan_schedule
 
 # Three forwards a step, which two processes and four cannot share evenly; dropout, which must not depend on who draws
 # it; an epoch of three steps, whose last is smaller; evaluations that decide which adapter is saved.

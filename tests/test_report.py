@@ -18,13 +18,13 @@ import pytest
 from dpoeng_testing import pair_rows, write_jsonl
 
 from dpoeng.cache.errors import UserError
-from dpoeng.cache.page import Curve, line_chart, page, paragraph, table
 from dpoeng.cli.main import main
-from dpoeng.cli.report_page import report_page
-from dpoeng.engine.config import PrecomputeConfig, TrainConfig
-from dpoeng.engine.precompute import precompute_reference
-from dpoeng.engine.run_record import read_run
-from dpoeng.engine.train import train
+from dpoeng.cli.pages.html import Curve, line_chart, page, paragraph, table
+from dpoeng.cli.pages.run import report_page
+from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
+from dpoeng.engine.recipes.precompute import precompute_reference
+from dpoeng.engine.recipes.train import train
+from dpoeng.engine.runs.reading import read_run
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ from rank_processes import start
 
 from dpoeng.cache.reader import View
 from dpoeng.cli.main import main
-from dpoeng.engine import loop as loop_module
-from dpoeng.engine.config import PrecomputeConfig, TrainConfig
-from dpoeng.engine.precompute import precompute_reference
-from dpoeng.engine.train import train
+from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
+from dpoeng.engine.recipes.precompute import precompute_reference
+from dpoeng.engine.recipes.train import train
+from dpoeng.engine.training import loop as loop_module
 
 STEPS = 20
 LAST = f"checkpoint-{STEPS:08d}"

@@ -16,11 +16,11 @@ import pytest
 from dpoeng_testing import pair_rows, tree, write_jsonl
 
 from dpoeng.cache.errors import UserError
-from dpoeng.engine.config import PrecomputeConfig, SweepConfig, TrainConfig
-from dpoeng.engine.precompute import precompute_reference
-from dpoeng.engine.run_lock import LOCK_FILE, holding
-from dpoeng.engine.sweep import plan_sweep, run_sweep
-from dpoeng.engine.train import train
+from dpoeng.engine.config.fields import PrecomputeConfig, SweepConfig, TrainConfig
+from dpoeng.engine.recipes.precompute import precompute_reference
+from dpoeng.engine.recipes.sweep import plan_sweep, run_sweep
+from dpoeng.engine.recipes.train import train
+from dpoeng.engine.runs.lock import LOCK_FILE, holding
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,13 @@ import torch
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import as_ids
-from dpoeng.engine.attention import SHARED_PROMPT
-from dpoeng.engine.config import PrecomputeConfig
-from dpoeng.engine.layout import Branch, PromptGroup, pack, separate
-from dpoeng.engine.model import CausalLM, register_attention, set_mode, use_layout
-from dpoeng.engine.precompute import precompute_reference
-from dpoeng.engine.scoring import choose_layout, rotary_limit, score_groups
+from dpoeng.engine.config.fields import PrecomputeConfig
+from dpoeng.engine.models.model import CausalLM, set_mode
+from dpoeng.engine.recipes.precompute import precompute_reference
+from dpoeng.engine.scoring.attention import SHARED_PROMPT, register_attention, use_layout
+from dpoeng.engine.scoring.choose_layout import choose_layout
+from dpoeng.engine.scoring.forward import rotary_limit, score_groups
+from dpoeng.engine.scoring.layout import Branch, PromptGroup, separate
 
 VOCAB = 97
 SMALL = {
@@ -194,7 +195,7 @@ def test_pairs_beyond_the_rotary_limit_are_refused(tmp_path: Path, tiny_model: P
 
 def test_a_head_that_dpoeng_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = make("GraniteConfig", SHARED_FAMILIES["GraniteConfig"])
-    monkeypatch.setattr("dpoeng.engine.scoring.head_transform", lambda lm: (None, 1.0))
+    monkeypatch.setattr("dpoeng.engine.scoring.forward.head_transform", lambda lm: (None, 1.0))
     with pytest.raises(UserError) as caught:
         choose_layout(lm)
     assert caught.value.code == "model-unsupported"
@@ -262,33 +263,3 @@ def test_attention_refuses_what_it_cannot_honour() -> None:
         layer.self_attn.training = True
     with pytest.raises(ValueError, match="attention dropout"):
         score_groups(lm, [PromptGroup(as_ids([1, 2]), (Branch(as_ids([3])),))])
-
-
-# FlexAttention. On a CPU it runs as plain operations, so this proves masks and transforms; the kernel that it is
-# compiled to on a GPU, and its backward pass, are PyTorch's own. One family for each thing that mask or score must
-# carry: nothing, a window, a soft cap with windows in every second layer, sinks; grouped heads are in all of them.
-FLEX_FAMILIES = ["LlamaConfig", "MistralConfig", "Gemma2Config", "GptOssConfig"]
-
-
-@pytest.mark.parametrize("name", FLEX_FAMILIES)
-def test_flex_equals_separate_forwards(name: str) -> None:
-    lm = make(name, SHARED_FAMILIES[name])
-    choose_layout(lm, "shared", "flex")
-    assert (lm.layout, lm.attention) == ("shared", "flex")
-    with torch.inference_mode():
-        scored, _ = score_groups(lm, some_groups())
-        truth = own_logps(lm, some_groups())
-    torch.testing.assert_close(scored.double(), truth, atol=2e-5, rtol=0)
-
-
-def test_rows_longer_than_a_tile() -> None:
-    """300 positions: three tiles, the last one not full."""
-    lm = make("LlamaConfig", {"max_position_embeddings": 512})
-    groups = [group for seed in range(6) for group in some_groups(seed)]
-    assert len(pack(groups).input_ids) > 300
-    use_layout(lm, "shared")
-    with torch.inference_mode():
-        expected, _ = score_groups(lm, groups)
-        lm.attention = "flex"
-        found, _ = score_groups(lm, groups)
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)

@@ -17,18 +17,19 @@ from dpoeng_testing import pair_rows, save_tiny_model, tree, write_jsonl
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cli.main import main
-from dpoeng.engine import fit, kept_base
-from dpoeng.engine import step as step_module
-from dpoeng.engine import sweep as sweep_module
-from dpoeng.engine.config import PrecomputeConfig, SweepConfig, TrainConfig
-from dpoeng.engine.config_files import load_config
-from dpoeng.engine.kept_base import KeptBase, over_same_weights
-from dpoeng.engine.precompute import precompute_reference
-from dpoeng.engine.progress import QUIET
-from dpoeng.engine.sources import find_model
-from dpoeng.engine.sweep import SweepPlan, folder_name, plan_sweep, run_sweep
-from dpoeng.engine.sweep_ranking import compare_runs, verdict
-from dpoeng.engine.train import train
+from dpoeng.engine.config.fields import PrecomputeConfig, SweepConfig, TrainConfig
+from dpoeng.engine.config.files import load_config
+from dpoeng.engine.memory import fit
+from dpoeng.engine.models.sources import find_model
+from dpoeng.engine.recipes import sweep as sweep_module
+from dpoeng.engine.recipes.precompute import precompute_reference
+from dpoeng.engine.recipes.sweep import SweepPlan, folder_name, plan_sweep, run_sweep
+from dpoeng.engine.recipes.sweep_ranking import compare_runs, verdict
+from dpoeng.engine.recipes.train import train
+from dpoeng.engine.reference import loading as kept_base
+from dpoeng.engine.reference.loading import KeptBase, over_same_weights
+from dpoeng.engine.runtime.progress import QUIET
+from dpoeng.engine.training import step as step_module
 
 QUICK: dict[str, Any] = {
     "max_steps": 3,
@@ -185,7 +186,7 @@ def test_killed_and_started_again(cache: Path, tmp_path: Path, monkeypatch: pyte
             raise Killed
         return real(run, step)
 
-    monkeypatch.setattr("dpoeng.engine.loop.train_step", stops)
+    monkeypatch.setattr("dpoeng.engine.training.loop.train_step", stops)
     with pytest.raises(Killed):
         run_sweep(plan)
     states = {run["name"]: run["state"] for run in json.loads((plan.root / "sweep.json").read_text())["runs"]}
@@ -209,7 +210,7 @@ def test_a_run_that_fails_does_not_end_the_others(
             raise RuntimeError("a kernel that was not expected")
         return real(run, step)
 
-    monkeypatch.setattr("dpoeng.engine.loop.train_step", fails)
+    monkeypatch.setattr("dpoeng.engine.training.loop.train_step", fails)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     options = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()]

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from dpoeng.engine.chat import Side
-from dpoeng.engine.encoding import encode
-from dpoeng.engine.pairs import PreferencePair
-from dpoeng.engine.tokens import TokenizedData, tokenize_pairs
+from dpoeng.engine.data.chat import Side
+from dpoeng.engine.data.encoding import encode
+from dpoeng.engine.data.shapes import PreferencePair
+from dpoeng.engine.data.tokenization import TokenizedData, tokenize_pairs
 
 SENTENCES = [
     "\n\nHuman: what is the capital of France?\n\nAssistant: The capital of France is Paris.",

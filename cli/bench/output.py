@@ -1,0 +1,70 @@
+"""How every command of `dpoeng bench` ends: tables, the record, and a page where one is asked for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+
+class Outputs(NamedTuple):
+    """Where a record goes beside the terminal; None is nowhere."""
+
+    json_file: Path | None = None
+    results: Path | None = None
+    html: Path | None = None
+
+
+def example(*lines: str) -> str:
+    """The end of a help text."""
+    return "\b\n" + ("Examples" if len(lines) > 1 else "Example") + ":\n" + "".join(f"  {line}\n" for line in lines)
+
+
+def output_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options of `Outputs`, which the command gets as one argument, `outputs`."""
+
+    @functools.wraps(command)
+    def with_outputs(*args: Any, **options: Any) -> None:
+        outputs = Outputs(*(options.pop(name) for name in Outputs._fields))
+        command(*args, outputs=outputs, **options)
+
+    path = click.Path(path_type=Path)
+    for option in (
+        click.option("--html", type=path, help="Also write the figures as one HTML page."),
+        click.option("--results", type=path, help="Append the record to DIR/<what>-<cpu or gpu>.jsonl."),
+        click.option("--json", "json_file", type=path, help="Append the record, a line of JSON, to this file."),
+    ):
+        with_outputs = option(with_outputs)
+    return with_outputs
+
+
+def finish(records: Sequence[dict[str, Any]], outputs: Outputs) -> None:
+    """Prints the tables, keeps the records, writes the page.
+
+    Raises:
+        UserError: the page cannot be written.
+    """
+    from rich.console import Console
+
+    from dpoeng.bench.measuring.records import append
+    from dpoeng.cli.bench.tables import tables_of
+    from dpoeng.cli.pages.bench import bench_page
+    from dpoeng.cli.pages.html import write_page
+
+    console = Console()
+    for record in records:
+        for table in tables_of(record):
+            console.print(table, highlight=False)
+        targets = [outputs.json_file] if outputs.json_file else []
+        if outputs.results:
+            targets.append(outputs.results / f"{record['kind']}-{record['device_kind'].lower()}.jsonl")
+        for target in targets:
+            append(record, target)
+            console.print(f"Record appended to {target}", highlight=False, soft_wrap=True)
+    if outputs.html:
+        outputs.html.parent.mkdir(parents=True, exist_ok=True)
+        write_page(outputs.html, bench_page(records))
+        console.print(f"Page written to {outputs.html}", highlight=False, soft_wrap=True)

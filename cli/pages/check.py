@@ -1,0 +1,57 @@
+"""The report of `dpoeng check` as one HTML page."""
+
+from __future__ import annotations
+
+from dpoeng.cache.words import counted
+from dpoeng.cli.pages.html import Html, cards, heading, histogram, number, page, paragraph, plots, table, tag, text
+from dpoeng.engine.checks.findings import Finding
+from dpoeng.engine.recipes.check import CheckReport
+
+
+def check_page(report: CheckReport) -> str:
+    """The page."""
+    facts = [
+        ("pairs", f"{report.pairs:,}"),
+        ("distinct prompts", f"{report.prompts:,}"),
+        ("rows left out", f"{report.rejected:,}"),
+        ("errors", str(report.count("error"))),
+        ("warnings", str(report.count("warning"))),
+    ]
+    if report.bias is not None:
+        facts.append(("chosen is longer", f"{report.bias.share_longer:.0%}"))
+    subtitle = ", ".join(report.files) + (f" with the tokenizer of {report.model}" if report.model else "")
+    parts: list[str] = [cards(facts), heading("Findings")]
+    parts += [_finding(finding) for finding in report.findings] or [paragraph("Nothing was found.", "good")]
+    parts += [
+        heading("Lengths"),
+        table(
+            ("", "mean", "least", "5 %", "median", "95 %", "greatest"),
+            [(one.part, *map(number, (one.mean, *one.quantiles))) for one in report.lengths],
+        ),
+        plots(histogram(one.part, report.unit, one.edges, one.counts) for one in report.lengths),
+    ]
+    if report.bias is not None:
+        bias = report.bias
+        parts.append(
+            paragraph(
+                f"Chosen is longer in {counted(bias.longer, 'pair')}, shorter in {bias.shorter:,}, equal in "
+                f"{bias.equal:,}; on average by {bias.mean_difference:+.1f} {report.unit} (sign test p = "
+                f"{bias.p_value:.2g}).",
+                "dim",
+            )
+        )
+    if report.categories:
+        rows = [category.row(report.pairs) for category in report.categories]
+        parts += [heading("Categories"), table(("column", "value", "pairs", "share", "chosen is longer"), rows)]
+    return page("Preference pairs", parts, subtitle)
+
+
+def _finding(finding: Finding) -> Html:
+    count = f"{finding.count:,} of {finding.of:,} ({finding.share:.1%})"
+    inner = f"<h3>{tag(finding.level)} {text(finding.what)}</h3>"
+    inner += f"<p>{count} <span class=dim>{text(finding.code)}</span>"
+    inner += (f": {text(finding.detail)}" if finding.detail else "") + "</p>"
+    inner += paragraph(f"Why it matters: {finding.why}.", "dim") + paragraph(f"Remedy: {finding.remedy}.")
+    if finding.examples:
+        inner += table((), finding.examples, words=True)
+    return Html(f'<div class="finding {finding.level}">{inner}</div>')

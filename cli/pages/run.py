@@ -1,0 +1,228 @@
+"""A run as one HTML page: figures, curves, tables, configuration, hashes, samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dpoeng.cache.words import counted
+from dpoeng.cli.pages.html import (
+    Curve,
+    Html,
+    cards,
+    details,
+    heading,
+    line_chart,
+    number,
+    page,
+    paragraph,
+    plots,
+    pre,
+    table,
+    tag,
+    text,
+)
+from dpoeng.engine.config.fields import TrainConfig
+from dpoeng.engine.runs.reading import EVAL, RunRecord
+
+# Charts in the order of what is looked at first: (title, unit, metrics). Metrics that stand in none get one each.
+_CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("loss", "nats", ("loss",)),
+    ("reward accuracy", "share of pairs", ("rewards/accuracies",)),
+    ("reward margin", "beta × nats", ("rewards/margins",)),
+    ("rewards", "beta × nats", ("rewards/chosen", "rewards/rejected")),
+    ("log-probs", "nats a response", ("logps/chosen", "logps/rejected")),
+    ("KL to the reference", "an estimate", ("kl/chosen", "kl/rejected")),
+    ("gradient norm", "before clipping", ("grad_norm",)),
+    ("learning rate", "", ("learning_rate",)),
+)
+_CHARTED = {name for _, _, names in _CHARTS for name in names}
+
+
+def report_page(run: RunRecord) -> str:
+    """The page."""
+    reference = run.record.get("reference", {})
+    state = "complete" if run.complete else f"not complete: {counted(run.steps(), 'step')} so far"
+    subtitle = f"{run.record.get('model', '')} on view {reference.get('view', '?')}, {state}"
+    parts: list[str] = [cards(_cards(run))]
+    warnings = run.warnings()
+    if warnings:
+        parts.append(heading("Warnings"))
+        for seen, remedy in warnings:
+            inner = f"{tag('warning')} {text(seen)}" + (paragraph(f"Remedy: {remedy}", "dim") if remedy else "")
+            parts.append(Html(f'<div class="finding warning">{inner}</div>'))
+    parts += [heading("Curves"), _note(run), plots(_charts(run)), heading("First and last"), _summary(run)]
+    evaluations = [line for line in run.metrics if any(name.startswith(EVAL) for name in line)]
+    if evaluations:
+        parts += [heading("Evaluations"), _evaluations(evaluations)]
+    if run.evaluations:
+        parts += _last_evaluation(run.evaluations[-1])
+    if run.samples:
+        parts += [heading("Samples"), *map(_sample, run.samples)]
+    parts += [heading("Configuration"), configuration(run.record.get("config", {})), *_identity(run)]
+    return page(f"Run {run.folder.name or run.folder}", parts, subtitle)
+
+
+def _cards(run: RunRecord) -> list[tuple[str, str]]:
+    facts = [("steps", f"{run.steps():,}")]
+    for label, name, form in (
+        ("held-out accuracy", f"{EVAL}rewards/accuracies", "{:.1%}"),
+        ("held-out margin", f"{EVAL}rewards/margins", "{:.3f}"),
+        ("held-out loss", f"{EVAL}loss", "{:.4f}"),
+    ):
+        points = run.curve(name)
+        if points:
+            first = f", at first {form.format(points[0][1])}" if len(points) > 1 else ""
+            facts.append((label + first, form.format(points[-1][1])))
+    if not run.curve(f"{EVAL}loss"):
+        for label, name in (("loss", "loss"), ("accuracy", "rewards/accuracies"), ("margin", "rewards/margins")):
+            if points := run.curve(name):
+                facts.append((label, f"{points[-1][1]:.4g}"))
+    if times := sorted(ms for _, ms in run.step_ms()):
+        facts.append(("median step", _duration(times[len(times) // 2])))
+        facts.append(("all steps", _duration(sum(times))))
+    return facts
+
+
+def _duration(ms: float) -> str:
+    seconds = ms / 1000
+    if seconds < 1:
+        return f"{ms:.0f} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _note(run: RunRecord) -> Html:
+    smooth = " Thin lines are single steps, thick ones their running mean." if len(run.metrics) > 60 else ""
+    return paragraph(
+        f"By optimizer step; dots and dashes are held-out pairs.{smooth} Point at a curve for its values.", "dim"
+    )
+
+
+def _charts(run: RunRecord) -> list[Html]:
+    """The known charts that have values, then one for each other metric, then the time of the steps."""
+    charts = []
+    for title, unit, names in _CHARTS:
+        if len(names) == 1:
+            curves = _curves(run, names[0])
+        else:
+            curves = [
+                Curve(f"{name.rsplit('/', 1)[-1]}{suffix}", points, dots=bool(suffix), colour=colour)
+                for colour, name in enumerate(names)
+                for prefix, suffix in (("", ""), (EVAL, ", held out"))
+                if (points := run.curve(prefix + name))
+            ]
+        if curves:
+            charts.append(line_chart(title, curves, unit=unit))
+    others = ((name, _curves(run, name)) for name in run.names() if name not in _CHARTED)
+    charts += [line_chart(name, curves) for name, curves in others if curves]
+    if times := run.step_ms():
+        charts.append(line_chart("time of a step", [Curve("step", times)], unit="ms"))
+    return charts
+
+
+def _curves(run: RunRecord, name: str) -> list[Curve]:
+    """A metric in training and on held-out pairs."""
+    found = []
+    if points := run.curve(name):
+        found.append(Curve("training", points, exact=name == "learning_rate"))
+    if points := run.curve(EVAL + name):
+        found.append(Curve("held out", points, dots=True, colour=1))
+    return found
+
+
+def _summary(run: RunRecord) -> Html:
+    rows = []
+    for name in run.names():
+        cells = [
+            number(points[place][1]) if (points := run.curve(prefix + name)) else ""
+            for prefix in ("", EVAL)
+            for place in (0, -1)
+        ]
+        rows.append((name, *cells))
+    return table(("", "first step", "last step", "held out, first", "held out, last"), rows)
+
+
+def _evaluations(lines: list[dict[str, Any]]) -> Html:
+    """A row an evaluation; figures that are no number (intervals, categories) are left to metrics.jsonl."""
+    names = [
+        name for name in dict.fromkeys(key for line in lines for key in line if key.startswith(EVAL))
+        if all(isinstance(line.get(name, 0), int | float) for line in lines)
+    ]  # fmt: skip
+    head = ("step", *(name.removeprefix(EVAL) for name in names))
+    rows = [(str(line["step"]), *(number(line[name]) if name in line else "" for name in names)) for line in lines]
+    return table(head, rows)
+
+
+def _last_evaluation(record: dict[str, Any]) -> list[Html]:
+    """Intervals of the means, and the same by groups of pairs."""
+    intervals = record.get("intervals", {})
+    level = f"{record.get('confidence', 0.95):.0%} interval"
+    rows = [(name, number(record["metrics"][name]), _interval(intervals[name])) for name in intervals]
+    parts = [heading(f"The last evaluation: {record.get('pairs', '?')} pairs"), table(("", "mean", level), rows)]
+    for column, groups in record.get("groups", {}).items():
+        names = list(dict.fromkeys(name for group in groups.values() for name in group["metrics"]))
+        lines = []
+        for value, group in groups.items():
+            cells = [
+                f"{number(group['metrics'][name])}  {_interval(group['intervals'].get(name))}".rstrip()
+                if name in group["metrics"]
+                else ""
+                for name in names
+            ]
+            lines.append((value, str(group["pairs"]), *cells))
+        parts.append(table((column, "pairs", *names), lines))
+    return parts
+
+
+def _interval(bounds: Sequence[float] | None) -> str:
+    return f"[{number(bounds[0])}, {number(bounds[1])}]" if bounds else ""
+
+
+def _sample(sample: dict[str, Any]) -> Html:
+    title = str(sample.get("prompt", ""))[:120] or "sample"
+    inner = "".join(
+        f"<h3>{text(str(name))}</h3>{pre(value if isinstance(value, str) else json.dumps(value))}"
+        for name, value in sample.items()
+    )
+    return details(title, inner)
+
+
+def configuration(config: Mapping[str, Any]) -> Html:
+    """What was set, open; what was left at its default, folded."""
+    default = {
+        name: json.dumps(value) for name, value in TrainConfig.model_validate({}).model_dump(mode="json").items()
+    }
+    rows = {name: json.dumps(value) for name, value in config.items()}
+    changed = {name: value for name, value in rows.items() if value != default.get(name)}
+    kept = [(name, value) for name, value in rows.items() if name not in changed]
+    shown = table((), changed.items(), words=True) if changed else paragraph("All fields have their defaults.", "dim")
+    return Html(
+        shown
+        + (details(f"{counted(len(kept), 'field')} at their default", table((), kept, words=True)) if kept else "")
+    )
+
+
+def _identity(run: RunRecord) -> list[str]:
+    record, reference = run.record, run.record.get("reference", {})
+    facts = [("reference", reference.get("spec")), ("SFT adapter", record.get("sft_adapter"))]
+    facts += [(name, reference.get(name)) for name in ("model", "revision", "quantization", "dtype", "layout")]
+    identity = record.get("identity", {})
+    facts += [("pairs", identity.get("pairs")), ("evaluation pairs", identity.get("eval_pairs"))]
+    facts += [(f"file {name}", digest) for name, digest in (record.get("files") or {}).items()]
+    parity = record.get("parity") or {}
+    parts: list[str] = [
+        heading("Reference and data"),
+        table((), [(name, str(value)) for name, value in facts if value], words=True),
+    ]
+    if parity:
+        rows = [(name.replace("_", " "), number(value)) for name, value in parity.items()]
+        parts += [heading("Policy against cache, before the first step"), table((), rows)]
+    versions = dict(record.get("versions") or {})
+    versions |= {name: record[name] for name in ("python", "platform", "device") if name in record}
+    parts += [heading("Versions"), table((), [(name, str(value)) for name, value in versions.items()], words=True)]
+    if record.get("load"):
+        parts += [heading("To load the adapter"), pre("\n".join(record["load"]))]
+    return parts

@@ -1,0 +1,125 @@
+"""A sweep as one HTML page: the ranking, differences with their intervals, curves of the best runs, what failed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dpoeng.cache.words import counted
+from dpoeng.cli.pages.html import (
+    Curve,
+    Html,
+    cards,
+    heading,
+    interval_chart,
+    line_chart,
+    number,
+    page,
+    paragraph,
+    plots,
+    pre,
+    table,
+    tag,
+    text,
+)
+from dpoeng.cli.pages.run import configuration
+from dpoeng.cli.tables import result_rows
+from dpoeng.engine.recipes.sweep import SweepPlan
+from dpoeng.engine.recipes.sweep_ranking import RunResult, verdict
+from dpoeng.engine.runs.reading import EVAL, read_run
+
+CURVES = 6  # as many as there are colours
+_OTHERS = ("rewards/accuracies", "rewards/margins", "loss", "logps/chosen", "logps/rejected", "kl/chosen")
+
+
+def sweep_page(plan: SweepPlan, results: Sequence[RunResult]) -> str:
+    """The page, of a sweep that may still be going on."""
+    done = [result for result in results if result.value is not None]
+    varied = ", ".join(f"{field}: {' '.join(values)}" for field, values in plan.vary.items())
+    parts: list[str] = [_cards(plan, results), paragraph(verdict(results))]
+    head = (*plan.vary, plan.rank_by, "95 % interval", "from the best", "95 % interval", "")
+    parts += [heading("Ranking"), table(head, result_rows(plan, results))]
+    parts.append(
+        paragraph(
+            "Intervals are drawn over held-out prompts. The difference from the best run is taken pair by pair, and is "
+            "told to differ where its interval leaves out 0. They say what other held-out prompts would change, not "
+            "what another seed would; and of many runs compared with the best, one in twenty differs by chance.",
+            "dim",
+        )
+    )
+    if len(done) > 1:
+        parts.append(plots(_charts(plan, done)))
+        parts += [heading("Other metrics of the same evaluations"), _other_metrics(done)]
+    failed = [result for result in results if result.state == "failed"]
+    if failed:
+        parts.append(heading("Failed"))
+        parts += [
+            Html(f'<div class="finding error">{tag("error")} {text(result.name)}{pre(result.error)}</div>')
+            for result in failed
+        ]
+    common = plan.points[0].config.model_dump(mode="json", exclude={*plan.vary, "output_dir"})
+    parts += [heading("Common settings"), configuration(common)]
+    return page(f"Sweep {plan.root.name}", parts, f"{counted(len(results), 'run')} over {varied}")
+
+
+def _cards(plan: SweepPlan, results: Sequence[RunResult]) -> Html:
+    states = [result.state for result in results]
+    facts = [("complete", f"{states.count('complete')} of {len(results)}")]
+    if states.count("failed"):
+        facts.append(("failed", str(states.count("failed"))))
+    if results and results[0].value is not None:
+        facts += [("best run", _spaced(results[0].name)), (f"its held-out {plan.rank_by}", number(results[0].value))]
+    return cards(facts)
+
+
+def _spaced(name: str) -> str:
+    """A run's name that may break into lines."""
+    return name.replace(",", ", ")
+
+
+def _charts(plan: SweepPlan, done: Sequence[RunResult]) -> list[Html]:
+    name = plan.rank_by
+    rows = [
+        (result.name, result.difference, *result.difference_interval)
+        for result in done
+        if result.difference is not None and result.difference_interval is not None
+    ]
+    charts = [interval_chart(f"{name}, from {done[0].name}", rows)] if rows else []
+    for field, values in plan.vary.items():
+        if len(values) > 1 and all(_is_number(value) for value in values):
+            charts.append(line_chart(f"{name} by {field}", _by_field(field, done), x_name=field))
+    curves = [
+        Curve(result.name, points, dots=True)
+        for result in done[:CURVES]
+        if (points := read_run(result.folder).curve(EVAL + name))
+    ]
+    return [*charts, line_chart(f"held-out {name} while training, the best runs", curves)]
+
+
+def _by_field(field: str, done: Sequence[RunResult]) -> list[Curve]:
+    """A curve for each combination of the other fields, of the best ones."""
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for result in done:
+        others = ",".join(f"{name}={value}" for name, value in result.values.items() if name != field)
+        groups.setdefault(others, []).append((float(result.values[field]), result.value or 0.0))
+    return [Curve(others, sorted(points), dots=True) for others, points in list(groups.items())[:CURVES]]
+
+
+def _is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _other_metrics(done: Sequence[RunResult]) -> Html:
+    names = [name for name in _OTHERS if any(name in (result.metrics or {}) for result in done)]
+    rows = [
+        (
+            _spaced(result.name),
+            str(result.step),
+            *(number(metrics[name]) if name in (metrics := result.metrics or {}) else "" for name in names),
+        )
+        for result in done
+    ]
+    return table(("run", "step", *names), rows)

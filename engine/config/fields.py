@@ -1,0 +1,529 @@
+"""Typed configuration: the fields of `dpoeng.yaml`, of the command line and of the Python API are these, once.
+
+A file may hold the fields of both phases side by side; each command takes its own. Precedence: command line, then
+file, then default; `config_files` reads and explains. A field that means the same as in TRL's DPOConfig, transformers'
+TrainingArguments or peft's LoraConfig carries the same name.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from dpoeng.engine.config.problems import Problem, as_error, unknown_field
+from dpoeng.engine.losses.names import FDivergence, LossType, check_combination, check_names
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+Quantization = Literal["none", "8bit", "4bit"]
+
+Attention = Literal["auto", "segments", "varlen"]
+
+Optimizer = Literal[
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_bnb_8bit",
+    "adamw_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+]
+# transformers' schedules that need nothing but the number of steps.
+Schedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+]
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError("must be auto, cpu, cuda or cuda:N")
+    return name
+
+
+Device = Annotated[str, AfterValidator(_device)]
+
+
+# The fields that make the loss, all of TrainConfig.
+LOSS_FIELDS = (
+    "loss_type loss_weights beta label_smoothing ld_alpha f_divergence_type f_alpha_divergence_coef rpo_alpha "
+    "use_weighting pair_weight_column discopop_tau dpop_lambda bco_reward_shift beta_dpo_alpha beta_dpo_momentum "
+    "beta_dpo_keep simpo_gamma cpo_alpha"
+).split()
+
+# The field that a group begins with -> its heading, in --help, `dpoeng config show` and the file that init writes.
+SECTIONS = {
+    "precompute-ref": {
+        "pairs": "Pairs and model",
+        "cache": "Cache",
+        "quantization": "Precision and device",
+        "max_length": "From pairs to tokens",
+        "batch_tokens": "Batches",
+    },
+    "train": {
+        "cache": "Pairs and output",
+        "model": "Model, adapter and precision",
+        "use_peft": "LoRA, or all weights",
+        "loss_type": "Loss",
+        "optim": "Optimisation",
+        "per_device_train_batch_size": "Batches and memory",
+        "report_to": "Log, evaluation and checkpoints",
+        "parity_pairs": "Policy against cache",
+    },
+    "sweep": {"vary": "Sweep"},
+}
+
+
+def bare_type(annotation: Any) -> Any:
+    """`X | None` -> X; a union of a flag and names is text."""
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+        return kinds[0] if len(kinds) == 1 else str
+    return annotation
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, coerce_numbers_to_str=True
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_meant(cls, value: Any, info: ValidationInfo) -> Any:
+        """A list may be written as words with commas; true and false are no numbers, though Python counts with them."""
+        kind = bare_type(cls.model_fields[info.field_name or ""].annotation)
+        if typing.get_origin(kind) is tuple and isinstance(value, str):
+            return tuple(word.strip() for word in value.split(",") if word.strip())
+        if kind in (int, float) and isinstance(value, bool):
+            raise ValueError("must be a number, not true or false")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, values: Any) -> Any:
+        """A name that is no field is explained as on the command line, and pydantic then need not say less."""
+        names = [name for name in values if name not in cls.model_fields] if isinstance(values, dict) else []
+        if names:
+            raise as_error([unknown(cls, str(name), where=str(name)) for name in names])
+        return values
+
+
+class PrecomputeConfig(_Config):
+    """Phase one: score the frozen reference once."""
+
+    pairs: tuple[Path, ...] = Field((), description="Files or folders of preference pairs.")
+    model: str | None = Field(None, description="The SFT base: a directory, a .gguf file or a hub id.")
+    adapter: str | None = Field(None, description="SFT LoRA adapter on the base; the reference is base + adapter.")
+    cache: Path = Field(Path("refcache"), description="The reference cache's folder; made if it is not there.")
+    name: str | None = Field(
+        None, description="Name of this set of pairs in the cache. Default: the first file's name without endings."
+    )
+    quantization: Quantization = Field("none", description="How the base is held: none, 8bit or 4bit (bitsandbytes).")
+    dtype: Dtype = Field(
+        "auto", description="Compute dtype; auto is the checkpoint's own, or float32 on a CPU without bfloat16 units."
+    )
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4bit: the number format.")
+    bnb_4bit_use_double_quant: bool = Field(True, description="4bit: quantise the scales too.")
+    device: Device = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    layout: Literal["auto", "shared", "separate"] = Field(
+        "auto", description="shared runs each prompt once; separate repeats it; auto tries and checks."
+    )
+    attention: Attention = Field(
+        "auto",
+        description="Over shared prompts: segments calls scaled_dot_product_attention on each; varlen makes one "
+        "FlashAttention call a layer. auto tries varlen on a GPU, and checks.",
+    )
+    max_length: int = Field(1024, ge=2, description="Most tokens of prompt + response; what is longer is truncated.")
+    max_prompt_length: int | None = Field(None, ge=1, description="Most tokens of a prompt. Default: no own limit.")
+    truncation_mode: Literal["keep_start", "keep_end"] = Field(
+        "keep_start", description="Which end of a text that is too long is kept; see docs/data.md."
+    )
+    append_eos: bool = Field(True, description="End each text response with the end-of-sequence token, once.")
+    columns: dict[str, str] = Field({}, description="Other names of fields, e.g. chosen=response_a.")
+    prompt_format: str | None = Field(
+        None, description="How SFT wrapped a prompt given as text, e.g. 'Instruction: {prompt}\\nResponse:'."
+    )
+    where: str | None = Field(None, description="Use only rows for which this holds, e.g. 'confident'.")
+    max_reject_share: float = Field(0.05, ge=0, le=1, description="Stop if more than this share of rows is unusable.")
+    batch_tokens: int | None = Field(
+        None, ge=1, description="Positions computed in one forward. Default: 16384 on a GPU, 2048 on a CPU."
+    )
+    shard: str | None = Field(
+        None, description="Do one part of the work, e.g. 1/4 to 4/4 in four jobs that share the cache folder."
+    )
+    shard_tokens: int = Field(
+        65536, ge=1, description="Positions stored in one file of the cache: what an interruption can cost at most."
+    )
+
+    @field_validator("prompt_format")
+    @classmethod
+    def _newlines(cls, value: str | None) -> str | None:
+        """A shell hands `\\n` over as two characters; it means a new line."""
+        return value.replace("\\n", "\n") if value is not None else None
+
+    @model_validator(mode="after")
+    def _room_for_a_response(self) -> PrecomputeConfig:
+        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length {self.max_prompt_length} leaves no room for a response in max_length "
+                f"{self.max_length}"
+            )
+        return self
+
+
+def why_not_trained(quantization: str | None, dtype: str | None) -> str:
+    """Why weights that are held so cannot be trained themselves; empty where they can."""
+    if quantization not in (None, "none"):
+        return f"quantised weights cannot be trained (quantization {quantization})"
+    if dtype == "float16":
+        return "in float16 the gradients of a whole model fall below its smallest numbers: use bfloat16 or float32"
+    return ""
+
+
+class TrainConfig(_Config):
+    """Phase two: train the policy against the cached numbers."""
+
+    cache: Path = Field(Path("refcache"), description="The reference cache that precompute-ref wrote.")
+    view: str | None = Field(None, description="Which set of pairs in the cache. Default: the only one.")
+    eval_view: str | None = Field(None, description="A set of pairs in the cache to evaluate on.")
+    eval_share: float = Field(
+        0.1, ge=0, lt=1, description="Without eval_view: share of prompts held out for evaluation; 0 for none."
+    )
+    output_dir: Path = Field(Path("out"), description="Where the adapter, the log and the checkpoints go.")
+    resume: bool | None = Field(
+        None, description="true: there must be a checkpoint; false: start anew; default: go on if there is one."
+    )
+
+    model: str | None = Field(None, description="Overrides the base that the cache names (it moved, for example).")
+    adapter: str | None = Field(None, description="Overrides the SFT adapter that the cache names.")
+    adapter_mode: Literal["auto", "new", "stack", "continue"] = Field(
+        "auto",
+        description="new: a fresh LoRA on the base; stack: a fresh LoRA on base + frozen SFT adapter; continue: the "
+        "SFT adapter trained further; auto: continue if the reference has an adapter, else new.",
+    )
+    quantization: Quantization | None = Field(None, description="Overrides the reference's quantisation.")
+    dtype: Dtype | None = Field(None, description="Overrides the reference's compute dtype.")
+    device: Device = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    layout: Literal["auto", "shared", "separate"] = Field(
+        "auto", description="shared runs each prompt once; separate repeats it; auto tries and checks."
+    )
+    attention: Attention = Field(
+        "auto",
+        description="Over shared prompts: segments calls scaled_dot_product_attention on each; varlen makes one "
+        "FlashAttention call a layer. auto tries varlen on a GPU, and checks.",
+    )
+
+    use_peft: bool = Field(
+        True,
+        description="Train a LoRA on the frozen base. false: full fine-tuning of all weights, without an adapter; it "
+        "wants a learning rate of 1e-6 or less, and a base that is not quantised.",
+    )
+    lora_r: int = Field(16, ge=1, description="LoRA rank.")
+    lora_alpha: float = Field(32, gt=0, description="LoRA scale: the update is alpha / r times B A x.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the trained LoRA.")
+    lora_target_modules: tuple[str, ...] = Field(("all-linear",), description="Modules that get a LoRA.")
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r), https://arxiv.org/abs/2312.03732")
+    use_dora: bool = Field(False, description="Weight-decomposed LoRA, https://arxiv.org/abs/2402.09353")
+    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = Field(
+        True, description="LoRA's start; all of these leave the first policy equal to the reference."
+    )
+
+    loss_type: tuple[LossType, ...] = Field(
+        ("sigmoid",),
+        min_length=1,
+        description="One loss, or several that are added: sigmoid (DPO), sigmoid_norm, robust, ipo, hinge, exo_pair, "
+        "nca_pair, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down, discopop, dpop, beta_dpo, simpo, cpo, "
+        "orpo, sft; see docs/losses.md.",
+    )
+    loss_weights: tuple[float, ...] | None = Field(
+        None, description="A weight for each loss of loss_type, e.g. sigmoid,sft with 1,0.2. Default: 1 each."
+    )
+    beta: float = Field(
+        0.1,
+        gt=0,
+        description="How strongly the policy is held to the reference. ipo: the paper's tau; orpo: its lambda; simpo "
+        "wants 2 to 2.5, ipo and sigmoid_norm more than DPO too, since they divide by the length.",
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="Assumed share of pairs whose labels are the wrong way round. With sigmoid this is cDPO; robust "
+        "corrects for it without bias; exo_pair needs some, e.g. 1e-3.",
+    )
+    ld_alpha: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="LD-DPO: weight of the tokens by which the longer response exceeds the shorter one; 1 is plain "
+        "DPO, 0 leaves them out. https://arxiv.org/abs/2409.06411",
+    )
+    f_divergence_type: FDivergence = Field(
+        "reverse_kl",
+        description="What holds the policy to the reference: reverse_kl is DPO's. https://arxiv.org/abs/2309.16240",
+    )
+    f_alpha_divergence_coef: float = Field(0.5, description="alpha_divergence: its alpha; 1 is reverse_kl.")
+    rpo_alpha: float | None = Field(
+        None,
+        gt=0,
+        description="Adds rpo_alpha times the mean negative log-prob of the chosen response's tokens, against chosen "
+        "responses growing less likely. https://arxiv.org/abs/2404.19733",
+    )
+    use_weighting: bool = Field(
+        False,
+        description="WPO: pairs that the policy would hardly write itself count less. https://arxiv.org/abs/2406.11827",
+    )
+    pair_weight_column: str | None = Field(
+        None, description="A column of numbers >= 0 in the pairs, e.g. margin: each pair's loss is multiplied by its."
+    )
+    discopop_tau: float = Field(0.05, gt=0, lt=1, description="discopop: temperature of the blend.")
+    dpop_lambda: float = Field(
+        50.0,
+        ge=0,
+        description="dpop: penalty, times beta, on a chosen response that the policy likes less than before.",
+    )
+    bco_reward_shift: bool = Field(
+        False, description="bco_pair: subtract the mean reward of the steps before, as the paper does and TRL does not."
+    )
+    beta_dpo_alpha: float = Field(0.6, ge=0, description="beta_dpo: how far beta follows the batch's mean margin.")
+    beta_dpo_momentum: float = Field(0.9, ge=0, lt=1, description="beta_dpo: decay of the mean margin's average.")
+    beta_dpo_keep: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="beta_dpo: share of a step's pairs that train, drawn with those of usual margins likelier; the "
+        "paper keeps 0.8.",
+    )
+    simpo_gamma: float = Field(0.5, ge=0, description="simpo: the margin to be reached, in units of the reward.")
+    cpo_alpha: float = Field(1.0, ge=0, description="cpo: weight of its likelihood term; 0 leaves it out.")
+
+    optim: Optimizer = Field(
+        "adamw_torch",
+        description="AdamW: of torch (adamw_torch_fused: one kernel a step), or of bitsandbytes with its state in 8 "
+        "bits or paged out to the CPU's memory.",
+    )
+    learning_rate: float = Field(1e-5, gt=0, lt=1, description="Peak learning rate of AdamW.")
+    lr_scheduler_type: Schedule = Field("linear", description="How the learning rate falls; transformers' schedules.")
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps over which the rate rises.")
+    warmup_steps: int = Field(0, ge=0, description="Number of such steps; if > 0 it replaces warmup_ratio.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay; on matrices, not on vectors.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the variance.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0 turns clipping off.")
+    num_train_epochs: float = Field(3.0, gt=0, description="Passes over the pairs.")
+    max_steps: int = Field(-1, ge=-1, description="Optimizer steps; if > 0 it replaces num_train_epochs.")
+    per_device_train_batch_size: int = Field(2, ge=1, description="Pairs in one forward.")
+    gradient_accumulation_steps: int = Field(
+        4, ge=1, description="Forwards in one optimizer step, of all processes together."
+    )
+    per_device_eval_batch_size: int = Field(4, ge=1, description="Pairs in one forward of the evaluation.")
+    fsdp: bool = Field(
+        False,
+        description="Under torchrun: divide the base's layers over the processes (FSDP2), for a base that no one card "
+        "holds; with use_peft false also their gradients, float32 masters and moments. Without it each process holds "
+        "all of it, and they share a step's forwards.",
+    )
+    gradient_checkpointing: bool | None = Field(
+        None, description="Recompute layers in the backward pass: less memory, more time. Default: only on a GPU."
+    )
+    activation_offloading: bool = Field(
+        False, description="Keep what gradient checkpointing keeps, each layer's input, in host memory: slower steps."
+    )
+    seed: int = Field(42, ge=0, description="Seeds the LoRA, the order of the pairs, the held-out share and dropout.")
+    full_determinism: bool = Field(
+        False,
+        description="On a GPU, sum in a fixed order: a run that is repeated or resumed then leaves the same bytes, as "
+        "on a CPU it always does. Somewhat slower.",
+    )
+
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
+        (), description="Trackers that get the metrics too, beside metrics.jsonl."
+    )
+    run_name: str | None = Field(None, description="What trackers call the run. Default: the output folder's name.")
+    logging_steps: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
+    eval_steps: int | None = Field(None, ge=1, description="Steps between evaluations. Default: once an epoch.")
+    eval_group_by: tuple[str, ...] | None = Field(
+        None,
+        description="Columns by whose values held-out results are also given. Default: those of text or yes/no with 2 "
+        "to 12 values.",
+    )
+    metric_for_best_model: str | None = Field(
+        None, description="Held-out metric to watch, e.g. rewards/accuracies. Default: loss."
+    )
+    greater_is_better: bool | None = Field(
+        None, description="Whether more of that metric is better. Default: not for a loss or a KL, else yes."
+    )
+    load_best_model_at_end: bool = Field(
+        False, description="Save the adapter of the best evaluation, not of the last step."
+    )
+    early_stopping_patience: int | None = Field(
+        None, ge=1, description="Stop after this many evaluations without a better value."
+    )
+    early_stopping_threshold: float = Field(0.0, ge=0, description="By how much a value must be better to count.")
+    save_steps: int | None = Field(None, ge=1, description="Steps between checkpoints. Default: a tenth of the run.")
+    save_total_limit: int = Field(2, ge=1, description="Checkpoints kept.")
+
+    samples: int = Field(
+        0,
+        ge=0,
+        description="Held-out prompts that are answered before and after training, for samples.jsonl and the report.",
+    )
+
+    parity_pairs: int = Field(32, ge=1, description="Pairs on which policy and cache are compared before step one.")
+    parity_tolerance: float | None = Field(
+        None, gt=0, description="Largest allowed mean difference per token, nats. Default: by precision."
+    )
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _no_tracker(cls, value: Any) -> Any:
+        """transformers says "none" for none, and one name may stand without a list."""
+        names = [value] if isinstance(value, str) else value
+        return () if names in (None, ["none"], ("none",)) else names
+
+    def lora_shape_given(self) -> list[str]:
+        """The fields of a new LoRA's shape that were set, not left at their default."""
+        shape = {"lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora", "init_lora_weights"}
+        return sorted(shape & self.model_fields_set)
+
+    @model_validator(mode="after")
+    def _all_weights_are_no_adapter(self) -> TrainConfig:
+        if self.use_peft:
+            return self
+        named = sorted({*self.lora_shape_given(), *({"lora_dropout", "adapter"} & self.model_fields_set)})
+        named += ["adapter_mode"] if self.adapter_mode != "auto" else []
+        if named:
+            raise ValueError(
+                f"{', '.join(named)} cannot be set with use_peft false: full fine-tuning trains all weights and makes "
+                "no adapter"
+            )
+        if why := why_not_trained(self.quantization, self.dtype):
+            raise ValueError(f"with use_peft false all weights are trained, and {why}")
+        return self
+
+    @field_validator("loss_type", mode="before")
+    @classmethod
+    def _loss_names(cls, value: Any) -> Any:
+        """One name, several, or several with commas between them."""
+        names = [word.strip() for word in value.split(",")] if isinstance(value, str) else value
+        if isinstance(names, list | tuple):
+            check_names(names)
+        return names
+
+    @model_validator(mode="after")
+    def _losses_fit_their_settings(self) -> TrainConfig:
+        values = {name: getattr(self, name) for name in LOSS_FIELDS}
+        changed = [name for name in LOSS_FIELDS if values[name] != type(self).model_fields[name].default]
+        check_combination(values, changed)
+        return self
+
+    def checkpoints_on(self, device_type: str) -> bool:
+        """Whether layers are recomputed: as asked for, else on a GPU, and where their inputs go to the host."""
+        if self.gradient_checkpointing is None:
+            return device_type == "cuda" or self.activation_offloading
+        return self.gradient_checkpointing
+
+    @property
+    def watches_a_metric(self) -> bool:
+        """Whether evaluations decide on what is saved or when training ends."""
+        return self.load_best_model_at_end or self.early_stopping_patience is not None
+
+    @model_validator(mode="after")
+    def _best_needs_evaluations(self) -> TrainConfig:
+        for name in ("load_best_model_at_end", "early_stopping_patience", "metric_for_best_model", "samples"):
+            if getattr(self, name) and self.eval_view is None and self.eval_share == 0:
+                raise ValueError(f"{name} needs held-out pairs: give eval_view, or an eval_share above 0")
+        for name in ("greater_is_better", "metric_for_best_model"):
+            if getattr(self, name) is not None and not self.watches_a_metric:
+                raise ValueError(f"{name} does nothing without load_best_model_at_end or early_stopping_patience")
+        if self.early_stopping_threshold and self.early_stopping_patience is None:
+            raise ValueError("early_stopping_threshold does nothing without early_stopping_patience")
+        return self
+
+    @model_validator(mode="after")
+    def _offloading_needs_checkpointing(self) -> TrainConfig:
+        if self.activation_offloading and self.gradient_checkpointing is False:
+            raise ValueError("activation_offloading moves what gradient checkpointing keeps: leave that on")
+        return self
+
+    @model_validator(mode="after")
+    def _places_differ(self) -> TrainConfig:
+        if self.cache == self.output_dir:
+            raise ValueError(f"cache and output_dir are the same folder, {self.cache}; a run may not write into it")
+        if self.eval_view is not None and self.eval_view == self.view:
+            raise ValueError(f"view and eval_view are both {self.view}; a run cannot be judged on what it trains on")
+        return self
+
+    @model_validator(mode="after")
+    def _continue_keeps_its_shape(self) -> TrainConfig:
+        named = self.lora_shape_given()
+        if self.adapter_mode == "continue" and named:
+            raise ValueError(
+                f"{', '.join(named)} cannot be set with adapter_mode continue: the SFT adapter keeps its own shape; "
+                "use adapter_mode stack for a new LoRA on top of it"
+            )
+        return self
+
+
+class SweepConfig(_Config):
+    """Many runs of phase two over one cache; everything that is not varied is as in TrainConfig."""
+
+    vary: dict[str, tuple[Any, ...]] = Field(
+        {},
+        description="A field of train and its values; every combination of all varied fields is a run. Several losses "
+        "or modules that belong together are joined by +, as in loss_type=sigmoid,sigmoid+sft.",
+    )
+    rank_by: str = Field(
+        "rewards/accuracies",
+        description="Held-out metric by which runs are ranked. Losses and rewards can be compared only between runs "
+        "with the same loss.",
+    )
+    max_runs: int = Field(64, ge=1, description="More combinations than this are refused, so that none start unmeant.")
+
+    @field_validator("rank_by")
+    @classmethod
+    def _held_out_name(cls, value: str) -> str:
+        """Metrics of evaluations stand in metrics.jsonl as `eval_...`, and may be named so."""
+        return value.removeprefix("eval_")
+
+    @field_validator("vary", mode="before")
+    @classmethod
+    def _values(cls, value: Any) -> Any:
+        """Values are a list, or words with commas between them, or one alone."""
+        if not isinstance(value, dict):
+            return value
+
+        def listed(values: Any) -> Any:
+            if isinstance(values, str):
+                return tuple(word.strip() for word in values.split(",") if word.strip())
+            return tuple(values) if isinstance(values, list | tuple) else (values,)
+
+        return {str(name).replace("-", "_"): listed(values) for name, values in value.items()}
+
+
+COMMANDS: dict[str, type[PrecomputeConfig] | type[TrainConfig] | type[SweepConfig]] = {
+    "precompute-ref": PrecomputeConfig,
+    "train": TrainConfig,
+    "sweep": SweepConfig,
+}
+
+
+@functools.cache
+def known_fields() -> dict[str, list[str]]:
+    """Every field of dpoeng -> the commands that take it."""
+    fields: dict[str, list[str]] = {}
+    for command, cls in COMMANDS.items():
+        for name in cls.model_fields:
+            fields.setdefault(name, []).append(command)
+    return fields
+
+
+def unknown(cls: type[BaseModel] | None, name: str, *, where: str) -> Problem:
+    """Explain a name that is no field of this command's config; see `problems.unknown_field`."""
+    command = next((command for command, config in COMMANDS.items() if config is cls), None)
+    return unknown_field(name, where=where, fields=known_fields(), command=command)

@@ -1,0 +1,182 @@
+"""dpoeng.yaml, options and Python arguments to a typed config; every mistake of a file is reported at once.
+
+A file may hold the fields of both phases; each command takes its own. Precedence: option, then file, then default.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from dpoeng.cache.errors import UserError
+from dpoeng.engine.config.fields import COMMANDS, PrecomputeConfig, SweepConfig, TrainConfig, known_fields, unknown
+from dpoeng.engine.config.problems import TOGETHER, Entry, as_error, option, unknown_field, value_problems
+
+DEFAULT_FILE = Path("dpoeng.yaml")
+
+Config = TypeVar("Config", bound=PrecomputeConfig | TrainConfig | SweepConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One field of one command: its value, and where that comes from (`default`, `dpoeng.yaml:3`, `--beta`)."""
+
+    command: str
+    name: str
+    value: Any
+    origin: str
+
+
+def load_config(cls: type[Config], overrides: Mapping[str, Any], file: Path | None = None) -> Config:
+    """Builds a config from a file and what was given on the command line.
+
+    Args:
+        cls: PrecomputeConfig, TrainConfig or SweepConfig.
+        overrides: fields that were given explicitly; they win over the file.
+        file: a YAML file; None reads ./dpoeng.yaml if it is there.
+
+    Raises:
+        UserError: the file cannot be read, a name is unknown, or values are wrong; it lists all of them.
+    """
+    path = file if file is not None else (DEFAULT_FILE if DEFAULT_FILE.is_file() else None)
+    entries = load_yaml(path) if path is not None else {}
+    fields = known_fields()
+    problems = [
+        unknown_field(n, where=f"{path}:{entry.line}", fields=fields) for n, entry in entries.items() if n not in fields
+    ]
+    config: Config | None = None
+    for each in (cls, *(other for other in COMMANDS.values() if other is not cls)):
+        values = {name: entry.value for name, entry in entries.items() if name in each.model_fields}
+        if each is cls:
+            problems += [unknown(cls, n, where=option(n)) for n in overrides if n not in cls.model_fields]
+            values.update((name, value) for name, value in overrides.items() if name in cls.model_fields)
+        try:
+            made = each(**values)
+            if isinstance(made, cls):
+                config = made
+        except ValidationError as error:
+            for problem in value_problems(error, overrides if each is cls else {}, entries, path):
+                # Contradictions between fields are those of the command that is run: its options may resolve them.
+                if problem.where not in {p.where for p in problems} and (each is cls or problem.where != TOGETHER):
+                    problems.append(problem)
+    if problems:
+        lines = {f"{path}:{entry.line}": entry.line for entry in entries.values()}
+        raise as_error(sorted(problems, key=lambda p: lines.get(p.where, 0)))
+    assert config is not None
+    return config
+
+
+def resolve(overrides: Mapping[str, Any], file: Path | None = None) -> list[Setting]:
+    """Every field of both phases with its value and origin.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    path = file if file is not None else (DEFAULT_FILE if DEFAULT_FILE.is_file() else None)
+    entries = load_yaml(path) if path is not None else {}
+    settings = []
+    for command, cls in COMMANDS.items():
+        own = {name: value for name, value in overrides.items() if name in cls.model_fields}
+        config = load_config(cls, own, file)
+        for name in cls.model_fields:
+            line = f"{path}:{entries[name].line}" if name in entries else "default"
+            settings.append(Setting(command, name, getattr(config, name), option(name) if name in own else line))
+    return settings
+
+
+def config_schema() -> dict[str, Any]:
+    """The JSON Schema of dpoeng.yaml: pydantic's of both phases, in one object."""
+    properties: dict[str, Any] = {}
+    for command, cls in COMMANDS.items():
+        for name, shape in cls.model_json_schema()["properties"].items():
+            text = f"{command}: {shape.pop('description', '')}"
+            shape.pop("title", None)
+            if shape.get("type") == "array":  # words with commas are a list too
+                shape = {"anyOf": [{k: v for k, v in shape.items() if k != "default"}, {"type": "string"}]}
+            if name in properties:
+                properties[name]["description"] += "\n" + text
+            else:
+                properties[name] = {**shape, "description": text}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "dpoeng.yaml",
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+    }
+
+
+# --------------------------------------------------------------------------- the file
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's idea of a number: 5e-6 is one, and a date is text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":int", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
+    list("-+.0123456789"),
+)
+# PyYAML's own constructor reads 010 as eight.
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
+
+
+def load_yaml(path: Path, text: str | None = None) -> dict[str, Entry]:
+    """The mapping in a YAML file, with line numbers. A key without a value is left out: it means the default.
+
+    Raises:
+        UserError: no such file, no YAML, no mapping, or a key that stands twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig") if text is None else text
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            entries: dict[str, Entry] = {}
+            if node is not None and not isinstance(node, yaml.MappingNode):
+                raise _unreadable(path, "a list" if isinstance(node, yaml.SequenceNode) else "one value", mapping=False)
+            for key, value in node.value if node is not None else ():
+                name, line = str(loader.construct_object(key, deep=True)), key.start_mark.line + 1
+                if name in entries:
+                    raise UserError(
+                        f"{name} stands twice in the configuration file",
+                        code="config-twice",
+                        where=f"{path}:{line}",
+                        expected="each field once",
+                        found=f"{name} in lines {entries[name].line} and {line}",
+                        remedy="take one of the two out",
+                    )
+                entries[name] = Entry(loader.construct_object(value, deep=True), line)
+        finally:
+            loader.dispose()
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None)
+        reason = f"{problem}, column {mark.column + 1}" if mark is not None and problem else str(error)
+        raise _unreadable(path, reason, line=mark.line + 1 if mark is not None else None) from error
+    return {name: entry for name, entry in entries.items() if entry.value is not None}
+
+
+def _unreadable(path: Path, found: str, *, line: int | None = None, mapping: bool = True) -> UserError:
+    return UserError(
+        "the configuration file cannot be read" if mapping else "the configuration file is not a set of fields",
+        code="config-unreadable",
+        where=f"{path}:{line}" if line else str(path),
+        expected="YAML: one `field: value` a line",
+        found=found,
+        remedy="mend the file, or name another with --config; `dpoeng init` writes one with comments",
+    )

@@ -1,0 +1,78 @@
+"""What `dpoeng plan` can be asked, once, for the command line and for Python."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dpoeng.engine.config.fields import Dtype, Optimizer, Quantization, TrainConfig, why_not_trained
+
+
+class PlanConfig(BaseModel):
+    """A model, some cards, and the longest pair there will be."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(description="A folder with config.json (no weights needed), or a name: Qwen/Qwen2.5-32B.")
+    gpu: tuple[str, ...] = Field(("a100-80gb",), description="Cards by name, or by their memory: 24gb.")
+    gpus: int = Field(1, ge=1, description="How many such cards share the work, under torchrun.")
+    fsdp: bool = Field(False, description="Divide the frozen layers over these cards in phase two.")
+    use_peft: bool = Field(True, description="Train a LoRA; false: full fine-tuning of all weights.")
+    quantization: Quantization = Field(
+        "8bit", description="How the policy's base is held. Default with full fine-tuning: none."
+    )
+    reference_quantization: Quantization | None = Field(
+        None, description="The same of the reference in phase one. Default: as the policy's."
+    )
+    dtype: Dtype = Field("bfloat16", description="Compute dtype; auto is bfloat16 here.")
+    max_length: int = Field(2048, ge=2, description="Tokens of prompt + response, for each of the two responses.")
+    prompt_length: int = Field(1, ge=1, description="Of these, the prompt's; it is run once, so 1 is the worst case.")
+    lora_r: int = Field(16, ge=1, description="LoRA rank, on all linear layers.")
+    optim: Optimizer = Field("adamw_torch", description="As in dpoeng train.")
+    gradient_checkpointing: bool = Field(True, description="Recompute layers in the backward pass.")
+    layout: Literal["shared", "separate"] = Field("shared", description="Whether a prompt is run once for both.")
+    batch: int = Field(8, ge=1, description="Pairs in an optimizer step.")
+    pairs: int = Field(1000, ge=1, description="Number of pairs, for the time.")
+    epochs: float = Field(3.0, gt=0, description="Passes over them.")
+    utilisation: float = Field(0.4, gt=0, le=1, description="Share of the card's peak arithmetic that is reached.")
+    price_per_hour: float | None = Field(None, ge=0, description="Of one card, in any currency: shows the cost.")
+    compare: bool = Field(True, description="Tell what other options and two models would take.")
+    whole: bool = Field(False, description="Simulate every layer, in place of a few: the same result, slower.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _all_weights_are_not_quantised(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("use_peft") is False:
+            values = {"quantization": "none", **values}
+            if why := why_not_trained(values["quantization"], values.get("dtype")):
+                raise ValueError(f"with use_peft false all weights are trained, and {why}")
+            if "lora_r" in values:
+                raise ValueError("lora_r does nothing in full fine-tuning (use_peft false)")
+        return values
+
+    @model_validator(mode="after")
+    def _divided(self) -> PlanConfig:
+        if self.fsdp and (self.gpus == 1 or not self.use_peft):
+            raise ValueError("fsdp divides a frozen base over several cards: say --gpus 2 or more, and train a LoRA")
+        if self.fsdp and self.quantization == "8bit":
+            raise ValueError("a base in 8 bits cannot be divided over cards: add --quantization 4bit, or none")
+        return self
+
+    @model_validator(mode="after")
+    def _room_for_a_response(self) -> PlanConfig:
+        if self.prompt_length >= self.max_length:
+            raise ValueError("prompt_length leaves no room for a response within max_length")
+        return self
+
+    def train_config(self) -> TrainConfig:
+        """The part that phase two reads."""
+        values = {
+            **({"lora_r": self.lora_r} if self.use_peft else {"use_peft": False}),
+            "optim": self.optim,
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": self.batch,
+            "num_train_epochs": self.epochs,
+        }
+        return TrainConfig.model_validate(values)

@@ -1,0 +1,118 @@
+"""Writes a dpoeng.yaml with comments: every field, or only those that have a value."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpoeng.cache.errors import UserError
+from dpoeng.cache.files import replacing
+from dpoeng.engine.config.fields import COMMANDS, SECTIONS
+
+WIDTH = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A value for the file, and what is said above it."""
+
+    value: Any
+    comments: tuple[str, ...] = ()
+
+
+def config_text(values: Mapping[str, Line], *, header: Sequence[str] = (), every_field: bool) -> str:
+    """The text of a configuration file.
+
+    Args:
+        values: fields with a value.
+        header: comment lines on top; an empty one separates.
+        every_field: also write the others, as comments with their description and default.
+    """
+    lines = [line for text in header for line in _comment(text)]
+    written: set[str] = set()
+    for command, cls in COMMANDS.items():
+        title = f"phase {'one' if command == 'precompute-ref' else 'two'}, dpoeng {command}"
+        for heading, names in sections(command):
+            block: list[str] = []
+            for name in names:
+                if name in written:
+                    continue  # a field of both phases stands once, with phase one
+                if name in values:
+                    described = [cls.model_fields[name].description or ""] if every_field else []
+                    block += [c for text in (*described, *values[name].comments) for c in _comment(text)]
+                    block.append(yaml_line(name, values[name].value))
+                elif every_field:
+                    default = cls.model_fields[name].default
+                    block += _comment(cls.model_fields[name].description or "")
+                    block.append("# " + (f"{name}:" if default is None else yaml_line(name, default)))
+                else:
+                    continue
+                written.add(name)
+                if every_field:
+                    block.append("")
+            if block:
+                lines += ["", f"# ---- {heading} ({title})", *([""] if every_field else []), *block]
+    return "\n".join(lines).strip("\n") + "\n"
+
+
+def sections(command: str) -> list[tuple[str, list[str]]]:
+    """The fields of a command under their headings."""
+    found: list[tuple[str, list[str]]] = []
+    for name in COMMANDS[command].model_fields:
+        if name in SECTIONS[command]:
+            found.append((SECTIONS[command][name], []))
+        found[-1][1].append(name)
+    return found
+
+
+def yaml_line(name: str, value: Any) -> str:
+    """`name: value`, as YAML reads it back."""
+    text = yaml.safe_dump(plain(value), allow_unicode=True, width=10**6, default_flow_style=True)
+    return f"{name}: {text.removesuffix(chr(10)).removesuffix('...').rstrip()}"
+
+
+def plain(value: Any) -> Any:
+    """Paths as text and tuples as lists, which YAML and JSON have."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (tuple, list)):
+        return [plain(item) for item in value]
+    return value
+
+
+def write_config(path: Path, text: str, *, force: bool) -> None:
+    """Writes the file whole or not at all, and over another only with `force`.
+
+    Raises:
+        UserError: the file exists, or cannot be written.
+    """
+    try:
+        if path.exists() and not force:
+            raise UserError(
+                f"{path} is there already",
+                code="config-exists",
+                where=str(path),
+                expected="a name that is free",
+                found="a file" if path.is_file() else "a folder",
+                remedy="name another with --output, or overwrite it with --force",
+            )
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            "the configuration file cannot be written",
+            code="config-unwritable",
+            where=str(path),
+            found=error.strerror or str(error),
+            remedy="name a file in a folder that exists and can be written to, with --output",
+        ) from error
+
+
+def _comment(text: str) -> Iterable[str]:
+    indent = "  " if text.startswith("- ") else ""
+    return [f"# {line}" for line in textwrap.wrap(text, WIDTH, subsequent_indent=indent)] if text else ["#"]

@@ -1,0 +1,386 @@
+"""Files to preference pairs: filter, shapes, rejects with file and row, duplicates and contradictions.
+
+Knows nothing of tokens: two pairs are the same here where their texts are.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from os import stat_result
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from dpoeng.cache.errors import UserError
+from dpoeng.cache.words import counted
+from dpoeng.engine.data import readers
+from dpoeng.engine.data.rejects import Reject, check_reject_share, write_rejects
+from dpoeng.engine.data.shapes import (
+    FIELDS,
+    Message,
+    PreferencePair,
+    Shape,
+    holds_human_turn,
+    prompt_from_instruction,
+    to_pair,
+)
+from dpoeng.engine.data.strict_json import RowFault
+from dpoeng.engine.data.tables import csv_value
+from dpoeng.engine.data.where import parse_condition
+
+__all__ = [
+    "Message",
+    "PairFile",
+    "PairStream",
+    "PreferencePair",
+    "ReadPair",
+    "Reject",
+    "Repeat",
+    "check_reject_share",
+    "ensure_unchanged",
+    "read_pairs",
+    "write_rejects",
+]
+
+
+# A large file that is mostly unusable is given up early, lest the list of its rejects fill the memory.
+GIVE_UP_EVERY = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """A row that says the same as an earlier one (a duplicate), or the opposite (a contradiction)."""
+
+    source_file: str
+    source_row: int
+    first_file: str
+    first_row: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPair:
+    """A row that can be used, and the earlier rows that say the same or the opposite."""
+
+    pair: PreferencePair
+    duplicate: Repeat | None
+    contradiction: Repeat | None
+
+
+@dataclass(frozen=True, slots=True)
+class PairFile:
+    """What was read.
+
+    Attributes:
+        pairs: in the order of the files and their rows; duplicates are all there.
+        rejects: rows left out, in the same order.
+        filtered: rows that the filter left out.
+        files: path as given -> xxh3_128 (hex) of the file's bytes.
+        duplicates: rows equal to an earlier one in prompt, responses, tools and template arguments.
+        contradictions: rows whose responses stand the other way round in an earlier one.
+        multi_turn: pairs with a further human turn inside a response.
+        columns: every column name that was seen.
+        instructions: pairs whose prompt is their bare `instruction`, since they have no prompt.
+        misspelt: unused column -> the field that no column has and whose name is close.
+    """
+
+    pairs: list[PreferencePair] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+    filtered: int = 0
+    files: dict[str, str] = field(default_factory=dict)
+    duplicates: list[Repeat] = field(default_factory=list)
+    contradictions: list[Repeat] = field(default_factory=list)
+    multi_turn: int = 0
+    columns: tuple[str, ...] = ()
+    instructions: int = 0
+    misspelt: dict[str, str] = field(default_factory=dict)
+
+    def column_remark(self) -> str:
+        """See the function of the same name."""
+        return column_remark(self.instructions, self.misspelt)
+
+
+def read_pairs(
+    paths: Sequence[Path],
+    *,
+    columns: Mapping[str, str] | None = None,
+    where: str | None = None,
+    max_reject_share: float = 0.05,
+    prompt_format: str | None = None,
+) -> PairFile:
+    """Read all pairs of the given files and directories.
+
+    Args:
+        paths: JSON Lines, JSON, CSV, Parquet or Arrow files, or directories of them.
+        columns: field -> column of the file, for `prompt`, `chosen`, `rejected`, `tools`, `chat_template_kwargs`.
+        where: a filter, see `where`; rows that it leaves out are counted, not rejected.
+        max_reject_share: the largest share of rejected rows, of those that pass the filter.
+        prompt_format: a text with `{prompt}` in it to put around prompts given as texts, where the SFT data had one.
+
+    Raises:
+        UserError: a file cannot be read, is empty or changes meanwhile; columns are missing; too many rejects.
+    """
+    stream = PairStream(paths, columns=columns, where=where, prompt_format=prompt_format)
+    pairs: list[PreferencePair] = []
+    rejects: list[Reject] = []
+    duplicates: list[Repeat] = []
+    contradictions: list[Repeat] = []
+    for row in stream:
+        if isinstance(row, Reject):
+            rejects.append(row)
+            if len(rejects) % GIVE_UP_EVERY == 0:
+                check_reject_share(rejects, len(pairs) + len(rejects), max(max_reject_share, 0.5))
+            continue
+        pairs.append(row.pair)
+        if row.duplicate is not None:
+            duplicates.append(row.duplicate)
+        if row.contradiction is not None:
+            contradictions.append(row.contradiction)
+    found = PairFile(
+        pairs=pairs,
+        rejects=rejects,
+        filtered=stream.filtered,
+        files=stream.files,
+        duplicates=duplicates,
+        contradictions=contradictions,
+        multi_turn=sum(map(holds_human_turn, pairs)),
+        columns=stream.columns,
+        instructions=stream.instructions,
+        misspelt=stream.misspelt,
+    )
+    check_reject_share(found.rejects, len(found.pairs) + len(found.rejects), max_reject_share)
+    if not found.pairs:
+        raise UserError(
+            "no pair is left",
+            code="data-empty",
+            where=", ".join(found.files),
+            expected="at least one row that can be used" + (f" and passes the filter {where!r}" if where else ""),
+            found=f"{counted(found.filtered, 'row')} left out by the filter, {len(found.rejects)} rejected",
+            remedy="loosen --where" if found.filtered else "look at the reasons in the rejects file",
+            exit_status=3,
+        )
+    return found
+
+
+def ensure_unchanged(files: Mapping[str, str]) -> None:
+    """Check that files still hold the bytes that were read.
+
+    Args:
+        files: `PairFile.files`.
+
+    Raises:
+        UserError: one of them was changed or removed.
+    """
+    for name, digest in files.items():
+        if not Path(name).is_file() or _digest(Path(name)) != digest:
+            raise _changed(Path(name))
+
+
+class PairStream:
+    """Reads the pairs of files one by one: iterate once, then look at what was counted on the way.
+
+    Memory grows by a hash and a row number a pair, whatever the texts.
+
+    Attributes:
+        rejected, filtered: rows left out so far.
+        files, instructions, misspelt: as in `PairFile`.
+        columns: as in `PairFile`.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        *,
+        columns: Mapping[str, str] | None = None,
+        where: str | None = None,
+        prompt_format: str | None = None,
+    ) -> None:
+        """See `read_pairs` for the arguments.
+
+        Raises:
+            UserError: a column, the filter or the format is not understood, or there is no such file.
+        """
+        self._columns = dict(columns or {})
+        _check_targets(self._columns)
+        if prompt_format is not None and "{prompt}" not in prompt_format:
+            raise UserError(
+                "the prompt format has no place for the prompt",
+                code="data-prompt-format",
+                where="prompt_format",
+                expected="a text with {prompt} in it",
+                found=repr(prompt_format),
+                remedy="write {prompt} where the prompt belongs, e.g. 'Instruction: {prompt}\\nResponse:'",
+            )
+        self._condition = parse_condition(where) if where and where.strip() else None
+        self._prompt_format = prompt_format
+        self._paths = readers.expand(paths)
+        self._seen: dict[bytes, tuple[str, int]] = {}
+        self._names: dict[str, None] = {}
+        self.rejected = 0
+        self.filtered = 0
+        self.instructions = 0
+        self.misspelt: dict[str, str] = {}
+        self.files: dict[str, str] = {}
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Every column name that was seen."""
+        return tuple(self._names)
+
+    def __iter__(self) -> Iterator[ReadPair | Reject]:
+        """Every row that passes the filter, in the order of the files.
+
+        Raises:
+            UserError: a file cannot be read, is empty, lacks a column, or changes meanwhile.
+        """
+        for path in self._paths:
+            yield from self._read(path)
+
+    def _read(self, path: Path) -> Iterator[ReadPair | Reject]:
+        before = path.stat()
+        self.files[str(path)] = _digest(path)
+        shape = Shape(self._columns, readers.is_untyped(path), self._prompt_format)
+        rows = 0
+        names: dict[str, None] = {}
+        for number, row in readers.read_rows(path):
+            rows += 1
+            try:
+                if isinstance(row, RowFault):
+                    raise row
+                names.update(dict.fromkeys(row))
+                pair = self._pair(path, number, row, shape)
+            except RowFault as fault:
+                self.rejected += 1
+                yield Reject(str(path), number, fault.reason, fault.detail)
+            else:
+                if pair is not None:
+                    yield pair
+        if _identity(path.stat()) != _identity(before):
+            raise _changed(path)
+        if rows == 0:
+            raise UserError(
+                "the file has no rows",
+                code="data-empty",
+                where=str(path),
+                remedy="make the file again, or leave it out",
+                exit_status=3,
+            )
+        if names:
+            self._check_columns(path, names)
+            self.misspelt |= _misspelt(names, self._columns)
+        self._names.update(names)
+
+    def _pair(self, path: Path, number: int, row: dict[str, Any], shape: Shape) -> ReadPair | None:
+        if shape.untyped:
+            texts = {shape.column(name) for name in FIELDS} | {"instruction", "input"}
+            row = {name: (value or None) if name in texts else csv_value(value) for name, value in row.items()}
+        if self._condition is not None and not self._condition.holds(row):
+            self.filtered += 1
+            return None
+        pair = to_pair(row, shape, str(path), number)
+        # With a format around it, it was meant.
+        self.instructions += shape.prompt_format is None and prompt_from_instruction(row, shape)
+        key, opposite = content_key(pair), content_key(pair, swapped=True)
+        same, other = (
+            Repeat(str(path), number, *self._seen[earlier]) if earlier in self._seen else None
+            for earlier in (key, opposite)
+        )
+        self._seen.setdefault(key, (str(path), number))
+        return ReadPair(pair, same, other)
+
+    def _check_columns(self, path: Path, names: Mapping[str, None]) -> None:
+        """Raise where a column that is needed, mapped or filtered by occurs in no row of a file."""
+        required = {"chosen": "chosen", "rejected": "rejected"} | self._columns
+        for target, column in required.items():
+            if column not in names:
+                raise _no_column(path, column, names, f"--columns {target}=NAME names the column that holds `{target}`")
+        if self._condition is not None:
+            for column in sorted(self._condition.columns - set(names)):
+                raise _no_column(path, column, names, f"correct the filter {self._condition.text!r}")
+
+
+def _check_targets(columns: Mapping[str, str]) -> None:
+    for target in columns:
+        if target not in FIELDS:
+            nearest = difflib.get_close_matches(target, FIELDS, n=1)
+            raise UserError(
+                f"there is no field {target!r} to take from a column",
+                code="data-columns",
+                where=f"--columns {target}={columns[target]}",
+                expected=f"one of {', '.join(FIELDS)}, then = and the name of the file's column",
+                remedy=f"did you mean {nearest[0]}={columns[target]}?" if nearest else "name one of these fields",
+            )
+
+
+def _misspelt(names: Mapping[str, None], columns: Mapping[str, str]) -> dict[str, str]:
+    """Column -> the field whose name is close, of fields that no column has and columns that are no field."""
+    lacking = [name for name in FIELDS if name not in names and name not in columns]
+    if "prompt" in lacking:
+        lacking.append("input" if "instruction" in names else "instruction")
+    found: dict[str, str] = {}
+    for name in names:
+        known = name in (*FIELDS, "instruction", "input") or name in columns.values()
+        # `promt`, `prompts` and `Prompt` are close, `prompt_id` and `instruction_type` are not.
+        nearest = difflib.get_close_matches(name.casefold(), lacking, n=1, cutoff=0.83)
+        if nearest and not known:
+            found[name] = nearest[0]
+    return found
+
+
+def column_remark(instructions: int, misspelt: Mapping[str, str]) -> str:
+    """What is to be known of the columns, in one line; empty if nothing is. The arguments are as in `PairFile`."""
+    told = [f"prompt taken from `instruction` in {counted(instructions, 'pair')}"] if instructions else []
+    for column, target in misspelt.items():
+        how = f" (--columns {target}={column})" if target in FIELDS else ""
+        told.append(f"unused column `{column}`: did you mean `{target}`?{how}")
+    return "; ".join(told)
+
+
+def _no_column(path: Path, column: str, names: Mapping[str, None], remedy: str) -> UserError:
+    nearest = difflib.get_close_matches(column, names, n=1)
+    shown = list(names)[:30]
+    return UserError(
+        f"the file has no column {column!r}",
+        code="data-columns",
+        where=str(path),
+        expected=f"a column {column!r}",
+        found=", ".join(shown) + (f" and {len(names) - 30} more" if len(names) > 30 else ""),
+        remedy=(f"did you mean {nearest[0]!r}? " if nearest else "") + remedy,
+        exit_status=3,
+    )
+
+
+def _changed(path: Path) -> UserError:
+    return UserError(
+        "the file was changed while it was in use",
+        code="data-changed",
+        where=str(path),
+        expected="the same bytes from beginning to end of the run",
+        remedy="run again when nothing writes to the file; what was computed is kept",
+        exit_status=3,
+    )
+
+
+def _identity(stat: stat_result) -> tuple[int, ...]:
+    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+def _digest(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    try:
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise readers.unreadable(path, error) from None
+    return digest.hexdigest()
+
+
+def content_key(pair: PreferencePair, *, swapped: bool = False) -> bytes:
+    """A hash of all that a pair is made of; with `swapped`, of the pair the other way round."""
+    sides = (pair.rejected, pair.chosen) if swapped else (pair.chosen, pair.rejected)
+    content = json.dumps([pair.prompt, *sides, pair.tools, pair.chat_template_kwargs], sort_keys=True)
+    return xxhash.xxh3_128_digest(content.encode())

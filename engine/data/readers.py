@@ -1,0 +1,267 @@
+"""Files to numbered rows: JSON Lines, JSON, CSV, Parquet, Arrow, the text formats also as gzip or zstd.
+
+A row that cannot be read comes out as a `RowFault` with its number, and reading goes on behind it; a file that cannot
+be read at all is a `UserError`. Memory is bounded by the longest line allowed. Knows nothing of what a pair is.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpoeng.cache.errors import UserError
+from dpoeng.engine.data import strict_json
+from dpoeng.engine.data.strict_json import RowFault, as_row, json_type
+from dpoeng.engine.data.tables import BATCH_ROWS, NumberedRow, arrow_batches, csv_rows, table_rows
+
+MAX_LINE_BYTES = 16 << 20
+MAX_DOCUMENT_BYTES = 256 << 20  # a JSON document is parsed whole
+
+FORMATS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+}
+# What `datasets` writes beside the data when it saves to a directory.
+NOT_DATA = frozenset({"dataset_info.json", "dataset_dict.json", "state.json"})
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+
+
+def expand(paths: Sequence[Path]) -> list[Path]:
+    """The files to read, in order and each once; a directory stands for the data files directly in it, by name.
+
+    Raises:
+        UserError: nothing is there, a directory holds no data file, a file is a pipe or of an unknown kind.
+    """
+    files: dict[Path, Path] = {}
+    for path in paths:
+        try:
+            for file in _data_files(path) if path.is_dir() else [path]:
+                _kind(file)
+                files.setdefault(file.resolve(), file)
+        except OSError as error:
+            raise unreadable(path, error) from None
+    return list(files.values())
+
+
+def read_rows(path: Path) -> Iterator[NumberedRow]:
+    """Every row of a file with its number: the line (from 1) in JSON Lines, else the position (from 1) among the rows.
+
+    Blank lines of JSON Lines are counted as lines but are no rows.
+
+    Raises:
+        UserError: the file cannot be read as the kind that its name says.
+    """
+    kind, compression = _kind(path)
+    try:
+        if kind == "parquet":
+            with pq.ParquetFile(path) as table:
+                yield from table_rows(table.iter_batches(batch_size=BATCH_ROWS), path)
+        elif kind == "arrow":
+            yield from table_rows(arrow_batches(path), path)
+        elif kind == "csv":
+            with _open(path, compression) as stream:
+                yield from csv_rows(_lines(stream), path, MAX_LINE_BYTES)
+        elif kind == "json" and not _starts_with_a_row(path, compression):
+            with _open(path, compression) as stream:
+                yield from _document_rows(stream, path)
+        else:
+            with _open(path, compression) as stream:
+                yield from _line_rows(stream)
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:  # pyarrow calls damaged streams an OSError
+        if isinstance(error, OSError) and error.errno is not None:
+            raise unreadable(path, error) from None
+        raise UserError(
+            "the file is damaged or not of the kind that its name says",
+            code="data-damaged",
+            where=str(path),
+            expected=f"a complete {compression or kind} file",
+            found=str(error).splitlines()[0],
+            remedy="make or copy the file again",
+            exit_status=3,
+        ) from None
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    """What to say when the system does not let us read a file."""
+    return UserError(
+        "the file cannot be read",
+        code="data-unreadable",
+        where=str(path),
+        found=error.strerror or str(error),
+        remedy="check its permissions and the disk",
+        exit_status=3,
+    )
+
+
+def is_untyped(path: Path) -> bool:
+    """Whether all values of the file are texts: `csv_value` says what they mean."""
+    return _suffixes(path)[0] in (".csv", ".tsv")
+
+
+def _data_files(folder: Path) -> list[Path]:
+    names = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    files = [file for file in names if _suffixes(file)[0] in FORMATS and file.name not in NOT_DATA]
+    if not files:
+        raise UserError(
+            "the directory holds no data file",
+            code="data-no-files",
+            where=str(folder),
+            expected=f"files ending in {', '.join(FORMATS)}, or one of the text kinds + .gz or .zst",
+            found=", ".join(file.name for file in names[:5]) or "no files (subdirectories are not searched)",
+            remedy="name the folder that holds the files, or the files",
+            exit_status=3,
+        )
+    return files
+
+
+def _suffixes(path: Path) -> tuple[str, str | None]:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    compression = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
+    kinds = suffixes[:-1] if compression else suffixes
+    return (kinds[-1] if kinds else ""), compression
+
+
+def _kind(path: Path) -> tuple[str, str | None]:
+    """`(format, compression or None)` by the name of the file, which must be a regular one."""
+    if not path.exists():
+        raise UserError(
+            "there is no such file", code="data-missing", where=str(path), remedy="check the path", exit_status=3
+        )
+    if not path.is_file():
+        raise UserError(
+            "pairs are read from regular files only",
+            code="data-not-a-file",
+            where=str(path),
+            remedy="write the stream to a file first: a run that is resumed must find the same rows again",
+            exit_status=3,
+        )
+    suffix, compression = _suffixes(path)
+    kind = FORMATS.get(suffix)
+    if kind is None or (compression and kind in ("parquet", "arrow")):
+        raise UserError(
+            "the name of the file does not say what kind it is",
+            code="data-unknown-kind",
+            where=str(path),
+            expected=f"a name ending in {', '.join(FORMATS)}; the text kinds also with .gz or .zst",
+            found="".join(path.suffixes) or "no suffix",
+            remedy="rename the file" if kind is None else "decompress it: Parquet and Arrow compress by themselves",
+            exit_status=3,
+        )
+    return kind, compression
+
+
+@contextmanager
+def _open(path: Path, compression: str | None) -> Iterator[IO[bytes]]:
+    """The decompressed bytes, past a byte-order mark."""
+    with pa.input_stream(str(path), compression=compression) as source:
+        # cast: pyarrow's streams have all that a BufferedReader asks of a raw file
+        stream = io.BufferedReader(cast(io.RawIOBase, source), 1 << 20)
+        head = stream.peek(4)[:4]
+        if head.startswith(b"\xef\xbb\xbf"):
+            stream.read(3)
+        elif head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise UserError(
+                "the file is UTF-16",
+                code="data-encoding",
+                where=str(path),
+                expected="UTF-8",
+                remedy="convert it, e.g. iconv -f utf-16 -t utf-8",
+                exit_status=3,
+            )
+        yield stream
+
+
+def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes | RowFault]]:
+    """Lines ended by LF (a CR before it stays), none longer than MAX_LINE_BYTES; longer ones are skipped in pieces."""
+    number = 0
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) <= MAX_LINE_BYTES:
+            yield number, line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(1 << 20)
+        yield number, RowFault("line-too-long", f"a line of more than {MAX_LINE_BYTES >> 20} MiB")
+
+
+def _decode(line: bytes) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise RowFault("bad-utf8", f"{error.reason} at byte {error.start} of the row") from None
+
+
+def _line_rows(stream: IO[bytes]) -> Iterator[NumberedRow]:
+    for number, line in _lines(stream):
+        if isinstance(line, RowFault):
+            yield number, line
+        elif not line.isspace():
+            try:
+                row = as_row(strict_json.parse(_decode(line).rstrip("\r\n"), is_line=True))
+            except RowFault as fault:
+                cut = fault.reason in ("bad-json", "bad-utf8") and not line.endswith(b"\n")
+                row = RowFault("cut-line", f"the last line is incomplete: {fault.detail}") if cut else fault
+            yield number, row
+
+
+def _starts_with_a_row(path: Path, compression: str | None) -> bool:
+    """Whether a `.json` file is JSON Lines under another name, as is common: its first line is an object by itself."""
+    with _open(path, compression) as stream:
+        try:
+            first = strict_json.parse(_decode(stream.readline(MAX_LINE_BYTES)))
+        except RowFault:
+            return False
+        return isinstance(first, dict) and not isinstance(first.get("data"), list)
+
+
+def _document_rows(stream: IO[bytes], path: Path) -> Iterator[NumberedRow]:
+    """The rows of an array, or of the array under `data` in an object."""
+    content = stream.read(MAX_DOCUMENT_BYTES + 1)
+    if len(content) > MAX_DOCUMENT_BYTES:
+        raise UserError(
+            f"a JSON document of more than {MAX_DOCUMENT_BYTES >> 20} MiB is not read whole",
+            code="data-too-large",
+            where=str(path),
+            remedy="make it JSON Lines, one object a line, e.g. with `jq -c '.[]'`",
+            exit_status=3,
+        )
+    if not content.strip():
+        return
+    try:
+        document = strict_json.parse(_decode(content))
+        if isinstance(document, RowFault):
+            raise document
+    except RowFault as fault:
+        raise UserError(
+            "the file is not valid JSON",
+            code="data-bad-json",
+            where=str(path),
+            found=f"{fault.reason}: {fault.detail}",
+            remedy="mend it, or give one object a line and name the file .jsonl: then only the bad row is lost",
+            exit_status=3,
+        ) from None
+    rows = document.get("data", [document]) if isinstance(document, dict) else document
+    if not isinstance(rows, list):
+        raise UserError(
+            "the JSON file holds no rows",
+            code="data-bad-json",
+            where=str(path),
+            expected='an array of objects, or {"data": [...]}',
+            found=json_type(rows),
+            remedy="put the pairs into an array, or write one object a line and name the file .jsonl",
+            exit_status=3,
+        )
+    for number, value in enumerate(rows, 1):
+        yield number, as_row(value)

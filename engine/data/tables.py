@@ -1,0 +1,176 @@
+"""CSV, Parquet and Arrow to numbered rows of JSON values.
+
+Knows nothing of where bytes come from or what a pair is.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import datetime
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.ipc as ipc
+
+from dpoeng.cache.errors import UserError
+from dpoeng.engine.data.strict_json import RowFault, as_row
+
+BATCH_ROWS = 256
+
+NumberedRow = tuple[int, dict[str, Any] | RowFault]
+
+
+def csv_rows(lines: Iterable[tuple[int, bytes | RowFault]], path: Path, max_cell: int) -> Iterator[NumberedRow]:
+    """CSV with a header. A cell that reads as a number, true or false is that; an empty one is null."""
+    previous_limit = csv.field_size_limit(max_cell)  # process-wide, and 128 KiB unless told
+    try:
+        source = _csv_lines(lines)
+        first = next(source, "")
+        delimiter = max(",;\t", key=first.count)
+        reader = csv.reader(chain([first], source), delimiter=delimiter, strict=True)
+        names = _csv_header(reader, path)
+        number = 0
+        while True:
+            row: dict[str, Any] | RowFault
+            try:
+                cells = next(reader)
+                if not cells:
+                    continue
+                row = _csv_row(names, cells)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                row = RowFault("bad-csv", str(error))
+            except RowFault as fault:
+                row = fault
+            number += 1
+            yield number, row
+    finally:
+        csv.field_size_limit(previous_limit)
+
+
+def _csv_header(reader: Iterator[list[str]], path: Path) -> list[str]:
+    try:
+        names = next(reader, [])
+        _csv_row(names, names)
+    except (csv.Error, RowFault) as error:
+        raise UserError(
+            "the header of the CSV file cannot be read",
+            code="data-bad-csv",
+            where=str(path),
+            expected="the names of the columns, in UTF-8, in the first line",
+            found=str(error),
+            remedy="write the file with a CSV library, the names of the columns first",
+            exit_status=3,
+        ) from None
+    _check_names(names, path)
+    return names
+
+
+_TOO_LONG = "\udc00"  # stands for a line that was skipped; no decoded byte gives this character
+
+
+def _csv_lines(lines: Iterable[tuple[int, bytes | RowFault]]) -> Iterator[str]:
+    # Bytes that are no UTF-8 become U+DC80 to U+DCFF, and are found in the cell that holds them.
+    for _, line in lines:
+        yield _TOO_LONG + "\n" if isinstance(line, RowFault) else line.decode(errors="surrogateescape")
+
+
+def _csv_row(names: Sequence[str], cells: Sequence[str]) -> dict[str, Any]:
+    for cell in cells:
+        if not cell.isascii() and any("\udc00" <= character <= "\udcff" for character in cell):
+            if _TOO_LONG in cell:
+                raise RowFault("line-too-long", "a line in it is longer than any row may be")
+            raise RowFault("bad-utf8", "a cell is not UTF-8")
+    if len(cells) != len(names):
+        raise RowFault("bad-csv", f"{len(cells)} cells where the header has {len(names)}")
+    return dict(zip(names, cells, strict=True))
+
+
+def csv_value(cell: str) -> Any:
+    """What an extra cell of a CSV file means, since CSV has no types: a number, true, false, null (empty) or text."""
+    if cell == "":
+        return None
+    if cell.lower() in ("true", "false"):
+        return cell.lower() == "true"
+    if "_" in cell:  # which Python would read as 1_000
+        return cell
+    for number in (int, float):
+        try:
+            value = number(cell)
+        except ValueError:
+            continue
+        return value if math.isfinite(value) else cell
+    return cell
+
+
+def _check_names(names: Sequence[str], path: Path) -> None:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise UserError(
+            "a column name occurs twice",
+            code="data-columns",
+            where=str(path),
+            found=", ".join(repeated),
+            remedy="rename or remove one of them",
+            exit_status=3,
+        )
+
+
+def arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    """Batches of an Arrow file or stream, validated, since pyarrow trusts the offsets that it reads.
+
+    The file is read and not mapped: one that is cut while mapped kills the process.
+    """
+    with pa.OSFile(str(path)) as source:
+        magic = source.read(6)
+        source.seek(0)
+        if magic == b"ARROW1":
+            reader = ipc.open_file(source)
+            batches: Iterable[pa.RecordBatch] = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            batches = ipc.open_stream(source)
+        for batch in batches:
+            batch.validate(full=True)
+            yield from (batch.slice(start, BATCH_ROWS) for start in range(0, batch.num_rows, BATCH_ROWS))
+
+
+def table_rows(batches: Iterable[pa.RecordBatch], path: Path) -> Iterator[NumberedRow]:
+    number = 0
+    for batch in batches:
+        names = batch.schema.names
+        _check_names(names, path)
+        columns = list(zip(names, batch.columns, strict=True))
+        for index in range(batch.num_rows):
+            number += 1
+            try:
+                row = {name: plain(column[index].as_py()) for name, column in columns}
+            except UnicodeDecodeError as error:
+                yield number, RowFault("bad-utf8", f"{error.reason} at byte {error.start} of a value")
+            except (ValueError, OverflowError) as error:  # e.g. a date that Python cannot hold
+                yield number, RowFault("bad-value", str(error)[:200])
+            else:
+                yield number, as_row(row)
+
+
+def plain(value: Any) -> Any:
+    """A value of a table as JSON can hold it: dates as ISO 8601, bytes as base64, NaN (a missing number) as null."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        # A struct column gives every row the keys of all rows; those that a row did not have are null.
+        return {str(key): plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode("ascii")
+    if isinstance(value, datetime.date | datetime.time):  # datetime is a date
+        return value.isoformat()
+    return str(value)

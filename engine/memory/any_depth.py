@@ -1,0 +1,110 @@
+"""The memory of a step or a forward of a model of any depth: simulated whole, or from two shallow models, exactly.
+
+Equal layers add equal bytes. So what is alive at one operation of one layer grows by the same amount with each layer
+more that the model has, and from a layer to the next; and the highest point of the work inside of one layer is at the
+same operation in all of them. Only the first layer and the last differ, since something else comes before and after. A
+model with a first layer, a last one and one between has them all: from that, and from one with a layer more, all others
+follow. The highest of the layers between is the second or the last but one, as a straight line is highest at an end.
+Tests compare with whole models, kind by kind and byte by byte. Models of unlike layers are simulated whole; where two
+kinds take turns, a pair of layers is what one layer is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from dpoeng.engine.memory.simulate import Pair, Setup, trace_forward, trace_step
+from dpoeng.engine.memory.tracker import MemoryTracker, Peak
+from dpoeng.engine.models.loading import layer_period
+
+Stretches = dict[tuple[str, str], Peak]
+"""(phase, place) -> the highest point there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a piece of work takes.
+
+    Attributes:
+        peak: its highest point.
+        stretches: the highest point before, in and after the layers of each phase.
+        timeline: (bytes, phase) after each operation, where the whole model was simulated; else empty.
+    """
+
+    peak: Peak
+    stretches: Mapping[str, Peak]
+    timeline: Sequence[tuple[int, str]] = ()
+
+
+def step_memory(setup: Setup, pairs: Sequence[Pair], *, whole: bool = False) -> Memory:
+    """One optimizer step of phase two over one micro-batch."""
+    return _memory(setup, lambda some: trace_step(some, pairs), whole)
+
+
+def forward_memory(setup: Setup, pairs: Sequence[Pair], *, policy: bool, whole: bool = False) -> Memory:
+    """One forward without gradient over some pairs: of the policy in training, or of the reference."""
+    return _memory(setup, lambda some: trace_forward(some, pairs, policy=policy), whole)
+
+
+def _memory(setup: Setup, trace: Callable[[Setup], MemoryTracker], whole: bool) -> Memory:
+    period = None if whole else layer_period(setup.model)
+    if period is not None and setup.layers % period == 0 and setup.layers > 5 * period:
+        depths = (3 * period, 4 * period)
+        few, more = (_by_place(trace(setup.with_layers(depth)), depth, period) for depth in depths)
+        extended = _extend(few, more, (setup.layers - depths[0]) // period)
+        if extended is not None:
+            return Memory(max(extended.values(), key=lambda peak: peak.n_bytes), _in_words(extended))
+    tracker = trace(setup)
+    stretches = _in_words(_by_place(tracker, setup.layers, period or 1))
+    return Memory(tracker.peak(), stretches, list(zip(tracker.samples, tracker.phases, strict=True)))
+
+
+def _by_place(tracker: MemoryTracker, depth: int, period: int) -> Stretches:
+    """The highest points of the places that models of all depths have."""
+    found: Stretches = {}
+    for (phase, layer), peak in tracker.stretches().items():
+        for place in _places(phase, layer, depth, period):
+            found[phase, place] = peak
+    return found
+
+
+def _places(phase: str, layer: int, depth: int, period: int) -> Iterator[str]:
+    """What a layer is, counted from either end; one of a model with three is the second and the last but one."""
+    if phase == "optimizer":
+        yield "all"
+    elif layer < 0:
+        yield "before the layers"
+    elif layer >= depth:
+        yield "head" if layer == depth else "gradients"
+    else:
+        if layer < 2 * period:
+            yield f"layer {layer + 1}"
+        if layer >= depth - 2 * period:
+            yield f"layer {layer - depth}"
+
+
+def _extend(few: Stretches, more: Stretches, steps: int) -> Stretches | None:
+    """The places of a deeper model, or None where the two shallow ones do not fit together."""
+    if few.keys() != more.keys():
+        return None
+    extended = {}
+    for place, low in few.items():
+        by_kind = {}
+        for kind in {*low.by_kind, *more[place].by_kind}:
+            slope = more[place].by_kind.get(kind, 0) - low.by_kind.get(kind, 0)
+            by_kind[kind] = low.by_kind.get(kind, 0) + slope * steps
+            if slope < 0:
+                return None
+        extended[place] = Peak(sum(by_kind.values()), {kind: n for kind, n in by_kind.items() if n})
+    return extended
+
+
+def _in_words(stretches: Stretches) -> dict[str, Peak]:
+    """`forward, layers` and so on: the highest of the layers as one."""
+    found: dict[str, Peak] = {}
+    for (phase, place), peak in stretches.items():
+        name = phase if place == "all" else f"{phase}, {'layers' if place.startswith('layer ') else place}"
+        if name not in found or peak.n_bytes > found[name].n_bytes:
+            found[name] = peak
+    return found

@@ -1,0 +1,83 @@
+"""What FSDP2 holds of a base that is divided over processes, in one of them, for the simulation of a step.
+
+FSDP itself needs other processes and values. So the layers here stay whole on the `meta` device, count as the part that
+one process has, and take beside it what FSDP takes to run them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from dpoeng.engine.memory.tracker import MemoryTracker, in_backward
+from dpoeng.engine.models.fsdp import divided_parameters
+
+GATHERED = "gathered layers"
+
+
+def part_bytes(parameter: nn.Parameter, shards: int) -> int:
+    """The part of one process: whole rows, as many as any of them has."""
+    rows = parameter.shape[0]
+    return -(-rows // shards) * (parameter.nbytes // rows)
+
+
+def gather_layers(tracker: MemoryTracker, layers: Sequence[nn.Module], shards: int, *, through_gloo: bool) -> None:
+    """Adds what is held of layers while they are run: two of them, nearly always.
+
+    Forward: a layer as it is run, and the buffer that it was gathered into, which is kept until the next one is to be
+    copied out of its own. Backward: a layer, and the buffer of the one that comes next. What is gathered is the frozen
+    part, in the dtype it is held in. (torch 2.13: FSDPParamGroup.wait_for_unshard, _backward_prefetch)
+
+    NCCL writes into that buffer. Gloo, on a CPU, gathers into a tensor of its own first.
+    """
+    parts = [sum(part_bytes(parameter, shards) for parameter in divided_parameters(layer)) for layer in layers]
+    whole: dict[int, torch.Tensor] = {}
+    buffers: dict[int, torch.Tensor] = {}
+
+    def take(held: dict[int, torch.Tensor], number: int) -> None:
+        if number >= 0 and number not in held:
+            held[number] = torch.empty(shards * parts[number], dtype=torch.uint8, device=tracker.device_type)
+            tracker.see(held[number], GATHERED)
+            if through_gloo and held is buffers:
+                tracker.scratch(shards * parts[number], kind=GATHERED)
+
+    def before(number: int) -> None:
+        if in_backward():  # checkpointing runs the layer again, which is whole already
+            return
+        take(buffers, number)
+        for other in [other for other in buffers if other != number]:
+            del buffers[other]
+        take(whole, number)
+
+    def after(number: int, output: Any) -> None:
+        if in_backward():
+            return
+        del whole[number]
+        if number == len(layers) - 1:
+            buffers.clear()
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                leaf.register_hook(lambda _: backward(number))  # type: ignore[no-untyped-call]
+
+    def backward(number: int) -> None:
+        if number in whole:
+            return
+        if number == len(layers) - 1:
+            torch.autograd.Variable._execution_engine.queue_callback(let_go)
+        whole.pop(number + 1, None)
+        take(buffers, number)
+        take(whole, number)
+        del buffers[number]
+        take(buffers, number - 1)
+
+    def let_go() -> None:
+        whole.clear()
+        buffers.clear()
+
+    for number, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda *_, number=number: before(number))
+        layer.register_forward_hook(lambda _layer, _inputs, output, number=number: after(number, output))

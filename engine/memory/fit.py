@@ -1,0 +1,165 @@
+"""Before a model is loaded: will this phase fit where it is to run? And afterwards: was that right?
+
+The answer is `dpoeng plan`'s, for the pairs and the device at hand.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from dpoeng.cache.errors import UserError
+from dpoeng.cache.schema import PairIds
+from dpoeng.cache.words import counted
+from dpoeng.engine.config.fields import PrecomputeConfig, Quantization, TrainConfig
+from dpoeng.engine.memory.any_depth import forward_memory, step_memory
+from dpoeng.engine.memory.overhead import estimate_overhead, needed_bytes
+from dpoeng.engine.memory.simulate import Pair, Setup
+from dpoeng.engine.memory.tracker import Peak
+from dpoeng.engine.models.loading import resolve_dtype
+from dpoeng.engine.models.sources import ModelSource
+from dpoeng.engine.runtime.host import available_memory
+
+GIB = 2**30
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can be had now: of the GPU, or of this machine within its container's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    host = available_memory()
+    return host if host is not None else sys.maxsize  # what nothing tells of cannot refuse a run
+
+
+def check_step(
+    config: TrainConfig,
+    source: ModelSource,
+    pairs: Sequence[PairIds],
+    device: torch.device,
+    *,
+    quantization: Quantization,
+    dtype: str,
+    shards: int = 1,
+    held_bytes: int = 0,
+) -> int | None:
+    """Refuses phase two where its longest pairs would not fit; `held_bytes` are taken, and there for this run.
+
+    With `shards` above 1 the frozen layers are divided over so many processes, each on a device of its own.
+
+    Returns:
+        the predicted peak of tensors, or None where it was plain without a simulation that all fits.
+
+    Raises:
+        UserError: it would not fit.
+    """
+    longest = _longest(pairs)[: config.per_device_train_batch_size]
+    if _is_small(source, longest, device, not config.use_peft):
+        return None
+    setup = _setup(config, source, device, quantization, dtype, config.checkpoints_on(device.type))
+    setup = replace(setup, shards=shards)
+    peak = step_memory(setup, longest).peak
+    room = available_bytes(device) + held_bytes
+    if _needed(setup, longest, peak, device) > room:
+        fewer = [n for n in (1, 2, 4) if n < len(longest)]
+        fits = [n for n in fewer if _needed(setup, longest[:n], step_memory(setup, longest[:n]).peak, device) <= room]
+        changes = (
+            [f"--per-device-train-batch-size {fits[-1]} (with more --gradient-accumulation-steps)"] if fits else []
+        )
+        changes += [] if config.checkpoints_on(device.type) else ["--gradient-checkpointing"]
+        if not config.use_peft:
+            changes += [] if "8bit" in config.optim else ["--optim adamw_8bit (or adamw_torch_fused)"]
+            changes += ["a LoRA, without --no-use-peft"]
+        if not changes:
+            changes = ["phase one again with fewer bits (--quantization) or a shorter --max-length", "a larger device"]
+        raise _no_room("phase two", peak, _needed(setup, longest, peak, device), room, longest, changes)
+    return peak.n_bytes
+
+
+def check_forward(
+    config: PrecomputeConfig, source: ModelSource, pairs: Sequence[PairIds], device: torch.device
+) -> int | None:
+    """The same for phase one, whose longest pairs come first."""
+    longest: list[Pair] = []
+    tokens = 0
+    for pair in _longest(pairs):
+        size = pair.prompt + pair.chosen + pair.rejected
+        if longest and tokens + size > (config.batch_tokens or 0):
+            break
+        longest.append(pair)
+        tokens += size
+    if _is_small(source, longest, device):
+        return None
+    setup = _setup(TrainConfig.model_validate({}), source, device, config.quantization, config.dtype, False)
+    peak = forward_memory(setup, longest, policy=config.adapter is not None).peak
+    room = available_bytes(device)
+    if _needed(setup, longest, peak, device) > room:
+        fewer = ["--batch-tokens with a smaller number"] if len(longest) > 1 else []
+        changes = [*fewer, "--quantization 8bit or 4bit", "a shorter --max-length"]
+        raise _no_room("phase one", peak, _needed(setup, longest, peak, device), room, longest, changes)
+    return peak.n_bytes
+
+
+def _setup(
+    config: TrainConfig,
+    source: ModelSource,
+    device: torch.device,
+    quantization: Quantization,
+    dtype: str,
+    checkpointing: bool,
+) -> Setup:
+    return Setup(
+        model=json.loads((source.folder / "config.json").read_text(encoding="utf-8")),
+        dtype=resolve_dtype(source, dtype, device),
+        quantization=quantization,
+        config=config.model_copy(update={"gradient_checkpointing": checkpointing}),
+        kernels="cuda" if device.type == "cuda" else "cpu",
+        accumulates=config.gradient_accumulation_steps > 1,
+    )
+
+
+def _longest(pairs: Sequence[PairIds]) -> list[Pair]:
+    ordered = sorted(pairs, key=lambda ids: -ids.total_tokens)
+    return [Pair(len(ids.prompt_ids), len(ids.chosen_ids), len(ids.rejected_ids)) for ids in ordered]
+
+
+def _is_small(source: ModelSource, pairs: Sequence[Pair], device: torch.device, full: bool = False) -> bool:
+    """Whether a bound that no run can reach leaves half of the machine free; a GGUF's sizes are not known here."""
+    if source.gguf or not (source.folder / "config.json").is_file():
+        return True
+    if device.type == "cuda":
+        return False  # there the prediction is also compared with what was allocated
+    fields = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    layers, hidden = int(fields.get("num_hidden_layers") or 48), int(fields.get("hidden_size") or 8192)
+    inner = int(fields.get("intermediate_size") or 4 * hidden)
+    tokens = sum(2 * pair.prompt + pair.chosen + pair.rejected for pair in pairs)
+    # Of files in 16 bits, full fine-tuning makes 18 bytes a weight and transients.
+    weights = (12 if full else 3) * sum(path.stat().st_size for path in source.weight_files)
+    kept = 4 * tokens * (layers * (24 * hidden + 10 * inner) + int(fields.get("vocab_size") or 262144))
+    return 2 * (weights + kept) < available_bytes(device)
+
+
+def _needed(setup: Setup, pairs: Sequence[Pair], peak: Peak, device: torch.device) -> int:
+    estimates = estimate_overhead(setup, pairs[0])
+    if device.type == "cuda":  # mem_get_info has taken this process's context off already
+        return needed_bytes(peak, {name: n for name, n in estimates.items() if name != "CUDA context"})
+    return needed_bytes(peak, {})
+
+
+def _no_room(
+    phase: str, peak: Peak, needed: int, room: int, pairs: Sequence[Pair], changes: Sequence[str]
+) -> UserError:
+    parts = ", ".join(f"{kind} {n / GIB:.2f}" for kind, n in sorted(peak.by_kind.items(), key=lambda i: -i[1]))
+    tokens = max(pair.prompt + pair.chosen + pair.rejected for pair in pairs)
+    return UserError(
+        f"{phase} does not fit into the memory that is free",
+        code="memory-short",
+        where=f"{counted(len(pairs), 'pair')} in one forward, the longest of {tokens} tokens",
+        expected=f"{needed / GIB:.2f} GiB free (simulated, GiB: {parts}; with workspaces and fragmentation)",
+        found=f"{room / GIB:.2f} GiB",
+        remedy="use " + ", or ".join(changes) + "; `dpoeng plan` shows what each change saves",
+        exit_status=5,
+    )

@@ -1,0 +1,105 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpoeng.cache.errors import UserError
+from dpoeng.engine.config.fields import Quantization
+from dpoeng.engine.memory.simulate import STAYING, Pair, Setup
+from dpoeng.engine.memory.tracker import Peak
+from dpoeng.engine.models.loading import empty_model
+
+GIB = 2**30
+
+KNOWN_MODELS = Path(__file__).with_name("known_models.jsonl")
+
+
+# --------------------------------------------------------------------------- models
+
+
+def known_models() -> dict[str, dict[str, Any]]:
+    """Name -> fields of config.json, for families that dpoeng knows without a network."""
+    lines = KNOWN_MODELS.read_text(encoding="utf-8").splitlines()
+    return {record["name"]: record["config"] for record in map(json.loads, lines)}
+
+
+def model_fields(name: str) -> dict[str, Any]:
+    """The fields of config.json of a folder, or of a known model by its full or its short name.
+
+    Raises:
+        UserError: there is no such folder, and the name is not known.
+    """
+    folder = Path(name).expanduser()
+    file = folder if folder.name == "config.json" else folder / "config.json"
+    if file.is_file():
+        fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return fields
+    wanted = name.lower().removesuffix("-instruct")
+    for known, fields in known_models().items():
+        if wanted in (known.lower(), known.lower().split("/")[1]):
+            return fields
+    raise UserError(
+        f"the size of {name} is not known",
+        code="model-not-found",
+        where="--model",
+        expected="a folder with config.json, or one of: " + ", ".join(known_models()),
+        found=name,
+        remedy="download config.json alone (a few hundred bytes) into a folder and name that folder",
+    )
+
+
+def weights_bytes(parts: Mapping[str, int], quantization: Quantization) -> int:
+    """At least what the base's weights take, by `count_parameters`; embedding and head stay in 16 bits."""
+    return int(parts["layers"] * {"none": 2.0, "8bit": 1.0, "4bit": 0.5}[quantization]) + 2 * (
+        parts["head"] + parts["embedding"]
+    )
+
+
+def estimate_overhead(setup: Setup, pair: Pair) -> dict[str, int]:
+    """What a GPU's memory holds beside live tensors: estimates, not simulated.
+
+    - The CUDA context with the kernels of torch, triton and bitsandbytes: 0.5 to 0.6 GiB on recent cards.
+    - cuBLAS's and cuBLASLt's workspaces: 32 MiB each on Hopper, less before.
+    - FlashAttention's backward sums dQ in float32.
+    """
+    heads = int(setup.model["num_attention_heads"])
+    width = heads * int(setup.model.get("head_dim") or setup.model["hidden_size"] // heads)
+    return {
+        "CUDA context": int(0.6 * GIB),
+        "cuBLAS workspaces": 64 * 2**20,
+        "attention backward": 4 * width * (pair.prompt + pair.chosen),
+    }
+
+
+FRAGMENTATION = 0.05
+"""Share of what is allocated and freed within a step that the allocator's blocks add."""
+
+
+def needed_bytes(peak: Peak, estimates: Mapping[str, int]) -> int:
+    """Peak of tensors, plus estimates, plus fragmentation of all that does not stay for the whole run."""
+    staying = sum(n for kind, n in peak.by_kind.items() if kind in STAYING)
+    return peak.n_bytes + sum(estimates.values()) + int(FRAGMENTATION * (peak.n_bytes - staying))
+
+
+def count_parameters(fields: Mapping[str, Any]) -> dict[str, int]:
+    """Parameters of the base: `layers`, `head`, `embedding`."""
+    two, three = (
+        empty_model({**fields, "num_hidden_layers": n, "layer_types": None}, quantization="none", dtype=torch.bfloat16)
+        for n in (2, 3)
+    )
+    counts = [sum(p.numel() for p in lm.base.parameters()) for lm in (two, three)]
+    a_layer = counts[1] - counts[0]
+    embedding = int(two.base.get_input_embeddings().weight.numel())
+    tied = two.base.get_output_embeddings().weight is two.base.get_input_embeddings().weight
+    rest = counts[0] - 2 * a_layer - embedding * (1 if tied else 2)
+    return {
+        "layers": a_layer * int(fields["num_hidden_layers"]) + rest,
+        "head": embedding,
+        "embedding": 0 if tied else embedding,
+    }

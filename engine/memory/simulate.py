@@ -1,0 +1,229 @@
+"""One forward of phase one, one step of phase two, on the `meta` device: the memory they would take, without taking it.
+
+What runs is the real thing: the model's own modules, bitsandbytes' layers, peft's adapters, `scoring.forward`,
+the loop's step with its checkpointing and optimizer. Replaced are only what cannot run without a device: which
+attention kernel is called, and what the log-prob kernels and bitsandbytes' products take for themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from dpoeng.cache.schema import PairIds, ScoredPair
+from dpoeng.engine.config.fields import Quantization, TrainConfig
+from dpoeng.engine.memory.divided_layers import gather_layers, part_bytes
+from dpoeng.engine.memory.stand_ins import handlers, head_of, kernels_of
+from dpoeng.engine.memory.tracker import MemoryTracker
+from dpoeng.engine.models.adapters import make_trainable
+from dpoeng.engine.models.fsdp import divided_parameters
+from dpoeng.engine.models.loading import embedding_on_host, empty_model
+from dpoeng.engine.models.lora_product import use_peft_product
+from dpoeng.engine.models.model import CausalLM, Layout, decoder_layers, enable_gradient_checkpointing, set_mode
+from dpoeng.engine.models.quantized import quantized_tensors
+from dpoeng.engine.runs.metrics import MetricsLog
+from dpoeng.engine.runtime.progress import QUIET
+from dpoeng.engine.scoring.attention import use_layout
+from dpoeng.engine.scoring.forward import score_groups
+from dpoeng.engine.scoring.layout import pair_group
+from dpoeng.engine.training.optimizer import Named, build_optimizer, build_scheduler
+from dpoeng.engine.training.order import plan_schedule
+from dpoeng.engine.training.run import HeldOut, Run
+from dpoeng.engine.training.step import train_step
+
+WEIGHTS, MASTERS, ADAPTERS = "weights", "master weights", "adapters"
+
+GRADIENTS, OPTIMIZER, REFERENCE = "gradients", "optimizer", "reference model"
+
+STAYING = (WEIGHTS, MASTERS, ADAPTERS, OPTIMIZER)
+"""What is there for the whole run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Lengths of a pair in tokens."""
+
+    prompt: int
+    chosen: int
+    rejected: int
+
+    def scored(self) -> ScoredPair:
+        """A pair of these lengths."""
+        prompt, chosen, rejected = (np.zeros(n, dtype=np.int32) for n in (self.prompt, self.chosen, self.rejected))
+        ids = PairIds(prompt, chosen, rejected)
+        return ScoredPair(ids, np.zeros(self.chosen, np.float32), np.zeros(self.rejected, np.float32))
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """All that the memory of a step depends on.
+
+    Attributes:
+        model: the fields of config.json.
+        dtype: compute dtype.
+        quantization: how the base is held.
+        double_quant: 4bit: whether the scales are quantised.
+        config: what is trained, the optimizer, and whether layers are recomputed (`gradient_checkpointing` True or
+            False).
+        layout: whether a prompt is run once for both branches.
+        kernels: whose kernels: a GPU's or a CPU's.
+        accumulates: whether gradients of an earlier forward are there already.
+        full_logits: log-probs from whole logits in float32, as plain PyTorch has it.
+        second_model: a reference model of the same precision beside the policy.
+        stock: as peft and transformers have it: their LoRA product, the embedding on the device.
+        shards: over how many devices the frozen layers are divided (FSDP2); what one of them holds is told.
+    """
+
+    model: Mapping[str, Any]
+    dtype: torch.dtype
+    quantization: Quantization
+    config: TrainConfig
+    double_quant: bool = True
+    layout: Layout = "shared"
+    kernels: Literal["cuda", "cpu"] = "cuda"
+    accumulates: bool = True
+    full_logits: bool = False
+    second_model: bool = False
+    stock: bool = False
+    shards: int = 1
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers."""
+        return int(self.model["num_hidden_layers"])
+
+    def with_layers(self, count: int) -> Setup:
+        """The same with another number of layers."""
+        fields = {**self.model, "num_hidden_layers": count}
+        if fields.get("layer_types"):
+            fields["layer_types"] = fields["layer_types"][:count]
+        return replace(self, model=fields)
+
+
+def build(setup: Setup, *, policy: bool = True) -> CausalLM:
+    """The model of a setup on the meta device, as phase two trains it, or as the reference."""
+    lm = empty_model(setup.model, quantization=setup.quantization, dtype=setup.dtype, double_quant=setup.double_quant)
+    if policy:
+        lm = make_trainable(lm, setup.config, "new" if setup.config.use_peft else "full")
+        if setup.config.gradient_checkpointing:
+            enable_gradient_checkpointing(lm, inputs_on_host=setup.config.activation_offloading)
+    if setup.stock:
+        use_peft_product(lm.model)
+    use_layout(lm, setup.layout)
+    return lm
+
+
+# --------------------------------------------------------------------------- what is run
+
+
+def trace_step(setup: Setup, pairs: Sequence[Pair]) -> MemoryTracker:
+    """One optimizer step of phase two over one micro-batch."""
+    lm = build(setup)
+    set_mode(lm, training=True)
+    trainable = lm.trainable_parameters()
+    config = setup.config.model_copy(
+        update={"per_device_train_batch_size": len(pairs), "gradient_accumulation_steps": 1, "max_steps": 2}
+    )
+    optimizer, state_bytes = _optimizer(setup, config, trainable)
+    if setup.accumulates:
+        # As if an earlier forward of the step had left them.
+        optimizer.zero_grad = lambda set_to_none=True: None  # type: ignore[method-assign]
+    else:
+        optimizer.zero_grad(set_to_none=True)
+    rows = [pair.scored() for pair in pairs]
+    run = Run(
+        config=config,
+        lm=lm,
+        train_rows=rows,
+        train_weights=None,
+        held_out=HeldOut((), None, (), {}),
+        schedule=plan_schedule(len(rows), batch=len(rows), epochs=1, max_steps=2, seed=0),
+        optimizer=optimizer,
+        scheduler=build_scheduler(config, optimizer, 2),
+        log=MetricsLog(Path()),
+        progress=QUIET,
+    )
+    tracker = _tracker(setup, lm)
+    tracker.hold((p.grad for _, p in trainable if p.grad is not None), GRADIENTS)
+    tracker.hold((t for state in optimizer.state.values() for t in state.values()), OPTIMIZER)
+    tracker.hold_bytes(state_bytes, OPTIMIZER)
+
+    def before_optimizer(*_: Any) -> None:
+        tracker.hold((p.grad for _, p in trainable if p.grad is not None), GRADIENTS)
+        tracker.in_optimizer = True
+
+    optimizer.register_step_pre_hook(before_optimizer)
+    with kernels_of(setup.kernels), head_of(full_logits=setup.full_logits), tracker:
+        train_step(run, 0)
+    return tracker
+
+
+def _optimizer(setup: Setup, config: TrainConfig, trainable: Named) -> tuple[torch.optim.Optimizer, int]:
+    """The optimizer with its moments made, and bytes of moments that are no tensors here."""
+    for _, parameter in trainable:
+        parameter.grad = torch.zeros_like(parameter)
+    if config.optim != "adamw_torch":
+        # bitsandbytes and torch's fused kernel update in place: two moments of 8 bits and a float32 a block of 256
+        # each, or of 32; paged ones can leave the device.
+        paged, narrow = "paged" in config.optim, "8bit" in config.optim
+        sizes = [0 if paged else parameter.numel() for _, parameter in trainable]
+        moments = sum(2 * (n + n // 64 if narrow and n >= 4096 else 4 * n) for n in sizes)
+        return torch.optim.SGD([parameter for _, parameter in trainable], lr=0.1), moments
+    optimizer = build_optimizer(config, trainable)
+    if setup.kernels == "cuda" and config.optim == "adamw_torch":
+        for group in optimizer.param_groups:
+            group["foreach"] = True  # what AdamW chooses on a GPU
+    optimizer.step()
+    return optimizer, 0
+
+
+def trace_forward(setup: Setup, pairs: Sequence[Pair], *, policy: bool) -> MemoryTracker:
+    """One forward without gradient: phase one's, or the evaluation's of the policy in training."""
+    lm = build(setup, policy=policy)
+    set_mode(lm, training=False)
+    tracker = _tracker(setup, lm)
+    if policy and not setup.config.use_peft:  # an adapter's moments are little beside it
+        optimizer, state_bytes = _optimizer(setup, setup.config, lm.trainable_parameters())
+        tracker.hold((t for state in optimizer.state.values() for t in state.values()), OPTIMIZER)
+        tracker.hold_bytes(state_bytes, OPTIMIZER)
+        optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad(), kernels_of(setup.kernels), head_of(full_logits=setup.full_logits), tracker:
+        score_groups(lm, [pair_group(pair.scored().ids) for pair in pairs])
+    return tracker
+
+
+def model_bytes(setup: Setup, lm: CausalLM) -> dict[str, int]:
+    """Bytes of the base, of its masters and of all adapters on the device, each storage once."""
+    tracker = MemoryTracker(lm.device.type)
+    _hold_model(tracker, setup, lm)
+    return dict(tracker.peak().by_kind)
+
+
+def _tracker(setup: Setup, lm: CausalLM) -> MemoryTracker:
+    tracker = MemoryTracker("meta", handlers=handlers(setup.kernels), vocabulary=lm.vocab_size)
+    _hold_model(tracker, setup, lm)
+    tracker.watch_layers(decoder_layers(lm.backbone))
+    if setup.shards > 1:
+        gather_layers(tracker, decoder_layers(lm.backbone), setup.shards, through_gloo=setup.kernels == "cpu")
+    if setup.second_model:
+        tracker.hold_bytes(model_bytes(setup, lm)[WEIGHTS], REFERENCE)
+    return tracker
+
+
+def _hold_model(tracker: MemoryTracker, setup: Setup, lm: CausalLM) -> None:
+    embedding = lm.base.get_input_embeddings().weight
+    for layer in decoder_layers(lm.backbone) if setup.shards > 1 else ():
+        for parameter in divided_parameters(layer):
+            tracker.see(parameter, WEIGHTS, part_bytes(parameter, setup.shards))
+    on_host = setup.kernels == "cuda" and not setup.stock and setup.shards == 1
+    elsewhere = on_host and embedding_on_host(lm.base, lm.quantization)
+    for name, tensor in [*lm.model.named_parameters(), *lm.model.named_buffers()]:
+        if not (elsewhere and tensor is embedding):
+            tracker.hold([tensor], ADAPTERS if ".lora_" in name else WEIGHTS)
+    tracker.hold(lm.masters.values(), MASTERS)
+    tracker.hold(quantized_tensors(lm.model), WEIGHTS)

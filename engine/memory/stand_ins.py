@@ -1,0 +1,193 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dpoeng.engine.memory.tracker import MemoryTracker
+from dpoeng.engine.models.model import CausalLM
+from dpoeng.engine.scoring import forward as scoring
+from dpoeng.engine.training import batch_loss as batch
+from dpoeng.kernels.cpu_linear import as_on_cpu
+from dpoeng.kernels.head import Head, sum_dtype
+from dpoeng.kernels.head_gradient import tiled_gradients
+from dpoeng.kernels.tiled_logps import tiled_logps
+
+# --------------------------------------------------------------------------- what stands in for a device
+
+
+def _attention(
+    device_type: str,
+    original: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """The kernel that torch would choose on a device; on the meta device it would choose the one of all scores."""
+    if not query.is_meta:
+        result: torch.Tensor = original(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        return result
+    aten = torch.ops.aten
+    if attn_mask is not None and attn_mask.dtype == torch.bool:  # as `convert_boolean_attn_mask` of torch does
+        hidden, attn_mask = attn_mask.logical_not(), torch.zeros_like(attn_mask, dtype=query.dtype)
+        attn_mask.masked_fill_(hidden, float("-inf"))
+        del hidden
+    if device_type == "cpu":
+        out = aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+        )
+    elif attn_mask is None and query.dtype != torch.float32 and query.shape[-1] <= 256:
+        out = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)
+    else:
+        if enable_gqa:  # dpoeng.engine.scoring.attention repeats them on a GPU
+            repeats = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+        wants_gradient = torch.is_grad_enabled() and query.requires_grad
+        out = aten._scaled_dot_product_efficient_attention(
+            query, key, value, attn_mask, wants_gradient, dropout_p, is_causal, scale=scale
+        )
+    attended: torch.Tensor = out[0]
+    return attended
+
+
+@contextlib.contextmanager
+def kernels_of(device_type: str) -> Iterator[None]:
+    original = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = functools.partial(_attention, device_type, original)
+    try:
+        with as_on_cpu() if device_type == "cpu" else contextlib.nullcontext():
+            yield
+    finally:
+        F.scaled_dot_product_attention = original
+
+
+@contextlib.contextmanager
+def head_of(*, full_logits: bool) -> Iterator[None]:
+    """With `full_logits`, log-probs as plain PyTorch computes them, on any device."""
+    ours = scoring.head_logps
+    if full_logits:
+        batch.head_logps = scoring.head_logps = _full_logits  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        batch.head_logps = scoring.head_logps = ours  # type: ignore[attr-defined]
+
+
+def _full_logits(lm: CausalLM, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    logps = torch.log_softmax(lm.head(hidden).float(), dim=-1)
+    return logps.gather(1, targets[:, None]).squeeze(1)
+
+
+# Each takes (tracker, operation, args, kwargs), adds what the operation holds inside, and returns its result.
+
+
+def _gpu_train_logps(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from dpoeng.kernels.unit_gradient import chunk_shape
+
+    hidden, weight, narrow = args[0], args[1], args[8]
+    rows, columns = chunk_shape(hidden.shape[0], weight.shape[0])
+    tracker.scratch(rows * columns * (hidden.element_size() if narrow else 4))
+    return func(*args, **kwargs)
+
+
+def _gpu_score_logps(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from dpoeng.kernels.tiles import LINEAR_16, LINEAR_32
+
+    hidden, weight = args[0], args[1]
+    columns = LINEAR_32.cols if hidden.dtype == torch.float32 else min(tile.cols for tile in LINEAR_16.values())
+    tiles = -(-weight.shape[0] // columns)
+    tracker.scratch((2 * tiles + 1) * hidden.shape[0] * 4)
+    return func(*args, **kwargs)
+
+
+def _gpu_head_gradients(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from dpoeng.kernels.head_gradient import SLICE
+    from dpoeng.kernels.unit_gradient import chunk_shape
+
+    weight = args[1]
+    rows, columns = chunk_shape(args[0].shape[0], weight.shape[0])
+    result = func(*args, **kwargs)
+    # Beside the results: the chunk, the sum in float32 where that is not the result, and the part that is added to it.
+    total = 0 if weight.dtype == torch.float32 else 4 * weight.numel()
+    part = 4 * min(SLICE, weight.shape[0]) * weight.shape[1]
+    tracker.scratch(4 * rows * columns, total, part, *(one.nbytes for one in result))
+    return result
+
+
+def _product_4bit(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # The weight is written out in the dtype of the input; its scales before it.
+    shape = args[2]
+    result = func(*args, **kwargs)
+    elements = int(np.prod(shape))
+    tracker.scratch(elements * args[0].element_size(), elements // int(args[4]) * 8, result.nbytes)
+    return result
+
+
+def _cpu_logps(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    hidden, weight, targets, bias, softcap, scale, temperature = args[:7]
+    gradient = torch.empty_like(hidden) if "train" in str(func) else None
+    with tracker:
+        logps = tiled_logps(hidden, Head(weight, bias, softcap, scale, temperature), targets, gradient)
+    return logps if gradient is None else (logps, gradient)
+
+
+def _cpu_head_logps(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    hidden, weight, targets, bias, softcap, scale, temperature = args[:7]
+    with tracker:
+        sums = hidden.new_empty((3, hidden.shape[0]), dtype=sum_dtype(hidden.dtype))
+        return tiled_logps(hidden, Head(weight, bias, softcap, scale, temperature), targets, sums=sums), sums
+
+
+def _bincount(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # How long it is depends on values; dpoeng always asks for a length that is enough.
+    return args[0].new_empty(args[2] if len(args) > 2 else kwargs["minlength"], dtype=torch.int64)
+
+
+def _cpu_head_gradients(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    hidden, weight, targets, bias, softcap, scale, temperature, _, sums, upstream = args
+    with tracker:
+        return tiled_gradients(hidden, Head(weight, bias, softcap, scale, temperature), targets, sums, upstream)
+
+
+_INSIDE: dict[str, dict[str, Any]] = {
+    "cuda": {
+        "aten::bincount": _bincount,
+        "dpoeng::token_logps_train": _gpu_train_logps,
+        "dpoeng::token_logps_score": _gpu_score_logps,
+        "dpoeng::token_logps_head": _gpu_score_logps,
+        "dpoeng::token_logps_head_backward": _gpu_head_gradients,
+        "bitsandbytes::gemm_4bit": _product_4bit,
+    },
+    "cpu": {
+        "aten::bincount": _bincount,
+        "dpoeng::token_logps_train": _cpu_logps,
+        "dpoeng::token_logps_score": _cpu_logps,
+        "dpoeng::token_logps_head": _cpu_head_logps,
+        "dpoeng::token_logps_head_backward": _cpu_head_gradients,
+        "bitsandbytes::gemm_4bit": _product_4bit,
+    },
+}
+
+
+def handlers(device_type: str) -> dict[Any, Any]:
+    """Operation -> handler, for the libraries that are loaded."""
+    found = {}
+    for name, handler in _INSIDE[device_type].items():
+        library, operation = name.split("::")
+        with contextlib.suppress(AttributeError):
+            found[getattr(getattr(torch.ops, library), operation).default] = handler
+    return found

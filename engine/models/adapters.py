@@ -1,0 +1,219 @@
+"""LoRA adapters on a loaded base: the reference's frozen one, and the one that is trained. The importer of peft."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from dpoeng.cache.errors import UserError
+from dpoeng.engine.config.fields import TrainConfig
+from dpoeng.engine.models.full_finetuning import train_all
+from dpoeng.engine.models.lora_product import use_lora_product
+from dpoeng.engine.models.model import POLICY_ADAPTER, CausalLM
+from dpoeng.engine.models.sources import ModelSource
+
+AdapterMode = Literal["new", "stack", "continue"]
+Mode = Literal["new", "stack", "continue", "full"]
+"""What is trained: an adapter in one of its ways, or all weights and no adapter (`engine/full`)."""
+
+REFERENCE_ADAPTER = "reference"
+
+
+def load_reference_adapter(lm: CausalLM, adapter: ModelSource) -> CausalLM:
+    """base + frozen adapter: the SFT model whose log-probs are cached."""
+    lm.model = _peft_from_pretrained(lm, adapter, REFERENCE_ADAPTER, trainable=False)
+    use_lora_product(lm.model)
+    return lm
+
+
+def lora_arguments(config: TrainConfig) -> dict[str, Any]:
+    """The arguments of peft's LoraConfig."""
+    targets = list(config.lora_target_modules)
+    return {
+        "r": config.lora_r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "target_modules": targets[0] if targets == ["all-linear"] else targets,
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "init_lora_weights": config.init_lora_weights,
+    }
+
+
+def make_trainable(lm: CausalLM, config: TrainConfig, mode: Mode, adapter: ModelSource | None = None) -> CausalLM:
+    """Makes of a loaded base the policy that `config` trains; arguments and errors as of `add_policy_adapter`."""
+    return train_all(lm) if mode == "full" else add_policy_adapter(lm, mode, adapter, lora_arguments(config))
+
+
+def add_policy_adapter(lm: CausalLM, mode: AdapterMode, adapter: ModelSource | None, lora: dict[str, Any]) -> CausalLM:
+    """Makes the policy trainable.
+
+    Args:
+        lm: the base, without adapters.
+        mode: `new`, a fresh LoRA on the base; `stack`, a fresh LoRA on base + frozen `adapter`, unmerged; `continue`,
+            `adapter` itself trained further.
+        adapter: the SFT adapter for `stack` and `continue`.
+        lora: arguments of peft's LoraConfig; `continue` takes only `lora_dropout` from them.
+
+    Raises:
+        UserError: the targets match nothing, or the adapter does not fit the base.
+    """
+    if mode == "continue":
+        assert adapter is not None, "mode continue needs an adapter"
+        lm.model = _peft_from_pretrained(lm, adapter, POLICY_ADAPTER, trainable=True)
+        _set_dropout(lm, float(lora.get("lora_dropout", 0.0)))
+    else:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(task_type="CAUSAL_LM", **lora)
+        try:
+            if mode == "new":
+                lm.model = get_peft_model(lm.base, config, adapter_name=POLICY_ADAPTER)
+            else:
+                assert adapter is not None, "mode stack needs an adapter"
+                lm.model = _peft_from_pretrained(lm, adapter, REFERENCE_ADAPTER, trainable=False)
+                lm.model.add_adapter(POLICY_ADAPTER, config)
+                lm.model.base_model.set_adapter([REFERENCE_ADAPTER, POLICY_ADAPTER])
+                for name, parameter in lm.model.named_parameters():
+                    if POLICY_ADAPTER not in name.split("."):  # SFT may have trained biases, embeddings, tokens
+                        parameter.requires_grad_(False)
+        except ValueError as error:
+            if "arget modules" not in str(error):
+                raise
+            raise UserError(
+                "lora_target_modules matches nothing in this model",
+                code="lora-no-target",
+                where="--lora-target-modules",
+                found=str(lora.get("target_modules")),
+                expected="all-linear, or some of: " + ", ".join(linear_names(lm.base)),
+                remedy="name modules that the model has",
+            ) from error
+    # fp32 adapters over a half-precision base: 8-bit Adam and bf16 rounding can lose small updates otherwise.
+    for _, parameter in lm.trainable_parameters():
+        parameter.data = parameter.data.float()
+    use_lora_product(lm.model)
+    return lm
+
+
+def _set_dropout(lm: CausalLM, probability: float) -> None:
+    """Replaces the dropout that the adapter was trained with in SFT: DPO's is this run's own choice.
+
+    Left as it was, the first policy would differ from the reference by noise, and the first loss from ln 2.
+    """
+    for module in lm.model.modules():
+        dropouts = getattr(module, "lora_dropout", None)
+        if isinstance(dropouts, nn.ModuleDict) and POLICY_ADAPTER in dropouts:
+            dropouts[POLICY_ADAPTER] = nn.Dropout(probability) if probability > 0 else nn.Identity()
+
+
+def _peft_from_pretrained(lm: CausalLM, adapter: ModelSource, name: str, *, trainable: bool) -> Any:
+    from peft import PeftModel
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below, with a remedy
+            model = PeftModel.from_pretrained(
+                lm.base, str(adapter.folder), adapter_name=name, is_trainable=trainable, torch_device=str(lm.device)
+            )
+        _check_weights(model, adapter, name)
+        return model
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise UserError(
+            "the adapter does not fit this base model",
+            code="adapter-mismatch",
+            where=adapter.name,
+            found=str(error).splitlines()[0],
+            remedy="give the base that the adapter was trained on; adapter_config.json names it in "
+            "base_model_name_or_path",
+        ) from error
+
+
+def _check_weights(model: Any, adapter: ModelSource, name: str) -> None:
+    """peft loads what fits and leaves the rest as it was: half an adapter, or one of another depth.
+
+    Raises:
+        ValueError: the file lacks weights that the adapter has in this model, or holds others.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with safe_open(adapter.weight_files[0], "pt") as file:
+        held = set(file.keys())
+    wanted = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+    lacking = sorted(wanted - held)
+    if lacking:
+        raise ValueError(f"its file lacks {lacking[0]}" + (f" and {len(lacking) - 1} more" if lacking[1:] else ""))
+    # Saved embeddings are no part of the adapter's own state.
+    over = sorted(key for key in held - wanted if "lora_" in key)
+    if over:
+        raise ValueError(f"the base has no place for {over[0]}" + (f" and {len(over) - 1} more" if over[1:] else ""))
+
+
+def linear_names(base: nn.Module) -> list[str]:
+    """Distinct last names of the linear layers, the head left out: what LoRA can target."""
+    head = getattr(base, "get_output_embeddings", lambda: None)()
+    return sorted(
+        {name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    )
+
+
+@contextlib.contextmanager
+def as_reference(lm: CausalLM, mode: Mode) -> Iterator[None]:
+    """The policy before its first step as the reference: without its new adapter, or as it is (`continue`, `full`)."""
+    if mode == "new":
+        with lm.model.disable_adapter():
+            yield
+    elif mode == "stack":
+        frozen = [(name, p.requires_grad) for name, p in lm.model.named_parameters()]
+        lm.model.base_model.set_adapter(REFERENCE_ADAPTER)
+        try:
+            yield
+        finally:
+            lm.model.base_model.set_adapter([REFERENCE_ADAPTER, POLICY_ADAPTER])
+            for (_, p), (_, requires_grad) in zip(lm.model.named_parameters(), frozen, strict=True):
+                p.requires_grad_(requires_grad)
+    else:
+        yield
+
+
+def load_trained_adapter(
+    lm: CausalLM, mode: AdapterMode, trained: ModelSource, reference: ModelSource | None
+) -> CausalLM:
+    """The base with a finished adapter, as it stood in training, and the reference's adapter beside or under it.
+
+    Raises:
+        UserError: an adapter does not fit the base.
+    """
+    if reference is None:
+        lm.model = _peft_from_pretrained(lm, trained, POLICY_ADAPTER, trainable=False)
+        return lm
+    lm.model = _peft_from_pretrained(lm, reference, REFERENCE_ADAPTER, trainable=False)
+    lm.model.load_adapter(str(trained.folder), adapter_name=POLICY_ADAPTER, torch_device=str(lm.device))
+    lm.model.base_model.set_adapter([REFERENCE_ADAPTER, POLICY_ADAPTER] if mode == "stack" else POLICY_ADAPTER)
+    return lm
+
+
+@contextlib.contextmanager
+def before_training(lm: CausalLM) -> Iterator[None]:
+    """A model from `load_trained_adapter` as the reference: the base, with the reference's adapter if it has one."""
+    if REFERENCE_ADAPTER not in lm.model.peft_config:
+        with lm.model.disable_adapter():
+            yield
+        return
+    active = list(lm.model.base_model.active_adapters)
+    lm.model.base_model.set_adapter(REFERENCE_ADAPTER)
+    try:
+        yield
+    finally:
+        lm.model.base_model.set_adapter(active)
+
+
+def save_policy_adapter(lm: CausalLM, folder: Path) -> None:
+    """Writes the trained adapter in peft's own format: adapter_config.json and adapter_model.safetensors."""
+    lm.model.save_pretrained(str(folder), selected_adapters=[POLICY_ADAPTER], safe_serialization=True)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's model card is an empty form; run.json tells more

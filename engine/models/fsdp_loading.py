@@ -1,0 +1,72 @@
+"""A checkpoint read in parts: each process of several only the rows that it will hold. Imports transformers.
+
+transformers reads of every tensor that FSDP has divided this process's rows alone, by safetensors' slices, and converts
+only these. So the layers are divided while the model has no weights yet, between its making and its loading. Buffers,
+tied weights and names are then what they are in any other load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dpoeng.engine.models.sources import ModelSource
+
+
+def whole_because(source: ModelSource, processes: int) -> str:
+    """Why a checkpoint cannot be read in parts by so many processes, in words; empty where it can.
+
+    Where transformers makes one tensor of several it does so with the rows that each process has read, which is right
+    only if rows stay what they are: experts that are stacked, or set side by side.
+    """
+    if source.gguf:
+        return "a GGUF file is decoded whole"
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    try:
+        _, model = _empty(source)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError):
+        return ""  # the load that follows says what is wrong
+    converters = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightConverter)]
+    if not all(_keeps_rows(converter) for converter in converters):
+        return f"transformers changes tensors of a {model.config.model_type} checkpoint while it loads them"
+    stacked = [parameter.shape[0] for parameter in model.parameters() if parameter.dim() > 2] if converters else []
+    if any(-(-rows // processes) * (processes - 1) >= rows for rows in stacked):
+        return f"{min(stacked)} experts leave one of {processes} processes none"
+    return ""
+
+
+def _empty(source: ModelSource) -> tuple[Any, Any]:
+    """A checkpoint's config, and its model without weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(source.folder)
+    with torch.device("meta"):
+        return config, AutoModelForCausalLM.from_config(config)
+
+
+def _keeps_rows(converter: Any) -> bool:
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
+    return all(
+        (isinstance(step, MergeModulelist) and step.dim == 0) or (isinstance(step, Concatenate) and step.dim > 0)
+        for step in converter.operations
+    )
+
+
+def sharding_class(source: ModelSource, shard: Callable[[Any], None]) -> tuple[Any, Any]:
+    """A checkpoint's model class, which calls `shard` with each model that it has made and not loaded yet; its config.
+
+    transformers offers no hook there. The class passes for its parent, by whose name conversions are looked up.
+    """
+    config, model = _empty(source)
+    parent = type(model)
+
+    def make(self: Any, *arguments: Any, **settings: Any) -> None:
+        parent.__init__(self, *arguments, **settings)
+        shard(self)
+
+    return type(parent.__name__, (parent,), {"__init__": make, "__module__": parent.__module__}), config

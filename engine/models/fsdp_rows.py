@@ -1,0 +1,147 @@
+"""Weights that are trained in parts: of every tensor of the decoder layers each process moves its rows alone.
+
+FSDP2 holds the rows in float32, gathers a layer in the dtype that it computes in, and leaves each process its rows of
+the summed gradient. What is here sees to the other direction: rows as plain tensors for the optimizer; and, for
+checkpoints and the result, tensors made whole in the first process, one after the other, so that the files are those
+of a run that has divided nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpoeng.cache.errors import UserError
+from dpoeng.engine.models.model import CausalLM, decoder_layers
+from dpoeng.engine.runtime.distributed import Group
+
+
+def train_parts(lm: CausalLM) -> None:
+    """Makes the divided weights float32, and of this process's rows of each a tensor that an optimizer can move.
+
+    Raises:
+        UserError: they are of several dtypes.
+    """
+    from torch.distributed.tensor import DTensor
+
+    dtypes = {str(weight.dtype) for weight in lm.base.parameters() if isinstance(weight, DTensor)}
+    if len(dtypes) > 1:
+        raise UserError(
+            "some of this model's layers hold weights of several dtypes, and FSDP2 would gather all of them in one",
+            code="fsdp-unavailable",
+            where="--fsdp --no-use-peft",
+            expected="layers in one dtype",
+            found=", ".join(sorted(dtypes)),
+            remedy="add --dtype float32, or leave --fsdp out",
+        )
+    layers: list[Any] = [*decoder_layers(lm.backbone)]
+    for layer in layers:
+        # A copy also where all are float32 already: what was read may be a view of a whole tensor. FSDP2 then pads
+        # rows that do not divide evenly, which moves them; the tensors below have to be over the memory that it reads.
+        layer._apply(lambda tensor: tensor.to(torch.float32, copy=True) if isinstance(tensor, DTensor) else tensor)
+    divided: list[Any] = [weight for weight in lm.base.parameters() if isinstance(weight, DTensor)]
+    lm.parts.update({weight: nn.Parameter(local(weight)) for weight in divided})
+
+
+def local(weight: Any) -> torch.Tensor:
+    """This process's rows of a divided weight, over the same memory."""
+    with torch.no_grad():
+        rows: torch.Tensor = weight.to_local()
+    return rows.detach()
+
+
+def whole_parameters(lm: CausalLM) -> list[nn.Parameter]:
+    """What every process trains in full."""
+    parts = set(lm.parts.values())
+    return [parameter for _, parameter in lm.trainable_parameters() if parameter not in parts]
+
+
+def take_gradients(lm: CausalLM) -> None:
+    """Hands the rows of the gradients, which are summed over the processes already, to what the optimizer moves."""
+    for weight, part in lm.parts.items():
+        assert local(weight).data_ptr() == part.data_ptr(), "FSDP2 has moved its rows elsewhere"
+        if weight.grad is not None:
+            part.grad, weight.grad = local(weight.grad), None
+
+
+def clip_gradients(lm: CausalLM, group: Group, limit: float) -> float:
+    """Scales the gradient to a norm of at most `limit`; returns the norm that it had, over the parts of all processes.
+
+    Pascanu et al. 2013, https://arxiv.org/abs/1211.5063, section 3.2
+    """
+    whole = whole_parameters(lm)
+    if not lm.parts:
+        return float(nn.utils.clip_grad_norm_(whole, limit))
+    squares = group.gather(_norm(list(lm.parts.values())) ** 2)
+    norm = math.sqrt(math.fsum([*squares, _norm(whole) ** 2]))
+    if norm > limit:
+        for parameter in [*whole, *lm.parts.values()]:
+            if parameter.grad is not None:
+                parameter.grad.mul_(limit / norm)
+    return norm
+
+
+def _norm(parameters: Sequence[nn.Parameter]) -> float:
+    return float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+
+
+def make_whole(lm: CausalLM, group: Group, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """In the first process: tensors in host memory, of which each process had its rows; in the others nothing.
+
+    All call this together, with the same names. They meet once for each tensor that is divided, and no process but the
+    first ever holds more than one of them whole.
+
+    Args:
+        lm: the policy.
+        group: its processes.
+        tensors: by the name of a parameter, or `<parameter>/<quantity>`, as `optim.optimizer_tensors` gives it.
+    """
+    if not lm.parts:
+        return dict(tensors)
+    from torch.distributed.tensor import DTensor
+
+    weights = _divided(lm)
+    found = {}
+    for key, tensor in tensors.items():
+        weight = weights.get(_parameter(key)) if tensor.dim() else None
+        if weight is not None:
+            tensor = DTensor.from_local(
+                tensor, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape,
+                stride=weight.stride(),
+            ).full_tensor()  # fmt: skip
+        if group.is_first:
+            found[key] = tensor.cpu().contiguous()
+    return found
+
+
+def own_rows(lm: CausalLM, group: Group, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The reverse of `make_whole`: this process's rows of the tensors that the first one has; all call it together."""
+    if not lm.parts:
+        return dict(tensors)
+    from torch.distributed.tensor import distribute_tensor
+
+    weights = _divided(lm)
+    found = {}
+    for key, shape, dtype in group.from_first([(key, value.shape, value.dtype) for key, value in tensors.items()]):
+        weight = weights.get(_parameter(key)) if shape else None
+        whole = tensors[key] if group.is_first else torch.empty(shape, dtype=dtype)
+        # A cast makes sure of a copy: what is sent is not what a checkpoint holds.
+        whole = whole.to(lm.device, copy=True)
+        group.copy_first([whole])
+        if weight is not None:
+            rows = distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None)
+            whole = local(rows).clone()  # of the rows alone, not a view of all
+        found[key] = whole.cpu()
+    return found
+
+
+def _divided(lm: CausalLM) -> dict[str, Any]:
+    return {name: weight for name, weight in lm.model.named_parameters() if weight in lm.parts}
+
+
+def _parameter(key: str) -> str:
+    return key.partition("/")[0]

@@ -1,0 +1,121 @@
+"""Full fine-tuning: every weight of the base is trained, and no adapter is made.
+
+AdamW moves a weight by about the learning rate. In bfloat16 the next number after 0.02 is 1.2e-4 away, so at 1e-6 every
+update would be rounded off again. So what the optimizer moves is float32 in any case. A model that computes in bfloat16
+stays as both phases run it and has a float32 master beside each weight, which takes its gradients over and gives it its
+value, rounded, after each step (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740, section 3.1). float32
+weights under autocast would need as much memory, with the casts that autocast keeps, and would be another forward than
+the one whose numbers are cached.
+
+Over layers that FSDP divides, the float32 rows are what FSDP holds, and it gathers them rounded to what the model
+computes in: the same numbers, without a second copy of the rows (`engine/parts`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpoeng.cache.errors import UserError
+from dpoeng.engine.config.fields import Quantization, TrainConfig, why_not_trained
+from dpoeng.engine.models.fsdp_rows import make_whole, train_parts
+from dpoeng.engine.models.model import CausalLM
+from dpoeng.engine.models.sources import ModelSource, copy_beside, write_config
+from dpoeng.engine.runtime.distributed import Group
+
+
+def check_full(config: TrainConfig, reference: Mapping[str, Any], *, quantization: Quantization) -> None:
+    """Raises UserError where all weights are to be trained and cannot be."""
+    if config.use_peft:
+        return
+    if reference.get("adapter"):
+        raise _refused(
+            "the reference has an SFT adapter, and full fine-tuning trains the weights of one checkpoint",
+            where=f"--no-use-peft, and {reference['adapter']}",
+            expected="a reference without an adapter",
+            remedy="merge the adapter (see examples/sft_then_dpo.sh), run precompute-ref on the merged model and train "
+            "that; or leave --no-use-peft out",
+        )
+    dtype = config.dtype or reference["dtype"]
+    if why := why_not_trained(quantization, dtype):
+        raise _refused(
+            why,
+            where="--no-use-peft",
+            expected="quantization none, and bfloat16 or float32",
+            found=f"quantization {quantization}, dtype {dtype}; not given, they are those of the cache's reference",
+            remedy="add --quantization none --dtype bfloat16: the policy then starts a little beside the reference, by "
+            "what the parity check says; or run precompute-ref so",
+        )
+    model = str(config.model or reference["model"])
+    if model.endswith(".gguf"):
+        raise _refused(
+            "a GGUF file holds rounded weights, and no checkpoint comes of it",
+            where="--no-use-peft",
+            expected="a directory with config.json and *.safetensors",
+            found=model,
+            remedy="name the original with --model here and in precompute-ref",
+        )
+
+
+def _refused(message: str, *, where: str, expected: str, remedy: str, found: str | None = None) -> UserError:
+    return UserError(message, code="full-finetuning", where=where, expected=expected, found=found, remedy=remedy)
+
+
+def train_all(lm: CausalLM) -> CausalLM:
+    """Makes every weight trainable; one that is not float32 gets a master that is.
+
+    Over layers that are divided, this process trains its part of them; they are divided before this is called.
+    """
+    lm.base.requires_grad_(True)
+    if lm.sharded:
+        train_parts(lm)
+    for weight in lm.base.parameters():
+        if weight.dtype != torch.float32:
+            master = nn.Parameter(weight.detach().float())
+            weight.register_post_accumulate_grad_hook(_hand_over(master))
+            lm.masters[weight] = master
+    return lm
+
+
+def _hand_over(master: nn.Parameter) -> Callable[[torch.Tensor], None]:
+    """A hook that adds a weight's gradient to its master's, so that the forwards of a step add up in float32."""
+
+    def hand_over(weight: torch.Tensor) -> None:
+        gradient = weight.grad
+        assert gradient is not None, "called after a gradient has been left"
+        if master.grad is None:
+            master.grad = gradient.float()
+        else:
+            master.grad.add_(gradient)
+        weight.grad = None
+
+    return hand_over
+
+
+def whole_weights(lm: CausalLM, group: Group) -> dict[str, torch.Tensor] | None:
+    """Where layers are divided: what the first process is to save, whole, in its host's memory; else None.
+
+    All processes call this together.
+    """
+    if not lm.parts:
+        return None
+    parts = set(lm.parts.values())
+    rounded = {name: part.detach().to(lm.dtype) for name, part in lm.trainable_parameters() if part in parts}
+    return {**lm.base.state_dict(), **make_whole(lm, group, rounded)}
+
+
+def save_model(
+    lm: CausalLM, source: ModelSource, folder: Path, weights: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Writes a checkpoint that plain transformers loads: the weights as they compute, the rest as `source` has it.
+
+    `weights` are those of `whole_weights`.
+    """
+    lm.base.save_pretrained(str(folder), state_dict=None if weights is None else dict(weights))
+    # What stands in the loaded model's own config.json was changed for scoring.
+    write_config(source, folder, str(lm.dtype).removeprefix("torch."))
+    copy_beside(source, folder)

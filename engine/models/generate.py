@@ -1,0 +1,120 @@
+"""Text from a loaded model: what the demo shows side by side, and what a comparison of adapters needs.
+
+Prompts come as token ids, so that a model is asked exactly what it was trained on. Knows nothing of templates, files or
+of where prompts come from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dpoeng.engine.models.model import CausalLM
+
+
+@torch.no_grad()
+def generate(
+    lm: CausalLM,
+    prompts: Sequence[npt.NDArray[np.int32]],
+    *,
+    max_new_tokens: int = 64,
+    stop: Sequence[str] = (),
+    temperature: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+) -> list[str]:
+    """Continue prompts, all in one batch.
+
+    Args:
+        lm: a model with its tokenizer, in whatever adapter state the caller has put it.
+        prompts: token ids, [P] each, not empty.
+        max_new_tokens: most tokens of a continuation.
+        stop: texts at which a continuation ends; they are cut off. End-of-sequence ends it in any case.
+        temperature: 0 takes the likeliest token each time; above, tokens are drawn.
+        repetition_penalty: divides the scores of tokens that already occurred, https://arxiv.org/abs/1909.05858; 1 is
+            none. Small models that take the likeliest token each time run in circles without.
+        seed: of the draws; torch's own generator is left as it was.
+
+    Returns:
+        The continuations as text, without special tokens, in the order of the prompts.
+    """
+    if lm.tokenizer is None:
+        raise ValueError("generating needs the tokenizer: load the model with tokenizer=True")
+    if not prompts:
+        return []
+    # Where transformers looks for the model: on the host if its embedding is kept there, with each token's logits.
+    ids, mask = _pad_left(prompts, pad_id=_pad_id(lm), device=lm.base.device)
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+    with _ordinary_attention(lm), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        output = lm.base.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            use_cache=True,
+            repetition_penalty=repetition_penalty,
+            pad_token_id=_pad_id(lm),
+            stopping_criteria=[_StopAt(lm.tokenizer, stop, ids.shape[1])] if stop else None,
+            **sampling,
+        )
+    texts = lm.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+    return [cut_at(text, stop) for text in texts]
+
+
+def cut_at(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of the stop texts, or all of it."""
+    return text[: min((position for word in stop if (position := text.find(word)) >= 0), default=len(text))]
+
+
+class _StopAt:
+    """Tells for each row whether its continuation holds one of some texts. Called by transformers after each token."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], prompt_length: int) -> None:
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        texts = self._tokenizer.batch_decode(input_ids[:, self._prompt_length :])
+        return torch.tensor([any(word in text for word in self._stop) for text in texts], device=input_ids.device)
+
+
+@contextlib.contextmanager
+def _ordinary_attention(lm: CausalLM) -> Iterator[None]:
+    """The architecture's own attention, which knows a key-value cache; the scoring layout's comes back afterwards."""
+    before = lm.base.config._attn_implementation
+    lm.base.set_attn_implementation(lm.native_attention)
+    try:
+        yield
+    finally:
+        lm.base.set_attn_implementation(before)
+
+
+def _pad_left(
+    prompts: Sequence[npt.NDArray[np.int32]], *, pad_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask, both [B, longest], aligned at the end, where generation goes on."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = np.full((len(prompts), longest), pad_id, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {row} has no tokens")
+        ids[row, longest - len(prompt) :] = prompt
+        mask[row, longest - len(prompt) :] = 1
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+
+
+def _pad_id(lm: CausalLM) -> int:
+    """Any id will do: padded positions are masked."""
+    for candidate in (lm.tokenizer.pad_token_id, lm.tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0

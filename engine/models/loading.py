@@ -1,0 +1,351 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import types
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpoeng.cache.errors import UserError
+from dpoeng.engine.config.fields import PrecomputeConfig, Quantization
+from dpoeng.engine.models.fsdp_loading import sharding_class
+from dpoeng.engine.models.model import DTYPES, CausalLM
+from dpoeng.engine.models.quantized import compute_in, multiply_exactly, quantization_config, quantize_empty
+from dpoeng.engine.models.sources import ModelSource, quantized_otherwise, stored_quantization
+from dpoeng.kernels.cpu_linear import linear, native_bf16, product_dtype
+
+# --------------------------------------------------------------------------- loading
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto` -> cuda where there is one, else cpu; of several processes on a machine each gets a GPU of its own.
+
+    Raises:
+        UserError: a device was named that this machine does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(
+            f"there is no device {name}",
+            code="config-value",
+            where="--device",
+            expected="auto, cpu, cuda or cuda:N",
+            found=name,
+            remedy="name one of these, or leave it out",
+        )
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "no CUDA device is usable here",
+            code="no-gpu",
+            where="--device cuda",
+            found=f"torch {torch.__version__}, CUDA build {torch.version.cuda or 'none'}",
+            remedy="use --device cpu, or install a CUDA build of torch and check nvidia-smi",
+            exit_status=5,
+        )
+    if device.type == "cuda" and device.index is None:
+        # Where each process sees only its own GPU, as Slurm can arrange, that is the first one.
+        index = local_rank % torch.cuda.device_count() if local_rank else torch.cuda.current_device()
+        return torch.device("cuda", index)
+    return device
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        UserError: there is none beside the model.
+    """
+    if source.gguf:
+        from dpoeng.engine.models.gguf import load_gguf_tokenizer
+
+        return load_gguf_tokenizer(source.weight_files[0])
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(
+            f"no usable tokenizer beside the model {source.name}",
+            code="tokenizer-missing",
+            where=str(source.folder),
+            expected="tokenizer.json and tokenizer_config.json",
+            found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            remedy="copy the tokenizer files from the model that this one was trained from",
+        ) from error
+
+
+def load_model(
+    source: ModelSource,
+    *,
+    quantization: Quantization,
+    dtype: str,
+    device: torch.device,
+    quant_type: str = "nf4",
+    double_quant: bool = True,
+    tokenizer: bool = True,
+    shard: Callable[[Any], None] | None = None,
+) -> CausalLM:
+    """The base model, frozen, on `device`, which becomes the current one; adapters are added by the functions below.
+
+    With `shard` (of `engine/fsdp`) this process reads only its share of what that divides. Only for a checkpoint that
+    can be read so: see `whole_because`.
+
+    Raises:
+        UserError: the files cannot be loaded, or bitsandbytes cannot be used.
+    """
+    import transformers
+    from transformers import AutoModelForCausalLM
+
+    transformers.utils.logging.disable_progress_bar()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton launches on the current GPU, wherever the tensors are
+    compute = resolve_dtype(source, dtype, device)
+    if source.gguf:
+        if quantization != "none":
+            raise UserError(
+                "a GGUF file cannot be quantised again",
+                code="gguf-quantization",
+                where=f"--quantization {quantization}",
+                found=source.name,
+                remedy="convert it to safetensors first (`dpoeng demo` shows how), or use --quantization none",
+            )
+        from dpoeng.engine.models.gguf import load_gguf_model
+
+        base = load_gguf_model(source.weight_files[0], compute).to(device)
+    else:
+        kwargs: dict[str, Any] = {"dtype": compute, "trust_remote_code": False, "use_safetensors": True}
+        stored = stored_quantization(source)
+        if stored is not None and stored["quantization"] != quantization:
+            raise quantized_otherwise(source, "quantization", stored["quantization"], quantization)
+        if quantization != "none" or device.type == "cuda":  # tensor by tensor, never whole in the host's memory
+            kwargs["device_map"] = {"": str(device)}
+        if quantization != "none" and stored is None:
+            kwargs["quantization_config"] = quantization_config(quantization, compute, quant_type, double_quant)
+        loader: Any = AutoModelForCausalLM
+        try:
+            if shard is not None:
+                assert quantization == "none", "bitsandbytes quantises whole tensors"
+                loader, kwargs["config"] = sharding_class(source, shard)
+                kwargs["device_map"] = {"": str(device)}
+            with _quiet_loading():
+                base, loaded = loader.from_pretrained(
+                    source.folder, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+                )
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            raise UserError(
+                f"cannot load {source.name}",
+                code="model-unloadable",
+                where=str(source.folder),
+                found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+                remedy="check that config.json names an architecture that this transformers knows, and that the files "
+                "are complete",
+            ) from error
+        _refuse_missing(loaded["missing_keys"], source)
+        _refuse_mismatched(loaded["mismatched_keys"], source)
+        if quantization == "none" and shard is None:
+            base = base.to(device)
+        if stored is not None:
+            compute_in(base, compute)
+    lm = _frozen(base, load_tokenizer(source) if tokenizer else None, device, compute, quantization)
+    lm.sharded = shard is not None
+    return lm
+
+
+def empty_model(
+    fields: Mapping[str, Any],
+    *,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    quant_type: str = "nf4",
+    double_quant: bool = True,
+) -> CausalLM:
+    """The model of a config.json without its weights, on the `meta` device, in the same modules as `load_model`'s.
+
+    Args:
+        fields: what config.json holds.
+        quantization: as in `load_model`.
+        dtype: compute dtype.
+        quant_type: 4bit: the number format.
+        double_quant: 4bit: whether the scales are quantised too.
+
+    Raises:
+        UserError: transformers does not know the architecture.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        # How a stored checkpoint is quantised is told by `quantization`, as for any other.
+        config = AutoConfig.for_model(**{name: held for name, held in fields.items() if name != "quantization_config"})
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            "no model can be made of this config.json",
+            code="model-unloadable",
+            where="--model",
+            expected="the config.json of a causal language model that this transformers knows",
+            found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            remedy="check model_type, or install a newer transformers",
+        ) from error
+    if quantization != "none":
+        quantize_empty(base, quantization_config(quantization, dtype, quant_type, double_quant))
+    return _frozen(base, None, torch.device("meta"), dtype, quantization)
+
+
+def layer_period(fields: Mapping[str, Any]) -> int | None:
+    """After how many decoder layers their kinds repeat: 1 where all are equal; None if they do not."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(**fields)
+    kinds = list(getattr(config, "layer_types", None) or [])
+    if any(getattr(config, name, None) for name in ("first_k_dense_replace", "mlp_only_layers", "moe_layers")):
+        return None
+    return next((p for p in (1, 2) if all(kind == kinds[i % p] for i, kind in enumerate(kinds))), None)
+
+
+def _frozen(
+    base: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype, quantization: Quantization
+) -> CausalLM:
+    base.requires_grad_(False)
+    base.config.use_cache = False
+    for module in base.modules():
+        # Attention dropout is a plain float on the attention module; dropout would make policy and reference differ.
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    if quantization == "8bit":
+        multiply_exactly(base)
+    if device.type != "cuda" and product_dtype(dtype) != dtype:
+        _multiply_wide(base)
+    if device.type == "cuda" and embedding_on_host(base, quantization):
+        keep_embedding_on_host(base, device)
+    return CausalLM(
+        model=base,
+        base=base,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        quantization=quantization,
+        native_attention=base.config._attn_implementation,
+    )
+
+
+def _multiply_wide(base: nn.Module) -> None:
+    """Makes linear layers multiply in the dtype that this CPU has units for (on the meta device, where it is one's)."""
+
+    def forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
+    for module in base.modules():
+        if type(module) is nn.Linear:
+            module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
+
+
+def _refuse_missing(names: Collection[str], source: ModelSource) -> None:
+    """Weights that the files lack would be random numbers: transformers only warns of them."""
+    if names:
+        raise UserError(
+            "the checkpoint lacks weights that the model has",
+            code="model-incomplete",
+            where=str(source.folder),
+            expected=", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else ""),
+            remedy="download or save the checkpoint again; config.json must be that of these weights",
+        )
+
+
+def _refuse_mismatched(weights: Collection[tuple[str, Any, Any]], source: ModelSource) -> None:
+    """Weights of another shape than config.json says would be random numbers too."""
+    for name, held, wanted in sorted(weights, key=lambda one: one[0]):
+        raise UserError(
+            "the checkpoint's weights do not have the shapes that its config.json says",
+            code="model-unloadable",
+            where=f"{source.folder}, {name}",
+            expected=str(tuple(wanted)),
+            found=str(tuple(held)),
+            remedy="put the config.json that belongs to these weights beside them",
+        )
+
+
+def embedding_on_host(base: Any, quantization: Quantization) -> bool:
+    """Whether the input embedding stays in the host's memory when the rest is on a GPU.
+
+    Where the base is quantised, since memory is then what is short; not where the head is the same tensor.
+    """
+    head = base.get_output_embeddings()
+    return quantization != "none" and head is not None and head.weight is not base.get_input_embeddings().weight
+
+
+def keep_embedding_on_host(base: Any, device: torch.device) -> None:
+    """Looks tokens up in the host's memory and copies the rows to `device`: 1.4 GiB of a 32B model need not be there.
+
+    transformers takes the first parameter's device, now the host, for the model's, and `generate` moves masks and
+    positions to it: what the model is given is brought to `device`.
+    """
+    embedding = base.get_input_embeddings().to("cpu")
+    embedding.register_forward_pre_hook(lambda _module, inputs: (inputs[0].cpu(), *inputs[1:]))
+    embedding.register_forward_hook(lambda _module, _inputs, output: output.to(device))
+
+    def to_device(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return inputs, {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in named.items()}
+
+    base.register_forward_pre_hook(to_device, with_kwargs=True)
+
+
+def resolve_dtype(source: ModelSource, dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` -> the checkpoint's own dtype (float32 for a GGUF).
+
+    On a CPU that does not multiply bfloat16 itself, `auto` is float32: it would be widened for each product.
+    """
+    asked = dtype
+    if dtype == "auto":
+        if source.gguf:
+            return torch.float32
+        raw = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+        dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+    if dtype not in DTYPES:
+        raise UserError(
+            f"dtype {dtype} cannot be used for computing",
+            code="config-value",
+            where="--dtype",
+            expected=", ".join(DTYPES),
+            found=dtype,
+            remedy="name one of these with --dtype",
+        )
+    if asked == "auto" and device.type == "cpu" and not native_bf16():
+        return torch.float32
+    return DTYPES[dtype]
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Keeps transformers' load report to errors: what users must know is said by dpoeng itself."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def with_stored_quantization(config: PrecomputeConfig, source: ModelSource) -> PrecomputeConfig:
+    """The configuration with what the checkpoint itself says of its quantisation.
+
+    Raises:
+        UserError: something else was asked for.
+    """
+    stored = stored_quantization(source)
+    if stored is None:
+        return config
+    for name, value in stored.items():
+        if name in config.model_fields_set and getattr(config, name) != value:
+            raise quantized_otherwise(source, name, value, getattr(config, name))
+    return config.model_copy(update=dict(stored))

@@ -1,0 +1,146 @@
+"""Models: loaded, quantised, and put in the mode in which both phases score. The importer of transformers.
+
+Both phases run the same modules in the same mode (`set_mode`), because bitsandbytes' layers compute different numbers
+in train() and in eval(). Knows nothing of pairs, of the cache's files, or of losses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from dpoeng.cache.words import counted
+from dpoeng.engine.config.fields import Attention, Quantization
+from dpoeng.engine.models.offload import keep_inputs_on_host
+
+Layout = Literal["shared", "separate"]
+
+POLICY_ADAPTER = "default"
+"""The name under which the trained adapter is known to peft."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(slots=True)
+class CausalLM:
+    """A loaded model, ready to score.
+
+    Attributes:
+        model: what is saved and switched: a PeftModel if there are adapters, else the same as `base`.
+        base: the transformers causal LM, with adapter layers injected.
+        tokenizer: its tokenizer, or None if it was not asked for.
+        device: where inputs go.
+        dtype: compute dtype.
+        quantization: how the base is held.
+        native_attention: the attention that transformers chose for this architecture.
+        layout: whether branches share their prompt, and why if they do not.
+        attention: how attention over shared prompts is computed; see `engine/attention`.
+        sharded: whether layers are divided over processes, so that every forward is one of all of them.
+        masters: with full fine-tuning in another dtype than float32, the float32 tensor behind each weight, which is
+            what the optimizer moves.
+        parts: with full fine-tuning over divided layers, this process's rows of each of their weights, in float32, as
+            a plain tensor over the same memory; see `engine/parts`.
+    """
+
+    model: Any
+    base: Any
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+    quantization: Quantization
+    native_attention: str
+    layout: Layout = "separate"
+    layout_reason: str = ""
+    attention: Attention = "segments"
+    sharded: bool = False
+    masters: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict)
+    parts: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict)
+
+    @property
+    def backbone(self) -> Any:
+        """The decoder below the head: token ids in, last hidden states out."""
+        return self.base.get_decoder()
+
+    @property
+    def head(self) -> nn.Module:
+        """The `lm_head` module."""
+        head: nn.Module = self.base.get_output_embeddings()
+        return head
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the input embedding."""
+        return int(self.base.get_input_embeddings().weight.shape[0])
+
+    def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Name and tensor of each parameter that is trained (of a divided one, the part), in the model's own order."""
+        moved = self.masters | self.parts
+        return [(name, moved.get(p, p)) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def take_masters(self) -> None:
+        """Gives each weight the value of its master, rounded. To be called whenever the trained tensors have moved."""
+        for weight, master in self.masters.items():
+            weight.copy_(master)
+
+
+# --------------------------------------------------------------------------- running
+
+
+def set_mode(lm: CausalLM, *, training: bool) -> None:
+    """Puts every module in the mode that both phases use; with `training`, only what must differ differs.
+
+    - Everything in eval(), so that no dropout of the base and no router noise separates policy and reference.
+    - bitsandbytes' layers in train(), in both phases: in eval() NF4 on a CPU repacks its weights for good and then
+      loses gradients.
+    - With `training`: dropout of the trained adapter, and the flag that checkpointed layers look at.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    lm.model.eval()
+    for name, module in lm.model.named_modules():
+        checkpointed = training and isinstance(module, GradientCheckpointingLayer)
+        if checkpointed or type(module).__module__.startswith("bitsandbytes.nn"):
+            module.training = True
+        elif training and name.endswith(f".lora_dropout.{POLICY_ADAPTER}"):
+            module.train()
+
+
+def decoder_layers(backbone: nn.Module) -> list[nn.Module]:
+    """The layers of a decoder, in its order."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def enable_gradient_checkpointing(lm: CausalLM, *, inputs_on_host: bool = False) -> None:
+    """Recomputes each decoder layer in the backward pass, without re-entrance; its input may wait in host memory."""
+    lm.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if inputs_on_host:
+        keep_inputs_on_host(lm.base)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of all that computes a number."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for name in ("dpoeng", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "triton", "pyarrow"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    versions["torch"] = torch.__version__
+    return versions
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, for records."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    import platform
+
+    return f"cpu ({platform.machine()}, {counted(torch.get_num_threads(), 'thread')})"

@@ -1,0 +1,153 @@
+"""bitsandbytes: its settings, its layers without weights, and how they multiply. The importer of it.
+
+Knows nothing of pairs, phases or adapters.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import types
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpoeng.cache.errors import UserError
+from dpoeng.engine.config.fields import Quantization
+from dpoeng.kernels.int8_linear import int8_linear
+
+
+def require_bitsandbytes(quantization: Quantization) -> None:
+    """Loads bitsandbytes if it will be needed, so that a broken install is named before any long work.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    if quantization != "none":
+        import_bitsandbytes(f"--quantization {quantization}", "use --quantization none")
+
+
+def import_bitsandbytes(where: str, instead: str) -> Any:
+    """The library, or a message that says what asked for it and what to use instead.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    try:
+        import bitsandbytes
+    except Exception as error:
+        raise UserError(
+            "bitsandbytes cannot be used",
+            code="bitsandbytes-unusable",
+            where=where,
+            found=f"{type(error).__name__}: {error}",
+            remedy=f"pip install 'bitsandbytes>=0.50', or {instead}",
+            exit_status=5,
+        ) from error
+    return bitsandbytes
+
+
+def quantization_config(quantization: Quantization, compute: torch.dtype, quant_type: str, double_quant: bool) -> Any:
+    """transformers' BitsAndBytesConfig; the head stays as it is, since log-probs are read from it."""
+    require_bitsandbytes(quantization)
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=["lm_head"],
+    )
+
+
+def quantize_empty(model: Any, config: Any) -> None:
+    """Gives a model on the `meta` device the layers and tensors that loading with `config` would give it.
+
+    The layers are bitsandbytes' own and so are the shapes: its quantisers run on the meta device.
+    """
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    # Its 8-bit code is made on the device of the first tensor that asks and then kept: without values, if that is ours.
+    functional = import_bitsandbytes("dpoeng plan", "plan without quantization").functional
+    functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
+    replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=config)
+    for module in quantized_layers(model):
+        weight: Any = module.weight
+        module.weight = weight._quantize(torch.device("meta"))
+    if config.load_in_8bit:
+        model.is_loaded_in_8bit = True  # what peft looks at
+    else:
+        model.is_loaded_in_4bit = True
+    model.is_quantized = True
+
+
+def quantized_layers(model: nn.Module) -> list[nn.Module]:
+    """Its bitsandbytes layers, without importing bitsandbytes where there are none."""
+    return [module for module in model.modules() if type(module).__module__.startswith("bitsandbytes.nn")]
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Makes 4-bit layers of a stored checkpoint multiply in this dtype, and not in the one that it was stored with."""
+    layers: list[Any] = [layer for layer in quantized_layers(model) if hasattr(layer, "compute_dtype")]
+    for layer in layers:
+        layer.compute_dtype, layer.compute_type_is_set = dtype, True
+
+
+def multiply_exactly(model: nn.Module) -> None:
+    """Makes 8-bit layers multiply by `int8_linear`, with activations as they are, on every device."""
+    for module in quantized_layers(model):
+        if holds_8_bits(module):
+            module.forward = types.MethodType(_exact_forward, module)
+
+
+def multiply_as_bitsandbytes(model: nn.Module) -> None:
+    """Gives 8-bit layers bitsandbytes' own product back: for comparisons."""
+    import_bitsandbytes("8-bit layers", "compare without quantization")
+    # It says at every product of a bfloat16 model that inputs are cast to float16: thousands of lines a step.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    for module in quantized_layers(model):
+        module.__dict__.pop("forward", None)
+
+
+def holds_8_bits(module: nn.Module) -> bool:
+    """Whether this is bitsandbytes' 8-bit layer."""
+    return type(module).__name__ == "Linear8bitLt"
+
+
+def _exact_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    # A forward of bitsandbytes' own would move the scales from the weight to the layer's state.
+    scales = self.weight.SCB if self.weight.SCB is not None else self.state.SCB
+    return int8_linear(x, self.weight.data, scales, self.bias)
+
+
+def quantized_tensors(model: nn.Module) -> list[torch.Tensor]:
+    """What the layers hold beside their parameters: scales and code books."""
+    found: list[Any] = []
+    for module in quantized_layers(model):
+        weight: Any = module.weight
+        state: Any = getattr(module, "state", None)
+        found += [
+            getattr(holder, name, None) for holder in (weight, state) if holder is not None for name in ("CB", "SCB")
+        ]
+        quant_state = getattr(weight, "quant_state", None)
+        for level in (quant_state, getattr(quant_state, "state2", None)):
+            found += [getattr(level, name, None) for name in ("absmax", "code", "offset")]
+    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
+
+
+def same_weights(parameter: nn.Parameter) -> nn.Parameter:
+    """Another parameter over the same storage, bitsandbytes' scales and code books included."""
+    held: Any = parameter
+    if type(parameter).__name__ == "Int8Params":
+        kind: Any = type(parameter)
+        made: nn.Parameter = kind(
+            held.data, requires_grad=False, has_fp16_weights=held.has_fp16_weights, CB=held.CB, SCB=held.SCB
+        )
+        return made
+    if type(parameter).__name__ == "Params4bit":
+        return copy.copy(parameter)
+    return nn.Parameter(parameter.data, requires_grad=False)

@@ -1,0 +1,366 @@
+"""`dpoeng check`: everything about pairs that can be known before any GPU time, with a remedy for each finding.
+
+Rows stream by: memory grows by hashes and lengths, not by texts. What is a row, what is rejected, where a response
+begins and what is truncated is decided by the code that decides it in phase one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from dpoeng.cache.errors import UserError
+from dpoeng.cache.words import counted
+from dpoeng.engine.checks.findings import Finding, Level, Tally, snippet
+from dpoeng.engine.checks.texts import Category, TextCheck, content
+from dpoeng.engine.config.fields import PrecomputeConfig
+from dpoeng.engine.data.pairs import PairStream, ReadPair, column_remark, content_key
+from dpoeng.engine.data.rejects import Reject
+from dpoeng.engine.data.shapes import PreferencePair, Turns
+from dpoeng.engine.data.tokenization import TokenizedPair, tokenize_pairs
+
+CHUNK_PAIRS = 512
+BINS = 40
+PARTS = ("prompt", "chosen", "rejected")
+
+
+@dataclass(frozen=True, slots=True)
+class LengthStats:
+    """Lengths of one part: `quantiles` at 0, 5, 50, 95 and 100 %; a histogram of BINS bars, outliers in the last."""
+
+    part: str
+    mean: float
+    quantiles: tuple[float, ...]
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LengthBias:
+    """How often chosen is the longer response.
+
+    Attributes:
+        longer, shorter, equal: pairs.
+        mean_difference: chosen - rejected.
+        p_value: of a two-sided sign test: how likely such a split, or one further from even, is by chance.
+    """
+
+    longer: int
+    shorter: int
+    equal: int
+    mean_difference: float
+    p_value: float
+
+    @property
+    def share_longer(self) -> float:
+        """Of the pairs that are not equally long."""
+        return self.longer / max(self.longer + self.shorter, 1)
+
+
+@dataclass(slots=True)
+class CheckReport:
+    """What was found. Lengths are in `unit`: tokens after truncation where a model was named, else characters."""
+
+    files: list[str]
+    eval_files: list[str]
+    model: str | None
+    unit: str
+    rows: int = 0
+    pairs: int = 0
+    rejected: int = 0
+    filtered: int = 0
+    prompts: int = 0
+    eval_pairs: int = 0
+    max_length_needed: int | None = None
+    lengths: list[LengthStats] = field(default_factory=list)
+    bias: LengthBias | None = None
+    categories: list[Category] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def worst(self) -> Level | None:
+        """The gravest level that was found."""
+        return self.findings[0].level if self.findings else None
+
+    def count(self, level: Level) -> int:
+        """Kinds of findings of a level."""
+        return sum(finding.level == level for finding in self.findings)
+
+
+def check_pairs(config: PrecomputeConfig, eval_files: Sequence[Path] = (), *, examples: int = 3) -> CheckReport:
+    """Reads all pairs and looks for whatever could spoil a run.
+
+    Args:
+        config: `pairs`, the fields on shapes, filter and truncation, and `model` for its tokenizer.
+        eval_files: pairs that are evaluated on, to look for leakage.
+        examples: how many rows to name for each finding.
+
+    Raises:
+        UserError: no file, a file that cannot be read, a missing column, no usable tokenizer.
+    """
+    began = time.perf_counter()
+    if not config.pairs:
+        raise UserError(
+            "no preference pairs were named",
+            code="config-missing",
+            where="pairs",
+            expected="one file or more, e.g. dpoeng check pairs.jsonl",
+            remedy="name the file, or write `pairs: [pairs.jsonl]` into dpoeng.yaml",
+        )
+    tokenizer = _tokenizer(config.model) if config.model is not None else None
+    tally = Tally(examples)
+    evaluation = _EvalPairs(_stream(config, eval_files)) if eval_files else None
+    known = frozenset(map(str, tokenizer.get_added_vocab())) if tokenizer is not None else None
+    run = _Run(config, tokenizer, tally, evaluation, TextCheck(tally, known))
+    stream = _stream(config, config.pairs)
+    for row in stream:
+        if isinstance(row, Reject):
+            tally.add(row.reason, row, row.detail)
+        else:
+            run.add(row)
+    run.finish_chunk()
+    categories = run.texts.finish()
+    run.whole(stream.rejected)
+    if remark := column_remark(stream.instructions, stream.misspelt):
+        code = "prompt-from-instruction" if stream.instructions else "unused-column"
+        tally.count(code, stream.instructions or run.rows, remark)
+    if not run.lengths["chosen"] and not stream.rejected:
+        raise UserError(
+            "no pair is left",
+            code="data-empty",
+            where=", ".join(stream.files),
+            expected="at least one row that passes the filter",
+            found=f"{counted(stream.filtered, 'row')} left out by the filter {config.where!r}",
+            remedy="loosen --where",
+            exit_status=3,
+        )
+    report = CheckReport(
+        files=list(stream.files),
+        eval_files=[str(path) for path in eval_files],
+        model=config.model,
+        unit="tokens" if tokenizer is not None else "characters",
+        rows=run.rows + stream.rejected + stream.filtered,
+        pairs=len(run.lengths["chosen"]),
+        rejected=stream.rejected + run.rejected,
+        filtered=stream.filtered,
+        prompts=len(run.prompts),
+        eval_pairs=evaluation.pairs if evaluation is not None else 0,
+        max_length_needed=run.needed or None,
+        lengths=[_length_stats(part, values) for part, values in run.lengths.items() if values],
+        bias=run.bias() if run.lengths["chosen"] else None,
+        categories=categories,
+        findings=tally.findings(run.rows + stream.rejected),
+    )
+    report.seconds = time.perf_counter() - began
+    return report
+
+
+def sign_test(one: int, other: int) -> float:
+    """Two-sided p-value of the split under a fair coin: exact up to 1,000 throws, else by the normal approximation."""
+    throws, least = one + other, min(one, other)
+    if throws <= 1000:
+        return min(1.0, float(2 * sum(math.comb(throws, k) for k in range(least + 1)) / 2**throws))
+    z = (throws / 2 - least - 0.5) / math.sqrt(throws / 4)
+    return math.erfc(z / math.sqrt(2))
+
+
+class _EvalPairs:
+    """Hashes of the pairs and prompts that are evaluated on, with the row where each stands first."""
+
+    def __init__(self, stream: PairStream) -> None:
+        self.pairs = 0
+        self._pairs: dict[bytes, str] = {}
+        self._prompts: dict[int, str] = {}
+        for row in stream:
+            if isinstance(row, Reject):
+                continue
+            self.pairs += 1
+            where = f"{row.pair.source_file}:{row.pair.source_row}"
+            for key in (content_key(row.pair), content_key(row.pair, swapped=True)):
+                self._pairs.setdefault(key, where)
+            self._prompts.setdefault(prompt_key(row.pair.prompt), where)
+
+    def look(self, pair: PreferencePair, tally: Tally) -> None:
+        """Adds the findings about a pair of the training files."""
+        if (where := self._pairs.get(content_key(pair))) is not None:
+            tally.add("eval-same-pair", pair, f"also {where}")
+        elif (where := self._prompts.get(prompt_key(pair.prompt))) is not None:
+            tally.add("eval-same-prompt", pair, f"also {where}")
+
+
+class _Run:
+    """The pass over the training pairs, in chunks where they are tokenised."""
+
+    def __init__(
+        self, config: PrecomputeConfig, tokenizer: Any, tally: Tally, evaluation: _EvalPairs | None, texts: TextCheck
+    ) -> None:
+        self.config, self.tokenizer, self.tally, self.evaluation, self.texts = (
+            config,
+            tokenizer,
+            tally,
+            evaluation,
+            texts,
+        )
+        self.rows = self.rejected = self.needed = 0
+        self.prompts: set[int] = set()
+        self.lengths = {part: array("q") for part in PARTS}
+        self._chunk: list[PreferencePair] = []
+        self._adds_system = tokenizer is not None and _adds_system_prompt(tokenizer)
+
+    def add(self, row: ReadPair) -> None:
+        self.rows += 1
+        pair = row.pair
+        self.prompts.add(prompt_key(pair.prompt))
+        for code, repeat in (("duplicate", row.duplicate), ("contradiction", row.contradiction)):
+            if repeat is not None:
+                self.tally.add(code, pair, f"as {repeat.first_file}:{repeat.first_row}")
+        if self.evaluation is not None:
+            self.evaluation.look(pair, self.tally)
+        if self.tokenizer is None:
+            self._measure(pair, *(len(content(side)) for side in (pair.prompt, pair.chosen, pair.rejected)))
+        else:
+            self._chunk.append(pair)
+            if len(self._chunk) == CHUNK_PAIRS:
+                self.finish_chunk()
+
+    def finish_chunk(self) -> None:
+        """Tokenises what is waiting."""
+        if not self._chunk:
+            return
+        config = self.config
+        data = tokenize_pairs(
+            self._chunk,
+            self.tokenizer,
+            max_length=config.max_length,
+            max_prompt_length=config.max_prompt_length,
+            truncation_mode=config.truncation_mode,
+            append_eos=config.append_eos,
+        )
+        self.rejected += len(data.rejects)
+        for reject in data.rejects:
+            self.tally.add(reject.reason, reject, reject.detail)
+        pairs = {(pair.source_file, pair.source_row): pair for pair in self._chunk}
+        for tokens in data.pairs:
+            pair = pairs[tokens.source_file, tokens.source_row]
+            for code, shown in self._token_faults(pair, tokens):
+                self.tally.add(code, pair, shown)
+            self.needed = max(self.needed, tokens.needed)
+            ids = tokens.ids
+            self._measure(pair, len(ids.prompt_ids), len(ids.chosen_ids), len(ids.rejected_ids))
+        self._chunk = []
+
+    def _measure(self, pair: PreferencePair, prompt: int, chosen: int, rejected: int) -> None:
+        for values, length in zip(self.lengths.values(), (prompt, chosen, rejected), strict=True):
+            values.append(length)
+        self.texts.add(pair, (chosen > rejected) - (chosen < rejected))
+
+    def _token_faults(self, pair: PreferencePair, tokens: TokenizedPair) -> Iterator[tuple[str, str]]:
+        ids, tokenizer = tokens.ids, self.tokenizer
+        if tokens.truncated:
+            yield "truncated", f"{tokens.needed:,} tokens"
+        if tokens.merged:
+            start = content(pair.prompt) if isinstance(pair.prompt, str) else ""
+            yield "boundary-merged", f"the prompt ends {snippet(start[-20:])}" if start else "inside the template"
+        unknown = tokenizer.unk_token_id
+        parts = {"prompt": ids.prompt_ids, "chosen": ids.chosen_ids, "rejected": ids.rejected_ids}
+        if unknown is not None and (where := next((name for name in parts if (parts[name] == unknown).any()), None)):
+            yield "unknown-token", f"in {where}: {snippet(content(getattr(pair, where)))}"
+        is_text = isinstance(pair.prompt, str)
+        if not tokens.truncated:
+            for name, part in (("chosen", ids.chosen_ids), ("rejected", ids.rejected_ids)):
+                if not _ends(part.tolist(), tokenizer, is_text and self.config.append_eos):
+                    yield "end-token-missing", f"{name} ends {snippet(str(tokenizer.decode(part[-8:].tolist())))}"
+                    break
+        if self._adds_system and not is_text and all(message["role"] != "system" for message in _messages(pair.prompt)):
+            yield "default-system-prompt", snippet(content(pair.prompt))
+
+    def bias(self) -> LengthBias:
+        """Of all pairs together."""
+        chosen, rejected = (np.frombuffer(self.lengths[part], np.int64) for part in ("chosen", "rejected"))
+        longer, shorter = int((chosen > rejected).sum()), int((chosen < rejected).sum())
+        return LengthBias(
+            longer,
+            shorter,
+            len(chosen) - longer - shorter,
+            float((chosen - rejected).mean()),
+            sign_test(longer, shorter),
+        )
+
+    def whole(self, unread: int) -> None:
+        """The findings about all pairs together."""
+        pairs, rows = len(self.lengths["chosen"]), self.rows + unread
+        rejected = self.rejected + unread
+        if rejected > self.config.max_reject_share * rows:
+            limit = self.config.max_reject_share
+            self.tally.count("too-many-rejects", rejected, f"{rejected / rows:.1%} of the rows, allowed {limit:.3g}")
+        if not pairs:
+            return
+        if pairs < 100:
+            self.tally.count("few-pairs", pairs)
+        bias = self.bias()
+        if bias.p_value < 0.001 and abs(bias.share_longer - 0.5) >= 0.1:
+            code = "longer-is-better" if bias.share_longer > 0.5 else "shorter-is-better"
+            count = max(bias.longer, bias.shorter)
+            detail = f"{count / (bias.longer + bias.shorter):.0%} of pairs of unequal length, sign test p = "
+            self.tally.count(code, count, f"{detail}{bias.p_value:.1g}; choosing by length alone is right as often")
+
+
+def prompt_key(prompt: Turns) -> int:
+    """A hash of the prompt that letter case and white space do not change."""
+    return xxhash.xxh3_64_intdigest(" ".join(content(prompt).split()).casefold().encode("utf-8", "surrogatepass"))
+
+
+def _stream(config: PrecomputeConfig, paths: Sequence[Path]) -> PairStream:
+    return PairStream(paths, columns=config.columns, where=config.where, prompt_format=config.prompt_format)
+
+
+def _tokenizer(model: str) -> Any:
+    from dpoeng.engine.models.loading import load_tokenizer
+    from dpoeng.engine.models.sources import find_tokenizer
+
+    return load_tokenizer(find_tokenizer(model))
+
+
+def _messages(prompt: Turns) -> list[dict[str, Any]]:
+    assert isinstance(prompt, list)
+    return prompt
+
+
+def _adds_system_prompt(tokenizer: Any) -> bool:
+    """Whether the chat template writes a system prompt where the messages have none."""
+    try:
+        alone = str(tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False))
+    except Exception:  # no template, or one that wants other messages: then there is nothing to say about it
+        return False
+    return "system" in alone.lower()
+
+
+def _ends(ids: Sequence[int], tokenizer: Any, appended: bool) -> bool:
+    """Whether a response's last token that is not white space is a special one; with `appended` tokens do the same."""
+    if appended:
+        return True  # the end token was put there, or the text itself ends with it
+    special = {*tokenizer.all_special_ids, *(k for k, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    for token in reversed(ids):
+        if token in special:
+            return True
+        if str(tokenizer.decode([token])).strip():
+            return False
+    return False
+
+
+def _length_stats(part: str, lengths: array[int]) -> LengthStats:
+    values = np.frombuffer(lengths, np.int64)
+    top = max(float(np.quantile(values, 0.995)), 1.0)
+    counts, edges = np.histogram(np.clip(values, 0, top), BINS, (0, top))
+    quantiles = np.quantile(values, (0, 0.05, 0.5, 0.95, 1), method="nearest")
+    return LengthStats(
+        part, float(values.mean()), tuple(quantiles.tolist()), tuple(edges.tolist()), tuple(counts.tolist())
+    )

@@ -1,0 +1,86 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpoeng.cache.reader import View
+from dpoeng.cache.schema import IdArray, as_ids
+from dpoeng.engine.config.fields import TrainConfig
+from dpoeng.engine.data.chat import to_sides
+from dpoeng.engine.data.encoding import encode
+from dpoeng.engine.data.shapes import PreferencePair
+from dpoeng.engine.models.generate import generate
+from dpoeng.engine.models.model import CausalLM
+from dpoeng.engine.recipes.evaluate import Trained, before_and_after
+from dpoeng.engine.recipes.inputs import split
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One prompt as text, and how the model goes on before and after training."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+def compare_generations(
+    trained: Trained,
+    config: TrainConfig,
+    view: View,
+    prompts_of: Callable[[Any], Sequence[IdArray]],
+    *,
+    special: bool = False,
+    **settings: Any,
+) -> list[Generation]:
+    """Continues prompts as the policy did before training, and as it does.
+
+    Args:
+        trained: see `find_trained`.
+        config: of its run; cache, view and precision are read.
+        view: of the cache.
+        prompts_of: tokenizer -> token ids, [P] each.
+        special: whether the prompts' special tokens are shown.
+        settings: of `generate`; the same for both.
+
+    Raises:
+        UserError: the model cannot be had, or a prompt not be encoded.
+    """
+
+    prompts: list[IdArray] = []
+
+    def before(lm: CausalLM) -> list[str]:
+        prompts.extend(prompts_of(lm.tokenizer))
+        return generate(lm, prompts, **settings)
+
+    def after(lm: CausalLM) -> tuple[list[str], list[str]]:
+        texts = lm.tokenizer.batch_decode([ids.tolist() for ids in prompts], skip_special_tokens=not special)
+        return texts, generate(lm, prompts, **settings)
+
+    old, (texts, new) = before_and_after(trained, config, view, before, after, tokenizer=True)
+    return [Generation(*one) for one in zip(texts, old, new, strict=True)]
+
+
+def held_out_prompts(view: View, config: TrainConfig, count: int) -> list[IdArray]:
+    """The first `count` different prompts that a run held out, or of the view where it held out none."""
+    rows = split(view, None, config)[1] or range(len(view))
+    first = {view[row].ids.prompt_ids.tobytes(): view[row].ids.prompt_ids for row in rows}
+    return list(first.values())[:count]
+
+
+def encode_prompt(tokenizer: Any, text: str, *, chat: bool, prompt_format: str | None) -> IdArray:
+    """A prompt as phase one would tokenise it: a user's message for the chat template, or a text.
+
+    Raises:
+        UserError: the tokenizer has no chat template.
+    """
+    if chat:
+        turn = [{"role": "assistant", "content": "."}]
+        pair = PreferencePair([{"role": "user", "content": text}], turn, turn)
+    else:
+        pair = PreferencePair((prompt_format or "{prompt}").replace("{prompt}", text), ".", ".")
+    (encoded,) = encode(to_sides(pair, tokenizer)[:1], tokenizer)
+    return as_ids(encoded.ids[: encoded.start])

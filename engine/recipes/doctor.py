@@ -1,0 +1,315 @@
+"""`dpoeng doctor`: is this machine ready? Versions, devices, libraries at work, disk, memory, folders, hub.
+
+Every finding that is not fine says what to do. Nothing is installed, no network is used unless asked for, and what a
+probe writes it removes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from dpoeng.cache.words import counted
+from dpoeng.engine.runtime.host import available_memory
+
+Status = Literal["ok", "info", "warning", "error"]
+STATUSES: tuple[Status, ...] = ("ok", "info", "warning", "error")
+
+PROBE_LIMIT_S = 180.0
+_GIB = 2**30
+_FREE_DISK = 2 * _GIB  # a cache of 100,000 pairs and the checkpoints of a LoRA
+_FREE_MEMORY = 4 * _GIB
+_HUB = "https://huggingface.co"
+
+# What each probe's failure means for a user.
+_PROBE_REMEDIES = {
+    "torch": "install torch again, in the build for this machine: https://pytorch.org/get-started/locally",
+    "transformers": "install the tested versions: pip install -c constraints.txt dpoeng",
+    "bitsandbytes": "pip install --force-reinstall bitsandbytes, or go on with --quantization none",
+    "triton": "install the triton that torch names: pip install --force-reinstall torch",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at; `remedy` where it is not fine."""
+
+    name: str
+    status: Status
+    found: str
+    remedy: str = ""
+
+
+@dataclass(slots=True)
+class Diagnosis:
+    """All checks, in the order in which they were made."""
+
+    checks: list[Check] = field(default_factory=list)
+
+    def worst(self) -> Status:
+        """The gravest status."""
+        return max((check.status for check in self.checks), key=STATUSES.index, default="ok")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a bug report: the home folder's name is left out."""
+        home = str(Path.home())
+        checks = [
+            {name: getattr(check, name).replace(home, "~") for name in Check.__slots__ if getattr(check, name)}
+            for check in self.checks
+        ]
+        return {"dpoeng": _version("dpoeng"), "status": self.worst(), "checks": checks}
+
+
+Probe = Callable[[str], dict[str, Any]]
+
+
+def diagnose(cache: Path, output_dir: Path, *, online: bool = False, probe: Probe | None = None) -> Diagnosis:
+    """Looks at everything.
+
+    Args:
+        cache: where the reference cache is or will be.
+        output_dir: where training will write.
+        online: try to reach the hub.
+        probe: runs one of `probes.PROBES` by name; default: in a process of its own.
+    """
+    probe = probe or run_probe
+    checks = [*_python(), *_versions(tested_versions())]
+    torch_found = probe("torch")  # by itself: the others hold some of the GPU's memory while they run
+    checks += [*_torch(torch_found), *_processor(bool(torch_found.get("gpus")), cpu_flags())]
+    others = ("transformers", "bitsandbytes", "triton")
+    with ThreadPoolExecutor(len(others)) as pool:
+        checks += map(_library, others, pool.map(probe, others))
+    checks += [*_environment(os.environ), *_memory(), *_folders(cache, output_dir), *_hub(os.environ, online)]
+    return Diagnosis(checks)
+
+
+def tested_versions() -> dict[str, str]:
+    """Package -> the version that the test suite ran with: constraints.txt, which is installed with dpoeng."""
+    text = Path(__file__).with_name("constraints.txt").read_text(encoding="utf-8")
+    lines = (line.split("==") for line in text.splitlines() if line and not line.startswith("#"))
+    return {canonicalize_name(name): version for name, version in lines}
+
+
+def run_probe(name: str, limit_s: float = PROBE_LIMIT_S) -> dict[str, Any]:
+    """One probe in a process of its own: `ok`, and either what it found or `problem`."""
+    command = [sys.executable, "-W", "ignore", "-m", "dpoeng.engine.checks.probes", name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
+    except subprocess.TimeoutExpired:
+        return {"ok": False, "problem": f"no answer within {limit_s:.0f} s"}
+    lines = done.stdout.splitlines()
+    if done.returncode == 0 and lines:
+        found: dict[str, Any] = json.loads(lines[-1])
+        return found
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
+    return {"ok": False, "problem": f"the process ended with {how}: {last[:300]}"}
+
+
+def cpu_flags() -> frozenset[str] | None:
+    """The instruction sets that Linux lists; None where it lists none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        name, _, words = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(words.split())
+    return None
+
+
+def _python() -> Iterator[Check]:
+    found = f"Python {platform.python_version()}, {platform.system()} {platform.release()} {platform.machine()}"
+    if platform.system() == "Linux":
+        yield Check("python", "ok", found)
+    else:
+        yield Check("python", "warning", found, "dpoeng is tested on Linux alone; use a container or WSL 2 elsewhere")
+
+
+def _versions(tested: Mapping[str, str]) -> Iterator[Check]:
+    for text in metadata.requires("dpoeng") or []:
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        name = canonicalize_name(requirement.name)
+        installed, pin = _version(requirement.name), tested.get(name, "")
+        wanted = f"dpoeng needs {requirement.specifier}, tested with {pin}"
+        remedy = f"pip install '{requirement.name}=={pin}'"
+        if installed is None:
+            yield Check(name, "error", f"not installed; {wanted}", remedy)
+        elif not requirement.specifier.contains(installed, prereleases=True):
+            yield Check(name, "error", f"{installed}; {wanted}", remedy)
+        elif Version(installed).public != pin:
+            yield Check(name, "info", f"{installed}; {wanted}", f"nothing, unless something is odd: then {remedy}")
+        else:
+            yield Check(name, "ok", f"{installed}, as tested")
+
+
+def _torch(found: Mapping[str, Any]) -> Iterator[Check]:
+    yield _library("torch", found)
+    if not found["ok"]:
+        return
+    for index, gpu in enumerate(found["gpus"]):
+        free, total = gpu["free_bytes"] / _GIB, gpu["total_bytes"] / _GIB
+        words = f"{gpu['name']}, compute capability {gpu['capability']}, {free:.1f} of {total:.1f} GiB free"
+        if free < 0.9 * total:
+            yield Check(
+                f"gpu {index}", "warning", words, "see with nvidia-smi who holds the memory, and end that first"
+            )
+        elif not gpu["bfloat16"]:
+            yield Check(f"gpu {index}", "warning", f"{words}; no bfloat16", "use --dtype float16")
+        else:
+            yield Check(f"gpu {index}", "ok", words)
+    if not found["gpus"]:
+        driver = _nvidia_driver()
+        if driver is None:
+            yield Check("gpu", "info", "none; everything runs on the CPU", "fine for small models")
+        elif found["cuda_build"] is None:
+            remedy = "install a CUDA build of torch: https://pytorch.org/get-started/locally"
+            yield Check("gpu", "error", f"{driver}, but torch {found['version']} is a CPU build", remedy)
+        else:
+            remedy = "update the NVIDIA driver, or install the torch build for the CUDA version that nvidia-smi shows"
+            yield Check("gpu", "error", f"{driver}, but torch cannot use it (CUDA {found['cuda_build']})", remedy)
+
+
+def _nvidia_driver() -> str | None:
+    """GPU and driver as nvidia-smi names them, or None."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "nvidia-smi does not answer"
+    return done.stdout.strip().replace("\n", "; ") or done.stderr.strip() or "nvidia-smi shows nothing"
+
+
+def _library(name: str, found: Mapping[str, Any]) -> Check:
+    if not found["ok"]:
+        return Check(f"{name} at work", "error", found["problem"], _PROBE_REMEDIES[name])
+    if name == "triton" and not found["used"]:
+        return Check("triton at work", "info", "not tried: no GPU", "nothing: on a CPU nothing uses it")
+    return Check(f"{name} at work", "ok", "a small computation gives the right numbers")
+
+
+def _processor(has_gpu: bool, flags: frozenset[str] | None) -> Iterator[Check]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if has_gpu or flags is None or flags & {"avx512_bf16", "amx_bf16", "bf16"}:
+        yield Check("processor", "ok", counted(cores, "core"))
+        return
+    found = f"{counted(cores, 'core')} without bfloat16 instructions: bfloat16 takes 6 to 7 times as long as float32"
+    yield Check("processor", "warning", found, "use --dtype float32 in both phases")
+
+
+def _environment(variables: Mapping[str, str]) -> Iterator[Check]:
+    if variables.get("TRITON_INTERPRET") == "1":
+        yield Check("TRITON_INTERPRET", "warning", "1: kernels are interpreted, thousands of times slower", "unset it")
+    if variables.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1"):
+        yield Check("CUDA_VISIBLE_DEVICES", "warning", "empty: GPUs are hidden", "unset it, or name the GPUs to use")
+    spec = importlib.util.find_spec("kernels")
+    here = Path(__file__).resolve().parent.parent / "kernels"
+    if spec is not None and here in map(Path, spec.submodule_search_locations or ()):
+        remedy = "do not put dpoeng's repository on PYTHONPATH; transformers needs the package index's `kernels`"
+        if spec.origin is not None:
+            yield Check("PYTHONPATH", "error", f"dpoeng's own folder {here} hides the package `kernels`", remedy)
+
+
+def _memory() -> Iterator[Check]:
+    available = available_memory()
+    if available is None:
+        yield Check("memory", "info", "unknown: /proc/meminfo is not there", "nothing")
+    elif available < _FREE_MEMORY:
+        yield Check(
+            "memory", "warning", f"{available / _GIB:.1f} GiB available", "end other programs, or take a smaller model"
+        )
+    else:
+        yield Check("memory", "ok", f"{available / _GIB:.1f} GiB available")
+
+
+def _folders(cache: Path, output_dir: Path) -> Iterator[Check]:
+    from dpoeng.engine.reference.identity import digest_memo
+
+    for name, folder in (
+        ("reference cache", cache),
+        ("output folder", output_dir),
+        ("remembered digests", digest_memo()),
+        ("temporary files", Path(tempfile.gettempdir())),
+    ):
+        yield _folder(name, folder)
+
+
+def _folder(name: str, folder: Path) -> Check:
+    """Really writes a file where the folder is, or in the nearest one above it that exists."""
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    shown = f"{folder}" + ("" if there == folder else f" (to be made in {there.resolve()})")
+    if not there.is_dir():
+        return Check(name, "error", f"{there} is a file", "name another folder")
+    try:
+        with tempfile.NamedTemporaryFile(dir=there, prefix=".dpoeng-doctor-") as file:
+            file.write(b"x" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        read_only = name == "reference cache" and folder.is_dir()
+        reason = error.strerror or str(error)
+        remedy = "a complete cache may be read-only; else make it writable" if read_only else "make it writable"
+        return Check(
+            name, "warning" if read_only else "error", f"{shown}: {reason}", f"{remedy}, or name another folder"
+        )
+    free = shutil.disk_usage(there).free
+    words = f"{shown}: writable, {free / _GIB:.1f} GiB free"
+    if free < _FREE_DISK:
+        return Check(name, "warning", words, "free some space, or name a folder on another disk")
+    return Check(name, "ok", words)
+
+
+def _hub(variables: Mapping[str, str], online: bool) -> Iterator[Check]:
+    switches = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if _is_on(variables.get(name))]
+    if switches:
+        yield Check(
+            "hub", "info", f"offline by {', '.join(switches)}", "name models by folder, or unset it to download"
+        )
+    elif not online:
+        yield Check("hub", "info", "not tried", "--online tries to reach it; models in folders need no hub")
+    else:
+        address = variables.get("HF_ENDPOINT", _HUB)
+        try:
+            request = urllib.request.Request(address, method="HEAD")
+            with urllib.request.urlopen(request, timeout=10):
+                yield Check("hub", "ok", f"{address} answers")
+        except (OSError, ValueError) as error:
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
+            remedy = "check network and proxy, set HF_ENDPOINT to a mirror, or download the model elsewhere"
+            yield Check("hub", "warning", f"{address}: {reason}", f"{remedy} and name its folder")
+
+
+def _is_on(value: str | None) -> bool:
+    return (value or "").strip().upper() in ("1", "ON", "YES", "TRUE")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,231 @@
+"""A trained policy found again, an adapter or a whole checkpoint: evaluated, and asked to go on before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from dpoeng.cache.errors import UserError
+from dpoeng.cache.reader import View
+from dpoeng.cache.words import counted
+from dpoeng.engine.config.fields import TrainConfig
+from dpoeng.engine.losses.batch import PreferenceLoss
+from dpoeng.engine.losses.names import LossSettings
+from dpoeng.engine.models.adapters import Mode, before_training, load_trained_adapter
+from dpoeng.engine.models.loading import pick_device
+from dpoeng.engine.models.model import CausalLM, device_name, set_mode
+from dpoeng.engine.models.sources import find_adapter
+from dpoeng.engine.recipes.inputs import split
+from dpoeng.engine.recipes.policy import check_parity, resolve_mode
+from dpoeng.engine.reference.loading import load_policy_base
+from dpoeng.engine.reference.parity import ParityReport
+from dpoeng.engine.runs.folder import ADAPTER_FOLDER, MODEL_FOLDER, RUN_FILE
+from dpoeng.engine.runs.identity import rows_digest
+from dpoeng.engine.runs.reading import read_json
+from dpoeng.engine.runtime.out_of_memory import release_memory
+from dpoeng.engine.runtime.progress import QUIET, Progress
+from dpoeng.engine.scoring.choose_layout import choose_layout
+from dpoeng.engine.training.advice import Advice, advise
+from dpoeng.engine.training.batch_loss import evaluate
+from dpoeng.engine.training.evaluation import Evaluation, summarise
+from dpoeng.engine.training.rows import Rows
+
+Which = Literal["held-out", "all"]
+
+Before = TypeVar("Before")
+
+After = TypeVar("After")
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What was trained, and what is known of it.
+
+    Attributes:
+        folder: with adapter_config.json, or (mode `full`) the config.json of a whole checkpoint.
+        run: the config of its run, where run.json lies beside it; else None.
+        mode: how an adapter stands on the base and the reference's adapter, where that is known; or `full`.
+    """
+
+    folder: Path
+    run: dict[str, Any] | None
+    mode: Mode | None
+
+
+def find_trained(path: Path) -> Trained:
+    """A run's output folder, or the folder of its result; or any adapter, or any checkpoint trained whole.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    folder = next((path / name for name in (ADAPTER_FOLDER, MODEL_FOLDER) if (path / name).is_dir()), path)
+    whole = (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
+    if not whole:
+        find_adapter(str(folder))
+    file = folder.parent / RUN_FILE
+    if folder.name != (MODEL_FOLDER if whole else ADAPTER_FOLDER) or not file.is_file():
+        return Trained(folder, None, "full" if whole else None)
+    record = read_json(file, dict)
+    return Trained(folder, record["config"], record["adapter_mode"])
+
+
+def load_trained(trained: Trained, config: TrainConfig, view: View, *, tokenizer: bool = False) -> CausalLM:
+    """The policy after training, ready to score: the base with its adapters, or the checkpoint that was trained whole.
+
+    Where the reference has an adapter it is loaded too, so that `before_training` can go back to it.
+
+    Raises:
+        UserError: base or adapters cannot be had, or do not fit.
+    """
+    reference = view.meta["reference"]
+    device = pick_device(config.device)
+    sft_name = config.adapter or reference.get("adapter")
+    mode = trained.mode or resolve_mode(TrainConfig.model_validate({}), has_adapter=sft_name is not None)
+    if mode == "full":
+        here = config.model_copy(update={"model": str(trained.folder)})
+        return _ready(load_policy_base(here, reference, device, tokenizer=tokenizer), config)
+    lm = load_policy_base(config, reference, device, tokenizer=tokenizer)
+    sft = find_adapter(sft_name) if sft_name else None
+    return _ready(load_trained_adapter(lm, mode, find_adapter(str(trained.folder)), sft), config)
+
+
+def before_and_after(
+    trained: Trained,
+    config: TrainConfig,
+    view: View,
+    before: Callable[[CausalLM], Before],
+    after: Callable[[CausalLM], After],
+    *,
+    tokenizer: bool = False,
+) -> tuple[Before, After]:
+    """What some work gives on the policy before training, and other work after it. One model is in memory at a time.
+
+    With an adapter it is the same model, its adapter off and on; of weights trained whole, first the reference's.
+
+    Raises:
+        UserError: see `load_trained`.
+    """
+    if trained.mode != "full":
+        lm = load_trained(trained, config, view, tokenizer=tokenizer)
+        with before_training(lm):
+            found = before(lm)
+        return found, after(lm)
+    reference = view.meta["reference"]
+    base = load_policy_base(config, reference, pick_device(config.device), tokenizer=tokenizer)
+    found = before(_ready(base, config))
+    del base
+    release_memory()
+    return found, after(load_trained(trained, config, view, tokenizer=tokenizer))
+
+
+def _ready(lm: CausalLM, config: TrainConfig) -> CausalLM:
+    set_mode(lm, training=False)
+    choose_layout(lm, config.layout, config.attention)
+    return lm
+
+
+@dataclass(slots=True)
+class EvaluationSummary:
+    """What `dpoeng eval` found."""
+
+    trained: Path
+    view: str
+    which: str
+    evaluation: Evaluation
+    parity: ParityReport
+    device: str
+    loss_type: tuple[str, ...]
+    beta: float
+    advice: list[Advice] = field(default_factory=list)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return {
+            "trained": str(self.trained),
+            "view": self.view,
+            "which": self.which,
+            "loss_type": list(self.loss_type),
+            "beta": self.beta,
+            **self.evaluation.record(),
+            "advice": [remark.record() for remark in self.advice],
+        }
+
+
+def evaluate_trained(
+    trained: Trained, config: TrainConfig, which: Which | None = None, progress: Progress = QUIET
+) -> EvaluationSummary:
+    """Evaluates what was trained on cached pairs.
+
+    Args:
+        trained: see `find_trained`.
+        config: of its run, with what is to be otherwise; cache, view, loss, precision and batch size are read.
+        which: the pairs that its run held out, or all; by default the former where there is a run.
+        progress: where notes go.
+
+    Raises:
+        UserError: the cache or the model is not usable, or the model before training is not the cache's reference.
+    """
+    view = View.open(config.cache, config.view, beside=config.eval_view)
+    eval_view = View.open(config.cache, config.eval_view) if config.eval_view else None
+    which = which or ("all" if trained.run is None else "held-out")
+    if which == "held-out" and eval_view is None:
+        _check_pairs_of_run(trained, view)
+    indices = split(view, eval_view, config)[1] if which == "held-out" else range(len(view))
+    if not len(indices):
+        raise UserError(
+            "there are no pairs to evaluate",
+            code="eval-empty",
+            where=str(trained.folder.parent),
+            expected="pairs that its run held out",
+            found=f"none of {counted(len(view), 'pair')}",
+            remedy="say --pairs all to evaluate on all pairs of the view, those that were trained on too",
+        )
+    rows = Rows(eval_view if eval_view and which == "held-out" else view, indices)
+    weights, labels = rows.weights(config.pair_weight_column), rows.labels(config.eval_group_by)
+    settings = LossSettings.of(config)
+
+    def compare(lm: CausalLM) -> tuple[ParityReport, str]:
+        return check_parity(config, lm, view, range(len(view)), view.meta["reference"]), device_name(lm.device)
+
+    def score(lm: CausalLM) -> PreferenceLoss:
+        progress.note(f"evaluating {counted(len(rows), 'pair')} of {rows.view.name} ({which})")
+        return evaluate(
+            lm,
+            rows,
+            settings,
+            weights,
+            batch_size=config.per_device_eval_batch_size,
+            per_token=not rows.view.spec.holds_sums,
+        )
+
+    (parity, device), found = before_and_after(trained, config, view, compare, score)
+    result = summarise(found, rows.prompts(), labels, seed=config.seed, per_pair_loss=not settings.sorts_pairs)
+    line = {f"eval_{name}": value for name, value in result.metrics.items()}
+    return EvaluationSummary(
+        trained=trained.folder,
+        view=rows.view.name,
+        which=which,
+        evaluation=result,
+        parity=parity,
+        device=device,
+        loss_type=config.loss_type,
+        beta=config.beta,
+        advice=advise([], [line], loss_type=config.loss_type, beta=config.beta, held_out_pairs=result.pairs),
+    )
+
+
+def _check_pairs_of_run(trained: Trained, view: View) -> None:
+    """Refuses to hold pairs out anew of others than the run had: some of them would be pairs that it trained on."""
+    file = trained.folder.parent / RUN_FILE
+    held = read_json(file, dict)["identity"]["pairs"] if trained.run is not None else None
+    if held is not None and held != rows_digest(view):
+        raise UserError(
+            "the view holds other pairs than when the run was trained",
+            code="eval-changed",
+            where=f"view {view.name}, {counted(len(view), 'pair')}",
+            expected=f"the pairs that {file} was made with",
+            found="pairs were added, left out or put in another order: which were held out cannot be told from them",
+            remedy="say --pairs all to evaluate on all of them, or put new pairs into a view of their own",
+        )

@@ -1,0 +1,124 @@
+"""What `dpoeng init` proposes for a model, pairs and a GPU: by the plan's simulation, from config.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dpoeng.cache.errors import UserError
+from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
+from dpoeng.engine.config.plan import PlanConfig
+from dpoeng.engine.config.template import Line
+from dpoeng.engine.memory.cards import find_gpu
+from dpoeng.engine.memory.overhead import GIB, count_parameters, model_fields, weights_bytes
+from dpoeng.engine.recipes.plan import Plan, make_plan, suggested
+from dpoeng.engine.runtime.progress import QUIET, Progress
+
+HEADROOM = 0.8
+"""Share of a card that a proposal may fill: a plan is a calculation, and longer pairs may come."""
+
+
+def suggest(
+    pairs: Sequence[Path], model: str | None, adapter: str | None, *, gpu: str | None, progress: Progress = QUIET
+) -> dict[str, Line]:
+    """Fields with values.
+
+    Args:
+        pairs: files that will be scored.
+        model: a folder or a name; its config.json decides what fits.
+        adapter: an SFT adapter on it.
+        gpu: a card, as `dpoeng plan` knows them; None for the one that is here, if there is one.
+        progress: told what is being simulated.
+
+    Raises:
+        UserError: a file or folder that was named is not there, or the card is not known.
+    """
+    lines: dict[str, Line] = {}
+    for path in pairs:
+        if not path.exists():
+            raise _missing("pairs", str(path))
+    if pairs:
+        lines["pairs"] = Line([str(path) for path in pairs])
+    for field, name in (("model", model), ("adapter", adapter)):
+        if name is None:
+            continue
+        if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
+            raise _missing(f"--{field}", name)
+        lines[field] = Line(name)
+    if adapter is not None:
+        lines["adapter_mode"] = Line("continue", ("the SFT adapter is trained further; stack puts a new one on it",))
+    gpu = gpu or _gpu_here()
+    if gpu is not None:
+        find_gpu(gpu)  # a card that nobody knows is said before anything is simulated
+        if model is not None:
+            lines |= _what_fits(model, gpu, progress)
+    return lines
+
+
+def _what_fits(model: str, gpu: str, progress: Progress) -> dict[str, Line]:
+    """Quantization and batch sizes: the most exact weights that leave headroom, else what fits at all, else 4 bits."""
+    try:
+        fields = model_fields(model)
+    except UserError:
+        progress.note(f"the size of {model} is not known here: quantization and batch sizes are left to you")
+        return {}
+    parts = count_parameters(fields)
+    plans: list[Plan] = []
+    max_length = PrecomputeConfig.model_fields["max_length"].default
+    with progress.task(f"simulating {model}", 3, "ways to hold it") as advance:
+        for quantization in ("none", "8bit", "4bit"):
+            if quantization == "4bit" or weights_bytes(parts, quantization) < find_gpu(gpu).n_bytes:
+                request = {"model": model, "gpu": (gpu,), "quantization": quantization, "compare": False}
+                plans.append(make_plan(PlanConfig.model_validate({**request, "max_length": max_length})))
+                if _share(plans[-1]) <= HEADROOM:
+                    break
+            advance(1, quantization)
+    roomy, fitting = _share(plans[-1]) <= HEADROOM, [plan for plan in plans if plan.cards[0].fits]
+    return _lines(plans[-1] if roomy or not fitting else fitting[-1])
+
+
+def _share(plan: Plan) -> float:
+    """Of the card, what both phases need at most with one pair a forward."""
+    peaks = (plan.step, plan.evaluation.peak, plan.phase1[min(plan.phase1)].peak)
+    return max(map(plan.needed, peaks)) / plan.cards[0].gpu.n_bytes
+
+
+def _lines(plan: Plan) -> dict[str, Line]:
+    """The fields that the plan suggests where these are not the defaults; quantization always, with its reason."""
+    card = plan.cards[0]
+    reason = (
+        f"calculated by dpoeng plan: at least {_share(plan) * card.gpu.n_bytes / GIB:.3g} of the "
+        f"{card.gpu.n_bytes / GIB:.3g} GiB of {card.gpu.name}, for pairs of 2 x {plan.request.max_length} tokens"
+    )
+    if not card.fits:
+        reason += "; this will not fit"
+    lines = {"quantization": Line(plan.request.quantization, (reason,))}
+    values = suggested(plan, card)
+    for cls, names in (
+        (PrecomputeConfig, ("batch_tokens",)),
+        (
+            TrainConfig,
+            ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size"),
+        ),
+    ):
+        lines |= {name: Line(values[name]) for name in names if values[name] != cls.model_fields[name].default}
+    return lines
+
+
+def _gpu_here() -> str | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return f"{torch.cuda.get_device_properties(0).total_memory / GIB:.4g}gib"
+
+
+def _missing(where: str, name: str) -> UserError:
+    return UserError(
+        f"{name} is not there",
+        code="init-missing",
+        where=where,
+        expected="a file or folder that exists",
+        found="nothing of that name",
+        remedy="correct the path",
+    )

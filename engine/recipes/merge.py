@@ -1,0 +1,244 @@
+"""Adapters folded into their base: `W + scale * B A`, from the full-precision checkpoint, never from quantised weights.
+
+Tensor by tensor from the base's files to new ones, so that the host never holds more than one of these files. Sums are
+formed in float32, over all adapters, and rounded once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from dpoeng.cache.errors import UserError
+from dpoeng.engine.models.model import DTYPES
+from dpoeng.engine.models.sources import ModelSource, copy_beside, find_adapter, find_model, write_config
+from dpoeng.engine.runs.folder import ADAPTER_FOLDER, MODEL_FOLDER, RUN_FILE
+from dpoeng.engine.runs.reading import read_json
+from dpoeng.engine.runtime.folders import refuse_filled, saving_tensors, write_new
+from dpoeng.engine.runtime.progress import QUIET, Progress
+
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one adapter adds to one weight: `scale * b @ a`, transposed for layers that keep [in, out]."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    transposed: bool
+
+    def delta(self) -> torch.Tensor:
+        """In float32."""
+        delta = self.scale * (self.b.float() @ self.a.float())
+        return delta.T if self.transposed else delta
+
+
+@dataclass(frozen=True, slots=True)
+class MergeSummary:
+    """What was merged."""
+
+    folder: Path
+    base: str
+    adapters: list[str]
+    merged: int
+    tensors: int
+    dtype: str
+
+
+def merge_run(
+    output_dir: Path, into: Path, *, dtype: str = "auto", model: str | None = None, progress: Progress = QUIET
+) -> MergeSummary:
+    """Merges the result of a run: its adapter, and the frozen SFT adapter below it where there is one.
+
+    Args:
+        output_dir: the run's folder.
+        into: where the checkpoint goes; must not exist, or be empty.
+        dtype: of the merged weights; `auto` is each weight's own.
+        model: the base, where it is no longer where the run found it.
+        progress: told of each file.
+
+    Raises:
+        UserError: there is no finished run, `into` holds something, or an adapter is not plain LoRA.
+    """
+    record_file = output_dir / RUN_FILE
+    if (output_dir / MODEL_FOLDER).is_dir():
+        raise UserError(
+            "this run trained all weights: there is no adapter to merge",
+            code="full-finetuning",
+            where=str(output_dir),
+            found=f"{MODEL_FOLDER}/, a checkpoint that plain transformers loads",
+            remedy=f"use {output_dir / MODEL_FOLDER} as it is",
+        )
+    if not record_file.is_file() or not (output_dir / ADAPTER_FOLDER).is_dir():
+        raise UserError(
+            "there is no finished run to merge",
+            code="run-not-found",
+            where=str(output_dir),
+            expected=f"{RUN_FILE} and {ADAPTER_FOLDER}/, which dpoeng train writes",
+            remedy="name the folder that was given to train as --output-dir",
+        )
+    record: dict[str, Any] = read_json(record_file, dict)
+    revision = record["reference"].get("revision") if model is None else None
+    base = find_model(model or record["model"], revision=revision)
+    adapters = [find_adapter(str(output_dir / ADAPTER_FOLDER))]
+    if record["adapter_mode"] == "stack":
+        adapters.insert(0, find_adapter(record["sft_adapter"]))
+    return merge(base, adapters, into, dtype=dtype, progress=progress)
+
+
+def merge(
+    base: ModelSource, adapters: Sequence[ModelSource], into: Path, *, dtype: str = "auto", progress: Progress = QUIET
+) -> MergeSummary:
+    """Writes base + adapters as a checkpoint that plain transformers loads.
+
+    Raises:
+        UserError: `into` holds something or cannot be written, the base is a GGUF file or quantised, or an adapter
+            cannot be merged.
+    """
+    refuse_filled(into)
+    config = {} if base.gguf else json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
+    if base.gguf or config.get("quantization_config"):
+        raise UserError(
+            "the base is not a full-precision checkpoint",
+            code="model-unloadable",
+            where=base.name,
+            remedy="name the original with --model",
+        )
+    updates: dict[str, list[Update]] = {}
+    replaced: dict[str, torch.Tensor] = {}
+    for adapter in adapters:
+        _read_adapter(adapter, updates, replaced)
+    _check_replaced(base, replaced)
+
+    tensors = 0
+
+    def fill(folder: Path) -> None:
+        nonlocal tensors
+        tensors = _write_merged(base, folder, dtype, updates, replaced, progress)
+
+    write_new(into, fill)
+    return MergeSummary(into, base.name, [adapter.name for adapter in adapters], len(updates), tensors, dtype)
+
+
+def _write_merged(
+    base: ModelSource,
+    folder: Path,
+    dtype: str,
+    updates: Mapping[str, Sequence[Update]],
+    replaced: Mapping[str, torch.Tensor],
+    progress: Progress,
+) -> int:
+    """Writes every file of the checkpoint; returns the number of its tensors."""
+    wanted = None if dtype == "auto" else DTYPES[dtype]
+    open_updates, tensors, total_bytes = set(updates), 0, 0
+    with progress.task("merging", len(base.weight_files), "files") as advance:
+        for file in base.weight_files:
+            found: dict[str, torch.Tensor] = {}
+            with safe_open(file, framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118  (a safetensors file is no dictionary)
+                    weight = replaced.get(name)
+                    weight = weights.get_tensor(name) if weight is None else weight
+                    target = weight.dtype if wanted is None or not weight.is_floating_point() else wanted
+                    if name in updates:
+                        weight = weight.float()
+                        for update in updates[name]:
+                            weight += update.delta()
+                        open_updates.discard(name)
+                    found[name] = weight.to(target).contiguous()
+            with saving_tensors():
+                save_file(found, folder / file.name, metadata={"format": "pt"})
+            tensors += len(found)
+            total_bytes += sum(tensor.nbytes for tensor in found.values())
+            advance(1, file.name)
+    if open_updates:
+        raise UserError(
+            f"the base has no weight for {len(open_updates)} of the adapter's layers, e.g. {min(open_updates)}",
+            code="adapter-mismatch",
+            where=base.name,
+            remedy="give the base that the adapter was trained on with --model",
+        )
+    _copy_rest(base, folder, dtype, total_bytes)
+    return tensors
+
+
+def _read_adapter(adapter: ModelSource, updates: dict[str, list[Update]], replaced: dict[str, torch.Tensor]) -> None:
+    """Adds an adapter's updates under the names of the base's weights."""
+    config = json.loads((adapter.folder / "adapter_config.json").read_text(encoding="utf-8"))
+    tensors = load_file(adapter.weight_files[0])
+    start = config.get("init_lora_weights")
+    odd = [name for name in ("use_dora", "layer_replication", "target_parameters", "lora_bias") if config.get(name)]
+    odd += ["init_lora_weights"] if isinstance(start, str) and start not in ("gaussian", "orthogonal") else []
+    if config.get("peft_type") != "LORA" or odd:
+        raise UserError(
+            f"only plain LoRA can be merged here ({', '.join(odd) or config.get('peft_type')})",
+            code="adapter-mismatch",
+            where=adapter.name,
+            remedy="load the full-precision base with peft (run.json has the lines) and call merge_and_unload()",
+        )
+    for name, tensor in tensors.items():
+        bare = name.removeprefix(_PREFIX)
+        if ".lora_B." in bare:
+            continue
+        if ".lora_A." not in bare:
+            replaced[bare.replace(".base_layer.", ".")] = tensor
+            continue
+        module = bare.split(".lora_A.")[0]
+        rank = _of_pattern(config.get("rank_pattern"), module, config["r"])
+        alpha = _of_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        b = tensors[name.replace(".lora_A.", ".lora_B.")]
+        update = Update(tensor, b, scale, bool(config.get("fan_in_fan_out")))
+        updates.setdefault(f"{module}.weight", []).append(update)
+
+
+def _check_replaced(base: ModelSource, replaced: Mapping[str, torch.Tensor]) -> None:
+    """What an adapter holds beside LoRA's matrices takes the place of the base's own weights, or cannot be merged."""
+    held: set[str] = set()
+    shared: list[str] = []
+    for file in base.weight_files:
+        with safe_open(file, framework="pt") as weights:
+            names = set(weights.keys())
+            held |= names
+            shared += [n for n in names & set(replaced) if not torch.equal(weights.get_tensor(n), replaced[n])]
+    embeddings = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+    tied = not any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in held)
+    lost = sorted(set(replaced) - held) + [name for name in sorted(shared) if tied and name.endswith(embeddings)]
+    if lost:
+        raise UserError(
+            f"{len(lost)} of the adapter's tensors have no place of their own in the base, e.g. {lost[0]}",
+            code="adapter-mismatch",
+            where=base.name,
+            expected="plain LoRA, and whole modules or biases that the base holds by themselves",
+            found="LoRA on an embedding, trained tokens, or a head and an embedding that are one tensor in the base",
+            remedy="load the full-precision base with peft (run.json has the lines) and call merge_and_unload()",
+        )
+
+
+def _of_pattern(pattern: dict[str, float] | None, module: str, default: float) -> float:
+    """peft's rank_pattern and alpha_pattern: the first key that matches the end of a module's name."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def _copy_rest(base: ModelSource, into: Path, dtype: str, total_bytes: int) -> None:
+    """Everything beside the weights: configuration, tokenizer, the index of shards."""
+    write_config(base, into, dtype)
+    copy_beside(base, into)
+    index = base.folder / "model.safetensors.index.json"
+    if index.is_file() and base.weight_files[0].name != "model.safetensors":
+        record = json.loads(index.read_text(encoding="utf-8"))
+        record["metadata"] = {**record.get("metadata", {}), "total_size": total_bytes}
+        (into / index.name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,298 @@
+"""What a run would need, before anything is downloaded or rented: memory by simulation, time by arithmetic.
+
+Memory comes from running the real forward and the real step without a device (`memory.simulate`); what that
+cannot see is added as estimates, each under its name. Nothing here was measured on the card that is asked about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from dpoeng.engine.config.plan import PlanConfig
+from dpoeng.engine.memory.any_depth import Memory, forward_memory, step_memory
+from dpoeng.engine.memory.cards import Gpu, PhaseTime, find_gpu, phase_times
+from dpoeng.engine.memory.overhead import (
+    FRAGMENTATION,
+    GIB,
+    count_parameters,
+    estimate_overhead,
+    model_fields,
+    needed_bytes,
+)
+from dpoeng.engine.memory.simulate import Pair, Setup
+from dpoeng.engine.memory.tracker import Peak
+from dpoeng.engine.models.model import DTYPES
+from dpoeng.engine.runtime.distributed import BUCKET_BYTES
+
+BATCH_TOKENS = (16384, 4096, 1024)
+
+MICRO_BATCHES = (1, 2, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A change and the peak of phase two with it, in bytes."""
+
+    name: str
+    peak_bytes: int
+
+
+@dataclass(slots=True)
+class CardPlan:
+    """One card: bytes it has, whether each phase fits, and with what."""
+
+    gpu: Gpu
+    phase1_fits: bool
+    phase2_fits: bool
+    batch_tokens: int
+    micro_batch: int
+    times: list[PhaseTime] = field(default_factory=list)
+
+    @property
+    def fits(self) -> bool:
+        """Both phases."""
+        return self.phase1_fits and self.phase2_fits
+
+
+@dataclass(slots=True)
+class Plan:
+    """The answer. Peaks are of tensors; `estimates` come on top of each.
+
+    Attributes:
+        request: what was asked.
+        parameters: of the base.
+        phase1: `batch_tokens` -> memory of one forward of the reference.
+        phase2: pairs in a forward -> memory of one optimizer step.
+        evaluation: memory of a forward of the evaluation or the parity check, one pair.
+        two_models: memory of a step with a reference model beside the policy and whole logits; None if not asked.
+        estimates: what the simulation cannot see, bytes by name.
+        options: other settings and their peaks.
+        cards: an answer a card.
+    """
+
+    request: PlanConfig
+    parameters: int
+    phase1: dict[int, Memory]
+    phase2: dict[int, Memory]
+    evaluation: Memory
+    two_models: Memory | None
+    estimates: dict[str, int]
+    options: list[Option]
+    cards: list[CardPlan]
+
+    @property
+    def step(self) -> Peak:
+        """One pair a forward: the least that phase two can do with."""
+        return self.phase2[1].peak
+
+    def needed(self, peak: Peak) -> int:
+        """A peak of tensors with what comes on top of it."""
+        return needed_bytes(peak, self.estimates)
+
+
+# --------------------------------------------------------------------------- the answer
+
+
+def make_plan(request: PlanConfig) -> Plan:
+    """Simulates both phases and says what fits where.
+
+    Raises:
+        UserError: the model is not known, or cannot be made.
+    """
+    fields = model_fields(request.model)
+    cards = [find_gpu(name) for name in request.gpu]
+    setup = Setup(
+        model=fields,
+        dtype=DTYPES["bfloat16" if request.dtype == "auto" else request.dtype],
+        quantization=request.quantization,
+        config=request.train_config(),
+        layout=request.layout,
+        accumulates=request.batch > 1,
+        shards=request.gpus if request.fsdp else 1,
+    )
+    answers = request.max_length - request.prompt_length
+    pair = Pair(request.prompt_length, answers, answers)
+    estimates, parts = estimate_overhead(setup, pair), count_parameters(fields)
+    if request.gpus > 1:
+        estimates["gradients of all cards"] = BUCKET_BYTES
+    largest = max(card.n_bytes for card in cards)
+
+    phase2: dict[int, Memory] = {}
+    for micro_batch in MICRO_BATCHES:
+        phase2[micro_batch] = step_memory(setup, [pair] * micro_batch, whole=request.whole)
+        if needed_bytes(phase2[micro_batch].peak, estimates) > largest:
+            break
+    evaluation = forward_memory(setup, [pair], policy=True)
+    # Phase one holds the base whole on every card.
+    reference = replace(setup, quantization=request.reference_quantization or request.quantization, shards=1)
+    phase1: dict[int, Memory] = {}
+    tokens = pair_tokens(pair, request.layout)
+    for pairs in sorted({max(1, budget // tokens) for budget in BATCH_TOKENS}):
+        phase1[pairs * tokens] = forward_memory(reference, [pair] * pairs, policy=False)
+    plan = Plan(
+        request=request,
+        parameters=sum(parts.values()),
+        phase1=phase1,
+        phase2=phase2,
+        evaluation=evaluation,
+        two_models=step_memory(_two_models(setup), [pair]) if request.compare else None,
+        estimates=estimates,
+        options=_options(setup, pair) if request.compare else [],
+        cards=[],
+    )
+    plan.cards = [_card(plan, setup, pair, parts, gpu) for gpu in cards]
+    return plan
+
+
+def pair_tokens(pair: Pair, layout: str) -> int:
+    """Positions computed for a pair."""
+    return pair.prompt * (1 if layout == "shared" else 2) + pair.chosen + pair.rejected
+
+
+def _two_models(setup: Setup) -> Setup:
+    return replace(setup, second_model=True, full_logits=True, stock=True, layout="separate")
+
+
+def _options(setup: Setup, pair: Pair) -> list[Option]:
+    """Phase two with one pair a forward and one thing changed."""
+    config = setup.config
+    half = Pair(max(1, pair.prompt // 2), pair.chosen // 2, pair.rejected // 2)
+    changes: list[tuple[str, Setup, Pair]] = [
+        (f"quantization {name}", replace(setup, quantization=name), pair)
+        for name in ("none", "8bit", "4bit")
+        if name != setup.quantization and config.use_peft and not (name == "8bit" and setup.shards > 1)
+    ]
+    as_lora = config.model_copy(update={"use_peft": True})
+    without = replace(setup, config=config.model_copy(update={"gradient_checkpointing": False}))
+    offloading = config.model_copy(update={"gradient_checkpointing": True, "activation_offloading": True})
+    changes += [
+        *([] if setup.shards == 1 else [("without fsdp", replace(setup, shards=1), pair)]),
+        *([] if config.use_peft else [("a LoRA", replace(setup, config=as_lora), pair)]),
+        ("half of max_length", setup, half),
+        *(
+            (f"optim {name}", replace(setup, config=config.model_copy(update={"optim": name})), pair)
+            for name in ("adamw_torch_fused", "adamw_8bit")
+            if name != config.optim and (name != "adamw_torch_fused" or not config.use_peft)
+        ),
+        ("activation_offloading", replace(setup, config=offloading), pair),
+        ("without gradient checkpointing", without, pair),
+        ("whole logits", replace(setup, full_logits=True), pair),
+    ]
+    return [Option(name, step_memory(changed, [some]).peak.n_bytes) for name, changed, some in changes]
+
+
+def _card(plan: Plan, setup: Setup, pair: Pair, parts: Mapping[str, int], gpu: Gpu) -> CardPlan:
+    request = plan.request
+    micro = [n for n, memory in plan.phase2.items() if plan.needed(memory.peak) <= gpu.n_bytes]
+    step = plan.phase2[max(micro, default=1)].peak.n_bytes
+    # The parity check of phase two scores batches of phase one's size: they should not be what decides there.
+    tokens = [n for n, memory in plan.phase1.items() if plan.needed(memory.peak) <= gpu.n_bytes]
+    quiet = [n for n in tokens if plan.phase1[n].peak.n_bytes <= step]
+    card = CardPlan(
+        gpu=gpu,
+        phase1_fits=bool(tokens),
+        phase2_fits=bool(micro) and plan.needed(plan.evaluation.peak) <= gpu.n_bytes,
+        batch_tokens=max(quiet, default=min(plan.phase1)),
+        micro_batch=max(micro, default=1),
+    )
+    card.times = phase_times(
+        parts,
+        setup.model,
+        pair=(pair.prompt, pair.chosen, pair.rejected),
+        pairs=request.pairs,
+        epochs=request.epochs,
+        checkpointing=bool(setup.config.gradient_checkpointing),
+        full=not setup.config.use_peft,
+        shared=request.layout == "shared",
+        gpu=gpu,
+        gpus=request.gpus,
+        utilisation=request.utilisation,
+    )
+    return card
+
+
+# --------------------------------------------------------------------------- for scripts
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The answer for scripts; top-level fields are of the first card."""
+    first = plan.cards[0]
+    step, pass_one = plan.phase2[first.micro_batch].peak, plan.phase1[first.batch_tokens].peak
+
+    def gib(n_bytes: int) -> float:
+        return round(n_bytes / GIB, 3)
+
+    def breakdown(peak: Peak) -> dict[str, float]:
+        return {kind: gib(n) for kind, n in sorted(peak.by_kind.items(), key=lambda item: -item[1])}
+
+    return {
+        "calculated": True,
+        "model": plan.request.model,
+        "parameters": plan.parameters,
+        "fits": first.fits,
+        "estimates_gib": {name: gib(n) for name, n in plan.estimates.items()},
+        "fragmentation": FRAGMENTATION,
+        "phase1": {
+            "fits": first.phase1_fits,
+            "peak_gib": gib(pass_one.n_bytes),
+            "needed_gib": gib(plan.needed(pass_one)),
+            "breakdown_gib": breakdown(pass_one),
+            "batch_tokens": first.batch_tokens,
+        },
+        "phase2": {
+            "fits": first.phase2_fits,
+            "peak_gib": gib(plan.step.n_bytes),
+            "needed_gib": gib(plan.needed(plan.step)),
+            "breakdown_gib": breakdown(plan.step),
+            "stretches_gib": {name: gib(peak.n_bytes) for name, peak in plan.phase2[1].stretches.items()},
+            "evaluation_peak_gib": gib(plan.evaluation.peak.n_bytes),
+            "peak_gib_by_micro_batch": {str(n): gib(memory.peak.n_bytes) for n, memory in plan.phase2.items()},
+            "two_model_peak_gib": gib(plan.two_models.peak.n_bytes) if plan.two_models else None,
+            "options_gib": {option.name: gib(option.peak_bytes) for option in plan.options},
+            "suggested": suggested(plan, first),
+            "suggested_peak_gib": gib(step.n_bytes),
+        },
+        "cards": [
+            {
+                "name": card.gpu.name,
+                "gib": gib(card.gpu.n_bytes),
+                "fits": card.fits,
+                "phase1_fits": card.phase1_fits,
+                "phase2_fits": card.phase2_fits,
+                "suggested": suggested(plan, card),
+                "time": [
+                    {
+                        "phase": time.name,
+                        "pflop": round(time.flops / 1e15, 3),
+                        "hours": float(f"{time.hours:.3g}") if time.hours is not None else None,
+                        "cost": round(plan.request.gpus * time.hours * plan.request.price_per_hour, 2)
+                        if time.hours is not None and plan.request.price_per_hour is not None
+                        else None,
+                    }
+                    for time in card.times
+                ],
+            }
+            for card in plan.cards
+        ],
+    }
+
+
+def suggested(plan: Plan, card: CardPlan) -> dict[str, Any]:
+    """Fields of dpoeng.yaml for a card, with the number of pairs a step that was asked for."""
+    request = plan.request
+    micro = min(card.micro_batch, max(1, request.batch // request.gpus))  # a forward for each card
+    return {
+        **({} if request.use_peft else {"use_peft": False}),
+        **({"fsdp": True} if request.fsdp else {}),
+        "quantization": request.quantization,
+        "dtype": request.dtype,
+        "max_length": request.max_length,
+        "batch_tokens": card.batch_tokens,
+        "gradient_checkpointing": request.gradient_checkpointing,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": -(-request.batch // micro),
+        "per_device_eval_batch_size": micro,
+        "optim": request.optim,
+    }

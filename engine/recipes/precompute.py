@@ -1,0 +1,374 @@
+"""Phase one: run the frozen reference once over the pairs that the cache lacks, and commit its log-probs."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import xxhash
+
+from dpoeng.cache.errors import UserError
+from dpoeng.cache.index import KeyIndex
+from dpoeng.cache.schema import PairIds, pair_key
+from dpoeng.cache.store import Store
+from dpoeng.cache.words import counted
+from dpoeng.engine.config.fields import PrecomputeConfig
+from dpoeng.engine.data.pairs import PairFile, ensure_unchanged, read_pairs
+from dpoeng.engine.data.readers import COMPRESSIONS, FORMATS
+from dpoeng.engine.data.rejects import Reject, check_reject_share
+from dpoeng.engine.data.tokenization import TokenizedData, tokenize_pairs
+from dpoeng.engine.memory.fit import check_forward
+from dpoeng.engine.models.loading import load_tokenizer, pick_device, with_stored_quantization
+from dpoeng.engine.models.model import CausalLM, device_name, library_versions
+from dpoeng.engine.models.quantized import require_bitsandbytes
+from dpoeng.engine.models.sources import ModelSource, find_adapter, find_model
+from dpoeng.engine.reference.drift import check_drift
+from dpoeng.engine.reference.identity import reference_spec
+from dpoeng.engine.reference.loading import load_reference
+from dpoeng.engine.reference.shards import Part, plan_shards
+from dpoeng.engine.reference.view import reference_record, source_record, write_pairs_view, write_rejects_file
+from dpoeng.engine.runtime.distributed import Group, process_group
+from dpoeng.engine.runtime.progress import QUIET, Progress
+from dpoeng.engine.scoring.forward import rotary_limit
+from dpoeng.engine.scoring.layout import batches_of_pairs
+from dpoeng.engine.scoring.pairs import score_pairs, score_within_memory
+
+VISIBLE_WITHIN_S: Final = 60.0
+"""How long the first process waits until it sees what the others have committed."""
+
+_STORED_BYTES_A_TOKEN = 8  # an id and a log-prob
+_STORED_BYTES_A_PAIR = 64  # key, sums, offsets
+
+
+@dataclass(slots=True)
+class PrecomputeSummary:
+    """What phase one did. `pairs` counts rows of the view; `computed` and `reused` count distinct pairs.
+
+    `pending` pairs belong to other parts that are not done; while there are any, the view is not written. `views`
+    counts those of the cache then.
+    """
+
+    cache: Path
+    view: str
+    spec: str
+    pairs: int
+    computed: int
+    reused: int
+    quarantined: int
+    filtered: int
+    rejects: list[Reject]
+    rejects_file: Path | None
+    data: TokenizedData
+    source: PairFile
+    part: Part
+    reports: bool = True
+    pending: int = 0
+    views: int = 0
+    computed_tokens: int = 0
+    seconds: float = 0.0
+    layout: str = ""
+    layout_reason: str = ""
+    device: str = ""
+    peak_bytes: int | None = None
+    predicted_bytes: int | None = None
+    reference_accuracy: float = 0.0
+    reference: dict[str, Any] = field(default_factory=dict)
+
+
+def precompute_reference(config: PrecomputeConfig, progress: Progress = QUIET) -> PrecomputeSummary:
+    """Runs phase one. Run again after an interruption, it computes only what is missing, and ends with the same bytes.
+
+    Under torchrun the processes share the work, and the first of them ends it and reports. With `config.shard` this
+    process does one part, and whichever job finds all parts done ends the work.
+
+    Raises:
+        UserError: the data, the model, the configuration or the cache is not usable as it is; or another process of
+            the same run has ended.
+    """
+    with process_group() as group:
+        return _precompute(config, group, progress if group.is_first else QUIET)
+
+
+def _precompute(config: PrecomputeConfig, group: Group, progress: Progress) -> PrecomputeSummary:
+    if not config.pairs:
+        raise UserError(
+            "no preference pairs were named",
+            code="config-missing",
+            where="pairs",
+            expected="one file or more, e.g. dpoeng precompute-ref pairs.jsonl --model sft-model",
+            remedy="name the file, or write `pairs: [pairs.jsonl]` into dpoeng.yaml",
+        )
+    source = find_model(required_model(config))
+    config = with_stored_quantization(config, source)
+    adapter = find_adapter(config.adapter) if config.adapter else None
+    device = pick_device(config.device, group.local_rank)
+    require_bitsandbytes(config.quantization)
+    batch_tokens = config.batch_tokens or default_batch_tokens(device)
+    config = config.model_copy(update={"batch_tokens": batch_tokens})
+    view_name = config.name or default_view_name(config.pairs[0])
+    part = _part(config, group)
+    file, data = _read(config, source)
+    if remark := file.column_remark():
+        progress.note(remark)
+
+    store = Store.open(config.cache, create=True)
+    with group.first_on_machine():
+        spec = reference_spec(config, source, adapter, progress)
+    spec_digest = store.put_spec(spec)
+    keys = [pair_key(pair.ids) for pair in data.pairs]
+    unique = {key: pair.ids for key, pair in zip(keys, data.pairs, strict=True)}
+    group.agree("models", spec_digest, "give every process the same model, adapter and precision")
+    group.agree("pairs", xxhash.xxh3_128_hexdigest(b"".join(sorted(unique))), "give every process the same files")
+    index = store.lookup(spec_digest)
+    for name in index.quarantined:
+        progress.note(f"object {name} of the cache was damaged; it was set aside and its pairs are computed again")
+
+    # Planned over what the last finished run left, not over what is there now: see plan_shards.
+    sealed = store.lookup(spec_digest, sealed=True, known=index)
+    shards = plan_shards({key: ids for key, ids in unique.items() if ids not in sealed}, config.shard_tokens)
+    missing = [[ids for ids in shard if ids not in index] for shard in shards]
+    absent = sum(len(shard) for shard in missing)
+    mine = [shard for shard in part.of(missing) if shard]
+    summary = PrecomputeSummary(
+        cache=config.cache,
+        view=view_name,
+        spec=spec_digest,
+        pairs=len(data.pairs),
+        computed=sum(len(shard) for shard in mine),
+        reused=len(unique) - absent,
+        quarantined=len(index.quarantined),
+        filtered=file.filtered,
+        rejects=[*file.rejects, *data.rejects],
+        rejects_file=None,
+        data=data,
+        source=file,
+        part=part,
+        reports=group.is_first,
+        device=device_name(device),
+    )
+    if mine:
+        _check_disk(store.root, mine)
+        began = time.perf_counter()
+        summary.predicted_bytes = check_forward(config, source, [ids for shard in mine for ids in shard], device)
+        lm = load_reference(config, source, adapter, device)
+        summary.layout, summary.layout_reason = lm.layout, lm.layout_reason
+        _check_ids(unique.values(), lm, source)
+        _check_positions(unique.values(), lm)
+        reused = {key: ids for key, ids in unique.items() if ids in index}
+        check_drift(
+            lm,
+            store,
+            spec_digest,
+            index,
+            reused,
+            quantization=config.quantization,
+            batch_tokens=batch_tokens,
+            progress=progress,
+        )
+        _compute(lm, store, spec_digest, mine, config, summary, progress)
+        summary.seconds = time.perf_counter() - began
+    group.wait()  # until all have committed their shards
+    if not group.is_first:
+        return summary
+    index = _look_again(store, spec_digest, index, unique, patience_s=VISIBLE_WITHIN_S if group.size > 1 else 0.0)
+    summary.pending = sum(ids not in index for ids in unique.values())
+    if summary.pending:
+        return summary
+    store.seal(spec_digest)
+
+    ensure_unchanged(file.files)
+    summary.reference = reference_record(config, source, adapter, spec)
+    meta = {
+        "reference": summary.reference,
+        **source_record(config, file, len(summary.rejects), summary.device),
+    }
+    write_pairs_view(store, spec_digest, view_name, data, keys, meta, known=index, progress=progress)
+    summary.views = len(store.views())
+    summary.rejects_file = write_rejects_file(store, view_name, summary.rejects, progress)
+    summary.reference_accuracy = _reference_accuracy(index, unique)
+    return summary
+
+
+def required_model(config: PrecomputeConfig) -> str:
+    """The base that the configuration names; raises UserError where it names none."""
+    if config.model is None:
+        raise UserError(
+            "no model was named",
+            code="config-missing",
+            where="--model",
+            expected="the SFT model: a directory, a .gguf file or a hub id",
+            remedy="add --model DIR (and --adapter DIR for a LoRA SFT checkpoint), or write `model: DIR` into "
+            "dpoeng.yaml in this folder",
+        )
+    return config.model
+
+
+def _part(config: PrecomputeConfig, group: Group) -> Part:
+    """What this process does: what `--shard` says, or its share among the processes that torchrun started."""
+    if config.shard is None:
+        return Part(group.rank + 1, group.size)
+    if group.size > 1:
+        raise UserError(
+            "the work is divided in two ways at once",
+            code="shard-and-ranks",
+            where="--shard",
+            expected="either --shard, or several processes started by torchrun",
+            found=f"--shard {config.shard}, and WORLD_SIZE {group.size}",
+            remedy="leave --shard out: the processes share the work by themselves",
+        )
+    return Part.parse(config.shard)
+
+
+def _read(config: PrecomputeConfig, source: ModelSource) -> tuple[PairFile, TokenizedData]:
+    """The pairs, as they are and as token ids; raises UserError where too few of them can be used."""
+    file = read_pairs(
+        config.pairs,
+        columns=config.columns,
+        where=config.where,
+        max_reject_share=config.max_reject_share,
+        prompt_format=config.prompt_format,
+    )
+    data = tokenize_pairs(
+        file.pairs,
+        load_tokenizer(source),
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        truncation_mode=config.truncation_mode,
+        append_eos=config.append_eos,
+    )
+    if not data.pairs:
+        raise UserError(
+            "no pair is left after tokenisation",
+            code="data-empty",
+            where=", ".join(map(str, config.pairs)),
+            expected="pairs that keep response tokens within max_length",
+            found=f"{counted(len(data.rejects), 'pair')} rejected, the first: {data.rejects[0].reason}, "
+            f"{data.rejects[0].detail}"
+            if data.rejects
+            else None,
+            remedy="see all reasons with `dpoeng check PAIRS --model MODEL`; raise --max-length if it is lengths",
+            exit_status=3,
+        )
+    check_reject_share([*file.rejects, *data.rejects], len(file.pairs) + len(file.rejects), config.max_reject_share)
+    return file, data
+
+
+def _look_again(
+    store: Store, spec_digest: str, index: KeyIndex, unique: Mapping[bytes, PairIds], *, patience_s: float
+) -> KeyIndex:
+    """The index with what has been committed since; waits for rows of processes that have ended, if they lack.
+
+    A network file system shows other machines' files late.
+    """
+    limit = time.monotonic() + patience_s
+    while True:
+        index = store.lookup(spec_digest, known=index)
+        if all(ids in index for ids in unique.values()) or time.monotonic() >= limit:
+            return index
+        time.sleep(0.5)
+
+
+def default_batch_tokens(device: torch.device) -> int:
+    """Positions in one forward: enough to keep the device busy, little beside the weights."""
+    return 16384 if device.type == "cuda" else 2048
+
+
+def default_view_name(path: Path) -> str:
+    """`data/pairs.train.jsonl.gz` -> `pairs.train`; names that cannot be kept get a hash."""
+    stem = path.name or path.resolve().name
+    for endings in (COMPRESSIONS, FORMATS):
+        stem = next((stem.removesuffix(ending) for ending in endings if stem.endswith(ending)), stem)
+    plain = re.sub(r"[^A-Za-z0-9._-]", "-", stem)
+    return plain if plain == stem else f"{plain}-{xxhash.xxh3_64_hexdigest(stem.encode())[:6]}"
+
+
+def _check_disk(root: Path, missing: Sequence[Sequence[PairIds]]) -> None:
+    """Refuses before the model is loaded what would fail with a full disk after hours."""
+    needed = sum(_STORED_BYTES_A_TOKEN * ids.total_tokens + _STORED_BYTES_A_PAIR for shard in missing for ids in shard)
+    free = shutil.disk_usage(root).free
+    if needed > free:
+        raise UserError(
+            "the disk has no room for the log-probs that are to be computed",
+            code="cache-disk-small",
+            where=str(root),
+            expected=f"{needed / 1e6:.1f} MB free",
+            found=f"{free / 1e6:.1f} MB",
+            remedy="free some space, or choose another folder with --cache",
+            exit_status=5,
+        )
+
+
+def _compute(
+    lm: CausalLM,
+    store: Store,
+    spec_digest: str,
+    shards: Sequence[Sequence[PairIds]],
+    config: PrecomputeConfig,
+    summary: PrecomputeSummary,
+    progress: Progress,
+) -> None:
+    provenance = {"versions": library_versions(), "device": summary.device, "layout": lm.layout}
+    assert config.batch_tokens is not None
+    planned = [(shard, batches_of_pairs(shard, config.batch_tokens)) for shard in shards]
+    summary.computed_tokens = sum(positions for _, batches in planned for _, positions in batches)
+    if lm.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(lm.device)
+    pairs_done, began = 0, time.perf_counter()
+    with progress.task("reference log-probs", summary.computed_tokens, "tokens") as advance:
+        for shard, batches in planned:
+            rows = []
+            for batch, positions in batches:
+                pairs = [shard[i] for i in batch]
+                rows += score_within_memory(lm, pairs, note=progress.note, score=score_pairs)
+                pairs_done += len(pairs)
+                speed = pairs_done / (time.perf_counter() - began)
+                shown = f"{pairs_done} of {counted(summary.computed, 'pair')}, {speed:.2f} pairs/s"
+                advance(positions, shown)
+            store.commit_shard(spec_digest, rows, provenance)
+    if lm.device.type == "cuda":
+        summary.peak_bytes = torch.cuda.max_memory_allocated(lm.device)
+
+
+def _check_ids(pairs: Any, lm: CausalLM, source: ModelSource) -> None:
+    highest = max(
+        int(part.max()) for ids in pairs for part in (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids) if len(part)
+    )
+    if highest >= lm.vocab_size:
+        raise UserError(
+            "the tokenizer gives ids that the model does not have",
+            code="tokenizer-mismatch",
+            where=source.name,
+            expected=f"ids below {lm.vocab_size}",
+            found=str(highest),
+            remedy="use the tokenizer that belongs to this model; added tokens need resized embeddings",
+        )
+
+
+def _check_positions(pairs: Collection[PairIds], lm: CausalLM) -> None:
+    limit = rotary_limit(lm)
+    lengths = [len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids)) for ids in pairs]
+    if limit is not None and max(lengths) > limit:
+        raise UserError(
+            "this model changes its rotary frequencies for long texts, and so the numbers of all texts beside them",
+            code="model-unsupported",
+            where=f"{sum(length > limit for length in lengths)} of {len(lengths)} pairs",
+            expected=f"prompt and response of at most {limit} tokens, up to which its frequencies stand still",
+            found=f"{max(lengths)} tokens",
+            remedy=f"use --max-length {limit}, or leave the long pairs out with --where",
+        )
+
+
+def _reference_accuracy(index: KeyIndex, unique: dict[bytes, PairIds]) -> float:
+    """Share of distinct pairs whose chosen response the reference already finds likelier."""
+    right = 0
+    for ids in unique.values():
+        pair = index.get(ids)
+        assert pair is not None, "every pair was committed"
+        right += pair.chosen_sum > pair.rejected_sum
+    return right / len(unique)

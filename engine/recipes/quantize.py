@@ -1,0 +1,86 @@
+"""A checkpoint that is quantised already: written once, read in half or a quarter of the bytes from then on.
+
+The layers, and so the numbers, are those of quantising while loading. Merging needs the full-precision original.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dpoeng.cache.errors import UserError
+from dpoeng.engine.config.fields import Quantization
+from dpoeng.engine.models.loading import load_model
+from dpoeng.engine.models.sources import ModelSource, copy_beside, stored_quantization
+from dpoeng.engine.runtime.folders import refuse_filled, saving_tensors, write_new
+from dpoeng.engine.runtime.progress import QUIET, Progress
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeSummary:
+    """What was written; sizes in bytes."""
+
+    folder: Path
+    quantization: Quantization
+    before: int
+    after: int
+
+
+def quantize(
+    source: ModelSource,
+    into: Path,
+    *,
+    quantization: Quantization,
+    dtype: str = "auto",
+    device: torch.device | None = None,
+    quant_type: str = "nf4",
+    double_quant: bool = True,
+    progress: Progress = QUIET,
+) -> QuantizeSummary:
+    """Writes a model in bitsandbytes' 8 or 4 bits, as transformers saves and loads it.
+
+    Args:
+        source: the full-precision checkpoint.
+        into: where the new one goes; must not exist, or be empty.
+        quantization: 8bit or 4bit.
+        dtype: of what stays unquantised (head, embedding, norms); `auto` is the checkpoint's own.
+        device: where it is quantised.
+        quant_type: 4bit: the number format.
+        double_quant: 4bit: whether the scales are quantised too.
+        progress: told of the two halves of the work.
+
+    Raises:
+        UserError: the model is quantised already or cannot be loaded, or the folder cannot be written.
+    """
+    refuse_filled(into)
+    if source.gguf or stored_quantization(source) is not None:
+        raise UserError(
+            f"{source.name} is quantised already",
+            code="quantization-stored",
+            where=str(source.folder),
+            expected="a full-precision checkpoint of safetensors",
+            remedy="name the original",
+        )
+    with progress.task("quantising", 2, "halves") as advance:
+        lm = load_model(
+            source,
+            quantization=quantization,
+            dtype=dtype,
+            device=device or torch.device("cpu"),
+            quant_type=quant_type,
+            double_quant=double_quant,
+            tokenizer=False,
+        )
+        advance(1, "loaded")
+
+        def fill(folder: Path) -> None:
+            with saving_tensors():
+                lm.base.save_pretrained(folder)
+            copy_beside(source, folder)
+
+        write_new(into, fill)
+        advance(1, "written")
+    after = sum(file.stat().st_size for file in into.glob("*.safetensors"))
+    return QuantizeSummary(into, quantization, sum(file.stat().st_size for file in source.weight_files), after)

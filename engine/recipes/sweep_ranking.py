@@ -1,0 +1,174 @@
+"""What the runs of a sweep have shown on the same held-out pairs: ranked, with intervals, and which differ by more.
+
+Runs are compared pair by pair: the difference of a run from the best one is a number for each held-out pair, and its
+interval comes from drawing prompts anew, for both runs the same. That is much narrower than two intervals side by side,
+since what makes a pair easy or hard is the same in both. Knows folders of runs, no model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from dpoeng.cache.files import replacing
+from dpoeng.engine.runs.folder import RUN_FILE, has_result
+from dpoeng.engine.runs.reading import read_held_out, read_run
+from dpoeng.engine.runtime.folders import write_durably
+from dpoeng.engine.training.early_stopping import more_is_better
+from dpoeng.engine.training.evaluation import CONFIDENCE, Floats, bootstrap, length_controlled_accuracy
+
+SWEEP_FILE = "sweep.json"
+
+_CONTROLLED = "rewards/accuracies_length_controlled"
+PER_PAIR = (
+    "rewards/accuracies",
+    _CONTROLLED,
+    "rewards/margins",
+    "rewards/chosen",
+    "rewards/rejected",
+    "loss",
+    "logps/chosen",
+    "logps/rejected",
+    "kl/chosen",
+    "kl/rejected",
+)
+"""Held-out metrics by which runs can be ranked."""
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What one run has shown.
+
+    Attributes:
+        values: field -> value of what is varied.
+        state: `stopped` is one that is not complete and has not failed, or was not begun.
+        error: what ended a run that failed.
+        step: of the evaluation that is told: the adapter that was saved has it.
+        metrics: held-out metric -> mean, from that evaluation; `intervals` likewise, where there is one.
+        value: of the metric by which runs are ranked.
+        difference: of `value` from the best run's; for the best run itself None, as its interval.
+        differs: whether the interval of the difference leaves out 0.
+    """
+
+    name: str
+    values: Mapping[str, str]
+    folder: Path
+    state: Literal["complete", "failed", "stopped"]
+    error: str = ""
+    step: int = 0
+    metrics: Mapping[str, float] | None = None
+    intervals: Mapping[str, Interval] | None = None
+    value: float | None = None
+    difference: float | None = None
+    difference_interval: Interval | None = None
+    differs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _HeldOut:
+    """Values of a run, pair by pair."""
+
+    pairs: list[tuple[str, str]]
+    longer: Floats
+    values: dict[str, Floats]
+
+
+def compare_runs(
+    runs: Sequence[tuple[str, Mapping[str, str], Path]], rank_by: str, failed: Mapping[str, str]
+) -> list[RunResult]:
+    """Reads the folders of some runs and ranks those that are complete.
+
+    Args:
+        runs: name, values and folder of each.
+        rank_by: one of `PER_PAIR`.
+        failed: name -> what ended it.
+
+    Returns:
+        complete runs, best first and equal ones in their order; then the others.
+
+    Raises:
+        UserError: a record is damaged.
+    """
+    results, held_out = [], {}
+    for run, values, folder in runs:
+        if run in failed:
+            results.append(RunResult(run, values, folder, "failed", failed[run]))
+        elif not has_result(folder) or not (folder / RUN_FILE).is_file():
+            results.append(RunResult(run, values, folder, "stopped"))
+        else:
+            lines = read_held_out(folder)
+            step = int(lines[0]["step"])
+            found = next(line for line in reversed(read_run(folder).evaluations) if line["step"] == step)
+            held_out[run] = _pairs(lines)
+            metrics, intervals = found["metrics"], {key: (low, high) for key, (low, high) in found["intervals"].items()}
+            results.append(
+                RunResult(run, values, folder, "complete", "", step, metrics, intervals, metrics.get(rank_by))
+            )
+    sign = 1.0 if more_is_better(rank_by, None) else -1.0
+    ranked = [result for result in results if result.value is not None]
+    ranked.sort(key=lambda result: -sign * (result.value or 0.0))
+    compared = ranked[:1] + [_against(result, ranked[0], held_out, rank_by) for result in ranked[1:]]
+    return compared + [result for result in results if result.value is None]
+
+
+def _pairs(lines: Sequence[Mapping[str, Any]]) -> _HeldOut:
+    names = [name for name in PER_PAIR if name in lines[0]]
+    return _HeldOut(
+        pairs=[(line["source"], line["prompt"]) for line in lines],
+        longer=np.array([line["chosen_tokens"] - line["rejected_tokens"] for line in lines], dtype=np.float64),
+        values={name: np.array([line[name] for line in lines], dtype=np.float64) for name in names},
+    )
+
+
+def _against(result: RunResult, best: RunResult, held_out: Mapping[str, _HeldOut], name: str) -> RunResult:
+    """The run with its difference from the best one."""
+    own, other = held_out[result.name], held_out[best.name]
+    assert own.pairs == other.pairs, "runs of one sweep are judged on the same pairs in the same order"
+    source = "rewards/accuracies" if name == _CONTROLLED else name
+    if source not in own.values or source not in other.values:
+        return result
+    values = own.values[source] - other.values[source]
+    # Means over pairs that are longer and that are shorter: of differences as of values.
+    mean = length_controlled_accuracy(values, own.longer) if name == _CONTROLLED else float(values.mean())
+    prompts = [prompt.encode() for _, prompt in own.pairs]
+    interval = bootstrap({source: values}, own.longer, prompts, seed=0).get(name)
+    differs = interval is not None and not interval[0] <= 0 <= interval[1]
+    return replace(result, difference=mean, difference_interval=interval, differs=differs)
+
+
+def verdict(results: Sequence[RunResult]) -> str:
+    """In a sentence or two: which runs the held-out pairs tell from the best one, and which they do not."""
+    ranked = [result for result in results if result.value is not None]
+    if not ranked:
+        complete = any(result.state == "complete" for result in results)
+        return "No complete run has a value of this metric." if complete else "No run is complete."
+    best, others = ranked[0], ranked[1:]
+    if not others:
+        return f"{best.name} is the only run that is complete."
+    like = [result.name for result in others if not result.differs]
+    if not like:
+        return f"{best.name} is ahead of all others by more than the noise of the held-out pairs."
+    shown = "; ".join(like[:4]) + (f"; and {len(like) - 4} more" if like[4:] else "")
+    told = f"{len(others) - len(like)} of {len(others)} others differ from it by more than noise. " if like else ""
+    return f"{best.name} is ahead. {told}Not told apart from it by these held-out pairs: {shown}."
+
+
+def write_sweep(root: Path, vary: Mapping[str, Sequence[str]], rank_by: str, results: Sequence[RunResult]) -> None:
+    """Writes sweep.json."""
+    record = {
+        "vary": {name: list(values) for name, values in vary.items()},
+        "rank_by": rank_by,
+        "confidence": CONFIDENCE,
+        "verdict": verdict(results),
+        "runs": [{**asdict(result), "folder": result.folder.name} for result in results],
+    }
+    root.mkdir(parents=True, exist_ok=True)
+    with replacing(root / SWEEP_FILE) as temporary:
+        write_durably(temporary, (json.dumps(record, indent=1) + "\n").encode())

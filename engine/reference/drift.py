@@ -1,0 +1,92 @@
+"""Values that another release or another device computed, beside those of this one: do they agree?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+
+from dpoeng.cache.errors import UserError
+from dpoeng.cache.index import KeyIndex
+from dpoeng.cache.records import Commit
+from dpoeng.cache.schema import PairIds
+from dpoeng.cache.store import Store
+from dpoeng.cache.words import counted
+from dpoeng.engine.models.model import CausalLM, device_name, library_versions
+from dpoeng.engine.reference.parity import compare_with_cache, parity_tolerance, spread
+from dpoeng.engine.runtime.progress import Progress
+
+DRIFT_SAMPLE: Final = 8
+"""Reused pairs that are scored again where other libraries or another device computed them."""
+
+
+def check_drift(
+    lm: CausalLM,
+    store: Store,
+    spec_digest: str,
+    index: KeyIndex,
+    reused: dict[bytes, PairIds],
+    *,
+    quantization: str,
+    batch_tokens: int,
+    progress: Progress,
+) -> None:
+    """Scores a few reused pairs again, where their records name other libraries or another device than these.
+
+    A version is no part of the identity: nearly all releases give the same numbers, and a miss would cost days. So
+    values of two releases may stand side by side, and this finds the release that moved them. It costs next to nothing,
+    since the model has been loaded anyway for the pairs that are missing.
+
+    Raises:
+        UserError: the values of then and now differ by more than rounding explains.
+    """
+    if not reused:
+        return
+    now = _computed_by({"versions": library_versions(), "device": device_name(lm.device)})
+    then = {
+        outcome.object.name: _computed_by(outcome.provenance)
+        for _, outcome in store.read_commits(spec_digest)
+        if isinstance(outcome, Commit)
+    }
+    shards, _ = index.locate(np.frombuffer(b"".join(reused), np.uint8).reshape(-1, 16))
+    makers = [then.get(index.objects[shard].name, now) for shard in shards]
+    foreign = [ids for ids, maker in zip(reused.values(), makers, strict=True) if maker != now]
+    if not foreign:
+        return
+    changes = sorted(
+        {f"{name} {maker[name]}, now {now[name]}" for maker in makers for name in now if maker[name] != now[name]}
+    )
+    found = (index.get(foreign[i]) for i in spread(range(len(foreign)), DRIFT_SAMPLE))
+    sample = [pair for pair in found if pair is not None]
+    report = compare_with_cache(
+        lm,
+        sample,
+        range(len(sample)),
+        beta=0.1,
+        batch_tokens=batch_tokens,
+        tolerance=parity_tolerance(lm, quantization, str(lm.dtype).removeprefix("torch.")),
+    )
+    if not report.ok:
+        raise UserError(
+            "the reference no longer gives the numbers that the cache holds for it",
+            code="reference-drifted",
+            where=f"{store.root}: {report.pairs} of {counted(len(foreign), 'pair')} computed by " + "; ".join(changes),
+            expected=f"mean difference per token <= {report.tolerance:g} nats",
+            found=f"mean {report.mean_diff:.4g}, largest {report.max_diff:.4g} nats",
+            remedy="go on with the versions and the device that computed them (`dpoeng cache info` lists these), or "
+            "compute all pairs anew in another folder with --cache",
+            exit_status=4,
+        )
+    progress.note(
+        f"{len(foreign)} reused pairs were computed by {'; '.join(changes)}: {report.pairs} of them were scored again "
+        f"and agree (mean difference {report.mean_diff:.2g} nats a token)"
+    )
+
+
+def _computed_by(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """What of a record can move a number: the libraries that compute, and the device but not its number of threads."""
+    versions = provenance.get("versions", {})
+    made = {name: str(versions.get(name, "unknown")) for name in ("torch", "transformers", "peft", "bitsandbytes")}
+    return {**made, "device": re.sub(r", \d+ threads?", "", str(provenance.get("device", "unknown")))}

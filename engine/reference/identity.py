@@ -1,0 +1,71 @@
+"""What the reference is: its full identity, and whether a loaded model still agrees with cached values."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from dpoeng.cache.fingerprint import combined_digest, weight_digests
+from dpoeng.cache.spec import ReferenceSpec
+from dpoeng.engine.config.fields import PrecomputeConfig
+from dpoeng.engine.models.loading import pick_device, resolve_dtype
+from dpoeng.engine.models.sources import ModelSource, adapter_config, forward_config
+from dpoeng.engine.runtime.progress import QUIET, Progress
+
+SCORING_VERSION = 1
+"""Raised when a change of this code moves log-probs by more than rounding."""
+
+
+def digest_memo() -> Path:
+    """Where digests of weight files are remembered between runs."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "dpoeng" / "digests"
+
+
+def weights_identity(source: ModelSource, progress: Progress = QUIET) -> str:
+    """One digest over all tensors by name, dtype, shape and bytes; the same however the checkpoint is sharded."""
+    total = sum(path.stat().st_size for path in source.weight_files)
+    with progress.task("hashing weights", total, "B") as advance:
+        done = 0
+
+        def report(hashed: int, _total: int) -> None:
+            nonlocal done
+            advance(hashed - done, "")
+            done = hashed
+
+        return combined_digest(weight_digests(source.weight_files, progress=report, memo=digest_memo()))
+
+
+def reference_spec(
+    config: PrecomputeConfig, source: ModelSource, adapter: ModelSource | None, progress: Progress = QUIET
+) -> ReferenceSpec:
+    """All that determines a cached number, and nothing else.
+
+    The tokenizer, the template and truncation are not in it: they act through the token ids, which key each row. Nor is
+    the batch plan, on which numbers depend by rounding alone.
+    """
+    quantization: dict[str, Any] | None = None
+    if config.quantization == "8bit":
+        quantization = {"method": "bitsandbytes-int8", "activations": "exact", "skip": ["lm_head"]}
+    elif config.quantization == "4bit":
+        quantization = {
+            "method": f"bitsandbytes-{config.bnb_4bit_quant_type}",
+            "double_quant": config.bnb_4bit_use_double_quant,
+            "skip": ["lm_head"],
+        }
+    return ReferenceSpec.from_fields(
+        {
+            "weights": weights_identity(source, progress),
+            "config": forward_config(source),
+            "adapter": None
+            if adapter is None
+            else {"weights": weights_identity(adapter, progress), "config": adapter_config(adapter)},
+            "quantization": quantization,
+            "dtype": str(resolve_dtype(source, config.dtype, pick_device(config.device))).removeprefix("torch."),
+            "scoring": {
+                "version": SCORING_VERSION,
+                "layout": "separate" if config.layout == "separate" else "shared",
+            },
+        }
+    )

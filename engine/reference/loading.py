@@ -1,0 +1,120 @@
+"""A base that stays in memory from run to run. Each run gets modules of its own over the same frozen weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
+from dpoeng.engine.models.adapters import load_reference_adapter
+from dpoeng.engine.models.loading import load_model, resolve_dtype
+from dpoeng.engine.models.model import CausalLM, set_mode
+from dpoeng.engine.models.quantized import quantized_tensors, same_weights
+from dpoeng.engine.models.sources import ModelSource, find_model
+from dpoeng.engine.scoring.choose_layout import choose_layout
+
+
+class KeptBase:
+    """Loads a base once, and anew where a run asks for another one than the run before it.
+
+    Whatever a run does to its modules (adapters, hooks, modes, layouts) is gone with them, so that the next one finds
+    the base as it was loaded. A base that will be divided over processes, or whose weights are trained, is not kept.
+    """
+
+    def __init__(self) -> None:
+        self._wanted: tuple[Any, ...] = ()
+        self._lm: CausalLM | None = None
+
+    def load(
+        self,
+        config: TrainConfig,
+        reference: Mapping[str, Any],
+        device: torch.device,
+        *,
+        on_host: bool = False,
+        tokenizer: bool = False,
+        shard: Callable[[Any], None] | None = None,
+    ) -> CausalLM:
+        """As `load_policy_base`, which it calls where it has to."""
+        if config.fsdp or not config.use_peft:
+            self.release()
+            return load_policy_base(config, reference, device, on_host=on_host, tokenizer=tokenizer, shard=shard)
+        wanted = (config.model, config.quantization, config.dtype, str(device), tokenizer, sorted(reference.items()))
+        if self._lm is None or self._wanted != wanted:
+            self.release()  # there need not be room for two
+            self._lm, self._wanted = load_policy_base(config, reference, device, tokenizer=tokenizer), wanted
+        base = over_same_weights(self._lm.base)
+        return replace(self._lm, model=base, base=base)
+
+    @property
+    def n_bytes(self) -> int:
+        """What the kept base takes."""
+        if self._lm is None:
+            return 0
+        tensors = [*self._lm.base.parameters(), *quantized_tensors(self._lm.base)]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        return sum(storages.values())
+
+    def release(self) -> None:
+        """Lets go of the base."""
+        self._lm = None
+
+
+def over_same_weights(base: nn.Module) -> nn.Module:
+    """A copy of a frozen model in everything but the storage of its parameters, which both share."""
+    # deepcopy looks into its memo first; what is tied stays tied, since a tied parameter is one object.
+    memo: dict[int, Any] = {id(parameter): same_weights(parameter) for parameter in base.parameters()}
+    return copy.deepcopy(base, memo)
+
+
+def load_policy_base(
+    config: TrainConfig,
+    reference: Mapping[str, Any],
+    device: torch.device,
+    *,
+    on_host: bool = False,
+    tokenizer: bool = False,
+    shard: Callable[[Any], None] | None = None,
+) -> CausalLM:
+    """The base on which the policy stands: the one that a view's `reference` record names, unless config overrides.
+
+    With `on_host` it is left in the host's memory, in the dtype that it would have on `device`. With `shard` this
+    process reads its share of it; see `load_model`.
+    """
+    source = find_model(config.model or reference["model"], revision=reference.get("revision"))
+    dtype = resolve_dtype(source, config.dtype or reference["dtype"], device)
+    return load_model(
+        source,
+        quantization=config.quantization or reference["quantization"],
+        dtype=str(dtype).removeprefix("torch."),
+        device=torch.device("cpu") if on_host else device,
+        quant_type=reference["bnb_4bit_quant_type"],
+        double_quant=reference["bnb_4bit_use_double_quant"],
+        tokenizer=tokenizer,
+        shard=shard,
+    )
+
+
+def load_reference(
+    config: PrecomputeConfig, source: ModelSource, adapter: ModelSource | None, device: torch.device
+) -> CausalLM:
+    """The frozen reference exactly as named, in the mode and layout in which both phases score."""
+    lm = load_model(
+        source,
+        quantization=config.quantization,
+        dtype=config.dtype,
+        device=device,
+        quant_type=config.bnb_4bit_quant_type,
+        double_quant=config.bnb_4bit_use_double_quant,
+        tokenizer=False,
+    )
+    if adapter is not None:
+        lm = load_reference_adapter(lm, adapter)
+    set_mode(lm, training=False)
+    choose_layout(lm, config.layout, config.attention)
+    return lm

@@ -1,0 +1,132 @@
+"""What phase one leaves beside the numbers: the view over the rows of a source, and the list of rows left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dpoeng.cache.errors import CacheError
+from dpoeng.cache.files import disk_error
+from dpoeng.cache.index import KeyIndex
+from dpoeng.cache.reader import View
+from dpoeng.cache.spec import ReferenceSpec
+from dpoeng.cache.store import Store
+from dpoeng.cache.table import ViewEntry
+from dpoeng.cache.words import counted
+from dpoeng.engine.config.fields import PrecomputeConfig
+from dpoeng.engine.data.pairs import PairFile
+from dpoeng.engine.data.rejects import Reject, write_rejects
+from dpoeng.engine.data.tokenization import TokenizedData
+from dpoeng.engine.models.model import library_versions
+from dpoeng.engine.models.sources import ModelSource
+from dpoeng.engine.runtime.progress import Progress
+
+
+def reference_record(
+    config: PrecomputeConfig, source: ModelSource, adapter: ModelSource | None, spec: ReferenceSpec
+) -> dict[str, Any]:
+    """What phase two needs to load the model that gave these numbers; part of the view."""
+    return {
+        "model": portable_name(source),
+        "revision": source.revision,
+        "adapter": portable_name(adapter) if adapter else None,
+        "quantization": config.quantization,
+        "dtype": spec.fields["dtype"],
+        "bnb_4bit_quant_type": config.bnb_4bit_quant_type,
+        "bnb_4bit_use_double_quant": config.bnb_4bit_use_double_quant,
+        "batch_tokens": config.batch_tokens,
+        "layout": config.layout,
+        "attention": config.attention,
+    }
+
+
+def source_record(config: PrecomputeConfig, file: PairFile, rejects: int, device: str) -> dict[str, Any]:
+    """How the pairs were made, for who looks into the cache later; part of the view."""
+    return {
+        "tokens": {
+            "max_length": config.max_length,
+            "max_prompt_length": config.max_prompt_length,
+            "truncation_mode": config.truncation_mode,
+            "append_eos": config.append_eos,
+        },
+        "files": {str(path): digest for path, digest in file.files.items()},
+        "where": config.where,
+        "columns": config.columns,
+        "prompt_format": config.prompt_format,
+        "rejects": rejects,
+        "versions": library_versions(),
+        "device": device,
+    }
+
+
+def write_pairs_view(
+    store: Store,
+    spec_digest: str,
+    name: str,
+    data: TokenizedData,
+    keys: Sequence[bytes],
+    meta: dict[str, Any],
+    *,
+    known: KeyIndex,
+    progress: Progress,
+) -> None:
+    """Writes the view of these pairs. A read-only cache that has this view already is as good.
+
+    Raises:
+        CacheError: as `Store.write_view`.
+    """
+    entries = [
+        ViewEntry(pair.source_file, pair.source_row, key, pair.extra)
+        for pair, key in zip(data.pairs, keys, strict=True)
+    ]
+    before = _files(store, name)
+    try:
+        store.write_view(spec_digest, name, entries, meta, known=known)
+        if before and before != list(meta["files"]):
+            progress.note(f"view {name!r} was of {', '.join(before)}; it is of these pairs now (--name keeps both)")
+    except CacheError as error:
+        if error.code != "cache-read-only" or not _view_holds(store, name, spec_digest, keys):
+            raise
+        progress.note(f"the cache is read-only: its view {name!r} holds these pairs, and stays as it was written")
+
+
+def write_rejects_file(store: Store, name: str, rejects: list[Reject], progress: Progress) -> Path | None:
+    """Lists the rows that were left out, in `rejects/<view>.jsonl`; None where there are none."""
+    path = store.root / "rejects" / f"{name}.jsonl"
+    try:
+        if rejects:
+            path.parent.mkdir(exist_ok=True)
+            write_rejects(path, rejects)
+        elif path.exists():  # a read-only file system refuses even to remove what is not there
+            path.unlink()
+    except OSError as error:
+        explained = disk_error(error, path)
+        if explained.code != "cache-read-only":
+            raise explained from error
+        progress.note(f"the cache is read-only: {path} is not written anew ({counted(len(rejects), 'row')} rejected)")
+    return path if rejects and path.is_file() else None
+
+
+def portable_name(source: ModelSource) -> str:
+    """A name by which phase two finds the files from any folder: an absolute path, or the hub id."""
+    if source.revision is not None:
+        return source.name
+    # A GGUF is known by its ending, which what a link of the hub's cache points to does not have.
+    return str(source.weight_files[0].absolute() if source.gguf else source.folder.resolve())
+
+
+def _files(store: Store, name: str) -> list[str]:
+    """The files that a view is of; none where there is no such view, or it cannot be read."""
+    try:
+        return list(store.view_record(name).meta.get("files", {})) if name in store.views() else []
+    except CacheError:
+        return []
+
+
+def _view_holds(store: Store, name: str, spec_digest: str, keys: Sequence[bytes]) -> bool:
+    """Whether a view has just these pairs of this reference, in this order."""
+    if name not in store.views():
+        return False
+    view = View.open(store.root, name)
+    return view.spec.digest == spec_digest and [view.key(row) for row in range(len(view))] == list(keys)

@@ -1,0 +1,162 @@
+"""Checkpoints: a folder a step, written whole or not at all, found again by checksum. Safetensors and JSON only.
+
+A checkpoint holds the trained tensors, the optimizer's state and how far the run had come. Random state is not in it:
+order and dropout depend on (seed, epoch, step) alone, so there is none to restore.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors.torch import load, save
+
+from dpoeng.cache.errors import UserError
+from dpoeng.engine.runtime.folders import write_folder
+
+_PREFIX = "checkpoint-"
+
+_STATE = "state.json"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """What a run needs to go on: tensors by name, and the state that `take_snapshot` was given."""
+
+    step: int
+    folder: Path
+    parameters: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    state: dict[str, Any]
+
+    def without_tensors(self) -> Checkpoint:
+        """What is small of it."""
+        return replace(self, parameters={}, optimizer={})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot:
+    """What a checkpoint will hold, in host memory and apart from the tensors that go on changing."""
+
+    step: int
+    files: dict[str, bytes]
+    state: dict[str, Any]
+
+
+def take_snapshot(
+    step: int,
+    *,
+    parameters: Mapping[str, torch.Tensor],
+    optimizer: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
+) -> Snapshot:
+    """Copies tensors and state as they are now."""
+    files = {"parameters.safetensors": save(dict(parameters)), "optimizer.safetensors": save(dict(optimizer))}
+    return Snapshot(step, files, copy.deepcopy(dict(state)))
+
+
+def save_checkpoint(root: Path, snapshot: Snapshot, *, keep: int, spare: Collection[int] = ()) -> Path:
+    """Writes `root/checkpoint-<step>` durably, then removes the oldest beyond `keep`, but none of the steps in `spare`.
+
+    The old ones go only after the new one is on the disk. Later ones go too: damaged, since this run did not go on from
+    them, they would take the places of those that are whole.
+
+    Raises:
+        UserError: the disk is full or may not be written; older checkpoints are untouched.
+    """
+    folder = _folder(root, snapshot.step)
+    record = {
+        "step": snapshot.step,
+        "state": snapshot.state,
+        "files": {name: {"bytes": len(data), "xxh3_128": _digest(data)} for name, data in snapshot.files.items()},
+    }
+    write_folder(folder, {**snapshot.files, _STATE: _seal(record)})
+    spared = {_folder(root, step) for step in spare}
+    found = _folders(root)
+    end = found.index(folder) + 1
+    for old in [*found[:end][:-keep], *found[end:]]:
+        if old not in spared:
+            shutil.rmtree(old)
+    return folder
+
+
+def read_checkpoint(root: Path, step: int) -> Checkpoint:
+    """The checkpoint of a step.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    folder = _folder(root, step)
+    try:
+        return _read(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            "a checkpoint that is needed cannot be read",
+            code="checkpoint-damaged",
+            where=str(folder),
+            expected="the model of the best evaluation",
+            found=str(error),
+            remedy="train again with --no-resume",
+            exit_status=5,
+        ) from error
+
+
+def latest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole, and one sentence for each newer one that is not."""
+    damaged: list[str] = []
+    for folder in reversed(_folders(root)):
+        try:
+            return _read(folder), damaged
+        except (OSError, ValueError, KeyError) as error:
+            damaged.append(f"{folder} is damaged ({error}); the checkpoint before it is used")
+    return None, damaged
+
+
+def remove_checkpoints(root: Path) -> None:
+    """Removes all checkpoints under `root`, and what an interrupted save left."""
+    for folder in [*_folders(root), *root.glob(f".{_PREFIX}*")]:
+        shutil.rmtree(folder)
+
+
+def _folder(root: Path, step: int) -> Path:
+    return root / f"{_PREFIX}{step:08d}"
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(path for path in root.glob(f"{_PREFIX}*") if path.is_dir() and not path.is_symlink())
+
+
+def _digest(data: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def _seal(record: Mapping[str, Any]) -> bytes:
+    body = json.dumps(record, sort_keys=True, indent=1)
+    return json.dumps({"record": body, "xxh3_128": _digest(body.encode())}).encode()
+
+
+def _read(folder: Path) -> Checkpoint:
+    sealed = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    if _digest(sealed["record"].encode()) != sealed["xxh3_128"]:
+        raise ValueError(f"{_STATE} does not match its checksum")
+    record = json.loads(sealed["record"])
+    tensors = {}
+    for name, expected in record["files"].items():
+        data = (folder / name).read_bytes()
+        if len(data) != expected["bytes"] or _digest(data) != expected["xxh3_128"]:
+            raise ValueError(f"{name} does not match its checksum")
+        tensors[name] = load(data)
+    return Checkpoint(
+        step=record["step"],
+        folder=folder,
+        parameters=tensors["parameters.safetensors"],
+        optimizer=tensors["optimizer.safetensors"],
+        state=record["state"],
+    )

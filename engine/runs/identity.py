@@ -1,0 +1,62 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import xxhash
+
+from dpoeng.cache.reader import View
+from dpoeng.engine.config.fields import TrainConfig
+from dpoeng.engine.models.adapters import Mode
+
+# Fields that may differ between a run and its continuation: none of them moves a weight.
+_FREE_TO_CHANGE = frozenset(
+    "cache output_dir resume model adapter device logging_steps eval_steps save_steps save_total_limit "
+    "fsdp per_device_eval_batch_size parity_pairs parity_tolerance eval_group_by report_to run_name "
+    "samples activation_offloading".split()
+)
+
+
+def run_identity(config: TrainConfig, view: View, eval_view: View | None, mode: Mode) -> dict[str, Any]:
+    """All that determines the result of a run: what a continuation must have in common with its beginning."""
+    settings = {name: value for name, value in config.model_dump(mode="json").items() if name not in _FREE_TO_CHANGE}
+    settings["adapter_mode"] = mode
+    if config.watches_a_metric:
+        settings["eval_steps"] = config.eval_steps
+    identity = {
+        "settings": settings,
+        "reference": view.spec.digest,
+        "pairs": rows_digest(view),
+        "eval_pairs": rows_digest(eval_view) if eval_view is not None else None,
+    }
+    if config.pair_weight_column is not None:
+        identity["weights"] = _column_digest(view, config.pair_weight_column)
+    return identity
+
+
+def rows_digest(view: View) -> str:
+    """One hash over the pair keys of a view, in order."""
+    digest = xxhash.xxh3_128()
+    for row in range(len(view)):
+        digest.update(view.key(row))
+    return digest.hexdigest()
+
+
+def _column_digest(view: View, column: str) -> str:
+    """One hash over what a column of the user's holds, in the order of the rows."""
+    digest = xxhash.xxh3_128()
+    for row in range(len(view)):
+        digest.update(json.dumps(view.extra(row).get(column)).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    flat_old = {**old["settings"], **{k: v for k, v in old.items() if k != "settings"}}
+    flat_new = {**new["settings"], **{k: v for k, v in new.items() if k != "settings"}}
+    return [
+        (name, flat_old.get(name), flat_new.get(name))
+        for name in sorted(flat_old.keys() | flat_new.keys())
+        if flat_old.get(name) != flat_new.get(name)
+    ]

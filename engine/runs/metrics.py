@@ -1,0 +1,115 @@
+"""What a run reports: the field's names, one JSON object a line, and nothing in it that differs between two runs.
+
+Timings are kept in a file of their own, so that the log of a resumed run equals the undisturbed one's byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpoeng.cache.files import replacing
+from dpoeng.engine.losses.batch import PreferenceLoss
+
+METRICS_FILE = "metrics.jsonl"
+TIMINGS_FILE = "timings.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
+HELD_OUT_FILE = "held_out.jsonl"
+
+
+def pair_values(part: PreferenceLoss) -> dict[str, torch.Tensor]:
+    """Name -> a number a pair, [B], under the names that TRL gave them; `kl/` is per token, see `kl_per_token`."""
+    values = {
+        "loss": part.losses.detach(),
+        "rewards/chosen": part.chosen_rewards,
+        "rewards/rejected": part.rejected_rewards,
+        "rewards/margins": part.chosen_rewards - part.rejected_rewards,
+        "rewards/accuracies": (part.chosen_rewards > part.rejected_rewards).double(),
+        "logps/chosen": part.chosen_logps,
+        "logps/rejected": part.rejected_logps,
+        "kl/chosen": part.sums.chosen_kl,
+        "kl/rejected": part.sums.rejected_kl,
+    }
+    if part.sums.chosen_kl.isnan().any():  # the cache holds sums over whole responses
+        del values["kl/chosen"], values["kl/rejected"]
+    return values
+
+
+def preference_metrics(parts: Sequence[PreferenceLoss]) -> dict[str, float]:
+    """Means over the pairs of several forwards."""
+    values = [pair_values(part) for part in parts]
+    names = [name for name in values[0] if all(name in value for value in values)]
+    return {name: float(torch.cat([value[name] for value in values]).mean()) for name in names}
+
+
+class MetricsLog:
+    """Appends to metrics, timings and evaluations, and cuts them back to a step when a run goes on from there.
+
+    Held-out pairs one by one are kept of one evaluation: of the adapter that is saved, were the run to end there.
+
+    Of several processes one `writes`; in the others all of this does nothing.
+    """
+
+    def __init__(self, folder: Path, *, writes: bool = True) -> None:
+        self._writes = writes
+        self._metrics = folder / METRICS_FILE
+        self._timings = folder / TIMINGS_FILE
+        self._evaluations = folder / EVALUATIONS_FILE
+        self._held_out = folder / HELD_OUT_FILE
+        self.also: Callable[[int, Mapping[str, Any]], None] = lambda step, metrics: None
+        """Called with every line of results; a tracker listens here."""
+
+    def rewind(self, step: int) -> None:
+        """Drops every line of a later step, and a last line that a kill cut short."""
+        for path in (self._metrics, self._timings, self._evaluations):
+            if self._writes and path.is_file():
+                kept = "".join(line for line in _whole_lines(path) if json.loads(line)["step"] <= step)
+                if len(kept.encode()) != path.stat().st_size:
+                    with replacing(path) as temporary:
+                        temporary.write_text(kept, encoding="utf-8")
+
+    def write(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
+        """One line of results."""
+        self._append(self._metrics, {"step": step, "epoch": round(epoch, 4), **metrics})
+        self.also(step, {"epoch": epoch, **metrics})
+
+    def write_timing(self, step: int, timing: dict[str, float]) -> None:
+        """One line of how long it took."""
+        self._append(self._timings, {"step": step, **timing})
+
+    def write_evaluation(self, step: int, record: dict[str, Any]) -> None:
+        """One evaluation in full: intervals and groups too."""
+        self._append(self._evaluations, {"step": step, **record})
+
+    def write_held_out(self, step: int, pairs: Sequence[Mapping[str, Any]]) -> None:
+        """The held-out pairs one by one, in place of those of an earlier step."""
+        if self._writes:
+            lines = "".join(json.dumps({"step": step, **pair}) + "\n" for pair in pairs)
+            with replacing(self._held_out) as temporary:
+                temporary.write_text(lines, encoding="utf-8")
+
+    def read(self) -> list[dict[str, Any]]:
+        """Every line of metrics.jsonl."""
+        return _read(self._metrics)
+
+    def read_evaluations(self) -> list[dict[str, Any]]:
+        """Every line of evaluations.jsonl."""
+        return _read(self._evaluations)
+
+    def _append(self, path: Path, record: dict[str, Any]) -> None:
+        if self._writes:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in _whole_lines(path)] if path.is_file() else []
+
+
+def _whole_lines(path: Path) -> list[str]:
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [line + "\n" for line in lines[:-1]]

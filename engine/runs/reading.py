@@ -1,0 +1,155 @@
+"""What a run left in its output folder, read back: run.json, metrics.jsonl, timings.jsonl and samples.
+
+A run that is still going can be read too. Knows nothing of how it is shown.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpoeng.cache.errors import UserError
+from dpoeng.engine.runs.folder import ADVICE_FILE, RUN_FILE, SAMPLES_FILE, has_result
+from dpoeng.engine.runs.metrics import EVALUATIONS_FILE, HELD_OUT_FILE, METRICS_FILE, TIMINGS_FILE
+
+EVAL = "eval_"
+
+Points = list[tuple[float, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """A run as it stands on disk.
+
+    Attributes:
+        folder: as the user named it.
+        record: run.json.
+        metrics: the lines of metrics.jsonl, each with `step` and `epoch`; those of an evaluation have `eval_` names.
+        timings: the lines of timings.jsonl.
+        samples: the lines of samples.jsonl, each a text by name; none if there is no such file.
+        complete: whether the result is there: the trained adapter, or the checkpoint.
+        advice: the remarks of advice.json.
+        evaluations: the lines of evaluations.jsonl, with intervals and groups.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    timings: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    complete: bool = False
+    advice: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+    def names(self) -> list[str]:
+        """Every metric that is a number, without `eval_`, in the order of its first occurrence."""
+        seen: dict[str, None] = {}
+        for line in self.metrics:
+            for name, value in line.items():
+                if name not in ("step", "epoch") and isinstance(value, int | float):
+                    seen.setdefault(name.removeprefix(EVAL))
+        return list(seen)
+
+    def curve(self, name: str) -> Points:
+        """(step, value) of a metric; what is no number stays as nan."""
+        return _points(self.metrics, name)
+
+    def step_ms(self) -> Points:
+        """(step, milliseconds)."""
+        return _points(self.timings, "step_ms")
+
+    def steps(self) -> int:
+        """Steps done so far."""
+        return max((int(line["step"]) for line in self.metrics), default=0)
+
+    def warnings(self) -> list[tuple[str, str]]:
+        """What an expert would remark on the curves: (what was seen, what to try)."""
+        return [(str(remark.get("seen", remark)), str(remark.get("remedy", ""))) for remark in self.advice]
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Reads an output folder of `dpoeng train`.
+
+    Raises:
+        UserError: it is not one, or one of its files is damaged.
+    """
+    path = folder / RUN_FILE
+    if not path.is_file():
+        raise UserError(
+            "this folder holds no run",
+            code="run-not-found",
+            where=str(folder),
+            expected=f"{RUN_FILE}, which dpoeng train writes at its start",
+            found="no such folder" if not folder.is_dir() else "a folder without it",
+            remedy="name the --output-dir of a run",
+        )
+    return RunRecord(
+        folder=folder,
+        record=read_json(path, dict),
+        metrics=_lines(folder / METRICS_FILE),
+        timings=_lines(folder / TIMINGS_FILE),
+        samples=_lines(folder / SAMPLES_FILE),
+        complete=has_result(folder),
+        advice=read_json(folder / ADVICE_FILE, list) if (folder / ADVICE_FILE).is_file() else [],
+        evaluations=_lines(folder / EVALUATIONS_FILE),
+    )
+
+
+def read_held_out(folder: Path) -> list[dict[str, Any]]:
+    """The held-out pairs of a run one by one, as its saved adapter has them; empty where there are none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    return _lines(folder / HELD_OUT_FILE)
+
+
+def read_json(path: Path, kind: type) -> Any:
+    """A JSON record of a run, of the type that it must have. Raises UserError where it is damaged."""
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(held, kind):
+            raise ValueError(f"not a JSON {'object' if kind is dict else 'array'}")
+    except (ValueError, OSError) as error:
+        raise _damaged(path, str(error)) from error
+    return held
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a log; a last one that is being written, or was cut by a kill, is left out."""
+    if not path.is_file():
+        return []
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], 1):
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise _damaged(path, f"line {number}: {error}") from error
+        if not isinstance(value, dict):
+            raise _damaged(path, f"line {number} is no JSON object")
+        found.append(value)
+    return found
+
+
+def _points(lines: Iterable[dict[str, Any]], name: str) -> Points:
+    pairs = ((line.get("step"), line.get(name)) for line in lines)
+    return [
+        (float(step), math.nan if value is None else float(value))
+        for step, value in pairs
+        if isinstance(step, int | float) and isinstance(value, int | float)
+    ]
+
+
+def _damaged(path: Path, problem: str) -> UserError:
+    return UserError(
+        "a record of the run is damaged",
+        code="run-damaged",
+        where=str(path),
+        found=problem,
+        remedy="run the same dpoeng train again: it goes on from the newest checkpoint and cuts the log back to there",
+        exit_status=3,
+    )

@@ -1,0 +1,145 @@
+"""A new folder that a command fills with a whole checkpoint: complete, or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from dpoeng.cache.errors import UserError
+
+
+def refuse_filled(into: Path) -> None:
+    """Raises UserError unless `into` is free: not there, or an empty folder."""
+    if into.exists() and (not into.is_dir() or any(into.iterdir())):
+        raise UserError(
+            "the folder to write into is not empty" if into.is_dir() else "this is a file, not a folder to write into",
+            code="output-unwritable",
+            where=str(into),
+            remedy="name a new folder with --into",
+            exit_status=5,
+        )
+
+
+def write_new(into: Path, fill: Callable[[Path], None]) -> None:
+    """Makes `into` of what `fill` writes into the folder that it is given.
+
+    Raises:
+        UserError: the disk is full or may not be written; then nothing is left of it.
+    """
+
+    def fill_and_sync(temporary: Path) -> None:
+        fill(temporary)
+        for path in temporary.iterdir():
+            sync_file(path)
+
+    place_folder(into.resolve(), fill_and_sync, _unwritable)
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        "the checkpoint cannot be written",
+        code="output-unwritable",
+        where=str(folder),
+        found=error.strerror or str(error),
+        remedy="free some space, or name a folder with room for it, and that you may write to, with --into",
+        exit_status=5,
+    )
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Makes a folder with these files appear, whole and durable, in place of whatever stood there.
+
+    Raises:
+        UserError: the disk is full or may not be written.
+    """
+
+    def fill(temporary: Path) -> None:
+        for name, data in files.items():
+            write_durably(temporary / name, data)
+
+    place_folder(folder, fill)
+
+
+def place_folder(
+    folder: Path, fill: Callable[[Path], None], refused: Callable[[Path, OSError], UserError] | None = None
+) -> None:
+    """The same of files that `fill` writes, each durably, into the folder that it is given.
+
+    `refused` is what is said where the system refuses it; by default `unwritable`.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        fill(temporary)
+        _sync_folder(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        _sync_folder(folder.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise (refused or unwritable)(folder, error) from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def saving_tensors() -> Iterator[None]:
+    """What safetensors cannot write is an OSError like that of any other file."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    """What to say when the output folder refuses to be written."""
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return UserError(
+            "a file stands where the output folder should be",
+            code="output-unwritable",
+            where=str(path),
+            expected="a folder, or nothing yet",
+            found=error.strerror or str(error),
+            remedy="name another folder with --output-dir, or move that file away",
+            exit_status=5,
+        )
+    return UserError(
+        "the output folder cannot be written",
+        code="output-unwritable",
+        where=str(path),
+        found=error.strerror or str(error),
+        remedy="free some space or make the folder writable, then run the same command again: it goes on from the "
+        "newest checkpoint",
+        exit_status=5,
+    )
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Writes a file and waits until it is on the disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_file(path: Path) -> None:
+    """Waits until a file that a library has written is on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

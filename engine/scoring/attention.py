@@ -1,0 +1,172 @@
+"""Attention over packed rows in which branches share a prompt: exact, and only over what a branch may see.
+
+Registered with transformers under `SHARED_PROMPT`, so that every model that takes its attention from transformers'
+interface can use it. Each group costs one causal call over `[prompt | first branch]`, which is contiguous, and one
+call a further branch over `[prompt | branch]`. Nothing is computed between groups, so the cost is linear in the number
+of pairs of a row, and a pair's numbers cannot depend on its neighbours. `varlen` does the same in one FlashAttention
+call a layer, for GPUs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from dpoeng.engine.config.fields import Attention
+from dpoeng.engine.models.model import CausalLM, Layout
+from dpoeng.engine.scoring.layout import GroupSpan
+from dpoeng.engine.scoring.varlen import Texts, texts, varlen
+from dpoeng.kernels.cpu_linear import dtype_of_products
+
+SHARED_PROMPT = "dpoeng_shared_prompt"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionPlan:
+    """What every layer of one forward needs: the spans, the way, and the masks that depend on lengths alone.
+
+    Handed through the model's keyword arguments as `dpoeng_plan`, so that a checkpointed layer sees the same plan when
+    it is run again in the backward pass.
+    """
+
+    groups: tuple[GroupSpan, ...]
+    way: Attention = "segments"
+    masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
+    row_texts: list[Texts] = field(default_factory=list)
+
+    def texts(self, like: torch.Tensor) -> Texts:
+        """The row as texts for FlashAttention."""
+        if not self.row_texts:
+            self.row_texts.append(texts(self.groups, like.device))
+        return self.row_texts[0]
+
+    def mask(self, q_len: int, k_len: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+        """Additive mask [q_len, k_len]: query i is key `k_len - q_len + i` and sees keys up to itself.
+
+        With `window` w it sees the last w keys only, itself included, as transformers' sliding window does.
+        """
+        key = (q_len, k_len, window)
+        mask = self.masks.get(key)
+        if mask is None or mask.dtype != like.dtype:
+            queries = torch.arange(k_len - q_len, k_len, device=like.device)[:, None]
+            keys = torch.arange(k_len, device=like.device)[None, :]
+            visible = keys <= queries
+            if window is not None:
+                visible &= keys > queries - window
+            mask = torch.zeros(q_len, k_len, dtype=like.dtype, device=like.device)
+            mask.masked_fill_(~visible, float("-inf"))
+            self.masks[key] = mask
+        return mask
+
+
+def shared_prompt_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    *,
+    dpoeng_plan: AttentionPlan,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer. Shapes: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D].
+
+    Raises:
+        ValueError: a mask was built by the model, or attention dropout is on: neither can be honoured here.
+    """
+    if attention_mask is not None:
+        raise ValueError("shared-prompt attention takes no attention mask: the plan says who sees whom")
+    if dropout:
+        raise ValueError("attention dropout is not supported: it would differ between a shared and a separate prompt")
+    sinks = s_aux if s_aux is not None else getattr(module, "sinks", None)
+    if dpoeng_plan.way == "varlen":
+        rows = dpoeng_plan.texts(query)
+        window = sliding_window
+        return varlen(query, key, value, rows, scaling=scaling, window=window, softcap=softcap, sinks=sinks), None
+    narrow, wide = query.dtype, dtype_of_products(query)
+    query, key, value = query.to(wide), key.to(wide), value.to(wide)
+    # `split` and not slices: the backward of each slice fills a tensor as long as the whole row.
+    sizes = [n for group in dpoeng_plan.groups for n in group.text_sizes]
+    pieces: list[torch.Tensor] = []
+    parts = zip(*(torch.split(states, sizes, dim=2) for states in (query, key, value)), strict=True)
+    for group in dpoeng_plan.groups:
+        length = group.prompt_end - group.prompt_begin
+        for i, (q, k, v) in enumerate(islice(parts, len(group.branches))):
+            if i == 0:
+                prompt = k[:, :, :length], v[:, :, :length]
+            else:
+                k, v = torch.cat([prompt[0], k], dim=2), torch.cat([prompt[1], v], dim=2)
+            pieces.append(_attend(q, k, v, dpoeng_plan, scaling, sliding_window, softcap, sinks))
+    output = torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
+    return output.transpose(1, 2).contiguous().to(narrow), None
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: AttentionPlan,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Lower-right causal attention of q [1, Hq, Q, D] over k, v [1, Hkv, K, D] -> [1, Hq, Q, D]."""
+    q_len, k_len = q.shape[2], k.shape[2]
+    if window is not None and k_len <= window:
+        window = None
+    repeats = q.shape[1] // k.shape[1]
+    if softcap is None and sinks is None:
+        causal = q_len == k_len and window is None
+        if repeats > 1 and q.is_cuda and not (causal and q.dtype != torch.float32):
+            # With grouped heads, CUDA has only FlashAttention (16 bits, no mask) and one that writes out all scores.
+            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+            repeats = 1
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if causal else plan.mask(q_len, k_len, window, q),
+            is_causal=causal,
+            scale=scaling,
+            enable_gqa=repeats > 1,
+        )
+    # Soft-capped scores (Gemma 2) and attention sinks (gpt-oss) have no fused kernel here: plain arithmetic.
+    if repeats > 1:
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    scale = scaling if scaling is not None else q.shape[-1] ** -0.5
+    scores = (q @ k.transpose(2, 3)) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores + plan.mask(q_len, k_len, window, q)
+    if sinks is not None:
+        sink = sinks.reshape(1, -1, 1, 1).expand(1, -1, q_len, 1).to(scores.dtype)
+        scores = torch.cat([scores, sink], dim=-1)
+    weights = torch.softmax(scores.float(), dim=-1).to(q.dtype)
+    return weights[..., :k_len] @ v
+
+
+def register_attention() -> None:
+    """Makes the shared-prompt attention known to transformers; more than once does no harm.
+
+    With no mask of its own: transformers then builds none, and does not look for packed texts on the device.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(SHARED_PROMPT, shared_prompt_attention)
+
+
+def use_layout(lm: CausalLM, layout: Layout, reason: str = "") -> None:
+    """Switches the attention between the shared-prompt one and transformers' own."""
+    register_attention()
+    lm.layout, lm.layout_reason = layout, reason
+    lm.base.set_attn_implementation(SHARED_PROMPT if layout == "shared" else lm.native_attention)

@@ -1,0 +1,68 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from dpoeng.cache.errors import UserError
+from dpoeng.cache.schema import PairIds, ScoredPair
+from dpoeng.engine.models.model import CausalLM
+from dpoeng.engine.runtime.out_of_memory import in_parts, no_way_back, too_large
+from dpoeng.engine.runtime.progress import QUIET
+from dpoeng.engine.scoring.forward import score_groups
+from dpoeng.engine.scoring.layout import share_prompts
+
+
+@torch.no_grad()  # not inference_mode: what a sharded base gathers here is used again in training
+def score_pairs(lm: CausalLM, pairs: Sequence[PairIds]) -> list[ScoredPair]:
+    """Log-probs of every scored token of some pairs, in one forward; each prompt and each response of it is run once.
+
+    Raises:
+        UserError: the model gave a value that is no log-probability.
+    """
+    groups, branches = share_prompts(pairs)
+    token_logps, offsets = score_groups(lm, groups)
+    values = token_logps.float().cpu().numpy()
+    scored = []
+    for i, ids in enumerate(pairs):
+        chosen, rejected = (values[offsets[branch] : offsets[branch + 1]].copy() for branch in branches[i])
+        if not (np.isfinite(chosen).all() and np.isfinite(rejected).all()):
+            raise UserError(
+                "the model gave a value that is no log-probability",
+                code="reference-not-finite",
+                where=f"pair {i} of a batch of {len(pairs)}, {ids.total_tokens} tokens",
+                expected="finite numbers",
+                found="NaN or infinity",
+                remedy="some models overflow float16: use --dtype bfloat16 or float32",
+                exit_status=5,
+            )
+        # Rounding in the log-sum-exp can leave +1e-7 where the token is certain.
+        scored.append(ScoredPair(ids, np.minimum(chosen, 0.0), np.minimum(rejected, 0.0)))
+    return scored
+
+
+def score_within_memory(
+    lm: CausalLM,
+    pairs: Sequence[PairIds],
+    *,
+    note: Callable[[str], None] = QUIET.note,
+    score: Callable[[CausalLM, Sequence[PairIds]], list[ScoredPair]] | None = None,
+) -> list[ScoredPair]:
+    """`score_pairs`, in smaller forwards where memory runs out.
+
+    Raises:
+        UserError: a pair alone does not fit.
+    """
+
+    def too_long(some: Sequence[PairIds], said: str) -> UserError:
+        shorter = "hold the base in fewer bits with --quantization, or use a shorter --max-length"
+        return too_large(some, said, phase="scoring", helps=shorter)
+
+    work = score or score_pairs
+    if lm.sharded:
+        with no_way_back("out of memory", "scoring over a sharded base", "hold it on more cards"):
+            return work(lm, pairs)
+    return in_parts(lambda some: work(lm, some), pairs, note=note, describe=too_long)

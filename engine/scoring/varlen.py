@@ -1,0 +1,98 @@
+"""The attention of `engine/attention` as one FlashAttention call a layer over texts of different lengths: for GPUs.
+
+A row with its spans is a sequence of texts: `[prompt | first branch]`, then `[prompt | branch]` for each further
+branch, of which only the branch is asked for. As queries they lie in the row one after the other already; as keys a
+prompt is gathered once more for each further branch. The kernel aligns the causal mask at the lower right, so a
+branch's queries see their whole prompt. Nothing is computed between texts, and nothing is compiled for a row's shape.
+(Dao 2023, FlashAttention-2, https://arxiv.org/abs/2307.08691; `torch.nn.attention.varlen`)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dpoeng.engine.scoring.layout import GroupSpan
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Texts:
+    """A row as S texts.
+
+    Attributes:
+        query_offsets: [S + 1] int32, where each text's queries begin in the row.
+        key_offsets: [S + 1] int32, the same of its keys.
+        key_rows: [K] the positions of the row that are keys, text after text; None where these are the row as it is.
+        longest_query: of all texts.
+        longest_key: of all texts.
+    """
+
+    query_offsets: torch.Tensor
+    key_offsets: torch.Tensor
+    key_rows: torch.Tensor | None
+    longest_query: int
+    longest_key: int
+
+
+def texts(groups: Sequence[GroupSpan], device: torch.device) -> Texts:
+    """Spans of a row -> its texts."""
+    queries = [size for group in groups for size in group.text_sizes]
+    keys = [
+        np.concatenate([np.arange(group.prompt_begin, group.prompt_end), np.arange(begin, end)])
+        for group in groups
+        for begin, end in group.branches
+    ]
+    lengths = [len(rows) for rows in keys]
+
+    def offsets(counts: Sequence[int]) -> torch.Tensor:
+        return torch.from_numpy(np.cumsum([0, *counts], dtype=np.int32)).to(device)
+
+    again = lengths != queries
+    return Texts(
+        offsets(queries),
+        offsets(lengths),
+        torch.from_numpy(np.concatenate(keys)).to(device) if again else None,
+        max(queries),
+        max(lengths),
+    )
+
+
+def varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: Texts,
+    *,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of a packed row. Shapes: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D].
+
+    Raises:
+        ValueError: soft-capped scores or attention sinks, which this kernel does not have.
+    """
+    if softcap is not None or sinks is not None:
+        raise ValueError("FlashAttention's kernel has neither soft-capped scores nor attention sinks")
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    if rows.key_rows is not None:
+        k, v = k.index_select(0, rows.key_rows), v.index_select(0, rows.key_rows)
+    found = varlen_attn(
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        rows.query_offsets,
+        rows.key_offsets,
+        rows.longest_query,
+        rows.longest_key,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return torch.as_tensor(found)[None]

@@ -1,0 +1,140 @@
+"""Pairs through the policy, set against their cached values: what a step and an evaluation are made of."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from dpoeng.cache.errors import UserError
+from dpoeng.cache.schema import ScoredPair
+from dpoeng.engine.losses.batch import LossState, PairSums, PreferenceBatch, PreferenceLoss, pair_sums, preference_loss
+from dpoeng.engine.losses.names import LossSettings
+from dpoeng.engine.models.model import CausalLM
+from dpoeng.engine.runtime.distributed import ALONE, Group
+from dpoeng.engine.runtime.out_of_memory import in_parts, no_way_back, too_large
+from dpoeng.engine.runtime.progress import QUIET
+from dpoeng.engine.scoring.forward import head_log_collision, head_logps, on_device, predict_groups
+from dpoeng.engine.scoring.layout import pair_group
+from dpoeng.engine.training.rows import WeightArray
+
+Part = TypeVar("Part", PairSums, PreferenceLoss)
+
+
+def batch_loss(
+    lm: CausalLM,
+    pairs: Sequence[ScoredPair],
+    settings: LossSettings,
+    weights: WeightArray | None = None,
+    *,
+    state: LossState | None = None,
+    mean_tokens: float | None = None,
+    per_token: bool = True,
+    gumbel: torch.Tensor | None = None,
+) -> PreferenceLoss:
+    """The loss of some pairs, with gradient where that is on; see `batch_sums` and `preference_loss`."""
+    sums = batch_sums(lm, pairs, settings, weights, per_token=per_token)
+    gumbel = gumbel.to(sums.chosen_ratio.device) if gumbel is not None else None
+    return preference_loss(sums, settings, state=state, mean_tokens=mean_tokens, gumbel=gumbel)
+
+
+def batch_sums(
+    lm: CausalLM,
+    pairs: Sequence[ScoredPair],
+    settings: LossSettings,
+    weights: WeightArray | None = None,
+    *,
+    per_token: bool = True,
+) -> PairSums:
+    """Scores pairs with the policy, with gradient where that is on, and compares with their cached values.
+
+    `per_token` is false where the cache holds sums over whole responses.
+    """
+    predictors, targets, offsets = predict_groups(lm, [pair_group(pair.ids) for pair in pairs])
+    policy = head_logps(lm, predictors, targets)
+    reference = np.concatenate([side for pair in pairs for side in (pair.chosen_logps, pair.rejected_logps)])
+    branch = np.repeat(np.arange(2 * len(pairs)), np.diff(offsets))
+    batch = PreferenceBatch(
+        policy=policy,
+        reference=on_device(lm, reference),
+        branch=on_device(lm, branch),
+        pairs=len(pairs),
+        log_collision=head_log_collision(lm, predictors) if settings.use_weighting else None,
+        weights=None if weights is None else on_device(lm, weights),
+        per_token=per_token,
+    )
+    return pair_sums(batch, settings)
+
+
+@torch.no_grad()
+def evaluate(
+    lm: CausalLM,
+    rows: Sequence[ScoredPair],
+    settings: LossSettings,
+    weights: WeightArray | None = None,
+    *,
+    batch_size: int,
+    state: LossState | None = None,
+    per_token: bool = True,
+    note: Callable[[str], None] = QUIET.note,
+    group: Group = ALONE,
+) -> PreferenceLoss:
+    """The loss of held-out pairs, all of them as one batch however they are cut; a group of processes shares the work.
+
+    Batches are cut as one process cuts them, so that a pair's numbers do not depend on how many there are.
+    """
+
+    def score(some: Sequence[int]) -> list[PairSums]:
+        return [
+            batch_sums(
+                lm,
+                [rows[i] for i in some],
+                settings,
+                None if weights is None else weights[list(some)],
+                per_token=per_token,
+            )
+        ]
+
+    def too_long(some: Sequence[int], said: str) -> UserError:
+        return too_large([rows[i].ids for i in some], said, phase="evaluation", helps="hold out shorter pairs")
+
+    batches = [range(begin, min(len(rows), begin + batch_size)) for begin in range(0, len(rows), batch_size)]
+
+    def mine() -> list[tuple[int, PairSums]]:
+        parts = []
+        for number, counts in turns(group, len(batches), sharded=lm.sharded):
+            if lm.sharded:
+                with no_way_back("out of memory", "evaluation", "use a smaller --per-device-eval-batch-size"):
+                    found = score(batches[number])
+            else:
+                found = in_parts(score, batches[number], note=note, describe=too_long)
+            if counts:
+                parts.append((number, PairSums.join(found)))
+        return parts
+
+    return preference_loss(PairSums.join(in_order(group, mine, sharded=lm.sharded)), settings, state=state)
+
+
+def turns(group: Group, count: int, *, sharded: bool) -> list[tuple[int, bool]]:
+    """Which of `count` forwards this process does, and whether each counts.
+
+    Where the base is sharded, a forward gathers layers from all processes, so all do the same number: who has none left
+    does the last one again, for the others.
+    """
+    extra = group.idle(count) if sharded else 0
+    return [(number, True) for number in group.mine(count)] + [(count - 1, False)] * extra
+
+
+def in_order(group: Group, work: Callable[[], list[tuple[int, Part]]], *, sharded: bool) -> list[Part]:
+    """The numbered parts that the processes of a group make, in every process, in the order of their numbers.
+
+    Raises:
+        MemoryError: one of the processes ran out of memory; all raise it, unless the base is sharded.
+    """
+    if group.size == 1:
+        return [part for _, part in work()]
+    found = group.each(lambda: [(number, part.on_host()) for number, part in work()], in_step=sharded)
+    return [part for _, part in sorted(itertools.chain.from_iterable(found), key=lambda one: one[0])]

@@ -1,0 +1,106 @@
+"""The steps of phase two one after the other, with evaluations, log lines and checkpoints on the way."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from dpoeng.engine.losses.batch import PreferenceLoss
+from dpoeng.engine.losses.names import LossSettings
+from dpoeng.engine.models.model import set_mode
+from dpoeng.engine.training.batch_loss import evaluate
+from dpoeng.engine.training.early_stopping import more_is_better, updated, watched
+from dpoeng.engine.training.evaluation import pair_lines, summarise
+from dpoeng.engine.training.run import Run, save_run
+from dpoeng.engine.training.step import train_step
+
+
+def run_steps(run: Run, first_step: int, identity: dict[str, Any]) -> int:
+    """Trains from `first_step` on, with evaluations, log lines and checkpoints on the way; returns the steps done.
+
+    A checkpoint follows every evaluation that is the best so far, where the best is asked for.
+    """
+    config, schedule = run.config, run.schedule
+    save_every = config.save_steps or max(1, math.ceil(schedule.total_steps / 10))
+    eval_every = config.eval_steps or schedule.steps_per_epoch
+    if first_step == 0 and run.held_out.rows:
+        with run.progress.task("evaluating before training", len(run.held_out.rows), "pairs") as advance:
+            _evaluate(run, 0)
+            advance(len(run.held_out.rows), "")
+    done = first_step
+    with run.progress.task("training", schedule.total_steps, "steps", first_step) as advance:
+        while done < schedule.total_steps and not run.waited_enough:
+            began = time.perf_counter()
+            metrics = train_step(run, done)
+            done += 1
+            if done % config.logging_steps == 0 or done == schedule.total_steps:
+                _log(run, done, metrics)
+            seconds = time.perf_counter() - began
+            run.log.write_timing(done, {"step_ms": 1e3 * seconds})
+            advance(1, live_figures(metrics, len(schedule.rows_of_step(done - 1)) / seconds))
+            if run.held_out.rows and (done % eval_every == 0 or done == schedule.total_steps):
+                _evaluate(run, done)
+            best = config.load_best_model_at_end and run.best.step == done
+            if (best or done % save_every == 0) and done < schedule.total_steps:
+                save_run(run, done, identity, complete=False)
+    return done
+
+
+def live_figures(metrics: Mapping[str, float], pairs_per_s: float) -> str:
+    """What a step tells while it goes by."""
+    return (
+        f"loss {metrics['loss']:.4f}  margin {metrics['rewards/margins']:+.3f}  "
+        f"accuracy {metrics['rewards/accuracies']:.2f}  {pairs_per_s:.3g} pairs/s"
+    )
+
+
+def _evaluate(run: Run, step: int) -> None:
+    """All held-out pairs; the evaluation before the first step is no candidate for the best.
+
+    The processes share the forwards; the first of them draws the conclusions, and tells the others.
+    """
+    config, settings, held_out = run.config, LossSettings.of(run.config), run.held_out
+    set_mode(run.lm, training=False)
+    found = evaluate(
+        run.lm,
+        held_out.rows,
+        settings,
+        held_out.weights,
+        batch_size=config.per_device_eval_batch_size,
+        state=run.loss_state,
+        per_token=run.per_token,
+        note=run.progress.note,
+        group=run.group,
+    )
+    set_mode(run.lm, training=True)
+    if run.group.is_first:
+        _conclude(run, step, found)
+    run.best = run.group.from_first(run.best)
+
+
+def _conclude(run: Run, step: int, found: PreferenceLoss) -> None:
+    config, settings, held_out = run.config, LossSettings.of(run.config), run.held_out
+    result = summarise(
+        found, held_out.prompts, held_out.labels, seed=config.seed, per_pair_loss=not settings.sorts_pairs
+    )
+    metrics = {f"eval_{name}": value for name, value in result.metrics.items()}
+    _log(run, step, metrics)
+    run.log.write_evaluation(step, result.record())
+    if config.watches_a_metric:
+        name = config.metric_for_best_model
+        if step:  # before it margins are all 0, and what compares them is no number yet
+            value = watched(metrics, name)
+            greater = more_is_better(name, config.greater_is_better)
+            run.best = updated(run.best, step, value, greater=greater, threshold=config.early_stopping_threshold)
+    if not config.load_best_model_at_end or run.best.step == step:
+        sources = [held_out.source_of(row) for row in range(len(held_out.rows))]
+        lines = pair_lines(found, held_out.prompts, sources, per_pair_loss=not settings.sorts_pairs)
+        run.log.write_held_out(step, lines)
+
+
+def _log(run: Run, step: int, metrics: dict[str, float]) -> None:
+    run.log.write(step, run.schedule.epoch(step), metrics)
+    if run.group.is_first:
+        run.on_metrics({"step": step, **metrics})

@@ -1,0 +1,144 @@
+"""Some rows of a view, as training and evaluation take them: pairs, weights, labels. Nothing is copied up front."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from dpoeng.cache.errors import UserError
+from dpoeng.cache.reader import View
+from dpoeng.cache.schema import ScoredPair
+
+WeightArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows(Sequence[ScoredPair]):
+    """Some rows of a view, read from the mapped file when they are asked for."""
+
+    view: View
+    indices: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, i: int) -> ScoredPair: ...
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[ScoredPair]: ...
+    def __getitem__(self, i: int | slice) -> ScoredPair | Sequence[ScoredPair]:
+        if isinstance(i, slice):
+            return [self.view[row] for row in self.indices[i]]
+        return self.view[self.indices[i]]
+
+    def source(self, i: int) -> str:
+        """Where a row stands in the user's files."""
+        file, line = self.view.source(self.indices[i])
+        return f"{file}, row {line}"
+
+    def extras(self) -> list[dict[str, Any]]:
+        """The user's other columns of each row."""
+        return [self.view.extra(row) for row in self.indices]
+
+    def prompts(self) -> list[bytes]:
+        """Of each row the prompt's token ids, as bytes."""
+        return [pair.ids.prompt_ids.tobytes() for pair in self]
+
+    def weights(self, column: str | None) -> WeightArray | None:
+        """A column of numbers >= 0 of the user's, as weights of the pairs; None where no column is named.
+
+        Raises:
+            UserError: a row has none, or something else there; or all are 0.
+        """
+        if column is None:
+            return None
+        weights = np.zeros(len(self))
+        for at, extra in enumerate(self.extras()):
+            value = extra.get(column)
+            number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+            if not 0 <= number < math.inf:
+                raise UserError(
+                    f"the column {column} does not hold a weight",
+                    code="data-weight",
+                    where=self.source(at),
+                    expected="a number >= 0",
+                    found="no such column" if value is None else repr(value),
+                    remedy="correct the row, or name another column with --pair-weight-column; the columns here are "
+                    + (", ".join(sorted(extra)) or "none"),
+                    exit_status=3,
+                )
+            weights[at] = number
+        if len(weights) and not weights.any():
+            raise UserError(
+                f"all weights in the column {column} are 0",
+                code="data-weight",
+                where="--pair-weight-column",
+                expected="at least one number > 0",
+                remedy="name another column",
+                exit_status=3,
+            )
+        return weights
+
+    def labels(self, columns: Sequence[str] | None) -> dict[str, list[str]]:
+        """Column -> the value of each row; see `labels_of`.
+
+        Raises:
+            UserError: a named column is in no row.
+        """
+        extras = self.extras()
+        try:
+            return labels_of(extras, columns)
+        except KeyError as missing:
+            names = sorted({name for extra in extras for name in extra})
+            raise UserError(
+                f"no held-out pair has a column {missing.args[0]}",
+                code="config-value",
+                where="--eval-group-by",
+                expected=", ".join(names) or "the pairs have no further columns",
+                found=str(missing.args[0]),
+                remedy="name columns of the pairs",
+            ) from None
+
+
+GROUPS_AT_MOST = 12
+"""A column with more values than this is not a set of categories."""
+
+PAIRS_A_GROUP = 3
+"""Nor is one with fewer rows a value than this."""
+
+
+def labels_of(extras: Sequence[Mapping[str, Any]], columns: Iterable[str] | None) -> dict[str, list[str]]:
+    """Column -> the value of each row, as text.
+
+    Args:
+        extras: the user's other columns, row by row.
+        columns: which; None takes those that hold text or yes/no in every row, with 2 to `GROUPS_AT_MOST` values and
+            `PAIRS_A_GROUP` rows a value in the mean.
+
+    Raises:
+        KeyError: a named column is in no row.
+    """
+    names = sorted({name for extra in extras for name in extra})
+    if columns is None:
+        labels = {}
+        for name in names:
+            found = [extra.get(name) for extra in extras]
+            most = min(GROUPS_AT_MOST, len(found) // PAIRS_A_GROUP)
+            if all(isinstance(value, str | bool) for value in found) and 2 <= len(set(found)) <= most:
+                labels[name] = [_text(value) for value in found]
+        return labels
+    for name in columns:
+        if name not in names:
+            raise KeyError(name)
+    return {name: [_text(extra.get(name)) for extra in extras] for name in columns}
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "(none)" if value is None else str(value)

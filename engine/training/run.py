@@ -1,0 +1,169 @@
+"""What a run of phase two consists of, and how it is saved and put back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import xxhash
+
+from dpoeng.cache.schema import ScoredPair
+from dpoeng.engine.config.fields import TrainConfig
+from dpoeng.engine.losses.batch import LossState
+from dpoeng.engine.models.fsdp_rows import make_whole, own_rows
+from dpoeng.engine.models.model import CausalLM
+from dpoeng.engine.runs.checkpoint import Checkpoint, read_checkpoint, save_checkpoint, take_snapshot
+from dpoeng.engine.runs.metrics import MetricsLog
+from dpoeng.engine.runtime.distributed import ALONE, Group
+from dpoeng.engine.runtime.progress import Progress
+from dpoeng.engine.training.early_stopping import Best
+from dpoeng.engine.training.optimizer import (
+    copy_parameters,
+    optimizer_tensors,
+    put_parameters,
+    restore_optimizer,
+    set_scheduler_step,
+)
+from dpoeng.engine.training.order import Schedule
+from dpoeng.engine.training.rows import WeightArray
+
+OnMetrics = Callable[[Mapping[str, float]], None]
+"""Called with each line of metrics.jsonl when it has been written: of a step, or of an evaluation (`eval_` names)."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """The pairs of the evaluations, what tells their prompts apart, the columns by which they are grouped, and where
+    each stands in the user's files.
+    """
+
+    rows: Sequence[ScoredPair]
+    weights: WeightArray | None
+    prompts: Sequence[bytes]
+    labels: Mapping[str, Sequence[str]]
+    source_of: Callable[[int], str] = "row {}".format
+
+
+@dataclass(slots=True)
+class Run:
+    """What the loop needs, put together once.
+
+    `train_weights` are the user's, a number a row, or None. `per_token` is false where the cache holds sums.
+    `source_of` says where a training row stands in the user's files.
+    `loss_state` is what the losses remember from step to step.
+    `micro_batch` is the number of pairs in a forward: the configured one, until memory runs out. The processes of
+    `group` share a step's forwards; all hold the same adapter and optimizer.
+    """
+
+    config: TrainConfig
+    lm: CausalLM
+    train_rows: Sequence[ScoredPair]
+    train_weights: WeightArray | None
+    held_out: HeldOut
+    schedule: Schedule
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    log: MetricsLog
+    progress: Progress
+    per_token: bool = True
+    on_metrics: OnMetrics = lambda _: None
+    loss_state: LossState = field(default_factory=dict)
+    best: Best = field(default_factory=Best)
+    source_of: Callable[[int], str] = "row {}".format
+    micro_batch: int = 0
+    group: Group = ALONE
+
+    def __post_init__(self) -> None:
+        self.micro_batch = self.micro_batch or self.config.per_device_train_batch_size
+
+    @property
+    def waited_enough(self) -> bool:
+        """Whether early stopping has come."""
+        patience = self.config.early_stopping_patience
+        return patience is not None and self.best.waited >= patience
+
+
+def save_run(run: Run, step: int, identity: dict[str, Any], *, complete: bool) -> None:
+    """A checkpoint of the run as it stands after `step` steps; the first process writes it.
+
+    Raises:
+        UserError: the processes do not hold the same weights any more; or the folder cannot be written.
+    """
+    trainable = run.lm.trainable_parameters()
+    parameters = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable}
+    parts = set(run.lm.parts.values())
+    if run.group.size > 1:
+        run.group.agree(
+            "trained weights",
+            _digest({name: parameters[name] for name, parameter in trainable if parameter not in parts}),
+            "start the same command again: it goes on from the checkpoint before; if this comes again, test the "
+            "machines, since equal gradients give equal weights",
+        )
+    if not (parts or run.group.is_first):
+        return
+    parameters = make_whole(run.lm, run.group, parameters)
+    optimizer = make_whole(run.lm, run.group, optimizer_tensors(run.optimizer, trainable))
+    if not run.group.is_first:
+        return
+    snapshot = take_snapshot(
+        step,
+        parameters=parameters,
+        optimizer=optimizer,
+        state={
+            "identity": identity,
+            "complete": complete,
+            "losses": dict(run.loss_state),
+            "micro_batch": run.micro_batch,
+            "best": run.best.record(),
+        },
+    )
+    root, keep = run.config.output_dir, run.config.save_total_limit
+    spare = run.best.kept if run.config.load_best_model_at_end else ()
+    save_checkpoint(root, snapshot, keep=keep, spare=spare)
+
+
+def restore_run(run: Run, checkpoint: Checkpoint) -> int:
+    """Puts the run where the checkpoint was; returns its step."""
+    put_parameters(run.lm, own_rows(run.lm, run.group, checkpoint.parameters))
+    optimizer = own_rows(run.lm, run.group, checkpoint.optimizer)
+    restore_optimizer(run.optimizer, run.lm.trainable_parameters(), optimizer)
+    set_scheduler_step(run.scheduler, checkpoint.step)
+    run.loss_state = checkpoint.state.get("losses", {})
+    run.best = Best(**checkpoint.state.get("best", {}))
+    run.micro_batch = checkpoint.state.get("micro_batch", run.config.per_device_train_batch_size)
+    return checkpoint.step
+
+
+@contextlib.contextmanager
+def best_parameters(run: Run, done: int) -> Iterator[None]:
+    """The trained tensors of the best evaluation, where it is asked for; those of the last step come back afterwards.
+
+    Raises:
+        UserError: the checkpoint of the best evaluation cannot be read.
+    """
+    best = run.best.step
+    if not run.config.load_best_model_at_end or best is None or best == done:
+        yield
+        return
+    last = copy_parameters(run.lm)
+    values = read_checkpoint(run.config.output_dir, best).parameters if run.group.is_first else {}
+    if run.lm.parts:
+        put_parameters(run.lm, own_rows(run.lm, run.group, values))
+    else:
+        if run.group.is_first:
+            put_parameters(run.lm, values)
+        run.group.copy_first([parameter.data for _, parameter in run.lm.trainable_parameters()])
+        run.lm.take_masters()
+    yield
+    put_parameters(run.lm, last)
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = xxhash.xxh3_128()
+    for name, tensor in tensors.items():
+        digest.update(name.encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,237 @@
+"""One optimizer step of phase two. What it sees, dropout included, depends on its number and the seed alone.
+
+Several processes share a step's forwards. Each forward has the pairs and the dropout that it has in one process; then
+the gradients are added up once. This is what torch's DistributedDataParallel does, without its wrapper: LoRA has little
+to send, so that nothing is gained by sending during the backward; and a step may have any number of forwards in any
+process, two passes over each, and be begun anew where memory ran out, all of which the wrapper's hooks in the backward
+pass make hard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from dpoeng.cache.errors import UserError
+from dpoeng.cache.schema import ScoredPair
+from dpoeng.cache.words import counted
+from dpoeng.engine.losses.batch import PairSums, PreferenceLoss, next_state, preference_loss
+from dpoeng.engine.losses.names import LossSettings
+from dpoeng.engine.models.fsdp_rows import clip_gradients, take_gradients, whole_parameters
+from dpoeng.engine.runs.metrics import preference_metrics
+from dpoeng.engine.runtime.out_of_memory import attempt, no_way_back, too_large
+from dpoeng.engine.training.batch_loss import batch_loss, batch_sums, in_order, turns
+from dpoeng.engine.training.rows import WeightArray
+from dpoeng.engine.training.run import Run
+
+Micro = tuple[Sequence[ScoredPair], WeightArray | None]
+"""Pairs of one forward, and the user's weights of them."""
+
+_SMALLER = "use a smaller --per-device-train-batch-size with more --gradient-accumulation-steps"
+
+
+def train_step(run: Run, step: int) -> dict[str, float]:
+    """One optimizer step over the pairs that the schedule gives it; the loss is their mean however they are cut."""
+    settings = LossSettings.of(run.config)
+    parts, grad_norm = _gradient_within_memory(run, step, settings)
+    metrics = preference_metrics(parts)
+    metrics["grad_norm"] = grad_norm
+    metrics["learning_rate"] = float(run.scheduler.get_last_lr()[0])
+    if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+        raise _not_finite(run, step, parts, metrics)
+    _update(run)
+    run.scheduler.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.loss_state = next_state(run.loss_state, PairSums.join([part.sums for part in parts]), settings)
+    return metrics
+
+
+def _not_finite(run: Run, step: int, parts: Sequence[PreferenceLoss], metrics: dict[str, float]) -> UserError:
+    """What to say, with the pairs whose log-probs or loss are no numbers, if it is they and not the gradient."""
+    numbers = torch.cat([part.chosen_logps + part.rejected_logps for part in parts])
+    if not LossSettings.of(run.config).sorts_pairs:  # else the i-th loss is not the i-th pair's
+        numbers = numbers + torch.cat([part.losses.detach() for part in parts])
+    wrong = (~numbers.isfinite()).tolist()
+    rows = [run.source_of(row) for row, is_bad in zip(run.schedule.rows_of_step(step), wrong, strict=True) if is_bad]
+    named = ", at " + "; ".join(rows[:5]) + (f" and {len(rows) - 5} more" if rows[5:] else "") if rows else ""
+    return UserError(
+        "the loss or its gradient is not a number",
+        code="training-not-finite",
+        where=f"step {step + 1}{named}",
+        expected="finite numbers",
+        found=f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}",
+        remedy="look at the pairs, where some are named; lower learning_rate, or use a wider dtype; the newest "
+        "checkpoint is from before this step",
+        exit_status=5,
+    )
+
+
+def _gradient_within_memory(run: Run, step: int, settings: LossSettings) -> tuple[list[PreferenceLoss], float]:
+    """The step's gradient, and with fewer pairs a forward where memory runs out: see docs/memory.md.
+
+    A step that ran out is begun anew, so that its result is that of one left alone. If it runs out again, the number of
+    pairs in a forward is halved for the rest of the run, which then goes on as one that was configured so.
+
+    Several processes do this together: where one has run out, all begin anew. Over a sharded base that cannot be, since
+    the others wait in the middle of a forward.
+
+    Raises:
+        UserError: one pair alone does not fit, or the base is sharded.
+    """
+    if run.lm.sharded:
+        with no_way_back("out of memory over a sharded base", f"phase two, step {step + 1}", _SMALLER):
+            return _gradient(run, step, settings)
+    while True:
+        done, said = attempt(lambda: _gradient(run, step, settings))
+        if done is not None:
+            return done
+        run.optimizer.zero_grad(set_to_none=True)
+        if run.micro_batch == 1:
+            rows = [run.train_rows[i].ids for i in run.schedule.rows_of_step(step)]
+            raise too_large(
+                [max(rows, key=lambda ids: ids.total_tokens)],
+                said,
+                phase=f"phase two, step {step + 1}",
+                helps="turn on --gradient-checkpointing, use --optim paged_adamw_8bit, hold the base in fewer bits, or "
+                "run phase one again with a shorter --max-length",
+            )
+        run.micro_batch = (run.micro_batch + 1) // 2
+        run.progress.note(
+            f"out of memory at step {step + 1}: the step is done again, and the run goes on, with "
+            f"{counted(run.micro_batch, 'pair')} a forward; the pairs of a step stay the same"
+        )
+
+
+def _gradient(run: Run, step: int, settings: LossSettings) -> tuple[list[PreferenceLoss], float]:
+    """Forward and backward of one step from the beginning: its losses, and the norm of the gradient it left."""
+    run.optimizer.zero_grad(set_to_none=True)
+    for weight in (*run.lm.masters, *run.lm.parts):
+        weight.grad = None  # left where memory ran out before its master could take it
+    indices = run.schedule.rows_of_step(step)
+    rows = [run.train_rows[i] for i in indices]
+    weights = None if run.train_weights is None else run.train_weights[indices]
+    micros = list(_chunks(rows, weights, run.micro_batch))
+    if settings.whole_batch and len(micros) > 1:
+        parts = _backward_of_whole_batch(run, step, micros, settings)
+    else:
+        parts = _backward_of_parts(run, step, micros, settings)
+    take_gradients(run.lm)
+    limit = run.config.max_grad_norm if run.config.max_grad_norm > 0 else math.inf
+    where = f"phase two, step {step + 1}, gradients of all processes"
+    with no_way_back("out of memory", where, _SMALLER) if run.group.size > 1 else contextlib.nullcontext():
+        _add_gradients(run, whole_parameters(run.lm))
+        return parts, clip_gradients(run.lm, run.group, limit)
+
+
+def _backward_of_parts(run: Run, step: int, micros: Sequence[Micro], settings: LossSettings) -> list[PreferenceLoss]:
+    """Forward and backward of each part, one after the other; the loss is the mean over the pairs of all of them."""
+    rows = [pair for batch, _ in micros for pair in batch]
+    mean_tokens = float(np.mean([len(pair.chosen_logps) for pair in rows]))
+
+    def work() -> list[tuple[int, PreferenceLoss]]:
+        parts = []
+        for micro, counts in turns(run.group, len(micros), sharded=run.lm.sharded):
+            batch, weights = micros[micro]
+            _seed(run.config.seed, step, micro)
+            part = batch_loss(
+                run.lm,
+                batch,
+                settings,
+                weights,
+                state=run.loss_state,
+                mean_tokens=mean_tokens,
+                per_token=run.per_token,
+                gumbel=_gumbel(run.config.seed, step, len(batch)) if settings.whole_batch else None,
+            )
+            loss = part.losses.sum() / len(rows)
+            torch.autograd.backward(loss if counts else 0.0 * loss)
+            if counts:
+                parts.append((micro, part))
+        return parts
+
+    return in_order(run.group, work, sharded=run.lm.sharded)
+
+
+def _add_gradients(run: Run, parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Gives every process the sum of all gradients of some parameters. One that no process has used keeps none."""
+    if run.group.size == 1:
+        return
+    held = run.group.gather([parameter.grad is not None for parameter in parameters])
+    used = [parameter for parameter, *where in zip(parameters, *held, strict=True) if any(where)]
+    for parameter in used:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    run.group.add([parameter.grad for parameter in used if parameter.grad is not None])
+
+
+def _update(run: Run) -> None:
+    """The optimizer's step. Where it runs out of memory half-way, weights and moments may no longer fit together."""
+    with no_way_back(
+        "out of memory in the optimizer's update",
+        "phase two, after the gradients",
+        "use --optim adamw_torch_fused or paged_adamw_8bit; the same command goes on from the newest checkpoint where "
+        "the optimizer is the same",
+    ):
+        run.optimizer.step()
+        run.lm.take_masters()
+
+
+def _backward_of_whole_batch(
+    run: Run, step: int, micros: Sequence[Micro], settings: LossSettings
+) -> list[PreferenceLoss]:
+    """The exact gradient of a loss in which the pairs of a step meet, however many forwards the step is cut into.
+
+    Each part is run twice: without gradient, for the sums that the loss and its derivatives need; and with, to carry
+    these derivatives on. Dropout draws the same both times. Gao et al. 2021, https://arxiv.org/abs/2101.06983
+    """
+    shares = turns(run.group, len(micros), sharded=run.lm.sharded)
+
+    def sums_of(micro: int) -> PairSums:
+        batch, weights = micros[micro]
+        _seed(run.config.seed, step, micro)
+        return batch_sums(run.lm, batch, settings, weights, per_token=run.per_token)
+
+    @torch.no_grad()
+    def look() -> list[tuple[int, PairSums]]:
+        found = [(micro, sums_of(micro)) for micro, _ in shares]
+        return [part for part, (_, counts) in zip(found, shares, strict=True) if counts]
+
+    leaves = PairSums.join(in_order(run.group, look, sharded=run.lm.sharded)).leaves()
+    gumbel = _gumbel(run.config.seed, step, len(leaves.weights)).to(leaves.weights.device)
+    whole = preference_loss(leaves, settings, state=run.loss_state, gumbel=gumbel)
+    torch.autograd.backward(whole.losses.mean())
+    begins = np.cumsum([0, *(len(batch) for batch, _ in micros)])
+
+    def carry() -> None:
+        for micro, counts in shares:
+            part = sums_of(micro)
+            pairs = slice(begins[micro], begins[micro + 1])
+            pulls = [
+                (x, (leaf.grad[pairs] if counts else 0.0 * leaf.grad[pairs]).to(x.device))
+                for x, leaf in zip(part.with_gradient, leaves.with_gradient, strict=True)
+                if leaf.grad is not None
+            ]
+            torch.autograd.backward([x for x, _ in pulls], [pull for _, pull in pulls])
+
+    run.group.each(carry, in_step=run.lm.sharded)
+    return [whole]
+
+
+def _gumbel(seed: int, step: int, pairs: int) -> torch.Tensor:
+    """Draws for losses that choose among the pairs of a step, [B] float64: the same however the step is cut."""
+    return torch.from_numpy(np.random.default_rng([seed, step, pairs]).gumbel(size=pairs))
+
+
+def _seed(seed: int, step: int, micro: int) -> None:
+    """Dropout depends on where the run is and on nothing that happened before."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, micro]).generate_state(1, np.uint64)[0] >> 1))
+
+
+def _chunks(rows: Sequence[ScoredPair], weights: WeightArray | None, size: int) -> Iterator[Micro]:
+    for begin in range(0, len(rows), size):
+        part = slice(begin, begin + size)
+        yield rows[part], None if weights is None else weights[part]

@@ -1,0 +1,1 @@
+"""Offline-reference DPO: score the reference once, train against the numbers."""
