@@ -4,7 +4,7 @@
 
 WHEELS is a folder outside the repository; what it lacks is downloaded by pip (about 400 MB in all). No release is
 imported: most cannot be beside today's Python and torch, so the sources are read by their syntax tree. Written are
-`engine/trl_names.json`, which the program looks names up in, and `docs/trl-versions.md`, the same for people.
+`engine/config/trl_names.json`, which the program looks names up in, and `docs/trl-versions.md`, the same for people.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT / "engine" / "trl_names.json"
+DATA = ROOT / "engine" / "config" / "trl_names.json"
 PAGE = ROOT / "docs" / "trl-versions.md"
 
 # The first release of every minor version of TRL from 0.8, and five of 0.7. Of transformers nearly every minor version.

@@ -26,8 +26,8 @@ train=(--max-steps "${STEPS:-8}" --learning-rate 1e-3 --eval-share 0.2 --per-dev
 import sys
 from pathlib import Path
 
-from dpoeng.engine.merge import merge
-from dpoeng.engine.sources import find_adapter, find_model
+from dpoeng.engine.recipes.merge import merge
+from dpoeng.engine.models.sources import find_adapter, find_model
 
 merge(find_model(sys.argv[1]), [find_adapter(sys.argv[2])], Path(sys.argv[3]))
 PY

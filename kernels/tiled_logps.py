@@ -8,7 +8,7 @@ and never more than `ROWS x TILE` logits in memory, in training as in scoring.
 
 A row's result must not depend on its neighbours. Rows only meet in the matrix products, where BLAS picks other code
 for a handful of rows; blocks are therefore padded to a multiple of `ROW_STEP` rows, from where on MKL's results were
-bitwise the same whatever the row count (tests/test_kernels_cpu.py checks it where it runs).
+bitwise the same whatever the row count (tests/kernels/test_token_logps.py checks it where it runs).
 
 Knows nothing of autograd or of ignored targets.
 """

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Time, memory and the machine: what every benchmark measures with, and how results are recorded."""

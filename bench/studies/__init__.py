@@ -1,1 +1,1 @@
-"""TODO."""
+"""Longer studies: accuracy, quality by precision, scaling, sharing, several processes, calculated plans."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""`dpoeng bench`: parses options, runs what `dpoeng.bench` holds, prints tables."""

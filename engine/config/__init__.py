@@ -1,1 +1,4 @@
-"""TODO."""
+"""Every setting, once: for dpoeng.yaml, for the command line and for Python.
+
+Checks values and explains wrong ones, with the names that other trainers use. Opens no model and no cache.
+"""

@@ -1,4 +1,7 @@
-"""TODO."""
+"""What is wrong with a field, in words: unknown names, values out of range, and one error for all of them.
+
+Takes the field lists as arguments, so it depends on no config.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""What simulation cannot see: parameters counted from a config.json, and estimates of runtime and fragmentation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Stands in for the kernels of a device while a step runs on the meta device: their shapes, and what they allocate."""
 
 from __future__ import annotations
 

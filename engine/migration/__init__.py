@@ -1,1 +1,4 @@
-"""TODO."""
+"""Another trainer's settings, read from its configuration or script, as fields of dpoeng.
+
+Scripts are parsed, never run.
+"""

@@ -19,7 +19,7 @@ from dpoeng.engine.models.sources import ModelSource
 
 AdapterMode = Literal["new", "stack", "continue"]
 Mode = Literal["new", "stack", "continue", "full"]
-"""What is trained: an adapter in one of its ways, or all weights and no adapter (`engine/full`)."""
+"""What is trained: an adapter in one of its ways, or all weights and no adapter (`engine/models/full_finetuning`)."""
 
 REFERENCE_ADAPTER = "reference"
 

@@ -6,11 +6,11 @@ checkpoints and the saved adapter are those of a run without FSDP, byte for byte
 log-prob kernel reads the head as one tensor. Of a base in 4 bits the packed bytes are divided; their scales, a 32nd of
 them with double quantisation, stay whole.
 
-With full fine-tuning the layers' gradients and the optimizer's state of them are divided too: see `engine/parts`. Here
+With full fine-tuning the layers' gradients and the optimizer's state of them are divided too: see `fsdp_rows`. Here
 FSDP2 sums the gradients, in float32, at the end of each layer's backward pass. What lies outside the layers (embedding,
 head, last norm) stays whole in every process, with its master, gradient and moments.
 
-Each process reads only its share of the files (`engine/sharded_loading`), or all of them where a share is not enough.
+Each process reads only its share of the files (`fsdp_loading`), or all of them where a share is not enough.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ weights under autocast would need as much memory, with the casts that autocast k
 the one whose numbers are cached.
 
 Over layers that FSDP divides, the float32 rows are what FSDP holds, and it gathers them rounded to what the model
-computes in: the same numbers, without a second copy of the rows (`engine/parts`).
+computes in: the same numbers, without a second copy of the rows (`engine/models/fsdp_rows`).
 """
 
 from __future__ import annotations

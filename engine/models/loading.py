@@ -1,4 +1,4 @@
-"""TODO."""
+"""A checkpoint to a frozen `CausalLM` on a device, in the precision asked for; or an empty one on the meta device."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def load_model(
 ) -> CausalLM:
     """The base model, frozen, on `device`, which becomes the current one; adapters are added by the functions below.
 
-    With `shard` (of `engine/fsdp`) this process reads only its share of what that divides. Only for a checkpoint that
+    With `shard` (of `fsdp`) this process reads only its share of what that divides. Only for a checkpoint that
     can be read so: see `whole_because`.
 
     Raises:

@@ -6,6 +6,7 @@ in train() and in eval(). Knows nothing of pairs, of the cache's files, or of lo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -37,12 +38,12 @@ class CausalLM:
         quantization: how the base is held.
         native_attention: the attention that transformers chose for this architecture.
         layout: whether branches share their prompt, and why if they do not.
-        attention: how attention over shared prompts is computed; see `engine/attention`.
+        attention: how attention over shared prompts is computed; see `engine/scoring/attention`.
         sharded: whether layers are divided over processes, so that every forward is one of all of them.
         masters: with full fine-tuning in another dtype than float32, the float32 tensor behind each weight, which is
             what the optimizer moves.
         parts: with full fine-tuning over divided layers, this process's rows of each of their weights, in float32, as
-            a plain tensor over the same memory; see `engine/parts`.
+            a plain tensor over the same memory; see `engine/models/fsdp_rows`.
     """
 
     model: Any
@@ -144,3 +145,13 @@ def device_name(device: torch.device) -> str:
     import platform
 
     return f"cpu ({platform.machine()}, {counted(torch.get_num_threads(), 'thread')})"
+
+
+def register_attention(name: str, attention: Callable[..., Any]) -> None:
+    """Make an attention function known to transformers under a name; registering it again changes nothing.
+
+    It gets no mask function: transformers then builds no mask, and does not look for packed texts on the device.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(name, attention)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Answers to held-out prompts before and after training."""
 
 from __future__ import annotations
 

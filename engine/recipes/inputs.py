@@ -1,4 +1,4 @@
-"""TODO."""
+"""What training reads before it loads a model: the views of the cache, the held-out split, and checks of both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""A loaded model against the cache: the same pairs scored live, and how far the numbers lie apart."""
 
 from __future__ import annotations
 

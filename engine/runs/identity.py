@@ -1,4 +1,4 @@
-"""TODO."""
+"""What a resumed run must have in common with its beginning."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from dpoeng.engine.config.fields import Attention
-from dpoeng.engine.models.model import CausalLM, Layout
+from dpoeng.engine.models.model import CausalLM, Layout, register_attention
 from dpoeng.engine.scoring.layout import GroupSpan
 from dpoeng.engine.scoring.varlen import Texts, texts, varlen
 from dpoeng.kernels.cpu_linear import dtype_of_products
@@ -155,18 +155,8 @@ def _attend(
     return weights[..., :k_len] @ v
 
 
-def register_attention() -> None:
-    """Makes the shared-prompt attention known to transformers; more than once does no harm.
-
-    With no mask of its own: transformers then builds none, and does not look for packed texts on the device.
-    """
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    ALL_ATTENTION_FUNCTIONS.register(SHARED_PROMPT, shared_prompt_attention)
-
-
 def use_layout(lm: CausalLM, layout: Layout, reason: str = "") -> None:
     """Switches the attention between the shared-prompt one and transformers' own."""
-    register_attention()
+    register_attention(SHARED_PROMPT, shared_prompt_attention)
     lm.layout, lm.layout_reason = layout, reason
     lm.base.set_attn_implementation(SHARED_PROMPT if layout == "shared" else lm.native_attention)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Shared or separate prompts, and which attention: decided by trying them on a few tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Pairs of token ids to scored pairs, in batches that fit into memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The attention of `engine/attention` as one FlashAttention call a layer over texts of different lengths: for GPUs.
+"""The attention of `attention` as one FlashAttention call a layer over texts of different lengths: for GPUs.
 
 A row with its spans is a sequence of texts: `[prompt | first branch]`, then `[prompt | branch]` for each further
 branch, of which only the branch is asked for. As queries they lie in the row one after the other already; as keys a

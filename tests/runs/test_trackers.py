@@ -1,0 +1,246 @@
+"""Trackers: written to by a real run and read back; one that is missing or fails never costs a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dpoeng_testing import pair_rows, write_jsonl
+
+from dpoeng.cache.errors import UserError
+from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
+from dpoeng.engine.recipes.precompute import precompute_reference
+from dpoeng.engine.recipes.train import train
+from dpoeng.engine.runs import trackers as module
+from dpoeng.engine.runs.trackers import Trackers, check_trackers, open_trackers
+from dpoeng.engine.runtime.progress import NoProgress
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    folder = tmp_path_factory.mktemp("trackers")
+    file = write_jsonl(folder / "pairs.jsonl", pair_rows(12))
+    precompute_reference(PrecomputeConfig(pairs=(file,), model=str(tiny_model), cache=folder / "cache"))
+    return folder / "cache"
+
+
+class Kept:
+    """A tracker that keeps what it is told."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.lines: list[tuple[int, dict[str, Any]]] = []
+        self.settings: dict[str, Any] = {}
+        self.finished = False
+        self.fails_at = fails_at
+
+    def start(self) -> None:
+        pass
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.settings = values
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        if step == self.fails_at:
+            raise ConnectionError("the server is gone")
+        self.lines.append((step, dict(values)))
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def test_a_tracker_gets_every_line_of_the_log(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Kept()
+    monkeypatch.setattr(module, "_tracker", lambda *_: kept)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object())
+    train(TrainConfig(cache=cache, output_dir=tmp_path / "out", max_steps=3, report_to=("wandb",)))
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [step for step, _ in kept.lines] == [line["step"] for line in lines]
+    for (_, told), line in zip(kept.lines, lines, strict=True):
+        numbers = {name: value for name, value in line.items() if isinstance(value, float) and name != "epoch"}
+        assert numbers.items() <= told.items()
+    assert kept.finished
+    assert kept.settings["learning_rate"] == 1e-5
+    assert kept.settings["report_to"] == '["wandb"]'
+    assert "adapter" not in kept.settings
+
+
+def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Notes(NoProgress):
+        said: list[str] = []  # noqa: RUF012
+
+        def note(self, text: str) -> None:
+            self.said.append(text)
+
+    kept, notes = Kept(fails_at=2), Notes()
+    monkeypatch.setattr(module, "_tracker", lambda *_: kept)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object())
+    summary = train(TrainConfig(cache=cache, output_dir=tmp_path / "out", max_steps=3, report_to=("mlflow",)), notes)
+    assert summary.steps == 3
+    assert {step for step, _ in kept.lines} == {0, 1}
+    assert any("mlflow failed" in note and "the server is gone" in note for note in notes.said)
+
+
+def test_what_is_no_number_is_left_to_the_log() -> None:
+    kept = Kept()
+    Trackers({"x": kept}).log(1, {"loss": 0.5, "bad": float("nan"), "table": {"a": 1}, "word": "w"})
+    assert kept.lines == [(1, {"loss": 0.5})]
+
+
+def test_trackers_move_no_weight(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a run that was begun without one goes on with one."""
+    monkeypatch.setattr(module, "_tracker", lambda *_: Kept())
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object())
+    for name, tracker in (("with", ("wandb",)), ("without", ())):
+        train(TrainConfig(cache=cache, output_dir=tmp_path / name, max_steps=2, report_to=tracker))
+    adapters = [
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("with", "without")
+    ]
+    assert adapters[0] == adapters[1]
+    again = train(TrainConfig(cache=cache, output_dir=tmp_path / "without", max_steps=2, report_to=("wandb",)))
+    assert again.already_complete
+
+
+def test_a_missing_tracker_is_refused_before_anything_is_loaded(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("dpoeng.engine.recipes.train.load_policy_base", None)
+    with pytest.raises(UserError) as caught:
+        train(TrainConfig(cache=cache, output_dir=tmp_path / "out", report_to=("trackio",)))
+    assert caught.value.code == "tracker-missing"
+    assert "pip install trackio" in caught.value.remedy
+    assert not (tmp_path / "out").exists()
+    check_trackers(())
+
+
+def test_a_tracker_that_cannot_start_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = Kept(), Kept()
+    monkeypatch.setattr(second, "start", lambda: (_ for _ in ()).throw(RuntimeError("no login")))
+    made = iter([first, second])
+    monkeypatch.setattr(module, "_tracker", lambda *_: next(made))
+    with pytest.raises(UserError) as caught:
+        open_trackers(("tensorboard", "wandb"), run_name="r", output_dir=tmp_path, settings={})
+    assert caught.value.code == "tracker-failed"
+    assert "no login" in str(caught.value.found)
+    assert first.finished
+
+
+@pytest.mark.parametrize("value", ["none", ["none"], None, ()])
+def test_none_means_none(value: Any) -> None:
+    assert TrainConfig(report_to=value).report_to == ()
+    assert TrainConfig(report_to="wandb").report_to == ("wandb",)  # type: ignore[arg-type]
+
+
+# --------------------------------------------------------------------------- the packages themselves
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from dpoeng.engine.config.fields import TrainConfig
+from dpoeng.engine.recipes.train import train
+train(TrainConfig(cache=Path(sys.argv[1]), output_dir=Path(sys.argv[2]), max_steps=3, report_to=sys.argv[3]))
+"""
+
+
+def really(tmp_path: Path, cache: Path, name: str, **environment: str) -> list[dict[str, Any]]:
+    """A run with a real tracker, in a process of its own, without a network; gives metrics.jsonl."""
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, str(cache), str(tmp_path / "out"), name]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+
+
+def series(lines: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    return [(line["step"], line[name]) for line in lines if name in line]
+
+
+@pytest.mark.slow  # needs the `trackers` extra
+@pytest.mark.parametrize("metric", ["rewards/margins"])
+def test_tensorboard_is_written_and_read_back(tmp_path: Path, cache: Path, metric: str) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    lines = really(tmp_path, cache, "tensorboard")
+    read = EventAccumulator(str(tmp_path / "out" / "runs" / "out")).Reload()
+    found = [(event.step, event.value) for event in read.Scalars(metric)]
+    assert found == [(step, pytest.approx(value, rel=1e-6)) for step, value in series(lines, metric)]
+
+
+@pytest.mark.slow
+def test_mlflow_is_written_and_read_back(tmp_path: Path, cache: Path) -> None:
+    store = (tmp_path / "mlruns").as_uri()
+    lines = really(tmp_path, cache, "mlflow", MLFLOW_TRACKING_URI=store, MLFLOW_ALLOW_FILE_STORE="true")
+    program = (
+        "import json, mlflow\n"
+        f"client = mlflow.MlflowClient({store!r})\n"
+        "(run,) = client.search_runs([client.get_experiment_by_name('dpoeng').experiment_id])\n"
+        "points = client.get_metric_history(run.info.run_id, 'loss')\n"
+        "print(json.dumps([[[p.step, p.value] for p in points], run.data.params['learning_rate'], run.info.run_name]))"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True,
+        env={**os.environ, "MLFLOW_ALLOW_FILE_STORE": "true"},
+    ).stdout  # fmt: skip
+    points, rate, name = json.loads(shown.splitlines()[-1])
+    assert [tuple(point) for point in points] == series(lines, "loss")
+    assert (float(rate), name) == (1e-5, "out")
+
+
+@pytest.mark.slow
+def test_trackio_is_written_and_read_back(tmp_path: Path, cache: Path) -> None:
+    lines = really(tmp_path, cache, "trackio", TRACKIO_DIR=str(tmp_path / "trackio"))
+    import sqlite3
+
+    (database,) = (tmp_path / "trackio").glob("dpoeng*.db")
+    with sqlite3.connect(database) as connection:
+        rows = connection.execute("select step, metrics from metrics order by id").fetchall()
+    found = [(step, held["loss"]) for step, text in rows if "loss" in (held := json.loads(text))]
+    assert found == [(step, pytest.approx(value)) for step, value in series(lines, "loss")]
+
+
+@pytest.mark.slow
+def test_wandb_is_written_offline_and_read_back(tmp_path: Path, cache: Path) -> None:
+    lines = really(tmp_path, cache, "wandb", WANDB_MODE="offline", WANDB_SILENT="true")
+    (file,) = (tmp_path / "out" / "wandb").glob("offline-run-*/run-*.wandb")
+    from wandb.proto import wandb_internal_pb2
+
+    found = []
+    for data in leveldb_records(file.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.HasField("history"):
+            held = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            if "loss" in held:
+                found.append((record.history.step.num, held["loss"]))
+    assert found == [(step, pytest.approx(value)) for step, value in series(lines, "loss")]
+
+
+def leveldb_records(data: bytes) -> Iterator[bytes]:
+    """The records of a .wandb file: LevelDB's log format behind seven bytes of its own.
+
+    https://github.com/google/leveldb/blob/main/doc/log_format.md
+    """
+    assert data[:4] == b":W&B"
+    at, block, record = 7, 32768, b""
+    while at + 7 <= len(data):
+        if block - at % block < 7:  # too little of the block is left for a header
+            at += block - at % block
+            continue
+        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        if kind == 0:
+            return
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield record
+            record = b""

@@ -1,0 +1,244 @@
+"""Makes docs/errors.md: what each code means, beside a message that was really produced."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("cli", "bench", "engine", "kernels", "cache")
+
+AREAS: dict[str, str] = {
+    "usage": "Command line and configuration",
+    "config": "Command line and configuration",
+    "init": "Command line and configuration",
+    "migrate": "Command line and configuration",
+    "data": "Pairs",
+    "tokenizer": "Models, tokenizers and adapters",
+    "model": "Models, tokenizers and adapters",
+    "adapter": "Models, tokenizers and adapters",
+    "checkpoint": "Models, tokenizers and adapters",
+    "lora": "Models, tokenizers and adapters",
+    "attention": "Models, tokenizers and adapters",
+    "layout": "Models, tokenizers and adapters",
+    "reference": "Models, tokenizers and adapters",
+    "weights": "Models, tokenizers and adapters",
+    "quantization": "Models, tokenizers and adapters",
+    "gguf": "GGUF files",
+    "cache": "The reference cache",
+    "import": "The reference cache",
+    "export": "The reference cache",
+    "ranks": "The reference cache",
+    "rank": "The reference cache",
+    "shard": "The reference cache",
+    "fsdp": "Training",
+    "full": "Training",
+    "parity": "Training",
+    "eval": "Training",
+    "resume": "Training",
+    "training": "Training",
+    "output": "Training",
+    "run": "Training",
+    "tracker": "Training",
+    "sweep": "Training",
+    "page": "Training",
+    "no": "The machine",
+    "bitsandbytes": "The machine",
+    "memory": "The machine",
+    "system": "The machine",
+    "internal": "The machine",
+    "bench": "Measuring and the demo",
+    "demo": "Measuring and the demo",
+}
+
+# What it means and what to do, where the message itself cannot say it all.
+MEANINGS: dict[str, str] = {
+    "usage": "The command line is not understood. `--help` behind any command lists what it takes.",
+    "config-missing": "Something without a default was not given. It may stand in `dpoeng.yaml` instead.",
+    "config-unreadable": "The configuration file is not there, or is no YAML of `field: value` lines.",
+    "config-unknown": "A name that no command knows, or only the other phase; the nearest ones are named.",
+    "config-foreign": "A name of TRL, transformers or peft that dpoeng lacks; docs/trl-versions.md has them all.",
+    "config-several": "More than one field is wrong; each is listed with its line.",
+    "config-twice": "A field stands twice in the configuration file, so which one is meant?",
+    "config-exists": "`init` and `migrate` overwrite nothing without `--force`.",
+    "config-unwritable": "The file that `init` or `migrate` writes cannot be made where it was named.",
+    "init-missing": "A file or folder that was named to `init` is not there.",
+    "migrate-unreadable": "What `migrate` was given is no Python, JSON or YAML that can be read.",
+    "migrate-nothing": "What `migrate` was given makes none of TRL's calls, and is no DPO configuration.",
+    "config-value": "A field has a value that it cannot have; the message names the field and where it was set.",
+    "data-missing": "No such file. Paths are taken from the folder in which the command runs.",
+    "data-no-files": "A folder stands for the data files directly in it, and there is none.",
+    "data-not-a-file": "Pipes and devices cannot be read twice, which resuming needs. Write to a file first.",
+    "data-unknown-kind": "The ending of the name says how a file is read; docs/data.md lists the endings.",
+    "data-empty": "There is no row, or none is left after the filter and what cannot be used.",
+    "data-damaged": "The file is cut off or of another kind than its name says. Copy or write it again.",
+    "data-encoding": "Texts are read as UTF-8. Convert the file.",
+    "data-bad-json": "A JSON document is read whole, so one mistake spoils it all; in JSON Lines it spoils one row.",
+    "data-bad-csv": "The first line of a CSV file must name the columns.",
+    "data-too-large": "A JSON document is held in memory whole. JSON Lines of any size is not.",
+    "data-columns": "A column that is needed, mapped or filtered by is in no row of the file.",
+    "data-unreadable": "The system does not let dpoeng read the file.",
+    "data-changed": "The file was written to while dpoeng used it. What was computed is kept: run again.",
+    "data-where": "The filter is not in the language of docs/data.md.",
+    "data-prompt-format": "The text around prompts must say where the prompt goes.",
+    "data-weight": "`pair_weight_column` needs a number of at least 0 in every row that is trained on.",
+    "data-rejects": "More rows than allowed cannot be used. `dpoeng check` shows the reasons with examples.",
+    "model-not-found": "There is no model of this name: no folder, no GGUF file, nor one on a hub that can be reached.",
+    "model-no-safetensors": "Weights are read from safetensors alone: loading a pickle can run code.",
+    "model-incomplete": "A file or tensor of the checkpoint is missing. It would be random numbers otherwise.",
+    "model-ambiguous": "The folder holds more than one model could be: what is hashed must be what transformers loads.",
+    "checkpoint-json": "config.json, adapter_config.json or the list of shards is damaged.",
+    "model-unloadable": "transformers cannot load the folder: an unknown architecture, or files that do not fit.",
+    "model-unsupported": "A probe of this architecture differs from the model's own forward, so it is refused.",
+    "weights-bad": "A weight file is cut off or damaged.",
+    "reference-not-finite": "The model gives NaN or infinity: damaged weights, or a dtype that is too narrow.",
+    "reference-drifted": "Other library versions give other numbers than the cache holds for the same reference.",
+    "tokenizer-missing": "The tokenizer's files are not beside the model, or cannot be read.",
+    "tokenizer-mismatch": "The tokenizer gives ids that the embedding does not have: it belongs to another model.",
+    "tokenizer-no-eos": "Texts end with the end token, and the tokenizer names none.",
+    "tokenizer-no-template": "Messages need the SFT model's chat template.",
+    "adapter-not-found": "The folder is not what peft's `save_pretrained` writes.",
+    "adapter-mismatch": "The adapter was trained on another base, or is damaged. `adapter_config.json` names its base.",
+    "adapter-mode": "What shall be trained does not fit the reference; docs/guide.md has the three modes.",
+    "lora-no-target": "None of the module names occurs in the model; the message lists those that do.",
+    "layout-unsupported": "This attention cannot run a prompt once for both responses. `auto` falls back by itself.",
+    "attention-unsupported": "This way of attention cannot be used here; segments can, wherever a prompt is shared.",
+    "gguf-missing": "No such file.",
+    "gguf-format": "The file is not GGUF 2 or 3, or is cut off.",
+    "gguf-unsupported": "transformers does not know what this GGUF file holds.",
+    "gguf-package": "An optional package is missing.",
+    "weights-gguf": "An optional package is missing.",
+    "gguf-output-exists": "The folder for a converted model is in use.",
+    "quantization-stored": "The checkpoint is quantised in its files, and not as was asked for.",
+    "gguf-quantization": "A GGUF file is quantised already.",
+    "cache-not-found": "There is no reference cache in this folder. Phase one makes it.",
+    "cache-not-empty": "A cache is made in an empty folder or a new one, so that nothing of yours is mixed with it.",
+    "cache-format": "The file that says what the folder is cannot be read.",
+    "cache-future": "The cache was written by a newer dpoeng. Update, or make another cache.",
+    "cache-corrupt": "A file of the cache does not match its hash. Phase one sets it aside and recomputes its rows.",
+    "cache-not-plain": "Links and devices inside a cache are refused; the folder itself may be reached by a link.",
+    "cache-no-view": "The cache has no set of pairs of this name.",
+    "cache-no-spec": "The cache is empty.",
+    "cache-view-unnamed": "The cache holds several sets of pairs: say which.",
+    "cache-view-name": "The name of a set of pairs becomes a file name.",
+    "cache-view-exists": "Two caches have a set of pairs of the same name; only one can keep it.",
+    "cache-which-spec": "The beginning of a digest must name one reference.",
+    "cache-spec-in-use": "A set of pairs still uses this reference.",
+    "cache-changed": "The set of pairs was rewritten by another process. Start the command again.",
+    "cache-incomplete": "A set of pairs names a pair that has no numbers.",
+    "cache-key-collision": "Two pairs have one 128-bit hash. Nothing is guessed; this is not expected to be seen.",
+    "cache-disk-small": "What is to be computed will not fit on the disk. Nothing was loaded yet.",
+    "cache-disk-full": "The disk is full. What was committed is kept.",
+    "cache-read-only": "The cache may not be written. A complete one may be read-only.",
+    "cache-disk-error": "The disk failed. What was committed is kept.",
+    "cache-too-many-files": "The system's limit of open files is reached.",
+    "cache-sums-only": "Imported sums cannot be taken apart into tokens, which this loss weighs one by one.",
+    "ranks-differ": "All processes of a run must be given the same files and settings.",
+    "ranks-one-gpu": "Training in several processes needs a GPU for each.",
+    "rank-lost": "Another process of the run failed: its own message says why.",
+    "fsdp-unavailable": "FSDP divides a base in 4, 16 or 32 bits over processes that torchrun has started, and with "
+    "`use_peft: false` the state of torch's AdamW.",
+    "shard-and-ranks": "Work is divided by `--shard` or by torchrun, not by both.",
+    "import-columns": "The file lacks columns that `dpoeng cache export` writes.",
+    "import-row": "A row holds what no model can give. Nothing of the file was taken over.",
+    "export-format": "The ending says the format: .jsonl or .parquet.",
+    "full-finetuning": "What was asked does not go with training all weights (`use_peft: false`).",
+    "parity-failed": "Policy and cache disagree before the first step: another model, adapter or precision.",
+    "eval-reference": "Both sets of pairs must be scored by one reference.",
+    "eval-empty": "What looks at held-out pairs needs some.",
+    "eval-changed": "Held-out pairs are found again by splitting the same pairs in the same way.",
+    "eval-trained-on": "An evaluation on pairs that are trained on tells nothing about others.",
+    "resume-nothing": "`--resume` asks for a checkpoint, and the folder has none.",
+    "resume-changed": "The folder holds a run with other settings; going on would mix two runs.",
+    "checkpoint-damaged": "A checkpoint that is needed does not match its checksum.",
+    "training-not-finite": "The loss or its gradient is NaN or infinite. The newest checkpoint is from before.",
+    "tracker-missing": "A tracker was named in report_to and its package is not installed. Nothing was loaded yet.",
+    "tracker-failed": "A tracker could not start. One that fails later is left out with a note; the run goes on.",
+    "output-unwritable": "The output folder is full, read-only, or a file.",
+    "output-in-use": "Two runs in one folder would mix their metrics and checkpoints. A killed run holds nothing.",
+    "run-not-found": "The folder was not written by `dpoeng train`.",
+    "run-damaged": "A log of the run is damaged.",
+    "sweep-combinations": "Each combination of what is varied is looked through before the first run; these are wrong.",
+    "sweep-runs": "The number of combinations is the product of the numbers of values, and grows quickly.",
+    "sweep-held-out": "Runs can be compared only on the same held-out pairs, and there must be some.",
+    "sweep-ranks": "A sweep is one process; its runs follow each other.",
+    "sweep-failed": "A run that fails does not end the others. The table of those that are complete stands above.",
+    "page-unwritable": "The page's file cannot be written.",
+    "no-gpu": "torch finds no CUDA device. `dpoeng doctor` says why.",
+    "bitsandbytes-unusable": "8-bit and 4-bit need bitsandbytes. `dpoeng doctor` tries it.",
+    "memory-short": "Simulated before the model is loaded: the phase would not fit. `dpoeng plan` tells more.",
+    "memory-full": "The process ran out of memory.",
+    "system-error": "The operating system refused to read or write a file.",
+    "internal-error": "A mistake in dpoeng. Please report it.",
+    "bench-no-peer": "Comparing with TRL needs a Python that has it.",
+    "bench-peer-failed": "The compared process failed; its last lines are shown.",
+    "bench-losses-differ": "A figure of several processes is told only if they compute what one does.",
+    "bench-no-record": "`bench diff` compares what `--json` or `--results` of another bench command has kept.",
+    "bench-not-comparable": "Figures of another machine or of other settings say nothing about a commit.",
+    "demo-model": "The demo needs a small model from the hub or a package index.",
+}
+
+HEAD = """# Errors
+
+Every mistake that you can mend is one message: what is wrong `[code]`, where, what was expected, what was found, and
+what to do. It goes to stderr. `--debug`, anywhere in the command, adds the traceback.
+
+| exit status | |
+|---|---|
+| 0 | done |
+| 1 | a mistake in dpoeng |
+| 2 | the command, the configuration, or a model that was named |
+| 3 | the data (also: `dpoeng check` found an error) |
+| 4 | the cache (also: `cache verify` found damage) |
+| 5 | the machine: disk, memory, GPU, libraries (also: `dpoeng doctor` found an error) |
+| 6 | a measurement is worse than it was, or than it may be (`bench diff`, `bench checks`) |
+| 141 | nobody reads the output any more, as behind `head` |
+| 130, 143 | stopped by Ctrl-C or SIGTERM; the same command goes on |
+
+The messages below were produced by the tests, each by the command above it. This page is written by
+`make docs-errors`; a test compares it.
+"""
+
+
+def codes() -> dict[str, list[str]]:
+    """Every code in the sources -> where it is raised, by the syntax tree."""
+    found: dict[str, list[str]] = {}
+    for where, call in error_calls():
+        code = next((keyword.value for keyword in call.keywords if keyword.arg == "code"), None)
+        if code is None:
+            name = "cache-corrupt"  # CacheError's own
+        else:
+            assert isinstance(code, ast.Constant), f"{where}: a code is a constant, so that it can be searched for"
+            name = str(code.value)
+        found.setdefault(name, []).append(where)
+    return found
+
+
+def error_calls() -> Iterator[tuple[str, ast.Call]]:
+    """Every call that makes a UserError or one of its kind."""
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+                if isinstance(node, ast.Call) and name in ("UserError", "CacheError"):
+                    yield f"{path.relative_to(ROOT)}:{node.lineno}", node
+
+
+def render(examples: Mapping[str, tuple[str, str, int]]) -> str:
+    """The page: `examples` is code -> (command, message, exit status)."""
+    parts = [HEAD]
+    areas = {area: [code for code in examples if AREAS[code.split("-")[0]] == area] for area in AREAS.values()}
+    for area, members in areas.items():
+        parts.append(f"\n## {area}\n")
+        for code in sorted(members, key=list(MEANINGS).index):
+            command, message, status = examples[code]
+            shown = f"$ dpoeng {command}\n{message}" if command else message
+            parts.append(f"\n### `{code}`\n\n{MEANINGS[code]} Exit status {status}.\n\n```text\n{shown}\n```\n")
+    return "".join(parts)
+
+
+def general(page: str) -> str:
+    """The page without what differs from machine to machine."""
+    return re.sub(r"\d+(\.\d+)?(e-?\d+)?", "0", page)
