@@ -64,19 +64,25 @@ def compare(
     TRAINED is a run's folder, an adapter's, or that of a checkpoint trained whole. One model is in memory at a time;
     with an adapter, before is the same model without it. Without prompts, some of those that the run held out are used,
     with just their token ids.
+
+    In a run's folder the answers are kept as samples.jsonl, in place of earlier ones; `dpoeng report` shows them.
     """
-    from dpoeng.cache.reader import View
-    from dpoeng.engine.recipes.compare import compare_generations, encode_prompt, held_out_prompts
+    from dpoeng.cli.progress import TerminalProgress
+    from dpoeng.engine.recipes.compare import compare_generations, encode_prompt, held_out_prompts, keep_samples
     from dpoeng.engine.recipes.evaluate import find_trained
+    from dpoeng.engine.recipes.inputs import open_views
 
     given_prompts = [*prompts, *(read_prompts(file) if file else [])]
     trained = find_trained(path)
-    config = run_config(trained, given(options))
-    view = View.open(config.cache, config.view, beside=config.eval_view)
+    overrides = given(options)
+    if "view" in overrides:  # prompts of this view, not of the one that the run was evaluated on
+        overrides["eval_view"] = None
+    config = run_config(trained, overrides)
+    view, eval_view = open_views(config)
 
     def prompts_of(tokenizer: Any) -> list[IdArray]:
         if not given_prompts:
-            return held_out_prompts(view, config, count)
+            return held_out_prompts(view, eval_view, config, count)
         wrapped = view.meta.get("prompt_format")
         as_chat = bool(getattr(tokenizer, "chat_template", None)) and not wrapped if chat is None else chat
         return [encode_prompt(tokenizer, text, chat=as_chat, prompt_format=wrapped) for text in given_prompts]
@@ -96,10 +102,11 @@ def compare(
         found = [dataclasses.replace(one, prompt=text) for one, text in zip(found, given_prompts, strict=True)]
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(one) for one in found], indent=2, ensure_ascii=False))
-        return
-    from rich.console import Console
+    else:
+        from rich.console import Console
 
-    Console(highlight=False).print(generations_table(found))
+        Console(highlight=False).print(generations_table(found))
+    keep_samples(trained, found, TerminalProgress())
 
 
 def read_prompts(file: Path) -> list[str]:

@@ -368,12 +368,6 @@ class TrainConfig(_Config):
     save_steps: int | None = Field(None, ge=1, description="Steps between checkpoints. Default: a tenth of the run.")
     save_total_limit: int = Field(2, ge=1, description="Checkpoints kept.")
 
-    samples: int = Field(
-        0,
-        ge=0,
-        description="Held-out prompts that are answered before and after training, for samples.jsonl and the report.",
-    )
-
     parity_pairs: int = Field(32, ge=1, description="Pairs on which policy and cache are compared before step one.")
     parity_tolerance: float | None = Field(
         None, gt=0, description="Largest allowed mean difference per token, nats. Default: by precision."
@@ -435,7 +429,7 @@ class TrainConfig(_Config):
 
     @model_validator(mode="after")
     def _best_needs_evaluations(self) -> TrainConfig:
-        for name in ("load_best_model_at_end", "early_stopping_patience", "metric_for_best_model", "samples"):
+        for name in ("load_best_model_at_end", "early_stopping_patience", "metric_for_best_model"):
             if getattr(self, name) and self.eval_view is None and self.eval_share == 0:
                 raise ValueError(f"{name} needs held-out pairs: give eval_view, or an eval_share above 0")
         for name in ("greater_is_better", "metric_for_best_model"):

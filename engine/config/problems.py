@@ -43,6 +43,13 @@ def option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+# Fields and values that dpoeng itself took once: what to do now. A dpoeng.yaml from then gets a clear message.
+_REMOVED_FIELDS = {
+    "samples": "take it out, and run `dpoeng compare OUT` after training: it leaves the answers where the report looks",
+    "async_save": "take it out: checkpoints are small, and are written between two steps",
+}
+_REMOVED_VALUES = {("attention", "flex"): "FlexAttention is gone: take it out, auto chooses the fastest that is exact"}
+
 # --------------------------------------------------------------------------- what is wrong
 
 TOGETHER = "the combination of fields"
@@ -59,6 +66,9 @@ def unknown_field(name: str, *, where: str, fields: Mapping[str, Sequence[str]],
     """
     plain = name.strip("-").replace("-", "_")
     commands = fields.get(plain, ())
+    if plain in _REMOVED_FIELDS:
+        message = f"{plain} is no longer a field of dpoeng"
+        return Problem("config-unknown", where, message, "nothing", name, _REMOVED_FIELDS[plain])
     if commands:
         own = command or "this command"
         return Problem(
@@ -158,6 +168,8 @@ _STEPS = {"warmup_steps", "eval_steps", "save_steps", "logging_steps"}
 
 def _hint(name: str, value: Any, allowed: str) -> str:
     """What was probably meant: another unit, another spelling."""
+    if gone := _REMOVED_VALUES.get((name, str(value))):
+        return gone
     number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
     if name == "learning_rate" and number is not None and number >= 1:
         return f"rates are small numbers: was {number:g}e-6 meant?"

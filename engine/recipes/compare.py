@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import IdArray, as_ids
 from dpoeng.engine.config.fields import TrainConfig
@@ -16,6 +17,9 @@ from dpoeng.engine.models.generate import generate
 from dpoeng.engine.models.model import CausalLM
 from dpoeng.engine.recipes.evaluate import Trained, before_and_after
 from dpoeng.engine.recipes.inputs import split
+from dpoeng.engine.runs.folder import write_samples
+from dpoeng.engine.runtime.progress import QUIET, Progress
+from dpoeng.engine.training.rows import Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +68,31 @@ def compare_generations(
     return [Generation(*one) for one in zip(texts, old, new, strict=True)]
 
 
-def held_out_prompts(view: View, config: TrainConfig, count: int) -> list[IdArray]:
+def held_out_prompts(view: View, eval_view: View | None, config: TrainConfig, count: int) -> list[IdArray]:
     """The first `count` different prompts that a run held out, or of the view where it held out none."""
-    rows = split(view, None, config)[1] or range(len(view))
-    first = {view[row].ids.prompt_ids.tobytes(): view[row].ids.prompt_ids for row in rows}
-    return list(first.values())[:count]
+    held_out = Rows(eval_view or view, split(view, eval_view, config)[1])
+    first: dict[bytes, IdArray] = {}
+    for pair in held_out or Rows(view, range(len(view))):
+        if len(first) == count:
+            break
+        first.setdefault(pair.ids.prompt_ids.tobytes(), pair.ids.prompt_ids)
+    return list(first.values())
+
+
+def keep_samples(trained: Trained, generations: Sequence[Generation], progress: Progress = QUIET) -> None:
+    """Leave answers as samples.jsonl in the folder of the run, where `dpoeng report` finds them, and say so.
+
+    Nothing is written for an adapter or checkpoint that lies in no run's folder. A folder that may not be written is
+    reported, not refused: the answers have been shown.
+    """
+    if trained.run is None:
+        return
+    try:
+        path = write_samples(trained.folder.parent, [asdict(generation) for generation in generations])
+    except UserError as error:
+        progress.note(f"the answers are not kept for `dpoeng report`: {error.message} ({error.where}: {error.found})")
+    else:
+        progress.note(f"{path} holds these answers now; `dpoeng report` shows them")
 
 
 def encode_prompt(tokenizer: Any, text: str, *, chat: bool, prompt_format: str | None) -> IdArray:

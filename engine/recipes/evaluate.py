@@ -17,8 +17,8 @@ from dpoeng.engine.models.adapters import Mode, before_training, load_trained_ad
 from dpoeng.engine.models.loading import pick_device
 from dpoeng.engine.models.model import CausalLM, device_name, set_mode
 from dpoeng.engine.models.sources import find_adapter
-from dpoeng.engine.recipes.inputs import split
-from dpoeng.engine.recipes.policy import check_parity, resolve_mode
+from dpoeng.engine.recipes.inputs import open_views, split
+from dpoeng.engine.recipes.policy import check_parity
 from dpoeng.engine.reference.loading import load_policy_base
 from dpoeng.engine.reference.parity import ParityReport
 from dpoeng.engine.runs.folder import ADAPTER_FOLDER, MODEL_FOLDER, RUN_FILE
@@ -82,7 +82,7 @@ def load_trained(trained: Trained, config: TrainConfig, view: View, *, tokenizer
     reference = view.meta["reference"]
     device = pick_device(config.device)
     sft_name = config.adapter or reference.get("adapter")
-    mode = trained.mode or resolve_mode(TrainConfig.model_validate({}), has_adapter=sft_name is not None)
+    mode = trained.mode or ("continue" if sft_name else "new")
     if mode == "full":
         here = config.model_copy(update={"model": str(trained.folder)})
         return _ready(load_policy_base(here, reference, device, tokenizer=tokenizer), config)
@@ -110,14 +110,16 @@ def before_and_after(
     if trained.mode != "full":
         lm = load_trained(trained, config, view, tokenizer=tokenizer)
         with before_training(lm):
-            found = before(lm)
-        return found, after(lm)
+            earlier = before(lm)
+        return earlier, after(lm)
     reference = view.meta["reference"]
     base = load_policy_base(config, reference, pick_device(config.device), tokenizer=tokenizer)
-    found = before(_ready(base, config))
+    earlier = before(_ready(base, config))
+    # Gone before the second one is loaded: there need not be room for two. Its modules hold each other in cycles, which
+    # only a collection frees.
     del base
     release_memory()
-    return found, after(load_trained(trained, config, view, tokenizer=tokenizer))
+    return earlier, after(load_trained(trained, config, view, tokenizer=tokenizer))
 
 
 def _ready(lm: CausalLM, config: TrainConfig) -> CausalLM:
@@ -128,7 +130,7 @@ def _ready(lm: CausalLM, config: TrainConfig) -> CausalLM:
 
 @dataclass(slots=True)
 class EvaluationSummary:
-    """What `dpoeng eval` found."""
+    """The result of `dpoeng eval`."""
 
     trained: Path
     view: str
@@ -167,27 +169,13 @@ def evaluate_trained(
     Raises:
         UserError: the cache or the model is not usable, or the model before training is not the cache's reference.
     """
-    view = View.open(config.cache, config.view, beside=config.eval_view)
-    eval_view = View.open(config.cache, config.eval_view) if config.eval_view else None
     which = which or ("all" if trained.run is None else "held-out")
-    if which == "held-out" and eval_view is None:
-        _check_pairs_of_run(trained, view)
-    indices = split(view, eval_view, config)[1] if which == "held-out" else range(len(view))
-    if not len(indices):
-        raise UserError(
-            "there are no pairs to evaluate",
-            code="eval-empty",
-            where=str(trained.folder.parent),
-            expected="pairs that its run held out",
-            found=f"none of {counted(len(view), 'pair')}",
-            remedy="say --pairs all to evaluate on all pairs of the view, those that were trained on too",
-        )
-    rows = Rows(eval_view if eval_view and which == "held-out" else view, indices)
+    view, rows = _open_rows(trained, config, which)
     weights, labels = rows.weights(config.pair_weight_column), rows.labels(config.eval_group_by)
     settings = LossSettings.of(config)
 
     def compare(lm: CausalLM) -> tuple[ParityReport, str]:
-        return check_parity(config, lm, view, range(len(view)), view.meta["reference"]), device_name(lm.device)
+        return check_parity(config, lm, Rows(view, range(len(view)))), device_name(lm.device)
 
     def score(lm: CausalLM) -> PreferenceLoss:
         progress.note(f"evaluating {counted(len(rows), 'pair')} of {rows.view.name} ({which})")
@@ -200,8 +188,8 @@ def evaluate_trained(
             per_token=not rows.view.spec.holds_sums,
         )
 
-    (parity, device), found = before_and_after(trained, config, view, compare, score)
-    result = summarise(found, rows.prompts(), labels, seed=config.seed, per_pair_loss=not settings.sorts_pairs)
+    (parity, device), losses = before_and_after(trained, config, view, compare, score)
+    result = summarise(losses, rows.prompts(), labels, seed=config.seed, per_pair_loss=not settings.sorts_pairs)
     line = {f"eval_{name}": value for name, value in result.metrics.items()}
     return EvaluationSummary(
         trained=trained.folder,
@@ -216,11 +204,36 @@ def evaluate_trained(
     )
 
 
+def _open_rows(trained: Trained, config: TrainConfig, which: Which) -> tuple[View, Rows]:
+    """The training view, which the model before training is compared with, and the rows to evaluate.
+
+    Raises:
+        UserError: there are none, or the run's held-out pairs can no longer be found.
+    """
+    view, eval_view = open_views(config)
+    if which == "all":
+        rows = Rows(view, range(len(view)))
+    else:
+        if eval_view is None:
+            _check_pairs_of_run(trained, view)
+        rows = Rows(eval_view or view, split(view, eval_view, config)[1])
+    if not rows:
+        raise UserError(
+            "there are no pairs to evaluate",
+            code="eval-empty",
+            where=str(trained.folder.parent),
+            expected="pairs that its run held out",
+            found=f"none of {counted(len(view), 'pair')}",
+            remedy="say --pairs all to evaluate on all pairs of the view, those that were trained on too",
+        )
+    return view, rows
+
+
 def _check_pairs_of_run(trained: Trained, view: View) -> None:
     """Refuses to hold pairs out anew of others than the run had: some of them would be pairs that it trained on."""
     file = trained.folder.parent / RUN_FILE
-    held = read_json(file, dict)["identity"]["pairs"] if trained.run is not None else None
-    if held is not None and held != rows_digest(view):
+    trained_on = read_json(file, dict)["identity"]["pairs"] if trained.run is not None else None
+    if trained_on is not None and trained_on != rows_digest(view):
         raise UserError(
             "the view holds other pairs than when the run was trained",
             code="eval-changed",

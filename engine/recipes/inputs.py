@@ -1,18 +1,143 @@
-"""What training reads before it loads a model: the views of the cache, the held-out split, and checks of both."""
+"""The inputs of phase two, read from the cache: views, rows, held-out split, weights, schedule, and checks of them.
+
+The one place that opens a cache for training, evaluation and sweeps. Knows no model.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import pair_key
 from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import TrainConfig
-from dpoeng.engine.training.order import hold_out
+from dpoeng.engine.training.order import Schedule, hold_out, plan_schedule
+from dpoeng.engine.training.rows import Rows, WeightArray
+from dpoeng.engine.training.run import HeldOut
 
 
-def refuse_sums_for_tokens(config: TrainConfig, view: View) -> None:
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Opened views, and their rows on both sides of the held-out split.
+
+    Attributes:
+        view: the training view.
+        eval_view: the evaluation view, where one is named; otherwise rows of `view` are held out.
+        train: rows to train on.
+        held_out: rows to evaluate on.
+        overlap: a sentence about pairs or prompts on both sides; empty if there are none.
+    """
+
+    view: View
+    eval_view: View | None
+    train: Rows
+    held_out: Rows
+    overlap: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Everything that a run reads from the cache.
+
+    Attributes:
+        split: opened views and their rows.
+        train_weights: the user's weight of each training row, or None.
+        held_out: held-out rows, ready for the evaluation.
+        schedule: which rows each optimizer step sees.
+    """
+
+    split: Split
+    train_weights: WeightArray | None
+    held_out: HeldOut
+    schedule: Schedule
+
+    @property
+    def view(self) -> View:
+        """The training view."""
+        return self.split.view
+
+    @property
+    def train_rows(self) -> Rows:
+        """Rows to train on."""
+        return self.split.train
+
+    @property
+    def reference(self) -> dict[str, Any]:
+        """How the reference was loaded in phase one."""
+        reference: dict[str, Any] = self.view.meta["reference"]
+        return reference
+
+    @property
+    def pairs_seen(self) -> int:
+        """Training pairs over the whole run, each counted as often as it is seen."""
+        return self.schedule.total_steps * min(self.schedule.batch, len(self.train_rows))
+
+
+def open_views(config: TrainConfig, open_view: Callable[..., View] = View.open) -> tuple[View, View | None]:
+    """Opens the training view and, where one is named, the evaluation view.
+
+    Args:
+        config: `cache`, `view` and `eval_view` are read.
+        open_view: `View.open`, or a function that keeps what it has opened.
+
+    Raises:
+        CacheError: no such view, or a damaged one.
+    """
+    view = open_view(config.cache, config.view, beside=config.eval_view)
+    return view, open_view(config.cache, config.eval_view) if config.eval_view else None
+
+
+def open_split(config: TrainConfig, open_view: Callable[..., View] = View.open) -> Split:
+    """Opens the views and splits their rows; a function of `cache`, `view`, `eval_view`, `eval_share` and `seed`.
+
+    Raises:
+        UserError: a view cannot be used, or every evaluation pair is also a training pair.
+    """
+    view, eval_view = open_views(config, open_view)
+    train, held_out = split(view, eval_view, config)
+    overlap = check_apart(view, eval_view) if eval_view is not None else ""
+    return Split(view, eval_view, Rows(view, train), Rows(eval_view or view, held_out), overlap)
+
+
+def open_inputs(config: TrainConfig, open_split: Callable[[TrainConfig], Split] = open_split) -> Inputs:
+    """Reads everything that a run takes from the cache.
+
+    Args:
+        config: of the run.
+        open_split: a sweep passes a function that opens each view and makes each split once.
+
+    Raises:
+        UserError: the cache does not hold what the configuration asks for.
+    """
+    opened = open_split(config)
+    refuse_sums_for_tokens(config.ld_alpha, opened.view)
+    column, held_out = config.pair_weight_column, opened.held_out
+    return Inputs(
+        split=opened,
+        train_weights=opened.train.weights(column),
+        held_out=HeldOut(
+            rows=held_out,
+            weights=held_out.weights(column),
+            prompts=held_out.prompts(),
+            labels=held_out.labels(config.eval_group_by) if held_out else {},
+            source_of=held_out.source,
+        ),
+        schedule=plan_schedule(
+            len(opened.train),
+            batch=config.per_device_train_batch_size * config.gradient_accumulation_steps,
+            epochs=config.num_train_epochs,
+            max_steps=config.max_steps,
+            seed=config.seed,
+        ),
+    )
+
+
+def refuse_sums_for_tokens(ld_alpha: float | None, view: View) -> None:
     """Raises UserError where the loss weighs single tokens and the cache holds sums only."""
-    if view.spec.holds_sums and config.ld_alpha is not None:
+    if view.spec.holds_sums and ld_alpha is not None:
         raise UserError(
             "this loss weighs single tokens, and these reference log-probs are sums over whole responses",
             code="cache-sums-only",
@@ -46,14 +171,13 @@ def check_held_out(config: TrainConfig, count: int) -> None:
     """Refuses what needs held-out pairs where there are none.
 
     Raises:
-        UserError: early stopping, the best model or samples were asked for.
+        UserError: early stopping or the best model were asked for.
     """
     wants = [
         option
         for option, asked in (
             ("--load-best-model-at-end", config.load_best_model_at_end),
             ("--early-stopping-patience", config.early_stopping_patience is not None),
-            ("--samples", bool(config.samples)),
         )
         if asked
     ]
@@ -69,12 +193,12 @@ def check_held_out(config: TrainConfig, count: int) -> None:
 
 
 def check_apart(view: View, eval_view: View) -> str:
-    """What to tell of pairs, or prompts, that are both trained and evaluated on; empty where there are none.
+    """Describe pairs and prompts that are both trained and evaluated on; empty where there are none.
 
     As in `dpoeng check --eval` a pair is the same either way round; texts are compared by their token ids.
 
     Raises:
-        UserError: all pairs that are evaluated on are trained on.
+        UserError: every evaluation pair is also a training pair.
     """
     trained = {view.key(row) for row in range(len(view))}
     prompts = {view[row].ids.prompt_ids.tobytes() for row in range(len(view))}
@@ -95,12 +219,12 @@ def check_apart(view: View, eval_view: View) -> str:
             remedy="say --eval-share 0.1 in place of --eval-view, to keep a tenth of the pairs out of training; or run "
             "precompute-ref on other pairs and name their view",
         )
-    told = [counted(pairs, "pair")] if pairs else []
-    told += [f"{also} more by prompt alone" if pairs else f"{counted(also, 'pair')} by prompt alone"] if also else []
-    if not told:
+    shared = [counted(pairs, "pair")] if pairs else []
+    shared += [f"{also} more by prompt alone" if pairs else f"{counted(also, 'pair')} by prompt alone"] if also else []
+    if not shared:
         return ""
     return (
         f"of {counted(len(eval_view), 'pair')} in {eval_view.name}, to be evaluated on, these are trained on too (in "
-        f"{view.name}): {' and '.join(told)}; their figures tell what was learnt by heart; --eval-share 0.1 in place "
+        f"{view.name}): {' and '.join(shared)}; their figures tell what was learnt by heart; --eval-share 0.1 in place "
         "of --eval-view splits by prompt"
     )

@@ -1,23 +1,202 @@
-"""What phase two decides and checks before its first step: adapter mode, rows, devices, policy against cache."""
+"""The policy of phase two: chosen, checked against this machine, loaded, made trainable, compared with the cache."""
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from dpoeng.cache.errors import UserError
-from dpoeng.cache.reader import View
 from dpoeng.cache.words import counted
-from dpoeng.engine.config.fields import TrainConfig
-from dpoeng.engine.models.adapters import Mode
+from dpoeng.engine.config.fields import Quantization, TrainConfig
+from dpoeng.engine.memory.fit import check_step
+from dpoeng.engine.models.adapters import Mode, as_reference, make_trainable
+from dpoeng.engine.models.fsdp import check_fsdp, layer_sharding, loads_whole_because, shard_base
+from dpoeng.engine.models.fsdp_rows import whole_parameters
+from dpoeng.engine.models.full_finetuning import check_full
 from dpoeng.engine.models.loading import pick_device
-from dpoeng.engine.models.model import CausalLM, device_name
+from dpoeng.engine.models.model import CausalLM, device_name, enable_gradient_checkpointing, set_mode
+from dpoeng.engine.models.quantized import import_bitsandbytes, require_bitsandbytes
+from dpoeng.engine.models.sources import ModelSource, find_adapter, find_model
+from dpoeng.engine.recipes.inputs import Inputs
+from dpoeng.engine.reference.loading import KeptBase, load_policy_base
 from dpoeng.engine.reference.parity import ParityReport, compare_with_cache, parity_tolerance, spread
 from dpoeng.engine.runtime.distributed import Group
 from dpoeng.engine.runtime.progress import Progress
+from dpoeng.engine.scoring.choose_layout import choose_layout
+from dpoeng.engine.training.rows import Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which policy a run trains: as configured, or else as the cache's reference.
+
+    Attributes:
+        model: the base.
+        adapter_name: the SFT adapter of the reference, or None.
+        adapter: its files.
+        mode: how the trained weights stand on base and adapter.
+        quantization: how the base is held.
+        dtype: of the computation.
+    """
+
+    model: str
+    adapter_name: str | None
+    adapter: ModelSource | None
+    mode: Mode
+    quantization: Quantization
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The policy, loaded and ready for its first step.
+
+    Attributes:
+        lm: the model, in training mode.
+        source: the files of the base.
+        device: of this process.
+        parity: the comparison with the cache.
+        loaded: with `fsdp`: whether each process read its part of the base only, in words.
+        predicted_bytes: simulated peak of a step; None where it was not simulated.
+    """
+
+    lm: CausalLM
+    source: ModelSource
+    device: torch.device
+    parity: ParityReport
+    loaded: str
+    predicted_bytes: int | None
+
+
+def choose_policy(config: TrainConfig, reference: Mapping[str, Any], group: Group) -> Choice:
+    """Decide what is trained, before any of it is loaded.
+
+    Raises:
+        UserError: this policy cannot be had: no such adapter, a mode that does not fit it, or a missing library.
+    """
+    quantization = config.quantization or reference["quantization"]
+    check_fsdp(config, group, quantization)
+    require_bitsandbytes(quantization)
+    if not config.optim.startswith("adamw_torch"):
+        import_bitsandbytes(f"--optim {config.optim}", "use --optim adamw_torch")
+    adapter_name = config.adapter or reference.get("adapter")
+    return Choice(
+        model=config.model or reference["model"],
+        adapter_name=adapter_name,
+        adapter=find_adapter(adapter_name) if adapter_name else None,
+        mode=resolve_mode(config, has_adapter=bool(adapter_name)),
+        quantization=quantization,
+        dtype=config.dtype or reference["dtype"],
+    )
+
+
+def load_policy(
+    config: TrainConfig, inputs: Inputs, choice: Choice, group: Group, progress: Progress, kept_base: KeptBase | None
+) -> Policy:
+    """Load the policy, make it trainable and compare it with the cache.
+
+    Args:
+        config: of the run.
+        inputs: of the run; the longest pairs decide whether a step fits into memory.
+        choice: from `choose_policy`.
+        group: the processes of the run; all get the first one's trained weights.
+        progress: where bars and notes go.
+        kept_base: holds the base between the runs of a sweep.
+
+    Raises:
+        UserError: it cannot be loaded, would not fit into memory, or is not the cache's reference.
+    """
+    check_full(config, inputs.reference, quantization=choice.quantization)
+    source = find_model(choice.model, revision=inputs.reference.get("revision"))
+    device = own_device(config.device, group)
+    refuse_attention_on_cpu(config, device)
+    note_idle(config, group, progress)
+    held_bytes = kept_base.n_bytes if kept_base is not None else 0
+    predicted_bytes = _check_memory(config, inputs, choice, source, device, group.size, held_bytes)
+    whole = loads_whole_because(config, group, choice.quantization, source, choice.adapter) if config.fsdp else ""
+    if whole:
+        progress.note(f"each process loads the whole base into the host's memory before it is divided: {whole}")
+    in_parts = config.fsdp and not whole
+    load = kept_base.load if kept_base is not None else load_policy_base
+    n_bytes = sum(file.stat().st_size for file in source.weight_files)
+    with progress.task("loading the base", n_bytes, "B") as advance:
+        lm = load(
+            config,
+            inputs.reference,
+            device,
+            on_host=bool(whole),  # no card has to hold the whole base, not even until it is divided
+            shard=layer_sharding(group, device, trained=choice.mode == "full") if in_parts else None,
+        )
+        advance(n_bytes, "")
+    lm = _make_trainable(lm, config, choice, device, group, divide=bool(whole))
+    parity = _compare(lm, config, inputs, choice.mode, progress)
+    if config.checkpoints_on(device.type):
+        enable_gradient_checkpointing(lm, inputs_on_host=config.activation_offloading)
+    set_mode(lm, training=True)
+    loaded = f"whole by each process, then divided: {whole}" if whole else "in parts" if in_parts else ""
+    return Policy(lm, source, device, parity, loaded, predicted_bytes)
+
+
+def _check_memory(
+    config: TrainConfig,
+    inputs: Inputs,
+    choice: Choice,
+    source: ModelSource,
+    device: torch.device,
+    processes: int,
+    held_bytes: int,
+) -> int | None:
+    """The simulated peak of a step, bytes; raises UserError where the device has no room for it.
+
+    `held_bytes`: memory that a kept base already occupies, which this run uses again.
+    """
+    if config.fsdp and choice.mode == "full":  # the simulation divides frozen layers only
+        return None
+    return check_step(
+        config,
+        source,
+        [row.ids for row in inputs.train_rows],
+        device,
+        quantization=choice.quantization,
+        dtype=choice.dtype,
+        shards=processes if config.fsdp else 1,
+        held_bytes=held_bytes,
+    )
+
+
+def _make_trainable(
+    lm: CausalLM, config: TrainConfig, choice: Choice, device: torch.device, group: Group, *, divide: bool
+) -> CausalLM:
+    """The base with what is trained, equal in all processes; `divide` if the base was loaded whole for FSDP."""
+    if divide and choice.mode == "full":
+        shard_base(lm, group, device, trained=True)  # before make_trainable: each process trains its rows
+    # Seeded before the adapter is made: its start is part of what a seed means.
+    torch.manual_seed(config.seed)
+    lm = make_trainable(lm, config, choice.mode, choice.adapter)
+    if divide and choice.mode != "full":
+        shard_base(lm, group, device)  # after make_trainable: DoRA and saved modules start from whole weights
+    # Every process drew the same start; copying it leaves no difference of machines or libraries. Masters are taken
+    # afterwards, since they are float32 copies of these weights.
+    group.copy_first([parameter.data for parameter in whole_parameters(lm)])
+    lm.take_masters()
+    return lm
+
+
+def _compare(lm: CausalLM, config: TrainConfig, inputs: Inputs, mode: Mode, progress: Progress) -> ParityReport:
+    """Choose the layout, then compare the policy with the cache as it is before its first step."""
+    set_mode(lm, training=False)
+    sample = min(config.parity_pairs, len(inputs.train_rows))
+    with as_reference(lm, mode):
+        choose_layout(lm, config.layout, config.attention)
+        with progress.task("comparing the policy with the cache", sample, "pairs") as advance:
+            parity = check_parity(config, lm, inputs.train_rows)
+            advance(sample, "")
+    progress.note(parity_text(parity))
+    return parity
 
 
 def resolve_mode(config: TrainConfig, *, has_adapter: bool) -> Mode:
@@ -55,7 +234,10 @@ def resolve_mode(config: TrainConfig, *, has_adapter: bool) -> Mode:
 
 
 def note_idle(config: TrainConfig, group: Group, progress: Progress) -> None:
-    """Says so where a step has fewer forwards than there are processes: the batch does not grow with their number."""
+    """Note that processes are idle where a step has fewer forwards than there are processes.
+
+    The batch does not grow with the number of processes.
+    """
     forwards, size = config.gradient_accumulation_steps, config.per_device_train_batch_size
     if forwards < group.size:
         progress.note(
@@ -66,13 +248,15 @@ def note_idle(config: TrainConfig, group: Group, progress: Progress) -> None:
         )
 
 
-def own_device(config: TrainConfig, group: Group) -> torch.device:
+def own_device(name: str, group: Group) -> torch.device:
     """The device of this process, made torch's current one if it is a GPU.
+
+    `name` is the option: `auto`, `cpu`, `cuda` or one of several GPUs.
 
     Raises:
         UserError: another process of the group has the same GPU, which NCCL refuses.
     """
-    device = pick_device(config.device, group.local_rank)
+    device = pick_device(name, group.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         refuse_shared_gpu(group, f"{socket.gethostname()}, GPU {torch.cuda.get_device_properties(device).uuid}")
@@ -110,18 +294,17 @@ def refuse_attention_on_cpu(config: TrainConfig, device: torch.device) -> None:
         )
 
 
-def check_parity(
-    config: TrainConfig, lm: CausalLM, view: View, rows: Sequence[int], reference: dict[str, Any]
-) -> ParityReport:
-    """Compares the policy, as the reference, with the cache on pairs spread over the view.
+def check_parity(config: TrainConfig, lm: CausalLM, rows: Rows) -> ParityReport:
+    """Compares the policy, as the reference, with the cache on pairs spread over some rows.
 
     Raises:
         UserError: they differ by more than rounding explains.
     """
-    sample = spread(rows, config.parity_pairs)
+    reference = rows.view.meta["reference"]
+    sample = spread(rows.indices, config.parity_pairs)
     tolerance = config.parity_tolerance or parity_tolerance(lm, reference["quantization"], reference["dtype"])
     report = compare_with_cache(
-        lm, view, sample, beta=config.beta, batch_tokens=reference["batch_tokens"], tolerance=tolerance
+        lm, rows.view, sample, beta=config.beta, batch_tokens=reference["batch_tokens"], tolerance=tolerance
     )
     if not report.ok:
         raise UserError(
@@ -139,7 +322,7 @@ def check_parity(
 
 
 def parity_text(report: ParityReport) -> str:
-    """What the comparison has found, on one line."""
+    """The result of the comparison, on one line."""
     return (
         f"policy = cache on {counted(report.pairs, 'pair')}: mean difference {report.mean_diff:.2g}, largest "
         f"{report.max_diff:.2g} nats a token; reward noise {report.reward_noise:.2g}"

@@ -16,6 +16,7 @@ import xxhash
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.index import KeyIndex
 from dpoeng.cache.schema import PairIds, pair_key
+from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.store import Store
 from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import PrecomputeConfig
@@ -37,7 +38,7 @@ from dpoeng.engine.runtime.distributed import Group, process_group
 from dpoeng.engine.runtime.progress import QUIET, Progress
 from dpoeng.engine.scoring.forward import rotary_limit
 from dpoeng.engine.scoring.layout import batches_of_pairs
-from dpoeng.engine.scoring.pairs import score_pairs, score_within_memory
+from dpoeng.engine.scoring.pairs import score_within_memory
 
 VISIBLE_WITHIN_S: Final = 60.0
 """How long the first process waits until it sees what the others have committed."""
@@ -96,6 +97,76 @@ def precompute_reference(config: PrecomputeConfig, progress: Progress = QUIET) -
 
 
 def _precompute(config: PrecomputeConfig, group: Group, progress: Progress) -> PrecomputeSummary:
+    work = plan_work(config, group, progress)
+    summary = PrecomputeSummary(
+        cache=config.cache,
+        view=work.view_name,
+        spec=work.spec.digest,
+        pairs=len(work.data.pairs),
+        computed=sum(len(shard) for shard in work.mine),
+        reused=sum(ids in work.index for ids in work.unique.values()),
+        quarantined=len(work.index.quarantined),
+        filtered=work.file.filtered,
+        rejects=[*work.file.rejects, *work.data.rejects],
+        rejects_file=None,
+        data=work.data,
+        source=work.file,
+        part=work.part,
+        reports=group.is_first,
+        device=device_name(work.device),
+    )
+    if work.mine:
+        compute(work, summary, progress)
+    group.wait()  # until all have committed their shards
+    if group.is_first:
+        # A network file system shows other machines' files late.
+        finish(work, summary, progress, patience_s=VISIBLE_WITHIN_S if group.size > 1 else 0.0)
+    return summary
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What phase one has to do, known before the model is loaded.
+
+    Attributes:
+        config: with the stored quantization of the base and with `batch_tokens` set.
+        source: the base.
+        adapter: the SFT adapter, or None.
+        device: of this process.
+        view_name: of the view that will be written.
+        file: the pairs as they were read.
+        data: the pairs as token ids.
+        keys: the key of each row's pair.
+        unique: pair key -> pair, each once.
+        store: the cache.
+        spec: what identifies the reference.
+        index: pairs that the cache holds already.
+        part: the share of this process.
+        mine: shards of this process, without the pairs that the cache holds.
+    """
+
+    config: PrecomputeConfig
+    source: ModelSource
+    adapter: ModelSource | None
+    device: torch.device
+    view_name: str
+    file: PairFile
+    data: TokenizedData
+    keys: Sequence[bytes]
+    unique: Mapping[bytes, PairIds]
+    store: Store
+    spec: ReferenceSpec
+    index: KeyIndex
+    part: Part
+    mine: Sequence[Sequence[PairIds]]
+
+
+def plan_work(config: PrecomputeConfig, group: Group, progress: Progress) -> Work:
+    """Read the pairs, identify the reference, and look up which pairs the cache lacks.
+
+    Raises:
+        UserError: the data, the model, the configuration or the cache is not usable as it is.
+    """
     if not config.pairs:
         raise UserError(
             "no preference pairs were named",
@@ -109,90 +180,103 @@ def _precompute(config: PrecomputeConfig, group: Group, progress: Progress) -> P
     adapter = find_adapter(config.adapter) if config.adapter else None
     device = pick_device(config.device, group.local_rank)
     require_bitsandbytes(config.quantization)
-    batch_tokens = config.batch_tokens or default_batch_tokens(device)
-    config = config.model_copy(update={"batch_tokens": batch_tokens})
+    config = config.model_copy(update={"batch_tokens": config.batch_tokens or default_batch_tokens(device)})
     view_name = config.name or default_view_name(config.pairs[0])
-    part = _part(config, group)
+    part = _part(config.shard, group)
     file, data = _read(config, source)
     if remark := file.column_remark():
         progress.note(remark)
 
     store = Store.open(config.cache, create=True)
-    with group.first_on_machine():
+    with group.first_on_machine():  # hashes the weights and remembers it: the others then need not
         spec = reference_spec(config, source, adapter, progress)
-    spec_digest = store.put_spec(spec)
+    store.put_spec(spec)
     keys = [pair_key(pair.ids) for pair in data.pairs]
     unique = {key: pair.ids for key, pair in zip(keys, data.pairs, strict=True)}
-    group.agree("models", spec_digest, "give every process the same model, adapter and precision")
+    group.agree("models", spec.digest, "give every process the same model, adapter and precision")
     group.agree("pairs", xxhash.xxh3_128_hexdigest(b"".join(sorted(unique))), "give every process the same files")
+    index, missing = _look_up(store, spec.digest, unique, config.shard_tokens, progress)
+    mine = [shard for shard in part.of(missing) if shard]
+    return Work(
+        config, source, adapter, device, view_name, file, data, keys, unique, store, spec, index, part, mine
+    )  # fmt: skip
+
+
+def _look_up(
+    store: Store, spec_digest: str, unique: Mapping[bytes, PairIds], shard_tokens: int, progress: Progress
+) -> tuple[KeyIndex, list[list[PairIds]]]:
+    """What the cache holds, and the shards of what it lacks; some of these shards may be empty."""
     index = store.lookup(spec_digest)
     for name in index.quarantined:
         progress.note(f"object {name} of the cache was damaged; it was set aside and its pairs are computed again")
-
-    # Planned over what the last finished run left, not over what is there now: see plan_shards.
+    # Planned over what the last finished run left, not over what is there now: a run that is killed and started again
+    # then writes the same shards as one left alone (see plan_shards).
     sealed = store.lookup(spec_digest, sealed=True, known=index)
-    shards = plan_shards({key: ids for key, ids in unique.items() if ids not in sealed}, config.shard_tokens)
-    missing = [[ids for ids in shard if ids not in index] for shard in shards]
-    absent = sum(len(shard) for shard in missing)
-    mine = [shard for shard in part.of(missing) if shard]
-    summary = PrecomputeSummary(
-        cache=config.cache,
-        view=view_name,
-        spec=spec_digest,
-        pairs=len(data.pairs),
-        computed=sum(len(shard) for shard in mine),
-        reused=len(unique) - absent,
-        quarantined=len(index.quarantined),
-        filtered=file.filtered,
-        rejects=[*file.rejects, *data.rejects],
-        rejects_file=None,
-        data=data,
-        source=file,
-        part=part,
-        reports=group.is_first,
-        device=device_name(device),
-    )
-    if mine:
-        _check_disk(store.root, mine)
-        began = time.perf_counter()
-        summary.predicted_bytes = check_forward(config, source, [ids for shard in mine for ids in shard], device)
-        lm = load_reference(config, source, adapter, device)
-        summary.layout, summary.layout_reason = lm.layout, lm.layout_reason
-        _check_ids(unique.values(), lm, source)
-        _check_positions(unique.values(), lm)
-        reused = {key: ids for key, ids in unique.items() if ids in index}
-        check_drift(
-            lm,
-            store,
-            spec_digest,
-            index,
-            reused,
-            quantization=config.quantization,
-            batch_tokens=batch_tokens,
-            progress=progress,
-        )
-        _compute(lm, store, spec_digest, mine, config, summary, progress)
-        summary.seconds = time.perf_counter() - began
-    group.wait()  # until all have committed their shards
-    if not group.is_first:
-        return summary
-    index = _look_again(store, spec_digest, index, unique, patience_s=VISIBLE_WITHIN_S if group.size > 1 else 0.0)
-    summary.pending = sum(ids not in index for ids in unique.values())
-    if summary.pending:
-        return summary
-    store.seal(spec_digest)
+    shards = plan_shards({key: ids for key, ids in unique.items() if ids not in sealed}, shard_tokens)
+    return index, [[ids for ids in shard if ids not in index] for shard in shards]
 
-    ensure_unchanged(file.files)
-    summary.reference = reference_record(config, source, adapter, spec)
+
+def compute(work: Work, summary: PrecomputeSummary, progress: Progress) -> None:
+    """Score this process's pairs with the reference and commit them, shard by shard; `summary` gets the figures.
+
+    Raises:
+        UserError: no room on the disk or in memory; ids or lengths that the model does not take; or older values that
+            it does not repeat.
+    """
+    config, pairs = work.config, work.unique.values()
+    _check_disk(work.store.root, work.mine)
+    began = time.perf_counter()
+    summary.predicted_bytes = check_forward(
+        config, work.source, [ids for shard in work.mine for ids in shard], work.device
+    )
+    lm = load_reference(config, work.source, work.adapter, work.device)
+    summary.layout, summary.layout_reason = lm.layout, lm.layout_reason
+    _check_ids(pairs, lm, work.source)
+    _check_positions(pairs, lm)
+    assert config.batch_tokens is not None
+    check_drift(
+        lm,
+        work.store,
+        work.spec.digest,
+        work.index,
+        {key: ids for key, ids in work.unique.items() if ids in work.index},
+        quantization=config.quantization,
+        batch_tokens=config.batch_tokens,
+        progress=progress,
+    )
+    _score(lm, work, config.batch_tokens, summary, progress)
+    summary.seconds = time.perf_counter() - began
+
+
+def finish(work: Work, summary: PrecomputeSummary, progress: Progress, *, patience_s: float) -> None:
+    """Write the view and the list of rejects, if every pair is in the cache; otherwise count those that are pending.
+
+    Args:
+        work: of the run.
+        summary: gets the figures.
+        progress: where notes go.
+        patience_s: seconds to wait for pairs that other processes have committed.
+
+    Raises:
+        UserError: a file of pairs has changed since it was read, or the cache cannot be written.
+    """
+    store, spec = work.store, work.spec
+    index = _look_again(store, spec.digest, work.index, work.unique, patience_s=patience_s)
+    summary.pending = sum(ids not in index for ids in work.unique.values())
+    if summary.pending:
+        return
+    store.seal(spec.digest)
+
+    ensure_unchanged(work.file.files)
+    summary.reference = reference_record(work.config, work.source, work.adapter, spec)
     meta = {
         "reference": summary.reference,
-        **source_record(config, file, len(summary.rejects), summary.device),
+        **source_record(work.config, work.file, len(summary.rejects), summary.device),
     }
-    write_pairs_view(store, spec_digest, view_name, data, keys, meta, known=index, progress=progress)
+    write_pairs_view(store, spec.digest, work.view_name, work.data, work.keys, meta, known=index, progress=progress)
     summary.views = len(store.views())
-    summary.rejects_file = write_rejects_file(store, view_name, summary.rejects, progress)
-    summary.reference_accuracy = _reference_accuracy(index, unique)
-    return summary
+    summary.rejects_file = write_rejects_file(store, work.view_name, summary.rejects, progress)
+    summary.reference_accuracy = _reference_accuracy(index, work.unique)
 
 
 def required_model(config: PrecomputeConfig) -> str:
@@ -209,9 +293,9 @@ def required_model(config: PrecomputeConfig) -> str:
     return config.model
 
 
-def _part(config: PrecomputeConfig, group: Group) -> Part:
-    """What this process does: what `--shard` says, or its share among the processes that torchrun started."""
-    if config.shard is None:
+def _part(shard: str | None, group: Group) -> Part:
+    """The share of this process: what `--shard` says, or one of the processes that torchrun started."""
+    if shard is None:
         return Part(group.rank + 1, group.size)
     if group.size > 1:
         raise UserError(
@@ -219,10 +303,10 @@ def _part(config: PrecomputeConfig, group: Group) -> Part:
             code="shard-and-ranks",
             where="--shard",
             expected="either --shard, or several processes started by torchrun",
-            found=f"--shard {config.shard}, and WORLD_SIZE {group.size}",
+            found=f"--shard {shard}, and WORLD_SIZE {group.size}",
             remedy="leave --shard out: the processes share the work by themselves",
         )
-    return Part.parse(config.shard)
+    return Part.parse(shard)
 
 
 def _read(config: PrecomputeConfig, source: ModelSource) -> tuple[PairFile, TokenizedData]:
@@ -262,10 +346,7 @@ def _read(config: PrecomputeConfig, source: ModelSource) -> tuple[PairFile, Toke
 def _look_again(
     store: Store, spec_digest: str, index: KeyIndex, unique: Mapping[bytes, PairIds], *, patience_s: float
 ) -> KeyIndex:
-    """The index with what has been committed since; waits for rows of processes that have ended, if they lack.
-
-    A network file system shows other machines' files late.
-    """
+    """The index with what has been committed since; waits until all pairs are there, or for `patience_s` seconds."""
     limit = time.monotonic() + patience_s
     while True:
         index = store.lookup(spec_digest, known=index)
@@ -304,18 +385,9 @@ def _check_disk(root: Path, missing: Sequence[Sequence[PairIds]]) -> None:
         )
 
 
-def _compute(
-    lm: CausalLM,
-    store: Store,
-    spec_digest: str,
-    shards: Sequence[Sequence[PairIds]],
-    config: PrecomputeConfig,
-    summary: PrecomputeSummary,
-    progress: Progress,
-) -> None:
+def _score(lm: CausalLM, work: Work, batch_tokens: int, summary: PrecomputeSummary, progress: Progress) -> None:
     provenance = {"versions": library_versions(), "device": summary.device, "layout": lm.layout}
-    assert config.batch_tokens is not None
-    planned = [(shard, batches_of_pairs(shard, config.batch_tokens)) for shard in shards]
+    planned = [(shard, batches_of_pairs(shard, batch_tokens)) for shard in work.mine]
     summary.computed_tokens = sum(positions for _, batches in planned for _, positions in batches)
     if lm.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(lm.device)
@@ -325,17 +397,18 @@ def _compute(
             rows = []
             for batch, positions in batches:
                 pairs = [shard[i] for i in batch]
-                rows += score_within_memory(lm, pairs, note=progress.note, score=score_pairs)
+                rows += score_within_memory(lm, pairs, note=progress.note)
                 pairs_done += len(pairs)
                 speed = pairs_done / (time.perf_counter() - began)
                 shown = f"{pairs_done} of {counted(summary.computed, 'pair')}, {speed:.2f} pairs/s"
                 advance(positions, shown)
-            store.commit_shard(spec_digest, rows, provenance)
+            # A shard is whole or absent: a kill costs one shard at most, and leaves the bytes of an undisturbed run.
+            work.store.commit_shard(work.spec.digest, rows, provenance)
     if lm.device.type == "cuda":
         summary.peak_bytes = torch.cuda.max_memory_allocated(lm.device)
 
 
-def _check_ids(pairs: Any, lm: CausalLM, source: ModelSource) -> None:
+def _check_ids(pairs: Collection[PairIds], lm: CausalLM, source: ModelSource) -> None:
     highest = max(
         int(part.max()) for ids in pairs for part in (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids) if len(part)
     )
@@ -364,7 +437,7 @@ def _check_positions(pairs: Collection[PairIds], lm: CausalLM) -> None:
         )
 
 
-def _reference_accuracy(index: KeyIndex, unique: dict[bytes, PairIds]) -> float:
+def _reference_accuracy(index: KeyIndex, unique: Mapping[bytes, PairIds]) -> float:
     """Share of distinct pairs whose chosen response the reference already finds likelier."""
     right = 0
     for ids in unique.values():

@@ -6,6 +6,7 @@ a sweep skips the runs that are complete, goes on with the one that was stopped,
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import time
@@ -13,7 +14,7 @@ import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from dpoeng.engine.config.fields import LOSS_FIELDS, SweepConfig, TrainConfig, b
 from dpoeng.engine.config.files import load_config
 from dpoeng.engine.config.problems import as_error
 from dpoeng.engine.models.full_finetuning import check_full
-from dpoeng.engine.recipes.inputs import check_apart, refuse_sums_for_tokens, split
+from dpoeng.engine.recipes.inputs import Split, open_inputs, open_split
 from dpoeng.engine.recipes.policy import resolve_mode
 from dpoeng.engine.recipes.sweep_ranking import PER_PAIR, RunResult, compare_runs, write_sweep
 from dpoeng.engine.recipes.train import train
@@ -35,8 +36,6 @@ from dpoeng.engine.runs.folder import has_result
 from dpoeng.engine.runtime.distributed import group_size
 from dpoeng.engine.runtime.out_of_memory import release_memory
 from dpoeng.engine.runtime.progress import QUIET, Progress
-from dpoeng.engine.training.order import plan_schedule
-from dpoeng.engine.training.rows import Rows
 
 DEFAULT_FOLDER = Path("sweep")
 ERROR_FILE = "error.txt"
@@ -119,8 +118,8 @@ def plan_sweep(sweep: SweepConfig, options: Mapping[str, Any], file: Path | None
     _check_held_out(points, [digest for _, digest in looked])
     _check_metric(sweep)
     vary = {name: list(dict.fromkeys(point.values[name] for point in points)) for name in sweep.vary}
-    for name, told in vary.items():
-        if len(told) < len(sweep.vary[name]):
+    for name, distinct in vary.items():
+        if len(distinct) < len(sweep.vary[name]):
             raise _unfit_field(name, f"{len(sweep.vary[name])} different values", in_words(sweep.vary[name]))
     return SweepPlan(points[0].config.output_dir.parent, vary, sweep.rank_by, points)
 
@@ -159,8 +158,8 @@ def _combinations(vary: Mapping[str, Sequence[Any]]) -> Iterator[tuple[str, dict
     """What a message calls a combination, and its values as a config takes them; the last field changes fastest."""
     for values in itertools.product(*vary.values()):
         named = dict(zip(vary, values, strict=True))
-        told = ",".join(f"{name}={in_words(value)}" for name, value in named.items())
-        yield told, {name: _as_given(name, value) for name, value in named.items()}
+        title = ",".join(f"{name}={in_words(value)}" for name, value in named.items())
+        yield title, {name: _as_given(name, value) for name, value in named.items()}
 
 
 def _as_given(name: str, value: Any) -> Any:
@@ -195,10 +194,10 @@ def _point(values: Mapping[str, Any], options: Mapping[str, Any], file: Path | N
             found="true",
             remedy="leave it out: a sweep goes on where it was by itself",
         )
-    told = {name: in_words(getattr(config, name)) for name in values}
-    name = folder_name(told)
+    texts = {name: in_words(getattr(config, name)) for name in values}
+    name = folder_name(texts)
     root = config.output_dir if "output_dir" in config.model_fields_set else DEFAULT_FOLDER
-    return Point(name, told, config.model_copy(update={"output_dir": root / name}))
+    return Point(name, texts, config.model_copy(update={"output_dir": root / name}))
 
 
 def folder_name(values: Mapping[str, str]) -> str:
@@ -209,45 +208,33 @@ def folder_name(values: Mapping[str, str]) -> str:
 
 
 class _Looker:
-    """Looks at the cache for each point: what its training and its held-out pairs are; views are opened once."""
+    """Looks at the cache for each point: what its training and its held-out pairs are.
+
+    Views are hashed when they are opened, and splits read every row, so each is opened or made once for all points.
+    """
 
     def __init__(self) -> None:
-        self._views: dict[tuple[Path, str | None, str | None], View] = {}
-        self._splits: dict[tuple[Any, ...], tuple[list[int], list[int], str]] = {}
+        self._open_view = functools.cache(View.open)
+        self._splits: dict[tuple[Any, ...], tuple[Split, str]] = {}
 
     def __call__(self, point: Point) -> tuple[Point, str]:
         """The point with its number of pairs, and a hash over its held-out pairs; empty where there are none."""
         config = point.config
-        view = self._open(config.cache, config.view, beside=config.eval_view)
-        eval_view = self._open(config.cache, config.eval_view) if config.eval_view else None
-        refuse_sums_for_tokens(config, view)
-        reference = view.meta["reference"]
+        inputs = open_inputs(config, lambda config: self._split(config)[0])
+        reference = inputs.reference
         check_full(config, reference, quantization=config.quantization or reference["quantization"])
         resolve_mode(config, has_adapter=bool(config.adapter or reference.get("adapter")))
+        return replace(point, pairs=inputs.pairs_seen), self._split(config)[1]
+
+    def _split(self, config: TrainConfig) -> tuple[Split, str]:
+        """The split of a run, and the hash over its held-out pairs."""
         key = (config.cache, config.view, config.eval_view, config.eval_share, config.seed)
         if key not in self._splits:
-            rows, held_out = split(view, eval_view, config)
-            if eval_view is not None:
-                check_apart(view, eval_view)
-            keys = b"".join((eval_view or view).key(row) for row in held_out)
-            self._splits[key] = rows, held_out, xxhash.xxh3_128_hexdigest(keys) if held_out else ""
-        rows, held_out, digest = self._splits[key]
-        Rows(view, rows).weights(config.pair_weight_column)
-        evaluated = Rows(eval_view or view, held_out)
-        evaluated.weights(config.pair_weight_column)
-        if evaluated:
-            evaluated.labels(config.eval_group_by)
-        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        schedule = plan_schedule(
-            len(rows), batch=batch, epochs=config.num_train_epochs, max_steps=config.max_steps, seed=config.seed
-        )
-        pairs = schedule.total_steps * min(batch, len(rows))
-        return Point(point.name, point.values, config, pairs), digest
-
-    def _open(self, cache: Path, name: str | None, *, beside: str | None = None) -> View:
-        if (cache, name, beside) not in self._views:
-            self._views[cache, name, beside] = View.open(cache, name, beside=beside)
-        return self._views[cache, name, beside]
+            split = open_split(config, self._open_view)
+            held_out = split.held_out
+            keys = b"".join(held_out.view.key(row) for row in held_out.indices)
+            self._splits[key] = split, xxhash.xxh3_128_hexdigest(keys) if held_out else ""
+        return self._splits[key]
 
 
 Wrong = Sequence[tuple[str, UserError]]

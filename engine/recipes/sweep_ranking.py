@@ -105,9 +105,9 @@ def compare_runs(
         else:
             lines = read_held_out(folder)
             step = int(lines[0]["step"])
-            found = next(line for line in reversed(read_run(folder).evaluations) if line["step"] == step)
+            saved = next(line for line in reversed(read_run(folder).evaluations) if line["step"] == step)
             held_out[run] = _pairs(lines)
-            metrics, intervals = found["metrics"], {key: (low, high) for key, (low, high) in found["intervals"].items()}
+            metrics, intervals = saved["metrics"], {key: (low, high) for key, (low, high) in saved["intervals"].items()}
             results.append(
                 RunResult(run, values, folder, "complete", "", step, metrics, intervals, metrics.get(rank_by))
             )
@@ -156,8 +156,8 @@ def verdict(results: Sequence[RunResult]) -> str:
     if not like:
         return f"{best.name} is ahead of all others by more than the noise of the held-out pairs."
     shown = "; ".join(like[:4]) + (f"; and {len(like) - 4} more" if like[4:] else "")
-    told = f"{len(others) - len(like)} of {len(others)} others differ from it by more than noise. " if like else ""
-    return f"{best.name} is ahead. {told}Not told apart from it by these held-out pairs: {shown}."
+    differing = f"{len(others) - len(like)} of {len(others)} others differ from it by more than noise. "
+    return f"{best.name} is ahead. {differing}Not told apart from it by these held-out pairs: {shown}."
 
 
 def write_sweep(root: Path, vary: Mapping[str, Sequence[str]], rank_by: str, results: Sequence[RunResult]) -> None:

@@ -27,7 +27,7 @@ def check_drift(
     store: Store,
     spec_digest: str,
     index: KeyIndex,
-    reused: dict[bytes, PairIds],
+    reused: Mapping[bytes, PairIds],
     *,
     quantization: str,
     batch_tokens: int,
@@ -42,24 +42,11 @@ def check_drift(
     Raises:
         UserError: the values of then and now differ by more than rounding explains.
     """
-    if not reused:
-        return
-    now = _computed_by({"versions": library_versions(), "device": device_name(lm.device)})
-    then = {
-        outcome.object.name: _computed_by(outcome.provenance)
-        for _, outcome in store.read_commits(spec_digest)
-        if isinstance(outcome, Commit)
-    }
-    shards, _ = index.locate(np.frombuffer(b"".join(reused), np.uint8).reshape(-1, 16))
-    makers = [then.get(index.objects[shard].name, now) for shard in shards]
-    foreign = [ids for ids, maker in zip(reused.values(), makers, strict=True) if maker != now]
+    foreign, changes = _foreign(store, spec_digest, index, reused, device_name(lm.device))
     if not foreign:
         return
-    changes = sorted(
-        {f"{name} {maker[name]}, now {now[name]}" for maker in makers for name in now if maker[name] != now[name]}
-    )
-    found = (index.get(foreign[i]) for i in spread(range(len(foreign)), DRIFT_SAMPLE))
-    sample = [pair for pair in found if pair is not None]
+    pairs = (index.get(foreign[i]) for i in spread(range(len(foreign)), DRIFT_SAMPLE))
+    sample = [pair for pair in pairs if pair is not None]
     report = compare_with_cache(
         lm,
         sample,
@@ -72,7 +59,7 @@ def check_drift(
         raise UserError(
             "the reference no longer gives the numbers that the cache holds for it",
             code="reference-drifted",
-            where=f"{store.root}: {report.pairs} of {counted(len(foreign), 'pair')} computed by " + "; ".join(changes),
+            where=f"{store.root}: {report.pairs} of {counted(len(foreign), 'pair')} computed by {changes}",
             expected=f"mean difference per token <= {report.tolerance:g} nats",
             found=f"mean {report.mean_diff:.4g}, largest {report.max_diff:.4g} nats",
             remedy="go on with the versions and the device that computed them (`dpoeng cache info` lists these), or "
@@ -80,13 +67,32 @@ def check_drift(
             exit_status=4,
         )
     progress.note(
-        f"{len(foreign)} reused pairs were computed by {'; '.join(changes)}: {report.pairs} of them were scored again "
+        f"{len(foreign)} reused pairs were computed by {changes}: {report.pairs} of them were scored again "
         f"and agree (mean difference {report.mean_diff:.2g} nats a token)"
     )
 
 
+def _foreign(
+    store: Store, spec_digest: str, index: KeyIndex, reused: Mapping[bytes, PairIds], device: str
+) -> tuple[list[PairIds], str]:
+    """Reused pairs that other libraries or another device computed, and how these differ from now, in words."""
+    if not reused:
+        return [], ""
+    now = _computed_by({"versions": library_versions(), "device": device})
+    then = {
+        outcome.object.name: _computed_by(outcome.provenance)
+        for _, outcome in store.read_commits(spec_digest)
+        if isinstance(outcome, Commit)
+    }
+    shards, _ = index.locate(np.frombuffer(b"".join(reused), np.uint8).reshape(-1, 16))
+    makers = [then.get(index.objects[shard].name, now) for shard in shards]
+    changes = {f"{name} {maker[name]}, now {now[name]}" for maker in makers for name in now if maker[name] != now[name]}
+    foreign = [ids for ids, maker in zip(reused.values(), makers, strict=True) if maker != now]
+    return foreign, "; ".join(sorted(changes))
+
+
 def _computed_by(provenance: Mapping[str, Any]) -> dict[str, str]:
-    """What of a record can move a number: the libraries that compute, and the device but not its number of threads."""
+    """The parts of a record that can move a number: the libraries, and the device without its number of threads."""
     versions = provenance.get("versions", {})
     made = {name: str(versions.get(name, "unknown")) for name in ("torch", "transformers", "peft", "bitsandbytes")}
     return {**made, "device": re.sub(r", \d+ threads?", "", str(provenance.get("device", "unknown")))}

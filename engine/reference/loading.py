@@ -37,17 +37,16 @@ class KeptBase:
         device: torch.device,
         *,
         on_host: bool = False,
-        tokenizer: bool = False,
         shard: Callable[[Any], None] | None = None,
     ) -> CausalLM:
         """As `load_policy_base`, which it calls where it has to."""
         if config.fsdp or not config.use_peft:
             self.release()
-            return load_policy_base(config, reference, device, on_host=on_host, tokenizer=tokenizer, shard=shard)
-        wanted = (config.model, config.quantization, config.dtype, str(device), tokenizer, sorted(reference.items()))
+            return load_policy_base(config, reference, device, on_host=on_host, shard=shard)
+        wanted = (config.model, config.quantization, config.dtype, str(device), sorted(reference.items()))
         if self._lm is None or self._wanted != wanted:
             self.release()  # there need not be room for two
-            self._lm, self._wanted = load_policy_base(config, reference, device, tokenizer=tokenizer), wanted
+            self._lm, self._wanted = load_policy_base(config, reference, device), wanted
         base = over_same_weights(self._lm.base)
         return replace(self._lm, model=base, base=base)
 

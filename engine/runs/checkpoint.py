@@ -6,7 +6,6 @@ order and dropout depend on (seed, epoch, step) alone, so there is none to resto
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from collections.abc import Collection, Mapping
@@ -28,7 +27,7 @@ _STATE = "state.json"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """What a run needs to go on: tensors by name, and the state that `take_snapshot` was given."""
+    """What a run needs to go on: tensors by name, and the state that `save_checkpoint` was given."""
 
     step: int
     folder: Path
@@ -41,47 +40,44 @@ class Checkpoint:
         return replace(self, parameters={}, optimizer={})
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Snapshot:
-    """What a checkpoint will hold, in host memory and apart from the tensors that go on changing."""
-
-    step: int
-    files: dict[str, bytes]
-    state: dict[str, Any]
-
-
-def take_snapshot(
+def save_checkpoint(
+    root: Path,
     step: int,
     *,
     parameters: Mapping[str, torch.Tensor],
     optimizer: Mapping[str, torch.Tensor],
     state: Mapping[str, Any],
-) -> Snapshot:
-    """Copies tensors and state as they are now."""
-    files = {"parameters.safetensors": save(dict(parameters)), "optimizer.safetensors": save(dict(optimizer))}
-    return Snapshot(step, files, copy.deepcopy(dict(state)))
+    keep: int,
+    spare: Collection[int] = (),
+) -> Path:
+    """Writes `root/checkpoint-<step>` durably, then removes the oldest beyond `keep`, but no step in `spare`.
 
-
-def save_checkpoint(root: Path, snapshot: Snapshot, *, keep: int, spare: Collection[int] = ()) -> Path:
-    """Writes `root/checkpoint-<step>` durably, then removes the oldest beyond `keep`, but none of the steps in `spare`.
-
-    The old ones go only after the new one is on the disk. Later ones go too: damaged, since this run did not go on from
-    them, they would take the places of those that are whole.
+    Args:
+        root: the output folder of the run.
+        step: optimizer steps done.
+        parameters: trained tensors by name, contiguous, in host memory.
+        optimizer: the optimizer's state, likewise.
+        state: everything else that a run needs to go on; plain JSON.
+        keep: how many checkpoints stay, at least 1.
+        spare: steps whose checkpoints stay in any case.
 
     Raises:
         UserError: the disk is full or may not be written; older checkpoints are untouched.
     """
-    folder = _folder(root, snapshot.step)
+    folder = _folder(root, step)
+    files = {"parameters.safetensors": save(dict(parameters)), "optimizer.safetensors": save(dict(optimizer))}
     record = {
-        "step": snapshot.step,
-        "state": snapshot.state,
-        "files": {name: {"bytes": len(data), "xxh3_128": _digest(data)} for name, data in snapshot.files.items()},
+        "step": step,
+        "state": dict(state),
+        "files": {name: {"bytes": len(data), "xxh3_128": _digest(data)} for name, data in files.items()},
     }
-    write_folder(folder, {**snapshot.files, _STATE: _seal(record)})
-    spared = {_folder(root, step) for step in spare}
-    found = _folders(root)
-    end = found.index(folder) + 1
-    for old in [*found[:end][:-keep], *found[end:]]:
+    write_folder(folder, {**files, _STATE: _seal(record)})
+    # Old checkpoints go only now, when the new one is on the disk: a kill at any moment leaves a whole one. Later ones
+    # go too. This run did not go on from them, so they are damaged, and would take the places of whole ones.
+    spared = {_folder(root, other) for other in spare}
+    folders = _folders(root)
+    end = folders.index(folder) + 1
+    for old in [*folders[:end][:-keep], *folders[end:]]:
         if old not in spared:
             shutil.rmtree(old)
     return folder

@@ -6,7 +6,7 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,9 @@ import torch
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.files import replacing
-from dpoeng.cache.reader import View
-from dpoeng.engine.config.fields import TrainConfig
 from dpoeng.engine.models.adapters import Mode, save_policy_adapter
 from dpoeng.engine.models.full_finetuning import save_model
-from dpoeng.engine.models.model import CausalLM, device_name, library_versions
+from dpoeng.engine.models.model import CausalLM, library_versions
 from dpoeng.engine.models.sources import ModelSource
 from dpoeng.engine.runs.checkpoint import Checkpoint, latest_checkpoint, remove_checkpoints
 from dpoeng.engine.runs.identity import changes
@@ -38,16 +36,25 @@ MODEL_FOLDER = "model"
 """With full fine-tuning: the trained checkpoint."""
 
 
-def open_output(config: TrainConfig, identity: dict[str, Any], progress: Progress) -> Checkpoint | None:
-    """The checkpoint to go on from, or None for a fresh start."""
-    root = config.output_dir
-    if config.resume is False:
+def open_output(root: Path, resume: bool | None, identity: dict[str, Any], progress: Progress) -> Checkpoint | None:
+    """The checkpoint to go on from, or None for a fresh start.
+
+    Args:
+        root: the output folder.
+        resume: True requires a checkpoint, False ignores one, None takes what is there.
+        identity: of this run; see `run_identity`.
+        progress: told about checkpoints that are damaged.
+
+    Raises:
+        UserError: there is none where one is required, or the folder holds a run of another identity.
+    """
+    if resume is False:
         return None
     checkpoint, damaged = latest_checkpoint(root)
     for sentence in damaged:
         progress.note(sentence)
     if checkpoint is None:
-        if config.resume:
+        if resume:
             raise UserError(
                 "there is no checkpoint to go on from",
                 code="resume-nothing",
@@ -70,63 +77,58 @@ def open_output(config: TrainConfig, identity: dict[str, Any], progress: Progres
     return checkpoint
 
 
-def clear_output(config: TrainConfig) -> None:
-    """With `resume` false: removes what an earlier run left. Called when nothing can refuse the new one any more."""
-    if config.resume is False:
-        remove_checkpoints(config.output_dir)
-        files = (METRICS_FILE, TIMINGS_FILE, EVALUATIONS_FILE, HELD_OUT_FILE, ADVICE_FILE, SAMPLES_FILE, RUN_FILE)
-        for name in files:
-            (config.output_dir / name).unlink(missing_ok=True)
-        for name in (ADAPTER_FOLDER, MODEL_FOLDER):
-            shutil.rmtree(config.output_dir / name, ignore_errors=True)
+def clear_output(root: Path) -> None:
+    """Removes everything that an earlier run left in its output folder."""
+    remove_checkpoints(root)
+    for name in (METRICS_FILE, TIMINGS_FILE, EVALUATIONS_FILE, HELD_OUT_FILE, ADVICE_FILE, SAMPLES_FILE, RUN_FILE):
+        (root / name).unlink(missing_ok=True)
+    for name in (ADAPTER_FOLDER, MODEL_FOLDER):
+        shutil.rmtree(root / name, ignore_errors=True)
 
 
-def write_run_file(
-    config: TrainConfig,
-    identity: dict[str, Any],
-    view: View,
-    mode: Mode,
-    model: str,
-    adapter: str | None,
-    parity: Mapping[str, Any],
-    lm: CausalLM,
-    *,
-    processes: int,
-) -> None:
-    """All that is needed to repeat the run, and to load its result."""
-    record = {
-        "command": "dpoeng train",
-        "config": config.model_dump(mode="json"),
-        "identity": identity,
-        "reference": {**view.meta["reference"], "spec": view.spec.digest, "view": view.name},
-        "files": view.meta.get("files"),
-        "model": model,
-        "adapter_mode": mode,
-        "sft_adapter": adapter,
-        "seed": config.seed,
-        "parity": dict(parity),
-        "layout": lm.layout,
-        "layout_reason": lm.layout_reason,
-        "device": device_name(lm.device),
-        "processes": processes,
+def write_run_file(output_dir: Path, record: Mapping[str, Any]) -> None:
+    """Writes run.json: everything that is needed to repeat the run, and to load its result.
+
+    Args:
+        output_dir: of the run; made if it is not there.
+        record: plain values, with `model`, `adapter_mode` and `sft_adapter`; versions and platform are added.
+
+    Raises:
+        UserError: the folder may not be written, or the disk is full.
+    """
+    whole = {
+        **record,
         "versions": library_versions(),
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "load": loading_recipe(mode, model, adapter),
+        "load": loading_recipe(record["adapter_mode"], record["model"], record["sft_adapter"]),
     }
+    _write_text(output_dir / RUN_FILE, json.dumps(whole, indent=2) + "\n")
+
+
+def write_samples(output_dir: Path, samples: Iterable[Mapping[str, str]]) -> Path:
+    """Writes samples.jsonl in place of an earlier one, a JSON object a line, and returns its path.
+
+    Args:
+        output_dir: of the run.
+        samples: `prompt`, and the answers `before` and `after` training.
+
+    Raises:
+        UserError: the folder may not be written, or the disk is full; an earlier file stays as it was.
+    """
+    path = output_dir / SAMPLES_FILE
+    _write_text(path, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+    return path
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Replaces a file of the output folder, whole or not at all."""
     try:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        write_durably(config.output_dir / RUN_FILE, (json.dumps(record, indent=2) + "\n").encode())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            write_durably(temporary, text.encode())
     except OSError as error:
-        raise unwritable(config.output_dir, error) from error
-
-
-def add_to_run_file(output_dir: Path, more: Mapping[str, Any]) -> None:
-    """Adds to run.json what is known at the end of a run."""
-    path = output_dir / RUN_FILE
-    record = {**json.loads(path.read_text(encoding="utf-8")), **more}
-    with replacing(path) as temporary:
-        write_durably(temporary, (json.dumps(record, indent=2) + "\n").encode())
+        raise unwritable(path.parent, error) from error
 
 
 def loading_recipe(mode: Mode, model: str, adapter: str | None) -> list[str]:

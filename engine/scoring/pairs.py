@@ -49,7 +49,6 @@ def score_within_memory(
     pairs: Sequence[PairIds],
     *,
     note: Callable[[str], None] = QUIET.note,
-    score: Callable[[CausalLM, Sequence[PairIds]], list[ScoredPair]] | None = None,
 ) -> list[ScoredPair]:
     """`score_pairs`, in smaller forwards where memory runs out.
 
@@ -61,8 +60,7 @@ def score_within_memory(
         shorter = "hold the base in fewer bits with --quantization, or use a shorter --max-length"
         return too_large(some, said, phase="scoring", helps=shorter)
 
-    work = score or score_pairs
     if lm.sharded:
         with no_way_back("out of memory", "scoring over a sharded base", "hold it on more cards"):
-            return work(lm, pairs)
-    return in_parts(lambda some: work(lm, some), pairs, note=note, describe=too_long)
+            return score_pairs(lm, pairs)
+    return in_parts(lambda some: score_pairs(lm, some), pairs, note=note, describe=too_long)

@@ -108,11 +108,11 @@ def evaluate(
         for number, counts in turns(group, len(batches), sharded=lm.sharded):
             if lm.sharded:
                 with no_way_back("out of memory", "evaluation", "use a smaller --per-device-eval-batch-size"):
-                    found = score(batches[number])
+                    sums = score(batches[number])
             else:
-                found = in_parts(score, batches[number], note=note, describe=too_long)
+                sums = in_parts(score, batches[number], note=note, describe=too_long)
             if counts:
-                parts.append((number, PairSums.join(found)))
+                parts.append((number, PairSums.join(sums)))
         return parts
 
     return preference_loss(PairSums.join(in_order(group, mine, sharded=lm.sharded)), settings, state=state)
@@ -121,8 +121,8 @@ def evaluate(
 def turns(group: Group, count: int, *, sharded: bool) -> list[tuple[int, bool]]:
     """Which of `count` forwards this process does, and whether each counts.
 
-    Where the base is sharded, a forward gathers layers from all processes, so all do the same number: who has none left
-    does the last one again, for the others.
+    Over a sharded base a forward gathers layers from all processes, so all of them run the same number. A process that
+    has run out repeats the last forward, which does not count.
     """
     extra = group.idle(count) if sharded else 0
     return [(number, True) for number in group.mine(count)] + [(count - 1, False)] * extra
@@ -136,5 +136,6 @@ def in_order(group: Group, work: Callable[[], list[tuple[int, Part]]], *, sharde
     """
     if group.size == 1:
         return [part for _, part in work()]
-    found = group.each(lambda: [(number, part.on_host()) for number, part in work()], in_step=sharded)
-    return [part for _, part in sorted(itertools.chain.from_iterable(found), key=lambda one: one[0])]
+    shares = group.each(lambda: [(number, part.on_host()) for number, part in work()], in_step=sharded)
+    # Sorted by number and not by process: sums over them are then those of one process alone.
+    return [part for _, part in sorted(itertools.chain.from_iterable(shares), key=lambda one: one[0])]

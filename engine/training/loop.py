@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpoeng.engine.losses.batch import PreferenceLoss
-from dpoeng.engine.losses.names import LossSettings
 from dpoeng.engine.models.model import set_mode
 from dpoeng.engine.training.batch_loss import evaluate
 from dpoeng.engine.training.early_stopping import more_is_better, updated, watched
@@ -61,14 +60,13 @@ def _evaluate(run: Run, step: int) -> None:
 
     The processes share the forwards; the first of them draws the conclusions, and tells the others.
     """
-    config, settings, held_out = run.config, LossSettings.of(run.config), run.held_out
     set_mode(run.lm, training=False)
-    found = evaluate(
+    losses = evaluate(
         run.lm,
-        held_out.rows,
-        settings,
-        held_out.weights,
-        batch_size=config.per_device_eval_batch_size,
+        run.held_out.rows,
+        run.settings,
+        run.held_out.weights,
+        batch_size=run.config.per_device_eval_batch_size,
         state=run.loss_state,
         per_token=run.per_token,
         note=run.progress.note,
@@ -76,15 +74,13 @@ def _evaluate(run: Run, step: int) -> None:
     )
     set_mode(run.lm, training=True)
     if run.group.is_first:
-        _conclude(run, step, found)
+        _conclude(run, step, losses)
     run.best = run.group.from_first(run.best)
 
 
-def _conclude(run: Run, step: int, found: PreferenceLoss) -> None:
-    config, settings, held_out = run.config, LossSettings.of(run.config), run.held_out
-    result = summarise(
-        found, held_out.prompts, held_out.labels, seed=config.seed, per_pair_loss=not settings.sorts_pairs
-    )
+def _conclude(run: Run, step: int, losses: PreferenceLoss) -> None:
+    config, held_out, per_pair_loss = run.config, run.held_out, not run.settings.sorts_pairs
+    result = summarise(losses, held_out.prompts, held_out.labels, seed=config.seed, per_pair_loss=per_pair_loss)
     metrics = {f"eval_{name}": value for name, value in result.metrics.items()}
     _log(run, step, metrics)
     run.log.write_evaluation(step, result.record())
@@ -96,8 +92,7 @@ def _conclude(run: Run, step: int, found: PreferenceLoss) -> None:
             run.best = updated(run.best, step, value, greater=greater, threshold=config.early_stopping_threshold)
     if not config.load_best_model_at_end or run.best.step == step:
         sources = [held_out.source_of(row) for row in range(len(held_out.rows))]
-        lines = pair_lines(found, held_out.prompts, sources, per_pair_loss=not settings.sorts_pairs)
-        run.log.write_held_out(step, lines)
+        run.log.write_held_out(step, pair_lines(losses, held_out.prompts, sources, per_pair_loss=per_pair_loss))
 
 
 def _log(run: Run, step: int, metrics: dict[str, float]) -> None:

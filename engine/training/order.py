@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 
@@ -27,13 +29,13 @@ def hold_out(prompts: Sequence[bytes], share: float, seed: int) -> tuple[list[in
     for row, prompt in enumerate(prompts):
         rows_of.setdefault(xxhash.xxh3_128_digest(prompt, seed=seed), []).append(row)
     wanted = share * len(prompts)
-    held: list[int] = []
+    held_out: list[int] = []
     for digest in sorted(rows_of)[: len(rows_of) - 1]:
-        if held and len(held) + len(rows_of[digest]) / 2 > wanted:
+        if held_out and len(held_out) + len(rows_of[digest]) / 2 > wanted:
             break
-        held += rows_of[digest]
-    out = set(held)
-    return [row for row in range(len(prompts)) if row not in out], sorted(held)
+        held_out += rows_of[digest]
+    out = set(held_out)
+    return [row for row in range(len(prompts)) if row not in out], sorted(held_out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +59,16 @@ class Schedule:
     def rows_of_step(self, step: int) -> list[int]:
         """Indices in [0, rows) of the pairs of optimizer step `step` (from 0)."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+        order = epoch_order(self.seed, epoch, self.rows)
         return [int(row) for row in order[within * self.batch : (within + 1) * self.batch]]
+
+
+@functools.lru_cache(maxsize=1)  # every step asks for its rows, and a permutation costs O(rows)
+def epoch_order(seed: int, epoch: int, rows: int) -> npt.NDArray[np.int64]:
+    """The order of all rows in one epoch, [rows]; read-only. The order of the latest epoch is kept."""
+    order = np.random.default_rng([seed, epoch]).permutation(rows)
+    order.flags.writeable = False
+    return order
 
 
 def plan_schedule(rows: int, *, batch: int, epochs: float, max_steps: int, seed: int) -> Schedule:

@@ -13,9 +13,10 @@ import xxhash
 from dpoeng.cache.schema import ScoredPair
 from dpoeng.engine.config.fields import TrainConfig
 from dpoeng.engine.losses.batch import LossState
+from dpoeng.engine.losses.names import LossSettings
 from dpoeng.engine.models.fsdp_rows import make_whole, own_rows
 from dpoeng.engine.models.model import CausalLM
-from dpoeng.engine.runs.checkpoint import Checkpoint, read_checkpoint, save_checkpoint, take_snapshot
+from dpoeng.engine.runs.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from dpoeng.engine.runs.metrics import MetricsLog
 from dpoeng.engine.runtime.distributed import ALONE, Group
 from dpoeng.engine.runtime.progress import Progress
@@ -53,7 +54,7 @@ class Run:
 
     `train_weights` are the user's, a number a row, or None. `per_token` is false where the cache holds sums.
     `source_of` says where a training row stands in the user's files.
-    `loss_state` is what the losses remember from step to step.
+    `settings` are the loss fields of `config`; `loss_state` is what the losses remember from step to step.
     `micro_batch` is the number of pairs in a forward: the configured one, until memory runs out. The processes of
     `group` share a step's forwards; all hold the same adapter and optimizer.
     """
@@ -75,8 +76,10 @@ class Run:
     source_of: Callable[[int], str] = "row {}".format
     micro_batch: int = 0
     group: Group = ALONE
+    settings: LossSettings = field(init=False)
 
     def __post_init__(self) -> None:
+        self.settings = LossSettings.of(self.config)
         self.micro_batch = self.micro_batch or self.config.per_device_train_batch_size
 
     @property
@@ -96,6 +99,8 @@ def save_run(run: Run, step: int, identity: dict[str, Any], *, complete: bool) -
     parameters = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable}
     parts = set(run.lm.parts.values())
     if run.group.size > 1:
+        # Equal gradients give equal weights in all processes. Checked before they are saved, since a difference would
+        # otherwise stay unseen until a resume gives every process the first one's. Divided weights differ by design.
         run.group.agree(
             "trained weights",
             _digest({name: parameters[name] for name, parameter in trainable if parameter not in parts}),
@@ -104,11 +109,13 @@ def save_run(run: Run, step: int, identity: dict[str, Any], *, complete: bool) -
         )
     if not (parts or run.group.is_first):
         return
+    # Over divided weights every process has to take part: the whole tensors are gathered from all of them.
     parameters = make_whole(run.lm, run.group, parameters)
     optimizer = make_whole(run.lm, run.group, optimizer_tensors(run.optimizer, trainable))
     if not run.group.is_first:
         return
-    snapshot = take_snapshot(
+    save_checkpoint(
+        run.config.output_dir,
         step,
         parameters=parameters,
         optimizer=optimizer,
@@ -119,10 +126,9 @@ def save_run(run: Run, step: int, identity: dict[str, Any], *, complete: bool) -
             "micro_batch": run.micro_batch,
             "best": run.best.record(),
         },
+        keep=run.config.save_total_limit,
+        spare=run.best.kept if run.config.load_best_model_at_end else (),
     )
-    root, keep = run.config.output_dir, run.config.save_total_limit
-    spare = run.best.kept if run.config.load_best_model_at_end else ()
-    save_checkpoint(root, snapshot, keep=keep, spare=spare)
 
 
 def restore_run(run: Run, checkpoint: Checkpoint) -> int:
@@ -148,7 +154,7 @@ def best_parameters(run: Run, done: int) -> Iterator[None]:
     if not run.config.load_best_model_at_end or best is None or best == done:
         yield
         return
-    last = copy_parameters(run.lm)
+    last = copy_parameters(run.lm)  # the checkpoint of the last step, saved after this, holds these
     values = read_checkpoint(run.config.output_dir, best).parameters if run.group.is_first else {}
     if run.lm.parts:
         put_parameters(run.lm, own_rows(run.lm, run.group, values))

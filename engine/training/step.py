@@ -20,7 +20,6 @@ from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import ScoredPair
 from dpoeng.cache.words import counted
 from dpoeng.engine.losses.batch import PairSums, PreferenceLoss, next_state, preference_loss
-from dpoeng.engine.losses.names import LossSettings
 from dpoeng.engine.models.fsdp_rows import clip_gradients, take_gradients, whole_parameters
 from dpoeng.engine.runs.metrics import preference_metrics
 from dpoeng.engine.runtime.out_of_memory import attempt, no_way_back, too_large
@@ -36,8 +35,7 @@ _SMALLER = "use a smaller --per-device-train-batch-size with more --gradient-acc
 
 def train_step(run: Run, step: int) -> dict[str, float]:
     """One optimizer step over the pairs that the schedule gives it; the loss is their mean however they are cut."""
-    settings = LossSettings.of(run.config)
-    parts, grad_norm = _gradient_within_memory(run, step, settings)
+    parts, grad_norm = _gradient_within_memory(run, step)
     metrics = preference_metrics(parts)
     metrics["grad_norm"] = grad_norm
     metrics["learning_rate"] = float(run.scheduler.get_last_lr()[0])
@@ -46,14 +44,14 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     _update(run)
     run.scheduler.step()
     run.optimizer.zero_grad(set_to_none=True)
-    run.loss_state = next_state(run.loss_state, PairSums.join([part.sums for part in parts]), settings)
+    run.loss_state = next_state(run.loss_state, PairSums.join([part.sums for part in parts]), run.settings)
     return metrics
 
 
 def _not_finite(run: Run, step: int, parts: Sequence[PreferenceLoss], metrics: dict[str, float]) -> UserError:
     """What to say, with the pairs whose log-probs or loss are no numbers, if it is they and not the gradient."""
     numbers = torch.cat([part.chosen_logps + part.rejected_logps for part in parts])
-    if not LossSettings.of(run.config).sorts_pairs:  # else the i-th loss is not the i-th pair's
+    if not run.settings.sorts_pairs:  # else the i-th loss is not the i-th pair's
         numbers = numbers + torch.cat([part.losses.detach() for part in parts])
     wrong = (~numbers.isfinite()).tolist()
     rows = [run.source_of(row) for row, is_bad in zip(run.schedule.rows_of_step(step), wrong, strict=True) if is_bad]
@@ -70,7 +68,7 @@ def _not_finite(run: Run, step: int, parts: Sequence[PreferenceLoss], metrics: d
     )
 
 
-def _gradient_within_memory(run: Run, step: int, settings: LossSettings) -> tuple[list[PreferenceLoss], float]:
+def _gradient_within_memory(run: Run, step: int) -> tuple[list[PreferenceLoss], float]:
     """The step's gradient, and with fewer pairs a forward where memory runs out: see docs/memory.md.
 
     A step that ran out is begun anew, so that its result is that of one left alone. If it runs out again, the number of
@@ -84,9 +82,9 @@ def _gradient_within_memory(run: Run, step: int, settings: LossSettings) -> tupl
     """
     if run.lm.sharded:
         with no_way_back("out of memory over a sharded base", f"phase two, step {step + 1}", _SMALLER):
-            return _gradient(run, step, settings)
+            return _gradient(run, step)
     while True:
-        done, said = attempt(lambda: _gradient(run, step, settings))
+        done, said = attempt(lambda: _gradient(run, step))
         if done is not None:
             return done
         run.optimizer.zero_grad(set_to_none=True)
@@ -106,7 +104,7 @@ def _gradient_within_memory(run: Run, step: int, settings: LossSettings) -> tupl
         )
 
 
-def _gradient(run: Run, step: int, settings: LossSettings) -> tuple[list[PreferenceLoss], float]:
+def _gradient(run: Run, step: int) -> tuple[list[PreferenceLoss], float]:
     """Forward and backward of one step from the beginning: its losses, and the norm of the gradient it left."""
     run.optimizer.zero_grad(set_to_none=True)
     for weight in (*run.lm.masters, *run.lm.parts):
@@ -115,10 +113,10 @@ def _gradient(run: Run, step: int, settings: LossSettings) -> tuple[list[Prefere
     rows = [run.train_rows[i] for i in indices]
     weights = None if run.train_weights is None else run.train_weights[indices]
     micros = list(_chunks(rows, weights, run.micro_batch))
-    if settings.whole_batch and len(micros) > 1:
-        parts = _backward_of_whole_batch(run, step, micros, settings)
+    if run.settings.whole_batch and len(micros) > 1:
+        parts = _backward_of_whole_batch(run, step, micros)
     else:
-        parts = _backward_of_parts(run, step, micros, settings)
+        parts = _backward_of_parts(run, step, micros)
     take_gradients(run.lm)
     limit = run.config.max_grad_norm if run.config.max_grad_norm > 0 else math.inf
     where = f"phase two, step {step + 1}, gradients of all processes"
@@ -127,7 +125,7 @@ def _gradient(run: Run, step: int, settings: LossSettings) -> tuple[list[Prefere
         return parts, clip_gradients(run.lm, run.group, limit)
 
 
-def _backward_of_parts(run: Run, step: int, micros: Sequence[Micro], settings: LossSettings) -> list[PreferenceLoss]:
+def _backward_of_parts(run: Run, step: int, micros: Sequence[Micro]) -> list[PreferenceLoss]:
     """Forward and backward of each part, one after the other; the loss is the mean over the pairs of all of them."""
     rows = [pair for batch, _ in micros for pair in batch]
     mean_tokens = float(np.mean([len(pair.chosen_logps) for pair in rows]))
@@ -140,14 +138,16 @@ def _backward_of_parts(run: Run, step: int, micros: Sequence[Micro], settings: L
             part = batch_loss(
                 run.lm,
                 batch,
-                settings,
+                run.settings,
                 weights,
                 state=run.loss_state,
                 mean_tokens=mean_tokens,
                 per_token=run.per_token,
-                gumbel=_gumbel(run.config.seed, step, len(batch)) if settings.whole_batch else None,
+                gumbel=_gumbel(run.config.seed, step, len(batch)) if run.settings.whole_batch else None,
             )
             loss = part.losses.sum() / len(rows)
+            # A forward that is repeated for the others runs its backward too, which gathers layers as well; 0 times
+            # the loss adds nothing to the gradient.
             torch.autograd.backward(loss if counts else 0.0 * loss)
             if counts:
                 parts.append((micro, part))
@@ -160,8 +160,10 @@ def _add_gradients(run: Run, parameters: Sequence[torch.nn.Parameter]) -> None:
     """Gives every process the sum of all gradients of some parameters. One that no process has used keeps none."""
     if run.group.size == 1:
         return
-    held = run.group.gather([parameter.grad is not None for parameter in parameters])
-    used = [parameter for parameter, *where in zip(parameters, *held, strict=True) if any(where)]
+    # A process that had no forward of a step, or whose forwards did not use a parameter, has no gradient where others
+    # have one. All must call the sum with the same tensors, or it never returns.
+    has_gradient = run.group.gather([parameter.grad is not None for parameter in parameters])
+    used = [parameter for parameter, *where in zip(parameters, *has_gradient, strict=True) if any(where)]
     for parameter in used:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -180,9 +182,7 @@ def _update(run: Run) -> None:
         run.lm.take_masters()
 
 
-def _backward_of_whole_batch(
-    run: Run, step: int, micros: Sequence[Micro], settings: LossSettings
-) -> list[PreferenceLoss]:
+def _backward_of_whole_batch(run: Run, step: int, micros: Sequence[Micro]) -> list[PreferenceLoss]:
     """The exact gradient of a loss in which the pairs of a step meet, however many forwards the step is cut into.
 
     Each part is run twice: without gradient, for the sums that the loss and its derivatives need; and with, to carry
@@ -193,16 +193,16 @@ def _backward_of_whole_batch(
     def sums_of(micro: int) -> PairSums:
         batch, weights = micros[micro]
         _seed(run.config.seed, step, micro)
-        return batch_sums(run.lm, batch, settings, weights, per_token=run.per_token)
+        return batch_sums(run.lm, batch, run.settings, weights, per_token=run.per_token)
 
     @torch.no_grad()
     def look() -> list[tuple[int, PairSums]]:
-        found = [(micro, sums_of(micro)) for micro, _ in shares]
-        return [part for part, (_, counts) in zip(found, shares, strict=True) if counts]
+        sums = [(micro, sums_of(micro)) for micro, _ in shares]
+        return [part for part, (_, counts) in zip(sums, shares, strict=True) if counts]
 
     leaves = PairSums.join(in_order(run.group, look, sharded=run.lm.sharded)).leaves()
     gumbel = _gumbel(run.config.seed, step, len(leaves.weights)).to(leaves.weights.device)
-    whole = preference_loss(leaves, settings, state=run.loss_state, gumbel=gumbel)
+    whole = preference_loss(leaves, run.settings, state=run.loss_state, gumbel=gumbel)
     torch.autograd.backward(whole.losses.mean())
     begins = np.cumsum([0, *(len(batch) for batch, _ in micros)])
 

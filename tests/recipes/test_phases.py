@@ -28,8 +28,8 @@ from dpoeng.engine.models.adapters import add_policy_adapter
 from dpoeng.engine.models.loading import load_model, resolve_dtype
 from dpoeng.engine.models.model import POLICY_ADAPTER
 from dpoeng.engine.models.sources import adapter_config, find_adapter, find_model
+from dpoeng.engine.recipes import policy as policy_module
 from dpoeng.engine.recipes import precompute as precompute_module
-from dpoeng.engine.recipes import train as train_module
 from dpoeng.engine.recipes.inputs import check_apart, split
 from dpoeng.engine.recipes.policy import parity_text
 from dpoeng.engine.recipes.precompute import PrecomputeSummary, precompute_reference
@@ -271,8 +271,8 @@ def test_what_takes_long_is_told_before_it_begins(tmp_path: Path, cache: Path, m
         return call
 
     for owner, name in (
-        (train_module, "load_policy_base"),
-        (train_module, "check_parity"),
+        (policy_module, "load_policy_base"),
+        (policy_module, "check_parity"),
         (loop_module, "evaluate"),
         (loop_module, "train_step"),
     ):
@@ -554,7 +554,7 @@ def test_parity_refuses_a_policy_scored_with_its_adapter_on(
         with lm.model.disable_adapter():
             yield
 
-    monkeypatch.setattr(train_module, "as_reference", all_off)
+    monkeypatch.setattr(policy_module, "as_reference", all_off)
     with pytest.raises(UserError, match="not the model that the cache was made with"):
         train(quick(sft_cache, tmp_path / "out"))
 

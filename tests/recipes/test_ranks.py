@@ -31,7 +31,7 @@ from dpoeng.engine.models.loading import load_model
 from dpoeng.engine.models.model import decoder_layers
 from dpoeng.engine.models.quantized import quantized_layers
 from dpoeng.engine.models.sources import ModelSource, find_adapter, find_model
-from dpoeng.engine.recipes import train as train_module
+from dpoeng.engine.recipes import policy as policy_module
 from dpoeng.engine.recipes.inputs import split
 from dpoeng.engine.recipes.precompute import precompute_reference
 from dpoeng.engine.runtime.distributed import Group, process_group
@@ -166,7 +166,7 @@ def layers_of(folder: Path, count: int) -> int:
 def host_memory_of_the_last() -> None:
     """Leaves in `host.json` by how much resident memory rose at most: in the load, and after it to the first step."""
     ctypes.CDLL(None).mallopt(-3, 2**17)  # M_MMAP_THRESHOLD: what is freed goes back to the system, however it was cut
-    load, step = train_module.load_policy_base, loop_module.train_step
+    load, step = policy_module.load_policy_base, loop_module.train_step
     rose: list[int] = []
 
     def n_bytes(name: str) -> int:
@@ -186,7 +186,7 @@ def host_memory_of_the_last() -> None:
         Path("host.json").write_text(json.dumps([rose[1], n_bytes("VmHWM:") + rose[0]]))
         return done
 
-    train_module.load_policy_base = begin
+    policy_module.load_policy_base = begin
     loop_module.train_step = end
 
 
@@ -296,7 +296,7 @@ def test_what_cannot_be_read_in_parts_is_said(tmp_path: Path, sft_adapter: Path)
 
 def held_by_the_last() -> None:
     """Leaves in `held.json` how many bytes of the base's frozen layers this process has, whole and divided."""
-    real = train_module.shard_base
+    real = policy_module.shard_base
 
     def shard(lm: Any, *arguments: Any) -> None:
         def layers() -> int:
@@ -308,7 +308,7 @@ def held_by_the_last() -> None:
         real(lm, *arguments)
         Path("held.json").write_text(json.dumps([whole, layers()]))
 
-    train_module.shard_base = shard  # type: ignore[attr-defined]
+    policy_module.shard_base = shard  # type: ignore[attr-defined]
 
 
 def test_fsdp_divides_a_base_in_4_bits(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

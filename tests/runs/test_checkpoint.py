@@ -9,20 +9,21 @@ import pytest
 import torch
 
 from dpoeng.cache.errors import UserError
-from dpoeng.engine.runs.checkpoint import latest_checkpoint, remove_checkpoints, save_checkpoint, take_snapshot
+from dpoeng.engine.runs.checkpoint import latest_checkpoint, remove_checkpoints, save_checkpoint
 from dpoeng.engine.runs.metrics import MetricsLog
 from dpoeng.engine.runtime import folders
 
 
 def save(root: Path, step: int, keep: int = 2) -> Path:
     generator = torch.Generator().manual_seed(step)
-    snapshot = take_snapshot(
+    return save_checkpoint(
+        root,
         step,
         parameters={"w": torch.randn(5, 3, generator=generator)},
         optimizer={"w/exp_avg": torch.randn(5, 3, generator=generator), "w/step": torch.tensor(float(step))},
         state={"identity": {"seed": 1}, "complete": False},
+        keep=keep,
     )
-    return save_checkpoint(root, snapshot, keep=keep)
 
 
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_a_missing_tracker_is_refused_before_anything_is_loaded(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr("dpoeng.engine.recipes.train.load_policy_base", None)
+    monkeypatch.setattr("dpoeng.engine.recipes.policy.load_policy_base", None)
     with pytest.raises(UserError) as caught:
         train(TrainConfig(cache=cache, output_dir=tmp_path / "out", report_to=("trackio",)))
     assert caught.value.code == "tracker-missing"

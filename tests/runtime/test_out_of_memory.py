@@ -13,7 +13,6 @@ from dpoeng_testing import pair_rows, write_jsonl
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
-from dpoeng.engine.recipes import precompute
 from dpoeng.engine.recipes.precompute import precompute_reference
 from dpoeng.engine.recipes.train import train
 from dpoeng.engine.runtime.out_of_memory import attempt, is_out_of_memory
@@ -171,16 +170,16 @@ def test_phase_one_again_and_in_halves(
 ) -> None:
     undisturbed = score_all(tiny_model, pairs_file, tmp_path / "a")
     real = reference.score_pairs
-    monkeypatch.setattr(precompute, "score_pairs", failing(real, lambda n, _: n == 1, GPU))
+    monkeypatch.setattr(reference, "score_pairs", failing(real, lambda n, _: n == 1, GPU))
     assert score_all(tiny_model, pairs_file, tmp_path / "b") == undisturbed
     assert _objects(tmp_path / "a") == _objects(tmp_path / "b")
 
-    monkeypatch.setattr(precompute, "score_pairs", failing(real, lambda _, arguments: len(arguments[1]) > 3, CPU))
+    monkeypatch.setattr(reference, "score_pairs", failing(real, lambda _, arguments: len(arguments[1]) > 3, CPU))
     notes = Notes()
     assert score_all(tiny_model, pairs_file, tmp_path / "c", notes) == pytest.approx(undisturbed, abs=1e-4)
     assert any("in halves" in text for text in notes.texts)
 
-    monkeypatch.setattr(precompute, "score_pairs", failing(real, lambda *_: True, CPU))
+    monkeypatch.setattr(reference, "score_pairs", failing(real, lambda *_: True, CPU))
     with pytest.raises(UserError) as caught:
         score_all(tiny_model, pairs_file, tmp_path / "d")
     assert caught.value.code == "memory-full"

@@ -673,11 +673,10 @@ def all_weights_in_float16(desk: Desk) -> None:
 
 
 def shard_and_ranks(desk: Desk) -> None:
-    from dpoeng.engine.config.fields import PrecomputeConfig
     from dpoeng.engine.recipes.precompute import _part
     from dpoeng.engine.runtime.distributed import Group
 
-    _part(PrecomputeConfig(shard="1/4"), Group(rank=0, size=2))
+    _part("1/4", Group(rank=0, size=2))
 
 
 def diverging(desk: Desk) -> None:

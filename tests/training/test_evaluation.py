@@ -396,7 +396,6 @@ def test_what_needs_held_out_pairs_is_refused_where_there_are_none(tmp_path: Pat
     rows = [{**row, "prompt": "Instruction: one\nResponse:"} for row in pair_rows(6)]
     pairs = write_jsonl(tmp_path / "pairs.jsonl", rows)
     precompute_reference(PrecomputeConfig(pairs=(pairs,), model=str(tiny_model), cache=tmp_path / "cache"))
-    for fields in ({"samples": 2}, {"load_best_model_at_end": True, "eval_steps": 1}):
-        with pytest.raises(UserError) as caught:
-            run(tmp_path / "cache", tmp_path / "out", **fields)
-        assert caught.value.code == "eval-empty"
+    with pytest.raises(UserError) as caught:
+        run(tmp_path / "cache", tmp_path / "out", load_best_model_at_end=True, eval_steps=1)
+    assert caught.value.code == "eval-empty"

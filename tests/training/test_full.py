@@ -271,7 +271,7 @@ def test_resume_leaves_the_same_bytes(
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, tied_cache: Path) -> Path:
     out = tmp_path_factory.mktemp("finished") / "out"
-    run(tied_cache, out, samples=2, learning_rate=5e-3)
+    run(tied_cache, out, learning_rate=5e-3)
     return out
 
 
@@ -300,7 +300,7 @@ def test_the_checkpoint_is_plain_transformers(tied: Path, finished: Path, monkey
 def test_eval_compare_and_report_of_it(
     finished: Path, tied_cache: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """`eval` finds what the run's last evaluation found, from the saved files; `compare` the samples it left."""
+    """`eval` finds what the run's last evaluation found, from the saved files; `compare` keeps its answers."""
     last = [json.loads(line) for line in (finished / "evaluations.jsonl").read_text().splitlines()][-1]
     for path in (finished, finished / "model"):
         capsys.readouterr()

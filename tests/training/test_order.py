@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpoeng.engine.training.order import hold_out, plan_schedule
+from dpoeng.engine.training.order import epoch_order, hold_out, plan_schedule
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 3), st.integers(0, 99))
@@ -22,6 +22,24 @@ def test_each_epoch_sees_each_row_once(rows: int, batch: int, epochs: int, seed:
         assert sorted(seen) == list(range(rows))
     sizes = [len(schedule.rows_of_step(step)) for step in range(schedule.steps_per_epoch)]
     assert all(size == batch for size in sizes[:-1])
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 99), st.integers(0, 60))
+def test_the_order_of_a_step_is_a_slice_of_a_seeded_permutation(rows: int, batch: int, seed: int, step: int) -> None:
+    """The definition, computed anew for every step: a run that is resumed at any step must meet the same rows."""
+    schedule = plan_schedule(rows, batch=batch, epochs=9, max_steps=-1, seed=seed)
+    epoch, within = divmod(step, schedule.steps_per_epoch)
+    order = np.random.default_rng([seed, epoch]).permutation(rows)
+    assert schedule.rows_of_step(step) == order[within * batch : (within + 1) * batch].tolist()
+
+
+def test_a_permutation_is_computed_once_an_epoch() -> None:
+    schedule = plan_schedule(100, batch=4, epochs=3, max_steps=-1, seed=987)
+    epoch_order.cache_clear()
+    for step in range(schedule.total_steps):
+        schedule.rows_of_step(step)
+        schedule.rows_of_step(step)  # the loop asks twice: for the pairs, and for how many they were
+    assert epoch_order.cache_info().misses == 3
 
 
 def test_the_order_ignores_disturbed_random_state() -> None:

@@ -9,17 +9,20 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from dpoeng_testing import pair_rows, tree, write_jsonl
 from rank_processes import start
 
-from dpoeng.cache.reader import View
 from dpoeng.cli.main import main
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
+from dpoeng.engine.recipes.compare import Generation, keep_samples
+from dpoeng.engine.recipes.evaluate import Trained
 from dpoeng.engine.recipes.precompute import precompute_reference
 from dpoeng.engine.recipes.train import train
+from dpoeng.engine.runtime.progress import QUIET
 from dpoeng.engine.training import loop as loop_module
 
 STEPS = 20
@@ -159,21 +162,22 @@ def test_fifty_random_kills(tmp_path: Path, cache: Path) -> None:
 # --------------------------------------------------------------------------- samples
 
 
-def test_samples_are_the_answers_of_compare(tmp_path: Path, cache: Path, capsys: Any) -> None:
-    """Against `dpoeng compare`, which loads base and saved adapter anew. What is saved, and so what must answer, is not
-    the adapter of the last step."""
+def test_compare_keeps_its_answers_for_the_report(tmp_path: Path, cache: Path, capsys: Any) -> None:
+    """In the run's folder, with a word; the adapter that was saved answers, not that of the last step."""
     out = tmp_path / "out"
     fields: dict[str, Any] = {"eval_share": 0.4, "eval_steps": 2, "learning_rate": 2e-2, "save_steps": 7}
     fields |= {"max_steps": 4, "metric_for_best_model": "rewards/margins", "greater_is_better": False}
-    summary = train(config(cache, out, samples=3, gradient_checkpointing=True, **fields))
+    summary = train(config(cache, out, gradient_checkpointing=True, **fields))
     assert (summary.best.step, summary.steps) == (2, 4)
-    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-    assert len(samples) == len({sample["prompt"] for sample in samples}) == 3
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main(["compare", str(out), "--count", "3", "--json"])
     assert stop.value.code == 0
-    assert samples == json.loads(capsys.readouterr().out)
+    shown = capsys.readouterr()
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert samples == json.loads(shown.out)
+    assert "samples.jsonl holds these answers now" in " ".join(shown.err.split())
+    assert len(samples) == len({sample["prompt"] for sample in samples}) == 3
     assert any(sample["before"] != sample["after"] for sample in samples)
     with pytest.raises(SystemExit) as stop:
         main(["report", str(out)])
@@ -183,13 +187,39 @@ def test_samples_are_the_answers_of_compare(tmp_path: Path, cache: Path, capsys:
     assert samples[0]["prompt"].splitlines()[0] in page
 
 
-def test_samples_come_from_the_view_that_is_evaluated(tmp_path: Path, tiny_model: Path) -> None:
+def test_prompts_come_from_the_view_that_is_evaluated(tmp_path: Path, tiny_model: Path, capsys: Any) -> None:
+    """And from another view where one is named; an adapter that lies in no run's folder leaves nothing beside it."""
     for name, rows in (("a", pair_rows(12)[:8]), ("b", pair_rows(12)[8:])):
         file = write_jsonl(tmp_path / f"{name}.jsonl", rows)
         precompute_reference(PrecomputeConfig(pairs=(file,), model=str(tiny_model), cache=tmp_path / "cache"))
-    train(config(tmp_path / "cache", tmp_path / "out", view="a", eval_view="b", samples=9, max_steps=2))
-    lines = (tmp_path / "out" / "samples.jsonl").read_text().splitlines()
-    assert [json.loads(line)["prompt"] for line in lines] == list(
-        dict.fromkeys(row["prompt"] for row in pair_rows(12)[8:])
-    )
-    assert len(View.open(tmp_path / "cache", "b")) == 4
+    out = tmp_path / "out"
+    train(config(tmp_path / "cache", out, view="a", eval_view="b", max_steps=2))
+    shutil.copytree(out / "adapter", tmp_path / "elsewhere" / "mine")
+    prompts = list(dict.fromkeys(row["prompt"] for row in pair_rows(12)[8:]))
+    for path, options, asked in (
+        (out, ["--count", "9"], prompts),
+        (out, ["--view", "b"], prompts[1:2]),  # a tenth of that view, and at least one prompt
+        (
+            tmp_path / "elsewhere" / "mine",
+            ["--cache", str(tmp_path / "cache"), "--view", "b", "--prompt", "Hi"],
+            ["Hi"],
+        ),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(["compare", str(path), *options, "--max-new-tokens", "2", "--json"])
+        assert stop.value.code == 0
+        answers = json.loads(capsys.readouterr().out)
+        assert [answer["prompt"] for answer in answers] == asked
+    assert [json.loads(line)["prompt"] for line in (out / "samples.jsonl").read_text().splitlines()] == prompts[1:2]
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["mine"]
+
+
+def test_answers_that_cannot_be_kept_are_shown_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "samples.jsonl").mkdir()
+    trained = Trained(tmp_path / "adapter", run={}, mode="new")
+    notes: list[str] = []
+    keep_samples(trained, [Generation("a", "b", "c")], SimpleNamespace(note=notes.append, task=QUIET.task))
+    assert len(notes) == 1
+    assert "not kept" in notes[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"]
