@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-import shutil
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -31,20 +30,17 @@ from dpoeng.engine.models.quantized import require_bitsandbytes
 from dpoeng.engine.models.sources import ModelSource, find_adapter, find_model
 from dpoeng.engine.reference.drift import check_drift
 from dpoeng.engine.reference.identity import reference_spec
+from dpoeng.engine.reference.limits import check_disk, check_ids, check_positions
 from dpoeng.engine.reference.loading import load_reference
 from dpoeng.engine.reference.shards import Part, plan_shards
 from dpoeng.engine.reference.view import reference_record, source_record, write_pairs_view, write_rejects_file
 from dpoeng.engine.runtime.distributed import Group, process_group
 from dpoeng.engine.runtime.progress import QUIET, Progress
-from dpoeng.engine.scoring.forward import rotary_limit
 from dpoeng.engine.scoring.layout import batches_of_pairs
 from dpoeng.engine.scoring.pairs import score_within_memory
 
 VISIBLE_WITHIN_S: Final = 60.0
 """How long the first process waits until it sees what the others have committed."""
-
-_STORED_BYTES_A_TOKEN = 8  # an id and a log-prob
-_STORED_BYTES_A_PAIR = 64  # key, sums, offsets
 
 
 @dataclass(slots=True)
@@ -224,15 +220,15 @@ def compute(work: Work, summary: PrecomputeSummary, progress: Progress) -> None:
             it does not repeat.
     """
     config, pairs = work.config, work.unique.values()
-    _check_disk(work.store.root, work.mine)
+    check_disk(work.store.root, work.mine)
     began = time.perf_counter()
     summary.predicted_bytes = check_forward(
         config, work.source, [ids for shard in work.mine for ids in shard], work.device
     )
     lm = load_reference(config, work.source, work.adapter, work.device)
     summary.layout, summary.layout_reason = lm.layout, lm.layout_reason
-    _check_ids(pairs, lm, work.source)
-    _check_positions(pairs, lm)
+    check_ids(pairs, lm, work.source.name)
+    check_positions(pairs, lm)
     assert config.batch_tokens is not None
     check_drift(
         lm,
@@ -369,22 +365,6 @@ def default_view_name(path: Path) -> str:
     return plain if plain == stem else f"{plain}-{xxhash.xxh3_64_hexdigest(stem.encode())[:6]}"
 
 
-def _check_disk(root: Path, missing: Sequence[Sequence[PairIds]]) -> None:
-    """Refuses before the model is loaded what would fail with a full disk after hours."""
-    needed = sum(_STORED_BYTES_A_TOKEN * ids.total_tokens + _STORED_BYTES_A_PAIR for shard in missing for ids in shard)
-    free = shutil.disk_usage(root).free
-    if needed > free:
-        raise UserError(
-            "the disk has no room for the log-probs that are to be computed",
-            code="cache-disk-small",
-            where=str(root),
-            expected=f"{needed / 1e6:.1f} MB free",
-            found=f"{free / 1e6:.1f} MB",
-            remedy="free some space, or choose another folder with --cache",
-            exit_status=5,
-        )
-
-
 def _score(lm: CausalLM, work: Work, batch_tokens: int, summary: PrecomputeSummary, progress: Progress) -> None:
     provenance = {"versions": library_versions(), "device": summary.device, "layout": lm.layout}
     planned = [(shard, batches_of_pairs(shard, batch_tokens)) for shard in work.mine]
@@ -406,35 +386,6 @@ def _score(lm: CausalLM, work: Work, batch_tokens: int, summary: PrecomputeSumma
             work.store.commit_shard(work.spec.digest, rows, provenance)
     if lm.device.type == "cuda":
         summary.peak_bytes = torch.cuda.max_memory_allocated(lm.device)
-
-
-def _check_ids(pairs: Collection[PairIds], lm: CausalLM, source: ModelSource) -> None:
-    highest = max(
-        int(part.max()) for ids in pairs for part in (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids) if len(part)
-    )
-    if highest >= lm.vocab_size:
-        raise UserError(
-            "the tokenizer gives ids that the model does not have",
-            code="tokenizer-mismatch",
-            where=source.name,
-            expected=f"ids below {lm.vocab_size}",
-            found=str(highest),
-            remedy="use the tokenizer that belongs to this model; added tokens need resized embeddings",
-        )
-
-
-def _check_positions(pairs: Collection[PairIds], lm: CausalLM) -> None:
-    limit = rotary_limit(lm)
-    lengths = [len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids)) for ids in pairs]
-    if limit is not None and max(lengths) > limit:
-        raise UserError(
-            "this model changes its rotary frequencies for long texts, and so the numbers of all texts beside them",
-            code="model-unsupported",
-            where=f"{sum(length > limit for length in lengths)} of {len(lengths)} pairs",
-            expected=f"prompt and response of at most {limit} tokens, up to which its frequencies stand still",
-            found=f"{max(lengths)} tokens",
-            remedy=f"use --max-length {limit}, or leave the long pairs out with --where",
-        )
 
 
 def _reference_accuracy(index: KeyIndex, unique: Mapping[bytes, PairIds]) -> float:

@@ -91,6 +91,16 @@ def test_all_names_of_trl_in_one_file_are_answered_at_once(refused: Run) -> None
         assert re.search(rf"dpoeng.yaml:{line} +{name} is not a field of dpoeng; ", text)
 
 
+def test_fields_that_are_gone_say_what_to_do(refused: Run) -> None:
+    status, text = refused("train", "--samples", "4", file="async_save: true\n")
+    assert status == 2
+    assert "samples is no longer a field of dpoeng" in text
+    assert "dpoeng compare OUT" in text
+    status, text = refused("train", file="async_save: true\nsamples: 4\n")
+    assert status == 2
+    assert "async_save is no longer a field of dpoeng; take it out" in text
+
+
 def test_python_arguments_are_answered_alike() -> None:
     with pytest.raises(UserError, match="evaluation_strategy is not a field of dpoeng"):
         TrainConfig(evaluation_strategy="epoch")  # type: ignore[call-arg]
@@ -241,6 +251,7 @@ def test_several_unknown_options_are_told_at_once(refused: Run) -> None:
         ("quantization: no", ["in YAML a bare yes, no, on or off is true or false", "here none"]),
         ("dtype: bf16", ["was bfloat16 meant?"]),
         ("dtype: float8", ["must be one of 'auto'"]),
+        ("attention: flex", ["must be one of 'auto'", "FlexAttention is gone"]),
         ("layout: packed", ["must be one of 'auto', 'shared' or 'separate'"]),
         ("device: gpu", ["must be auto, cpu, cuda or cuda:N"]),
         ("device: cuda:first", ["must be auto, cpu, cuda or cuda:N"]),

@@ -173,7 +173,7 @@ def test_a_disk_without_room_is_noticed_before_the_model_is_loaded(
         raise AssertionError("the model was loaded although its log-probs cannot be stored")
 
     monkeypatch.setattr(precompute_module, "load_reference", never)
-    monkeypatch.setattr(precompute_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=5000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=5000))
     with pytest.raises(UserError) as caught:
         precompute(pairs_file, tiny_model, tmp_path / "cache")
     assert caught.value.code == "cache-disk-small"

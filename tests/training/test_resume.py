@@ -18,6 +18,7 @@ from rank_processes import start
 
 from dpoeng.cli.main import main
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
+from dpoeng.engine.losses.names import LossSettings
 from dpoeng.engine.recipes.compare import Generation, keep_samples
 from dpoeng.engine.recipes.evaluate import Trained
 from dpoeng.engine.recipes.precompute import precompute_reference
@@ -157,6 +158,13 @@ def test_fifty_random_kills(tmp_path: Path, cache: Path) -> None:
             break
         assert tree(out, "adapter", LAST) == tree(tmp_path / "whole", "adapter", LAST)
         assert (out / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+def test_the_settings_of_the_loss_are_built_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = LossSettings.of, []
+    monkeypatch.setattr(LossSettings, "of", lambda config: calls.append(config) or real(config))
+    train(config(cache, tmp_path / "out", max_steps=3, eval_steps=1))
+    assert len(calls) == 1
 
 
 # --------------------------------------------------------------------------- samples

@@ -1,0 +1,62 @@
+"""Limits of the machine and of the reference model, checked before pairs are scored: disk, vocabulary, positions."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from dpoeng.cache.errors import UserError
+from dpoeng.cache.schema import PairIds
+from dpoeng.engine.models.model import CausalLM
+from dpoeng.engine.scoring.forward import rotary_limit
+
+_STORED_BYTES_A_TOKEN = 8  # an id and a log-prob
+_STORED_BYTES_A_PAIR = 64  # key, sums, offsets
+
+
+def check_disk(root: Path, missing: Sequence[Sequence[PairIds]]) -> None:
+    """Raise UserError where the log-probs would fill the disk, before hours are spent on them."""
+    needed = sum(_STORED_BYTES_A_TOKEN * ids.total_tokens + _STORED_BYTES_A_PAIR for shard in missing for ids in shard)
+    free = shutil.disk_usage(root).free
+    if needed > free:
+        raise UserError(
+            "the disk has no room for the log-probs that are to be computed",
+            code="cache-disk-small",
+            where=str(root),
+            expected=f"{needed / 1e6:.1f} MB free",
+            found=f"{free / 1e6:.1f} MB",
+            remedy="free some space, or choose another folder with --cache",
+            exit_status=5,
+        )
+
+
+def check_ids(pairs: Collection[PairIds], lm: CausalLM, model: str) -> None:
+    """Raise UserError where the tokenizer gives ids that the model does not have; `model` is its name."""
+    highest = max(
+        int(part.max()) for ids in pairs for part in (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids) if len(part)
+    )
+    if highest >= lm.vocab_size:
+        raise UserError(
+            "the tokenizer gives ids that the model does not have",
+            code="tokenizer-mismatch",
+            where=model,
+            expected=f"ids below {lm.vocab_size}",
+            found=str(highest),
+            remedy="use the tokenizer that belongs to this model; added tokens need resized embeddings",
+        )
+
+
+def check_positions(pairs: Collection[PairIds], lm: CausalLM) -> None:
+    """Raise UserError where a pair is longer than the length up to which the model's rotary frequencies stand still."""
+    limit = rotary_limit(lm)
+    lengths = [len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids)) for ids in pairs]
+    if limit is not None and max(lengths) > limit:
+        raise UserError(
+            "this model changes its rotary frequencies for long texts, and so the numbers of all texts beside them",
+            code="model-unsupported",
+            where=f"{sum(length > limit for length in lengths)} of {len(lengths)} pairs",
+            expected=f"prompt and response of at most {limit} tokens, up to which its frequencies stand still",
+            found=f"{max(lengths)} tokens",
+            remedy=f"use --max-length {limit}, or leave the long pairs out with --where",
+        )
