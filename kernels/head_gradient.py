@@ -60,9 +60,10 @@ def tiled_gradients(hidden: Tensor, head: Head, targets: Tensor, sums: Tensor, u
                 by_rows.addmm_(d, weight)
                 total_weight.addmm_(d.T, rows)
             else:
+                # Widened by name: `add_` would make the same float32 copy unseen, and a simulated step would lack it.
                 small = d.to(narrow)
-                by_rows.add_(small @ weight)
-                total_weight.add_(small.T @ rows)
+                by_rows.add_((small @ weight).to(wide))
+                total_weight.add_((small.T @ rows).to(wide))
         by_weight[low : low + tile] = total_weight
         if head.bias is not None:
             by_bias[low : low + tile] = total_bias

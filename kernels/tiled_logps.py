@@ -112,7 +112,7 @@ def _block(hidden: Tensor, head: Head, targets: Tensor, unit_gradient: Tensor | 
             if narrow == dtype:
                 others.addmm_(z, weight)
             else:
-                others.add_(z.to(narrow) @ weight)
+                others.add_((z.to(narrow) @ weight).to(dtype))  # by name, so that a simulated step has the copy too
 
     below = z_target - peak  # NaN if all is -inf, as log_softmax has it
     total = rest + below.exp()

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from dpoeng.bench import kernels as bench
 from dpoeng.cli.bench.kernels import kernels
+from dpoeng.kernels.cpu_linear import product_dtype
 
 
 def test_every_way_is_measured_or_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,9 +38,11 @@ def test_every_way_is_measured_or_named(monkeypatch: pytest.MonkeyPatch) -> None
         assert own["cpu_s_ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
         assert len(full["wall_s"]) == 2
         assert full["wall_s_ratio"]["low"] <= full["wall_s_ratio"]["median"] <= full["wall_s_ratio"]["high"]
-        # The documented precision: float32 sums either way; full bfloat16 logits are rounded.
-        assert own["logp_error"] < 1e-5
+        # The documented precision: sums are float32; full bfloat16 logits are rounded, and ours only where the CPU
+        # multiplies bfloat16 itself, and then no more than those.
         assert own["logp_error"] <= full["logp_error"] + 1e-6
+        if product_dtype(getattr(torch, result["dtype"])) == torch.float32:
+            assert own["logp_error"] < 1e-5
         if result["mode"] == "train":
             assert own["grad_error"] < (1e-5 if result["dtype"] == "float32" else 2**-7)
         else:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpoeng.kernels import tiles
+from dpoeng.kernels import cpu_linear, tiles
 from dpoeng.kernels.row_logps import plain_token_logps_from_logits, token_logps_from_logits
 from dpoeng.kernels.tiles import LinearTile
 from dpoeng.kernels.token_logps import plain_token_logps, token_logps
@@ -18,8 +18,8 @@ from dpoeng.kernels.token_logps import plain_token_logps, token_logps
 N, V, H = 24, 1100, 16  # 4 pairs of 3 + 3 tokens; a vocabulary of two tiles
 
 
-def problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    rng = torch.Generator().manual_seed(0)
+def problem(dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(seed)
     hidden = torch.randn(N, H, generator=rng).to(dtype)
     weight = (torch.randn(V, H, generator=rng) * 3 / H**0.5).to(dtype)
     return hidden, weight, torch.randint(0, V, (N,), generator=rng)
@@ -60,10 +60,13 @@ LOSSES = (sigmoid_dpo, ipo, length_normalised, token_weighted)
 
 
 def loss_gradient(
-    logps_of: Callable[[Tensor, Tensor, Tensor], Tensor], loss: Callable[[Tensor], Tensor], dtype: torch.dtype
+    logps_of: Callable[[Tensor, Tensor, Tensor], Tensor],
+    loss: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
 ) -> Tensor:
-    hidden, weight, targets = problem(dtype)
-    leaf = hidden.requires_grad_()
+    leaf = hidden.clone().requires_grad_()
     loss(logps_of(leaf, weight, targets)).backward()
     assert leaf.grad is not None
     return leaf.grad.double()
@@ -71,24 +74,33 @@ def loss_gradient(
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_unit_gradient_equals_autograd_and_recompute_in_float64(loss: Callable[[Tensor], Tensor]) -> None:
-    expected = loss_gradient(plain_token_logps, loss, torch.float64)
+    expected = loss_gradient(plain_token_logps, loss, *problem())
     assert float(expected.abs().max()) > 1e-3
     for other in (token_logps, recomputed):
-        found = loss_gradient(other, loss, torch.float64)
+        found = loss_gradient(other, loss, *problem())
         assert float((found - expected).abs().max()) <= 1e-12
 
 
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_unit_gradient_is_within_eagers_error_in_bfloat16(loss: Callable[[Tensor], Tensor]) -> None:
-    """Truth: float64 on the same rounded inputs. The loss's own sensitivity to rounded log-probs is part of it."""
-    hidden, weight, targets = problem(torch.bfloat16)
-    leaf = hidden.double().requires_grad_()
-    loss(plain_token_logps(leaf, weight.double(), targets)).backward()
-    assert leaf.grad is not None
-    scale = leaf.grad.abs().max()
-    ours = float((loss_gradient(token_logps, loss, torch.bfloat16) - leaf.grad).abs().max() / scale)
-    eager = float((loss_gradient(plain_token_logps, loss, torch.bfloat16) - leaf.grad).abs().max() / scale)
-    assert ours <= max(eager, 2**-8)  # one rounding to bfloat16 is the least that a bfloat16 gradient can show
+def test_unit_gradient_is_within_eagers_error_in_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, loss: Callable[[Tensor], Tensor], native: bool
+) -> None:
+    """Truth: float64 on the same rounded inputs. The loss's own sensitivity to rounded log-probs is part of it.
+
+    With products in bfloat16, both round logits, and one draw is luck: of 320, the unluckiest was 2.0 times as far off
+    as eager's. The root mean square over 16 draws stayed within 1.08 times, since G is rounded once more than eager's
+    gradient; with widened products it stayed under 0.62 times.
+    """
+    monkeypatch.setattr(cpu_linear, "native_bf16", lambda: native)
+    ours, eager = [], []
+    for seed in range(16):
+        hidden, weight, targets = problem(torch.bfloat16, seed)
+        true = loss_gradient(plain_token_logps, loss, hidden.double(), weight.double(), targets)
+        for logps_of, errors in ((token_logps, ours), (plain_token_logps, eager)):
+            found = loss_gradient(logps_of, loss, hidden, weight, targets)
+            errors.append(float((found - true).norm() / true.norm()) ** 2)
+    assert sum(ours) ** 0.5 <= (1.2 if native else 0.8) * sum(eager) ** 0.5
 
 
 # --- custom ops ---

@@ -47,20 +47,42 @@ def worst(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).abs().max())
 
 
-def check_no_further_than_eager(args: Any, *, units: int) -> tuple[Tensor, float]:
+def rms(found: Tensor, expected: Tensor) -> float:
+    """Root of the mean square of the errors."""
+    return float((found.double() - expected).square().mean().sqrt())
+
+
+def draws(n: int, v: int, h: int, dtype: torch.dtype, options: dict[str, Any]) -> list[tuple[Tensor, ...]]:
+    """As many problems of one kind as give at least 64 rows."""
+    return [problem(n, v, h, dtype, options, seed) for seed in range(-(-64 // n))]
+
+
+def check_no_further_than_eager(*problems: Any, units: int) -> tuple[Tensor, float]:
     """Log-probs and gradient of `token_logps` beside those of plain PyTorch, both against float64.
 
+    Where both round logits to 16 bits, each has luck with single rows: over 80 sets of 64 rows and more, our worst
+    log-prob was up to 1.15 times as far off as eager's worst, or much nearer. The root mean square over 64 rows has
+    little luck left: at most 1.00 times eager's for log-probs. Gradients reached 1.13 times, since G is rounded to the
+    dtype when it is stored and again when it is scaled by the upstream, eager's gradient once.
+
+    Args:
+        problems: one or more of one kind, with 37 rows or more together; see `draws`.
+        units: so many in the last place of float32, at the size of the sums, are rounding on both sides.
+
     Returns:
-        the true log-probs, and how far off they may be: as eager's, and `units` in the last place of float32 more.
+        the true log-probs of all rows, and how far off one may be.
     """
-    true_logps, true_grad = truth(*args)
-    eager_logps, eager_grad = run(plain_token_logps, *args)
-    logps, grad = run(token_logps, *args)
+    true_logps, true_grad = map(torch.cat, zip(*(truth(*args) for args in problems), strict=True))
+    eager_logps, eager_grad = map(torch.cat, zip(*(run(plain_token_logps, *args) for args in problems), strict=True))
+    logps, grad = map(torch.cat, zip(*(run(token_logps, *args) for args in problems), strict=True))
+    dtype = grad.dtype
     floor = units * torch.finfo(torch.float32).eps * float(true_logps.abs().max() + 10)
-    most = worst(eager_logps, true_logps) + floor
+    assert rms(logps, true_logps) <= 1.01 * rms(eager_logps, true_logps) + floor
+    luck = 1.5 if dtype == torch.bfloat16 else 1.0
+    most = luck * worst(eager_logps, true_logps) + floor
     assert worst(logps, true_logps) <= most
-    # The gradient is rounded to the dtype twice (stored, then scaled by the upstream), eager's once at the end.
-    rounding = torch.finfo(args[0].dtype).eps * float(true_grad.abs().max())
+    rounding = torch.finfo(dtype).eps * float(true_grad.abs().max())
+    assert rms(grad, true_grad) <= 1.2 * rms(eager_grad, true_grad) + floor
     assert worst(grad, true_grad) <= worst(eager_grad, true_grad) + rounding
     assert bool((logps <= 0).all())
     return true_logps, most
