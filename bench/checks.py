@@ -2,8 +2,8 @@
 
 Time is never compared with a number of seconds, but with a plain PyTorch twin that does the same work in the same
 process. Both run in turn on one thread, CPU seconds are counted, and the least of several rounds is taken on each side:
-what else the machine does can only add to a round, and adds to both. A ratio above its limit is measured again, since a
-real slow-down stays and an accident does not. Bytes are the allocator's own and repeat exactly.
+what else the machine does can only add to a round, and adds to both. A value above its limit is measured again, since a
+real slow-down or leak stays and an accident does not. Bytes of tensors are the allocator's own and repeat exactly.
 """
 
 from __future__ import annotations
@@ -220,15 +220,24 @@ def growth(name: str, work: Callable[[], object], times: int = 2) -> list[Check]
 
     repeat()  # what libraries keep from their first calls
     tensors = trace_allocator(repeat, CPU).grown_bytes / times
-    tracemalloc.start()
-    try:
-        repeat()
-        before, _ = tracemalloc.get_traced_memory()
-        repeat()
-        objects = (tracemalloc.get_traced_memory()[0] - before) / times
-    finally:
-        tracemalloc.stop()
+    objects = float("inf")
+    for _ in range(ATTEMPTS):  # a leak is in every attempt; a cache that grows, or another thread's object, in one
+        objects = min(objects, _objects_kept(repeat) / times)
+        if objects <= OBJECTS_LIMIT:
+            break
     return [
         Check(f"{name}, tensors kept", tensors, GROWTH_LIMIT, "bytes a call"),
         Check(f"{name}, objects kept", objects, OBJECTS_LIMIT, "bytes a call"),
     ]
+
+
+def _objects_kept(work: Callable[[], object]) -> int:
+    """Bytes of Python's and numpy's objects that `work` leaves behind when it is run a second time."""
+    tracemalloc.start()
+    try:
+        work()
+        before, _ = tracemalloc.get_traced_memory()
+        work()
+        return tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()

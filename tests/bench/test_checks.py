@@ -93,6 +93,7 @@ def test_a_leak_of_scoring_is_noticed(on: Subject, monkeypatch: pytest.MonkeyPat
         return real(*arguments)
 
     monkeypatch.setattr(engine, "score_groups", leaking)
+    monkeypatch.setattr(checks, "ATTEMPTS", 2)
     tensors, objects = checks.scoring_growth(on)
     assert not tensors.ok
     assert not objects.ok
@@ -112,10 +113,26 @@ def test_a_leak_of_steps_is_noticed(on: Subject, monkeypatch: pytest.MonkeyPatch
         return kept[-1][0]
 
     monkeypatch.setattr(engine, "batch_loss", leaking)
+    monkeypatch.setattr(checks, "ATTEMPTS", 2)
     tensors, objects = checks.step_growth(on)
     assert not tensors.ok, tensors
     assert not objects.ok, objects
     assert objects.value > 65536
+
+
+@pytest.mark.parametrize(("every", "fine"), [(2, False), (100, True)])
+def test_only_what_comes_again_is_a_leak(monkeypatch: pytest.MonkeyPatch, every: int, fine: bool) -> None:
+    """256 KiB that are kept every second time (there are two calls in what is compared), and once."""
+    monkeypatch.setattr(checks, "ATTEMPTS", 2)
+    kept: list[Any] = []
+    calls = iter(range(1000))
+
+    def work() -> None:
+        if (next(calls) - 7) % every == 0:  # calls 0 to 5 prepare; 6 and 7 are the first that count
+            kept.append(np.ones(2**15))
+
+    _, objects = checks.growth("work", work)
+    assert objects.ok is fine, objects
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
