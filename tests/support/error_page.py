@@ -175,8 +175,6 @@ MEANINGS: dict[str, str] = {
     "bench-no-peer": "Comparing with TRL needs a Python that has it.",
     "bench-peer-failed": "The compared process failed; its last lines are shown.",
     "bench-losses-differ": "A figure of several processes is told only if they compute what one does.",
-    "bench-no-record": "`bench diff` compares what `--json` or `--results` of another bench command has kept.",
-    "bench-not-comparable": "Figures of another machine or of other settings say nothing about a commit.",
     "demo-model": "The demo needs a small model from the hub or a package index.",
 }
 
@@ -193,7 +191,7 @@ what to do. It goes to stderr. `--debug`, anywhere in the command, adds the trac
 | 3 | the data (also: `dpoeng check` found an error) |
 | 4 | the cache (also: `cache verify` found damage) |
 | 5 | the machine: disk, memory, GPU, libraries (also: `dpoeng doctor` found an error) |
-| 6 | a measurement is worse than it was, or than it may be (`bench diff`, `bench checks`) |
+| 6 | a measurement is worse than it may be (`bench checks`) |
 | 141 | nobody reads the output any more, as behind `head` |
 | 130, 143 | stopped by Ctrl-C or SIGTERM; the same command goes on |
 

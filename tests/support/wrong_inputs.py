@@ -505,12 +505,6 @@ def of_peer(status: int, said: str) -> Callable[[Desk], Any]:
     return prepare
 
 
-def two_machines(desk: Desk) -> None:
-    for name, cores in (("one", 8), ("two", 16)):
-        record = {"kind": "phases", "device": "cpu", "machine": {"cores": cores}, "settings": {}, "versions": {}}
-        desk.write(f"{name}.jsonl", json.dumps(record) + "\n")
-
-
 def failing_peer(desk: Desk) -> None:
     from dpoeng.bench import compare
 
@@ -850,10 +844,6 @@ RUNS = (
     Wrong("no TRL to compare with", "bench-no-peer", 5,
           "bench compare --model MODEL --pairs pairs.jsonl --peer-python ./python", ("TRL",),
           of_peer(1, "No module named trl")),
-    Wrong("a diff of no record", "bench-no-record", 3, "bench diff abcdef0 abcdef1 --results results", ("--results",)),
-    Wrong("a diff of something else", "bench-no-record", 3, "bench diff pairs.jsonl pairs.jsonl", ("line 1",)),
-    Wrong("a diff of two machines", "bench-not-comparable", 3, "bench diff one.jsonl two.jsonl", ("cores", "--anyway"),
-          two_machines),
     Wrong("a peer that is killed", "bench-peer-failed", 5, "", ("Killed",), act=failing_peer),
     Wrong("processes with other losses", "bench-losses-differ", 5, "", ("2 processes",), act=losses_of_others),
 )  # fmt: skip
