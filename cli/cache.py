@@ -13,10 +13,12 @@ import click
 
 from dpoeng.cache.words import counted
 from dpoeng.cli.options import config_options, given
+from dpoeng.cli.tables import Marked, Table, facts_table, say
 from dpoeng.engine.config.fields import PrecomputeConfig
 from dpoeng.engine.config.files import load_config
 
 if TYPE_CHECKING:
+    from dpoeng.cache.analytics import ReferenceStats
     from dpoeng.cache.spec import FieldChange
     from dpoeng.cache.store import Store
 
@@ -48,12 +50,7 @@ def info(folder: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(found), indent=2, default=str))
         return
-    from rich.console import Console
-
-    from dpoeng.cli.tables import facts_table
-
-    console = Console(highlight=False)
-    console.print(f"[bold]{folder}[/]: references {len(found.references)}, views {len(found.views)}")
+    say(Marked(str(folder), "bold"), f": references {len(found.references)}, views {len(found.views)}")
     for reference in found.references:
         facts = [
             ("reference", reference.digest),
@@ -63,14 +60,14 @@ def info(folder: Path, as_json: bool) -> None:
             ("last changed", reference.changed.strftime("%Y-%m-%d %H:%M") if reference.changed else "never"),
             *(("written by", _short(provenance)) for provenance in reference.provenance),
         ]
-        console.print()
-        console.print(facts_table(facts))
+        say("")
+        say(facts_table(facts))
     for view in found.views:
-        console.print()
-        console.print(facts_table([("view", view.name), ("rows", f"{view.rows:,}"), ("reference", view.spec)]))
-        console.print(facts_table([(f"  {name}", _short(value)) for name, value in view.meta.items()]))
+        say("")
+        say(facts_table([("view", view.name), ("rows", f"{view.rows:,}"), ("reference", view.spec)]))
+        say(facts_table([(f"  {name}", _short(value)) for name, value in view.meta.items()]))
     for problem in found.problems:
-        console.print(f"[red]damaged:[/] {problem}")
+        say(Marked("damaged:", "error"), f" {problem}")
     if found.problems:
         sys.exit(4)
 
@@ -93,8 +90,6 @@ def verify(
     folder: Path, depth: Any, recompute: int | None, view: str | None, model: str | None, adapter: str | None
 ) -> None:
     """Check a cache and change nothing; the exit status is 4 if something is wrong."""
-    from rich.console import Console
-
     from dpoeng.cache.info import cache_info
     from dpoeng.cache.verify import verify as run
     from dpoeng.cli.progress import TerminalProgress
@@ -109,37 +104,32 @@ def verify(
             done = now
 
         report = run(folder, depth=depth, progress=progress)
-    console = Console(highlight=False)
     for problem in report.problems:
-        for line in (
-            f"[red]damaged[/] {problem.where}",
-            f"  expected: {problem.expected}",
-            f"  found: {problem.found}",
-        ):
-            console.print(line, soft_wrap=True)
+        say(Marked("damaged", "error"), f" {problem.where}")
+        say(f"  expected: {problem.expected}\n  found:    {problem.found}")
     counts = ", ".join(f"{name} {count:,}" for name, count in report.counts.items() if count)
     speed = report.bytes / max(report.seconds, 1e-9)
-    console.print(f"{counts}\ndepth {depth}, {_size(report.bytes)} in {report.seconds:.2f} s ({_size(speed)}/s)")
+    say(f"{counts}\ndepth {depth}, {_size(report.bytes)} in {report.seconds:.2f} s ({_size(speed)}/s)")
     if not report.ok:
-        console.print(
-            f"[red]{len(report.problems)} damaged.[/] Run the same `dpoeng precompute-ref` again: it sets damaged "
-            "files aside and computes their rows anew."
+        say(
+            Marked(f"{len(report.problems)} damaged.", "error"),
+            " Run the same `dpoeng precompute-ref` again: it sets damaged files aside and computes their rows anew.",
         )
         sys.exit(4)
-    console.print("[green]sound[/]")
+    say(Marked("sound", "ok"))
     if recompute is not None:
         from dpoeng.cache.reader import View
         from dpoeng.engine.reference.parity import recompute as score_anew
 
         found = score_anew(View.open(folder, view), recompute, model=model, adapter=adapter)
-        console.print(
+        say(
             f"{counted(found.pairs, 'pair')} scored anew: mean difference {found.mean_diff:.2g}, largest "
             f"{found.max_diff:.2g} nats a token (allowed mean: {found.tolerance:g})"
         )
         if not found.ok:
-            console.print("[red]These are not the numbers of this model.[/] Was it changed in its place?")
+            say(Marked("These are not the numbers of this model.", "error"), " Was it changed in its place?")
             sys.exit(4)
-        console.print("[green]the model's own[/]")
+        say(Marked("the model's own", "ok"))
 
 
 @cache.command(
@@ -154,7 +144,7 @@ def export(folder: Path, file: Path, view: str | None) -> None:
     from dpoeng.cache.reader import View
 
     count = export_view(View.open(folder, view), file)
-    click.echo(f"{counted(count, 'row')} written to {file}")
+    say(f"{counted(count, 'row')} written to {file}")
 
 
 @cache.command(
@@ -175,7 +165,7 @@ def diff(old_folder: Path, new_folder: Path, old: str | None, new: str | None) -
     before, after = (store.spec(_choose(store, prefix)) for store, prefix in zip(stores, (old, new), strict=True))
     changes = diff_specs(before, after)
     if not changes:
-        click.echo(f"the same reference: {before.digest}")
+        say(f"the same reference: {before.digest}")
         return
     _print_changes(changes)
     sys.exit(1)
@@ -197,10 +187,10 @@ def explain(folder: Path, reference: str | None) -> None:
     digest = _choose(store, reference) if reference else newest_spec(store)
     explained = explain_miss(store.spec(digest), store.specs())
     if explained is None:
-        click.echo(f"{digest} is the only reference here: nothing was there to reuse")
+        say(f"{digest} is the only reference here: nothing was there to reuse")
         return
     nearest, changes = explained
-    click.echo(f"reference {digest} was new to the cache. The nearest other one is {nearest}; what differs:")
+    say(f"reference {digest} was new to the cache. The nearest other one is {nearest}; what differs:")
     _print_changes(changes)
 
 
@@ -227,7 +217,7 @@ def import_(file: Path, **options: Any) -> None:
     from dpoeng.engine.recipes.import_reference import import_reference
 
     done, sums = import_reference(config, file, TerminalProgress())
-    click.echo(
+    say(
         f"{counted(done.rows, 'row')} read, {done.added:,} of them new; view {done.view!r} written"
         + (" (sums only)" if sums else "")
         + f"\n\nNext: {shlex.join(['dpoeng', 'train', '--cache', str(config.cache), '--view', str(done.view)])}"
@@ -246,7 +236,7 @@ def merge(target: Path, sources: tuple[Path, ...]) -> None:
     store = Store.open(target, create=True)
     for source, other in opened:
         objects, views = run(store, other)
-        click.echo(f"{source}: {objects} new objects; views: {', '.join(views) or 'none'}")
+        say(f"{source}: {objects} new objects; views: {', '.join(views) or 'none'}")
 
 
 @cache.command(epilog=_example("dpoeng cache gc refcache", "dpoeng cache gc refcache --delete --drop-spec 3f2a"))
@@ -264,13 +254,13 @@ def gc(folder: Path, delete: bool, drop: tuple[str, ...], quarantine: bool, min_
     digests = [_choose(store, prefix) for prefix in drop]
     garbage = collect(folder, dry_run=not delete, drop_specs=digests, quarantine=quarantine, grace_s=min_age_s)
     for item in garbage:
-        click.echo(f"{item.kind:<10} {_size(item.bytes):>10}  {item.name}")
+        say(f"{item.kind:<10} {_size(item.bytes):>10}  {item.name}")
     total = _size(sum(item.bytes for item in garbage))
     files = counted(len(garbage), "file")
     if delete:
-        click.echo(f"{files} removed, {total}")
+        say(f"{files} removed, {total}")
     else:
-        click.echo(f"{files}, {total}; nothing was removed" + (" (--delete does)" if garbage else ""))
+        say(f"{files}, {total}; nothing was removed" + (" (--delete does)" if garbage else ""))
 
 
 @cache.command(epilog=_example("dpoeng cache stats refcache", "dpoeng cache stats refcache --html reference.html"))
@@ -297,43 +287,16 @@ def stats(folder: Path, view: str | None, html: Path | None, as_json: bool, pair
         return
     _print_stats(found)
     if html:
-        click.echo(f"plots in {html}")
+        say(f"plots in {html}")
 
 
-def _print_stats(found: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _print_stats(found: ReferenceStats) -> None:
+    from dpoeng.cli.pages.reference import distributions_table, notes_table, reference_facts
 
-    from dpoeng.cli.tables import facts_table
-
-    console = Console(highlight=False)
-    table = Table(title="the reference on these pairs", title_justify="left", show_edge=False, pad_edge=False)
-    table.add_column("")
-    for heading in ("mean", "std", "5 %", "median", "95 %"):
-        table.add_column(heading, justify="right")
-    for name in (
-        "prompt_tokens",
-        "chosen_tokens",
-        "rejected_tokens",
-        "length_difference",
-        "margin",
-        "margin_per_token",
-    ):
-        item = getattr(found, name)
-        cells = (item.mean, item.std, item.quantiles[1], item.quantiles[3], item.quantiles[5])
-        table.add_row(name.replace("_", " "), *(f"{value:,.2f}" for value in cells))
-    console.print(table)
-    facts = [
-        ("rows", f"{found.rows:,}, {found.pairs:,} distinct pairs, {len(found.contradictions):,} contradictions"),
-        ("reference prefers chosen", f"{found.accuracy:.1%} of pairs; per token {found.accuracy_per_token:.1%}"),
-        ("margin follows length", f"r = {found.length_correlation:+.2f}"),
-    ]
-    console.print(facts_table(facts))
+    say(distributions_table(found, (1, 3, 5)), facts_table(reference_facts(found)))
     for title, notes in (("strongly wrong", found.strongly_wrong), ("strongly right", found.strongly_right)):
         if notes:
-            console.print(f"[bold]{title}[/] (nats per token)")
-        for note in notes:
-            console.print(f"  {note.margin_per_token:+.3f}  {note.source_file}:{note.source_row}", soft_wrap=True)
+            say(notes_table(notes, title))
 
 
 def _choose(store: Store, prefix: str | None) -> str:
@@ -356,17 +319,10 @@ def _choose(store: Store, prefix: str | None) -> str:
 
 
 def _print_changes(changes: list[FieldChange]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_edge=False, pad_edge=False)
-    for heading in ("field", "old", "new"):
-        table.add_column(heading, overflow="fold")
-    for change in changes[:_SHOWN_CHANGES]:
-        table.add_row(change.field, _short(change.old), _short(change.new))
-    Console(highlight=False).print(table)
+    rows = [(change.field, _short(change.old), _short(change.new)) for change in changes[:_SHOWN_CHANGES]]
+    say(Table(rows, ("field", "old", "new"), words=3))
     if len(changes) > _SHOWN_CHANGES:
-        click.echo(f"... and {len(changes) - _SHOWN_CHANGES} more fields")
+        say(f"... and {len(changes) - _SHOWN_CHANGES} more fields")
 
 
 def _short(value: Any) -> str:

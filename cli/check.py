@@ -13,6 +13,7 @@ import click
 
 from dpoeng.cache.words import counted
 from dpoeng.cli.options import as_words, config_options, given
+from dpoeng.cli.tables import Marked, command_line, facts_table, say
 from dpoeng.engine.config.fields import PrecomputeConfig
 from dpoeng.engine.config.files import load_config
 
@@ -30,7 +31,6 @@ Examples:
 _USED = frozenset(
     "model columns prompt_format where max_reject_share max_length max_prompt_length truncation_mode append_eos".split()
 )
-_STYLE = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 EXIT_FOUND = 3
 
 
@@ -81,15 +81,14 @@ def check(
 
 
 def print_report(report: CheckReport, html: Path | None, then: Sequence[str]) -> None:
-    """Findings first, then the tables, then what to do next: `then` is what phase one is to be given."""
-    from rich.console import Console
+    """Findings first, then the tables, then what to do next: `then` are the arguments for phase one."""
+    from dpoeng.cli.pages.check import categories_table, lengths_table
 
-    from dpoeng.cli.tables import command_line, facts_table
-
-    console = Console(highlight=False)
     for finding in report.findings:
-        _print_finding(console, finding)
-    _print_tables(console, report)
+        _print_finding(finding)
+    say(lengths_table(report))
+    if report.categories:
+        say(categories_table(report))
     left_out = f", {report.rejected:,} left out" if report.rejected else ""
     filtered = f", {report.filtered:,} by --where" if report.filtered else ""
     rows, prompts = counted(report.rows, "row"), counted(report.prompts, "prompt")
@@ -110,48 +109,24 @@ def print_report(report: CheckReport, html: Path | None, then: Sequence[str]) ->
     facts.append(("time", f"{report.seconds:.1f} s"))
     if html is not None:
         facts.append(("page", str(html)))
-    console.print(facts_table(facts))
+    say(facts_table(facts))
     errors, warnings = report.count("error"), report.count("warning")
-    kinds = f"{counted(errors, 'kind')} of errors, {warnings} of warnings"
     if not errors and not warnings:
-        console.print("\n[green]fine[/]")
+        say("\n", Marked("fine", "ok"))
     else:
-        console.print(f"\n[{'red' if errors else 'yellow'}]{kinds}[/]")
+        kinds = f"{counted(errors, 'kind')} of errors, {warnings} of warnings"
+        say("\n", Marked(kinds, "error" if errors else "warning"))
     if not errors:
-        first = "" if report.model else "the same with --model, then "
-        console.print(f"Next: {first}{command_line('precompute-ref', *then)}", soft_wrap=True)
+        say("Next: ", "" if report.model else "the same with --model, then ", command_line("precompute-ref", *then))
 
 
-def _print_finding(console: Any, finding: Finding) -> None:
-    from rich.markup import escape
-
-    console.print(
-        f"[{_STYLE[finding.level]}]{finding.level}[/] {escape(finding.what)}: [bold]{finding.count:,}[/] of "
-        f"{finding.of:,} ({finding.share:.1%}) [dim]{escape('[' + finding.code + ']')}[/]",
-        soft_wrap=True,
+def _print_finding(finding: Finding) -> None:
+    say(
+        *(Marked(finding.level, finding.level), f" {finding.what}: ", Marked(f"{finding.count:,}", "bold")),
+        *(f" of {finding.of:,} ({finding.share:.1%}) ", Marked(f"[{finding.code}]", "dim")),
     )
     if finding.detail:
-        console.print(f"  {escape(finding.detail)}", soft_wrap=True)
+        say(f"  {finding.detail}")
     for where, shown in finding.examples:
-        console.print(f"  [dim]{escape(where)}[/]  {escape(shown)}", soft_wrap=True)
-    console.print(f"  why:    {escape(finding.why)}", soft_wrap=True)
-    console.print(f"  remedy: {escape(finding.remedy)}\n", soft_wrap=True)
-
-
-def _print_tables(console: Any, report: CheckReport) -> None:
-    from rich.table import Table
-
-    table = Table(title=report.unit, title_justify="left", show_edge=False, pad_edge=False)
-    table.add_column("")
-    for name in ("mean", "least", "5 %", "median", "95 %", "greatest"):
-        table.add_column(name, justify="right")
-    for one in report.lengths:
-        table.add_row(one.part, f"{one.mean:,.1f}", *(f"{value:,.0f}" for value in one.quantiles))
-    console.print(table)
-    if report.categories:
-        table = Table(title="categories", title_justify="left", show_edge=False, pad_edge=False)
-        for k, name in enumerate(("column", "value", "pairs", "share", "chosen is longer")):
-            table.add_column(name, justify="right" if k > 1 else "left", overflow="fold")
-        for category in report.categories:
-            table.add_row(*category.row(report.pairs))
-        console.print(table)
+        say("  ", Marked(where, "dim"), f"  {shown}")
+    say(f"  why:    {finding.why}\n  remedy: {finding.remedy}\n")

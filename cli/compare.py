@@ -11,6 +11,7 @@ import click
 
 from dpoeng.cli.evaluate import run_config
 from dpoeng.cli.options import config_options, given
+from dpoeng.cli.tables import Cell, Marked, Table, say
 from dpoeng.engine.config.fields import TrainConfig
 
 if TYPE_CHECKING:
@@ -101,11 +102,9 @@ def compare(
     if given_prompts:  # as they were given, not as the template has them
         found = [dataclasses.replace(one, prompt=text) for one, text in zip(found, given_prompts, strict=True)]
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(one) for one in found], indent=2, ensure_ascii=False))
+        click.echo(json.dumps([dataclasses.asdict(one) for one in found], indent=2))
     else:
-        from rich.console import Console
-
-        Console(highlight=False).print(generations_table(found))
+        say(generations_table(found))
     keep_samples(trained, found, TerminalProgress())
 
 
@@ -141,15 +140,10 @@ def read_prompts(file: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def generations_table(found: list[Generation]) -> Any:
-    """Prompt and both answers."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(show_lines=True)
-    for heading in ("prompt", "before", "after"):
-        table.add_column(heading, ratio=1, overflow="fold")
+def generations_table(found: list[Generation]) -> Table:
+    """Prompt and both answers, side by side."""
+    rows: list[tuple[Cell, ...]] = []
     for one in found:
-        same = "[dim](the same)[/]" if one.after == one.before else escape(one.after.strip())
-        table.add_row(escape(one.prompt.strip()), escape(one.before.strip()), same)
-    return table
+        after = Marked("(the same)", "dim") if one.after == one.before else one.after.strip()
+        rows.append((one.prompt.strip(), one.before.strip(), after))
+    return Table(rows, ("prompt", "before", "after"), words=3, ruled=True)

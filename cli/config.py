@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from dpoeng.cli.options import ConfigCommand, config_options, given
+from dpoeng.cli.tables import Cell, Marked, Table, say
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
 from dpoeng.engine.config.files import config_schema, resolve
 from dpoeng.engine.config.template import plain, sections
@@ -45,31 +46,21 @@ def show(config_file: Path | None, as_json: bool, **options: Any) -> None:
     """
     settings = resolve(given(options), config_file)
     if as_json:
-        table: dict[str, dict[str, Any]] = {}
+        shown: dict[str, dict[str, Any]] = {}
         for s in settings:
-            table.setdefault(s.command, {})[s.name] = {"value": plain(s.value), "origin": s.origin}
-        click.echo(json.dumps(table, indent=1))
+            shown.setdefault(s.command, {})[s.name] = {"value": plain(s.value), "origin": s.origin}
+        click.echo(json.dumps(shown, indent=1))
         return
 
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
     by_name = {(s.command, s.name): s for s in settings}
     for command in dict.fromkeys(s.command for s in settings):
-        shown = Table(title=f"dpoeng {command}", title_justify="left", box=None)
-        shown.add_column("field", no_wrap=True)
-        shown.add_column("value", overflow="fold")
-        shown.add_column("from", no_wrap=True)
+        rows: list[tuple[Cell, ...]] = []
         for heading, names in sections(command):
-            shown.add_row(Text(heading, style="bold"))
-            for name in names:
-                setting = by_name[command, name]
-                style = "dim" if setting.origin == "default" else ""
-                shown.add_row(Text(f"  {name}"), Text(in_words(setting.value)), Text(setting.origin), style=style)
-        console.print(shown)
-        console.print()
+            rows.append((Marked(heading, "bold"), "", ""))
+            for setting in (by_name[command, name] for name in names):
+                cells = (f"  {setting.name}", in_words(setting.value), setting.origin)
+                rows.append(tuple(Marked(cell, "dim") for cell in cells) if setting.origin == "default" else cells)
+        say(Table(rows, ("field", "value", "from"), f"dpoeng {command}", words=3), "")
 
 
 def in_words(value: Any) -> str:

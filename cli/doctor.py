@@ -8,6 +8,9 @@ from pathlib import Path
 
 import click
 
+from dpoeng.cache.words import counted
+from dpoeng.cli.tables import Cell, Marked, Table, say
+
 EPILOG = """\b
 Examples:
   dpoeng doctor
@@ -15,7 +18,6 @@ Examples:
   dpoeng doctor --json
 """
 
-_SHOWN = {"ok": "[green]ok[/]", "info": "[cyan]info[/]", "warning": "[yellow]warning[/]", "error": "[red]error[/]"}
 EXIT_FOUND = 5
 
 
@@ -39,25 +41,16 @@ def doctor(cache: Path, output_dir: Path, online: bool, as_json: bool, strict: b
     if as_json:
         click.echo(json.dumps(found.as_dict(), indent=2))
     else:
-        from rich.console import Console
-        from rich.markup import escape
-        from rich.table import Table
-
-        from dpoeng.cache.words import counted
-
-        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-        for _ in range(3):
-            table.add_column(overflow="fold")
+        rows: list[tuple[Cell, ...]] = []
         for check in found.checks:
-            table.add_row(_SHOWN[check.status], f"[bold]{escape(check.name)}[/]", escape(check.found))
+            rows.append((Marked(check.status, check.status), Marked(check.name, "bold"), check.found))
             if check.status in ("warning", "error"):
-                table.add_row("", "", f"→ {escape(check.remedy)}")
-        console = Console(highlight=False)
-        console.print(table)
+                rows.append(("", "", f"→ {check.remedy}"))
+        say(Table(rows, words=3))
         counts = {name: sum(check.status == name for check in found.checks) for name in ("error", "warning")}
         if counts["error"] or counts["warning"]:
-            console.print(f"\n{counted(counts['error'], 'error')}, {counted(counts['warning'], 'warning')}")
+            say(f"\n{counted(counts['error'], 'error')}, {counted(counts['warning'], 'warning')}")
         else:
-            console.print("\n[green]ready[/]")
+            say("\n", Marked("ready", "ok"))
     if found.worst() == "error" or (strict and found.worst() == "warning"):
         sys.exit(EXIT_FOUND)

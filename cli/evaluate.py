@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from dpoeng.cli.options import config_options, given
+from dpoeng.cli.tables import Marked, facts_table, say
 from dpoeng.engine.config.fields import LOSS_FIELDS, TrainConfig
 from dpoeng.engine.config.files import load_config
 
 if TYPE_CHECKING:
     from dpoeng.engine.recipes.evaluate import EvaluationSummary, Trained
+    from dpoeng.engine.training.advice import Advice
 
 EPILOG = """\b
 Examples:
@@ -73,25 +76,21 @@ def run_config(trained: Trained, overrides: dict[str, Any]) -> TrainConfig:
 
 def print_evaluation(summary: EvaluationSummary) -> None:
     """Facts, means with intervals, groups, remarks."""
-    from rich.console import Console
+    from dpoeng.cli.pages.run import evaluation_table, group_tables
 
-    from dpoeng.cli.tables import advice_text, evaluation_table, facts_table, group_tables
-
-    console = Console(highlight=False)
-    pairs = f"{summary.evaluation.pairs} of {summary.view} ({summary.which.replace('-', ' ')})"
-    console.print(
-        facts_table(
-            [
-                ("trained", str(summary.trained)),
-                ("pairs", pairs),
-                ("loss", f"{' + '.join(summary.loss_type)}, beta {summary.beta:g}"),
-                ("device", summary.device),
-                ("parity", f"before training {summary.parity.mean_diff:.2g} nats a token from the cache"),
-            ]
-        )
-    )
+    facts = [
+        ("trained", str(summary.trained)),
+        ("pairs", f"{summary.evaluation.pairs} of {summary.view} ({summary.which.replace('-', ' ')})"),
+        ("loss", f"{' + '.join(summary.loss_type)}, beta {summary.beta:g}"),
+        ("device", summary.device),
+        ("parity", f"before training {summary.parity.mean_diff:.2g} nats a token from the cache"),
+    ]
     record = summary.evaluation.record()
-    console.print(evaluation_table(record))
-    for table in group_tables(record):
-        console.print(table)
-    console.print(advice_text(summary.advice), soft_wrap=True, end="")
+    say(facts_table(facts), evaluation_table(record), *group_tables(record))
+    print_advice(summary.advice)
+
+
+def print_advice(advice: Sequence[Advice]) -> None:
+    """Remarks, a paragraph each."""
+    for remark in advice:
+        say("\n", Marked(remark.code, "warning"), f": {remark.seen}\n  try: {remark.remedy}")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from dpoeng.cli.tables import say
+
 EPILOG = """\b
 Examples:
   dpoeng init
@@ -44,11 +46,11 @@ def init(
     ]
     lines = suggest(pairs, model, adapter, gpu=gpu, progress=TerminalProgress())
     write_config(output, config_text(lines, header=header, every_field=True), force=force)
-    click.echo(f"{output} written:")
+    say(f"{output} written:")
     for name, line in lines.items():
         value = ", ".join(map(str, line.value)) if isinstance(line.value, list) else line.value
-        click.echo(f"  {name}: {value}" + (f"  ({' '.join(line.comments)})" if line.comments else ""))
+        say(f"  {name}: {value}" + (f"  ({' '.join(line.comments)})" if line.comments else ""))
     missing = [name for name in ("model", "pairs") if name not in lines]
-    click.echo("\nNext:" + (f" set {' and '.join(missing)} in {output}, then" if missing else ""))
+    say("\nNext:" + (f" set {' and '.join(missing)} in {output}, then" if missing else ""))
     config = "" if str(output) == "dpoeng.yaml" else f" --config {output}"
-    click.echo(f"  dpoeng precompute-ref{config}\n  dpoeng train{config}")
+    say(f"  dpoeng precompute-ref{config}\n  dpoeng train{config}")

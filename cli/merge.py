@@ -6,6 +6,9 @@ from pathlib import Path
 
 import click
 
+from dpoeng.cache.words import counted
+from dpoeng.cli.tables import facts_table, say
+
 EPILOG = """\b
 Examples:
   dpoeng merge out --into merged
@@ -30,16 +33,11 @@ def merge(output_dir: Path, into: Path, dtype: str, model: str | None) -> None:
     The base is read from its own files, also where training held it in 8 or 4 bits: merging into quantised weights
     would round the update away. Needs host memory for one file of the checkpoint.
     """
-    from rich.console import Console
-
-    from dpoeng.cache.words import counted
     from dpoeng.cli.progress import TerminalProgress
-    from dpoeng.cli.tables import facts_table
     from dpoeng.engine.recipes.merge import merge_run
 
     summary = merge_run(output_dir, into, dtype=dtype, model=model, progress=TerminalProgress())
-    console = Console()
-    console.print(
+    say(
         facts_table(
             [
                 ("base", summary.base),
@@ -48,6 +46,4 @@ def merge(output_dir: Path, into: Path, dtype: str, model: str | None) -> None:
             ]
         )
     )
-    console.print(
-        f"\nAutoModelForCausalLM.from_pretrained({str(summary.folder)!r}) loads it.", highlight=False, soft_wrap=True
-    )
+    say(f"\nAutoModelForCausalLM.from_pretrained({str(summary.folder)!r}) loads it.")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dpoeng.cache.errors import UserError
+from dpoeng.cli.tables import say
 
 if TYPE_CHECKING:
     from dpoeng.engine.migration.fields import Migration
@@ -74,22 +75,22 @@ def print_result(result: Migration, output: Path) -> None:
     """What was carried over, what was not, and what to do next."""
     from dpoeng.engine.migration.fields import KINDS
 
-    click.echo(f"{output}: {len(result.lines)} fields from {KINDS[result.kind]}")
+    say(f"{output}: {len(result.lines)} fields from {KINDS[result.kind]}")
     for title, items in (
         (f"Why the newest TRL and transformers refuse it ({result.fits}):", result.refused),
         ("No equivalent, or not readable:", result.lost),
         ("To know:", result.notes),
     ):
         if items:
-            click.echo(f"\n{title}")
+            say(f"\n{title}")
             for item in items:
-                click.echo(f"  - {item}")
+                say(f"  - {item}")
     if result.needless:
-        click.echo(f"\nNot needed here: {', '.join(dict.fromkeys(result.needless))}")
+        say(f"\nNot needed here: {', '.join(dict.fromkeys(result.needless))}")
     missing = [name for name in ("model", "pairs") if name not in result.lines]
-    click.echo("\nNext:" + (f" set {' and '.join(missing)} in {output}, then" if missing else ""))
+    say("\nNext:" + (f" set {' and '.join(missing)} in {output}, then" if missing else ""))
     config = "" if str(output) == "dpoeng.yaml" else f" --config {shlex.quote(str(output))}"
-    click.echo(f"  dpoeng precompute-ref{config}")
+    say(f"  dpoeng precompute-ref{config}")
     if result.eval_pairs:
-        click.echo(f"  dpoeng precompute-ref {shlex.join(result.eval_pairs)} --name eval{config}")
-    click.echo(f"  dpoeng train{config}")
+        say(f"  dpoeng precompute-ref {shlex.join(result.eval_pairs)} --name eval{config}")
+    say(f"  dpoeng train{config}")

@@ -11,11 +11,10 @@ from pydantic import ValidationError
 
 from dpoeng.cli.options import config_options, given
 from dpoeng.cli.pages.html import write_page
+from dpoeng.cli.tables import Cell, Marked, Table, say
 from dpoeng.engine.config.plan import PlanConfig
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from dpoeng.engine.recipes.plan import CardPlan, Plan
 
 EPILOG = """\b
@@ -46,8 +45,6 @@ def plan(for_scripts: bool, html: Path | None, **options: Any) -> None:
     except ValidationError as error:
         raise click.UsageError(str(error.errors()[0]["msg"]).removeprefix("Value error, ")) from error
 
-    from rich.console import Console
-
     from dpoeng.engine.recipes.plan import as_json, make_plan
 
     found = make_plan(config)
@@ -56,67 +53,69 @@ def plan(for_scripts: bool, html: Path | None, **options: Any) -> None:
     if for_scripts:
         click.echo(json.dumps(as_json(found), indent=2))
         return
-    show(found, Console())
+    show(found)
 
 
-def show(found: Plan, console: Console) -> None:
-    """The answer in tables, the plot of a step, and the settings to use."""
-    from rich.table import Table
-
+def show(found: Plan) -> None:
+    """Show the answer in tables, memory through a step, and the settings to use."""
     from dpoeng.engine.recipes.plan import suggested
 
     request = found.request
-    what = f"{request.quantization}, r={request.lora_r}" if request.use_peft else "all weights trained"
-    console.print(
-        f"{request.model}: {found.parameters / 1e9:.2f} e9 parameters, {what}; "
-        f"one pair of 2 x {request.max_length} tokens, {request.prompt_length} of them a shared prompt. "
-        "[bold]Calculated, not measured.[/]",
-        highlight=False,
+    trained = f"{request.quantization}, r={request.lora_r}" if request.use_peft else "all weights trained"
+    say(
+        f"{request.model}: {found.parameters / 1e9:.2f} e9 parameters, {trained}; "
+        f"one pair of 2 x {request.max_length} tokens, {request.prompt_length} of them a shared prompt. ",
+        Marked("Calculated, not measured.", "bold"),
     )
-    cards = Table(title="does it fit?", title_justify="left", show_edge=False, pad_edge=False)
-    for heading in ("card", "GiB", "phase one", "phase two", "pairs a forward", "hours, one + two", "cost"):
-        cards.add_column(heading, justify="left" if heading == "card" else "right")
-    for card in found.cards:
-        cards.add_row(
-            f"{request.gpus} x {card.gpu.name}" if request.gpus > 1 else card.gpu.name,
+    say(_cards_table(found), _parts_table(found))
+    say(f"\nmemory through a step, GiB\n{sparkline(found)}")
+    if found.two_models is not None:
+        say(_others_table(found, found.two_models.peak.n_bytes))
+    best = next((card for card in found.cards if card.fits), None)
+    if best is None:
+        say("\n", Marked("It does not fit.", "error"), f" {advice(found)}")
+        return
+    lines = "\n".join(f"  {name}: {_yaml(value)}" for name, value in suggested(found, best).items())
+    say(f"\ndpoeng.yaml for {best.gpu.name}:\n{lines}")
+
+
+def _cards_table(found: Plan) -> Table:
+    gpus = found.request.gpus
+    rows = [
+        (
+            f"{gpus} x {card.gpu.name}" if gpus > 1 else card.gpu.name,
             f"{card.gpu.n_bytes / GIB:.1f}",
             *_fits(found, card),
             str(card.micro_batch) if card.phase2_fits else "-",
             *_hours(found, card),
         )
-    console.print(cards)
+        for card in found.cards
+    ]
+    heads = ("card", "GiB", "phase one", "phase two", "pairs a forward", "hours, one + two", "cost")
+    return Table(rows, heads, "does it fit?")
 
-    parts = Table(title="one pair a forward, GiB at the peak", title_justify="left", show_edge=False, pad_edge=False)
-    parts.add_column("")
-    parts.add_column("phase one", justify="right")
-    parts.add_column("phase two", justify="right")
+
+def _parts_table(found: Plan) -> Table:
     one, two = found.phase1[min(found.phase1)].peak, found.step
-    for kind in sorted({*one.by_kind, *two.by_kind}, key=lambda k: -two.by_kind.get(k, 0)):
-        parts.add_row(kind, *(f"{peak.by_kind.get(kind, 0) / GIB:.2f}" for peak in (one, two)))
-    parts.add_row("[bold]simulated peak[/]", *(f"[bold]{peak.n_bytes / GIB:.2f}[/]" for peak in (one, two)))
+    kinds = sorted({*one.by_kind, *two.by_kind}, key=lambda kind: -two.by_kind.get(kind, 0))
+    rows: list[tuple[Cell, ...]] = [
+        (kind, *(f"{peak.by_kind.get(kind, 0) / GIB:.2f}" for peak in (one, two))) for kind in kinds
+    ]
+    totals = ("simulated peak", *(f"{peak.n_bytes / GIB:.2f}" for peak in (one, two)))
+    rows.append(tuple(Marked(cell, "bold") for cell in totals))
     for name, n_bytes in found.estimates.items():
-        parts.add_row(f"{name} (estimate)", *(2 * [f"{n_bytes / GIB:.2f}"]))
-    parts.add_row("with fragmentation (estimate)", *(f"{found.needed(peak) / GIB:.2f}" for peak in (one, two)))
-    console.print(parts)
-    console.print(f"\nmemory through a step, GiB\n{sparkline(found)}", highlight=False)
+        rows.append((f"{name} (estimate)", *(2 * [f"{n_bytes / GIB:.2f}"])))
+    rows.append(("with fragmentation (estimate)", *(f"{found.needed(peak) / GIB:.2f}" for peak in (one, two))))
+    return Table(rows, ("", "phase one", "phase two"), "one pair a forward, GiB at the peak")
 
-    if found.two_models is not None:
-        others = Table(title="phase two otherwise, GiB", title_justify="left", show_edge=False, pad_edge=False)
-        others.add_column("")
-        others.add_column("peak", justify="right")
-        others.add_column("saves", justify="right")
-        rows = [(o.name, o.peak_bytes) for o in found.options]
-        rows.append(("two models, whole logits", found.two_models.peak.n_bytes))
-        for name, n_bytes in rows:
-            others.add_row(name, f"{n_bytes / GIB:.2f}", f"{(two.n_bytes - n_bytes) / GIB:+.2f}")
-        console.print(others)
 
-    best = next((card for card in found.cards if card.fits), None)
-    if best is None:
-        console.print(f"\n[bold red]It does not fit.[/] {advice(found)}", highlight=False)
-        return
-    lines = "\n".join(f"  {name}: {_yaml(value)}" for name, value in suggested(found, best).items())
-    console.print(f"\ndpoeng.yaml for {best.gpu.name}:\n{lines}", highlight=False)
+def _others_table(found: Plan, two_models: int) -> Table:
+    peaks = [(option.name, option.peak_bytes) for option in found.options]
+    rows = [
+        (name, f"{n_bytes / GIB:.2f}", f"{(found.step.n_bytes - n_bytes) / GIB:+.2f}")
+        for name, n_bytes in [*peaks, ("two models, whole logits", two_models)]
+    ]
+    return Table(rows, ("", "peak", "saves"), "phase two otherwise, GiB")
 
 
 def advice(found: Plan) -> str:

@@ -9,10 +9,12 @@ import click
 
 from dpoeng.cache.words import counted
 from dpoeng.cli.options import ConfigCommand, config_options, given
+from dpoeng.cli.tables import Table, command_line, facts_table, say
 from dpoeng.engine.config.fields import PrecomputeConfig
 from dpoeng.engine.config.files import load_config
 
 if TYPE_CHECKING:
+    from dpoeng.engine.data.tokenization import TokenizedData
     from dpoeng.engine.recipes.precompute import PrecomputeSummary
 
 EPILOG = """\b
@@ -49,13 +51,8 @@ def precompute_ref(pairs: tuple[Path, ...], config_file: Path | None, **options:
 
 
 def print_summary(summary: PrecomputeSummary) -> None:
-    """What was done, what was left out, and what to do next."""
-    from rich.console import Console
-
-    from dpoeng.cli.tables import command_line, facts_table, length_table
-
-    console = Console()
-    console.print(length_table(summary.data))
+    """Show lengths, what was computed and left out, and the next command."""
+    say(length_table(summary.data))
     facts: list[tuple[str, str]] = [
         ("pairs", f"{summary.pairs} in view {summary.view!r}: {summary.computed} computed, {summary.reused} reused"),
     ]
@@ -88,14 +85,36 @@ def print_summary(summary: PrecomputeSummary) -> None:
     if summary.rejects_file is not None:
         facts.append(("rejected", f"{counted(len(summary.rejects), 'row')}, listed in {summary.rejects_file}"))
     facts.append(("identity", summary.spec))
-    console.print(facts_table(facts))
+    say(facts_table(facts))
     if summary.pending:
-        console.print(
+        say(
             f"\nPart {summary.part.index} of {summary.part.count} is done. {counted(summary.pending, 'pair')} of other "
             "parts still to be computed: the job that ends last writes the view. If all have ended, run the command "
-            "once without --shard.",
-            highlight=False,
+            "once without --shard."
         )
         return
     view = ("--view", summary.view) if summary.views > 1 else ()
-    console.print(f"\nNext: {command_line('train', '--cache', summary.cache, *view)}", highlight=False, soft_wrap=True)
+    say("\nNext: ", command_line("train", "--cache", summary.cache, *view))
+
+
+_NOTES = {
+    "truncated": "truncated",
+    "merged": "with other prompt tokens before a response than alone",
+    "unshared": "with last prompt tokens that differ between the sides",
+    "duplicates": "duplicate",
+    "contradictions": "the other way round in an earlier pair",
+    "separate": "responses tokenised apart from their prompt (the tokenizer gives no offsets)",
+}
+
+
+def length_table(data: TokenizedData) -> Table:
+    """Tokens of prompt, responses and pair, with a note that counts unusual pairs."""
+    rows = []
+    for part, lengths in data.counts.lengths.items():
+        numbers = (lengths.p50, lengths.p95, lengths.max)
+        rows.append((part, f"{lengths.count:,}", f"{lengths.mean:,.1f}", *(f"{number:,}" for number in numbers)))
+    notes = [f"{getattr(data.counts, name):,} {text}" for name, text in _NOTES.items() if getattr(data.counts, name)]
+    if data.rejects:
+        notes.append(f"{len(data.rejects):,} left out")
+    note = [", ".join(notes)] if notes else []
+    return Table(rows, ("", "pairs", "mean", "p50", "p95", "max"), "tokens", note)

@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from dpoeng.cli.tables import Cell, Marked, to_text, visible
 from dpoeng.engine.runtime.progress import Advance
 
 LINE_EVERY_S = 15.0
@@ -23,7 +23,10 @@ class TerminalProgress:
 
     def note(self, text: str) -> None:
         """A sentence for the user."""
-        self._console.print(f"[yellow]note:[/] {escape(text)}", highlight=False, soft_wrap=True)
+        self._say(Marked("note:", "warning"), f" {text}")
+
+    def _say(self, *cells: Cell) -> None:
+        self._console.print(to_text(*cells), soft_wrap=True)
 
     @contextlib.contextmanager
     def task(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
@@ -35,29 +38,29 @@ class TerminalProgress:
     @contextlib.contextmanager
     def _bar(self, title: str, total: int, unit: str, before: int) -> Iterator[Advance]:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TaskProgressColumn(),
-            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[rate]}", markup=False),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[shown]}"),
+            TextColumn("{task.fields[shown]}", markup=False),
         )
         with Progress(*columns, console=self._console, transient=False) as bar:
-            task = bar.add_task(title, total=total, completed=before, rate="", shown="")
+            task = bar.add_task(visible(title), total=total, completed=before, rate="", shown="")
             began, done = time.perf_counter(), 0
 
             def advance(amount: int, shown: str) -> None:
                 nonlocal done
                 done += amount
                 seconds = time.perf_counter() - began
-                bar.update(task, advance=amount, shown=shown, rate=rate(done, seconds, unit))
+                bar.update(task, advance=amount, shown=visible(shown), rate=rate(done, seconds, unit))
 
             yield advance
 
     @contextlib.contextmanager
     def _lines(self, title: str, total: int, unit: str, before: int) -> Iterator[Advance]:
         # First of all: what takes a minute should be seen to have begun.
-        self._console.print(f"{title} ...", highlight=False, soft_wrap=True)
+        self._say(f"{title} ...")
         began = last = time.perf_counter()
         done = 0
 
@@ -68,19 +71,13 @@ class TerminalProgress:
             if now - last >= LINE_EVERY_S and before + done < total:
                 last = now
                 left = (now - began) * (total - before - done) / max(done, 1)
-                self._console.print(
-                    f"{title}: {100 * (before + done) // max(total, 1)} %, {rate(done, now - began, unit)}, "
-                    f"{left:.0f} s left  {shown}",
-                    highlight=False,
-                    soft_wrap=True,
-                )
+                share = f"{100 * (before + done) // max(total, 1)} %"
+                self._say(f"{title}: {share}, {rate(done, now - began, unit)}, {left:.0f} s left  {shown}")
 
         yield advance
         seconds = time.perf_counter() - began
         if seconds >= 1:
-            self._console.print(
-                f"{title}: done in {seconds:.1f} s, {rate(done, seconds, unit)}", highlight=False, soft_wrap=True
-            )
+            self._say(f"{title}: done in {seconds:.1f} s, {rate(done, seconds, unit)}")
 
 
 def rate(done: int, seconds: float, unit: str) -> str:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from dpoeng.cli.tables import command_line, facts_table, say
+
 EPILOG = """\b
 Examples:
   dpoeng quantize Qwen/Qwen2.5-32B --into qwen-8bit
@@ -32,10 +34,7 @@ def quantize(model: str, into: Path, quantization: str, dtype: str, device: str)
 
     Both phases take the folder as --model and need no --quantization. `dpoeng merge` still needs the original.
     """
-    from rich.console import Console
-
     from dpoeng.cli.progress import TerminalProgress
-    from dpoeng.cli.tables import command_line, facts_table
     from dpoeng.engine.models.loading import pick_device
     from dpoeng.engine.models.sources import find_model
     from dpoeng.engine.recipes.quantize import quantize as write_quantized
@@ -48,8 +47,7 @@ def quantize(model: str, into: Path, quantization: str, dtype: str, device: str)
         device=pick_device(device),
         progress=TerminalProgress(),
     )
-    console = Console()
-    console.print(
+    say(
         facts_table(
             [
                 ("checkpoint", str(summary.folder)),
@@ -57,5 +55,4 @@ def quantize(model: str, into: Path, quantization: str, dtype: str, device: str)
             ]
         )
     )
-    then = command_line("precompute-ref", "pairs.jsonl", "--model", summary.folder)
-    console.print(f"\nNext: {then}", highlight=False, soft_wrap=True)
+    say("\nNext: ", command_line("precompute-ref", "pairs.jsonl", "--model", summary.folder))

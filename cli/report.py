@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from dpoeng.cli.tables import say
+
 EPILOG = """\b
 Examples:
   dpoeng report out
@@ -30,4 +32,4 @@ def report(out: Path, html: Path | None) -> None:
     run = read_run(out)
     target = html or out / "report.html"
     write_page(target, report_page(run))
-    click.echo(f"{counted(run.steps(), 'step')}, {'complete' if run.complete else 'not complete yet'}: {target}")
+    say(f"{counted(run.steps(), 'step')}, {'complete' if run.complete else 'not complete yet'}: {target}")

@@ -10,7 +10,7 @@ import click
 
 from dpoeng.cache.words import counted
 from dpoeng.cli.options import ConfigCommand, config_options, given
-from dpoeng.cli.tables import result_rows
+from dpoeng.cli.tables import Marked, say
 from dpoeng.engine.config.fields import SweepConfig, TrainConfig
 from dpoeng.engine.config.files import load_config
 
@@ -69,32 +69,18 @@ def sweep(config_file: Path | None, **options: Any) -> None:
 
 
 def print_results(plan: SweepPlan, results: Sequence[RunResult]) -> None:
-    """The runs, best first, and what the held-out pairs can tell of them."""
-    from rich.console import Console
-    from rich.table import Table
-
+    """The runs, best first, and what the held-out pairs can tell about them."""
+    from dpoeng.cli.pages.sweep import ranking_table
     from dpoeng.engine.recipes.sweep_ranking import verdict
 
-    console = Console(highlight=False, soft_wrap=True)
-    table = Table(
-        title=f"{counted(len(results), 'run')} by held-out {plan.rank_by}",
-        title_justify="left",
-        show_edge=False,
-        pad_edge=False,
-        caption="intervals: 95 %, drawn over held-out prompts; the difference from the best run is taken pair by pair",
-        caption_justify="left",
+    say(
+        ranking_table(plan, results, f"{counted(len(results), 'run')} by held-out {plan.rank_by}"),
+        "intervals: over held-out prompts; the difference from the best run is taken pair by pair\n" + verdict(results),
     )
-    for heading in (*plan.vary, plan.rank_by, "interval", "from the best", "interval"):
-        table.add_column(heading, justify="right", overflow="fold")
-    table.add_column("")
-    for row in result_rows(plan, results):
-        table.add_row(*row)
-    console.print(table)
-    console.print(verdict(results))
     done = [result for result in results if result.value is not None]
     if done:
-        console.print(f"\nThe best adapter: [bold]{done[0].folder / 'adapter'}[/]")
-    console.print(f"All of it as a page: {plan.root / PAGE_FILE}")
+        say("\nThe best adapter: ", Marked(str(done[0].folder / "adapter"), "bold"))
+    say(f"All of it as a page: {plan.root / PAGE_FILE}")
 
 
 def _report_failures(results: Sequence[RunResult]) -> None:

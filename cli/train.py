@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dpoeng.cache.words import counted
+from dpoeng.cli.evaluate import print_advice
 from dpoeng.cli.options import ConfigCommand, config_options, given
+from dpoeng.cli.tables import Marked, facts_table, interval, say
 from dpoeng.engine.config.fields import TrainConfig
 from dpoeng.engine.config.files import load_config
 
@@ -52,16 +54,34 @@ def train(config_file: Path | None, **options: Any) -> None:
 
 
 def print_summary(summary: TrainSummary) -> None:
-    """What was done, what it brought, and what to do next."""
-    from rich.console import Console
+    """Show the facts of a run, its metrics, remarks on them, and where its result is."""
+    from dpoeng.cli.pages.run import group_tables, metrics_table
 
-    from dpoeng.cli.tables import advice_text, facts_table, group_tables, metrics_table
+    if summary.already_complete:
+        say(f"This run is complete already ({counted(summary.steps, 'step')}); nothing was done.")
+    say(facts_table(_facts(summary)))
+    heads, columns = ["step 1", f"step {summary.steps}"], [summary.first, summary.last]
+    if summary.eval_after:
+        heads += ["held out before", "held out after"]
+        columns += [
+            {name.removeprefix("eval_"): value for name, value in metrics.items()}
+            for metrics in (summary.eval_before, summary.eval_after)
+        ]
+    say(metrics_table(heads, columns))
+    if summary.evaluation:
+        bounds = interval(summary.evaluation["intervals"].get("rewards/accuracies"), ".3f")
+        if bounds:
+            say(f"held-out accuracy, 95 % interval: {bounds}")
+        say(*group_tables(summary.evaluation))
+    print_advice(summary.advice)
+    kind = "checkpoint" if summary.mode == "full" else "adapter"
+    say(f"\nThe {kind} is in ", Marked(str(summary.result), "bold"), "; run.json beside it has the lines that load it.")
+    say(f"Every step's figures: {summary.output_dir / 'metrics.jsonl'}")
+
+
+def _facts(summary: TrainSummary) -> list[tuple[str, str]]:
     from dpoeng.engine.recipes.policy import parity_text
 
-    console = Console()
-    if summary.already_complete:
-        steps = counted(summary.steps, "step")
-        console.print(f"This run is complete already ({steps}); nothing was done.", highlight=False)
     facts: list[tuple[str, str]] = []
     if summary.parity is not None:
         facts.append(("parity", parity_text(summary.parity)))
@@ -89,20 +109,4 @@ def print_summary(summary: TrainSummary) -> None:
         facts.append(("best", f"evaluation at step {summary.best.step}: {summary.best.value:.4f}"))
     if summary.planned_steps > summary.steps:
         facts.append(("stopped", f"early, at step {summary.steps} of {summary.planned_steps}"))
-    console.print(facts_table(facts))
-    console.print(metrics_table(summary))
-    if summary.evaluation:
-        low, high = summary.evaluation["intervals"].get("rewards/accuracies", (None, None))
-        if low is not None:
-            console.print(f"held-out accuracy, 95 % interval: {low:.3f} to {high:.3f}", highlight=False)
-        for table in group_tables(summary.evaluation):
-            console.print(table)
-    console.print(advice_text(summary.advice), highlight=False, soft_wrap=True, end="")
-    what = "checkpoint" if summary.mode == "full" else "adapter"
-    said = f"The {what} is in [bold]{summary.result}[/]"
-    console.print(
-        f"\n{said}; run.json beside it has the lines that load it.\n"
-        f"Every step's figures: {summary.output_dir / 'metrics.jsonl'}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    return facts

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from dpoeng.cli.bench.output import Outputs, example, finish, output_options
-from dpoeng.cli.lazy import LazyGroup
+from dpoeng.cli.main import LazyGroup
 
 COMMANDS = {
     "phases": ("dpoeng.cli.bench.commands:phases", "Both phases: speed, where the time goes, memory."),

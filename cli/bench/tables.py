@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.table import Table
 
 from dpoeng.cache.words import counted
-from dpoeng.cli.tables import facts_table
+from dpoeng.cli.tables import facts_table as plain_facts_table
+from dpoeng.cli.tables import to_rich
 
 _PARTS = ("data", "forward", "head", "backward", "optimizer")
 
@@ -23,6 +24,11 @@ _COMPARED = (
     ("reference pass, peak of tensors", "reference_tensor_bytes", "reference_tensor_bytes"),
     ("reference pass, peak", "reference_peak_bytes", "reference_peak_bytes"),
 )
+
+
+def facts_table(facts: Sequence[tuple[str, str]]) -> Table:
+    """Label and text, a line each, as rich draws it."""
+    return to_rich(plain_facts_table(facts))
 
 
 def machine_table(record: dict[str, Any]) -> Table:

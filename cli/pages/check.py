@@ -1,9 +1,10 @@
-"""The report of `dpoeng check` as one HTML page."""
+"""The report of `dpoeng check`: its tables, and the HTML page that holds them."""
 
 from __future__ import annotations
 
 from dpoeng.cache.words import counted
 from dpoeng.cli.pages.html import Html, cards, heading, histogram, number, page, paragraph, plots, table, tag, text
+from dpoeng.cli.tables import Table, facts_table
 from dpoeng.engine.checks.findings import Finding
 from dpoeng.engine.recipes.check import CheckReport
 
@@ -24,10 +25,7 @@ def check_page(report: CheckReport) -> str:
     parts += [_finding(finding) for finding in report.findings] or [paragraph("Nothing was found.", "good")]
     parts += [
         heading("Lengths"),
-        table(
-            ("", "mean", "least", "5 %", "median", "95 %", "greatest"),
-            [(one.part, *map(number, (one.mean, *one.quantiles))) for one in report.lengths],
-        ),
+        table(lengths_table(report)),
         plots(histogram(one.part, report.unit, one.edges, one.counts) for one in report.lengths),
     ]
     if report.bias is not None:
@@ -41,9 +39,20 @@ def check_page(report: CheckReport) -> str:
             )
         )
     if report.categories:
-        rows = [category.row(report.pairs) for category in report.categories]
-        parts += [heading("Categories"), table(("column", "value", "pairs", "share", "chosen is longer"), rows)]
+        parts += [heading("Categories"), table(categories_table(report))]
     return page("Preference pairs", parts, subtitle)
+
+
+def lengths_table(report: CheckReport) -> Table:
+    """Lengths of prompt, chosen and rejected, in characters or tokens."""
+    rows = [(one.part, *map(number, (one.mean, *one.quantiles))) for one in report.lengths]
+    return Table(rows, ("", "mean", "least", "5 %", "median", "95 %", "greatest"), report.unit)
+
+
+def categories_table(report: CheckReport) -> Table:
+    """How many pairs have each value of the columns that group them."""
+    rows = [category.row(report.pairs) for category in report.categories]
+    return Table(rows, ("column", "value", "pairs", "share", "chosen is longer"), "categories", words=2)
 
 
 def _finding(finding: Finding) -> Html:
@@ -53,5 +62,5 @@ def _finding(finding: Finding) -> Html:
     inner += (f": {text(finding.detail)}" if finding.detail else "") + "</p>"
     inner += paragraph(f"Why it matters: {finding.why}.", "dim") + paragraph(f"Remedy: {finding.remedy}.")
     if finding.examples:
-        inner += table((), finding.examples, words=True)
+        inner += table(facts_table(finding.examples))
     return Html(f'<div class="finding {finding.level}">{inner}</div>')

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from html import escape
+from html import escape as html_escape
 from pathlib import Path
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.files import replacing
+from dpoeng.cli.tables import Cell, Marked, Table, visible
 
 Point = tuple[float, float]
 
@@ -65,8 +66,15 @@ def page(title: str, parts: Iterable[str], subtitle: str = "") -> str:
     )
 
 
-def text(value: str) -> Html:
-    """Escaped, unless it is `Html`."""
+def escape(value: str) -> str:
+    """Text for HTML and its attributes; control characters are shown as escapes."""
+    return html_escape(visible(value))
+
+
+def text(value: Cell) -> Html:
+    """Escaped, unless it is `Html`; marked text carries its style as a class."""
+    if isinstance(value, Marked):
+        return Html(f'<span class="{escape(value.style)}">{escape(value.text)}</span>')
     return value if isinstance(value, Html) else Html(escape(value))
 
 
@@ -81,7 +89,7 @@ def paragraph(words: str, kind: str = "") -> Html:
 
 
 def tag(level: str) -> Html:
-    """A level (error, warning, info, ok) as a coloured word: the word says it too, for who does not see the colour."""
+    """A level (error, warning, info, ok) as a coloured word; the word says it too, for readers who see no colour."""
     return Html(f'<span class="tag {level}">{escape(level)}</span>')
 
 
@@ -101,14 +109,17 @@ def cards(facts: Iterable[tuple[str, str]]) -> Html:
     return Html(f'<div class="cards">{inner}</div>')
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, words: bool = False) -> Html:
-    """A table of numbers, or of `words`, which are set to the left and may break."""
+def table(shown: Table) -> Html:
+    """A table with its title and notes; where all columns hold words, they are set to the left and may break."""
 
-    def line(cells: Sequence[str], name: str) -> str:
+    def line(cells: Sequence[Cell], name: str) -> str:
         return "<tr>" + "".join(f"<{name}>{text(cell)}</{name}>" for cell in cells) + "</tr>"
 
-    body = (line(head, "th") if any(head) else "") + "".join(line(row, "td") for row in rows)
-    return Html(f'<div class="wide"><table{" class=text" if words else ""}>{body}</table></div>')
+    body = (line(shown.columns, "th") if shown.columns else "") + "".join(line(row, "td") for row in shown.rows)
+    words = shown.words >= (len(shown.columns) or 2)
+    title = f"<h3>{text(shown.title)}</h3>" if shown.title else ""
+    notes = "".join(paragraph(note, "dim") for note in shown.notes)
+    return Html(f'{title}<div class="wide"><table{" class=text" if words else ""}>{body}</table></div>{notes}')
 
 
 def plots(figures: Iterable[str]) -> Html:

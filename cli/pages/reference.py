@@ -1,4 +1,4 @@
-"""`ReferenceStats` as one HTML page."""
+"""What a reference thinks of its pairs: its tables, and the HTML page that holds them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,18 @@ from collections.abc import Sequence
 
 from dpoeng.cache.analytics import PairNote, ReferenceStats
 from dpoeng.cli.pages.html import Html, heading, histogram, number, page, paragraph, plots, table
+from dpoeng.cli.tables import Table, facts_table
+
+# title, unit, attribute
+_SHOWN = (
+    ("margin", "nats", "margin"),
+    ("margin per token", "nats", "margin_per_token"),
+    ("length difference", "tokens, chosen − rejected", "length_difference"),
+    ("prompt", "tokens", "prompt_tokens"),
+    ("chosen", "scored tokens", "chosen_tokens"),
+    ("rejected", "scored tokens", "rejected_tokens"),
+)
+_QUANTILES = ("least", "5 %", "25 %", "median", "75 %", "95 %", "greatest")
 
 
 def html_report(stats: ReferenceStats, title: str, facts: Sequence[tuple[str, str]] = ()) -> str:
@@ -16,30 +28,13 @@ def html_report(stats: ReferenceStats, title: str, facts: Sequence[tuple[str, st
         title: of the page.
         facts: label and text, shown at the top (which reference, which view).
     """
-    shown = [
-        ("margin", "nats", stats.margin),
-        ("margin per token", "nats", stats.margin_per_token),
-        ("length difference", "tokens, chosen − rejected", stats.length_difference),
-        ("prompt", "tokens", stats.prompt_tokens),
-        ("chosen", "scored tokens", stats.chosen_tokens),
-        ("rejected", "scored tokens", stats.rejected_tokens),
-    ]
-    summary = [
-        *facts,
-        ("rows", f"{stats.rows:,}"),
-        ("distinct pairs", f"{stats.pairs:,}"),
-        ("contradictions", f"{len(stats.contradictions):,}"),
-        ("reference prefers chosen", f"{stats.accuracy:.1%} of pairs; per token {stats.accuracy_per_token:.1%}"),
-        ("margin follows length", f"r = {stats.length_correlation:+.2f}"),
-    ]
     parts = [
-        table((), summary, words=True),
+        table(facts_table([*facts, *reference_facts(stats)])),
         heading("Distributions"),
-        table(
-            ("", "mean", "std", "least", "5 %", "25 %", "median", "75 %", "95 %", "greatest"),
-            [(name, *map(number, (item.mean, item.std, *item.quantiles))) for name, _, item in shown],
+        table(distributions_table(stats)),
+        plots(
+            histogram(title, unit, (item := getattr(stats, name)).edges, item.counts) for title, unit, name in _SHOWN
         ),
-        plots(histogram(name, unit, item.edges, item.counts) for name, unit, item in shown),
         heading("Pairs that the reference ranks strongly wrong"),
         paragraph("Mislabelled pairs gather here: read some before training on them.", "dim"),
         _notes(stats.strongly_wrong),
@@ -50,18 +45,40 @@ def html_report(stats: ReferenceStats, title: str, facts: Sequence[tuple[str, st
         parts += [
             heading("Contradictions"),
             paragraph("Two rows that are each other with chosen and rejected swapped.", "dim"),
-            table(("row", "row"), [(str(one), str(other)) for one, other in stats.contradictions[:50]]),
+            table(Table([(str(one), str(other)) for one, other in stats.contradictions[:50]], ("row", "row"))),
         ]
     return page(title, parts)
 
 
+def reference_facts(stats: ReferenceStats) -> list[tuple[str, str]]:
+    """Counts, and how often the reference prefers the chosen response."""
+    return [
+        ("rows", f"{stats.rows:,}"),
+        ("distinct pairs", f"{stats.pairs:,}"),
+        ("contradictions", f"{len(stats.contradictions):,}"),
+        ("reference prefers chosen", f"{stats.accuracy:.1%} of pairs; per token {stats.accuracy_per_token:.1%}"),
+        ("margin follows length", f"r = {stats.length_correlation:+.2f}"),
+    ]
+
+
+def distributions_table(stats: ReferenceStats, quantiles: Sequence[int] = range(7)) -> Table:
+    """Mean, standard deviation and some quantiles of margins and lengths."""
+    items = [(title, getattr(stats, name)) for title, _, name in _SHOWN]
+    rows = [
+        (title, *map(number, (item.mean, item.std, *(item.quantiles[place] for place in quantiles))))
+        for title, item in items
+    ]
+    return Table(rows, ("", "mean", "std", *(_QUANTILES[place] for place in quantiles)))
+
+
+def notes_table(notes: Sequence[PairNote], title: str = "") -> Table:
+    """Pairs that the reference ranks strongly, by where they come from."""
+    rows = [
+        (note.source_file, f"{note.source_row}", f"{note.margin:+.2f}", f"{note.margin_per_token:+.3f}")
+        for note in notes
+    ]
+    return Table(rows, ("source", "row", "margin", "margin per token"), title)
+
+
 def _notes(notes: Sequence[PairNote]) -> Html:
-    if not notes:
-        return paragraph("none", "dim")
-    return table(
-        ("source", "row", "margin", "margin per token"),
-        [
-            (note.source_file, f"{note.source_row}", f"{note.margin:+.2f}", f"{note.margin_per_token:+.3f}")
-            for note in notes
-        ],
-    )
+    return table(notes_table(notes)) if notes else paragraph("none", "dim")

@@ -1,9 +1,9 @@
-"""A run as one HTML page: figures, curves, tables, configuration, hashes, samples."""
+"""A run: the tables of its metrics, and the HTML page that adds curves, configuration, hashes and samples."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dpoeng.cache.words import counted
@@ -23,6 +23,7 @@ from dpoeng.cli.pages.html import (
     tag,
     text,
 )
+from dpoeng.cli.tables import Table, facts_table, interval
 from dpoeng.engine.config.fields import TrainConfig
 from dpoeng.engine.runs.reading import EVAL, RunRecord
 
@@ -38,6 +39,24 @@ _CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("learning rate", "", ("learning_rate",)),
 )
 _CHARTED = {name for _, _, names in _CHARTS for name in names}
+
+# metric -> the format that shows the digits worth reading
+_FORMATS = {
+    "loss": ".4f",
+    "rewards/accuracies": ".3f",
+    "rewards/margins": ".3f",
+    "rewards/chosen": ".3f",
+    "rewards/rejected": ".3f",
+    "rewards/accuracies_length_controlled": ".3f",
+    "rewards/margins_length_correlation": ".2f",
+    "logps/chosen": ".1f",
+    "logps/rejected": ".1f",
+    "kl/chosen": ".4f",
+    "kl/rejected": ".4f",
+}
+_OF_STEPS = [name for name in _FORMATS if not name.startswith("kl/") and "length" not in name]
+
+Metrics = Mapping[str, float]
 
 
 def report_page(run: RunRecord) -> str:
@@ -57,7 +76,8 @@ def report_page(run: RunRecord) -> str:
     if evaluations:
         parts += [heading("Evaluations"), _evaluations(evaluations)]
     if run.evaluations:
-        parts += _last_evaluation(run.evaluations[-1])
+        last = run.evaluations[-1]
+        parts += [heading("The last evaluation"), *map(table, (evaluation_table(last), *group_tables(last)))]
     if run.samples:
         parts += [heading("Samples"), *map(_sample, run.samples)]
     parts += [heading("Configuration"), configuration(run.record.get("config", {})), *_identity(run)]
@@ -134,15 +154,24 @@ def _curves(run: RunRecord, name: str) -> list[Curve]:
 
 
 def _summary(run: RunRecord) -> Html:
-    rows = []
-    for name in run.names():
-        cells = [
-            number(points[place][1]) if (points := run.curve(prefix + name)) else ""
-            for prefix in ("", EVAL)
-            for place in (0, -1)
-        ]
-        rows.append((name, *cells))
-    return table(("", "first step", "last step", "held out, first", "held out, last"), rows)
+    """Every metric at the first and the last step and evaluation."""
+    points = [
+        {name: curve[place][1] for name in run.names() if (curve := run.curve(prefix + name))}
+        for prefix in ("", EVAL)
+        for place in (0, -1)
+    ]
+    return table(metrics_table(("first step", "last step", "held out, first", "held out, last"), points, run.names()))
+
+
+def metrics_table(heads: Sequence[str], columns: Sequence[Metrics], names: Iterable[str] = _OF_STEPS) -> Table:
+    """Metrics by name, a column for each of `columns`."""
+    rows = [(name, *(figure(name, column.get(name)) for column in columns)) for name in names]
+    return Table(rows, ("", *heads))
+
+
+def figure(name: str, value: float | None) -> str:
+    """A metric with the digits worth reading."""
+    return "" if value is None else f"{value:{_FORMATS[name]}}" if name in _FORMATS else number(value)
 
 
 def _evaluations(lines: list[dict[str, Any]]) -> Html:
@@ -153,32 +182,53 @@ def _evaluations(lines: list[dict[str, Any]]) -> Html:
     ]  # fmt: skip
     head = ("step", *(name.removeprefix(EVAL) for name in names))
     rows = [(str(line["step"]), *(number(line[name]) if name in line else "" for name in names)) for line in lines]
-    return table(head, rows)
+    return table(Table(rows, head))
 
 
-def _last_evaluation(record: dict[str, Any]) -> list[Html]:
-    """Intervals of the means, and the same by groups of pairs."""
-    intervals = record.get("intervals", {})
-    level = f"{record.get('confidence', 0.95):.0%} interval"
-    rows = [(name, number(record["metrics"][name]), _interval(intervals[name])) for name in intervals]
-    parts = [heading(f"The last evaluation: {record.get('pairs', '?')} pairs"), table(("", "mean", level), rows)]
+def evaluation_table(record: Mapping[str, Any]) -> Table:
+    """The metrics of an evaluation with their intervals."""
+    metrics, intervals = record["metrics"], record.get("intervals", {})
+    names = [*(name for name in _FORMATS if name in metrics), *(name for name in intervals if name not in _FORMATS)]
+    rows = [(name, figure(name, metrics[name]), _bounds(intervals, name)) for name in names]
+    return Table(
+        rows,
+        ("", "mean", f"{record.get('confidence', 0.95):.0%} interval"),
+        f"held out: {record.get('pairs', '?')} pairs",
+        [
+            "length_controlled: the mean of the accuracies where chosen is longer and where it is shorter. kl: per "
+            "token, of the given responses."
+        ],
+    )
+
+
+def group_tables(record: Mapping[str, Any]) -> list[Table]:
+    """Metrics with intervals by the values of each column that groups the pairs."""
+    tables = []
     for column, groups in record.get("groups", {}).items():
-        names = list(dict.fromkeys(name for group in groups.values() for name in group["metrics"]))
-        lines = []
-        for value, group in groups.items():
-            cells = [
-                f"{number(group['metrics'][name])}  {_interval(group['intervals'].get(name))}".rstrip()
-                if name in group["metrics"]
-                else ""
-                for name in names
-            ]
-            lines.append((value, str(group["pairs"]), *cells))
-        parts.append(table((column, "pairs", *names), lines))
-    return parts
+        names = [
+            name
+            for name in dict.fromkeys(name for group in groups.values() for name in group["metrics"])
+            if name in ("rewards/accuracies", "rewards/margins")
+        ]
+        rows = [
+            (
+                value,
+                f"{group['pairs']:,}",
+                *(
+                    text
+                    for name in names
+                    for text in (figure(name, group["metrics"].get(name)), _bounds(group["intervals"], name))
+                ),
+            )
+            for value, group in groups.items()
+        ]
+        heads = (text for name in names for text in (name.removeprefix("rewards/"), "interval"))
+        tables.append(Table(rows, ("", "pairs", *heads), f"by {column}"))
+    return tables
 
 
-def _interval(bounds: Sequence[float] | None) -> str:
-    return f"[{number(bounds[0])}, {number(bounds[1])}]" if bounds else ""
+def _bounds(intervals: Mapping[str, Sequence[float]], name: str) -> str:
+    return interval(intervals.get(name), _FORMATS.get(name, ".4g"))
 
 
 def _sample(sample: dict[str, Any]) -> Html:
@@ -198,10 +248,10 @@ def configuration(config: Mapping[str, Any]) -> Html:
     rows = {name: json.dumps(value) for name, value in config.items()}
     changed = {name: value for name, value in rows.items() if value != default.get(name)}
     kept = [(name, value) for name, value in rows.items() if name not in changed]
-    shown = table((), changed.items(), words=True) if changed else paragraph("All fields have their defaults.", "dim")
+    unchanged = paragraph("All fields have their defaults.", "dim")
+    shown = table(facts_table(list(changed.items()))) if changed else unchanged
     return Html(
-        shown
-        + (details(f"{counted(len(kept), 'field')} at their default", table((), kept, words=True)) if kept else "")
+        shown + (details(f"{counted(len(kept), 'field')} at their default", table(facts_table(kept))) if kept else "")
     )
 
 
@@ -215,14 +265,14 @@ def _identity(run: RunRecord) -> list[str]:
     parity = record.get("parity") or {}
     parts: list[str] = [
         heading("Reference and data"),
-        table((), [(name, str(value)) for name, value in facts if value], words=True),
+        table(facts_table([(name, str(value)) for name, value in facts if value])),
     ]
     if parity:
         rows = [(name.replace("_", " "), number(value)) for name, value in parity.items()]
-        parts += [heading("Policy against cache, before the first step"), table((), rows)]
+        parts += [heading("Policy against cache, before the first step"), table(Table(rows))]
     versions = dict(record.get("versions") or {})
     versions |= {name: record[name] for name in ("python", "platform", "device") if name in record}
-    parts += [heading("Versions"), table((), [(name, str(value)) for name, value in versions.items()], words=True)]
+    parts += [heading("Versions"), table(facts_table([(name, str(value)) for name, value in versions.items()]))]
     if record.get("load"):
         parts += [heading("To load the adapter"), pre("\n".join(record["load"]))]
     return parts

@@ -1,4 +1,4 @@
-"""A sweep as one HTML page: the ranking, differences with their intervals, curves of the best runs, what failed."""
+"""The runs of a sweep: their ranking as a table, and the HTML page that adds curves, other metrics and failures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dpoeng.cli.pages.html import (
     text,
 )
 from dpoeng.cli.pages.run import configuration
-from dpoeng.cli.tables import result_rows
+from dpoeng.cli.tables import Table, interval
 from dpoeng.engine.recipes.sweep import SweepPlan
 from dpoeng.engine.recipes.sweep_ranking import RunResult, verdict
 from dpoeng.engine.runs.reading import EVAL, read_run
@@ -36,8 +36,7 @@ def sweep_page(plan: SweepPlan, results: Sequence[RunResult]) -> str:
     done = [result for result in results if result.value is not None]
     varied = ", ".join(f"{field}: {' '.join(values)}" for field, values in plan.vary.items())
     parts: list[str] = [_cards(plan, results), paragraph(verdict(results))]
-    head = (*plan.vary, plan.rank_by, "95 % interval", "from the best", "95 % interval", "")
-    parts += [heading("Ranking"), table(head, result_rows(plan, results))]
+    parts += [heading("Ranking"), table(ranking_table(plan, results))]
     parts.append(
         paragraph(
             "Intervals are drawn over held-out prompts. The difference from the best run is taken pair by pair, and is "
@@ -59,6 +58,30 @@ def sweep_page(plan: SweepPlan, results: Sequence[RunResult]) -> str:
     common = plan.points[0].config.model_dump(mode="json", exclude={*plan.vary, "output_dir"})
     parts += [heading("Common settings"), configuration(common)]
     return page(f"Sweep {plan.root.name}", parts, f"{counted(len(results), 'run')} over {varied}")
+
+
+def ranking_table(plan: SweepPlan, results: Sequence[RunResult], title: str = "") -> Table:
+    """A row a run, best first: varied values, its value, its difference from the best run, and a verdict."""
+    rows = []
+    for place, result in enumerate(results):
+        values = tuple(result.values[field] for field in plan.vary)
+        if result.value is None:
+            rows.append((*values, "", "", "", "", result.state))
+            continue
+        word = "best" if place == 0 else "differs" if result.differs else "not told apart"
+        rows.append(
+            (
+                *values,
+                f"{result.value:.4g}",
+                interval((result.intervals or {}).get(plan.rank_by), ".3g"),
+                "" if result.difference is None else f"{result.difference:+.4g}",
+                interval(result.difference_interval, "+.3g"),
+                word,
+            )
+        )
+    return Table(
+        rows, (*plan.vary, plan.rank_by, "95 % interval", "from the best", "95 % interval", ""), title, words=0
+    )
 
 
 def _cards(plan: SweepPlan, results: Sequence[RunResult]) -> Html:
@@ -122,4 +145,4 @@ def _other_metrics(done: Sequence[RunResult]) -> Html:
         )
         for result in done
     ]
-    return table(("run", "step", *names), rows)
+    return table(Table(rows, ("run", "step", *names)))

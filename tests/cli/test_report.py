@@ -21,6 +21,7 @@ from dpoeng.cache.errors import UserError
 from dpoeng.cli.main import main
 from dpoeng.cli.pages.html import Curve, line_chart, page, paragraph, table
 from dpoeng.cli.pages.run import report_page
+from dpoeng.cli.tables import Table
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
 from dpoeng.engine.recipes.precompute import precompute_reference
 from dpoeng.engine.recipes.train import train
@@ -107,7 +108,7 @@ def test_warnings_samples_and_unknown_metrics_are_shown_and_escaped(out: Path) -
     assert {"KL to the reference", "entropy"} <= set(svgs(text))
     assert "eval_categories" not in text
     assert "The last evaluation" in text
-    assert re.search(r"<td>\[[-\d.e]+, [-\d.e]+\]</td>", text), "the intervals of evaluations.jsonl"
+    assert re.search(r"<td>[-\d.e]+ to [-\d.e]+</td>", text), "the intervals of evaluations.jsonl"
 
 
 def test_a_run_that_is_still_going(out: Path) -> None:
@@ -261,7 +262,7 @@ def test_a_browser_draws_the_page(out: Path, tmp_path: Path, scheme: str) -> Non
 
 
 def test_pages_escape_what_they_are_given() -> None:
-    text: Any = page("<t>", [paragraph("<p>&"), table(("<h>",), [("<td>",)])], "<s>")
+    text: Any = page("<t>", [paragraph("<p>&"), table(Table([("<td>",)], ("<h>",)))], "<s>")
     assert "<t>" not in text
     assert "&lt;p&gt;&amp;" in text
     assert "&lt;td&gt;" in text

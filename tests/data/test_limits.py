@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from dpoeng.cache.errors import UserError
-from dpoeng.cli.tables import length_table
+from dpoeng.cli.precompute import length_table
 from dpoeng.engine.data.shapes import PreferencePair
 from dpoeng.engine.data.tokenization import Lengths, TokenizedData, tokenize_pairs
 
