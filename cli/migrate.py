@@ -51,7 +51,7 @@ def migrate(file: Path, output: Path, force: bool) -> None:
         header += [title, *(f"- {item}" for item in items)] if items else []
     text = config_text(result.lines, header=header, every_field=False)
     if str(output) == "-":
-        click.echo(text, nl=False)
+        say(text.removesuffix("\n"))
         return
     write_config(output, text, force=force)
     print_result(result, output)
