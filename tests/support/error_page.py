@@ -1,59 +1,29 @@
-"""Makes docs/errors.md: what each code means, beside a message that was really produced."""
+"""Makes docs/errors.md of the sources: for each code its exit status, its meaning and the usual remedy."""
 
 from __future__ import annotations
 
 import ast
-import re
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("cli", "bench", "engine", "kernels", "cache")
 
-AREAS: dict[str, str] = {
-    "usage": "Command line and configuration",
-    "config": "Command line and configuration",
-    "init": "Command line and configuration",
-    "migrate": "Command line and configuration",
-    "data": "Pairs",
-    "tokenizer": "Models, tokenizers and adapters",
-    "model": "Models, tokenizers and adapters",
-    "adapter": "Models, tokenizers and adapters",
-    "checkpoint": "Models, tokenizers and adapters",
-    "lora": "Models, tokenizers and adapters",
-    "attention": "Models, tokenizers and adapters",
-    "layout": "Models, tokenizers and adapters",
-    "reference": "Models, tokenizers and adapters",
-    "weights": "Models, tokenizers and adapters",
-    "quantization": "Models, tokenizers and adapters",
-    "gguf": "GGUF files",
-    "cache": "The reference cache",
-    "import": "The reference cache",
-    "export": "The reference cache",
-    "ranks": "The reference cache",
-    "rank": "The reference cache",
-    "shard": "The reference cache",
-    "fsdp": "Training",
-    "full": "Training",
-    "parity": "Training",
-    "eval": "Training",
-    "resume": "Training",
-    "training": "Training",
-    "output": "Training",
-    "run": "Training",
-    "tracker": "Training",
-    "sweep": "Training",
-    "page": "Training",
-    "no": "The machine",
-    "bitsandbytes": "The machine",
-    "memory": "The machine",
-    "system": "The machine",
-    "internal": "The machine",
-    "bench": "Measuring and the demo",
-    "demo": "Measuring and the demo",
+# area -> the first words of its codes
+AREAS = {
+    "Command line and configuration": "usage config init migrate",
+    "Pairs": "data",
+    "Models, tokenizers and adapters": "tokenizer model adapter checkpoint lora attention layout reference weights "
+    "quantization",
+    "GGUF files": "gguf",
+    "The reference cache": "cache import export ranks rank shard",
+    "Training": "fsdp full parity eval resume training output run tracker sweep page",
+    "The machine": "no bitsandbytes memory system internal",
+    "Measuring and the demo": "bench demo",
 }
 
-# What it means and what to do, where the message itself cannot say it all.
+# Why the message appears: what it cannot say itself.
 MEANINGS: dict[str, str] = {
     "usage": "The command line is not understood. `--help` behind any command lists what it takes.",
     "config-missing": "Something without a default was not given. It may stand in `dpoeng.yaml` instead.",
@@ -65,16 +35,16 @@ MEANINGS: dict[str, str] = {
     "config-exists": "`init` and `migrate` overwrite nothing without `--force`.",
     "config-unwritable": "The file that `init` or `migrate` writes cannot be made where it was named.",
     "init-missing": "A file or folder that was named to `init` is not there.",
-    "migrate-unreadable": "What `migrate` was given is no Python, JSON or YAML that can be read.",
-    "migrate-nothing": "What `migrate` was given makes none of TRL's calls, and is no DPO configuration.",
+    "migrate-unreadable": "The file given to `migrate` is no readable Python, JSON or YAML.",
+    "migrate-nothing": "The file given to `migrate` makes no call of TRL and is no DPO configuration.",
     "config-value": "A field has a value that it cannot have; the message names the field and where it was set.",
     "data-missing": "No such file. Paths are taken from the folder in which the command runs.",
     "data-no-files": "A folder stands for the data files directly in it, and there is none.",
-    "data-not-a-file": "Pipes and devices cannot be read twice, which resuming needs. Write to a file first.",
+    "data-not-a-file": "Pipes and devices cannot be read twice, which resuming needs.",
     "data-unknown-kind": "The ending of the name says how a file is read; docs/data.md lists the endings.",
     "data-empty": "There is no row, or none is left after the filter and what cannot be used.",
-    "data-damaged": "The file is cut off or of another kind than its name says. Copy or write it again.",
-    "data-encoding": "Texts are read as UTF-8. Convert the file.",
+    "data-damaged": "The file is cut off or of another kind than its name says.",
+    "data-encoding": "Texts are read as UTF-8.",
     "data-bad-json": "A JSON document is read whole, so one mistake spoils it all; in JSON Lines it spoils one row.",
     "data-bad-csv": "The first line of a CSV file must name the columns.",
     "data-too-large": "A JSON document is held in memory whole. JSON Lines of any size is not.",
@@ -101,7 +71,7 @@ MEANINGS: dict[str, str] = {
     "tokenizer-no-template": "Messages need the SFT model's chat template.",
     "adapter-not-found": "The folder is not what peft's `save_pretrained` writes.",
     "adapter-mismatch": "The adapter was trained on another base, or is damaged. `adapter_config.json` names its base.",
-    "adapter-mode": "What shall be trained does not fit the reference; docs/guide.md has the three modes.",
+    "adapter-mode": "The adapter mode does not fit the reference; docs/guide.md has the three modes.",
     "lora-no-target": "None of the module names occurs in the model; the message lists those that do.",
     "layout-unsupported": "This attention cannot run a prompt once for both responses. `auto` falls back by itself.",
     "attention-unsupported": "This way of attention cannot be used here; segments can, wherever a prompt is shared.",
@@ -116,7 +86,7 @@ MEANINGS: dict[str, str] = {
     "cache-not-found": "There is no reference cache in this folder. Phase one makes it.",
     "cache-not-empty": "A cache is made in an empty folder or a new one, so that nothing of yours is mixed with it.",
     "cache-format": "The file that says what the folder is cannot be read.",
-    "cache-future": "The cache was written by a newer dpoeng. Update, or make another cache.",
+    "cache-future": "The cache was written by a newer dpoeng.",
     "cache-corrupt": "A file of the cache does not match its hash. Phase one sets it aside and recomputes its rows.",
     "cache-not-plain": "Links and devices inside a cache are refused; the folder itself may be reached by a link.",
     "cache-no-view": "The cache has no set of pairs of this name.",
@@ -126,10 +96,10 @@ MEANINGS: dict[str, str] = {
     "cache-view-exists": "Two caches have a set of pairs of the same name; only one can keep it.",
     "cache-which-spec": "The beginning of a digest must name one reference.",
     "cache-spec-in-use": "A set of pairs still uses this reference.",
-    "cache-changed": "The set of pairs was rewritten by another process. Start the command again.",
+    "cache-changed": "The set of pairs was rewritten by another process.",
     "cache-incomplete": "A set of pairs names a pair that has no numbers.",
     "cache-key-collision": "Two pairs have one 128-bit hash. Nothing is guessed; this is not expected to be seen.",
-    "cache-disk-small": "What is to be computed will not fit on the disk. Nothing was loaded yet.",
+    "cache-disk-small": "The results will not fit on the disk. Nothing was loaded yet.",
     "cache-disk-full": "The disk is full. What was committed is kept.",
     "cache-read-only": "The cache may not be written. A complete one may be read-only.",
     "cache-disk-error": "The disk failed. What was committed is kept.",
@@ -144,10 +114,10 @@ MEANINGS: dict[str, str] = {
     "import-columns": "The file lacks columns that `dpoeng cache export` writes.",
     "import-row": "A row holds what no model can give. Nothing of the file was taken over.",
     "export-format": "The ending says the format: .jsonl or .parquet.",
-    "full-finetuning": "What was asked does not go with training all weights (`use_peft: false`).",
+    "full-finetuning": "The option cannot be combined with training all weights (`use_peft: false`).",
     "parity-failed": "Policy and cache disagree before the first step: another model, adapter or precision.",
     "eval-reference": "Both sets of pairs must be scored by one reference.",
-    "eval-empty": "What looks at held-out pairs needs some.",
+    "eval-empty": "The option needs held-out pairs, and there are none.",
     "eval-changed": "Held-out pairs are found again by splitting the same pairs in the same way.",
     "eval-trained-on": "An evaluation on pairs that are trained on tells nothing about others.",
     "resume-nothing": "`--resume` asks for a checkpoint, and the folder has none.",
@@ -171,17 +141,76 @@ MEANINGS: dict[str, str] = {
     "memory-short": "Simulated before the model is loaded: the phase would not fit. `dpoeng plan` tells more.",
     "memory-full": "The process ran out of memory.",
     "system-error": "The operating system refused to read or write a file.",
-    "internal-error": "A mistake in dpoeng. Please report it.",
+    "internal-error": "A mistake in dpoeng.",
     "bench-no-peer": "Comparing with TRL needs a Python that has it.",
     "bench-peer-failed": "The compared process failed; its last lines are shown.",
     "bench-losses-differ": "A figure of several processes is told only if they compute what one does.",
     "demo-model": "The demo needs a small model from the hub or a package index.",
 }
 
-HEAD = """# Errors
+# The usual remedy of codes that are raised in several places, or whose remedy depends on the input.
+REMEDIES: dict[str, str] = {
+    "usage": "`dpoeng COMMAND --help` lists the options",
+    "config-value": "correct the value, or leave the field out",
+    "config-unknown": "write the name that the message proposes, or take the field out",
+    "config-foreign": "write the field that the message names",
+    "config-missing": "name the file or model, or write it into dpoeng.yaml",
+    "migrate-unreadable": "name a script (.py), or a configuration in YAML or JSON",
+    "data-empty": "loosen --where; `dpoeng check` shows why rows were left out",
+    "data-unreadable": "check its permissions and the disk",
+    "data-columns": "map the columns with --columns, or rename them",
+    "data-unknown-kind": "rename the file",
+    "data-bad-json": "write one object a line and name the file .jsonl",
+    "data-weight": "correct the row, or name another column with --pair-weight-column",
+    "model-not-found": "check the path; for a hub id, the name, the network and HF_TOKEN",
+    "model-incomplete": "download or save the checkpoint again",
+    "model-unloadable": "check config.json, or install a newer transformers",
+    "model-ambiguous": "move the adapter's files to a folder of their own and give that as --adapter",
+    "model-unsupported": "please report the architecture",
+    "tokenizer-missing": "copy the tokenizer files from the model that this one was trained from",
+    "adapter-not-found": "name the folder that peft's `save_pretrained` wrote",
+    "adapter-mismatch": "give the base that the adapter was trained on",
+    "adapter-mode": "leave --adapter-mode out: auto chooses a mode that fits",
+    "attention-unsupported": "leave --attention out",
+    "reference-not-finite": "use --dtype bfloat16 or float32; else the weights are damaged",
+    "quantization-stored": "leave --quantization out, or name the full-precision checkpoint",
+    "gguf-format": "fetch the file again, or give the model as safetensors",
+    "bitsandbytes-unusable": "pip install 'bitsandbytes>=0.50', or use --quantization none",
+    "cache-which-spec": "`dpoeng cache info` shows the references",
+    "cache-no-view": "name a view that is there, or run `dpoeng precompute-ref` to its end",
+    "cache-view-unnamed": "choose one with --view",
+    "cache-spec-in-use": "remove the view's file in views/ first",
+    "cache-not-plain": "remove the link, or name the cache's real folder",
+    "cache-format": "if dpoeng wrote this folder, write the line back that the message shows",
+    "import-columns": "write these columns; from TRL: `trainer.train_dataset.to_parquet(FILE)`",
+    "ranks-differ": "give every process the same command and files",
+    "fsdp-unavailable": "leave --fsdp out, or start under torchrun with a supported dtype and optimizer",
+    "full-finetuning": "leave the named option out",
+    "eval-empty": "raise --eval-share, or name other pairs with --eval-view",
+    "run-not-found": "name the --output-dir of a run",
+    "output-unwritable": "free some space, or name a folder that you may write to",
+    "sweep-runs": "vary less, or raise --max-runs",
+    "sweep-held-out": "score a file of held-out pairs and name its view with --eval-view",
+    "memory-full": "use smaller batches; `dpoeng plan` says beforehand what fits",
+    "memory-short": "use one of the changes in the message; `dpoeng plan` shows what each saves",
+    "bench-no-record": "measure it: `dpoeng bench phases --results DIR`",
+    "bench-peer-failed": "read the last lines of the peer's output",
+}
 
-Every mistake that you can mend is one message: what is wrong `[code]`, where, what was expected, what was found, and
-what to do. It goes to stderr. `--debug`, anywhere in the command, adds the traceback.
+EXAMPLE = """$ dpoeng precompute-ref --model sft-model
+error: no preference pairs were named [config-missing]
+  where:    pairs
+  expected: one file or more, e.g. dpoeng precompute-ref pairs.jsonl --model sft-model
+  remedy:   name the file, or write `pairs: [pairs.jsonl]` into dpoeng.yaml
+"""
+
+HEAD = f"""# Errors
+
+Every mistake that you can mend is one message on stderr: what is wrong and its `[code]`, where, what was expected, what
+was found, and what to do. `--debug`, anywhere in the command, adds the traceback.
+
+```text
+{EXAMPLE}```
 
 | exit status | |
 |---|---|
@@ -195,22 +224,22 @@ what to do. It goes to stderr. `--debug`, anywhere in the command, adds the trac
 | 141 | nobody reads the output any more, as behind `head` |
 | 130, 143 | stopped by Ctrl-C or SIGTERM; the same command goes on |
 
-The messages below were produced by the tests, each by the command above it. This page is written by
-`make docs-errors`; a test compares it.
+`make docs-errors` writes this page from the sources. A test compares it, and gives every code a wrong input.
 """
 
 
-def codes() -> dict[str, list[str]]:
-    """Every code in the sources -> where it is raised, by the syntax tree."""
-    found: dict[str, list[str]] = {}
+@functools.cache
+def codes() -> dict[str, list[ast.Call]]:
+    """Every code in the sources -> the calls that raise it, by the syntax tree."""
+    found: dict[str, list[ast.Call]] = {}
     for where, call in error_calls():
-        code = next((keyword.value for keyword in call.keywords if keyword.arg == "code"), None)
+        code = argument(call, "code")
         if code is None:
             name = "cache-corrupt"  # CacheError's own
         else:
             assert isinstance(code, ast.Constant), f"{where}: a code is a constant, so that it can be searched for"
             name = str(code.value)
-        found.setdefault(name, []).append(where)
+        found.setdefault(name, []).append(call)
     return found
 
 
@@ -224,19 +253,48 @@ def error_calls() -> Iterator[tuple[str, ast.Call]]:
                     yield f"{path.relative_to(ROOT)}:{node.lineno}", node
 
 
-def render(examples: Mapping[str, tuple[str, str, int]]) -> str:
-    """The page: `examples` is code -> (command, message, exit status)."""
+def argument(call: ast.Call, name: str) -> ast.expr | None:
+    """A keyword argument of a call."""
+    return next((keyword.value for keyword in call.keywords if keyword.arg == name), None)
+
+
+def statuses(calls: list[ast.Call]) -> list[int]:
+    """The exit statuses with which a code is raised; where it is computed, click's own: 2."""
+    found = set()
+    for call in calls:
+        status = argument(call, "exit_status")
+        default = 4 if ast.unparse(call.func) == "CacheError" else 2
+        found.add(int(str(status.value)) if isinstance(status, ast.Constant) else default)
+    return sorted(found)
+
+
+def remedy(code: str, calls: list[ast.Call]) -> str:
+    """The usual remedy: REMEDIES', or the one literal that the sources hold."""
+    if code in REMEDIES:
+        return REMEDIES[code]
+    (text,) = {literal(argument(call, "remedy")) for call in calls}
+    assert text, f"give {code} a usual remedy in REMEDIES"
+    return text
+
+
+def literal(node: ast.expr | None) -> str:
+    """The text of a literal, with variables in capitals; else empty."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if not isinstance(node, ast.JoinedStr):
+        return ""
+    parts = [part if isinstance(part, ast.Constant) else part.value for part in node.values]  # type: ignore[attr-defined]
+    return "".join(str(p.value) if isinstance(p, ast.Constant) else ast.unparse(p).upper() for p in parts)
+
+
+def render() -> str:
+    """The page."""
+    found = codes()
     parts = [HEAD]
-    areas = {area: [code for code in examples if AREAS[code.split("-")[0]] == area] for area in AREAS.values()}
-    for area, members in areas.items():
-        parts.append(f"\n## {area}\n")
-        for code in sorted(members, key=list(MEANINGS).index):
-            command, message, status = examples[code]
-            shown = f"$ dpoeng {command}\n{message}" if command else message
-            parts.append(f"\n### `{code}`\n\n{MEANINGS[code]} Exit status {status}.\n\n```text\n{shown}\n```\n")
+    for area, words in AREAS.items():
+        parts.append(f"\n## {area}\n\n| code | exit status | meaning | usual remedy |\n|---|---|---|---|\n")
+        for code, meaning in MEANINGS.items():
+            if code.split("-")[0] in words.split():
+                status = ", ".join(map(str, statuses(found[code])))
+                parts.append(f"| `{code}` | {status} | {meaning} | {remedy(code, found[code])} |\n")
     return "".join(parts)
-
-
-def general(page: str) -> str:
-    """The page without what differs from machine to machine."""
-    return re.sub(r"\d+(\.\d+)?(e-?\d+)?", "0", page)
