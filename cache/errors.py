@@ -6,6 +6,9 @@ command line prints it without a traceback. docs/errors.md lists every code.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import ClassVar
+
 
 class UserError(Exception):
     """A mistake in data, configuration, cache or environment, said so that the reader can mend it.
@@ -19,7 +22,13 @@ class UserError(Exception):
         remedy: what to do now; every mistake has one.
         exit_status: process exit status; 2 for usage and configuration, 3 for data, 4 for the cache, 5 for the machine;
             1 is left to our own mistakes.
+
+    Fields are written as options (`--eval-view`, `--beta 0.1`) in all of these, since an option cannot be mistaken for
+    a word. The command line prints `text()`. `str(error)`, which Python shows, names the fields: `eval_view`,
+    `beta=0.1`. `dpoeng/__init__.py` sets the translation, because this layer knows no fields.
     """
+
+    name_fields: ClassVar[Callable[[str], str]] = staticmethod(str)
 
     def __init__(
         self,
@@ -42,6 +51,10 @@ class UserError(Exception):
         self.exit_status = exit_status
 
     def __str__(self) -> str:
+        return type(self).name_fields(self.text())
+
+    def text(self) -> str:
+        """The whole message as the command line prints it, with options."""
         lines = [f"{self.message} [{self.code}]"]
         for label in ("where", "expected", "found", "remedy"):
             value = getattr(self, label)

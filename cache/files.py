@@ -85,13 +85,18 @@ class Files:
         with self._explained(name), os.fdopen(descriptor, "rb") as file:
             return file.read()
 
-    def map(self, name: str, size: int) -> mmap.mmap:
-        """Maps a file of exactly `size` bytes for reading. Raises as `read`, and CacheError for another size."""
+    def map(self, name: str, size: int, *, copy_on_write: bool = False) -> mmap.mmap:
+        """Maps a file of exactly `size` bytes for reading. Raises as `read`, and CacheError for another size.
+
+        With `copy_on_write` the map may be written to: the pages that are then belong to this process alone.
+        """
         descriptor = self._open(name)
         try:
             found = os.fstat(descriptor).st_size
             if found != size:
                 raise damaged(str(self.root / name), f"{size} bytes", f"{found} bytes")
+            if copy_on_write:
+                return mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
             return mmap.mmap(descriptor, size, prot=mmap.PROT_READ)
         finally:
             os.close(descriptor)

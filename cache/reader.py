@@ -82,6 +82,19 @@ class View:
             i = self._position(i)
         return self._shards[self._object_at[i]][self._row_at[i]]
 
+    def place(self, i: SupportsIndex) -> tuple[int, int]:
+        """(number of the object, row in it) where the numbers of row i are stored."""
+        i = self._position(i)
+        return self._object_at[i], self._row_at[i]
+
+    def writable_shards(self) -> list[Shard]:
+        """The objects, mapped once more and without a copy; what is written to `Shard.data` stays in this process.
+
+        For libraries whose arrays cannot be read-only, as torch's: writing to the view's own map ends the process.
+        """
+        maps = (self._store.files.map(object_name(o.name), o.bytes, copy_on_write=True) for o in self._record.objects)
+        return [Shard(memoryview(data), shard.where) for data, shard in zip(maps, self._shards, strict=True)]
+
     def source(self, i: SupportsIndex) -> tuple[str, int]:
         """(file, 1-based row) that row i came from."""
         i = self._position(i)

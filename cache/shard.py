@@ -174,6 +174,7 @@ class Shard:
 
     def __init__(self, data: memoryview, where: str) -> None:
         self.where = where
+        self.data = data
         self._batches = [_decode_batch(batch, where) for batch in read_batches(data, SHARD_SCHEMA, where)]
         ends = np.cumsum([len(batch.keys) for batch in self._batches], dtype=np.int64)
         self._starts: list[int] = [0, *ends.tolist()]

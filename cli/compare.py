@@ -15,7 +15,6 @@ from dpoeng.cli.tables import Cell, Marked, Table, say
 from dpoeng.engine.config.fields import TrainConfig
 
 if TYPE_CHECKING:
-    from dpoeng.cache.schema import IdArray
     from dpoeng.engine.recipes.compare import Generation
 
 EPILOG = """\b
@@ -69,38 +68,26 @@ def compare(
     In a run's folder the answers are kept as samples.jsonl, in place of earlier ones; `dpoeng report` shows them.
     """
     from dpoeng.cli.progress import TerminalProgress
-    from dpoeng.engine.recipes.compare import compare_generations, encode_prompt, held_out_prompts, keep_samples
+    from dpoeng.engine.recipes.compare import compare_prompts, keep_samples
     from dpoeng.engine.recipes.evaluate import find_trained
-    from dpoeng.engine.recipes.inputs import open_views
 
     given_prompts = [*prompts, *(read_prompts(file) if file else [])]
     trained = find_trained(path)
     overrides = given(options)
     if "view" in overrides:  # prompts of this view, not of the one that the run was evaluated on
         overrides["eval_view"] = None
-    config = run_config(trained, overrides)
-    view, eval_view = open_views(config)
-
-    def prompts_of(tokenizer: Any) -> list[IdArray]:
-        if not given_prompts:
-            return held_out_prompts(view, eval_view, config, count)
-        wrapped = view.meta.get("prompt_format")
-        as_chat = bool(getattr(tokenizer, "chat_template", None)) and not wrapped if chat is None else chat
-        return [encode_prompt(tokenizer, text, chat=as_chat, prompt_format=wrapped) for text in given_prompts]
-
-    found = compare_generations(
+    found = compare_prompts(
         trained,
-        config,
-        view,
-        prompts_of,
+        run_config(trained, overrides),
+        given_prompts,
+        count=count,
+        chat=chat,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         repetition_penalty=repetition_penalty,
         stop=stop,
         seed=seed,
     )
-    if given_prompts:  # as they were given, not as the template has them
-        found = [dataclasses.replace(one, prompt=text) for one, text in zip(found, given_prompts, strict=True)]
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(one) for one in found], indent=2))
     else:

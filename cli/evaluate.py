@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -69,9 +69,13 @@ def evaluate(path: Path, pairs: Literal["held-out", "all"] | None, as_json: bool
 
 def run_config(trained: Trained, overrides: dict[str, Any]) -> TrainConfig:
     """The config of an adapter's run, or the defaults, with what was given on the command line."""
+    return load_config(TrainConfig, {**run_settings(trained.run), **overrides})
+
+
+def run_settings(run: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The fields of a run's config that are not the default; none where there is no run."""
     defaults = TrainConfig.model_validate({}).model_dump(mode="json")
-    run = {name: value for name, value in (trained.run or {}).items() if value != defaults.get(name, value)}
-    return load_config(TrainConfig, {**run, **overrides})
+    return {name: value for name, value in (run or {}).items() if value != defaults.get(name, value)}
 
 
 def print_evaluation(summary: EvaluationSummary) -> None:

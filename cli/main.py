@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         reported = as_user_error(error)
         if debug:
             traceback.print_exc()
-        _print_error(str(reported))
+        _print_error(reported.text())
         status = reported.exit_status
     sys.exit(status if isinstance(status, int) else 0)
 

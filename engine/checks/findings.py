@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dpoeng.engine.data.in_memory import place
 from dpoeng.engine.data.rejects import REASONS, Reject
 from dpoeng.engine.data.shapes import PreferencePair
 
@@ -281,7 +282,7 @@ class Tally:
     def add(self, code: str, row: PreferencePair | Reject, shown: str) -> None:
         """One more row; `shown` is what an example tells."""
         self.count(code, 1)
-        self.example(code, f"{row.source_file}:{row.source_row}", shown)
+        self.example(code, place(row.source_file, row.source_row), shown)
 
     def count(self, code: str, count: int, detail: str = "") -> None:
         """So many more, without an example."""

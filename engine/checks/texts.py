@@ -13,6 +13,7 @@ import xxhash
 
 from dpoeng.cache.words import counted
 from dpoeng.engine.checks.findings import Tally, snippet
+from dpoeng.engine.data.in_memory import place
 from dpoeng.engine.data.shapes import Message, PreferencePair, Turns, holds_human_turn
 from dpoeng.engine.data.where import truth
 
@@ -89,7 +90,7 @@ class TextCheck:
             key = xxhash.xxh3_64_intdigest(written.encode("utf-8", "surrogatepass"))
             self._responses[key] = self._responses.get(key, 0) + 1
             if self._responses[key] == 2:
-                self._often[key] = (f"{pair.source_file}:{pair.source_row}", snippet(written))
+                self._often[key] = (place(pair.source_file, pair.source_row), snippet(written))
         self._categorise(pair, longer)
         self._note_types(pair)
 
@@ -141,7 +142,7 @@ class TextCheck:
                 values = self._types.setdefault(column, {}).setdefault(kind, _Values())
                 values.count += 1
                 if len(values.first) < _TYPE_EXAMPLES:
-                    values.first.append((f"{pair.source_file}:{pair.source_row}", snippet(str(value))))
+                    values.first.append((place(pair.source_file, pair.source_row), snippet(str(value))))
 
     def _mixed_types(self) -> None:
         for column, kinds in self._types.items():

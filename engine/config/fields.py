@@ -14,9 +14,21 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    PlainSerializer,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from dpoeng.engine.config.problems import Problem, as_error, unknown_field
+from dpoeng.engine.data.in_memory import RowsInMemory
 from dpoeng.engine.losses.names import FDivergence, LossType, check_combination, check_names
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -46,6 +58,13 @@ def _device(name: str) -> str:
 
 
 Device = Annotated[str, AfterValidator(_device)]
+
+# Rows in memory are for Python alone: a file and its schema know paths.
+Source = Annotated[
+    Path | InstanceOf[RowsInMemory],
+    PlainSerializer(str, when_used="json"),
+    WithJsonSchema({"type": "string", "format": "path"}),
+]
 
 
 # The fields that make the loss, all of TrainConfig.
@@ -115,7 +134,7 @@ class _Config(BaseModel):
 class PrecomputeConfig(_Config):
     """Phase one: score the frozen reference once."""
 
-    pairs: tuple[Path, ...] = Field((), description="Files or folders of preference pairs.")
+    pairs: tuple[Source, ...] = Field((), description="Files or folders of preference pairs.")
     model: str | None = Field(None, description="The SFT base: a directory, a .gguf file or a hub id.")
     adapter: str | None = Field(None, description="SFT LoRA adapter on the base; the reference is base + adapter.")
     cache: Path = Field(Path("refcache"), description="The reference cache's folder; made if it is not there.")

@@ -5,6 +5,7 @@ A file may hold the fields of both phases; each command takes its own. Precedenc
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config.fields import COMMANDS, PrecomputeConfig, SweepConfig, TrainConfig, known_fields, unknown
@@ -21,6 +22,7 @@ from dpoeng.engine.config.problems import TOGETHER, Entry, as_error, option, unk
 DEFAULT_FILE = Path("dpoeng.yaml")
 
 Config = TypeVar("Config", bound=PrecomputeConfig | TrainConfig | SweepConfig)
+Model = TypeVar("Model", bound=BaseModel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,23 @@ def load_config(cls: type[Config], overrides: Mapping[str, Any], file: Path | No
         raise as_error(sorted(problems, key=lambda p: lines.get(p.where, 0)))
     assert config is not None
     return config
+
+
+def config_of(cls: type[Model], values: Mapping[str, Any]) -> Model:
+    """Builds a config from Python arguments alone; no file is read.
+
+    Args:
+        cls: one of the configs, PlanConfig too.
+        values: fields by name; a path may be given for a text.
+
+    Raises:
+        UserError: a name is unknown, or values are wrong; it lists all of them.
+    """
+    plain = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in values.items()}
+    try:
+        return cls(**plain)
+    except ValidationError as error:
+        raise as_error(value_problems(error, plain, {}, None)) from error
 
 
 def resolve(overrides: Mapping[str, Any], file: Path | None = None) -> list[Setting]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dpoeng.cache.errors import UserError
+from dpoeng.engine.data.in_memory import place
 from dpoeng.engine.data.shapes import Message, PreferencePair
 from dpoeng.engine.data.strict_json import RowFault
 
@@ -84,7 +85,7 @@ def _template(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> str:
         raise UserError(
             "the pairs are chat messages and the tokenizer has no chat template",
             code="tokenizer-no-template",
-            where=f"{pair.source_file}:{pair.source_row}",
+            where=place(pair.source_file, pair.source_row),
             expected="a chat_template in tokenizer_config.json or chat_template.jinja beside the model",
             found=f"{type(tokenizer).__name__} without one",
             remedy="copy the template of the SFT model into its folder, or give prompt, chosen and rejected as texts",

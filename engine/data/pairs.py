@@ -18,6 +18,7 @@ import xxhash
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.words import counted
 from dpoeng.engine.data import readers
+from dpoeng.engine.data.in_memory import RowsInMemory, is_in_memory
 from dpoeng.engine.data.rejects import Reject, check_reject_share, write_rejects
 from dpoeng.engine.data.shapes import (
     FIELDS,
@@ -104,7 +105,7 @@ class PairFile:
 
 
 def read_pairs(
-    paths: Sequence[Path],
+    paths: Sequence[Path | RowsInMemory],
     *,
     columns: Mapping[str, str] | None = None,
     where: str | None = None,
@@ -114,7 +115,7 @@ def read_pairs(
     """Read all pairs of the given files and directories.
 
     Args:
-        paths: JSON Lines, JSON, CSV, Parquet or Arrow files, or directories of them.
+        paths: JSON Lines, JSON, CSV, Parquet or Arrow files, or directories of them; or rows in memory.
         columns: field -> column of the file, for `prompt`, `chosen`, `rejected`, `tools`, `chat_template_kwargs`.
         where: a filter, see `where`; rows that it leaves out are counted, not rejected.
         max_reject_share: the largest share of rejected rows, of those that pass the filter.
@@ -175,7 +176,7 @@ def ensure_unchanged(files: Mapping[str, str]) -> None:
         UserError: one of them was changed or removed.
     """
     for name, digest in files.items():
-        if not Path(name).is_file() or _digest(Path(name)) != digest:
+        if not is_in_memory(name) and (not Path(name).is_file() or _digest(Path(name)) != digest):
             raise _changed(Path(name))
 
 
@@ -192,7 +193,7 @@ class PairStream:
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        paths: Sequence[Path | RowsInMemory],
         *,
         columns: Mapping[str, str] | None = None,
         where: str | None = None,
@@ -216,7 +217,8 @@ class PairStream:
             )
         self._condition = parse_condition(where) if where and where.strip() else None
         self._prompt_format = prompt_format
-        self._paths = readers.expand(paths)
+        self._paths: list[Path | RowsInMemory] = [*readers.expand([path for path in paths if isinstance(path, Path)])]
+        self._paths += [path for path in paths if isinstance(path, RowsInMemory)]
         self._seen: dict[bytes, tuple[str, int]] = {}
         self._names: dict[str, None] = {}
         self.rejected = 0
@@ -239,13 +241,17 @@ class PairStream:
         for path in self._paths:
             yield from self._read(path)
 
-    def _read(self, path: Path) -> Iterator[ReadPair | Reject]:
-        before = path.stat()
-        self.files[str(path)] = _digest(path)
-        shape = Shape(self._columns, readers.is_untyped(path), self._prompt_format)
+    def _read(self, path: Path | RowsInMemory) -> Iterator[ReadPair | Reject]:
+        if isinstance(path, RowsInMemory):
+            before, digest, numbered, untyped = None, path.digest, path.read(), False
+        else:
+            before, digest = path.stat(), _digest(path)
+            numbered, untyped = readers.read_rows(path), readers.is_untyped(path)
+        self.files[str(path)] = digest
+        shape = Shape(self._columns, untyped, self._prompt_format)
         rows = 0
         names: dict[str, None] = {}
-        for number, row in readers.read_rows(path):
+        for number, row in numbered:
             rows += 1
             try:
                 if isinstance(row, RowFault):
@@ -258,7 +264,7 @@ class PairStream:
             else:
                 if pair is not None:
                     yield pair
-        if _identity(path.stat()) != _identity(before):
+        if isinstance(path, Path) and before is not None and _identity(path.stat()) != _identity(before):
             raise _changed(path)
         if rows == 0:
             raise UserError(
@@ -273,7 +279,7 @@ class PairStream:
             self.misspelt |= _misspelt(names, self._columns)
         self._names.update(names)
 
-    def _pair(self, path: Path, number: int, row: dict[str, Any], shape: Shape) -> ReadPair | None:
+    def _pair(self, path: Path | RowsInMemory, number: int, row: dict[str, Any], shape: Shape) -> ReadPair | None:
         if shape.untyped:
             texts = {shape.column(name) for name in FIELDS} | {"instruction", "input"}
             row = {name: (value or None) if name in texts else csv_value(value) for name, value in row.items()}
@@ -291,7 +297,7 @@ class PairStream:
         self._seen.setdefault(key, (str(path), number))
         return ReadPair(pair, same, other)
 
-    def _check_columns(self, path: Path, names: Mapping[str, None]) -> None:
+    def _check_columns(self, path: Path | RowsInMemory, names: Mapping[str, None]) -> None:
         """Raise where a column that is needed, mapped or filtered by occurs in no row of a file."""
         required = {"chosen": "chosen", "rejected": "rejected"} | self._columns
         for target, column in required.items():
@@ -339,7 +345,7 @@ def column_remark(instructions: int, misspelt: Mapping[str, str]) -> str:
     return "; ".join(told)
 
 
-def _no_column(path: Path, column: str, names: Mapping[str, None], remedy: str) -> UserError:
+def _no_column(path: Path | RowsInMemory, column: str, names: Mapping[str, None], remedy: str) -> UserError:
     nearest = difflib.get_close_matches(column, names, n=1)
     shown = list(names)[:30]
     return UserError(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.words import counted
+from dpoeng.engine.data.in_memory import place
 
 # Every reason -> what is wrong with the row, and what mends it.
 _SYNTAX = "write the file with a JSON (or CSV) library, not by hand"
@@ -81,7 +82,8 @@ def check_reject_share(rejects: Sequence[Reject], rows: int, limit: float) -> No
         first.setdefault(reject.reason, reject)
     reasons = Counter(reject.reason for reject in rejects).most_common(4)
     examples = [
-        f"{reason} x {count}, first {first[reason].source_file}:{first[reason].source_row}: {first[reason].detail}"
+        f"{reason} x {count}, first {place(first[reason].source_file, first[reason].source_row)}: "
+        f"{first[reason].detail}"
         for reason, count in reasons
     ]
     raise UserError(

@@ -68,7 +68,7 @@ def _csv_header(reader: Iterator[list[str]], path: Path) -> list[str]:
             remedy="write the file with a CSV library, the names of the columns first",
             exit_status=3,
         ) from None
-    _check_names(names, path)
+    check_names(names, path)
     return names
 
 
@@ -109,7 +109,8 @@ def csv_value(cell: str) -> Any:
     return cell
 
 
-def _check_names(names: Sequence[str], path: Path) -> None:
+def check_names(names: Sequence[str], path: Path) -> None:
+    """Raise UserError where two columns have one name."""
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise UserError(
@@ -144,7 +145,7 @@ def table_rows(batches: Iterable[pa.RecordBatch], path: Path) -> Iterator[Number
     number = 0
     for batch in batches:
         names = batch.schema.names
-        _check_names(names, path)
+        check_names(names, path)
         columns = list(zip(names, batch.columns, strict=True))
         for index in range(batch.num_rows):
             number += 1

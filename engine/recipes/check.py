@@ -22,6 +22,7 @@ from dpoeng.cache.words import counted
 from dpoeng.engine.checks.findings import Finding, Level, Tally, snippet
 from dpoeng.engine.checks.texts import Category, TextCheck, content
 from dpoeng.engine.config.fields import PrecomputeConfig
+from dpoeng.engine.data.in_memory import RowsInMemory, place
 from dpoeng.engine.data.pairs import PairStream, ReadPair, column_remark, content_key
 from dpoeng.engine.data.rejects import Reject
 from dpoeng.engine.data.shapes import PreferencePair, Turns
@@ -95,7 +96,9 @@ class CheckReport:
         return sum(finding.level == level for finding in self.findings)
 
 
-def check_pairs(config: PrecomputeConfig, eval_files: Sequence[Path] = (), *, examples: int = 3) -> CheckReport:
+def check_pairs(
+    config: PrecomputeConfig, eval_files: Sequence[Path | RowsInMemory] = (), *, examples: int = 3
+) -> CheckReport:
     """Reads all pairs and looks for whatever could spoil a run.
 
     Args:
@@ -183,7 +186,7 @@ class _EvalPairs:
             if isinstance(row, Reject):
                 continue
             self.pairs += 1
-            where = f"{row.pair.source_file}:{row.pair.source_row}"
+            where = place(row.pair.source_file, row.pair.source_row)
             for key in (content_key(row.pair), content_key(row.pair, swapped=True)):
                 self._pairs.setdefault(key, where)
             self._prompts.setdefault(prompt_key(row.pair.prompt), where)
@@ -221,7 +224,7 @@ class _Run:
         self.prompts.add(prompt_key(pair.prompt))
         for code, repeat in (("duplicate", row.duplicate), ("contradiction", row.contradiction)):
             if repeat is not None:
-                self.tally.add(code, pair, f"as {repeat.first_file}:{repeat.first_row}")
+                self.tally.add(code, pair, f"as {place(repeat.first_file, repeat.first_row)}")
         if self.evaluation is not None:
             self.evaluation.look(pair, self.tally)
         if self.tokenizer is None:
@@ -318,7 +321,7 @@ def prompt_key(prompt: Turns) -> int:
     return xxhash.xxh3_64_intdigest(" ".join(content(prompt).split()).casefold().encode("utf-8", "surrogatepass"))
 
 
-def _stream(config: PrecomputeConfig, paths: Sequence[Path]) -> PairStream:
+def _stream(config: PrecomputeConfig, paths: Sequence[Path | RowsInMemory]) -> PairStream:
     return PairStream(paths, columns=config.columns, where=config.where, prompt_format=config.prompt_format)
 
 

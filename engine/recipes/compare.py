@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dpoeng.cache.errors import UserError
@@ -16,7 +16,7 @@ from dpoeng.engine.data.shapes import PreferencePair
 from dpoeng.engine.models.generate import generate
 from dpoeng.engine.models.model import CausalLM
 from dpoeng.engine.recipes.evaluate import Trained, before_and_after
-from dpoeng.engine.recipes.inputs import split
+from dpoeng.engine.recipes.inputs import open_views, split
 from dpoeng.engine.runs.folder import write_samples
 from dpoeng.engine.runtime.progress import QUIET, Progress
 from dpoeng.engine.training.rows import Rows
@@ -66,6 +66,44 @@ def compare_generations(
 
     old, (texts, new) = before_and_after(trained, config, view, before, after, tokenizer=True)
     return [Generation(*one) for one in zip(texts, old, new, strict=True)]
+
+
+def compare_prompts(
+    trained: Trained,
+    config: TrainConfig,
+    prompts: Sequence[str],
+    *,
+    count: int = 4,
+    chat: bool | None = None,
+    **settings: Any,
+) -> list[Generation]:
+    """Continues texts, or prompts that the run held out, before and after training.
+
+    Args:
+        trained: see `find_trained`.
+        config: of its run; cache, view and precision are read.
+        prompts: texts; without any, prompts that the run held out, with just their token ids.
+        count: how many of these.
+        chat: whether texts are a user's messages for the chat template. None: if there is a template and phase one put
+            no prompt_format around texts.
+        settings: of `generate`; the same for both.
+
+    Raises:
+        UserError: the cache or the model cannot be had, or a prompt not be encoded.
+    """
+    view, eval_view = open_views(config)
+
+    def prompts_of(tokenizer: Any) -> list[IdArray]:
+        if not prompts:
+            return held_out_prompts(view, eval_view, config, count)
+        wrapped = view.meta.get("prompt_format")
+        as_chat = bool(getattr(tokenizer, "chat_template", None)) and not wrapped if chat is None else chat
+        return [encode_prompt(tokenizer, text, chat=as_chat, prompt_format=wrapped) for text in prompts]
+
+    found = compare_generations(trained, config, view, prompts_of, **settings)
+    if prompts:  # as they were given, not as the template has them
+        found = [replace(one, prompt=text) for one, text in zip(found, prompts, strict=True)]
+    return found
 
 
 def held_out_prompts(view: View, eval_view: View | None, config: TrainConfig, count: int) -> list[IdArray]:

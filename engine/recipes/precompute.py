@@ -19,6 +19,7 @@ from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.store import Store
 from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import PrecomputeConfig
+from dpoeng.engine.data.in_memory import RowsInMemory
 from dpoeng.engine.data.pairs import PairFile, ensure_unchanged, read_pairs
 from dpoeng.engine.data.readers import COMPRESSIONS, FORMATS
 from dpoeng.engine.data.rejects import Reject, check_reject_share
@@ -59,10 +60,10 @@ class PrecomputeSummary:
     reused: int
     quarantined: int
     filtered: int
-    rejects: list[Reject]
+    rejects: list[Reject] = field(repr=False)
     rejects_file: Path | None
-    data: TokenizedData
-    source: PairFile
+    data: TokenizedData = field(repr=False)
+    source: PairFile = field(repr=False)
     part: Part
     reports: bool = True
     pending: int = 0
@@ -356,9 +357,9 @@ def default_batch_tokens(device: torch.device) -> int:
     return 16384 if device.type == "cuda" else 2048
 
 
-def default_view_name(path: Path) -> str:
+def default_view_name(path: Path | RowsInMemory) -> str:
     """`data/pairs.train.jsonl.gz` -> `pairs.train`; names that cannot be kept get a hash."""
-    stem = path.name or path.resolve().name
+    stem = path.name or Path(str(path)).resolve().name
     for endings in (COMPRESSIONS, FORMATS):
         stem = next((stem.removesuffix(ending) for ending in endings if stem.endswith(ending)), stem)
     plain = re.sub(r"[^A-Za-z0-9._-]", "-", stem)

@@ -351,7 +351,7 @@ def run_sweep(plan: SweepPlan, progress: Progress = QUIET, on_results: OnResults
         except Exception as error:
             if isinstance(error, UserError) and error.code == "resume-changed":
                 raise
-            failed[point.name] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            failed[point.name] = error.text() if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             if not (isinstance(error, UserError) and error.code == "output-in-use"):  # that folder is another's
                 _keep_error(point, failed[point.name])
             progress.note(f"{point.name} failed, the others go on: {failed[point.name].splitlines()[0]}")

@@ -1,1 +1,65 @@
-"""Offline-reference DPO: score the reference once, train against the numbers."""
+"""Offline-reference DPO: score the reference once, train against the numbers.
+
+The functions below are what a notebook or a script needs; docs/python.md shows them. Each is imported when it is first
+used, so that `import dpoeng` takes a few milliseconds and loads no library.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dpoeng.cache.errors import UserError
+
+if TYPE_CHECKING:
+    from dpoeng.api import (
+        check,
+        compare,
+        evaluate,
+        open_cache,
+        plan,
+        precompute_reference,
+        token_logps,
+        train,
+    )
+
+    __version__: str
+
+__all__ = [
+    "UserError",
+    "__version__",
+    "check",
+    "compare",
+    "evaluate",
+    "open_cache",
+    "plan",
+    "precompute_reference",
+    "token_logps",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("dpoeng")
+    elif name in __all__:
+        value = getattr(import_module("dpoeng.api"), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value  # the next look needs no call
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _name_fields(text: str) -> str:
+    from dpoeng.engine.config.arguments import as_arguments
+
+    return as_arguments(text)
+
+
+UserError.name_fields = staticmethod(_name_fields)

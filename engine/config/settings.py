@@ -1,0 +1,192 @@
+"""The keyword arguments of the Python functions, typed so that editors and type checkers know them.
+
+Each is a field of a config, with the types that it accepts; `fields` and `plan` describe them. All are optional. A test
+compares every line with its field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Literal, TypedDict
+
+from dpoeng.engine.config.fields import Attention, Dtype, Optimizer, Quantization, Schedule
+from dpoeng.engine.losses.names import FDivergence, LossType
+
+
+class PrecomputeSettings(TypedDict, total=False):
+    """Of `dpoeng.precompute_reference`."""
+
+    name: str | None
+    quantization: Quantization
+    dtype: Dtype
+    bnb_4bit_quant_type: Literal["nf4", "fp4"]
+    bnb_4bit_use_double_quant: bool
+    device: str
+    layout: Literal["auto", "shared", "separate"]
+    attention: Attention
+    max_length: int
+    max_prompt_length: int | None
+    truncation_mode: Literal["keep_start", "keep_end"]
+    append_eos: bool
+    columns: Mapping[str, str]
+    prompt_format: str | None
+    where: str | None
+    max_reject_share: float
+    batch_tokens: int | None
+    shard: str | None
+    shard_tokens: int
+
+
+class CheckSettings(TypedDict, total=False):
+    """Of `dpoeng.check`."""
+
+    max_length: int
+    max_prompt_length: int | None
+    truncation_mode: Literal["keep_start", "keep_end"]
+    append_eos: bool
+    columns: Mapping[str, str]
+    prompt_format: str | None
+    where: str | None
+    max_reject_share: float
+
+
+class LossFields(TypedDict, total=False):
+    """The fields that make the loss: of `dpoeng.train` and `dpoeng.evaluate`."""
+
+    loss_type: LossType | Sequence[LossType]
+    loss_weights: Sequence[float] | None
+    beta: float
+    label_smoothing: float
+    ld_alpha: float | None
+    f_divergence_type: FDivergence
+    f_alpha_divergence_coef: float
+    rpo_alpha: float | None
+    use_weighting: bool
+    pair_weight_column: str | None
+    discopop_tau: float
+    dpop_lambda: float
+    bco_reward_shift: bool
+    beta_dpo_alpha: float
+    beta_dpo_momentum: float
+    beta_dpo_keep: float
+    simpo_gamma: float
+    cpo_alpha: float
+
+
+class TrainSettings(LossFields, total=False):
+    """Of `dpoeng.train`."""
+
+    view: str | None
+    eval_view: str | None
+    eval_share: float
+    resume: bool | None
+    model: str | PathLike[str] | None
+    adapter: str | PathLike[str] | None
+    adapter_mode: Literal["auto", "new", "stack", "continue"]
+    quantization: Quantization | None
+    dtype: Dtype | None
+    device: str
+    layout: Literal["auto", "shared", "separate"]
+    attention: Attention
+    use_peft: bool
+    lora_r: int
+    lora_alpha: float
+    lora_dropout: float
+    lora_target_modules: str | Sequence[str]
+    use_rslora: bool
+    use_dora: bool
+    init_lora_weights: bool | Literal["gaussian", "orthogonal"]
+    optim: Optimizer
+    learning_rate: float
+    lr_scheduler_type: Schedule
+    warmup_ratio: float
+    warmup_steps: int
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+    max_grad_norm: float
+    num_train_epochs: float
+    max_steps: int
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    per_device_eval_batch_size: int
+    fsdp: bool
+    gradient_checkpointing: bool | None
+    activation_offloading: bool
+    seed: int
+    full_determinism: bool
+    report_to: (
+        Literal["tensorboard", "wandb", "mlflow", "trackio"]
+        | Sequence[Literal["tensorboard", "wandb", "mlflow", "trackio"]]
+    )
+    run_name: str | None
+    logging_steps: int
+    eval_steps: int | None
+    eval_group_by: str | Sequence[str] | None
+    metric_for_best_model: str | None
+    greater_is_better: bool | None
+    load_best_model_at_end: bool
+    early_stopping_patience: int | None
+    early_stopping_threshold: float
+    save_steps: int | None
+    save_total_limit: int
+    samples: int
+    parity_pairs: int
+    parity_tolerance: float | None
+
+
+class EvaluateSettings(LossFields, total=False):
+    """Of `dpoeng.evaluate`: in place of what the run had."""
+
+    cache: str | PathLike[str]
+    view: str | None
+    eval_view: str | None
+    eval_share: float
+    model: str | PathLike[str] | None
+    quantization: Quantization | None
+    dtype: Dtype | None
+    device: str
+    layout: Literal["auto", "shared", "separate"]
+    per_device_eval_batch_size: int
+    seed: int
+    eval_group_by: str | Sequence[str] | None
+    parity_pairs: int
+    parity_tolerance: float | None
+
+
+class CompareSettings(TypedDict, total=False):
+    """Of `dpoeng.compare`: in place of what the run had."""
+
+    cache: str | PathLike[str]
+    view: str | None
+    model: str | PathLike[str] | None
+    quantization: Quantization | None
+    dtype: Dtype | None
+    device: str
+
+
+class PlanSettings(TypedDict, total=False):
+    """Of `dpoeng.plan`."""
+
+    gpu: str | Sequence[str]
+    gpus: int
+    fsdp: bool
+    use_peft: bool
+    quantization: Quantization
+    reference_quantization: Quantization | None
+    dtype: Dtype
+    max_length: int
+    prompt_length: int
+    lora_r: int
+    optim: Optimizer
+    gradient_checkpointing: bool
+    layout: Literal["shared", "separate"]
+    batch: int
+    pairs: int
+    epochs: float
+    utilisation: float
+    price_per_hour: float | None
+    compare: bool
+    whole: bool

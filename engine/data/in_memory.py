@@ -1,0 +1,158 @@
+"""Rows that a program holds, read by the rules of a file: lists of dicts, and tables of pandas, pyarrow or datasets.
+
+Knows none of these libraries: a table is known by its methods. Knows nothing of what a pair is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from dpoeng.cache.errors import UserError
+from dpoeng.engine.data.strict_json import MAX_DEPTH, RowFault, as_row
+
+if TYPE_CHECKING:
+    from dpoeng.engine.data.tables import NumberedRow
+
+_NAME = re.compile(r"rows-[0-9a-f]{8}")  # no file that is read has such a name: it has no ending
+
+
+class RowsInMemory:
+    """Rows in place of a file.
+
+    A list of dicts is read like a JSON Lines file with these objects, a table like a Parquet file with these columns:
+    the same rows are left out, for the same reasons.
+
+    Attributes:
+        digest: xxh3_128 (hex) of the rows; of a list, that of the file which json.dumps would write, a row a line.
+        name: `rows-` and the digest's beginning, so that other rows never take the place of these in a cache.
+    """
+
+    def __init__(self, rows: Any) -> None:
+        """Reads all rows once, for the digest.
+
+        Args:
+            rows: dicts in a list or any other iterable; or a table: a pandas or polars DataFrame, a pyarrow Table, a
+                `datasets.Dataset`.
+
+        Raises:
+            UserError: there are no rows, or these are columns or splits.
+        """
+        if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
+            raise UserError(
+                "these are no rows",
+                code="data-unknown-kind",
+                where="pairs",
+                expected="paths, a list of dicts, a pandas or pyarrow table, or a datasets.Dataset",
+                found=type(rows).__name__,
+                remedy='choose one, e.g. pairs["train"]' if isinstance(rows, Mapping) else "give one of these",
+                exit_status=3,
+            )
+        self._rows = list(rows) if iter(rows) is rows else rows  # a generator could not be read again
+        digest, count = xxhash.xxh3_128(), 0
+        for _, row in self.read():
+            line = f"{row.reason}: {row.detail}" if isinstance(row, RowFault) else json.dumps(row)
+            digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
+            count += 1
+        if not count:
+            raise UserError(
+                "there are no rows",
+                code="data-empty",
+                where="pairs",
+                remedy="give at least one pair",
+                exit_status=3,
+            )
+        self.digest = digest.hexdigest()
+        self.name = f"rows-{self.digest[:8]}"
+
+    def read(self) -> Iterator[NumberedRow]:
+        """Every row with its position, from 1."""
+        from dpoeng.engine.data.tables import table_rows
+
+        rows, place = self._rows, Path("pairs")
+        if hasattr(rows, "to_arrow"):  # polars
+            rows = rows.to_arrow()
+        if hasattr(rows, "to_batches"):  # pyarrow
+            batches = rows.to_batches() if hasattr(rows, "num_rows") else rows
+            yield from table_rows(batches, place)
+            return
+        if hasattr(rows, "iloc"):  # pandas
+            rows = _pandas_rows(rows, place)
+        is_table = rows is not self._rows or hasattr(rows, "column_names")  # the latter is a datasets.Dataset
+        for number, row in enumerate(rows, 1):
+            try:
+                yield number, as_row(_json(row, is_table=is_table))
+            except RowFault as fault:
+                yield number, fault
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def is_in_memory(source_file: str) -> bool:
+    """Whether rows came from memory, by what they name as their file."""
+    return _NAME.fullmatch(source_file) is not None
+
+
+def place(source_file: str, source_row: int) -> str:
+    """Where a row stands, for messages: `pairs.jsonl:7`, or `row 7` of rows in memory."""
+    return f"row {source_row}" if is_in_memory(source_file) else f"{source_file}:{source_row}"
+
+
+def _pandas_rows(frame: Any, place: Path) -> Iterator[dict[str, Any]]:
+    """Rows in parts, since all of them as dicts take several times the table's memory."""
+    from dpoeng.engine.data.tables import BATCH_ROWS, check_names
+
+    check_names([str(name) for name in frame.columns], place)
+    for start in range(0, len(frame), BATCH_ROWS):
+        yield from frame.iloc[start : start + BATCH_ROWS].to_dict("records")
+
+
+def _json(value: Any, *, is_table: bool, depth: int = 1) -> Any:
+    """A value as JSON holds it. In a table a missing number is null, and a struct lacks what it has not, as in Parquet.
+
+    Raises:
+        RowFault: `not-finite`, `json-too-deep`, or `bad-value` for an object of some other kind.
+    """
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return float(value)
+        if is_table:
+            return None
+        raise RowFault("not-finite", f"{json.dumps(float(value))} is no JSON number")
+    if depth > MAX_DEPTH:
+        raise RowFault("json-too-deep", f"nested more than {MAX_DEPTH} levels deep")
+    if isinstance(value, Mapping):
+        kept = {key: item for key, item in value.items() if not (is_table and depth > 1 and item is None)}
+        return {str(key): _json(item, is_table=is_table, depth=depth + 1) for key, item in kept.items()}
+    if isinstance(value, list | tuple):
+        return [_json(item, is_table=is_table, depth=depth + 1) for item in value]
+    if hasattr(value, "tolist"):  # numpy's arrays and numbers
+        return _json(value.tolist(), is_table=is_table, depth=depth + 1)
+    return None if _is_missing(value) else _json_of_object(value)
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether this is pandas' NaT or NA: the one differs from itself, the other does not say."""
+    try:
+        return bool(value != value)
+    except TypeError:
+        return True
+
+
+def _json_of_object(value: Any) -> Any:
+    import datetime
+
+    from dpoeng.engine.data.tables import plain
+
+    if isinstance(value, bytes | datetime.date | datetime.time):
+        return plain(value)
+    raise RowFault("bad-value", f"a {type(value).__name__} has no form in JSON: make it a text or a number")

@@ -1,0 +1,158 @@
+"""A cache as rows with arrays, for notebooks: a sequence that becomes an Arrow or pandas table or a torch Dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
+
+import numpy as np
+import pyarrow as pa
+
+from dpoeng.cache.reader import View
+from dpoeng.cache.schema import IdArray, LogpArray
+
+if TYPE_CHECKING:
+    from dpoeng.engine.training.dataset import CachedPairs
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CacheRow:
+    """One pair and the reference's log-probs. The arrays are read-only parts of the mapped file.
+
+    Attributes:
+        prompt_ids: [P] int32.
+        chosen_ids: [C] int32.
+        rejected_ids: [R] int32.
+        chosen_logps: [C - chosen_start] float32, in nats; None where sums were imported.
+        rejected_logps: [R - rejected_start] float32.
+        chosen_sum: the sum of chosen_logps in float64: log p_ref(chosen | prompt).
+        rejected_sum: the same of rejected_logps.
+        chosen_start: the first scored token of chosen_ids, mostly 0; those before it hold the end of the prompt.
+        rejected_start: the same of rejected_ids.
+        extra: your own columns.
+        source_file: the file that the row came from; `rows-...` for rows in memory.
+        source_row: its row there, from 1.
+    """
+
+    prompt_ids: IdArray
+    chosen_ids: IdArray
+    rejected_ids: IdArray
+    chosen_logps: LogpArray | None
+    rejected_logps: LogpArray | None
+    chosen_sum: float
+    rejected_sum: float
+    chosen_start: int
+    rejected_start: int
+    extra: dict[str, Any]
+    source_file: str
+    source_row: int
+
+
+class CacheRows(Sequence[CacheRow]):
+    """The rows of a view, in the order of their source. A slice is one too, of the same mapped files."""
+
+    def __init__(self, view: View, indices: range | None = None) -> None:
+        self.view = view
+        self._indices = range(len(view)) if indices is None else indices
+
+    @classmethod
+    def open(cls, cache: Path, view: str | None = None, *, verify: Literal["open", "full"] = "full") -> Self:
+        """See `dpoeng.open_cache`."""
+        return cls(View.open(cache, view, verify=verify))
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, i: int) -> CacheRow: ...
+    @overload
+    def __getitem__(self, i: slice) -> CacheRows: ...
+    def __getitem__(self, i: int | slice) -> CacheRow | CacheRows:
+        """Row i, or the rows of a slice. Raises IndexError outside."""
+        if isinstance(i, slice):
+            return CacheRows(self.view, self._indices[i])
+        try:
+            at = self._indices[i]
+        except IndexError:
+            raise IndexError(f"row {i} of {len(self)} rows") from None
+        return self._row(at)
+
+    def __iter__(self) -> Iterator[CacheRow]:
+        return map(self._row, self._indices)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} rows of view {self.view.name!r}>"
+
+    def _row(self, at: int) -> CacheRow:
+        scored = self.view[at]
+        ids = scored.ids
+        sums_only = self.view.spec.holds_sums
+        return CacheRow(
+            prompt_ids=ids.prompt_ids,
+            chosen_ids=ids.chosen_ids,
+            rejected_ids=ids.rejected_ids,
+            chosen_logps=None if sums_only else scored.chosen_logps,
+            rejected_logps=None if sums_only else scored.rejected_logps,
+            chosen_sum=scored.chosen_sum,
+            rejected_sum=scored.rejected_sum,
+            chosen_start=ids.chosen_start,
+            rejected_start=ids.rejected_start,
+            extra=self.view.extra(at),
+            source_file=self.view.source(at)[0],
+            source_row=self.view.source(at)[1],
+        )
+
+    def to_arrow(self) -> pa.Table:
+        """A table of all columns; each of your own is one, called `extra.NAME` where its name is taken.
+
+        This copies: the cache stores rows by length, a table has them in the order of their source. A column whose
+        values are of different types is text, as JSON.
+        """
+        rows = list(self)
+        columns: dict[str, Any] = {
+            name: _lists([getattr(row, name) for row in rows], kind)
+            for name, kind in (
+                ("prompt_ids", pa.int32()),
+                ("chosen_ids", pa.int32()),
+                ("rejected_ids", pa.int32()),
+                ("chosen_logps", pa.float32()),
+                ("rejected_logps", pa.float32()),
+            )
+        }
+        for name in ("chosen_sum", "rejected_sum", "chosen_start", "rejected_start", "source_file", "source_row"):
+            columns[name] = [getattr(row, name) for row in rows]
+        for name in dict.fromkeys(chain.from_iterable(row.extra for row in rows)):
+            column = f"extra.{name}" if name in columns else name
+            columns[column] = _typed([row.extra.get(name) for row in rows])
+        return pa.table(columns)
+
+    def to_pandas(self) -> Any:
+        """The same as a pandas DataFrame; pandas must be installed."""
+        return self.to_arrow().to_pandas()
+
+    def to_torch(self) -> CachedPairs:
+        """A torch Dataset of dicts of tensors that lie in the mapped files, without a copy; see `CachedPairs`."""
+        from dpoeng.engine.training.dataset import CachedPairs
+
+        return CachedPairs(self.view, self._indices)
+
+
+def _lists(parts: list[Any], kind: pa.DataType) -> pa.Array:
+    """A list column of arrays; null where there are none."""
+    if any(part is None for part in parts) or not parts:
+        return pa.array(parts, pa.large_list(kind))
+    offsets = np.zeros(len(parts) + 1, dtype=np.int64)
+    np.cumsum([len(part) for part in parts], out=offsets[1:])
+    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(parts), kind))
+
+
+def _typed(values: list[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        import json
+
+        return pa.array([None if value is None else json.dumps(value) for value in values], pa.string())

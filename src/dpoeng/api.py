@@ -1,0 +1,403 @@
+"""The functions of `import dpoeng`: each builds a config of its arguments, calls the recipe, and returns its summary.
+
+What `cli/X.py` is for the command line. Nothing is printed unless you ask for it, and no `dpoeng.yaml` is read.
+Libraries are imported inside the functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Unpack
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dpoeng.engine.config.settings import (
+        CheckSettings,
+        CompareSettings,
+        EvaluateSettings,
+        PlanSettings,
+        PrecomputeSettings,
+        TrainSettings,
+    )
+    from dpoeng.engine.data.in_memory import RowsInMemory
+    from dpoeng.engine.recipes.cache_rows import CacheRows
+    from dpoeng.engine.recipes.check import CheckReport
+    from dpoeng.engine.recipes.compare import Generation
+    from dpoeng.engine.recipes.evaluate import EvaluationSummary
+    from dpoeng.engine.recipes.plan import Plan
+    from dpoeng.engine.recipes.precompute import PrecomputeSummary
+    from dpoeng.engine.recipes.train import TrainSummary
+    from dpoeng.engine.runtime.progress import Progress
+
+StrPath = str | PathLike[str]
+
+
+def check(
+    pairs: Any,
+    *,
+    model: StrPath | None = None,
+    eval_pairs: Any = None,
+    examples: int = 3,
+    **settings: Unpack[CheckSettings],
+) -> CheckReport:
+    """Look for whatever could spoil a run in preference pairs, before any GPU time.
+
+    >>> report = dpoeng.check("pairs.jsonl", model="sft-model")
+    >>> [(finding.code, finding.count, finding.remedy) for finding in report.findings]
+
+    Args:
+        pairs: a path, several paths, or rows in memory: a list of dicts, a pandas DataFrame, a pyarrow Table, a
+            `datasets.Dataset`. Rows have `prompt`, `chosen` and `rejected`; docs/data.md shows all shapes.
+        model: whose tokenizer measures lengths, truncation and end tokens. None: lengths are characters.
+        eval_pairs: pairs that you will evaluate on, to find those that are also trained on.
+        examples: how many rows to name for each finding.
+        settings: fields of `dpoeng check`, e.g. max_length.
+
+    Raises:
+        UserError: the pairs cannot be read, or there is no usable tokenizer.
+    """
+    from dpoeng.engine.config.fields import PrecomputeConfig
+    from dpoeng.engine.config.files import config_of
+    from dpoeng.engine.config.settings import CheckSettings
+    from dpoeng.engine.recipes.check import check_pairs
+
+    _refuse_others("check", CheckSettings, settings)
+    values = _given(pairs=_sources(pairs), model=model, **settings)
+    others = () if eval_pairs is None else _sources(eval_pairs)
+    report = check_pairs(config_of(PrecomputeConfig, values), others, examples=examples)
+    for finding in report.findings:
+        for name in ("what", "why", "remedy", "detail"):
+            setattr(finding, name, _in_python(getattr(finding, name)))
+    return report
+
+
+def plan(model: StrPath, **settings: Unpack[PlanSettings]) -> Plan:
+    """Calculate the memory, hours and cost of a run, before a card is rented. Nothing is downloaded or measured.
+
+    >>> plan = dpoeng.plan("Qwen/Qwen2.5-32B", gpu="a100-80gb", quantization="8bit", max_length=2048)
+    >>> plan.cards[0].fits, plan.step.n_bytes / 2**30
+
+    Args:
+        model: a folder with config.json, or a name.
+        settings: fields of `dpoeng plan`, e.g. gpu, gpus, quantization, max_length.
+
+    Raises:
+        UserError: the model or the card is not known, or settings do not go together.
+    """
+    from dpoeng.engine.config.files import config_of
+    from dpoeng.engine.config.plan import PlanConfig
+    from dpoeng.engine.config.settings import PlanSettings
+    from dpoeng.engine.recipes.plan import make_plan
+
+    _refuse_others("plan", PlanSettings, settings)
+    values = dict(settings)
+    if isinstance(gpu := values.get("gpu"), str):
+        values["gpu"] = tuple(gpu.split(","))
+    return make_plan(config_of(PlanConfig, {"model": model, **values}))
+
+
+def precompute_reference(
+    pairs: Any,
+    *,
+    model: StrPath,
+    adapter: StrPath | None = None,
+    cache: StrPath = "refcache",
+    progress: bool | Progress = False,
+    **settings: Unpack[PrecomputeSettings],
+) -> PrecomputeSummary:
+    """Phase one: run the frozen reference once over pairs and store its per-token log-probs in a cache.
+
+    Call it again after an interruption, or with more pairs: only what the cache lacks is computed.
+
+    >>> summary = dpoeng.precompute_reference("pairs.jsonl", model="sft-model", cache="refcache")
+    >>> summary.pairs, summary.computed, summary.reference_accuracy
+
+    Args:
+        pairs: as for `check`. Rows in memory make a view called `rows-` and the digest of the rows; give `name` for
+            another.
+        model: the SFT base: a folder, a .gguf file or a hub id.
+        adapter: an SFT LoRA on it; the reference is base + adapter.
+        cache: the folder of the cache; made if it is not there.
+        progress: True shows the command line's bars; an object with `task` and `note` gets them instead.
+        settings: fields of `dpoeng precompute-ref`, e.g. quantization, max_length, where.
+
+    Raises:
+        UserError: the data, the model, the settings or the cache cannot be used as they are.
+    """
+    from dpoeng.engine.config.fields import PrecomputeConfig
+    from dpoeng.engine.config.files import config_of
+    from dpoeng.engine.recipes.precompute import precompute_reference as run
+
+    values = _given(pairs=_sources(pairs), model=model, adapter=adapter, cache=cache, **settings)
+    return run(config_of(PrecomputeConfig, values), _shown(progress))
+
+
+def open_cache(
+    cache: StrPath = "refcache", view: str | None = None, *, verify: Literal["open", "full"] = "full"
+) -> CacheRows:
+    """Open the rows of a cache: a sequence with numpy arrays over the mapped files.
+
+    >>> rows = dpoeng.open_cache("refcache")
+    >>> rows[0].prompt_ids, rows[0].chosen_logps, rows[0].extra    # [P] int32, [C] float32 in nats, your columns
+    >>> rows[:100].to_pandas(), rows.to_arrow(), rows.to_torch()
+
+    Args:
+        cache: the folder.
+        view: the set of pairs; None where there is one only.
+        verify: "full" compares every byte with its checksum, "open" only the structure.
+
+    Raises:
+        UserError: there is no such cache or view, or a file is damaged.
+    """
+    from dpoeng.engine.recipes.cache_rows import CacheRows
+
+    return CacheRows.open(Path(cache), view, verify=verify)
+
+
+def train(
+    *,
+    cache: StrPath = "refcache",
+    output_dir: StrPath = "out",
+    on_metrics: Callable[[Mapping[str, float]], None] | None = None,
+    progress: bool | Progress = False,
+    **settings: Unpack[TrainSettings],
+) -> TrainSummary:
+    """Phase two: train a LoRA, or all weights, against the cached numbers. No reference model is loaded.
+
+    Call it again with the same arguments after an interruption: it goes on from the newest checkpoint.
+
+    >>> curve = []
+    >>> summary = dpoeng.train(cache="refcache", output_dir="out", loss_type="sigmoid", on_metrics=curve.append)
+    >>> summary.result, summary.eval_after["eval_rewards/accuracies"]
+
+    Args:
+        cache: the folder that phase one wrote; it names the model, adapter and precision.
+        output_dir: where the adapter, the log and the checkpoints go.
+        on_metrics: called with every line of metrics, a dict of `step`, `loss`, `rewards/margins`, `eval_loss` ...
+        progress: as for `precompute_reference`.
+        settings: fields of `dpoeng train`, e.g. beta, learning_rate, lora_r, eval_view.
+
+    Raises:
+        UserError: the cache, the model or the settings cannot be used, or the policy does not fit the cache.
+    """
+    from dpoeng.engine.config.fields import TrainConfig
+    from dpoeng.engine.config.files import config_of
+    from dpoeng.engine.recipes.train import train as run
+
+    config = config_of(TrainConfig, {"cache": cache, "output_dir": output_dir, **settings})
+    return run(config, _shown(progress), on_metrics)
+
+
+def evaluate(
+    trained: StrPath,
+    *,
+    pairs: Literal["held-out", "all"] | None = None,
+    progress: bool | Progress = False,
+    **settings: Unpack[EvaluateSettings],
+) -> EvaluationSummary:
+    """Evaluate a trained policy on cached pairs: rewards, accuracy with its interval, by group, warnings.
+
+    >>> found = dpoeng.evaluate("out")
+    >>> found.evaluation.metrics["rewards/accuracies"], found.evaluation.intervals["rewards/accuracies"]
+
+    Args:
+        trained: a run's folder, an adapter, or a checkpoint trained whole.
+        pairs: those that its run held out, or all of the view. None: the former where there is a run and no `view`.
+        progress: as for `precompute_reference`.
+        settings: in place of what the run had, e.g. cache, view, beta.
+
+    Raises:
+        UserError: the cache or the model cannot be used, or the pairs are not those of the run.
+    """
+    from dpoeng.engine.config.settings import EvaluateSettings
+    from dpoeng.engine.recipes.evaluate import evaluate_trained, find_trained
+
+    _refuse_others("evaluate", EvaluateSettings, settings)
+    found = find_trained(Path(trained))
+    which = "all" if pairs is None and "view" in settings else pairs
+    return evaluate_trained(found, _config_of_run(found.run, settings), which, _shown(progress))
+
+
+def compare(
+    trained: StrPath,
+    prompts: Sequence[str] = (),
+    *,
+    count: int = 4,
+    chat: bool | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    **settings: Unpack[CompareSettings],
+) -> list[Generation]:
+    """Let the model answer prompts as it did before training, and as it does after.
+
+    >>> for one in dpoeng.compare("out", ["Why is the sky blue?"], max_new_tokens=64):
+    ...     print(one.prompt, one.before, one.after, sep="\\n---\\n")
+
+    Args:
+        trained: as for `evaluate`.
+        prompts: texts; without any, the first `count` prompts that the run held out.
+        count: see `prompts`.
+        chat: whether prompts are a user's messages for the chat template, or texts. None: as phase one had them.
+        max_new_tokens: most tokens of an answer.
+        temperature: 0 takes the likeliest token each time.
+        repetition_penalty: above 1 keeps small models from circling.
+        stop: texts at which an answer ends.
+        seed: of the draws.
+        settings: in place of what the run had, e.g. cache, view, device.
+
+    Raises:
+        UserError: the cache or the model cannot be used.
+    """
+    from dpoeng.engine.config.settings import CompareSettings
+    from dpoeng.engine.recipes.compare import compare_prompts
+    from dpoeng.engine.recipes.evaluate import find_trained
+
+    _refuse_others("compare", CompareSettings, settings)
+    found = find_trained(Path(trained))
+    # Prompts of the view that is named, not of the one that the run was evaluated on.
+    others = {"eval_view": None} if "view" in settings else {}
+    return compare_prompts(
+        found,
+        _config_of_run(found.run, {**settings, **others}),
+        [prompts] if isinstance(prompts, str) else prompts,
+        count=count,
+        chat=chat,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        repetition_penalty=repetition_penalty,
+        stop=stop,
+        seed=seed,
+    )
+
+
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Compute log p(target) from hidden states and a head, without the logits; differentiable, for any trainer.
+
+    The same in plain PyTorch, with [..., V] logits in memory:
+
+        logits = (hidden @ weight.T).float()
+        torch.log_softmax(logits, -1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+    Args:
+        hidden: [..., H] hidden states after the final norm; bfloat16, float16, float32 or float64.
+        weight: [V, H] head of the same dtype; with a gradient where it requires one.
+        targets: [...] int64 token ids; `ignore_index` gives 0.0 and no gradient.
+        bias: [V].
+        softcap: `cap * tanh(x / cap)` on the scaled logits (Gemma).
+        scale: factor on the logits (Cohere's logit_scale).
+        temperature: divisor after the softcap.
+        ignore_index: see `targets`.
+
+    Returns:
+        [...] log-probs in nats, float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together.
+        IndexError: a target outside the vocabulary, on a CPU; on a GPU its row is NaN.
+    """
+    from dpoeng.kernels.token_logps import token_logps as head
+
+    if hidden.dim() == 0 or hidden.shape[:-1] != targets.shape:
+        raise ValueError(f"hidden [..., H] and targets [...]: got {list(hidden.shape)} and {list(targets.shape)}")
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    logps = head(
+        flat,
+        weight,
+        targets.reshape(-1),
+        bias=bias,
+        softcap=softcap,
+        scale=scale,
+        temperature=temperature,
+        ignore_index=ignore_index,
+    )
+    return logps.reshape(targets.shape)
+
+
+# --------------------------------------------------------------------------- arguments
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """Without what is None: the default decides."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _sources(pairs: Any) -> tuple[Path | RowsInMemory, ...]:
+    """Paths, or rows in memory."""
+    from dpoeng.engine.data.in_memory import RowsInMemory
+
+    if isinstance(pairs, str | PathLike):
+        return (Path(pairs),)
+    if isinstance(pairs, list | tuple) and pairs and all(isinstance(path, str | PathLike) for path in pairs):
+        return tuple(Path(path) for path in pairs)
+    return (RowsInMemory(pairs),)
+
+
+def _config_of_run(run: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> Any:
+    from dpoeng.cli.evaluate import run_settings
+    from dpoeng.engine.config.fields import TrainConfig
+    from dpoeng.engine.config.files import config_of
+
+    return config_of(TrainConfig, {**run_settings(run), **settings})
+
+
+def _refuse_others(function: str, taken: type, settings: Mapping[str, Any]) -> None:
+    """Raises UserError for a field that the function does not take: it would do nothing."""
+    from dpoeng.engine.config.fields import known_fields
+    from dpoeng.engine.config.problems import as_error, unknown_field
+
+    wrong = [name for name in settings if name not in taken.__annotations__]
+    if wrong:
+        known = known_fields()
+        fields = {**known, **{name: [*known.get(name, ()), function] for name in taken.__annotations__}}
+        raise as_error([unknown_field(name, where=name, fields=fields, command=function) for name in wrong])
+
+
+# --------------------------------------------------------------------------- progress
+
+
+def _in_python(text: str) -> str:
+    from dpoeng.engine.config.arguments import as_arguments
+
+    return as_arguments(text)
+
+
+def _shown(progress: bool | Progress) -> Progress:
+    """What the recipe reports to: the command line's bars, the caller's object, or the log alone."""
+    from dpoeng.engine.runtime.progress import NoProgress
+
+    if not isinstance(progress, bool):
+        return progress
+    if progress:
+        from dpoeng.cli.progress import TerminalProgress
+
+        class Bars(TerminalProgress):
+            def note(self, text: str) -> None:
+                super().note(_in_python(text))
+
+        return Bars()
+
+    class Logged(NoProgress):
+        """No bars. Notes go to Python's log: what they say of your data should be found by who looks."""
+
+        def note(self, text: str) -> None:
+            import logging
+
+            logging.getLogger("dpoeng").info(_in_python(text))
+
+    return Logged()
