@@ -18,7 +18,7 @@ from dpoeng.engine.config.plan import PlanConfig
 # A command is typed in a shell, from Python too. It stands in backticks, or goes on to the end of its clause.
 _COMMAND = r"`[^`\n]*`|\b(?:dpoeng|torchrun|pip|make) (?:(?![;:,)](?:\s|$))[^\n])*"
 _QUOTED = r"(?<!\w)'[^'\n]*'(?!\w)|(?<!\w)\"[^\"\n]*\"(?!\w)"  # what was found in a file, for example
-_OPTION = r"(?<![^\s(])--(?P<name>[a-z][a-z0-9_-]*)(?=[\s,;:.)]|$)(?: (?P<word>'[^'\n]*'|\"[^\"\n]*\"|[^\s]+))?"
+_OPTION = r"(?<![^\s(])--(?P<name>[a-z][a-z0-9_-]*)(?=[\s,;:.)=]|$)(?:[ =](?P<word>'[^'\n]*'|\"[^\"\n]*\"|[^\s]+))?"
 _TOKEN = re.compile(f"{_COMMAND}|{_QUOTED}|{_OPTION}")
 
 
@@ -54,7 +54,7 @@ def _argument(match: re.Match[str]) -> str:
     if kinds[name] is bool:
         return f"{name}=True{as_arguments(behind)}"
     value = re.sub(r"[,;:.)]+$", "", word)
-    last = not match.string[match.end() :].split("\n")[0].strip()
+    last = behind.startswith("=") or not match.string[match.end() :].split("\n")[0].strip()
     if value and _is_value(kinds[name], value, last=last):
         return f"{name}={_literal(kinds[name], value)}{word[len(value) :]}"
     in_a_sentence = re.match(r" [a-z]", behind) or re.search(r"\w,? $", match.string[: match.start()])

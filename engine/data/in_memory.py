@@ -44,9 +44,11 @@ class RowsInMemory:
         Raises:
             UserError: there are no rows, or these are columns or splits.
         """
-        if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
+        for method in ("to_arrow", "read_all"):  # a DataFrame of polars, pyarrow's RecordBatchReader
+            rows = getattr(rows, method)() if hasattr(rows, method) else rows
+        if isinstance(rows, Mapping) or not (isinstance(rows, Iterable) or hasattr(rows, "schema")):
             raise UserError(
-                "these are no rows",
+                "the pairs are neither paths nor rows",
                 code="data-unknown-kind",
                 where="pairs",
                 expected="paths, a list of dicts, a pandas or pyarrow table, or a datasets.Dataset",
@@ -54,7 +56,8 @@ class RowsInMemory:
                 remedy='choose one, e.g. pairs["train"]' if isinstance(rows, Mapping) else "give one of these",
                 exit_status=3,
             )
-        self._rows = list(rows) if iter(rows) is rows else rows  # a generator could not be read again
+        # A generator could not be read again.
+        self._rows = list(rows) if isinstance(rows, Iterable) and iter(rows) is rows else rows
         digest, count = xxhash.xxh3_128(), 0
         for _, row in self.read():
             line = f"{row.reason}: {row.detail}" if isinstance(row, RowFault) else json.dumps(row)
@@ -76,11 +79,8 @@ class RowsInMemory:
         from dpoeng.engine.data.tables import table_rows
 
         rows, place = self._rows, Path("pairs")
-        if hasattr(rows, "to_arrow"):  # polars
-            rows = rows.to_arrow()
-        if hasattr(rows, "to_batches"):  # pyarrow
-            batches = rows.to_batches() if hasattr(rows, "num_rows") else rows
-            yield from table_rows(batches, place)
+        if hasattr(rows, "schema"):  # pyarrow's Table or RecordBatch
+            yield from table_rows(rows.to_batches() if hasattr(rows, "to_batches") else [rows], place)
             return
         if hasattr(rows, "iloc"):  # pandas
             rows = _pandas_rows(rows, place)

@@ -19,7 +19,9 @@ from wrong_inputs import ALL, ROWS, SCORE, Desk, Wrong, raising
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cli.main import as_user_error, main
+from dpoeng.engine.config.arguments import as_arguments
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
+from dpoeng.engine.config.plan import PlanConfig
 from dpoeng.engine.recipes.precompute import precompute_reference
 from dpoeng.engine.recipes.train import train
 from dpoeng.engine.runs.folder import ADAPTER_FOLDER
@@ -71,13 +73,21 @@ def report(desk: Desk, wrong: Wrong, capsys: pytest.CaptureFixture[str]) -> tupl
             wrong.act(desk)
         except Exception as error:
             reported = as_user_error(error)
-            return reported.exit_status, f"error: {reported}\n"
+            return reported.exit_status, f"error: {reported.text()}\n"
         raise AssertionError("nothing was wrong")
     given = names(desk)
     with pytest.raises(SystemExit) as stop:
         main([given.get(word, word) for word in shlex.split(wrong.command)])
     assert isinstance(stop.value.code, int)
     return stop.value.code, capsys.readouterr().err
+
+
+def options_of_fields(message: str) -> list[str]:
+    """Fields that are written as options outside a command; in Python they are arguments."""
+    prose = re.sub(r"`[^`]*`|'[^'\n]*'|\b(dpoeng|torchrun) .*", "", message)
+    fields = {*TrainConfig.model_fields, *PrecomputeConfig.model_fields, *PlanConfig.model_fields, "vary", "rank_by"}
+    named = [name.replace("-", "_") for name in re.findall(r"--([a-z][a-z-]*)", prose)]
+    return [name for name in named if name in fields or name.removeprefix("no_") in fields]
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -99,6 +109,7 @@ def test_a_wrong_input_is_one_readable_message(desk: Desk, wrong: Wrong, capsys:
     for word in wrong.words:
         assert word in message, f"{word!r} is not in\n{message}"
     assert status in statuses(codes()[wrong.code])
+    assert options_of_fields(as_arguments(message)) == [], as_arguments(message)
     # Nothing half-written: what was sound is as it was, nothing temporary is left, no adapter appears.
     for name, before in kept.items():
         assert tree(getattr(desk, name)) == before

@@ -182,8 +182,8 @@ def test_check_names_fields(made: Path, tiny_model: Path) -> None:
     assert dpoeng.check([made / "pairs.jsonl"]).pairs == 12
 
 
-def test_plan_calculates() -> None:
-    plan = dpoeng.plan("HuggingFaceTB/SmolLM2-135M", gpu="24gb,80gb", max_length=64, compare=False)
+def test_plan_calculates(tiny_model: Path) -> None:
+    plan = dpoeng.plan(tiny_model, gpu="24gb,80gb", max_length=8, compare=False)
     assert [card.fits for card in plan.cards] == [True, True]
 
 
