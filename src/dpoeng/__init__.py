@@ -39,17 +39,19 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
+if not TYPE_CHECKING:  # a type checker takes a name that it does not know for a mistake
 
-        value: Any = version("dpoeng")
-    elif name in __all__:
-        value = getattr(import_module("dpoeng.api"), name)
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value  # the next look needs no call
-    return value
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            from importlib.metadata import version
+
+            value: Any = version("dpoeng")
+        elif name in __all__:
+            value = getattr(import_module("dpoeng.api"), name)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value  # the next look needs no call
+        return value
 
 
 def __dir__() -> list[str]:

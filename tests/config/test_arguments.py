@@ -25,7 +25,7 @@ from dpoeng.engine.config.plan import PlanConfig
     [
         ("--eval-view", "eval_view"),
         ("--beta 0.1", "beta=0.1"),
-        ("--beta=0.1", "--beta=0.1"),  # no message writes it so; a message that did should be seen in review
+        ("--beta=0.1 and --view=held", 'beta=0.1 and view="held"'),
         ("leave --eval-share out", "leave `eval_share` out"),
         ("--learning-rate 5e-6, or less", "learning_rate=5e-6, or less"),
         ("add --quantization none --dtype bfloat16: the", 'add quantization="none" dtype="bfloat16": the'),

@@ -466,7 +466,7 @@ def test_columns_are_mapped_and_missing_ones_explained(tmp_path: Path) -> None:
         read_pairs([path])
     assert caught.value.code == "data-columns"
     assert caught.value.found == "prompt, response_a, response_b, n"
-    assert "--columns chosen=NAME" in str(caught.value)
+    assert "--columns chosen=NAME" in caught.value.text()
 
     with pytest.raises(UserError, match="did you mean 'response_a'"):
         read_pairs([path], columns={"chosen": "respons_a", "rejected": "response_b"})

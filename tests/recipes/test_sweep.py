@@ -452,7 +452,7 @@ def test_a_metric_that_means_the_same_in_all_runs(
     if fits:
         assert plan_sweep(sweep, given).points
     else:
-        with pytest.raises(UserError, match="--rank-by"):
+        with pytest.raises(UserError, match="rank_by"):
             plan_sweep(sweep, given)
 
 
