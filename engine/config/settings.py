@@ -132,7 +132,6 @@ class TrainSettings(LossFields, total=False):
     early_stopping_threshold: float
     save_steps: int | None
     save_total_limit: int
-    samples: int
     parity_pairs: int
     parity_tolerance: float | None
 
