@@ -37,9 +37,9 @@ Examples:
 def migrate(file: Path, output: Path, force: bool) -> None:
     """Turn the set-up in FILE into a dpoeng.yaml.
 
-    FILE is a TRL script or notebook (read, never run), a DPOConfig in JSON or YAML, or a DPO configuration of Axolotl
-    or LLaMA-Factory; - reads what is pasted. Each line whose meaning changed carries a comment, and what has no
-    equivalent is listed.
+    FILE is a TRL script (read, never run), a DPOConfig in JSON or YAML, or a DPO configuration of Axolotl or
+    LLaMA-Factory; - reads stdin. A comment marks each line whose meaning changed; settings without an equivalent are
+    listed.
     """
     from dpoeng.engine.config.template import config_text, write_config
     from dpoeng.engine.migration.fields import KINDS
@@ -72,7 +72,7 @@ def _text(file: Path) -> str:
 
 
 def print_result(result: Migration, output: Path) -> None:
-    """What was carried over, what was not, and what to do next."""
+    """Show how many fields were carried over, those that were not, and the next commands."""
     from dpoeng.engine.migration.fields import KINDS
 
     say(f"{output}: {len(result.lines)} fields from {KINDS[result.kind]}")

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "engine" / "config" / "trl_names.json"
@@ -62,7 +65,9 @@ def main() -> None:
         for version in versions:
             for owner, name, default in signatures(wheel(folder, package, version), package):
                 history.setdefault((name, owner), {})[version] = default
-    known = {"versions": VERSIONS, "names": spans(history)}
+    wanted = [[version, required_transformers(wheel(folder, "trl", version))] for version in TRL]
+    requires = [pair for before, pair in pairwise([["", ""], *wanted]) if pair[1] != before[1]]
+    known = {"versions": VERSIONS, "requires": requires, "names": spans(history)}
     DATA.write_text(compact(known), encoding="utf-8")
     PAGE.write_text(page(known), encoding="utf-8")
 
@@ -74,6 +79,17 @@ def wheel(folder: Path, package: str, version: str) -> Path:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
         subprocess.run([*pip, "--dest", str(folder), f"{package}=={version}"], check=True)
     return path
+
+
+def required_transformers(path: Path) -> str:
+    """The oldest transformers that a wheel's metadata accept."""
+    with zipfile.ZipFile(path) as archive:
+        file = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        text = archive.read(file).decode()
+    lines = re.findall(r"^Requires-Dist: (transformers\b.*)$", text, re.MULTILINE)
+    plain = [requirement for requirement in map(Requirement, lines) if requirement.marker is None]
+    (least,) = {bound.version for found in plain for bound in found.specifier if bound.operator == ">="}
+    return least
 
 
 def signatures(path: Path, package: str) -> Iterator[tuple[str, str, str]]:
@@ -143,7 +159,8 @@ def compact(known: dict[str, object]) -> str:
     names = known["names"]
     assert isinstance(names, dict)
     lines = [f" {json.dumps(name)}: {json.dumps(owners)}" for name, owners in names.items()]
-    return '{"versions": ' + json.dumps(known["versions"]) + ',\n"names": {\n' + ",\n".join(lines) + "\n}}\n"
+    head = ",\n".join(f'"{name}": {json.dumps(known[name])}' for name in ("versions", "requires"))
+    return "{" + head + ',\n"names": {\n' + ",\n".join(lines) + "\n}}\n"
 
 
 def page(known: dict[str, object]) -> str:

@@ -104,7 +104,9 @@ def answer_in_words(name: str, fields: Container[str]) -> str:
 
 @functools.cache
 def signatures() -> dict[str, Any]:
-    """trl_names.json: `versions`, package -> releases read; `names`, name -> owner -> releases and defaults."""
+    """trl_names.json: `versions`, package -> releases read; `requires`, [since which TRL, oldest transformers that it
+    accepts]; `names`, name -> owner -> releases and defaults.
+    """
     text = Path(__file__).with_name("trl_names.json").read_text(encoding="utf-8")
     known: dict[str, Any] = json.loads(text)
     return known

@@ -151,9 +151,13 @@ def _evaluation(item: Given, by_name: dict[str, Given], result: Migration) -> No
 
 
 def _eval_steps(item: Given, by_name: dict[str, Given], result: Migration) -> None:
-    strategy = next((by_name[n].value for n in ("eval_strategy", "evaluation_strategy") if n in by_name), "steps")
+    """Axolotl evaluates where eval_steps is set; transformers only with eval_strategy: steps."""
+    unset = "steps" if result.kind == "axolotl" else "no"
+    strategy = next((by_name[n].value for n in ("eval_strategy", "evaluation_strategy") if n in by_name), unset)
     if strategy == "steps" and item.value is not None:
         result.put("eval_steps", _value("eval_steps", item.value))
+    else:
+        result.needless.append("eval_steps")
 
 
 def _quantize(item: Given, _: dict[str, Given], result: Migration) -> None:
@@ -206,12 +210,24 @@ def _pairs(item: Given, _: dict[str, Given], result: Migration) -> None:
 
 
 def _eval_pairs(item: Given, _: dict[str, Given], result: Migration) -> None:
-    files = item.value if isinstance(item.value, list) else [item.value]
-    result.eval_pairs = [str(file) for file in files]
+    files = [str(file) for file in (item.value if isinstance(item.value, list) else [item.value])]
+    if "pairs" in result.lines and files == result.lines["pairs"].value:
+        result.lost.append(
+            f"{at(item)}eval_dataset: from the same file as the training pairs; set eval_share to its share of them, "
+            "or write it to a file of its own and set eval_view"
+        )
+        return
+    result.eval_pairs = files
     result.put("eval_view", "eval", "the pairs that are evaluated on and not trained on")
 
 
 def _hub_data(item: Given, _: dict[str, Given], result: Migration) -> None:
+    if item.owner == "eval_dataset":
+        result.lost.append(
+            f"{at(item)}eval_dataset: save its part of {item.value!r} too, run precompute-ref on it with --name eval, "
+            "and set eval_view: eval"
+        )
+        return
     result.lost.append(
         f"{at(item)}data set {item.value!r}: save it once, "
         f"`load_dataset({item.value!r}, split='train').to_json('pairs.jsonl')`, and set pairs: pairs.jsonl"
@@ -270,14 +286,20 @@ def _shares(item: Given, _: dict[str, Given], result: Migration) -> None:
 
 
 def _ref_model(item: Given, by_name: dict[str, Given], result: Migration) -> None:
-    policy = {by_name[name].value for name in ("model", "model_name_or_path", "adapter") if name in by_name}
-    if item.value in policy:
+    base = next((by_name[name].value for name in ("model", "model_name_or_path") if name in by_name), None)
+    adapter = by_name["adapter"].value if "adapter" in by_name else None
+    if item.value == (adapter or base):
         result.needless.append("ref_model")
-        return
-    result.lost.append(
-        f"{at(item)}ref_model: {item.value!r} is not the policy's own start; dpoeng's reference is `model` with "
-        "`adapter`, and the policy starts there"
-    )
+    elif adapter and item.value == base:
+        result.lost.append(
+            f"{at(item)}ref_model: {item.value!r} is the base without the SFT adapter; dpoeng's reference is base + "
+            "adapter, the SFT model"
+        )
+    else:
+        result.lost.append(
+            f"{at(item)}ref_model: {item.value!r} is not the policy's own start; dpoeng's reference is `model` with "
+            "`adapter`, and the policy starts there"
+        )
 
 
 def _plain_arguments(item: Given, _: dict[str, Given], result: Migration) -> None:

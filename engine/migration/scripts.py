@@ -1,14 +1,13 @@
 """Reads what a TRL training script sets, by its syntax tree: nothing of it is run or imported.
 
-Constants are followed through variables, dictionaries, and the defaults of argparse and of dataclasses. What is
-computed is not guessed but handed on as text.
+Constants are followed through variables, dictionaries, and the defaults of command-line arguments. Computed values are
+not guessed but handed on as text. Public scripts were the measure of what is read: calls with literals and constants at
+the top of the file, one in three with `args.beta` from argparse or a dataclass.
 """
 
 from __future__ import annotations
 
 import ast
-import json
-import operator
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -46,20 +45,28 @@ class Unread:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """One setting: `name` = `value` of `owner` (a class, or a kind of file), `source` as in `foreign_names`."""
+    """One setting.
+
+    Attributes:
+        name, value: as they stand there.
+        owner: a class, an argument of DPOTrainer, or a kind of file.
+        source: the table of `foreign_names` that explains the name.
+        line: where it stands.
+        default: whether the value is the default of a command-line argument, which may have been set otherwise.
+    """
 
     name: str
     value: Any
     owner: str
     source: str
     line: int | None = None
+    default: bool = False
 
 
 @dataclass(slots=True)
 class _Script:
     assigned: dict[str, list[ast.expr]] = field(default_factory=dict)
     defaults: dict[str, list[ast.expr]] = field(default_factory=dict)  # of command-line arguments
-    classes: dict[str, str] = field(default_factory=dict)  # subclasses of what is known
 
 
 def read_script(text: str, path: Path) -> list[Given]:
@@ -82,16 +89,16 @@ def read_script(text: str, path: Path) -> list[Given]:
         ) from error
     script = _collect(tree)
     given: list[Given] = []
-    trainers = [call for call in _calls(tree) if _class_of(call, script) == "DPOTrainer"]
+    trainers = [call for call in _calls(tree) if _called(call) == "DPOTrainer"]
     for call in _calls(tree):
-        owner = _class_of(call, script)
-        if owner is None:
+        owner = _called(call)
+        if owner not in CLASSES:
             continue
         if not call.args and not call.keywords:
             given.append(Given(owner, None, owner, "script", call.lineno))  # all defaults
         for name, node in _arguments(call, owner, script):
             if owner != "DPOTrainer" or name not in _OBJECTS:
-                given.append(Given(name, _evaluate(node, script), owner, CLASSES[owner], node.lineno))
+                given.append(_setting(name, node, owner, CLASSES[owner], script))
     for trainer in trainers:
         arguments = dict(_arguments(trainer, "DPOTrainer", script))
         given += _model(arguments.get("model"), script)
@@ -100,7 +107,7 @@ def read_script(text: str, path: Path) -> list[Given]:
         for name in ("train_dataset", "eval_dataset"):
             given += _data(name, arguments.get(name), script)
         if "args" in arguments and any(
-            _class_of(made, script) == "TrainingArguments" for made in _made_by(arguments["args"], script)
+            _called(made) == "TrainingArguments" for made in _made_by(arguments["args"], script)
         ):
             given.append(Given("args", "TrainingArguments", "DPOTrainer", "script", arguments["args"].lineno))
     if not any(item.name in ("model", "adapter") and item.source == "script" for item in given):
@@ -108,7 +115,7 @@ def read_script(text: str, path: Path) -> list[Given]:
             if _called(call) == "from_pretrained" and "CausalLM" in ast.unparse(call.func):
                 given += _model(call, script)
                 break
-    if not any(item.name == "pairs" for item in given):
+    if not any(item.owner == "train_dataset" for item in given):
         for call in _calls(tree):
             if _called(call) in ("load_dataset", "from_json"):
                 given += _data("train_dataset", call, script)
@@ -116,38 +123,22 @@ def read_script(text: str, path: Path) -> list[Given]:
     return given
 
 
-def notebook_code(text: str) -> str:
-    """The Python of a Jupyter notebook, without its shell and magic lines."""
-    cells = json.loads(text)["cells"]
-    sources = ["".join(cell["source"]) for cell in cells if cell.get("cell_type") == "code"]
-    lines = "\n".join(sources).splitlines()
-    return "\n".join("" if line.lstrip().startswith(("!", "%")) else line for line in lines)
-
-
 # --------------------------------------------------------------------------- names and calls
 
 
 def _collect(tree: ast.Module) -> _Script:
-    script = _Script(classes={name: name for name in CLASSES})
+    script = _Script()
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign):
             for target in node.targets:
-                for name in target.elts if isinstance(target, ast.Tuple) else [target]:
-                    if isinstance(name, ast.Name):
-                        script.assigned.setdefault(name.id, []).append(node.value)
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
-            script.assigned.setdefault(node.target.id, []).append(node.value)
-        elif isinstance(node, ast.Call) and _called(node) == "add_argument":
-            flags = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
-            default = next((k.value for k in node.keywords if k.arg == "default"), None)
-            for flag in flags:
-                if default is not None:
-                    script.defaults.setdefault(flag.lstrip("-").replace("-", "_"), []).append(default)
+                if isinstance(target, ast.Name):
+                    script.assigned.setdefault(target.id, []).append(node.value)
+        elif isinstance(node, ast.Call) and _called(node) == "add_argument" and node.args:
+            if isinstance(node.args[-1], ast.Constant):  # the long name comes last
+                name = str(node.args[-1].value).lstrip("-").replace("-", "_")
+                script.defaults.setdefault(name, []).extend(k.value for k in node.keywords if k.arg == "default")
         elif isinstance(node, ast.ClassDef):
-            bases = [base for base in map(_last_name, node.bases) if base in CLASSES]
-            if bases:
-                script.classes[node.name] = bases[0]
-            for line in node.body:
+            for line in node.body:  # a dataclass for HfArgumentParser or TrlParser
                 if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value is not None:
                     value = line.value
                     if isinstance(value, ast.Call):
@@ -166,10 +157,6 @@ def _last_name(node: ast.expr) -> str:
 
 def _called(call: ast.Call) -> str:
     return _last_name(call.func)
-
-
-def _class_of(call: ast.Call, script: _Script) -> str | None:
-    return script.classes.get(_called(call))
 
 
 def _arguments(call: ast.Call, owner: str, script: _Script) -> Iterator[tuple[str, ast.expr]]:
@@ -204,10 +191,8 @@ def _made_by(node: ast.expr | None, script: _Script, seen: frozenset[str] = froz
             return []
         values = script.assigned.get(node.id, [])
         return [call for value in values for call in _made_by(value, script, seen | {node.id})]
-    if isinstance(node, ast.Subscript | ast.Attribute | ast.Starred | ast.Await):
+    if isinstance(node, ast.Subscript | ast.Attribute):
         return _made_by(node.value, script, seen)
-    if isinstance(node, ast.IfExp):
-        return [*_made_by(node.body, script, seen), *_made_by(node.orelse, script, seen)]
     if not isinstance(node, ast.Call):
         return []
     calls = [node]
@@ -219,21 +204,19 @@ def _made_by(node: ast.expr | None, script: _Script, seen: frozenset[str] = froz
 
 # --------------------------------------------------------------------------- constants
 
-_OPERATIONS: dict[type[ast.operator], Any] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-}
-
 
 def _evaluate(node: ast.expr, script: _Script, depth: int = 0) -> Any:
     """The constant that an expression is, or Unread."""
     try:
         return _constant(node, script, depth)
-    except (LookupError, TypeError, ValueError, ArithmeticError):
+    except (LookupError, TypeError, ValueError):
         return Unread(ast.unparse(node))
+
+
+def _setting(name: str, node: ast.expr, owner: str, source: str, script: _Script) -> Given:
+    value = _evaluate(node, script)
+    default = isinstance(node, ast.Attribute) and node.attr in script.defaults and not isinstance(value, Unread)
+    return Given(name, value, owner, source, node.lineno, default)
 
 
 def _constant(node: ast.expr, script: _Script, depth: int) -> Any:
@@ -251,30 +234,15 @@ def _constant(node: ast.expr, script: _Script, depth: int) -> Any:
             return inner(value)
         case ast.UnaryOp(op=ast.USub()):
             return -inner(node.operand)
-        case ast.BinOp() if type(node.op) in _OPERATIONS:
-            left, right = inner(node.left), inner(node.right)
-            if not isinstance(left, (int, float)) or not isinstance(right, (int, float)):
-                if isinstance(node.op, ast.Add) and isinstance(left, str) and isinstance(right, str):
-                    return left + right
-                raise TypeError
-            return _OPERATIONS[type(node.op)](left, right)
-        case ast.List() | ast.Tuple() | ast.Set():
+        case ast.List() | ast.Tuple():
             return [inner(part) for part in node.elts]
         case ast.Dict():
             return {inner(k): inner(v) for k, v in zip(node.keys, node.values, strict=True) if k is not None}
+        case ast.Attribute(value=ast.Name(id="torch")):
+            return f"torch.{node.attr}"
         case ast.Attribute():
-            if isinstance(node.value, ast.Name) and node.value.id == "torch":
-                return f"torch.{node.attr}"
-            if _last_name(node.value).endswith(("Strategy", "Type", "Names")) and node.attr.isupper():
-                return node.attr.lower()  # SchedulerType.COSINE
             (value,) = script.defaults.get(node.attr, [])  # args.beta: the default of --beta
             return inner(value)
-        case ast.Call():
-            plain = {"float": float, "int": int, "str": str, "Path": str, "list": list}
-            if _called(node) in plain and len(node.args) == 1 and not node.keywords:
-                return plain[_called(node)](inner(node.args[0]))
-            if _called(node) == "join" and ast.unparse(node.func) == "os.path.join":
-                return "/".join(inner(part) for part in node.args)
         case ast.JoinedStr():
             parts = [part.value if isinstance(part, ast.FormattedValue) else part for part in node.values]
             return "".join(str(inner(part)) for part in parts)
@@ -288,9 +256,8 @@ def _model(node: ast.expr | None, script: _Script) -> list[Given]:
     """Base, SFT adapter and how they are loaded."""
     if node is None:
         return []
-    value = _evaluate(node, script)
-    if isinstance(value, str):
-        return [Given("model", value, "DPOTrainer", "script", node.lineno)]
+    if isinstance(_evaluate(node, script), str):
+        return [_setting("model", node, "DPOTrainer", "script", script)]
     given: list[Given] = []
     bases, adapters = [], []
     for call in dict.fromkeys(_made_by(node, script)):
@@ -307,14 +274,14 @@ def _model(node: ast.expr | None, script: _Script) -> list[Given]:
             names = ("pretrained_model_name_or_path", "model_name")
             bases.append(call.args[0] if call.args else next((keywords[n] for n in names if n in keywords), None))
         given += [
-            Given(name, _evaluate(part, script), "from_pretrained", "trl", part.lineno)
+            _setting(name, part, "from_pretrained", "trl", script)
             for name, part in keywords.items()
             if name not in _LOADING
         ]
     for name, found in (("model", bases), ("adapter", adapters)):
         for part in found:
             if part is not None:
-                given.append(Given(name, _evaluate(part, script), "from_pretrained", "script", part.lineno))
+                given.append(_setting(name, part, "from_pretrained", "script", script))
     if not bases and not adapters:
         given.append(Given("model", Unread(ast.unparse(node)), "DPOTrainer", "script", node.lineno))
     return given
@@ -323,7 +290,7 @@ def _model(node: ast.expr | None, script: _Script) -> list[Given]:
 def _peft(node: ast.expr | None, script: _Script) -> list[Given]:
     """peft_config where it is computed; a LoraConfig is read by itself."""
     value = _evaluate(node, script) if node is not None else None
-    if node is None or value is None or any(_class_of(made, script) == "LoraConfig" for made in _made_by(node, script)):
+    if node is None or value is None or any(_called(made) == "LoraConfig" for made in _made_by(node, script)):
         return []
     return [Given("peft_config", value, "DPOTrainer", "trl", node.lineno)]
 

@@ -1,6 +1,6 @@
 """From the set-up of another trainer to a dpoeng.yaml: what has an equivalent, what has none, and why it failed there.
 
-Reads TRL scripts and notebooks, a DPOConfig in JSON or YAML, and DPO configurations of Axolotl and LLaMA-Factory.
+Reads TRL scripts, a DPOConfig in JSON or YAML, and DPO configurations of Axolotl and LLaMA-Factory.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
 from pydantic import ValidationError
 
 from dpoeng.cache.errors import UserError
@@ -18,7 +19,7 @@ from dpoeng.engine.config.files import load_yaml
 from dpoeng.engine.config.other_trainers import meaning, signatures
 from dpoeng.engine.config.problems import Entry, value_problems
 from dpoeng.engine.migration.fields import KINDS, Migration, at, carry_over
-from dpoeng.engine.migration.scripts import Given, Unread, notebook_code, read_script
+from dpoeng.engine.migration.scripts import Given, Unread, read_script
 
 
 def migrate(path: Path, text: str) -> Migration:
@@ -41,6 +42,12 @@ def migrate(path: Path, text: str) -> Migration:
     by_name = {item.name: item for item in given}
     for item in given:
         carry_over(item, by_name, result)
+    defaults = [item.name for item in given if item.default]
+    if defaults:
+        result.notes.append(
+            f"{', '.join(defaults)}: defaults of the script's command-line arguments; its command line may have set "
+            "other values."
+        )
     _adapter(by_name, result)
     _defaults(by_name, result)
     _contradictions(result)
@@ -59,10 +66,7 @@ def read_setup(path: Path, text: str) -> tuple[str, list[Given]]:
         UserError: it is neither Python nor a mapping in JSON or YAML.
     """
     if path.suffix == ".ipynb":
-        try:
-            return "script", read_script(notebook_code(text), path)
-        except (ValueError, KeyError, TypeError) as error:
-            raise _not_read(path, str(error)) from error
+        raise _not_read(path, "a notebook; `jupyter nbconvert --to script` makes a script of it")
     if path.suffix == ".py":
         return "script", read_script(text, path)
     entries: dict[str, Entry] | None = None
@@ -109,7 +113,7 @@ def _not_read(path: Path, found: str) -> UserError:
         where=str(path),
         expected="Python, or a mapping in JSON or YAML",
         found=found,
-        remedy="mend the file; a script or notebook must end in .py or .ipynb",
+        remedy="mend the file; a script must end in .py",
     )
 
 
@@ -121,13 +125,14 @@ def _adapter(by_name: dict[str, Given], result: Migration) -> None:
     shape = {"lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora", "init_lora_weights"}
     new_lora = any(item.source == "peft" for item in by_name.values()) or bool(shape & set(result.lines))
     if "adapter" in result.lines:
-        if result.kind == "script" and new_lora:
+        seen = result.kind == "script" and "ref_model" not in by_name  # one that is passed is explained by itself
+        if seen and new_lora:
             result.notes.append(
                 "With a PeftModel and a peft_config, older releases of TRL merged the adapter into the base, as it was "
                 "loaded, and took that as the reference; 1.16 refuses the two together. Here the reference is base + "
                 "adapter, the SFT model, and the new LoRA stands on it."
             )
-        elif result.kind == "script":
+        elif seen:
             result.notes.append(
                 "With a PeftModel and no ref_model, TRL's reference is the base without the adapter up to 0.28, and a "
                 "copy of the adapter since. Here the reference is base + adapter: the SFT model."
@@ -230,7 +235,23 @@ def _defaults(by_name: dict[str, Given], result: Migration) -> None:
         if name not in result.lines and name not in given and value != ours and not (keeps_shape and name in _PEFT):
             of = "peft" if name in _PEFT and result.kind not in _OTHERS else whose
             result.put(name, value, f"not set there: the default of {of}; dpoeng's is {ours}")
-    if not {"eval_share", "eval_view", "load_best_model_at_end", "early_stopping_patience"} & set(result.lines):
+    _held_out(by_name, result)
+
+
+def _held_out(by_name: dict[str, Given], result: Migration) -> None:
+    """Hold nothing out where nothing was evaluated; say so where the evaluation pairs were not seen."""
+    if {"eval_share", "eval_view", "load_best_model_at_end", "early_stopping_patience"} & set(result.lines):
+        return
+    strategy = next((by_name[n].value for n in ("eval_strategy", "evaluation_strategy") if n in by_name), "no")
+    if (
+        strategy not in ("no", None, False)
+        or "eval_steps" in result.lines
+        or any(item.owner == "eval_dataset" for item in by_name.values())
+    ):
+        result.notes.append(
+            "The evaluation pairs were not found in the set-up: dpoeng holds out a tenth of the prompts (eval_share)."
+        )
+    else:
         result.put("eval_share", 0.0, "nothing was evaluated there; dpoeng's default holds out a tenth of the prompts")
 
 
@@ -248,7 +269,10 @@ def trl_default(name: str, *, config: bool) -> Any:
 
 
 def fitting_releases(given: list[Given]) -> str:
-    """The releases that take all of these calls, e.g. `TRL 0.7.5 to 0.8.0 with transformers 4.31.0 to 4.50.0`."""
+    """The releases that take all of these calls, e.g. `it fits TRL 0.7.5 to 0.8.0 with transformers 4.31.0 to 4.50.0`.
+
+    By the arguments that they know, and by the transformers that the metadata of these releases of TRL ask for.
+    """
     names, versions = signatures()["names"], signatures()["versions"]
     trl, transformers = list(versions["trl"]), list(versions["transformers"])
     for item in given:
@@ -264,9 +288,18 @@ def fitting_releases(given: list[Given]) -> str:
             transformers = [v for v in transformers if _within(v, inherited["in"], versions["transformers"])]
         else:
             trl = []
-    if not trl or not transformers:
+    wanted = [(version, [v for v in transformers if Version(v) >= _least_transformers(version)]) for version in trl]
+    fitting = [(version, found) for version, found in wanted if found]
+    if not fitting:
         return "no release takes all of it"
-    return f"it fits TRL {_range(trl)} with transformers {_range(transformers)}"
+    # The newest of them asks for the newest transformers, so its releases are right for all.
+    return f"it fits TRL {_range([version for version, _ in fitting])} with transformers {_range(fitting[-1][1])}"
+
+
+def _least_transformers(trl: str) -> Version:
+    """The oldest transformers that a release of TRL accepts."""
+    since, versions = signatures()["requires"], signatures()["versions"]["trl"]
+    return Version([least for first, least in since if versions.index(first) <= versions.index(trl)][-1])
 
 
 def _within(version: str, stretches: list[list[str]], known: list[str]) -> bool:

@@ -177,7 +177,7 @@ def test_init_leaves_open_what_it_cannot_know(run: Run, tmp_path: Path) -> None:
         (["migrate", "bad.json"], ["the set-up cannot be read"]),
         (["migrate", "list.yaml"], ["the set-up cannot be read", "a list"]),
         (["migrate", "bytes.py"], ["cannot be read"]),
-        (["migrate", "bad.ipynb"], ["the set-up cannot be read"]),
+        (["migrate", "run.ipynb"], ["the set-up cannot be read", "nbconvert --to script"]),
         (["migrate", "good.py", "--output", "none/x.yaml"], ["cannot be written"]),
         (["config", "sho"], ["No such command 'sho'"]),
     ],
@@ -188,7 +188,7 @@ def test_mistakes_write_nothing(run: Run, tmp_path: Path, arguments: list[str], 
     (tmp_path / "bad.json").write_text('{"beta": ')
     (tmp_path / "list.yaml").write_text("- beta\n")
     (tmp_path / "bytes.py").write_bytes(b"\xff\xfe\x00")
-    (tmp_path / "bad.ipynb").write_text("{}")
+    (tmp_path / "run.ipynb").write_text("{}")
     (tmp_path / "good.py").write_text("DPOConfig(beta=0.2)\n")
     before = sorted(tmp_path.rglob("*"))
     status, out, err = run(*arguments)
@@ -299,18 +299,24 @@ def migrated(run: Run, tmp_path: Path, name: str, text: str) -> tuple[dict[str, 
         ("DPOTrainer(model='org/m', args=DPOConfig(beta=0.3))", {"model": "org/m", "beta": 0.3}, []),
         # today
         ("DPOConfig('out', beta=0.3, loss_type=['sigmoid'])", {"output_dir": "out", "loss_type": ["sigmoid"]}, []),
-        ("DPOConfig(learning_rate=5e-7 * 2)", {"learning_rate": 1e-6}, []),
         ("DPOConfig()", {"learning_rate": 1e-6, "per_device_train_batch_size": 8, "eval_share": 0.0}, []),
         ("TrainingArguments()", {"learning_rate": 5e-5, "gradient_accumulation_steps": 1}, []),
         # values through variables, dictionaries, argparse, dataclasses
         ("B = 0.3\nDPOConfig(beta=B)", {"beta": 0.3}, []),
         ("kw = dict(beta=0.3)\nDPOConfig(**kw)", {"beta": 0.3}, []),
         ("kw = {'beta': 0.3, 'seed': 1}\nDPOConfig(**kw)", {"beta": 0.3, "seed": 1}, []),
-        ("p.add_argument('--beta', default=0.3)\nDPOConfig(beta=args.beta)", {"beta": 0.3}, []),
+        (
+            "p.add_argument('-b', '--beta', default=0.3)\nDPOConfig(beta=args.beta)",
+            {"beta": 0.3},
+            ["beta: defaults of the script's command-line arguments"],
+        ),
+        (
+            "p.add_argument('--beta', required=True)\nDPOConfig(beta=args.beta)",
+            {},
+            ["beta: computed when the script runs"],
+        ),
         ("class S:\n    beta: float = field(default=0.3)\nDPOConfig(beta=s.beta)", {"beta": 0.3}, []),
         ("R = 'runs'\nDPOConfig(output_dir=f'{R}/a')", {"output_dir": "runs/a"}, []),
-        ("DPOConfig(lr_scheduler_type=SchedulerType.COSINE)", {"lr_scheduler_type": "cosine"}, []),
-        ("class Mine(DPOTrainer): pass\nMine(m, beta=0.3)", {"beta": 0.3}, []),
         # computed: said, never guessed
         ("DPOConfig(beta=best_beta())", {}, ["line 1, beta: computed when the script runs (best_beta())"]),
         ("B = 0.1\nB = 0.2\nDPOConfig(beta=B)", {}, ["beta: computed when the script runs (B)"]),
@@ -318,19 +324,26 @@ def migrated(run: Run, tmp_path: Path, name: str, text: str) -> tuple[dict[str, 
         # another unit, another spelling
         ("DPOConfig(warmup_steps=0.1)", {"warmup_ratio": 0.1}, []),
         ("DPOConfig(bf16=True)", {"dtype": "bfloat16"}, []),
-        ("DPOConfig(eval_strategy='steps', eval_steps=50)", {"eval_steps": 50}, []),
+        (
+            "DPOConfig(eval_strategy='steps', eval_steps=50)",
+            {"eval_steps": 50, "eval_share": None},
+            ["evaluation pairs were not found"],
+        ),
+        ("DPOConfig(eval_steps=50)", {"eval_steps": None, "eval_share": 0.0}, ["Not needed here: eval_steps"]),
         ("DPOConfig(eval_strategy='steps', eval_steps=0.5)", {}, ["eval_steps 0.5: must be a whole number"]),
-        ("DPOConfig(eval_strategy='epoch')", {}, ["once an epoch"]),
+        ("DPOConfig(eval_strategy='epoch')", {"eval_share": None}, ["once an epoch"]),
         ("DPOConfig(loss_type=['sigmoid', 'sft'], loss_weights=[1, 0.2])", {"loss_weights": [1, 0.2]}, []),
         ("DPOConfig(loss_type='kto_pair')", {}, ["kto_pair"]),
-        ("DPOConfig(optim=OptimizerNames.ADAMW_BNB)", {}, ["optim 'adamw_bnb': must be one of"]),
         ("DPOConfig(load_best_model_at_end=True)", {"load_best_model_at_end": True, "eval_share": None}, []),
         ("DPOConfig(use_cpu=True)", {"device": "cpu"}, []),
         ("DPOConfig(resume_from_checkpoint=True)", {"resume": True}, []),
         ("BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='fp4')\nDPOConfig()", {"quantization": "4bit"}, []),
         ("LoraConfig(r=64)\nDPOConfig()", {"lora_r": 64, "lora_alpha": 8}, ["without target_modules"]),
         ("LoraConfig(target_modules='all-linear')\nDPOConfig()", {"lora_target_modules": ["all-linear"]}, []),
-        ("DPOConfig(padding_value=0, loss_weights=[1])", {}, ["it fits TRL 0.20.0 to 0.25.0 with"]),
+        # 0.25 asks for transformers 4.56.1 or newer; eval_strategy was there from 4.41, evaluation_strategy to 4.50
+        ("DPOConfig(padding_value=0, loss_weights=[1])", {}, ["it fits TRL 0.20.0 to 0.25.0 with transformers 4.57.1"]),
+        ("DPOConfig(evaluation_strategy='no', ld_alpha=1)", {}, ["it fits TRL 0.18.0 with transformers 4.50.0)"]),
+        ("DPOConfig(evaluation_strategy='no', loss_weights=[1])", {}, ["no release takes all of it"]),
         ("DPOTrainer(m, beta=0.1, processing_class=t, label_smoothing=0)", {}, ["it fits TRL 0.12.0 with"]),
         ("DPOTrainer(m, beta=0.1, args=DPOConfig(eval_strategy='no', loss_weights=[1]))", {}, ["no release takes"]),
         # no equivalent
@@ -365,6 +378,18 @@ def migrated(run: Run, tmp_path: Path, name: str, text: str) -> tuple[dict[str, 
             {"adapter": "sft", "adapter_mode": "stack", "lora_r": 4},
             ["older releases of TRL merged the adapter into the base"],
         ),
+        (
+            "b = AutoModelForCausalLM.from_pretrained('base')\nm = PeftModel.from_pretrained(b, 'sft')\n"
+            "DPOTrainer(m, ref_model=b)",
+            {"adapter": "sft"},
+            ["ref_model: 'base' is the base without the SFT adapter"],
+        ),
+        (
+            "b = AutoModelForCausalLM.from_pretrained('base')\nm = PeftModel.from_pretrained(b, 'sft')\n"
+            "r = PeftModel.from_pretrained(b, 'sft')\nDPOTrainer(m, ref_model=r)",
+            {"adapter": "sft", "adapter_mode": "continue"},
+            ["Not needed here: ref_model"],
+        ),
         ("m = AutoPeftModelForCausalLM.from_pretrained('sft')\nDPOTrainer(m)", {"adapter": "sft"}, ["set model"]),
         ("DPOTrainer(build())", {}, ["model: computed when the script runs (build())"]),
         (
@@ -387,6 +412,17 @@ def migrated(run: Run, tmp_path: Path, name: str, text: str) -> tuple[dict[str, 
         ),
         ("DPOTrainer('m', train_dataset=load_dataset('org/d'))", {}, ["to_json('pairs.jsonl')"]),
         (
+            "d = load_dataset('org/d')\nDPOTrainer('m', train_dataset=d['train'], eval_dataset=d['test'])",
+            {"eval_share": None},
+            ["line 1, eval_dataset: save its part of 'org/d' too"],
+        ),
+        (
+            "DPOTrainer('m', train_dataset=load_dataset('json', data_files='a.jsonl', split='train[:9]'),\n"
+            "  eval_dataset=load_dataset('json', data_files='a.jsonl', split='train[9:]'))",
+            {"pairs": ["a.jsonl"], "eval_view": None},
+            ["eval_dataset: from the same file as the training pairs"],
+        ),
+        (
             "d = load_dataset('json', data_files='a.jsonl').map(fix)\nDPOTrainer('m', train_dataset=d)",
             {"pairs": ["a.jsonl"]},
             ["changed in code, .map(fix)"],
@@ -407,14 +443,20 @@ def test_a_script_is_never_run(run: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
 
 
-def test_a_notebook_and_a_paste(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cells = [
-        {"cell_type": "markdown", "source": ["# DPO"]},
-        {"cell_type": "code", "source": ["!pip install trl\n", "BETA = 0.3"]},
-        {"cell_type": "code", "source": ["config = DPOConfig(beta=BETA)"]},
-    ]
-    written, _ = migrated(run, tmp_path, "run.ipynb", json.dumps({"cells": cells}))
-    assert written["beta"] == 0.3
+def test_a_data_set_is_told_once(run: Run, tmp_path: Path) -> None:
+    _, out = migrated(run, tmp_path, "train.py", "DPOTrainer('m', train_dataset=load_dataset('org/d', split='train'))")
+    assert out.count("org/d") == 2, "its name, and the call that saves it"
+
+
+def test_nothing_untrue_is_said_of_a_reference_that_is_passed(run: Run, tmp_path: Path) -> None:
+    load = "b = AutoModelForCausalLM.from_pretrained('base')\nm = PeftModel.from_pretrained(b, 'sft')\n"
+    _, out = migrated(run, tmp_path, "train.py", f"{load}DPOTrainer(m, ref_model=b)")
+    assert "no ref_model" not in out
+    _, out = migrated(run, tmp_path, "train.py", f"{load}DPOTrainer(m)")
+    assert "With a PeftModel and no ref_model" in out
+
+
+def test_a_paste(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     import io
 
     monkeypatch.setattr("sys.stdin", io.StringIO("    trainer = DPOTrainer(model, beta=0.4)\n"))
