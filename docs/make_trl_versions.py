@@ -165,9 +165,6 @@ def compact(known: dict[str, object]) -> str:
 
 def page(known: dict[str, object]) -> str:
     """docs/trl-versions.md."""
-    from dpoeng.engine.config.fields import known_fields
-    from dpoeng.engine.config.other_trainers import answer_in_words
-
     names = known["names"]
     assert isinstance(names, dict)
     lines = [
@@ -198,10 +195,25 @@ def page(known: dict[str, object]) -> str:
                     for since, text in entry["defaults"]
                     if text
                 )
-                cells = (f"`{name}`", releases, defaults, answer_in_words(name, known_fields()))
+                cells = (f"`{name}`", releases, defaults, answer_in_words(name))
                 lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def answer_in_words(name: str) -> str:
+    """The cell of a table: what a name of TRL or transformers is here."""
+    from dpoeng.engine.config.fields import known_fields
+    from dpoeng.engine.config.other_trainers import meaning
+
+    found = meaning(name, fields=known_fields())
+    assert found is not None, f"{name} has no meaning in foreign_names.yaml"
+    was = f"now `{found.renamed[0]}` ({found.renamed[1]}); " if found.renamed else ""
+    if found.field == name:
+        return "the same name" + (f": {found.note}" if found.note else "")
+    if found.field:
+        return f"{was}`{found.field}`"
+    return was + (found.instead or f"not needed: {found.needless}")
 
 
 def stretch(first: str, last: str, versions: list[str]) -> str:

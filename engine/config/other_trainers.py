@@ -90,18 +90,6 @@ def remedy(name: str, found: Meaning) -> str:
     return f"take {name} out: {found.needless}"
 
 
-def answer_in_words(name: str, fields: Container[str]) -> str:
-    """The cell of a table: what a name of TRL or transformers is here."""
-    found = meaning(name, fields=fields)
-    assert found is not None, f"{name} has no meaning in foreign_names.yaml"
-    was = f"now `{found.renamed[0]}` ({found.renamed[1]}); " if found.renamed else ""
-    if found.field == name:
-        return "the same name" + (f": {found.note}" if found.note else "")
-    if found.field:
-        return f"{was}`{found.field}`"
-    return was + (found.instead or f"not needed: {found.needless}")
-
-
 @functools.cache
 def signatures() -> dict[str, Any]:
     """trl_names.json: `versions`, package -> releases read; `requires`, [since which TRL, oldest transformers that it

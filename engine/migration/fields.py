@@ -73,7 +73,12 @@ def carry_over(item: Given, by_name: dict[str, Given], result: Migration) -> Non
         result.lost.append(f"{at(item)}{item.name}: computed when the script runs ({item.value.text}); set it by hand")
     elif item.name in _SPECIAL:
         _SPECIAL[item.name](item, by_name, result)
-    else:
+    elif item.name in _SWITCHES:
+        if item.value:
+            result.put(*_SWITCHES[item.name])
+    elif item.name in _BY_HAND:
+        result.lost.append(f"{at(item)}{item.name}: {item.value!r}; {_BY_HAND[item.name]}")
+    elif item.name != "args":  # TrainingArguments handed to DPOTrainer are told in `refused`
         _translate(item, result)
 
 
@@ -175,11 +180,6 @@ def _half(item: Given, by_name: dict[str, Given], result: Migration) -> None:
     result.put("dtype", wanted, f"{item.name}: the frozen base is held in {wanted}, the LoRA in float32")
 
 
-def _cpu(item: Given, _: dict[str, Given], result: Migration) -> None:
-    if item.value is True:
-        result.put("device", "cpu")
-
-
 def _warmup(item: Given, _: dict[str, Given], result: Migration) -> None:
     if isinstance(item.value, float) and 0 < item.value < 1:
         result.put("warmup_ratio", item.value, "warmup_steps below 1 is a share")
@@ -190,11 +190,6 @@ def _warmup(item: Given, _: dict[str, Given], result: Migration) -> None:
 def _saving(item: Given, _: dict[str, Given], result: Migration) -> None:
     if item.value != "steps":
         result.notes.append(f"save_strategy: {item.value}: checkpoints are written ten times a run; see save_steps.")
-
-
-def _resume(item: Given, _: dict[str, Given], result: Migration) -> None:
-    if item.value:
-        result.put("resume", True, "there must be a checkpoint; without this a run goes on if there is one")
 
 
 def _trackers(item: Given, _: dict[str, Given], result: Migration) -> None:
@@ -265,19 +260,6 @@ def _datasets(item: Given, _: dict[str, Given], result: Migration) -> None:
         result.put("pairs", files, "the files that precompute-ref scores")
 
 
-def _evaluation_data(item: Given, _: dict[str, Given], result: Migration) -> None:
-    result.lost.append(
-        f"{at(item)}{item.name}: run precompute-ref on these pairs with --name eval, and set eval_view: eval"
-    )
-
-
-def _registered_data(item: Given, _: dict[str, Given], result: Migration) -> None:
-    """LLaMA-Factory's names in its dataset_info.json."""
-    result.lost.append(
-        f"{at(item)}dataset: {item.value!r}; dataset_info.json names its file: set pairs to it, and see docs/data.md"
-    )
-
-
 def _shares(item: Given, _: dict[str, Given], result: Migration) -> None:
     if isinstance(item.value, (int, float)) and item.value >= 1:
         result.lost.append(f"{at(item)}{item.name}: {item.value} rows; set eval_share to a share of the prompts")
@@ -302,10 +284,6 @@ def _ref_model(item: Given, by_name: dict[str, Given], result: Migration) -> Non
         )
 
 
-def _plain_arguments(item: Given, _: dict[str, Given], result: Migration) -> None:
-    """args=TrainingArguments(...): told in `refused`."""
-
-
 def _method(item: Given, _: dict[str, Given], result: Migration) -> None:
     """The training method of Axolotl and LLaMA-Factory."""
     wanted = {"rl": "dpo", "stage": "dpo", "finetuning_type": "lora"}[item.name]
@@ -327,23 +305,8 @@ def _adapter_kind(item: Given, by_name: dict[str, Given], result: Migration) -> 
         )
 
 
-def _model_path(item: Given, by_name: dict[str, Given], result: Migration) -> None:
+def _model_path(item: Given, _: dict[str, Given], result: Migration) -> None:
     result.put("model", item.value)
-
-
-def _new_adapter(item: Given, _: dict[str, Given], result: Migration) -> None:
-    if item.value:
-        result.put("adapter_mode", "stack", "a new LoRA on base + frozen SFT adapter")
-
-
-def _smoothing(item: Given, _: dict[str, Given], result: Migration) -> None:
-    if item.value:
-        _translate(item, result)
-
-
-def _no_checkpointing(item: Given, _: dict[str, Given], result: Migration) -> None:
-    if item.value:
-        result.put("gradient_checkpointing", False)
 
 
 def _max_length(item: Given, _: dict[str, Given], result: Migration) -> None:
@@ -353,6 +316,22 @@ def _max_length(item: Given, _: dict[str, Given], result: Migration) -> None:
         result.put("max_length", item.value, "" if item.name == "max_length" else f"{item.name} there")
 
 
+# name -> field, value and comment, where the name is switched on
+_SWITCHES: dict[str, tuple[str, Any, str]] = {
+    "use_cpu": ("device", "cpu", ""),
+    "no_cuda": ("device", "cpu", ""),
+    "resume_from_checkpoint": (
+        "resume",
+        True,
+        "there must be a checkpoint; without this a run goes on if there is one",
+    ),
+    "create_new_adapter": ("adapter_mode", "stack", "a new LoRA on base + frozen SFT adapter"),
+    "disable_gradient_checkpointing": ("gradient_checkpointing", False, ""),
+}
+_BY_HAND = {
+    "test_datasets": "run precompute-ref on these pairs with --name eval, and set eval_view: eval",
+    "dataset": "dataset_info.json names its file: set pairs to it, and see docs/data.md",
+}
 _SPECIAL: dict[str, Callable[[Given, dict[str, Given], Migration], None]] = {
     "eval_strategy": _evaluation,
     "evaluation_strategy": _evaluation,
@@ -365,31 +344,22 @@ _SPECIAL: dict[str, Callable[[Given, dict[str, Given], Migration], None]] = {
     "pure_bf16": _half,
     "bfloat16": _half,
     "float16": _half,
-    "use_cpu": _cpu,
-    "no_cuda": _cpu,
     "warmup_steps": _warmup,
     "save_strategy": _saving,
-    "resume_from_checkpoint": _resume,
     "report_to": _trackers,
     "pairs": _pairs,
     "eval_pairs": _eval_pairs,
     "dataset_name": _hub_data,
-    "dataset": _registered_data,
     "dataset_code": _data_code,
     "datasets": _datasets,
-    "test_datasets": _evaluation_data,
     "eval_share": _shares,
     "val_set_size": _shares,
     "val_size": _shares,
     "ref_model": _ref_model,
-    "args": _plain_arguments,
     "rl": _method,
     "stage": _method,
     "finetuning_type": _method,
     "adapter": _adapter_kind,
     "model": _model_path,
-    "create_new_adapter": _new_adapter,
-    "label_smoothing": _smoothing,
-    "disable_gradient_checkpointing": _no_checkpointing,
     "max_length": _max_length,
 }
