@@ -50,7 +50,7 @@ class Table:
     rows: Sequence[Sequence[Cell]]
     columns: Sequence[str] = ()
     title: str = ""
-    notes: Sequence[str] = ()
+    notes: Sequence[Cell] = ()
     words: int = 1
     ruled: bool = False
 
@@ -84,16 +84,16 @@ def command_line(*words: object) -> Marked:
     return Marked(shlex.join(["dpoeng", *map(str, words)]), "bold")
 
 
-def say(*parts: Cell | Table) -> None:
-    """Print sentences made of parts, and tables, on stdout."""
+def say(*parts: Cell | Table, err: bool = False) -> None:
+    """Print sentences made of parts, and tables, on stdout or stderr."""
     for is_table, group in itertools.groupby(parts, lambda part: isinstance(part, Table)):
         shown = list(group)
         if not is_table and all(isinstance(part, str) for part in shown):
-            click.echo(visible("".join(map(str, shown))))  # without rich, which takes a while to import
+            click.echo(visible("".join(map(str, shown))), err=err)  # without rich, which takes a while to import
             continue
         from rich.console import Console
 
-        console = Console()
+        console = Console(stderr=err)
         for item in shown if is_table else [to_text(*(part for part in shown if not isinstance(part, Table)))]:
             console.print(item, soft_wrap=not is_table)
 
@@ -113,7 +113,7 @@ def to_rich(table: Table) -> RichTable:
     drawn = RichTable(
         title=to_text(table.title) if table.title else None,
         title_justify="left",
-        caption=to_text("\n".join(table.notes)) if table.notes else None,
+        caption=to_text(*table.notes) if table.notes else None,
         caption_justify="left",
         show_edge=table.ruled,
         pad_edge=table.ruled,

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from dpoeng.cli.bench.output import example
+from dpoeng.cli.tables import Cell, Marked, Table, say
 
 WORSE = 6
 """Exit status where a figure is worse than it may be."""
@@ -20,20 +21,20 @@ def checks() -> None:
     """
     import tempfile
 
-    from rich.console import Console
-    from rich.table import Table
-
     from dpoeng.bench import checks
 
     with tempfile.TemporaryDirectory(prefix="dpoeng-bench-") as scratch, checks.subject(Path(scratch) / "model") as on:
         found = checks.run_checks(on)
-    table = Table(title="checks", title_justify="left", show_edge=False)
-    for heading in ("", "found", "at most", "", ""):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for check in found:
-        table.add_row(
-            check.name, f"{check.value:.3g}", f"{check.limit:g}", check.unit, "" if check.ok else "[red]too much[/]"
+    rows: list[tuple[Cell, ...]] = [
+        (
+            check.name,
+            f"{check.value:.3g}",
+            f"{check.limit:g}",
+            check.unit,
+            "" if check.ok else Marked("too much", "error"),
         )
-    Console(highlight=False).print(table)
+        for check in found
+    ]
+    say(Table(rows, ("", "found", "at most", "", ""), "checks"))
     if not all(check.ok for check in found):
         raise SystemExit(WORSE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import click
 
 from dpoeng.cli.bench.output import Outputs, example, finish, output_options
 from dpoeng.cli.main import LazyGroup
+from dpoeng.cli.tables import say
 
 COMMANDS = {
     "phases": ("dpoeng.cli.bench.commands:phases", "Both phases: speed, where the time goes, memory."),
@@ -238,12 +240,11 @@ def sharing(outputs: Outputs, **settings: Any) -> None:
 def cache(outputs: Outputs, **settings: Any) -> None:
     """The cache alone, on made-up pairs: write, look up, open, read; and hashing the weights of a model."""
     import torch
-    from rich.console import Console
 
     from dpoeng.bench.cache import run
     from dpoeng.bench.measuring.records import stamp
 
     told = {**settings, "folder": None}
     record = stamp("cache", torch.device("cpu"), told)
-    record |= run(**settings, say=Console(stderr=True).print)
+    record |= run(**settings, say=functools.partial(say, err=True))
     finish([record], outputs)

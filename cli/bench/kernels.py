@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import click
 
 from dpoeng.cli.bench.output import Outputs, example, finish, output_options
+from dpoeng.cli.tables import say
 
 
 @click.command(
@@ -47,7 +49,6 @@ def kernels(
     this machine's own matmul rate.
     """
     import torch
-    from rich.console import Console
 
     from dpoeng.bench import kernels as bench
     from dpoeng.bench.measuring.records import stamp
@@ -62,12 +63,13 @@ def kernels(
         if not torch.cuda.is_available():
             raise click.UsageError("--tune needs a GPU, and torch sees none")
         for dtype in dtypes or ("bfloat16",):
-            Console().print(bench.tune(chosen[0], dtype), highlight=False)
+            say(str(bench.tune(chosen[0], dtype)))
         return
     else:
         picked = dtypes or ("float32", "bfloat16")
-        say = Console(stderr=True).print
-        record = bench.run(chosen, picked, device=device, repeats=repeats, against=against, say=say)
+        record = bench.run(
+            chosen, picked, device=device, repeats=repeats, against=against, say=functools.partial(say, err=True)
+        )
     finish([record], outputs)
 
 

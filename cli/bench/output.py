@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import click
 
+from dpoeng.cli.tables import say
+
 
 class Outputs(NamedTuple):
     """Where a record goes beside the terminal; None is nowhere."""
@@ -47,24 +49,20 @@ def finish(records: Sequence[dict[str, Any]], outputs: Outputs) -> None:
     Raises:
         UserError: the page cannot be written.
     """
-    from rich.console import Console
-
     from dpoeng.bench.measuring.records import append
     from dpoeng.cli.bench.tables import tables_of
     from dpoeng.cli.pages.bench import bench_page
     from dpoeng.cli.pages.html import write_page
 
-    console = Console()
     for record in records:
-        for table in tables_of(record):
-            console.print(table, highlight=False)
+        say(*tables_of(record))
         targets = [outputs.json_file] if outputs.json_file else []
         if outputs.results:
             targets.append(outputs.results / f"{record['kind']}-{record['device_kind'].lower()}.jsonl")
         for target in targets:
             append(record, target)
-            console.print(f"Record appended to {target}", highlight=False, soft_wrap=True)
+            say(f"Record appended to {target}")
     if outputs.html:
         outputs.html.parent.mkdir(parents=True, exist_ok=True)
         write_page(outputs.html, bench_page(records))
-        console.print(f"Page written to {outputs.html}", highlight=False, soft_wrap=True)
+        say(f"Page written to {outputs.html}")

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dpoeng.cli.bench.tables import tables_of
 from dpoeng.cli.pages.html import Curve, Html, bars, cards, heading, line_chart, page, paragraph, plots, table
-from dpoeng.cli.tables import Table
-
-if TYPE_CHECKING:
-    from rich.table import Table as RichTable
 
 MIB = 2**20
 
@@ -26,8 +23,6 @@ _MEMORY_PARTS = (
 
 def bench_page(records: Sequence[dict[str, Any]]) -> str:
     """The page."""
-    from dpoeng.cli.bench.tables import tables_of
-
     first = records[0]
     parts: list[str] = [cards(fact for record in records for fact in _cards(record))]
     if any(record["device_kind"] == "CPU" for record in records):
@@ -42,23 +37,9 @@ def bench_page(records: Sequence[dict[str, Any]]) -> str:
         parts.append(heading(record["kind"]))
         if charts := list(_CHARTS[record["kind"]](record) if record["kind"] in _CHARTS else ()):
             parts.append(plots(charts))
-        parts += map(html_table, tables_of(record))
+        parts += map(table, tables_of(record))
     commit = f"commit {first['commit']}" if first["commit"] else f"dpoeng {first['versions']['dpoeng']}"
     return page("dpoeng bench", parts, f"{first['date']}, {commit}, {first['device']}")
-
-
-def html_table(found: RichTable) -> Html:
-    """A table of the terminal on a page: its title, its rows, its caption."""
-    from rich.text import Text
-
-    def plain(cell: Any) -> str:
-        return Text.from_markup(cell).plain if isinstance(cell, str) else str(cell)
-
-    columns = [plain(column.header) for column in found.columns] if found.show_header else []
-    rows = list(zip(*([plain(cell) for cell in column.cells] for column in found.columns), strict=True))
-    notes = [plain(found.caption)] if found.caption else []
-    words = 1 if found.show_header else len(found.columns)
-    return table(Table(rows, columns, plain(found.title) if found.title else "", notes, words=words))
 
 
 def _cards(record: dict[str, Any]) -> Iterable[tuple[str, str]]:

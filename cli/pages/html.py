@@ -118,7 +118,7 @@ def table(shown: Table) -> Html:
     body = (line(shown.columns, "th") if shown.columns else "") + "".join(line(row, "td") for row in shown.rows)
     words = shown.words >= (len(shown.columns) or 2)
     title = f"<h3>{text(shown.title)}</h3>" if shown.title else ""
-    notes = "".join(paragraph(note, "dim") for note in shown.notes)
+    notes = "".join(paragraph(text(note), "dim") for note in shown.notes)
     return Html(f'{title}<div class="wide"><table{" class=text" if words else ""}>{body}</table></div>{notes}')
 
 
