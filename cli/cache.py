@@ -43,7 +43,7 @@ def cache() -> None:
 @click.argument("folder", type=_FOLDER)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(folder: Path, as_json: bool) -> None:
-    """What a cache holds: references, rows, sizes, views, by which versions, since when."""
+    """Show what a cache holds: references, rows, sizes, views, library versions and dates."""
     from dpoeng.cache.info import cache_info
 
     found = cache_info(folder)
@@ -241,12 +241,12 @@ def merge(target: Path, sources: tuple[Path, ...]) -> None:
 
 @cache.command(epilog=_example("dpoeng cache gc refcache", "dpoeng cache gc refcache --delete --drop-spec 3f2a"))
 @click.argument("folder", type=_FOLDER)
-@click.option("--delete", is_flag=True, help="Really remove. Without it, only say what would go.")
+@click.option("--delete", is_flag=True, help="Remove the files. Without it, only list them.")
 @click.option("--drop-spec", "drop", multiple=True, help="Also this reference and all its rows; no view may use it.")
-@click.option("--quarantine", is_flag=True, help="Also what damage was set aside.")
-@click.option("--min-age-s", default=3600.0, show_default=True, help="Keep what is younger, in seconds.")
+@click.option("--quarantine", is_flag=True, help="Also damaged files that were set aside.")
+@click.option("--min-age-s", default=3600.0, show_default=True, help="Keep files younger than this, in seconds.")
 def gc(folder: Path, delete: bool, drop: tuple[str, ...], quarantine: bool, min_age_s: float) -> None:
-    """Remove what nothing refers to: what killed writers left, superseded views and manifests, orphaned objects."""
+    """Remove files that nothing refers to: leftovers of killed writers, superseded views, orphaned objects."""
     from dpoeng.cache.gc import collect
     from dpoeng.cache.store import Store
 
@@ -270,7 +270,7 @@ def gc(folder: Path, delete: bool, drop: tuple[str, ...], quarantine: bool, min_
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--pairs", default=10, show_default=True, help="How many strongly ranked pairs to name.")
 def stats(folder: Path, view: str | None, html: Path | None, as_json: bool, pairs: int) -> None:
-    """What the reference thinks of the data: margins, lengths, and pairs that look mislabelled."""
+    """Show the reference's margins on the data, lengths, and pairs that look mislabelled."""
     from dpoeng.cache.analytics import reference_stats
     from dpoeng.cache.reader import View
 

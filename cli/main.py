@@ -102,7 +102,7 @@ def dpoeng(debug: bool) -> None:
     DPO needs the reference model only as numbers. `precompute-ref` runs the frozen SFT model once and stores them;
     `train` loads only the policy. So one GPU holds what would else need two models.
     """
-    del debug  # `main` takes it out of the arguments before; it is an option for the help's sake
+    del debug  # declared only so that --help shows it: `main` takes it out of the arguments before
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _unread(streams: Iterable[TextIO]) -> int:
-    """Who reads the output has seen enough (`| head`): the exit status of a process that SIGPIPE ends."""
+    """Return the exit status of a process that SIGPIPE ends: the reader of the output (`| head`) is gone."""
     for stream in streams:
         try:
             stream.flush()

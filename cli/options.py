@@ -57,7 +57,7 @@ class ConfigCommand(click.Command):
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Tells of an unknown option whether another phase or another trainer has it."""
+        """Explain an unknown option: another phase or another trainer may have it."""
         given = list(args)
         try:
             return super().parse_args(ctx, [_as_option(word) for word in args])
@@ -96,7 +96,7 @@ def _as_option(word: str) -> str:
 
 
 def config_options(cls: type[BaseModel], *, skip: frozenset[str] = frozenset()) -> Callable[[Command], Command]:
-    """Adds an option for every field of a config; one that is not given arrives as None: file or default decide."""
+    """Add an option for every field of a config. It arrives as None if it is not given: file or default decide."""
 
     def decorate(command: Command) -> Command:
         for name, field in reversed(cls.model_fields.items()):
@@ -120,7 +120,7 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_words(values: Mapping[str, Any]) -> list[str]:
-    """What `given` has found, as it would be typed for another command with the same fields."""
+    """Options as typed words, for another command with the same fields."""
     words: list[str] = []
     for name, value in values.items():
         flag = "--" + name.replace("_", "-")

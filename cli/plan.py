@@ -32,10 +32,10 @@ GIB = 2**30
 @click.option("--json", "for_scripts", is_flag=True, help="JSON, for scripts.")
 @click.option("--html", type=click.Path(path_type=Path), help="Also write the memory through a step as a picture.")
 def plan(for_scripts: bool, html: Path | None, **options: Any) -> None:
-    """What a run would need: memory of both phases, hours and cost, before anything is downloaded or rented.
+    """Calculate memory of both phases, hours and cost of a run, before you download or rent anything.
 
     Memory is simulated: the real step runs on a device that holds no values. Time is arithmetic. Nothing is measured on
-    the card that you ask about, and the output says so.
+    the GPU that you name, and the output says so.
     """
     values = given(options)
     if "model" not in values:
@@ -119,7 +119,7 @@ def _others_table(found: Plan, two_models: int) -> Table:
 
 
 def advice(found: Plan) -> str:
-    """What would make it fit on the largest card asked about."""
+    """Name the changes that would make it fit on the largest card asked about."""
     room = max(card.gpu.n_bytes for card in found.cards)
     over = sum(found.estimates.values())
     helps = [o.name for o in found.options if o.peak_bytes + over < room and o.peak_bytes < found.step.n_bytes]

@@ -55,7 +55,7 @@ class Table:
     ruled: bool = False
 
     def __rich__(self) -> RichTable:
-        """What rich's `print` draws."""
+        """Return the drawn table: rich's `print` calls this."""
         return to_rich(self)
 
 

@@ -183,7 +183,7 @@ def _way_table(result: dict[str, Any]) -> Table:
 
 
 def aot_tables(record: dict[str, Any]) -> list[Table]:
-    """What the compilers made of every kernel."""
+    """A row a kernel and GPU: registers, spills, shared memory."""
     rows: list[tuple[Cell, ...]] = []
     for report in record["reports"]:
         cells = (

@@ -1,4 +1,4 @@
-"""What a reference thinks of its pairs: its tables, and the HTML page that holds them."""
+"""Margins and lengths by a reference: its tables, and the HTML page that holds them."""
 
 from __future__ import annotations
 

@@ -241,7 +241,7 @@ def _sample(sample: dict[str, Any]) -> Html:
 
 
 def configuration(config: Mapping[str, Any]) -> Html:
-    """What was set, open; what was left at its default, folded."""
+    """Show the fields that were set; fold those at their defaults."""
     default = {
         name: json.dumps(value) for name, value in TrainConfig.model_validate({}).model_dump(mode="json").items()
     }

@@ -27,7 +27,7 @@ OWNERS = {
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """What a foreign name is here. At most one of `field`, `instead` and `needless` is set.
+    """A foreign name's meaning here. At most one of `field`, `instead` and `needless` is set.
 
     Attributes:
         field: a field of dpoeng that takes the same value.
@@ -45,7 +45,7 @@ class Meaning:
 
 
 def meaning(name: str, source: str = "trl", *, fields: Container[str]) -> Meaning | None:
-    """What a name of `source` (trl, peft, bitsandbytes, axolotl, llama_factory) is here; None: not known there.
+    """Return the meaning of a name of `source` (trl, peft, bitsandbytes, axolotl, llama_factory); None: unknown there.
 
     `fields` are dpoeng's own: one that is named as TRL's means the same, unless `foreign_names.yaml` says more.
     """

@@ -24,7 +24,7 @@ KINDS = {
 
 @dataclass(slots=True)
 class Migration:
-    """What became of a set-up.
+    """A set-up as fields of dpoeng, and what could not be carried over.
 
     Attributes:
         kind: a key of KINDS.

@@ -180,7 +180,7 @@ def _arguments(call: ast.Call, owner: str, script: _Script) -> Iterator[tuple[st
 
 
 def _values(node: ast.expr, script: _Script) -> list[ast.expr]:
-    """What a variable was assigned; another expression is itself."""
+    """The expressions assigned to a variable; another expression is itself."""
     return script.assigned.get(node.id, [node]) if isinstance(node, ast.Name) else [node]
 
 

@@ -121,7 +121,7 @@ def _not_read(path: Path, found: str) -> UserError:
 
 
 def _adapter(by_name: dict[str, Given], result: Migration) -> None:
-    """What is trained: all weights, a LoRA, or an SFT adapter further."""
+    """Set which weights are trained: all, a new LoRA, or the SFT adapter."""
     shape = {"lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora", "init_lora_weights"}
     new_lora = any(item.source == "peft" for item in by_name.values()) or bool(shape & set(result.lines))
     if "adapter" in result.lines:
