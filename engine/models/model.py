@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import Attention, Quantization
-from dpoeng.engine.models.offload import keep_inputs_on_host
+from dpoeng.engine.models.offload import checkpoint_on_host
 
 Layout = Literal["shared", "separate"]
 
@@ -97,31 +99,40 @@ def set_mode(lm: CausalLM, *, training: bool) -> None:
     - Everything in eval(), so that no dropout of the base and no router noise separates policy and reference.
     - bitsandbytes' layers in train(), in both phases: in eval() NF4 on a CPU repacks its weights for good and then
       loses gradients.
-    - With `training`: dropout of the trained adapter, and the flag that checkpointed layers look at.
+    - With `training`: dropout of the trained adapter, and of nothing else. A layer's own `training` flag stays false,
+      since OPT, Falcon and others read it for their dropout; checkpointing does not need it
+      (`enable_gradient_checkpointing`).
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
     lm.model.eval()
     for name, module in lm.model.named_modules():
-        checkpointed = training and isinstance(module, GradientCheckpointingLayer)
-        if checkpointed or type(module).__module__.startswith("bitsandbytes.nn"):
+        if type(module).__module__.startswith("bitsandbytes.nn"):
             module.training = True
         elif training and name.endswith(f".lora_dropout.{POLICY_ADAPTER}"):
             module.train()
 
 
 def decoder_layers(backbone: nn.Module) -> list[nn.Module]:
-    """The layers of a decoder, in its order."""
+    """The layers of a decoder, in its order: what transformers marks as such, or its longest list of modules."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
+    lists = [list(module) for module in backbone.modules() if isinstance(module, nn.ModuleList)]
+    return layers or max(lists, key=len, default=[])
 
 
 def enable_gradient_checkpointing(lm: CausalLM, *, inputs_on_host: bool = False) -> None:
-    """Recomputes each decoder layer in the backward pass, without re-entrance; its input may wait in host memory."""
-    lm.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if inputs_on_host:
-        keep_inputs_on_host(lm.base)
+    """Recomputes each decoder layer in the backward pass, without re-entrance; its input may wait in host memory.
+
+    The layer's `forward` is wrapped, and not its call, so that hooks (FSDP2's) stay outside and run once. transformers'
+    own switch is not used: it acts where the layer's `training` is true, a flag that some layers also read for dropout.
+    """
+    checkpoint = checkpoint_on_host if inputs_on_host else partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    for layer in decoder_layers(lm.backbone):
+        layer.forward = partial(_recomputed, checkpoint, layer.forward)  # type: ignore[method-assign]
+
+
+def _recomputed(checkpoint: Callable[..., Any], forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+    return (partial(checkpoint, forward) if torch.is_grad_enabled() else forward)(*inputs, **named)
 
 
 def library_versions() -> dict[str, str]:

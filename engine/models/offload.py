@@ -10,16 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 Packed = tuple[torch.device, torch.Tensor | torch.Size, torch.dtype]
-
-
-def keep_inputs_on_host(model: nn.Module) -> None:
-    """Makes the layers that gradient checkpointing recomputes keep their inputs in host memory."""
-    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "_gradient_checkpointing_func")]
-    for layer in layers:
-        layer._gradient_checkpointing_func = checkpoint_on_host
 
 
 def checkpoint_on_host(function: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dpoeng.engine.models.model import CausalLM, set_mode
-from dpoeng.engine.scoring.attention import register_attention, use_layout
+from dpoeng.engine.scoring.attention import use_layout
 from dpoeng.engine.scoring.layout import Branch, PromptGroup, separate
 
 VOCAB = 97
@@ -54,7 +54,6 @@ SHARED_FAMILIES: dict[str, dict[str, Any]] = {
 def make(name: str, extra: dict[str, Any], dtype: torch.dtype = torch.float32) -> CausalLM:
     import transformers
 
-    register_attention()
     torch.manual_seed(0)
     config = getattr(transformers, name)(**{**SMALL, **extra})
     model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
