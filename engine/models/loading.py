@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,10 +14,16 @@ from torch import nn
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config.fields import PrecomputeConfig, Quantization
+from dpoeng.engine.models.checkpoint_tensors import check_loaded, refuse_unrecorded_quantization
 from dpoeng.engine.models.fsdp_loading import sharding_class
 from dpoeng.engine.models.model import DTYPES, CausalLM
 from dpoeng.engine.models.quantized import compute_in, multiply_exactly, quantization_config, quantize_empty
-from dpoeng.engine.models.sources import ModelSource, quantized_otherwise, stored_quantization
+from dpoeng.engine.models.sources import (
+    ModelSource,
+    has_stored_quantization,
+    quantized_otherwise,
+    stored_quantization,
+)
 from dpoeng.kernels.cpu_linear import linear, native_bf16, product_dtype
 
 # --------------------------------------------------------------------------- loading
@@ -101,62 +107,93 @@ def load_model(
     Raises:
         UserError: the files cannot be loaded, or bitsandbytes cannot be used.
     """
-    import transformers
-    from transformers import AutoModelForCausalLM
-
-    transformers.utils.logging.disable_progress_bar()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Triton launches on the current GPU, wherever the tensors are
     compute = resolve_dtype(source, dtype, device)
     if source.gguf:
-        if quantization != "none":
-            raise UserError(
-                "a GGUF file cannot be quantised again",
-                code="gguf-quantization",
-                where=f"--quantization {quantization}",
-                found=source.name,
-                remedy="convert it to safetensors first (`dpoeng demo` shows how), or use --quantization none",
-            )
-        from dpoeng.engine.models.gguf import load_gguf_model
-
-        base = load_gguf_model(source.weight_files[0], compute).to(device)
+        base, remarks = _load_gguf(source, quantization, compute, device), ()
     else:
-        kwargs: dict[str, Any] = {"dtype": compute, "trust_remote_code": False, "use_safetensors": True}
-        stored = stored_quantization(source)
-        if stored is not None and stored["quantization"] != quantization:
-            raise quantized_otherwise(source, "quantization", stored["quantization"], quantization)
-        if quantization != "none" or device.type == "cuda":  # tensor by tensor, never whole in the host's memory
-            kwargs["device_map"] = {"": str(device)}
-        if quantization != "none" and stored is None:
-            kwargs["quantization_config"] = quantization_config(quantization, compute, quant_type, double_quant)
-        loader: Any = AutoModelForCausalLM
-        try:
-            if shard is not None:
-                assert quantization == "none", "bitsandbytes quantises whole tensors"
-                loader, kwargs["config"] = sharding_class(source, shard)
-                kwargs["device_map"] = {"": str(device)}
-            with _quiet_loading():
-                base, loaded = loader.from_pretrained(
-                    source.folder, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-                )
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-            raise UserError(
-                f"cannot load {source.name}",
-                code="model-unloadable",
-                where=str(source.folder),
-                found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-                remedy="check that config.json names an architecture that this transformers knows, and that the files "
-                "are complete",
-            ) from error
-        _refuse_missing(loaded["missing_keys"], source)
-        _refuse_mismatched(loaded["mismatched_keys"], source)
+        bits = _bits(source, quantization, compute, quant_type, double_quant)
+        base, remarks = _load_safetensors(source, bits, compute, device, shard)
         if quantization == "none" and shard is None:
             base = base.to(device)
-        if stored is not None:
+        if stored_quantization(source) is not None:
             compute_in(base, compute)
     lm = _frozen(base, load_tokenizer(source) if tokenizer else None, device, compute, quantization)
-    lm.sharded = shard is not None
+    lm.sharded, lm.remarks = shard is not None, remarks
     return lm
+
+
+def _load_gguf(source: ModelSource, quantization: Quantization, dtype: torch.dtype, device: torch.device) -> Any:
+    if quantization != "none":
+        raise UserError(
+            "a GGUF file cannot be quantised again",
+            code="gguf-quantization",
+            where=f"--quantization {quantization}",
+            found=source.name,
+            remedy="convert it to safetensors first (`dpoeng demo` shows how), or use --quantization none",
+        )
+    from dpoeng.engine.models.gguf import load_gguf_model
+
+    return load_gguf_model(source.weight_files[0], dtype).to(device)
+
+
+def _bits(
+    source: ModelSource, quantization: Quantization, compute: torch.dtype, quant_type: str, double_quant: bool
+) -> Any:
+    """How bitsandbytes is to quantise while it loads; None where the files are as they are to be.
+
+    Raises:
+        UserError: the files are quantised, and otherwise; or in a way that config.json does not tell.
+    """
+    stored = stored_quantization(source)
+    if stored is not None and stored["quantization"] != quantization:
+        raise quantized_otherwise(source, "quantization", stored["quantization"], quantization)
+    refuse_unrecorded_quantization(source)
+    if quantization == "none" or stored is not None:
+        return None
+    return quantization_config(quantization, compute, quant_type, double_quant)
+
+
+def _load_safetensors(
+    source: ModelSource,
+    bits: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    shard: Callable[[Any], None] | None,
+) -> tuple[Any, tuple[str, ...]]:
+    """transformers' model of a folder, and remarks on parts that were left out."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    loader: Any = transformers.AutoModelForCausalLM
+    kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
+    if bits is not None:
+        kwargs["quantization_config"] = bits
+    if bits is not None or has_stored_quantization(source) or device.type == "cuda" or shard is not None:
+        kwargs["device_map"] = {"": str(device)}  # tensor by tensor, never whole in the host's memory
+    try:
+        if shard is not None:
+            assert bits is None, "bitsandbytes quantises whole tensors"
+            loader, kwargs["config"] = sharding_class(source, shard)
+        with _quiet_loading():
+            base, loaded = loader.from_pretrained(
+                source.folder, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise _unloadable(source, error) from error
+    return base, check_loaded(base, loaded, source)
+
+
+def _unloadable(source: ModelSource, error: Exception) -> UserError:
+    return UserError(
+        f"cannot load {source.name}",
+        code="model-unloadable",
+        where=str(source.folder),
+        found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+        remedy="check that config.json names an architecture that this transformers knows, and that the files are "
+        "complete",
+    )
 
 
 def empty_model(
@@ -246,31 +283,6 @@ def _multiply_wide(base: nn.Module) -> None:
     for module in base.modules():
         if type(module) is nn.Linear:
             module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
-
-
-def _refuse_missing(names: Collection[str], source: ModelSource) -> None:
-    """Weights that the files lack would be random numbers: transformers only warns of them."""
-    if names:
-        raise UserError(
-            "the checkpoint lacks weights that the model has",
-            code="model-incomplete",
-            where=str(source.folder),
-            expected=", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else ""),
-            remedy="download or save the checkpoint again; config.json must be that of these weights",
-        )
-
-
-def _refuse_mismatched(weights: Collection[tuple[str, Any, Any]], source: ModelSource) -> None:
-    """Weights of another shape than config.json says would be random numbers too."""
-    for name, held, wanted in sorted(weights, key=lambda one: one[0]):
-        raise UserError(
-            "the checkpoint's weights do not have the shapes that its config.json says",
-            code="model-unloadable",
-            where=f"{source.folder}, {name}",
-            expected=str(tuple(wanted)),
-            found=str(tuple(held)),
-            remedy="put the config.json that belongs to these weights beside them",
-        )
 
 
 def embedding_on_host(base: Any, quantization: Quantization) -> bool:

@@ -41,6 +41,7 @@ class CausalLM:
         native_attention: the attention that transformers chose for this architecture.
         layout: whether branches share their prompt, and why if they do not.
         attention: how attention over shared prompts is computed; see `engine/scoring/attention`.
+        remarks: what users are to be told of how it was loaded.
         sharded: whether layers are divided over processes, so that every forward is one of all of them.
         masters: with full fine-tuning in another dtype than float32, the float32 tensor behind each weight, which is
             what the optimizer moves.
@@ -58,6 +59,7 @@ class CausalLM:
     layout: Layout = "separate"
     layout_reason: str = ""
     attention: Attention = "segments"
+    remarks: tuple[str, ...] = ()
     sharded: bool = False
     masters: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict)
     parts: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict)

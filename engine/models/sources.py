@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dpoeng.cache.errors import UserError
+from dpoeng.engine.models.lora_fields import check_lora_fields
 
 # Fields of config.json that name things, or set how text is generated, and do not move a log-probability.
 _INERT_CONFIG_FIELDS = frozenset(
@@ -109,7 +110,8 @@ def find_adapter(name: str) -> ModelSource:
             if pickled
             else "name the folder that peft's save_pretrained wrote",
         )
-    kind = _read_json(config).get("peft_type", "LORA")
+    fields = _read_json(config)
+    kind = fields.get("peft_type", "LORA")
     if kind != "LORA":
         raise UserError(
             f"{name} is no LoRA",
@@ -119,7 +121,21 @@ def find_adapter(name: str) -> ModelSource:
             found=str(kind),
             remedy="merge it into the base with peft (merge_and_unload) and give the result as --model",
         )
+    check_lora_fields(name, str(config), fields)
     return ModelSource(name, folder, (weights,), revision=commit)
+
+
+def has_stored_quantization(source: ModelSource) -> bool:
+    """Whether config.json says that the checkpoint's weights are quantised."""
+    return bool(_quantization_record(source))
+
+
+def _quantization_record(source: ModelSource) -> dict[str, Any] | None:
+    file = source.folder / "config.json"
+    fields = {} if source.gguf or not file.is_file() else _read_json(file)
+    found: dict[str, Any] | None = fields.get("quantization_config")
+    text = fields.get("text_config")
+    return found or (text.get("quantization_config") if isinstance(text, dict) else None) or fields.get("quantization")
 
 
 def stored_quantization(source: ModelSource) -> dict[str, Any] | None:
@@ -129,7 +145,7 @@ def stored_quantization(source: ModelSource) -> dict[str, Any] | None:
         UserError: in a way that dpoeng does not run, or config.json cannot be read.
     """
     file = source.folder / "config.json"
-    held = None if source.gguf or not file.is_file() else _read_json(file).get("quantization_config")
+    held = _quantization_record(source)
     if not held:
         return None
     if held.get("quant_method") == "bitsandbytes" and held.get("load_in_8bit"):
@@ -140,8 +156,9 @@ def stored_quantization(source: ModelSource) -> dict[str, Any] | None:
             "bnb_4bit_quant_type": held.get("bnb_4bit_quant_type", "fp4"),
             "bnb_4bit_use_double_quant": bool(held.get("bnb_4bit_use_double_quant", False)),
         }
+    mlx = "group_size" in held and "quant_method" not in held
     raise UserError(
-        f"{source.name} is quantised by {held.get('quant_method', 'a method without a name')}",
+        f"{source.name} is quantised by {'MLX' if mlx else held.get('quant_method', 'a method without a name')}",
         code="quantization-stored",
         where=str(file),
         expected="full precision, or bitsandbytes in 8 or 4 bits",
