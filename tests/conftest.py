@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from dpoeng_testing import SENTENCES, pair_rows, save_tiny_model, write_jsonl
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# The models are tiny: a second thread would only spin. The processes that tests start have the same number, since it
+# The models are tiny: a second thread would only spin. Torch reads this when it is imported, which is why nothing here
+# imports it: tests of what needs no torch run without it. The processes that tests start have the same number, since it
 # is part of what a cache records about the machine.
 os.environ["OMP_NUM_THREADS"] = "1"
-torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +62,7 @@ def pairs_file(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def sft_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """A LoRA that moves the tiny model's log-probs by whole nats."""
+    import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 

@@ -212,24 +212,3 @@ def test_a_pickled_checkpoint_is_refused(run: Run, tmp_path: Path, tiny_model: P
     assert status == 2
     assert "pytorch_model.bin" in err
     assert "save_pretrained" in err
-
-
-def test_sigterm_stops_with_a_word_on_how_to_go_on(tmp_path: Path, tiny_model: Path) -> None:
-    import signal
-
-    write_jsonl(tmp_path / "pairs.jsonl", pair_rows(24))
-    program = (
-        "import os, signal, torch; torch.set_num_threads(1)\n"
-        "from dpoeng.cache.store import Store\n"
-        "real = Store.commit_shard\n"
-        "def commit(*a):\n    name = real(*a); os.kill(os.getpid(), signal.SIGTERM); return name\n"
-        "Store.commit_shard = commit\n"
-        "from dpoeng.cli.main import main\n"
-        f"main(['precompute-ref', 'pairs.jsonl', '--model', {str(tiny_model)!r}, '--shard-tokens', '300'])\n"
-    )
-    stopped = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
-    assert "Run the same command again" in stopped.stderr
-    assert len(list((tmp_path / "refcache" / "objects").rglob("*.arrow"))) == 1

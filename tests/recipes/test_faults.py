@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -745,61 +744,6 @@ def test_the_same_libraries_cost_no_check(tmp_path: Path, tiny_model: Path, monk
     monkeypatch.setattr(drift_module, "compare_with_cache", never)
     assert precompute(file, tiny_model, tmp_path / "cache").computed == 2
     assert "7 threads" in View.open(tmp_path / "cache").meta["device"]
-
-
-IDENTITY = """
-import sys
-from pathlib import Path
-from dpoeng.cache.schema import pair_key
-from dpoeng.engine.config.fields import PrecomputeConfig
-from dpoeng.engine.models.loading import load_tokenizer
-from dpoeng.engine.data.pairs import read_pairs
-from dpoeng.engine.reference.identity import reference_spec
-from dpoeng.engine.models.sources import find_adapter, find_model
-from dpoeng.engine.data.tokenization import tokenize_pairs
-model, adapter, pairs = sys.argv[1:]
-source = find_model(model)
-data = tokenize_pairs(read_pairs([Path(pairs)]).pairs, load_tokenizer(source), max_length=64)
-print(reference_spec(PrecomputeConfig(quantization="8bit"), source, find_adapter(adapter)).digest)
-print(*(pair_key(pair.ids).hex() for pair in data.pairs))
-"""
-
-
-def test_identity_depends_on_no_environment(
-    tmp_path: Path,
-    tiny_model: Path,
-    adapter: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Fault 82: hash seed, locale, encoding, time zone and threads, on text that is not ASCII."""
-    rows = [*pair_rows(6), {"prompt": "Größe? İıß", "chosen": "尺寸 42\u2028", "rejected": "não sei \U0001f600"}]
-    file = tmp_path / "pairs.jsonl"
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    strange = {
-        "PYTHONHASHSEED": "4242",
-        "LC_ALL": "POSIX",
-        "PYTHONUTF8": "0",
-        "PYTHONCOERCECLOCALE": "0",
-        "OMP_NUM_THREADS": "3",
-        "TZ": "Asia/Kathmandu",
-        "TOKENIZERS_PARALLELISM": "true",
-    }
-    arguments = [str(tiny_model), str(adapter), str(file)]
-    elsewhere = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", IDENTITY, *arguments],
-        env={**{k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG"))}, **strange},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert elsewhere.returncode == 0, elsewhere.stderr
-    monkeypatch.setattr(sys, "argv", ["here", *arguments])
-    capsys.readouterr()
-    exec(IDENTITY, {})
-    here = capsys.readouterr().out
-    assert here == elsewhere.stdout
-    assert len(here.split()) == 8
 
 
 def test_a_cache_knows_a_spec_by_its_bytes(whole: Path) -> None:

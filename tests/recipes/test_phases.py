@@ -6,9 +6,6 @@ import io
 import json
 import math
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -347,57 +344,6 @@ def test_phase_two_killed_at_any_step_ends_the_same(
     assert outcome(tmp_path / "out") == undisturbed
     assert train(quick(cache, tmp_path / "out")).already_complete
     assert outcome(tmp_path / "out") == undisturbed
-
-
-KILLED_SCRIPT = """
-import os, signal, sys
-from pathlib import Path
-sys.path[:0] = [{tests!r}, {support!r}]
-import test_phases as t
-from dpoeng.cache.store import Store
-from dpoeng.engine.training import step as step_module
-
-cache, pairs, model, out = (Path(p) for p in sys.argv[2:])
-def kill_after(owner, name, calls):
-    real = getattr(owner, name)
-    left = [calls]
-    def call(*args, **kwargs):
-        left[0] -= 1
-        if left[0] < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **kwargs)
-    setattr(owner, name, call)
-if sys.argv[1] == "one":
-    kill_after(Store, "commit_shard", 2)
-    t.precompute(pairs, model, cache)
-else:
-    kill_after(step_module, "batch_loss", 9)
-    t.train(t.quick(cache, out))
-"""
-
-
-@pytest.mark.parametrize("phase", ["one", "two"])
-def test_sigkill_and_the_same_command_again(
-    tmp_path: Path, tiny_model: Path, cache: Path, undisturbed: dict[str, str], phase: str
-) -> None:
-    pairs = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(24))
-    fresh, out = tmp_path / "cache", tmp_path / "out"
-    used = fresh if phase == "one" else cache
-    script = KILLED_SCRIPT.format(tests=str(Path(__file__).parent), support=str(Path(__file__).parents[1] / "support"))
-    killed = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, phase, str(used), str(pairs), str(tiny_model), str(out)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    if phase == "one":
-        assert precompute(pairs, tiny_model, fresh).reused > 0
-        parts = ("objects", "runs", "specs")
-        assert tree(fresh, *parts) == tree(cache, *parts)
-    else:
-        assert train(quick(cache, out)).resumed_from > 0
-        assert outcome(out) == undisturbed
 
 
 def test_a_folder_with_another_run_is_refused_with_the_difference(tmp_path: Path, cache: Path) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 from dpoeng_testing import pair_rows, save_tiny_model, tree, write_jsonl
-from rank_processes import RANKS, Rank, ends, run_alone, start, train_command, variables_of
+from processes import start_process
+from rank_processes import Rank, ends, run_alone, start, train_command, variables_of
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
@@ -258,11 +259,9 @@ def test_what_is_read_in_parts_is_what_is_read_whole(tmp_path: Path, tokenizer: 
     MixtralForCausalLM(MixtralConfig(**small, num_local_experts=5)).save_pretrained(tmp_path / "experts")
     folders = [tmp_path / name for name in ("plain", "tied", "experts")]
     processes = [
-        RANKS.Process(target=whole_and_in_parts, args=(variables, folders, tmp_path / f"{rank}.json"))
+        start_process(whole_and_in_parts, variables, folders, tmp_path / f"{rank}.json")
         for rank, variables in enumerate(variables_of(3))
     ]
-    for process in processes:
-        process.start()
     for rank, process in enumerate(processes):
         process.join(240)
         assert process.exitcode == 0

@@ -5,15 +5,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from dpoeng_testing import pair_rows, tree, write_jsonl
+from dpoeng_testing import pair_rows, write_jsonl
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config.fields import PrecomputeConfig, SweepConfig, TrainConfig
@@ -33,49 +29,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 
 def config(cache: Path, out: Path, **fields: Any) -> TrainConfig:
     return TrainConfig(cache=cache, output_dir=out, parity_pairs=2, **{"max_steps": 3, "save_steps": 1, **fields})
-
-
-WAITS_IN_STEP_3 = """
-import sys, time
-from pathlib import Path
-from dpoeng.engine.training import loop
-from dpoeng.engine.config.fields import TrainConfig
-from dpoeng.engine.recipes.train import train
-real = loop.train_step
-def step(run, done):
-    if done == 2:
-        Path(sys.argv[3]).touch()
-        time.sleep(600)
-    return real(run, done)
-loop.train_step = step
-train(TrainConfig(cache=sys.argv[1], output_dir=sys.argv[2], parity_pairs=2, max_steps=3, save_steps=1))
-"""
-
-
-def test_a_second_run_is_refused_and_a_killed_one_is_gone_on_with(cache: Path, tmp_path: Path) -> None:
-    out, there = tmp_path / "out", tmp_path / "there"
-    first = subprocess.Popen([sys.executable, "-W", "ignore", "-c", WAITS_IN_STEP_3, cache, out, there])
-    try:
-        limit = time.monotonic() + 120
-        while not there.exists() and first.poll() is None and time.monotonic() < limit:
-            time.sleep(0.05)
-        assert first.poll() is None
-        before = tree(out)
-        for fields in ({}, {"resume": False}, {"beta": 0.3}):
-            with pytest.raises(UserError) as caught:
-                train(config(cache, out, **fields))
-            assert caught.value.code == "output-in-use"
-            assert f"process {first.pid} on " in str(caught.value.found)
-            assert tree(out) == before
-    finally:
-        first.send_signal(signal.SIGKILL)
-        first.wait()
-    assert (out / LOCK_FILE).exists()  # nobody was left to remove it
-    assert train(config(cache, out)).resumed_from == 2
-    train(config(cache, tmp_path / "alone"))
-    assert tree(out, "adapter") == tree(tmp_path / "alone", "adapter")
-    assert (out / "metrics.jsonl").read_bytes() == (tmp_path / "alone" / "metrics.jsonl").read_bytes()
-    assert not (out / LOCK_FILE).exists()
 
 
 @pytest.mark.parametrize("error", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])

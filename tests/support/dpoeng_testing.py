@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 SENTENCES = [
     "The tide rises twice a day because the moon pulls on the sea.",
     "Instruction: name three colours of autumn leaves.\nResponse: red, yellow and brown\nEND",
@@ -24,6 +22,7 @@ SENTENCES = [
 
 def save_tiny_model(folder: Path, tokenizer: Any, *, seed: int = 0, hidden: int = 32, dtype: str = "float32") -> Path:
     """A random Llama of two layers whose log-probs are far from uniform."""
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-RANKS = multiprocessing.get_context("forkserver")  # imports once what would take seconds in each of them
-RANKS.set_forkserver_preload(
-    [
-        "dpoeng.engine.recipes.precompute",
-        "dpoeng.engine.recipes.train",
-        "peft",
-        "torch.distributed.device_mesh",
-        "torch.distributed.fsdp",
-        "transformers.models.llama.modeling_llama",
-    ]
-)
+from processes import quietly, start_process
 
 
 def run_rank(command: list[str], variables: dict[str, str], output: Path, prelude: Callable[[], None] | None) -> None:
     from dpoeng.cli.main import main
 
     os.environ.update(variables)
-    sys.stdout, sys.stderr = (output.with_suffix(end).open("w") for end in (".out", ".err"))
-    warnings.simplefilter("ignore")
+    quietly(output)
     if prelude is not None:
         prelude()
     try:
@@ -64,7 +50,7 @@ class Rank:
         """(exit status, stdout, stderr)."""
         self.process.join(within_s)
         assert self.process.exitcode is not None, "still running"
-        return self.process.exitcode, *(self.output.with_suffix(end).read_text() for end in (".out", ".err"))
+        return self.process.exitcode, *(self.output.with_suffix(end).read_text("utf-8") for end in (".out", ".err"))
 
 
 def variables_of(size: int) -> list[dict[str, str]]:
@@ -85,9 +71,7 @@ def start(commands: Sequence[list[str]], folder: Path, *, last: Callable[[], Non
     for rank, variables in enumerate(variables_of(len(commands))):
         output = folder / f"rank{rank}"
         prelude = last if rank == len(commands) - 1 else None
-        process = RANKS.Process(target=run_rank, args=(commands[rank], variables, output, prelude))
-        process.start()
-        ranks.append(Rank(process, output))
+        ranks.append(Rank(start_process(run_rank, commands[rank], variables, output, prelude), output))
     return ranks
 
 
