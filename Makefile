@@ -1,6 +1,6 @@
 # Every target does all the set-up that it needs, from a fresh clone, and is fast the second time.
 #
-#   make demo        both phases on a small real model and 100 pairs
+#   make demo        both phases on a small real model and 60 pairs
 #   make test        the test suite                    make test-slow   what takes minutes
 #   make lint        ruff, format, mypy                make test-peers  parity with TRL, in an environment of its own
 #   make test-oldest the suite with the lowest accepted versions, in an environment of its own
@@ -8,6 +8,7 @@
 #   make site        the documents as a site, in site/        make docs-errors   docs/errors.md anew
 #   make bench       throughput and memory here        make coverage    the test suite with line coverage
 #   make figures     README and docs from bench/results/
+#   make dist        source archive and wheel of the last commit, in dist/
 #   make clean       remove what the above made        make distclean   and the environments
 #
 # PYTHON names the Python to build with, PIP_FLAGS what pip needs here (for example an index with CPU builds of torch).
@@ -22,34 +23,45 @@ DEMO_DIR ?= demo
 WORKERS ?= -n auto --maxprocesses 8 --dist loadfile
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-export DEMO_DIR
+
+COMMA := ,
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+
+# $(call pip_install,VENV,ARGUMENTS). Modules are compiled when they are first imported: compiling all of what torch
+# brings takes as long as installing it. An index that is a folder gets a warning for each package that it lacks, which
+# nobody can act on; pip's other warnings and its errors are shown, and its exit status counts.
+define pip_install
+	$(1)/bin/pip install --quiet --no-compile $(PIP_FLAGS) $(2) 2>&1 \
+		| { grep --line-buffered -v "is ignored: it is neither a file nor a directory" >&2 || true; }
+endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-peers test-gpu test-oldest coverage lint format site docs-errors figures bench clean distclean
+.PHONY: help setup demo test test-slow test-peers test-gpu test-oldest coverage lint format site docs-errors figures \
+	bench dist clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
 
 setup: $(VENV)/.installed
 
-# torch goes first and at its exact version: resolving an open range could fetch a build of several gigabytes. Modules
-# are compiled when they are first imported: compiling all of what torch brings takes as long as installing it.
+# torch goes first and at its exact version: resolving an open range could fetch a build of several gigabytes.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --no-compile $(PIP_FLAGS) "$$(grep '^torch==' constraints.txt)"
-	$(VENV)/bin/pip install --quiet --no-compile $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	$(call pip_install,$(VENV),"$$(grep '^torch==' constraints.txt)")
+	$(call pip_install,$(VENV),-c constraints.txt -e '.[dev]')
 	@touch $@
 
 $(PEERS)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/pip install --quiet --no-compile $(PIP_FLAGS) "$$(grep '^torch==' constraints.txt)"
-	$(PEERS)/bin/pip install --quiet --no-compile $(PIP_FLAGS) -c constraints.txt -e '.[dev]' trl datasets
+	$(call pip_install,$(PEERS),"$$(grep '^torch==' constraints.txt)")
+	$(call pip_install,$(PEERS),-c constraints.txt -e '.[dev]' trl datasets)
 	@touch $@
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/pip install --quiet --no-compile $(PIP_FLAGS) "$$(grep '^torch==' constraints-oldest.txt)"
-	$(OLDEST)/bin/pip install --quiet --no-compile $(PIP_FLAGS) -c constraints-oldest.txt -e '.[dev]'
+	$(call pip_install,$(OLDEST),"$$(grep '^torch==' constraints-oldest.txt)")
+	$(call pip_install,$(OLDEST),-c constraints-oldest.txt -e '.[dev]')
 	@touch $@
 
 demo: $(VENV)/.installed
@@ -84,7 +96,7 @@ site: $(VENV)/.extras
 	$(VENV)/bin/mkdocs build --strict
 
 $(VENV)/.extras: $(VENV)/.installed
-	$(VENV)/bin/pip install --quiet --no-compile $(PIP_FLAGS) -c constraints.txt -e '.[docs,trackers]'
+	$(call pip_install,$(VENV),-c constraints.txt -e '.[docs$(COMMA)trackers]')
 	@touch $@
 
 docs-errors: $(VENV)/.installed
@@ -92,6 +104,14 @@ docs-errors: $(VENV)/.installed
 
 figures: $(VENV)/.installed
 	$(VENV)/bin/python -m dpoeng.bench.figures
+
+# Of what is committed, in a folder of its own: a build in the tree would take along what an earlier one left there.
+dist: $(VENV)/.installed
+	$(call pip_install,$(VENV),-c constraints.txt -e '.[release]')
+	rm -rf dist build/dist && mkdir -p build/dist
+	git archive HEAD | tar -x -C build/dist
+	$(VENV)/bin/python -m build --outdir dist build/dist
+	$(VENV)/bin/twine check --strict dist/*
 
 format: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix .
@@ -101,7 +121,7 @@ bench: $(VENV)/.installed
 	$(VENV)/bin/dpoeng bench
 
 clean:
-	rm -rf build dist site *.egg-info .coverage* htmlcov .pytest_cache .mypy_cache .ruff_cache .hypothesis demo
+	rm -rf build dist site src/*.egg-info .coverage* htmlcov .pytest_cache .mypy_cache .ruff_cache .hypothesis demo
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean

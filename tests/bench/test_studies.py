@@ -194,11 +194,11 @@ def test_the_quality_command_takes_the_demos_model_and_pairs(tmp_path: Path, mon
         asked.append(told)
         raise UserError("stop here", code="bench-peer-failed", remedy="none")
 
-    monkeypatch.setattr(demo, "obtain_model", lambda folder, progress: str(folder))
+    monkeypatch.setattr(demo, "obtain_model", lambda progress: "the-model")
     monkeypatch.setattr(quality, "bench_quality", stop)
     CliRunner().invoke(bench, ["quality", "--work", str(tmp_path), "--seeds", "2"])
     (told,) = asked
-    assert told.model == str(tmp_path / "model")
+    assert told.model == "the-model"
     assert told.ways == tuple(quality.WAYS)
     assert told.pairs[0].name == "demo_pairs.jsonl"
     assert told.seeds == 2

@@ -279,15 +279,13 @@ def test_metadata_holds_scalars_and_array_lengths(make_gguf: GgufMaker) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_demos_model_splits_text_as_in_training_and_knows_the_capital_of_france() -> None:
+def test_the_demos_model_splits_text_as_in_training_and_knows_the_capital_of_france(demo_model: Path) -> None:
     from dpoeng.engine.models.generate import generate
     from dpoeng.engine.models.loading import load_model
     from dpoeng.engine.models.model import set_mode
     from dpoeng.engine.models.sources import find_model
-    from dpoeng.engine.recipes.demo import get_model
 
-    folder = get_model(Path(os.environ.get("DEMO_DIR", "demo")))
-    lm = load_model(find_model(str(folder)), quantization="none", dtype="float32", device=torch.device("cpu"))
+    lm = load_model(find_model(str(demo_model)), quantization="none", dtype="float32", device=torch.device("cpu"))
     set_mode(lm, training=False)
     # The published tokenizer: single digits, GPT-2's pattern for the rest, white space before a digit kept together.
     assert lm.tokenizer.tokenize("In 1848:\n\n1. a  2") == [

