@@ -107,15 +107,16 @@ def run_dpoeng(state: State, inputs: Path, cache: Path, die_after: int | None) -
     from dpoeng.engine.config.fields import PrecomputeConfig
     from dpoeng.engine.config.files import load_config
     from dpoeng.engine.recipes import precompute
+    from dpoeng.engine.scoring import pairs as scoring_pairs
 
     counted = _Counter(die_after)
-    real = precompute.score_pairs  # type: ignore[attr-defined]
+    real = scoring_pairs.score_pairs
 
     def score_pairs(lm: Any, pairs: Any) -> Any:
         counted.add(len(pairs))
         return real(lm, pairs)
 
-    precompute.score_pairs = score_pairs  # type: ignore[attr-defined]
+    scoring_pairs.score_pairs = score_pairs
     settings = inputs / "dpoeng.yaml"
     settings.write_text(
         json.dumps(

@@ -180,7 +180,7 @@ def test_parts_cover_everything_once() -> None:
 
 
 def killed_at_the_third_batch() -> None:
-    real, calls = precompute_module.score_pairs, []
+    real, calls = scoring_pairs.score_pairs, []
 
     def score_pairs(lm: Any, pairs: Any) -> Any:
         calls.append(1)
@@ -188,7 +188,7 @@ def killed_at_the_third_batch() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(lm, pairs)
 
-    precompute_module.score_pairs = score_pairs  # type: ignore[attr-defined]
+    scoring_pairs.score_pairs = score_pairs  # type: ignore[assignment]
 
 
 def raises_while_loading() -> None:

@@ -567,15 +567,16 @@ def drifted(desk: Desk) -> None:
     from dpoeng.cache.schema import ScoredPair
     from dpoeng.engine.config.fields import PrecomputeConfig
     from dpoeng.engine.recipes import precompute
+    from dpoeng.engine.scoring import pairs as scoring_pairs
 
-    real = precompute.score_pairs
+    real = scoring_pairs.score_pairs
 
     def shifted(lm: Any, pairs: Any) -> list[ScoredPair]:
         return [ScoredPair(row.ids, row.chosen_logps - 0.1, row.rejected_logps - 0.1) for row in real(lm, pairs)]
 
     desk.rows(*pair_rows(3))
     with desk.patch.context() as patch:
-        patch.setattr(precompute, "score_pairs", shifted)
+        patch.setattr(scoring_pairs, "score_pairs", shifted)
         versions = {**precompute.library_versions(), "transformers": "5.0.0"}
         patch.setattr(precompute, "library_versions", lambda: versions)
         config = PrecomputeConfig(pairs=(Path("pairs.jsonl"),), model=str(desk.model))

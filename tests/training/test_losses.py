@@ -15,6 +15,7 @@ from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.cli.main import main
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
+from dpoeng.engine.losses.names import LossSettings
 from dpoeng.engine.recipes.precompute import precompute_reference
 from dpoeng.engine.recipes.train import TrainSummary, train
 from dpoeng.engine.training import step as step_module
@@ -68,7 +69,7 @@ def test_sorting_within_parts_would_be_another_loss(tmp_path: Path, cache: Path)
     fields = {"loss_type": ("aot_unpaired",), "max_steps": 4}
     run(cache, tmp_path / "whole", per_device_train_batch_size=4, gradient_accumulation_steps=1, **fields)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(step_module.LossSettings, "whole_batch", False)
+        patched.setattr(LossSettings, "whole_batch", False)
         run(cache, tmp_path / "parts", per_device_train_batch_size=1, gradient_accumulation_steps=4, **fields)
     whole, parts = (lines(tmp_path / name)[-2]["loss"] for name in ("whole", "parts"))
     assert abs(whole - parts) > 1e-4
