@@ -148,9 +148,8 @@ def _step(console: Console, number: int, title: str, line: str | None = None) ->
 
 def _show_changes(console: Console, config: TrainConfig, progress: Progress) -> None:
     """Evaluate the adapter that was written and compare answers, as `dpoeng eval` and `dpoeng compare` do."""
-    from dpoeng.cache.reader import View
     from dpoeng.cli import compare, evaluate
-    from dpoeng.engine.recipes.compare import compare_generations, held_out_prompts
+    from dpoeng.engine.recipes.compare import compare_prompts, keep_samples
     from dpoeng.engine.recipes.evaluate import evaluate_trained, find_trained
 
     trained = find_trained(config.output_dir)
@@ -158,8 +157,6 @@ def _show_changes(console: Console, config: TrainConfig, progress: Progress) -> 
     evaluate.print_evaluation(evaluate_trained(trained, config, "held-out", progress))
 
     _step(console, 5, "Answers before and after", words("compare", GENERATION, config.output_dir))
-    view = View.open(config.cache, config.view)
-    settings = {**GENERATION, "stop": (GENERATION["stop"],)}
-    count = settings.pop("count")
-    found = compare_generations(trained, config, view, lambda _: held_out_prompts(view, config, count), **settings)
+    found = compare_prompts(trained, config, (), **{**GENERATION, "stop": (GENERATION["stop"],)})
     console.print(compare.generations_table(found))
+    keep_samples(trained, found, progress)
