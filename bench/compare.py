@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 
+from dpoeng.bench.job import IN_TURNS, TURN, Figures, Job, Program
 from dpoeng.bench.measuring.measure import Spent
 from dpoeng.bench.measuring.records import commit, stamp, told
-from dpoeng.bench.peers import IN_TURNS, TURN, Figures, Job, Program
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.engine.config.fields import Dtype

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from dpoeng.engine.memory.any_depth import forward_memory, step_memory
 from dpoeng.engine.memory.overhead import model_fields
 from dpoeng.engine.memory.simulate import OPTIMIZER, Pair, Setup
 from dpoeng.engine.memory.stand_ins import head_of
-from dpoeng.engine.memory.tracker import MemoryTracker
+from dpoeng.engine.memory.tracker import MemoryTracker, Peak
 from dpoeng.engine.models.adapters import as_reference, make_trainable
 from dpoeng.engine.models.loading import embedding_on_host, load_model, pick_device
 from dpoeng.engine.models.lora_product import use_peft_product
@@ -36,7 +36,7 @@ from dpoeng.engine.models.model import CausalLM, enable_gradient_checkpointing, 
 from dpoeng.engine.models.quantized import quantized_tensors
 from dpoeng.engine.runs.metrics import MetricsLog
 from dpoeng.engine.runtime.distributed import ALONE, Group
-from dpoeng.engine.runtime.progress import QUIET, Progress
+from dpoeng.engine.runtime.progress import QUIET, Advance, Progress
 from dpoeng.engine.scoring.attention import use_layout
 from dpoeng.engine.scoring.choose_layout import choose_layout
 from dpoeng.engine.scoring.pairs import score_pairs
@@ -167,67 +167,100 @@ def measure_cases(
         before: bytes that the process held before `lm` was loaded, see `held_bytes`.
         progress: told after each case.
     """
-    lengths = [Pair(len(ids.prompt_ids), len(ids.chosen_ids), len(ids.rejected_ids)) for ids in pairs]
-    plain = replace(setup, layout="separate", second_model=True, full_logits=True, stock=True)
+    # Plain PyTorch is predicted with its embedding on the device; where dpoeng keeps it on the host, they differ.
     placed_alike = lm.device.type != "cuda" or not embedding_on_host(lm.base, lm.quantization)
-    found: list[CaseMemory] = []
+    lengths = [Pair(len(ids.prompt_ids), len(ids.chosen_ids), len(ids.rejected_ids)) for ids in pairs]
     with progress.task("memory", 5 if placed_alike else 4, "cases") as advance:
-
-        def add(case: str, work: Callable[[], object], held: int, peak_bytes: int, by_kind: dict[str, int]) -> None:
-            measured, outline = _tensor_peak(work, lm.device, held, before)
-            process = _process_peak(work, lm.device, before)
-            found.append(CaseMemory(case, peak_bytes, by_kind, measured, process, outline))
-            advance(1, case)
-
+        cases = _Cases(lm.device, before, advance)
         touch(lm.base)
         rows = score_pairs(lm, pairs)
         forward = forward_memory(setup, lengths, policy=False).peak
-        add(PHASE_ONE, lambda: score_pairs(lm, pairs), tensor_bytes(lm), forward.n_bytes, dict(forward.by_kind))
-
+        cases.add(PHASE_ONE, lambda: score_pairs(lm, pairs), tensor_bytes(lm), forward)
         with training_run(lm, rows, setup.config) as run:
             step = _counted_step(run)
             step()  # makes the optimizer's moments, and what libraries keep from their first call
-            peak = step_memory(setup, lengths).peak
-            add(CACHED, step, tensor_bytes(lm, run.optimizer), peak.n_bytes, dict(peak.by_kind))
+            cached = step_memory(setup, lengths).peak
+            cases.add(CACHED, step, tensor_bytes(lm, run.optimizer), cached)
+            _measure_adapter_off(cases, run, step, pairs, forward_memory(setup, lengths, policy=True).peak, cached)
+            _measure_second_model(cases, run, step, load(), pairs, setup, lengths, whole_logits=placed_alike)
+    return cases.measured
 
-            def adapter_off() -> None:
-                set_mode(lm, training=False)
-                with as_reference(lm, "new"):
-                    run.train_rows = score_pairs(lm, pairs)
-                set_mode(lm, training=True)
-                step()
 
-            adapter_off()
-            forward = forward_memory(setup, lengths, policy=True).peak
-            moments = peak.by_kind.get(OPTIMIZER, 0)
-            higher = max(peak.n_bytes, forward.n_bytes + moments)
-            kinds = peak.by_kind if higher == peak.n_bytes else {**forward.by_kind, OPTIMIZER: moments}
-            add(ADAPTER_OFF, adapter_off, tensor_bytes(lm, run.optimizer), higher, dict(kinds))
+@dataclass(frozen=True, slots=True)
+class _Cases:
+    """Measures one case after the other. `before`: bytes that the process held before any model was loaded."""
 
-            reference = load()
-            set_mode(reference, training=False)
-            use_layout(reference, lm.layout)
-            touch(reference.base)
+    device: torch.device
+    before: int
+    advance: Advance
+    measured: list[CaseMemory] = field(default_factory=list)
 
-            def second_model() -> None:
-                run.train_rows = score_pairs(reference, pairs)
-                step()
+    def add(self, case: str, work: Callable[[], object], held: int, predicted: Peak) -> None:
+        """Runs `work` twice, for its tensors and for the process; `held`: bytes of tensors that are there before it."""
+        tensors, outline = _tensor_peak(work, self.device, held, self.before)
+        process = _process_peak(work, self.device, self.before)
+        by_kind = dict(predicted.by_kind)
+        self.measured.append(CaseMemory(case, predicted.n_bytes, by_kind, tensors, process, outline))
+        self.advance(1, case)
 
-            def held() -> int:
-                return tensor_bytes(lm, run.optimizer) + tensor_bytes(reference)
 
-            second_model()
-            peak = step_memory(replace(setup, second_model=True), lengths).peak
-            add(TWO_MODELS, second_model, held(), peak.n_bytes, dict(peak.by_kind))
-            if placed_alike:
-                use_peft_product(lm.model)
-                use_layout(lm, "separate")
-                use_layout(reference, "separate")
-                with head_of(full_logits=plain.full_logits):
-                    second_model()
-                    peak = step_memory(plain, lengths).peak
-                    add(WHOLE_LOGITS, second_model, held(), peak.n_bytes, dict(peak.by_kind))
-    return found
+def _measure_adapter_off(
+    cases: _Cases, run: Run, step: Callable[[], object], pairs: Sequence[PairIds], forward: Peak, cached: Peak
+) -> None:
+    """A step that first runs the reference by switching the adapter off.
+
+    `forward` and `cached` are the predicted peaks of that forward, without an optimizer, and of the step alone.
+    """
+
+    def work() -> None:
+        set_mode(run.lm, training=False)
+        with as_reference(run.lm, "new"):
+            run.train_rows = score_pairs(run.lm, pairs)
+        set_mode(run.lm, training=True)
+        step()
+
+    work()
+    moments = cached.by_kind.get(OPTIMIZER, 0)
+    with_moments = Peak(forward.n_bytes + moments, {**forward.by_kind, OPTIMIZER: moments})
+    predicted = max(cached, with_moments, key=lambda peak: peak.n_bytes)
+    cases.add(ADAPTER_OFF, work, tensor_bytes(run.lm, run.optimizer), predicted)
+
+
+def _measure_second_model(
+    cases: _Cases,
+    run: Run,
+    step: Callable[[], object],
+    reference: CausalLM,
+    pairs: Sequence[PairIds],
+    setup: Setup,
+    lengths: Sequence[Pair],
+    *,
+    whole_logits: bool,
+) -> None:
+    """A step that first runs a second model; with `whole_logits`, also all of it as plain PyTorch and peft have it."""
+    lm = run.lm
+    set_mode(reference, training=False)
+    use_layout(reference, lm.layout)
+    touch(reference.base)
+
+    def work() -> None:
+        run.train_rows = score_pairs(reference, pairs)
+        step()
+
+    def held() -> int:
+        return tensor_bytes(lm, run.optimizer) + tensor_bytes(reference)
+
+    work()
+    cases.add(TWO_MODELS, work, held(), step_memory(replace(setup, second_model=True), lengths).peak)
+    if not whole_logits:
+        return
+    use_peft_product(lm.model)
+    use_layout(lm, "separate")
+    use_layout(reference, "separate")
+    plain = replace(setup, layout="separate", second_model=True, full_logits=True, stock=True)
+    with head_of(full_logits=True):
+        work()
+        cases.add(WHOLE_LOGITS, work, held(), step_memory(plain, lengths).peak)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import statistics
 import tempfile
@@ -216,56 +217,21 @@ def measure_phases(
     """
     set_mode(lm, training=False)
     choose_layout(lm, "auto")
-    layouts: tuple[Layout, ...] = ("shared", "separate") if lm.layout == "shared" else ("separate",)
     reason = lm.layout_reason
-    rounds = 1 + settings.repeats
     layers = linear_shapes(lm)
     touch(lm.base)
     weights = read_bytes(lm)
-    results = []
+    layouts: tuple[Layout, ...] = ("shared", "separate") if lm.layout == "shared" else ("separate",)
+    rounds = _Rounds(lm, pairs, layouts, settings, limits, progress, trace)
 
-    def collect(phase: str, work: Any, flop: float, weight_bytes: int) -> None:
-        of_layout = {
-            layout: PhaseResult(phase, layout, len(pairs), unique_tokens(pairs), _padded(pairs, settings.batch_size))
-            for layout in layouts
-        }
-        splits: dict[Layout, list[TimeSplit]] = {layout: [] for layout in layouts}
-        joules: dict[Layout, list[float | None]] = {layout: [] for layout in layouts}
-        release_memory(lm.device)
-        base = held_bytes(lm.device)
-        with progress.task(f"{phase} phase", rounds * len(layouts), "rounds") as advance:
-            gemm = limits.gemm_flops()
-            for number in range(rounds):
-                for layout in layouts:
-                    use_layout(lm, layout)
-                    with PeakMemory(lm.device, base) as memory, EnergyMeter(lm.device) as energy:
-                        split = work()
-                        split.total()  # waits for a GPU, whose energy would be missed else
-                    before, gemm = gemm, limits.gemm_flops()
-                    if number > 0:
-                        splits[layout].append(split)
-                        joules[layout].append(energy.joules)
-                        result = of_layout[layout]
-                        result.gemm_flops.append((before + gemm) / 2)
-                        result.peaks_bytes.append(memory.peak_bytes)
-                        result.peak_method = memory.method
-                        result.pool = pool_use(lm.device)
-                    advance(1, layout)
-        for layout, result in of_layout.items():
-            _summarise(result, splits[layout], flop, weight_bytes, joules[layout], limits)
-            results.append(result)
-        if trace is not None:
-            use_layout(lm, layouts[0])
-            write_trace(trace.with_stem(f"{trace.stem}-{phase}"), lm.device, work)
-
-    caches = iter(range(1 << 30))
+    caches = (folder / f"cache{number}" for number in itertools.count())
     spec = ReferenceSpec.from_fields({"bench": "phases"})
-
-    def reference() -> TimeSplit:
-        return reference_pass(lm, pairs, folder / f"cache{next(caches)}", spec)
-
-    reference_forwards = len(reference_batches(lm, pairs)[1])
-    collect("reference", reference, forward_flop(lm, pairs, layers, trained=0)[0], reference_forwards * weights)
+    results = rounds.measure(
+        "reference",
+        lambda: reference_pass(lm, pairs, next(caches), spec),
+        flop=forward_flop(lm, pairs, layers, trained=0)[0],
+        weight_bytes=len(reference_batches(lm, pairs)[1]) * weights,
+    )
 
     config = TrainConfig.model_validate({"per_device_train_batch_size": settings.batch_size, "lora_r": settings.lora_r})
     add_policy_adapter(lm, "new", None, lora_arguments(config))
@@ -276,14 +242,70 @@ def measure_phases(
     rows = Rows(View.open(folder / "cache0", VIEW), range(len(pairs)))
     trained = sum(parameter.numel() for _, parameter in lm.trainable_parameters())
     passes = 3 if lm.device.type == "cuda" else 2  # there layers are recomputed
-    collect(
+    results += rounds.measure(
         "training",
         lambda: training_pass(lm, rows, optimizer, config),
-        sum(forward_flop(lm, pairs, layers, trained=trained)),
-        passes * weights * math.ceil(len(rows) / settings.batch_size),
+        flop=sum(forward_flop(lm, pairs, layers, trained=trained)),
+        weight_bytes=passes * weights * math.ceil(len(rows) / settings.batch_size),
     )
     lm.layout_reason = reason
     return results
+
+
+@dataclass(frozen=True, slots=True)
+class _Rounds:
+    """Measures a phase in every layout in turn, so that what the machine does meanwhile meets all of them alike."""
+
+    lm: CausalLM
+    pairs: Sequence[PairIds]
+    layouts: tuple[Layout, ...]
+    settings: PhaseSettings
+    limits: Limits
+    progress: Progress
+    trace: Path | None
+
+    def measure(
+        self, phase: str, work: Callable[[], TimeSplit], *, flop: float, weight_bytes: int
+    ) -> list[PhaseResult]:
+        """Runs `work` in one round that is not counted and in all that are.
+
+        Args:
+            phase: its name.
+            work: all pairs once.
+            flop: FLOP that its result needs, see `forward_flop`.
+            weight_bytes: bytes of weights that it cannot but read.
+        """
+        lm, settings = self.lm, self.settings
+        unique, padded = unique_tokens(self.pairs), _padded(self.pairs, settings.batch_size)
+        results = {layout: PhaseResult(phase, layout, len(self.pairs), unique, padded) for layout in self.layouts}
+        splits: dict[Layout, list[TimeSplit]] = {layout: [] for layout in self.layouts}
+        joules: dict[Layout, list[float | None]] = {layout: [] for layout in self.layouts}
+        rounds = 1 + settings.repeats
+        release_memory(lm.device)
+        base = held_bytes(lm.device)
+        with self.progress.task(f"{phase} phase", rounds * len(self.layouts), "rounds") as advance:
+            gemm = self.limits.gemm_flops()
+            for number in range(rounds):
+                for layout, result in results.items():
+                    use_layout(lm, layout)
+                    with PeakMemory(lm.device, base) as memory, EnergyMeter(lm.device) as energy:
+                        split = work()
+                        split.total()  # waits for a GPU, whose energy would be missed else
+                    before, gemm = gemm, self.limits.gemm_flops()
+                    if number > 0:
+                        splits[layout].append(split)
+                        joules[layout].append(energy.joules)
+                        result.gemm_flops.append((before + gemm) / 2)
+                        result.peaks_bytes.append(memory.peak_bytes)
+                        result.peak_method = memory.method
+                        result.pool = pool_use(lm.device)
+                    advance(1, layout)
+        for layout, result in results.items():
+            _summarise(result, splits[layout], flop, weight_bytes, joules[layout], self.limits)
+        if self.trace is not None:
+            use_layout(lm, self.layouts[0])
+            write_trace(self.trace.with_stem(f"{self.trace.stem}-{phase}"), lm.device, work)
+        return list(results.values())
 
 
 def reference_pass(lm: CausalLM, pairs: Sequence[PairIds], cache: Path, spec: ReferenceSpec) -> TimeSplit:

@@ -25,9 +25,9 @@ import numpy.typing as npt
 import torch
 
 from dpoeng.bench.compare import check_peer, in_folder, relative, run_process
+from dpoeng.bench.job import Figures, Job, Program, adapter_folder
 from dpoeng.bench.measuring.measure import Spent
 from dpoeng.bench.measuring.records import show, stamp, told
-from dpoeng.bench.peers import Figures, Job, Program, adapter_folder
 from dpoeng.bench.studies.quality import longer_by, look_at, split_pairs, with_intervals
 from dpoeng.cache.reader import View
 from dpoeng.engine.config.fields import Quantization, TrainConfig
@@ -87,25 +87,7 @@ def accuracy_vs_trl(settings: AccuracySettings) -> dict[str, Any]:
     train_file, held_out_file = split_pairs(settings.pairs, settings.pairs_count, settings.held_out, work)
     record = stamp("accuracy-vs-trl", device, told(settings))
 
-    job = Job(
-        program="dpoeng reference",
-        model=str(source.folder.resolve()),
-        pairs=(str(train_file),),
-        cache=str(work / "train-cache"),
-        scratch="",
-        batch_size=settings.batch_size,
-        steps=0,
-        dtype="float32",
-        max_length=settings.max_length,
-        lora_r=settings.lora_r,
-        learning_rate=settings.learning_rate,
-        seed=settings.seed,
-        threads=torch.get_num_threads(),
-        device=str(device),
-        lr_scheduler_type=settings.lr_scheduler_type,
-        quantization=settings.quantization,
-        max_prompt_length=settings.max_prompt_length,
-    )
+    job = _reference_job(settings, source.folder.resolve(), train_file, work / "train-cache", device)
     reference = run_process(sys.executable, in_folder(job, work / "reference"))
     held_out_job = replace(job, pairs=(str(held_out_file),), cache=str(work / "held-out-cache"))
     run_process(sys.executable, in_folder(held_out_job, work / "held-out-reference"))
@@ -134,6 +116,29 @@ def accuracy_vs_trl(settings: AccuracySettings) -> dict[str, Any]:
             PROGRAMS[1]: _cost(Spent(), runs[PROGRAMS[1]]),
         },
     }
+
+
+def _reference_job(settings: AccuracySettings, model: Path, pairs: Path, cache: Path, device: torch.device) -> Job:
+    """Phase one of one file; the programs' jobs are this one with another program and a number of steps."""
+    return Job(
+        program="dpoeng reference",
+        model=str(model),
+        pairs=(str(pairs),),
+        cache=str(cache),
+        scratch="",
+        batch_size=settings.batch_size,
+        steps=0,
+        dtype="float32",
+        max_length=settings.max_length,
+        lora_r=settings.lora_r,
+        learning_rate=settings.learning_rate,
+        seed=settings.seed,
+        threads=torch.get_num_threads(),
+        device=str(device),
+        lr_scheduler_type=settings.lr_scheduler_type,
+        quantization=settings.quantization,
+        max_prompt_length=settings.max_prompt_length,
+    )
 
 
 def _values(job: Job, cache: str, view: str) -> Values:

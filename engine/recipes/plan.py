@@ -219,62 +219,64 @@ def _card(plan: Plan, setup: Setup, pair: Pair, parts: Mapping[str, int], gpu: G
 def as_json(plan: Plan) -> dict[str, Any]:
     """The answer for scripts; top-level fields are of the first card."""
     first = plan.cards[0]
-    step, pass_one = plan.phase2[first.micro_batch].peak, plan.phase1[first.batch_tokens].peak
-
-    def gib(n_bytes: int) -> float:
-        return round(n_bytes / GIB, 3)
-
-    def breakdown(peak: Peak) -> dict[str, float]:
-        return {kind: gib(n) for kind, n in sorted(peak.by_kind.items(), key=lambda item: -item[1])}
-
     return {
         "calculated": True,
         "model": plan.request.model,
         "parameters": plan.parameters,
         "fits": first.fits,
-        "estimates_gib": {name: gib(n) for name, n in plan.estimates.items()},
+        "estimates_gib": {name: _gib(n) for name, n in plan.estimates.items()},
         "fragmentation": FRAGMENTATION,
         "phase1": {
             "fits": first.phase1_fits,
-            "peak_gib": gib(pass_one.n_bytes),
-            "needed_gib": gib(plan.needed(pass_one)),
-            "breakdown_gib": breakdown(pass_one),
+            **_peak_json(plan, plan.phase1[first.batch_tokens].peak),
             "batch_tokens": first.batch_tokens,
         },
         "phase2": {
             "fits": first.phase2_fits,
-            "peak_gib": gib(plan.step.n_bytes),
-            "needed_gib": gib(plan.needed(plan.step)),
-            "breakdown_gib": breakdown(plan.step),
-            "stretches_gib": {name: gib(peak.n_bytes) for name, peak in plan.phase2[1].stretches.items()},
-            "evaluation_peak_gib": gib(plan.evaluation.peak.n_bytes),
-            "peak_gib_by_micro_batch": {str(n): gib(memory.peak.n_bytes) for n, memory in plan.phase2.items()},
-            "two_model_peak_gib": gib(plan.two_models.peak.n_bytes) if plan.two_models else None,
-            "options_gib": {option.name: gib(option.peak_bytes) for option in plan.options},
+            **_peak_json(plan, plan.step),
+            "stretches_gib": {name: _gib(peak.n_bytes) for name, peak in plan.phase2[1].stretches.items()},
+            "evaluation_peak_gib": _gib(plan.evaluation.peak.n_bytes),
+            "peak_gib_by_micro_batch": {str(n): _gib(memory.peak.n_bytes) for n, memory in plan.phase2.items()},
+            "two_model_peak_gib": _gib(plan.two_models.peak.n_bytes) if plan.two_models else None,
+            "options_gib": {option.name: _gib(option.peak_bytes) for option in plan.options},
             "suggested": suggested(plan, first),
-            "suggested_peak_gib": gib(step.n_bytes),
+            "suggested_peak_gib": _gib(plan.phase2[first.micro_batch].peak.n_bytes),
         },
-        "cards": [
+        "cards": [_card_json(plan, card) for card in plan.cards],
+    }
+
+
+def _gib(n_bytes: int) -> float:
+    return round(n_bytes / GIB, 3)
+
+
+def _peak_json(plan: Plan, peak: Peak) -> dict[str, Any]:
+    return {
+        "peak_gib": _gib(peak.n_bytes),
+        "needed_gib": _gib(plan.needed(peak)),
+        "breakdown_gib": {kind: _gib(n) for kind, n in sorted(peak.by_kind.items(), key=lambda item: -item[1])},
+    }
+
+
+def _card_json(plan: Plan, card: CardPlan) -> dict[str, Any]:
+    price = plan.request.price_per_hour
+    return {
+        "name": card.gpu.name,
+        "gib": _gib(card.gpu.n_bytes),
+        "fits": card.fits,
+        "phase1_fits": card.phase1_fits,
+        "phase2_fits": card.phase2_fits,
+        "suggested": suggested(plan, card),
+        "time": [
             {
-                "name": card.gpu.name,
-                "gib": gib(card.gpu.n_bytes),
-                "fits": card.fits,
-                "phase1_fits": card.phase1_fits,
-                "phase2_fits": card.phase2_fits,
-                "suggested": suggested(plan, card),
-                "time": [
-                    {
-                        "phase": time.name,
-                        "pflop": round(time.flops / 1e15, 3),
-                        "hours": float(f"{time.hours:.3g}") if time.hours is not None else None,
-                        "cost": round(plan.request.gpus * time.hours * plan.request.price_per_hour, 2)
-                        if time.hours is not None and plan.request.price_per_hour is not None
-                        else None,
-                    }
-                    for time in card.times
-                ],
+                "phase": time.name,
+                "pflop": round(time.flops / 1e15, 3),
+                "hours": None if time.hours is None else float(f"{time.hours:.3g}"),
+                "cost": None
+                if time.hours is None or price is None
+                else round(plan.request.gpus * time.hours * price, 2),
             }
-            for card in plan.cards
+            for time in card.times
         ],
     }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -31,24 +33,73 @@ def choose_layout(lm: CausalLM, wanted: str = "auto", attention: Attention = "au
     Raises:
         UserError: `wanted` cannot be had, or not even separate rows give the model's own numbers.
     """
-    generator = np.random.default_rng(0)
-
-    def draw(count: int) -> IdArray:
-        return generator.integers(0, lm.vocab_size, count, dtype=np.int32)
-
-    groups = [
-        PromptGroup(draw(5), (Branch(draw(3)), Branch(draw(4), start=1))),
-        PromptGroup(draw(3), (Branch(draw(2)), Branch(draw(3)))),
-    ]
     use_layout(lm, "separate")
-    expected = torch.cat([_own_logps(lm, single) for group in groups for single in separate(group)])
-    tolerance = _PROBE_TOLERANCE[lm.dtype] * (2.0 if lm.quantization != "none" else 1.0)
+    probe = _Probe.of(lm)
+    _check_separate_rows(lm, probe)
+    if wanted == "separate":
+        use_layout(lm, "separate", "asked for")
+        return
+    refusal = _share_prompts(lm, attention, probe)
+    if refusal is None:
+        return
+    if attention == "varlen":
+        raise UserError(
+            "this model's numbers do not come out of varlen attention here",
+            code="attention-unsupported",
+            where="--attention varlen",
+            found=refusal,
+            remedy="leave --attention out: segments work wherever a prompt can be shared",
+            exit_status=5,
+        )
+    if wanted == "shared":
+        raise UserError(
+            f"{type(lm.base).__name__} cannot share a prompt between branches",
+            code="layout-unsupported",
+            where="--layout shared",
+            found=refusal,
+            remedy="use --layout auto or separate",
+        )
+    use_layout(lm, "separate", refusal)
 
-    def difference() -> float:
-        return float((score_groups(lm, groups)[0] - expected).abs().mean())
 
-    separate_error = difference()
-    if not bool(expected.isfinite().all()):
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """A few random tokens, and the model's own log-probs of their responses.
+
+    Attributes:
+        groups: two prompts of two responses each. The second response starts at its second token, so that a token
+            that is seen and not scored is tried too.
+        expected: [tokens] nats, from full logits.
+        tolerance: mean |difference| a token, nats.
+    """
+
+    groups: list[PromptGroup]
+    expected: torch.Tensor
+    tolerance: float
+
+    @classmethod
+    def of(cls, lm: CausalLM) -> _Probe:
+        generator = np.random.default_rng(0)
+
+        def draw(count: int) -> IdArray:
+            return generator.integers(0, lm.vocab_size, count, dtype=np.int32)
+
+        groups = [
+            PromptGroup(draw(5), (Branch(draw(3)), Branch(draw(4), start=1))),
+            PromptGroup(draw(3), (Branch(draw(2)), Branch(draw(3)))),
+        ]
+        expected = torch.cat([_own_logps(lm, single) for group in groups for single in separate(group)])
+        # Products in 8 bits may round activations too: noise, which is small beside a wrong mask.
+        return cls(groups, expected, _PROBE_TOLERANCE[lm.dtype] * (2.0 if lm.quantization != "none" else 1.0))
+
+    def difference(self, lm: CausalLM) -> float:
+        """Mean |difference| a token in the layout that the model has now, nats."""
+        return float((score_groups(lm, self.groups)[0] - self.expected).abs().mean())
+
+
+def _check_separate_rows(lm: CausalLM, probe: _Probe) -> None:
+    """Raises UserError where the model's own numbers are not finite, or separate rows do not give them."""
+    if not bool(probe.expected.isfinite().all()):
         raise UserError(
             "the model gives values that are no log-probabilities",
             code="reference-not-finite",
@@ -58,49 +109,34 @@ def choose_layout(lm: CausalLM, wanted: str = "auto", attention: Attention = "au
             remedy="if the dtype is float16, use --dtype bfloat16 or float32; else the weights are damaged",
             exit_status=5,
         )
-    if not separate_error <= tolerance:
+    difference = probe.difference(lm)
+    if not difference <= probe.tolerance:  # NaN too
         raise UserError(
             f"dpoeng does not compute this architecture's log-probs correctly ({type(lm.base).__name__})",
             code="model-unsupported",
             where="a probe of 17 tokens against the model's own forward",
-            expected=f"mean difference per token <= {tolerance:g} nats",
-            found=f"{separate_error:.4g} nats",
+            expected=f"mean difference per token <= {probe.tolerance:g} nats",
+            found=f"{difference:.4g} nats",
             remedy="please report the architecture; it changes its logits in a way that dpoeng does not know",
         )
-    if wanted == "separate":
-        use_layout(lm, "separate", "asked for")
-        return
-    reason, without = "", ""
+
+
+def _share_prompts(lm: CausalLM, attention: Attention, probe: _Probe) -> str | None:
+    """Uses the shared layout with the first attention that gives the model's numbers; else says why none does."""
+    refusal = without = ""
     for way in ways_to_attend(attention, lm.device.type, lm.dtype):
         use_layout(lm, "shared", f"each prompt run once for both responses; attention: {way}{without}")
         lm.attention = way
         try:
-            error_of_way = difference()
-            reason = f"sharing the prompt moves the model's numbers by {error_of_way:.3g} nats a token"
+            difference = probe.difference(lm)
+            refusal = f"sharing the prompt moves the model's numbers by {difference:.3g} nats a token"
         except (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError) as error:
-            error_of_way = float("inf")
-            reason = f"its attention cannot be replaced ({type(error).__name__}: {str(error).splitlines()[0]})"
-        if error_of_way <= tolerance:
-            return
-        without = f" ({way}: {reason})"
-    if attention == "varlen":
-        raise UserError(
-            "this model's numbers do not come out of varlen attention here",
-            code="attention-unsupported",
-            where="--attention varlen",
-            found=reason,
-            remedy="leave --attention out: segments work wherever a prompt can be shared",
-            exit_status=5,
-        )
-    if wanted == "shared":
-        raise UserError(
-            f"{type(lm.base).__name__} cannot share a prompt between branches",
-            code="layout-unsupported",
-            where="--layout shared",
-            found=reason,
-            remedy="use --layout auto or separate",
-        )
-    use_layout(lm, "separate", reason)
+            difference = float("inf")
+            refusal = f"its attention cannot be replaced ({type(error).__name__}: {str(error).splitlines()[0]})"
+        if difference <= probe.tolerance:
+            return None
+        without = f" ({way}: {refusal})"
+    return refusal
 
 
 def ways_to_attend(wanted: Attention, device_type: str, dtype: torch.dtype) -> tuple[Attention, ...]:

@@ -28,8 +28,9 @@ from dpoeng.bench.compare import (
     tensor_bytes,
     tensor_ratios,
 )
+from dpoeng.bench.job import Figures, Job
 from dpoeng.bench.measuring.measure import Spent
-from dpoeng.bench.peers import Figures, Job, main, run_job
+from dpoeng.bench.peers import main, run_job
 from dpoeng.cache.errors import UserError
 from dpoeng.cli.bench.tables import compare_tables
 

@@ -135,9 +135,3 @@ def test_bench_without_a_command_measures_and_writes_a_page(
     for words in ("where the time goes", "useful speed", "predicted peak", "measured through one step"):
         assert words in shown
     assert "dpoeng-bench.html" in done.output
-    again = CliRunner().invoke(bench, ["diff", "dpoeng-bench.jsonl", "dpoeng-bench.jsonl", "--all", "--json"])
-    assert again.exit_code == 0, again.output
-    compared = json.loads(again.output)["comparisons"]
-    assert [comparison["kind"] for comparison in compared] == ["phases", "memory"]
-    verdicts = {figure["verdict"] for comparison in compared for figure in comparison["figures"]}
-    assert verdicts == {"same", "not judged"}

@@ -98,7 +98,7 @@ def in_turn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def test_what_is_shown_and_compared(tmp_path: Path, tiny_model: Path, in_turn: list[int]) -> None:
+def test_what_is_shown(tmp_path: Path, tiny_model: Path, in_turn: list[int]) -> None:
     kept, page = tmp_path / "kept.jsonl", tmp_path / "page.html"
     line = f"scale --model {tiny_model} {ONLY} --ranks 1,2,3 --repeats 2 --json {kept} --html {page}"
     done = CliRunner().invoke(bench, line.split())
@@ -114,14 +114,6 @@ def test_what_is_shown_and_compared(tmp_path: Path, tiny_model: Path, in_turn: l
     for words in ("the same 16 pairs", "one thread", "3*", "1.67", "83 %", "-0.74", "fewer cores than processes"):
         assert words in shown, words
     assert "speed-up by processes" in page.read_text()
-    slower = json.loads(kept.read_text())
-    for curve in slower["curves"]:
-        curve["values"][1] = [0.9, 0.9]
-    other = tmp_path / "slower.jsonl"
-    other.write_text(json.dumps(slower) + "\n")
-    compared = CliRunner().invoke(bench, ["diff", str(kept), str(other), "--json"])
-    assert compared.exit_code == 6, compared.output
-    assert json.loads(compared.output)["worse"] == ["reference pass, processes 2", "training step, processes 2"]
 
 
 def test_auto_is_what_has_cores(tmp_path: Path, tiny_model: Path, in_turn: list[int]) -> None:

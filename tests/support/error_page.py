@@ -194,7 +194,6 @@ REMEDIES: dict[str, str] = {
     "sweep-held-out": "score a file of held-out pairs and name its view with --eval-view",
     "memory-full": "use smaller batches; `dpoeng plan` says beforehand what fits",
     "memory-short": "use one of the changes in the message; `dpoeng plan` shows what each saves",
-    "bench-no-record": "measure it: `dpoeng bench phases --results DIR`",
     "bench-peer-failed": "read the last lines of the peer's output",
 }
 
