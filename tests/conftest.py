@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,43 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # imports it: tests of what needs no torch run without it. The processes that tests start have the same number, since it
 # is part of what a cache records about the machine.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+# Tests of these files start processes. One worker runs them all, since the server that processes are forked from
+# (tests/support/processes.py) takes ten seconds to get ready.
+STARTING_PROCESSES = {
+    "tests/models/test_gguf.py",
+    "tests/recipes/test_processes.py",
+    "tests/recipes/test_ranks.py",
+    "tests/reference/test_shards.py",
+    "tests/training/test_full_ranks.py",
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """What `--dist loadfile` divides: files, of which those that start processes count as one."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "processes" if file in STARTING_PROCESSES else file
+
+    return Files(config, log)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _loaded_libraries_are_no_garbage() -> Iterator[None]:
+    """What was loaded before a file's tests is left out of garbage collections, which take half a second each with it.
+
+    Memory is released by a collection, and tests of that do it by the dozen. What a file's own tests make is collected.
+    """
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

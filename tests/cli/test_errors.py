@@ -295,7 +295,14 @@ def test_an_error_says_all_that_it_knows() -> None:
     assert said.splitlines() == ["m [a-b]", "  where:    w", "  expected: e", "  found:    f", "  remedy:   r"]
 
 
-@pytest.mark.parametrize("command", ["check pairs.jsonl --json", "check pairs.jsonl", "config schema", "train --help"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "check pairs.jsonl",
+        "config schema",
+        *(pytest.param(command, marks=pytest.mark.slow) for command in ("check pairs.jsonl --json", "train --help")),
+    ],
+)
 def test_output_that_nobody_reads_ends_quietly(desk: Desk, command: str) -> None:
     """As a tool that SIGPIPE ends; what is printed goes through click in some commands, through rich in others."""
     program = f"{shlex.quote(sys.executable)} -c 'from dpoeng.cli.main import main; main()' {command}"
@@ -309,12 +316,12 @@ def test_output_that_nobody_reads_ends_quietly(desk: Desk, command: str) -> None
     ("variables", "red", "on_terminal"),
     [
         ({}, True, True),
-        ({}, False, False),
+        pytest.param({}, False, False, marks=pytest.mark.slow),
         ({"NO_COLOR": "1"}, False, True),
-        ({"NO_COLOR": ""}, True, True),
-        ({"TERM": "dumb"}, False, True),
+        pytest.param({"NO_COLOR": ""}, True, True, marks=pytest.mark.slow),
+        pytest.param({"TERM": "dumb"}, False, True, marks=pytest.mark.slow),
         ({"FORCE_COLOR": "1"}, True, False),
-        ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False, False),
+        pytest.param({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False, False, marks=pytest.mark.slow),
     ],
 )
 def test_an_error_is_red_where_that_is_wanted(

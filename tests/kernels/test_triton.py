@@ -19,14 +19,15 @@ from dpoeng.kernels.tiles import GPUS
 
 SUPPORT = Path(__file__).parents[1] / "support"
 INTERPRETED = str(SUPPORT / "interpreted_kernels.py")
-# Cases of tests/support/interpreted_kernels.py: three properties of CASES each, and the tests beside them.
-CASES = 102
+# Cases of tests/support/interpreted_kernels.py: three properties of so many each, and the tests beside them. They are
+# drawn in one order, so that the many begin with the few.
+FEW, MANY = 16, 102
 INTERPRETED_TESTS = 13
 
-# Compiling takes a core some 20 seconds a GPU: `make test` does it for the A100 and the H100, `make test-slow` for all.
-QUICK = ("sm_80", "sm_90")
+# Compiling takes a core some 20 seconds a GPU: `make test` does it for the H100, `make test-slow` for all.
+QUICK = ("sm_90",)
 
-# Three processes on two cores: about a minute alone, several times that beside other work.
+# Two processes on two cores: half a minute alone, several times that beside other work.
 pytestmark = pytest.mark.timeout(900)
 
 Running = dict[str, "subprocess.Popen[str]"]
@@ -42,21 +43,21 @@ def start(*command: str, **environment: str) -> "subprocess.Popen[str]":
     )  # fmt: skip
 
 
+def interpreted(cases: int) -> "subprocess.Popen[str]":
+    return start(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "timeout=600", INTERPRETED,
+        TRITON_INTERPRET="1", DPOENG_CASES=str(cases),
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("triton")
     children = {
-        "interpreter": start(
-            "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "timeout=600", INTERPRETED,
-            TRITON_INTERPRET="1", DPOENG_CASES=str(CASES),
-        ),
+        "interpreter": interpreted(FEW),
         # A cache of its own: what is judged is what this compiler makes of this source, today.
         "compiler": start("-m", "dpoeng.kernels.aot", "--gpu", *QUICK, TRITON_CACHE_DIR=str(folder / "cache")),
-        "planted": start(
-            "-m", "dpoeng.kernels.aot", "--gpu", "sm_80", "--kernel", "linear_partials", "--linear", "256", "256",
-            "64", "8", "3", TRITON_CACHE_DIR=str(folder / "planted"),
-        ),
-    }  # fmt: skip
+    }
     yield children
     for child in children.values():
         child.kill()
@@ -64,11 +65,9 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 @pytest.fixture(scope="module", params=["quick", pytest.param("the rest", marks=pytest.mark.slow)])
-def reports(
-    request: pytest.FixtureRequest, running: Running, tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, Any]]:
+def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     if request.param == "quick":
-        compiler = running["compiler"]
+        compiler = request.getfixturevalue("running")["compiler"]
     else:
         rest = [gpu for gpu in GPUS if gpu not in QUICK]
         compiler = start(
@@ -123,18 +122,24 @@ def test_loads_are_16_bytes_wide(reports: list[dict[str, Any]]) -> None:
     assert {r["load_bytes"] for r in reports if r["kernel"] != "merge_partials"} == {16}
 
 
-def test_a_tile_that_is_too_large_is_found_out(running: Running) -> None:
-    out, err = running["planted"].communicate()
-    assert running["planted"].returncode == 1, err
+@pytest.mark.slow
+def test_a_tile_that_is_too_large_is_found_out(tmp_path: Path) -> None:
+    planted = start(
+        "-m", "dpoeng.kernels.aot", "--gpu", "sm_80", "--kernel", "linear_partials", "--linear", "256", "256",
+        "64", "8", "3", TRITON_CACHE_DIR=str(tmp_path),
+    )  # fmt: skip
+    out, err = planted.communicate()
+    assert planted.returncode == 1, err
     found = {r["dtype"]: r["problems"] for r in json.loads(out)}
     assert "instructions inside loops move spilled registers" in found["bf16"][0]
     assert found["fp32"] == []  # its own, smaller tile is untouched
 
 
-def test_the_interpreters_tests_pass(running: Running) -> None:
-    out, err = running["interpreter"].communicate()
+@pytest.mark.parametrize("cases", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
+def test_the_interpreters_tests_pass(request: pytest.FixtureRequest, cases: int) -> None:
+    interpreter = request.getfixturevalue("running")["interpreter"] if cases == FEW else interpreted(cases)
+    out, err = interpreter.communicate()
     summary = out.strip().splitlines()[-1] if out.strip() else err
-    assert running["interpreter"].returncode == 0, out[-6000:] + err[-2000:]
+    assert interpreter.returncode == 0, out[-6000:] + err[-2000:]
     assert summary.startswith(f"{INTERPRETED_TESTS} passed"), summary
     assert "skipped" not in summary
-    assert 3 * CASES >= 300

@@ -319,7 +319,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[s
     return outcome(out)
 
 
-@pytest.mark.parametrize("step", range(6))
+# The first step, one amid the run, and the last, where an epoch ends; slow: the others.
+@pytest.mark.parametrize("step", [0, 2, 5, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 4))])
 def test_phase_two_killed_at_any_step_ends_the_same(
     tmp_path: Path, cache: Path, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:

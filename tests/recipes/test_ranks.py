@@ -141,6 +141,7 @@ def test_fsdp_leaves_the_bytes_of_two_processes(tmp_path: Path, cache: Path, two
     assert "base loaded  in parts" in (out / "rank0.out").read_text()
 
 
+@pytest.mark.slow
 def test_fsdp_gathers_again_what_a_layer_has_saved(tmp_path: Path, cache: Path) -> None:
     """Without checkpointing and dropout, a LoRA layer's backward reads the frozen weight that its forward has seen."""
     more = "--lora-dropout 0 --no-gradient-checkpointing --max-steps 2".split()
@@ -310,7 +311,10 @@ def held_by_the_last() -> None:
     policy_module.shard_base = shard  # type: ignore[attr-defined]
 
 
-def test_fsdp_divides_a_base_in_4_bits(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("extra", [[], pytest.param(["--no-gradient-checkpointing"], marks=pytest.mark.slow)])
+def test_fsdp_divides_a_base_in_4_bits(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, extra: list[str]
+) -> None:
     """QLoRA over a divided base leaves the bytes of the replicated run, with gradient checkpointing and without."""
     monkeypatch.chdir(tmp_path)
     pairs = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(8))
@@ -319,13 +323,12 @@ def test_fsdp_divides_a_base_in_4_bits(tmp_path: Path, tiny_model: Path, monkeyp
     )
     more = ["--max-steps", "2"]
     whole = finished(together(2, tmp_path / "cache", tmp_path / "whole", *more), tmp_path / "whole")
-    for name, extra in (("divided", []), ("kept", ["--no-gradient-checkpointing"])):
-        out = tmp_path / name
-        finished(together(2, tmp_path / "cache", out, *more, "--fsdp", *extra, last=held_by_the_last), out)
-        assert tree(out, "adapter") == tree(whole, "adapter")
-        assert (out / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
-        before, after = json.loads((tmp_path / "held.json").read_text())
-        assert after == pytest.approx(before / 2, rel=0.02)
+    out = tmp_path / "divided"
+    finished(together(2, tmp_path / "cache", out, *more, "--fsdp", *extra, last=held_by_the_last), out)
+    assert tree(out, "adapter") == tree(whole, "adapter")
+    assert (out / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    before, after = json.loads((tmp_path / "held.json").read_text())
+    assert after == pytest.approx(before / 2, rel=0.02)
 
 
 def measured_by_the_last() -> None:

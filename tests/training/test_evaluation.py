@@ -141,7 +141,8 @@ FIRST_IS_BEST: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("call", [1, 3, 4, 5])
+# Before the first step, and in step 4, of which a checkpoint lies behind and an evaluation ahead; slow: the others.
+@pytest.mark.parametrize("call", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 5)), 4])
 def test_early_stopping_and_the_best_model_survive_a_kill(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:

@@ -172,6 +172,7 @@ def test_parts_and_whole_runs_go_on_with_each_other(tmp_path: Path, cache: Path,
     check_same(alone(cache, cut_off(two, tmp_path / "alone")), one)
 
 
+@pytest.mark.slow
 def test_parts_of_a_model_in_bfloat16(tmp_path: Path, tokenizer: Any, model: Path) -> None:
     """Forwards in bfloat16 whose gradients add up in float32 masters; the head is the embedding.
 

@@ -79,7 +79,7 @@ class Killed(BaseException):
     """Stands for SIGKILL."""
 
 
-@pytest.mark.parametrize("call", [3, 7, 12])
+@pytest.mark.parametrize("call", [7, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 12))])
 def test_what_losses_remember_survives_a_kill(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
