@@ -5,15 +5,16 @@ more that the model has, and from a layer to the next; and the highest point of 
 same operation in all of them. Only the first layer and the last differ, since something else comes before and after. A
 model with a first layer, a last one and one between has them all: from that, and from one with a layer more, all others
 follow. The highest of the layers between is the second or the last but one, as a straight line is highest at an end.
-Tests compare with whole models, kind by kind and byte by byte. Models of unlike layers are simulated whole; where two
-kinds take turns, a pair of layers is what one layer is here.
+Tests compare with whole models, kind by kind and byte by byte. Models of unlike layers are simulated whole; where kinds
+take turns, what repeats is what one layer is here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from dpoeng.cache.errors import UserError
 from dpoeng.engine.memory.simulate import Pair, Setup, trace_forward, trace_step
 from dpoeng.engine.memory.tracker import MemoryTracker, Peak
 from dpoeng.engine.models.loading import layer_period
@@ -39,25 +40,43 @@ class Memory:
 
 def step_memory(setup: Setup, pairs: Sequence[Pair], *, whole: bool = False) -> Memory:
     """One optimizer step of phase two over one micro-batch."""
-    return _memory(setup, lambda some: trace_step(some, pairs), whole)
+    return _as_laid_out(setup, lambda some: trace_step(some, pairs), whole)
 
 
 def forward_memory(setup: Setup, pairs: Sequence[Pair], *, policy: bool, whole: bool = False) -> Memory:
     """One forward without gradient over some pairs: of the policy in training, or of the reference."""
-    return _memory(setup, lambda some: trace_forward(some, pairs, policy=policy), whole)
+    return _as_laid_out(setup, lambda some: trace_forward(some, pairs, policy=policy), whole)
+
+
+def _as_laid_out(setup: Setup, trace: Callable[[Setup], MemoryTracker], whole: bool) -> Memory:
+    """With separate prompts where the model's attention cannot be replaced, as `choose_layout` decides it then."""
+    try:
+        return _memory(setup, trace, whole)
+    except (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError):
+        if setup.layout == "separate":
+            raise
+        return _memory(replace(setup, layout="separate"), trace, whole)
 
 
 def _memory(setup: Setup, trace: Callable[[Setup], MemoryTracker], whole: bool) -> Memory:
     period = None if whole else layer_period(setup.model)
     if period is not None and setup.layers % period == 0 and setup.layers > 5 * period:
-        depths = (3 * period, 4 * period)
-        few, more = (_by_place(trace(setup.with_layers(depth)), depth, period) for depth in depths)
-        extended = _extend(few, more, (setup.layers - depths[0]) // period)
+        extended = _from_two_shallow(setup, trace, period)
         if extended is not None:
             return Memory(max(extended.values(), key=lambda peak: peak.n_bytes), _in_words(extended))
     tracker = trace(setup)
     stretches = _in_words(_by_place(tracker, setup.layers, period or 1))
     return Memory(tracker.peak(), stretches, list(zip(tracker.samples, tracker.phases, strict=True)))
+
+
+def _from_two_shallow(setup: Setup, trace: Callable[[Setup], MemoryTracker], period: int) -> Stretches | None:
+    """The places of the whole model; None where its config cannot be cut, or the two do not fit together."""
+    depths = (3 * period, 4 * period)
+    try:
+        few, more = (_by_place(trace(setup.with_layers(depth)), depth, period) for depth in depths)
+    except (UserError, ValueError, IndexError, AttributeError, TypeError):
+        return None  # layers that refer to others by number: the whole model says what is wrong, if anything is
+    return _extend(few, more, (setup.layers - depths[0]) // period)
 
 
 def _by_place(tracker: MemoryTracker, depth: int, period: int) -> Stretches:

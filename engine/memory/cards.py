@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpoeng.cache.errors import UserError
+from dpoeng.engine.models.model_config import config_of, sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +98,7 @@ def phase_times(
     forward more, and the head is computed again in the backward, for two gradients. Kaplan et al. 2020,
     https://arxiv.org/abs/2001.08361, section 2.1.
     """
-    layers, heads = int(model["num_hidden_layers"]), int(model["num_attention_heads"])
-    width = heads * int(model.get("head_dim") or model["hidden_size"] // heads)
+    decoder = sizes(config_of(model))
 
     def forward(is_shared: bool) -> tuple[float, float]:
         prompt, chosen, rejected = pair
@@ -106,7 +106,7 @@ def phase_times(
         positions = (prompt + chosen) ** 2 / 2 + (rejected * (prompt + rejected / 2))
         if not is_shared:
             positions += prompt**2 / 2
-        body = 2.0 * parameters["layers"] * tokens + 4.0 * layers * width * positions
+        body = 2.0 * parameters["layers"] * tokens + 4.0 * decoder.layers * decoder.attention * positions
         return body, 2.0 * parameters["head"] * (chosen + rejected)
 
     def hours(flops: float) -> float | None:

@@ -5,9 +5,8 @@ The answer is `dpoeng plan`'s, for the pairs and the device at hand.
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,10 +20,18 @@ from dpoeng.engine.memory.overhead import estimate_overhead, needed_bytes
 from dpoeng.engine.memory.simulate import Pair, Setup
 from dpoeng.engine.memory.tracker import Peak
 from dpoeng.engine.models.loading import resolve_dtype
-from dpoeng.engine.models.sources import ModelSource
+from dpoeng.engine.models.model_config import config_of, sizes
+from dpoeng.engine.models.sources import ModelSource, read_fields
 from dpoeng.engine.runtime.host import available_memory
 
 GIB = 2**30
+
+Note = Callable[[str], None]
+"""Told what users should read."""
+
+
+def ignore(_: str) -> None:
+    """Nobody is told."""
 
 
 def available_bytes(device: torch.device) -> int:
@@ -45,18 +52,65 @@ def check_step(
     dtype: str,
     shards: int = 1,
     held_bytes: int = 0,
+    note: Note = ignore,
 ) -> int | None:
     """Refuses phase two where its longest pairs would not fit; `held_bytes` are taken, and there for this run.
 
     With `shards` above 1 the frozen layers are divided over so many processes, each on a device of its own.
 
     Returns:
-        the predicted peak of tensors, or None where it was plain without a simulation that all fits.
+        the predicted peak of tensors; None where it was plain without a simulation that all fits, or where it cannot be
+        predicted, which `note` is told.
 
     Raises:
         UserError: it would not fit.
     """
-    longest = _longest(pairs)[: config.per_device_train_batch_size]
+    return _advised(
+        note,
+        lambda: _check_step(
+            config, source, _longest(pairs), device, quantization, dtype, shards=shards, held_bytes=held_bytes
+        ),
+    )
+
+
+def check_forward(
+    config: PrecomputeConfig,
+    source: ModelSource,
+    pairs: Sequence[PairIds],
+    device: torch.device,
+    *,
+    note: Note = ignore,
+) -> int | None:
+    """The same for phase one, whose longest pairs come first."""
+    return _advised(note, lambda: _check_forward(config, source, _longest(pairs), device))
+
+
+def _advised(note: Note, predict: Callable[[], int | None]) -> int | None:
+    """A forecast is advice: it may say that something does not fit, and may end a run for no other reason."""
+    try:
+        return predict()
+    except UserError as error:
+        if error.code == "memory-short":
+            raise
+        why = f"{error.message} ({error.found})" if error.found else error.message
+    except Exception as error:
+        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+    note(f"cannot predict the memory, because {why}; the run goes on without a forecast")
+    return None
+
+
+def _check_step(
+    config: TrainConfig,
+    source: ModelSource,
+    ordered: Sequence[Pair],
+    device: torch.device,
+    quantization: Quantization,
+    dtype: str,
+    *,
+    shards: int,
+    held_bytes: int,
+) -> int | None:
+    longest = ordered[: config.per_device_train_batch_size]
     if _is_small(source, longest, device, not config.use_peft):
         return None
     setup = _setup(config, source, device, quantization, dtype, config.checkpoints_on(device.type))
@@ -79,13 +133,12 @@ def check_step(
     return peak.n_bytes
 
 
-def check_forward(
-    config: PrecomputeConfig, source: ModelSource, pairs: Sequence[PairIds], device: torch.device
+def _check_forward(
+    config: PrecomputeConfig, source: ModelSource, ordered: Sequence[Pair], device: torch.device
 ) -> int | None:
-    """The same for phase one, whose longest pairs come first."""
     longest: list[Pair] = []
     tokens = 0
-    for pair in _longest(pairs):
+    for pair in ordered:
         size = pair.prompt + pair.chosen + pair.rejected
         if longest and tokens + size > (config.batch_tokens or 0):
             break
@@ -112,7 +165,7 @@ def _setup(
     checkpointing: bool,
 ) -> Setup:
     return Setup(
-        model=json.loads((source.folder / "config.json").read_text(encoding="utf-8")),
+        model=read_fields(source),
         dtype=resolve_dtype(source, dtype, device),
         quantization=quantization,
         config=config.model_copy(update={"gradient_checkpointing": checkpointing}),
@@ -132,13 +185,11 @@ def _is_small(source: ModelSource, pairs: Sequence[Pair], device: torch.device, 
         return True
     if device.type == "cuda":
         return False  # there the prediction is also compared with what was allocated
-    fields = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-    layers, hidden = int(fields.get("num_hidden_layers") or 48), int(fields.get("hidden_size") or 8192)
-    inner = int(fields.get("intermediate_size") or 4 * hidden)
+    model = sizes(config_of(read_fields(source)))
     tokens = sum(2 * pair.prompt + pair.chosen + pair.rejected for pair in pairs)
     # Of files in 16 bits, full fine-tuning makes 18 bytes a weight and transients.
     weights = (12 if full else 3) * sum(path.stat().st_size for path in source.weight_files)
-    kept = 4 * tokens * (layers * (24 * hidden + 10 * inner) + int(fields.get("vocab_size") or 262144))
+    kept = 4 * tokens * (model.layers * (24 * model.hidden + 10 * model.inner) + model.vocabulary)
     return 2 * (weights + kept) < available_bytes(device)
 
 

@@ -14,6 +14,7 @@ from dpoeng.engine.config.fields import Quantization
 from dpoeng.engine.memory.simulate import STAYING, Pair, Setup
 from dpoeng.engine.memory.tracker import Peak
 from dpoeng.engine.models.loading import empty_model
+from dpoeng.engine.models.model_config import config_of, sizes
 
 GIB = 2**30
 
@@ -68,12 +69,10 @@ def estimate_overhead(setup: Setup, pair: Pair) -> dict[str, int]:
     - cuBLAS's and cuBLASLt's workspaces: 32 MiB each on Hopper, less before.
     - FlashAttention's backward sums dQ in float32.
     """
-    heads = int(setup.model["num_attention_heads"])
-    width = heads * int(setup.model.get("head_dim") or setup.model["hidden_size"] // heads)
     return {
         "CUDA context": int(0.6 * GIB),
         "cuBLAS workspaces": 64 * 2**20,
-        "attention backward": 4 * width * (pair.prompt + pair.chosen),
+        "attention backward": 4 * sizes(config_of(setup.model)).attention * (pair.prompt + pair.chosen),
     }
 
 
@@ -89,17 +88,8 @@ def needed_bytes(peak: Peak, estimates: Mapping[str, int]) -> int:
 
 def count_parameters(fields: Mapping[str, Any]) -> dict[str, int]:
     """Parameters of the base: `layers`, `head`, `embedding`."""
-    two, three = (
-        empty_model({**fields, "num_hidden_layers": n, "layer_types": None}, quantization="none", dtype=torch.bfloat16)
-        for n in (2, 3)
-    )
-    counts = [sum(p.numel() for p in lm.base.parameters()) for lm in (two, three)]
-    a_layer = counts[1] - counts[0]
-    embedding = int(two.base.get_input_embeddings().weight.numel())
-    tied = two.base.get_output_embeddings().weight is two.base.get_input_embeddings().weight
-    rest = counts[0] - 2 * a_layer - embedding * (1 if tied else 2)
-    return {
-        "layers": a_layer * int(fields["num_hidden_layers"]) + rest,
-        "head": embedding,
-        "embedding": 0 if tied else embedding,
-    }
+    lm = empty_model(fields, quantization="none", dtype=torch.bfloat16)
+    embedding, head = lm.base.get_input_embeddings().weight, lm.base.get_output_embeddings().weight
+    total = sum(parameter.numel() for parameter in lm.base.parameters())
+    apart = 0 if head is embedding else int(embedding.numel())
+    return {"layers": total - int(head.numel()) - apart, "head": int(head.numel()), "embedding": apart}

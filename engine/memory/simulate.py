@@ -25,6 +25,7 @@ from dpoeng.engine.models.fsdp import divided_parameters
 from dpoeng.engine.models.loading import embedding_on_host, empty_model
 from dpoeng.engine.models.lora_product import use_peft_product
 from dpoeng.engine.models.model import CausalLM, Layout, decoder_layers, enable_gradient_checkpointing, set_mode
+from dpoeng.engine.models.model_config import config_of, sizes
 from dpoeng.engine.models.quantized import quantized_tensors
 from dpoeng.engine.runs.metrics import MetricsLog
 from dpoeng.engine.runtime.progress import QUIET
@@ -77,6 +78,7 @@ class Setup:
         second_model: a reference model of the same precision beside the policy.
         stock: as peft and transformers have it: their LoRA product, the embedding on the device.
         shards: over how many devices the frozen layers are divided (FSDP2); what one of them holds is told.
+        depth: only so many of the first layers; None for all.
     """
 
     model: Mapping[str, Any]
@@ -91,23 +93,27 @@ class Setup:
     second_model: bool = False
     stock: bool = False
     shards: int = 1
+    depth: int | None = None
 
     @property
     def layers(self) -> int:
         """Decoder layers."""
-        return int(self.model["num_hidden_layers"])
+        return self.depth or sizes(config_of(self.model)).layers
 
     def with_layers(self, count: int) -> Setup:
-        """The same with another number of layers."""
-        fields = {**self.model, "num_hidden_layers": count}
-        if fields.get("layer_types"):
-            fields["layer_types"] = fields["layer_types"][:count]
-        return replace(self, model=fields)
+        """The same with only so many of its first layers."""
+        return replace(self, depth=count)
 
 
 def build(setup: Setup, *, policy: bool = True) -> CausalLM:
     """The model of a setup on the meta device, as phase two trains it, or as the reference."""
-    lm = empty_model(setup.model, quantization=setup.quantization, dtype=setup.dtype, double_quant=setup.double_quant)
+    lm = empty_model(
+        setup.model,
+        quantization=setup.quantization,
+        dtype=setup.dtype,
+        double_quant=setup.double_quant,
+        layers=setup.depth,
+    )
     if policy:
         lm = make_trainable(lm, setup.config, "new" if setup.config.use_peft else "full")
         if setup.config.gradient_checkpointing:

@@ -36,21 +36,24 @@ def _attention(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """The kernel that torch would choose on a device; on the meta device it would choose the one of all scores."""
+    attended: torch.Tensor
     if not query.is_meta:
-        result: torch.Tensor = original(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-        return result
+        attended = original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return attended
     aten = torch.ops.aten
     if attn_mask is not None and attn_mask.dtype == torch.bool:  # as `convert_boolean_attn_mask` of torch does
         hidden, attn_mask = attn_mask.logical_not(), torch.zeros_like(attn_mask, dtype=query.dtype)
         attn_mask.masked_fill_(hidden, float("-inf"))
         del hidden
+    narrow_values = query.shape[-1] != value.shape[-1]  # latent attention: FlashAttention takes none of these
+    if device_type == "cpu" and narrow_values:
+        attended = original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return attended
     if device_type == "cpu":
         out = aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
         )
-    elif attn_mask is None and query.dtype != torch.float32 and query.shape[-1] <= 256:
+    elif attn_mask is None and query.dtype != torch.float32 and query.shape[-1] <= 256 and not narrow_values:
         out = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)
     else:
         if enable_gqa:  # dpoeng.engine.scoring.attention repeats them on a GPU
@@ -60,19 +63,25 @@ def _attention(
         out = aten._scaled_dot_product_efficient_attention(
             query, key, value, attn_mask, wants_gradient, dropout_p, is_causal, scale=scale
         )
-    attended: torch.Tensor = out[0]
+    attended = out[0]
     return attended
 
 
 @contextlib.contextmanager
 def kernels_of(device_type: str) -> Iterator[None]:
-    original = F.scaled_dot_product_attention
+    original, autocast = F.scaled_dot_product_attention, torch.autocast
+
+    def cast(device_type: str, *arguments: Any, **settings: Any) -> Any:
+        # peft and some models switch autocast off for a while; the meta device has none.
+        return contextlib.nullcontext() if device_type == "meta" else autocast(device_type, *arguments, **settings)
+
     F.scaled_dot_product_attention = functools.partial(_attention, device_type, original)
+    torch.autocast = cast  # type: ignore[assignment, misc]
     try:
         with as_on_cpu() if device_type == "cpu" else contextlib.nullcontext():
             yield
     finally:
-        F.scaled_dot_product_attention = original
+        F.scaled_dot_product_attention, torch.autocast = original, autocast  # type: ignore[misc]
 
 
 @contextlib.contextmanager

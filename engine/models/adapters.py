@@ -61,43 +61,92 @@ def add_policy_adapter(lm: CausalLM, mode: AdapterMode, adapter: ModelSource | N
         lora: arguments of peft's LoraConfig; `continue` takes only `lora_dropout` from them.
 
     Raises:
-        UserError: the targets match nothing, or the adapter does not fit the base.
+        UserError: a target matches nothing, or the adapter does not fit the base.
     """
     if mode == "continue":
         assert adapter is not None, "mode continue needs an adapter"
         lm.model = _peft_from_pretrained(lm, adapter, POLICY_ADAPTER, trainable=True)
         _set_dropout(lm, float(lora.get("lora_dropout", 0.0)))
     else:
-        from peft import LoraConfig, get_peft_model
-
-        config = LoraConfig(task_type="CAUSAL_LM", **lora)
-        try:
-            if mode == "new":
-                lm.model = get_peft_model(lm.base, config, adapter_name=POLICY_ADAPTER)
-            else:
-                assert adapter is not None, "mode stack needs an adapter"
-                lm.model = _peft_from_pretrained(lm, adapter, REFERENCE_ADAPTER, trainable=False)
-                lm.model.add_adapter(POLICY_ADAPTER, config)
-                lm.model.base_model.set_adapter([REFERENCE_ADAPTER, POLICY_ADAPTER])
-                for name, parameter in lm.model.named_parameters():
-                    if POLICY_ADAPTER not in name.split("."):  # SFT may have trained biases, embeddings, tokens
-                        parameter.requires_grad_(False)
-        except ValueError as error:
-            if "arget modules" not in str(error):
-                raise
-            raise UserError(
-                "lora_target_modules matches nothing in this model",
-                code="lora-no-target",
-                where="--lora-target-modules",
-                found=str(lora.get("target_modules")),
-                expected="all-linear, or some of: " + ", ".join(linear_names(lm.base)),
-                remedy="name modules that the model has",
-            ) from error
+        _add_new_adapter(lm, adapter if mode == "stack" else None, lora)
     # fp32 adapters over a half-precision base: 8-bit Adam and bf16 rounding can lose small updates otherwise.
     for _, parameter in lm.trainable_parameters():
         parameter.data = parameter.data.float()
     use_lora_product(lm.model)
     return lm
+
+
+def _add_new_adapter(lm: CausalLM, below: ModelSource | None, lora: dict[str, Any]) -> None:
+    """A fresh LoRA on the base, or on the base with a frozen adapter `below` it.
+
+    Raises:
+        UserError: one of the targets matches nothing, or peft refuses it.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    names = linear_names(lm.base)
+    refused = [name for name in names if _mamba_refuses(lm.base, name)]
+    arguments = {"task_type": "CAUSAL_LM", **lora}
+    if refused and lora.get("target_modules") == "all-linear":
+        arguments["exclude_modules"] = refused
+        lm.remarks += (f"all-linear leaves out {', '.join(refused)}: peft's LoRA does not fit this kind of layer",)
+    config = LoraConfig(**arguments)
+    try:
+        # Experts that transformers stacks get a rank of their own under a name that is not a module's.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+            if below is None:
+                lm.model = get_peft_model(lm.base, config, adapter_name=POLICY_ADAPTER)
+            else:
+                lm.model = _peft_from_pretrained(lm, below, REFERENCE_ADAPTER, trainable=False)
+                lm.model.add_adapter(POLICY_ADAPTER, config)
+                lm.model.base_model.set_adapter([REFERENCE_ADAPTER, POLICY_ADAPTER])
+                for name, parameter in lm.model.named_parameters():
+                    if POLICY_ADAPTER not in name.split("."):  # SFT may have trained biases, embeddings, tokens
+                        parameter.requires_grad_(False)
+    except ValueError as error:
+        if "arget" not in str(error):
+            raise
+        raise _no_target(lora, names, str(error).splitlines()[0]) from error
+    missed = [] if lora.get("target_modules") == "all-linear" else _unmatched(lm.model)
+    if missed:
+        raise _no_target(lora, names, f"nothing is called {', '.join(missed)}")
+
+
+def _no_target(lora: dict[str, Any], names: list[str], why: str) -> UserError:
+    return UserError(
+        "lora_target_modules names what this model does not have, or what peft cannot adapt",
+        code="lora-no-target",
+        where="--lora-target-modules",
+        expected="all-linear, or some of: " + ", ".join(names),
+        found=f"{lora.get('target_modules')}: {why}",
+        remedy="name modules that the model has",
+    )
+
+
+def _mamba_refuses(base: Any, name: str) -> bool:
+    """Whether peft takes no LoRA on modules of this name in this model: Mamba's kernels read their weights directly."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+    try:
+        _check_lora_target_modules_mamba(LoraConfig(), base, name)
+    except ValueError:
+        return True
+    return False
+
+
+def _unmatched(model: Any) -> list[str]:
+    """The targets of the new adapter that match no module; peft is content where one of them does.
+
+    Names of experts that transformers keeps as stacked parameters are not among them: peft has turned these into
+    `target_parameters`.
+    """
+    targets = model.peft_config[POLICY_ADAPTER].target_modules
+    matched = model.base_model.targeted_module_names
+    if isinstance(targets, str):
+        return []
+    return sorted(t for t in targets or () if not any(name == t or name.endswith(f".{t}") for name in matched))
 
 
 def _set_dropout(lm: CausalLM, probability: float) -> None:

@@ -59,9 +59,10 @@ def refuse_unrecorded_quantization(source: ModelSource) -> None:
                         narrow[name] = kind
         except (OSError, SafetensorError):
             return  # loading says what is wrong with the file
-    weights = {name: kind for name, kind in narrow.items() if kind.startswith("F") or name.endswith(("weight", "packed"))}
+    wide = ("weight", "packed")  # other whole numbers are counters
+    weights = [f"{name} ({kind})" for name, kind in narrow.items() if kind.startswith("F") or name.endswith(wide)]
     if weights:
-        raise _quantized(source, [f"{name} ({kind})" for name, kind in sorted(weights.items())])
+        raise _quantized(source, weights)
 
 
 def check_loaded(model: Any, loaded: Mapping[str, Any], source: ModelSource) -> tuple[str, ...]:
@@ -135,7 +136,7 @@ def _quantized(source: ModelSource, names: Collection[str]) -> UserError:
         f"the weights of {source.name} are quantised, and its config.json does not say how",
         code="quantization-stored",
         where=str(source.folder) + (", hf_quant_config.json (ModelOpt)" if recorded else ""),
-        expected="full precision, or a quantization_config in config.json that dpoeng runs: bitsandbytes in 8 or 4 bits",
+        expected="full precision, or a quantization_config in config.json that dpoeng runs (bitsandbytes)",
         found=_some(names),
         remedy="name the full-precision checkpoint; --quantization 8bit or 4bit quantises it while it is loaded",
     )

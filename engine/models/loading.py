@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import types
@@ -16,7 +17,8 @@ from dpoeng.cache.errors import UserError
 from dpoeng.engine.config.fields import PrecomputeConfig, Quantization
 from dpoeng.engine.models.checkpoint_tensors import check_loaded, refuse_unrecorded_quantization
 from dpoeng.engine.models.fsdp_loading import sharding_class
-from dpoeng.engine.models.model import DTYPES, CausalLM
+from dpoeng.engine.models.model import DTYPES, CausalLM, decoder_layers
+from dpoeng.engine.models.model_config import config_of, layer_lists, with_layers
 from dpoeng.engine.models.quantized import compute_in, multiply_exactly, quantization_config, quantize_empty
 from dpoeng.engine.models.sources import (
     ModelSource,
@@ -110,8 +112,9 @@ def load_model(
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Triton launches on the current GPU, wherever the tensors are
     compute = resolve_dtype(source, dtype, device)
+    remarks: tuple[str, ...] = ()
     if source.gguf:
-        base, remarks = _load_gguf(source, quantization, compute, device), ()
+        base = _load_gguf(source, quantization, compute, device)
     else:
         bits = _bits(source, quantization, compute, quant_type, double_quant)
         base, remarks = _load_safetensors(source, bits, compute, device, shard)
@@ -203,6 +206,7 @@ def empty_model(
     dtype: torch.dtype,
     quant_type: str = "nf4",
     double_quant: bool = True,
+    layers: int | None = None,
 ) -> CausalLM:
     """The model of a config.json without its weights, on the `meta` device, in the same modules as `load_model`'s.
 
@@ -212,15 +216,17 @@ def empty_model(
         dtype: compute dtype.
         quant_type: 4bit: the number format.
         double_quant: 4bit: whether the scales are quantised too.
+        layers: only so many of its first layers.
 
     Raises:
         UserError: transformers does not know the architecture.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     try:
-        # How a stored checkpoint is quantised is told by `quantization`, as for any other.
-        config = AutoConfig.for_model(**{name: held for name, held in fields.items() if name != "quantization_config"})
+        config = config_of(fields)
+        if layers is not None:
+            config = with_layers(config, layers)
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -237,15 +243,30 @@ def empty_model(
     return _frozen(base, None, torch.device("meta"), dtype, quantization)
 
 
-def layer_period(fields: Mapping[str, Any]) -> int | None:
-    """After how many decoder layers their kinds repeat: 1 where all are equal; None if they do not."""
-    from transformers import AutoConfig
+MAX_PERIOD = 8
 
-    config = AutoConfig.for_model(**fields)
-    kinds = list(getattr(config, "layer_types", None) or [])
-    if any(getattr(config, name, None) for name in ("first_k_dense_replace", "mlp_only_layers", "moe_layers")):
+
+def layer_period(fields: Mapping[str, Any]) -> int | None:
+    """After how many decoder layers their kinds repeat: 1 where all are equal; None if they do not.
+
+    Layers are equal that have the same parameters, and the same entries in the config's lists.
+    """
+    return _layer_period(json.dumps(fields, sort_keys=True, default=str))
+
+
+@functools.lru_cache(maxsize=32)
+def _layer_period(fields: str) -> int | None:
+    lm = empty_model(json.loads(fields), quantization="none", dtype=torch.bfloat16)
+    layers = decoder_layers(lm.backbone)
+    lists = layer_lists(lm.base.config)
+    if len(lists) != len(layers):
         return None
-    return next((p for p in (1, 2) if all(kind == kinds[i % p] for i, kind in enumerate(kinds))), None)
+    kinds = [
+        (type(layer), listed, tuple((name, parameter.shape) for name, parameter in layer.named_parameters()))
+        for layer, listed in zip(layers, lists, strict=True)
+    ]
+    periods = range(1, MAX_PERIOD + 1)
+    return next((p for p in periods if all(kind == kinds[i % p] for i, kind in enumerate(kinds))), None)
 
 
 def _frozen(

@@ -25,8 +25,8 @@ COMPUTED = frozenset(
 
 _MERGE = "merge it into the base with peft (merge_and_unload) and give the result as --model"
 _CONVERT = (
-    "convert it to a plain LoRA: peft's save_pretrained(folder, path_initial_model_for_weight_conversion=...), or merge it "
-    "into the base with peft and give the result as --model"
+    "convert it to a plain LoRA: peft's save_pretrained(folder, path_initial_model_for_weight_conversion=...), or "
+    "merge it into the base with peft and give the result as --model"
 )
 
 REFUSED: dict[str, tuple[str, str]] = {
@@ -81,7 +81,7 @@ def check_lora_fields(name: str, where: str, fields: Mapping[str, Any]) -> None:
 
 
 def start_changes_base(fields: Mapping[str, Any]) -> bool:
-    """Whether loading the adapter takes its start out of the base's weights (PiSSA, OLoRA): no second one fits there."""
+    """Whether loading takes the adapter's start out of the base (PiSSA, OLoRA), so that no second one fits there."""
     return str(fields.get("init_lora_weights")).lower() in _CHANGING_STARTS
 
 

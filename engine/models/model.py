@@ -77,8 +77,11 @@ class CausalLM:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the input embedding."""
-        return int(self.base.get_input_embeddings().weight.shape[0])
+        """Token ids that the model has: rows of the input embedding, or of the head where these are fewer."""
+        rows = [int(self.base.get_input_embeddings().weight.shape[0])]
+        if isinstance(self.head, nn.Linear):
+            rows.append(int(self.head.weight.shape[0]))
+        return min(rows)
 
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Name and tensor of each parameter that is trained (of a divided one, the part), in the model's own order."""
@@ -128,9 +131,10 @@ def enable_gradient_checkpointing(lm: CausalLM, *, inputs_on_host: bool = False)
     The layer's `forward` is wrapped, and not its call, so that hooks (FSDP2's) stay outside and run once. transformers'
     own switch is not used: it acts where the layer's `training` is true, a flag that some layers also read for dropout.
     """
-    checkpoint = checkpoint_on_host if inputs_on_host else partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    on_device = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    checkpoint = checkpoint_on_host if inputs_on_host else on_device
     for layer in decoder_layers(lm.backbone):
-        layer.forward = partial(_recomputed, checkpoint, layer.forward)  # type: ignore[method-assign]
+        layer.forward = partial(_recomputed, checkpoint, layer.forward)
 
 
 def _recomputed(checkpoint: Callable[..., Any], forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:

@@ -125,6 +125,11 @@ def find_adapter(name: str) -> ModelSource:
     return ModelSource(name, folder, (weights,), revision=commit)
 
 
+def read_fields(source: ModelSource) -> dict[str, Any]:
+    """What a checkpoint's config.json holds."""
+    return _read_json(source.folder / "config.json")
+
+
 def has_stored_quantization(source: ModelSource) -> bool:
     """Whether config.json says that the checkpoint's weights are quantised."""
     return bool(_quantization_record(source))

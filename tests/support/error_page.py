@@ -58,7 +58,7 @@ MEANINGS: dict[str, str] = {
     "model-not-found": "There is no model of this name: no folder, no GGUF file, nor one on a hub that can be reached.",
     "model-no-safetensors": "Weights are read from safetensors alone: loading a pickle can run code.",
     "model-incomplete": "A file or tensor of the checkpoint is missing. It would be random numbers otherwise.",
-    "model-unexpected-tensors": "The files hold tensors of the language model that the model of config.json has no place for.",
+    "model-unexpected-tensors": "The files hold tensors of the language model that config.json denies.",
     "model-ambiguous": "The folder holds more than one model could be: what is hashed must be what transformers loads.",
     "checkpoint-json": "config.json, adapter_config.json or the list of shards is damaged.",
     "model-unloadable": "transformers cannot load the folder: an unknown architecture, or files that do not fit.",

@@ -280,6 +280,9 @@ def tensors(change: Callable[[dict[str, Any]], Any], file: str = "model.safetens
     return apply
 
 
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
 def shards(folder: Path, _: Desk) -> None:
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     files = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
@@ -352,7 +355,7 @@ MODELS = (
     Wrong("a weight missing", "model-incomplete", 2, OTHER, ("model.layers.1.mlp.up_proj.weight",),
           spoil("other", tensors(lambda t: t.pop("model.layers.1.mlp.up_proj.weight")))),
     Wrong("a bias that config.json denies", "model-unexpected-tensors", 2, OTHER, ("q_proj.bias",),
-          spoil("other", tensors(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": t["model.norm.weight"].clone()})))),
+          spoil("other", tensors(lambda t: t.update({f"{Q_PROJ}.bias": t["model.norm.weight"].clone()})))),
     Wrong("weights of another shape", "model-unloadable", 2, OTHER, ("lm_head.weight", "(400, 32)"),
           spoil("other", tensors(lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:, :16].contiguous()})))),
     Wrong("half a weight file", "weights-bad", 3, OTHER, ("model.safetensors",),

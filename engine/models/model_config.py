@@ -1,0 +1,96 @@
+"""A config.json as transformers understands it: the text part, the sizes, another number of layers.
+
+Architectures write the same thing under different names (`n_layer`, `num_layers`, a nested `text_config`), as a number
+or as a list with one entry a layer. transformers' config classes are asked for all of this here, and raw keys nowhere.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Sizes of a decoder. Where layers differ, those of the largest.
+
+    Attributes:
+        layers: decoder layers.
+        hidden: width between the layers.
+        inner: width inside the MLP.
+        attention: heads times the width of a head; 0 where there is no attention.
+        vocabulary: rows of the head.
+    """
+
+    layers: int
+    hidden: int
+    inner: int
+    attention: int
+    vocabulary: int
+
+
+def config_of(fields: Mapping[str, Any]) -> Any:
+    """transformers' config of what a config.json holds.
+
+    Raises:
+        KeyError, ValueError, TypeError, AttributeError: transformers does not know the model type, or the fields do not
+            go together.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    # How a stored checkpoint is quantised is told beside, as for any other.
+    plain = {name: _decoded(value) for name, value in fields.items() if name != "quantization_config"}
+    return CONFIG_MAPPING[plain["model_type"]].from_dict(plain)
+
+
+def _decoded(value: Any) -> Any:
+    """transformers writes numbers that JSON does not have as `{"__float__": "Infinity"}`."""
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {name: _decoded(held) for name, held in value.items()}
+    return [_decoded(held) for held in value] if isinstance(value, list) else value
+
+
+def text_config(config: Any) -> Any:
+    """The part of a config that describes the decoder of text; the config itself where there is but one part."""
+    return config.get_text_config(decoder=True)
+
+
+def sizes(config: Any) -> Sizes:
+    """The sizes of a config's decoder.
+
+    Raises:
+        AttributeError: it names no number of layers, or no width.
+    """
+    text = text_config(config)
+    hidden, heads = _largest(text.hidden_size), _largest(getattr(text, "num_attention_heads", None) or 0)
+    head = _largest(getattr(text, "head_dim", None) or (hidden // heads if heads else 0))
+    inner = _largest(getattr(text, "intermediate_size", None) or 4 * hidden)
+    return Sizes(_largest(text.num_hidden_layers), hidden, inner, heads * head, _largest(text.vocab_size))
+
+
+def _largest(size: Any) -> int:
+    return int(max(size) if isinstance(size, (list, tuple)) else size)
+
+
+def with_layers(config: Any, count: int) -> Any:
+    """A copy of a config with its first `count` layers; lists with one entry a layer are cut."""
+    cut = copy.deepcopy(config)
+    text = text_config(cut)
+    depth = int(text.num_hidden_layers)
+    for name, value in list(vars(text).items()):
+        if isinstance(value, (list, tuple)) and len(value) == depth and depth > 1:
+            setattr(text, name, value[:count])
+    text.num_hidden_layers = count
+    return cut
+
+
+def layer_lists(config: Any) -> list[tuple[Any, ...]]:
+    """For each layer, its entry in every list of the config that has one entry a layer."""
+    text = text_config(config)
+    depth = int(text.num_hidden_layers)
+    lists = [v for v in vars(text).values() if isinstance(v, (list, tuple)) and len(v) == depth and depth > 1]
+    return [tuple(repr(values[layer]) for values in lists) for layer in range(depth)]
