@@ -72,7 +72,8 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.extras
 	$(VENV)/bin/dpoeng demo --dir $(DEMO_DIR) --prepare-only
-	$(VENV)/bin/python -m pytest -m slow
+	$(VENV)/bin/python -m pytest $(WORKERS) -m slow --ignore tests/bench
+	$(VENV)/bin/python -m pytest -m slow tests/bench  # measures: alone on the machine
 
 test-peers: $(PEERS)/.installed
 	$(PEERS)/bin/dpoeng demo --dir $(DEMO_DIR) --prepare-only

@@ -144,7 +144,13 @@ def check_yaml(block: Block) -> None:
         load_config(cls, {}, path)
 
 
-RUN = [document for document in DOCUMENTS if any(b.kind != "text" and not b.why_not for b in blocks(document))]
+# Each command of memory.md simulates whole steps: its own tests run the same in smaller, and `make test-slow` the page.
+SLOW = {"memory.md"}
+RUN = [
+    pytest.param(document, marks=pytest.mark.slow if document.name in SLOW else ())
+    for document in DOCUMENTS
+    if any(block.kind != "text" and not block.why_not for block in blocks(document))
+]
 
 
 @pytest.mark.parametrize("document", RUN, ids=lambda path: path.name)

@@ -190,6 +190,45 @@ def test_the_rules_above_see_imports_inside_functions(tmp_path: Path) -> None:
     assert set(imports(file)) - set(imports(file, typing=False)) == {(6, "transformers")}
 
 
+# Wings that need no torch, whose tests are to be collected without it; a tokenizer is what `data` is given.
+WITHOUT_TORCH = {"cache": set(), "config": set(), "data": {"transformers", "tokenizers"}}
+
+
+def files_of(module: str) -> list[Path]:
+    """The file of a module of ours, or of one that tests share."""
+    top, *parts = module.split(".")
+    place = ROOT.joinpath(*parts) if top == "dpoeng" else ROOT / "tests" / "support" / top
+    return [file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()]
+
+
+def loaded_by(path: Path, seen: set[Path]) -> set[str]:
+    """The libraries that importing a file loads: what it imports at its top, and what files of ours import there."""
+    if path in seen:
+        return set()
+    seen.add(path)
+    names: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    ours = [file for name in names for file in files_of(name)]
+    return {name.split(".")[0] for name in names}.union(*(loaded_by(file, seen) for file in ours))
+
+
+@pytest.mark.parametrize("wing", WITHOUT_TORCH)
+def test_what_needs_no_torch_is_tested_without_it(wing: str) -> None:
+    heavy = {"torch", *MODEL_LIBRARIES} - WITHOUT_TORCH[wing]
+    files = [ROOT / "tests" / "conftest.py", *sorted((ROOT / "tests" / wing).glob("test_*.py"))]
+    found = {str(file.relative_to(ROOT)): loads for file in files if (loads := loaded_by(file, set()) & heavy)}
+    assert not found
+
+
+def test_an_import_by_way_of_another_module_is_found(tmp_path: Path) -> None:
+    (tmp_path / "test_a.py").write_text("from rank_processes import start\nfrom dpoeng.engine.models import loading\n")
+    assert {"pytest", "torch", "socket"} <= loaded_by(tmp_path / "test_a.py", set())
+
+
 @pytest.mark.parametrize("folder", ["", "kernels", "tests"])
 def test_these_folders_are_no_packages(folder: str) -> None:
     # With an __init__.py, `kernels` would hide the installed package of that name that transformers imports, for
