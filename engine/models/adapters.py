@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -265,4 +266,12 @@ def before_training(lm: CausalLM) -> Iterator[None]:
 def save_policy_adapter(lm: CausalLM, folder: Path) -> None:
     """Writes the trained adapter in peft's own format: adapter_config.json and adapter_model.safetensors."""
     lm.model.save_pretrained(str(folder), selected_adapters=[POLICY_ADAPTER], safe_serialization=True)
+    _sort_sets(folder / "adapter_config.json", lm.model.peft_config[POLICY_ADAPTER])
     (folder / "README.md").unlink(missing_ok=True)  # peft's model card is an empty form; run.json tells more
+
+
+def _sort_sets(file: Path, config: Any) -> None:
+    """Write the sets of a saved peft config in order: peft writes them as they come, by the process's hash seed."""
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    fields.update({name: sorted(fields[name]) for name in fields if isinstance(getattr(config, name, None), set)})
+    file.write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")

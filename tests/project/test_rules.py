@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import tomllib
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -154,6 +153,35 @@ def test_folders_stay_small_and_say_what_they_know() -> None:
         assert count <= FILES_IN_A_FOLDER, f"{folder.relative_to(ROOT)} holds {count} modules"
         if (folder / "__init__.py").is_file():
             assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))), folder
+
+
+def folders_of_map(text: str) -> set[str]:
+    """The folders that CONTRIBUTING's map names: each line begins with one, indented below its parent."""
+    found, parents = set(), [""]
+    for line in text.split("## Where things are")[1].split("```text\n")[1].split("```")[0].splitlines():
+        match = re.match(r"^( *)(\S+)/ ", line)
+        assert match, f"no folder in the map's line: {line}"
+        depth = len(match[1]) // 2
+        parents[depth + 1 :] = [f"{parents[depth]}{match[2]}/"]
+        found.add(parents[depth + 1].rstrip("/"))
+    return found
+
+
+def test_contributing_names_every_folder_and_no_other() -> None:
+    modules = {path for package in PACKAGES for path in sources(package)}  # new ones are not under version control yet
+    files = {path.relative_to(ROOT) for path in {*tracked(), *modules}} | {Path("src/dpoeng/__init__.py")}
+    folders = {parent.as_posix() for file in files for parent in file.parents} - {".", "src"}
+    tests = {name for name in folders if name.startswith("tests/")}
+    mirrors = {f"tests/{name}" for name in {*PACKAGES, *set().union(*FLOORS)}}
+    own = {
+        name for name in tests if any(name.startswith(f"{mirror}/") for mirror in mirrors)
+    }  # what a wing's tests keep
+    assert folders - mirrors - own == folders_of_map((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+
+
+def test_a_folder_that_the_map_lacks_is_found() -> None:
+    text = "## Where things are\n```text\na/   x\n  b/   y\nc/   z\n```\n"
+    assert folders_of_map(text) == {"a", "a/b", "c"}
 
 
 def test_functions_stay_short() -> None:
@@ -318,25 +346,6 @@ def test_nothing_names_somebodys_machine() -> None:
         if pattern.search(line)
     ]
     assert not found, "\n".join(found)
-
-
-@pytest.mark.slow  # builds in an environment of its own, for which pip fetches setuptools
-@pytest.mark.timeout(600)
-def test_the_wheel_holds_every_module_and_data_file(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
-    subprocess.run(command, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-    expected = {f"dpoeng/{path.relative_to(ROOT).as_posix()}" for package in PACKAGES for path in sources(package)}
-    expected |= {f"dpoeng/{package}/py.typed" for package in PACKAGES} | {
-        "dpoeng/cli/demo_pairs.jsonl",
-        "dpoeng/cli/pages/page.css",
-        "dpoeng/engine/memory/known_models.jsonl",
-    }
-    assert expected <= names
-    assert "dpoeng/__init__.py" in names
-    assert "dpoeng/kernels/__init__.py" not in names
 
 
 def test_the_page_of_requirements_is_that_of_the_project() -> None:
