@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 from pydantic import BaseModel
 
+from dpoeng.cli.tables import Marked, say
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from dpoeng.engine.runtime.progress import Progress
 
 PAIRS_FILE = "demo_pairs.jsonl"
@@ -52,37 +51,31 @@ def demo(folder: Path, pairs: int, model: str | None, quantization: str, prepare
 
     Each step prints the command that does the same. Run it again and it goes on from where it was.
     """
-    from rich.console import Console
-
     from dpoeng.cli import precompute, train
     from dpoeng.cli.progress import TerminalProgress
     from dpoeng.engine.recipes.demo import obtain_model
     from dpoeng.engine.recipes.precompute import precompute_reference
     from dpoeng.engine.recipes.train import train as run_training
 
-    console = Console(highlight=False)
     progress = TerminalProgress()
 
-    _step(console, 1, "A model and preference pairs")
+    _step(1, "A model and preference pairs")
     model = model or obtain_model(progress)
     file = write_pairs(folder, pairs)
-    console.print(
-        f"model: {model}\npairs: {file}, {pairs} of them; each has a prompt, a better and a worse response",
-        soft_wrap=True,
-    )
+    say(f"model: {model}\npairs: {file}, {pairs} of them; each has a prompt, a better and a worse response")
     if prepare_only:
         return
 
     first, second = configs(folder, file, model, quantization)
-    _step(console, 2, "Phase one: score the frozen model, once", command("precompute-ref", first, "pairs"))
+    _step(2, "Phase one: score the frozen model, once", command("precompute-ref", first, "pairs"))
     precompute.print_summary(precompute_reference(first, progress))
 
-    _step(console, 3, "Phase two: train against the cached numbers", command("train", second))
+    _step(3, "Phase two: train against the cached numbers", command("train", second))
     train.print_summary(run_training(second, progress))
 
-    _show_changes(console, second, progress)
-    _step(console, 6, "Go on from here")
-    console.print(next_steps(folder, first, second, model), markup=False, soft_wrap=True)
+    _show_changes(second, progress)
+    _step(6, "Go on from here")
+    say(next_steps(folder, first, second, model))
 
 
 def write_pairs(folder: Path, count: int) -> Path:
@@ -140,23 +133,23 @@ def next_steps(folder: Path, first: PrecomputeConfig, second: TrainConfig, model
     )
 
 
-def _step(console: Console, number: int, title: str, line: str | None = None) -> None:
-    console.print(f"\n[bold cyan]{number}. {title}[/]")
+def _step(number: int, title: str, line: str | None = None) -> None:
+    say("\n", Marked(f"{number}. {title}", "bold cyan"))
     if line is not None:
-        console.print(f"$ {line}", style="bold", markup=False, soft_wrap=True)
+        say(Marked(f"$ {line}", "bold"))
 
 
-def _show_changes(console: Console, config: TrainConfig, progress: Progress) -> None:
+def _show_changes(config: TrainConfig, progress: Progress) -> None:
     """Evaluate the adapter that was written and compare answers, as `dpoeng eval` and `dpoeng compare` do."""
     from dpoeng.cli import compare, evaluate
     from dpoeng.engine.recipes.compare import compare_prompts, keep_samples
     from dpoeng.engine.recipes.evaluate import evaluate_trained, find_trained
 
     trained = find_trained(config.output_dir)
-    _step(console, 4, "The saved adapter on held-out pairs", words("eval", {"adapter": config.output_dir}))
+    _step(4, "The saved adapter on held-out pairs", words("eval", {"adapter": config.output_dir}))
     evaluate.print_evaluation(evaluate_trained(trained, config, "held-out", progress))
 
-    _step(console, 5, "Answers before and after", words("compare", GENERATION, config.output_dir))
+    _step(5, "Answers before and after", words("compare", GENERATION, config.output_dir))
     found = compare_prompts(trained, config, (), **{**GENERATION, "stop": (GENERATION["stop"],)})
-    console.print(compare.generations_table(found))
+    say(compare.generations_table(found))
     keep_samples(trained, found, progress)

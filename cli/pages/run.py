@@ -192,7 +192,7 @@ def evaluation_table(record: Mapping[str, Any]) -> Table:
     rows = [(name, figure(name, metrics[name]), _bounds(intervals, name)) for name in names]
     return Table(
         rows,
-        ("", "mean", f"{record.get('confidence', 0.95):.0%} interval"),
+        ("", "mean", f"{100 * record.get('confidence', 0.95):.0f} % interval"),
         f"held out: {record.get('pairs', '?')} pairs",
         [
             "length_controlled: the mean of the accuracies where chosen is longer and where it is shorter. kl: per "
