@@ -102,7 +102,8 @@ def to_text(*cells: Cell) -> Text:
     """Cells as rich's text, which is never parsed for markup."""
     from rich.text import Text
 
-    styled = [(visible(plain(cell)), _style(cell)) for cell in cells]
+    # rich measures a cell before it expands tabs, and would break the line there
+    styled = [(visible(plain(cell)).replace("\t", "    "), _style(cell)) for cell in cells]
     return Text.assemble(*styled)
 
 

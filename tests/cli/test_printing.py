@@ -40,9 +40,8 @@ def drawn(thing: Any) -> str:
 
 @given(texts, texts, st.sampled_from(["bold", "error"]))
 def test_a_sentence_is_what_was_written(one: str, other: str, style: str) -> None:
-    one, other = one.replace("\t", ""), other.replace("\t", "")  # rich fills them up with spaces
     said = drawn(to_text(one, Marked(other, style)))
-    assert said == visible(one + other) + "\n"
+    assert said == visible(one + other).replace("\t", "    ") + "\n"
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", said)
 
 
@@ -51,8 +50,8 @@ def test_a_table_shows_each_cell_as_it_was_written(rows: list[tuple[str, str]], 
     table = Table(rows, ("[/a]", ":b:"), title, [note])
     said = drawn(table)
     for cell in ("[/a]", ":b:", *(cell for row in rows for cell in row), title, note):
-        for line in visible(cell).expandtabs().splitlines():
-            assert line.strip() in said.expandtabs()
+        for line in visible(cell).replace("\t", "    ").splitlines():
+            assert line.strip() in said
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", said)
 
 
