@@ -304,7 +304,8 @@ def page(outcomes: Sequence[Outcome]) -> str:
         "",
         "Every causal architecture that transformers registers, as a tiny random model, taken through phase one "
         "(against a plain forward in float64), one training step, evaluation, merge (against plain peft) and the "
-        "memory forecast. Made by `python -m dpoeng.bench.studies.architectures --output docs/models.md`; do not edit it by hand.",
+        "memory forecast. Made by "
+        "`python -m dpoeng.bench.studies.architectures --output docs/models.md`; do not edit it by hand.",
         "",
         f"Versions: torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}, "
         f"peft {peft.__version__}.",

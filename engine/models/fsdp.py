@@ -23,7 +23,7 @@ import torch
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config.fields import Quantization, TrainConfig
 from dpoeng.engine.models.fsdp_loading import whole_because
-from dpoeng.engine.models.model import CausalLM, decoder_layers
+from dpoeng.engine.models.model import CausalLM, decoder_layers, decoder_of
 from dpoeng.engine.models.quantized import quantized_layers
 from dpoeng.engine.models.sources import ModelSource, adapter_config
 from dpoeng.engine.runtime.distributed import Group
@@ -84,7 +84,7 @@ def layer_sharding(group: Group, device: torch.device, *, trained: bool = False)
     mesh = _mesh(group, device)
 
     def shard(base: Any) -> None:
-        _divide(base.get_decoder(), mesh, trained=trained)
+        _divide(decoder_of(base), mesh, trained=trained)
 
     return shard
 

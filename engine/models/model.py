@@ -42,6 +42,7 @@ class CausalLM:
         layout: whether branches share their prompt, and why if they do not.
         attention: how attention over shared prompts is computed; see `engine/scoring/attention`.
         remarks: what users are to be told of how it was loaded.
+        padding: whether separate texts of several lengths go through one forward, padded; else each goes alone.
         sharded: whether layers are divided over processes, so that every forward is one of all of them.
         masters: with full fine-tuning in another dtype than float32, the float32 tensor behind each weight, which is
             what the optimizer moves.
@@ -60,6 +61,7 @@ class CausalLM:
     layout_reason: str = ""
     attention: Attention = "segments"
     remarks: tuple[str, ...] = ()
+    padding: bool = True
     sharded: bool = False
     masters: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict)
     parts: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict)
@@ -67,7 +69,7 @@ class CausalLM:
     @property
     def backbone(self) -> Any:
         """The decoder below the head: token ids in, last hidden states out."""
-        return self.base.get_decoder()
+        return decoder_of(self.base)
 
     @property
     def head(self) -> nn.Module:
@@ -93,6 +95,31 @@ class CausalLM:
         """Gives each weight the value of its master, rounded. To be called whenever the trained tensors have moved."""
         for weight, master in self.masters.items():
             weight.copy_(master)
+
+
+def decoder_of(base: Any) -> Any:
+    """The decoder of a causal language model, without its head.
+
+    transformers' `get_decoder` returns the model itself where its prefix is another's (Llama 4), and the head where
+    that is called `decoder` (ModernBERT).
+    """
+    found = base.get_decoder()
+    if found is not base and found is not base.get_output_embeddings():
+        return found
+    embedding = base.get_input_embeddings()
+    for name in (base.base_model_prefix, "model"):
+        part = getattr(base, name, None)
+        if isinstance(part, nn.Module) and any(module is embedding for module in part.modules()):
+            return part
+    return found
+
+
+def before_head(base: Any) -> Any:
+    """The layer between decoder and output embeddings, where a model has one; else None."""
+    part, head = getattr(base, "lm_head", None), base.get_output_embeddings()
+    if not isinstance(part, nn.Module) or any(module is head for module in part.modules()):
+        return None
+    return part
 
 
 # --------------------------------------------------------------------------- running

@@ -7,6 +7,7 @@ or as a list with one entry a layer. transformers' config classes are asked for 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +87,31 @@ def with_layers(config: Any, count: int) -> Any:
             setattr(text, name, value[:count])
     text.num_hidden_layers = count
     return cut
+
+
+def windows(config: Any) -> list[int]:
+    """How many tokens back some layers look: sliding windows, chunks, and how many tokens indexers choose."""
+    text = text_config(config)
+    named = re.compile(
+        r"sliding_window|window_size|attention_chunk_size|local_attention|index_topk|compress_rate|block_size"
+    )
+    sizes_ = [size for name, size in vars(text).items() if named.search(name) and not isinstance(size, bool)]
+    flat = [one for size in sizes_ for one in (size if isinstance(size, (list, tuple)) else [size])]
+    return sorted({int(size) for size in flat if isinstance(size, int) and size > 0})
+
+
+def rotary_limit(config: Any) -> int | None:
+    """The length up to which a text's rotary frequencies are its own; None where there is no limit.
+
+    LongRoPE and dynamic NTK choose them by the largest position of a forward (`dynamic_rope_update` of transformers),
+    so that a longer text would change the numbers of all others in it.
+    """
+    text = text_config(config)
+    held = getattr(text, "rope_parameters", None) or {}
+    kinds = [held] if "rope_type" in held else [kind for kind in held.values() if isinstance(kind, dict)]
+    limits = [int(kind["original_max_position_embeddings"]) for kind in kinds if kind.get("rope_type") == "longrope"]
+    limits += [int(text.max_position_embeddings) for kind in kinds if "dynamic" in str(kind.get("rope_type"))]
+    return min(limits, default=None)
 
 
 def layer_lists(config: Any) -> list[tuple[Any, ...]]:

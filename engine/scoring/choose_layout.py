@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +12,10 @@ from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import IdArray
 from dpoeng.engine.config.fields import Attention
 from dpoeng.engine.models.model import CausalLM
+from dpoeng.engine.models.model_config import windows
+from dpoeng.engine.runtime.out_of_memory import is_out_of_memory
 from dpoeng.engine.scoring.attention import use_layout
-from dpoeng.engine.scoring.forward import on_device, score_groups
+from dpoeng.engine.scoring.forward import on_device, position_limit, rotary_limit, score_groups
 from dpoeng.engine.scoring.layout import Branch, PromptGroup, separate
 
 # --------------------------------------------------------------------------- the probe
@@ -22,32 +25,47 @@ from dpoeng.engine.scoring.layout import Branch, PromptGroup, separate
 _PROBE_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 
 
+_SPARE_TOKENS = 24
+"""How much longer than a window a probe of it is."""
+
+_CANNOT = (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError, AttributeError, IndexError, KeyError)
+"""What models raise where they are run in a way that they were not made for."""
+
+
 @torch.no_grad()
-def choose_layout(lm: CausalLM, wanted: str = "auto", attention: Attention = "auto") -> None:
+def choose_layout(
+    lm: CausalLM, wanted: str = "auto", attention: Attention = "auto", longest: int | None = None
+) -> None:
     """Decides by trying: the shared-prompt layout if it gives the model's own numbers, else separate rows.
 
     A dozen tokens are scored in the shared layout, and by the model's own forward with full logits. So an architecture
     that looks at more than positions and masks (recurrence, its own attention, logits changed after the head) is
-    noticed whether or not dpoeng knows its name.
+    noticed whether or not dpoeng knows its name. Where some layers look back over a window only, one text is longer
+    than it, since up to there a window that is not honoured makes no difference.
+
+    Args:
+        lm: the model; its layout, attention and padding are set.
+        wanted: auto, shared or separate.
+        attention: the way to attend in the shared layout.
+        longest: tokens of the longest text that will be scored; windows that no text reaches are not tried.
 
     Raises:
         UserError: `wanted` cannot be had, or not even separate rows give the model's own numbers.
     """
-    use_layout(lm, "separate")
-    probe = _Probe.of(lm)
-    _check_separate_rows(lm, probe)
+    probe = _Probe.draw(lm, longest)
+    _try_separate(lm, probe)
     if wanted == "separate":
         use_layout(lm, "separate", "asked for")
         return
-    refusal = _share_prompts(lm, attention, probe)
-    if refusal is None:
+    reason = _try_shared(lm, probe, attention)
+    if not reason:
         return
     if attention == "varlen":
         raise UserError(
             "this model's numbers do not come out of varlen attention here",
             code="attention-unsupported",
             where="--attention varlen",
-            found=refusal,
+            found=reason,
             remedy="leave --attention out: segments work wherever a prompt can be shared",
             exit_status=5,
         )
@@ -56,29 +74,22 @@ def choose_layout(lm: CausalLM, wanted: str = "auto", attention: Attention = "au
             f"{type(lm.base).__name__} cannot share a prompt between branches",
             code="layout-unsupported",
             where="--layout shared",
-            found=refusal,
+            found=reason,
             remedy="use --layout auto or separate",
         )
-    use_layout(lm, "separate", refusal)
+    use_layout(lm, "separate", reason)
 
 
 @dataclass(frozen=True, slots=True)
 class _Probe:
-    """A few random tokens, and the model's own log-probs of their responses.
-
-    Attributes:
-        groups: two prompts of two responses each. The second response starts at its second token, so that a token
-            that is seen and not scored is tried too.
-        expected: [tokens] nats, from full logits.
-        tolerance: mean |difference| a token, nats.
-    """
+    """Random texts, the model's own log-probs of them, and what may lie between these and ours."""
 
     groups: list[PromptGroup]
-    expected: torch.Tensor
+    expected: list[torch.Tensor]
     tolerance: float
 
-    @classmethod
-    def of(cls, lm: CausalLM) -> _Probe:
+    @staticmethod
+    def draw(lm: CausalLM, longest: int | None) -> _Probe:
         generator = np.random.default_rng(0)
 
         def draw(count: int) -> IdArray:
@@ -88,18 +99,46 @@ class _Probe:
             PromptGroup(draw(5), (Branch(draw(3)), Branch(draw(4), start=1))),
             PromptGroup(draw(3), (Branch(draw(2)), Branch(draw(3)))),
         ]
-        expected = torch.cat([_own_logps(lm, single) for group in groups for single in separate(group)])
-        # Products in 8 bits may round activations too: noise, which is small beside a wrong mask.
-        return cls(groups, expected, _PROBE_TOLERANCE[lm.dtype] * (2.0 if lm.quantization != "none" else 1.0))
+        reached = [window for window in windows(lm.base.config) if longest is None or window < longest]
+        length = max(reached, default=0) + _SPARE_TOKENS
+        limit = min([n for n in (rotary_limit(lm), position_limit(lm)) if n is not None], default=length)
+        length = min(length, limit)
+        if reached and length > min(reached):
+            # Of two lengths, so that one of them is padded.
+            answer = min(16, length - 1)
+            groups.append(PromptGroup(draw(length - answer), (Branch(draw(answer)), Branch(draw(max(1, answer // 3))))))
+        use_layout(lm, "separate")
+        try:
+            expected = [torch.cat([_own_logps(lm, single) for single in separate(group)]) for group in groups]
+            later = _looks_ahead(lm, groups[0])
+        except _CANNOT as error:
+            raise _refused(lm, error) from error
+        tolerance = _PROBE_TOLERANCE[lm.dtype] * (2.0 if lm.quantization != "none" else 1.0)
+        if later > tolerance:
+            raise UserError(
+                f"{type(lm.base).__name__} lets a token see the tokens after it, so that its numbers are no log-probs",
+                code="model-unsupported",
+                where="a probe whose last token was changed",
+                expected="the same predictions before that token",
+                found=f"mean difference {later:.4g} nats",
+                remedy="name a decoder; where config.json has is_decoder, it must be true",
+            )
+        return _Probe(groups, expected, tolerance)
 
     def difference(self, lm: CausalLM) -> float:
-        """Mean |difference| a token in the layout that the model has now, nats."""
-        return float((score_groups(lm, self.groups)[0] - self.expected).abs().mean())
+        """The largest mean |difference| of a group: a window that is wrong in one text is not averaged away."""
+        scored, expected = score_groups(lm, self.groups)[0], torch.cat(self.expected)
+        parts = torch.split((scored - expected).abs(), [len(part) for part in self.expected])
+        return max(float(part.mean()) for part in parts)
 
 
-def _check_separate_rows(lm: CausalLM, probe: _Probe) -> None:
-    """Raises UserError where the model's own numbers are not finite, or separate rows do not give them."""
-    if not bool(probe.expected.isfinite().all()):
+def _try_separate(lm: CausalLM, probe: _Probe) -> None:
+    """Separate rows, padded; or each text alone, where padding moves the numbers of the texts beside it.
+
+    Raises:
+        UserError: neither gives the model's own numbers.
+    """
+    if not all(bool(part.isfinite().all()) for part in probe.expected):
         raise UserError(
             "the model gives values that are no log-probabilities",
             code="reference-not-finite",
@@ -109,34 +148,61 @@ def _check_separate_rows(lm: CausalLM, probe: _Probe) -> None:
             remedy="if the dtype is float16, use --dtype bfloat16 or float32; else the weights are damaged",
             exit_status=5,
         )
-    difference = probe.difference(lm)
-    if not difference <= probe.tolerance:  # NaN too
-        raise UserError(
-            f"dpoeng does not compute this architecture's log-probs correctly ({type(lm.base).__name__})",
-            code="model-unsupported",
-            where="a probe of 17 tokens against the model's own forward",
-            expected=f"mean difference per token <= {probe.tolerance:g} nats",
-            found=f"{difference:.4g} nats",
-            remedy="please report the architecture; it changes its logits in a way that dpoeng does not know",
-        )
+    error = float("inf")
+    for padding in (True, False):
+        lm.padding = padding
+        try:
+            error = probe.difference(lm)
+        except _CANNOT as failure:
+            if is_out_of_memory(failure):
+                raise
+            if not padding:
+                raise _refused(lm, failure) from failure
+            continue
+        if error <= probe.tolerance:
+            return
+    raise UserError(
+        f"dpoeng does not compute this architecture's log-probs correctly ({type(lm.base).__name__})",
+        code="model-unsupported",
+        where="a probe against the model's own forward",
+        expected=f"mean difference per token <= {probe.tolerance:g} nats",
+        found=f"{error:.4g} nats",
+        remedy="please report the architecture; it changes its logits in a way that dpoeng does not know",
+    )
 
 
-def _share_prompts(lm: CausalLM, attention: Attention, probe: _Probe) -> str | None:
-    """Uses the shared layout with the first attention that gives the model's numbers; else says why none does."""
-    refusal = without = ""
+def _try_shared(lm: CausalLM, probe: _Probe, attention: Attention) -> str:
+    """Sets the first way of sharing prompts that gives the model's own numbers; else says why none does."""
+    reason, without = "", ""
     for way in ways_to_attend(attention, lm.device.type, lm.dtype):
         use_layout(lm, "shared", f"each prompt run once for both responses; attention: {way}{without}")
         lm.attention = way
         try:
-            difference = probe.difference(lm)
-            refusal = f"sharing the prompt moves the model's numbers by {difference:.3g} nats a token"
-        except (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError) as error:
-            difference = float("inf")
-            refusal = f"its attention cannot be replaced ({type(error).__name__}: {str(error).splitlines()[0]})"
-        if difference <= probe.tolerance:
-            return None
-        without = f" ({way}: {refusal})"
-    return refusal
+            error_of_way = probe.difference(lm)
+            reason = f"sharing the prompt moves the model's numbers by {error_of_way:.3g} nats a token"
+        except _CANNOT as error:
+            if is_out_of_memory(error):
+                raise
+            error_of_way = float("inf")
+            reason = f"its attention cannot be replaced ({type(error).__name__}: {str(error).splitlines()[0]})"
+        if error_of_way <= probe.tolerance:
+            return ""
+        without = f" ({way}: {reason})"
+    return reason
+
+
+def _refused(lm: CausalLM, error: Exception) -> UserError | Exception:
+    """What to raise where the model's own forward, or ours of each text by itself, cannot run."""
+    if is_out_of_memory(error):
+        return error
+    return UserError(
+        f"this architecture does not run on a text of tokens alone ({type(lm.base).__name__})",
+        code="model-unsupported",
+        where="a probe of a few tokens",
+        expected="token ids in, a logit for each token out",
+        found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+        remedy="please report the architecture, if plain transformers scores texts with it",
+    )
 
 
 def ways_to_attend(wanted: Attention, device_type: str, dtype: torch.dtype) -> tuple[Attention, ...]:
@@ -147,9 +213,27 @@ def ways_to_attend(wanted: Attention, device_type: str, dtype: torch.dtype) -> t
 
 
 def _own_logps(lm: CausalLM, single: PromptGroup) -> torch.Tensor:
-    """The model's own forward, full logits, float64 log-softmax."""
+    """The model's own forward, its logits at the scored tokens, float64 log-softmax."""
     (branch,) = single.branches
     ids = on_device(lm, branch.ids.astype(np.int64))
-    logits = lm.base(input_ids=ids[None], use_cache=False).logits[0, branch.start - 1 : -1]
+    scored = len(branch.ids) - branch.start
+    logits = _own_logits(lm, ids, scored + 1)[:-1]
     logps = torch.log_softmax(logits.double(), dim=-1).gather(1, ids[branch.start :, None]).squeeze(1)
     return logps.float()
+
+
+def _own_logits(lm: CausalLM, ids: torch.Tensor, last: int) -> torch.Tensor:
+    """The model's logits at the last few of some tokens; of a long text, no others are computed where it can do so."""
+    keeps = "logits_to_keep" in inspect.signature(lm.base.forward).parameters
+    kept = {"logits_to_keep": last} if keeps else {}
+    logits: torch.Tensor = lm.base(input_ids=ids[None], use_cache=False, **kept).logits[0]
+    return logits[-last:]
+
+
+def _looks_ahead(lm: CausalLM, group: PromptGroup) -> float:
+    """How far the predictions before a text's last token move when that token is another one, in nats."""
+    ids = on_device(lm, group.prompt_ids.astype(np.int64))
+    changed = ids.clone()
+    changed[-1] = (ids[-1] + 1) % lm.vocab_size
+    before, after = (torch.log_softmax(_own_logits(lm, x, len(ids))[:-1].double(), -1) for x in (ids, changed))
+    return float((before - after).abs().mean())

@@ -6,14 +6,18 @@ plain linear layer.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
-from dpoeng.engine.models.model import CausalLM
+from dpoeng.engine.models.model import CausalLM, before_head
+from dpoeng.engine.models.model_config import rotary_limit as rotary_limit_of
+from dpoeng.engine.models.model_config import text_config
 from dpoeng.engine.scoring.attention import AttentionPlan
 from dpoeng.engine.scoring.layout import IndexArray, PackedRow, PromptGroup, pack, pad, separate
 from dpoeng.kernels.collision import log_collision
@@ -40,14 +44,41 @@ def predict_groups(lm: CausalLM, groups: Sequence[PromptGroup]) -> tuple[torch.T
         row = pack(groups)
         hidden = _run_packed(lm, row)
     else:
-        row, shape, mask = pad([single for group in groups for single in separate(group)], pad_id=0)
+        singles = [single for group in groups for single in separate(group)]
+        if not lm.padding:
+            hidden, targets, offsets = _each_alone(lm, singles)
+            return _to_head(lm, hidden), targets, offsets
+        row, shape, mask = pad(singles, pad_id=0)
         hidden = lm.backbone(
             input_ids=on_device(lm, row.input_ids).view(shape),
             attention_mask=on_device(lm, mask).view(shape),
             position_ids=on_device(lm, row.position_ids).view(shape),
             use_cache=False,
         ).last_hidden_state.flatten(0, 1)
-    return hidden.index_select(0, on_device(lm, row.gather)), on_device(lm, row.targets), row.branch_offsets
+    predictors = _to_head(lm, hidden.index_select(0, on_device(lm, row.gather)))
+    return predictors, on_device(lm, row.targets), row.branch_offsets
+
+
+def _to_head(lm: CausalLM, hidden: torch.Tensor) -> torch.Tensor:
+    """Hidden states as the head takes them: ModernBERT's decoder has a dense layer before it."""
+    before = before_head(lm.base)
+    return hidden if before is None else before(hidden)
+
+
+def _each_alone(lm: CausalLM, singles: Sequence[PromptGroup]) -> tuple[torch.Tensor, torch.Tensor, IndexArray]:
+    """As `predict_groups`, a forward a text, for models whose numbers depend on the padding beside them."""
+    parts, offsets = [], [0]
+    for single in singles:
+        row = pack([single])
+        hidden = lm.backbone(
+            input_ids=on_device(lm, row.input_ids)[None],
+            position_ids=on_device(lm, row.position_ids)[None],
+            use_cache=False,
+        ).last_hidden_state[0]
+        parts.append((hidden.index_select(0, on_device(lm, row.gather)), on_device(lm, row.targets)))
+        offsets.append(offsets[-1] + len(row.targets))
+    hidden_states, targets = (torch.cat(part) for part in zip(*parts, strict=True))
+    return hidden_states, targets, np.asarray(offsets, dtype=np.int64)
 
 
 def _run_packed(lm: CausalLM, row: PackedRow) -> torch.Tensor:
@@ -92,28 +123,52 @@ def _logits(lm: CausalLM, hidden: torch.Tensor) -> torch.Tensor:
 
 def head_transform(lm: CausalLM) -> tuple[float | None, float]:
     """What the architecture does to its logits: (soft cap or None, factor). Checked by `choose_layout`'s probe."""
-    config = lm.base.config
-    softcap = getattr(config, "final_logit_softcapping", None)
+    config = text_config(lm.base.config)
+    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
     scale = 1.0
     if getattr(config, "logits_scaling", None):  # Granite divides
         scale = 1.0 / float(config.logits_scaling)
+    elif getattr(config, "logits_mup_width_multiplier", None):  # Inkling divides
+        scale = 1.0 / float(config.logits_mup_width_multiplier)
     elif getattr(config, "logit_scale", None):  # Cohere multiplies
         scale = float(config.logit_scale)
+    elif getattr(config, "lm_head_multiplier", None):  # Falcon-H1 multiplies
+        scale = float(config.lm_head_multiplier)
     return (float(softcap) if softcap else None), scale
 
 
-def rotary_limit(lm: CausalLM) -> int | None:
-    """The length up to which a text's rotary frequencies are its own; None where there is no limit.
+def position_limit(lm: CausalLM) -> int | None:
+    """The longest text for which the model has positions; None where it makes them for any length.
 
-    LongRoPE and dynamic NTK choose them by the largest position of a forward (`dynamic_rope_update` of transformers),
-    so that a longer text would change the numbers of all others in it.
+    Positions that are learned or tabulated end somewhere, and what comes after is read out of bounds: an embedding of
+    positions, a table of sines, a causal mask or a bias that is kept as a buffer.
     """
-    config = lm.base.config
-    held = getattr(config, "rope_parameters", None) or {}
-    kinds = [held] if "rope_type" in held else [kind for kind in held.values() if isinstance(kind, dict)]
-    limits = [int(kind["original_max_position_embeddings"]) for kind in kinds if kind.get("rope_type") == "longrope"]
-    limits += [int(config.max_position_embeddings) for kind in kinds if "dynamic" in str(kind.get("rope_type"))]
-    return min(limits, default=None)
+    longest = getattr(text_config(lm.base.config), "max_position_embeddings", None)
+    backbone, words = lm.backbone, lm.base.get_input_embeddings()
+    rows = [
+        module.num_embeddings - int(getattr(module, "offset", 0))
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.Embedding) and module is not words and _POSITIONS.search(name.rsplit(".", 1)[-1])
+    ]
+    if longest:
+        buffers = [*backbone.named_buffers(), *_tensors_beside(backbone)]
+        rows += [int(longest) for name, b in buffers if longest in b.shape and not name.endswith("inv_freq")]
+    if getattr(getattr(lm.base.config, "attn_config", None), "alibi", False):  # MPT makes so many biases and no more
+        rows.append(int(lm.base.config.max_seq_len))
+    return min(rows, default=None)
+
+
+_POSITIONS = re.compile(r"^(wpe|.*position.*|.*pos_emb.*)$")
+
+
+def _tensors_beside(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Tensors that modules keep as plain attributes."""
+    return [(n, t) for part in module.modules() for n, t in vars(part).items() if isinstance(t, torch.Tensor)]
+
+
+def rotary_limit(lm: CausalLM) -> int | None:
+    """The longest text whose rotary frequencies do not change with the texts beside it; None: any."""
+    return rotary_limit_of(lm.base.config)
 
 
 def on_device(lm: CausalLM, array: npt.NDArray[Any]) -> torch.Tensor:
