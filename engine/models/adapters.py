@@ -13,6 +13,7 @@ from torch import nn
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config.fields import TrainConfig
+from dpoeng.engine.models.checkpoint_names import as_peft_reads
 from dpoeng.engine.models.full_finetuning import train_all
 from dpoeng.engine.models.lora_product import use_lora_product
 from dpoeng.engine.models.model import POLICY_ADAPTER, CausalLM
@@ -165,22 +166,33 @@ def _peft_from_pretrained(lm: CausalLM, adapter: ModelSource, name: str, *, trai
     from peft import PeftModel
 
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), as_peft_reads(adapter, lm.base) as own:
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below, with a remedy
             model = PeftModel.from_pretrained(
-                lm.base, str(adapter.folder), adapter_name=name, is_trainable=trainable, torch_device=str(lm.device)
+                lm.base, str(own.folder), adapter_name=name, is_trainable=trainable, torch_device=str(lm.device)
             )
-        _check_weights(model, adapter, name)
+            _check_weights(model, own, name)
         return model
     except (ValueError, RuntimeError, KeyError) as error:
         raise UserError(
             "the adapter does not fit this base model",
             code="adapter-mismatch",
             where=adapter.name,
-            found=str(error).splitlines()[0],
+            found=_line_of_interest(error),
             remedy="give the base that the adapter was trained on; adapter_config.json names it in "
-            "base_model_name_or_path",
+            "base_model_name_or_path"
+            + ("; if tokens were added for it, resize the base's embeddings and save it" if _is_of_size(error) else ""),
         ) from error
+
+
+def _is_of_size(error: Exception) -> bool:
+    return "size mismatch" in str(error)
+
+
+def _line_of_interest(error: Exception) -> str:
+    """torch names the tensors behind a first line that only says that there are some."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return next((line.strip() for line in lines if "size mismatch" in line), lines[0])
 
 
 def _check_weights(model: Any, adapter: ModelSource, name: str) -> None:
@@ -190,10 +202,19 @@ def _check_weights(model: Any, adapter: ModelSource, name: str) -> None:
         ValueError: the file lacks weights that the adapter has in this model, or holds others.
     """
     from peft import get_peft_model_state_dict
-    from safetensors import safe_open
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+    from safetensors.torch import load_file
 
-    with safe_open(adapter.weight_files[0], "pt") as file:
-        held = set(file.keys())
+    # As peft itself converts them: experts that were adapted one by one are stacked.
+    held = set(
+        convert_peft_adapter_state_dict_for_transformers(
+            model=model,
+            peft_config=model.peft_config[name],
+            adapter_state_dict=load_file(adapter.weight_files[0]),
+            adapter_name=name,
+        )
+    )
+    held = {key.replace(f".{name}.", ".").removesuffix(f".{name}") for key in held}
     wanted = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
     lacking = sorted(wanted - held)
     if lacking:
@@ -243,7 +264,8 @@ def load_trained_adapter(
         lm.model = _peft_from_pretrained(lm, trained, POLICY_ADAPTER, trainable=False)
         return lm
     lm.model = _peft_from_pretrained(lm, reference, REFERENCE_ADAPTER, trainable=False)
-    lm.model.load_adapter(str(trained.folder), adapter_name=POLICY_ADAPTER, torch_device=str(lm.device))
+    with as_peft_reads(trained, lm.base) as own:
+        lm.model.load_adapter(str(own.folder), adapter_name=POLICY_ADAPTER, torch_device=str(lm.device))
     lm.model.base_model.set_adapter([REFERENCE_ADAPTER, POLICY_ADAPTER] if mode == "stack" else POLICY_ADAPTER)
     return lm
 

@@ -27,7 +27,7 @@ def whole_because(source: ModelSource, processes: int) -> str:
     from transformers.core_model_loading import WeightConverter
 
     try:
-        _, model = _empty(source)
+        _, model = empty_model_of(source)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError):
         return ""  # the load that follows says what is wrong
     converters = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightConverter)]
@@ -39,7 +39,7 @@ def whole_because(source: ModelSource, processes: int) -> str:
     return ""
 
 
-def _empty(source: ModelSource) -> tuple[Any, Any]:
+def empty_model_of(source: ModelSource) -> tuple[Any, Any]:
     """A checkpoint's config, and its model without weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -62,7 +62,7 @@ def sharding_class(source: ModelSource, shard: Callable[[Any], None]) -> tuple[A
 
     transformers offers no hook there. The class passes for its parent, by whose name conversions are looked up.
     """
-    config, model = _empty(source)
+    config, model = empty_model_of(source)
     parent = type(model)
 
     def make(self: Any, *arguments: Any, **settings: Any) -> None:

@@ -1,11 +1,14 @@
 """Adapters folded into their base: `W + scale * B A`, from the full-precision checkpoint, never from quantised weights.
 
 Tensor by tensor from the base's files to new ones, so that the host never holds more than one of these files. Sums are
-formed in float32, over all adapters, and rounded once.
+formed in float32, over all adapters, and rounded once. What is not a plain LoRA on weights that are stored one by one
+(DoRA, stacked experts, trained embeddings) is merged by peft in a model that is loaded whole, and put back under the
+names of the base's files: see `merge_whole`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -19,14 +22,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dpoeng.cache.errors import UserError
+from dpoeng.engine.models.checkpoint_names import PREFIX, as_peft_reads, stored_names
+from dpoeng.engine.models.lora_fields import start_changes_base
 from dpoeng.engine.models.model import DTYPES
-from dpoeng.engine.models.sources import ModelSource, copy_beside, find_adapter, find_model, write_config
+from dpoeng.engine.models.sources import ModelSource, find_adapter, find_model
+from dpoeng.engine.recipes.merge_whole import MergeSummary, copy_rest, merge_whole
 from dpoeng.engine.runs.folder import ADAPTER_FOLDER, MODEL_FOLDER, RUN_FILE
 from dpoeng.engine.runs.reading import read_json
 from dpoeng.engine.runtime.folders import refuse_filled, saving_tensors, write_new
 from dpoeng.engine.runtime.progress import QUIET, Progress
-
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +46,6 @@ class Update:
         """In float32."""
         delta = self.scale * (self.b.float() @ self.a.float())
         return delta.T if self.transposed else delta
-
-
-@dataclass(frozen=True, slots=True)
-class MergeSummary:
-    """What was merged."""
-
-    folder: Path
-    base: str
-    adapters: list[str]
-    merged: int
-    tensors: int
-    dtype: str
 
 
 def merge_run(
@@ -115,10 +107,21 @@ def merge(
             where=base.name,
             remedy="name the original with --model",
         )
-    updates: dict[str, list[Update]] = {}
-    replaced: dict[str, torch.Tensor] = {}
-    for adapter in adapters:
-        _read_adapter(adapter, updates, replaced)
+    names = stored_names(base)
+    with contextlib.ExitStack() as stack:
+        # Under the names of the model that is loaded, whatever class they were made on.
+        own = [stack.enter_context(as_peft_reads(adapter, names.model)) for adapter in adapters]
+        updates: dict[str, list[Update]] = {}
+        replaced: dict[str, torch.Tensor] = {}
+        plain = True
+        for adapter in own:
+            _refuse_more_layers(adapter)
+            plain = plain and _read_adapter(adapter, updates, replaced)
+        if not plain or names.converted & {*updates, *replaced}:
+            return merge_whole(base, own, into, dtype=dtype, progress=progress)
+    on_disk = names.on_disk()
+    updates = {on_disk.get(name, name): one for name, one in updates.items()}
+    replaced = {on_disk.get(name, name): one for name, one in replaced.items()}
     _check_replaced(base, replaced)
 
     tensors = 0
@@ -166,28 +169,40 @@ def _write_merged(
             f"the base has no weight for {len(open_updates)} of the adapter's layers, e.g. {min(open_updates)}",
             code="adapter-mismatch",
             where=base.name,
-            remedy="give the base that the adapter was trained on with --model",
+            remedy="give the base that the adapter was trained on with --model; what was given has other layers",
         )
-    _copy_rest(base, folder, dtype, total_bytes)
+    copy_rest(base, folder, dtype, total_bytes)
     return tensors
 
 
-def _read_adapter(adapter: ModelSource, updates: dict[str, list[Update]], replaced: dict[str, torch.Tensor]) -> None:
-    """Adds an adapter's updates under the names of the base's weights."""
-    config = json.loads((adapter.folder / "adapter_config.json").read_text(encoding="utf-8"))
-    tensors = load_file(adapter.weight_files[0])
-    start = config.get("init_lora_weights")
-    odd = [name for name in ("use_dora", "layer_replication", "target_parameters", "lora_bias") if config.get(name)]
-    odd += ["init_lora_weights"] if isinstance(start, str) and start not in ("gaussian", "orthogonal") else []
-    if config.get("peft_type") != "LORA" or odd:
+def _refuse_more_layers(adapter: ModelSource) -> None:
+    if _adapter_fields(adapter).get("layer_replication"):
         raise UserError(
-            f"only plain LoRA can be merged here ({', '.join(odd) or config.get('peft_type')})",
+            "an adapter that repeats layers cannot be merged: the checkpoint would have other layers",
             code="adapter-mismatch",
-            where=adapter.name,
-            remedy="load the full-precision base with peft (run.json has the lines) and call merge_and_unload()",
+            where=f"{adapter.name}, layer_replication",
+            remedy="use it as an adapter, or train one without layer_replication",
         )
+
+
+def _adapter_fields(adapter: ModelSource) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads((adapter.folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return fields
+
+
+_MORE_THAN_LORA = ("use_dora", "target_parameters", "lora_bias", "trainable_token_indices")
+
+
+def _read_adapter(adapter: ModelSource, updates: dict[str, list[Update]], replaced: dict[str, torch.Tensor]) -> bool:
+    """Adds an adapter's updates under the names that its weights have in memory; False where it is no plain LoRA."""
+    config = _adapter_fields(adapter)
+    tensors = load_file(adapter.weight_files[0])
+    if start_changes_base(config) or any(config.get(name) for name in _MORE_THAN_LORA):
+        return False
+    if any(".lora_embedding_" in name for name in tensors):
+        return False
     for name, tensor in tensors.items():
-        bare = name.removeprefix(_PREFIX)
+        bare = name.removeprefix(PREFIX)
         if ".lora_B." in bare:
             continue
         if ".lora_A." not in bare:
@@ -200,6 +215,7 @@ def _read_adapter(adapter: ModelSource, updates: dict[str, list[Update]], replac
         b = tensors[name.replace(".lora_A.", ".lora_B.")]
         update = Update(tensor, b, scale, bool(config.get("fan_in_fan_out")))
         updates.setdefault(f"{module}.weight", []).append(update)
+    return True
 
 
 def _check_replaced(base: ModelSource, replaced: Mapping[str, torch.Tensor]) -> None:
@@ -231,14 +247,3 @@ def _of_pattern(pattern: dict[str, float] | None, module: str, default: float) -
         if re.match(rf"(.*\.)?({key})$", module):
             return value
     return default
-
-
-def _copy_rest(base: ModelSource, into: Path, dtype: str, total_bytes: int) -> None:
-    """Everything beside the weights: configuration, tokenizer, the index of shards."""
-    write_config(base, into, dtype)
-    copy_beside(base, into)
-    index = base.folder / "model.safetensors.index.json"
-    if index.is_file() and base.weight_files[0].name != "model.safetensors":
-        record = json.loads(index.read_text(encoding="utf-8"))
-        record["metadata"] = {**record.get("metadata", {}), "total_size": total_bytes}
-        (into / index.name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -91,8 +91,10 @@ def test_from_an_8_bit_run_in_bfloat16(
 def test_what_cannot_be_merged_is_a_message(tmp_path: Path, tiny_model: Path) -> None:
     with pytest.raises(UserError, match="no finished run"):
         merge_run(tmp_path, tmp_path / "merged")
-    out = trained(tmp_path, tiny_model, None, use_dora=True)
-    with pytest.raises(UserError, match="use_dora"):
+    out = trained(tmp_path, tiny_model, None)
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    (out / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "layer_replication": [[0, 2], [0, 2]]}))
+    with pytest.raises(UserError, match="repeats layers"):
         merge_run(out, tmp_path / "merged")
     with pytest.raises(UserError, match="not empty"):
         merge_run(out, out)
@@ -141,6 +143,10 @@ def with_biases(folder: Path, *, tied: bool) -> Path:
         {"target_modules": ["q_proj"], "bias": "all"},
         {"target_modules": ["q_proj"], "bias": "lora_only"},
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 4]}},
+        {"target_modules": ["q_proj", "down_proj"], "use_dora": True},
+        {"target_modules": ["q_proj"], "init_lora_weights": "pissa"},
     ],
 )
 def test_what_an_adapter_holds_beside_lora_is_merged(tmp_path: Path, lora: dict[str, Any]) -> None:
@@ -151,8 +157,7 @@ def test_what_an_adapter_holds_beside_lora_is_merged(tmp_path: Path, lora: dict[
 @pytest.mark.parametrize(
     ("lora", "tied"),
     [
-        ({"target_modules": ["q_proj", "embed_tokens"]}, False),
-        ({"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 4]}}, False),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, True),
         ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, True),
         ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, True),
     ],
@@ -175,7 +180,7 @@ def test_a_full_disk_leaves_no_checkpoint(tmp_path: Path, tiny_model: Path) -> N
         assert "--into" in caught.value.remedy
         assert set(tmp_path.iterdir()) == before
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dpoeng.engine.recipes.merge._copy_rest", interrupted)
+        patch.setattr("dpoeng.engine.recipes.merge.copy_rest", interrupted)
         with pytest.raises(KeyboardInterrupt):
             merge_run(out, tmp_path / "merged")
     assert set(tmp_path.iterdir()) == before

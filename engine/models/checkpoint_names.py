@@ -1,0 +1,133 @@
+"""Names of weights: on disk, in memory and in an adapter are three things, and they are converted here.
+
+A multimodal checkpoint that is loaded as its text part, experts that are stacked while they are loaded, layers that a
+release has renamed: the file keeps its names. Knows names; reads no tensor but those of an adapter to be renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dpoeng.cache.errors import UserError
+from dpoeng.engine.models.fsdp_loading import empty_model_of
+from dpoeng.engine.models.sources import ModelSource
+
+PREFIX = "base_model.model."
+"""What peft writes before every name."""
+
+_MODULE = re.compile(
+    r"^(.*?)\.(lora_\w+|base_layer|modules_to_save|token_adapter|trainable_tokens_delta|weight|bias)(\.|$)"
+)
+_TAIL = re.compile(r"(^|\.)((?:layers|h|blocks|block)\.\d+\..*)$")
+_OTHER_TOWERS = re.compile(r"(^|\.)(vision\w*|visual|image\w*|audio\w*|\w*projector|encoder)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredNames:
+    """How the names in a checkpoint's files stand to those of the loaded model.
+
+    Attributes:
+        model: the model, without weights.
+        in_memory: name on disk -> the model's own; only what the model has.
+        converted: names in memory of weights that are made of several on disk, or by more than a copy.
+    """
+
+    model: Any
+    in_memory: Mapping[str, str]
+    converted: frozenset[str]
+
+    def on_disk(self) -> dict[str, str]:
+        """Name in memory -> the one on disk, for weights that are copied as they are."""
+        return {name: stored for stored, name in self.in_memory.items() if name not in self.converted}
+
+
+def stored_names(source: ModelSource) -> StoredNames:
+    """The names in a checkpoint's files, and those of the model that `load_model` makes of them."""
+    from safetensors import safe_open
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    _, model = empty_model_of(source)
+    state = model.state_dict()
+    conversions = get_model_conversion_mapping(model)
+    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+    in_memory: dict[str, str] = {}
+    converted: set[str] = set()
+    for file in source.weight_files:
+        with safe_open(file, framework="pt") as tensors:
+            for stored in tensors.keys():  # noqa: SIM118  (a safetensors file is no dictionary)
+                name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
+                name = name if name in state else stored
+                if name in state:
+                    in_memory[stored] = name
+                    converted |= {name} if pattern is not None else set()
+    return StoredNames(model, in_memory, frozenset(converted))
+
+
+@contextlib.contextmanager
+def as_peft_reads(adapter: ModelSource, base: Any) -> Iterator[ModelSource]:
+    """An adapter as peft can load it onto this model: itself, or a copy with its names changed.
+
+    Adapters carry the names of the class they were made on, which may hold the decoder elsewhere (`language_model`),
+    and of a compiled model (`_orig_mod`).
+
+    Raises:
+        UserError: the adapter's tensors are empty, as DeepSpeed's ZeRO-3 leaves them.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    with safe_open(adapter.weight_files[0], "pt") as file:
+        keys = list(file.keys())
+        empty = [key for key in keys if 0 in file.get_slice(key).get_shape()]
+    if empty:
+        raise UserError(
+            "the adapter's tensors are empty",
+            code="adapter-mismatch",
+            where=f"{adapter.name}, {empty[0]}",
+            expected="the trained matrices",
+            found=f"{len(empty)} of {len(keys)} tensors without a number: DeepSpeed's ZeRO-3 had divided them",
+            remedy="save it with stage3_gather_16bit_weights_on_model_save, or convert with zero_to_fp32.py",
+        )
+    modules = [name for name, _ in base.named_modules() if ".base_layer" not in name]
+    renamed = {key: _key_in_model(key, modules) for key in keys}
+    fields = json.loads((adapter.folder / "adapter_config.json").read_text(encoding="utf-8"))
+    targets = fields.get("target_modules")
+    if isinstance(targets, list):
+        fields["target_modules"] = [_in_model(target, modules) if "." in target else target for target in targets]
+    if all(old == new for old, new in renamed.items()) and fields.get("target_modules") == targets:
+        yield adapter
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        tensors = load_file(adapter.weight_files[0])
+        changed = {renamed[key]: tensor for key, tensor in tensors.items()}
+        weights = Path(folder, "adapter_model.safetensors")
+        save_file(changed, weights, metadata={"format": "pt"})
+        Path(folder, "adapter_config.json").write_text(json.dumps(fields), encoding="utf-8")
+        yield replace(adapter, folder=Path(folder), weight_files=(weights,))
+
+
+def _key_in_model(key: str, modules: Collection[str]) -> str:
+    bare = key.replace("_orig_mod.", "").removeprefix(PREFIX)
+    found = _MODULE.match(bare)
+    if found is None:
+        return PREFIX + bare
+    path = found.group(1)
+    return PREFIX + _in_model(path, modules) + bare[len(path) :]
+
+
+def _in_model(path: str, modules: Collection[str]) -> str:
+    """The model's own name of a module that another class keeps elsewhere; the name itself where that is not plain."""
+    tail = _TAIL.search(path)
+    if path in modules or tail is None or _OTHER_TOWERS.search(path):
+        return path
+    alike = [name for name in modules if name.endswith("." + tail.group(2)) and not _OTHER_TOWERS.search(name)]
+    return alike[0] if len(alike) == 1 else path

@@ -1,0 +1,177 @@
+"""Adapters merged by peft in a base that is loaded whole, and put back under the names of the base's files.
+
+For what is more than a product of two matrices on a weight of its own: DoRA, experts that are stacked while they are
+loaded, embeddings, starts that change the base. Takes the memory of the base in float32. The result is loaded again and
+must answer as base and adapters do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from dpoeng.cache.errors import UserError
+from dpoeng.engine.models.model import DTYPES
+from dpoeng.engine.models.sources import ModelSource, copy_beside, write_config
+from dpoeng.engine.runtime.folders import saving_tensors, write_new
+from dpoeng.engine.runtime.progress import Progress
+
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
+"""Mean difference of log-probs, nats, between merged and unmerged: the rounding of weights, and no more."""
+
+
+@dataclass(frozen=True, slots=True)
+class MergeSummary:
+    """What was merged."""
+
+    folder: Path
+    base: str
+    adapters: list[str]
+    merged: int
+    tensors: int
+    dtype: str
+
+
+def merge_whole(
+    base: ModelSource,
+    adapters: Sequence[ModelSource],
+    into: Path,
+    *,
+    dtype: str,
+    progress: Progress,
+) -> MergeSummary:
+    """Writes base + adapters as a checkpoint that plain transformers loads.
+
+    Args:
+        base: the full-precision base.
+        adapters: the frozen one first, where there are two; under the names of the loaded model.
+        into: a new folder.
+        dtype: of the merged weights; `auto` is each weight's own.
+        progress: told that the base is loaded whole, and of each file.
+
+    Raises:
+        UserError: the merged checkpoint does not answer as base and adapters do, or cannot be written.
+    """
+    n_bytes = sum(file.stat().st_size for file in base.weight_files)
+    progress.note(
+        "this adapter is merged by peft, in a base that is loaded whole and in float32 "
+        f"({2 * n_bytes / 1e9:.1f} GB where its files are in 16 bits)"
+    )
+    adapted = _with_adapters(base, adapters)
+    expected = _log_probs(adapted)
+    merged = adapted.merge_and_unload(adapter_names=list(adapted.peft_config))
+    weights = _as_stored(merged)
+    changed = 0
+    tensors = 0
+
+    def fill(folder: Path) -> None:
+        nonlocal changed, tensors
+        changed, tensors = _write(base, folder, weights, dtype, progress)
+        _compare(base, folder, expected, dtype)
+
+    write_new(into, fill)
+    return MergeSummary(into, base.name, [adapter.name for adapter in adapters], changed, tensors, dtype)
+
+
+def _with_adapters(base: ModelSource, adapters: Sequence[ModelSource]) -> Any:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
+    own = model
+    try:
+        for number, adapter in enumerate(adapters):
+            if number == 0:
+                model = PeftModel.from_pretrained(own, str(adapter.folder), adapter_name="0")
+            else:
+                model.load_adapter(str(adapter.folder), adapter_name=str(number))
+        model.base_model.set_adapter([str(number) for number in range(len(adapters))])
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise UserError(
+            "the adapter does not fit this base model",
+            code="adapter-mismatch",
+            where=adapters[-1].name,
+            found=str(error).splitlines()[0],
+            remedy="give the base that the adapter was trained on",
+        ) from error
+    return model.eval()
+
+
+@torch.no_grad()
+def _log_probs(model: Any) -> torch.Tensor:
+    """Of a few tokens, float32."""
+    ids = torch.arange(2, 34)[None] % model.get_input_embeddings().weight.shape[0]
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits.float()
+    return logits.log_softmax(-1)
+
+
+def _as_stored(merged: Any) -> dict[str, torch.Tensor]:
+    """The merged model's weights under the names, and in the pieces, of a checkpoint's files."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(merged, merged.state_dict()))
+
+
+def _write(
+    base: ModelSource, folder: Path, weights: dict[str, torch.Tensor], dtype: str, progress: Progress
+) -> tuple[int, int]:
+    """Writes every file of the base with what has changed; returns the numbers of changed and of all tensors."""
+    wanted = None if dtype == "auto" else DTYPES[dtype]
+    changed = tensors = total_bytes = 0
+    with progress.task("merging", len(base.weight_files), "files") as advance:
+        for file in base.weight_files:
+            written: dict[str, torch.Tensor] = {}
+            with safe_open(file, framework="pt") as stored:
+                for name in stored.keys():  # noqa: SIM118  (a safetensors file is no dictionary)
+                    old = stored.get_tensor(name)
+                    new = weights.get(name)
+                    if new is None or torch.equal(new.to(old.dtype), old):
+                        new = old
+                    else:
+                        changed += 1
+                    target = old.dtype if wanted is None or not old.is_floating_point() else wanted
+                    written[name] = new.to(target).contiguous()
+            with saving_tensors():
+                save_file(written, folder / file.name, metadata={"format": "pt"})
+            tensors += len(written)
+            total_bytes += sum(tensor.nbytes for tensor in written.values())
+            advance(1, file.name)
+    copy_rest(base, folder, dtype, total_bytes)
+    return changed, tensors
+
+
+def _compare(base: ModelSource, folder: Path, expected: torch.Tensor, dtype: str) -> None:
+    """Loads what was written, and looks whether it answers as base and adapters did."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    found = _log_probs(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+    difference = float((found - expected).abs().mean())
+    narrow = DTYPES.get(dtype) or getattr(AutoConfig.from_pretrained(base.folder), "dtype", None) or torch.float32
+    if not difference <= _TOLERANCE[narrow]:
+        raise UserError(
+            "the merged checkpoint does not answer as base and adapter do",
+            code="adapter-mismatch",
+            where=base.name,
+            expected=f"log-probs within {_TOLERANCE[narrow]:g} nats of the unmerged model's, on average",
+            found=f"{difference:.3g} nats: what was adapted has no place of its own in the base's files, as a head "
+            "and an embedding that are one tensor",
+            remedy="use base and adapter unmerged, or untie the base's embeddings before training",
+        )
+
+
+def copy_rest(base: ModelSource, into: Path, dtype: str, total_bytes: int) -> None:
+    """Everything beside the weights: configuration, tokenizer, the index of shards."""
+    write_config(base, into, dtype)
+    copy_beside(base, into)
+    index = base.folder / "model.safetensors.index.json"
+    if index.is_file() and base.weight_files[0].name != "model.safetensors":
+        record = json.loads(index.read_text(encoding="utf-8"))
+        record["metadata"] = {**record.get("metadata", {}), "total_size": total_bytes}
+        (into / index.name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,154 @@
+"""Right adapters under other names are loaded: of another class, of a compiled model, of experts one by one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dpoeng.bench.studies.tiny_models import save_tiny
+from dpoeng.cache.errors import UserError
+from dpoeng.engine.models.adapters import load_reference_adapter
+from dpoeng.engine.models.loading import load_model
+from dpoeng.engine.models.model import CausalLM, set_mode
+from dpoeng.engine.models.sources import find_adapter, find_model
+
+IDS = torch.arange(2, 42)[None]
+
+
+def load(folder: Path) -> CausalLM:
+    return load_model(
+        find_model(str(folder)), quantization="none", dtype="float32", device=torch.device("cpu"), tokenizer=False
+    )
+
+
+def adapter_of(model: Path, folder: Path, loader: Any, **lora: Any) -> torch.Tensor:
+    """Saves a random adapter, made by plain peft on the class that `loader` gives; returns its log-probs."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base = loader.from_pretrained(model, dtype=torch.float32)
+    adapted = get_peft_model(base, LoraConfig(**{"r": 4, "target_modules": ["q_proj", "down_proj"], **lora}))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(folder)
+    return log_probs(adapted)
+
+
+@torch.no_grad()
+def log_probs(model: Any) -> torch.Tensor:
+    logits: torch.Tensor = model.eval()(input_ids=IDS, use_cache=False).logits
+    return logits.double().log_softmax(-1)
+
+
+def through_dpoeng(model: Path, adapter: Path) -> torch.Tensor:
+    lm = load_reference_adapter(load(model), find_adapter(str(adapter)))
+    set_mode(lm, training=False)
+    return log_probs(lm.model)
+
+
+def renamed(folder: Path, change: Callable[[str], str]) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({change(name): tensor for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def multimodal(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("multimodal")
+    return {name: save_tiny(name, root / name) for name in ("gemma3", "qwen3_5")}
+
+
+def test_names_of_a_compiled_model(tiny_model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    truth = adapter_of(tiny_model, tmp_path, AutoModelForCausalLM)
+    renamed(tmp_path, lambda name: name.replace("base_model.model.", "base_model.model._orig_mod."))
+    torch.testing.assert_close(through_dpoeng(tiny_model, tmp_path), truth, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("where", ["language_model.model.layers.", "model.layers.", "model.language_model.layers."])
+def test_names_of_other_classes_of_a_multimodal_model(multimodal: dict[str, Path], tmp_path: Path, where: str) -> None:
+    """As transformers before 4.52 had them, as the text class has them, and as the whole class has them."""
+    from transformers import AutoModelForCausalLM
+
+    targets = r".*language_model.*\.(q_proj|down_proj)"
+    truth = adapter_of(multimodal["gemma3"], tmp_path, AutoModelForCausalLM, target_modules=targets)
+    renamed(tmp_path, lambda name: name.replace("model.language_model.layers.", where))
+    torch.testing.assert_close(through_dpoeng(multimodal["gemma3"], tmp_path), truth, atol=1e-4, rtol=0)
+
+
+def test_an_adapter_of_the_whole_class_on_the_text_class(multimodal: dict[str, Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    model = save_whole(multimodal["qwen3_5"], tmp_path / "whole")
+    truth = adapter_of(model, tmp_path / "adapter", AutoModelForImageTextToText)
+    assert any(".language_model." in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    assert type(load(model).base).__name__ == "Qwen3_5ForCausalLM"
+    torch.testing.assert_close(through_dpoeng(model, tmp_path / "adapter"), truth, atol=1e-4, rtol=0)
+
+
+def test_experts_that_were_adapted_one_by_one(tmp_path: Path) -> None:
+    """As transformers 4 had Mixtral; peft stacks them, and what it loads is not taken for another adapter."""
+    from peft import LoraConfig, PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model, folder = save_tiny("mixtral", tmp_path / "model"), tmp_path / "adapter"
+    LoraConfig(r=2, target_modules=["q_proj", "w1", "w2", "w3"], task_type="CAUSAL_LM").save_pretrained(folder)
+    torch.manual_seed(0)
+    tensors = {}
+    for layer in range(2):
+        shapes = {f"{layer}.block_sparse_moe.experts.{e}.{w}": (32, 48) for e in range(4) for w in ("w1", "w3")}
+        shapes |= {f"{layer}.block_sparse_moe.experts.{e}.w2": (48, 32) for e in range(4)}
+        shapes[f"{layer}.self_attn.q_proj"] = (32, 32)
+        for name, (into, out) in shapes.items():
+            tensors[f"base_model.model.model.layers.{name}.lora_A.weight"] = 0.3 * torch.randn(2, into)
+            tensors[f"base_model.model.model.layers.{name}.lora_B.weight"] = 0.3 * torch.randn(out, 2)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    before = log_probs(base)
+    truth = log_probs(PeftModel.from_pretrained(base, str(folder)))
+    assert float((before - truth).abs().mean()) > 0.01
+    torch.testing.assert_close(through_dpoeng(model, folder), truth, atol=1e-4, rtol=0)
+
+
+def save_whole(source: Path, folder: Path) -> Path:
+    """The multimodal checkpoint of a type, with its vision tower, as its config names it."""
+    from transformers import AutoModelForImageTextToText
+
+    from dpoeng.bench.studies.tiny_models import tiny_config, tiny_tokenizer
+
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(tiny_config(source.name)).float()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_empty_tensors_say_what_they_are(sft_adapter: Path, tmp_path: Path, tiny_model: Path) -> None:
+    tensors = load_file(sft_adapter / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text((sft_adapter / "adapter_config.json").read_text())
+    save_file({name: torch.zeros(0) for name in tensors}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="empty") as caught:
+        through_dpoeng(tiny_model, tmp_path)
+    assert "ZeRO-3" in str(caught.value.found)
+
+
+def test_another_size_shows_the_tensor(sft_adapter: Path, tmp_path: Path, tiny_model: Path) -> None:
+    tensors = load_file(sft_adapter / "adapter_model.safetensors")
+    fields = json.loads((sft_adapter / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    first = min(tensors)
+    save_file({**tensors, first: tensors[first][:, :8].contiguous()}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError) as caught:
+        through_dpoeng(tiny_model, tmp_path)
+    assert "size mismatch" in str(caught.value.found)
+    assert "resize" in str(caught.value.remedy)
