@@ -13,7 +13,7 @@ from torch import nn
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config.fields import TrainConfig
-from dpoeng.engine.models.checkpoint_names import as_peft_reads
+from dpoeng.engine.models.checkpoint_names import as_peft_reads, save_for_whole
 from dpoeng.engine.models.full_finetuning import train_all
 from dpoeng.engine.models.lora_product import use_lora_product
 from dpoeng.engine.models.model import POLICY_ADAPTER, CausalLM
@@ -24,6 +24,9 @@ Mode = Literal["new", "stack", "continue", "full"]
 """What is trained: an adapter in one of its ways, or all weights and no adapter (`engine/models/full_finetuning`)."""
 
 REFERENCE_ADAPTER = "reference"
+
+_PATTERNS_OF_STACKS = "The following (rank|alpha)_pattern keys did not match"
+"""What peft says of ranks that it has itself given to experts which transformers stacks: their names are no module's."""
 
 
 def load_reference_adapter(lm: CausalLM, adapter: ModelSource) -> CausalLM:
@@ -94,9 +97,8 @@ def _add_new_adapter(lm: CausalLM, below: ModelSource | None, lora: dict[str, An
         lm.remarks += (f"all-linear leaves out {', '.join(refused)}: peft's LoRA does not fit this kind of layer",)
     config = LoraConfig(**arguments)
     try:
-        # Experts that transformers stacks get a rank of their own under a name that is not a module's.
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+            warnings.filterwarnings("ignore", message=_PATTERNS_OF_STACKS)
             if below is None:
                 lm.model = get_peft_model(lm.base, config, adapter_name=POLICY_ADAPTER)
             else:
@@ -168,6 +170,7 @@ def _peft_from_pretrained(lm: CausalLM, adapter: ModelSource, name: str, *, trai
     try:
         with warnings.catch_warnings(), as_peft_reads(adapter, lm.base) as own:
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below, with a remedy
+            warnings.filterwarnings("ignore", message=_PATTERNS_OF_STACKS)
             model = PeftModel.from_pretrained(
                 lm.base, str(own.folder), adapter_name=name, is_trainable=trainable, torch_device=str(lm.device)
             )
@@ -289,6 +292,8 @@ def save_policy_adapter(lm: CausalLM, folder: Path) -> None:
     """Writes the trained adapter in peft's own format: adapter_config.json and adapter_model.safetensors."""
     lm.model.save_pretrained(str(folder), selected_adapters=[POLICY_ADAPTER], safe_serialization=True)
     _sort_sets(folder / "adapter_config.json", lm.model.peft_config[POLICY_ADAPTER])
+    if lm.source is not None:
+        save_for_whole(lm.source, lm.base, folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's model card is an empty form; run.json tells more
 
 

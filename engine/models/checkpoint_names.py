@@ -26,6 +26,7 @@ _MODULE = re.compile(
     r"^(.*?)\.(lora_\w+|base_layer|modules_to_save|token_adapter|trainable_tokens_delta|weight|bias)(\.|$)"
 )
 _TAIL = re.compile(r"(^|\.)((?:layers|h|blocks|block)\.\d+\..*)$")
+_ENDS = re.compile(r"(^|\.)(lm_head|embed_tokens|embed_in|embed_out|wte)$")
 _OTHER_TOWERS = re.compile(r"(^|\.)(vision\w*|visual|image\w*|audio\w*|\w*projector|encoder)\.")
 
 
@@ -115,6 +116,47 @@ def as_peft_reads(adapter: ModelSource, base: Any) -> Iterator[ModelSource]:
         yield replace(adapter, folder=Path(folder), weight_files=(weights,))
 
 
+def named_class(source: ModelSource, base: Any) -> Any:
+    """The class that config.json names, where it is the whole of which `base` is the text part; else None."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(source.folder)
+    name = (config.architectures or [""])[0]
+    is_whole = name.endswith("ForConditionalGeneration") and name != type(base).__name__
+    return getattr(transformers, name, None) if is_whole else None
+
+
+def save_for_whole(source: ModelSource, base: Any, folder: Path) -> None:
+    """Gives a saved adapter the names and the base that the user's own loading of it asks for.
+
+    - The class that config.json names keeps the decoder elsewhere than the text class that was trained: peft takes
+      names that it does not find for none at all, and only warns.
+    - What was named (a hub id, not the snapshot's folder on this machine) is what adapter_config.json names.
+    """
+    from safetensors.torch import load_file, save_file
+
+    file, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    fields = json.loads(settings.read_text(encoding="utf-8"))
+    whole = None if source.gguf else named_class(source, base)
+    if fields.get("base_model_name_or_path") == source.name and whole is None:
+        return
+    fields |= {"base_model_name_or_path": source.name, "revision": source.revision}
+    if whole is not None:
+        modules = [name for name, _ in empty_model_of(source, whole)[1].named_modules()]
+        save_file({_key_in_model(k, modules): t for k, t in load_file(file).items()}, file, metadata={"format": "pt"})
+        fields |= {"auto_mapping": None, "target_modules": _targets_in(fields.get("target_modules"), modules, base)}
+    settings.write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _targets_in(targets: Any, modules: Collection[str], base: Any) -> Any:
+    """Targets by which the whole class adapts the decoder alone, and no tower that has layers of these names."""
+    if not isinstance(targets, list):
+        return targets
+    own = [name for name, _ in base.named_modules() if ".base_layer" not in name]
+    ends = tuple(f".{target}" for target in targets)
+    return sorted({_in_model(name, modules) for name in own if f".{name}".endswith(ends)})
+
+
 def _key_in_model(key: str, modules: Collection[str]) -> str:
     bare = key.replace("_orig_mod.", "").removeprefix(PREFIX)
     found = _MODULE.match(bare)
@@ -126,8 +168,8 @@ def _key_in_model(key: str, modules: Collection[str]) -> str:
 
 def _in_model(path: str, modules: Collection[str]) -> str:
     """The model's own name of a module that another class keeps elsewhere; the name itself where that is not plain."""
-    tail = _TAIL.search(path)
+    tail = _TAIL.search(path) or _ENDS.search(path)
     if path in modules or tail is None or _OTHER_TOWERS.search(path):
         return path
-    alike = [name for name in modules if name.endswith("." + tail.group(2)) and not _OTHER_TOWERS.search(name)]
+    alike = [name for name in modules if f".{name}".endswith("." + tail.group(2)) and not _OTHER_TOWERS.search(name)]
     return alike[0] if len(alike) == 1 else path

@@ -39,13 +39,13 @@ def whole_because(source: ModelSource, processes: int) -> str:
     return ""
 
 
-def empty_model_of(source: ModelSource) -> tuple[Any, Any]:
-    """A checkpoint's config, and its model without weights."""
+def empty_model_of(source: ModelSource, kind: Any = None) -> tuple[Any, Any]:
+    """A checkpoint's config, and its model without weights: of the class `kind`, or the one that is loaded."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(source.folder)
     with torch.device("meta"):
-        return config, AutoModelForCausalLM.from_config(config)
+        return config, AutoModelForCausalLM.from_config(config) if kind is None else kind(config)
 
 
 def _keeps_rows(converter: Any) -> bool:

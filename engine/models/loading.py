@@ -123,7 +123,7 @@ def load_model(
         if stored_quantization(source) is not None:
             compute_in(base, compute)
     lm = _frozen(base, load_tokenizer(source) if tokenizer else None, device, compute, quantization)
-    lm.sharded, lm.remarks = shard is not None, remarks
+    lm.sharded, lm.source, lm.remarks = shard is not None, source, remarks
     return lm
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import Attention, Quantization
 from dpoeng.engine.models.offload import checkpoint_on_host
+from dpoeng.engine.models.sources import ModelSource
 
 Layout = Literal["shared", "separate"]
 
@@ -41,6 +42,7 @@ class CausalLM:
         native_attention: the attention that transformers chose for this architecture.
         layout: whether branches share their prompt, and why if they do not.
         attention: how attention over shared prompts is computed; see `engine/scoring/attention`.
+        source: the files that it was loaded from.
         remarks: what users are to be told of how it was loaded.
         padding: whether separate texts of several lengths go through one forward, padded; else each goes alone.
         sharded: whether layers are divided over processes, so that every forward is one of all of them.
@@ -60,6 +62,7 @@ class CausalLM:
     layout: Layout = "separate"
     layout_reason: str = ""
     attention: Attention = "segments"
+    source: ModelSource | None = None
     remarks: tuple[str, ...] = ()
     padding: bool = True
     sharded: bool = False

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from dpoeng.bench.studies.tiny_models import save_tiny
 from dpoeng.cache.errors import UserError
-from dpoeng.engine.models.adapters import load_reference_adapter
+from dpoeng.engine.models.adapters import add_policy_adapter, load_reference_adapter, save_policy_adapter
 from dpoeng.engine.models.loading import load_model
 from dpoeng.engine.models.model import CausalLM, set_mode
 from dpoeng.engine.models.sources import find_adapter, find_model
+from dpoeng.engine.recipes.merge import merge
 
 IDS = torch.arange(2, 42)[None]
 
@@ -112,9 +115,51 @@ def test_experts_that_were_adapted_one_by_one(tmp_path: Path) -> None:
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     before = log_probs(base)
-    truth = log_probs(PeftModel.from_pretrained(base, str(folder)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
+        truth = log_probs(PeftModel.from_pretrained(base, str(folder)))
     assert float((before - truth).abs().mean()) > 0.01
     torch.testing.assert_close(through_dpoeng(model, folder), truth, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("model_type", "targets"), [("qwen3_5", ["down_proj"]), ("llama4", ["q_proj", "o_proj"])])
+def test_a_saved_adapter_loads_in_the_class_that_the_config_names(
+    model_type: str, targets: list[str], tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    model = save_whole(Path(model_type), tmp_path / "whole")
+    lm = add_policy_adapter(load(model), "new", None, {"r": 2, "target_modules": targets})
+    for _, parameter in lm.trainable_parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    truth = log_probs(lm.model)
+    save_policy_adapter(lm, tmp_path / "adapter")
+    fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert fields["base_model_name_or_path"] == str(model)
+    whole = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
+    assert float((log_probs(whole) - truth).abs().mean()) > 0.05
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        whole = PeftModel.from_pretrained(whole, str(tmp_path / "adapter"))
+    assert not [name for name, _ in whole.named_modules() if "vision" in name and "lora_A" in name]
+    torch.testing.assert_close(log_probs(whole), truth, atol=1e-4, rtol=0)
+    # And back: by dpoeng, and merged, as the whole and as its text part.
+    torch.testing.assert_close(through_dpoeng(model, tmp_path / "adapter"), truth, atol=1e-4, rtol=0)
+    merge(find_model(str(model)), [find_adapter(str(tmp_path / "adapter"))], tmp_path / "merged")
+    for kind in (AutoModelForImageTextToText, AutoModelForCausalLM):
+        merged, info = kind.from_pretrained(tmp_path / "merged", dtype=torch.float32, output_loading_info=True)
+        assert not info["missing_keys"]
+        torch.testing.assert_close(log_probs(merged), truth, atol=1e-3, rtol=0)
+
+
+def test_the_base_is_named_as_the_user_named_it(tiny_model: Path, tmp_path: Path) -> None:
+    lm = add_policy_adapter(load(tiny_model), "new", None, {"r": 2, "target_modules": ["q_proj"]})
+    assert lm.source is not None
+    lm.source = replace(lm.source, name="someone/tiny", revision="abc123")
+    save_policy_adapter(lm, tmp_path)
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (fields["base_model_name_or_path"], fields["revision"]) == ("someone/tiny", "abc123")
 
 
 def save_whole(source: Path, folder: Path) -> Path:
