@@ -29,6 +29,7 @@ from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.store import Store
 from dpoeng.cache.table import ViewEntry
 from dpoeng.cache.verify import verify
+from dpoeng.cache.words import MIB
 
 SHARD_ROWS = 50_000  # about 64 MB of the rows below
 SPEC = ReferenceSpec.from_fields({"benchmark": "synthetic"})
@@ -145,7 +146,7 @@ def measure_reading(root: Path, rows: int = 200_000) -> dict[str, float]:
         "open_verified_ms": _timed(lambda: View.open(root)) * 1e3,
         "rows_per_s": count / rows_s,
         "random_rows_per_s": count / random_s,
-        "anonymous_mib": anonymous / 2**20,
+        "anonymous_mib": anonymous / MIB,
         "verify_gb_per_s": report.bytes / report.seconds / _GB,
         "semantic_rows_per_s": len(view) / semantic.seconds,
     }

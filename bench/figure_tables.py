@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dpoeng.bench.figure_text import BASES, Record, lines_of, read, table, where
+from dpoeng.cache.words import MIB
 
 _HEADS = {"dpoeng": "dpoeng", "naive": "full logits", "TRL": "TRL 1.16's head"}
 _OPTIONS = {
@@ -144,7 +145,7 @@ def _memory(record: Record) -> str:
     rows = [["peak, MiB", "predicted", "measured", "difference", "process", "over the cached reference"]]
     for case in record["results"]:
         names = ("predicted_bytes", "measured_bytes", "process_bytes")
-        predicted, measured, process = (f"{case[name] / 2**20:,.1f}" for name in names)
+        predicted, measured, process = (f"{case[name] / MIB:,.1f}" for name in names)
         over = "" if case["case"] == "phase one" else f"{case['measured_bytes'] / cached:.2f} times"
         rows.append([case["case"], predicted, measured, f"{100 * case['difference']:+.2f} %", process, over])
     model = settings["model"] or "The embedded model"
@@ -168,7 +169,7 @@ def _scale(record: Record) -> str:
         for curve in grows:
             if [curve["over"], *curve["sizes"]] == [over, *sizes]:
                 fit, in_mib = curve["exponent"], curve["unit"] == "bytes"
-                cells = [f"{cost / 2**20:,.4g}" if in_mib else f"{cost:.3g}" for cost in curve["medians"]]
+                cells = [f"{cost / MIB:,.4g}" if in_mib else f"{cost:.3g}" for cost in curve["medians"]]
                 name = f"{curve['name']}, {'MiB' if in_mib else curve['unit']}"
                 exponent = f"{fit['value']:.2f} ± {fit['standard_error']:.2f}"
                 rows.append(
@@ -208,7 +209,7 @@ def _head(way: Record) -> list[str]:
     if ratio["low"] < ratio["high"]:
         times += f" ({ratio['low']:.2f}–{ratio['high']:.2f})"
     seconds = sorted({min(way["cpu_s"]), max(way["cpu_s"])})
-    return ["–".join(f"{s:.3g}" for s in seconds), times, f"{way['peak_bytes'] / 2**20:,.0f}"]
+    return ["–".join(f"{s:.3g}" for s in seconds), times, f"{way['peak_bytes'] / MIB:,.0f}"]
 
 
 def _count(repeats: int) -> str:

@@ -48,11 +48,6 @@ def ranged(found: Record, name: str) -> str:
     return f"**{ratio['median']:.2f}**" + (f" ({ratio['low']:.2f}–{ratio['high']:.2f})" if several else "")
 
 
-def gib(n_bytes: float) -> str:
-    """Bytes in GiB."""
-    return f"{n_bytes / 2**30:.2f} GiB"
-
-
 def table(rows: list[list[str]]) -> str:
     """A table in Markdown; the first row is its head."""
     head, *body = rows

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from dpoeng.bench.compare import CompareSettings
 from dpoeng.bench.figure_tables import cache, kernels, memory, plan, scale, sharing
-from dpoeng.bench.figure_text import BASES, RESULTS, ROOT, Record, gib, ranged, read, table, threads, where
+from dpoeng.bench.figure_text import BASES, RESULTS, ROOT, Record, ranged, read, table, threads, where
+from dpoeng.cache.words import gib
 
 _BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 _PEERS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -66,7 +67,8 @@ class ReferenceStats:
             nothing is ln 2 whatever this is; what it shows is how far the data lies from the reference.
         margin_per_token: difference of the mean log-probs, which length does not drown.
         accuracy: share of pairs with margin > 0; `accuracy_per_token` likewise.
-        length_correlation: Pearson's r of margin and length difference; close to -1, the margin is mostly length.
+        length_correlation: Pearson's r of margin and length difference; close to -1, the margin is mostly length; 0
+            where `correlation` gives none.
         strongly_right, strongly_wrong: the pairs with the greatest and least margin per token; among the wrong ones
             mislabelled pairs gather.
     """
@@ -118,7 +120,7 @@ def reference_stats(view: View, *, notes: int = 10) -> ReferenceStats:
         margin_per_token=_distribution(per_token),
         accuracy=float((margin > 0).mean()),
         accuracy_per_token=float((per_token > 0).mean()),
-        length_correlation=_correlation(margin, difference),
+        length_correlation=correlation(margin, difference) or 0.0,
         strongly_right=named(k for k in order[::-1][:notes] if per_token[k] > 0),
         strongly_wrong=named(k for k in order[:notes] if per_token[k] < 0),
     )
@@ -158,8 +160,9 @@ def _distribution(values: npt.NDArray[np.float64] | npt.NDArray[np.int32]) -> Di
     )
 
 
-def _correlation(left: Floats, right: Floats) -> float:
-    """Pearson's r; 0 where one side does not vary."""
-    if left.std() == 0 or right.std() == 0:
-        return 0.0
-    return float(np.corrcoef(left, right)[0, 1])
+def correlation(left: Floats, right: Floats) -> float | None:
+    """Pearson's r; None where a side does not vary, and of fewer than three values, for which it is 1 or -1."""
+    if len(left) < 3 or np.ptp(left) == 0 or np.ptp(right) == 0:
+        return None
+    value = float(np.corrcoef(left, right)[0, 1])
+    return value if math.isfinite(value) else None

@@ -11,10 +11,9 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import xxhash
 
 from dpoeng.cache.errors import CacheError, UserError
-from dpoeng.cache.files import replacing
+from dpoeng.cache.files import hash_file, replacing
 from dpoeng.cache.folder import object_name, table_name, view_name
 from dpoeng.cache.reader import View
 from dpoeng.cache.records import Commit
@@ -160,8 +159,7 @@ def import_rows(
     index = store.lookup(digest)
     unique = {pair_key(row.ids): row for row, _ in pairs}
     missing = [row for row in unique.values() if row.ids not in index]
-    with path.open("rb") as file:
-        provenance = {"imported": {"xxh3_128": xxhash.xxh3_128_hexdigest(file.read()), "name": path.name}}
+    provenance = {"imported": {"xxh3_128": hash_file(path), "name": path.name}}
     for rows in _batched(missing):
         store.commit_shard(digest, rows, provenance)
     store.seal(digest)

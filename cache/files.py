@@ -10,12 +10,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import mmap
 import os
 import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+
+import xxhash
 
 from dpoeng.cache.errors import CacheError
 from dpoeng.cache.records import damaged
@@ -254,6 +257,12 @@ def lock(descriptor: int) -> bool | None:
     except OSError:  # a file system without locks
         return None
     return True
+
+
+def hash_file(path: Path) -> str:
+    """xxh3_128 of a file's bytes in hex, read block by block. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 @contextlib.contextmanager

@@ -119,17 +119,6 @@ class View:
         """[N, 16] pair keys in source order."""
         return self._table.keys
 
-    def shrunk(self) -> CacheError | None:
-        """After a worker died of SIGBUS: the mapped file that somebody has cut meanwhile, or None if none was."""
-        named = [(table_name(self._record.table.name), self._record.table)]
-        named += [(object_name(reference.name), reference) for reference in self._record.objects]
-        for name, reference in named:
-            path = self._store.root / name
-            size = path.stat().st_size if path.exists() else 0
-            if size < reference.bytes:
-                return damaged(str(path), f"{reference.bytes} bytes, as when it was opened", f"{size} bytes")
-        return None
-
     def _position(self, i: SupportsIndex) -> int:
         i = operator.index(i)
         if not -self._length <= i < self._length:

@@ -1,6 +1,14 @@
-"""Numbers in sentences."""
+"""Numbers and sizes in sentences."""
 
 from __future__ import annotations
+
+MIB = 2**20
+GIB = 2**30
+
+
+def gib(n_bytes: float) -> str:
+    """`1.50 GiB`."""
+    return f"{n_bytes / GIB:.2f} GiB"
 
 
 def counted(count: int, word: str, many: str = "") -> str:

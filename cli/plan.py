@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from pydantic import ValidationError
 
+from dpoeng.cache.words import GIB
 from dpoeng.cli.options import config_options, given
 from dpoeng.cli.pages.html import write_page
 from dpoeng.cli.tables import Cell, Marked, Table, say
@@ -24,7 +25,6 @@ Examples:
   dpoeng plan --model ./my-model --gpu 24gb --quantization 4bit --max-length 1024
   dpoeng plan --model llama-3.1-8b --gpu 24gb,h100-80gb --pairs 5000 --price-per-hour 2.5 --json
 """
-GIB = 2**30
 
 
 @click.command("plan", epilog=EPILOG)

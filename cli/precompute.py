@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dpoeng.cache.words import counted
+from dpoeng.cache.words import counted, gib
 from dpoeng.cli.options import ConfigCommand, config_options, given
 from dpoeng.cli.tables import Table, command_line, facts_table, say
 from dpoeng.engine.config.fields import PrecomputeConfig
@@ -69,7 +69,7 @@ def print_summary(summary: PrecomputeSummary) -> None:
         )
         facts.append(("layout", f"{summary.layout}: {summary.layout_reason}"))
     if summary.peak_bytes is not None:
-        facts.append(("peak memory", f"{summary.peak_bytes / 2**30:.2f} GiB allocated on the device"))
+        facts.append(("peak memory", f"{gib(summary.peak_bytes)} allocated on the device"))
     if not summary.pending:
         share = f"{100 * summary.reference_accuracy:.0f} %"
         facts.append(("reference", f"prefers the chosen response in {share} of the pairs"))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from dpoeng.cache.words import gib
 from dpoeng.cli.tables import command_line, facts_table, say
 
 EPILOG = """\b
@@ -51,7 +52,7 @@ def quantize(model: str, into: Path, quantization: str, dtype: str, device: str)
         facts_table(
             [
                 ("checkpoint", str(summary.folder)),
-                ("weights", f"{summary.before / 2**30:.2f} GiB before, {summary.after / 2**30:.2f} GiB now"),
+                ("weights", f"{gib(summary.before)} before, {gib(summary.after)} now"),
             ]
         )
     )

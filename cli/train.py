@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dpoeng.cache.words import counted
+from dpoeng.cache.words import counted, gib
 from dpoeng.cli.evaluate import print_advice
 from dpoeng.cli.options import ConfigCommand, config_options, given
 from dpoeng.cli.tables import Marked, facts_table, interval, say
@@ -103,8 +103,8 @@ def _facts(summary: TrainSummary) -> list[tuple[str, str]]:
         predicted = ""
         if summary.predicted_bytes:
             off = summary.peak_bytes / summary.predicted_bytes - 1
-            predicted = f"; predicted {summary.predicted_bytes / 2**30:.2f} GiB ({off:+.1%})"
-        facts.append(("peak memory", f"{summary.peak_bytes / 2**30:.2f} GiB allocated on the device{predicted}"))
+            predicted = f"; predicted {gib(summary.predicted_bytes)} ({off:+.1%})"
+        facts.append(("peak memory", f"{gib(summary.peak_bytes)} allocated on the device{predicted}"))
     if summary.best.step is not None:
         facts.append(("best", f"evaluation at step {summary.best.step}: {summary.best.value:.4f}"))
     if summary.planned_steps > summary.steps:

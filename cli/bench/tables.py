@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dpoeng.cache.words import counted
+from dpoeng.cache.words import MIB, counted, gib
 from dpoeng.cli.tables import Cell, Marked, Table, facts_table
 
 _PARTS = ("data", "forward", "head", "backward", "optimizer")
@@ -52,7 +52,7 @@ def phases_tables(record: dict[str, Any]) -> list[Table]:
         ("CPU-s / 1000 unique tokens", *(f"{1e3 * _median(r['cpu_s']) / r['unique_tokens']:.2f}" for r in results)),
         ("spread of repeats", *(f"± {100 * _spread(r['wall_s']):.0f} %" for r in results)),
         *((f"  {part}", *(_share(r["split"], part) for r in results)) for part in _PARTS),
-        ("peak above weights", *(f"{r['peak_bytes'] / 2**20:,.0f} MiB" for r in results)),
+        ("peak above weights", *(f"{r['peak_bytes'] / MIB:,.0f} MiB" for r in results)),
         ("useful GFLOP/s", *(f"{r['flops'] / 1e9:,.0f}" for r in results)),
         ("  of this machine's matmul", *(f"{100 * r['of_gemm']:.0f} %" for r in results)),
     ]
@@ -78,7 +78,7 @@ _OF_SOME_DEVICES: tuple[_Optional, ...] = (
     ("J a pair", "joules_a_pair", lambda value: f"{value:,.1f}"),
 )
 _OF_THE_POOL: tuple[_Optional, ...] = (
-    ("reserved by torch", "pool", lambda pool: f"{pool['reserved_bytes'] / 2**20:,.0f} MiB"),
+    ("reserved by torch", "pool", lambda pool: f"{pool['reserved_bytes'] / MIB:,.0f} MiB"),
     ("  allocations tried again", "pool", lambda pool: f"{pool['retries']}"),
 )
 
@@ -167,7 +167,7 @@ def _way_table(result: dict[str, Any]) -> Table:
             _ratio(way["wall_s_ratio"]),
             f"{_median(way['cpu_s']):.3g}",
             _ratio(way["cpu_s_ratio"]),
-            f"{way['peak_bytes'] / 2**20:,.0f}",
+            f"{way['peak_bytes'] / MIB:,.0f}",
             f"{100 * way['of_gemm']:.0f} %",
             f"{way['logp_error']:.1e}",
             "" if way["grad_error"] is None else f"{way['grad_error']:.1e}",
@@ -219,7 +219,7 @@ def memory_tables(record: dict[str, Any]) -> list[Table]:
     cached = next(case["measured_bytes"] for case in record["results"] if case["case"] == "cached reference")
     rows = []
     for case in record["results"]:
-        numbers = [case[name] / 2**20 for name in ("predicted_bytes", "measured_bytes", "process_bytes")]
+        numbers = [case[name] / MIB for name in ("predicted_bytes", "measured_bytes", "process_bytes")]
         predicted, measured, process = (f"{number:,.1f}" for number in numbers)
         ratio = "" if case["case"] == "phase one" else f"{case['measured_bytes'] / cached:.2f}x"
         rows.append((case["case"], predicted, measured, f"{100 * case['difference']:+.2f} %", process, ratio))
@@ -239,7 +239,7 @@ def memory_tables(record: dict[str, Any]) -> list[Table]:
 def _cell(value: float | None, ratio: dict[str, float] | None, *, is_bytes: bool) -> str:
     if value is None:
         return "–"
-    text = f"{value / 2**30:.2f} GiB" if is_bytes else f"{value:.3g}"
+    text = gib(value) if is_bytes else f"{value:.3g}"
     if ratio is None:
         return text
     several = ratio["low"] < ratio["high"]
@@ -325,7 +325,7 @@ def _scale_row(curve: dict[str, Any]) -> tuple[str, ...]:
     fit, in_mib = curve["exponent"], curve["unit"] == "bytes"
     return (
         f"{curve['name']}, {'MiB' if in_mib else curve['unit']}" + (" (simulated)" if curve["simulated"] else ""),
-        *(f"{cost / 2**20:,.4g}" if in_mib else f"{cost:.3g}" for cost in curve["medians"]),
+        *(f"{cost / MIB:,.4g}" if in_mib else f"{cost:.3g}" for cost in curve["medians"]),
         f"{fit['value']:.2f} ± {fit['standard_error']:.2f}",
         f"{fit['last']:.2f}",
     )

@@ -6,10 +6,9 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from dpoeng.cache.words import MIB
 from dpoeng.cli.bench.tables import tables_of
 from dpoeng.cli.pages.html import Curve, Html, bars, cards, heading, line_chart, page, paragraph, plots, table
-
-MIB = 2**20
 
 # Kinds of memory that are drawn as one, since more colours than these cannot be told apart.
 _MEMORY_PARTS = (

@@ -16,13 +16,13 @@ from typing import Any
 import xxhash
 
 from dpoeng.cache.errors import UserError
+from dpoeng.cache.files import hash_file
 from dpoeng.cache.words import counted
 from dpoeng.engine.data import readers
 from dpoeng.engine.data.in_memory import RowsInMemory, is_in_memory
-from dpoeng.engine.data.rejects import Reject, check_reject_share, write_rejects
+from dpoeng.engine.data.rejects import Reject, check_reject_share
 from dpoeng.engine.data.shapes import (
     FIELDS,
-    Message,
     PreferencePair,
     Shape,
     holds_human_turn,
@@ -32,21 +32,6 @@ from dpoeng.engine.data.shapes import (
 from dpoeng.engine.data.strict_json import RowFault
 from dpoeng.engine.data.tables import csv_value
 from dpoeng.engine.data.where import parse_condition
-
-__all__ = [
-    "Message",
-    "PairFile",
-    "PairStream",
-    "PreferencePair",
-    "ReadPair",
-    "Reject",
-    "Repeat",
-    "check_reject_share",
-    "ensure_unchanged",
-    "read_pairs",
-    "write_rejects",
-]
-
 
 # A large file that is mostly unusable is given up early, lest the list of its rejects fill the memory.
 GIVE_UP_EVERY = 10_000
@@ -375,14 +360,10 @@ def _identity(stat: stat_result) -> tuple[int, ...]:
 
 
 def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
     try:
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+        return hash_file(path)
     except OSError as error:
         raise readers.unreadable(path, error) from None
-    return digest.hexdigest()
 
 
 def content_key(pair: PreferencePair, *, swapped: bool = False) -> bytes:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpoeng.cache.errors import UserError
+from dpoeng.cache.words import GIB
 from dpoeng.engine.models.model_config import config_of, sizes
 
 
@@ -38,7 +39,7 @@ _CARDS = {
     "b200-180gb": (178.0, 2250e12, 7700e9),
     "mi300x-192gb": (191.0, 1307e12, 5300e9),
 }
-GPUS = {name: Gpu(name, int(gib * 2**30), flops, rate) for name, (gib, flops, rate) in _CARDS.items()}
+GPUS = {name: Gpu(name, int(gib * GIB), flops, rate) for name, (gib, flops, rate) in _CARDS.items()}
 
 
 def find_gpu(name: str) -> Gpu:
@@ -64,7 +65,7 @@ def find_gpu(name: str) -> Gpu:
             remedy="name one of these, or give the memory that nvidia-smi shows",
         ) from error
     # A card sold as 80 GB has about 79 GiB to give.
-    return Gpu(f"{size:g} {'GiB' if exact else 'GB'}", int(size * (1.0 if exact else 0.985) * 2**30))
+    return Gpu(f"{size:g} {'GiB' if exact else 'GB'}", int(size * (1.0 if exact else 0.985) * GIB))
 
 
 @dataclass(frozen=True, slots=True)

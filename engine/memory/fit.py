@@ -13,7 +13,7 @@ import torch
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import PairIds
-from dpoeng.cache.words import counted
+from dpoeng.cache.words import GIB, counted
 from dpoeng.engine.config.fields import PrecomputeConfig, Quantization, TrainConfig
 from dpoeng.engine.memory.any_depth import forward_memory, step_memory
 from dpoeng.engine.memory.overhead import estimate_overhead, needed_bytes
@@ -23,8 +23,6 @@ from dpoeng.engine.models.loading import resolve_dtype
 from dpoeng.engine.models.model_config import config_of, sizes
 from dpoeng.engine.models.sources import ModelSource, read_fields
 from dpoeng.engine.runtime.host import available_memory
-
-GIB = 2**30
 
 Note = Callable[[str], None]
 """Told what users should read."""

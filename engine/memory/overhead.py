@@ -10,13 +10,12 @@ from typing import Any
 import torch
 
 from dpoeng.cache.errors import UserError
+from dpoeng.cache.words import GIB, MIB
 from dpoeng.engine.config.fields import Quantization
 from dpoeng.engine.memory.simulate import STAYING, Pair, Setup
 from dpoeng.engine.memory.tracker import Peak
 from dpoeng.engine.models.loading import empty_model
 from dpoeng.engine.models.model_config import config_of, sizes
-
-GIB = 2**30
 
 KNOWN_MODELS = Path(__file__).with_name("known_models.jsonl")
 
@@ -71,7 +70,7 @@ def estimate_overhead(setup: Setup, pair: Pair) -> dict[str, int]:
     """
     return {
         "CUDA context": int(0.6 * GIB),
-        "cuBLAS workspaces": 64 * 2**20,
+        "cuBLAS workspaces": 64 * MIB,
         "attention backward": 4 * sizes(config_of(setup.model)).attention * (pair.prompt + pair.chosen),
     }
 

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-import xxhash
 
 from dpoeng.cache.errors import UserError
+from dpoeng.cache.files import hash_file
 
 if TYPE_CHECKING:
     import torch
@@ -48,14 +48,6 @@ _STRING, _ARRAY = 8, 9
 
 class UntestedTokenizerWarning(UserWarning):
     """The GGUF file names a way of splitting text that nobody checked; token ids may differ from the original's."""
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether `path` is a file that begins with GGUF's magic bytes."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(4) == b"GGUF"
 
 
 def load_gguf(path: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -111,7 +103,7 @@ def convert_gguf(path: str | Path, out_dir: str | Path, dtype: torch.dtype) -> P
     """
     path, out_dir = Path(path), Path(out_dir)
     read_metadata(path)  # complain about a wrong file before hashing it
-    origin = {"xxh3_128": _hash_file(path), "dtype": str(dtype).removeprefix("torch.")}
+    origin = {"xxh3_128": hash_file(path), "dtype": str(dtype).removeprefix("torch.")}
     if out_dir.exists():
         if _read_origin(out_dir) == origin:
             return out_dir
@@ -318,14 +310,6 @@ def _read(file: IO[bytes], size: int) -> bytes:
     if size > remaining:
         raise EOFError(f"{size} bytes wanted, {max(remaining, 0)} left")
     return file.read(size)
-
-
-def _hash_file(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _read_origin(folder: Path) -> Any:

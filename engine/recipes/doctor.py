@@ -27,16 +27,15 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from dpoeng.cache.words import counted
+from dpoeng.cache.words import GIB, counted
 from dpoeng.engine.runtime.host import available_memory
 
 Status = Literal["ok", "info", "warning", "error"]
 STATUSES: tuple[Status, ...] = ("ok", "info", "warning", "error")
 
 PROBE_LIMIT_S = 180.0
-_GIB = 2**30
-_FREE_DISK = 2 * _GIB  # a cache of 100,000 pairs and the checkpoints of a LoRA
-_FREE_MEMORY = 4 * _GIB
+_FREE_DISK = 2 * GIB  # a cache of 100,000 pairs and the checkpoints of a LoRA
+_FREE_MEMORY = 4 * GIB
 _HUB = "https://huggingface.co"
 
 # What each probe's failure means for a user.
@@ -169,7 +168,7 @@ def _torch(found: Mapping[str, Any]) -> Iterator[Check]:
     if not found["ok"]:
         return
     for index, gpu in enumerate(found["gpus"]):
-        free, total = gpu["free_bytes"] / _GIB, gpu["total_bytes"] / _GIB
+        free, total = gpu["free_bytes"] / GIB, gpu["total_bytes"] / GIB
         words = f"{gpu['name']}, compute capability {gpu['capability']}, {free:.1f} of {total:.1f} GiB free"
         if free < 0.9 * total:
             yield Check(
@@ -239,10 +238,10 @@ def _memory() -> Iterator[Check]:
         yield Check("memory", "info", "unknown: /proc/meminfo is not there", "nothing")
     elif available < _FREE_MEMORY:
         yield Check(
-            "memory", "warning", f"{available / _GIB:.1f} GiB available", "end other programs, or take a smaller model"
+            "memory", "warning", f"{available / GIB:.1f} GiB available", "end other programs, or take a smaller model"
         )
     else:
-        yield Check("memory", "ok", f"{available / _GIB:.1f} GiB available")
+        yield Check("memory", "ok", f"{available / GIB:.1f} GiB available")
 
 
 def _folders(cache: Path, output_dir: Path) -> Iterator[Check]:
@@ -278,7 +277,7 @@ def _folder(name: str, folder: Path) -> Check:
             name, "warning" if read_only else "error", f"{shown}: {reason}", f"{remedy}, or name another folder"
         )
     free = shutil.disk_usage(there).free
-    words = f"{shown}: writable, {free / _GIB:.1f} GiB free"
+    words = f"{shown}: writable, {free / GIB:.1f} GiB free"
     if free < _FREE_DISK:
         return Check(name, "warning", words, "free some space, or name a folder on another disk")
     return Check(name, "ok", words)

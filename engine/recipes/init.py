@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpoeng.cache.errors import UserError
+from dpoeng.cache.words import GIB
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
 from dpoeng.engine.config.plan import PlanConfig
 from dpoeng.engine.config.template import Line
 from dpoeng.engine.memory.cards import find_gpu
-from dpoeng.engine.memory.overhead import GIB, count_parameters, model_fields, weights_bytes
+from dpoeng.engine.memory.overhead import count_parameters, model_fields, weights_bytes
 from dpoeng.engine.recipes.plan import Plan, make_plan, suggested
 from dpoeng.engine.runtime.progress import QUIET, Progress
 

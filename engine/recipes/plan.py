@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dpoeng.cache.words import GIB
 from dpoeng.engine.config.plan import PlanConfig
 from dpoeng.engine.memory.any_depth import Memory, forward_memory, step_memory
 from dpoeng.engine.memory.cards import Gpu, PhaseTime, find_gpu, phase_times
 from dpoeng.engine.memory.overhead import (
     FRAGMENTATION,
-    GIB,
     count_parameters,
     estimate_overhead,
     model_fields,

@@ -5,7 +5,6 @@ Pure functions of a `PreferenceLoss` and of labels; knows no model and no file.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from dpoeng.cache.analytics import correlation
 from dpoeng.engine.losses.batch import PreferenceLoss
 from dpoeng.engine.runs.metrics import pair_values
 
@@ -78,11 +78,11 @@ def summarise(
     longer = (found.sums.chosen_tokens - found.sums.rejected_tokens).cpu().numpy()
     metrics = {name: float(value.mean()) for name, value in values.items()}
     controlled = length_controlled_accuracy(values["rewards/accuracies"], longer)
-    correlation = _correlation(values["rewards/margins"], longer)
+    length_correlation = correlation(values["rewards/margins"], longer)
     if controlled is not None:
         metrics["rewards/accuracies_length_controlled"] = controlled
-    if correlation is not None:
-        metrics["rewards/margins_length_correlation"] = correlation
+    if length_correlation is not None:
+        metrics["rewards/margins_length_correlation"] = length_correlation
     intervals = bootstrap(values, longer, prompts, seed=seed)
     groups: dict[str, dict[str, Group]] = {}
     names = [name for name in _OF_GROUPS if per_pair_loss or name != "loss"]
@@ -172,10 +172,3 @@ def bootstrap(
 def _interval(found: Sequence[float]) -> tuple[float, float]:
     low, high = np.quantile(found, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
-
-
-def _correlation(a: Floats, b: Floats) -> float | None:
-    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return None
-    value = float(np.corrcoef(a, b)[0, 1])
-    return value if math.isfinite(value) else None
