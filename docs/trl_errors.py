@@ -1,8 +1,8 @@
-"""Makes the three calls that fail one after the other on the way to DPO with TRL, and prints what each answers.
+"""Make the calls that fail one after the other on the way to DPO with TRL, and print what each answers.
 
     pip install trl==0.13.0 transformers==4.47.1 && python docs/trl_errors.py
 
-Runs under whatever TRL and transformers are installed, on a CPU, with a random model of a few thousand weights; it
+Runs under whatever TRL and transformers are installed, on a CPU, with a random Qwen2 of a few thousand weights; it
 needs neither dpoeng nor a network. Prints one line of JSON. docs/trl.md shows the lines of many releases.
 """
 
@@ -35,9 +35,9 @@ def answer(call: Callable[[], Any]) -> str:
 
 
 def tiny() -> tuple[Any, Any]:
-    """A random Llama and a tokenizer of characters."""
+    """A random Qwen2 and a tokenizer of characters."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
     letters = ["<pad>", "<bos>", "<eos>", *map(chr, range(32, 127))]
     backend = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="<pad>"))
@@ -45,7 +45,7 @@ def tiny() -> tuple[Any, Any]:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
     )
-    config = LlamaConfig(
+    config = Qwen2Config(
         vocab_size=len(letters),
         hidden_size=16,
         intermediate_size=32,
@@ -56,13 +56,13 @@ def tiny() -> tuple[Any, Any]:
         bos_token_id=1,
         eos_token_id=2,
     )
-    return LlamaForCausalLM(config), tokenizer
+    return Qwen2ForCausalLM(config), tokenizer
 
 
 def main() -> None:
     """Prints the line."""
     shown: dict[str, Any] = {"python": platform.python_version()}
-    for name in ("trl", "transformers", "torch"):
+    for name in ("trl", "transformers", "peft", "accelerate", "torch"):
         shown[name] = importlib.metadata.version(name)
     try:
         from datasets import Dataset
@@ -99,6 +99,10 @@ def main() -> None:
             # With a LoRA no second model is loaded, which would need a folder to load it from.
             config = DPOConfig(**common, beta=0.1, use_cpu=True, remove_unused_columns=False, bf16=False)
             lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+            shown["DPOConfig(evaluation_strategy)"] = answer(lambda: DPOConfig(**common, evaluation_strategy="no"))
+            shown["DPOConfig, DPOTrainer(beta)"] = answer(
+                lambda: DPOTrainer(args=config, peft_config=lora, beta=0.1, **named)
+            )
             shown["DPOConfig"] = answer(lambda: DPOTrainer(args=config, peft_config=lora, **named).train())
     sys.stdout.flush()
     print(json.dumps(shown))

@@ -40,7 +40,7 @@ def test_the_three_calls_fail_as_the_document_says(tmp_path: Path) -> None:
     shown = json.loads(done.stdout.splitlines()[-1])
     page = (ROOT / "docs" / "trl.md").read_text(encoding="utf-8")
     assert shown["trl"] == "1.16.0"
-    for call in ("evaluation_strategy", "beta", "TrainingArguments"):
+    for call in ("DPOConfig(evaluation_strategy)", "beta", "TrainingArguments"):
         message = shown[call].split(": ", 1)[1]
         assert message in page, message
     assert shown["DPOConfig"] == "accepted"
