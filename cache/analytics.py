@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpoeng.cache.reader import View
-from dpoeng.cache.schema import PairIds, pair_key
+from dpoeng.cache.schema import pair_key
 
 Floats = npt.NDArray[np.float64]
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -138,8 +138,7 @@ def _contradictions(view: View, first: npt.NDArray[np.int64]) -> tuple[tuple[int
     found = []
     for row in first.tolist():
         ids = view[row].ids
-        swapped = PairIds(ids.prompt_ids, ids.rejected_ids, ids.chosen_ids, ids.rejected_start, ids.chosen_start)
-        if (other := seen.get(pair_key(swapped))) is not None:
+        if (other := seen.get(pair_key(ids.swapped()))) is not None:
             found.append((other, row))
         seen[view.key(row)] = row
     return tuple(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -17,7 +17,7 @@ from dpoeng.cache.files import hash_file, replacing
 from dpoeng.cache.folder import object_name, table_name, view_name
 from dpoeng.cache.reader import View
 from dpoeng.cache.records import Commit
-from dpoeng.cache.schema import PairIds, ScoredPair, as_ids, pair_key
+from dpoeng.cache.schema import Gaps, PairIds, ScoredPair, as_ids, gap_tokens, pair_key
 from dpoeng.cache.shard import BATCH_ROWS
 from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.store import Store
@@ -60,17 +60,18 @@ def export_view(view: View, path: Path) -> int:
     write = {".jsonl": _write_jsonl, ".parquet": _write_parquet}.get(path.suffix)
     if write is None:
         raise _bad_suffix(path)
+    gaps = any(row.ids.chosen_gaps or row.ids.rejected_gaps for row in (view[i] for i in range(len(view))))
     with replacing(path) as temporary:
-        write(temporary, _batched(_columns(view)))
+        write(temporary, _batched(_columns(view, gaps=gaps)))
     return len(view)
 
 
-def _columns(view: View) -> Iterator[dict[str, Any]]:
+def _columns(view: View, *, gaps: bool) -> Iterator[dict[str, Any]]:
     tokens = not view.spec.holds_sums
     for i in range(len(view)):
         row = view[i]
         source_file, source_row = view.source(i)
-        yield {
+        columns = {
             "prompt_ids": row.ids.prompt_ids.tolist(),
             "chosen_ids": row.ids.chosen_ids.tolist(),
             "rejected_ids": row.ids.rejected_ids.tolist(),
@@ -81,6 +82,10 @@ def _columns(view: View) -> Iterator[dict[str, Any]]:
             "source_file": source_file,
             "source_row": source_row,
         }
+        if gaps:
+            columns["chosen_gaps"] = [edge for gap in row.ids.chosen_gaps for edge in gap]
+            columns["rejected_gaps"] = [edge for gap in row.ids.rejected_gaps for edge in gap]
+        yield columns
 
 
 def _batched(items: Iterable[T]) -> Iterator[list[T]]:
@@ -99,9 +104,15 @@ def _write_jsonl(path: Path, batches: Iterable[list[dict[str, Any]]]) -> None:
 def _write_parquet(path: Path, batches: Iterable[list[dict[str, Any]]]) -> None:
     from pyarrow import parquet
 
-    with parquet.ParquetWriter(path, EXPORT_SCHEMA) as writer:
-        for batch in batches:
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=EXPORT_SCHEMA))
+    batches = iter(batches)
+    first = next(batches, [])
+    schema = EXPORT_SCHEMA
+    for name in ("chosen_gaps", "rejected_gaps"):
+        if first and name in first[0]:
+            schema = schema.append(pa.field(name, pa.list_(pa.int32())))
+    with parquet.ParquetWriter(path, schema) as writer:
+        for batch in chain([first], batches):
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,16 +225,29 @@ def _read_columns(path: Path) -> Iterator[dict[str, Any]]:
 
 def _row(columns: Mapping[str, Any], values: Sequence[str]) -> ScoredPair:
     prompt, chosen, rejected = (as_ids(columns[name]) for name in _IDS)
+    gaps = [_pairs_of(columns.get(name) or ()) for name in ("chosen_gaps", "rejected_gaps")]
     if values == _TOKENS:
         logps = [np.asarray(columns[name], np.float32) for name in values]
     else:
-        logps = [np.zeros(len(ids), np.float32) for ids in (chosen, rejected)]
+        logps = [
+            np.zeros(len(ids) - gap_tokens(of_side), np.float32)
+            for ids, of_side in zip((chosen, rejected), gaps, strict=True)
+        ]
         for of_side, name in zip(logps, values, strict=True):
             of_side[:1] = columns[name]
-    starts = len(chosen) - len(logps[0]), len(rejected) - len(logps[1])
-    row = ScoredPair(PairIds(prompt, chosen, rejected, *starts), *logps)
+    starts = [
+        len(ids) - len(of_side) - gap_tokens(between)
+        for ids, of_side, between in zip((chosen, rejected), logps, gaps, strict=True)
+    ]
+    row = ScoredPair(PairIds(prompt, chosen, rejected, starts[0], starts[1], gaps[0], gaps[1]), *logps)
     row.check()
     return row
+
+
+def _pairs_of(edges: Sequence[int]) -> Gaps:
+    if len(edges) % 2:
+        raise ValueError("gaps are pairs of a beginning and an end")
+    return tuple(zip(edges[::2], edges[1::2], strict=True))
 
 
 def merge(target: Store, source: Store) -> tuple[int, list[str]]:
@@ -237,6 +261,8 @@ def merge(target: Store, source: Store) -> tuple[int, list[str]]:
             copied before stays, and the same call goes on from there.
     """
     copied = 0
+    if source.has_gaps:
+        target.allow_gaps()
     views = [source.view_record(name) for name in source.views()]
     for record in views:
         if record.name in target.views() and target.view_record(record.name) != record:

@@ -16,6 +16,8 @@ from dpoeng.cache.records import DIGEST, VIEW_NAME
 
 FORMAT_NAME: Final = "FORMAT"
 FORMAT_BYTES: Final = b"dpoeng-refcache 1\n"
+FORMAT_WITH_GAPS: Final = b"dpoeng-refcache 2\n"
+"""Of a cache with rows in which tokens between scored ones are not: readers of version 1 must leave it alone."""
 
 
 def spec_name(digest: str) -> str:
@@ -116,14 +118,14 @@ def _create(files: Files) -> None:
 
 
 def _check_format(found: bytes, path: Path) -> None:
-    if found == FORMAT_BYTES:
+    if found in (FORMAT_BYTES, FORMAT_WITH_GAPS):
         return
     if re.fullmatch(rb"dpoeng-refcache [0-9]{1,9}\n", found):
         raise CacheError(
             "this cache was written by a later version of dpoeng",
             code="cache-future",
             where=str(path),
-            expected=FORMAT_BYTES.decode().strip(),
+            expected=FORMAT_WITH_GAPS.decode().strip(),
             found=found.decode().strip(),
             remedy="update dpoeng, or name another folder with --cache",
         )

@@ -15,8 +15,10 @@ import xxhash
 
 IdArray = npt.NDArray[np.int32]
 LogpArray = npt.NDArray[np.float32]
+Gaps = tuple[tuple[int, int], ...]
 
 PAIR_KEY_TAG = b"dpoeng.pair.v1"
+PAIR_KEY_TAG_WITH_GAPS = b"dpoeng.pair.v2"
 _COUNTS = struct.Struct("<5q")
 
 
@@ -27,7 +29,8 @@ class PairIds:
 
     A tokenizer may merge the last characters of the prompt with the first of a response. The tokens from where the two
     sides differ then belong to the responses, but those among them that hold prompt characters only are not scored:
-    `chosen_ids[:chosen_start]` and `rejected_ids[:rejected_start]` are such tokens (usually none).
+    `chosen_ids[:chosen_start]` and `rejected_ids[:rejected_start]` are such tokens (usually none). Nor are tokens that
+    others say in a response of several turns (results of tools, further questions).
 
     Attributes:
         prompt_ids: [P] int32, common to both sides; may be empty only if both starts are > 0.
@@ -35,6 +38,9 @@ class PairIds:
         rejected_ids: [R] int32.
         chosen_start: the first scored token of `chosen_ids`; 0 <= chosen_start < C.
         rejected_start: the first scored token of `rejected_ids`.
+        chosen_gaps: [begin, end) in `chosen_ids` of tokens behind the start that are not scored: ascending, apart from
+            each other, before the last token.
+        rejected_gaps: the same of `rejected_ids`.
     """
 
     prompt_ids: IdArray
@@ -42,10 +48,13 @@ class PairIds:
     rejected_ids: IdArray
     chosen_start: int = 0
     rejected_start: int = 0
+    chosen_gaps: Gaps = ()
+    rejected_gaps: Gaps = ()
 
     def swapped(self) -> PairIds:
         """The same pair the other way round."""
-        return PairIds(self.prompt_ids, self.rejected_ids, self.chosen_ids, self.rejected_start, self.chosen_start)
+        starts, gaps = (self.rejected_start, self.chosen_start), (self.rejected_gaps, self.chosen_gaps)
+        return PairIds(self.prompt_ids, self.rejected_ids, self.chosen_ids, *starts, *gaps)
 
     @property
     def total_tokens(self) -> int:
@@ -63,8 +72,9 @@ class ScoredPair:
 
     Attributes:
         ids: the tokens.
-        chosen_logps: [C - chosen_start] float32, log p_ref(token | what precedes it), in nats, each <= 0.
-        rejected_logps: [R - rejected_start] float32.
+        chosen_logps: float32, of each scored token: log p_ref(token | what precedes it), in nats, each <= 0.
+            [C - chosen_start] where there are no gaps.
+        rejected_logps: float32, the same.
     """
 
     ids: PairIds
@@ -74,12 +84,15 @@ class ScoredPair:
     def check(self) -> None:
         """Raises ValueError where lengths do not fit, an id is negative, or a number cannot be a log-probability."""
         ids = self.ids
-        for side, tokens, start, logps in (
-            ("chosen", ids.chosen_ids, ids.chosen_start, self.chosen_logps),
-            ("rejected", ids.rejected_ids, ids.rejected_start, self.rejected_logps),
+        for side, tokens, start, gaps, logps in (
+            ("chosen", ids.chosen_ids, ids.chosen_start, ids.chosen_gaps, self.chosen_logps),
+            ("rejected", ids.rejected_ids, ids.rejected_start, ids.rejected_gaps, self.rejected_logps),
         ):
-            if not 0 <= start < len(tokens) or len(logps) != len(tokens) - start:
-                raise ValueError(f"{len(logps)} {side} log-probs for {len(tokens)} tokens, the first {start} unscored")
+            if not gaps_fit(gaps, start, len(tokens)):
+                raise ValueError(f"the gaps {gaps} do not lie between scored tokens of {len(tokens)} {side} tokens")
+            unscored = start + gap_tokens(gaps)
+            if not 0 <= start < len(tokens) or len(logps) != len(tokens) - unscored:
+                raise ValueError(f"{len(logps)} {side} log-probs for {len(tokens)} tokens, {unscored} of them unscored")
             if not (logps.max() <= 0 and logps.min() > -np.inf):  # NaN fails the first
                 raise ValueError(f"a {side} log-prob is NaN, infinite or positive")
         if any(len(part) and part.min() < 0 for part in (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids)):
@@ -106,11 +119,29 @@ def pair_key(ids: PairIds) -> bytes:
 
     The counts keep `ab|c` and `a|bc` apart. Text, template and source do not enter: they act only through the ids.
     """
-    return xxhash.xxh3_128_digest(PAIR_KEY_TAG + _content(ids))
+    tag = PAIR_KEY_TAG_WITH_GAPS if ids.chosen_gaps or ids.rejected_gaps else PAIR_KEY_TAG
+    return xxhash.xxh3_128_digest(tag + _content(ids))
+
+
+def gap_tokens(gaps: Gaps) -> int:
+    """How many tokens lie in gaps."""
+    return sum(end - begin for begin, end in gaps)
+
+
+def gaps_fit(gaps: Gaps, start: int, length: int) -> bool:
+    """Whether every gap lies between scored tokens: behind `start`, before the last of `length`, none at another."""
+    edges = [edge for gap in gaps for edge in gap]
+    return all(a < b for a, b in zip([start, *edges], [*edges, length], strict=True))
 
 
 def _content(ids: PairIds) -> bytes:
-    """All that makes a pair, as bytes: five counts as little-endian int64, then the ids as little-endian int32."""
+    """All that makes a pair, as bytes: five counts as little-endian int64, then the ids as little-endian int32.
+
+    Gaps follow, where there are any: their numbers in chosen and rejected, then all their ends.
+    """
     parts = [as_ids(part) for part in (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids)]
     counts = _COUNTS.pack(*map(len, parts), ids.chosen_start, ids.rejected_start)
+    if ids.chosen_gaps or ids.rejected_gaps:
+        ends = [edge for gap in (*ids.chosen_gaps, *ids.rejected_gaps) for edge in gap]
+        parts.append(as_ids([len(ids.chosen_gaps), len(ids.rejected_gaps), *ends]))
     return b"".join((counts, *(part.data for part in parts)))

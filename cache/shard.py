@@ -16,7 +16,7 @@ import xxhash
 
 from dpoeng.cache.framing import FramingError, check_plain
 from dpoeng.cache.records import damaged
-from dpoeng.cache.schema import IdArray, LogpArray, PairIds, ScoredPair, pair_key
+from dpoeng.cache.schema import Gaps, IdArray, LogpArray, PairIds, ScoredPair, as_ids, gap_tokens, gaps_fit, pair_key
 
 BATCH_ROWS: Final = 4096
 _BATCH_IDS = 1 << 26  # keeps the 32-bit offsets of a batch far from their end, however long the rows
@@ -42,6 +42,17 @@ SHARD_SCHEMA: Final = pa.schema(
 )
 
 
+# Version 2 is written only where a row has gaps, so that all other shards keep their bytes and their names.
+SHARD_SCHEMA_WITH_GAPS: Final = pa.schema(
+    [
+        *SHARD_SCHEMA,
+        pa.field("chosen_gaps", _list(pa.int32()), nullable=False),
+        pa.field("rejected_gaps", _list(pa.int32()), nullable=False),
+    ],
+    metadata={"dpoeng.kind": "shard", "dpoeng.version": "2"},
+)
+
+
 def encode_shard(rows: Sequence[ScoredPair]) -> memoryview:
     """The bytes of a shard: they depend on the rows and their order alone.
 
@@ -58,11 +69,13 @@ def encode_shard(rows: Sequence[ScoredPair]) -> memoryview:
     keys = [pair_key(row.ids) for row in rows]
     if len(set(keys)) != len(keys):
         raise ValueError("a pair stands in the shard twice")
+    gaps = any(row.ids.chosen_gaps or row.ids.rejected_gaps for row in rows)
+    schema = SHARD_SCHEMA_WITH_GAPS if gaps else SHARD_SCHEMA
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression=None, metadata_version=pa.ipc.MetadataVersion.V5)
-    with pa.ipc.new_file(sink, SHARD_SCHEMA, options=options) as writer:
+    with pa.ipc.new_file(sink, schema, options=options) as writer:
         for part in _batches(rows):
-            writer.write_batch(_encode_batch(rows[part], keys[part]))
+            writer.write_batch(_encode_batch(rows[part], keys[part], schema))
     return memoryview(sink.getvalue()).cast("B")
 
 
@@ -76,30 +89,33 @@ def _batches(rows: Sequence[ScoredPair]) -> Iterator[slice]:
     yield slice(start, len(rows))
 
 
-def _encode_batch(rows: Sequence[ScoredPair], keys: Sequence[bytes]) -> pa.RecordBatch:
+def _encode_batch(rows: Sequence[ScoredPair], keys: Sequence[bytes], schema: pa.Schema) -> pa.RecordBatch:
     def lists(parts: Sequence[IdArray] | Sequence[LogpArray], kind: pa.DataType, dtype: str) -> pa.Array:
         offsets = np.zeros(len(parts) + 1, dtype=np.int32)
         np.cumsum([len(part) for part in parts], out=offsets[1:])
         values = np.concatenate(parts).astype(dtype, copy=False)
         return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, kind), type=_list(kind))
 
-    return pa.RecordBatch.from_arrays(
-        [
-            pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(rows), [None, pa.py_buffer(b"".join(keys))]),
-            lists([row.ids.prompt_ids for row in rows], pa.int32(), "<i4"),
-            lists([row.ids.chosen_ids for row in rows], pa.int32(), "<i4"),
-            lists([row.ids.rejected_ids for row in rows], pa.int32(), "<i4"),
-            lists([row.chosen_logps for row in rows], pa.float32(), "<f4"),
-            lists([row.rejected_logps for row in rows], pa.float32(), "<f4"),
-            pa.array([row.chosen_sum for row in rows], pa.float64()),
-            pa.array([row.rejected_sum for row in rows], pa.float64()),
-        ],
-        schema=SHARD_SCHEMA,
-    )
+    columns = [
+        pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(rows), [None, pa.py_buffer(b"".join(keys))]),
+        lists([row.ids.prompt_ids for row in rows], pa.int32(), "<i4"),
+        lists([row.ids.chosen_ids for row in rows], pa.int32(), "<i4"),
+        lists([row.ids.rejected_ids for row in rows], pa.int32(), "<i4"),
+        lists([row.chosen_logps for row in rows], pa.float32(), "<f4"),
+        lists([row.rejected_logps for row in rows], pa.float32(), "<f4"),
+        pa.array([row.chosen_sum for row in rows], pa.float64()),
+        pa.array([row.rejected_sum for row in rows], pa.float64()),
+    ]
+    if len(schema) > len(columns):
+        columns += [
+            lists([as_ids([edge for gap in gaps for edge in gap]) for gaps in side], pa.int32(), "<i4")
+            for side in ([row.ids.chosen_gaps for row in rows], [row.ids.rejected_gaps for row in rows])
+        ]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def read_batches(data: memoryview, schema: pa.Schema, where: str) -> list[pa.RecordBatch]:
-    """The record batches of an IPC file of exactly this schema, as views of `data`, structurally sound.
+def read_batches(data: memoryview, schemas: Sequence[pa.Schema], where: str) -> list[pa.RecordBatch]:
+    """The record batches of an IPC file of exactly one of these schemas, as views of `data`, structurally sound.
 
     Raises:
         CacheError: for another schema, compression, dictionaries, nulls, bad offsets, or no Arrow file at all.
@@ -107,7 +123,7 @@ def read_batches(data: memoryview, schema: pa.Schema, where: str) -> list[pa.Rec
     try:
         check_plain(data)
         with pa.ipc.open_file(pa.py_buffer(data)) as reader:
-            if not reader.schema.equals(schema, check_metadata=True):
+            if not any(reader.schema.equals(schema, check_metadata=True) for schema in schemas):
                 raise damaged(where, "exactly the schema of docs/cache-format.md", "another schema")
             batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
         for batch in batches:
@@ -122,6 +138,9 @@ def read_batches(data: memoryview, schema: pa.Schema, where: str) -> list[pa.Rec
 def _null_count(column: pa.Array) -> int:
     nulls: int = column.null_count
     return nulls + (column.values.null_count if pa.types.is_list(column.type) else 0)
+
+
+SCHEMAS: Final = (SHARD_SCHEMA, SHARD_SCHEMA_WITH_GAPS)
 
 
 class Lists(NamedTuple):
@@ -140,6 +159,7 @@ class _Batch(NamedTuple):
     chosen_logps: Lists
     rejected_logps: Lists
     sums: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]  # chosen, rejected
+    gaps: tuple[Lists, Lists] | None  # chosen, rejected; each list the ends of gaps one after the other
 
 
 class Numbers(NamedTuple):
@@ -175,7 +195,7 @@ class Shard:
     def __init__(self, data: memoryview, where: str) -> None:
         self.where = where
         self.data = data
-        self._batches = [_decode_batch(batch, where) for batch in read_batches(data, SHARD_SCHEMA, where)]
+        self._batches = [_decode_batch(batch, where) for batch in read_batches(data, SCHEMAS, where)]
         ends = np.cumsum([len(batch.keys) for batch in self._batches], dtype=np.int64)
         self._starts: list[int] = [0, *ends.tolist()]
 
@@ -188,7 +208,7 @@ class Shard:
         j = row - self._starts[k]
         after = j + 1
         # Training reads rows in a loop: spelled out, this takes two thirds of what it takes as a method of `Lists`.
-        _, prompts, chosens, rejecteds, chosen_logps, rejected_logps, _ = self._batches[k]
+        _, prompts, chosens, rejecteds, chosen_logps, rejected_logps, _, gaps = self._batches[k]
         values, _, at = prompts
         prompt = values[at[j] : at[after]]
         values, _, at = chosens
@@ -203,6 +223,10 @@ class Shard:
         values, _, at = rejected_logps
         first, last = at[j], at[after]
         ids = PairIds(prompt, chosen, rejected, chosen_start, end - begin - last + first)
+        if gaps is not None:
+            ids.chosen_gaps, ids.rejected_gaps = _gaps(gaps[0], j), _gaps(gaps[1], j)
+            ids.chosen_start -= gap_tokens(ids.chosen_gaps)
+            ids.rejected_start -= gap_tokens(ids.rejected_gaps)
         return ScoredPair(ids, chosen_logp, values[first:last])
 
     def numbers(self) -> Numbers:
@@ -240,6 +264,14 @@ class Shard:
                     raise damaged(where, f"1 to all of the {side} tokens scored", "another number of log-probs")
                 if len(logps.values) and not (logps.values.max() <= 0 and logps.values.min() > -np.inf):
                     raise damaged(where, f"finite {side} log-probs, none above 0", "NaN, an infinity or one above 0")
+            for row in range(self._starts[k], self._starts[k + 1] if batch.gaps is not None else self._starts[k]):
+                pair = self[row].ids
+                for side, tokens, start, gaps in (
+                    ("chosen", pair.chosen_ids, pair.chosen_start, pair.chosen_gaps),
+                    ("rejected", pair.rejected_ids, pair.rejected_start, pair.rejected_gaps),
+                ):
+                    if start < 0 or not gaps_fit(gaps, start, len(tokens)):
+                        raise damaged(f"{self.where}, row {row}", f"{side} gaps between scored tokens", f"{gaps}")
             for lists in (batch.prompt, batch.chosen, batch.rejected):
                 if len(lists.values) and lists.values.min() < 0:
                     raise damaged(where, "token ids of at least 0", f"{lists.values.min()}")
@@ -274,13 +306,31 @@ def check_hash(data: memoryview, name: str, where: str) -> None:
 
 
 def _decode_batch(batch: pa.RecordBatch, where: str) -> _Batch:
-    keys, *columns, chosen_sum, rejected_sum = batch.columns
+    keys, *columns = batch.columns[:6]
+    chosen_sum, rejected_sum, *gaps = batch.columns[6:]
+    columns += gaps
     lists = [Lists(_numpy(column.values), offsets := _numpy(column.offsets), offsets.data) for column in columns]
     if any(item.offsets[0] != 0 or item.offsets[-1] != len(item.values) for item in lists):
         raise damaged(where, "lists that use all of their values", "values outside the lists")
-    prompt, chosen, rejected, chosen_logps, rejected_logps = lists
+    prompt, chosen, rejected, chosen_logps, rejected_logps, *between = lists
+    if any((item.offsets % 2).any() for item in between):
+        raise damaged(where, "gaps as pairs of a beginning and an end", "an odd number of ends")
     sums = _numpy(chosen_sum), _numpy(rejected_sum)
-    return _Batch(fixed_binary(keys), prompt, chosen, rejected, chosen_logps, rejected_logps, sums)
+    return _Batch(
+        fixed_binary(keys),
+        prompt,
+        chosen,
+        rejected,
+        chosen_logps,
+        rejected_logps,
+        sums,
+        (between[0], between[1]) if between else None,
+    )
+
+
+def _gaps(lists: Lists, row: int) -> Gaps:
+    edges = lists.values[lists.at[row] : lists.at[row + 1]].tolist()
+    return tuple(zip(edges[::2], edges[1::2], strict=True))
 
 
 def fixed_binary(array: pa.Array) -> npt.NDArray[np.uint8]:

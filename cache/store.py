@@ -21,6 +21,8 @@ import xxhash
 from dpoeng.cache.errors import CacheError
 from dpoeng.cache.files import Disk, Files
 from dpoeng.cache.folder import (
+    FORMAT_NAME,
+    FORMAT_WITH_GAPS,
     commit_name,
     commits_folder,
     manifest_name,
@@ -183,10 +185,22 @@ class Store:
             CacheError: the disk is full, read-only or broken. What was committed before is untouched.
         """
         data = encode_shard(rows)
+        if any(row.ids.chosen_gaps or row.ids.rejected_gaps for row in rows):
+            self.allow_gaps()
         reference = ObjectRef(xxhash.xxh3_128_hexdigest(data), len(rows), len(data))
         self._put(object_name(reference.name), data)
         self.put_commit(Commit(spec_digest, reference, provenance))
         return reference.name
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether rows may have tokens between scored ones that are not scored."""
+        return self.files.read(FORMAT_NAME) == FORMAT_WITH_GAPS
+
+    def allow_gaps(self) -> None:
+        """Writes the format's second version into FORMAT, before anything that readers of the first would set aside."""
+        if not self.has_gaps:
+            self.files.replace(FORMAT_NAME, FORMAT_WITH_GAPS)
 
     def put_commit(self, commit: Commit) -> None:
         """Publishes a record, unless a sound one is there. Its object must be durable already."""

@@ -91,7 +91,7 @@ class Table:
     """
 
     def __init__(self, data: memoryview, where: str, shard_rows: Sequence[int], file_count: int) -> None:
-        batches = read_batches(data, TABLE_SCHEMA, where)
+        batches = read_batches(data, (TABLE_SCHEMA,), where)
         if len(batches) != 1:
             raise damaged(where, "one record batch", f"{len(batches)}")
         file, source_row, keys, objects, row, self._extra = batches[0].columns

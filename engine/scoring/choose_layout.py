@@ -216,9 +216,9 @@ def _own_logps(lm: CausalLM, single: PromptGroup) -> torch.Tensor:
     """The model's own forward, its logits at the scored tokens, float64 log-softmax."""
     (branch,) = single.branches
     ids = on_device(lm, branch.ids.astype(np.int64))
-    scored = len(branch.ids) - branch.start
-    logits = _own_logits(lm, ids, scored + 1)[:-1]
-    logps = torch.log_softmax(logits.double(), dim=-1).gather(1, ids[branch.start :, None]).squeeze(1)
+    places = on_device(lm, branch.positions())
+    logits = _own_logits(lm, ids, len(branch.ids) - branch.start + 1)[places - branch.start]
+    logps = torch.log_softmax(logits.double(), dim=-1).gather(1, ids[places, None]).squeeze(1)
     return logps.float()
 
 

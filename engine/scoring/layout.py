@@ -10,26 +10,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dpoeng.cache.schema import IdArray, PairIds
+from dpoeng.cache.schema import Gaps, IdArray, PairIds, gap_tokens
 
 IndexArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """One continuation of a prompt: `ids` [R], of which `ids[start:]` are scored."""
+    """One continuation of a prompt: `ids` [R], of which `ids[start:]` are scored, without what lies in `gaps`."""
 
     ids: IdArray
     start: int = 0
+    gaps: Gaps = ()
 
     @property
     def scored(self) -> int:
         """Number of scored tokens."""
-        return len(self.ids) - self.start
+        return len(self.ids) - self.start - gap_tokens(self.gaps)
+
+    def positions(self) -> IndexArray:
+        """The scored tokens' places in `ids`, ascending."""
+        places = np.arange(self.start, len(self.ids))
+        for begin, end in self.gaps:
+            places = places[(places < begin) | (places >= end)]
+        return places
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +92,7 @@ class PackedRow:
 
 def pair_group(ids: PairIds) -> PromptGroup:
     """The group of one pair: branch 0 is chosen, branch 1 is rejected."""
-    return PromptGroup(ids.prompt_ids, tuple(Branch(response, start) for response, start in sides(ids)))
+    return PromptGroup(ids.prompt_ids, sides(ids))
 
 
 def share_prompts(pairs: Sequence[PairIds]) -> tuple[list[PromptGroup], IndexArray]:
@@ -97,35 +106,46 @@ def share_prompts(pairs: Sequence[PairIds]) -> tuple[list[PromptGroup], IndexArr
         rejected), counted through all groups.
     """
     prompts: dict[bytes, IdArray] = {}
-    branches: dict[bytes, dict[tuple[bytes, int], Branch]] = {}
+    branches: dict[bytes, dict[tuple[Any, ...], Branch]] = {}
     for ids in pairs:
         key = ids.prompt_ids.tobytes()
         prompts.setdefault(key, ids.prompt_ids)
-        for response, start in sides(ids):
-            branches.setdefault(key, {}).setdefault((response.tobytes(), start), Branch(response, start))
+        for branch in sides(ids):
+            branches.setdefault(key, {}).setdefault(_key(branch), branch)
     places = {
         (prompt, response): i
         for i, (prompt, response) in enumerate((prompt, r) for prompt, of in branches.items() for r in of)
     }
     groups = [PromptGroup(prompts[prompt], tuple(of.values())) for prompt, of in branches.items()]
-    order = [
-        [places[ids.prompt_ids.tobytes(), (response.tobytes(), start)] for response, start in sides(ids)]
-        for ids in pairs
-    ]
+    order = [[places[ids.prompt_ids.tobytes(), _key(branch)] for branch in sides(ids)] for ids in pairs]
     return groups, np.array(order, dtype=np.int64).reshape(-1, 2)
 
 
-def sides(ids: PairIds) -> tuple[tuple[IdArray, int], tuple[IdArray, int]]:
-    """(ids, first scored token) of the chosen and of the rejected response."""
-    return (ids.chosen_ids, ids.chosen_start), (ids.rejected_ids, ids.rejected_start)
+def sides(ids: PairIds) -> tuple[Branch, Branch]:
+    """The chosen and the rejected response."""
+    return (
+        Branch(ids.chosen_ids, ids.chosen_start, ids.chosen_gaps),
+        Branch(ids.rejected_ids, ids.rejected_start, ids.rejected_gaps),
+    )
+
+
+def _key(branch: Branch) -> tuple[Any, ...]:
+    return branch.ids.tobytes(), branch.start, branch.gaps
 
 
 def separate(group: PromptGroup) -> list[PromptGroup]:
     """One group a branch, each with its own copy of the prompt, for models in which a prompt cannot be shared."""
+    before = len(group.prompt_ids)
     return [
         PromptGroup(
             group.prompt_ids[:0],
-            (Branch(np.concatenate([group.prompt_ids, branch.ids]), len(group.prompt_ids) + branch.start),),
+            (
+                Branch(
+                    np.concatenate([group.prompt_ids, branch.ids]),
+                    before + branch.start,
+                    tuple((before + begin, before + end) for begin, end in branch.gaps),
+                ),
+            ),
         )
         for branch in group.branches
     ]
@@ -158,11 +178,12 @@ def pack(groups: Sequence[PromptGroup]) -> PackedRow:
             begin, end = cursor, cursor + len(branch.ids)
             inputs.append(branch.ids)
             positions.append(len(group.prompt_ids) + np.arange(len(branch.ids)))
-            predictors = np.arange(begin + branch.start - 1, end - 1)
+            scored_at = branch.positions()
+            predictors = begin + scored_at - 1
             if branch.start == 0 and len(predictors):
                 predictors[0] = prompt_end - 1
             gather.append(predictors)
-            targets.append(branch.ids[branch.start :])
+            targets.append(branch.ids[scored_at])
             scored.append(branch.scored)
             branch_spans.append((begin, end))
             cursor = end
@@ -194,9 +215,7 @@ def pad(groups: Sequence[PromptGroup], pad_id: int) -> tuple[PackedRow, tuple[in
         input_ids[i, : len(branch.ids)] = branch.ids
         mask[i, : len(branch.ids)] = 1
     packed = pack(groups)
-    gather = np.concatenate(
-        [i * length + np.arange(branch.start - 1, len(branch.ids) - 1) for i, branch in enumerate(branches)]
-    )
+    gather = np.concatenate([i * length + branch.positions() - 1 for i, branch in enumerate(branches)])
     row = PackedRow(
         input_ids=input_ids.reshape(-1),
         position_ids=np.tile(np.arange(length, dtype=np.int64), len(branches)),
@@ -233,7 +252,7 @@ def batches_of_pairs(pairs: Sequence[PairIds], budget: int) -> list[tuple[range,
     for i, ids in enumerate(pairs):
         prompt = ids.prompt_ids.tobytes()
         pieces = {(prompt, b"", -1): len(ids.prompt_ids)}
-        pieces |= {(prompt, response.tobytes(), start): len(response) for response, start in sides(ids)}
+        pieces |= {(prompt, *_key(branch)): len(branch.ids) for branch in sides(ids)}
         new = sum(length for piece, length in pieces.items() if piece not in seen)
         if i > begin and total + new > budget:
             batches.append((range(begin, i), total))

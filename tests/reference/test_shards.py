@@ -52,7 +52,7 @@ def test_every_pair_finds_its_own_branches(pairs: list[PairIds]) -> None:
     flat = [(group, branch) for group in groups for branch in group.branches]
     assert len({(g.prompt_ids.tobytes(), b.ids.tobytes(), b.start) for g, b in flat}) == len(flat)
     for ids, own in zip(pairs, branches, strict=True):
-        for (response, start), k in zip(sides(ids), own, strict=True):
+        for (response, start), k in zip([(side.ids, side.start) for side in sides(ids)], own, strict=True):
             group, branch = flat[k]
             assert group.prompt_ids.tobytes() == ids.prompt_ids.tobytes()
             assert (branch.ids.tobytes(), branch.start) == (response.tobytes(), start)
@@ -104,7 +104,11 @@ def test_several_negatives_a_prompt_are_run_once_and_give_the_same_numbers(
     view = View.open(tmp_path / "cache")
     each = [view[i] for i in range(len(view))]
     prompts = {row.ids.prompt_ids.tobytes(): len(row.ids.prompt_ids) for row in each}
-    responses = {(row.ids.prompt_ids.tobytes(), ids.tobytes()): len(ids) for row in each for ids, _ in sides(row.ids)}
+    responses = {
+        (row.ids.prompt_ids.tobytes(), ids.tobytes()): len(ids)
+        for row in each
+        for ids in [side.ids for side in sides(row.ids)]
+    }
     assert sum(computed) == sum(prompts.values()) + sum(responses.values())
     assert sum(computed) < 0.6 * sum(row.ids.total_tokens for row in each)
 
