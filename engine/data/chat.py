@@ -1,29 +1,33 @@
-"""A pair as the two texts that are tokenised, each with the place where its response begins.
+"""A pair as the two texts that are tokenised, each with the place where its response begins and with what is scored.
 
 Messages go through the tokenizer's chat template, always with the response in place, so that whatever the template adds
-(a system prompt, a beginning token) stands there once; texts are joined as they are. Knows nothing of token ids.
+(a system prompt, a beginning token) stands there once; texts are joined as they are. What the template leaves out, and
+where the assistant speaks, is proved on what it writes. Knows nothing of token ids.
 """
 
 from __future__ import annotations
 
-import datetime
-import re
+import copy
+import difflib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.data.in_memory import place
-from dpoeng.engine.data.shapes import Message, PreferencePair
+from dpoeng.engine.data.messages import Message
+from dpoeng.engine.data.proof import Part, Tagged, prove
+from dpoeng.engine.data.rendering import Rendered, Renderer, Spans, make_renderer, names_read
+from dpoeng.engine.data.shapes import PreferencePair
 from dpoeng.engine.data.strict_json import RowFault
+from dpoeng.engine.data.structured import parse_structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Some templates print today's date; then every pair would be another one tomorrow. This is the date that Llama's own
-# templates fall back on. `chat_template_kwargs` may set `date_string` where the template asks for it.
-PINNED_DATE = datetime.date(2024, 7, 26)
+TrainOn = Literal["assistant", "last", "all"]
 
-_CLOCK = re.compile(r"""strftime_now\(\s*(["'])(?P<format>[^"']*)\1\s*\)""")
 _ANSWER = "dpoeng answer stands here"
 
 
@@ -35,20 +39,27 @@ class Side:
         text: what is tokenised.
         boundary: the response's first character.
         from_template: whether a chat template made it, which then also wrote all special tokens.
+        scored: [begin, end) of what the assistant says in the response, in characters; None where that is all of it.
+        thoughts: thoughts of earlier turns that the template leaves out, as it is meant to.
     """
 
     text: str
     boundary: int
     from_template: bool
+    scored: Spans | None = None
+    thoughts: int = 0
 
 
-def to_sides(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> tuple[Side, Side]:
+def to_sides(
+    pair: PreferencePair, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "assistant"
+) -> tuple[Side, Side]:
     """The chosen and the rejected text of a pair.
 
     Raises:
         UserError: the pair is messages and the tokenizer has no chat template.
-        RowFault: `template-error`, the template refuses the messages; `template-boundary`, it writes the prompt in
-            another way once a response follows, so that the response's beginning is not known.
+        RowFault: `template-error`, the template refuses the messages; `template-drops`, it leaves out a part of them;
+            `template-boundary`, the response's beginning cannot be found; `template-turns`, nor where the assistant
+            speaks.
     """
     if isinstance(pair.prompt, str):
         assert isinstance(pair.chosen, str)
@@ -57,75 +68,285 @@ def to_sides(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> tuple[
         return Side(pair.prompt + pair.chosen, start, False), Side(pair.prompt + pair.rejected, start, False)
     assert isinstance(pair.chosen, list)
     assert isinstance(pair.rejected, list)
-    template = _template(pair, tokenizer)
-    opened = _render(pair, tokenizer, template, [], add_generation_prompt=True)
-    sides = [_side(pair, tokenizer, template, opened, response) for response in (pair.chosen, pair.rejected)]
-    return sides[0], sides[1]
+    writer = _Writer.of(pair, tokenizer)
+    return writer.side(pair.chosen, "chosen", train_on), writer.side(pair.rejected, "rejected", train_on)
 
 
-def _side(
-    pair: PreferencePair, tokenizer: PreTrainedTokenizerBase, template: str, opened: str, response: list[Message]
-) -> Side:
-    text = _render(pair, tokenizer, template, _without_end_token(response, tokenizer.eos_token))
-    if text.startswith(opened):
-        return Side(text, len(opened), True)
-    # The opening for an answer is not how answers are written, e.g. it begins a thought that is later left out. A
-    # stand-in for the answer shows what the template writes before one.
-    header = _render(pair, tokenizer, template, [{"role": "assistant", "content": _ANSWER}])
-    header = header[: max(header.rfind(_ANSWER), 0)]
-    if header and text.startswith(header):
-        return Side(text, len(header), True)
-    raise RowFault("template-boundary", "the chat template changes the prompt when a response follows it")
+@dataclass(frozen=True, slots=True)
+class _Writer:
+    """The template with one prompt.
+
+    Attributes:
+        render: the template.
+        prompt: messages before the response, without a message that the response goes on with.
+        prefill: what the prompt has of the assistant's message, or empty.
+        opened: the prompt with the template's opening for an answer; None where it has none.
+        end: what the template writes behind an answer.
+        ends: what counts as that end where it is written out in a message.
+    """
+
+    render: Renderer
+    prompt: list[Message]
+    prefill: str
+    opened: str | None
+    end: str
+    ends: tuple[str, ...]
+
+    @staticmethod
+    def of(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> _Writer:
+        """The template of a tokenizer with the prompt of a pair.
+
+        Raises:
+            UserError: the tokenizer has no template.
+            RowFault: the template refuses the prompt, or does not read an argument.
+        """
+        assert isinstance(pair.prompt, list)
+        try:
+            render = make_renderer(tokenizer, pair.tools, pair.chat_template_kwargs)
+        except ValueError:
+            raise _no_template(pair, tokenizer) from None
+        _check_arguments(render)
+        prompt, prefill = list(pair.prompt), ""
+        if prompt[-1]["role"] == "assistant" and not prompt[-1].get("tool_calls"):
+            prefill = prompt.pop()["content"]
+        stand_in = render([*prompt, {"role": "assistant", "content": prefill + _ANSWER}])
+        end = stand_in[stand_in.rfind(_ANSWER) + len(_ANSWER) :] if _ANSWER in stand_in else ""
+        ends = _written_ends(end, tokenizer.eos_token)
+        prompt = [_without_end(message, ends) for message in prompt]
+        return _Writer(render, prompt, prefill, _opening(render, prompt) if not prefill else None, end, ends)
+
+    def side(self, response: list[Message], name: str, train_on: TrainOn) -> Side:
+        """The text of one response.
+
+        Raises:
+            RowFault: see `to_sides`.
+        """
+        response = [_without_end(message, self.ends) for message in response]
+        if self.prefill:
+            response = [{**response[0], "content": self.prefill + response[0]["content"]}, *response[1:]]
+        messages, lost, written = self._write([*self.prompt, *response])
+        response = messages[len(self.prompt) :]
+        thoughts = self._judge(lost, messages, name)
+        boundary = self._start(written.text, response, 0)
+        if boundary is None:
+            raise RowFault("template-boundary", "the chat template changes the prompt when a response follows it")
+        return Side(written.text, boundary, True, self._scored(written, response, boundary, train_on), thoughts)
+
+    def _write(self, messages: list[Message]) -> tuple[list[Message], list[Part], Rendered]:
+        """What the template writes, by the form of the calls' arguments (object or text) that it writes whole."""
+        forms = [[_unquoted_arguments(message) for message in messages]]
+        if any("arguments" in _inner(call) for message in messages for call in message.get("tool_calls") or []):
+            forms.append([_other_arguments(message) for message in forms[0]])
+        fault: RowFault | None = None
+        best: tuple[list[Message], list[Part], Rendered] | None = None
+        for form in forms:
+            try:
+                written = self.render.with_marks(form)
+                lost = prove(written.text, form, self.render.tools, self._tagged, "")
+            except RowFault as found:
+                fault = fault or found
+                continue
+            if best is None or len(lost) < len(best[1]):
+                best = form, lost, written
+            if not lost:
+                break
+        if best is None:
+            assert fault is not None
+            raise fault
+        return best
+
+    def _tagged(self, tagged: Tagged) -> str:
+        return self.render(tagged.messages, tools=tagged.tools)
+
+    def _judge(self, lost: list[Part], messages: list[Message], name: str) -> int:
+        """How many thoughts of earlier turns are left out.
+
+        Raises:
+            RowFault: `template-drops`, something else is.
+        """
+        last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+        thoughts = 0
+        for part in lost:
+            if part.kind == "thought" and part.message < last_user:
+                thoughts += 1
+                continue
+            begin = len(self.prompt)
+            where = part.where
+            if part.message >= 0:
+                of = ("prompt", part.message) if part.message < begin else (name, part.message - begin)
+                where = f"{of[0]}, message {of[1] + 1}" + where.split(f"message {part.message + 1}", 1)[-1]
+            raise RowFault("template-drops", f"{where}: the chat template does not write {part.text!r:.80}")
+        return thoughts
+
+    def _start(self, text: str, response: list[Message], turn: int) -> int | None:
+        """The first character of a turn of the response, behind all that the template writes before an answer."""
+        before = [*self.prompt, *response[:turn]]
+        opened = self.opened if turn == 0 else _opening(self.render, before)
+        if opened is not None and text.startswith(opened):
+            return len(opened)
+        # The opening for an answer is not how answers are written, e.g. it begins a thought that is later left out, or
+        # the template has none. A stand-in for the answer shows what the template writes before one.
+        prefill = self.prefill if turn == 0 else ""
+        stand_in: Message = {"role": "assistant", "content": prefill + _ANSWER}
+        for behind in ((), response[turn + 1 :]):
+            written = self.render([*before, stand_in, *behind])
+            header = written[: max(written.rfind(_ANSWER), 0)]
+            if opened is None and not prefill:
+                # No header but white space, as in Mistral's templates: the model writes it before an answer in words.
+                plain = _plain(self.render, before)
+                if plain and text.startswith(plain) and header.startswith(plain) and not header[len(plain) :].strip():
+                    return len(plain)
+            if header and text.startswith(header):
+                return len(header)
+        return None
+
+    def _scored(self, written: Rendered, response: list[Message], boundary: int, train_on: TrainOn) -> Spans | None:
+        """What of the response the assistant says; None for all of it.
+
+        Raises:
+            RowFault: `template-turns`, that cannot be proved.
+        """
+        text = written.text
+        turns = [i for i, message in enumerate(response) if message["role"] == "assistant"]
+        if train_on == "all":
+            return None
+        if train_on == "last":
+            turns = turns[-1:]
+        if self.render.marks:
+            begin = self._turn_start(text, response, turns[0], boundary) if train_on == "last" else boundary
+            clipped = [(max(first, begin), last) for first, last in written.marked if last > begin]
+            if not clipped:
+                raise RowFault("template-turns", "the chat template marks nothing of the response as the assistant's")
+            return tuple(clipped)
+        if turns == [0] and len(response) == 1:
+            return None
+        return tuple(self._turn(text, response, turn, boundary) for turn in turns)
+
+    def _turn_start(self, text: str, response: list[Message], turn: int, boundary: int) -> int:
+        start = boundary if turn == 0 else self._start(text, response, turn)
+        if start is None:
+            raise RowFault("template-turns", f"the beginning of message {turn + 1} cannot be found in what is written")
+        return start
+
+    def _turn(self, text: str, response: list[Message], turn: int, boundary: int) -> tuple[int, int]:
+        """Where a turn of the assistant stands, proved by rendering the conversation up to it.
+
+        Raises:
+            RowFault: `template-turns`, the pieces do not add up.
+        """
+        begin = self._turn_start(text, response, turn, boundary)
+        if turn == len(response) - 1:
+            return begin, len(text)
+        until = self.render([*self.prompt, *response[: turn + 1]])
+        if len(until) > begin and text.startswith(until):
+            return begin, len(until)
+        # Written otherwise while it is the last, e.g. with an empty thought: then the beginning of the next message
+        # is looked for, and the turn ends at the one end that stands before it.
+        follower = {**response[turn + 1], "content": _ANSWER}
+        follower.pop("tool_calls", None)
+        shown = self.render([*self.prompt, *response[: turn + 1], follower, *response[turn + 2 :]])
+        shown = shown[: max(shown.rfind(_ANSWER), 0)]
+        piece = shown[begin:]
+        if text.startswith(shown) and self.end and piece.count(self.end) == 1:
+            return begin, begin + piece.index(self.end) + len(self.end)
+        raise RowFault("template-turns", f"the end of message {turn + 1} cannot be found in what is written")
 
 
-def _template(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> str:
+def _plain(render: Renderer, messages: Sequence[Message]) -> str:
     try:
-        template = tokenizer.get_chat_template(tools=pair.tools)
-    except (AttributeError, ValueError):
-        raise UserError(
-            "the pairs are chat messages and the tokenizer has no chat template",
-            code="tokenizer-no-template",
-            where=place(pair.source_file, pair.source_row),
-            expected="a chat_template in tokenizer_config.json or chat_template.jinja beside the model",
-            found=f"{type(tokenizer).__name__} without one",
-            remedy="copy the template of the SFT model into its folder, or give prompt, chosen and rejected as texts",
-            exit_status=3,
-        ) from None
-    return _CLOCK.sub(lambda match: f'"{PINNED_DATE.strftime(match["format"])}"', str(template))
+        return render(messages)
+    except RowFault:
+        return ""  # as in `_opening`
 
 
-def _render(
-    pair: PreferencePair,
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    response: list[Message],
-    *,
-    add_generation_prompt: bool = False,
-) -> str:
-    assert isinstance(pair.prompt, list)
-    arguments: dict[str, Any] = pair.chat_template_kwargs or {}
+def _opening(render: Renderer, messages: Sequence[Message]) -> str | None:
+    """The messages with the template's opening for an answer; None where it has no such opening."""
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                [*pair.prompt, *response],
-                tools=pair.tools,
-                chat_template=template,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-                **arguments,
-            )
-        )
-    except ImportError:
-        raise
-    except Exception as error:  # a template is a program: what it raises is about the messages that it was given
-        raise RowFault("template-error", f"{type(error).__name__}: {error}"[:300]) from None
+        opened, plain = render(messages, opened=True), render(messages)
+    except RowFault:
+        return None  # e.g. a template that wants an answer behind every question
+    return opened if opened != plain else None
 
 
-def _without_end_token(response: list[Message], end: str | None) -> list[Message]:
-    """The response without an end token in its last text: the template writes it."""
-    if not end or not response[-1]["content"].rstrip().endswith(end):
-        return response
-    content = response[-1]["content"].rstrip()
-    while content.endswith(end):
+def _no_template(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> UserError:
+    return UserError(
+        "the pairs are chat messages and the tokenizer has no chat template",
+        code="tokenizer-no-template",
+        where=place(pair.source_file, pair.source_row),
+        expected="a chat_template in tokenizer_config.json or chat_template.jinja beside the model",
+        found=f"{type(tokenizer).__name__} without one",
+        remedy="copy the template of the SFT model into its folder, name it with --tokenizer, or give prompt, chosen "
+        "and rejected as texts",
+        exit_status=3,
+    )
+
+
+def _check_arguments(render: Renderer) -> None:
+    """Raise where the template reads nothing of what `chat_template_kwargs` sets."""
+    if not render.arguments:
+        return
+    known = names_read(render.template)
+    for name in render.arguments:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise RowFault("template-drops", f"chat_template_kwargs: the chat template does not read {name!r}{hint}")
+
+
+def _written_ends(end: str, eos: str | None) -> tuple[str, ...]:
+    """How the end of a turn may be written out in a message; the template writes it once more."""
+    if not end.strip():
+        return ()
+    return tuple({text for text in (end.strip(), *end.split(), eos) if text and not text.isalnum()})
+
+
+def _without_end(message: Message, ends: Sequence[str]) -> Message:
+    """An assistant's message without the end of a turn at its end."""
+    content = message["content"]
+    if message["role"] != "assistant" or not any(content.rstrip().endswith(end) for end in ends):
+        return message
+    content = content.rstrip()
+    while end := next((end for end in ends if content.endswith(end)), None):
         content = content.removesuffix(end).rstrip()
-    return [*response[:-1], {**response[-1], "content": content}]
+    return {**message, "content": content}
+
+
+def _inner(call: Any) -> dict[str, Any]:
+    inner = call.get("function", call) if isinstance(call, dict) else None
+    return inner if isinstance(inner, dict) else {}
+
+
+def _other_arguments(message: Message) -> Message:
+    """The message with the arguments of its calls as objects where they are texts, and the other way round.
+
+    OpenAI's form is a text, which templates with `tojson` would write as a text within a text.
+    """
+    if not message.get("tool_calls"):
+        return message
+    message = copy.deepcopy(message)
+    for call in message["tool_calls"]:
+        inner = _inner(call)
+        arguments = inner.get("arguments")
+        if isinstance(arguments, str):
+            parsed = parse_structure(arguments)
+            inner["arguments"] = parsed if isinstance(parsed, dict) else arguments
+        elif isinstance(arguments, dict):
+            inner["arguments"] = json.dumps(arguments, ensure_ascii=False)
+    return message
+
+
+def _unquoted_arguments(message: Message) -> Message:
+    """The message with the arguments of its calls encoded at most once: some files hold JSON of JSON."""
+    if not message.get("tool_calls"):
+        return message
+    message = copy.deepcopy(message)
+    for inner in map(_inner, message["tool_calls"]):
+        while isinstance(arguments := inner.get("arguments"), str):
+            try:
+                within = json.loads(arguments)
+            except ValueError:
+                break
+            if not isinstance(within, str):
+                break
+            inner["arguments"] = within
+    return message

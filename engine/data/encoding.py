@@ -1,18 +1,22 @@
 """Text with a boundary to token ids with a boundary, by any tokenizer of transformers.
 
 Prompt and response are tokenised together, as they were in SFT; the response begins at the first token that holds one
-of its characters. Knows nothing of pairs, end tokens or truncation.
+of its characters, and a token is scored if it holds a character that is. Knows nothing of pairs, end tokens or
+truncation.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dpoeng.engine.data.chat import Side
+from dpoeng.engine.data.rendering import Spans
+from dpoeng.engine.data.strict_json import RowFault
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,15 +28,23 @@ class Encoded:
 
     Attributes:
         ids: token ids, special tokens at the beginning as the model wants them, none added at the end.
-        start: index of the first token with a character of the response; len(ids) if there is none.
-        merged: whether the prompt by itself has other tokens than `ids[:start]`.
+        start: index of the first scored token, mostly the first with a character of the response; len(ids) if none is.
+        merged: whether the prompt by itself has other tokens than the beginning of `ids`.
         joint: whether prompt and response were tokenised together.
+        unscored: [begin, end) of tokens behind `start` that are not scored: others speak there.
+        swallowed: whether a special token took white space of the response.
+        bos: whether a beginning token stands in front that tokenizer or template put there, not the data.
+        fault: why the row cannot be used, if so.
     """
 
     ids: list[int]
     start: int
     merged: bool
     joint: bool
+    unscored: list[tuple[int, int]] = field(default_factory=list)
+    swallowed: bool = False
+    bos: bool = False
+    fault: RowFault | None = None
 
 
 def encode(sides: Sequence[Side], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
@@ -43,9 +55,18 @@ def encode(sides: Sequence[Side], tokenizer: PreTrainedTokenizerBase) -> list[En
     else:
         with _pristine(backend, split_special_tokens=bool(getattr(tokenizer, "split_special_tokens", False))):
             encoded = _encode_with_offsets(sides, backend)
-    for side in encoded:
-        _keep_one_beginning(side, tokenizer.bos_token_id)
+    for side, tokens in zip(sides, encoded, strict=True):
+        tokens.bos = _is_given(side, tokens, tokenizer)
+        _keep_one_beginning(tokens, tokenizer.bos_token_id)
     return encoded
+
+
+def _is_given(side: Side, encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the beginning token was put in front by tokenizer or template: written in the data, it may be cut off."""
+    bos = getattr(tokenizer, "bos_token", None)
+    if not encoded.ids or bos is None or encoded.ids[0] != tokenizer.bos_token_id:
+        return False
+    return side.from_template or not side.text.startswith(bos) or encoded.ids[:2] == [encoded.ids[0]] * 2
 
 
 @contextmanager
@@ -80,44 +101,87 @@ def _encode_with_offsets(sides: Sequence[Side], backend: Any) -> list[Encoded]:
     prompts: dict[tuple[str, bool], list[int]] = {
         (side.text[: side.boundary], side.from_template): [] for side in sides
     }
-    results: list[Encoded | None] = [None] * len(sides)
+    results: list[Any] = [None] * len(sides)
+    added = {number for number, token in backend.get_added_tokens_decoder().items() if token.rstrip}
     for from_template in (False, True):
         of_kind = [text for text, kind in prompts if kind == from_template]
         for text, encoding in zip(of_kind, _encode_batch(backend, of_kind, from_template), strict=True):
-            prompts[text, from_template] = _ids_and_ends(encoding)[0]
+            prompts[text, from_template] = _ids_and_places(encoding)[0]
         numbers = [i for i, side in enumerate(sides) if side.from_template == from_template]
         encodings = _encode_batch(backend, [sides[i].text for i in numbers], from_template)
         for i, encoding in zip(numbers, encodings, strict=True):
             boundary = sides[i].boundary
-            ids, ends = _ids_and_ends(encoding)
-            start = next((at for at, end in enumerate(ends) if end > boundary), len(ids))
+            ids, places = _ids_and_places(encoding)
+            start = next((at for at, (_, end) in enumerate(places) if end > boundary), len(ids))
+            # A special token may take the white space behind it (`rstrip`): it belongs to the prompt all the same, and
+            # the white space is in no token.
+            swallowed = start < len(ids) and places[start][0] < boundary and ids[start] in added
+            start += swallowed
             merged = ids[:start] != prompts[sides[i].text[:boundary], from_template]
-            results[i] = Encoded(ids, start, merged, joint=True)
-    return [result for result in results if result is not None]
+            results[i] = Encoded(ids, start, merged, joint=True, swallowed=swallowed)
+            _mark_unscored(results[i], places, sides[i])
+    return results
+
+
+def _mark_unscored(encoded: Encoded, places: Sequence[tuple[int, int]], side: Side) -> None:
+    """Moves `start` to the first scored token, cuts what stands behind the last, and notes the gaps between them."""
+    if side.scored is None:
+        return
+    scored = [
+        at
+        for at in range(encoded.start, len(encoded.ids))
+        if any(places[at][0] < last and places[at][1] > first for first, last in side.scored)
+    ]
+    if not scored:
+        encoded.start = len(encoded.ids)
+        return
+    encoded.start = scored[0]
+    del encoded.ids[scored[-1] + 1 :]
+    encoded.unscored = [(a + 1, b) for a, b in itertools.pairwise(scored) if b > a + 1]
 
 
 def _encode_batch(backend: Any, texts: list[str], from_template: bool) -> list[Any]:
     return list(backend.encode_batch(texts, add_special_tokens=not from_template)) if texts else []
 
 
-def _ids_and_ends(encoding: Any) -> tuple[list[int], list[int]]:
-    """Ids, and behind which character each token ends; tokens added before the text end at 0, those after it go."""
+def _ids_and_places(encoding: Any) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids, and the characters of each token; tokens added before the text have none, those after it go."""
     added = [sequence is None for sequence in encoding.sequence_ids]
     length = len(added)
     while length and added[length - 1] and not all(added[:length]):
         length -= 1
-    ends = [0 if new else end for new, (_, end) in zip(added, encoding.offsets, strict=True)]
-    return list(encoding.ids[:length]), ends[:length]
+    places = [(0, 0) if new else place for new, place in zip(added, encoding.offsets, strict=True)]
+    return list(encoding.ids[:length]), places[:length]
 
 
 def _encode_without_offsets(side: Side, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """Together if the prompt's tokens then stand at the beginning; otherwise prompt and response one by one."""
+    """Together if the prompt's tokens then stand at the beginning; otherwise prompt and response one by one.
+
+    Where others speak in the response, every piece must have the tokens that it has in the whole; else the row is
+    refused.
+    """
     prompt = _encode_plain(side.text[: side.boundary], tokenizer, side.from_template)
     together = _encode_plain(side.text, tokenizer, side.from_template)
+    if side.scored is not None:
+        return _encode_pieces(side, side.scored, together, tokenizer)
     if together[: len(prompt)] == prompt:
         return Encoded(together, len(prompt), merged=False, joint=True)
     response = tokenizer.encode(side.text[side.boundary :], add_special_tokens=False)
     return Encoded([*prompt, *response], len(prompt), merged=False, joint=False)
+
+
+def _encode_pieces(side: Side, scored: Spans, together: list[int], tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    counts = [len(_encode_plain(side.text[:cut], tokenizer, side.from_template)) for span in scored for cut in span]
+    if any(
+        together[:count] != _encode_plain(side.text[:cut], tokenizer, side.from_template)
+        for count, cut in zip(counts, (cut for span in scored for cut in span), strict=True)
+    ):
+        fault = RowFault("template-turns", "the tokenizer gives no offsets, and its tokens cross the ends of turns")
+        return Encoded(together, counts[0], merged=False, joint=True, fault=fault)
+    edges = list(zip(counts[1:-1:2], counts[2::2], strict=True))
+    return Encoded(
+        together[: counts[-1]], counts[0], merged=False, joint=True, unscored=[e for e in edges if e[0] < e[1]]
+    )
 
 
 def _encode_plain(text: str, tokenizer: PreTrainedTokenizerBase, from_template: bool) -> list[int]:
@@ -133,3 +197,4 @@ def _keep_one_beginning(encoded: Encoded, bos: int | None) -> None:
     while bos is not None and encoded.start > 1 and encoded.ids[:2] == [bos, bos]:
         del encoded.ids[0]
         encoded.start -= 1
+        encoded.unscored = [(first - 1, last - 1) for first, last in encoded.unscored]

@@ -19,14 +19,18 @@ from dpoeng.cache.errors import UserError
 from dpoeng.cache.files import hash_file
 from dpoeng.cache.words import counted
 from dpoeng.engine.data import readers
-from dpoeng.engine.data.in_memory import RowsInMemory, is_in_memory
+from dpoeng.engine.data.in_memory import RowsInMemory, is_in_memory, place
+from dpoeng.engine.data.messages import essence
+from dpoeng.engine.data.prompts import QUESTIONS
 from dpoeng.engine.data.rejects import Reject, check_reject_share
 from dpoeng.engine.data.shapes import (
+    COLUMN_FIELDS,
     FIELDS,
+    TRANSCRIPT,
     PreferencePair,
     Shape,
+    Turns,
     holds_human_turn,
-    prompt_from_instruction,
     to_pair,
 )
 from dpoeng.engine.data.strict_json import RowFault
@@ -56,6 +60,54 @@ class ReadPair:
     contradiction: Repeat | None
 
 
+@dataclass(slots=True)
+class PromptOrigins:
+    """Pairs whose prompt does not stand by itself in a `prompt` column, and an example of what was guessed.
+
+    Attributes:
+        columns: column that was taken for the prompt -> pairs.
+        conversations: column -> pairs in which it became a message beside a question that was a text.
+        transcripts: pairs whose prompt is what both texts have in common.
+        repeated: pairs whose responses repeated the prompt, which stands once now.
+        example: (file:row, end of the prompt) of the first transcript.
+    """
+
+    columns: dict[str, int] = field(default_factory=dict)
+    conversations: int = 0
+    transcripts: int = 0
+    repeated: int = 0
+    example: tuple[str, str] | None = None
+
+    def add(self, pair: PreferencePair, *, formatted: bool) -> None:
+        """One more pair; `formatted` where the user has said what stands around prompts, and so meant the column."""
+        if pair.origin in QUESTIONS and isinstance(pair.prompt, str) and not formatted:
+            self.columns[pair.origin] = self.columns.get(pair.origin, 0) + 1
+        self.conversations += pair.origin in QUESTIONS and isinstance(pair.prompt, list)
+        self.repeated += pair.repeated
+        if pair.origin == TRANSCRIPT:
+            self.transcripts += 1
+            if self.example is None:
+                assert isinstance(pair.prompt, str)
+                self.example = (place(pair.source_file, pair.source_row), repr(pair.prompt[-60:]))
+
+    def remarks(self) -> list[str]:
+        """What is to be told, a line each."""
+        told = [f"prompt taken from `{name}` in {counted(count, 'pair')}" for name, count in self.columns.items()]
+        if self.conversations:
+            told.append(
+                f"question, system prompt and history became a conversation in {counted(self.conversations, 'pair')}"
+            )
+        if self.example is not None:
+            where, end = self.example
+            told.append(
+                f"prompt guessed from the common beginning of both texts in {counted(self.transcripts, 'pair')}, e.g. "
+                f"{where} ends {end}"
+            )
+        if self.repeated:
+            told.append(f"the responses repeated their prompt in {counted(self.repeated, 'pair')}; it stands once now")
+        return told
+
+
 @dataclass(frozen=True, slots=True)
 class PairFile:
     """What was read.
@@ -67,9 +119,9 @@ class PairFile:
         files: path as given -> xxh3_128 (hex) of the file's bytes.
         duplicates: rows equal to an earlier one in prompt, responses, tools and template arguments.
         contradictions: rows whose responses stand the other way round in an earlier one.
-        multi_turn: pairs with a further human turn inside a response.
+        multi_turn: pairs of texts with a further human turn inside a response; in messages such turns are not scored.
         columns: every column name that was seen.
-        instructions: pairs whose prompt is their bare `instruction`, since they have no prompt.
+        prompts: where the prompts come from, as far as that is to be told.
         misspelt: unused column -> the field that no column has and whose name is close.
     """
 
@@ -81,12 +133,12 @@ class PairFile:
     contradictions: list[Repeat] = field(default_factory=list)
     multi_turn: int = 0
     columns: tuple[str, ...] = ()
-    instructions: int = 0
+    prompts: PromptOrigins = field(default_factory=lambda: PromptOrigins())
     misspelt: dict[str, str] = field(default_factory=dict)
 
     def column_remark(self) -> str:
         """See the function of the same name."""
-        return column_remark(self.instructions, self.misspelt)
+        return column_remark(self.prompts, self.misspelt)
 
 
 def read_pairs(
@@ -132,23 +184,27 @@ def read_pairs(
         files=stream.files,
         duplicates=duplicates,
         contradictions=contradictions,
-        multi_turn=sum(map(holds_human_turn, pairs)),
+        multi_turn=sum(isinstance(pair.prompt, str) and holds_human_turn(pair) for pair in pairs),
         columns=stream.columns,
-        instructions=stream.instructions,
+        prompts=stream.prompts,
         misspelt=stream.misspelt,
     )
     check_reject_share(found.rejects, len(found.pairs) + len(found.rejects), max_reject_share)
     if not found.pairs:
-        raise UserError(
-            "no pair is left",
-            code="data-empty",
-            where=", ".join(found.files),
-            expected="at least one row that can be used" + (f" and passes the filter {where!r}" if where else ""),
-            found=f"{counted(found.filtered, 'row')} left out by the filter, {len(found.rejects)} rejected",
-            remedy="loosen --where" if found.filtered else "look at the reasons in the rejects file",
-            exit_status=3,
-        )
+        raise _no_pair(found, where)
     return found
+
+
+def _no_pair(found: PairFile, where: str | None) -> UserError:
+    return UserError(
+        "no pair is left",
+        code="data-empty",
+        where=", ".join(found.files),
+        expected="at least one row that can be used" + (f" and passes the filter {where!r}" if where else ""),
+        found=f"{counted(found.filtered, 'row')} left out by the filter, {len(found.rejects)} rejected",
+        remedy="loosen --where" if found.filtered and not found.rejects else "look at the reasons in the rejects file",
+        exit_status=3,
+    )
 
 
 def ensure_unchanged(files: Mapping[str, str]) -> None:
@@ -172,7 +228,7 @@ class PairStream:
 
     Attributes:
         rejected, filtered: rows left out so far.
-        files, instructions, misspelt: as in `PairFile`.
+        files, prompts, misspelt: as in `PairFile`.
         columns: as in `PairFile`.
     """
 
@@ -208,7 +264,7 @@ class PairStream:
         self._names: dict[str, None] = {}
         self.rejected = 0
         self.filtered = 0
-        self.instructions = 0
+        self.prompts = PromptOrigins()
         self.misspelt: dict[str, str] = {}
         self.files: dict[str, str] = {}
 
@@ -266,14 +322,13 @@ class PairStream:
 
     def _pair(self, path: Path | RowsInMemory, number: int, row: dict[str, Any], shape: Shape) -> ReadPair | None:
         if shape.untyped:
-            texts = {shape.column(name) for name in FIELDS} | {"instruction", "input"}
+            texts = {shape.column(name) for name in COLUMN_FIELDS}
             row = {name: (value or None) if name in texts else csv_value(value) for name, value in row.items()}
         if self._condition is not None and not self._condition.holds(row):
             self.filtered += 1
             return None
         pair = to_pair(row, shape, str(path), number)
-        # With a format around it, it was meant.
-        self.instructions += shape.prompt_format is None and prompt_from_instruction(row, shape)
+        self.prompts.add(pair, formatted=shape.prompt_format is not None)
         key, opposite = content_key(pair), content_key(pair, swapped=True)
         same, other = (
             Repeat(str(path), number, *self._seen[earlier]) if earlier in self._seen else None
@@ -286,22 +341,22 @@ class PairStream:
         """Raise where a column that is needed, mapped or filtered by occurs in no row of a file."""
         required = {"chosen": "chosen", "rejected": "rejected"} | self._columns
         for target, column in required.items():
-            if column not in names:
+            if column and column not in names:
                 raise _no_column(path, column, names, f"--columns {target}=NAME names the column that holds `{target}`")
         if self._condition is not None:
-            for column in sorted(self._condition.columns - set(names)):
+            for column in sorted(self._condition.missing(names)):
                 raise _no_column(path, column, names, f"correct the filter {self._condition.text!r}")
 
 
 def _check_targets(columns: Mapping[str, str]) -> None:
     for target in columns:
-        if target not in FIELDS:
-            nearest = difflib.get_close_matches(target, FIELDS, n=1)
+        if target not in COLUMN_FIELDS:
+            nearest = difflib.get_close_matches(target, COLUMN_FIELDS, n=1)
             raise UserError(
                 f"there is no field {target!r} to take from a column",
                 code="data-columns",
                 where=f"--columns {target}={columns[target]}",
-                expected=f"one of {', '.join(FIELDS)}, then = and the name of the file's column",
+                expected=f"one of {', '.join(COLUMN_FIELDS)}, then = and the name of the file's column",
                 remedy=f"did you mean {nearest[0]}={columns[target]}?" if nearest else "name one of these fields",
             )
 
@@ -311,9 +366,10 @@ def _misspelt(names: Mapping[str, None], columns: Mapping[str, str]) -> dict[str
     lacking = [name for name in FIELDS if name not in names and name not in columns]
     if "prompt" in lacking:
         lacking.append("input" if "instruction" in names else "instruction")
+    lacking += [name for name in ("system", "history") if name not in names and name not in columns]
     found: dict[str, str] = {}
     for name in names:
-        known = name in (*FIELDS, "instruction", "input") or name in columns.values()
+        known = name in COLUMN_FIELDS or name in columns.values()
         # `promt`, `prompts` and `Prompt` are close, `prompt_id` and `instruction_type` are not.
         nearest = difflib.get_close_matches(name.casefold(), lacking, n=1, cutoff=0.83)
         if nearest and not known:
@@ -321,9 +377,14 @@ def _misspelt(names: Mapping[str, None], columns: Mapping[str, str]) -> dict[str
     return found
 
 
-def column_remark(instructions: int, misspelt: Mapping[str, str]) -> str:
+def column_remark(prompts: PromptOrigins, misspelt: Mapping[str, str]) -> str:
     """What is to be known of the columns, in one line; empty if nothing is. The arguments are as in `PairFile`."""
-    told = [f"prompt taken from `instruction` in {counted(instructions, 'pair')}"] if instructions else []
+    return "; ".join([*prompts.remarks(), *([misspelt_remark(misspelt)] if misspelt else [])])
+
+
+def misspelt_remark(misspelt: Mapping[str, str]) -> str:
+    """Unused columns whose name is close to a field's."""
+    told = []
     for column, target in misspelt.items():
         how = f" (--columns {target}={column})" if target in FIELDS else ""
         told.append(f"unused column `{column}`: did you mean `{target}`?{how}")
@@ -369,5 +430,10 @@ def _digest(path: Path) -> str:
 def content_key(pair: PreferencePair, *, swapped: bool = False) -> bytes:
     """A hash of all that a pair is made of; with `swapped`, of the pair the other way round."""
     sides = (pair.rejected, pair.chosen) if swapped else (pair.chosen, pair.rejected)
-    content = json.dumps([pair.prompt, *sides, pair.tools, pair.chat_template_kwargs], sort_keys=True)
+    turns = [_essence(part) for part in (pair.prompt, *sides)]
+    content = json.dumps([*turns, pair.tools, pair.chat_template_kwargs], sort_keys=True)
     return xxhash.xxh3_128_digest(content.encode())
+
+
+def _essence(turns: Turns) -> Turns:
+    return turns if isinstance(turns, str) else [essence(message) for message in turns]

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.data import strict_json
+from dpoeng.engine.data.data_folders import data_files
 from dpoeng.engine.data.strict_json import RowFault, as_row, json_type
 from dpoeng.engine.data.tables import BATCH_ROWS, NumberedRow, arrow_batches, csv_rows, table_rows
 
@@ -34,20 +35,21 @@ FORMATS = {
     ".feather": "arrow",
 }
 # What `datasets` writes beside the data when it saves to a directory.
-NOT_DATA = frozenset({"dataset_info.json", "dataset_dict.json", "state.json"})
+NOT_DATA = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 
 
 def expand(paths: Sequence[Path]) -> list[Path]:
-    """The files to read, in order and each once; a directory stands for the data files directly in it, by name.
+    """The files to read, in order and each once; a directory stands for the data files in it (see `data_folders`).
 
     Raises:
-        UserError: nothing is there, a directory holds no data file, a file is a pipe or of an unknown kind.
+        UserError: nothing is there, a directory holds no data file or several splits, a file is a pipe or of an unknown
+            kind.
     """
     files: dict[Path, Path] = {}
     for path in paths:
         try:
-            for file in _data_files(path) if path.is_dir() else [path]:
+            for file in data_files(path, _is_data) if path.is_dir() else [path]:
                 _kind(file)
                 files.setdefault(file.resolve(), file)
         except OSError as error:
@@ -110,20 +112,8 @@ def is_untyped(path: Path) -> bool:
     return _suffixes(path)[0] in (".csv", ".tsv")
 
 
-def _data_files(folder: Path) -> list[Path]:
-    names = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
-    files = [file for file in names if _suffixes(file)[0] in FORMATS and file.name not in NOT_DATA]
-    if not files:
-        raise UserError(
-            "the directory holds no data file",
-            code="data-no-files",
-            where=str(folder),
-            expected=f"files ending in {', '.join(FORMATS)}, or one of the text kinds + .gz or .zst",
-            found=", ".join(file.name for file in names[:5]) or "no files (subdirectories are not searched)",
-            remedy="name the folder that holds the files, or the files",
-            exit_status=3,
-        )
-    return files
+def _is_data(file: Path) -> bool:
+    return _suffixes(file)[0] in FORMATS and file.name not in NOT_DATA
 
 
 def _suffixes(path: Path) -> tuple[str, str | None]:

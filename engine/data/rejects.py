@@ -34,6 +34,12 @@ REASONS: dict[str, tuple[str, str]] = {
     "empty-response": ("a response of white space only", "leave the row out"),
     "same-response": ("chosen and rejected are equal", "leave the row out: it prefers nothing"),
     "bad-messages": ("a message without role or text, or a response that the assistant does not begin", _MESSAGES),
+    "unknown-role": ("a role that no chat template knows", "name roles system, user, assistant or tool"),
+    "messages-as-text": ("messages stored as text that cannot be parsed", "write lists, or JSON text"),
+    "unused-column": (
+        "a column that belongs to the prompt and has no place in it",
+        "give the prompt as messages, or leave the column out with --columns NAME=",
+    ),
     "not-text": ("a message holds images or other parts that are not text", "dpoeng trains on text alone"),
     "mixed-shapes": ("one response is a text, the other is messages", "give both in the same way"),
     "no-common-prompt": ("no prompt, and the two sides share none", _PROMPT),
@@ -42,6 +48,14 @@ REASONS: dict[str, tuple[str, str]] = {
     "filter-type": ("a value that --where cannot put in order", "correct the value or the filter"),
     "template-error": ("the chat template refuses the messages", "see the detail: roles mostly have to alternate"),
     "template-boundary": ("the answer's beginning cannot be found in what the template writes", "give texts instead"),
+    "template-drops": (
+        "the chat template leaves out a part of the messages, or changes it",
+        "use the template of the SFT model (--tokenizer), or leave the part out of the data",
+    ),
+    "template-turns": (
+        "what the assistant says cannot be told from what others say",
+        "end both responses with the assistant's first turn, or use --train-on all",
+    ),
     "no-context": ("no token before the response", "give a prompt: nothing predicts the first token otherwise"),
     "prompt-too-long": ("the prompt alone fills max_length", "raise --max-length or set --max-prompt-length"),
     "response-too-long": ("the response alone fills max_length", "raise --max-length, or --truncation-mode keep_start"),

@@ -10,13 +10,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpoeng.engine.data import strict_json
+from dpoeng.engine.data.messages import Message, messages_of, same_message
+from dpoeng.engine.data.prompts import PROMPT_COLUMNS, PromptColumns, place_prompt, read_prompt
 from dpoeng.engine.data.strict_json import RowFault, json_type
+from dpoeng.engine.data.structured import parse_structure
 
-Message = dict[str, Any]
 Turns = str | list[Message]
 
 FIELDS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+COLUMN_FIELDS = (*FIELDS, *PROMPT_COLUMNS)
+"""What `--columns` maps."""
+
+TRANSCRIPT = "transcript"
+"""`PreferencePair.origin` where the prompt is what two texts have in common."""
+
+# Further names of columns that may hold a prompt: beside one of them, a common beginning proves nothing.
+_MAY_BE_PROMPTS = (
+    *("problem", "task", "request", "text", "post", "title", "body", "user", "user_prompt", "user_input"),
+    *("prompt_text", "source", "src", "dialogue", "dialog", "conversations", "conversation", "messages"),
+)
 
 # What stands before an answer in the transcripts and prompts of common data sets; the answer starts behind it.
 ASSISTANT_HEADERS = (
@@ -33,7 +45,6 @@ ASSISTANT_HEADERS = (
 # A human turn inside a response: the two sides differ in an earlier turn than the last.
 HUMAN_HEADERS = ("\n\nHuman:", "<|im_start|>user", "<|start_header_id|>user", "<|user|>", "<start_of_turn>user")
 
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}
 _OURS_IN_TEMPLATES = frozenset(
     {"conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"}
     | {"padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"}
@@ -54,6 +65,8 @@ class PreferencePair:
         extra: the row's other columns, values that JSON can hold.
         tools: JSON schemas for the chat template, or None.
         chat_template_kwargs: further arguments of the chat template, or None.
+        origin: the field that the prompt was taken from, or `transcript`; empty for messages that begin alike.
+        repeated: whether both responses repeated the prompt, and stand here without it.
     """
 
     prompt: Turns
@@ -64,6 +77,8 @@ class PreferencePair:
     extra: dict[str, Any] = field(default_factory=dict)
     tools: list[Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    origin: str = "prompt"
+    repeated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +86,8 @@ class Shape:
     """How the columns of a file are to be read.
 
     Attributes:
-        columns: field -> column of the file, where they differ.
-        untyped: whether all values are texts (CSV), so that messages stand there as JSON.
+        columns: field -> column of the file, where they differ; an empty one where a field is not to be read.
+        untyped: whether all values are texts (CSV).
         prompt_format: a text with `{prompt}` in it, put around prompts given as texts (not around transcripts).
     """
 
@@ -90,48 +105,36 @@ def to_pair(row: Mapping[str, Any], shape: Shape, source_file: str, source_row: 
 
     Raises:
         RowFault: `missing-field`, `wrong-type`, `bad-messages`, `mixed-shapes`, `no-common-prompt`, `prompt-mismatch`,
-            `empty-prompt`, `empty-response`, `same-response`, `bad-template-kwargs`.
+            `empty-prompt`, `empty-response`, `same-response`, `bad-template-kwargs`, `unused-column`, and those of
+            `messages_of`.
     """
-    used = {shape.column(name) for name in FIELDS}
-    given: Turns | None = None
-    if row.get(shape.column("prompt")) is not None:
-        given = _turns(row, shape.column("prompt"), shape.untyped)
-    elif prompt_from_instruction(row, shape):
-        # Alpaca's convention: `input` continues `instruction`.
-        more = row.get("input")
-        given = f"{row['instruction']}\n{more}" if isinstance(more, str) and more else row["instruction"]
-        used |= {"instruction", "input"}
-    chosen = _turns(row, shape.column("chosen"), shape.untyped)
-    rejected = _turns(row, shape.column("rejected"), shape.untyped)
-
-    prompt: Turns
+    chosen, rejected = _turns(row, shape.column("chosen")), _turns(row, shape.column("rejected"))
+    given = read_prompt(row, shape.columns, single_answers=_are_answers(chosen, rejected))
     if isinstance(chosen, str) and isinstance(rejected, str):
-        if isinstance(given, list):
-            prompt, chosen, rejected = given, _answer(chosen), _answer(rejected)
-        else:
-            prompt, chosen, rejected = _split_texts(given, chosen, rejected)
-            if given is not None and shape.prompt_format is not None:
-                prompt = shape.prompt_format.replace("{prompt}", prompt)
+        parts = _split_texts(given, chosen, rejected, row)
+        if isinstance(parts.prompt, str) and given.prompt is not None and not parts.formatted and shape.prompt_format:
+            parts.prompt = shape.prompt_format.replace("{prompt}", parts.prompt)
     elif isinstance(chosen, list) and isinstance(rejected, list):
-        prompt, chosen, rejected = _split_conversations(given, chosen, rejected)
+        parts = _split_conversations(given, chosen, rejected)
     else:
         raise RowFault("mixed-shapes", "one response is a text, the other is messages")
-    _check_responses(chosen, rejected)
+    parts.prompt = place_prompt(given, parts.prompt, shape.prompt_format)
+    if isinstance(parts.prompt, list):
+        parts.chosen, parts.rejected = _as_answer(parts.chosen), _as_answer(parts.rejected)
+    _check_responses(parts.chosen, parts.rejected)
+    used = {shape.column(name) for name in FIELDS} | given.used
     return PreferencePair(
-        prompt=prompt,
-        chosen=chosen,
-        rejected=rejected,
+        prompt=parts.prompt,
+        chosen=parts.chosen,
+        rejected=parts.rejected,
         source_file=source_file,
         source_row=source_row,
         extra={name: value for name, value in row.items() if name not in used},
         tools=_tools(row.get(shape.column("tools"))),
         chat_template_kwargs=_template_kwargs(row.get(shape.column("chat_template_kwargs"))),
+        origin=parts.origin,
+        repeated=parts.repeated,
     )
-
-
-def prompt_from_instruction(row: Mapping[str, Any], shape: Shape) -> bool:
-    """Whether a row has no prompt of its own, and its `instruction` is taken for one."""
-    return row.get(shape.column("prompt")) is None and isinstance(row.get("instruction"), str)
 
 
 def holds_human_turn(pair: PreferencePair) -> bool:
@@ -150,105 +153,150 @@ def common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _turns(row: Mapping[str, Any], column: str, untyped: bool) -> Turns:
+@dataclass(slots=True)
+class _Parts:
+    """A row's prompt and responses; `formatted` where the prompt is a transcript, which has its wrapping already."""
+
+    prompt: Turns
+    chosen: Turns
+    rejected: Turns
+    origin: str
+    repeated: bool = False
+    formatted: bool = False
+
+
+def _turns(row: Mapping[str, Any], column: str) -> Turns:
     value = row.get(column)
     if value is None:
         raise RowFault("missing-field", f"`{column}` is {'null or empty' if column in row else 'missing'}")
-    if untyped and isinstance(value, str) and value.lstrip()[:1] == "[":
-        try:
-            parsed = strict_json.parse(value)
-        except RowFault:
-            return value
-        if isinstance(parsed, list) and parsed and all(isinstance(item, dict) for item in parsed):
-            strict_json.check(parsed)
-            return [_message(item, column) for item in parsed]
-    if isinstance(value, str):
+    messages = messages_of(value, column)
+    if messages is None:
+        assert isinstance(value, str)
         return value
-    if isinstance(value, list):
-        return [_message(item, column) for item in value]
-    raise RowFault("wrong-type", f"`{column}` must be a text or a list of messages, it is {json_type(value)}")
+    return messages
 
 
-def _message(value: Any, column: str) -> Message:
-    """One message with a role and a text; ShareGPT's `from` and `value` and lists of text parts are translated."""
-    if not isinstance(value, dict):
-        raise RowFault("bad-messages", f"`{column}` holds {json_type(value)} where a message should be")
-    message = dict(value)
-    if "role" not in message and "from" in message:
-        message["role"] = _SHAREGPT_ROLES.get(str(message["from"]), message.pop("from"))
-        message.pop("from", None)
-        message["content"] = message.pop("value", None)
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or not role:
-        raise RowFault("bad-messages", f"a message of `{column}` has no `role`")
-    if isinstance(content, list):
-        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-        if len(texts) < len(content):
-            raise RowFault("not-text", f"a message of `{column}` holds parts that are not text")
-        content = "".join(map(str, texts))
-    if content is None and message.get("tool_calls"):
-        content = ""  # many templates would print None
-    if not isinstance(content, str):
-        raise RowFault("bad-messages", f"a message of `{column}` has no text as its `content`")
-    return {**message, "content": content}
+def _are_answers(chosen: Turns, rejected: Turns) -> bool:
+    """Whether the responses are answers alone, and no conversations or transcripts that hold their prompt."""
+    return all(
+        not any(header in side for header in ASSISTANT_HEADERS)
+        if isinstance(side, str)
+        else bool(side) and side[0]["role"] == "assistant"
+        for side in (chosen, rejected)
+    )
 
 
-def _answer(text: str) -> list[Message]:
-    return [{"role": "assistant", "content": text}]
+def _as_answer(response: Turns) -> list[Message]:
+    return [{"role": "assistant", "content": response}] if isinstance(response, str) else response
 
 
-def _split_texts(prompt: str | None, chosen: str, rejected: str) -> tuple[str, str, str]:
+def _split_texts(given: PromptColumns, chosen: str, rejected: str, row: Mapping[str, Any]) -> _Parts:
     """Prompt and responses of two texts: the prompt as given, or what two transcripts have in common."""
-    if prompt is None:
-        cut = _transcript_cut(chosen[: common_length(chosen, rejected)])
+    common = chosen[: common_length(chosen, rejected)]
+    if given.prompt is None:
+        ends = _header_ends(common)
+        cut = max(ends) if ends else _line_cut(common)
         if chosen == rejected or cut is None:
             problem = "are equal" if chosen == rejected else "do not begin as transcripts of one conversation do"
             raise RowFault(
                 "same-response" if chosen == rejected else "no-common-prompt",
                 f"there is no prompt column, and the two texts {problem}",
             )
-        return chosen[:cut], chosen[cut:], rejected[cut:]
-    repeated = prompt and chosen.startswith(prompt) and rejected.startswith(prompt)
-    if repeated and any(header in prompt for header in ASSISTANT_HEADERS):
-        return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
-    return prompt, chosen, rejected
+        other = next((name for name in _MAY_BE_PROMPTS if isinstance(row.get(name), str | list) and row[name]), None)
+        if not ends and other is not None and not (isinstance(row[other], str) and row[other] in common):
+            raise RowFault(
+                "unused-column",
+                f"`{other}` may be the prompt, and the texts merely begin alike: name it with --columns prompt={other}",
+            )
+        return _Parts(chosen[:cut], chosen[cut:], rejected[cut:], TRANSCRIPT, formatted=True)
+    prompt = given.prompt
+    if isinstance(prompt, str):
+        if prompt and common.startswith(prompt) and _is_repetition(prompt):
+            parts = _Parts(prompt, chosen[len(prompt) :], rejected[len(prompt) :], given.origin, repeated=True)
+            parts.formatted = any(header in prompt for header in ASSISTANT_HEADERS)
+            return parts
+        # The question in the prompt column, and whole transcripts of it as responses.
+        ends = _header_ends(common)
+        if ends and prompt.strip() and prompt.strip() in common[: max(ends)]:
+            cut = max(ends)
+            return _Parts(chosen[:cut], chosen[cut:], rejected[cut:], given.origin, repeated=True, formatted=True)
+    return _Parts(prompt, chosen, rejected, given.origin)
 
 
-def _transcript_cut(common: str) -> int | None:
-    """Where the prompt ends in what two transcripts have in common, or None.
+def _is_repetition(prompt: str) -> bool:
+    """Whether two responses that both begin with this prompt repeat it; one or two words may well begin both."""
+    return (
+        len(prompt.split()) > 2 or "\n" in prompt.strip() or prompt.rstrip().endswith(":") or bool(_header_ends(prompt))
+    )
 
-    Behind the last header of an answer. Without one, before the last white space, if at least one whole line is in
-    common: less is two answers that happen to begin alike.
+
+def _header_ends(text: str) -> list[int]:
+    """Behind which characters answers may begin: the end of the last header of each kind."""
+    return [text.rfind(header) + len(header) for header in ASSISTANT_HEADERS if header in text]
+
+
+def _line_cut(common: str) -> int | None:
+    """Where the prompt ends in what two texts without a header have in common, or None.
+
+    Before the last white space, if at least one whole line is in common: less is two answers that merely begin alike.
     """
-    ends = [common.rfind(header) + len(header) for header in ASSISTANT_HEADERS if header in common]
-    if ends:
-        return max(ends)
     if "\n" not in common.lstrip():
         return None
     return len(common.rstrip()) if common[-1].isspace() else max(common.rfind(" "), common.rfind("\n"))
 
 
-def _split_conversations(
-    given: Turns | None, chosen: list[Message], rejected: list[Message]
-) -> tuple[list[Message], list[Message], list[Message]]:
+def _split_conversations(given: PromptColumns, chosen: list[Message], rejected: list[Message]) -> _Parts:
     """Prompt and responses of two lists of messages, which may or may not repeat the prompt."""
     if not chosen or not rejected:
         raise RowFault("empty-response", "a response has no messages")
-    shared = common_length(chosen, rejected)
-    if isinstance(given, list):
-        if not given:
-            raise RowFault("empty-prompt", "the prompt has no messages")
-        start = len(given) if chosen[: len(given)] == rejected[: len(given)] == given else 0
-        return given, chosen[start:], rejected[start:]
-    if isinstance(given, str) and chosen[0]["role"] == "assistant":
-        return [{"role": "user", "content": given}], chosen, rejected
-    if chosen == rejected:
+    if given.prompt == []:
+        raise RowFault("empty-prompt", "the prompt has no messages")
+    prompt = given.prompt
+    if prompt is not None and "assistant" in (chosen[0]["role"], rejected[0]["role"]):
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        return _Parts(prompt, chosen, rejected, given.origin)
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if not same_message(a, b)),
+        min(len(chosen), len(rejected)),
+    )
+    if shared == len(chosen) == len(rejected):
         raise RowFault("same-response", "the two conversations are equal")
     if shared == 0:
         raise RowFault("no-common-prompt", "the two conversations do not begin with the same message")
-    if given is not None and all(message["content"].strip() != given.strip() for message in chosen[:shared]):
-        raise RowFault("prompt-mismatch", "the prompt column is not among the messages that the conversations share")
-    return chosen[:shared], chosen[shared:], rejected[shared:]
+    least = _given_length(prompt, chosen[:shared])
+    # Both sides go on with the assistant; a differing turn of the user belongs to the responses.
+    while shared > least and any(
+        len(side) > shared and side[shared]["role"] != "assistant" for side in (chosen, rejected)
+    ):
+        shared -= 1
+    return _Parts(chosen[:shared], chosen[shared:], rejected[shared:], given.origin)
+
+
+def _given_length(prompt: Turns | None, shared: list[Message]) -> int:
+    """How many of the shared messages the prompt column names.
+
+    Raises:
+        RowFault: `prompt-mismatch`, it names others.
+    """
+    if isinstance(prompt, list):
+        if len(prompt) <= len(shared) and all(map(_alike, prompt, shared)):
+            return len(prompt)
+        system = [message for message in prompt if message["role"] == "system"]
+        if (
+            prompt[len(system) :]
+            and len(prompt) - len(system) <= len(shared)
+            and all(map(_alike, prompt[len(system) :], shared))
+        ):
+            raise RowFault("prompt-mismatch", "the prompt column has a system prompt that the conversations lack")
+    elif prompt is None or any(message["content"].strip() == prompt.strip() for message in shared):
+        return 1
+    raise RowFault("prompt-mismatch", "the prompt column is not among the messages that the conversations share")
+
+
+def _alike(a: Message, b: Message) -> bool:
+    """Whether two messages say the same, white space at the ends aside."""
+    return same_message({**a, "content": a["content"].strip()}, {**b, "content": b["content"].strip()})
 
 
 def _check_responses(chosen: Turns, rejected: Turns) -> None:
@@ -266,14 +314,16 @@ def _check_responses(chosen: Turns, rejected: Turns) -> None:
 
 
 def _tools(value: Any) -> list[Any] | None:
-    value = _json_text(value)
+    value = _structure(value, "tools")
+    if isinstance(value, list):
+        value = [(parse_structure(tool) or tool) if isinstance(tool, str) else tool for tool in value]
     if value is not None and not (isinstance(value, list) and all(isinstance(tool, dict) for tool in value)):
         raise RowFault("wrong-type", f"`tools` must be a list of JSON schemas, it is {json_type(value)}")
     return value or None
 
 
 def _template_kwargs(value: Any) -> dict[str, Any] | None:
-    value = _json_text(value)
+    value = _structure(value, "chat_template_kwargs")
     if value is not None and not isinstance(value, dict):
         raise RowFault("wrong-type", f"`chat_template_kwargs` must be an object, it is {json_type(value)}")
     taken = sorted(_OURS_IN_TEMPLATES & set(value or {}))
@@ -282,12 +332,13 @@ def _template_kwargs(value: Any) -> dict[str, Any] | None:
     return value or None
 
 
-def _json_text(value: Any) -> Any:
-    """A value that some files store as a JSON text."""
+def _structure(value: Any, column: str) -> Any:
+    """A value that some files store as text."""
     if not isinstance(value, str):
         return value
     if not value.strip():
         return None
-    parsed = strict_json.parse(value)
-    strict_json.check(parsed)
+    parsed = parse_structure(value)
+    if parsed is None:
+        raise RowFault("bad-json", f"`{column}` is a text that is neither JSON nor a repr")
     return parsed

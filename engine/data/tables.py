@@ -18,7 +18,9 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 
 from dpoeng.cache.errors import UserError
+from dpoeng.engine.data import strict_json
 from dpoeng.engine.data.strict_json import RowFault, as_row
+from dpoeng.engine.data.structured import Base64
 
 BATCH_ROWS = 256
 
@@ -146,13 +148,18 @@ def table_rows(batches: Iterable[pa.RecordBatch], path: Path) -> Iterator[Number
     for batch in batches:
         names = batch.schema.names
         check_names(names, path)
-        columns = list(zip(names, batch.columns, strict=True))
+        columns = [(name, column, _holds_json(column.type)) for name, column in zip(names, batch.columns, strict=True)]
         for index in range(batch.num_rows):
             number += 1
             try:
-                row = {name: plain(column[index].as_py()) for name, column in columns}
+                row = {
+                    name: _parsed(plain(column[index].as_py())) if is_json else plain(column[index].as_py())
+                    for name, column, is_json in columns
+                }
             except UnicodeDecodeError as error:
                 yield number, RowFault("bad-utf8", f"{error.reason} at byte {error.start} of a value")
+            except RowFault as fault:
+                yield number, fault
             except (ValueError, OverflowError) as error:  # e.g. a date that Python cannot hold
                 yield number, RowFault("bad-value", str(error)[:200])
             else:
@@ -160,7 +167,10 @@ def table_rows(batches: Iterable[pa.RecordBatch], path: Path) -> Iterator[Number
 
 
 def plain(value: Any) -> Any:
-    """A value of a table as JSON can hold it: dates as ISO 8601, bytes as base64, NaN (a missing number) as null."""
+    """A value of a table as JSON can hold it: dates as ISO 8601, NaN (a missing number) as null, bytes as UTF-8.
+
+    Bytes that are no UTF-8 become base64 that no text is made of.
+    """
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
@@ -171,7 +181,23 @@ def plain(value: Any) -> Any:
     if isinstance(value, list):
         return [plain(item) for item in value]
     if isinstance(value, bytes):
-        return base64.b64encode(value).decode("ascii")
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return Base64(base64.b64encode(value).decode("ascii"))
     if isinstance(value, datetime.date | datetime.time):  # datetime is a date
         return value.isoformat()
     return str(value)
+
+
+def _holds_json(kind: pa.DataType) -> bool:
+    """Whether a column's values, or the items of its lists, are JSON by their type (`datasets`' `Json()` feature)."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _holds_json(kind.value_type)
+    return getattr(kind, "extension_name", "") == "arrow.json"
+
+
+def _parsed(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_parsed(item) for item in value]
+    return strict_json.parse(value) if isinstance(value, str) else value

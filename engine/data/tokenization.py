@@ -10,7 +10,7 @@ import numpy as np
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import PairIds, as_ids, pair_key
-from dpoeng.engine.data.chat import Side, to_sides
+from dpoeng.engine.data.chat import Side, TrainOn, to_sides
 from dpoeng.engine.data.encoding import Encoded, encode
 from dpoeng.engine.data.rejects import Reject
 from dpoeng.engine.data.shapes import PreferencePair, common_length
@@ -23,6 +23,12 @@ TruncationMode = Literal["keep_start", "keep_end"]
 
 CHUNK_PAIRS = 128
 
+# Tokens that end a turn in published templates; they end a text too, where the tokenizer knows them.
+END_TEXTS = (
+    *("</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<eos>", "<|end|>", "<|end_of_text|>"),
+    *("<|eom_id|>", "<|return|>", "<|eot|>", "<|END_OF_TURN_TOKEN|>"),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPair:
@@ -34,6 +40,8 @@ class TokenizedPair:
         truncated: whether anything was cut off.
         merged: whether the prompt by itself has other tokens than it has before a response.
         needed: positions of prompt + longer response before truncation: the `max_length` that cuts nothing.
+        swallowed: whether a special token took the white space that a response begins with.
+        thoughts: thoughts of earlier turns that the template leaves out.
     """
 
     ids: PairIds
@@ -43,6 +51,8 @@ class TokenizedPair:
     truncated: bool
     merged: bool
     needed: int
+    swallowed: bool = False
+    thoughts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +77,9 @@ class TokenCounts:
         duplicates: equal in all ids to an earlier pair.
         contradictions: an earlier pair with the responses the other way round.
         separate: responses (not pairs) tokenised apart from their prompt, for want of offsets.
+        turns: pairs with tokens of others inside a response, which are not scored.
+        swallowed: a special token took the white space that a response begins with.
+        thoughts: the template left out thoughts of earlier turns, as it is meant to.
         lengths: `prompt`, `chosen`, `rejected`, `total` (prompt once), after truncation.
     """
 
@@ -76,6 +89,9 @@ class TokenCounts:
     duplicates: int = 0
     contradictions: int = 0
     separate: int = 0
+    turns: int = 0
+    swallowed: int = 0
+    thoughts: int = 0
     lengths: dict[str, Lengths] = field(default_factory=dict)
 
 
@@ -96,6 +112,7 @@ def tokenize_pairs(
     max_prompt_length: int | None = None,
     truncation_mode: TruncationMode = "keep_start",
     append_eos: bool = True,
+    train_on: TrainOn = "assistant",
 ) -> TokenizedData:
     """Tokenise pairs; the outcome depends on the arguments alone, not on what the tokenizer was used for before.
 
@@ -108,10 +125,52 @@ def tokenize_pairs(
             beginning of the prompt, for both sides alike. Pairs with no room left for the other part are rejected.
         append_eos: whether texts end with the end token; one that is there already is not doubled. Messages end as the
             chat template has it.
+        train_on: what of a response that is messages is scored: the assistant's turns, its `last` one alone, or `all`.
 
     Raises:
         UserError: the tokenizer has no end token to append, or no chat template for messages.
     """
+    _check_settings(pairs, tokenizer, max_length, max_prompt_length, append_eos=append_eos)
+    limits = _Limits(max_length, max_prompt_length, truncation_mode)
+    ends = _end_tokens(tokenizer)
+    done: list[TokenizedPair] = []
+    rejects: list[Reject] = []
+    counts = TokenCounts()
+    for start in range(0, len(pairs), CHUNK_PAIRS):
+        chunk = pairs[start : start + CHUNK_PAIRS]
+        texts = [_sides_or_fault(pair, tokenizer, train_on) for pair in chunk]
+        encoded = encode([side for sides in texts if not isinstance(sides, RowFault) for side in sides], tokenizer)
+        both = iter(zip(encoded[::2], encoded[1::2], strict=True))
+        for pair, sides in zip(chunk, texts, strict=True):
+            try:
+                if isinstance(sides, RowFault):
+                    raise sides
+                chosen, rejected = next(both)  # both at once, whatever is wrong with either
+                for side, tokens in zip(sides, (chosen, rejected), strict=True):
+                    _close(tokens, side, tokenizer, append_eos, ends)
+                counts.separate += (not chosen.joint) + (not rejected.joint)
+                needed = max(len(chosen.ids), len(rejected.ids))
+                ids, truncated = _truncate(_share_prompt(chosen, rejected), limits)
+            except RowFault as fault:
+                rejects.append(Reject(pair.source_file, pair.source_row, fault.reason, fault.detail))
+                continue
+            merged = chosen.merged or rejected.merged
+            source = (pair.source_file, pair.source_row, pair.extra)
+            swallowed, thoughts = chosen.swallowed or rejected.swallowed, max(side.thoughts for side in sides)
+            done.append(TokenizedPair(ids, *source, truncated, merged, needed, swallowed, thoughts))
+    _count(done, counts)
+    return TokenizedData(done, rejects, counts)
+
+
+def _check_settings(
+    pairs: Sequence[PreferencePair],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    max_prompt_length: int | None,
+    *,
+    append_eos: bool,
+) -> None:
+    """Raise UserError where a limit leaves no token, or there is no end token to append."""
     for name, limit in (("max_length", max_length), ("max_prompt_length", max_prompt_length)):
         if limit is not None and limit < 1:
             raise UserError(
@@ -131,33 +190,6 @@ def tokenize_pairs(
             remedy="add it there, or set append_eos to false if the SFT data had none",
             exit_status=3,
         )
-    limits = _Limits(max_length, max_prompt_length, truncation_mode, tokenizer.bos_token_id)
-    done: list[TokenizedPair] = []
-    rejects: list[Reject] = []
-    counts = TokenCounts()
-    for start in range(0, len(pairs), CHUNK_PAIRS):
-        chunk = pairs[start : start + CHUNK_PAIRS]
-        texts = [_sides_or_fault(pair, tokenizer) for pair in chunk]
-        encoded = encode([side for sides in texts if not isinstance(sides, RowFault) for side in sides], tokenizer)
-        both = iter(zip(encoded[::2], encoded[1::2], strict=True))
-        for pair, sides in zip(chunk, texts, strict=True):
-            try:
-                if isinstance(sides, RowFault):
-                    raise sides
-                chosen, rejected = next(both)  # both at once, whatever is wrong with either
-                for side, tokens in zip(sides, (chosen, rejected), strict=True):
-                    _close(tokens, side, tokenizer, append_eos)
-                counts.separate += (not chosen.joint) + (not rejected.joint)
-                needed = max(len(chosen.ids), len(rejected.ids))
-                ids, truncated = _truncate(_share_prompt(chosen, rejected), limits)
-            except RowFault as fault:
-                rejects.append(Reject(pair.source_file, pair.source_row, fault.reason, fault.detail))
-                continue
-            merged = chosen.merged or rejected.merged
-            source = (pair.source_file, pair.source_row, pair.extra)
-            done.append(TokenizedPair(ids, *source, truncated, merged, needed))
-    _count(done, counts)
-    return TokenizedData(done, rejects, counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +197,6 @@ class _Limits:
     max_length: int | None
     max_prompt_length: int | None
     mode: TruncationMode
-    bos: int | None
 
 
 @dataclass(slots=True)
@@ -175,21 +206,37 @@ class _Parts:
     rejected: list[int]
     chosen_start: int
     rejected_start: int
+    chosen_unscored: list[tuple[int, int]]
+    rejected_unscored: list[tuple[int, int]]
+    bos: bool
 
 
-def _sides_or_fault(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> tuple[Side, Side] | RowFault:
+def _end_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """How an end may be written out in a text: the end token, or one that ends a turn of a template."""
+    known = map(str, getattr(tokenizer, "get_added_vocab", dict)())
+    return tuple({text for text in (tokenizer.eos_token, *known) if text and text in (tokenizer.eos_token, *END_TEXTS)})
+
+
+def _sides_or_fault(
+    pair: PreferencePair, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn
+) -> tuple[Side, Side] | RowFault:
     try:
-        return to_sides(pair, tokenizer)
+        return to_sides(pair, tokenizer, train_on)
     except RowFault as fault:
         return fault
 
 
-def _close(encoded: Encoded, side: Side, tokenizer: PreTrainedTokenizerBase, append_eos: bool) -> None:
+def _close(
+    encoded: Encoded, side: Side, tokenizer: PreTrainedTokenizerBase, append_eos: bool, ends: tuple[str, ...]
+) -> None:
     """See that a side has its end token: exactly one for texts, as the template has it for messages.
 
     Raises:
-        RowFault: `empty-response`, the response has no tokens; `no-context`, nothing stands before its first.
+        RowFault: `empty-response`, the response has no tokens; `no-context`, nothing stands before its first; and what
+            the encoding found.
     """
+    if encoded.fault is not None:
+        raise encoded.fault
     if encoded.start >= len(encoded.ids):
         raise RowFault("empty-response", "a response has no tokens")
     if encoded.start == 0:
@@ -198,7 +245,7 @@ def _close(encoded: Encoded, side: Side, tokenizer: PreTrainedTokenizerBase, app
         eos = tokenizer.eos_token_id
         while len(encoded.ids) > encoded.start + 1 and encoded.ids[-2:] == [eos, eos]:
             encoded.ids.pop()
-        if encoded.ids[-1] != eos and not side.text.rstrip().endswith(tokenizer.eos_token):
+        if encoded.ids[-1] != eos and not side.text.rstrip().endswith(ends):
             encoded.ids.append(eos)
 
 
@@ -211,6 +258,9 @@ def _share_prompt(chosen: Encoded, rejected: Encoded) -> _Parts:
         rejected.ids[shared:],
         chosen.start - shared,
         rejected.start - shared,
+        [(first - shared, last - shared) for first, last in chosen.unscored],
+        [(first - shared, last - shared) for first, last in rejected.unscored],
+        chosen.bos and rejected.bos,
     )
 
 
@@ -222,7 +272,7 @@ def _truncate(parts: _Parts, limits: _Limits) -> tuple[PairIds, bool]:
     """
     before = len(parts.prompt) + len(parts.chosen) + len(parts.rejected)
     if limits.max_prompt_length is not None:
-        parts.prompt = _tail(parts.prompt, limits.max_prompt_length, limits.bos)
+        parts.prompt = _tail(parts.prompt, limits.max_prompt_length, parts.bos)
     if limits.max_length is not None:
         longest = max(len(parts.chosen), len(parts.rejected))
         if limits.mode == "keep_end":
@@ -231,7 +281,7 @@ def _truncate(parts: _Parts, limits: _Limits) -> tuple[PairIds, bool]:
                 raise RowFault(
                     "response-too-long", f"{longest} tokens leave no room for a prompt in {limits.max_length}"
                 )
-            parts.prompt = _tail(parts.prompt, room, limits.bos)
+            parts.prompt = _tail(parts.prompt, room, parts.bos)
         else:
             room = limits.max_length - len(parts.prompt)
             if room <= max(parts.chosen_start, parts.rejected_start):
@@ -239,7 +289,8 @@ def _truncate(parts: _Parts, limits: _Limits) -> tuple[PairIds, bool]:
                 raise RowFault(
                     "prompt-too-long", f"{length} tokens leave no room for a response in {limits.max_length}"
                 )
-            parts.chosen, parts.rejected = parts.chosen[:room], parts.rejected[:room]
+            parts.chosen, parts.chosen_unscored = _cut(parts.chosen, parts.chosen_unscored, room)
+            parts.rejected, parts.rejected_unscored = _cut(parts.rejected, parts.rejected_unscored, room)
     if (parts.chosen, parts.chosen_start) == (parts.rejected, parts.rejected_start):
         raise RowFault("same-tokens", "chosen and rejected have the same tokens, perhaps after truncation")
     ids = PairIds(
@@ -248,15 +299,23 @@ def _truncate(parts: _Parts, limits: _Limits) -> tuple[PairIds, bool]:
         as_ids(parts.rejected),
         parts.chosen_start,
         parts.rejected_start,
+        tuple(parts.chosen_unscored),
+        tuple(parts.rejected_unscored),
     )
     return ids, ids.total_tokens < before
 
 
-def _tail(prompt: list[int], length: int, bos: int | None) -> list[int]:
-    """The last tokens of a prompt, behind its beginning token if it has one."""
+def _cut(response: list[int], unscored: list[tuple[int, int]], room: int) -> tuple[list[int], list[tuple[int, int]]]:
+    """The first tokens of a response, so that the last of them is scored."""
+    last = next((first for first, behind in unscored if first < room <= behind), room)
+    return response[:last], [gap for gap in unscored if gap[1] < last]
+
+
+def _tail(prompt: list[int], length: int, bos: bool) -> list[int]:
+    """The last tokens of a prompt, behind its beginning token if tokenizer or template gave it one."""
     if len(prompt) <= length:
         return prompt
-    if length and prompt[0] == bos:
+    if length and bos:
         return [prompt[0], *prompt[len(prompt) - length + 1 :]]
     return prompt[len(prompt) - length :]
 
@@ -265,13 +324,15 @@ def _count(pairs: Sequence[TokenizedPair], counts: TokenCounts) -> None:
     seen: set[bytes] = set()
     for pair in pairs:
         ids = pair.ids
-        swapped = PairIds(ids.prompt_ids, ids.rejected_ids, ids.chosen_ids, ids.rejected_start, ids.chosen_start)
         key = pair_key(ids)
         counts.truncated += pair.truncated
         counts.merged += pair.merged
         counts.unshared += ids.chosen_start > 0 or ids.rejected_start > 0
         counts.duplicates += key in seen
-        counts.contradictions += pair_key(swapped) in seen
+        counts.contradictions += pair_key(ids.swapped()) in seen
+        counts.turns += bool(ids.chosen_gaps or ids.rejected_gaps)
+        counts.swallowed += pair.swallowed
+        counts.thoughts += pair.thoughts > 0
         seen.add(key)
     if pairs:
         parts = {

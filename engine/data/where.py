@@ -3,16 +3,20 @@
     confident                       the column is there and true
     not confident and margin >= 0.5
     negative_type in ('wrong', 'evasive') or instruction_type == "qa"
-    meta.score != null              a field inside an object
+    meta.score != null              a field inside an object, or a column of this name
+    `score-chosen` > 8              a column whose name is no word
 
-A missing column is null. Null is false, equals only null, and every order comparison with it is false.
+A missing column is null. Null is false, equals only null, and every order comparison with it is false. Texts that read
+as numbers are compared with numbers, and with each other, as numbers.
 """
 
 from __future__ import annotations
 
 import ast
+import math
 import operator
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +29,10 @@ Row = Mapping[str, Any]
 Evaluator = Callable[[Row], Any]
 
 _CONSTANTS = {"true": True, "false": False, "null": None}
+# Texts are passed over; a name in backticks becomes a word that stands for it.
+_BACKTICKS = re.compile(r"""(?P<text>'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|`(?P<name>[^`]+)`""")
+_STAND_IN = "dpoeng_quoted_{}"
+
 _FALSE_WORDS = frozenset({"", "0", "false", "no", "none", "null", "nan"})
 _ORDER: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Lt: operator.lt,
@@ -40,12 +48,16 @@ class Condition:
 
     Attributes:
         text: as the user wrote it.
-        columns: the top-level columns that it names.
+        columns: the columns that it names, with their fields.
     """
 
     text: str
     columns: frozenset[str]
     evaluate: Evaluator
+
+    def missing(self, names: Collection[str]) -> set[str]:
+        """Columns that are not among `names`; `meta.score` is there if `meta` is, or a column of that whole name."""
+        return {column for column in self.columns if column not in names and column.split(".")[0] not in names}
 
     def holds(self, row: Row) -> bool:
         """Whether the row is kept.
@@ -65,9 +77,12 @@ def parse_condition(text: str) -> Condition:
     if len(text) > MAX_CHARACTERS:
         raise _not_understood(text[:60] + "...", f"more than {MAX_CHARACTERS} characters")
     try:
-        tree = ast.parse(text.strip(), mode="eval")
+        quoted: dict[str, str] = {}
+        tree = ast.parse(_BACKTICKS.sub(lambda match: _stand_in(match, quoted), text.strip()), mode="eval")
         columns: set[str] = set()
-        evaluate = _compile(tree.body, columns)
+        evaluate = _compile(tree.body, columns, quoted)
+        if not columns:
+            raise ValueError("it names no column, so it is the same for every row")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise _not_understood(text, error.msg if isinstance(error, SyntaxError) else str(error)) from None
     return Condition(text, frozenset(columns), evaluate)
@@ -91,38 +106,76 @@ def _not_understood(text: str, problem: str) -> UserError:
     )
 
 
-def _compile(node: ast.expr, columns: set[str]) -> Evaluator:
+def _stand_in(match: re.Match[str], quoted: dict[str, str]) -> str:
+    if match["text"] is not None:
+        return match["text"]
+    word = _STAND_IN.format(len(quoted))
+    quoted[word] = match["name"]
+    return word
+
+
+def _compile(node: ast.expr, columns: set[str], quoted: Mapping[str, str]) -> Evaluator:
     """One node as a function of the row. Only the kinds of node that are named here are in the language."""
     match node:
         case ast.Name(id=name) if name in _CONSTANTS:
             return _constant(_CONSTANTS[name])
-        case ast.Name(id=name):
-            columns.add(name)
-            return lambda row: row.get(name)
-        case ast.Attribute(value=inner, attr=name):
-            owner = _compile(inner, columns)
-            return lambda row: _field(owner(row), name)
+        case ast.Name() | ast.Attribute():
+            path = _path(node, quoted)
+            columns.add(".".join(path))
+            return lambda row: _at(row, path)
         case ast.Constant(value=value) if value is None or isinstance(value, str | int | float):
             return _constant(value)
         case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
             return _constant(-number)
         case ast.UnaryOp(op=ast.Not(), operand=inner):
-            part = _compile(inner, columns)
+            part = _compile(inner, columns, quoted)
             return lambda row: not truth(part(row))
         case ast.BoolOp(op=op, values=values):
-            parts = [_compile(value, columns) for value in values]
+            parts = [_compile(_not_constant(value), columns, quoted) for value in values]
             combine = all if isinstance(op, ast.And) else any
             return lambda row: combine(truth(part(row)) for part in parts)
         case ast.Tuple(elts=elements) | ast.List(elts=elements):
-            members = [_compile(element, columns) for element in elements]
+            members = [_compile(element, columns, quoted) for element in elements]
             return lambda row: [member(row) for member in members]
         case ast.Compare(left=left, ops=ops, comparators=comparators):
-            sides = [_compile(side, columns) for side in (left, *comparators)]
+            if not any(isinstance(part, ast.Name | ast.Attribute) for part in ast.walk(node)):
+                raise ValueError(f"`{ast.unparse(node)}` is the same for every row")
+            sides = [_compile(side, columns, quoted) for side in (left, *comparators)]
             tests = [_comparison(op) for op in ops]
             return lambda row: all(
                 test(a(row), b(row)) for test, a, b in zip(tests, sides[:-1], sides[1:], strict=True)
             )
+        case ast.BinOp(op=ast.Sub()):
+            raise ValueError(f"there is no subtraction; a column of this name is written `{ast.unparse(node)}`")
     raise ValueError(f"`{ast.unparse(node)}` is not part of the language")
+
+
+def _not_constant(node: ast.expr) -> ast.expr:
+    """A part of `and` or `or`: a constant there is a comparison that was forgotten, as in `kind == 'a' or 'b'`."""
+    if isinstance(node, ast.Constant | ast.Tuple | ast.List) or (isinstance(node, ast.Name) and node.id in _CONSTANTS):
+        raise ValueError(f"`{ast.unparse(node)}` is the same for every row: compare it with a column, or use `in`")
+    return node
+
+
+def _path(node: ast.expr, quoted: Mapping[str, str]) -> tuple[str, ...]:
+    """`a.b.c` -> its names."""
+    match node:
+        case ast.Name(id=name) if name not in _CONSTANTS:
+            return (quoted.get(name, name),)
+        case ast.Attribute(value=inner, attr=name):
+            return (*_path(inner, quoted), quoted.get(name, name))
+    raise ValueError(f"`{ast.unparse(node)}` is not part of the language")
+
+
+def _at(row: Row, path: tuple[str, ...]) -> Any:
+    """A column by its whole name, dots and all, or else a field inside an object."""
+    whole = ".".join(path)
+    if whole in row or len(path) == 1:
+        return row.get(whole)
+    value: Any = row.get(path[0])
+    for name in path[1:]:
+        value = _field(value, name)
+    return value
 
 
 def _constant(value: Any) -> Evaluator:
@@ -149,7 +202,12 @@ def _comparison(op: ast.cmpop) -> Callable[[Any, Any], bool]:
 
 def _equal(a: Any, b: Any) -> bool:
     # Python holds True == 1; the data's author does not.
-    return isinstance(a, bool) == isinstance(b, bool) and bool(a == b)
+    if isinstance(a, bool) != isinstance(b, bool):
+        return False
+    if isinstance(a, str) != isinstance(b, str):
+        first, second = _number(a), _number(b)
+        return first is not None and first == second
+    return bool(a == b)
 
 
 def _contains(member: Any, container: Any) -> bool:
@@ -158,8 +216,26 @@ def _contains(member: Any, container: Any) -> bool:
     return isinstance(container, str) and isinstance(member, str) and member in container
 
 
+def _number(value: Any) -> float | None:
+    """A number, or a text that is one."""
+    if isinstance(value, str):
+        try:
+            value = float(value) if "_" not in value else None
+        except ValueError:
+            return None
+        return value if value is not None and math.isfinite(value) else None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
 def _alike(a: Any, b: Any) -> tuple[Any, Any]:
-    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (a, b))
-    if numbers or (isinstance(a, str) and isinstance(b, str)):
+    """Two values that can be put in order: both as numbers if both are, else both as texts if neither is.
+
+    Raises:
+        RowFault: `filter-type`, one is a number and the other is not.
+    """
+    first, second = _number(a), _number(b)
+    if first is not None and second is not None:
+        return first, second
+    if isinstance(a, str) and isinstance(b, str) and first is None and second is None:
         return a, b
     raise RowFault("filter-type", f"the filter puts {a!r:.60} and {b!r:.60} in order, which are of different types")

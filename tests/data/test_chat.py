@@ -38,8 +38,11 @@ SHIFTING = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{% if loop.last %}[LAST]{% endif %}"
     "[INST]{{ message['content'] }}[/INST]{% else %}{{ message['content'] }}<|im_end|>{% endif %}{% endfor %}"
 )
-# No answer can be found in what it writes, and a prompt is written otherwise when one follows.
-HOPELESS = "{{ messages | length }}: {{ messages[-1]['content'] | upper }}"
+# A prompt is written otherwise when an answer follows, and otherwise again by what the answer says.
+HOPELESS = (
+    "{{ messages | length }}{{ messages[-1]['content'] | length }}"
+    "{% for message in messages %}: {{ message['content'] }}{% endfor %}"
+)
 
 
 def chat_tokenizer(template: str | None = CHATML, *, add_bos: bool = False) -> PreTrainedTokenizerFast:
@@ -122,7 +125,7 @@ def test_a_beginning_token_stands_once_where_the_template_writes_it(add_bos: boo
 
 def test_an_opening_that_written_answers_do_not_have() -> None:
     tokenizer = chat_tokenizer(THINKING)
-    data = tokenize(tokenizer, pair(chosen="<think>well</think>yes", rejected="no"))
+    data = tokenize(tokenizer, pair(chosen="yes", rejected="no"))
     assert decoded(tokenizer, data) == ("<s><|user|>hello there<|assistant|>", "yes<|im_end|>", "no<|im_end|>")
 
 

@@ -14,7 +14,10 @@ from dpoeng.engine.data.where import parse_condition
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 DATA = ROOT / "engine" / "data"
-MODULES = ("strict_json", "readers", "tables", "where", "shapes", "chat", "tokenization")
+MODULES = (
+    *("strict_json", "readers", "tables", "where", "messages", "prompts", "shapes"),
+    *("rendering", "proof", "chat", "encoding", "tokenization"),
+)
 
 
 def blocks(language: str) -> list[str]:
@@ -23,7 +26,7 @@ def blocks(language: str) -> list[str]:
 
 def test_every_example_is_read_without_a_reject(tmp_path: Path) -> None:
     examples = blocks("jsonl")
-    assert len(examples) == 5
+    assert len(examples) == 6
     for example in examples:
         path = tmp_path / "pairs.jsonl"
         path.write_text(example, encoding="utf-8")
@@ -35,9 +38,12 @@ def test_every_example_is_read_without_a_reject(tmp_path: Path) -> None:
 
 def test_every_filter_is_in_the_language() -> None:
     (filters,) = blocks("where")
-    row = json.loads('{"confident": false, "margin": 0.5, "negative_type": "wrong", "meta": {"score": 3}}')
+    row = json.loads(
+        '{"confident": false, "margin": 0.5, "negative_type": "wrong", "meta": {"score": 3}, '
+        '"score-chosen": "10.0", "score-rejected": "9.0"}'
+    )
     kept = [parse_condition(line).holds(row) for line in filters.splitlines()]
-    assert kept == [False, True, True, True, False]
+    assert kept == [False, True, True, True, False, True]
 
 
 def test_every_reason_is_explained_and_none_is_invented() -> None:

@@ -55,7 +55,7 @@ def content(found: PairFile) -> Any:
         [(p.prompt, p.chosen, p.rejected, p.extra, p.source_row) for p in found.pairs],
         [(r.source_row, r.reason, r.detail) for r in found.rejects],
         [(r.source_row, r.first_row) for r in (*found.duplicates, *found.contradictions)],
-        (found.filtered, found.columns, found.misspelt, found.instructions),
+        (found.filtered, found.columns, found.misspelt, found.prompts.columns),
     )
 
 
@@ -133,10 +133,10 @@ def test_places_are_rows_and_names_follow_the_content() -> None:
 
 def test_values_of_python_become_those_of_json() -> None:
     day = datetime.datetime(2026, 1, 2, 3, 4)
-    extra = {"a": np.float32(0.5), "b": np.arange(2), "c": (1, "x"), "d": day, "e": b"\x00", "f": np.bool_(True)}
+    extra = {"a": np.float32(0.5), "b": np.arange(2), "c": (1, "x"), "d": day, "e": b"\xff", "f": np.bool_(True)}
     (pair,) = read([{**GOOD[0], **extra}]).pairs
     assert {k: pair.extra[k] for k in "abcdef"} == {
-        "a": 0.5, "b": [0, 1], "c": [1, "x"], "d": "2026-01-02T03:04:00", "e": "AA==", "f": True,
+        "a": 0.5, "b": [0, 1], "c": [1, "x"], "d": "2026-01-02T03:04:00", "e": "/w==", "f": True,
     }  # fmt: skip
     (reject,) = read([*GOOD, {**GOOD[0], "x": object()}]).rejects
     assert (reject.source_row, reject.reason) == (6, "bad-value")

@@ -221,4 +221,4 @@ def test_a_human_turn_inside_a_response_is_counted(tmp_path: Path) -> None:
     ]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert read_pairs([path]).multi_turn == 2
+    assert read_pairs([path]).multi_turn == 1  # of the texts; in messages only the assistant's turns are scored

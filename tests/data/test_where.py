@@ -99,7 +99,7 @@ def test_what_is_not_in_the_language_is_refused(text: str) -> None:
 
 
 def test_values_of_different_types_are_not_put_in_order() -> None:
-    for row in ({"margin": "0.7"}, {"margin": True}, {"margin": [1]}):
+    for row in ({"margin": "high"}, {"margin": True}, {"margin": [1]}):
         with pytest.raises(RowFault) as caught:
             parse_condition("margin >= 0.5").holds(row)
         assert caught.value.reason == "filter-type"

@@ -40,6 +40,7 @@ MEANINGS: dict[str, str] = {
     "config-value": "A field has a value that it cannot have; the message names the field and where it was set.",
     "data-missing": "No such file. Paths are taken from the folder in which the command runs.",
     "data-no-files": "A folder stands for the data files directly in it, and there is none.",
+    "data-splits": "Training on a test split must be meant, so the splits of a folder are not read together.",
     "data-not-a-file": "Pipes and devices cannot be read twice, which resuming needs.",
     "data-unknown-kind": "The ending of the name says how a file is read; docs/data.md lists the endings.",
     "data-empty": "There is no row, or none is left after the filter and what cannot be used.",

@@ -127,6 +127,10 @@ DATA = (
     Wrong("no such file", "data-missing", 3, "check none.jsonl", ("none.jsonl",)),
     Wrong("no such file, phase one", "data-missing", 3, "precompute-ref none.jsonl --model MODEL"),
     Wrong("a folder without data", "data-no-files", 3, "check folder", (), lambda d: d.write("folder/notes.txt")),
+    Wrong(
+        "splits in one folder", "data-splits", 3, "check folder", ("train", "test"),
+        lambda d: (d.write("folder/train.jsonl"), d.write("folder/test.jsonl")),
+    ),
     Wrong("a pipe", "data-not-a-file", 3, "check pipe.jsonl", (), lambda d: os.mkfifo(d.folder / "pipe.jsonl")),
     Wrong("an ending that says nothing", "data-unknown-kind", 3, "check pairs.txt", (), lambda d: d.write("pairs.txt")),
     Wrong("no ending", "data-unknown-kind", 3, "check pairs", ("no suffix",), lambda d: d.write("pairs")),

@@ -1,0 +1,127 @@
+"""Which files of a folder are its data: what `datasets` wrote there, or the parts that the hub's layout names.
+
+`save_to_disk` lists its files in `state.json`; beside them may lie what `map` and `filter` left
+(`cache-*.arrow`), which holds other rows or none. Splits are not mixed: training on the test split must be meant. Knows
+nothing of rows.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dpoeng.cache.errors import UserError
+
+# The words by which the hub finds splits in names of files and folders.
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+_SPLIT_WORD = re.compile(rf"(?:^|[-_. ])({'|'.join(_SPLITS)})(?:$|[-_. \d])", re.IGNORECASE)
+_LEFT_BY_MAP = re.compile(r"(cache-[0-9a-f]+|tmp\w*)(_\d+_of_\d+)?\.arrow")
+
+
+def data_files(folder: Path, is_data: Callable[[Path], bool]) -> list[Path]:
+    """The data files of a folder, by name.
+
+    Args:
+        folder: one that exists.
+        is_data: whether a file is of a kind that is read.
+
+    Raises:
+        UserError: there are none, one that `state.json` names is missing, or they belong to several splits.
+    """
+    if (folder / "state.json").is_file() and "_data_files" in _read(folder / "state.json"):
+        return _saved_files(folder)
+    if (folder / "dataset_dict.json").is_file():
+        splits = _read(folder / "dataset_dict.json").get("splits") or []
+        if len(splits) != 1:
+            raise _several(folder, {str(split): str(folder / str(split)) for split in splits})
+        return data_files(folder / str(splits[0]), is_data)
+    names = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    files = [file for file in names if is_data(file) and not _LEFT_BY_MAP.fullmatch(file.name)]
+    if not files and (folder / "data").is_dir():
+        return data_files(folder / "data", is_data)
+    if not files:
+        raise UserError(
+            "the directory holds no data file",
+            code="data-no-files",
+            where=str(folder),
+            expected="files ending in .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, .feather, or one of the "
+            "text kinds + .gz or .zst",
+            found=", ".join(file.name for file in names[:5]) or "no files (subdirectories are not searched)",
+            remedy="name the folder that holds the files, or the files",
+            exit_status=3,
+        )
+    splits_of = {file: _split(file) for file in files}
+    found = {split for split in splits_of.values() if split is not None}
+    if len(found) > 1 or (found - {"train"} and None in splits_of.values()):
+        raise _several(folder, {split or "no split": str(file) for file, split in splits_of.items()})
+    return files
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """The files of `Dataset.save_to_disk`."""
+    state = _read(folder / "state.json")
+    if state.get("_indices_data_files") or state.get("_indices_files"):
+        raise UserError(
+            "the saved dataset selects its rows by an index beside them",
+            code="data-damaged",
+            where=str(folder / "state.json"),
+            expected="a dataset whose files hold its rows",
+            remedy="call flatten_indices() before save_to_disk(), or to_json() or to_parquet()",
+            exit_status=3,
+        )
+    listed = [entry.get("filename") for entry in state.get("_data_files") or [] if isinstance(entry, dict)]
+    files = [folder / Path(str(name)).name for name in listed]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
+        raise UserError(
+            "files of the saved dataset are missing",
+            code="data-missing",
+            where=str(folder),
+            expected=", ".join(missing) or "files listed in state.json",
+            remedy="copy the whole folder again",
+            exit_status=3,
+        )
+    return files
+
+
+def _split(file: Path) -> str | None:
+    found = _SPLIT_WORD.search(file.name.split(".")[0])
+    return _SPLITS[found[1].lower()] if found else None
+
+
+def _several(folder: Path, examples: dict[str, str]) -> UserError:
+    first = next(iter(examples.values()), str(folder))
+    return UserError(
+        "the directory holds several splits of a data set",
+        code="data-splits",
+        where=str(folder),
+        expected="the files of one split: what is held out for testing must not be trained on",
+        found="; ".join(f"{split}: {name}" for split, name in examples.items()) or "none",
+        remedy=f"name the files or the folder of one split, e.g. {first}",
+        exit_status=3,
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise UserError(
+            "a file of the saved dataset cannot be read",
+            code="data-damaged",
+            where=str(path),
+            expected="the JSON object that `datasets` wrote",
+            found=str(error).splitlines()[0],
+            remedy="copy the folder again",
+            exit_status=3,
+        ) from None
+    return value

@@ -1,0 +1,167 @@
+"""The columns beside `prompt` that belong to it: question, instruction and input, system prompt, earlier turns, images.
+
+Each is used as its convention has it (Alpaca, ShareGPT, orca pairs), or the row is refused by the column's name: a
+model that was trained with a system prompt is another one without it. Knows nothing of responses or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dpoeng.engine.data.messages import Message, as_message, messages_of
+from dpoeng.engine.data.strict_json import RowFault, json_type
+from dpoeng.engine.data.structured import Base64, parse_structure
+
+QUESTIONS = ("instruction", "question", "query", "input")
+"""Columns that are the prompt where there is no `prompt`, the first that holds something."""
+CONVERSATIONS = ("conversations", "conversation", "messages")
+"""Columns of messages that are the prompt where there is no `prompt`, and the responses are single answers."""
+SYSTEMS = ("system", "system_prompt")
+HISTORY = "history"
+CONTEXTS = ("context", "passage", "document", "documents")
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+PROMPT_COLUMNS = (*QUESTIONS, *SYSTEMS, HISTORY, *CONTEXTS, *MEDIA)
+"""`--columns NAME=COLUMN` maps these too; with nothing behind the `=`, the column is no part of the prompt."""
+
+
+@dataclass(slots=True)
+class PromptColumns:
+    """What one row says of its prompt beside the responses.
+
+    Attributes:
+        prompt: a text, messages, or None where no column holds it.
+        origin: the field that it was taken from.
+        system: the system prompt, or empty.
+        history: earlier turns.
+        others: column -> its text, of those that must occur in the prompt.
+        used: columns that the pair is made of.
+    """
+
+    prompt: str | list[Message] | None
+    origin: str
+    system: str = ""
+    history: list[Message] = field(default_factory=list)
+    others: dict[str, Any] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+
+
+def read_prompt(row: Mapping[str, Any], columns: Mapping[str, str], *, single_answers: bool) -> PromptColumns:
+    """The prompt of a row and what belongs to it.
+
+    Args:
+        row: column -> value.
+        columns: field -> column, where they differ; an empty column means that the field is not there.
+        single_answers: whether the responses are answers, so that a conversation beside them is their prompt.
+
+    Raises:
+        RowFault: a column cannot be read as what its name says.
+    """
+
+    def value(name: str) -> Any:
+        return row.get(columns.get(name, name)) or None
+
+    def column(name: str) -> str:
+        return columns.get(name, name)
+
+    found = PromptColumns(None, "", used={column("prompt")})
+    if row.get(column("prompt")) is not None:
+        found.prompt, found.origin = _turns(row[column("prompt")], column("prompt")), "prompt"
+    else:
+        asked = [name for name in QUESTIONS if isinstance(value(name), str)]
+        talks = [name for name in CONVERSATIONS if single_answers and isinstance(value(name), str | list)]
+        if asked:
+            found.prompt, found.origin = _turns(value(asked[0]), column(asked[0])), asked[0]
+            found.used.add(column(asked[0]))
+            if asked[:1] == ["instruction"] and "input" in asked:  # Alpaca: `input` continues `instruction`
+                found.used.add(column("input"))
+                if isinstance(found.prompt, str):
+                    found.prompt = f"{found.prompt}\n{value('input')}"
+        elif talks and (messages := messages_of(value(talks[0]), column(talks[0]))) is not None:
+            found.prompt, found.origin = messages, talks[0]
+            found.used.add(column(talks[0]))
+    for name in SYSTEMS:
+        text = value(name)
+        if text is None or (isinstance(text, str) and not text.strip()):
+            continue
+        if not isinstance(text, str) or isinstance(text, Base64):
+            raise RowFault("wrong-type", f"`{column(name)}` must be a text, it is {json_type(text)}")
+        found.system = text
+        found.used.add(column(name))
+    if value(HISTORY) is not None:
+        found.history = _history(value(HISTORY), column(HISTORY))
+        found.used.add(column(HISTORY))
+    beside = (*QUESTIONS[2:], *CONTEXTS, *MEDIA) if found.origin == "prompt" else (*QUESTIONS, *CONTEXTS, *MEDIA)
+    for name in beside:
+        if column(name) not in found.used and value(name) is not None and isinstance(value(name), str | list | dict):
+            found.others[column(name)] = value(name)
+    return found
+
+
+def place_prompt(found: PromptColumns, prompt: str | list[Message], prompt_format: str | None) -> str | list[Message]:
+    """The prompt with its system prompt and earlier turns; a question with either becomes a conversation.
+
+    Args:
+        found: of `read_prompt`.
+        prompt: what the responses follow, by itself.
+        prompt_format: what SFT put around texts; with it, no conversation is made.
+
+    Raises:
+        RowFault: `unused-column`, a column has no place in the prompt.
+    """
+    whole = _plain(prompt)
+    for column, value in found.others.items():
+        if not isinstance(value, str) or " ".join(value.split()) not in whole:
+            raise _unused(column, "nothing of it stands in the prompt")
+    if not found.system and not found.history:
+        return prompt
+    if isinstance(prompt, str):
+        if " ".join(found.system.split()) in whole and _plain(found.history) in whole:
+            return prompt
+        if found.origin not in QUESTIONS or prompt_format is not None:
+            name = "system" if found.system else HISTORY
+            raise _unused(name, "a prompt that is a text has no place for it: give the prompt as messages")
+        prompt = [{"role": "user", "content": prompt}]
+    begin = 0
+    while begin < len(prompt) and prompt[begin]["role"] in ("system", "developer"):
+        begin += 1
+    first, rest = list(prompt[:begin]), list(prompt[begin:])
+    if found.system and _plain(first) != " ".join(found.system.split()):
+        if first:
+            raise _unused("system", "the conversation begins with another system prompt")
+        first = [{"role": "system", "content": found.system}]
+    if found.history and _plain(found.history) not in whole:
+        if len(rest) != 1:
+            raise _unused(HISTORY, "the prompt is a conversation already, without these turns")
+        rest = [*found.history, *rest]
+    return [*first, *rest]
+
+
+def _turns(value: Any, column: str) -> str | list[Message]:
+    messages = messages_of(value, column)
+    return value if messages is None else messages
+
+
+def _history(value: Any, column: str) -> list[Message]:
+    """Earlier turns: pairs of a question and its answer, or messages."""
+    if isinstance(value, str):
+        value = parse_structure(value)
+    if isinstance(value, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in value):
+        texts = [text for turn in value for text in turn]
+        if all(isinstance(text, str) for text in texts):
+            roles = ("user", "assistant") * len(value)
+            return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        return [as_message(turn, column) for turn in value]
+    raise _unused(column, "earlier turns are read as pairs of texts or as messages")
+
+
+def _plain(turns: str | Sequence[Message]) -> str:
+    """The texts of a prompt, white space made alike."""
+    texts = [turns] if isinstance(turns, str) else [turn["content"] for turn in turns]
+    return " ".join(" ".join(texts).split())
+
+
+def _unused(column: str, why: str) -> RowFault:
+    return RowFault("unused-column", f"`{column}` belongs to the prompt and is not used: {why}")

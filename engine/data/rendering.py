@@ -1,0 +1,176 @@
+"""A tokenizer's chat template as a function of messages: what it writes, which parts it marks as the assistant's.
+
+The template is rendered by transformers, with one difference: it never sees today's date. Knows nothing of pairs.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dpoeng.engine.data.messages import Message
+from dpoeng.engine.data.strict_json import RowFault
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Some templates print today's date; then every pair would be another one tomorrow. This is the date that Llama's own
+# templates fall back on. `chat_template_kwargs` may set `date_string` where the template asks for it.
+PINNED_DATE = datetime.date(2024, 7, 26)
+
+Spans = tuple[tuple[int, int], ...]
+
+_GENERATION = re.compile(
+    r"(?P<line>^[ \t]*)?\{%(?P<before>[-+]?)\s*(?P<end>end)?generation\s*(?P<behind>[-+]?)%\}", re.MULTILINE
+)
+_OPEN, _CLOSE = "\ue000dpoeng\ue001", "\ue001dpoeng\ue000"
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """What a template wrote.
+
+    Attributes:
+        text: all of it.
+        marked: [begin, end) of what stands in `{% generation %}` blocks, in characters.
+    """
+
+    text: str
+    marked: Spans = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Renderer:
+    """A template with everything but the messages.
+
+    Attributes:
+        tokenizer: renders it.
+        template: its source.
+        tools: JSON schemas, or None.
+        arguments: of `chat_template_kwargs`.
+        marks: whether the template marks what the assistant says.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    tools: list[Any] | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    marks: bool = False
+
+    def __call__(self, messages: Sequence[Message], *, opened: bool = False, tools: list[Any] | None = None) -> str:
+        """The text of a conversation; with `opened`, with the template's opening for an answer behind it.
+
+        Raises:
+            RowFault: `template-error`, the template refuses the messages.
+        """
+        return self._render(self.template, messages, opened, tools if tools is not None else self.tools)
+
+    def with_marks(self, messages: Sequence[Message]) -> Rendered:
+        """The text of a conversation, and what of it the template marks.
+
+        Raises:
+            RowFault: `template-error`; `template-turns`, the marks cannot be read.
+        """
+        text = self._render(self.template, messages, False, self.tools)
+        if not self.marks:
+            return Rendered(text)
+        pieces = re.split(
+            f"({_OPEN}|{_CLOSE})", self._render(_with_visible_marks(self.template), messages, False, self.tools)
+        )
+        marked, at, begin = [], 0, None
+        for piece in pieces:
+            if piece == _OPEN:
+                begin = at
+            elif piece == _CLOSE and begin is not None:
+                marked.append((begin, at))
+                begin = None
+            else:
+                at += len(piece)
+        if "".join(piece for piece in pieces if piece not in (_OPEN, _CLOSE)) != text:
+            raise RowFault("template-turns", "the marks of the chat template change what it writes")
+        return Rendered(text, tuple(marked))
+
+    def _render(self, template: str, messages: Sequence[Message], opened: bool, tools: list[Any] | None) -> str:
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    list(messages),
+                    tools=tools,
+                    chat_template=template,
+                    add_generation_prompt=opened,
+                    tokenize=False,
+                    **self.arguments,
+                )
+            )
+        except ImportError:
+            raise
+        except Exception as error:  # a template is a program: what it raises is about the messages that it was given
+            raise RowFault("template-error", f"{type(error).__name__}: {error}"[:300]) from None
+
+
+def make_renderer(
+    tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None, arguments: Mapping[str, Any] | None
+) -> Renderer:
+    """The tokenizer's template for conversations with these tools and arguments.
+
+    Raises:
+        ValueError: the tokenizer has no template.
+    """
+    try:
+        template = str(tokenizer.get_chat_template(tools=tools))
+    except AttributeError:
+        raise ValueError("no chat template") from None
+    marks = _GENERATION.search(template) is not None
+    return Renderer(tokenizer, _without_clock(template), tools, arguments or {}, marks)
+
+
+@functools.lru_cache(maxsize=64)
+def _with_visible_marks(template: str) -> str:
+    """The template with characters of no language where its `{% generation %}` blocks begin and end.
+
+    `with` is a block with a scope of its own, as `generation` is. White space around the tags is taken as Jinja takes
+    it from the tags that stood there (`-`, and the settings trim_blocks and lstrip_blocks).
+    """
+
+    def visible(match: re.Match[str]) -> str:
+        space = "" if match["before"] != "+" else match["line"] or ""
+        before, behind = match["before"].strip("+"), match["behind"]
+        mark, tag = (_CLOSE, "endwith") if match["end"] else (_OPEN, "with")
+        return f"{space}{{{{{before} '{mark}' }}}}{{% {tag} {behind}%}}"
+
+    return _GENERATION.sub(visible, template)
+
+
+@functools.lru_cache(maxsize=64)
+def names_read(template: str) -> frozenset[str]:
+    """Every variable that a template reads anywhere."""
+    import jinja2
+    from jinja2 import nodes
+
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    source = _with_visible_marks(template)
+    return frozenset(node.name for node in environment.parse(source).find_all(nodes.Name))
+
+
+_DIRECTIVES = "aAbBdeHIjmMpSyY"
+
+
+@functools.lru_cache(maxsize=64)
+def _without_clock(template: str) -> str:
+    """The template behind a macro that answers for transformers' clock, in whatever way the format is handed over.
+
+    The line break behind the macro is taken by `trim_blocks`, so that the template begins as it did.
+    """
+    if "strftime_now" not in template:
+        return template
+    steps = "".join(
+        f"|replace('%{flag}{letter}', '{PINNED_DATE.strftime(f'%{flag}{letter}')}')"
+        for flag in ("", "-")
+        for letter in _DIRECTIVES
+        if "'" not in PINNED_DATE.strftime(f"%{flag}{letter}")
+    )
+    return f"{{% macro strftime_now(format) %}}{{{{ format{steps} }}}}{{% endmacro %}}\n{template}"
