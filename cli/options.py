@@ -27,18 +27,18 @@ else:
 
 
 class _KeyValue(_PairType):
-    def __init__(self, name: str, example: str) -> None:
-        self.name, self.example = name, example
+    def __init__(self, name: str, example: str, *, may_be_empty: bool = False) -> None:
+        self.name, self.example, self.may_be_empty = name, example, may_be_empty
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
         key, separator, text = str(value).partition("=")
-        if not separator or not key or not text:
+        if not separator or not key or not (text or self.may_be_empty):
             self.fail(f"{value!r} is not {self.name}, e.g. {self.example}", param, ctx)
         return key, text
 
 
 _KEY_VALUES = {
-    "columns": _KeyValue("NAME=COLUMN", "chosen=response_a"),
+    "columns": _KeyValue("NAME=COLUMN", "chosen=response_a", may_be_empty=True),
     "vary": _KeyValue("FIELD=VALUE[,VALUE...]", "beta=0.05,0.1,0.3"),
 }
 

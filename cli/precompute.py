@@ -103,6 +103,9 @@ _NOTES = {
     "unshared": "with last prompt tokens that differ between the sides",
     "duplicates": "duplicate",
     "contradictions": "the other way round in an earlier pair",
+    "turns": "with turns of others inside a response, which are not scored",
+    "swallowed": "whose first white space a special token swallows",
+    "thoughts": "with thoughts of earlier turns that the chat template leaves out",
     "separate": "responses tokenised apart from their prompt (the tokenizer gives no offsets)",
 }
 

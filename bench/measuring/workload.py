@@ -72,7 +72,7 @@ def first_pairs_of(
         return synthetic_pairs(count, vocabulary)
     from dpoeng.engine.data.pairs import read_pairs
     from dpoeng.engine.data.tokenization import tokenize_pairs
-    from dpoeng.engine.models.loading import load_tokenizer
+    from dpoeng.engine.models.tokenizer import load_tokenizer
 
     rows = read_pairs(files).pairs[: 2 * count]
     data = tokenize_pairs(rows, load_tokenizer(source), max_length=max_length)

@@ -22,10 +22,11 @@ import torch
 from dpoeng.cache.schema import PairIds
 from dpoeng.engine.data.pairs import read_pairs
 from dpoeng.engine.data.tokenization import tokenize_pairs
-from dpoeng.engine.models.loading import load_model, load_tokenizer
+from dpoeng.engine.models.loading import load_model
 from dpoeng.engine.models.model import CausalLM, set_mode
 from dpoeng.engine.models.quantized import multiply_as_bitsandbytes, quantized_layers
 from dpoeng.engine.models.sources import ModelSource, find_model
+from dpoeng.engine.models.tokenizer import load_tokenizer
 from dpoeng.engine.scoring.choose_layout import choose_layout
 from dpoeng.engine.scoring.pairs import score_pairs
 

@@ -137,6 +137,10 @@ class PrecomputeConfig(_Config):
     pairs: tuple[Source, ...] = Field((), description="Files or folders of preference pairs.")
     model: str | None = Field(None, description="The SFT base: a directory, a .gguf file or a hub id.")
     adapter: str | None = Field(None, description="SFT LoRA adapter on the base; the reference is base + adapter.")
+    tokenizer: str | None = Field(
+        None,
+        description="Folder or hub id of tokenizer and chat template. Default: beside the adapter, or the model's.",
+    )
     cache: Path = Field(Path("refcache"), description="The reference cache's folder; made if it is not there.")
     name: str | None = Field(
         None, description="Name of this set of pairs in the cache. Default: the first file's name without endings."
@@ -162,6 +166,10 @@ class PrecomputeConfig(_Config):
         "keep_start", description="Which end of a text that is too long is kept; see docs/data.md."
     )
     append_eos: bool = Field(True, description="End each text response with the end-of-sequence token, once.")
+    train_on: Literal["assistant", "last", "all"] = Field(
+        "assistant",
+        description="What of a response of messages is scored: the assistant's turns, its last one, or all.",
+    )
     columns: dict[str, str] = Field({}, description="Other names of fields, e.g. chosen=response_a.")
     prompt_format: str | None = Field(
         None, description="How SFT wrapped a prompt given as text, e.g. 'Instruction: {prompt}\\nResponse:'."

@@ -50,7 +50,8 @@ def meaning(name: str, source: str = "trl", *, fields: Container[str]) -> Meanin
     `fields` are dpoeng's own: one that is named as TRL's means the same, unless `foreign_names.yaml` says more.
     """
     entry = _meanings().get(source, {}).get(name)
-    if source == "trl" and name in fields:
+    says_more = entry is not None and ("needless" in entry or "instead" in entry)
+    if source == "trl" and name in fields and not says_more:
         signed = entry is not None or name in signatures()["names"]
         return Meaning(field=name, note=entry.get("note") if entry else None) if signed else None
     if entry is None:

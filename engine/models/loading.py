@@ -26,6 +26,7 @@ from dpoeng.engine.models.sources import (
     quantized_otherwise,
     stored_quantization,
 )
+from dpoeng.engine.models.tokenizer import load_tokenizer
 from dpoeng.kernels.cpu_linear import linear, native_bf16, product_dtype
 
 # --------------------------------------------------------------------------- loading
@@ -63,31 +64,6 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         index = local_rank % torch.cuda.device_count() if local_rank else torch.cuda.current_device()
         return torch.device("cuda", index)
     return device
-
-
-def load_tokenizer(source: ModelSource) -> Any:
-    """The model's tokenizer.
-
-    Raises:
-        UserError: there is none beside the model.
-    """
-    if source.gguf:
-        from dpoeng.engine.models.gguf import load_gguf_tokenizer
-
-        return load_gguf_tokenizer(source.weight_files[0])
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(
-            f"no usable tokenizer beside the model {source.name}",
-            code="tokenizer-missing",
-            where=str(source.folder),
-            expected="tokenizer.json and tokenizer_config.json",
-            found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            remedy="copy the tokenizer files from the model that this one was trained from",
-        ) from error
 
 
 def load_model(

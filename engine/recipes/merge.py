@@ -26,6 +26,7 @@ from dpoeng.engine.models.checkpoint_names import PREFIX, as_peft_reads, stored_
 from dpoeng.engine.models.lora_fields import start_changes_base
 from dpoeng.engine.models.model import DTYPES
 from dpoeng.engine.models.sources import ModelSource, find_adapter, find_model
+from dpoeng.engine.models.tokenizer import choose_tokenizer, copy_tokenizer
 from dpoeng.engine.recipes.merge_whole import MergeSummary, copy_rest, merge_whole
 from dpoeng.engine.runs.folder import ADAPTER_FOLDER, MODEL_FOLDER, RUN_FILE
 from dpoeng.engine.runs.reading import read_json
@@ -129,6 +130,8 @@ def merge(
     def fill(folder: Path) -> None:
         nonlocal tensors
         tensors = _write_merged(base, folder, dtype, updates, replaced, progress)
+        # What the last adapter was trained with, where it is not the base's.
+        copy_tokenizer(choose_tokenizer(base, str(adapters[-1].folder), None), folder)
 
     write_new(into, fill)
     return MergeSummary(into, base.name, [adapter.name for adapter in adapters], len(updates), tensors, dtype)

@@ -25,10 +25,11 @@ from dpoeng.engine.data.readers import COMPRESSIONS, FORMATS
 from dpoeng.engine.data.rejects import Reject, check_reject_share
 from dpoeng.engine.data.tokenization import TokenizedData, tokenize_pairs
 from dpoeng.engine.memory.fit import check_forward
-from dpoeng.engine.models.loading import load_tokenizer, pick_device, with_stored_quantization
+from dpoeng.engine.models.loading import pick_device, with_stored_quantization
 from dpoeng.engine.models.model import CausalLM, device_name, library_versions
 from dpoeng.engine.models.quantized import require_bitsandbytes
 from dpoeng.engine.models.sources import ModelSource, find_adapter, find_model
+from dpoeng.engine.models.tokenizer import TokenizerChoice, choose_tokenizer, load_chosen, remark_on
 from dpoeng.engine.reference.drift import check_drift
 from dpoeng.engine.reference.identity import reference_spec
 from dpoeng.engine.reference.limits import check_disk, check_ids, check_positions
@@ -180,9 +181,8 @@ def plan_work(config: PrecomputeConfig, group: Group, progress: Progress) -> Wor
     config = config.model_copy(update={"batch_tokens": config.batch_tokens or default_batch_tokens(device)})
     view_name = config.name or default_view_name(config.pairs[0])
     part = _part(config.shard, group)
-    file, data = _read(config, source)
-    if remark := file.column_remark():
-        progress.note(remark)
+    choice = choose_tokenizer(source, config.adapter, config.tokenizer)
+    file, data = _read(config, choice, progress)
 
     store = Store.open(config.cache, create=True)
     with group.first_on_machine():  # hashes the weights and remembers it: the others then need not
@@ -306,8 +306,11 @@ def _part(shard: str | None, group: Group) -> Part:
     return Part.parse(shard)
 
 
-def _read(config: PrecomputeConfig, source: ModelSource) -> tuple[PairFile, TokenizedData]:
+def _read(config: PrecomputeConfig, choice: TokenizerChoice, progress: Progress) -> tuple[PairFile, TokenizedData]:
     """The pairs, as they are and as token ids; raises UserError where too few of them can be used."""
+    tokenizer = load_chosen(choice)
+    if remark := remark_on(choice, tokenizer):
+        progress.note(remark)
     file = read_pairs(
         config.pairs,
         columns=config.columns,
@@ -315,13 +318,16 @@ def _read(config: PrecomputeConfig, source: ModelSource) -> tuple[PairFile, Toke
         max_reject_share=config.max_reject_share,
         prompt_format=config.prompt_format,
     )
+    if remark := file.column_remark():
+        progress.note(remark)
     data = tokenize_pairs(
         file.pairs,
-        load_tokenizer(source),
+        tokenizer,
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
         truncation_mode=config.truncation_mode,
         append_eos=config.append_eos,
+        train_on=config.train_on,
     )
     if not data.pairs:
         raise UserError(

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dpoeng.cache.errors import UserError
 from dpoeng.engine.config.fields import TrainConfig
 from dpoeng.engine.models.adapters import Mode
 from dpoeng.engine.models.full_finetuning import whole_weights
 from dpoeng.engine.models.model import device_name
 from dpoeng.engine.models.sources import ModelSource
+from dpoeng.engine.models.tokenizer import TokenizerChoice, recorded_tokenizer
 from dpoeng.engine.recipes.inputs import Inputs, check_held_out, open_inputs
 from dpoeng.engine.recipes.policy import Choice, Policy, choose_policy, load_policy
 from dpoeng.engine.reference.loading import KeptBase
@@ -137,7 +140,7 @@ def _train(
     if policy.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(policy.device)
     done = _run_steps_tracked(run, first_step, identity)
-    write_results(run, done, identity, choice.mode, policy.source)
+    write_results(run, done, identity, choice.mode, policy.source, inputs.view.meta["reference"])
     return summarise(run, inputs, policy, choice.mode, first_step, done, time.perf_counter() - began)
 
 
@@ -242,8 +245,12 @@ def _run_steps_tracked(run: Run, first_step: int, identity: dict[str, Any]) -> i
         trackers.finish()
 
 
-def write_results(run: Run, done: int, identity: dict[str, Any], mode: Mode, source: ModelSource) -> None:
+def write_results(
+    run: Run, done: int, identity: dict[str, Any], mode: Mode, source: ModelSource, reference: Mapping[str, Any]
+) -> None:
     """Writes the adapter or checkpoint, then marks the run complete.
+
+    Where `reference` names a tokenizer that is not the base's, it is put beside the result: it made the texts.
 
     Raises:
         UserError: the disk is full or may not be written; the same command then writes the result again.
@@ -251,7 +258,12 @@ def write_results(run: Run, done: int, identity: dict[str, Any], mode: Mode, sou
     with best_parameters(run, done):
         weights = whole_weights(run.lm, run.group)  # all processes: divided weights are gathered from each
         if run.group.is_first:
-            write_result(run.lm, run.config.output_dir, mode, source, weights)
+            try:
+                tokenizer = recorded_tokenizer(source, reference)
+            except UserError as error:  # what was trained is not lost for it
+                run.progress.note(f"{error.message}: the tokenizer of the SFT adapter is not put beside the result")
+                tokenizer = TokenizerChoice(source)
+            write_result(run.lm, run.config.output_dir, mode, source, weights, tokenizer)
         del weights
     # In this order: a kill in between leaves a result without a complete checkpoint, and the run is gone on with.
     save_run(run, done, identity, complete=True)

@@ -16,6 +16,7 @@ from dpoeng.engine.models.loading import load_model, resolve_dtype
 from dpoeng.engine.models.model import CausalLM, set_mode
 from dpoeng.engine.models.quantized import quantized_tensors, same_weights
 from dpoeng.engine.models.sources import ModelSource, find_model
+from dpoeng.engine.models.tokenizer import load_chosen, recorded_tokenizer
 from dpoeng.engine.scoring.choose_layout import choose_layout
 
 
@@ -87,16 +88,19 @@ def load_policy_base(
     """
     source = find_model(config.model or reference["model"], revision=reference.get("revision"))
     dtype = resolve_dtype(source, config.dtype or reference["dtype"], device)
-    return load_model(
+    lm = load_model(
         source,
         quantization=config.quantization or reference["quantization"],
         dtype=str(dtype).removeprefix("torch."),
         device=torch.device("cpu") if on_host else device,
         quant_type=reference["bnb_4bit_quant_type"],
         double_quant=reference["bnb_4bit_use_double_quant"],
-        tokenizer=tokenizer,
+        tokenizer=False,
         shard=shard,
     )
+    if tokenizer:
+        lm.tokenizer = load_chosen(recorded_tokenizer(source, reference))
+    return lm
 
 
 def load_reference(

@@ -20,6 +20,7 @@ from dpoeng.engine.data.rejects import Reject, write_rejects
 from dpoeng.engine.data.tokenization import TokenizedData
 from dpoeng.engine.models.model import library_versions
 from dpoeng.engine.models.sources import ModelSource
+from dpoeng.engine.models.tokenizer import choose_tokenizer
 from dpoeng.engine.runtime.progress import Progress
 
 
@@ -38,6 +39,7 @@ def reference_record(
         "batch_tokens": config.batch_tokens,
         "layout": config.layout,
         "attention": config.attention,
+        **choose_tokenizer(source, config.adapter, config.tokenizer).record(),
     }
 
 
@@ -49,6 +51,7 @@ def source_record(config: PrecomputeConfig, file: PairFile, rejects: int, device
             "max_prompt_length": config.max_prompt_length,
             "truncation_mode": config.truncation_mode,
             "append_eos": config.append_eos,
+            **({"train_on": config.train_on} if config.train_on != "assistant" else {}),
         },
         "files": {str(path): digest for path, digest in file.files.items()},
         "where": config.where,

@@ -18,6 +18,7 @@ from dpoeng.engine.models.adapters import Mode, save_policy_adapter
 from dpoeng.engine.models.full_finetuning import save_model
 from dpoeng.engine.models.model import CausalLM, library_versions
 from dpoeng.engine.models.sources import ModelSource
+from dpoeng.engine.models.tokenizer import TokenizerChoice, copy_tokenizer
 from dpoeng.engine.runs.checkpoint import Checkpoint, latest_checkpoint, remove_checkpoints
 from dpoeng.engine.runs.identity import changes
 from dpoeng.engine.runs.metrics import EVALUATIONS_FILE, HELD_OUT_FILE, METRICS_FILE, TIMINGS_FILE
@@ -176,10 +177,11 @@ def write_result(
     mode: Mode,
     source: ModelSource,
     weights: Mapping[str, torch.Tensor] | None = None,
+    tokenizer: TokenizerChoice | None = None,
 ) -> None:
     """Saves what was trained, whole or not at all: the adapter, or a checkpoint with the rest as in `source`.
 
-    `weights` are those of `full.whole_weights`.
+    `weights` are those of `full.whole_weights`. A `tokenizer` that is not the base's is put beside them.
     """
 
     def fill(temporary: Path) -> None:
@@ -188,6 +190,8 @@ def write_result(
                 save_model(lm, source, temporary, weights)
             else:
                 save_policy_adapter(lm, temporary)
+            if tokenizer is not None:
+                copy_tokenizer(tokenizer, temporary)
         for path in temporary.iterdir():
             sync_file(path)
 

@@ -165,8 +165,8 @@ def identify(model: Path, adapter: Path, pairs: Path) -> list[str]:
     from dpoeng.cache.schema import pair_key
     from dpoeng.engine.data.pairs import read_pairs
     from dpoeng.engine.data.tokenization import tokenize_pairs
-    from dpoeng.engine.models.loading import load_tokenizer
     from dpoeng.engine.models.sources import find_adapter, find_model
+    from dpoeng.engine.models.tokenizer import load_tokenizer
     from dpoeng.engine.reference.identity import reference_spec
 
     source = find_model(str(model))

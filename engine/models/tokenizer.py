@@ -1,0 +1,255 @@
+"""Which tokenizer and chat template made the texts of SFT, and how they are loaded. Needs no torch.
+
+What stands beside an SFT adapter is what SFT used, so it is taken before the base's own. Knows nothing of pairs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpoeng.cache.errors import UserError
+from dpoeng.engine.models.sources import ModelSource, find_tokenizer
+
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+# What `save_pretrained` of a tokenizer may write.
+_FILES = re.compile(
+    r"(tokenizer.*\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|"
+    r"tekken\.json|chat_template\.(jinja|json))"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerChoice:
+    """Where tokenizer and chat template come from.
+
+    Attributes:
+        source: the folder (or GGUF file) that the tokenizer is loaded from.
+        template: a file whose template takes the place of the tokenizer's own, or None.
+        base: the model's own, where another one was chosen; else None.
+    """
+
+    source: ModelSource
+    template: Path | None = None
+    base: ModelSource | None = None
+
+    def record(self) -> dict[str, str]:
+        """What phase two needs to find it again; empty where it is the model's own."""
+        if self.base is None:
+            return {}
+        name = self.source.name if self.source.revision else str(self.source.folder.resolve())
+        more = {"chat_template": str(self.template.resolve())} if self.template is not None else {}
+        return {"tokenizer": name, **more}
+
+
+def choose_tokenizer(model: ModelSource, adapter: str | None, tokenizer: str | None) -> TokenizerChoice:
+    """The tokenizer that is named, or else the one beside the SFT adapter, or else the model's.
+
+    Args:
+        model: the base.
+        adapter: the SFT adapter's folder or hub id.
+        tokenizer: `--tokenizer`: a folder or hub id.
+
+    Raises:
+        UserError: nothing is there.
+    """
+    if tokenizer is not None:
+        source = find_tokenizer(tokenizer)
+        if not source.gguf and _vocabulary(source.folder) is None:
+            raise UserError(
+                f"no tokenizer at {tokenizer}",
+                code="tokenizer-missing",
+                where="--tokenizer",
+                expected=f"a folder with one of {', '.join(_VOCABULARIES[:2])}, or a hub id",
+                found=str(source.folder),
+                remedy="name the folder into which the tokenizer was saved",
+            )
+        return TokenizerChoice(source, base=model)
+    if adapter is None:
+        return TokenizerChoice(model)
+    beside = find_tokenizer(adapter)
+    for folder in _companions(beside.folder):
+        if _vocabulary(folder) is not None:
+            own = ModelSource(str(folder), folder, ()) if folder != beside.folder else beside
+            return TokenizerChoice(own, base=model)
+        if (template := _template_file(folder)) is not None:
+            return TokenizerChoice(model, template, base=model)
+    return TokenizerChoice(model)
+
+
+def recorded_tokenizer(model: ModelSource, reference: Mapping[str, Any]) -> TokenizerChoice:
+    """The tokenizer that a view's `reference` record names, or else the model's.
+
+    Raises:
+        UserError: it is no longer there.
+    """
+    if "tokenizer" not in reference:
+        return TokenizerChoice(model)
+    template = reference.get("chat_template")
+    return TokenizerChoice(find_tokenizer(reference["tokenizer"]), Path(template) if template else None, base=model)
+
+
+def load_chosen(choice: TokenizerChoice) -> Any:
+    """The tokenizer with its template.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    tokenizer = load_tokenizer(choice.source)
+    if choice.template is not None:
+        tokenizer.chat_template = _read_template(choice.template)
+    return tokenizer
+
+
+def remark_on(choice: TokenizerChoice, tokenizer: Any) -> str:
+    """What is to be said of a tokenizer that is not the model's: how the two differ; empty where they do not."""
+    if choice.base is None:
+        return ""
+    where = choice.template or choice.source.folder
+    try:
+        own = load_tokenizer(choice.base)
+    except UserError:
+        return f"tokenizer of {where}: the model has none"
+    differences = tokenizer_differences(tokenizer, own)
+    return f"tokenizer of {where}; its {', '.join(differences)} not the model's" if differences else ""
+
+
+def tokenizer_differences(one: Any, other: Any) -> list[str]:
+    """In what two tokenizers differ: chat template, special tokens, ids of tokens."""
+    found = []
+    if getattr(one, "chat_template", None) != getattr(other, "chat_template", None):
+        found.append("chat template is")
+    if one.special_tokens_map != other.special_tokens_map:
+        names = {
+            name
+            for name in {*one.special_tokens_map, *other.special_tokens_map}
+            if one.special_tokens_map.get(name) != other.special_tokens_map.get(name)
+        }
+        found.append(f"special tokens ({', '.join(sorted(names))}) are")
+    if one.get_vocab() != other.get_vocab():
+        found.append("token ids are")
+    return found
+
+
+def copy_tokenizer(choice: TokenizerChoice, into: Path) -> None:
+    """Puts the files of a tokenizer that is not the model's into a result's folder, in the place of the model's."""
+    if choice.base is None:
+        return
+    if choice.source is not choice.base and not choice.source.gguf:
+        for file in into.iterdir():
+            if _FILES.fullmatch(file.name):
+                file.unlink()
+        for file in sorted(choice.source.folder.iterdir()):
+            if file.is_file() and _FILES.fullmatch(file.name):
+                shutil.copyfile(file, into / file.name)
+    if choice.template is not None:
+        (into / "chat_template.jinja").write_text(_read_template(choice.template), encoding="utf-8")
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        UserError: there is none beside the model.
+    """
+    if source.gguf:
+        from dpoeng.engine.models.gguf import load_gguf_tokenizer
+
+        return load_gguf_tokenizer(source.weight_files[0])
+    _require_sentencepiece(source)
+    try:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(
+            f"no usable tokenizer beside the model {source.name}",
+            code="tokenizer-missing",
+            where=str(source.folder),
+            expected="tokenizer.json and tokenizer_config.json",
+            found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            remedy="copy the tokenizer files from the model that this one was trained from",
+        ) from error
+
+
+@contextmanager
+def without_torch(*models: str | None) -> Iterator[None]:
+    """transformers without torch, for work on tokenizers alone: none of them uses it, and loading it takes seconds.
+
+    Where either is there already nothing changes, nor for a GGUF file, whose reader needs torch. Afterwards
+    transformers is forgotten, since it has taken for granted that torch is missing: who needs models imports it anew.
+    """
+    if "torch" in sys.modules or "transformers" in sys.modules or any(str(name).endswith(".gguf") for name in models):
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment] # how an import is refused
+    quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"  # it would say that torch is missing
+    before = os.environ.get(quiet)
+    os.environ[quiet] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[quiet]
+        else:
+            os.environ[quiet] = before
+        del sys.modules["torch"]
+        for name in [name for name in sys.modules if name.split(".")[0] == "transformers"]:
+            del sys.modules[name]
+
+
+def _require_sentencepiece(source: ModelSource) -> None:
+    """Raise where the vocabulary is a sentencepiece model and nothing here can read it."""
+    if _vocabulary(source.folder) == "tokenizer.model":
+        lacking = [name for name in ("sentencepiece", "google.protobuf") if not _installed(name)]
+        if lacking:
+            raise UserError(
+                "the tokenizer is a sentencepiece model, and a package that reads it is missing",
+                code="tokenizer-missing",
+                where=str(source.folder / "tokenizer.model"),
+                expected="tokenizer.json, or the packages sentencepiece and protobuf",
+                found=f"not installed: {', '.join(name.replace('google.', '') for name in lacking)}",
+                remedy="pip install sentencepiece protobuf; or save the tokenizer once with transformers, which writes "
+                "tokenizer.json",
+            )
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _companions(folder: Path) -> list[Path]:
+    """Where a trainer puts what belongs to an adapter: beside it, or beside its checkpoints."""
+    parent = folder.resolve().parent
+    is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.resolve().name) is not None
+    return [folder, *([parent] if is_checkpoint or not (parent / "config.json").is_file() else [])]
+
+
+def _vocabulary(folder: Path) -> str | None:
+    return next((name for name in _VOCABULARIES if (folder / name).is_file()), None)
+
+
+def _template_file(folder: Path) -> Path | None:
+    for name in _TEMPLATES:
+        if (folder / name).is_file():
+            return folder / name
+    config = folder / "tokenizer_config.json"
+    return config if config.is_file() and "chat_template" in config.read_text(encoding="utf-8") else None
+
+
+def _read_template(file: Path) -> str:
+    text = file.read_text(encoding="utf-8")
+    return str(json.loads(text)["chat_template"]) if file.suffix == ".json" else text
