@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,9 +30,11 @@ Examples:
 """
 
 _USED = frozenset(
-    "model columns prompt_format where max_reject_share max_length max_prompt_length truncation_mode append_eos".split()
+    "model adapter tokenizer columns prompt_format where max_reject_share max_length max_prompt_length truncation_mode "
+    "append_eos train_on".split()
 )
 EXIT_FOUND = 3
+_MARKS = ("[[", "]]")
 
 
 @click.command("check", epilog=EPILOG)
@@ -64,9 +67,11 @@ def check(
         values["pairs"] = pairs
     config = load_config(PrecomputeConfig, values, config_file)
 
+    from dpoeng.engine.models.tokenizer import without_torch
     from dpoeng.engine.recipes.check import check_pairs
 
-    report = check_pairs(config, eval_files, examples=examples)
+    with without_torch(config.model, config.tokenizer):
+        report = check_pairs(config, eval_files, examples=examples)
     if html is not None:
         from dpoeng.cli.pages.check import check_page
         from dpoeng.cli.pages.html import write_page
@@ -86,6 +91,7 @@ def print_report(report: CheckReport, html: Path | None, then: Sequence[str]) ->
 
     for finding in report.findings:
         _print_finding(finding)
+    _print_texts(report)
     say(lengths_table(report))
     if report.categories:
         say(categories_table(report))
@@ -118,6 +124,28 @@ def print_report(report: CheckReport, html: Path | None, then: Sequence[str]) ->
         say("\n", Marked(kinds, "error" if errors else "warning"))
     if not errors:
         say("Next: ", "" if report.model else "the same with --model, then ", command_line("precompute-ref", *then))
+
+
+def _print_texts(report: CheckReport) -> None:
+    """The first pairs as the model is given them: what is scored in colour, or between marks where there is none."""
+    if not report.shown:
+        return
+    how = "in green" if colours() else f"between {_MARKS[0]} and {_MARKS[1]}"
+    say(Marked("texts", "bold"), f" as the model is given them; what is scored stands {how}")
+    for pair in report.shown:
+        for name, pieces in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            say(Marked(f"{pair.where}, {name}", "dim"))
+            say(*(_scored(piece.text) if piece.scored else piece.text for piece in pieces))
+    say("")
+
+
+def colours() -> bool:
+    """Whether stdout shows colours."""
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") not in (None, "dumb")
+
+
+def _scored(text: str) -> Marked | str:
+    return Marked(text, "ok") if colours() else f"{_MARKS[0]}{text}{_MARKS[1]}"
 
 
 def _print_finding(finding: Finding) -> None:

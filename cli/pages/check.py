@@ -6,6 +6,7 @@ from dpoeng.cache.words import counted
 from dpoeng.cli.pages.html import Html, cards, heading, histogram, number, page, paragraph, plots, table, tag, text
 from dpoeng.cli.tables import Table, facts_table
 from dpoeng.engine.checks.findings import Finding
+from dpoeng.engine.checks.shown import ShownPair
 from dpoeng.engine.recipes.check import CheckReport
 
 
@@ -20,9 +21,12 @@ def check_page(report: CheckReport) -> str:
     ]
     if report.bias is not None:
         facts.append(("chosen is longer", f"{report.bias.share_longer:.0%}"))
-    subtitle = ", ".join(report.files) + (f" with the tokenizer of {report.model}" if report.model else "")
+    subtitle = ", ".join(report.files) + (f" with the tokenizer of {report.tokenizer}" if report.tokenizer else "")
     parts: list[str] = [cards(facts), heading("Findings")]
     parts += [_finding(finding) for finding in report.findings] or [paragraph("Nothing was found.", "good")]
+    if report.shown:
+        parts += [heading("Texts"), paragraph("As the model is given them; what is scored is marked.", "dim")]
+        parts += [_shown(pair) for pair in report.shown]
     parts += [
         heading("Lengths"),
         table(lengths_table(report)),
@@ -41,6 +45,14 @@ def check_page(report: CheckReport) -> str:
     if report.categories:
         parts += [heading("Categories"), table(categories_table(report))]
     return page("Preference pairs", parts, subtitle)
+
+
+def _shown(pair: ShownPair) -> Html:
+    inner = ""
+    for name, pieces in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        marked = "".join(f"<mark>{text(one.text)}</mark>" if one.scored else text(one.text) for one in pieces)
+        inner += f"<p class=dim>{text(f'{pair.where}, {name}')}</p><pre>{marked}</pre>"
+    return Html(inner)
 
 
 def lengths_table(report: CheckReport) -> Table:

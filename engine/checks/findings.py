@@ -51,6 +51,18 @@ KINDS: dict[str, Kind] = {
         "answers to a prompt that was trained on tell little about new prompts",
         "split by prompt: without --eval-view, dpoeng train does so by itself",
     ),
+    "id-above-vocabulary": Kind(
+        "error",
+        "pairs with token ids that the model does not have",
+        "phase one stops there: the tokenizer has more tokens than the model's embedding",
+        "use the tokenizer that belongs to this model; added tokens need resized embeddings",
+    ),
+    "beyond-positions": Kind(
+        "error",
+        "pairs longer than the positions that the model has",
+        "no model was trained beyond its positions, and some have none there at all",
+        "set --max-length to that number of positions, or leave the long pairs out",
+    ),
     "contradiction": Kind(
         "warning",
         "pairs that stand the other way round elsewhere",
@@ -75,6 +87,12 @@ KINDS: dict[str, Kind] = {
         "a margin of at most 0, or a chosen score not above the rejected one, says that the order is doubtful or wrong",
         "leave them out with --where, e.g. --where 'margin > 0', or look whether the columns are swapped",
     ),
+    "tie": Kind(
+        "warning",
+        "pairs that say of themselves that neither response is better",
+        "they are trained on as if chosen were",
+        "leave them out with --where, e.g. --where \"winner != 'tie'\"",
+    ),
     "mixed-types": Kind(
         "warning",
         "values of another type than most of their column",
@@ -85,7 +103,7 @@ KINDS: dict[str, Kind] = {
         "warning",
         "pairs with a later turn of the user inside a response",
         "everything behind the prompt is scored, so the policy also learns what users say",
-        "end both responses before that turn",
+        "end both responses before that turn, or give messages: then only the assistant's turns are scored",
     ),
     "system-twice": Kind(
         "warning",
@@ -134,6 +152,24 @@ KINDS: dict[str, Kind] = {
         "responses that lack the ending nearly all others have",
         "they were probably cut off while generating",
         "complete them, or leave them out",
+    ),
+    "others-in-response": Kind(
+        "info",
+        "pairs with turns of others inside a response: results of tools, further questions",
+        "they stand in the text and are not scored; the assistant's turns around them are",
+        "nothing; --train-on last scores the last turn alone, --train-on all scores everything",
+    ),
+    "thought-dropped": Kind(
+        "warning",
+        "pairs with thoughts of earlier turns that the chat template leaves out",
+        "reasoning models are used so; what is left out is neither read nor scored",
+        "nothing, if SFT went through the same template",
+    ),
+    "space-swallowed": Kind(
+        "warning",
+        "pairs of which a special token swallows the white space that a response begins with",
+        "the model neither reads nor learns it, and responses that differ there alone become one",
+        "begin responses without white space",
     ),
     "boundary-one-sided": Kind(
         "warning",
@@ -189,9 +225,39 @@ KINDS: dict[str, Kind] = {
         "its words are pushed down (or up) in every context: better answers that share them suffer",
         "keep a few of these pairs, or vary the text",
     ),
+    "prompt-from-transcript": Kind(
+        "info",
+        "pairs without a prompt, whose prompt is guessed: what both texts have in common",
+        "where the guess is wrong, the beginning of the answer is not scored, or the end of the question is",
+        "look at the example; a `prompt` column, or --columns prompt=NAME, leaves nothing to guess",
+    ),
+    "prompt-repeated": Kind(
+        "info",
+        "pairs whose responses repeated the prompt; it stands once now",
+        "a prompt inside a response would be scored",
+        "nothing",
+    ),
+    "prompt-begins-responses": Kind(
+        "warning",
+        "pairs whose responses both begin with the words of their short prompt",
+        "a prompt that is repeated stands there twice and is scored; one or two words may begin both by chance",
+        "take the prompt out of the responses",
+    ),
+    "conversation-made": Kind(
+        "info",
+        "pairs whose question, system prompt and history were made one conversation",
+        "it goes through the chat template, as such data sets are used",
+        "nothing, if SFT went through the same template",
+    ),
+    "other-tokenizer": Kind(
+        "info",
+        "pairs tokenised by another tokenizer than the model's",
+        "what stands beside an SFT adapter is what SFT used",
+        "nothing; --tokenizer names another one",
+    ),
     "prompt-from-instruction": Kind(
         "info",
-        "pairs without a prompt, whose instruction is taken for it",
+        "pairs without a prompt, whose instruction or question is taken for it",
         "where SFT put more around the instruction, the model is asked something else than it was trained on",
         "nothing, if SFT had the bare instruction too; else name the prompt's column with --columns prompt=NAME, or "
         "say what stood around it with --prompt-format",

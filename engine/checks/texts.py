@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -14,14 +15,12 @@ import xxhash
 from dpoeng.cache.words import counted
 from dpoeng.engine.checks.findings import Tally, snippet
 from dpoeng.engine.data.in_memory import place
-from dpoeng.engine.data.shapes import Message, PreferencePair, Turns, holds_human_turn
+from dpoeng.engine.data.messages import Message
+from dpoeng.engine.data.shapes import PreferencePair, Turns, holds_human_turn
+from dpoeng.engine.data.tokenization import END_TEXTS
 from dpoeng.engine.data.where import truth
 
 BOS_TEXTS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
-END_TEXTS = (
-    *("</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<eos>", "<|end|>", "<|end_of_text|>"),
-    *("<|eom_id|>", "<|return|>"),
-)
 SYSTEM_TEXTS = ("<|im_start|>system", "<|start_header_id|>system", "<<SYS>>", "<|system|>")
 # Headers of turns. Beginning and end tokens are not among them: they have findings of their own.
 TEMPLATE_TEXTS = (
@@ -33,7 +32,10 @@ TEMPLATE_TEXTS = (
 _DAMAGE = re.compile("\ufffd|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|Ã[\x80-\xbf©¨¤¶¼«]|â€[™œ\x9d“”˜¦]")
 _TAIL = 24  # characters: an ending that is longer is a sentence
 _TAILS_KEPT = 5_000
-_SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
+_SCORE_WORDS = ("score", "rating", "reward", "grade", "elo", "quality", "points")
+_WINNERS = ("winner", "preferred", "preference", "better", "label", "choice")
+_TIES = frozenset(("tie", "tied", "both", "neither", "equal", "same", "draw", "tie (bothbad)", "none"))
+_REJECTED = frozenset(("rejected", "reject"))
 _MARGINS = ("margin", "score_margin", "score_diff", "preference_strength")
 _CATEGORY_VALUES = 30
 _TYPE_EXAMPLES = 10
@@ -194,7 +196,7 @@ def _faults(pair: PreferencePair, known: frozenset[str] | None) -> Iterator[tupl
         texts = {name: content(side) for name, side in messages.items()}
     if _folded(texts["chosen"]) == _folded(texts["rejected"]):
         yield "nearly-same", snippet(texts["chosen"])
-    if holds_human_turn(pair):
+    if isinstance(pair.prompt, str) and holds_human_turn(pair):
         yield "later-human-turn", snippet(texts["chosen"])
     for name, written in texts.items():
         if hit := _DAMAGE.search(written):
@@ -206,6 +208,8 @@ def _faults(pair: PreferencePair, known: frozenset[str] | None) -> Iterator[tupl
 
 def _text_faults(texts: Mapping[str, str], known: frozenset[str] | None) -> Iterator[tuple[str, str]]:
     prompt, chosen, rejected = texts["prompt"], texts["chosen"], texts["rejected"]
+    if prompt.strip() and all(side.lstrip().startswith(prompt.strip()) for side in (chosen, rejected)):
+        yield "prompt-begins-responses", f"{snippet(prompt)} before {snippet(chosen)}"
     if any(prompt.count(marker) > 1 for marker in SYSTEM_TEXTS):
         yield "system-twice", snippet(prompt)
     if known is not None:
@@ -258,14 +262,47 @@ def _scores(extra: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     confident = extra.get("confident")
     if confident is not None and not truth(confident):  # as --where has it
         yield "not-confident", f"confident: {json.dumps(confident, default=str)}"
-    for chosen, rejected in _SCORES:
-        if _is_number(extra.get(chosen)) and _is_number(extra.get(rejected)) and extra[chosen] <= extra[rejected]:
-            yield "score-against-preference", f"{chosen} {extra[chosen]}, {rejected} {extra[rejected]}"
+    for name, value in extra.items():
+        if name.casefold() in _WINNERS and isinstance(value, str):
+            said = value.strip().casefold()
+            if said in _TIES:
+                yield "tie", f"{name}: {value}"
+                return
+            if said in _REJECTED:
+                yield "score-against-preference", f"{name}: {value}"
+                return
+    for chosen, rejected in _score_columns(extra):
+        better, worse = _number(extra[chosen]), _number(extra[rejected])
+        if better is not None and worse is not None and better <= worse:
+            code = "tie" if better == worse else "score-against-preference"
+            yield code, f"{chosen} {extra[chosen]}, {rejected} {extra[rejected]}"
             return
     for name in _MARGINS:
-        if _is_number(extra.get(name)) and extra[name] <= 0:
-            yield "score-against-preference", f"{name} {extra[name]}"
+        margin = _number(extra.get(name))
+        if margin is not None and margin <= 0:
+            yield "score-against-preference" if margin < 0 else "tie", f"{name} {extra[name]}"
             return
+
+
+def _score_columns(extra: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Columns that differ in chosen and rejected alone, and whose name says that they hold a score."""
+    for name in extra:
+        folded = name.casefold()
+        if "chosen" in folded and any(word in folded for word in _SCORE_WORDS):
+            at = folded.index("chosen")
+            other = next((o for o in extra if o.casefold() == folded[:at] + "rejected" + folded[at + 6 :]), None)
+            if other is not None:
+                yield name, other
+
+
+def _number(value: Any) -> float | None:
+    """A number, also one that is written as text."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    return float(value) if _is_number(value) and math.isfinite(value) else None
 
 
 def _is_number(value: Any) -> bool:

@@ -20,15 +20,20 @@ import xxhash
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.words import counted
 from dpoeng.engine.checks.findings import Finding, Level, Tally, snippet
+from dpoeng.engine.checks.limits import ModelLimits, read_limits
+from dpoeng.engine.checks.shown import ShownPair, show_texts, show_tokens
 from dpoeng.engine.checks.texts import Category, TextCheck, content
 from dpoeng.engine.config.fields import PrecomputeConfig
 from dpoeng.engine.data.in_memory import RowsInMemory, place
-from dpoeng.engine.data.pairs import PairStream, ReadPair, column_remark, content_key
+from dpoeng.engine.data.pairs import PairStream, ReadPair, content_key, misspelt_remark
 from dpoeng.engine.data.rejects import Reject
-from dpoeng.engine.data.shapes import PreferencePair, Turns
+from dpoeng.engine.data.shapes import PreferencePair, Turns, holds_human_turn
 from dpoeng.engine.data.tokenization import TokenizedPair, tokenize_pairs
 
 CHUNK_PAIRS = 512
+
+SHOWN_PAIRS = 3
+"""Pairs whose texts are shown whole."""
 BINS = 40
 PARTS = ("prompt", "chosen", "rejected")
 
@@ -68,12 +73,16 @@ class LengthBias:
 
 @dataclass(slots=True)
 class CheckReport:
-    """What was found. Lengths are in `unit`: tokens after truncation where a model was named, else characters."""
+    """What was found. Lengths are in `unit`: tokens after truncation where a model was named, else characters.
+
+    `tokenizer` is where tokenizer and chat template were taken from; `shown` are the texts of the first pairs.
+    """
 
     files: list[str]
     eval_files: list[str]
     model: str | None
     unit: str
+    tokenizer: str | None = None
     rows: int = 0
     pairs: int = 0
     rejected: int = 0
@@ -85,6 +94,7 @@ class CheckReport:
     bias: LengthBias | None = None
     categories: list[Category] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    shown: list[ShownPair] = field(default_factory=list)
     seconds: float = 0.0
 
     def worst(self) -> Level | None:
@@ -102,7 +112,8 @@ def check_pairs(
     """Reads all pairs and looks for whatever could spoil a run.
 
     Args:
-        config: `pairs`, the fields on shapes, filter and truncation, and `model` for its tokenizer.
+        config: `pairs`, the fields on shapes, filter and truncation; `model`, `adapter` and `tokenizer` for the
+            tokenizer.
         eval_files: pairs that are evaluated on, to look for leakage.
         examples: how many rows to name for each finding.
 
@@ -118,11 +129,10 @@ def check_pairs(
             expected="one file or more, e.g. dpoeng check pairs.jsonl",
             remedy="name the file, or write `pairs: [pairs.jsonl]` into dpoeng.yaml",
         )
-    tokenizer = _tokenizer(config.model) if config.model is not None else None
     tally = Tally(examples)
+    text = _Tokenizer.of(config)
     evaluation = _EvalPairs(_stream(config, eval_files)) if eval_files else None
-    known = frozenset(map(str, tokenizer.get_added_vocab())) if tokenizer is not None else None
-    run = _Run(config, tokenizer, tally, evaluation, TextCheck(tally, known))
+    run = _Run(config, text, tally, evaluation, TextCheck(tally, text.markers()))
     stream = _stream(config, config.pairs)
     for row in stream:
         if isinstance(row, Reject):
@@ -132,24 +142,15 @@ def check_pairs(
     run.finish_chunk()
     categories = run.texts.finish()
     run.whole(stream.rejected)
-    if remark := column_remark(stream.instructions, stream.misspelt):
-        code = "prompt-from-instruction" if stream.instructions else "unused-column"
-        tally.count(code, stream.instructions or run.rows, remark)
-    if not run.lengths["chosen"] and not stream.rejected:
-        raise UserError(
-            "no pair is left",
-            code="data-empty",
-            where=", ".join(stream.files),
-            expected="at least one row that passes the filter",
-            found=f"{counted(stream.filtered, 'row')} left out by the filter {config.where!r}",
-            remedy="loosen --where",
-            exit_status=3,
-        )
+    _count_origins(stream, text, run.rows, tally)
+    if not run.lengths["chosen"] and not stream.rejected and not run.rejected:
+        raise _nothing_left(stream, config.where)
     report = CheckReport(
         files=list(stream.files),
         eval_files=[str(path) for path in eval_files],
         model=config.model,
-        unit="tokens" if tokenizer is not None else "characters",
+        unit="tokens" if text.tokenizer is not None else "characters",
+        tokenizer=text.where,
         rows=run.rows + stream.rejected + stream.filtered,
         pairs=len(run.lengths["chosen"]),
         rejected=stream.rejected + run.rejected,
@@ -161,9 +162,22 @@ def check_pairs(
         bias=run.bias() if run.lengths["chosen"] else None,
         categories=categories,
         findings=tally.findings(run.rows + stream.rejected),
+        shown=run.shown,
     )
     report.seconds = time.perf_counter() - began
     return report
+
+
+def _nothing_left(stream: PairStream, where: str | None) -> UserError:
+    return UserError(
+        "no pair is left",
+        code="data-empty",
+        where=", ".join(stream.files),
+        expected="at least one row that passes the filter",
+        found=f"{counted(stream.filtered, 'row')} left out by the filter {where!r}",
+        remedy="loosen --where",
+        exit_status=3,
+    )
 
 
 def sign_test(one: int, other: int) -> float:
@@ -173,6 +187,61 @@ def sign_test(one: int, other: int) -> float:
         return min(1.0, float(2 * sum(math.comb(throws, k) for k in range(least + 1)) / 2**throws))
     z = (throws / 2 - least - 0.5) / math.sqrt(throws / 4)
     return math.erfc(z / math.sqrt(2))
+
+
+def _count_origins(stream: PairStream, text: _Tokenizer, rows: int, tally: Tally) -> None:
+    """The findings about where prompts and tokenizer come from."""
+    if text.remark:
+        tally.count("other-tokenizer", rows, text.remark)
+    prompts = stream.prompts
+    for name, count in prompts.columns.items():
+        tally.count("prompt-from-instruction", count, f"prompt taken from `{name}` in {counted(count, 'pair')}")
+    if prompts.example is not None:
+        where, end = prompts.example
+        tally.count("prompt-from-transcript", prompts.transcripts)
+        tally.example("prompt-from-transcript", where, f"the prompt ends {end}")
+    if prompts.repeated:
+        tally.count("prompt-repeated", prompts.repeated)
+    if prompts.conversations:
+        tally.count("conversation-made", prompts.conversations)
+    if stream.misspelt:
+        tally.count("unused-column", rows, misspelt_remark(stream.misspelt))
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokenizer:
+    """The tokenizer that phase one will use, where it is from, and what the model takes."""
+
+    tokenizer: Any = None
+    where: str | None = None
+    remark: str = ""
+    limits: ModelLimits = field(default_factory=lambda: ModelLimits(None, None))
+
+    def markers(self) -> frozenset[str] | None:
+        """The special tokens; None without a tokenizer."""
+        return frozenset(map(str, self.tokenizer.get_added_vocab())) if self.tokenizer is not None else None
+
+    @staticmethod
+    def of(config: PrecomputeConfig) -> _Tokenizer:
+        """The one that the fields name; none where they name neither a model nor a tokenizer.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        from dpoeng.engine.models.sources import find_tokenizer
+        from dpoeng.engine.models.tokenizer import choose_tokenizer, load_chosen, remark_on
+
+        name = config.model or config.tokenizer or config.adapter
+        if name is None:
+            return _Tokenizer()
+        source = find_tokenizer(name)
+        choice = choose_tokenizer(source, config.adapter, config.tokenizer)
+        tokenizer = load_chosen(choice)
+        if config.model is None:
+            return _Tokenizer(tokenizer, str(choice.source.folder))
+        adapter = find_tokenizer(config.adapter).folder if config.adapter else None
+        limits = ModelLimits(None, None) if source.gguf else read_limits(source.folder, adapter)
+        return _Tokenizer(tokenizer, str(choice.template or choice.source.folder), remark_on(choice, tokenizer), limits)
 
 
 class _EvalPairs:
@@ -203,15 +272,12 @@ class _Run:
     """The pass over the training pairs, in chunks where they are tokenised."""
 
     def __init__(
-        self, config: PrecomputeConfig, tokenizer: Any, tally: Tally, evaluation: _EvalPairs | None, texts: TextCheck
+        self, config: PrecomputeConfig, text: _Tokenizer, tally: Tally, evaluation: _EvalPairs | None, texts: TextCheck
     ) -> None:
-        self.config, self.tokenizer, self.tally, self.evaluation, self.texts = (
-            config,
-            tokenizer,
-            tally,
-            evaluation,
-            texts,
-        )
+        self.config, self.tokenizer, self.limits = config, text.tokenizer, text.limits
+        self.tally, self.evaluation, self.texts = tally, evaluation, texts
+        tokenizer = text.tokenizer
+        self.shown: list[ShownPair] = []
         self.rows = self.rejected = self.needed = 0
         self.prompts: set[int] = set()
         self.lengths = {part: array("q") for part in PARTS}
@@ -228,6 +294,8 @@ class _Run:
         if self.evaluation is not None:
             self.evaluation.look(pair, self.tally)
         if self.tokenizer is None:
+            if len(self.shown) < SHOWN_PAIRS and (shown := show_texts(pair)) is not None:
+                self.shown.append(shown)
             self._measure(pair, *(len(content(side)) for side in (pair.prompt, pair.chosen, pair.rejected)))
         else:
             self._chunk.append(pair)
@@ -246,6 +314,7 @@ class _Run:
             max_prompt_length=config.max_prompt_length,
             truncation_mode=config.truncation_mode,
             append_eos=config.append_eos,
+            train_on=config.train_on,
         )
         self.rejected += len(data.rejects)
         for reject in data.rejects:
@@ -257,6 +326,8 @@ class _Run:
                 self.tally.add(code, pair, shown)
             self.needed = max(self.needed, tokens.needed)
             ids = tokens.ids
+            if len(self.shown) < SHOWN_PAIRS:
+                self.shown.append(show_tokens(place(pair.source_file, pair.source_row), ids, self.tokenizer))
             self._measure(pair, len(ids.prompt_ids), len(ids.chosen_ids), len(ids.rejected_ids))
         self._chunk = []
 
@@ -276,7 +347,16 @@ class _Run:
         parts = {"prompt": ids.prompt_ids, "chosen": ids.chosen_ids, "rejected": ids.rejected_ids}
         if unknown is not None and (where := next((name for name in parts if (parts[name] == unknown).any()), None)):
             yield "unknown-token", f"in {where}: {snippet(content(getattr(pair, where)))}"
+        yield from self._limit_faults(tokens)
+        if ids.chosen_gaps or ids.rejected_gaps:
+            yield "others-in-response", snippet(content(pair.chosen))
+        if tokens.swallowed:
+            yield "space-swallowed", snippet(content(pair.chosen))
+        if tokens.thoughts:
+            yield "thought-dropped", f"{counted(tokens.thoughts, 'thought')} of {snippet(content(pair.prompt))}"
         is_text = isinstance(pair.prompt, str)
+        if not is_text and self.config.train_on == "all" and holds_human_turn(pair):
+            yield "later-human-turn", snippet(content(pair.chosen))
         if not tokens.truncated:
             for name, part in (("chosen", ids.chosen_ids), ("rejected", ids.rejected_ids)):
                 if not _ends(part.tolist(), tokenizer, is_text and self.config.append_eos):
@@ -284,6 +364,16 @@ class _Run:
                     break
         if self._adds_system and not is_text and all(message["role"] != "system" for message in _messages(pair.prompt)):
             yield "default-system-prompt", snippet(content(pair.prompt))
+
+    def _limit_faults(self, tokens: TokenizedPair) -> Iterator[tuple[str, str]]:
+        ids = tokens.ids
+        highest = max(int(part.max()) for part in (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids) if len(part))
+        if self.limits.vocabulary is not None and highest >= self.limits.vocabulary:
+            token = str(self.tokenizer.convert_ids_to_tokens(highest))
+            yield "id-above-vocabulary", f"{token!r} is {highest}; the model has {self.limits.vocabulary:,} ids"
+        longest = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
+        if self.limits.positions is not None and longest > self.limits.positions:
+            yield "beyond-positions", f"{longest:,} tokens; the model has {self.limits.positions:,} positions"
 
     def bias(self) -> LengthBias:
         """Of all pairs together."""
@@ -323,13 +413,6 @@ def prompt_key(prompt: Turns) -> int:
 
 def _stream(config: PrecomputeConfig, paths: Sequence[Path | RowsInMemory]) -> PairStream:
     return PairStream(paths, columns=config.columns, where=config.where, prompt_format=config.prompt_format)
-
-
-def _tokenizer(model: str) -> Any:
-    from dpoeng.engine.models.loading import load_tokenizer
-    from dpoeng.engine.models.sources import find_tokenizer
-
-    return load_tokenizer(find_tokenizer(model))
 
 
 def _messages(prompt: Turns) -> list[dict[str, Any]]:

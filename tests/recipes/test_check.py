@@ -6,6 +6,9 @@ import json
 import math
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -15,6 +18,7 @@ from typing import Any
 import pytest
 from dpoeng_testing import pair_rows, write_jsonl
 
+from dpoeng.cache.errors import UserError
 from dpoeng.cli.main import main
 from dpoeng.engine.checks.findings import KINDS
 from dpoeng.engine.checks.texts import tail
@@ -23,6 +27,7 @@ from dpoeng.engine.data.pairs import PairStream
 from dpoeng.engine.recipes.check import CheckReport, check_pairs, sign_test
 
 ROOT = Path(__file__).resolve().parents[2]
+CASES = ROOT / "tests" / "data" / "cases"
 Row = dict[str, Any]
 
 
@@ -84,6 +89,12 @@ TEXT_FAULTS: dict[str, tuple[Edit, int, str]] = {
     ),
     "nearly-same": (edit(2, rejected=lambda row: row["chosen"].upper() + " "), 1, "answer2"),
     "score-against-preference": (edit(2, margin=-0.5), 1, "margin -0.5"),
+    "tie": (edit(2, winner="tie"), 1, "winner: tie"),
+    "prompt-begins-responses": (
+        edit(2, prompt="Hi", chosen=" Hi there, ask on.", rejected=" Hi, or maybe not"),
+        1,
+        "'Hi'",
+    ),
     "later-human-turn": (edit(2, chosen=" Yes.\n\nHuman: and then?\n\nAssistant: no."), 1, "Human"),
     "system-twice": (
         edit(2, prompt="<|im_start|>system\na<|im_end|>\n<|im_start|>system\nb<|im_end|>\n<|im_start|>assistant\n"),
@@ -127,6 +138,154 @@ def test_a_fault_of_a_text_is_found_and_only_it(tmp_path: Path, code: str) -> No
     assert words in f"{where} {shown}"
     assert found[code].why
     assert found[code].remedy
+
+
+@pytest.mark.parametrize(
+    ("more", "code"),
+    [
+        ({"score_chosen": "9.0", "score_rejected": "10.0"}, "score-against-preference"),
+        ({"chosen-rating": 3, "rejected-rating": 5}, "score-against-preference"),
+        ({"reward_chosen": 0.5, "reward_rejected": 0.5}, "tie"),
+        ({"winner": "rejected"}, "score-against-preference"),
+        ({"preference": "Tie"}, "tie"),
+        ({"winner": "chosen"}, None),
+        ({"score_chosen": "10.0", "score_rejected": "9.0"}, None),
+    ],
+)
+def test_winners_ties_and_reversed_scores_are_found(tmp_path: Path, more: Row, code: str | None) -> None:
+    found = set(codes(run(tmp_path, [{**row, **more} for row in clean_rows()])))
+    assert found & {"tie", "score-against-preference"} == ({code} if code else set())
+
+
+def test_prompts_from_elsewhere_are_findings(tmp_path: Path) -> None:
+    guessed = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in clean_rows()]
+    report = run(tmp_path, guessed)
+    assert codes(report)["prompt-from-transcript"] == 120
+    (found,) = [finding for finding in report.findings if finding.code == "prompt-from-transcript"]
+    assert found.examples[0][1].startswith("the prompt ends 'Question 0?")
+    for row in guessed:
+        row["prompt"] = row["chosen"].partition("Answer:")[0] + "Answer:"
+    assert codes(run(tmp_path, guessed))["prompt-repeated"] == 120
+    talks = [
+        {"system": "Be brief.", "question": row["prompt"], **{s: row[s] for s in ("chosen", "rejected")}}
+        for row in clean_rows()
+    ]
+    assert codes(run(tmp_path, talks))["conversation-made"] == 120
+
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if loop.last else m.content.split('</think>')[-1] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_what_the_template_leaves_out_or_others_say(tmp_path: Path, tiny_model: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "chat_template.jinja").write_text(THINKING)
+    rows = [chat(row) for row in clean_rows()]
+    early = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>hm</think>Hello"}]
+    rows[1]["prompt"] = [*early, *rows[1]["prompt"]]
+    rows[2]["chosen"] = [
+        *rows[2]["chosen"],
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "That."},
+    ]
+    found = codes(run(tmp_path, rows, model=str(folder)))
+    assert (found["thought-dropped"], found["others-in-response"]) == (1, 1)
+    assert "later-human-turn" not in found
+    assert codes(run(tmp_path, rows, model=str(folder), train_on="all"))["later-human-turn"] == 1
+
+
+def test_white_space_that_a_special_token_swallows(tmp_path: Path) -> None:
+    from chat_styles import styled_tokenizer
+
+    styled_tokenizer("phi3", swallows=True).save_pretrained(tmp_path / "phi3")
+    file = CASES / "13-phi3-rstrip" / "p.jsonl"
+    report = check_pairs(PrecomputeConfig(pairs=(file,), model=str(tmp_path / "phi3")))
+    assert codes(report)["space-swallowed"] == 2
+
+
+def test_21_22_ids_and_positions_that_the_model_does_not_have(tmp_path: Path, tiny_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 40}))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|sep|>"]})
+    tokenizer.save_pretrained(folder)
+    report = check_pairs(PrecomputeConfig(pairs=(CASES / "21-small-embedding" / "p.jsonl",), model=str(folder)))
+    (found,) = [finding for finding in report.findings if finding.code == "id-above-vocabulary"]
+    assert (found.level, found.count) == ("error", 1)
+    assert found.examples[0][1] == f"'<|sep|>' is {len(tokenizer) - 1}; the model has {len(tokenizer) - 1} ids"
+    report = check_pairs(PrecomputeConfig(pairs=(CASES / "22-positions" / "p.jsonl",), model=str(folder)))
+    assert codes(report)["beyond-positions"] == 1
+    report = check_pairs(PrecomputeConfig(pairs=(CASES / "22-positions" / "short.jsonl",), model=str(folder)))
+    assert "beyond-positions" not in codes(report)
+
+
+def test_15_rows_that_the_template_refuses_are_findings_and_no_end_of_the_road(tmp_path: Path) -> None:
+    from chat_styles import styled_tokenizer
+
+    styled_tokenizer("gemma2").save_pretrained(tmp_path / "gemma2")
+    file = CASES / "15-gemma-system" / "p.jsonl"
+    report = check_pairs(PrecomputeConfig(pairs=(file,), model=str(tmp_path / "gemma2")))
+    (found,) = [finding for finding in report.findings if finding.code == "template-error"]
+    assert found.count == 2
+    assert "System role not supported" in found.examples[0][1]
+    assert report.worst() == "error"
+
+
+def test_36_a_sentencepiece_model_names_the_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dpoeng.engine.models import tokenizer
+
+    (tmp_path / "tokenizer.model").write_bytes(b"model")
+    monkeypatch.setattr(tokenizer, "_installed", lambda name: False)
+    with pytest.raises(UserError) as caught:
+        check_pairs(PrecomputeConfig(pairs=(CASES / "36-sentencepiece-only" / "p.jsonl",), model=str(tmp_path)))
+    assert caught.value.code == "tokenizer-missing"
+    assert "pip install sentencepiece" in str(caught.value.remedy)
+
+
+def test_the_text_is_shown_with_what_is_scored(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [chat(row) for row in clean_rows()]
+    rows[0]["chosen"][0]["content"] = ":smile: [bold]so[/bold] <b>"
+    file = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    page = tmp_path / "check.html"
+    with pytest.raises(SystemExit):
+        main(["check", str(file), "--model", str(tiny_model), "--html", str(page)])
+    out = capsys.readouterr().out
+    assert "<|im_start|>assistant\n[[:smile: [bold]so[/bold] <b><|im_end|>\n]]" in out
+    assert "<mark>:smile: [bold]so[/bold] &lt;b&gt;&lt;|im_end|&gt;\n</mark>" in page.read_text()
+    # without a tokenizer the texts are shown as they will be joined
+    with pytest.raises(SystemExit):
+        main(["check", str(write_jsonl(file, clean_rows()))])
+    assert "Answer:[[ " in capsys.readouterr().out
+    report = check_pairs(PrecomputeConfig(pairs=(file,)))
+    assert [piece.scored for piece in report.shown[0].chosen] == [False, True]
+
+
+def test_check_needs_no_torch(tmp_path: Path, tiny_model: Path) -> None:
+    """transformers would load it for nothing; the tokenizer is the same without."""
+    rows = [chat(row) for row in clean_rows(100)]
+    file = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    script = (
+        "import sys; from dpoeng.cli.main import main\n"
+        "try: main(['check', *sys.argv[1:]])\n"
+        "except SystemExit: print('torch' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(file), "--model", str(tiny_model), "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr.splitlines()[-1] == "False"
+    assert json.loads(done.stdout)["unit"] == "tokens"
 
 
 def test_not_confident_is_what_the_filter_leaves_out(tmp_path: Path) -> None:
@@ -378,8 +537,8 @@ def renamed(rows: list[Row], **names: str) -> list[Row]:
             renamed(pair_rows(24), prompt="promt"),
             {},
             {
-                "prompt-from-instruction": "prompt taken from `instruction` in 24 pairs; unused column `promt`: did "
-                "you mean `prompt`? (--columns prompt=promt)"
+                "prompt-from-instruction": "prompt taken from `instruction` in 24 pairs",
+                "unused-column": "unused column `promt`: did you mean `prompt`? (--columns prompt=promt)",
             },
         ),
         (
@@ -416,5 +575,6 @@ def test_every_kind_is_complete_and_in_the_docs() -> None:
     for code, this in KINDS.items():
         assert f"`{code}` | {this.level} |" in text, code
     tests = Path(__file__).read_text(encoding="utf-8")
+    elsewhere = (Path(__file__).parent / "test_texts.py").read_text(encoding="utf-8")
     for code in KINDS:
-        assert f'"{code}"' in tests, f"{code} is found in no test"
+        assert f'"{code}"' in tests + elsewhere, f"{code} is found in no test"

@@ -1,0 +1,70 @@
+"""The text of a pair as the model is given it, cut where what is scored begins and ends, for a person to read.
+
+Decodes token ids, so that whatever tokenisation adds, swallows or cuts is seen. Knows nothing of findings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpoeng.cache.schema import Gaps, IdArray, PairIds
+from dpoeng.engine.data.in_memory import place
+from dpoeng.engine.data.shapes import PreferencePair
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a text, scored as a whole or not at all."""
+
+    text: str
+    scored: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ShownPair:
+    """Both texts of a pair, in pieces. `where` is file and row."""
+
+    where: str
+    chosen: list[Piece]
+    rejected: list[Piece]
+
+
+def show_tokens(where: str, ids: PairIds, tokenizer: Any) -> ShownPair:
+    """The texts of token ids."""
+    chosen = _pieces(ids.prompt_ids, ids.chosen_ids, ids.chosen_start, ids.chosen_gaps, tokenizer)
+    rejected = _pieces(ids.prompt_ids, ids.rejected_ids, ids.rejected_start, ids.rejected_gaps, tokenizer)
+    return ShownPair(where, chosen, rejected)
+
+
+def show_texts(pair: PreferencePair) -> ShownPair | None:
+    """The texts of a pair without a tokenizer; None for messages, which no template has written yet."""
+    if not (isinstance(pair.prompt, str) and isinstance(pair.chosen, str) and isinstance(pair.rejected, str)):
+        return None
+    prompt = Piece(pair.prompt, False)
+    where = place(pair.source_file, pair.source_row)
+    return ShownPair(where, [prompt, Piece(pair.chosen, True)], [prompt, Piece(pair.rejected, True)])
+
+
+def _pieces(prompt: IdArray, response: IdArray, start: int, gaps: Gaps, tokenizer: Any) -> list[Piece]:
+    ids = [*prompt.tolist(), *response.tolist()]
+    pieces = []
+    shown = ""
+    for end, scored in _runs(len(prompt), len(response), start, gaps):
+        # Not each run by itself: some tokenizers drop the space in front of a first token.
+        text = str(tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        pieces.append(Piece(text[len(shown) :], scored))
+        shown = text
+    return [piece for piece in pieces if piece.text]
+
+
+def _runs(prompt: int, response: int, start: int, gaps: Gaps) -> Iterator[tuple[int, bool]]:
+    """Behind which token each run ends, and whether it is scored."""
+    edges: Sequence[tuple[int, bool]] = [
+        (start, False),
+        *((edge, scored) for gap in gaps for edge, scored in zip(gap, (True, False), strict=True)),
+        (response, True),
+    ]
+    for edge, scored in edges:
+        yield prompt + edge, scored
