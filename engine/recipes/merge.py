@@ -109,6 +109,7 @@ def merge(
             remedy="name the original with --model",
         )
     names = stored_names(base)
+    tokenizer = choose_tokenizer(base, str(adapters[-1].folder), None)  # what the last adapter was trained with
     with contextlib.ExitStack() as stack:
         # Under the names of the model that is loaded, whatever class they were made on.
         own = [stack.enter_context(as_peft_reads(adapter, names.model)) for adapter in adapters]
@@ -119,7 +120,7 @@ def merge(
             _refuse_more_layers(adapter)
             plain = plain and _read_adapter(adapter, updates, replaced)
         if not plain or names.converted & {*updates, *replaced}:
-            return merge_whole(base, own, into, dtype=dtype, progress=progress)
+            return merge_whole(base, own, into, dtype=dtype, tokenizer=tokenizer, progress=progress)
     on_disk = names.on_disk()
     updates = {on_disk.get(name, name): one for name, one in updates.items()}
     replaced = {on_disk.get(name, name): one for name, one in replaced.items()}
@@ -130,8 +131,7 @@ def merge(
     def fill(folder: Path) -> None:
         nonlocal tensors
         tensors = _write_merged(base, folder, dtype, updates, replaced, progress)
-        # What the last adapter was trained with, where it is not the base's.
-        copy_tokenizer(choose_tokenizer(base, str(adapters[-1].folder), None), folder)
+        copy_tokenizer(tokenizer, folder)
 
     write_new(into, fill)
     return MergeSummary(into, base.name, [adapter.name for adapter in adapters], len(updates), tensors, dtype)

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.models.model import DTYPES
 from dpoeng.engine.models.sources import ModelSource, copy_beside, write_config
+from dpoeng.engine.models.tokenizer import TokenizerChoice, copy_tokenizer
 from dpoeng.engine.runtime.folders import saving_tensors, write_new
 from dpoeng.engine.runtime.progress import Progress
 
@@ -45,6 +46,7 @@ def merge_whole(
     into: Path,
     *,
     dtype: str,
+    tokenizer: TokenizerChoice,
     progress: Progress,
 ) -> MergeSummary:
     """Writes base + adapters as a checkpoint that plain transformers loads.
@@ -54,6 +56,7 @@ def merge_whole(
         adapters: the frozen one first, where there are two; under the names of the loaded model.
         into: a new folder.
         dtype: of the merged weights; `auto` is each weight's own.
+        tokenizer: put beside the result where it is not the base's.
         progress: told that the base is loaded whole, and of each file.
 
     Raises:
@@ -74,6 +77,7 @@ def merge_whole(
     def fill(folder: Path) -> None:
         nonlocal changed, tensors
         changed, tensors = _write(base, folder, weights, dtype, progress)
+        copy_tokenizer(tokenizer, folder)
         _compare(base, folder, expected, dtype)
 
     write_new(into, fill)
