@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "dpoeng"
 PACKAGES = ("bench", "cache", "cli", "engine", "kernels")
 DATA = {
+    "py.typed",
     *(f"{package}/py.typed" for package in PACKAGES),
     "cli/demo_pairs.jsonl",
     "cli/pages/page.css",
@@ -36,7 +37,7 @@ def package_files() -> set[str]:
     """Every file that an installed dpoeng has, by its name below the package; setuptools is not asked."""
     modules = {f"{package}/{path.relative_to(PACKAGE / package)}" for package in PACKAGES
                for path in (PACKAGE / package).rglob("*.py")}  # fmt: skip
-    return {"__init__.py"} | modules | DATA
+    return {path.name for path in PACKAGE.glob("*.py")} | modules | DATA
 
 
 def build(kind: str, folder: Path) -> Path:
