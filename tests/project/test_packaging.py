@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -30,6 +31,8 @@ DATA = {
     "engine/memory/known_models.jsonl",
     "engine/recipes/constraints.txt",
 }
+# PYTHONPATH may lead to this checkout's own dpoeng.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 BUILD = "from setuptools import build_meta; build_meta.build_{}('out')"
 
 
@@ -158,20 +161,25 @@ def test_every_way_to_install_gives_the_same_files(way: str, tree: Path, sdist: 
         "wheel": [str(build("wheel", tree))],
     }[way]
     install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", *named]
-    done = subprocess.run(install, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run(install, tmp_path)
     code = "import dpoeng; print(dpoeng.__path__[0])"
-    shown = subprocess.run([str(python), "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    shown = run([str(python), "-c", code], tmp_path)
     root = Path(shown.strip())
     assert root.is_relative_to(tree if way == "editable" else site)
     installed = [*root.iterdir(), *(path for package in PACKAGES for path in (root / package).rglob("*"))]
     found = {path.relative_to(root).as_posix() for path in installed if path.is_file()}
-    aside = (
-        ("__pycache__/", "bench/results/") if way == "editable" else ("__pycache__/",)
-    )  # there it is the tree itself
+    aside = ["__pycache__/", *(["bench/results/"] if way == "editable" else [])]  # then it is the tree itself
     assert {name for name in found if not any(part in name for part in aside)} == package_files()
-    subprocess.run([str(python.with_name("dpoeng")), "--help"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
-    check_kernels(python, site, tree)
+    assert "precompute-ref" in run([str(python.with_name("dpoeng")), "--help"], tmp_path)
+    if way in ("editable", "wheel"):
+        check_kernels(python, site, tree)
+
+
+def run(command: list[str], folder: Path) -> str:
+    """What a command prints, which must succeed."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def check_kernels(python: Path, site: Path, tree: Path) -> None:
@@ -181,11 +189,7 @@ def check_kernels(python: Path, site: Path, tree: Path) -> None:
         "print(getattr(u.find_spec('kernels'), 'origin', None))"
     )
     command = [str(python), "-W", "ignore", "-c", code]
-    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1] == "None"
+    assert run(command, tree).split()[-1] == "None"
     (site / "kernels").mkdir()
     (site / "kernels" / "__init__.py").write_text("", encoding="utf-8")
-    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1] == str(site / "kernels" / "__init__.py")
+    assert run(command, tree).split()[-1] == str(site / "kernels" / "__init__.py")
