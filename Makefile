@@ -1,6 +1,6 @@
 # Every target does all the set-up that it needs, from a fresh clone, and is fast the second time.
 #
-#   make demo        both phases on a small real model and 60 pairs
+#   make demo        both phases on a small real model and 80 pairs
 #   make test        the test suite                    make test-slow   what takes minutes
 #   make lint        ruff, format, mypy                make test-peers  parity with TRL, in an environment of its own
 #   make test-oldest the suite with the lowest accepted versions, in an environment of its own

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PAIRS_FILE = "demo_pairs.jsonl"
 PAIRS = 100
-DEFAULT_PAIRS = 60
+DEFAULT_PAIRS = 80
 GENERATION: dict[str, Any] = {"count": 3, "max_new_tokens": 48, "repetition_penalty": 1.1, "stop": "END"}
 """Options of `dpoeng compare`. The pairs' responses end with a line END; small models circle without the penalty."""
 
@@ -47,7 +47,7 @@ Examples:
 )
 @click.option("--prepare-only", is_flag=True, help="Fetch the model, write the pairs, and stop.")
 def demo(folder: Path, pairs: int, model: str | None, quantization: str, prepare_only: bool) -> None:
-    """Both phases on SmolLM2-135M-Instruct and 60 preference pairs; a few minutes on two cores.
+    """Both phases on SmolLM2-135M-Instruct and 80 preference pairs; a few minutes on two cores.
 
     Each step prints the command that does the same. Run it again and it goes on from where it was.
     """
@@ -96,7 +96,7 @@ def configs(folder: Path, file: Path, model: str, quantization: str) -> tuple[Pr
         one |= {"quantization": quantization, "name": view}
     two: dict[str, Any] = {"cache": folder / "refcache", "view": view, "output_dir": folder / out}
     # Few steps at a high learning rate: enough for an effect on held-out pairs, in about a minute on two cores.
-    two |= {"eval_share": 0.35, "learning_rate": 5e-4, "num_train_epochs": 1.0, "parity_pairs": 8}
+    two |= {"eval_share": 0.35, "learning_rate": 1e-3, "num_train_epochs": 1.0, "parity_pairs": 8}
     return PrecomputeConfig(**one), TrainConfig(**two)
 
 

@@ -35,7 +35,7 @@ COMMANDS = {
     "migrate": ("dpoeng.cli.migrate:migrate", "Turn a TRL, Axolotl or LLaMA-Factory set-up into a dpoeng.yaml."),
     "config": ("dpoeng.cli.config:config", "Print every setting and where it comes from; a schema for editors."),
     "cache": ("dpoeng.cli.cache:cache", "Look into a reference cache: info, verify, export and more."),
-    "demo": ("dpoeng.cli.demo:demo", "Both phases on a small real model and 60 pairs, in minutes."),
+    "demo": ("dpoeng.cli.demo:demo", "Both phases on a small real model and 80 pairs, in minutes."),
     "bench": ("dpoeng.cli.bench.commands:bench", "Measure throughput and memory on this machine."),
 }
 

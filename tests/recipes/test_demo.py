@@ -80,7 +80,7 @@ def parsed(command: click.Command, words: list[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("quantization", ["none", "8bit"])
-@pytest.mark.parametrize("count", [60, 100])
+@pytest.mark.parametrize("count", [80, 100])
 def test_the_printed_commands_give_the_configs_that_are_run(quantization: str, count: int, tmp_path: Path) -> None:
     from dpoeng.cli.precompute import precompute_ref
     from dpoeng.cli.train import train
