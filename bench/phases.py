@@ -55,6 +55,7 @@ from dpoeng.engine.models.model import CausalLM, Layout, enable_gradient_checkpo
 from dpoeng.engine.models.quantized import quantized_tensors
 from dpoeng.engine.recipes.precompute import default_batch_tokens
 from dpoeng.engine.reference.shards import plan_shards
+from dpoeng.engine.runtime.outputs import Kind, refuse_output, writing
 from dpoeng.engine.runtime.progress import QUIET, Progress
 from dpoeng.engine.scoring.attention import use_layout
 from dpoeng.engine.scoring.choose_layout import choose_layout
@@ -163,6 +164,9 @@ def bench_phases(settings: PhaseSettings, progress: Progress = QUIET, trace: Pat
     Raises:
         UserError: the model or the pairs cannot be used.
     """
+    for phase in ("reference", "training"):
+        if trace is not None:
+            refuse_output(trace_file(trace, phase), TRACE, inputs=settings.pairs)
     device = pick_device(settings.device)
     with tempfile.TemporaryDirectory(prefix="dpoeng-bench-") as scratch:
         folder = Path(scratch)
@@ -304,7 +308,7 @@ class _Rounds:
             _summarise(result, splits[layout], flop, weight_bytes, joules[layout], self.limits)
         if self.trace is not None:
             use_layout(lm, self.layouts[0])
-            write_trace(self.trace.with_stem(f"{self.trace.stem}-{phase}"), lm.device, work)
+            write_trace(trace_file(self.trace, phase), lm.device, work)
         return list(results.values())
 
 
@@ -332,14 +336,27 @@ def reference_batches(lm: CausalLM, pairs: Sequence[PairIds]) -> tuple[Sequence[
     return ordered, [batch for batch, _ in batches_of_pairs(ordered, default_batch_tokens(lm.device))]
 
 
+def trace_file(trace: Path, phase: str) -> Path:
+    """Where the trace of a phase goes."""
+    return trace.with_stem(f"{trace.stem}-{phase}")
+
+
+def _is_trace(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b'"schemaVersion"' in file.read(200)
+
+
+TRACE = Kind("the trace", _is_trace, forced=False)
+
+
 def write_trace(path: Path, device: torch.device, work: Callable[[], object]) -> None:
     """Runs some work under torch.profiler and writes what it saw, for chrome://tracing or ui.perfetto.dev."""
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    path.parent.mkdir(parents=True, exist_ok=True)
     with profile(activities=kinds) as found:
         work()
         synchronize(device)
-    found.export_chrome_trace(str(path))
+    with writing(path, TRACE) as temporary:
+        found.export_chrome_trace(str(temporary))
 
 
 def training_pass(lm: CausalLM, rows: Rows, optimizer: torch.optim.Optimizer, config: TrainConfig) -> TimeSplit:

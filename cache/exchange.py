@@ -66,6 +66,17 @@ def export_view(view: View, path: Path) -> int:
     return len(view)
 
 
+def is_export(path: Path) -> bool:
+    """Whether `export_view` wrote this file. Raises ValueError where it is not what its name says."""
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        return bool(parquet.read_schema(path).equals(EXPORT_SCHEMA))
+    with path.open("rb") as file:
+        line = file.readline()
+    return bool(line) and list(json.loads(line)) == EXPORT_SCHEMA.names
+
+
 def _columns(view: View, *, gaps: bool) -> Iterator[dict[str, Any]]:
     tokens = not view.spec.holds_sums
     for i in range(len(view)):

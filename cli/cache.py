@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dpoeng.cache.words import counted
-from dpoeng.cli.options import config_options, given
+from dpoeng.cli.options import config_options, force_option, given
 from dpoeng.cli.tables import Marked, Table, facts_table, say
 from dpoeng.engine.config.fields import PrecomputeConfig
 from dpoeng.engine.config.files import load_config
 
 if TYPE_CHECKING:
     from dpoeng.cache.analytics import ReferenceStats
+    from dpoeng.cache.reader import View
     from dpoeng.cache.spec import FieldChange
     from dpoeng.cache.store import Store
 
@@ -138,12 +139,16 @@ def verify(
 @click.argument("folder", type=_FOLDER)
 @click.argument("file", type=_FILE)
 @click.option("--view", help="Which view.  [default: the only one]")
-def export(folder: Path, file: Path, view: str | None) -> None:
+@force_option
+def export(folder: Path, file: Path, view: str | None, force: bool) -> None:
     """Write token ids and reference log-probs of a view to FILE (.jsonl or .parquet), in the order of its source."""
-    from dpoeng.cache.exchange import export_view
+    from dpoeng.cache.exchange import export_view, is_export
     from dpoeng.cache.reader import View
+    from dpoeng.engine.runtime.outputs import Kind, refuse_output
 
-    count = export_view(View.open(folder, view), file)
+    opened = View.open(folder, view)
+    refuse_output(file, Kind("the export", is_export), inputs=_sources(opened), force=force)
+    count = export_view(opened, file)
     say(f"{counted(count, 'row')} written to {file}")
 
 
@@ -267,9 +272,10 @@ def gc(folder: Path, delete: bool, drop: tuple[str, ...], quarantine: bool, min_
 @click.argument("folder", type=_FOLDER)
 @click.option("--view", help="Which view.  [default: the only one]")
 @click.option("--html", type=_FILE, help="Write a page with plots; it needs no network.")
+@force_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--pairs", default=10, show_default=True, help="How many strongly ranked pairs to name.")
-def stats(folder: Path, view: str | None, html: Path | None, as_json: bool, pairs: int) -> None:
+def stats(folder: Path, view: str | None, html: Path | None, force: bool, as_json: bool, pairs: int) -> None:
     """Show the reference's margins on the data, lengths, and pairs that look mislabelled."""
     from dpoeng.cache.analytics import reference_stats
     from dpoeng.cache.reader import View
@@ -281,13 +287,19 @@ def stats(folder: Path, view: str | None, html: Path | None, as_json: bool, pair
         from dpoeng.cli.pages.reference import html_report
 
         facts = [("view", opened.name), ("reference", opened.spec.digest)]
-        write_page(html, html_report(found, f"The reference on {opened.name}", facts))
+        content = html_report(found, f"The reference on {opened.name}", facts)
+        write_page(html, content, inputs=_sources(opened), force=force)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(found), indent=2))
         return
     _print_stats(found)
     if html:
         say(f"plots in {html}")
+
+
+def _sources(view: View) -> list[Path]:
+    """The files that a view's pairs came from: no output may replace them."""
+    return [Path(name) for name in view.meta.get("files") or {}]
 
 
 def _print_stats(found: ReferenceStats) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dpoeng.cache.words import counted
-from dpoeng.cli.options import as_words, config_options, given
+from dpoeng.cli.options import as_words, config_options, force_option, given
 from dpoeng.cli.tables import Marked, command_line, facts_table, say
 from dpoeng.engine.config.fields import PrecomputeConfig
 from dpoeng.engine.config.files import load_config
@@ -43,6 +43,7 @@ _MARKS = ("[[", "]]")
 @click.option("--eval", "eval_files", multiple=True, type=click.Path(path_type=Path), help="Evaluation pairs: leakage?")
 @click.option("--examples", type=click.IntRange(min=0), default=3, show_default=True, help="Rows to name a finding.")
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page that needs no network.")
+@force_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--strict", is_flag=True, help="Fail on warnings too.")
 @config_options(PrecomputeConfig, skip=frozenset(PrecomputeConfig.model_fields) - _USED)
@@ -52,6 +53,7 @@ def check(
     eval_files: tuple[Path, ...],
     examples: int,
     html: Path | None,
+    force: bool,
     as_json: bool,
     strict: bool,
     **options: Any,
@@ -69,14 +71,19 @@ def check(
 
     from dpoeng.engine.models.tokenizer import without_torch
     from dpoeng.engine.recipes.check import check_pairs
+    from dpoeng.engine.runtime.outputs import PAGE, refuse_output
 
+    inputs = [*config.pairs, *eval_files, *([config_file] if config_file else []), Path("dpoeng.yaml")]
+    inputs += [Path(config.model)] if config.model else []
+    if html is not None:
+        refuse_output(html, PAGE, inputs=inputs, force=force)
     with without_torch(config.model, config.tokenizer):
         report = check_pairs(config, eval_files, examples=examples)
     if html is not None:
         from dpoeng.cli.pages.check import check_page
         from dpoeng.cli.pages.html import write_page
 
-        write_page(html, check_page(report))
+        write_page(html, check_page(report), inputs=inputs, force=force)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(report), indent=2))
     else:

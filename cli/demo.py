@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from dpoeng.cli.tables import Marked, say
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
+from dpoeng.engine.runtime.outputs import Kind, writing
 
 if TYPE_CHECKING:
     from dpoeng.engine.runtime.progress import Progress
@@ -80,10 +81,13 @@ def demo(folder: Path, pairs: int, model: str | None, quantization: str, prepare
 
 def write_pairs(folder: Path, count: int) -> Path:
     """The first `count` of the pairs that come with the package, as a file of the demo's own."""
-    lines = resources.files("dpoeng.cli").joinpath(PAIRS_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = resources.files("dpoeng.cli").joinpath(PAIRS_FILE).read_text(encoding="utf-8")
+    lines = whole.splitlines(keepends=True)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / ("pairs.jsonl" if count == DEFAULT_PAIRS else f"pairs-{count}.jsonl")
-    file.write_text("".join(lines[:count]), encoding="utf-8")
+    kind = Kind("the demo's pairs", lambda path: whole.startswith(path.read_text(encoding="utf-8")), forced=False)
+    with writing(file, kind) as temporary:
+        temporary.write_text("".join(lines[:count]), encoding="utf-8")
     return file
 
 

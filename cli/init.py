@@ -45,7 +45,8 @@ def init(
         "Options win over this file; `dpoeng config show` prints what holds and why.",
     ]
     lines = suggest(pairs, model, adapter, gpu=gpu, progress=TerminalProgress())
-    write_config(output, config_text(lines, header=header, every_field=True), force=force)
+    text = config_text(lines, header=header, every_field=True)
+    write_config(output, text, inputs=[*pairs, *(Path(name) for name in (model, adapter) if name)], force=force)
     say(f"{output} written:")
     for name, line in lines.items():
         value = ", ".join(map(str, line.value)) if isinstance(line.value, list) else line.value

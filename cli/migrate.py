@@ -53,7 +53,7 @@ def migrate(file: Path, output: Path, force: bool) -> None:
     if str(output) == "-":
         say(text.removesuffix("\n"))
         return
-    write_config(output, text, force=force)
+    write_config(output, text, inputs=[file], force=force)
     print_result(result, output)
 
 

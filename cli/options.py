@@ -18,6 +18,9 @@ from dpoeng.engine.config.template import sections
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+force_option = click.option("--force", is_flag=True, help="Replace another file; never one that is read, or of a run.")
+"""For commands that write a file the user names."""
+
 
 if TYPE_CHECKING:
     _PairType = click.ParamType[tuple[str, str]]

@@ -10,10 +10,11 @@ import click
 from pydantic import ValidationError
 
 from dpoeng.cache.words import GIB
-from dpoeng.cli.options import config_options, given
+from dpoeng.cli.options import config_options, force_option, given
 from dpoeng.cli.pages.html import write_page
 from dpoeng.cli.tables import Cell, Marked, Table, say
 from dpoeng.engine.config.plan import PlanConfig
+from dpoeng.engine.runtime.outputs import PAGE, refuse_output
 
 if TYPE_CHECKING:
     from dpoeng.engine.recipes.plan import CardPlan, Plan
@@ -31,7 +32,8 @@ Examples:
 @config_options(PlanConfig)
 @click.option("--json", "for_scripts", is_flag=True, help="JSON, for scripts.")
 @click.option("--html", type=click.Path(path_type=Path), help="Also write the memory through a step as a picture.")
-def plan(for_scripts: bool, html: Path | None, **options: Any) -> None:
+@force_option
+def plan(for_scripts: bool, html: Path | None, force: bool, **options: Any) -> None:
     """Calculate memory of both phases, hours and cost of a run, before you download or rent anything.
 
     Memory is simulated: the real step runs on a device that holds no values. Time is arithmetic. Nothing is measured on
@@ -47,9 +49,12 @@ def plan(for_scripts: bool, html: Path | None, **options: Any) -> None:
 
     from dpoeng.engine.recipes.plan import as_json, make_plan
 
+    inputs = [Path(config.model)]
+    if html is not None:
+        refuse_output(html, PAGE, inputs=inputs, force=force)
     found = make_plan(config)
     if html is not None:
-        write_page(html, picture(found))
+        write_page(html, picture(found), inputs=inputs, force=force)
     if for_scripts:
         click.echo(json.dumps(as_json(found), indent=2))
         return

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from dpoeng.cli.options import force_option
 from dpoeng.cli.tables import say
 
 EPILOG = """\b
@@ -18,7 +19,8 @@ Examples:
 @click.command("report", epilog=EPILOG)
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="The page.  [default: OUT/report.html]")
-def report(out: Path, html: Path | None) -> None:
+@force_option
+def report(out: Path, html: Path | None, force: bool) -> None:
     """Write the run in OUT, the --output-dir of `dpoeng train`, as one HTML page.
 
     Curves, evaluations, warnings, configuration, hashes and versions, in one file that needs no network. A run that is
@@ -31,5 +33,6 @@ def report(out: Path, html: Path | None) -> None:
 
     run = read_run(out)
     target = html or out / "report.html"
-    write_page(target, report_page(run))
+    inputs = [Path(name) for name in run.record.get("files") or {}]
+    write_page(target, report_page(run), inputs=inputs, force=force)
     say(f"{counted(run.steps(), 'step')}, {'complete' if run.complete else 'not complete yet'}: {target}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,10 +53,15 @@ def sweep(config_file: Path | None, **options: Any) -> None:
     """
     from dpoeng.cli.progress import TerminalProgress
     from dpoeng.engine.recipes.sweep import plan_sweep, run_sweep
+    from dpoeng.engine.recipes.sweep_ranking import SWEEP, SWEEP_FILE
+    from dpoeng.engine.runtime.outputs import PAGE, refuse_output
 
     taken = given(options)
     own = {name: taken.pop(name) for name in SweepConfig.model_fields if name in taken}
     plan = plan_sweep(load_config(SweepConfig, own, config_file), taken, config_file)
+    if plan.root.is_dir():  # before the first run, not after the last
+        refuse_output(plan.root / PAGE_FILE, replace(PAGE, forced=False))
+        refuse_output(plan.root / SWEEP_FILE, SWEEP)
 
     def show(results: Sequence[RunResult]) -> None:
         from dpoeng.cli.pages.html import write_page

@@ -19,6 +19,7 @@ from rich.console import Console, RenderableType
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.models.model import device_name, library_versions
+from dpoeng.engine.runtime.outputs import Kind, has_json_lines, refuse_output
 
 RECORD_VERSION = 1
 
@@ -80,9 +81,22 @@ def commit() -> str | None:
     return head + ("+" if changed else "")
 
 
+def is_records(path: Path) -> bool:
+    """Whether a file holds records: then lines are added to it. Raises ValueError where it is no JSON."""
+    return has_json_lines(path, lambda record: {"kind", "device", "versions", "settings"} <= record.keys())
+
+
+RECORDS = Kind("the file of records", is_records, forced=False)
+
+
 def append(record: dict[str, Any], path: Path) -> None:
-    """Adds a line to a file of records."""
+    """Adds a line to a file of records.
+
+    Raises:
+        UserError: the file holds something else.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    refuse_output(path, RECORDS)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, allow_nan=False) + "\n")
 

@@ -28,6 +28,7 @@ import torch
 from dpoeng.bench.studies.tiny_models import causal_types, save_tiny
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
+from dpoeng.engine.runtime.outputs import Kind, writing
 
 LIMIT_S = 120.0
 """Seconds for one architecture, after which it is given up."""
@@ -293,6 +294,10 @@ def outcome_of(model_type: str) -> Outcome:
 # --------------------------------------------------------------------------- the page
 
 
+def _is_study(path: Path) -> bool:
+    return "python -m dpoeng.bench.studies.architectures" in path.read_text(encoding="utf-8")
+
+
 def page(outcomes: Sequence[Outcome]) -> str:
     """docs/models.md."""
     import peft
@@ -350,7 +355,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     types = asked.only.split(",") if asked.only else causal_types()
     text = page(study(types, limit_s=asked.limit_s, tell=tell))
     if asked.output:
-        asked.output.write_text(text, encoding="utf-8")
+        with writing(asked.output, Kind("the page", _is_study, forced=False)) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     else:
         print(text)
 

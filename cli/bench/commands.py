@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from dpoeng.cli.bench.output import Outputs, example, finish, output_options
+from dpoeng.cli.bench.output import Outputs, example, finish, output_options, refuse_outputs
 from dpoeng.cli.main import LazyGroup
 from dpoeng.cli.tables import say
 
@@ -99,14 +99,16 @@ def bench(ctx: click.Context, outputs: Outputs) -> None:
         if any(outputs):
             raise click.UsageError(f"--json, --results and --html stand behind the command: {ctx.invoked_subcommand}")
         return
+    kept, shown = outputs.json_file or Path("dpoeng-bench.jsonl"), outputs.html or Path("dpoeng-bench.html")
+    outputs = outputs._replace(json_file=kept, html=shown)
+    refuse_outputs(outputs)
+
     from dpoeng.bench.memory import MemorySettings, bench_memory
     from dpoeng.bench.phases import PhaseSettings, bench_phases
     from dpoeng.cli.progress import TerminalProgress
 
     progress = TerminalProgress()
-    records = [bench_phases(PhaseSettings(), progress), bench_memory(MemorySettings(batch_size=1), progress)]
-    kept, shown = outputs.json_file or Path("dpoeng-bench.jsonl"), outputs.html or Path("dpoeng-bench.html")
-    finish(records, outputs._replace(json_file=kept, html=shown))
+    finish([bench_phases(PhaseSettings(), progress), bench_memory(MemorySettings(batch_size=1), progress)], outputs)
 
 
 @click.command("phases", epilog=example("dpoeng bench phases --model sft-model --pairs pairs.jsonl"))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ def output_options(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def with_outputs(*args: Any, **options: Any) -> None:
         outputs = Outputs(*(options.pop(name) for name in Outputs._fields))
+        refuse_outputs(outputs, options.get("pairs") or ())  # a measurement may take hours
         command(*args, outputs=outputs, **options)
 
     path = click.Path(path_type=Path)
@@ -41,6 +43,17 @@ def output_options(command: Callable[..., None]) -> Callable[..., None]:
     ):
         with_outputs = option(with_outputs)
     return with_outputs
+
+
+def refuse_outputs(outputs: Outputs, inputs: Iterable[Path] = ()) -> None:
+    """Raises UserError where the page or the records cannot be written as asked."""
+    from dpoeng.bench.measuring.records import RECORDS
+    from dpoeng.engine.runtime.outputs import PAGE, refuse_output
+
+    if outputs.html:
+        refuse_output(outputs.html, replace(PAGE, forced=False), inputs=inputs)
+    if outputs.json_file:
+        refuse_output(outputs.json_file, RECORDS, inputs=inputs)
 
 
 def finish(records: Sequence[dict[str, Any]], outputs: Outputs) -> None:
@@ -63,6 +76,5 @@ def finish(records: Sequence[dict[str, Any]], outputs: Outputs) -> None:
             append(record, target)
             say(f"Record appended to {target}")
     if outputs.html:
-        outputs.html.parent.mkdir(parents=True, exist_ok=True)
         write_page(outputs.html, bench_page(records))
         say(f"Page written to {outputs.html}")

@@ -11,9 +11,8 @@ from dataclasses import dataclass, replace
 from html import escape as html_escape
 from pathlib import Path
 
-from dpoeng.cache.errors import UserError
-from dpoeng.cache.files import replacing
 from dpoeng.cli.tables import Cell, Marked, Table, visible
+from dpoeng.engine.runtime.outputs import GENERATOR, PAGE, writing
 
 Point = tuple[float, float]
 
@@ -58,7 +57,7 @@ def page(title: str, parts: Iterable[str], subtitle: str = "") -> str:
     style = _STYLE.read_text(encoding="utf-8")
     below = f'<p class="dim">{escape(subtitle)}</p>' if subtitle else ""
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{GENERATOR}'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{style}</style></head><body>\n<h1>{escape(title)}</h1>{below}\n"
         + "\n".join(parts)
@@ -338,21 +337,11 @@ def _running_mean(points: Sequence[Point]) -> list[Point]:
     return smooth
 
 
-def write_page(path: Path, page: str) -> None:
-    """Writes a page whole or not at all.
+def write_page(path: Path, page: str, *, inputs: Iterable[Path] = (), force: bool = False) -> None:
+    """Writes a page whole or not at all; see `engine/runtime/outputs.py` for what it replaces.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: something else stands there, or the file cannot be written.
     """
-    try:
-        with replacing(path) as temporary:
-            temporary.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            "the page cannot be written",
-            code="page-unwritable",
-            where=str(path),
-            found=error.strerror or str(error),
-            remedy="name a file in a folder that exists and that you may write to",
-            exit_status=5,
-        ) from error
+    with writing(path, PAGE, inputs=inputs, force=force) as temporary:
+        temporary.write_text(page, encoding="utf-8")

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from dpoeng.cache.errors import UserError
-from dpoeng.cache.files import replacing
 from dpoeng.engine.config.fields import COMMANDS, SECTIONS
+from dpoeng.engine.runtime.outputs import Kind, writing
 
 WIDTH = 100
 
@@ -85,32 +85,36 @@ def plain(value: Any) -> Any:
     return value
 
 
-def write_config(path: Path, text: str, *, force: bool) -> None:
-    """Writes the file whole or not at all, and over another only with `force`.
+def write_config(path: Path, text: str, *, inputs: Iterable[Path] = (), force: bool) -> None:
+    """Writes the file whole or not at all, over another only with `force`, and never over one of `inputs`.
 
     Raises:
-        UserError: the file exists, or cannot be written.
+        UserError: the file exists, is an input, or cannot be written.
     """
-    try:
-        if path.exists() and not force:
-            raise UserError(
-                f"{path} is there already",
-                code="config-exists",
-                where=str(path),
-                expected="a name that is free",
-                found="a file" if path.is_file() else "a folder",
-                remedy="name another with --output, or overwrite it with --force",
-            )
-        with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
+    if path.exists() and not force:
         raise UserError(
-            "the configuration file cannot be written",
-            code="config-unwritable",
+            f"{path} is there already",
+            code="config-exists",
             where=str(path),
-            found=error.strerror or str(error),
-            remedy="name a file in a folder that exists and can be written to, with --output",
-        ) from error
+            expected="a name that is free",
+            found="a file" if path.is_file() else "a folder",
+            remedy="name another with --output, or overwrite it with --force",
+        )
+    with writing(path, _CONFIG, inputs=inputs, force=force) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _unwritable(path: Path, name: str, found: str) -> UserError:
+    return UserError(
+        f"{name} cannot be written",
+        code="config-unwritable",
+        where=str(path),
+        found=found,
+        remedy="name a file in a folder that exists and can be written to, with --output",
+    )
+
+
+_CONFIG = Kind("the configuration file", unwritable=_unwritable)
 
 
 def _comment(text: str) -> Iterable[str]:

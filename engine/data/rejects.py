@@ -111,6 +111,13 @@ def check_reject_share(rejects: Sequence[Reject], rows: int, limit: float) -> No
     )
 
 
+def is_rejects(path: Path) -> bool:
+    """Whether `write_rejects` wrote this file. Raises ValueError where it is no JSON."""
+    with path.open("rb") as stream:
+        line = stream.readline()
+    return not line or list(json.loads(line)) == list(Reject.__slots__)
+
+
 def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
     """Write rejects as JSON Lines: `source_file`, `source_row`, `reason`, `detail`."""
     with path.open("w", encoding="utf-8", newline="\n") as stream:

@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dpoeng.cache.files import replacing
 from dpoeng.engine.runs.folder import RUN_FILE, has_result
 from dpoeng.engine.runs.reading import read_held_out, read_run
 from dpoeng.engine.runtime.folders import write_durably
+from dpoeng.engine.runtime.outputs import Kind, writing
 from dpoeng.engine.training.early_stopping import more_is_better
 from dpoeng.engine.training.evaluation import CONFIDENCE, Floats, bootstrap, length_controlled_accuracy
 
@@ -160,6 +160,15 @@ def verdict(results: Sequence[RunResult]) -> str:
     return f"{best.name} is ahead. {differing}Not told apart from it by these held-out pairs: {shown}."
 
 
+def is_sweep(path: Path) -> bool:
+    """Whether `write_sweep` wrote this file. Raises ValueError where it is no JSON."""
+    record = json.loads(path.read_bytes())
+    return isinstance(record, dict) and {"vary", "rank_by", "verdict", "runs"} <= record.keys()
+
+
+SWEEP = Kind("the sweep's record", is_sweep, forced=False)
+
+
 def write_sweep(root: Path, vary: Mapping[str, Sequence[str]], rank_by: str, results: Sequence[RunResult]) -> None:
     """Writes sweep.json."""
     record = {
@@ -170,5 +179,5 @@ def write_sweep(root: Path, vary: Mapping[str, Sequence[str]], rank_by: str, res
         "runs": [{**asdict(result), "folder": result.folder.name} for result in results],
     }
     root.mkdir(parents=True, exist_ok=True)
-    with replacing(root / SWEEP_FILE) as temporary:
+    with writing(root / SWEEP_FILE, SWEEP) as temporary:
         write_durably(temporary, (json.dumps(record, indent=1) + "\n").encode())

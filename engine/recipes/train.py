@@ -26,6 +26,7 @@ from dpoeng.engine.runs.checkpoint import Checkpoint
 from dpoeng.engine.runs.folder import (
     clear_output,
     open_output,
+    refuse_foreign,
     result_folder,
     write_advice,
     write_result,
@@ -129,6 +130,8 @@ def _train(
     if checkpoint is not None and checkpoint.state["complete"] and has_result:
         return _finished(config, inputs, choice.mode, checkpoint, group)
 
+    if group.is_first:
+        refuse_foreign(config.output_dir, _models(choice))
     policy = load_policy(config, inputs, choice, group, progress, kept_base)
     group.wait()  # until every process has found its policy right
     if group.is_first and config.resume is False:  # only now, when nothing can refuse the new run any more
@@ -142,6 +145,11 @@ def _train(
     done = _run_steps_tracked(run, first_step, identity)
     write_results(run, done, identity, choice.mode, policy.source, inputs.view.meta["reference"])
     return summarise(run, inputs, policy, choice.mode, first_step, done, time.perf_counter() - began)
+
+
+def _models(choice: Choice) -> list[Path]:
+    """Where the models that a run reads lie, as far as they are on this machine."""
+    return [Path(choice.model), *([choice.adapter.folder] if choice.adapter else [])]
 
 
 def find_beginning(

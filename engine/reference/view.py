@@ -16,12 +16,15 @@ from dpoeng.cache.table import ViewEntry
 from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import PrecomputeConfig
 from dpoeng.engine.data.pairs import PairFile
-from dpoeng.engine.data.rejects import Reject, write_rejects
+from dpoeng.engine.data.rejects import Reject, is_rejects, write_rejects
 from dpoeng.engine.data.tokenization import TokenizedData
 from dpoeng.engine.models.model import library_versions
 from dpoeng.engine.models.sources import ModelSource
 from dpoeng.engine.models.tokenizer import choose_tokenizer
+from dpoeng.engine.runtime.outputs import Kind, refuse_output, writing
 from dpoeng.engine.runtime.progress import Progress
+
+_REJECTS = Kind("the list of rejected rows", is_rejects, forced=False)
 
 
 def reference_record(
@@ -95,13 +98,19 @@ def write_pairs_view(
 
 
 def write_rejects_file(store: Store, name: str, rejects: list[Reject], progress: Progress) -> Path | None:
-    """Lists the rows that were left out, in `rejects/<view>.jsonl`; None where there are none."""
+    """Lists the rows that were left out, in `rejects/<view>.jsonl`; None where there are none.
+
+    Raises:
+        UserError: another file has this name.
+    """
     path = store.root / "rejects" / f"{name}.jsonl"
     try:
         if rejects:
             path.parent.mkdir(exist_ok=True)
-            write_rejects(path, rejects)
+            with writing(path, _REJECTS) as temporary:
+                write_rejects(temporary, rejects)
         elif path.exists():  # a read-only file system refuses even to remove what is not there
+            refuse_output(path, _REJECTS)
             path.unlink()
     except OSError as error:
         explained = disk_error(error, path)

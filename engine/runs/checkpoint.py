@@ -117,7 +117,7 @@ def latest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def remove_checkpoints(root: Path) -> None:
     """Removes all checkpoints under `root`, and what an interrupted save left."""
-    for folder in [*_folders(root), *root.glob(f".{_PREFIX}*")]:
+    for folder in [*_folders(root), *root.glob(f".{_PREFIX}{'[0-9]' * 8}.tmp")]:
         shutil.rmtree(folder)
 
 
@@ -126,7 +126,13 @@ def _folder(root: Path, step: int) -> Path:
 
 
 def _folders(root: Path) -> list[Path]:
-    return sorted(path for path in root.glob(f"{_PREFIX}*") if path.is_dir() and not path.is_symlink())
+    """Our checkpoints, oldest first; those of transformers (checkpoint-500) are not ours to read or to remove."""
+    return sorted(path for path in root.glob(f"{_PREFIX}{'[0-9]' * 8}") if path.is_dir() and not path.is_symlink())
+
+
+def has_checkpoint(root: Path) -> bool:
+    """Whether a run of ours left a checkpoint here, whole or damaged."""
+    return any((folder / _STATE).is_file() for folder in _folders(root))
 
 
 def _digest(data: bytes) -> str:

@@ -19,7 +19,7 @@ from dpoeng.engine.models.full_finetuning import save_model
 from dpoeng.engine.models.model import CausalLM, library_versions
 from dpoeng.engine.models.sources import ModelSource
 from dpoeng.engine.models.tokenizer import TokenizerChoice, copy_tokenizer
-from dpoeng.engine.runs.checkpoint import Checkpoint, latest_checkpoint, remove_checkpoints
+from dpoeng.engine.runs.checkpoint import Checkpoint, has_checkpoint, latest_checkpoint, remove_checkpoints
 from dpoeng.engine.runs.identity import changes
 from dpoeng.engine.runs.metrics import EVALUATIONS_FILE, HELD_OUT_FILE, METRICS_FILE, TIMINGS_FILE
 from dpoeng.engine.runtime.folders import place_folder, saving_tensors, sync_file, unwritable, write_durably
@@ -78,13 +78,58 @@ def open_output(root: Path, resume: bool | None, identity: dict[str, Any], progr
     return checkpoint
 
 
+_FILES = (METRICS_FILE, TIMINGS_FILE, EVALUATIONS_FILE, HELD_OUT_FILE, ADVICE_FILE, SAMPLES_FILE, RUN_FILE)
+_FOLDERS = (ADAPTER_FOLDER, MODEL_FOLDER)
+
+
 def clear_output(root: Path) -> None:
-    """Removes everything that an earlier run left in its output folder."""
+    """Removes everything that an earlier run left in its output folder; run.json last, which says whose it is."""
     remove_checkpoints(root)
-    for name in (METRICS_FILE, TIMINGS_FILE, EVALUATIONS_FILE, HELD_OUT_FILE, ADVICE_FILE, SAMPLES_FILE, RUN_FILE):
-        (root / name).unlink(missing_ok=True)
-    for name in (ADAPTER_FOLDER, MODEL_FOLDER):
+    for name in _FOLDERS:
         shutil.rmtree(root / name, ignore_errors=True)
+    for name in _FILES:
+        (root / name).unlink(missing_ok=True)
+
+
+def refuse_foreign(root: Path, inputs: Iterable[Path]) -> None:
+    """Raises UserError where a run in this folder would replace what it reads, or what no run of dpoeng made.
+
+    Args:
+        root: the output folder.
+        inputs: folders and files that the run reads: base, SFT adapter.
+    """
+    replaced = [root / name for name in _FOLDERS] + [path for path in root.glob("checkpoint-*") if path.is_dir()]
+    for read in inputs:
+        inside = [path for path in replaced if path.exists() and read.resolve().is_relative_to(path.resolve())]
+        if read.exists() and inside:
+            raise UserError(
+                "the run would replace a model that it reads",
+                code="output-protected",
+                where=str(read),
+                expected="an output folder that holds none of the run's models",
+                found=f"--output-dir {root}",
+                remedy="name another folder with --output-dir",
+            )
+    foreign = [name for name in (*_FILES, *_FOLDERS) if (root / name).exists()]
+    if foreign and not (_is_run(root / RUN_FILE) or has_checkpoint(root)):
+        raise UserError(
+            "the output folder holds files that dpoeng did not make, and the run would replace them",
+            code="output-foreign",
+            where=str(root),
+            expected="a new folder, or the folder of a run",
+            found=", ".join(foreign),
+            remedy="name another folder with --output-dir, or move these files away",
+        )
+
+
+def _is_run(path: Path) -> bool:
+    """Whether run.json is ours; a damaged one counts, so that the run can be repeated."""
+    try:
+        return path.is_file() and json.loads(path.read_bytes()).get("command") == "dpoeng train"
+    except ValueError:
+        return True
+    except (OSError, AttributeError):
+        return False
 
 
 def write_run_file(output_dir: Path, record: Mapping[str, Any]) -> None:
