@@ -67,10 +67,9 @@ class ReferenceStats:
             nothing is ln 2 whatever this is; what it shows is how far the data lies from the reference.
         margin_per_token: difference of the mean log-probs, which length does not drown.
         accuracy: share of pairs with margin > 0; `accuracy_per_token` likewise.
-        length_correlation: Pearson's r of margin and length difference; close to -1, the margin is mostly length; 0
-            where `correlation` gives none.
-        strongly_right, strongly_wrong: the pairs with the greatest and least margin per token; among the wrong ones
-            mislabelled pairs gather.
+        length_correlation=correlation(margin, difference) or 0.0,
+        strongly_right=named(k for k in order[::-1][:notes] if margin[k] > 0),
+        strongly_wrong=named(k for k in order[:notes] if margin[k] < 0),
     """
 
     rows: int
@@ -101,7 +100,7 @@ def reference_stats(view: View, *, notes: int = 10) -> ReferenceStats:
     margin = numbers.chosen_sum - numbers.rejected_sum
     per_token = numbers.chosen_sum / numbers.chosen_tokens - numbers.rejected_sum / numbers.rejected_tokens
     difference = (numbers.chosen_tokens - numbers.rejected_tokens).astype(np.float64)
-    order = np.argsort(per_token, kind="stable")
+    order = np.argsort(margin, kind="stable")
 
     def named(places: Iterable[int]) -> tuple[PairNote, ...]:
         return tuple(
@@ -121,8 +120,8 @@ def reference_stats(view: View, *, notes: int = 10) -> ReferenceStats:
         accuracy=float((margin > 0).mean()),
         accuracy_per_token=float((per_token > 0).mean()),
         length_correlation=correlation(margin, difference) or 0.0,
-        strongly_right=named(k for k in order[::-1][:notes] if per_token[k] > 0),
-        strongly_wrong=named(k for k in order[:notes] if per_token[k] < 0),
+        strongly_right=named(k for k in order[::-1][:notes] if margin[k] > 0),
+        strongly_wrong=named(k for k in order[:notes] if margin[k] < 0),
     )
 
 

@@ -182,7 +182,7 @@ def _gguf_spans(file: Path, size: int) -> tuple[dict[str, _Span], dict[str, Tens
             "reading GGUF needs the gguf package",
             code="weights-gguf",
             where=str(file),
-            remedy="pip install 'dpoeng[gguf]'",
+            remedy="pip install 'gguf>=0.17'",
             exit_status=5,
         ) from None
     try:

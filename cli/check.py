@@ -73,8 +73,8 @@ def check(
     from dpoeng.engine.recipes.check import check_pairs
     from dpoeng.engine.runtime.outputs import PAGE, refuse_output
 
-    inputs = [*config.pairs, *eval_files, *([config_file] if config_file else []), Path("dpoeng.yaml")]
-    inputs += [Path(config.model)] if config.model else []
+    inputs = [*(path for path in config.pairs if isinstance(path, Path)), *eval_files]
+    inputs += [config_file or Path("dpoeng.yaml"), *([Path(config.model)] if config.model else [])]
     if html is not None:
         refuse_output(html, PAGE, inputs=inputs, force=force)
     with without_torch(config.model, config.tokenizer):

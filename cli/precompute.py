@@ -72,7 +72,9 @@ def print_summary(summary: PrecomputeSummary) -> None:
         facts.append(("peak memory", f"{gib(summary.peak_bytes)} allocated on the device"))
     if not summary.pending:
         share = f"{100 * summary.reference_accuracy:.0f} %"
-        facts.append(("reference", f"prefers the chosen response in {share} of the pairs"))
+        facts.append(
+            ("reference", f"prefers the chosen response in {share} of the pairs (by sums of log-probs, as DPO)")
+        )
     for label, count, word, text in (
         ("duplicates", len(summary.source.duplicates), "pair", "repeated; each is scored once"),
         ("contradictions", len(summary.source.contradictions), "pair", "the other way round elsewhere"),

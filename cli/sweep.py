@@ -81,7 +81,8 @@ def print_results(plan: SweepPlan, results: Sequence[RunResult]) -> None:
 
     say(
         ranking_table(plan, results, f"{counted(len(results), 'run')} by held-out {plan.rank_by}"),
-        "intervals: over held-out prompts; the difference from the best run is taken pair by pair\n" + verdict(results),
+        f"intervals: over the prompts of {counted(results[0].pairs, 'held-out pair')}; "
+        f"the difference from the best run is taken pair by pair\n{verdict(results)}",
     )
     done = [result for result in results if result.value is not None]
     if done:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -77,6 +77,21 @@ def plain(cell: Cell) -> str:
 def interval(bounds: Sequence[float] | None, form: str) -> str:
     """Both bounds in a format such as `.3f`; nothing where there is no interval."""
     return f"{bounds[0]:{form}} to {bounds[1]:{form}}" if bounds else ""
+
+
+def accuracy_line(evaluation: Mapping[str, Any]) -> str:
+    """The accuracy of an evaluation's record, its interval and the number of pairs; or why there is none."""
+    pairs, prompts = evaluation.get("pairs", 0), evaluation.get("prompts", 0)
+    counts = f"n = {pairs:,} pairs" + (f" of {prompts:,} prompts" if prompts and prompts != pairs else "")
+    if evaluation.get("ties") and evaluation["ties"] == pairs:
+        return f"held-out accuracy: none yet, every margin is 0: the policy equals its reference ({counts})"
+    name = "rewards/accuracies"
+    bounds = interval(evaluation.get("intervals", {}).get(name), ".3f")
+    value = evaluation.get("metrics", {}).get(name)
+    if not bounds or value is None:
+        return ""
+    ties = f"; {evaluation['ties']:,} of them tied, counted as wrong" if evaluation.get("ties") else ""
+    return f"held-out accuracy: {value:.3f}, 95 % interval {bounds} ({counts}{ties})"
 
 
 def command_line(*words: object) -> Marked:

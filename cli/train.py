@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import click
 from dpoeng.cache.words import counted, gib
 from dpoeng.cli.evaluate import print_advice
 from dpoeng.cli.options import ConfigCommand, config_options, given
-from dpoeng.cli.tables import Marked, facts_table, interval, say
+from dpoeng.cli.tables import Marked, accuracy_line, facts_table, say
 from dpoeng.engine.config.fields import TrainConfig
 from dpoeng.engine.config.files import load_config
 
@@ -68,15 +69,21 @@ def print_summary(summary: TrainSummary) -> None:
             for metrics in (summary.eval_before, summary.eval_after)
         ]
     say(metrics_table(heads, columns))
+    if any(_equals_reference(column) for column in columns):
+        say("Where all rewards are 0 the policy still equals its reference: a tie, which accuracies count as wrong.")
     if summary.evaluation:
-        bounds = interval(summary.evaluation["intervals"].get("rewards/accuracies"), ".3f")
-        if bounds:
-            say(f"held-out accuracy, 95 % interval: {bounds}")
+        if line := accuracy_line(summary.evaluation):
+            say(line)
         say(*group_tables(summary.evaluation))
     print_advice(summary.advice)
     kind = "checkpoint" if summary.mode == "full" else "adapter"
     say(f"\nThe {kind} is in ", Marked(str(summary.result), "bold"), "; run.json beside it has the lines that load it.")
     say(f"Every step's figures: {summary.output_dir / 'metrics.jsonl'}")
+
+
+def _equals_reference(metrics: Mapping[str, float]) -> bool:
+    """Whether nothing has been learnt yet: no pair has a reward, so none can be right."""
+    return metrics.get("rewards/chosen") == metrics.get("rewards/rejected") == 0.0
 
 
 def _facts(summary: TrainSummary) -> list[tuple[str, str]]:

@@ -36,7 +36,7 @@ from dpoeng.engine.runs.metrics import pair_values
 from dpoeng.engine.runs.reading import read_run
 from dpoeng.engine.runtime.progress import QUIET, Progress
 from dpoeng.engine.training.batch_loss import evaluate
-from dpoeng.engine.training.evaluation import Floats, bootstrap
+from dpoeng.engine.training.intervals import Floats, bootstrap
 from dpoeng.engine.training.order import hold_out
 from dpoeng.engine.training.rows import Rows
 

@@ -10,12 +10,16 @@ from dpoeng.cli.tables import Table, facts_table
 
 # title, unit, attribute
 _SHOWN = (
-    ("margin", "nats", "margin"),
-    ("margin per token", "nats", "margin_per_token"),
+    ("margin", "nats, sums", "margin"),
+    ("margin per token", "nats, means", "margin_per_token"),
     ("length difference", "tokens, chosen − rejected", "length_difference"),
     ("prompt", "tokens", "prompt_tokens"),
     ("chosen", "scored tokens", "chosen_tokens"),
     ("rejected", "scored tokens", "rejected_tokens"),
+)
+MARGIN = (
+    "Margin: log p_ref(chosen) − log p_ref(rejected), sums over each response, as DPO's loss has them; per token: the "
+    "same of means."
 )
 _QUANTILES = ("least", "5 %", "25 %", "median", "75 %", "95 %", "greatest")
 
@@ -36,7 +40,7 @@ def html_report(stats: ReferenceStats, title: str, facts: Sequence[tuple[str, st
             histogram(title, unit, (item := getattr(stats, name)).edges, item.counts) for title, unit, name in _SHOWN
         ),
         heading("Pairs that the reference ranks strongly wrong"),
-        paragraph("Mislabelled pairs gather here: read some before training on them.", "dim"),
+        paragraph(f"{MARGIN} Mislabelled pairs gather here: read some before training on them.", "dim"),
         _notes(stats.strongly_wrong),
         heading("Pairs that the reference ranks strongly right"),
         _notes(stats.strongly_right),
@@ -56,7 +60,7 @@ def reference_facts(stats: ReferenceStats) -> list[tuple[str, str]]:
         ("rows", f"{stats.rows:,}"),
         ("distinct pairs", f"{stats.pairs:,}"),
         ("contradictions", f"{len(stats.contradictions):,}"),
-        ("reference prefers chosen", f"{stats.accuracy:.1%} of pairs; per token {stats.accuracy_per_token:.1%}"),
+        ("reference prefers chosen", f"{stats.accuracy:.1%} of pairs (sums); per token {stats.accuracy_per_token:.1%}"),
         ("margin follows length", f"r = {stats.length_correlation:+.2f}"),
     ]
 
@@ -77,7 +81,7 @@ def notes_table(notes: Sequence[PairNote], title: str = "") -> Table:
         (note.source_file, f"{note.source_row}", f"{note.margin:+.2f}", f"{note.margin_per_token:+.3f}")
         for note in notes
     ]
-    return Table(rows, ("source", "row", "margin", "margin per token"), title)
+    return Table(rows, ("source", "row", "margin", "margin per token"), title, [MARGIN] if title else [])
 
 
 def _notes(notes: Sequence[PairNote]) -> Html:

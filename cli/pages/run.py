@@ -23,7 +23,7 @@ from dpoeng.cli.pages.html import (
     tag,
     text,
 )
-from dpoeng.cli.tables import Table, facts_table, interval
+from dpoeng.cli.tables import Table, accuracy_line, facts_table, interval
 from dpoeng.engine.config.fields import TrainConfig
 from dpoeng.engine.runs.reading import EVAL, RunRecord
 
@@ -94,7 +94,7 @@ def _cards(run: RunRecord) -> list[tuple[str, str]]:
         points = run.curve(name)
         if points:
             first = f", at first {form.format(points[0][1])}" if len(points) > 1 else ""
-            facts.append((label + first, form.format(points[-1][1])))
+            facts.append((f"{label}{first}{_pairs_behind(run)}", form.format(points[-1][1])))
     if not run.curve(f"{EVAL}loss"):
         for label, name in (("loss", "loss"), ("accuracy", "rewards/accuracies"), ("margin", "rewards/margins")):
             if points := run.curve(name):
@@ -103,6 +103,12 @@ def _cards(run: RunRecord) -> list[tuple[str, str]]:
         facts.append(("median step", _duration(times[len(times) // 2])))
         facts.append(("all steps", _duration(sum(times))))
     return facts
+
+
+def _pairs_behind(run: RunRecord) -> str:
+    """How many pairs a held-out figure is of."""
+    pairs = run.evaluations[-1].get("pairs") if run.evaluations else None
+    return f" (n = {pairs:,} pairs)" if pairs else ""
 
 
 def _duration(ms: float) -> str:
@@ -195,8 +201,9 @@ def evaluation_table(record: Mapping[str, Any]) -> Table:
         ("", "mean", f"{100 * record.get('confidence', 0.95):.0f} % interval"),
         f"held out: {record.get('pairs', '?')} pairs",
         [
+            *([f"{line}. "] if (line := accuracy_line(record)) else []),
             "length_controlled: the mean of the accuracies where chosen is longer and where it is shorter. kl: per "
-            "token, of the given responses."
+            "token, of the given responses.",
         ],
     )
 

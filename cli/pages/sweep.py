@@ -68,7 +68,7 @@ def ranking_table(plan: SweepPlan, results: Sequence[RunResult], title: str = ""
         if result.value is None:
             rows.append((*values, "", "", "", "", result.state))
             continue
-        word = "best" if place == 0 else "differs" if result.differs else "not told apart"
+        word = "best" if place == 0 else "differs" if result.differs else "no difference found"
         rows.append(
             (
                 *values,
@@ -90,7 +90,10 @@ def _cards(plan: SweepPlan, results: Sequence[RunResult]) -> Html:
     if states.count("failed"):
         facts.append(("failed", str(states.count("failed"))))
     if results and results[0].value is not None:
-        facts += [("best run", _spaced(results[0].name)), (f"its held-out {plan.rank_by}", number(results[0].value))]
+        facts += [
+            ("best run", _spaced(results[0].name)),
+            (f"its held-out {plan.rank_by} (n = {results[0].pairs:,} pairs)", number(results[0].value)),
+        ]
     return cards(facts)
 
 

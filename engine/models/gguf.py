@@ -236,7 +236,7 @@ def _require_gguf_package(path: Path) -> None:
             "reading GGUF files needs the package gguf",
             code="gguf-package",
             where=str(path),
-            remedy="pip install 'dpoeng[gguf]'",
+            remedy="pip install 'gguf>=0.17'",
             exit_status=5,
         )
 

@@ -15,19 +15,19 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dpoeng.cache.words import counted
 from dpoeng.engine.runs.folder import RUN_FILE, has_result
 from dpoeng.engine.runs.reading import read_held_out, read_run
 from dpoeng.engine.runtime.folders import write_durably
 from dpoeng.engine.runtime.outputs import Kind, writing
 from dpoeng.engine.training.early_stopping import more_is_better
-from dpoeng.engine.training.evaluation import CONFIDENCE, Floats, bootstrap, length_controlled_accuracy
+from dpoeng.engine.training.intervals import CONFIDENCE, CONTROLLED, FEW, Floats, intervals, length_controlled_accuracy
 
 SWEEP_FILE = "sweep.json"
 
-_CONTROLLED = "rewards/accuracies_length_controlled"
 PER_PAIR = (
     "rewards/accuracies",
-    _CONTROLLED,
+    CONTROLLED,
     "rewards/margins",
     "rewards/chosen",
     "rewards/rejected",
@@ -51,6 +51,7 @@ class RunResult:
         state: `stopped` is one that is not complete and has not failed, or was not begun.
         error: what ended a run that failed.
         step: of the evaluation that is told: the adapter that was saved has it.
+        pairs: held-out pairs of that evaluation.
         metrics: held-out metric -> mean, from that evaluation; `intervals` likewise, where there is one.
         value: of the metric by which runs are ranked.
         difference: of `value` from the best run's; for the best run itself None, as its interval.
@@ -69,6 +70,7 @@ class RunResult:
     difference: float | None = None
     difference_interval: Interval | None = None
     differs: bool = False
+    pairs: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +109,11 @@ def compare_runs(
             step = int(lines[0]["step"])
             saved = next(line for line in reversed(read_run(folder).evaluations) if line["step"] == step)
             held_out[run] = _pairs(lines)
-            metrics, intervals = saved["metrics"], {key: (low, high) for key, (low, high) in saved["intervals"].items()}
+            metrics, bounds = saved["metrics"], {key: (low, high) for key, (low, high) in saved["intervals"].items()}
             results.append(
-                RunResult(run, values, folder, "complete", "", step, metrics, intervals, metrics.get(rank_by))
+                RunResult(
+                    run, values, folder, "complete", "", step, metrics, bounds, metrics.get(rank_by), pairs=len(lines)
+                )
             )
     sign = 1.0 if more_is_better(rank_by, None) else -1.0
     ranked = [result for result in results if result.value is not None]
@@ -131,14 +135,14 @@ def _against(result: RunResult, best: RunResult, held_out: Mapping[str, _HeldOut
     """The run with its difference from the best one."""
     own, other = held_out[result.name], held_out[best.name]
     assert own.pairs == other.pairs, "runs of one sweep are judged on the same pairs in the same order"
-    source = "rewards/accuracies" if name == _CONTROLLED else name
+    source = "rewards/accuracies" if name == CONTROLLED else name
     if source not in own.values or source not in other.values:
         return result
     values = own.values[source] - other.values[source]
     # Means over pairs that are longer and that are shorter: of differences as of values.
-    mean = length_controlled_accuracy(values, own.longer) if name == _CONTROLLED else float(values.mean())
+    mean = length_controlled_accuracy(values, own.longer) if name == CONTROLLED else float(values.mean())
     prompts = [prompt.encode() for _, prompt in own.pairs]
-    interval = bootstrap({source: values}, own.longer, prompts, seed=0).get(name)
+    interval = intervals({source: values}, own.longer, prompts, seed=0, paired=True).get(name)
     differs = interval is not None and not interval[0] <= 0 <= interval[1]
     return replace(result, difference=mean, difference_interval=interval, differs=differs)
 
@@ -153,11 +157,17 @@ def verdict(results: Sequence[RunResult]) -> str:
     if not others:
         return f"{best.name} is the only run that is complete."
     like = [result.name for result in others if not result.differs]
+    noise = f"the noise of {counted(best.pairs, 'held-out pair')}"
+    few = f" Fewer than {FEW} pairs tell little." if best.pairs < FEW else ""
     if not like:
-        return f"{best.name} is ahead of all others by more than the noise of the held-out pairs."
+        return f"{best.name} is ahead of all others by more than {noise}.{few}"
     shown = "; ".join(like[:4]) + (f"; and {len(like) - 4} more" if like[4:] else "")
-    differing = f"{len(others) - len(like)} of {len(others)} others differ from it by more than noise. "
-    return f"{best.name} is ahead. {differing}Not told apart from it by these held-out pairs: {shown}."
+    if len(like) == len(others):
+        return f"No difference found: no run differs from {best.name} by more than {noise}.{few}"
+    return (
+        f"{best.name} has the best value and differs from {len(others) - len(like)} of {len(others)} others by more "
+        f"than {noise}. No difference found from {shown}.{few}"
+    )
 
 
 def is_sweep(path: Path) -> bool:

@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dpoeng.cache.words import counted
 from dpoeng.engine.losses.names import LOSS_FACTS
+from dpoeng.engine.training.intervals import FEW, wilson
 
-ENOUGH_PAIRS = 20
-"""Held-out pairs from which on their means are worth a remark."""
+_ENOUGH_PAIRS = 20
+"""Held-out pairs from which on remarks rest on their means."""
 ENOUGH_STEPS = 8
 """Logged steps from which on their course is worth one."""
 
@@ -53,9 +55,11 @@ def advise(
         held_out_pairs: how many pairs the evaluations are over.
     """
     reference = any(LOSS_FACTS[name].reference for name in loss_type)
-    if held_out_pairs < ENOUGH_PAIRS:
+    few = _few_pairs(held_out_pairs) if evaluations and held_out_pairs < FEW else None
+    if held_out_pairs < _ENOUGH_PAIRS:
         evaluations = []
     found = [
+        few,
         _displacement(steps, evaluations, beta) if reference else None,
         _length(evaluations[-1]) if evaluations else None,
         _not_moving(steps, beta) if reference else None,
@@ -63,6 +67,16 @@ def advise(
         _overfitted(evaluations),
     ]
     return [advice for advice in found if advice is not None]
+
+
+def _few_pairs(pairs: int) -> Advice:
+    low, high = wilson(0.7, pairs)
+    return Advice(
+        "few-held-out-pairs",
+        f"the evaluations are over {counted(pairs, 'pair')}, which tell little: an accuracy of 0.70 would have a 95 % "
+        f"interval from {low:.2f} to {high:.2f}",
+        f"hold out {FEW} pairs or more, better some hundreds (eval_share, or eval_view for a file of its own)",
+    )
 
 
 def _displacement(steps: Sequence[Line], evaluations: Sequence[Line], beta: float) -> Advice | None:

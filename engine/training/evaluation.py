@@ -1,4 +1,4 @@
-"""What held-out pairs tell: means with bootstrap intervals, accuracy freed of length, and the same by group.
+"""What held-out pairs tell: means with intervals, accuracy freed of length, and the same by group.
 
 Pure functions of a `PreferenceLoss` and of labels; knows no model and no file.
 """
@@ -9,19 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from dpoeng.cache.analytics import correlation
 from dpoeng.engine.losses.batch import PreferenceLoss
 from dpoeng.engine.runs.metrics import pair_values
-
-Floats = npt.NDArray[np.float64]
-
-CONFIDENCE = 0.95
-
-RESAMPLES = 1000
+from dpoeng.engine.training.intervals import CONFIDENCE, RESAMPLES, intervals, length_controlled_accuracy
 
 _OF_GROUPS = ("loss", "rewards/accuracies", "rewards/margins")
 
@@ -41,12 +34,16 @@ class Evaluation:
 
     Attributes:
         pairs: held-out pairs.
+        prompts: how many prompts they have.
+        ties: pairs whose margin is exactly 0, as of a policy that equals its reference; accuracies count them as wrong.
         metrics: name -> value over all of them.
-        intervals: name -> bootstrap interval of `CONFIDENCE`; prompts are drawn anew, with all pairs of each.
+        intervals: name -> interval of `CONFIDENCE`, see intervals.py.
         groups: column -> value -> its pairs.
     """
 
     pairs: int
+    prompts: int
+    ties: int
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     groups: dict[str, dict[str, Group]]
@@ -83,7 +80,7 @@ def summarise(
         metrics["rewards/accuracies_length_controlled"] = controlled
     if length_correlation is not None:
         metrics["rewards/margins_length_correlation"] = length_correlation
-    intervals = bootstrap(values, longer, prompts, seed=seed)
+    bounds = intervals(values, longer, prompts, seed=seed)
     groups: dict[str, dict[str, Group]] = {}
     names = [name for name in _OF_GROUPS if per_pair_loss or name != "loss"]
     for column, column_labels in labels.items():
@@ -94,9 +91,10 @@ def summarise(
             groups[column][label] = Group(
                 len(rows),
                 {name: float(value.mean()) for name, value in part.items()},
-                bootstrap(part, longer[rows], [prompts[row] for row in rows], seed=seed),
+                intervals(part, longer[rows], [prompts[row] for row in rows], seed=seed),
             )
-    return Evaluation(len(prompts), metrics, intervals, groups)
+    ties = int((values["rewards/margins"] == 0).sum())
+    return Evaluation(len(prompts), len(set(prompts)), ties, metrics, bounds, groups)
 
 
 def pair_lines(
@@ -116,59 +114,3 @@ def pair_lines(
         }
         for pair, (source, prompt) in enumerate(zip(sources, prompts, strict=True))
     ]
-
-
-def length_controlled_accuracy(right: Floats, longer: Floats) -> float | None:
-    """The mean of two accuracies: of the pairs whose chosen response has more tokens, and of those where it has fewer.
-
-    A policy that has only learnt to like length (or to dislike it) gets 0.5, however the data are. Pairs of equal
-    length are left out. None where there is no pair of either kind.
-    """
-    if not ((longer > 0).any() and (longer < 0).any()):
-        return None
-    return float((right[longer > 0].mean() + right[longer < 0].mean()) / 2)
-
-
-def bootstrap(
-    values: Mapping[str, Floats], longer: Floats, prompts: Sequence[bytes], *, seed: int
-) -> dict[str, tuple[float, float]]:
-    """Percentile intervals of the means, and of the length-controlled accuracy where the accuracy is among them.
-
-    Prompts are drawn with replacement, each with all of its pairs (a cluster bootstrap). One prompt alone has no
-    interval.
-    """
-    _, cluster = np.unique(np.array([prompt.hex() for prompt in prompts]), return_inverse=True)
-    clusters = int(cluster.max()) + 1 if len(prompts) else 0
-    if clusters < 2:
-        return {}
-
-    def per_cluster(column: Floats) -> Floats:
-        return np.bincount(cluster, weights=column, minlength=clusters).astype(np.float64)
-
-    count = per_cluster(np.ones(len(prompts)))
-    sums = {name: per_cluster(value) for name, value in values.items()}
-    sides: list[tuple[Floats, Floats]] = []
-    if "rewards/accuracies" in values:
-        for side in (longer > 0, longer < 0):
-            chosen = side.astype(np.float64)
-            sides.append((per_cluster(values["rewards/accuracies"] * chosen), per_cluster(chosen)))
-    drawn: dict[str, list[float]] = {name: [] for name in values}
-    controlled: list[float] = []
-    random = np.random.default_rng(seed)
-    for _ in range(RESAMPLES):
-        times = np.bincount(random.integers(0, clusters, clusters), minlength=clusters)
-        pairs = float(times @ count)
-        for name, total in sums.items():
-            drawn[name].append(float(times @ total) / pairs)
-        counts = [float(times @ n) for _, n in sides]
-        if sides and all(counts):
-            controlled.append(sum(float(times @ right) / n for (right, _), n in zip(sides, counts, strict=True)) / 2)
-    intervals = {name: _interval(found) for name, found in drawn.items()}
-    if len(controlled) > RESAMPLES // 2:
-        intervals["rewards/accuracies_length_controlled"] = _interval(controlled)
-    return intervals
-
-
-def _interval(found: Sequence[float]) -> tuple[float, float]:
-    low, high = np.quantile(found, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)

@@ -277,10 +277,11 @@ def test_statistics_worked_by_hand(view: View) -> None:
     assert found.prompt_tokens.mean == pytest.approx((2 + 1 + 1 + 2 + 1) / 5)
     assert found.length_correlation == pytest.approx(np.corrcoef(margins, [-1, -1, 3, 1, 0])[0, 1])
     assert [(note.row, note.source_row, note.margin_per_token) for note in found.strongly_wrong] == [
-        (1, 2, -5.5),
         (4, 5, -3.0),
+        (1, 2, -5.5),
     ]
-    assert [(note.row, note.margin) for note in found.strongly_right] == [(0, 10.0), (2, -2.0)]
+    # By sums, as DPO has them: row 2 is right by its mean and wrong by its sum.
+    assert [(note.row, note.margin) for note in found.strongly_right] == [(0, 10.0)]
     for item in (found.margin, found.prompt_tokens, found.length_difference):
         assert sum(item.counts) == 5
         assert len(item.edges) == len(item.counts) + 1

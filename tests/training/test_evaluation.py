@@ -23,7 +23,16 @@ from dpoeng.engine.recipes.train import TrainSummary, train
 from dpoeng.engine.training import loop as loop_module
 from dpoeng.engine.training.advice import advise
 from dpoeng.engine.training.early_stopping import Best, more_is_better, updated, watched
-from dpoeng.engine.training.evaluation import bootstrap, length_controlled_accuracy, summarise
+from dpoeng.engine.training.evaluation import summarise
+from dpoeng.engine.training.intervals import (
+    ACCURACY,
+    CONTROLLED,
+    bootstrap,
+    effective_pairs,
+    intervals,
+    length_controlled_accuracy,
+    wilson,
+)
 from dpoeng.engine.training.rows import labels_of
 
 # --------------------------------------------------------------------------- figures
@@ -53,7 +62,10 @@ def test_an_evaluation_by_hand() -> None:
     assert result.groups["kind"]["x"].metrics["rewards/accuracies"] == pytest.approx(2 / 3)
     assert result.groups["kind"]["y"].intervals == {}  # one prompt alone has no interval
     low, high = result.intervals["rewards/margins"]
-    assert -1 <= low < 5 / 4 < high <= 3
+    assert low < 5 / 4 < high
+    half = 3.182 * np.std([2, 1, -1, 3], ddof=1) / 2  # Student's t of 4 prompts
+    assert (low, high) == pytest.approx((5 / 4 - half, 5 / 4 + half))
+    assert (result.prompts, result.ties) == (4, 0)
     sorted_pairs = summarise(found, [b"a", b"b", b"c", b"d"], {"kind": ["x"] * 4}, per_pair_loss=False)
     assert "loss" not in sorted_pairs.groups["kind"]["x"].metrics
     assert json.loads(json.dumps(result.record()))["confidence"] == 0.95
@@ -80,6 +92,68 @@ def test_intervals_are_as_wide_as_theory_has_them() -> None:
     assert bootstrap({"a": right}, np.ones(400), prompts, seed=1) == bootstrap(
         {"a": right}, np.ones(400), prompts, seed=1
     )
+
+
+def of(values: list[float], longer: list[float], prompts: list[int], **options: Any) -> dict[str, tuple[float, float]]:
+    named = {ACCURACY: np.array(values), "rewards/margins": np.array(values) - 0.5}
+    return intervals(named, np.array(longer), [str(i).encode() for i in prompts], seed=0, **options)
+
+
+def test_shares_at_their_ends_have_a_width() -> None:
+    """Wilson's figures for 0 of 10, 10 of 10 and 7 of 10, by hand; a bootstrap says 0 to 0 and 1 to 1."""
+    assert wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert wilson(0.7, 10) == pytest.approx((0.3968, 0.8922), abs=1e-4)
+    ten = list(range(10))
+    assert of([1.0] * 10, [1.0] * 10, ten)[ACCURACY] == pytest.approx((0.7225, 1.0), abs=1e-4)
+    # Two pairs are next to nothing, and so are eight of two prompts: here the pairs cannot tell how alike they are.
+    assert of([1.0, 1.0], [1.0, 1.0], [0, 1])[ACCURACY] == pytest.approx((0.3424, 1.0), abs=1e-4)
+    assert of([1.0] * 8, [1.0] * 8, [0, 1] * 4)[ACCURACY] == pytest.approx((0.3424, 1.0), abs=1e-4)
+    low, high = of([1.0] * 10, [1.0, -1.0] * 5, ten)[CONTROLLED]
+    assert low < 0.8
+    assert high == 1.0
+
+
+def test_pairs_of_one_prompt_count_by_how_alike_they_are() -> None:
+    """Copies count once; pairs that have nothing to do with each other count each."""
+    random = np.random.default_rng(0)
+    cluster = np.repeat(np.arange(200), 4)
+    copies = np.repeat((random.random(200) < 0.6).astype(float), 4)
+    assert effective_pairs(copies, cluster) == pytest.approx(200, rel=0.02)
+    assert effective_pairs((random.random(800) < 0.6).astype(float), cluster) == pytest.approx(800, rel=0.25)
+    assert effective_pairs(copies, np.arange(800)) == 800
+
+
+def test_a_policy_that_equals_its_reference_has_no_accuracy() -> None:
+    found = intervals(
+        {ACCURACY: np.zeros(40), "rewards/margins": np.zeros(40)}, np.ones(40), [bytes([i]) for i in range(40)], seed=0
+    )
+    assert found == {"rewards/margins": (0.0, 0.0)}
+
+
+def test_paired_differences_of_few_pairs_are_not_certain() -> None:
+    """Agresti and Min by hand: of 3 pairs all better, b = 3.5, c = 0.5, n = 5, difference 0.6."""
+    low, high = of([1.0, 1.0, 1.0], [1.0] * 3, [0, 1, 2], paired=True)[ACCURACY]
+    half = 1.96 * math.sqrt(4 - 9 / 5) / 5
+    assert (low, high) == pytest.approx((0.6 - half, 1.0), abs=1e-3)
+    low, high = of([1.0, 1.0], [1.0] * 2, [0, 1], paired=True)[ACCURACY]
+    assert low < 0 < high
+    low, high = of([0.0] * 50, [1.0] * 50, list(range(50)), paired=True)[ACCURACY]
+    assert low < 0 < high
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
+def test_intervals_cover_what_they_promise(share: float) -> None:
+    """In 300 data sets of 24 pairs, two a prompt and equal with probability 1/2, near 95 % hold the true share."""
+    random = np.random.default_rng(1)
+    held = 0
+    for _ in range(300):
+        first = random.random(12) < share
+        second = np.where(random.random(12) < 0.5, first, random.random(12) < share)
+        right = np.stack([first, second], axis=1).ravel().astype(float)
+        cluster = np.repeat(np.arange(12), 2)
+        low, high = wilson(float(right.mean()), effective_pairs(right, cluster))
+        held += low <= share <= high
+    assert held / 300 > 0.9
 
 
 def test_columns_that_are_categories_are_found() -> None:
@@ -277,7 +351,7 @@ def test_each_remark_and_nothing_else(
 
 def test_remarks_need_enough_to_go_by() -> None:
     displaced = evals(**{"eval_logps/chosen": -112.0, "eval_logps/rejected": -140.0})
-    assert codes(course(), displaced, held_out_pairs=5) == []
+    assert codes(course(), displaced, held_out_pairs=5) == ["few-held-out-pairs"]
     assert codes(course(), displaced, loss_type=("simpo",)) == []  # without a reference there is nothing to fall from
     assert codes([{**PLAIN, "loss": 0.6931, "rewards/chosen": 0.0, "rewards/rejected": 0.0}] * 4, []) == []
     (remark,) = advise(course(), displaced, loss_type=("sigmoid",), beta=0.1, held_out_pairs=50)

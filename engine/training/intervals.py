@@ -1,0 +1,202 @@
+"""Intervals of what held-out pairs show: for means, for shares, and for paired differences of either.
+
+Pairs of one prompt are not independent, so prompts are the units (clusters). A bootstrap alone says "1.000 to 1.000"
+where all pairs are right, and is too narrow for few prompts; shares have score intervals instead, and means of few
+prompts at least Student's t. Knows numbers only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Bounds = tuple[float, float]
+
+CONFIDENCE = 0.95
+
+RESAMPLES = 1000
+
+FEW = 30
+"""Fewer held-out pairs than this tell little: an accuracy of 0.7 has an interval of 0.35 or wider."""
+
+ACCURACY = "rewards/accuracies"
+CONTROLLED = "rewards/accuracies_length_controlled"
+
+_Z = 1.959964  # of the normal distribution, two-sided for CONFIDENCE
+# Student's t for 1 to 28 degrees of freedom, two-sided for CONFIDENCE.
+_T = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048,
+)  # fmt: skip
+_DRAWN_AT_ONCE = 2**21  # prompts; bounds the memory of a block of resamples to 32 MiB
+
+
+def length_controlled_accuracy(right: Floats, longer: Floats) -> float | None:
+    """The mean of two accuracies: of the pairs whose chosen response has more tokens, and of those where it has fewer.
+
+    A policy that has only learnt to like length (or to dislike it) gets 0.5, however the data are. Pairs of equal
+    length are left out. None where there is no pair of either kind.
+    """
+    if not ((longer > 0).any() and (longer < 0).any()):
+        return None
+    return float((right[longer > 0].mean() + right[longer < 0].mean()) / 2)
+
+
+def intervals(
+    values: Mapping[str, Floats], longer: Floats, prompts: Sequence[bytes], *, seed: int, paired: bool = False
+) -> dict[str, Bounds]:
+    """Intervals of the means, and of the length-controlled accuracy where the accuracy is among them.
+
+    Args:
+        values: name -> value of each pair, [N].
+        longer: chosen less rejected tokens of each pair, [N].
+        prompts: of each pair, [N], whatever tells prompts apart.
+        seed: of the bootstrap.
+        paired: the values are differences between two policies on the same pairs.
+
+    Returns:
+        name -> bounds; none at all where there is one prompt alone, and none of an accuracy where every margin is 0:
+        a policy that equals its reference is neither right nor wrong.
+    """
+    cluster = _clusters(prompts)
+    found = bootstrap(values, longer, prompts, seed=seed)
+    if not found:
+        return {}
+    prompts_count = int(cluster.max()) + 1
+    if prompts_count < FEW:
+        found = {
+            name: _hull(bounds, _student(values[name], cluster)) if name in values else bounds
+            for name, bounds in found.items()
+        }
+    if ACCURACY not in values:
+        return found
+    if not paired and "rewards/margins" in values and not values["rewards/margins"].any():
+        return {name: bounds for name, bounds in found.items() if name not in (ACCURACY, CONTROLLED)}
+    of_share = _difference_of_shares if paired else _share
+    found[ACCURACY] = of_share(values[ACCURACY], cluster)
+    controlled = _controlled(values[ACCURACY], longer, cluster, of_share)
+    if controlled is not None:
+        found[CONTROLLED] = _hull(controlled, found.get(CONTROLLED, controlled))
+    return found
+
+
+def bootstrap(
+    values: Mapping[str, Floats], longer: Floats, prompts: Sequence[bytes], *, seed: int
+) -> dict[str, Bounds]:
+    """Percentile intervals of the means, and of the length-controlled accuracy where the accuracy is among them.
+
+    Prompts are drawn with replacement, each with all of its pairs (a cluster bootstrap). One prompt alone has no
+    interval. Arguments as `intervals`.
+    """
+    cluster = _clusters(prompts)
+    clusters = int(cluster.max()) + 1 if len(prompts) else 0
+    if clusters < 2:
+        return {}
+    columns = [np.ones(len(prompts)), *values.values()]
+    sides = ACCURACY in values
+    if sides:
+        for side in (longer > 0, longer < 0):
+            columns += [values[ACCURACY] * side, side.astype(np.float64)]
+    sums = np.stack([np.bincount(cluster, weights=column, minlength=clusters) for column in columns], axis=1)
+    drawn = _resampled(sums.astype(np.float64), seed)  # [RESAMPLES, columns]
+    found = {name: _percentiles(drawn[:, 1 + place] / drawn[:, 0]) for place, name in enumerate(values)}
+    if sides:
+        right_longer, longer_pairs, right_shorter, shorter_pairs = drawn[:, -4:].T
+        both = (longer_pairs > 0) & (shorter_pairs > 0)
+        if both.sum() > RESAMPLES // 2:
+            shares = right_longer[both] / longer_pairs[both] + right_shorter[both] / shorter_pairs[both]
+            found[CONTROLLED] = _percentiles(shares / 2)
+    return found
+
+
+def wilson(share: float, n: float) -> Bounds:
+    """Wilson's score interval of a share of `n` independent trials, [0, 1]. Wilson 1927, JASA 22, 209-212."""
+    centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2)) / (1 + _Z**2 / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def effective_pairs(values: Floats, cluster: Ints) -> float:
+    """As how many independent pairs these count: all of them, or down to the prompts where their pairs agree.
+
+    The number of pairs over the design effect (Kish 1965); where no value differs it cannot be told, and the prompts
+    count. Between 1 and N.
+    """
+    n, clusters = len(values), len(np.unique(cluster))
+    if clusters == n:
+        return float(n)
+    residuals = np.bincount(cluster, weights=values - values.mean())
+    clustered = clusters / max(clusters - 1, 1) * float(residuals @ residuals) / n**2
+    if clustered == 0 or values.var() == 0:
+        return float(clusters)
+    return min(max(float(values.var()) / clustered, 1.0), float(n))
+
+
+def _share(right: Floats, cluster: Ints) -> Bounds:
+    return wilson(float(right.mean()), effective_pairs(right, cluster))
+
+
+def _difference_of_shares(differences: Floats, cluster: Ints) -> Bounds:
+    """Of paired shares, from -1, 0 and 1 for each pair. Agresti and Min 2005, Statistics in Medicine 24, 729-740."""
+    n = effective_pairs(differences, cluster)
+    better, worse = (float((differences * sign > 0).mean()) * n + 0.5 for sign in (1, -1))
+    mean = (better - worse) / (n + 2)
+    half = _Z * math.sqrt(max(better + worse - (better - worse) ** 2 / (n + 2), 0.0)) / (n + 2)
+    return max(-1.0, mean - half), min(1.0, mean + half)
+
+
+def _controlled(
+    right: Floats, longer: Floats, cluster: Ints, of_share: Callable[[Floats, Ints], Bounds]
+) -> Bounds | None:
+    """Of the mean of two shares, from the interval of each. Newcombe 1998, Statistics in Medicine 17, 873-890."""
+    mean = length_controlled_accuracy(right, longer)
+    if mean is None:
+        return None
+    below = above = 0.0
+    for side in (longer > 0, longer < 0):
+        low, high = of_share(right[side], cluster[side])
+        below += (float(right[side].mean()) - low) ** 2
+        above += (high - float(right[side].mean())) ** 2
+    return mean - math.sqrt(below) / 2, mean + math.sqrt(above) / 2
+
+
+def _student(values: Floats, cluster: Ints) -> Bounds:
+    """Of a mean, by Student's t on the prompts; fewer than `FEW` of them."""
+    clusters = int(cluster.max()) + 1
+    residuals = np.bincount(cluster, weights=values - values.mean(), minlength=clusters)
+    error = math.sqrt(clusters / (clusters - 1) * float(residuals @ residuals)) / len(values)
+    half = _T[clusters - 2] * error
+    return float(values.mean()) - half, float(values.mean()) + half
+
+
+def _resampled(sums: Floats, seed: int) -> Floats:
+    """Sums over prompts drawn with replacement: [clusters, columns] -> [RESAMPLES, columns]."""
+    clusters, random = len(sums), np.random.default_rng(seed)
+    block = max(1, _DRAWN_AT_ONCE // clusters)
+    parts = []
+    for begin in range(0, RESAMPLES, block):
+        count = min(block, RESAMPLES - begin)
+        places = random.integers(0, clusters, (count, clusters)) + clusters * np.arange(count)[:, None]
+        times = np.bincount(places.ravel(), minlength=count * clusters).reshape(count, clusters)
+        parts.append(times.astype(np.float64) @ sums)
+    return np.concatenate(parts)
+
+
+def _clusters(prompts: Sequence[bytes]) -> Ints:
+    """The number of each pair's prompt, [N]."""
+    _, cluster = np.unique(np.array([prompt.hex() for prompt in prompts]), return_inverse=True)
+    return cluster.astype(np.int64)
+
+
+def _percentiles(found: Floats) -> Bounds:
+    low, high = np.quantile(found, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def _hull(one: Bounds, other: Bounds) -> Bounds:
+    return min(one[0], other[0]), max(one[1], other[1])
