@@ -35,9 +35,12 @@ def _example(*lines: str) -> str:
     return "\n".join(["\b", "Example:", *(f"  {line}" for line in lines)])
 
 
-@click.group()
-def cache() -> None:
+@click.group(invoke_without_command=True)
+@click.pass_context
+def cache(ctx: click.Context) -> None:
     """Look into a reference cache, check it, carry rows in and out of it."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 @cache.command(epilog=_example("dpoeng cache info refcache"))

@@ -29,9 +29,12 @@ Editors with a YAML language server then complete and check a file that begins w
 """
 
 
-@click.group("config")
-def config() -> None:
+@click.group("config", invoke_without_command=True)
+@click.pass_context
+def config(ctx: click.Context) -> None:
     """Look at the configuration: what holds and why, and its schema."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 @config.command("show", cls=ConfigCommand, epilog=SHOW_EPILOG)

@@ -91,17 +91,26 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         ctx.exit()
 
 
-@click.group(cls=LazyGroup, table=COMMANDS, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup,
+    table=COMMANDS,
+    epilog=EPILOG,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error too; may stand anywhere.")
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
 )
-def dpoeng(debug: bool) -> None:
+@click.pass_context
+def dpoeng(ctx: click.Context, debug: bool) -> None:
     """DPO with an offline reference.
 
     DPO needs the reference model only as numbers. `precompute-ref` runs the frozen SFT model once and stores them;
     `train` loads only the policy. So one GPU holds what would else need two models.
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
     del debug  # declared only so that --help shows it: `main` takes it out of the arguments before
 
 

@@ -13,7 +13,7 @@ train=(--max-steps "${STEPS:-8}" --learning-rate 1e-3 --eval-share 0.2 --per-dev
 
 # The reference is base + SFT adapter in 8 bits, as the policy will be: margins start at 0.
 "$dpoeng" precompute-ref "$pairs" --model "$model" --adapter "$out/sft" --quantization 8bit \
-    --llm-int8-threshold 0 --max-length 256 --cache "$out/refcache"
+    --max-length 256 --cache "$out/refcache"
 
 # (a) a new adapter on base + frozen SFT adapter; (b) the SFT adapter trained further
 "$dpoeng" train --cache "$out/refcache" --output-dir "$out/stack" --adapter-mode stack "${train[@]}"
@@ -31,6 +31,6 @@ from dpoeng.engine.models.sources import find_adapter, find_model
 
 merge(find_model(sys.argv[1]), [find_adapter(sys.argv[2])], Path(sys.argv[3]))
 PY
-"$dpoeng" precompute-ref "$pairs" --model "$out/sft-merged" --quantization 8bit --llm-int8-threshold 0 \
+"$dpoeng" precompute-ref "$pairs" --model "$out/sft-merged" --quantization 8bit \
     --max-length 256 --cache "$out/refcache-merged"
 "$dpoeng" train --cache "$out/refcache-merged" --output-dir "$out/merged" "${train[@]}"

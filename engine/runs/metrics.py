@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dpoeng.cache.errors import UserError
 from dpoeng.cache.files import replacing
 from dpoeng.engine.losses.batch import PreferenceLoss
 
@@ -19,6 +20,8 @@ METRICS_FILE = "metrics.jsonl"
 TIMINGS_FILE = "timings.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 HELD_OUT_FILE = "held_out.jsonl"
+
+_BY_STEP = (METRICS_FILE, TIMINGS_FILE, EVALUATIONS_FILE)
 
 
 def pair_values(part: PreferenceLoss) -> dict[str, torch.Tensor]:
@@ -64,13 +67,17 @@ class MetricsLog:
         """Called with every line of results; a tracker listens here."""
 
     def rewind(self, step: int) -> None:
-        """Drops every line of a later step, and a last line that a kill cut short."""
+        """Drops every line of a later step, and a last line that a kill cut short.
+
+        Raises:
+            UserError: a line of an earlier step is damaged; what was damaged later is written again.
+        """
         for path in (self._metrics, self._timings, self._evaluations):
             if self._writes and path.is_file():
-                kept = "".join(line for line in _whole_lines(path) if json.loads(line)["step"] <= step)
-                if len(kept.encode()) != path.stat().st_size:
+                kept = _lines_until(path, step)
+                if len(kept) != path.stat().st_size:
                     with replacing(path) as temporary:
-                        temporary.write_text(kept, encoding="utf-8")
+                        temporary.write_bytes(kept)
 
     def write(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
         """One line of results."""
@@ -94,11 +101,11 @@ class MetricsLog:
 
     def read(self) -> list[dict[str, Any]]:
         """Every line of metrics.jsonl."""
-        return _read(self._metrics)
+        return read_lines(self._metrics)
 
     def read_evaluations(self) -> list[dict[str, Any]]:
         """Every line of evaluations.jsonl."""
-        return _read(self._evaluations)
+        return read_lines(self._evaluations)
 
     def _append(self, path: Path, record: dict[str, Any]) -> None:
         if self._writes:
@@ -106,10 +113,52 @@ class MetricsLog:
                 file.write(json.dumps(record) + "\n")
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in _whole_lines(path)] if path.is_file() else []
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a log; a last one that is being written, or was cut by a kill, is left out.
+
+    Raises:
+        UserError: a line is damaged.
+    """
+    if not path.is_file():
+        return []
+    return [_parsed(path, number, line) for number, line in enumerate(_whole_lines(path), 1)]
 
 
-def _whole_lines(path: Path) -> list[str]:
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [line + "\n" for line in lines[:-1]]
+def _lines_until(path: Path, step: int) -> bytes:
+    """The lines of a log up to a step, as they stand there."""
+    lines = _whole_lines(path)
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(_parsed(path, number, line)["step"] <= step)
+        except UserError:
+            found.append(None)
+    last = max((place for place, kept in enumerate(found) if kept), default=-1)
+    for place in range(last):
+        if found[place] is None:
+            _parsed(path, place + 1, lines[place])  # raises
+    return b"".join(line + b"\n" for line, kept in zip(lines, found, strict=True) if kept)
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    return path.read_bytes().split(b"\n")[:-1]
+
+
+def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+        if isinstance(value, dict) and (path.name not in _BY_STEP or isinstance(value.get("step"), int | float)):
+            return value
+        problem = "no JSON object with a step" if path.name in _BY_STEP else "no JSON object"
+    except ValueError as error:
+        problem = str(error)
+    raise UserError(
+        "a log of the run is damaged",
+        code="run-damaged",
+        where=f"{path}:{number}",
+        found=problem,
+        remedy="train this run again with --no-resume: its held-out pairs are compared one by one"
+        if path.name == HELD_OUT_FILE
+        else f"remove this line from {path.name}: its figures are lost; checkpoints and result do not depend on it",
+        exit_status=3,
+    )

@@ -14,7 +14,7 @@ from typing import Any
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.runs.folder import ADVICE_FILE, RUN_FILE, SAMPLES_FILE, has_result
-from dpoeng.engine.runs.metrics import EVALUATIONS_FILE, HELD_OUT_FILE, METRICS_FILE, TIMINGS_FILE
+from dpoeng.engine.runs.metrics import EVALUATIONS_FILE, HELD_OUT_FILE, METRICS_FILE, TIMINGS_FILE, read_lines
 
 EVAL = "eval_"
 
@@ -90,12 +90,12 @@ def read_run(folder: Path) -> RunRecord:
     return RunRecord(
         folder=folder,
         record=read_json(path, dict),
-        metrics=_lines(folder / METRICS_FILE),
-        timings=_lines(folder / TIMINGS_FILE),
-        samples=_lines(folder / SAMPLES_FILE),
+        metrics=read_lines(folder / METRICS_FILE),
+        timings=read_lines(folder / TIMINGS_FILE),
+        samples=read_lines(folder / SAMPLES_FILE),
         complete=has_result(folder),
         advice=read_json(folder / ADVICE_FILE, list) if (folder / ADVICE_FILE).is_file() else [],
-        evaluations=_lines(folder / EVALUATIONS_FILE),
+        evaluations=read_lines(folder / EVALUATIONS_FILE),
     )
 
 
@@ -105,7 +105,7 @@ def read_held_out(folder: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: the file is damaged.
     """
-    return _lines(folder / HELD_OUT_FILE)
+    return read_lines(folder / HELD_OUT_FILE)
 
 
 def read_json(path: Path, kind: type) -> Any:
@@ -119,22 +119,6 @@ def read_json(path: Path, kind: type) -> Any:
     return held
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log; a last one that is being written, or was cut by a kill, is left out."""
-    if not path.is_file():
-        return []
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], 1):
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise _damaged(path, f"line {number}: {error}") from error
-        if not isinstance(value, dict):
-            raise _damaged(path, f"line {number} is no JSON object")
-        found.append(value)
-    return found
-
-
 def _points(lines: Iterable[dict[str, Any]], name: str) -> Points:
     pairs = ((line.get("step"), line.get(name)) for line in lines)
     return [
@@ -144,12 +128,18 @@ def _points(lines: Iterable[dict[str, Any]], name: str) -> Points:
     ]
 
 
+_REMEDIES = {
+    RUN_FILE: "train again in another folder (--output-dir), or in this one with --no-resume",
+    ADVICE_FILE: f"remove {ADVICE_FILE}: it holds remarks on the run, and nothing depends on it",
+}
+
+
 def _damaged(path: Path, problem: str) -> UserError:
     return UserError(
         "a record of the run is damaged",
         code="run-damaged",
         where=str(path),
         found=problem,
-        remedy="run the same dpoeng train again: it goes on from the newest checkpoint and cuts the log back to there",
+        remedy=_REMEDIES[path.name],
         exit_status=3,
     )

@@ -35,8 +35,7 @@ def check_trackers(names: Sequence[str]) -> None:
                 code="tracker-missing",
                 where="report_to",
                 expected=f"the package {name}",
-                remedy=f"pip install {name}, or take it out of report_to: "
-                "metrics.jsonl is written in any case",
+                remedy=f"pip install {name}, or take it out of report_to: metrics.jsonl is written in any case",
                 exit_status=5,
             )
 

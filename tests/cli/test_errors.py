@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import errno
+import functools
 import os
 import re
 import shlex
@@ -12,13 +13,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from dpoeng_testing import pair_rows, write_jsonl
-from error_page import EXAMPLE, MEANINGS, REMEDIES, ROOT, codes, error_calls, render, statuses
+from error_page import EXAMPLE, MEANINGS, REMEDIES, ROOT, argument, codes, error_calls, render, statuses
 from wrong_inputs import ALL, ROWS, SCORE, Desk, Wrong, raising
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cli.main import as_user_error, main
+from dpoeng.cli.main import dpoeng as cli
 from dpoeng.engine.config.arguments import as_arguments
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
 from dpoeng.engine.config.plan import PlanConfig
@@ -90,6 +93,63 @@ def options_of_fields(message: str) -> list[str]:
     return [name for name in named if name in fields or name.removeprefix("no_") in fields]
 
 
+@functools.cache
+def commands() -> dict[str, set[str]]:
+    """Every command, `cache verify` among them -> its options."""
+    found: dict[str, set[str]] = {}
+    root = click.Context(cli)
+    for name in cli.list_commands(root):
+        command = cli.get_command(root, name)
+        assert command is not None
+        parts = {name: command}
+        if isinstance(command, click.Group):
+            inner = click.Context(command)
+            parts |= {
+                f"{name} {sub}": command.get_command(inner, sub) or command for sub in command.list_commands(inner)
+            }
+        for words, part in parts.items():
+            found[words] = {o for p in part.params for o in (*p.opts, *p.secondary_opts)} | {"--help", "--debug"}
+    return found
+
+
+def misnamed(remedy: str) -> list[str]:
+    """Commands and options that a remedy names and that are not there, and packages that no index has."""
+    known = commands()
+    every = {"--nproc-per-node", "--no-python", "--array"}.union(*known.values())  # torchrun's and sbatch's
+    wrong = [name for name in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*\b", remedy) if name not in every]
+    wrong += [name for name in ("huggingface-cli", "'dpoeng[") if name in remedy]
+    for line in re.findall(r"`(dpoeng [^`]*)`", remedy):
+        words = line.split()[1:]
+        group = any(n.startswith(f"{words[0]} ") for n in known) and len(words) > 1
+        name = " ".join(words[:2]) if group else words[0]
+        name = name if name in known else ""
+        wrong += [line] if not name else []
+        wrong += [o for o in words if o.startswith("--") and name and o.split("=")[0] not in known[name]]
+    return wrong
+
+
+def test_a_remedy_that_names_what_is_not_there_is_found() -> None:
+    assert misnamed("run `dpoeng cache verify CACHE --recompute 4`, or raise --max-length") == []
+    assert misnamed("`dpoeng cache chek`, `dpoeng train --max-prompt 3`, --lm-int8, pip install 'dpoeng[gguf]'") == [
+        "--max-prompt",
+        "--lm-int8",
+        "'dpoeng[",
+        "dpoeng cache chek",
+        "--max-prompt",
+    ]
+
+
+def test_every_remedy_in_the_sources_names_what_is_there() -> None:
+    """Also those that no wrong input reaches; what is computed is left out."""
+    found = []
+    for where, call in error_calls():
+        node = argument(call, "remedy")
+        parts = ast.walk(node) if node else ()
+        texts = [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+        found += [(where, name) for text in texts for name in misnamed(text)]
+    assert found == []
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     found = {path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()}
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
@@ -105,6 +165,7 @@ def test_a_wrong_input_is_one_readable_message(desk: Desk, wrong: Wrong, capsys:
     assert status == wrong.status, message
     assert "  remedy:   " in message
     assert "Traceback" not in said
+    assert misnamed(message[message.index("  remedy:   ") :]) == []
     assert len(message.splitlines()) <= 12, message
     for word in wrong.words:
         assert word in message, f"{word!r} is not in\n{message}"

@@ -212,3 +212,10 @@ def test_a_pickled_checkpoint_is_refused(run: Run, tmp_path: Path, tiny_model: P
     assert status == 2
     assert "pytorch_model.bin" in err
     assert "save_pretrained" in err
+
+
+@pytest.mark.parametrize("group", [[], ["cache"], ["config"]])
+def test_a_group_alone_shows_its_help(run: Run, group: list[str]) -> None:
+    status, out, err = run(*group)
+    assert (status, err) == (0, "")
+    assert out == run(*group, "--help")[1]

@@ -25,6 +25,7 @@ from dpoeng.cli.tables import Table
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
 from dpoeng.engine.recipes.precompute import precompute_reference
 from dpoeng.engine.recipes.train import train
+from dpoeng.engine.runs.metrics import MetricsLog
 from dpoeng.engine.runs.reading import read_run
 
 
@@ -267,3 +268,23 @@ def test_pages_escape_what_they_are_given() -> None:
     assert "&lt;p&gt;&amp;" in text
     assert "&lt;td&gt;" in text
     assert "&lt;s&gt;" in text
+
+
+def test_a_damaged_log_is_mended_by_its_remedy(tmp_path: Path) -> None:
+    """The line is named; with it gone the log is read. Damage behind the step that is gone back to is cut off."""
+    log = MetricsLog(tmp_path)
+    for step in (1, 2, 3):
+        log.write(step, step / 3, {"loss": 1.0})
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    for broken in (b"{\n", b"\xff\n", b"[]\n", b'{"loss": 1}\n'):
+        path.write_bytes(lines[0] + broken + lines[1])
+        for use in (log.read, lambda: log.rewind(2)):
+            with pytest.raises(UserError, match="damaged") as caught:
+                use()
+            assert caught.value.where == f"{path}:2"
+        path.write_bytes(lines[0] + lines[1])
+        assert [line["step"] for line in log.read()] == [1, 2]
+        path.write_bytes(b"".join([lines[0], lines[1], broken, lines[2]]))
+        log.rewind(2)
+        assert path.read_bytes() == lines[0] + lines[1]

@@ -850,6 +850,8 @@ RUNS = (
     Wrong("a report of the wrong folder", "run-not-found", 2, "report CACHE", ("run.json",)),
     Wrong("a damaged log", "run-damaged", 3, "report out", ("line 1",),
           lambda d: (finished_run(d), d.write("out/metrics.jsonl", "{\n"))),
+    Wrong("a damaged log of a run that is trained again", "run-damaged", 3, TRAIN + " --max-steps 2",
+          ("metrics.jsonl:1", "remove this line"), lambda d: (finished_run(d), d.write("out/metrics.jsonl", "{\n"))),
     Wrong("a page over a file", "output-exists", 2, "report RUN --html pairs.jsonl", ("--force",)),
     Wrong("a page over its input", "output-protected", 2, "check pairs.jsonl --html pairs.jsonl --force", ("reads",)),
     Wrong("a run over folders of others", "output-foreign", 2, TRAIN + " --output-dir mine --max-steps 1", ("adapter",),
