@@ -87,16 +87,16 @@ def builds(gpu: str, linear: LinearTile | None = None) -> list[Build]:
     out.append(Build("unit_gradient_rows", "", "bf16", unit, {**plain, "bias": None, "SOFTCAP": False}, row.warps))
     out.append(Build("unit_gradient_rows", "softcap, bias", "bf16", unit, {**plain, "SOFTCAP": True}, row.warps))
 
-    tile_16 = linear or LINEAR_16[gpu]
     types = {
         "targets": i64, "peaks": f32, "rests": f32, "target_logits": f32, "logps": f32, "inner": "fp32",
         "outer": "fp32",
     }  # fmt: skip
-    for dtype, tile, variant, extra in (
-        ("bf16", tile_16, "", {"bias": None, "SOFTCAP": False}),
-        ("fp16", tile_16, "softcap", {"bias": None, "SOFTCAP": True}),
-        ("fp32", LINEAR_32, "", {"bias": None, "SOFTCAP": False}),
-    ):
+    tile_16 = linear or LINEAR_16.get(gpu)
+    plain_head, softcapped = {"bias": None, "SOFTCAP": False}, {"bias": None, "SOFTCAP": True}
+    variants = [("fp32", LINEAR_32, "", plain_head)]
+    if tile_16 is not None:
+        variants = [("bf16", tile_16, "", plain_head), ("fp16", tile_16, "softcap", softcapped), *variants]
+    for dtype, tile, variant, extra in variants:
         sizes = {
             "ROWS": tile.rows,
             "COLS": tile.cols,

@@ -2,8 +2,9 @@
 
 LLM.int8(), bitsandbytes' product on a GPU, rounds activations to 8 bits too, but for columns with outliers, which it
 looks for over all rows of a forward. So a text's log-probs depend on what else is in its batch, by as much as the 8
-bits themselves cost (docs/memory.md), and a cached reference could not be met again in batches of another size. Here a
-row's result depends on that row alone, nothing is read back from the device, and the backward needs the weight alone.
+bits themselves cost (docs/memory.md), and a cached reference could not be met again in batches of another size. Here
+nothing is read off other rows or back from the device, and the backward needs the weight alone. What still moves with
+the number of rows is the order of a sum, as in any 16-bit layer: cuBLAS chooses its kernel by it.
 It costs a pass over the weight in 16 bits in each product.
 (Dettmers et al. 2022, LLM.int8(), https://arxiv.org/abs/2208.07339)
 

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dpoeng.kernels.device import launching_on
 from dpoeng.kernels.head import Head
 from dpoeng.kernels.rows import logp_of, map_logits
 from dpoeng.kernels.tiles import MERGE_ROWS, LinearTile, launch_options, linear_tile
@@ -122,16 +123,17 @@ def fused_logps(
     tiles = triton.cdiv(head.vocabulary, tile.cols)
     peaks, rests = (hidden.new_empty((tiles, n), dtype=torch.float32) for _ in range(2))
     target_logits = torch.full_like(logps, torch.nan)  # stays NaN for a target that no tile holds
-    linear_partials[(triton.cdiv(n, tile.rows) * tiles,)](
-        hidden, weight, head.bias, targets, peaks, rests, target_logits, n, head.vocabulary, hidden.shape[1],
-        hidden.stride(0), weight.stride(0), head.inner, head.outer, SOFTCAP=head.softcap is not None,
-        ROWS=tile.rows, COLS=tile.cols, DEPTH=tile.depth, GROUP=tile.group,
-        RAGGED=hidden.shape[1] % tile.depth != 0, UPCAST=triton.knobs.runtime.interpret,
-        **tile.options,
-    )  # fmt: skip
-    merge_partials[(triton.cdiv(n, MERGE_ROWS),)](
-        peaks, rests, target_logits, targets, logps, n, tiles, ignore_index, ROWS=MERGE_ROWS, **launch_options(4)
-    )
+    with launching_on(hidden):
+        linear_partials[(triton.cdiv(n, tile.rows) * tiles,)](
+            hidden, weight, head.bias, targets, peaks, rests, target_logits, n, head.vocabulary, hidden.shape[1],
+            hidden.stride(0), weight.stride(0), head.inner, head.outer, SOFTCAP=head.softcap is not None,
+            ROWS=tile.rows, COLS=tile.cols, DEPTH=tile.depth, GROUP=tile.group,
+            RAGGED=hidden.shape[1] % tile.depth != 0, UPCAST=triton.knobs.runtime.interpret,
+            **tile.options,
+        )  # fmt: skip
+        merge_partials[(triton.cdiv(n, MERGE_ROWS),)](
+            peaks, rests, target_logits, targets, logps, n, tiles, ignore_index, ROWS=MERGE_ROWS, **launch_options(4)
+        )
     return logps
 
 

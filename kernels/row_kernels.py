@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dpoeng.kernels.device import launching_on
 from dpoeng.kernels.rows import gradient_entries, load_raw, logp_of, row_sums, target_logit
 from dpoeng.kernels.tiles import row_tile
 
@@ -61,10 +62,11 @@ def forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor,
     logps, peaks, rests = (logits.new_empty(n, dtype=torch.float32) for _ in range(3))
     if n:
         tile = row_tile()
-        row_forward[(n,)](
-            logits, targets.contiguous(), logps, peaks, rests, logits.stride(0), size, ignore_index,
-            BLOCK=tile.block, **tile.options,
-        )  # fmt: skip
+        with launching_on(logits):
+            row_forward[(n,)](
+                logits, targets.contiguous(), logps, peaks, rests, logits.stride(0), size, ignore_index,
+                BLOCK=tile.block, **tile.options,
+            )  # fmt: skip
     return logps, peaks, rests
 
 
@@ -75,7 +77,8 @@ def backward(
     n, size = logits.shape
     if n:
         tile = row_tile()
-        row_backward[(n,)](
-            logits, targets.contiguous(), upstream.contiguous(), *sums, grad, logits.stride(0), grad.stride(0), size,
-            ignore_index, BLOCK=tile.block, **tile.options,
-        )  # fmt: skip
+        with launching_on(logits):
+            row_backward[(n,)](
+                logits, targets.contiguous(), upstream.contiguous(), *sums, grad, logits.stride(0), grad.stride(0),
+                size, ignore_index, BLOCK=tile.block, **tile.options,
+            )  # fmt: skip

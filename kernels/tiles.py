@@ -32,6 +32,7 @@ class Gpu(NamedTuple):
 
 # CUDA C Programming Guide, "Compute Capabilities"; AMD CDNA 3 ISA guide (4 SIMDs of 512 VGPRs x 64 lanes, 64 KiB LDS).
 GPUS = {
+    "sm_75": Gpu("cuda", 75, 32, 64 << 10, 64 << 10, 65536, 32),
     "sm_80": Gpu("cuda", 80, 32, 163 << 10, 164 << 10, 65536, 64),
     "sm_86": Gpu("cuda", 86, 32, 99 << 10, 100 << 10, 65536, 48),
     "sm_89": Gpu("cuda", 89, 32, 99 << 10, 100 << 10, 65536, 48),
@@ -75,7 +76,8 @@ def launch_options(warps: int, stages: int = 2) -> dict[str, int | bool]:
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
-# 16-bit inputs go to the tensor cores. The 99 KiB of sm_86 and sm_89 hold half the columns.
+# 16-bit inputs go to the tensor cores. The 99 KiB of sm_86 and sm_89 hold half the columns. Turing (sm_75) has no
+# tile: its kernel would spill thousands of registers and use no tensor cores; `token_logps` takes cuBLAS there.
 LINEAR_16 = {
     "sm_80": LinearTile(128, 256, 64, 8, 4),
     "sm_86": LinearTile(128, 128, 64, 8, 4),
@@ -107,6 +109,13 @@ def nearest(capability: int) -> str:
         return "sm_89"
     listed = [int(name[3:]) for name in LINEAR_16 if name.startswith("sm_")]
     return f"sm_{max((n for n in listed if n <= capability), default=min(listed))}"
+
+
+def has_linear_tile(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the fused linear kernel has a tile for this GPU (compute capability 8.0 and newer) and dtype."""
+    if device.type != "cuda" or torch.version.hip or dtype == torch.float32:
+        return True
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def linear_tile(device: torch.device, dtype: torch.dtype) -> LinearTile:

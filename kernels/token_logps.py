@@ -108,6 +108,19 @@ def _has_kernels(hidden: Tensor) -> bool:
     return hidden.is_cuda and hidden.dtype != torch.float64
 
 
+def _kernel_logps(hidden: Tensor, head: Head, targets: Tensor, ignore_index: int) -> Tensor:
+    """Log-probs alone on a GPU: the fused kernel; before Ampere, whose tile there is none of, cuBLAS and row passes."""
+    from dpoeng.kernels.tiles import has_linear_tile
+
+    if not has_linear_tile(hidden.device, hidden.dtype):
+        from dpoeng.kernels.unit_gradient import chunked_logps
+
+        return chunked_logps(hidden, head, targets, ignore_index, None)
+    from dpoeng.kernels.linear_logps import fused_logps
+
+    return fused_logps(hidden, head, targets, ignore_index)
+
+
 def _tiled(
     hidden: Tensor,
     head: Head,
@@ -152,9 +165,7 @@ def _score_op(
 ) -> Tensor:
     head = Head(weight, bias, softcap, scale, temperature)
     if _has_kernels(hidden):
-        from dpoeng.kernels.linear_logps import fused_logps
-
-        return fused_logps(hidden, head, targets, ignore_index)
+        return _kernel_logps(hidden, head, targets, ignore_index)
     return _tiled(hidden, head, targets, ignore_index)
 
 
@@ -238,9 +249,7 @@ def _head_op(
     """Log-probs `[N]`, and what the backward needs of each row beside its inputs: `[3, N]`, on a GPU nothing."""
     head = Head(weight, bias, softcap, scale, temperature)
     if _has_kernels(hidden):
-        from dpoeng.kernels.linear_logps import fused_logps
-
-        return fused_logps(hidden, head, targets, ignore_index), hidden.new_empty((3, 0), dtype=torch.float32)
+        return _kernel_logps(hidden, head, targets, ignore_index), hidden.new_empty((3, 0), dtype=torch.float32)
     sums = hidden.new_empty((3, hidden.shape[0]), dtype=sum_dtype(hidden.dtype))
     return _tiled(hidden, head, targets, ignore_index, sums=sums), sums
 

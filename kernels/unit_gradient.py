@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dpoeng.kernels.device import launching_on
 from dpoeng.kernels.head import Head
 from dpoeng.kernels.rows import gradient_entries, load_raw, logp_of, map_logits, row_sums
 from dpoeng.kernels.tiles import row_tile
@@ -67,7 +68,7 @@ def chunked_logps(
     head: Head,
     targets: Tensor,
     ignore_index: int,
-    unit_gradient: Tensor,
+    unit_gradient: Tensor | None,
     *,
     narrow: bool = False,
 ) -> Tensor:
@@ -78,7 +79,7 @@ def chunked_logps(
         head: weight of the same dtype.
         targets: `[N]` int64.
         ignore_index: Rows with this target get 0.0 and a zero gradient.
-        unit_gradient: `[N, H]`, overwritten.
+        unit_gradient: `[N, H]`, overwritten; None for log-probs alone, without the second product.
         narrow: Hold the logits in the inputs' dtype: half the chunk's memory, for an error of 7e-3 a log-prob in
             bfloat16 (what rounded logits cost any head) against 5e-7.
     """
@@ -93,17 +94,19 @@ def chunked_logps(
         count = some.stop - start
         product(hidden[some], head.weight.T, raw[:count])
         fused_pass(raw[:count], head, targets[some], ignore_index, logps[some], grad[:count])
-        torch.mm(grad[:count], head.weight, out=unit_gradient[some])
+        if unit_gradient is not None:
+            torch.mm(grad[:count], head.weight, out=unit_gradient[some])
     return logps
 
 
 def fused_pass(raw: Tensor, head: Head, targets: Tensor, ignore_index: int, logps: Tensor, grad: Tensor) -> None:
     """Launch the pass over `raw` `[C, V]`; fills `logps` `[C]` and `grad` `[C, V]`, which may share raw's memory."""
     tile = row_tile()
-    unit_gradient_rows[(raw.shape[0],)](
-        raw, head.bias, targets.contiguous(), logps, grad, raw.stride(0), grad.stride(0), head.vocabulary, ignore_index,
-        head.inner, head.outer, BLOCK=tile.block, SOFTCAP=head.softcap is not None, **tile.options,
-    )  # fmt: skip
+    with launching_on(raw):
+        unit_gradient_rows[(raw.shape[0],)](
+            raw, head.bias, targets.contiguous(), logps, grad, raw.stride(0), grad.stride(0), head.vocabulary,
+            ignore_index, head.inner, head.outer, BLOCK=tile.block, SOFTCAP=head.softcap is not None, **tile.options,
+        )  # fmt: skip
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:

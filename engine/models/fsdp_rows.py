@@ -55,7 +55,7 @@ def local(weight: Any) -> torch.Tensor:
 
 
 def whole_parameters(lm: CausalLM) -> list[nn.Parameter]:
-    """What every process trains in full."""
+    """What every process trains in full. Goes through all modules of the model: for once a run, not once a step."""
     parts = set(lm.parts.values())
     return [parameter for _, parameter in lm.trainable_parameters() if parameter not in parts]
 
@@ -68,12 +68,13 @@ def take_gradients(lm: CausalLM) -> None:
             part.grad, weight.grad = local(weight.grad), None
 
 
-def clip_gradients(lm: CausalLM, group: Group, limit: float) -> float:
+def clip_gradients(lm: CausalLM, whole: Sequence[nn.Parameter], group: Group, limit: float) -> float:
     """Scales the gradient to a norm of at most `limit`; returns the norm that it had, over the parts of all processes.
+
+    `whole` is what `whole_parameters` found.
 
     Pascanu et al. 2013, https://arxiv.org/abs/1211.5063, section 3.2
     """
-    whole = whole_parameters(lm)
     if not lm.parts:
         return float(nn.utils.clip_grad_norm_(whole, limit))
     squares = group.gather(_norm(list(lm.parts.values())) ** 2)

@@ -17,7 +17,7 @@ from dpoeng.cache.errors import UserError
 from dpoeng.engine.config.fields import PrecomputeConfig, Quantization
 from dpoeng.engine.models.checkpoint_tensors import check_loaded, refuse_unrecorded_quantization
 from dpoeng.engine.models.fsdp_loading import sharding_class
-from dpoeng.engine.models.model import DTYPES, CausalLM, decoder_layers
+from dpoeng.engine.models.model import DTYPES, CausalLM, decoder_layers, device_name
 from dpoeng.engine.models.model_config import config_of, layer_lists, with_layers
 from dpoeng.engine.models.quantized import compute_in, multiply_exactly, quantization_config, quantize_empty
 from dpoeng.engine.models.sources import (
@@ -311,6 +311,9 @@ def resolve_dtype(source: ModelSource, dtype: str, device: torch.device) -> torc
     """`auto` -> the checkpoint's own dtype (float32 for a GGUF).
 
     On a CPU that does not multiply bfloat16 itself, `auto` is float32: it would be widened for each product.
+
+    Raises:
+        UserError: a dtype that cannot be used, or bfloat16 on a GPU without units for it.
     """
     asked = dtype
     if dtype == "auto":
@@ -329,7 +332,22 @@ def resolve_dtype(source: ModelSource, dtype: str, device: torch.device) -> torc
         )
     if asked == "auto" and device.type == "cpu" and not native_bf16():
         return torch.float32
+    if dtype == "bfloat16" and device.type == "cuda" and not gpu_multiplies_bf16(device):
+        raise UserError(
+            "this GPU has no units for bfloat16",
+            code="config-value",
+            where=f"--dtype {asked}",
+            expected="float16 or float32 on a GPU of compute capability below 8.0",
+            found=f"bfloat16 on {device_name(device)}",
+            remedy="add --dtype float32; or --dtype float16, half the memory, in which some models overflow: dpoeng "
+            "stops where a log-prob is not finite",
+        )
     return DTYPES[dtype]
+
+
+def gpu_multiplies_bf16(device: torch.device) -> bool:
+    """Whether a GPU has units for bfloat16: NVIDIA's have them from compute capability 8.0 (Ampere) on."""
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @contextlib.contextmanager

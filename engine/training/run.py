@@ -14,7 +14,7 @@ from dpoeng.cache.schema import ScoredPair
 from dpoeng.engine.config.fields import TrainConfig
 from dpoeng.engine.losses.batch import LossState
 from dpoeng.engine.losses.names import LossSettings
-from dpoeng.engine.models.fsdp_rows import make_whole, own_rows
+from dpoeng.engine.models.fsdp_rows import make_whole, own_rows, whole_parameters
 from dpoeng.engine.models.model import CausalLM
 from dpoeng.engine.runs.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from dpoeng.engine.runs.metrics import MetricsLog
@@ -54,6 +54,7 @@ class Run:
 
     `train_weights` are the user's, a number a row, or None. `per_token` is false where the cache holds sums.
     `source_of` says where a training row stands in the user's files.
+    `whole` are the tensors that every process trains in full, found once: a deep model has many modules to look at.
     `settings` are the loss fields of `config`; `loss_state` is what the losses remember from step to step.
     `micro_batch` is the number of pairs in a forward: the configured one, until memory runs out. The processes of
     `group` share a step's forwards; all hold the same adapter and optimizer.
@@ -77,9 +78,11 @@ class Run:
     micro_batch: int = 0
     group: Group = ALONE
     settings: LossSettings = field(init=False)
+    whole: Sequence[torch.nn.Parameter] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.settings = LossSettings.of(self.config)
+        self.whole = whole_parameters(self.lm)
         self.micro_batch = self.micro_batch or self.config.per_device_train_batch_size
 
     @property

@@ -20,7 +20,7 @@ from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import ScoredPair
 from dpoeng.cache.words import counted
 from dpoeng.engine.losses.batch import PairSums, PreferenceLoss, next_state, preference_loss
-from dpoeng.engine.models.fsdp_rows import clip_gradients, take_gradients, whole_parameters
+from dpoeng.engine.models.fsdp_rows import clip_gradients, take_gradients
 from dpoeng.engine.runs.metrics import preference_metrics
 from dpoeng.engine.runtime.out_of_memory import attempt, no_way_back, too_large
 from dpoeng.engine.training.batch_loss import batch_loss, batch_sums, in_order, turns
@@ -121,8 +121,8 @@ def _gradient(run: Run, step: int) -> tuple[list[PreferenceLoss], float]:
     limit = run.config.max_grad_norm if run.config.max_grad_norm > 0 else math.inf
     where = f"phase two, step {step + 1}, gradients of all processes"
     with no_way_back("out of memory", where, _SMALLER) if run.group.size > 1 else contextlib.nullcontext():
-        _add_gradients(run, whole_parameters(run.lm))
-        return parts, clip_gradients(run.lm, run.group, limit)
+        _add_gradients(run, run.whole)
+        return parts, clip_gradients(run.lm, run.whole, run.group, limit)
 
 
 def _backward_of_parts(run: Run, step: int, micros: Sequence[Micro]) -> list[PreferenceLoss]:

@@ -1,8 +1,12 @@
 """The kernels as citizens of torch: custom ops, losses on top, sharded heads, logits; and the choice of tiles."""
 
+import ast
+import contextlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpoeng.kernels import cpu_linear, tiles
+from dpoeng.kernels.head import Head
 from dpoeng.kernels.row_logps import plain_token_logps_from_logits, token_logps_from_logits
 from dpoeng.kernels.tiles import LinearTile
 from dpoeng.kernels.token_logps import plain_token_logps, token_logps
@@ -280,6 +285,95 @@ def test_from_logits_refusals() -> None:
 )  # fmt: skip
 def test_a_gpu_that_is_not_listed_gets_tiles_that_fit(capability: int, name: str) -> None:
     assert tiles.nearest(capability) == name
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "expected"),
+    [((7, 5), torch.float16, "chunks"), ((7, 5), torch.float32, "tile"), ((8, 0), torch.float16, "tile")],
+)
+def test_scoring_before_ampere_is_cublas_and_row_passes(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, expected: str
+) -> None:
+    """Compiled for Turing, the fused tile has 15,238 spill instructions in its loops and no matrix instructions."""
+    from dpoeng.kernels import linear_logps, unit_gradient
+
+    monkeypatch.setattr(sys.modules[token_logps.__module__], "_has_kernels", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    has_tile = tiles.has_linear_tile
+    monkeypatch.setattr(tiles, "has_linear_tile", lambda _, dtype: has_tile(torch.device("cuda", 0), dtype))
+    taken: list[str] = []
+
+    def take(way: str) -> Any:
+        def score(hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
+            taken.append(way)
+            assert way == "tile" or rest[-1] is None  # no gradient is computed
+            return hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
+
+        return score
+
+    monkeypatch.setattr(linear_logps, "fused_logps", take("tile"))
+    monkeypatch.setattr(unit_gradient, "chunked_logps", take("chunks"))
+    hidden, weight, targets = torch.zeros(3, 8, dtype=dtype), torch.zeros(9, 8, dtype=dtype), torch.zeros(3).long()
+    with torch.no_grad():
+        token_logps(hidden, weight, targets)
+    token_logps(hidden, weight.requires_grad_(), targets)
+    assert taken == [expected] * 2
+
+
+# --- the GPU of a launch ---
+
+
+def launches(tree: ast.AST, guarded: bool = False) -> Iterator[tuple[int, bool]]:
+    """Line of each Triton launch, `kernel[grid](...)`, and whether it stands inside `with launching_on(...)`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+            yield node.lineno, guarded
+        inside = isinstance(node, ast.With) and any("launching_on" in ast.unparse(item) for item in node.items)
+        yield from launches(node, guarded or inside)
+
+
+def test_every_launch_is_on_the_gpu_of_its_tensors() -> None:
+    found = {
+        f"{file.name}:{line}": guarded
+        for file in Path(tiles.__file__).parent.glob("*.py")
+        for line, guarded in launches(ast.parse(file.read_text()))
+    }
+    assert len(found) >= 5
+    assert [where for where, guarded in found.items() if not guarded] == []
+
+
+class OnGpu(torch.Tensor):
+    """Says that it is on the second GPU. Its values are on the CPU."""
+
+    is_cuda = True  # type: ignore[assignment]
+    device = torch.device("cuda", 1)  # type: ignore[assignment]
+
+
+def test_the_gpu_of_the_tensors_is_current_at_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current GPU: with tensors on cuda:1, and cuda:0 current, that was the wrong one."""
+    from dpoeng.kernels import unit_gradient
+
+    current = [torch.device("cuda", 0)]
+    at_launch: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        current.append(wanted)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *_, **__: at_launch.append(current[-1])
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(unit_gradient, "unit_gradient_rows", Kernel())
+    raw = torch.zeros(2, 16).as_subclass(OnGpu)
+    rest = Head(torch.zeros(16, 8)), torch.zeros(2).long(), -100, torch.zeros(2)
+    unit_gradient.fused_pass(raw, *rest, raw)
+    unit_gradient.fused_pass(torch.zeros(2, 16), *rest, torch.zeros(2, 16))  # the interpreter's: nothing to switch
+    assert at_launch == [torch.device("cuda", 1), torch.device("cuda", 0)]
+    assert current == [torch.device("cuda", 0)]
 
 
 def test_tuning_takes_the_fastest_and_passes_over_what_does_not_run() -> None:

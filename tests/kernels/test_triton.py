@@ -85,7 +85,7 @@ def gpus_of(reports: list[dict[str, Any]]) -> list[str]:
 def test_every_shipped_configuration_compiles_for_every_gpu(reports: list[dict[str, Any]]) -> None:
     gpus = gpus_of(reports)
     assert tuple(gpus) == QUICK or {*gpus, *QUICK} == {*GPUS}
-    assert len(GPUS) == 6
+    assert len(GPUS) == 7
     expected = [(gpu, b.kernel, b.variant, b.dtype) for gpu in gpus for b in builds(gpu)]
     assert [(r["gpu"], r["kernel"], r["variant"], r["dtype"]) for r in reports] == expected
     assert {r["kernel"] for r in reports} == {
@@ -115,7 +115,9 @@ MATRIX = {
 def test_the_matrix_units_are_used(reports: list[dict[str, Any]]) -> None:
     for gpu in gpus_of(reports):
         fused = [r for r in reports if r["gpu"] == gpu and r["kernel"] == "linear_partials" and r["dtype"] != "fp32"]
-        assert [r["matrix"] for r in fused] == [[MATRIX[gpu]]] * 2, gpu
+        # Before Ampere there is no tile for 16 bits: cuBLAS multiplies there.
+        assert [r["matrix"] for r in fused] == ([[MATRIX[gpu]]] * 2 if gpu in MATRIX else []), gpu
+        assert bool(fused) == (gpu != "sm_75")
 
 
 def test_loads_are_16_bytes_wide(reports: list[dict[str, Any]]) -> None:

@@ -21,7 +21,7 @@ from dpoeng.bench.memory import MemorySettings, bench_memory
 from dpoeng.bench.phases import PhaseSettings, bench_phases
 from dpoeng.cli.main import main
 from dpoeng.engine.config.fields import Attention, PrecomputeConfig, Quantization, TrainConfig
-from dpoeng.engine.models.model import CausalLM
+from dpoeng.engine.models.model import CausalLM, device_name
 from dpoeng.engine.recipes.precompute import precompute_reference
 from dpoeng.engine.recipes.train import train
 from dpoeng.engine.scoring.attention import use_layout
@@ -193,7 +193,7 @@ def test_both_phases_and_a_resume(
     assert summary.parity.max_diff <= (1e-4 if dtype == "float32" else 0.05)
     assert summary.first["loss"] == pytest.approx(0.6931, abs=0.02)
     assert summary.last["loss"] < summary.first["loss"]
-    assert summary.device.startswith(device.type)
+    assert summary.device == device_name(device)
     assert not torch.are_deterministic_algorithms_enabled()
 
     def stop(values: dict[str, Any]) -> None:

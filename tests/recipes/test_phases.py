@@ -656,7 +656,7 @@ def _rest(part: Any) -> tuple[Any, ...]:
     [
         ("auto", "cpu", False, "float32"),
         ("auto", "cpu", True, "bfloat16"),
-        ("auto", "cuda", False, "bfloat16"),
+        ("auto", "cuda", True, "bfloat16"),
         ("bfloat16", "cpu", False, "bfloat16"),  # what is asked for is what is computed
     ],
 )
@@ -671,7 +671,14 @@ def test_auto_avoids_emulated_bfloat16(
 ) -> None:
     source = find_model(str(save_tiny_model(tmp_path / "bf16", tokenizer, dtype="bfloat16")))
     monkeypatch.setattr("dpoeng.engine.models.loading.native_bf16", lambda: units)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0) if units else (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     assert str(resolve_dtype(source, asked, torch.device(device))) == f"torch.{expected}"
+    if not units:  # a GPU before Ampere: torch would emulate bfloat16, and float16 may overflow, so the user chooses
+        for dtype in ("auto", "bfloat16"):
+            with pytest.raises(UserError, match="no units for bfloat16"):
+                resolve_dtype(source, dtype, torch.device("cuda", 0))
+        assert resolve_dtype(source, "float16", torch.device("cuda", 0)) == torch.float16
 
 
 @pytest.mark.parametrize("lora", [{"bias": "all"}, {"target_modules": ["q_proj", "embed_tokens"]}])

@@ -204,6 +204,8 @@ class TestProperties:
         size = float(weight.detach().float().abs().max()) + 1
         compare(logps, expected, eager, log_prob_floor(expected) + 8 * EPS * size * case.h**0.5 * 4)
         assert not (logps > 0).any()
+        alone = unit_gradient.chunked_logps(hidden, Head(weight, **options), targets, IGNORE, None)
+        assert torch.equal(alone.nan_to_num(9.0), logps.nan_to_num(9.0))
         sound = ~expected.isnan()
         step = 2**-7 if case.dtype == torch.bfloat16 else torch.finfo(case.dtype).eps
         # Probabilities are rounded to the dtype before the product: an error of `step` per entry, times the head.
