@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -117,6 +117,7 @@ def dpoeng(ctx: click.Context, debug: bool) -> None:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point of the console script. Exit statuses are listed in docs/errors.md."""
     signal.signal(signal.SIGTERM, _terminate)
+    _choose_allocator(os.environ)
     if not sys.warnoptions:
         # Deprecations inside the libraries are for their maintainers; python -W default shows them.
         warnings.simplefilter("ignore", FutureWarning)
@@ -153,6 +154,16 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _print_error(reported.text())
         status = reported.exit_status
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _choose_allocator(environment: MutableMapping[str, str]) -> None:
+    """Let PyTorch's CUDA memory grow in place, unless the user has chosen: every step has another number of tokens.
+
+    Blocks of a fixed size would be left over from each, and memory run out while much of it is free. PyTorch reads this
+    once, before its first allocation on a GPU, so it is set before torch is imported. A CPU has no use for it.
+    """
+    if not any(name in environment for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")):
+        environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _unread(streams: Iterable[TextIO]) -> int:

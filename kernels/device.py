@@ -1,7 +1,7 @@
 """The GPU that a Triton kernel is launched on.
 
 Triton launches on torch's current GPU, wherever the tensors are: with tensors on another one it fails, or reads memory
-that is not theirs. Knows nothing of what is launched.
+that is not theirs. Knows nothing of the kernels.
 """
 
 import contextlib

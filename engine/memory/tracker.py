@@ -28,6 +28,7 @@ SAVED = "saved activations"
 TRANSIENT = "transient"
 LOGITS = "logits"
 
+_COPY = torch.ops.aten._to_copy.default
 _ITEM = torch.ops.aten._local_scalar_dense.default
 
 
@@ -97,6 +98,8 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return value.item()
             # Where there are no values, a step only asks whether its numbers are finite.
             return 1.0 if args[0].is_floating_point() else 1
+        if func is _COPY and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
+            return torch.ones(args[0].shape, dtype=args[0].dtype)  # a step's metrics
         handler = self.handlers.get(func)
         result = func(*args, **kwargs) if handler is None else handler(self, func, args, kwargs)
         for leaf in tree_leaves(result):

@@ -86,8 +86,10 @@ def load_model(
         UserError: the files cannot be loaded, or bitsandbytes cannot be used.
     """
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # Triton launches on the current GPU, wherever the tensors are
+        torch.cuda.set_device(device)  # for callers' own kernels; ours are launched where their tensors are
+        require_triton(device)
     compute = resolve_dtype(source, dtype, device)
+    ready = exact_float32_products() if device.type == "cuda" else ()
     remarks: tuple[str, ...] = ()
     if source.gguf:
         base = _load_gguf(source, quantization, compute, device)
@@ -99,8 +101,46 @@ def load_model(
         if stored_quantization(source) is not None:
             compute_in(base, compute)
     lm = _frozen(base, load_tokenizer(source) if tokenizer else None, device, compute, quantization)
-    lm.sharded, lm.source, lm.remarks = shard is not None, source, remarks
+    lm.sharded, lm.source, lm.remarks = shard is not None, source, (*ready, *remarks)
     return lm
+
+
+def require_triton(device: torch.device) -> None:
+    """Try Triton on this GPU before anything is loaded, so that a missing compiler is one message.
+
+    Raises:
+        UserError: it cannot be imported, cannot compile, or its kernel does not run.
+    """
+    try:
+        from dpoeng.kernels.try_triton import try_triton
+
+        try_triton(device)
+    except Exception as error:
+        said = str(error).strip().splitlines()
+        raise UserError(
+            "Triton cannot compile and run kernels for this GPU",
+            code="triton-unusable",
+            where=f"--device {device}",
+            expected="a C compiler (gcc or clang), Python's headers, a driver as new as this torch, and its own triton",
+            found=f"{type(error).__name__}: {said[0] if said else ''}",
+            remedy="install gcc and python3-dev, or name a compiler in CC; for others see `dpoeng doctor`, or use "
+            "--device cpu",
+            exit_status=5,
+        ) from error
+
+
+def exact_float32_products() -> tuple[str, ...]:
+    """Turn TF32 off for float32 products on a GPU; return what to tell the user if it was on.
+
+    TF32 keeps 10 bits of each factor: a float32 reference would be one of bfloat16's precision, and LoRA's too.
+    """
+    products: Any = torch.backends.cuda.matmul
+    # Before torch 2.9 there was only the older name; reading that one raises where the newer one was set.
+    on = products.fp32_precision not in ("none", "ieee") if hasattr(products, "fp32_precision") else products.allow_tf32
+    if not on:
+        return ()
+    torch.set_float32_matmul_precision("highest")  # sets both
+    return ("TF32 was on, and is turned off: float32 products are computed in float32",)
 
 
 def _load_gguf(source: ModelSource, quantization: Quantization, dtype: torch.dtype, device: torch.device) -> Any:

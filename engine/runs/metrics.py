@@ -6,6 +6,7 @@ Timings are kept in a file of their own, so that the log of a resumed run equals
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,14 @@ _BY_STEP = (METRICS_FILE, TIMINGS_FILE, EVALUATIONS_FILE)
 
 def pair_values(part: PreferenceLoss) -> dict[str, torch.Tensor]:
     """Name -> a number a pair, [B], under the names that TRL gave them; `kl/` is per token, see `kl_per_token`."""
-    values = {
+    values = _all_values(part)
+    if part.sums.chosen_kl.isnan().any():  # the cache holds sums over whole responses
+        del values["kl/chosen"], values["kl/rejected"]
+    return values
+
+
+def _all_values(part: PreferenceLoss) -> dict[str, torch.Tensor]:
+    return {
         "loss": part.losses.detach(),
         "rewards/chosen": part.chosen_rewards,
         "rewards/rejected": part.rejected_rewards,
@@ -37,16 +45,16 @@ def pair_values(part: PreferenceLoss) -> dict[str, torch.Tensor]:
         "kl/chosen": part.sums.chosen_kl,
         "kl/rejected": part.sums.rejected_kl,
     }
-    if part.sums.chosen_kl.isnan().any():  # the cache holds sums over whole responses
-        del values["kl/chosen"], values["kl/rejected"]
-    return values
 
 
 def preference_metrics(parts: Sequence[PreferenceLoss]) -> dict[str, float]:
-    """Means over the pairs of several forwards."""
-    values = [pair_values(part) for part in parts]
-    names = [name for name in values[0] if all(name in value for value in values)]
-    return {name: float(torch.cat([value[name] for value in values]).mean()) for name in names}
+    """Means over the pairs of several forwards, read from the device at once: each read waits for all it has to do."""
+    values = [_all_values(part) for part in parts]
+    means = torch.stack([torch.cat([value[name] for value in values]).mean() for name in values[0]])
+    found = dict(zip(values[0], means.cpu().tolist(), strict=True))
+    if math.isnan(found["kl/chosen"]):  # the cache holds sums over whole responses
+        del found["kl/chosen"], found["kl/rejected"]
+    return found
 
 
 class MetricsLog:

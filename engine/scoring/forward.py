@@ -18,6 +18,7 @@ from torch import nn
 from dpoeng.engine.models.model import CausalLM, before_head
 from dpoeng.engine.models.model_config import rotary_limit as rotary_limit_of
 from dpoeng.engine.models.model_config import text_config
+from dpoeng.engine.runtime.to_device import to_device
 from dpoeng.engine.scoring.attention import AttentionPlan
 from dpoeng.engine.scoring.layout import IndexArray, PackedRow, PromptGroup, pack, pad, separate
 from dpoeng.kernels.collision import log_collision
@@ -173,4 +174,4 @@ def rotary_limit(lm: CausalLM) -> int | None:
 
 def on_device(lm: CausalLM, array: npt.NDArray[Any]) -> torch.Tensor:
     """An array as a tensor where the model is, without waiting for the device."""
-    return torch.from_numpy(array).to(lm.device, non_blocking=True)
+    return to_device(array, lm.device)

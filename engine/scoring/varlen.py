@@ -9,12 +9,14 @@ branch's queries see their whole prompt. Nothing is computed between texts, and 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from dpoeng.engine.runtime.to_device import to_device
 from dpoeng.engine.scoring.layout import GroupSpan
 
 
@@ -48,13 +50,13 @@ def texts(groups: Sequence[GroupSpan], device: torch.device) -> Texts:
     lengths = [len(rows) for rows in keys]
 
     def offsets(counts: Sequence[int]) -> torch.Tensor:
-        return torch.from_numpy(np.cumsum([0, *counts], dtype=np.int32)).to(device)
+        return to_device(np.cumsum([0, *counts], dtype=np.int32), device)
 
     again = lengths != queries
     return Texts(
         offsets(queries),
         offsets(lengths),
-        torch.from_numpy(np.concatenate(keys)).to(device) if again else None,
+        to_device(np.concatenate(keys), device) if again else None,
         max(queries),
         max(lengths),
     )
@@ -83,6 +85,9 @@ def varlen(
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     if rows.key_rows is not None:
         k, v = k.index_select(0, rows.key_rows), v.index_select(0, rows.key_rows)
+    # torch 2.11 has no such argument; its kernel takes fewer heads of keys as they are.
+    has_argument = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    grouped: dict[str, bool] = {"enable_gqa": query.shape[1] != key.shape[1]} if has_argument else {}
     found = varlen_attn(
         q.contiguous(),
         k.contiguous(),
@@ -93,6 +98,6 @@ def varlen(
         rows.longest_key,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     return torch.as_tensor(found)[None]

@@ -22,7 +22,7 @@ INTERPRETED = str(SUPPORT / "interpreted_kernels.py")
 # Cases of tests/support/interpreted_kernels.py: three properties of so many each, and the tests beside them. They are
 # drawn in one order, so that the many begin with the few.
 FEW, MANY = 16, 102
-INTERPRETED_TESTS = 13
+INTERPRETED_TESTS = 14
 
 # Compiling takes a core some 20 seconds a GPU: `make test` does it for the H100, `make test-slow` for all.
 QUICK = ("sm_90",)

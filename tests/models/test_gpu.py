@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from dpoeng.engine.models.loading import keep_embedding_on_host, load_model
+from dpoeng.cache.errors import UserError
+from dpoeng.cli.main import _choose_allocator
+from dpoeng.engine.models.loading import exact_float32_products, keep_embedding_on_host, load_model, require_triton
 from dpoeng.engine.models.sources import find_model
+from dpoeng.engine.runtime.to_device import to_device
 
 
 class LoadedError(Exception):
@@ -31,10 +38,11 @@ def test_weights_go_straight_to_the_gpu_that_kernels_are_launched_on(
         raise LoadedError
 
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr("dpoeng.engine.models.loading.require_triton", current.append)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     with pytest.raises(LoadedError):
         load_model(find_model(str(tiny_model)), quantization=quantization, dtype="auto", device=torch.device("cuda", 1))
-    assert current == [torch.device("cuda", 1)]
+    assert current == [torch.device("cuda", 1)] * 2  # before any weight is read, Triton is tried there
     assert asked["device_map"] == {"": "cuda:1"}
     assert ("quantization_config" in asked) == (quantization == "8bit")
 
@@ -60,3 +68,54 @@ def test_text_is_generated_over_an_embedding_on_the_host() -> None:
     logits = base(**inputs).logits
     assert logits.shape[-1] == 32
     assert logits.device.type == "meta"
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("Failed to find C compiler."), ImportError("no module named triton")])
+def test_a_triton_that_cannot_compile_is_one_message(monkeypatch: pytest.MonkeyPatch, fault: Exception) -> None:
+    def fail(_: torch.device) -> None:
+        raise fault
+
+    monkeypatch.setitem(sys.modules, "dpoeng.kernels.try_triton", SimpleNamespace(try_triton=fail))
+    with pytest.raises(UserError) as caught:
+        require_triton(torch.device("cuda", 0))
+    assert caught.value.code == "triton-unusable"
+    assert str(fault) in caught.value.text()
+    assert "gcc" in caught.value.text()
+
+
+def by_older_name() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def by_newer_name() -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+@pytest.mark.parametrize("turn_on", [by_older_name, by_newer_name])
+def test_float32_is_not_tf32(turn_on: Callable[[], None]) -> None:
+    assert exact_float32_products() == ()
+    turn_on()
+    (remark,) = exact_float32_products()
+    assert "TF32" in remark
+    assert torch.backends.cuda.matmul.fp32_precision in ("none", "ieee")
+    assert exact_float32_products() == ()
+
+
+def test_memory_grows_in_place_unless_the_user_chose() -> None:
+    """Every step has another number of tokens: blocks of a fixed size would be left over from each."""
+    empty: dict[str, str] = {}
+    _choose_allocator(empty)
+    assert empty == {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        chosen = {name: "max_split_size_mb:128"}
+        _choose_allocator(chosen)
+        assert chosen == {name: "max_split_size_mb:128"}
+
+
+def test_a_copy_to_a_gpu_is_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From pageable memory `non_blocking` waits for the device all the same."""
+    seen: list[str] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: seen.append("pinned") or tensor)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **how: seen.append(str(how)) or tensor)
+    to_device(np.arange(3), torch.device("cuda", 0))
+    assert seen == ["pinned", "{'non_blocking': True}"]

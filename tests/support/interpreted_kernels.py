@@ -25,6 +25,7 @@ from dpoeng.kernels.linear_logps import fused_logps
 from dpoeng.kernels.row_logps import plain_token_logps_from_logits
 from dpoeng.kernels.tiles import LinearTile, RowTile
 from dpoeng.kernels.token_logps import plain_token_logps
+from dpoeng.kernels.try_triton import try_triton
 
 # The interpreter computes with numpy, which warns of what IEEE defines: exp of -inf, inf - inf.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -343,3 +344,7 @@ def test_a_certain_target_keeps_its_digits() -> None:
     logps, _, _ = row_kernels.forward(logits, torch.tensor([7]), IGNORE)
     true = plain_token_logps_from_logits(logits.double(), torch.tensor([7]))
     assert float(((logps - true) / true).abs()) < 1e-5
+
+
+def test_the_kernel_that_tries_triton() -> None:
+    try_triton(torch.device("cpu"))

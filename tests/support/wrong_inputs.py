@@ -123,6 +123,21 @@ def changed_meanwhile(desk: Desk) -> None:
     desk.patch.setattr(precompute, "tokenize_pairs", tokenize)
 
 
+def no_compiler(desk: Desk) -> None:
+    def fail(_: Any) -> None:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+    desk.patch.setitem(sys.modules, "dpoeng.kernels.try_triton", SimpleNamespace(try_triton=fail))
+
+
+def try_triton_on_gpu(_: Desk) -> None:
+    import torch
+
+    from dpoeng.engine.models.loading import require_triton
+
+    require_triton(torch.device("cuda", 0))
+
+
 DATA = (
     Wrong("no such file", "data-missing", 3, "check none.jsonl", ("none.jsonl",)),
     Wrong("no such file, phase one", "data-missing", 3, "precompute-ref none.jsonl --model MODEL"),
@@ -259,6 +274,8 @@ COMMANDS = (
     Wrong("a device that is none", "config-value", 2, SCORE + " --device gpu", ("cuda", "cpu")),
     Wrong("a GPU where there is none", "no-gpu", 5, SCORE + " --device cuda", ("--device cpu",)),
     Wrong("a GPU where there is none, phase two", "no-gpu", 5, TRAIN + " --device cuda:3", ("--device cpu",)),
+    Wrong("a GPU without a C compiler", "triton-unusable", 5, SCORE + " --device cuda:0", ("gcc", "CC"),
+          no_compiler, try_triton_on_gpu),
     Wrong("bitsandbytes missing", "bitsandbytes-unusable", 5, SCORE + " --quantization 8bit", ("pip install",),
           lambda d: d.patch.setitem(sys.modules, "bitsandbytes", None)),
     Wrong("bitsandbytes missing, phase two", "bitsandbytes-unusable", 5, TRAIN + " --quantization 4bit", (),

@@ -36,3 +36,30 @@ def test_a_step_does_not_go_through_the_model_for_what_it_trains(monkeypatch: py
     monkeypatch.setattr(simulate, "train_step", in_step)
     trace_step(setup(), [Pair(8, 4, 4)])
     assert looks == []
+
+
+def test_a_step_reads_the_device_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the forwards: for the gradient's norm, and for all metrics at once. There were nine of these alone."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    waits: list[str] = []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = func._schema.name
+            to_host = str((kwargs or {}).get("device")) == "cpu" and bool(args) and args[0].is_meta
+            if name == "aten::_local_scalar_dense" or (name == "aten::_to_copy" and to_host):
+                waits.append(name)
+            return func(*args, **(kwargs or {}))
+
+    step = simulate.train_step
+
+    def watched(*arguments: Any) -> Any:
+        with Reads():
+            return step(*arguments)
+
+    monkeypatch.setattr(simulate, "train_step", watched)
+    # AdamW counts its steps in host memory on a GPU; without values they would be read from the meta device.
+    monkeypatch.setattr("dpoeng.engine.training.step._update", lambda _: None)
+    trace_step(setup(), [Pair(8, 4, 4)])
+    assert sorted(waits) == ["aten::_local_scalar_dense", "aten::_to_copy"]
