@@ -17,7 +17,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpoeng.kernels.tiles import GPUS, LINEAR_16, LINEAR_32, MERGE_ROWS, Gpu, LinearTile, launch_options, row_tile
+from dpoeng.kernels.tiles import (
+    GPUS,
+    LINEAR_16,
+    LINEAR_32,
+    MERGE_ROWS,
+    WIDEN,
+    Gpu,
+    LinearTile,
+    launch_options,
+    row_tile,
+)
 
 
 class Build(NamedTuple):
@@ -82,6 +92,10 @@ def builds(gpu: str, linear: LinearTile | None = None) -> list[Build]:
     plain: dict[str, Any] = {"BLOCK": row.block}
     out = [Build("row_forward", "", dtype, row_types, plain, row.warps) for dtype in ("bf16", "fp32")]
     out += [Build("row_backward", "", dtype, row_types, plain, row.warps) for dtype in ("bf16", "fp32")]
+    widen = WIDEN[GPUS[gpu].backend]
+    widen_types = {"codes": "*i8", "scales": f32, "inverse": "fp32"}
+    for dtype in ("bf16", "fp16"):
+        out.append(Build("widen_int8", "", dtype, widen_types, {"BLOCK": widen.block}, widen.warps))
     # Training: float32 logits whose gradient is written in 16 bits over them; Gemma's softcap; a bias.
     unit = {**row_types, "raw": f32}
     out.append(Build("unit_gradient_rows", "", "bf16", unit, {**plain, "bias": None, "SOFTCAP": False}, row.warps))
@@ -158,12 +172,13 @@ def occupancy(gpu: Gpu, registers: int, shared: int, warps: int) -> float:
 
 
 def _kernels() -> dict[str, Any]:
-    from dpoeng.kernels import linear_logps, row_kernels, unit_gradient
+    from dpoeng.kernels import linear_logps, row_kernels, unit_gradient, widen_kernel
 
     return {
         "row_forward": row_kernels.row_forward,
         "row_backward": row_kernels.row_backward,
         "unit_gradient_rows": unit_gradient.unit_gradient_rows,
+        "widen_int8": widen_kernel.widen_int8,
         "linear_partials": linear_logps.linear_partials,
         "merge_partials": linear_logps.merge_partials,
     }

@@ -42,6 +42,11 @@ def dtype_of_products(x: Tensor) -> torch.dtype:
     return product_dtype(x.dtype) if x.device.type in _devices else x.dtype
 
 
+def multiplies_as_cpu(x: Tensor) -> bool:
+    """Whether a tensor is multiplied as on a CPU; false on a GPU, and on the meta device, which stands for one."""
+    return x.device.type in _devices
+
+
 @contextlib.contextmanager
 def as_on_cpu() -> Iterator[None]:
     """Products on the meta device that take the memory which they take on a CPU."""

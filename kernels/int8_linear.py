@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpoeng.kernels.cpu_linear import linear, owned_linear
+from dpoeng.kernels.cpu_linear import linear, multiplies_as_cpu, owned_linear
 
 
 def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -43,5 +43,24 @@ class _Int8Linear(torch.autograd.Function):
 
 
 def widened(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight [O, I] that 8-bit codes stand for, each entry rounded once."""
+    """The weight [O, I] that 8-bit codes stand for, each entry rounded once; on a GPU in one pass."""
+    if not multiplies_as_cpu(codes) and dtype != torch.float64:
+        weight: Tensor = _widen_op(codes, scales, dtype)
+        return weight
+    return _plain_widened(codes, scales, dtype)
+
+
+def _plain_widened(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.to(dtype).mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
+
+
+@torch.library.custom_op("dpoeng::widen_int8", mutates_args=())
+def _widen_op(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    from dpoeng.kernels.widen_kernel import widen
+
+    return widen(codes, scales, dtype)
+
+
+@_widen_op.register_fake
+def _(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(codes, dtype=dtype, memory_format=torch.contiguous_format)

@@ -76,6 +76,8 @@ def launch_options(warps: int, stages: int = 2) -> dict[str, int | bool]:
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
+# Widening int8: 16 codes a thread, so one 16-byte load and two stores. AMD's warps have twice as many threads.
+WIDEN = {"cuda": RowTile(1024, 2), "hip": RowTile(2048, 2)}
 # 16-bit inputs go to the tensor cores. The 99 KiB of sm_86 and sm_89 hold half the columns. Turing (sm_75) has no
 # tile: its kernel would spill thousands of registers and use no tensor cores; `token_logps` takes cuBLAS there.
 LINEAR_16 = {

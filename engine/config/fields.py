@@ -330,8 +330,8 @@ class TrainConfig(_Config):
 
     optim: Optimizer = Field(
         "adamw_torch",
-        description="AdamW: of torch (adamw_torch_fused: one kernel a step), or of bitsandbytes with its state in 8 "
-        "bits or paged out to the CPU's memory.",
+        description="AdamW: of torch (adamw_torch_fused: one kernel a step, used on a GPU where optim is left out), or "
+        "of bitsandbytes with its state in 8 bits or paged out to the CPU's memory.",
     )
     learning_rate: float = Field(1e-5, gt=0, lt=1, description="Peak learning rate of AdamW.")
     lr_scheduler_type: Schedule = Field("linear", description="How the learning rate falls; transformers' schedules.")

@@ -32,7 +32,7 @@ from dpoeng.engine.runtime.progress import QUIET
 from dpoeng.engine.scoring.attention import use_layout
 from dpoeng.engine.scoring.forward import score_groups
 from dpoeng.engine.scoring.layout import pair_group
-from dpoeng.engine.training.optimizer import Named, build_optimizer, build_scheduler
+from dpoeng.engine.training.optimizer import Named, build_optimizer, build_scheduler, optimizer_on
 from dpoeng.engine.training.order import plan_schedule
 from dpoeng.engine.training.run import HeldOut, Run
 from dpoeng.engine.training.step import train_step
@@ -173,15 +173,16 @@ def _optimizer(setup: Setup, config: TrainConfig, trainable: Named) -> tuple[tor
     """The optimizer with its moments made, and bytes of moments that are no tensors here."""
     for _, parameter in trainable:
         parameter.grad = torch.zeros_like(parameter)
-    if config.optim != "adamw_torch":
+    name = optimizer_on(config, on_gpu=setup.kernels == "cuda")
+    if name != "adamw_torch":
         # bitsandbytes and torch's fused kernel update in place: two moments of 8 bits and a float32 a block of 256
         # each, or of 32; paged ones can leave the device.
-        paged, narrow = "paged" in config.optim, "8bit" in config.optim
+        paged, narrow = "paged" in name, "8bit" in name
         sizes = [0 if paged else parameter.numel() for _, parameter in trainable]
         moments = sum(2 * (n + n // 64 if narrow and n >= 4096 else 4 * n) for n in sizes)
         return torch.optim.SGD([parameter for _, parameter in trainable], lr=0.1), moments
     optimizer = build_optimizer(config, trainable)
-    if setup.kernels == "cuda" and config.optim == "adamw_torch":
+    if setup.kernels == "cuda":
         for group in optimizer.param_groups:
             group["foreach"] = True  # what AdamW chooses on a GPU
     optimizer.step()

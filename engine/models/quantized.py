@@ -118,9 +118,18 @@ def holds_8_bits(module: nn.Module) -> bool:
     return type(module).__name__ == "Linear8bitLt"
 
 
-def _exact_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+def int8_scales_of(module: Any) -> torch.Tensor | None:
+    """The scales [O] of an 8-bit layer that multiplies by `int8_linear`; None where it multiplies as bitsandbytes."""
+    if "forward" not in module.__dict__:
+        return None
     # A forward of bitsandbytes' own would move the scales from the weight to the layer's state.
-    scales = self.weight.SCB if self.weight.SCB is not None else self.state.SCB
+    scales: torch.Tensor = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
+    return scales
+
+
+def _exact_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    scales = int8_scales_of(self)
+    assert scales is not None
     return int8_linear(x, self.weight.data, scales, self.bias)
 
 

@@ -37,17 +37,27 @@ def build_optimizer(config: TrainConfig, trainable: Named) -> torch.optim.Optimi
         "betas": (config.adam_beta1, config.adam_beta2),
         "eps": config.adam_epsilon,
     }
-    if config.optim == "adamw_torch":
-        return torch.optim.AdamW(groups, **settings)
-    if config.optim == "adamw_torch_fused":
-        return torch.optim.AdamW(groups, **settings, fused=True)
     on_gpu = any(parameter.device.type == "cuda" for _, parameter in trainable)
+    name = optimizer_on(config, on_gpu=on_gpu)
+    if name == "adamw_torch":
+        return torch.optim.AdamW(groups, **settings)
+    if name == "adamw_torch_fused":
+        return torch.optim.AdamW(groups, **settings, fused=True)
     return bitsandbytes_adamw(
         groups,
         **settings,
         optim_bits=8 if "8bit" in config.optim else 32,
         is_paged="paged" in config.optim and on_gpu,
     )
+
+
+def optimizer_on(config: TrainConfig, *, on_gpu: bool) -> str:
+    """The optimizer's name: `optim`, and where that was left out, AdamW as one kernel on a GPU.
+
+    Both are the same arithmetic with the same state; only roundings in float32 differ. So a run's identity has the
+    field as it is, and a run that moves from one device to another goes on.
+    """
+    return "adamw_torch_fused" if on_gpu and "optim" not in config.model_fields_set else config.optim
 
 
 def build_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:

@@ -22,7 +22,7 @@ INTERPRETED = str(SUPPORT / "interpreted_kernels.py")
 # Cases of tests/support/interpreted_kernels.py: three properties of so many each, and the tests beside them. They are
 # drawn in one order, so that the many begin with the few.
 FEW, MANY = 16, 102
-INTERPRETED_TESTS = 14
+INTERPRETED_TESTS = 15
 
 # Compiling takes a core some 20 seconds a GPU: `make test` does it for the H100, `make test-slow` for all.
 QUICK = ("sm_90",)
@@ -89,7 +89,7 @@ def test_every_shipped_configuration_compiles_for_every_gpu(reports: list[dict[s
     expected = [(gpu, b.kernel, b.variant, b.dtype) for gpu in gpus for b in builds(gpu)]
     assert [(r["gpu"], r["kernel"], r["variant"], r["dtype"]) for r in reports] == expected
     assert {r["kernel"] for r in reports} == {
-        "row_forward", "row_backward", "unit_gradient_rows", "linear_partials", "merge_partials"
+        "row_forward", "row_backward", "unit_gradient_rows", "linear_partials", "merge_partials", "widen_int8"
     }  # fmt: skip
 
 

@@ -21,11 +21,13 @@ from torch import Tensor
 
 from dpoeng.kernels import head_gradient, row_kernels, unit_gradient
 from dpoeng.kernels.head import Head
+from dpoeng.kernels.int8_linear import widened
 from dpoeng.kernels.linear_logps import fused_logps
 from dpoeng.kernels.row_logps import plain_token_logps_from_logits
 from dpoeng.kernels.tiles import LinearTile, RowTile
 from dpoeng.kernels.token_logps import plain_token_logps
 from dpoeng.kernels.try_triton import try_triton
+from dpoeng.kernels.widen_kernel import widen
 
 # The interpreter computes with numpy, which warns of what IEEE defines: exp of -inf, inf - inf.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -348,3 +350,17 @@ def test_a_certain_target_keeps_its_digits() -> None:
 
 def test_the_kernel_that_tries_triton() -> None:
     try_triton(torch.device("cpu"))
+
+
+def test_widened_codes_are_those_of_two_passes() -> None:
+    """Every code in every row, over several blocks and a ragged last one. The interpreter cuts bfloat16 off."""
+    rng = torch.Generator().manual_seed(0)
+    codes = torch.arange(-128, 128, dtype=torch.int8).repeat(5, 9)[:, :2100]
+    scales = torch.rand(5, generator=rng) * 10.0 ** torch.arange(-3, 2)
+    wide = widen(codes, scales, torch.float32)
+    assert torch.equal(wide, widened(codes, scales, torch.float32))
+    assert torch.equal(widen(codes, scales, torch.float16), widened(codes, scales, torch.float16))
+    assert torch.equal(wide.bfloat16(), widened(codes, scales, torch.bfloat16))
+    cut = (wide.view(torch.int32) >> 16 << 16).view(torch.float32).bfloat16()
+    assert torch.equal(widen(codes, scales, torch.bfloat16), cut)
+    assert widen(codes[:, :0], scales, torch.float16).shape == (5, 0)

@@ -12,6 +12,7 @@ from dpoeng.engine.config.fields import TrainConfig
 from dpoeng.engine.memory import simulate
 from dpoeng.engine.memory.simulate import Pair, Setup, trace_step
 from dpoeng.engine.models.model import CausalLM
+from dpoeng.engine.training import step as step_module
 
 
 def setup(**settings: Any) -> Setup:
@@ -60,6 +61,12 @@ def test_a_step_reads_the_device_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(simulate, "train_step", watched)
     # AdamW counts its steps in host memory on a GPU; without values they would be read from the meta device.
-    monkeypatch.setattr("dpoeng.engine.training.step._update", lambda _: None)
+    update, before_update = step_module._update, list[str]()
+
+    def noted(run: Any) -> None:
+        before_update.extend(waits)
+        update(run)
+
+    monkeypatch.setattr(step_module, "_update", noted)
     trace_step(setup(), [Pair(8, 4, 4)])
-    assert sorted(waits) == ["aten::_local_scalar_dense", "aten::_to_copy"]
+    assert sorted(before_update) == ["aten::_local_scalar_dense", "aten::_to_copy"]
