@@ -1,0 +1,218 @@
+"""Counts the kernel launches, bytes and FLOPs of a training step on a GPU, by part, without one.
+
+The step is the real one: model, adapters, checkpointing and loss, run on the meta device with a GPU's kernels. Each
+operation that reaches the device is a launch; its bytes are those of the tensors it reads and writes, each once, and
+its FLOPs those of its matrix products. Caches are not modelled, so bytes are what would move without any.
+
+One layer is the difference between a model with three layers and one with two. Nothing here is a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dpoeng.engine.config.fields import Quantization, TrainConfig
+from dpoeng.engine.losses.names import LossSettings
+from dpoeng.engine.memory.overhead import model_fields
+from dpoeng.engine.memory.simulate import Pair, Setup, build
+from dpoeng.engine.memory.stand_ins import kernels_of
+from dpoeng.engine.models import lora_product
+from dpoeng.engine.models.model import decoder_layers, set_mode
+from dpoeng.engine.training.batch_loss import batch_loss
+from dpoeng.kernels.unit_gradient import chunk_rows
+
+PRODUCTS, WIDENING, LORA, ATTENTION, ELEMENTWISE, HEAD = (
+    "products", "widening", "LoRA", "attention", "elementwise", "head"
+)  # fmt: skip
+"""Parts. `elementwise` is norms, rotary positions, activations and residuals."""
+
+# Views and allocations: no kernel runs for them.
+_NO_LAUNCH = frozenset(
+    "view t transpose permute expand slice split split_with_sizes unsqueeze squeeze select detach alias as_strided "
+    "_unsafe_view reshape _reshape_alias empty empty_like new_empty empty_strided new_empty_strided unbind lift_fresh "
+    "narrow is_same_size unsafe_split diagonal resize_ chunk _local_scalar_dense".split()
+)
+_PRODUCTS = frozenset({"mm", "addmm", "addmm_", "bmm"})
+_WRITES_ALONE = frozenset({"zeros_like", "fill_", "zero_", "new_zeros", "zeros", "ones", "full", "arange", "ones_like"})
+
+
+@dataclass(frozen=True, slots=True)
+class StepSettings:
+    """What is counted. `model` is a folder with config.json, or a known name."""
+
+    model: str
+    quantization: Quantization = "none"
+    prompt: int = 1024
+    chosen: int = 1024
+    rejected: int = 1024
+    pairs: int = 2
+    lora_r: int = 16
+    gradient_checkpointing: bool = True
+
+
+@dataclass(slots=True)
+class Counts:
+    """Launches, bytes and FLOPs of matrix products, by part."""
+
+    launches: Counter[str] = field(default_factory=Counter)
+    n_bytes: Counter[str] = field(default_factory=Counter)
+    flop: Counter[str] = field(default_factory=Counter)
+
+    def less(self, other: Counts) -> Counts:
+        """What this one has more."""
+        found = Counts()
+        for name in ("launches", "n_bytes", "flop"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            getattr(found, name).update({key: mine[key] - theirs[key] for key in mine if mine[key] != theirs[key]})
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class StepCounts:
+    """Of a decoder layer, forward, recomputation and backward; and of what is outside all layers (head, loss)."""
+
+    layer: Counts
+    outside: Counts
+    layers: int
+    tokens: int
+
+    def record(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            **asdict(self),
+            "layer_launches": self.layer.launches.total(),
+            "layer_bytes": self.layer.n_bytes.total(),
+        }
+
+
+def count_step(settings: StepSettings) -> StepCounts:
+    """Count one forward and backward of phase two in bfloat16, with FlashAttention over shared prompts.
+
+    Raises:
+        UserError: the model is not known.
+    """
+    fields = model_fields(settings.model)
+    config = TrainConfig(lora_r=settings.lora_r, gradient_checkpointing=settings.gradient_checkpointing)
+    setup = Setup(model=fields, dtype=torch.bfloat16, quantization=settings.quantization, config=config)
+    pairs = [Pair(settings.prompt, settings.chosen, settings.rejected)] * settings.pairs
+    two, three = (_count(setup.with_layers(depth), pairs) for depth in (2, 3))
+    layer = three.less(two)
+    tokens = settings.pairs * (settings.prompt + settings.chosen + settings.rejected)
+    return StepCounts(layer, two.less(layer).less(layer), setup.layers, tokens)
+
+
+def _count(setup: Setup, pairs: Sequence[Pair]) -> Counts:
+    lm = build(setup)
+    lm.attention = "varlen"
+    set_mode(lm, training=True)
+    assert decoder_layers(lm.backbone), "a model without layers"
+    rows = [pair.scored() for pair in pairs]
+    counter = _Counter()
+    with kernels_of("cuda"), _lora_noted(counter), counter:
+        losses = batch_loss(lm, rows, LossSettings.of(setup.config)).losses
+        torch.autograd.backward(losses.sum() / len(rows))
+    return counter.counts
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts = Counts()
+        self.in_lora = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = func._schema.name.split("::")[1]
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        if name in _NO_LAUNCH or not any(tensor.is_meta for tensor in [*inputs, *outputs]):
+            return result
+        part, counts = self._part(name), self.counts
+        if part == HEAD and name == "token_logps_train":
+            self._count_head(args)
+            return result
+        counts.launches[part] += 1
+        counts.n_bytes[part] += _moved(name, inputs, outputs, args, kwargs)
+        if name in _PRODUCTS:
+            a, b = args[1:3] if name.startswith("addmm") else args[:2]
+            counts.flop[part] += 2 * a.numel() * b.shape[-1]
+        return result
+
+    def _part(self, name: str) -> str:
+        if self.in_lora:
+            return LORA
+        if name == "widen_int8" or name.startswith(("dequantize", "gemm_4bit")):
+            return WIDENING
+        if "attn" in name or "attention" in name:
+            return ATTENTION
+        if name.startswith(("token_logps", "scale_rows")):
+            return HEAD
+        return PRODUCTS if name in _PRODUCTS else ELEMENTWISE
+
+    def _count_head(self, args: tuple[Any, ...]) -> None:
+        """What `unit_gradient.chunked_logps` launches inside: product, pass, product a chunk."""
+        hidden, weight = args[:2]
+        n, vocabulary = hidden.shape[0], weight.shape[0]
+        chunks = -(-n // chunk_rows(vocabulary))
+        self.counts.launches[HEAD] += 3 * chunks
+        # float32 logits written and read twice, 16-bit gradients over them written and read; the weight twice a chunk.
+        self.counts.n_bytes[HEAD] += n * vocabulary * 16 + 2 * chunks * weight.nbytes + 3 * hidden.nbytes
+        self.counts.flop[HEAD] += 4 * hidden.numel() * vocabulary
+
+
+def _moved(
+    name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> int:
+    """Bytes read and written: each tensor once, what is broadcast as it lies in memory."""
+    written = sum(_held(tensor) for tensor in outputs)
+    if name in _WRITES_ALONE:
+        return written
+    read = sum(_held(tensor) for tensor in {id(tensor): tensor for tensor in inputs}.values())
+    # Given to be written. One that is a summand too (`addmm` in place) is among the arguments, and so is read.
+    target = args[0] if name == "copy_" else kwargs.get("out")
+    if isinstance(target, torch.Tensor) and (name == "copy_" or not any(target is given for given in args)):
+        read -= _held(target)
+    return written + read
+
+
+def _held(tensor: torch.Tensor) -> int:
+    count = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        count *= size if stride else 1
+    return count * tensor.element_size()
+
+
+@contextlib.contextmanager
+def _lora_noted(counter: _Counter) -> Iterator[None]:
+    """Says which operations are of LoRA's product, in forward, recomputation and backward."""
+    names = ("_add_update", "_gradients")
+    ours = {name: getattr(lora_product, name) for name in names}
+
+    def noted(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counter.in_lora = True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                counter.in_lora = False
+
+        return call
+
+    for name, function in ours.items():
+        setattr(lora_product, name, noted(function))
+    try:
+        yield
+    finally:
+        for name, function in ours.items():
+            setattr(lora_product, name, function)
