@@ -10,6 +10,7 @@ One walk over tiles of the vocabulary in plain PyTorch on any device, with a run
 import torch
 from torch import Tensor
 
+from dpoeng.kernels.cpu_linear import dtype_of_products
 from dpoeng.kernels.head import Head, sum_dtype
 from dpoeng.kernels.tiled_logps import map_logits
 
@@ -27,11 +28,12 @@ def log_collision(hidden: Tensor, head: Head) -> Tensor:
 
 
 def _block(hidden: Tensor, head: Head) -> Tensor:
-    dtype = sum_dtype(hidden.dtype)
+    dtype, narrow = sum_dtype(hidden.dtype), dtype_of_products(hidden)
+    hidden = hidden.to(narrow)
     peak = hidden.new_full((hidden.shape[0],), -torch.inf, dtype=dtype)
     once, twice = torch.zeros_like(peak), torch.zeros_like(peak)  # sums of exp(z - peak) and of its square
     for low in range(0, head.vocabulary, TILE):
-        z = (hidden @ head.weight[low : low + TILE].T).to(dtype)
+        z = (hidden @ head.weight[low : low + TILE].to(narrow).T).to(dtype)
         map_logits(z, head, low)
         new_peak = torch.maximum(peak, z.amax(1))
         shrink = torch.exp(peak - new_peak)

@@ -20,6 +20,7 @@ from dpoeng.kernels.head import sum_dtype
 ROWS = 1024  # rows that share a widened tile
 TILE_BYTES = 32 * 2**20  # of a widened tile, and at most so many of the rows' part and of the result's
 
+# Devices whose products are multiplied as a CPU multiplies them: with the meta device while a CPU's step is simulated.
 _devices = {"cpu"}
 
 
@@ -85,6 +86,7 @@ class _WideLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         wants_x, wants_weight, _ = ctx.needs_input_grad
+        # A frozen weight needs no input in the backward: under a LoRA no layer keeps one.
         ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
         return _wide(x, weight, bias)
 
@@ -101,6 +103,7 @@ class _WideLinear(torch.autograd.Function):
 def _wide(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """`a b^T + bias` for a [..., K], b [N, K] -> [..., N], summed in `product_dtype` and rounded once; no view."""
     wide = dtype_of_products(a)
+    # At least 256 rows or columns at a time: below that, BLAS spends its time on moving operands.
     width = a.shape[-1] * wide.itemsize
     step = min(ROWS, max(256, TILE_BYTES // width))
     tile = max(256, TILE_BYTES // max(width, step * wide.itemsize))

@@ -35,6 +35,7 @@ class AttentionPlan:
 
     groups: tuple[GroupSpan, ...]
     way: Attention = "segments"
+    # Made at the first layer's request, since only a layer knows its window, dtype and device; kept for all others.
     masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
     row_texts: list[Texts] = field(default_factory=list)
 
@@ -123,7 +124,7 @@ def _attend(
     """Lower-right causal attention of q [1, Hq, Q, D] over k, v [1, Hkv, K, D] -> [1, Hq, Q, D]."""
     q_len, k_len = q.shape[2], k.shape[2]
     if window is not None and k_len <= window:
-        window = None
+        window = None  # it hides nothing, and without a mask the faster kernels are open
     repeats = q.shape[1] // k.shape[1]
     if softcap is None and sinks is None:
         causal = q_len == k_len and window is None
@@ -151,7 +152,7 @@ def _attend(
     if sinks is not None:
         sink = sinks.reshape(1, -1, 1, 1).expand(1, -1, q_len, 1).to(scores.dtype)
         scores = torch.cat([scores, sink], dim=-1)
-    weights = torch.softmax(scores.float(), dim=-1).to(q.dtype)
+    weights = torch.softmax(scores.float(), dim=-1).to(q.dtype)  # in float32, as transformers' own eager attention
     return weights[..., :k_len] @ v
 
 
