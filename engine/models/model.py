@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -180,16 +180,18 @@ def _recomputed(checkpoint: Callable[..., Any], forward: Callable[..., Any], *in
 
 def library_versions() -> dict[str, str]:
     """Versions of all that computes a number."""
+    names = ("dpoeng", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "triton", "pyarrow")
+    return {**{name: _version(name) for name in names}, "torch": torch.__version__}
+
+
+@cache  # parsing a package's metadata takes milliseconds, and what has been imported keeps its version
+def _version(name: str) -> str:
     from importlib.metadata import PackageNotFoundError, version
 
-    versions = {}
-    for name in ("dpoeng", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "triton", "pyarrow"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
-    versions["torch"] = torch.__version__
-    return versions
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def device_name(device: torch.device) -> str:

@@ -216,6 +216,7 @@ def test_the_longest_pairs_are_found(tmp_path: Path, tiny_model: Path, job: Job)
     ]
 
 
+@pytest.mark.slow  # tests/bench/test_checks.py plants slow-downs of half this size
 def test_a_planted_slow_down_is_noticed(clean: dict[str, Figures], job: Job) -> None:
     """Scoring that does its work four times costs about 4, and the same scoring about 1.
 

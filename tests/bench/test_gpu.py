@@ -208,14 +208,15 @@ def test_rates_against_the_limits_by_hand() -> None:
 
 
 def test_a_copy_is_as_fast_as_one_timed_by_hand() -> None:
-    rate = copy_bytes_per_s(CPU)
     source, target = torch.ones(2**26, dtype=torch.uint8), torch.empty(2**26, dtype=torch.uint8)
-    times = []
-    for _ in range(8):
-        began = time.perf_counter()
-        target.copy_(source)
-        times.append(time.perf_counter() - began)
-    assert 0.3 < rate / (2 * 2**26 / min(times)) < 3
+    rates, times = [], []
+    for _ in range(4):  # in turns: what others do on the machine at one moment slows both down, or is left out
+        rates.append(copy_bytes_per_s(CPU, tries=2))
+        for _ in range(2):
+            began = time.perf_counter()
+            target.copy_(source)
+            times.append(time.perf_counter() - began)
+    assert 0.3 < max(rates) / (2 * 2**26 / min(times)) < 3
 
 
 def test_a_run_on_a_cpu_tells_bytes_and_traces(tmp_path: Path, tiny_model: Path, pairs_file: Path) -> None:

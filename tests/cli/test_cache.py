@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,11 +59,9 @@ def test_every_command_has_an_example_and_help_is_quick(run: Run) -> None:
     assert sorted(cache.commands) == sorted(COMMANDS)
     for command in COMMANDS:
         assert f"Example:\n    dpoeng cache {command} " in run(command, "--help").output
-    started = time.perf_counter()
-    loaded = subprocess.check_output(
-        [sys.executable, "-c", "import sys; import dpoeng.cli.cache; print(*sys.modules)"], text=True
-    ).split()
-    assert time.perf_counter() - started < 5
+    program = "import sys, time; import dpoeng.cli.cache; print(time.process_time(), *sys.modules)"
+    cpu_s, *loaded = subprocess.check_output([sys.executable, "-c", program], text=True).split()
+    assert float(cpu_s) < 3  # by its own clock: others on the machine count in another
     assert not {"pyarrow", "numpy", "torch", "rich"} & {*loaded}
 
 

@@ -109,33 +109,36 @@ def test_the_predicted_peak_is_the_allocators(
 
 
 @pytest.mark.parametrize(
-    ("quantization", "checkpointing"),
+    ("layers", "vocabulary", "quantization", "checkpointing"),
     [
-        ("8bit", True),  # both ways of saving what a backward needs differ most here; plain layers are divided below
+        # 8-bit layers are those that keep more than their inputs; plain layers are divided below.
+        (8, 20000, "8bit", True),
         *(
-            pytest.param(q, c, marks=pytest.mark.slow)
-            for q, c in (("4bit", True), ("none", True), ("none", False), ("8bit", False))
+            pytest.param(*depth, q, c, marks=pytest.mark.slow)
+            for depth, (q, c) in product(
+                ((7, 1000), (8, 20000)), (("4bit", True), ("none", True), ("none", False), ("8bit", False))
+            )
         ),
+        pytest.param(7, 1000, "8bit", True, marks=pytest.mark.slow),
     ],
 )
-def test_depth_is_extended_exactly(quantization: Any, checkpointing: bool) -> None:
+def test_depth_is_extended_exactly(layers: int, vocabulary: int, quantization: Any, checkpointing: bool) -> None:
     """From 3 and 4 layers to 7, and to 8: the same bytes, kind by kind, as all layers simulated.
 
     A wide head makes it the highest point, a narrow one a layer of the backward.
     """
-    for layers, vocabulary in ((7, 1000), (8, 20000)):
-        setup = Setup(
-            model=fields("qwen2", num_hidden_layers=layers, vocab_size=vocabulary),
-            dtype=torch.bfloat16,
-            quantization=quantization,
-            config=TrainConfig(gradient_checkpointing=checkpointing),
-        )
-        pairs = [Pair(40, 60, 50)]
-        extended = step_memory.step_memory(setup, pairs)
-        whole = step_memory.step_memory(setup, pairs, whole=True)
-        assert whole.timeline
-        assert extended.stretches == whole.stretches
-        assert extended.peak == whole.peak
+    setup = Setup(
+        model=fields("qwen2", num_hidden_layers=layers, vocab_size=vocabulary),
+        dtype=torch.bfloat16,
+        quantization=quantization,
+        config=TrainConfig(gradient_checkpointing=checkpointing),
+    )
+    pairs = [Pair(40, 60, 50)]
+    extended = step_memory.step_memory(setup, pairs)
+    whole = step_memory.step_memory(setup, pairs, whole=True)
+    assert whole.timeline
+    assert extended.stretches == whole.stretches
+    assert extended.peak == whole.peak
 
 
 def test_the_tracker_counts_a_storage_once_and_knows_when_it_dies() -> None:
