@@ -156,7 +156,7 @@ MEANINGS: dict[str, str] = {
 
 # The usual remedy of codes that are raised in several places, or whose remedy depends on the input.
 REMEDIES: dict[str, str] = {
-    "usage": "`dpoeng COMMAND --help` lists the options",
+    "usage": "`--help` behind the command lists its options",
     "config-value": "correct the value, or leave the field out",
     "config-unknown": "write the name that the message proposes, or take the field out",
     "config-foreign": "write the field that the message names",
