@@ -38,6 +38,7 @@ EXPORT_SCHEMA: Final = pa.schema(
         ("source_row", pa.int64()),
     ]
 )
+_GAPS: Final = ("chosen_gaps", "rejected_gaps")  # of conversations; where a row has them
 _IDS: Final = ("prompt_ids", "chosen_ids", "rejected_ids")
 _TOKENS: Final = ("ref_chosen_token_logps", "ref_rejected_token_logps")
 # Names under which a sum is written: TRL's (and ours), and those of older TRL and open-instruct.
@@ -71,10 +72,13 @@ def is_export(path: Path) -> bool:
     if path.suffix == ".parquet":
         from pyarrow import parquet
 
-        return bool(parquet.read_schema(path).equals(EXPORT_SCHEMA))
+        names = parquet.read_schema(path).names
+        return names[: len(EXPORT_SCHEMA)] == EXPORT_SCHEMA.names and set(names) - set(EXPORT_SCHEMA.names) <= set(
+            _GAPS
+        )
     with path.open("rb") as file:
         line = file.readline()
-    return bool(line) and list(json.loads(line)) == EXPORT_SCHEMA.names
+    return bool(line) and [name for name in json.loads(line) if name not in _GAPS] == EXPORT_SCHEMA.names
 
 
 def _columns(view: View, *, gaps: bool) -> Iterator[dict[str, Any]]:
@@ -118,7 +122,7 @@ def _write_parquet(path: Path, batches: Iterable[list[dict[str, Any]]]) -> None:
     batches = iter(batches)
     first = next(batches, [])
     schema = EXPORT_SCHEMA
-    for name in ("chosen_gaps", "rejected_gaps"):
+    for name in _GAPS:
         if first and name in first[0]:
             schema = schema.append(pa.field(name, pa.list_(pa.int32())))
     with parquet.ParquetWriter(path, schema) as writer:
@@ -236,7 +240,7 @@ def _read_columns(path: Path) -> Iterator[dict[str, Any]]:
 
 def _row(columns: Mapping[str, Any], values: Sequence[str]) -> ScoredPair:
     prompt, chosen, rejected = (as_ids(columns[name]) for name in _IDS)
-    gaps = [_pairs_of(columns.get(name) or ()) for name in ("chosen_gaps", "rejected_gaps")]
+    gaps = [_pairs_of(columns.get(name) or ()) for name in _GAPS]
     if values == _TOKENS:
         logps = [np.asarray(columns[name], np.float32) for name in values]
     else:

@@ -10,10 +10,12 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +35,8 @@ from dpoeng.engine.runtime.host import available_memory
 Status = Literal["ok", "info", "warning", "error"]
 STATUSES: tuple[Status, ...] = ("ok", "info", "warning", "error")
 
-PROBE_LIMIT_S = 180.0
+PROBE_LIMIT_S = 120.0
+_SLOW_S = 30.0  # a probe imports its library, which an idle machine does in 3 to 10 s
 _FREE_DISK = 2 * GIB  # a cache of 100,000 pairs and the checkpoints of a LoRA
 _FREE_MEMORY = 4 * GIB
 _HUB = "https://huggingface.co"
@@ -41,7 +44,8 @@ _HUB = "https://huggingface.co"
 # What each probe's failure means for a user.
 _PROBE_REMEDIES = {
     "torch": "install torch again, in the build for this machine: https://pytorch.org/get-started/locally",
-    "transformers": "install the tested versions: pip install -c constraints.txt dpoeng",
+    "transformers": "install the tested versions: pip install -c "
+    f"{shlex.quote(str(Path(__file__).with_name('constraints.txt')))} transformers peft accelerate",
     "bitsandbytes": "pip install --force-reinstall bitsandbytes, or go on with --quantization none",
     "triton": "install the triton that torch names: pip install --force-reinstall torch",
 }
@@ -91,11 +95,15 @@ def diagnose(cache: Path, output_dir: Path, *, online: bool = False, probe: Prob
     """
     probe = probe or run_probe
     checks = [*_python(), *_versions(tested_versions())]
-    torch_found = probe("torch")  # by itself: the others hold some of the GPU's memory while they run
-    checks += [*_torch(torch_found), *_processor(bool(torch_found.get("gpus")), cpu_flags())]
     others = ("transformers", "bitsandbytes", "triton")
-    with ThreadPoolExecutor(len(others)) as pool:
-        checks += map(_library, others, pool.map(probe, others))
+    with ThreadPoolExecutor(1 + len(others)) as pool:
+        of_torch = pool.submit(probe, "torch")
+        if shutil.which("nvidia-smi") is not None:
+            of_torch.result()  # by itself: the others would hold some of the GPU's memory, whose free part it reads
+        rest = list(pool.map(probe, others))
+    torch_found = of_torch.result()
+    checks += [*_torch(torch_found), *_processor(bool(torch_found.get("gpus")), cpu_flags())]
+    checks += map(_library, others, rest)
     checks += [*_environment(os.environ), *_memory(), *_folders(cache, output_dir), *_hub(os.environ, online)]
     return Diagnosis(checks)
 
@@ -108,16 +116,17 @@ def tested_versions() -> dict[str, str]:
 
 
 def run_probe(name: str, limit_s: float = PROBE_LIMIT_S) -> dict[str, Any]:
-    """One probe in a process of its own: `ok`, and either what it found or `problem`."""
+    """One probe in a process of its own: `ok`, and either what it found or `problem`; and `seconds`."""
+    began = time.perf_counter()
     command = [sys.executable, "-W", "ignore", "-m", "dpoeng.engine.checks.probes", name]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
     except subprocess.TimeoutExpired:
-        return {"ok": False, "problem": f"no answer within {limit_s:.0f} s"}
+        return {"ok": False, "problem": f"no answer within {limit_s:.0f} s", "seconds": limit_s, "unanswered": True}
     lines = done.stdout.splitlines()
     if done.returncode == 0 and lines:
         found: dict[str, Any] = json.loads(lines[-1])
-        return found
+        return {**found, "seconds": time.perf_counter() - began}
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
     how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
     return {"ok": False, "problem": f"the process ended with {how}: {last[:300]}"}
@@ -203,11 +212,18 @@ def _nvidia_driver() -> str | None:
 
 
 def _library(name: str, found: Mapping[str, Any]) -> Check:
+    busy = "end what keeps the machine or its disk busy, and try again; if it is idle: "
+    if found.get("unanswered"):
+        return Check(f"{name} at work", "warning", found["problem"], busy + _PROBE_REMEDIES[name])
     if not found["ok"]:
         return Check(f"{name} at work", "error", found["problem"], _PROBE_REMEDIES[name])
     if name == "triton" and not found["used"]:
         return Check("triton at work", "info", "not tried: no GPU", "nothing: on a CPU nothing uses it")
-    return Check(f"{name} at work", "ok", "a small computation gives the right numbers")
+    right, seconds = "a small computation gives the right numbers", found.get("seconds", 0.0)
+    if seconds > _SLOW_S:
+        slow = "every command starts as slowly; put the environment on a local disk"
+        return Check(f"{name} at work", "warning", f"{right}, after {seconds:.0f} s", busy + slow)
+    return Check(f"{name} at work", "ok", right)
 
 
 def _processor(has_gpu: bool, flags: frozenset[str] | None) -> Iterator[Check]:

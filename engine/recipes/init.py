@@ -66,7 +66,7 @@ def _what_fits(model: str, gpu: str, progress: Progress) -> dict[str, Line]:
     parts = count_parameters(fields)
     plans: list[Plan] = []
     max_length = PrecomputeConfig.model_fields["max_length"].default
-    with progress.task(f"simulating {model}", 3, "ways to hold it") as advance:
+    with progress.task(f"simulating {model}", 3, "ways") as advance:
         for quantization in ("none", "8bit", "4bit"):
             if quantization == "4bit" or weights_bytes(parts, quantization) < find_gpu(gpu).n_bytes:
                 request = {"model": model, "gpu": (gpu,), "quantization": quantization, "compare": False}

@@ -63,7 +63,7 @@ def quantize(
             expected="a full-precision checkpoint of safetensors",
             remedy="name the original",
         )
-    with progress.task("quantising", 2, "halves") as advance:
+    with progress.task("quantising", 2, "steps") as advance:
         lm = load_model(
             source,
             quantization=quantization,
