@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -15,6 +15,7 @@ import pyarrow as pa
 from dpoeng.cache.errors import CacheError, UserError
 from dpoeng.cache.files import hash_file, replacing
 from dpoeng.cache.folder import object_name, table_name, view_name
+from dpoeng.cache.foreign_tables import MAX_ROW_BYTES, Batch, arrow_batches, parquet_batches, reading
 from dpoeng.cache.reader import View
 from dpoeng.cache.records import Commit
 from dpoeng.cache.schema import Gaps, PairIds, ScoredPair, as_ids, gap_tokens, pair_key
@@ -202,7 +203,8 @@ def _read(path: Path, *, sums: bool) -> Iterator[tuple[ScoredPair, tuple[str, in
         if not values or any(columns.get(name) is None for name in (*_IDS, *values)):
             raise _lacking(path, number, columns)
         try:
-            row = _row(columns, values)
+            with np.errstate(over="ignore"):  # what overflows is infinite, which the row's check finds
+                row = _row(columns, values)
         except (ValueError, TypeError, OverflowError) as error:
             raise _bad_row(path, number, str(error)) from None
         yield row, (str(columns.get("source_file") or path.name), int(columns.get("source_row") or number))
@@ -215,27 +217,49 @@ def _sum_columns(columns: Mapping[str, Any]) -> Sequence[str]:
 
 def _read_columns(path: Path) -> Iterator[dict[str, Any]]:
     if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    columns = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise _bad_row(path, number, str(error)) from None
-                if not isinstance(columns, dict):
-                    raise _bad_row(path, number, type(columns).__name__)
-                yield columns
-    elif path.suffix == ".parquet":
-        from pyarrow import parquet
-
-        with parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches(BATCH_ROWS):
-                yield from batch.to_pylist()
-    elif path.suffix == ".arrow":  # what the datasets library writes
-        with pa.memory_map(str(path)) as mapped, pa.ipc.open_stream(mapped) as table:
-            for batch in table:
-                yield from batch.to_pylist()
+        with reading(path, "JSON Lines"):
+            yield from _json_columns(path)
+    elif path.suffix in (".parquet", ".arrow"):  # Arrow is what the datasets library writes
+        with reading(path, path.suffix[1:].capitalize()):
+            batches = parquet_batches(path) if path.suffix == ".parquet" else arrow_batches(path)
+            yield from _table_columns(batches, path)
     else:
         raise _bad_suffix(path)
+
+
+def _json_columns(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as file:
+        for number in count(1):
+            if not (line := file.readline(MAX_ROW_BYTES + 1)):
+                return
+            if len(line) > MAX_ROW_BYTES:
+                raise _too_long(path, number)
+            try:
+                columns = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise _bad_row(path, number, str(error)) from None
+            if not isinstance(columns, dict):
+                raise _bad_row(path, number, type(columns).__name__)
+            yield columns
+
+
+def _table_columns(batches: Iterable[Batch], path: Path) -> Iterator[dict[str, Any]]:
+    number = 0
+    for batch, too_long in batches:
+        for index in range(batch.num_rows):
+            number += 1
+            if too_long[index]:
+                raise _too_long(path, number)
+            try:
+                yield {
+                    name: column[index].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)
+                }
+            except (ValueError, OverflowError) as error:  # a date that Python cannot hold
+                raise _bad_row(path, number, str(error)) from None
+
+
+def _too_long(path: Path, number: int) -> UserError:
+    return _bad_row(path, number, f"a row of more than {MAX_ROW_BYTES >> 20} MiB, the limit of one")
 
 
 def _row(columns: Mapping[str, Any], values: Sequence[str]) -> ScoredPair:

@@ -13,8 +13,8 @@ from typing import Final
 
 MAGIC: Final = b"ARROW1"
 _RECORD_BATCH = 3  # MessageHeader.RecordBatch
-_BLOCK = struct.Struct("<qixxxxq")  # Block: offset, metaDataLength, padding, bodyLength
-_BUFFER = struct.Struct("<qq")  # Buffer: offset into the body, length
+BLOCK = struct.Struct("<qixxxxq")  # Block: offset, metaDataLength, padding, bodyLength
+BUFFER = struct.Struct("<qq")  # Buffer: offset into the body, length
 
 
 class FramingError(ValueError):
@@ -41,12 +41,12 @@ def _check(data: memoryview) -> None:
     start = size - 10 - footer_size
     if not 0 < footer_size <= size - 18:
         raise FramingError("the footer reaches past the file")
-    footer = _Table.root(data[start : size - 10])
-    if footer.vector_length(2, _BLOCK.size):
+    footer = Table.root(data[start : size - 10])
+    if footer.vector_length(2, BLOCK.size):
         raise FramingError("dictionaries are not allowed")
     end_before = len(MAGIC) + 2
-    for index in range(footer.vector_length(3, _BLOCK.size)):
-        offset, metadata_size, body_size = _BLOCK.unpack(footer.vector_item(3, _BLOCK.size, index))
+    for index in range(footer.vector_length(3, BLOCK.size)):
+        offset, metadata_size, body_size = BLOCK.unpack(footer.vector_item(3, BLOCK.size, index))
         if offset < end_before:  # or a small file could list one batch a million times
             raise FramingError("record batches overlap")
         end_before = offset + metadata_size + body_size
@@ -57,10 +57,10 @@ def _check(data: memoryview) -> None:
         marker, header_size = struct.unpack_from("<Ii", data, offset)
         if marker != 0xFFFFFFFF or not 0 < header_size <= metadata_size - 8:
             raise FramingError("a record batch without a header")
-        _check_batch(_Table.root(data[offset + 8 : offset + 8 + header_size]), body_size)
+        _check_batch(Table.root(data[offset + 8 : offset + 8 + header_size]), body_size)
 
 
-def _check_batch(message: _Table, body_size: int) -> None:
+def _check_batch(message: Table, body_size: int) -> None:
     if message.scalar(1, "<B") != _RECORD_BATCH:
         raise FramingError("a message that is no record batch")
     if message.scalar(3, "<q") != body_size:
@@ -68,13 +68,13 @@ def _check_batch(message: _Table, body_size: int) -> None:
     batch = message.table(2)
     if batch.offset_of(3):
         raise FramingError("compressed buffers are not allowed")
-    for index in range(batch.vector_length(2, _BUFFER.size)):
-        offset, length = _BUFFER.unpack(batch.vector_item(2, _BUFFER.size, index))
+    for index in range(batch.vector_length(2, BUFFER.size)):
+        offset, length = BUFFER.unpack(batch.vector_item(2, BUFFER.size, index))
         if offset < 0 or length < 0 or offset % 8 or offset + length > body_size:
             raise FramingError("a buffer reaches past its record batch")
 
 
-class _Table:
+class Table:
     """A flatbuffer table: fields are found through a vtable of 16-bit offsets; every access is bounds-checked."""
 
     def __init__(self, data: memoryview, position: int) -> None:
@@ -84,7 +84,7 @@ class _Table:
         self._fields = (self._read("<H", self._vtable) - 4) // 2
 
     @classmethod
-    def root(cls, data: memoryview) -> _Table:
+    def root(cls, data: memoryview) -> Table:
         (position,) = struct.unpack_from("<I", data, 0)
         return cls(data, position)
 
@@ -106,10 +106,10 @@ class _Table:
         position = self._position + self.offset_of(field)
         return position + self._read("<I", position)
 
-    def table(self, field: int) -> _Table:
+    def table(self, field: int) -> Table:
         if not self.offset_of(field):
             raise FramingError("a header without its content")
-        return _Table(self._data, self._target(field))
+        return Table(self._data, self._target(field))
 
     def vector_length(self, field: int, item_size: int) -> int:
         if not self.offset_of(field):

@@ -134,8 +134,33 @@ def config_schema() -> dict[str, Any]:
 # --------------------------------------------------------------------------- the file
 
 
+_MAX_BYTES = 1 << 20
+
+
+def _text(path: Path) -> str:
+    """A configuration file's text.
+
+    Raises:
+        ValueError: it is a pipe or a device, which may never end, or longer than any configuration.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():  # of a folder the system says it better
+        raise ValueError("not a regular file: a pipe may never end; write it to a file first")
+    with path.open("rb") as file:
+        content = file.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise ValueError(f"more than {_MAX_BYTES >> 20} MiB, the limit of a configuration")
+    return content.decode("utf-8-sig")
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's idea of a number: 5e-6 is one, and a date is text."""
+    """YAML 1.2's idea of a number: 5e-6 is one, and a date is text. Without aliases: nested, they never end."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """As PyYAML does it; an alias is refused."""
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="an alias (*name): write the value out", problem_mark=mark)
+        return super().compose_node(parent, index)
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -161,7 +186,7 @@ def load_yaml(path: Path, text: str | None = None) -> dict[str, Entry]:
         UserError: no such file, no YAML, no mapping, or a key that stands twice.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig") if text is None else text
+        text = _text(path) if text is None else text
         loader = _Loader(text)
         try:
             node = loader.get_single_node()

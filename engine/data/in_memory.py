@@ -80,7 +80,8 @@ class RowsInMemory:
 
         rows, place = self._rows, Path("pairs")
         if hasattr(rows, "schema"):  # pyarrow's Table or RecordBatch
-            yield from table_rows(rows.to_batches() if hasattr(rows, "to_batches") else [rows], place)
+            batches: Any = rows.to_batches() if hasattr(rows, "to_batches") else [rows]
+            yield from table_rows(((batch, [False] * batch.num_rows) for batch in batches), place)
             return
         if hasattr(rows, "iloc"):  # pandas
             rows = _pandas_rows(rows, place)
@@ -107,7 +108,8 @@ def place(source_file: str, source_row: int) -> str:
 
 def _pandas_rows(frame: Any, place: Path) -> Iterator[dict[str, Any]]:
     """Rows in parts, since all of them as dicts take several times the table's memory."""
-    from dpoeng.engine.data.tables import BATCH_ROWS, check_names
+    from dpoeng.cache.foreign_tables import BATCH_ROWS
+    from dpoeng.engine.data.tables import check_names
 
     check_names([str(name) for name in frame.columns], place)
     for start in range(0, len(frame), BATCH_ROWS):

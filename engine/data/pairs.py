@@ -17,6 +17,7 @@ import xxhash
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.files import hash_file
+from dpoeng.cache.foreign_tables import unreadable
 from dpoeng.cache.words import counted
 from dpoeng.engine.data import readers
 from dpoeng.engine.data.in_memory import RowsInMemory, is_in_memory, place
@@ -424,7 +425,7 @@ def _digest(path: Path) -> str:
     try:
         return hash_file(path)
     except OSError as error:
-        raise readers.unreadable(path, error) from None
+        raise unreadable(path, error) from None
 
 
 def content_key(pair: PreferencePair, *, swapped: bool = False) -> bytes:

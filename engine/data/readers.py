@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import IO, cast
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dpoeng.cache.errors import UserError
+from dpoeng.cache.foreign_tables import MAX_ROW_BYTES, arrow_batches, parquet_batches, reading, unreadable
 from dpoeng.engine.data import strict_json
 from dpoeng.engine.data.data_folders import data_files
 from dpoeng.engine.data.strict_json import RowFault, as_row, json_type
-from dpoeng.engine.data.tables import BATCH_ROWS, NumberedRow, arrow_batches, csv_rows, table_rows
+from dpoeng.engine.data.tables import NumberedRow, csv_rows, table_rows
 
-MAX_LINE_BYTES = 16 << 20
+MAX_LINE_BYTES = MAX_ROW_BYTES
 MAX_DOCUMENT_BYTES = 256 << 20  # a JSON document is parsed whole
+MAX_DOCUMENT_VALUES = 16 << 20
 
 FORMATS = {
     ".jsonl": "jsonl",
@@ -66,10 +67,9 @@ def read_rows(path: Path) -> Iterator[NumberedRow]:
         UserError: the file cannot be read as the kind that its name says.
     """
     kind, compression = _kind(path)
-    try:
+    with reading(path, compression or kind):
         if kind == "parquet":
-            with pq.ParquetFile(path) as table:
-                yield from table_rows(table.iter_batches(batch_size=BATCH_ROWS), path)
+            yield from table_rows(parquet_batches(path), path)
         elif kind == "arrow":
             yield from table_rows(arrow_batches(path), path)
         elif kind == "csv":
@@ -81,30 +81,6 @@ def read_rows(path: Path) -> Iterator[NumberedRow]:
         else:
             with _open(path, compression) as stream:
                 yield from _line_rows(stream)
-    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:  # pyarrow calls damaged streams an OSError
-        if isinstance(error, OSError) and error.errno is not None:
-            raise unreadable(path, error) from None
-        raise UserError(
-            "the file is damaged or not of the kind that its name says",
-            code="data-damaged",
-            where=str(path),
-            expected=f"a complete {compression or kind} file",
-            found=str(error).splitlines()[0],
-            remedy="make or copy the file again",
-            exit_status=3,
-        ) from None
-
-
-def unreadable(path: Path, error: OSError) -> UserError:
-    """What to say when the system does not let us read a file."""
-    return UserError(
-        "the file cannot be read",
-        code="data-unreadable",
-        where=str(path),
-        found=error.strerror or str(error),
-        remedy="check its permissions and the disk",
-        exit_status=3,
-    )
 
 
 def is_untyped(path: Path) -> bool:
@@ -222,6 +198,15 @@ def _document_rows(stream: IO[bytes], path: Path) -> Iterator[NumberedRow]:
     if len(content) > MAX_DOCUMENT_BYTES:
         raise UserError(
             f"a JSON document of more than {MAX_DOCUMENT_BYTES >> 20} MiB is not read whole",
+            code="data-too-large",
+            where=str(path),
+            remedy="make it JSON Lines, one object a line, e.g. with `jq -c '.[]'`",
+            exit_status=3,
+        )
+    # What lists, objects and commas make a value of, in texts too: empty lists take 3 bytes here and 64 in memory.
+    if sum(content.count(mark) for mark in b",[{") > MAX_DOCUMENT_VALUES:
+        raise UserError(
+            f"a JSON document of more than {MAX_DOCUMENT_VALUES >> 20} million values is not read whole",
             code="data-too-large",
             where=str(path),
             remedy="make it JSON Lines, one object a line, e.g. with `jq -c '.[]'`",

@@ -9,20 +9,20 @@ import base64
 import csv
 import datetime
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.ipc as ipc
 
+from dpoeng.cache.arrow_bounds import MAX_COLUMNS
 from dpoeng.cache.errors import UserError
+from dpoeng.cache.foreign_tables import MAX_ROW_BYTES, Mask
 from dpoeng.engine.data import strict_json
 from dpoeng.engine.data.strict_json import RowFault, as_row
 from dpoeng.engine.data.structured import Base64
-
-BATCH_ROWS = 256
 
 NumberedRow = tuple[int, dict[str, Any] | RowFault]
 
@@ -71,6 +71,7 @@ def _csv_header(reader: Iterator[list[str]], path: Path) -> list[str]:
             exit_status=3,
         ) from None
     check_names(names, path)
+    check_width(names, path)
     return names
 
 
@@ -113,7 +114,7 @@ def csv_value(cell: str) -> Any:
 
 def check_names(names: Sequence[str], path: Path) -> None:
     """Raise UserError where two columns have one name."""
-    repeated = sorted({name for name in names if names.count(name) > 1})
+    repeated = sorted(name for name, times in Counter(names).items() if times > 1)
     if repeated:
         raise UserError(
             "a column name occurs twice",
@@ -125,32 +126,30 @@ def check_names(names: Sequence[str], path: Path) -> None:
         )
 
 
-def arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
-    """Batches of an Arrow file or stream, validated, since pyarrow trusts the offsets that it reads.
-
-    The file is read and not mapped: one that is cut while mapped kills the process.
-    """
-    with pa.OSFile(str(path)) as source:
-        magic = source.read(6)
-        source.seek(0)
-        if magic == b"ARROW1":
-            reader = ipc.open_file(source)
-            batches: Iterable[pa.RecordBatch] = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        else:
-            batches = ipc.open_stream(source)
-        for batch in batches:
-            batch.validate(full=True)
-            yield from (batch.slice(start, BATCH_ROWS) for start in range(0, batch.num_rows, BATCH_ROWS))
+def check_width(names: Sized, path: Path) -> None:
+    """Raise UserError where there are more columns than are read: each row would hold all of them."""
+    if len(names) > MAX_COLUMNS:
+        raise UserError(
+            f"there are more than {MAX_COLUMNS} columns",
+            code="data-columns",
+            where=str(path),
+            found=str(len(names)),
+            remedy="keep the columns that the pairs need, or put the rest into one column of lists",
+            exit_status=3,
+        )
 
 
-def table_rows(batches: Iterable[pa.RecordBatch], path: Path) -> Iterator[NumberedRow]:
+def table_rows(batches: Iterable[tuple[pa.RecordBatch, Sequence[bool] | Mask]], path: Path) -> Iterator[NumberedRow]:
     number = 0
-    for batch in batches:
+    for batch, too_long in batches:
         names = batch.schema.names
         check_names(names, path)
         columns = [(name, column, _holds_json(column.type)) for name, column in zip(names, batch.columns, strict=True)]
         for index in range(batch.num_rows):
             number += 1
+            if too_long[index]:
+                yield number, RowFault("line-too-long", f"a row of more than {MAX_ROW_BYTES >> 20} MiB")
+                continue
             try:
                 row = {
                     name: _parsed(plain(column[index].as_py())) if is_json else plain(column[index].as_py())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -60,6 +61,8 @@ def test_the_file_in_the_current_folder_is_read(tmp_path: Path, monkeypatch: pyt
         ("early_stopping_threshold: 0.1", "config-value", ["early_stopping_patience"]),
         ("- a\n- b", "config-unreadable", ["not a set of fields"]),
         ("beta: [", "config-unreadable", ["YAML"]),
+        ("a: &a [1, 2]\nb: &b [*a, *a]\nc: [*b, *b]", "config-unreadable", ["mine.yaml:2", "alias"]),
+        ("# " + "x" * (1 << 20), "config-unreadable", ["1 MiB"]),
         ("adapter_mode: continue\nlora_r: 8", "config-value", ["lora_r", "adapter_mode stack"]),
     ],
 )
@@ -111,3 +114,9 @@ def test_every_field_is_described_and_frozen() -> None:
 def test_a_new_line_written_in_a_shell() -> None:
     config = load_config(PrecomputeConfig, {"prompt_format": r"Instruction: {prompt}\nResponse:"})
     assert config.prompt_format == "Instruction: {prompt}\nResponse:"
+
+
+def test_a_pipe_is_no_configuration(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(UserError, match="regular file"):
+        load_config(TrainConfig, {}, tmp_path / "pipe.yaml")

@@ -432,6 +432,22 @@ def test_a_json_document_too_large_to_be_read_whole_is_refused(tmp_path: Path, m
     assert caught.value.code == "data-too-large"
 
 
+def test_a_json_document_of_too_many_values_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json.gz"
+    path.write_bytes(gzip.compress(b"[" + b"[]," * 200 + b"[]]"))
+    monkeypatch.setattr(readers, "MAX_DOCUMENT_VALUES", 300)
+    with pytest.raises(UserError, match="values is not read whole"):
+        read_pairs([path])
+
+
+def test_columns_of_csv_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpoeng.engine.data.tables.MAX_COLUMNS", 4)
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,chosen,rejected,a,b\n1,2,3,4,5\n")
+    with pytest.raises(UserError, match="more than 4 columns"):
+        read_pairs([path])
+
+
 def test_missing_file_directory_without_data_and_pipe(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="data-missing"):
         read_pairs([tmp_path / "absent.jsonl"])

@@ -1,0 +1,200 @@
+"""Arrow and Parquet that somebody else wrote, in batches that are safe to read: bounded, validated, never mapped.
+
+A mapped file that is cut while it is read ends the process, and so do offsets that nobody checked. One that is damaged
+or claims too much is a `UserError` here, which names the limit. Knows nothing of what the columns mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.ipc as ipc
+import pyarrow.parquet as pq
+
+from dpoeng.cache.arrow_bounds import MAX_COLUMNS, MAX_EMPTY_ROWS, LimitError, check_arrow
+from dpoeng.cache.errors import UserError
+from dpoeng.cache.framing import FramingError
+
+MAX_ROW_BYTES: Final = 16 << 20
+BATCH_ROWS: Final = 256
+# A file may stand for so many times its own bytes once dictionaries and runs are written out, and for 1 GiB anyhow.
+MAX_EXPANSION: Final = 1000
+_FREE_BYTES: Final = 1 << 30
+_VALUE_BYTES: Final = 8  # what a number counts for
+
+Sizes: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
+Mask: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
+Batch: TypeAlias = tuple[pa.RecordBatch, Mask]
+"""Rows, and for each whether it has more than `MAX_ROW_BYTES`: then it must not be made a Python object."""
+
+
+@contextmanager
+def reading(path: Path, kind: str) -> Iterator[None]:
+    """Says what pyarrow finds wrong with a file.
+
+    Raises:
+        UserError: `data-damaged`, `data-too-large` or `data-unreadable`.
+    """
+    try:
+        yield
+    except LimitError as error:
+        raise UserError(
+            "the file stands for more than is read at once",
+            code="data-too-large",
+            where=str(path),
+            found=str(error),
+            remedy="write it in smaller batches with fewer columns, or as JSON Lines: one object a line",
+            exit_status=3,
+        ) from None
+    except (pa.ArrowException, FramingError, UnicodeDecodeError, OSError) as error:  # damaged streams are an OSError
+        if isinstance(error, OSError) and error.errno is not None:
+            raise unreadable(path, error) from None
+        raise UserError(
+            "the file is damaged or not of the kind that its name says",
+            code="data-damaged",
+            where=str(path),
+            expected=f"a complete {kind} file",
+            found=next(iter(str(error).splitlines()), type(error).__name__)[:200],
+            remedy="make or copy the file again",
+            exit_status=3,
+        ) from None
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    """What to say when the system does not let us read a file."""
+    return UserError(
+        "the file cannot be read",
+        code="data-unreadable",
+        where=str(path),
+        found=error.strerror or str(error),
+        remedy="check its permissions and the disk",
+        exit_status=3,
+    )
+
+
+def arrow_batches(path: Path) -> Iterator[Batch]:
+    """Batches of an Arrow file or stream, of at most `BATCH_ROWS` rows, and which rows are longer than allowed.
+
+    Raises:
+        FramingError, LimitError, pa.ArrowException: see `reading`.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        check_arrow(file, size)
+    with pa.OSFile(str(path)) as source:
+        magic = source.read(6)
+        source.seek(0)
+        batches = _file_batches(source) if magic == b"ARROW1" else ipc.open_stream(source)
+        yield from _bounded(_validated(batches), size)
+
+
+def parquet_batches(path: Path) -> Iterator[Batch]:
+    """Batches of a Parquet file, of at most `BATCH_ROWS` rows, and which rows are longer than allowed.
+
+    Raises:
+        LimitError, pa.ArrowException: see `reading`.
+    """
+    size = path.stat().st_size
+    with pq.ParquetFile(path) as table:
+        columns, rows = table.metadata.num_columns, table.metadata.num_rows
+        if columns > MAX_COLUMNS:
+            raise LimitError(f"{columns} columns; the limit is {MAX_COLUMNS}")
+        if rows > (most := MAX_EMPTY_ROWS + MAX_EXPANSION * size):
+            raise LimitError(f"{rows} rows in so few bytes; the limit is {most}")
+        yield from _bounded(table.iter_batches(batch_size=BATCH_ROWS), size)  # built here: its offsets are sound
+
+
+def _file_batches(source: Any) -> Iterator[pa.RecordBatch]:
+    reader = ipc.open_file(source)
+    return (reader.get_batch(index) for index in range(reader.num_record_batches))
+
+
+def _validated(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Batches whose offsets, indices and texts were checked: pyarrow itself follows them wherever they lead."""
+    for batch in batches:
+        batch.validate(full=True)
+        yield batch
+
+
+def _bounded(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[Batch]:
+    """Slices of batches whose rows, written out, stay within the limit of the file."""
+    most, total = _FREE_BYTES + MAX_EXPANSION * size, 0
+    for batch in batches:
+        held = row_bytes(batch)
+        total += int(held[held <= MAX_ROW_BYTES].sum())
+        if total > most:
+            raise LimitError(f"values that are {total} bytes once written out; the limit is {most} for this file")
+        for start in range(0, batch.num_rows, BATCH_ROWS):
+            yield batch.slice(start, BATCH_ROWS), held[start : start + BATCH_ROWS] > MAX_ROW_BYTES
+
+
+def row_bytes(batch: pa.RecordBatch) -> Sizes:
+    """About how many bytes each row of a validated batch has once dictionaries, runs and views are written out."""
+    total = np.zeros(batch.num_rows, np.int64)
+    for column in batch.columns:
+        total += _sizes(column)
+    return total
+
+
+def _sizes(array: Any) -> Sizes:
+    kind, count = array.type, len(array)
+    if isinstance(array, pa.ExtensionArray):
+        return _sizes(array.storage)
+    if pa.types.is_dictionary(kind):
+        held = _sizes(array.dictionary)
+        chosen = np.asarray(pc.fill_null(array.indices, 0), np.int64)
+        return held[chosen] if len(held) else np.full(count, _VALUE_BYTES, np.int64)
+    if pa.types.is_run_end_encoded(kind):
+        ends = np.asarray(array.run_ends)
+        chosen = np.searchsorted(ends, array.offset + np.arange(count), side="right")
+        return np.take(_sizes(array.values), chosen)
+    if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
+        views = np.frombuffer(array.buffers()[1] or b"", np.int32).reshape(-1, 4)
+        return views[array.offset : array.offset + count, 0].astype(np.int64)
+    if pa.types.is_union(kind):
+        raise LimitError("a column of a union type, whose rows have no size that can be told; the limit is no union")
+    if pa.types.is_struct(kind):
+        total = np.full(count, _VALUE_BYTES, np.int64)
+        for index in range(kind.num_fields):
+            total += _sizes(array.field(index))
+        return total
+    if pa.types.is_fixed_size_list(kind):
+        starts = (array.offset + np.arange(count)) * kind.list_size
+        return _spans(array.values, starts, np.full(count, kind.list_size))
+    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        return _spans(array.values, array.offsets, array.sizes)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        offsets = np.asarray(array.offsets, np.int64)
+        return _spans(array.values, offsets[:-1], np.diff(offsets))
+    if pa.types.is_map(kind):
+        offsets = np.asarray(array.offsets, np.int64)
+        starts, lengths = offsets[:-1], np.diff(offsets)
+        return _spans(array.keys, starts, lengths) + _spans(array.items, starts, lengths)
+    if any(test(kind) for test in _OF_BYTES):
+        lengths = pc.fill_null(pc.binary_length(array), 0)
+        return np.asarray(lengths, np.int64)
+    return np.full(count, _width(kind), np.int64)
+
+
+_OF_BYTES: Final = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+
+
+def _width(kind: pa.DataType) -> int:
+    return int(kind.byte_width) if pa.types.is_fixed_size_binary(kind) else _VALUE_BYTES
+
+
+def _spans(values: Any, starts: Any, lengths: Any) -> Sizes:
+    """Bytes of lists: what their items take, from each one's start."""
+    starts, lengths = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
+    if pa.types.is_primitive(values.type) or pa.types.is_null(values.type):
+        numbers: Sizes = _VALUE_BYTES * (lengths + 1)  # long lists of ids: no need to look at each
+        return numbers
+    before = np.concatenate([[0], np.cumsum(_sizes(values))])
+    held: Sizes = before[starts + lengths] - before[starts] + _VALUE_BYTES
+    return held
