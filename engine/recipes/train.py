@@ -22,8 +22,10 @@ from dpoeng.engine.recipes.inputs import Inputs, check_held_out, open_inputs
 from dpoeng.engine.recipes.policy import Choice, Policy, choose_policy, load_policy
 from dpoeng.engine.reference.loading import KeptBase
 from dpoeng.engine.reference.parity import ParityReport
+from dpoeng.engine.runs.card import model_card
 from dpoeng.engine.runs.checkpoint import Checkpoint
 from dpoeng.engine.runs.folder import (
+    RUN_FILE,
     clear_output,
     open_output,
     refuse_foreign,
@@ -35,6 +37,7 @@ from dpoeng.engine.runs.folder import (
 from dpoeng.engine.runs.identity import run_identity
 from dpoeng.engine.runs.lock import holding
 from dpoeng.engine.runs.metrics import MetricsLog
+from dpoeng.engine.runs.reading import read_json
 from dpoeng.engine.runs.trackers import check_trackers, open_trackers
 from dpoeng.engine.runtime.determinism import full_determinism
 from dpoeng.engine.runtime.distributed import Group, process_group
@@ -271,11 +274,20 @@ def write_results(
             except UserError as error:  # what was trained is not lost for it
                 run.progress.note(f"{error.message}: the tokenizer of the SFT adapter is not put beside the result")
                 tokenizer = TokenizerChoice(source)
-            write_result(run.lm, run.config.output_dir, mode, source, weights, tokenizer)
+            write_result(run.lm, run.config.output_dir, mode, source, weights, tokenizer, _card(run, done))
         del weights
     # In this order: a kill in between leaves a result without a complete checkpoint, and the run is gone on with.
     save_run(run, done, identity, complete=True)
     run.group.wait()  # nobody reports success before the result is on the disk
+
+
+def _card(run: Run, done: int) -> str:
+    """The model card: of the evaluation whose weights are saved."""
+    found = run.log.read_evaluations()
+    saved = run.best.step if run.config.load_best_model_at_end else None
+    after = next((line for line in reversed(found) if line["step"] == saved), found[-1] if found else None)
+    before = found[0] if found and found[0]["step"] == 0 else None
+    return model_card(read_json(run.config.output_dir / RUN_FILE, dict), before, after, done)
 
 
 def summarise(

@@ -19,6 +19,7 @@ from dpoeng.engine.models.full_finetuning import save_model
 from dpoeng.engine.models.model import CausalLM, library_versions
 from dpoeng.engine.models.sources import ModelSource
 from dpoeng.engine.models.tokenizer import TokenizerChoice, copy_tokenizer
+from dpoeng.engine.runs.card import CARD_FILE
 from dpoeng.engine.runs.checkpoint import Checkpoint, has_checkpoint, latest_checkpoint, remove_checkpoints
 from dpoeng.engine.runs.identity import changes
 from dpoeng.engine.runs.metrics import EVALUATIONS_FILE, HELD_OUT_FILE, METRICS_FILE, TIMINGS_FILE
@@ -223,10 +224,12 @@ def write_result(
     source: ModelSource,
     weights: Mapping[str, torch.Tensor] | None = None,
     tokenizer: TokenizerChoice | None = None,
+    card: str = "",
 ) -> None:
     """Saves what was trained, whole or not at all: the adapter, or a checkpoint with the rest as in `source`.
 
-    `weights` are those of `full.whole_weights`. A `tokenizer` that is not the base's is put beside them.
+    `weights` are those of `full.whole_weights`. A `tokenizer` that is not the base's is put beside them, and the text
+    of `model_card` as README.md.
     """
 
     def fill(temporary: Path) -> None:
@@ -237,6 +240,8 @@ def write_result(
                 save_policy_adapter(lm, temporary)
             if tokenizer is not None:
                 copy_tokenizer(tokenizer, temporary)
+            if card:
+                (temporary / CARD_FILE).write_text(card, encoding="utf-8")
         for path in temporary.iterdir():
             sync_file(path)
 

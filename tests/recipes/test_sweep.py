@@ -428,7 +428,7 @@ def test_what_cannot_be_swept(
     with pytest.raises(UserError) as caught:
         planned(cache, tmp_path, vary, **options)
     assert caught.value.code == code
-    assert said in str(caught.value)
+    assert said in caught.value.text()
 
 
 def test_seeds_can_be_swept_over_pairs_that_all_hold_out(cache: Path, tmp_path: Path) -> None:
