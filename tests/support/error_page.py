@@ -197,6 +197,7 @@ REMEDIES: dict[str, str] = {
     "output-unwritable": "free some space, or name a folder that you may write to",
     "output-exists": "name another file, or overwrite this one with --force",
     "output-protected": "name another file, or another folder with --output-dir",
+    "data-missing": "check the path",
     "run-damaged": "remove the line that is named; only its figures are lost",
     "sweep-runs": "vary less, or raise --max-runs",
     "sweep-held-out": "score a file of held-out pairs and name its view with --eval-view",
