@@ -198,6 +198,8 @@ REMEDIES: dict[str, str] = {
     "output-exists": "name another file, or overwrite this one with --force",
     "output-protected": "name another file, or another folder with --output-dir",
     "data-missing": "check the path",
+    "data-damaged": "make or copy the file or folder again",
+    "data-too-large": "make it JSON Lines, one object a line",
     "run-damaged": "remove the line that is named; only its figures are lost",
     "sweep-runs": "vary less, or raise --max-runs",
     "sweep-held-out": "score a file of held-out pairs and name its view with --eval-view",
