@@ -18,6 +18,7 @@ class PrecomputeSettings(TypedDict, total=False):
     """Of `dpoeng.precompute_reference`."""
 
     name: str | None
+    tokenizer: str | PathLike[str] | None
     quantization: Quantization
     dtype: Dtype
     bnb_4bit_quant_type: Literal["nf4", "fp4"]
@@ -29,6 +30,7 @@ class PrecomputeSettings(TypedDict, total=False):
     max_prompt_length: int | None
     truncation_mode: Literal["keep_start", "keep_end"]
     append_eos: bool
+    train_on: Literal["assistant", "last", "all"]
     columns: Mapping[str, str]
     prompt_format: str | None
     where: str | None
@@ -41,10 +43,13 @@ class PrecomputeSettings(TypedDict, total=False):
 class CheckSettings(TypedDict, total=False):
     """Of `dpoeng.check`."""
 
+    adapter: str | PathLike[str] | None
+    tokenizer: str | PathLike[str] | None
     max_length: int
     max_prompt_length: int | None
     truncation_mode: Literal["keep_start", "keep_end"]
     append_eos: bool
+    train_on: Literal["assistant", "last", "all"]
     columns: Mapping[str, str]
     prompt_format: str | None
     where: str | None

@@ -21,6 +21,7 @@ from dpoeng.cache.errors import UserError
 from dpoeng.engine.models.model import DTYPES
 from dpoeng.engine.models.sources import ModelSource, copy_beside, write_config
 from dpoeng.engine.models.tokenizer import TokenizerChoice, copy_tokenizer
+from dpoeng.engine.models.whole import as_stored, load_whole, load_with_adapters, stored_dtype
 from dpoeng.engine.runtime.folders import saving_tensors, write_new
 from dpoeng.engine.runtime.progress import Progress
 
@@ -67,10 +68,10 @@ def merge_whole(
         "this adapter is merged by peft, in a base that is loaded whole and in float32 "
         f"({2 * n_bytes / 1e9:.1f} GB where its files are in 16 bits)"
     )
-    adapted = _with_adapters(base, adapters)
+    adapted = load_with_adapters(base, adapters)
     expected = _log_probs(adapted)
     merged = adapted.merge_and_unload(adapter_names=list(adapted.peft_config))
-    weights = _as_stored(merged)
+    weights = as_stored(merged)
     changed = 0
     tensors = 0
 
@@ -84,43 +85,12 @@ def merge_whole(
     return MergeSummary(into, base.name, [adapter.name for adapter in adapters], changed, tensors, dtype)
 
 
-def _with_adapters(base: ModelSource, adapters: Sequence[ModelSource]) -> Any:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
-    own = model
-    try:
-        for number, adapter in enumerate(adapters):
-            if number == 0:
-                model = PeftModel.from_pretrained(own, str(adapter.folder), adapter_name="0")
-            else:
-                model.load_adapter(str(adapter.folder), adapter_name=str(number))
-        model.base_model.set_adapter([str(number) for number in range(len(adapters))])
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise UserError(
-            "the adapter does not fit this base model",
-            code="adapter-mismatch",
-            where=adapters[-1].name,
-            found=str(error).splitlines()[0],
-            remedy="give the base that the adapter was trained on",
-        ) from error
-    return model.eval()
-
-
 @torch.no_grad()
 def _log_probs(model: Any) -> torch.Tensor:
     """Of a few tokens, float32."""
     ids = torch.arange(2, 34)[None] % model.get_input_embeddings().weight.shape[0]
     logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits.float()
     return logits.log_softmax(-1)
-
-
-def _as_stored(merged: Any) -> dict[str, torch.Tensor]:
-    """The merged model's weights under the names, and in the pieces, of a checkpoint's files."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    return dict(revert_weight_conversion(merged, merged.state_dict()))
 
 
 def _write(
@@ -153,11 +123,9 @@ def _write(
 
 def _compare(base: ModelSource, folder: Path, expected: torch.Tensor, dtype: str) -> None:
     """Loads what was written, and looks whether it answers as base and adapters did."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    found = _log_probs(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+    found = _log_probs(load_whole(folder))
     difference = float((found - expected).abs().mean())
-    narrow = DTYPES.get(dtype) or getattr(AutoConfig.from_pretrained(base.folder), "dtype", None) or torch.float32
+    narrow = DTYPES.get(dtype) or stored_dtype(base.folder) or torch.float32
     if not difference <= _TOLERANCE[narrow]:
         raise UserError(
             "the merged checkpoint does not answer as base and adapter do",

@@ -148,7 +148,7 @@ def test_bad_rows_are_counted_and_listed(run: Run, tmp_path: Path, tiny_model: P
         (["train", "--cache", "nowhere"], 4, ["nowhere"]),
         (["train", "--beta", "0"], 2, ["--beta", "greater than 0"]),
         (["train", "--lr-scheduler-type", "cosin", "--cache", "CACHE"], 2, ["'cosin' is not one of", "'cosine'"]),
-        (["train", "--lora-target-modules", "query", "--cache", "CACHE"], 2, ["matches nothing", "q_proj"]),
+        (["train", "--lora-target-modules", "query", "--cache", "CACHE"], 2, ["this model does not have", "q_proj"]),
         (["train", "--view", "other", "--cache", "CACHE"], 2, ["no view 'other'", "pairs"]),
         (["trian"], 2, ["No such command 'trian'"]),
     ],

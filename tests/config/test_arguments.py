@@ -106,7 +106,7 @@ def test_keyword_arguments_are_the_fields(taken: Any, config: type[BaseModel], n
     assert set(hints) == names
     for name in names:
         expected = accepted(config.model_fields[name].annotation)
-        if name in ("model", "adapter"):
+        if name in ("model", "adapter", "tokenizer"):
             expected |= PathLike[str]
         assert hints[name] == expected, f"{taken.__name__}.{name}: {expected}"
 
