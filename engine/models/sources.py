@@ -197,6 +197,9 @@ def copy_beside(source: ModelSource, into: Path) -> None:
         wanted = file.suffix in (".json", ".txt", ".model", ".jinja") and not (into / file.name).exists()
         if file.is_file() and wanted and "index" not in file.name:
             shutil.copyfile(file, into / file.name)
+    more = "additional_chat_templates"
+    if (source.folder / more).is_dir() and not (into / more).exists():
+        shutil.copytree(source.folder / more, into / more)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from dpoeng.cache.errors import UserError
 from dpoeng.engine.models.sources import ModelSource, find_tokenizer
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
-_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+_TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+_MORE_TEMPLATES = "additional_chat_templates"
 # What `save_pretrained` of a tokenizer may write.
 _FILES = re.compile(
     r"(tokenizer.*\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|"
@@ -149,11 +150,14 @@ def copy_tokenizer(choice: TokenizerChoice, into: Path) -> None:
         for file in into.iterdir():
             if _FILES.fullmatch(file.name):
                 file.unlink()
+        shutil.rmtree(into / _MORE_TEMPLATES, ignore_errors=True)
         for file in sorted(choice.source.folder.iterdir()):
             if file.is_file() and _FILES.fullmatch(file.name):
                 shutil.copyfile(file, into / file.name)
-    if choice.template is not None:
-        (into / "chat_template.jinja").write_text(_read_template(choice.template), encoding="utf-8")
+        if (choice.source.folder / _MORE_TEMPLATES).is_dir():
+            shutil.copytree(choice.source.folder / _MORE_TEMPLATES, into / _MORE_TEMPLATES)
+    if choice.template is not None and (template := _read_template(choice.template)) is not None:
+        _write_template(template, into)
 
 
 def load_tokenizer(source: ModelSource) -> Any:
@@ -170,7 +174,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     try:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as error:
         raise UserError(
             f"no usable tokenizer beside the model {source.name}",
@@ -180,6 +184,10 @@ def load_tokenizer(source: ModelSource) -> Any:
             found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
             remedy="copy the tokenizer files from the model that this one was trained from",
         ) from error
+    # transformers reads chat_template.json for processors alone, and then finds no template for the tokenizer.
+    if tokenizer.chat_template is None and (file := source.folder / "chat_template.json").is_file():
+        tokenizer.chat_template = _read_template(file)
+    return tokenizer
 
 
 @contextmanager
@@ -243,13 +251,48 @@ def _vocabulary(folder: Path) -> str | None:
 
 
 def _template_file(folder: Path) -> Path | None:
-    for name in _TEMPLATES:
-        if (folder / name).is_file():
-            return folder / name
-    config = folder / "tokenizer_config.json"
-    return config if config.is_file() and "chat_template" in config.read_text(encoding="utf-8") else None
+    files = (folder / name for name in _TEMPLATES)
+    return next((file for file in files if file.is_file() and _read_template(file) is not None), None)
 
 
-def _read_template(file: Path) -> str:
+def _read_template(file: Path) -> str | dict[str, str] | None:
+    """The template of a file, or its templates by name (`default`, `tool_use`, ...); None where it holds none.
+
+    Raises:
+        UserError: what stands there is no template.
+    """
     text = file.read_text(encoding="utf-8")
-    return str(json.loads(text)["chat_template"]) if file.suffix == ".json" else text
+    if file.suffix != ".json":
+        more = sorted((file.parent / _MORE_TEMPLATES).glob("*.jinja"))
+        named = {one.stem: one.read_text(encoding="utf-8") for one in more}
+        return {"default": text, **named} if named else text
+    try:
+        held = json.loads(text)
+        held = held.get("chat_template") if isinstance(held, dict) else held
+        if held is None or isinstance(held, str):
+            return held
+        named = {one["name"]: one["template"] for one in held} if isinstance(held, list) else dict(held)
+        if not named or not all(isinstance(one, str) for one in named.values()):
+            raise ValueError("a template that is no text")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            "the chat template cannot be read",
+            code="tokenizer-missing",
+            where=str(file),
+            expected="chat_template: a text, or a list of templates with name and template",
+            found=f"{type(error).__name__}: {error}",
+            remedy="save the tokenizer of SFT again, or name it with --tokenizer",
+        ) from error
+    return named
+
+
+def _write_template(template: str | dict[str, str], into: Path) -> None:
+    """Writes templates where transformers looks for them first."""
+    named = {"default": template} if isinstance(template, str) else dict(template)
+    shutil.rmtree(into / _MORE_TEMPLATES, ignore_errors=True)
+    (into / "chat_template.json").unlink(missing_ok=True)
+    if "default" in named:
+        (into / "chat_template.jinja").write_text(named.pop("default"), encoding="utf-8")
+    for name, text in named.items():
+        (into / _MORE_TEMPLATES).mkdir(exist_ok=True)
+        (into / _MORE_TEMPLATES / f"{name}.jinja").write_text(text, encoding="utf-8")
