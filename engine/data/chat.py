@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.data.in_memory import place
-from dpoeng.engine.data.messages import Message
+from dpoeng.engine.data.messages import LOSS_KEYS, Message
 from dpoeng.engine.data.proof import Part, Tagged, prove
 from dpoeng.engine.data.rendering import Rendered, Renderer, Spans, make_renderer, names_read
 from dpoeng.engine.data.shapes import PreferencePair
@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TrainOn = Literal["assistant", "last", "all"]
+
+# Tokens that end a turn in published templates; they end a text too, where the tokenizer knows them.
+END_TEXTS = (
+    *("</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<eos>", "<|end|>", "<|end_of_text|>"),
+    *("<|eom_id|>", "<|return|>", "<|eot|>", "<|END_OF_TURN_TOKEN|>"),
+)
 
 _ANSWER = "dpoeng answer stands here"
 
@@ -111,7 +117,7 @@ class _Writer:
             prefill = prompt.pop()["content"]
         stand_in = render([*prompt, {"role": "assistant", "content": prefill + _ANSWER}])
         end = stand_in[stand_in.rfind(_ANSWER) + len(_ANSWER) :] if _ANSWER in stand_in else ""
-        ends = _written_ends(end, tokenizer.eos_token)
+        ends = _written_ends(end, tokenizer, [pair.prompt, pair.chosen, pair.rejected])
         prompt = [_without_end(message, ends) for message in prompt]
         return _Writer(render, prompt, prefill, _opening(render, prompt) if not prefill else None, end, ends)
 
@@ -212,6 +218,9 @@ class _Writer:
             return None
         if train_on == "last":
             turns = turns[-1:]
+        if unmeant := [i for i in turns if any(response[i].get(name) in (0, False) for name in LOSS_KEYS)]:
+            name = next(name for name in LOSS_KEYS if response[unmeant[0]].get(name) in (0, False))
+            raise RowFault("template-turns", f"message {unmeant[0] + 1} says that it is not trained on (`{name}`)")
         if self.render.marks:
             begin = self._turn_start(text, response, turns[0], boundary) if train_on == "last" else boundary
             clipped = [(max(first, begin), last) for first, last in written.marked if last > begin]
@@ -293,11 +302,21 @@ def _check_arguments(render: Renderer) -> None:
             raise RowFault("template-drops", f"chat_template_kwargs: the chat template does not read {name!r}{hint}")
 
 
-def _written_ends(end: str, eos: str | None) -> tuple[str, ...]:
-    """How the end of a turn may be written out in a message; the template writes it once more."""
+def _written_ends(end: str, tokenizer: PreTrainedTokenizerBase, turns: Sequence[Any]) -> tuple[str, ...]:
+    """How the end of a turn may be written out in a message; the template writes it once more.
+
+    Besides the template's own these are other end tokens that the tokenizer knows, such as the base model's.
+    """
     if not end.strip():
         return ()
-    return tuple({text for text in (end.strip(), *end.split(), eos) if text and not text.isalnum()})
+    texts = {end.strip(), *end.split(), tokenizer.eos_token}
+    closing = (message["content"].rstrip() for messages in turns for message in messages)
+    if any(content.endswith(END_TEXTS) for content in closing):
+        texts |= set(map(str, tokenizer.get_added_vocab())) & set(END_TEXTS)
+    found = {text for text in texts if text and not text.isalnum()}
+    if end[0].isspace():
+        found.add(end.rstrip())  # a word such as END is the end of a turn where it stands on a line of its own
+    return tuple(found)
 
 
 def _without_end(message: Message, ends: Sequence[str]) -> Message:

@@ -22,6 +22,8 @@ _SPLITS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 _SPLIT_WORD = re.compile(rf"(?:^|[-_. ])({'|'.join(_SPLITS)})(?:$|[-_. \d])", re.IGNORECASE)
+_HUB_PART = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(-[0-9a-f]{8,})?(\..*)?")
+"""`train_prefs-00000-of-00003.parquet`: the split's name, whatever it is, and its parts."""
 _LEFT_BY_MAP = re.compile(r"(cache-[0-9a-f]+|tmp\w*)(_\d+_of_\d+)?\.arrow")
 
 
@@ -57,10 +59,15 @@ def data_files(folder: Path, is_data: Callable[[Path], bool]) -> list[Path]:
             remedy="name the folder that holds the files, or the files",
             exit_status=3,
         )
+    _check_parts(folder, files)
     splits_of = {file: _split(file) for file in files}
     found = {split for split in splits_of.values() if split is not None}
     if len(found) > 1 or (found - {"train"} and None in splits_of.values()):
         raise _several(folder, {split or "no split": str(file) for file, split in splits_of.items()})
+    # The hub's own names are exact: `train_prefs` and `train_sft` hold the same prompts for different trainings.
+    named = {match["split"]: str(file) for file in files if (match := _HUB_PART.fullmatch(file.name))}
+    if len(named) > 1:
+        raise _several(folder, named)
     return files
 
 
@@ -89,6 +96,28 @@ def _saved_files(folder: Path) -> list[Path]:
             exit_status=3,
         )
     return files
+
+
+def _check_parts(folder: Path, files: list[Path]) -> None:
+    """See that of files named `NAME-00000-of-00003` all are there: a broken download is no smaller data set."""
+    there: dict[tuple[str, int], set[int]] = {}
+    for match in filter(None, (_HUB_PART.fullmatch(file.name) for file in files)):
+        there.setdefault((match["split"], int(match["count"])), set()).add(int(match["number"]))
+    missing = [
+        f"{split}-{number:05}-of-{count:05}"
+        for (split, count), numbers in there.items()
+        for number in range(count)
+        if number not in numbers
+    ]
+    if missing:
+        raise UserError(
+            "parts of the data set are missing",
+            code="data-missing",
+            where=str(folder),
+            expected=", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else ""),
+            remedy="download or copy the whole folder again, or name the files that you mean",
+            exit_status=3,
+        )
 
 
 def _split(file: Path) -> str | None:

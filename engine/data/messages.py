@@ -35,6 +35,8 @@ CALL_ROLES = frozenset({"function_call", "tool_call", "tool_calls"})
 
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 """Where a message keeps its thought. transformers hands each of them to the template under all names."""
+LOSS_KEYS = ("weight", "train", "training", "loss")
+"""Where a message says whether it is trained on (OpenAI, Mistral, Axolotl, ms-swift): 0 and false say no."""
 
 # What a chat template could write. Ids, time stamps and the like say nothing: messages are compared without them.
 _MEANT = ("role", "content", "name", "tool_calls", *REASONING_KEYS)

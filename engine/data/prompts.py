@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpoeng.engine.data.messages import Message, as_message, messages_of
+from dpoeng.engine.data.messages import Message, as_message, messages_of, same_message
 from dpoeng.engine.data.strict_json import RowFault, json_type
 from dpoeng.engine.data.structured import Base64, parse_structure
 
@@ -22,7 +22,7 @@ SYSTEMS = ("system", "system_prompt")
 HISTORY = "history"
 CONTEXTS = ("context", "passage", "document", "documents")
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
-PROMPT_COLUMNS = (*QUESTIONS, *SYSTEMS, HISTORY, *CONTEXTS, *MEDIA)
+PROMPT_COLUMNS = (*QUESTIONS, *CONVERSATIONS, *SYSTEMS, HISTORY, *CONTEXTS, *MEDIA)
 """`--columns NAME=COLUMN` maps these too; with nothing behind the `=`, the column is no part of the prompt."""
 
 
@@ -35,6 +35,8 @@ class PromptColumns:
         origin: the field that it was taken from.
         system: the system prompt, or empty.
         history: earlier turns.
+        converses: whether the file has columns for what only a conversation has (system prompt, earlier turns, tools),
+            empty or not: then a question is a user's message in every row.
         others: column -> its text, of those that must occur in the prompt.
         used: columns that the pair is made of.
     """
@@ -43,6 +45,7 @@ class PromptColumns:
     origin: str
     system: str = ""
     history: list[Message] = field(default_factory=list)
+    converses: bool = False
     others: dict[str, Any] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
 
@@ -66,8 +69,10 @@ def read_prompt(row: Mapping[str, Any], columns: Mapping[str, str], *, single_an
         return columns.get(name, name)
 
     found = PromptColumns(None, "", used={column("prompt")})
-    if row.get(column("prompt")) is not None:
-        found.prompt, found.origin = _turns(row[column("prompt")], column("prompt")), "prompt"
+    found.converses = any(column(name) in row for name in (*SYSTEMS, HISTORY, "tools"))
+    given = row.get(column("prompt"))
+    if given is not None and (given != "" or single_answers):
+        found.prompt, found.origin = _turns(given, column("prompt")), "prompt"
     else:
         asked = [name for name in QUESTIONS if isinstance(value(name), str)]
         talks = [name for name in CONVERSATIONS if single_answers and isinstance(value(name), str | list)]
@@ -110,35 +115,87 @@ def place_prompt(found: PromptColumns, prompt: str | list[Message], prompt_forma
     Raises:
         RowFault: `unused-column`, a column has no place in the prompt.
     """
-    whole = _plain(prompt)
+    whole = plain(prompt)
     for column, value in found.others.items():
         if not isinstance(value, str) or " ".join(value.split()) not in whole:
             raise _unused(column, "nothing of it stands in the prompt")
-    if not found.system and not found.history:
+    asked = found.origin in QUESTIONS and isinstance(prompt, str) and prompt_format is None
+    if not found.system and not found.history and not (asked and found.converses):
         return prompt
     if isinstance(prompt, str):
-        if " ".join(found.system.split()) in whole and _plain(found.history) in whole:
-            return prompt
-        if found.origin not in QUESTIONS or prompt_format is not None:
+        if not asked:
+            if " ".join(found.system.split()) in whole and plain(found.history) in whole:
+                return prompt
             name = "system" if found.system else HISTORY
-            raise _unused(name, "a prompt that is a text has no place for it: give the prompt as messages")
+            raise _unused(
+                name,
+                "a prompt that is a text has no place for it: give the prompt as messages, or say that it is a "
+                "question with --columns prompt= --columns question=prompt",
+            )
         prompt = [{"role": "user", "content": prompt}]
     begin = 0
     while begin < len(prompt) and prompt[begin]["role"] in ("system", "developer"):
         begin += 1
     first, rest = list(prompt[:begin]), list(prompt[begin:])
-    if found.system and _plain(first) != " ".join(found.system.split()):
+    if found.system and plain(first) != " ".join(found.system.split()):
         if first:
             raise _unused("system", "the conversation begins with another system prompt")
         first = [{"role": "system", "content": found.system}]
-    if found.history and _plain(found.history) not in whole:
+    if found.history and plain(found.history) not in whole:
         if len(rest) != 1:
             raise _unused(HISTORY, "the prompt is a conversation already, without these turns")
         rest = [*found.history, *rest]
     return [*first, *rest]
 
 
+def without_answer(
+    prompt: list[Message], origin: str, chosen: Sequence[Message], rejected: Sequence[Message]
+) -> list[Message]:
+    """A conversation beside its answers, without the answer that it may end with.
+
+    Raises:
+        RowFault: `prompt-mismatch`, it ends with another: either side may be meant to follow it, or to replace it.
+    """
+    if origin not in CONVERSATIONS or not prompt or prompt[-1]["role"] != "assistant" or prompt[-1].get("tool_calls"):
+        return prompt
+    if len(prompt) > 1 and any(same_message(prompt[-1], side[0]) for side in (chosen, rejected)):
+        return prompt[:-1]
+    raise RowFault(
+        "prompt-mismatch",
+        f"`{origin}` ends with an answer that is neither chosen nor rejected; --columns prompt={origin} lets both go "
+        "on in that message",
+    )
+
+
+def check_conversations(row: Mapping[str, Any], columns: Mapping[str, str], used: set[str], texts: str) -> None:
+    """See that a conversation that the pair is not made of holds no question of its own.
+
+    Args:
+        row: column -> value.
+        columns: field -> column, where they differ.
+        used: columns that the pair is made of.
+        texts: prompt and responses, as `plain` has them.
+
+    Raises:
+        RowFault: `unused-column`, earlier turns or a system prompt would be lost.
+    """
+    for name in CONVERSATIONS:
+        column = columns.get(name, name)
+        value = row.get(column)
+        if column in used or not isinstance(value, str | list) or not value:
+            continue
+        try:
+            messages = messages_of(value, column) or []
+        except RowFault:
+            continue  # it is no conversation
+        lost = next((one for one in messages if one["role"] != "assistant" and plain([one]) not in texts), None)
+        if lost is not None:
+            raise _unused(column, f"it has turns that the prompt lacks ({lost['content']!r:.60})")
+
+
 def _turns(value: Any, column: str) -> str | list[Message]:
+    if isinstance(value, dict) and isinstance(value.get("messages"), list | str):
+        value = value["messages"]  # OpenAI's preference format
     messages = messages_of(value, column)
     return value if messages is None else messages
 
@@ -157,7 +214,7 @@ def _history(value: Any, column: str) -> list[Message]:
     raise _unused(column, "earlier turns are read as pairs of texts or as messages")
 
 
-def _plain(turns: str | Sequence[Message]) -> str:
+def plain(turns: str | Sequence[Message]) -> str:
     """The texts of a prompt, white space made alike."""
     texts = [turns] if isinstance(turns, str) else [turn["content"] for turn in turns]
     return " ".join(" ".join(texts).split())

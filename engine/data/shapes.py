@@ -11,7 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpoeng.engine.data.messages import Message, messages_of, same_message
-from dpoeng.engine.data.prompts import PROMPT_COLUMNS, PromptColumns, place_prompt, read_prompt
+from dpoeng.engine.data.prompts import (
+    PROMPT_COLUMNS,
+    PromptColumns,
+    check_conversations,
+    place_prompt,
+    plain,
+    read_prompt,
+    without_answer,
+)
 from dpoeng.engine.data.strict_json import RowFault, json_type
 from dpoeng.engine.data.structured import parse_structure
 
@@ -37,13 +45,24 @@ ASSISTANT_HEADERS = (
     "<|start_header_id|>assistant<|end_header_id|>\n\n",
     "<|assistant|>\n",
     "<start_of_turn>model\n",
+    "<|im_start|>assistant<|im_sep|>",
+    "<|header_start|>assistant<|header_end|>\n\n",
+    "<|start_of_role|>assistant<|end_of_role|>",
+    "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
+    "<\uff5cAssistant\uff5c>",
+    "<|start|>assistant",
+    "<|start|>assistant<|channel|>final<|message|>",
     "[/INST]",
     "### Response:\n",
     "\nASSISTANT:",
     "\nResponse:",
 )
 # A human turn inside a response: the two sides differ in an earlier turn than the last.
-HUMAN_HEADERS = ("\n\nHuman:", "<|im_start|>user", "<|start_header_id|>user", "<|user|>", "<start_of_turn>user")
+HUMAN_HEADERS = (
+    *("\n\nHuman:", "<|im_start|>user", "<|start_header_id|>user", "<|user|>", "<start_of_turn>user"),
+    *("<|header_start|>user", "<|start_of_role|>user", "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>", "<|start|>user"),
+    "<\uff5cUser\uff5c>",
+)
 
 _OURS_IN_TEMPLATES = frozenset(
     {"conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"}
@@ -121,8 +140,15 @@ def to_pair(row: Mapping[str, Any], shape: Shape, source_file: str, source_row: 
     parts.prompt = place_prompt(given, parts.prompt, shape.prompt_format)
     if isinstance(parts.prompt, list):
         parts.chosen, parts.rejected = _as_answer(parts.chosen), _as_answer(parts.rejected)
+        parts.prompt = without_answer(parts.prompt, parts.origin, parts.chosen, parts.rejected)
     _check_responses(parts.chosen, parts.rejected)
     used = {shape.column(name) for name in FIELDS} | given.used
+    check_conversations(row, shape.columns, used, " ".join(map(plain, (parts.prompt, parts.chosen, parts.rejected))))
+    tools = _tools(row, shape)
+    kwargs = _template_kwargs(row.get(shape.column("chat_template_kwargs")))
+    if isinstance(parts.prompt, str) and (tools or kwargs):
+        column = shape.column("tools" if tools else "chat_template_kwargs")
+        raise RowFault("unused-column", f"`{column}` is for the chat template, and a prompt that is a text has none")
     return PreferencePair(
         prompt=parts.prompt,
         chosen=parts.chosen,
@@ -130,8 +156,8 @@ def to_pair(row: Mapping[str, Any], shape: Shape, source_file: str, source_row: 
         source_file=source_file,
         source_row=source_row,
         extra={name: value for name, value in row.items() if name not in used},
-        tools=_tools(row.get(shape.column("tools"))),
-        chat_template_kwargs=_template_kwargs(row.get(shape.column("chat_template_kwargs"))),
+        tools=tools,
+        chat_template_kwargs=kwargs,
         origin=parts.origin,
         repeated=parts.repeated,
     )
@@ -313,7 +339,12 @@ def _check_responses(chosen: Turns, rejected: Turns) -> None:
         raise RowFault("same-response", "chosen and rejected are equal")
 
 
-def _tools(value: Any) -> list[Any] | None:
+def _tools(row: Mapping[str, Any], shape: Shape) -> list[Any] | None:
+    """The tools of a row, which OpenAI's preference format keeps with the messages of the prompt."""
+    value = row.get(shape.column("tools"))
+    prompt = row.get(shape.column("prompt"))
+    if value is None and isinstance(prompt, dict):
+        value = prompt.get("tools")
     value = _structure(value, "tools")
     if isinstance(value, list):
         value = [(parse_structure(tool) or tool) if isinstance(tool, str) else tool for tool in value]

@@ -10,7 +10,7 @@ import numpy as np
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import PairIds, as_ids, pair_key
-from dpoeng.engine.data.chat import Side, TrainOn, to_sides
+from dpoeng.engine.data.chat import END_TEXTS, Side, TrainOn, to_sides
 from dpoeng.engine.data.encoding import Encoded, encode
 from dpoeng.engine.data.rejects import Reject
 from dpoeng.engine.data.shapes import PreferencePair, common_length
@@ -22,12 +22,6 @@ if TYPE_CHECKING:
 TruncationMode = Literal["keep_start", "keep_end"]
 
 CHUNK_PAIRS = 128
-
-# Tokens that end a turn in published templates; they end a text too, where the tokenizer knows them.
-END_TEXTS = (
-    *("</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<eos>", "<|end|>", "<|end_of_text|>"),
-    *("<|eom_id|>", "<|return|>", "<|eot|>", "<|END_OF_TURN_TOKEN|>"),
-)
 
 
 @dataclass(frozen=True, slots=True)
