@@ -14,10 +14,10 @@ import xxhash
 
 from dpoeng.cache.words import counted
 from dpoeng.engine.checks.findings import Tally, snippet
+from dpoeng.engine.data.chat import END_TEXTS
 from dpoeng.engine.data.in_memory import place
 from dpoeng.engine.data.messages import Message
 from dpoeng.engine.data.shapes import PreferencePair, Turns, holds_human_turn
-from dpoeng.engine.data.tokenization import END_TEXTS
 from dpoeng.engine.data.where import truth
 
 BOS_TEXTS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
