@@ -100,7 +100,9 @@ def count_step(settings: StepSettings) -> StepCounts:
         UserError: the model is not known.
     """
     fields = model_fields(settings.model)
-    config = TrainConfig(lora_r=settings.lora_r, gradient_checkpointing=settings.gradient_checkpointing)
+    config = TrainConfig.model_validate(
+        {"lora_r": settings.lora_r, "gradient_checkpointing": settings.gradient_checkpointing}
+    )
     setup = Setup(model=fields, dtype=torch.bfloat16, quantization=settings.quantization, config=config)
     pairs = [Pair(settings.prompt, settings.chosen, settings.rejected)] * settings.pairs
     two, three = (_count(setup.with_layers(depth), pairs) for depth in (2, 3))

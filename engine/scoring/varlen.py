@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,7 +88,7 @@ def varlen(
         k, v = k.index_select(0, rows.key_rows), v.index_select(0, rows.key_rows)
     # torch 2.11 has no such argument; its kernel takes fewer heads of keys as they are.
     has_argument = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    grouped: dict[str, bool] = {"enable_gqa": query.shape[1] != key.shape[1]} if has_argument else {}
+    grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if has_argument else {}
     found = varlen_attn(
         q.contiguous(),
         k.contiguous(),
