@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -77,7 +77,10 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class StepCounts:
-    """Of a decoder layer, forward, recomputation and backward; and of what is outside all layers (head, loss)."""
+    """Of a decoder layer, forward, recomputation and backward; and of what is outside all layers (head, loss).
+
+    The first layer forms no gradient of its input: what it does less than the others is taken off `outside`.
+    """
 
     layer: Counts
     outside: Counts
@@ -86,11 +89,11 @@ class StepCounts:
 
     def record(self) -> dict[str, Any]:
         """As JSON has it."""
-        return {
-            **asdict(self),
-            "layer_launches": self.layer.launches.total(),
-            "layer_bytes": self.layer.n_bytes.total(),
-        }
+        told: dict[str, Any] = {"layers": self.layers, "tokens": self.tokens}
+        for place, counts in (("layer", self.layer), ("outside", self.outside)):
+            for name in ("launches", "n_bytes", "flop"):
+                told[f"{place}_{name}"] = dict(getattr(counts, name))
+        return told
 
 
 def count_step(settings: StepSettings) -> StepCounts:

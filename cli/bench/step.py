@@ -43,7 +43,7 @@ def step(as_json: bool, **settings: Any) -> None:
         return
     for counts, title in (
         (found.layer, f"one of {found.layers} layers, {found.tokens} tokens: forward, recomputation, backward"),
-        (found.outside, "outside the layers"),
+        (found.outside, "outside the layers, less the input gradient that the first layer does not form"),
     ):
         parts = [name for name, _ in counts.launches.most_common()]
         rows: list[tuple[Cell, ...]] = [
