@@ -11,8 +11,9 @@ from model_fields import fields
 from dpoeng.engine.config.fields import TrainConfig
 from dpoeng.engine.memory import simulate
 from dpoeng.engine.memory.simulate import Pair, Setup, trace_step
-from dpoeng.engine.models.model import CausalLM
+from dpoeng.engine.models.model import CausalLM, decoder_layers
 from dpoeng.engine.training import step as step_module
+from dpoeng.engine.training.optimizer import optimizer_on
 
 
 def setup(**settings: Any) -> Setup:
@@ -70,3 +71,18 @@ def test_a_step_reads_the_device_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_module, "_update", noted)
     trace_step(setup(), [Pair(8, 4, 4)])
     assert sorted(before_update) == ["aten::_local_scalar_dense", "aten::_to_copy"]
+
+
+def test_adamw_is_fused_on_a_gpu_unless_the_user_chose() -> None:
+    usual, chosen = TrainConfig.model_validate({}), TrainConfig.model_validate({"optim": "adamw_torch"})
+    assert [optimizer_on(usual, on_gpu=on_gpu) for on_gpu in (True, False)] == ["adamw_torch_fused", "adamw_torch"]
+    assert optimizer_on(chosen, on_gpu=True) == "adamw_torch"
+    assert usual.model_dump() == chosen.model_dump()  # a run's identity is of these: it goes on from either device
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_states_of_generators_are_kept_for_dropout_alone(dropout: float, on_host: bool) -> None:
+    lm = simulate.build(setup(lora_dropout=dropout, activation_offloading=on_host))
+    kept = {layer.forward.args[0].keywords["preserve_rng_state"] for layer in decoder_layers(lm.backbone)}  # type: ignore[union-attr]
+    assert kept == {dropout > 0}
