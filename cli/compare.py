@@ -42,7 +42,7 @@ _FIELDS = frozenset("cache view model quantization dtype device".split())
 @click.option("--temperature", default=0.0, show_default=True, help="0: the likeliest token each time; above: drawn.")
 @click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1 keeps small models from circling.")
 @click.option("--stop", multiple=True, help="A text at which an answer ends; may be given several times.")
-@click.option("--seed", default=0, show_default=True, help="Of the draws.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the draws.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @config_options(TrainConfig, skip=frozenset(TrainConfig.model_fields) - _FIELDS)
 def compare(

@@ -216,6 +216,15 @@ def as_user_error(error: Exception) -> UserError:
             remedy="see that the disk has room and that the folder may be written to, then run the same command again",
             exit_status=5,
         )
+    if isinstance(error, Warning):  # a library's, which PYTHONWARNINGS=error or -W made an error
+        return UserError(
+            "a warning of a library was made an error, as the environment asks",
+            code="system-warning",
+            where="PYTHONWARNINGS or python -W",
+            found=f"{type(error).__name__}: {str(error)[:300]}",
+            remedy="unset PYTHONWARNINGS, or let it name the warnings that you mean",
+            exit_status=5,
+        )
     frames = traceback.extract_tb(error.__traceback__)
     return UserError(
         "dpoeng met something that it does not handle: this is a mistake in dpoeng, not yours",

@@ -105,6 +105,9 @@ def bare_type(annotation: Any) -> Any:
     return annotation
 
 
+_INT64 = 2**63
+
+
 class _Config(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, coerce_numbers_to_str=True
@@ -117,6 +120,9 @@ class _Config(BaseModel):
         kind = bare_type(cls.model_fields[info.field_name or ""].annotation)
         if typing.get_origin(kind) is tuple and isinstance(value, str):
             return tuple(word.strip() for word in value.split(",") if word.strip())
+        number = value.strip() if isinstance(value, str) else value
+        if kind is int and re.fullmatch(r"[-+]?\d+", str(number)) and not -_INT64 <= int(number) < _INT64:
+            raise ValueError("has more than 64 bits")
         if kind in (int, float) and isinstance(value, bool):
             raise ValueError("must be a number, not true or false")
         return value
@@ -249,8 +255,8 @@ class TrainConfig(_Config):
         description="Train a LoRA on the frozen base. false: full fine-tuning of all weights, without an adapter; it "
         "wants a learning rate of 1e-6 or less, and a base that is not quantised.",
     )
-    lora_r: int = Field(16, ge=1, description="LoRA rank.")
-    lora_alpha: float = Field(32, gt=0, description="LoRA scale: the update is alpha / r times B A x.")
+    lora_r: int = Field(16, ge=1, le=65_536, description="LoRA rank.")
+    lora_alpha: float = Field(32, gt=0, le=1e6, description="LoRA scale: the update is alpha / r times B A x.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the trained LoRA.")
     lora_target_modules: tuple[str, ...] = Field(("all-linear",), description="Modules that get a LoRA.")
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r), https://arxiv.org/abs/2312.03732")
@@ -336,14 +342,14 @@ class TrainConfig(_Config):
     learning_rate: float = Field(1e-5, gt=0, lt=1, description="Peak learning rate of AdamW.")
     lr_scheduler_type: Schedule = Field("linear", description="How the learning rate falls; transformers' schedules.")
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps over which the rate rises.")
-    warmup_steps: int = Field(0, ge=0, description="Number of such steps; if > 0 it replaces warmup_ratio.")
+    warmup_steps: int = Field(0, ge=0, le=10**12, description="Number of such steps; if > 0 it replaces warmup_ratio.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay; on matrices, not on vectors.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the variance.")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0 turns clipping off.")
-    num_train_epochs: float = Field(3.0, gt=0, description="Passes over the pairs.")
-    max_steps: int = Field(-1, ge=-1, description="Optimizer steps; if > 0 it replaces num_train_epochs.")
+    num_train_epochs: float = Field(3.0, gt=0, le=1e6, description="Passes over the pairs.")
+    max_steps: int = Field(-1, ge=-1, le=10**12, description="Optimizer steps; if > 0 it replaces num_train_epochs.")
     per_device_train_batch_size: int = Field(2, ge=1, description="Pairs in one forward.")
     gradient_accumulation_steps: int = Field(
         4, ge=1, description="Forwards in one optimizer step, of all processes together."

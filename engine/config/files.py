@@ -158,7 +158,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         """As PyYAML does it; an alias is refused."""
         if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
+            mark = self.current_event.start_mark
             raise yaml.MarkedYAMLError(problem="an alias (*name): write the value out", problem_mark=mark)
         return super().compose_node(parent, index)
 

@@ -8,12 +8,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpoeng.cache.errors import UserError
+from dpoeng.engine.models.foreign_checkpoints import check_adapter_ranges, check_headers, check_sizes, shard_files
 from dpoeng.engine.models.lora_fields import check_lora_fields
+
+MAX_JSON_BYTES = 64 << 20  # an index of 100,000 tensors has 10 MB
 
 # Fields of config.json that name things, or set how text is generated, and do not move a log-probability.
 _INERT_CONFIG_FIELDS = frozenset(
@@ -122,6 +126,8 @@ def find_adapter(name: str) -> ModelSource:
             remedy="merge it into the base with peft (merge_and_unload) and give the result as --model",
         )
     check_lora_fields(name, str(config), fields)
+    check_adapter_ranges(str(config), fields)
+    check_headers([weights])
     return ModelSource(name, folder, (weights,), revision=commit)
 
 
@@ -209,10 +215,12 @@ def _read_json(path: Path) -> dict[str, Any]:
         UserError: it cannot be read, or is none.
     """
     try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"more than {MAX_JSON_BYTES >> 20} MiB, the limit of such a file")
         held = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(held, dict):
             raise ValueError("not an object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             "a file of the checkpoint cannot be read",
             code="checkpoint-json",
@@ -263,11 +271,10 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
             remedy="load it with transformers and save_pretrained() into a new folder",
         )
     if (folder / "model.safetensors").is_file():  # before the index, as transformers looks for them
-        return (folder / "model.safetensors",)
+        return _checked(folder, config, [folder / "model.safetensors"])
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        files = [folder / shard for shard in shards]
+        files = shard_files(folder, index, _read_json(index))
         missing = [f.name for f in files if not f.is_file()]
         if missing:
             raise UserError(
@@ -277,7 +284,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
                 expected=", ".join(missing[:3]),
                 remedy="download the checkpoint again",
             )
-        return tuple(files)
+        return _checked(folder, config, files)
     pickles = sorted(p.name for p in folder.glob("*.bin"))
     raise UserError(
         f"{folder} holds no safetensors weights",
@@ -288,6 +295,13 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
         remedy="convert: AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder); pickles are not read, "
         "since loading one can run code",
     )
+
+
+def _checked(folder: Path, config: Mapping[str, Any], files: Sequence[Path]) -> tuple[Path, ...]:
+    """Weight files, once nothing that they or config.json claim is out of range."""
+    check_headers(files)
+    check_sizes(folder / "config.json", config, sum(file.stat().st_size for file in files))
+    return tuple(files)
 
 
 def _download(name: str, revision: str | None, weights: str) -> tuple[Path, str | None]:

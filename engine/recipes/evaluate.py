@@ -67,7 +67,7 @@ def find_trained(path: Path) -> Trained:
     file = folder.parent / RUN_FILE
     if folder.name != (MODEL_FOLDER if whole else ADAPTER_FOLDER) or not file.is_file():
         return Trained(folder, None, "full" if whole else None)
-    record = read_json(file, dict)
+    record = read_json(file, dict, ("config", "adapter_mode"))
     return Trained(folder, record["config"], record["adapter_mode"])
 
 
@@ -232,7 +232,7 @@ def _open_rows(trained: Trained, config: TrainConfig, which: Which) -> tuple[Vie
 def _check_pairs_of_run(trained: Trained, view: View) -> None:
     """Refuses to hold pairs out anew of others than the run had: some of them would be pairs that it trained on."""
     file = trained.folder.parent / RUN_FILE
-    trained_on = read_json(file, dict)["identity"]["pairs"] if trained.run is not None else None
+    trained_on = read_json(file, dict, ("identity",))["identity"].get("pairs") if trained.run is not None else None
     if trained_on is not None and trained_on != rows_digest(view):
         raise UserError(
             "the view holds other pairs than when the run was trained",

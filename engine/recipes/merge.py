@@ -81,11 +81,12 @@ def merge_run(
             expected=f"{RUN_FILE} and {ADAPTER_FOLDER}/, which dpoeng train writes",
             remedy="name the folder that was given to train as --output-dir",
         )
-    record: dict[str, Any] = read_json(record_file, dict)
+    record: dict[str, Any] = read_json(record_file, dict, ("reference", "model", "adapter_mode"))
     revision = record["reference"].get("revision") if model is None else None
     base = find_model(model or record["model"], revision=revision)
     adapters = [find_adapter(str(output_dir / ADAPTER_FOLDER))]
     if record["adapter_mode"] == "stack":
+        record = read_json(record_file, dict, ("sft_adapter",))
         adapters.insert(0, find_adapter(record["sft_adapter"]))
     return merge(base, adapters, into, dtype=dtype, progress=progress)
 

@@ -152,13 +152,21 @@ def _whole_lines(path: Path) -> list[bytes]:
     return path.read_bytes().split(b"\n")[:-1]
 
 
+def _int64(digits: str) -> int:
+    if len(digits) > 20 or not -(2**63) <= int(digits) < 2**63:
+        raise ValueError(f"{digits[:30]} has more than 64 bits")
+    return int(digits)
+
+
 def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(line)
-        if isinstance(value, dict) and (path.name not in _BY_STEP or isinstance(value.get("step"), int | float)):
+        value = json.loads(line, parse_int=_int64)
+        step = value.get("step") if isinstance(value, dict) else None
+        counts = isinstance(step, int | float) and not isinstance(step, bool) and 0 <= step < math.inf
+        if isinstance(value, dict) and (path.name not in _BY_STEP or counts):
             return value
         problem = "no JSON object with a step" if path.name in _BY_STEP else "no JSON object"
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         problem = str(error)
     raise UserError(
         "a log of the run is damaged",

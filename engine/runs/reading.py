@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,15 +108,41 @@ def read_held_out(folder: Path) -> list[dict[str, Any]]:
     return read_lines(folder / HELD_OUT_FILE)
 
 
-def read_json(path: Path, kind: type) -> Any:
-    """A JSON record of a run, of the type that it must have. Raises UserError where it is damaged."""
+def read_json(path: Path, kind: type, needed: Iterable[str] = ()) -> Any:
+    """A JSON record of a run, of the type that it must have.
+
+    Raises:
+        UserError: it is damaged, or run.json lacks a field that is `needed`, or holds one of another type than is
+            written there.
+    """
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(held, kind):
             raise ValueError(f"not a JSON {'object' if kind is dict else 'array'}")
-    except (ValueError, OSError) as error:
+        if isinstance(held, dict):
+            _check_fields(held, needed)
+    except (ValueError, OSError, RecursionError) as error:
         raise _damaged(path, str(error)) from error
     return held
+
+
+_FIELDS = {
+    **dict.fromkeys(("config", "reference", "identity", "parity", "versions", "files"), dict),
+    **dict.fromkeys(("model", "adapter_mode", "sft_adapter"), str),
+    "load": list,
+}
+
+
+def _check_fields(record: Mapping[str, Any], needed: Iterable[str]) -> None:
+    for name in needed:
+        if record.get(name) is None:
+            raise ValueError(f"no field {name!r}")
+    for name, kind in _FIELDS.items():
+        value = record.get(name)
+        if value is None and (name in ("parity", "sft_adapter", "files", "versions", "load") or name not in record):
+            continue
+        if not isinstance(value, kind):
+            raise ValueError(f"{name!r} is a {type(value).__name__}, not a {kind.__name__}")
 
 
 def _points(lines: Iterable[dict[str, Any]], name: str) -> Points:

@@ -135,8 +135,20 @@ def test_what_is_no_run_is_refused(out: Path, tmp_path: Path) -> None:
     assert code(tmp_path) == "run-not-found"
     (out / "metrics.jsonl").write_text('{"step": 1}\nnot json\n')
     assert code(out) == "run-damaged"
-    (out / "run.json").write_text("[]")
-    assert code(out) == "run-damaged"
+    for line in (
+        '{"step": null}',
+        '{"step": true}',
+        '{"loss": 1}',
+        f'{{"step": 1, "loss": {"9" * 400}}}',
+        "[" * 99_999,
+    ):
+        (out / "metrics.jsonl").write_text(line + "\n")
+        assert code(out) == "run-damaged", line[:30]
+    (out / "metrics.jsonl").unlink()
+    record = json.loads((out / "run.json").read_text())
+    for damage in ("[]", json.dumps({**record, "config": None}), json.dumps({**record, "reference": 3}), "[" * 99_999):
+        (out / "run.json").write_text(damage)
+        assert code(out) == "run-damaged", damage[:30]
 
 
 def test_a_page_that_cannot_be_written_is_explained(out: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -364,6 +364,11 @@ MODELS = (
     Wrong("a list of shards that is no JSON", "checkpoint-json", 2, OTHER, ("index.json",),
           spoil("other", lambda f, d: (f / "model.safetensors").replace(f / "model.safetensors.index.json")
                 .write_text("{"))),
+    Wrong("a list of shards outside the folder", "checkpoint-claims", 2, OTHER, ("weight_map", "../a.safetensors"),
+          spoil("other", lambda f, d: (f / "model.safetensors").replace(f / "model.safetensors.index.json")
+                .write_text('{"weight_map": {"w": "../a.safetensors"}}'))),
+    Wrong("a vocabulary that no model has", "checkpoint-claims", 2, OTHER, ("vocab_size", "1000000000000"),
+          spoil("other", lambda f, d: d.edit_json(f / "config.json", vocab_size=10**12))),
     Wrong("an adapter beside the model", "model-ambiguous", 2, OTHER, ("adapter_config.json", "--adapter"),
           spoil("other", lambda f, d: (f / "adapter_config.json").write_text("{}"))),
     Wrong("a weight file of config.json's", "model-ambiguous", 2, OTHER, ("transformers_weights", "w.safetensors"),
@@ -422,6 +427,8 @@ ADAPTERS = (
           spoil("other", lambda f, d: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "adapter")),
     Wrong("an adapter config that is no JSON", "checkpoint-json", 2, WITH, ("adapter_config.json",),
           spoil("other", lambda f, d: (f / "adapter_config.json").write_text("{"), "adapter")),
+    Wrong("an adapter's pattern that never ends", "checkpoint-claims", 2, WITH, ("target_modules", "repeat"),
+          spoil("other", lambda f, d: d.edit_json(f / "adapter_config.json", target_modules="(a+)+$"), "adapter")),
     Wrong("half an adapter", "weights-bad", 3, WITH, ("adapter_model.safetensors",),
           spoil("other", lambda f, d: cut(f / "adapter_model.safetensors", 500), "adapter")),
     Wrong("the adapter of another base", "adapter-mismatch", 2, "precompute-ref pairs.jsonl --model other --adapter "
@@ -522,6 +529,11 @@ def no_sharing(desk: Desk) -> None:
 
 def finished_run(desk: Desk) -> None:
     desk.copy("run", "out")
+
+
+def record_without_model(desk: Desk) -> None:
+    finished_run(desk)
+    desk.edit_json(desk.folder / "out" / "run.json", model=None)
 
 
 def of_peer(status: int, said: str) -> Callable[[Desk], Any]:
@@ -867,6 +879,11 @@ RUNS = (
     Wrong("a report of the wrong folder", "run-not-found", 2, "report CACHE", ("run.json",)),
     Wrong("a damaged log", "run-damaged", 3, "report out", ("line 1",),
           lambda d: (finished_run(d), d.write("out/metrics.jsonl", "{\n"))),
+    Wrong("a record without its model", "run-damaged", 3, "merge out --into merged", ("'model'",),
+          record_without_model),
+    Wrong("a seed beyond 64 bits", "config-value", 2, TRAIN + " --seed 18446744073709551616", ("--seed", "64 bits")),
+    Wrong("a rank beyond any", "config-value", 2, TRAIN + " --lora-r 1000000000", ("--lora-r", "65536")),
+    Wrong("steps beyond 64 bits", "config-value", 2, TRAIN + " --max-steps 10000000000000000000", ("64 bits",)),
     Wrong("a damaged log of a run that is trained again", "run-damaged", 3, TRAIN + " --max-steps 2",
           ("metrics.jsonl:1", "remove this line"), lambda d: (finished_run(d), d.write("out/metrics.jsonl", "{\n"))),
     Wrong("a page over a file", "output-exists", 2, "report RUN --html pairs.jsonl", ("--force",)),
@@ -958,6 +975,10 @@ def of_memory(desk: Desk) -> None:
     raise MemoryError("Unable to allocate 64.0 GiB")
 
 
+def of_a_warning(desk: Desk) -> None:
+    raise FutureWarning("this changes soon")
+
+
 def of_ours(desk: Desk) -> None:
     {}["a key that is not there"]
 
@@ -975,6 +996,7 @@ OTHERS = (
     ),
     Wrong("what the system refuses", "system-error", 5, "", ("out/metrics.jsonl",), act=of_the_system),
     Wrong("no memory", "memory-full", 5, "", ("batch",), act=of_memory),
+    Wrong("warnings as errors", "system-warning", 5, "", ("PYTHONWARNINGS", "soon"), act=of_a_warning),
     Wrong("a mistake of ours", "internal-error", 1, "", ("KeyError", "report it"), act=of_ours),
 )
 
