@@ -152,8 +152,8 @@ def _sizes(array: Any) -> Sizes:
         return held[chosen] if len(held) else np.full(count, _VALUE_BYTES, np.int64)
     if pa.types.is_run_end_encoded(kind):
         ends = np.asarray(array.run_ends)
-        chosen = np.searchsorted(ends, array.offset + np.arange(count), side="right")
-        return _sizes(array.values).take(chosen)
+        runs: Sizes = np.searchsorted(ends, array.offset + np.arange(count), side="right")
+        return _sizes(array.values)[runs]
     if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
         views = np.frombuffer(array.buffers()[1] or b"", np.int32).reshape(-1, 4)
         return views[array.offset : array.offset + count, 0].astype(np.int64)
