@@ -2,7 +2,7 @@
 
     python -m dpoeng.bench.studies.architectures [--only llama,gpt2] [--output docs/models.md]
 
-Each model runs in a process of its own with a time limit: phase one against a plain forward in float64, one step of
+Each model runs in a process of its own with a time limit: phase one against a plain forward in float64, a step of
 training, evaluation, merge, the merged checkpoint loaded by plain transformers, and the forecast as on a GPU. Knows no
 architecture by name; what a model is refused for is what users would be told.
 """
@@ -164,7 +164,7 @@ def _training(work: Path) -> None:
         "cache": work / "cache",
         "output_dir": work / "run",
         "device": "cpu",
-        "max_steps": 1,
+        "max_steps": 2,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 1,
         "gradient_checkpointing": True,
@@ -196,7 +196,11 @@ def _merge(model: Path, work: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     policy = PeftModel.from_pretrained(base, str(work / "run" / "adapter")).eval()
     ids = torch.arange(2, 42)[None]
+    with policy.disable_adapter():
+        untrained = policy(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)
     one, other = (net(input_ids=ids, use_cache=False).logits.double().log_softmax(-1) for net in (merged, policy))
+    if torch.equal(other, untrained):
+        raise ArithmeticError("training has moved nothing")
     difference = float((one - other).abs().max())
     if not difference <= TOLERANCE:
         raise ArithmeticError(f"merged and unmerged differ by {difference:.3g} nats")
@@ -308,7 +312,7 @@ def page(outcomes: Sequence[Outcome]) -> str:
         "# Models",
         "",
         "Every causal architecture that transformers registers, as a tiny random model, taken through phase one "
-        "(against a plain forward in float64), one training step, evaluation, merge (against plain peft) and the "
+        "(against a plain forward in float64), training, evaluation, merge (against plain peft) and the "
         "memory forecast. Made by "
         "`python -m dpoeng.bench.studies.architectures --output docs/models.md`; do not edit it by hand.",
         "",

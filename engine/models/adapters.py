@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +16,10 @@ from dpoeng.cache.errors import UserError
 from dpoeng.engine.config.fields import TrainConfig
 from dpoeng.engine.models.checkpoint_names import as_peft_reads, save_for_whole
 from dpoeng.engine.models.full_finetuning import train_all
+from dpoeng.engine.models.lora_fields import start_changes_base
 from dpoeng.engine.models.lora_product import use_lora_product
 from dpoeng.engine.models.model import POLICY_ADAPTER, CausalLM
-from dpoeng.engine.models.sources import ModelSource
+from dpoeng.engine.models.sources import ModelSource, read_adapter_fields
 
 AdapterMode = Literal["new", "stack", "continue"]
 Mode = Literal["new", "stack", "continue", "full"]
@@ -26,7 +28,7 @@ Mode = Literal["new", "stack", "continue", "full"]
 REFERENCE_ADAPTER = "reference"
 
 _PATTERNS_OF_STACKS = "The following (rank|alpha)_pattern keys did not match"
-"""What peft says of ranks that it has itself given to experts which transformers stacks: their names are no module's."""
+"""What peft says of ranks that it has itself given to experts that transformers stacks: these are no modules."""
 
 
 def load_reference_adapter(lm: CausalLM, adapter: ModelSource) -> CausalLM:
@@ -109,6 +111,15 @@ def _add_new_adapter(lm: CausalLM, below: ModelSource | None, lora: dict[str, An
                     if POLICY_ADAPTER not in name.split("."):  # SFT may have trained biases, embeddings, tokens
                         parameter.requires_grad_(False)
     except ValueError as error:
+        if "bias" in str(error) and below is not None:
+            raise UserError(
+                "peft takes no second adapter beside one that has trained biases",
+                code="adapter-mode",
+                where="--adapter-mode stack",
+                expected="an SFT adapter with bias none",
+                found=str(error).splitlines()[0],
+                remedy="use --adapter-mode continue, or merge the SFT adapter into the base first",
+            ) from error
         if "arget" not in str(error):
             raise
         raise _no_target(lora, names, str(error).splitlines()[0]) from error
@@ -255,6 +266,12 @@ def as_reference(lm: CausalLM, mode: Mode) -> Iterator[None]:
         yield
 
 
+def stands_alone(adapter: ModelSource) -> bool:
+    """Whether no second adapter can be loaded beside it: it has changed the base, or trained the base's biases."""
+    fields = read_adapter_fields(adapter)
+    return start_changes_base(fields) or fields.get("bias", "none") != "none"
+
+
 def load_trained_adapter(
     lm: CausalLM, mode: AdapterMode, trained: ModelSource, reference: ModelSource | None
 ) -> CausalLM:
@@ -286,6 +303,30 @@ def before_training(lm: CausalLM) -> Iterator[None]:
         yield
     finally:
         lm.model.base_model.set_adapter(active)
+
+
+def check_savable(lm: CausalLM) -> None:
+    """Saves the untrained adapter once, in a folder that is gone afterwards: what fails then would fail at the end.
+
+    Raises:
+        UserError: peft cannot save it.
+    """
+    from safetensors import SafetensorError
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            save_policy_adapter(lm, Path(folder))
+        except (OSError, SafetensorError):
+            return  # a full disk, and not the adapter: saving in earnest says so, in the user's folder
+        except Exception as error:
+            raise UserError(
+                "this adapter could be trained, and not saved",
+                code="adapter-unsavable",
+                where="the untrained adapter, saved before the first step",
+                expected="adapter_config.json and adapter_model.safetensors, as peft writes them",
+                found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+                remedy="use --adapter-mode continue in place of stack, or merge the SFT adapter into the base first",
+            ) from error
 
 
 def save_policy_adapter(lm: CausalLM, folder: Path) -> None:

@@ -136,6 +136,11 @@ def read_fields(source: ModelSource) -> dict[str, Any]:
     return _read_json(source.folder / "config.json")
 
 
+def read_adapter_fields(adapter: ModelSource) -> dict[str, Any]:
+    """What an adapter's adapter_config.json holds."""
+    return _read_json(adapter.folder / "adapter_config.json")
+
+
 def has_stored_quantization(source: ModelSource) -> bool:
     """Whether config.json says that the checkpoint's weights are quantised."""
     return bool(_quantization_record(source))

@@ -13,12 +13,19 @@ from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import TrainConfig
 from dpoeng.engine.losses.batch import PreferenceLoss
 from dpoeng.engine.losses.names import LossSettings
-from dpoeng.engine.models.adapters import Mode, before_training, load_trained_adapter
+from dpoeng.engine.models.adapters import (
+    Mode,
+    before_training,
+    load_reference_adapter,
+    load_trained_adapter,
+    stands_alone,
+)
 from dpoeng.engine.models.loading import pick_device
 from dpoeng.engine.models.model import CausalLM, device_name, set_mode
 from dpoeng.engine.models.sources import find_adapter
 from dpoeng.engine.recipes.inputs import open_views, split
 from dpoeng.engine.recipes.policy import check_parity
+from dpoeng.engine.reference.limits import longest_text
 from dpoeng.engine.reference.loading import load_policy_base
 from dpoeng.engine.reference.parity import ParityReport
 from dpoeng.engine.runs.folder import ADAPTER_FOLDER, MODEL_FOLDER, RUN_FILE
@@ -85,10 +92,12 @@ def load_trained(trained: Trained, config: TrainConfig, view: View, *, tokenizer
     mode = trained.mode or ("continue" if sft_name else "new")
     if mode == "full":
         here = config.model_copy(update={"model": str(trained.folder)})
-        return _ready(load_policy_base(here, reference, device, tokenizer=tokenizer), config)
+        return _ready(load_policy_base(here, reference, device, tokenizer=tokenizer), config, view)
     lm = load_policy_base(config, reference, device, tokenizer=tokenizer)
     sft = find_adapter(sft_name) if sft_name else None
-    return _ready(load_trained_adapter(lm, mode, find_adapter(str(trained.folder)), sft), config)
+    if sft is not None and mode != "stack" and stands_alone(sft):
+        sft = None  # `before_and_after` scores the reference in a model of its own
+    return _ready(load_trained_adapter(lm, mode, find_adapter(str(trained.folder)), sft), config, view)
 
 
 def before_and_after(
@@ -102,19 +111,25 @@ def before_and_after(
 ) -> tuple[Before, After]:
     """What some work gives on the policy before training, and other work after it. One model is in memory at a time.
 
-    With an adapter it is the same model, its adapter off and on; of weights trained whole, first the reference's.
+    With an adapter it is the same model, its adapter off and on; of weights trained whole, and of an adapter that
+    stands alone (PiSSA has changed the base), first the reference's.
 
     Raises:
         UserError: see `load_trained`.
     """
-    if trained.mode != "full":
+    reference = view.meta["reference"]
+    sft_name = config.adapter or reference.get("adapter")
+    sft = find_adapter(sft_name) if sft_name and trained.mode != "full" else None
+    apart = sft is not None and trained.mode != "stack" and stands_alone(sft)
+    if trained.mode != "full" and not apart:
         lm = load_trained(trained, config, view, tokenizer=tokenizer)
         with before_training(lm):
             earlier = before(lm)
         return earlier, after(lm)
-    reference = view.meta["reference"]
     base = load_policy_base(config, reference, pick_device(config.device), tokenizer=tokenizer)
-    earlier = before(_ready(base, config))
+    if sft is not None:
+        base = load_reference_adapter(base, sft)
+    earlier = before(_ready(base, config, view))
     # Gone before the second one is loaded: there need not be room for two. Its modules hold each other in cycles, which
     # only a collection frees.
     del base
@@ -122,9 +137,9 @@ def before_and_after(
     return earlier, after(load_trained(trained, config, view, tokenizer=tokenizer))
 
 
-def _ready(lm: CausalLM, config: TrainConfig) -> CausalLM:
+def _ready(lm: CausalLM, config: TrainConfig, view: View) -> CausalLM:
     set_mode(lm, training=False)
-    choose_layout(lm, config.layout, config.attention)
+    choose_layout(lm, config.layout, config.attention, longest_text(view[row].ids for row in range(len(view))))
     return lm
 
 

@@ -25,7 +25,7 @@ from dpoeng.cache.errors import UserError
 from dpoeng.engine.models.checkpoint_names import PREFIX, as_peft_reads, stored_names
 from dpoeng.engine.models.lora_fields import start_changes_base
 from dpoeng.engine.models.model import DTYPES
-from dpoeng.engine.models.sources import ModelSource, find_adapter, find_model
+from dpoeng.engine.models.sources import ModelSource, find_adapter, find_model, read_adapter_fields
 from dpoeng.engine.models.tokenizer import choose_tokenizer, copy_tokenizer
 from dpoeng.engine.recipes.merge_whole import MergeSummary, copy_rest, merge_whole
 from dpoeng.engine.runs.folder import ADAPTER_FOLDER, MODEL_FOLDER, RUN_FILE
@@ -180,7 +180,7 @@ def _write_merged(
 
 
 def _refuse_more_layers(adapter: ModelSource) -> None:
-    if _adapter_fields(adapter).get("layer_replication"):
+    if read_adapter_fields(adapter).get("layer_replication"):
         raise UserError(
             "an adapter that repeats layers cannot be merged: the checkpoint would have other layers",
             code="adapter-mismatch",
@@ -189,17 +189,12 @@ def _refuse_more_layers(adapter: ModelSource) -> None:
         )
 
 
-def _adapter_fields(adapter: ModelSource) -> dict[str, Any]:
-    fields: dict[str, Any] = json.loads((adapter.folder / "adapter_config.json").read_text(encoding="utf-8"))
-    return fields
-
-
 _MORE_THAN_LORA = ("use_dora", "target_parameters", "lora_bias", "trainable_token_indices")
 
 
 def _read_adapter(adapter: ModelSource, updates: dict[str, list[Update]], replaced: dict[str, torch.Tensor]) -> bool:
     """Adds an adapter's updates under the names that its weights have in memory; False where it is no plain LoRA."""
-    config = _adapter_fields(adapter)
+    config = read_adapter_fields(adapter)
     tensors = load_file(adapter.weight_files[0])
     if start_changes_base(config) or any(config.get(name) for name in _MORE_THAN_LORA):
         return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from dpoeng.cache.errors import UserError
 from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import Quantization, TrainConfig
 from dpoeng.engine.memory.fit import check_step
-from dpoeng.engine.models.adapters import Mode, as_reference, make_trainable
+from dpoeng.engine.models.adapters import Mode, as_reference, check_savable, make_trainable
 from dpoeng.engine.models.fsdp import check_fsdp, layer_sharding, loads_whole_because, shard_base
 from dpoeng.engine.models.fsdp_rows import whole_parameters
 from dpoeng.engine.models.full_finetuning import check_full
@@ -22,6 +22,7 @@ from dpoeng.engine.models.model import CausalLM, device_name, enable_gradient_ch
 from dpoeng.engine.models.quantized import import_bitsandbytes, require_bitsandbytes
 from dpoeng.engine.models.sources import ModelSource, find_adapter, find_model
 from dpoeng.engine.recipes.inputs import Inputs
+from dpoeng.engine.reference.limits import longest_text
 from dpoeng.engine.reference.loading import KeptBase, load_policy_base
 from dpoeng.engine.reference.parity import ParityReport, compare_with_cache, parity_tolerance, spread
 from dpoeng.engine.runtime.distributed import Group
@@ -116,7 +117,7 @@ def load_policy(
     refuse_attention_on_cpu(config, device)
     note_idle(config, group, progress)
     held_bytes = kept_base.n_bytes if kept_base is not None else 0
-    predicted_bytes = _check_memory(config, inputs, choice, source, device, group.size, held_bytes)
+    predicted_bytes = _check_memory(config, inputs, choice, source, device, group.size, held_bytes, progress.note)
     whole = loads_whole_because(config, group, choice.quantization, source, choice.adapter) if config.fsdp else ""
     if whole:
         progress.note(f"each process loads the whole base into the host's memory before it is divided: {whole}")
@@ -133,6 +134,10 @@ def load_policy(
         )
         advance(n_bytes, "")
     lm = _make_trainable(lm, config, choice, device, group, divide=bool(whole))
+    for remark in lm.remarks:
+        progress.note(remark)
+    if choice.mode != "full" and group.is_first:
+        check_savable(lm)
     parity = _compare(lm, config, inputs, choice.mode, progress)
     if config.checkpoints_on(device.type):
         enable_gradient_checkpointing(lm, inputs_on_host=config.activation_offloading)
@@ -149,6 +154,7 @@ def _check_memory(
     device: torch.device,
     processes: int,
     held_bytes: int,
+    note: Callable[[str], None],
 ) -> int | None:
     """The simulated peak of a step, bytes; raises UserError where the device has no room for it.
 
@@ -165,6 +171,7 @@ def _check_memory(
         dtype=choice.dtype,
         shards=processes if config.fsdp else 1,
         held_bytes=held_bytes,
+        note=note,
     )
 
 
@@ -191,7 +198,7 @@ def _compare(lm: CausalLM, config: TrainConfig, inputs: Inputs, mode: Mode, prog
     set_mode(lm, training=False)
     sample = min(config.parity_pairs, len(inputs.train_rows))
     with as_reference(lm, mode):
-        choose_layout(lm, config.layout, config.attention)
+        choose_layout(lm, config.layout, config.attention, longest_text(row.ids for row in inputs.train_rows))
         with progress.task("comparing the policy with the cache", sample, "pairs") as advance:
             parity = check_parity(config, lm, inputs.train_rows)
             advance(sample, "")

@@ -32,7 +32,7 @@ from dpoeng.engine.models.sources import ModelSource, find_adapter, find_model
 from dpoeng.engine.models.tokenizer import TokenizerChoice, choose_tokenizer, load_chosen, remark_on
 from dpoeng.engine.reference.drift import check_drift
 from dpoeng.engine.reference.identity import reference_spec
-from dpoeng.engine.reference.limits import check_disk, check_ids, check_positions
+from dpoeng.engine.reference.limits import check_disk, check_ids, check_positions, longest_text
 from dpoeng.engine.reference.loading import load_reference
 from dpoeng.engine.reference.shards import Part, plan_shards
 from dpoeng.engine.reference.view import reference_record, source_record, write_pairs_view, write_rejects_file
@@ -223,10 +223,11 @@ def compute(work: Work, summary: PrecomputeSummary, progress: Progress) -> None:
     config, pairs = work.config, work.unique.values()
     check_disk(work.store.root, work.mine)
     began = time.perf_counter()
-    summary.predicted_bytes = check_forward(
-        config, work.source, [ids for shard in work.mine for ids in shard], work.device
-    )
-    lm = load_reference(config, work.source, work.adapter, work.device)
+    mine = [ids for shard in work.mine for ids in shard]
+    summary.predicted_bytes = check_forward(config, work.source, mine, work.device, note=progress.note)
+    lm = load_reference(config, work.source, work.adapter, work.device, longest_text(pairs))
+    for remark in lm.remarks:
+        progress.note(remark)
     summary.layout, summary.layout_reason = lm.layout, lm.layout_reason
     check_ids(pairs, lm, work.source.name)
     check_positions(pairs, lm)

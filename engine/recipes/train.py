@@ -199,6 +199,7 @@ def make_run(
         progress=progress,
         per_token=not inputs.view.spec.holds_sums,
         source_of=inputs.train_rows.source,
+        starts_within=policy.parity.tolerance if config.lora_dropout == 0 or not config.use_peft else None,
         group=group,
     )
     if on_metrics is not None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import PairIds
 from dpoeng.engine.models.model import CausalLM
-from dpoeng.engine.scoring.forward import rotary_limit
+from dpoeng.engine.scoring.forward import position_limit, rotary_limit
 
 _STORED_BYTES_A_TOKEN = 8  # an id and a log-prob
 _STORED_BYTES_A_PAIR = 64  # key, sums, offsets
@@ -47,16 +47,41 @@ def check_ids(pairs: Collection[PairIds], lm: CausalLM, model: str) -> None:
         )
 
 
+def longest_text(pairs: Iterable[PairIds]) -> int:
+    """Tokens of the longest prompt with one of its responses."""
+    return max((_text_tokens(ids) for ids in pairs), default=0)
+
+
+def _text_tokens(ids: PairIds) -> int:
+    return len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
+
+
 def check_positions(pairs: Collection[PairIds], lm: CausalLM) -> None:
-    """Raise UserError where a pair is longer than the length up to which the model's rotary frequencies stand still."""
-    limit = rotary_limit(lm)
-    lengths = [len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids)) for ids in pairs]
-    if limit is not None and max(lengths) > limit:
-        raise UserError(
+    """Check that every text has positions, and of its own.
+
+    Raises:
+        UserError: a pair is longer than the model's table of positions, or than the length up to which its rotary
+            frequencies stand still.
+    """
+    lengths = [_text_tokens(ids) for ids in pairs]
+    for limit, why, expected in (
+        (
+            position_limit(lm),
+            "this model has no positions for texts of this length",
+            "the last position that it has",
+        ),
+        (
+            rotary_limit(lm),
             "this model changes its rotary frequencies for long texts, and so the numbers of all texts beside them",
-            code="model-unsupported",
-            where=f"{sum(length > limit for length in lengths)} of {len(lengths)} pairs",
-            expected=f"prompt and response of at most {limit} tokens, up to which its frequencies stand still",
-            found=f"{max(lengths)} tokens",
-            remedy=f"use --max-length {limit}, or leave the long pairs out with --where",
-        )
+            "up to which its frequencies stand still",
+        ),
+    ):
+        if limit is not None and max(lengths) > limit:
+            raise UserError(
+                why,
+                code="model-unsupported",
+                where=f"{sum(length > limit for length in lengths)} of {len(lengths)} pairs",
+                expected=f"prompt and response of at most {limit} tokens, {expected}",
+                found=f"{max(lengths)} tokens",
+                remedy=f"use --max-length {limit}, or leave the long pairs out with --where",
+            )

@@ -104,9 +104,16 @@ def load_policy_base(
 
 
 def load_reference(
-    config: PrecomputeConfig, source: ModelSource, adapter: ModelSource | None, device: torch.device
+    config: PrecomputeConfig,
+    source: ModelSource,
+    adapter: ModelSource | None,
+    device: torch.device,
+    longest: int | None = None,
 ) -> CausalLM:
-    """The frozen reference exactly as named, in the mode and layout in which both phases score."""
+    """The frozen reference exactly as named, in the mode and layout in which both phases score.
+
+    `longest`: tokens of the longest text that will be scored, where that is known; see `choose_layout`.
+    """
     lm = load_model(
         source,
         quantization=config.quantization,
@@ -119,5 +126,5 @@ def load_reference(
     if adapter is not None:
         lm = load_reference_adapter(lm, adapter)
     set_mode(lm, training=False)
-    choose_layout(lm, config.layout, config.attention)
+    choose_layout(lm, config.layout, config.attention, longest)
     return lm

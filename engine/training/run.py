@@ -56,6 +56,8 @@ class Run:
     `source_of` says where a training row stands in the user's files.
     `whole` are the tensors that every process trains in full, found once: a deep model has many modules to look at.
     `settings` are the loss fields of `config`; `loss_state` is what the losses remember from step to step.
+    `starts_within` is how far, in nats a token, the first step's log-probs may lie from the cache: what the comparison
+    before training allows; None where the policy does not start as the reference (dropout).
     `micro_batch` is the number of pairs in a forward: the configured one, until memory runs out. The processes of
     `group` share a step's forwards; all hold the same adapter and optimizer.
     """
@@ -75,6 +77,7 @@ class Run:
     loss_state: LossState = field(default_factory=dict)
     best: Best = field(default_factory=Best)
     source_of: Callable[[int], str] = "row {}".format
+    starts_within: float | None = None
     micro_batch: int = 0
     group: Group = ALONE
     settings: LossSettings = field(init=False)

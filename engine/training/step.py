@@ -36,6 +36,8 @@ _SMALLER = "use a smaller --per-device-train-batch-size with more --gradient-acc
 def train_step(run: Run, step: int) -> dict[str, float]:
     """One optimizer step over the pairs that the schedule gives it; the loss is their mean however they are cut."""
     parts, grad_norm = _gradient_within_memory(run, step)
+    if step == 0 and run.starts_within is not None:
+        _check_start(parts, run.starts_within)
     metrics = preference_metrics(parts)
     metrics["grad_norm"] = grad_norm
     metrics["learning_rate"] = float(run.scheduler.get_last_lr()[0])
@@ -46,6 +48,31 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     run.optimizer.zero_grad(set_to_none=True)
     run.loss_state = next_state(run.loss_state, PairSums.join([part.sums for part in parts]), run.settings)
     return metrics
+
+
+def _check_start(parts: Sequence[PreferenceLoss], tolerance: float) -> None:
+    """The first training forward has to give the cached numbers: only then does the policy start as the reference.
+
+    The comparison before training runs in another mode, without recomputed layers and without gradients.
+
+    Raises:
+        UserError: they differ; nothing has been trained.
+    """
+    sums = PairSums.join([part.sums for part in parts])
+    tokens = torch.cat([sums.chosen_tokens, sums.rejected_tokens]).clamp(min=1)
+    ratios = torch.cat([sums.chosen_ratio, sums.rejected_ratio]).detach() / tokens
+    difference = float(ratios.abs().mean())
+    if math.isfinite(difference) and difference > tolerance:  # what is no number is named with its pairs
+        raise UserError(
+            "the first training forward does not give the log-probs of the cache, though the policy is its model",
+            code="parity-failed",
+            where=f"step 1, {counted(len(sums.chosen_tokens), 'pair')}, before anything was trained",
+            expected=f"mean difference per token <= {tolerance:g} nats",
+            found=f"{difference:.4g} nats",
+            remedy="please report the architecture: it computes otherwise in training; --no-gradient-checkpointing may "
+            "show where",
+            exit_status=4,
+        )
 
 
 def _not_finite(run: Run, step: int, parts: Sequence[PreferenceLoss], metrics: dict[str, float]) -> UserError:
