@@ -168,7 +168,7 @@ def _training(work: Path) -> None:
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 1,
         "gradient_checkpointing": True,
-        "eval_share": 0.5,
+        "eval_share": 0.0,
         "learning_rate": 1e-2,
     }
     train(TrainConfig.model_validate(settings))

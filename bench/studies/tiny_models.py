@@ -125,6 +125,7 @@ _EXTRA: dict[str, dict[str, Any]] = {
         "pronunciation_embed_dim": 8,
         "shape_embed_dim": 8,
     },
+    "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2},
     "zamba2": {
         "num_hidden_layers": 4,
@@ -176,10 +177,11 @@ def _sizes(kind: Any) -> dict[str, Any]:
 def tiny_model(config: Any) -> Any:
     """The random model of a config, its log-probs far from uniform."""
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from dpoeng.engine.models.model_config import auto_class
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).float()
+    model = auto_class(config).from_config(config).float()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)

@@ -92,7 +92,7 @@ def _add_new_adapter(lm: CausalLM, below: ModelSource | None, lora: dict[str, An
     from peft import LoraConfig, get_peft_model
 
     names = linear_names(lm.base)
-    refused = [name for name in names if _mamba_refuses(lm.base, name)]
+    refused = [name for name in names if _mamba_refuses(lm.base, name) or name in _linear_in_name(lm.base)]
     arguments = {"task_type": "CAUSAL_LM", **lora}
     if refused and lora.get("target_modules") == "all-linear":
         arguments["exclude_modules"] = refused
@@ -137,6 +137,16 @@ def _no_target(lora: dict[str, Any], names: list[str], why: str) -> UserError:
         found=f"{lora.get('target_modules')}: {why}",
         remedy="name modules that the model has",
     )
+
+
+def _linear_in_name(base: nn.Module) -> set[str]:
+    """Last names of modules that are linear layers by inheritance and return something else: the router of Llama 4."""
+    found = set()
+    for name, module in base.named_modules():
+        own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+        if own and not type(module).__module__.startswith("bitsandbytes"):
+            found.add(name.rsplit(".", 1)[-1])
+    return found
 
 
 def _mamba_refuses(base: Any, name: str) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.models.fsdp_loading import empty_model_of
+from dpoeng.engine.models.model_config import auto_class_of
 from dpoeng.engine.models.sources import ModelSource
 
 PREFIX = "base_model.model."
@@ -124,6 +125,14 @@ def named_class(source: ModelSource, base: Any) -> Any:
     name = (config.architectures or [""])[0]
     is_whole = name.endswith("ForConditionalGeneration") and name != type(base).__name__
     return getattr(transformers, name, None) if is_whole else None
+
+
+def class_to_load(source: ModelSource, base: Any) -> str:
+    """The name of the class of transformers that what is trained on `base` is saved for."""
+    if source.gguf:
+        return "AutoModelForCausalLM"
+    whole = named_class(source, base)
+    return whole.__name__ if whole is not None else str(auto_class_of(source.folder).__name__)
 
 
 def save_for_whole(source: ModelSource, base: Any, folder: Path) -> None:

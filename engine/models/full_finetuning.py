@@ -13,6 +13,7 @@ computes in: the same numbers, without a second copy of the rows (`engine/models
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import nn
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config.fields import Quantization, TrainConfig, why_not_trained
+from dpoeng.engine.models.checkpoint_names import named_class
 from dpoeng.engine.models.fsdp_rows import make_whole, train_parts
 from dpoeng.engine.models.model import CausalLM
 from dpoeng.engine.models.sources import ModelSource, copy_beside, write_config
@@ -81,6 +83,33 @@ def train_all(lm: CausalLM) -> CausalLM:
     return lm
 
 
+def add_left_out(source: ModelSource, folder: Path) -> None:
+    """Copies what the trained text class has no place for (a vision tower) from the base's files.
+
+    The trained weights have been saved under the names of the base's files; what is copied comes in a file of its own.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    index_file = folder / "model.safetensors.index.json"
+    if index_file.is_file():
+        places: dict[str, str] = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+    else:
+        trained = folder / "model-trained.safetensors"
+        (folder / "model.safetensors").rename(trained)  # a file of that name would be all that is loaded
+        with safe_open(trained, framework="pt") as tensors:
+            places = dict.fromkeys(tensors.keys(), trained.name)
+    left_out: dict[str, torch.Tensor] = {}
+    for file in source.weight_files:
+        with safe_open(file, framework="pt") as tensors:
+            left_out |= {name: tensors.get_tensor(name) for name in tensors.keys() if name not in places}  # noqa: SIM118
+    save_file(left_out, folder / "model-left-out.safetensors", metadata={"format": "pt"})
+    places |= dict.fromkeys(left_out, "model-left-out.safetensors")
+    total = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    index_file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
 def _hand_over(master: nn.Parameter) -> Callable[[torch.Tensor], None]:
     """A hook that adds a weight's gradient to its master's, so that the forwards of a step add up in float32."""
 
@@ -116,6 +145,8 @@ def save_model(
     `weights` are those of `whole_weights`.
     """
     lm.base.save_pretrained(str(folder), state_dict=None if weights is None else dict(weights))
+    if named_class(source, lm.base) is not None:
+        add_left_out(source, folder)
     # What stands in the loaded model's own config.json was changed for scoring.
     write_config(source, folder, str(lm.dtype).removeprefix("torch."))
     copy_beside(source, folder)

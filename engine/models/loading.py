@@ -18,7 +18,7 @@ from dpoeng.engine.config.fields import PrecomputeConfig, Quantization
 from dpoeng.engine.models.checkpoint_tensors import check_loaded, refuse_unrecorded_quantization
 from dpoeng.engine.models.fsdp_loading import sharding_class
 from dpoeng.engine.models.model import DTYPES, CausalLM, decoder_layers, device_name
-from dpoeng.engine.models.model_config import config_of, layer_lists, with_layers
+from dpoeng.engine.models.model_config import auto_class, auto_class_of, config_of, layer_lists, with_layers
 from dpoeng.engine.models.quantized import compute_in, multiply_exactly, quantization_config, quantize_empty
 from dpoeng.engine.models.sources import (
     ModelSource,
@@ -185,13 +185,13 @@ def _load_safetensors(
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    loader: Any = transformers.AutoModelForCausalLM
     kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
     if bits is not None:
         kwargs["quantization_config"] = bits
     if bits is not None or has_stored_quantization(source) or device.type == "cuda" or shard is not None:
         kwargs["device_map"] = {"": str(device)}  # tensor by tensor, never whole in the host's memory
     try:
+        loader = auto_class_of(source.folder)
         if shard is not None:
             assert bits is None, "bitsandbytes quantises whole tensors"
             loader, kwargs["config"] = sharding_class(source, shard)
@@ -210,8 +210,8 @@ def _unloadable(source: ModelSource, error: Exception) -> UserError:
         code="model-unloadable",
         where=str(source.folder),
         found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-        remedy="check that config.json names an architecture that this transformers knows, and that the files are "
-        "complete",
+        remedy="check that the files are complete; if it is the model type that is not known, install a newer "
+        "transformers",
     )
 
 
@@ -237,14 +237,12 @@ def empty_model(
     Raises:
         UserError: transformers does not know the architecture.
     """
-    from transformers import AutoModelForCausalLM
-
     try:
         config = config_of(fields)
         if layers is not None:
             config = with_layers(config, layers)
         with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            base = auto_class(config).from_config(config, dtype=dtype)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             "no model can be made of this config.json",

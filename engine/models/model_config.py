@@ -10,6 +10,7 @@ import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -55,6 +56,31 @@ def _decoded(value: Any) -> Any:
     return [_decoded(held) for held in value] if isinstance(value, list) else value
 
 
+def auto_class(config: Any) -> Any:
+    """The class of transformers that makes a config's model: the causal one, or the one for images and text.
+
+    Some types have the latter alone (Mistral 3, Qwen2.5-VL); their decoder reads text by itself.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    only_whole = (
+        type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    )
+    return AutoModelForImageTextToText if only_whole else AutoModelForCausalLM
+
+
+def auto_class_of(folder: Path) -> Any:
+    """The same for a checkpoint's folder.
+
+    Raises:
+        ValueError, KeyError, OSError: its config.json cannot be read, or names no type that transformers knows.
+    """
+    from transformers import AutoConfig
+
+    return auto_class(AutoConfig.from_pretrained(folder))
+
+
 def text_config(config: Any) -> Any:
     """The part of a config that describes the decoder of text; the config itself where there is but one part."""
     return config.get_text_config(decoder=True)
@@ -89,15 +115,37 @@ def with_layers(config: Any, count: int) -> Any:
     return cut
 
 
-def windows(config: Any) -> list[int]:
-    """How many tokens back some layers look: sliding windows, chunks, and how many tokens indexers choose."""
-    text = text_config(config)
-    named = re.compile(
-        r"sliding_window|window_size|attention_chunk_size|local_attention|index_topk|compress_rate|block_size"
-    )
-    sizes_ = [size for name, size in vars(text).items() if named.search(name) and not isinstance(size, bool)]
-    flat = [one for size in sizes_ for one in (size if isinstance(size, (list, tuple)) else [size])]
-    return sorted({int(size) for size in flat if isinstance(size, int) and size > 0})
+_WINDOWS = re.compile(r"sliding_window|window_size|attention_chunk_size|local_attention|index_topk|block_size")
+_OF_A_ROW = re.compile(r"compress_rate")
+
+
+def windows(config: Any, longest: int | None = None) -> list[int]:
+    """How many tokens back some layers look: sliding windows, chunks, and how many tokens indexers choose.
+
+    Args:
+        config: of the model.
+        longest: tokens of the longest text; windows that it does not reach are left out. Layers that compress what they
+            look back on do so by the positions of a whole row, which may hold many texts: theirs are always there.
+    """
+    found: set[int] = set()
+    for name, value in vars(text_config(config)).items():
+        sizes_ = {size for size in _each(value) if isinstance(size, int) and not isinstance(size, bool) and size > 0}
+        if _OF_A_ROW.search(name):
+            found |= sizes_
+        elif _WINDOWS.search(name):
+            found |= {size for size in sizes_ if longest is None or size < longest}
+    return sorted(found)
+
+
+def chooses_tokens(config: Any) -> bool:
+    """Whether some layers attend to tokens that an indexer chooses: what it chooses depends on the padding beside."""
+    return any("index_topk" in name and value for name, value in vars(text_config(config)).items())
+
+
+def _each(size: Any) -> list[Any]:
+    if isinstance(size, Mapping):
+        return list(size.values())
+    return list(size) if isinstance(size, (list, tuple)) else [size]
 
 
 def rotary_limit(config: Any) -> int | None:

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 
 from dpoeng.cache.errors import UserError
+from dpoeng.engine.models.model_config import auto_class_of
 from dpoeng.engine.models.sources import ModelSource
 
 
 def load_whole(folder: Path) -> Any:
     """The model of a folder in float32, in evaluation mode."""
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = auto_class_of(folder).from_pretrained(folder, dtype=torch.float32)
     return model.eval()
 
 

@@ -14,6 +14,7 @@ import torch
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config.fields import TrainConfig
 from dpoeng.engine.models.adapters import Mode
+from dpoeng.engine.models.checkpoint_names import class_to_load
 from dpoeng.engine.models.full_finetuning import whole_weights
 from dpoeng.engine.models.model import device_name
 from dpoeng.engine.models.sources import ModelSource
@@ -217,6 +218,7 @@ def _record(run: Run, identity: dict[str, Any], inputs: Inputs, choice: Choice, 
         "reference": {**inputs.reference, "spec": view.spec.digest, "view": view.name},
         "files": view.meta.get("files"),
         "model": choice.model,
+        "class": class_to_load(policy.source, run.lm.base),
         "adapter_mode": choice.mode,
         "sft_adapter": choice.adapter_name,
         "seed": run.config.seed,

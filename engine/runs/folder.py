@@ -148,7 +148,9 @@ def write_run_file(output_dir: Path, record: Mapping[str, Any]) -> None:
         "versions": library_versions(),
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "load": loading_recipe(record["adapter_mode"], record["model"], record["sft_adapter"]),
+        "load": loading_recipe(
+            record["adapter_mode"], record["model"], record["sft_adapter"], record.get("class", "AutoModelForCausalLM")
+        ),
     }
     _write_text(output_dir / RUN_FILE, json.dumps(whole, indent=2) + "\n")
 
@@ -178,17 +180,20 @@ def _write_text(path: Path, text: str) -> None:
         raise unwritable(path.parent, error) from error
 
 
-def loading_recipe(mode: Mode, model: str, adapter: str | None) -> list[str]:
-    """Python lines that load the result with transformers and peft alone; run in the output folder."""
+def loading_recipe(mode: Mode, model: str, adapter: str | None, loader: str = "AutoModelForCausalLM") -> list[str]:
+    """Python lines that load the result with transformers and peft alone; run in the output folder.
+
+    `loader`: the class of transformers that the saved names are those of.
+    """
     if mode == "full":
         return [
-            "from transformers import AutoModelForCausalLM",
-            f"model = AutoModelForCausalLM.from_pretrained({MODEL_FOLDER!r})",
+            f"from transformers import {loader}",
+            f"model = {loader}.from_pretrained({MODEL_FOLDER!r})",
         ]
     lines = [
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
-        f"model = AutoModelForCausalLM.from_pretrained({model!r})",
+        f"from transformers import {loader}",
+        f"model = {loader}.from_pretrained({model!r})",
     ]
     if mode == "stack":
         lines += [

@@ -12,7 +12,7 @@ from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import IdArray
 from dpoeng.engine.config.fields import Attention
 from dpoeng.engine.models.model import CausalLM
-from dpoeng.engine.models.model_config import windows
+from dpoeng.engine.models.model_config import chooses_tokens, windows
 from dpoeng.engine.runtime.out_of_memory import is_out_of_memory
 from dpoeng.engine.scoring.attention import use_layout
 from dpoeng.engine.scoring.forward import on_device, position_limit, rotary_limit, score_groups
@@ -99,7 +99,7 @@ class _Probe:
             PromptGroup(draw(5), (Branch(draw(3)), Branch(draw(4), start=1))),
             PromptGroup(draw(3), (Branch(draw(2)), Branch(draw(3)))),
         ]
-        reached = [window for window in windows(lm.base.config) if longest is None or window < longest]
+        reached = windows(lm.base.config, longest)
         length = max(reached, default=0) + _SPARE_TOKENS
         limit = min([n for n in (rotary_limit(lm), position_limit(lm)) if n is not None], default=length)
         length = min(length, limit)
@@ -149,7 +149,7 @@ def _try_separate(lm: CausalLM, probe: _Probe) -> None:
             exit_status=5,
         )
     error = float("inf")
-    for padding in (True, False):
+    for padding in (False,) if chooses_tokens(lm.base.config) else (True, False):
         lm.padding = padding
         try:
             error = probe.difference(lm)

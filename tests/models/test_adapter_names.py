@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from dpoeng.bench.studies.tiny_models import save_tiny
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.models.adapters import add_policy_adapter, load_reference_adapter, save_policy_adapter
+from dpoeng.engine.models.checkpoint_names import class_to_load
+from dpoeng.engine.models.full_finetuning import save_model, train_all
 from dpoeng.engine.models.loading import load_model
 from dpoeng.engine.models.model import CausalLM, set_mode
 from dpoeng.engine.models.sources import find_adapter, find_model
@@ -151,6 +153,25 @@ def test_a_saved_adapter_loads_in_the_class_that_the_config_names(
         merged, info = kind.from_pretrained(tmp_path / "merged", dtype=torch.float32, output_loading_info=True)
         assert not info["missing_keys"]
         torch.testing.assert_close(log_probs(merged), truth, atol=1e-3, rtol=0)
+
+
+def test_a_model_trained_whole_keeps_the_parts_that_its_config_promises(tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    model = save_whole(Path("qwen3_5"), tmp_path / "whole")
+    lm = train_all(load(model))
+    with torch.no_grad():
+        lm.base.lm_head.weight += 0.1 * torch.randn_like(lm.base.lm_head.weight)
+    assert lm.source is not None
+    (tmp_path / "trained").mkdir()
+    save_model(lm, lm.source, tmp_path / "trained")
+    before = AutoModelForImageTextToText.from_pretrained(model)
+    after, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "trained", output_loading_info=True)
+    assert not info["missing_keys"] | info["unexpected_keys"]
+    assert all(torch.equal(a, b) for a, b in zip(before.model.parameters(), after.model.parameters(), strict=True))
+    torch.testing.assert_close(log_probs(after), log_probs(lm.model), atol=1e-4, rtol=0)
+    # The lines of run.json name the class that reads all of it.
+    assert class_to_load(lm.source, lm.base) == "Qwen3_5ForConditionalGeneration"
 
 
 def test_the_base_is_named_as_the_user_named_it(tiny_model: Path, tmp_path: Path) -> None:

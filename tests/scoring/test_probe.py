@@ -51,6 +51,8 @@ FOUND: dict[str, tuple[str, bool]] = {
     "recurrent_gemma": ("separate", True),  # logits_soft_cap
     "falcon_h1": ("separate", True),  # lm_head_multiplier
     "gemma3": ("shared", True),  # all of these inside text_config
+    "mistral3": ("shared", True),  # there is no causal class of these
+    "qwen2_5_vl": ("shared", True),
 }
 
 
