@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import multiprocessing
 import os
 import sys
@@ -19,7 +20,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,10 @@ OK = "yes"
 KINDS = ("shared", "separate", "refused", "not made", "failed")
 
 
+class NoForecast(Exception):
+    """The memory cannot be predicted; says why."""
+
+
 @dataclass(slots=True)
 class Outcome:
     """How far an architecture came.
@@ -65,7 +70,8 @@ class Outcome:
     @property
     def kind(self) -> str:
         """shared, separate, refused, not made or failed."""
-        if self.stages and all(self.stages.get(stage) == OK for stage in STAGES):
+        # A forecast that says why it cannot be made is advice that is missing, and no failure.
+        if self.stages and all(self.stages.get(stage) == OK for stage in STAGES if stage != "forecast"):
             return self.prompt.split(":")[0]
         return self.prompt.split(":")[0] if self.prompt.split(":")[0] in ("refused", "not made") else "failed"
 
@@ -96,8 +102,11 @@ def try_architecture(model_type: str, work: Path, outcome: Outcome, save: Callab
         try:
             run()
             outcome.stages[stage] = OK
+        except NoForecast as error:
+            outcome.stages[stage] = str(error)
         except UserError as error:
-            outcome.stages[stage] = f"refused: {error.message} ({error.found})"
+            found = f" ({error.found})" if error.found else ""
+            outcome.stages[stage] = f"refused: {error.message}{found}"
             if stage == "phase one":
                 outcome.prompt = f"refused: {error.message}; {error.found}"
                 return
@@ -111,8 +120,6 @@ def try_architecture(model_type: str, work: Path, outcome: Outcome, save: Callab
 
 
 def _write_pairs(path: Path) -> Path:
-    import json
-
     rows = [
         {
             "prompt": f"Tell me about the tides, point {i // 2}.",
@@ -222,7 +229,7 @@ def _forecast(model: Path, work: Path) -> None:
         train_config = TrainConfig.model_validate({"gradient_checkpointing": True})
         fit.check_step(train_config, source, pairs, cuda, quantization="none", dtype="bfloat16", note=notes.append)
     if notes:
-        raise RuntimeError(notes[0])
+        raise NoForecast(notes[0].split("; the run goes on")[0])
 
 
 @contextlib.contextmanager
@@ -253,7 +260,10 @@ def _place(error: BaseException) -> str:
 
 
 def study(types: Sequence[str], *, limit_s: float = LIMIT_S, tell: Callable[[Outcome], None]) -> list[Outcome]:
-    """The outcome of each type, each in a forked process that is ended after `limit_s` seconds."""
+    """The outcome of each type, each in a forked process that is ended after `limit_s` seconds.
+
+    `tell` is called with each as it comes.
+    """
     context = multiprocessing.get_context("fork")
     outcomes = []
     for model_type in types:
@@ -342,11 +352,19 @@ def page(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _read_outcomes(path: Path | None) -> dict[str, Outcome]:
+    if path is None or not path.is_file():
+        return {}
+    outcomes = [Outcome(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {outcome.model_type: outcome for outcome in outcomes}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--only", help="model types, separated by commas; default: all")
     parser.add_argument("--output", type=Path, help="the page to write; default: standard output")
+    parser.add_argument("--outcomes", type=Path, help="JSON Lines of outcomes: added to, and what is there is not run")
     parser.add_argument("--limit-s", type=float, default=LIMIT_S, help="seconds for each")
     asked = parser.parse_args(arguments)
 
@@ -355,9 +373,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def tell(outcome: Outcome) -> None:
         print(outcome.model_type, outcome.kind, outcome.prompt[:60], outcome.stages, file=sys.stderr, flush=True)
+        if asked.outcomes:
+            with asked.outcomes.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(outcome)) + "\n")
 
     types = asked.only.split(",") if asked.only else causal_types()
-    text = page(study(types, limit_s=asked.limit_s, tell=tell))
+    known = _read_outcomes(asked.outcomes)
+    fresh = study([one for one in types if one not in known], limit_s=asked.limit_s, tell=tell)
+    outcomes = known | {outcome.model_type: outcome for outcome in fresh}
+    text = page([outcomes[one] for one in types])
     if asked.output:
         with writing(asked.output, Kind("the page", _is_study, forced=False)) as temporary:
             temporary.write_text(text, encoding="utf-8")

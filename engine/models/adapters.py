@@ -6,10 +6,11 @@ import contextlib
 import json
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from dpoeng.cache.errors import UserError
@@ -188,15 +189,21 @@ def _set_dropout(lm: CausalLM, probability: float) -> None:
 def _peft_from_pretrained(lm: CausalLM, adapter: ModelSource, name: str, *, trainable: bool) -> Any:
     from peft import PeftModel
 
+    with _fitting(adapter), warnings.catch_warnings(), as_peft_reads(adapter, lm.base) as own:
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below, with a remedy
+        warnings.filterwarnings("ignore", message=_PATTERNS_OF_STACKS)
+        model = PeftModel.from_pretrained(
+            lm.base, str(own.folder), adapter_name=name, is_trainable=trainable, torch_device=str(lm.device)
+        )
+        _check_weights(model, own, name)
+    return model
+
+
+@contextlib.contextmanager
+def _fitting(adapter: ModelSource) -> Iterator[None]:
+    """What peft raises over an adapter that does not fit, as a message to the user."""
     try:
-        with warnings.catch_warnings(), as_peft_reads(adapter, lm.base) as own:
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below, with a remedy
-            warnings.filterwarnings("ignore", message=_PATTERNS_OF_STACKS)
-            model = PeftModel.from_pretrained(
-                lm.base, str(own.folder), adapter_name=name, is_trainable=trainable, torch_device=str(lm.device)
-            )
-            _check_weights(model, own, name)
-        return model
+        yield
     except (ValueError, RuntimeError, KeyError) as error:
         raise UserError(
             "the adapter does not fit this base model",
@@ -219,6 +226,19 @@ def _line_of_interest(error: Exception) -> str:
     return next((line.strip() for line in lines if "size mismatch" in line), lines[0])
 
 
+@torch.no_grad()
+def _put_in_place(model: Any, tensors: Mapping[str, torch.Tensor], name: str) -> None:
+    """Gives an adapter the tensors that are named as the model names them.
+
+    peft has done so too, except where its conversion of older names also takes newer ones for old (Laguna's experts).
+    """
+    own = {key.replace(f".{name}.", ".").removesuffix(f".{name}"): p for key, p in model.named_parameters()}
+    for key, tensor in tensors.items():
+        place = own.get(key)
+        if place is not None and place.shape == tensor.shape:
+            place.copy_(tensor)
+
+
 def _check_weights(model: Any, adapter: ModelSource, name: str) -> None:
     """peft loads what fits and leaves the rest as it was: half an adapter, or one of another depth.
 
@@ -229,17 +249,24 @@ def _check_weights(model: Any, adapter: ModelSource, name: str) -> None:
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
     from safetensors.torch import load_file
 
+    tensors = load_file(adapter.weight_files[0])
+    wanted = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+    if wanted <= set(tensors):
+        _put_in_place(model, {key: tensors[key] for key in wanted}, name)
     # As peft itself converts them: experts that were adapted one by one are stacked.
-    held = set(
-        convert_peft_adapter_state_dict_for_transformers(
-            model=model,
-            peft_config=model.peft_config[name],
-            adapter_state_dict=load_file(adapter.weight_files[0]),
-            adapter_name=name,
+    held = (
+        set(tensors)
+        if wanted <= set(tensors)
+        else set(
+            convert_peft_adapter_state_dict_for_transformers(
+                model=model,
+                peft_config=model.peft_config[name],
+                adapter_state_dict=tensors,
+                adapter_name=name,
+            )
         )
     )
     held = {key.replace(f".{name}.", ".").removesuffix(f".{name}") for key in held}
-    wanted = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
     lacking = sorted(wanted - held)
     if lacking:
         raise ValueError(f"its file lacks {lacking[0]}" + (f" and {len(lacking) - 1} more" if lacking[1:] else ""))
@@ -294,8 +321,9 @@ def load_trained_adapter(
         lm.model = _peft_from_pretrained(lm, trained, POLICY_ADAPTER, trainable=False)
         return lm
     lm.model = _peft_from_pretrained(lm, reference, REFERENCE_ADAPTER, trainable=False)
-    with as_peft_reads(trained, lm.base) as own:
+    with _fitting(trained), as_peft_reads(trained, lm.base) as own:
         lm.model.load_adapter(str(own.folder), adapter_name=POLICY_ADAPTER, torch_device=str(lm.device))
+        _check_weights(lm.model, own, POLICY_ADAPTER)
     lm.model.base_model.set_adapter([REFERENCE_ADAPTER, POLICY_ADAPTER] if mode == "stack" else POLICY_ADAPTER)
     return lm
 
