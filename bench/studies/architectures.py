@@ -47,7 +47,7 @@ OK = "yes"
 KINDS = ("shared", "separate", "refused", "not made", "failed")
 
 
-class NoForecast(Exception):
+class NoForecastError(Exception):
     """The memory cannot be predicted; says why."""
 
 
@@ -102,7 +102,7 @@ def try_architecture(model_type: str, work: Path, outcome: Outcome, save: Callab
         try:
             run()
             outcome.stages[stage] = OK
-        except NoForecast as error:
+        except NoForecastError as error:
             outcome.stages[stage] = str(error)
         except UserError as error:
             found = f" ({error.found})" if error.found else ""
@@ -229,7 +229,7 @@ def _forecast(model: Path, work: Path) -> None:
         train_config = TrainConfig.model_validate({"gradient_checkpointing": True})
         fit.check_step(train_config, source, pairs, cuda, quantization="none", dtype="bfloat16", note=notes.append)
     if notes:
-        raise NoForecast(notes[0].split("; the run goes on")[0])
+        raise NoForecastError(notes[0].split("; the run goes on")[0])
 
 
 @contextlib.contextmanager
