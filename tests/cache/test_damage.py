@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 import xxhash
 
 from dpoeng.bench.cache import synthetic_rows
+from dpoeng.cache import framing
 from dpoeng.cache.errors import CacheError
 from dpoeng.cache.folder import commit_name, manifest_name, object_name, spec_name, table_name, view_name
 from dpoeng.cache.framing import FramingError, check_plain
@@ -446,6 +448,42 @@ def test_framing_says_what_is_wrong() -> None:
             with pytest.raises(FramingError, match=words):
                 check_plain(memoryview(path.read_bytes()))
     assert said == {}
+
+
+@pytest.mark.parametrize(
+    ("buffer", "message", "words"),
+    [
+        ((4, 8), 64, "past its record batch"),  # not a multiple of 8
+        ((64, 8), 64, "past its record batch"),
+        ((-8, 8), 64, "past its record batch"),
+        ((0, -8), 64, "past its record batch"),
+        ((0, 8), 72, "differ on the size"),
+        ((56, 8), 64, None),
+    ],
+)
+def test_framing_holds_each_buffer_to_its_body(buffer: tuple[int, int], message: int, words: str | None) -> None:
+    class Batch:
+        def scalar(self, field: int, kind: str) -> int:
+            return {1: 3, 3: message}[field]
+
+        def table(self, field: int) -> Batch:
+            return self
+
+        def offset_of(self, field: int) -> int:
+            return 0
+
+        def vector_length(self, field: int, item_size: int) -> int:
+            return 1
+
+        def vector_item(self, field: int, item_size: int, index: int) -> bytes:
+            return struct.pack("<qq", *buffer)
+
+    header: Any = Batch()
+    if words is None:
+        framing._check_batch(header, 64)
+        return
+    with pytest.raises(FramingError, match=words):
+        framing._check_batch(header, 64)
 
 
 # -- while it is read -------------------------------------------------------------------------------------------------

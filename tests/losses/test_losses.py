@@ -177,9 +177,12 @@ def test_dpo_positive_by_hand() -> None:
 
 
 def test_aot_by_hand() -> None:
-    """Policy gaps 5, 1 against reference gaps 4, 3: sorted 1 - 3 and 5 - 4; unpaired ratios likewise."""
-    pairs = sums([1.0, 0.0], [0.0, 2.0], chosen_logps=[-1.0, -3.0], rejected_logps=[-6.0, -4.0])
-    assert (pairs.ref_chosen - pairs.ref_rejected).tolist() == [4.0, 3.0]
+    """Policy gaps 5, -2 against reference gaps 4, 0: sorted -2 - 0 and 5 - 4; unpaired ratios likewise.
+
+    Sums in place of gaps would be -7, -8 against -8, -6, which sorts otherwise.
+    """
+    pairs = sums([1.0, 0.0], [0.0, 2.0], chosen_logps=[-1.0, -3.0], rejected_logps=[-6.0, -1.0])
+    assert (pairs.ref_chosen - pairs.ref_rejected).tolist() == [4.0, 0.0]
     expected = [math.log1p(math.exp(2)), math.log1p(math.exp(-1))]
     assert loss(pairs, settings("aot")) == pytest.approx(expected)
     # Chosen ratios 0, 1 against rejected ratios 0, 2.

@@ -147,6 +147,7 @@ def with_biases(folder: Path, *, tied: bool) -> Path:
         {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 4]}},
         {"target_modules": ["q_proj", "down_proj"], "use_dora": True},
         {"target_modules": ["q_proj"], "init_lora_weights": "pissa"},
+        {"target_modules": ["q_proj", "v_proj"], "use_rslora": True, "r": 4, "rank_pattern": {"v_proj": 2}},
     ],
 )
 def test_what_an_adapter_holds_beside_lora_is_merged(tmp_path: Path, lora: dict[str, Any]) -> None:

@@ -83,3 +83,18 @@ def test_the_split_does_not_depend_on_the_order_of_rows() -> None:
 
 def test_nothing_is_held_out_unless_asked() -> None:
     assert hold_out([b"a", b"b"], 0.0, 1) == ([0, 1], [])
+
+
+def test_the_held_out_share_is_rounded_to_the_nearest_prompt() -> None:
+    """Ten prompts of one row: a prompt more is taken where at least half of it is wanted."""
+    prompts = [bytes([i]) for i in range(10)]
+    for share, expected in ((0.01, 1), (0.1, 1), (0.14, 1), (0.15, 2), (0.24, 2), (0.26, 3), (0.94, 9), (0.99, 9)):
+        train, held_out = hold_out(prompts, share, seed=1)
+        assert (len(held_out), len(train)) == (expected, 10 - expected), share
+
+
+def test_no_steps_given_means_epochs() -> None:
+    for max_steps, expected in ((-1, 9), (0, 9), (1, 1), (20, 20)):
+        assert plan_schedule(12, batch=4, epochs=3, max_steps=max_steps, seed=0).total_steps == expected
+    assert plan_schedule(12, batch=4, epochs=0.1, max_steps=-1, seed=0).total_steps == 1
+    assert plan_schedule(12, batch=4, epochs=1.1, max_steps=-1, seed=0).total_steps == 4

@@ -1,7 +1,9 @@
-"""What a step does beside its numbers: work on the host that a GPU would wait for."""
+"""What a step does beside its numbers: work on the host that a GPU would wait for; and that it stops without them."""
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,3 +88,20 @@ def test_states_of_generators_are_kept_for_dropout_alone(dropout: float, on_host
     lm = simulate.build(setup(lora_dropout=dropout, activation_offloading=on_host))
     kept = {layer.forward.args[0].keywords["preserve_rng_state"] for layer in decoder_layers(lm.backbone)}  # type: ignore[union-attr]
     assert kept == {dropout > 0}
+
+
+class NotFiniteError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf), (1.0, math.nan), (-math.inf, math.nan)])
+def test_either_number_alone_stops_the_step(monkeypatch: pytest.MonkeyPatch, loss: float, norm: float) -> None:
+    updated: list[Any] = []
+    monkeypatch.setattr(step_module, "_gradient_within_memory", lambda run, number: ([], norm))
+    monkeypatch.setattr(step_module, "preference_metrics", lambda parts: {"loss": loss})
+    monkeypatch.setattr(step_module, "_not_finite", lambda *_: NotFiniteError())
+    monkeypatch.setattr(step_module, "_update", updated.append)
+    run: Any = SimpleNamespace(starts_within=None, scheduler=SimpleNamespace(get_last_lr=lambda: [1e-5]))
+    with pytest.raises(NotFiniteError):
+        step_module.train_step(run, 0)
+    assert not updated
