@@ -234,15 +234,16 @@ def _forecast(model: Path, work: Path) -> None:
 
 @contextlib.contextmanager
 def _free_memory(n_bytes: int) -> Iterator[None]:
-    """Stands in for the memory that a card has free."""
+    """Stands in for a recent card: the memory that it has free, and its units for bfloat16."""
     from dpoeng.engine.memory import fit
+    from dpoeng.engine.models import loading
 
-    real = fit.available_bytes
-    fit.available_bytes = lambda device: n_bytes
+    available, multiplies = fit.available_bytes, loading.gpu_multiplies_bf16
+    fit.available_bytes, loading.gpu_multiplies_bf16 = lambda device: n_bytes, lambda device: True
     try:
         yield
     finally:
-        fit.available_bytes = real
+        fit.available_bytes, loading.gpu_multiplies_bf16 = available, multiplies
 
 
 def _short(error: BaseException) -> str:

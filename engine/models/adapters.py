@@ -140,13 +140,17 @@ def _no_target(lora: dict[str, Any], names: list[str], why: str) -> UserError:
     )
 
 
+@torch.no_grad()
 def _linear_in_name(base: nn.Module) -> set[str]:
     """Last names of modules that are linear layers by inheritance and return something else: the router of Llama 4."""
-    found = set()
+    found: set[str] = set()
     for name, module in base.named_modules():
-        own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
-        if own and not type(module).__module__.startswith("bitsandbytes"):
-            found.add(name.rsplit(".", 1)[-1])
+        if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+            continue
+        last = name.rsplit(".", 1)[-1]
+        if last not in found and not type(module).__module__.startswith("bitsandbytes"):
+            output = module(module.weight.new_zeros(1, module.in_features))
+            found |= set() if isinstance(output, torch.Tensor) else {last}
     return found
 
 

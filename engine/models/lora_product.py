@@ -269,10 +269,7 @@ def use_peft_product(model: nn.Module) -> None:
 
 def _is_plain(layer: Any) -> bool:
     base = layer.get_base_layer()
-    linear = (isinstance(base, nn.Linear) and type(base).forward is nn.Linear.forward) or type(base).__name__ in (
-        "Linear8bitLt",
-        "Linear4bit",
-    )
+    linear = isinstance(base, nn.Linear) or type(base).__name__ in ("Linear8bitLt", "Linear4bit")
     return linear and all(
         isinstance(part, nn.Linear) and part.bias is None for d in (layer.lora_A, layer.lora_B) for part in d.values()
     )

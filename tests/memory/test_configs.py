@@ -17,6 +17,7 @@ from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
 from dpoeng.engine.memory import any_depth, fit
 from dpoeng.engine.memory.overhead import count_parameters
 from dpoeng.engine.memory.simulate import WEIGHTS, Pair, Setup
+from dpoeng.engine.models import loading
 from dpoeng.engine.models.loading import empty_model, layer_period
 from dpoeng.engine.models.model_config import config_of, sizes
 from dpoeng.engine.models.sources import ModelSource
@@ -51,6 +52,11 @@ def source_of(fields: dict[str, Any], folder: Path) -> ModelSource:
 
 def pairs() -> list[PairIds]:
     return [PairIds(*(np.zeros(n, dtype=np.int32) for n in (20, 12, 9)))] * 2
+
+
+@pytest.fixture(autouse=True)
+def _recent_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "gpu_multiplies_bf16", lambda device: True)
 
 
 @pytest.fixture
