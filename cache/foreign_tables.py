@@ -17,9 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 
-from dpoeng.cache.arrow_bounds import MAX_COLUMNS, MAX_EMPTY_ROWS, LimitError, check_arrow
 from dpoeng.cache.errors import UserError
-from dpoeng.cache.framing import FramingError
+from dpoeng.cache.framing import MAX_COLUMNS, MAX_EMPTY_ROWS, FramingError, LimitError, check_arrow
 
 MAX_ROW_BYTES: Final = 16 << 20
 BATCH_ROWS: Final = 256

@@ -17,9 +17,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from dpoeng.cache.arrow_bounds import MAX_COLUMNS
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.foreign_tables import MAX_ROW_BYTES, Mask
+from dpoeng.cache.framing import MAX_COLUMNS
 from dpoeng.engine.data import strict_json
 from dpoeng.engine.data.strict_json import RowFault, as_row
 from dpoeng.engine.data.structured import Base64

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import ipc, parquet
 
-from dpoeng.cache import arrow_bounds, foreign_tables
+from dpoeng.cache import foreign_tables, framing
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.exchange import file_holds_sums, import_rows
 from dpoeng.cache.foreign_tables import arrow_batches, parquet_batches, reading, row_bytes
@@ -179,7 +179,7 @@ def test_what_compressed_buffers_say_they_expand_to_is_summed(tmp_path: Path, mo
     path.write_bytes(content)
     assert len(list(read_rows(path))) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(arrow_bounds, "MAX_EXPANDED_BYTES", 150_000)
+        patch.setattr(framing, "MAX_EXPANDED_BYTES", 150_000)
         assert "expands to 2000" in refused(path)
     path.write_bytes(content.replace(struct.pack("<q", 100_000), struct.pack("<q", 2**40)))
     assert "the limit is 512 MiB" in refused(path)
@@ -187,7 +187,7 @@ def test_what_compressed_buffers_say_they_expand_to_is_summed(tmp_path: Path, mo
 
 @pytest.mark.parametrize("suffix", [".arrow", ".parquet"])
 def test_columns_are_limited(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (arrow_bounds, foreign_tables):
+    for module in (framing, foreign_tables):
         monkeypatch.setattr(module, "MAX_COLUMNS", 20)
     path = tmp_path / f"a{suffix}"
     table = pa.table({f"c{i}": [i] for i in range(21)})

@@ -163,7 +163,7 @@ REMEDIES: dict[str, str] = {
     "config-value": "correct the value, or leave the field out",
     "config-unknown": "write the name that the message proposes, or take the field out",
     "config-foreign": "write the field that the message names",
-    "parity-failed": "train with the model, adapter and precision that the cache names, or run precompute-ref for this model",
+    "parity-failed": "train with the model, adapter and precision that the cache names, or run precompute-ref again",
     "config-missing": "name the file or model, or write it into dpoeng.yaml",
     "migrate-unreadable": "name a script (.py), or a configuration in YAML or JSON",
     "data-empty": "loosen --where; `dpoeng check` shows why rows were left out",
