@@ -106,9 +106,9 @@ def try_architecture(model_type: str, work: Path, outcome: Outcome, save: Callab
             outcome.stages[stage] = str(error)
         except UserError as error:
             found = f" ({error.found})" if error.found else ""
-            outcome.stages[stage] = f"refused: {error.message}{found}"
+            outcome.stages[stage] = f"refused: {error.message}{found}".replace(str(model), "the checkpoint")
             if stage == "phase one":
-                outcome.prompt = f"refused: {error.message}; {error.found}"
+                outcome.prompt = outcome.stages[stage]
                 return
             if stage == "training":
                 return

@@ -149,7 +149,10 @@ def _linear_in_name(base: nn.Module) -> set[str]:
             continue
         last = name.rsplit(".", 1)[-1]
         if last not in found and not type(module).__module__.startswith("bitsandbytes"):
-            output = module(module.weight.new_zeros(1, module.in_features))
+            try:
+                output = module(module.weight.new_zeros(1, module.in_features))
+            except (RuntimeError, ValueError, TypeError, IndexError):
+                output = None  # it wants more than rows of numbers: DeepSeek V4's grouped layers
             found |= set() if isinstance(output, torch.Tensor) else {last}
     return found
 

@@ -178,7 +178,7 @@ REMEDIES: dict[str, str] = {
     "model-not-found": "check the path; for a hub id, the name, the network and HF_TOKEN",
     "model-incomplete": "download or save the checkpoint again",
     "model-unloadable": "check config.json, or install a newer transformers",
-    "adapter-unsavable": "peft cannot save the adapter that was to be trained: found before the first step.",
+    "adapter-unsavable": "use --adapter-mode continue, or merge the SFT adapter into the base first",
     "model-ambiguous": "move the adapter's files to a folder of their own and give that as --adapter",
     "model-unsupported": "please report the architecture",
     "tokenizer-missing": "copy the tokenizer files from the model that this one was trained from",

@@ -301,6 +301,13 @@ def tensors(change: Callable[[dict[str, Any]], Any], file: str = "model.safetens
     return apply
 
 
+def unsavable(desk: Desk) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyError("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta")
+
+    desk.patch.setattr("dpoeng.engine.models.adapters.save_policy_adapter", fail)
+
+
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 
@@ -393,6 +400,7 @@ MODELS = (
     Wrong("weights that are no numbers", "reference-not-finite", 5, OTHER, (), spoil("other", tensors(poisoned))),
     Wrong("a dtype that cannot compute", "config-value", 2, OTHER, ("--dtype",),
           spoil("other", lambda f, d: d.edit_json(f / "config.json", dtype="float8_e4m3fn"))),
+    Wrong("an adapter that peft cannot save", "adapter-unsavable", 2, f"{TRAIN} --max-steps 1", ("KeyError",), unsavable),
     Wrong("quantised by another method", "quantization-stored", 2, OTHER, ("gptq", "--quantization 8bit"),
           spoil("other", lambda f, d: d.edit_json(f / "config.json", quantization_config={"quant_method": "gptq"}))),
     Wrong("quantised already, in 8 bits", "quantization-stored", 2, f"{OTHER} --quantization 4bit", ("8bit", "4bit"),
