@@ -19,7 +19,7 @@ AREAS = {
     "GGUF files": "gguf",
     "The reference cache": "cache import export ranks rank shard",
     "Training": "fsdp full parity eval resume training output run tracker sweep page",
-    "The machine": "no bitsandbytes memory system internal",
+    "The machine": "no bitsandbytes triton memory system internal",
     "Measuring and the demo": "bench demo",
 }
 
