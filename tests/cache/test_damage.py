@@ -291,6 +291,16 @@ def test_a_wrong_sum_or_key_is_found_by_the_semantic_depth(root: Path) -> None:
         (root / commit_name(SPEC.digest, reference.name)).unlink()
 
 
+@pytest.mark.parametrize(("relative", "passes"), [(1e-7, False), (-1e-8, False), (1e-11, True)])
+def test_a_sum_may_differ_by_its_rounding_alone(root: Path, relative: float, passes: bool) -> None:
+    data = bytes(encode_shard(ROWS[:1]))
+    old, new = (struct.pack("<d", ROWS[0].chosen_sum * (1 + change)) for change in (0, relative))
+    assert data.count(old) == 1
+    plant(root, data.replace(old, new), rows=1)
+    named = [problem for problem in verify(root, depth="semantic").problems if "chosen_sum" in str(problem.expected)]
+    assert (not named) == passes
+
+
 def test_a_record_with_another_row_count_is_refused(root: Path) -> None:
     reference = plant(root, bytes(encode_shard(ROWS[:2])), rows=3)
     with pytest.raises(CacheError) as caught:

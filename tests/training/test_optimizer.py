@@ -11,7 +11,7 @@ from torch import nn
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config.fields import Optimizer, TrainConfig
-from dpoeng.engine.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
+from dpoeng.engine.training.optimizer import build_optimizer, build_scheduler, optimizer_tensors, restore_optimizer
 
 NAMES = get_args(Optimizer)
 
@@ -81,3 +81,15 @@ def test_bitsandbytes_that_cannot_be_imported_is_a_message(monkeypatch: pytest.M
         build_optimizer(TrainConfig(optim="adamw_bnb_8bit"), parameters())
     assert caught.value.code == "bitsandbytes-unusable"
     assert "adamw_torch" in str(caught.value.remedy)
+
+
+def test_a_share_of_warm_up_is_rounded_up() -> None:
+    """A tenth of 15 steps is 2: the first step has rate 0, the second half the peak, the third the peak."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = build_scheduler(TrainConfig(warmup_ratio=0.1, lr_scheduler_type="constant_with_warmup"), optimizer, 15)
+    rates = []
+    for _ in range(4):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates == [0.0, 0.5, 1.0, 1.0]
