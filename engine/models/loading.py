@@ -118,7 +118,7 @@ def require_triton(device: torch.device) -> None:
     except Exception as error:
         said = str(error).strip().splitlines()
         raise UserError(
-            "Triton cannot compile and run kernels for this GPU",
+            "no Triton kernel can be compiled and run for this GPU",
             code="triton-unusable",
             where=f"--device {device}",
             expected="a C compiler (gcc or clang), Python's headers, a driver as new as this torch, and its own triton",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpoeng.cache.errors import CacheError
+from dpoeng.cache.errors import CacheError, UserError
 from dpoeng.cache.files import disk_error
 from dpoeng.cache.index import KeyIndex
 from dpoeng.cache.reader import View
@@ -112,10 +112,13 @@ def write_rejects_file(store: Store, name: str, rejects: list[Reject], progress:
         elif path.exists():  # a read-only file system refuses even to remove what is not there
             refuse_output(path, _REJECTS)
             path.unlink()
-    except OSError as error:
-        explained = disk_error(error, path)
+    except (OSError, UserError) as error:
+        cause = error.__cause__ if isinstance(error, UserError) else error
+        if not isinstance(cause, OSError):
+            raise
+        explained = disk_error(cause, path)
         if explained.code != "cache-read-only":
-            raise explained from error
+            raise explained from cause
         progress.note(f"the cache is read-only: {path} is not written anew ({counted(len(rejects), 'row')} rejected)")
     return path if rejects and path.is_file() else None
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dpoeng.engine.config.fields import TrainConfig
+from dpoeng.engine.runs.identity import FREE_TO_CHANGE
 
 CARD_FILE = "README.md"
 
@@ -23,7 +24,6 @@ _SHOWN = (
     ("log-prob of rejected, nats", "logps/rejected", ".1f"),
     ("loss", "loss", ".4f"),
 )
-_ELSEWHERE = frozenset({"cache", "output_dir", "device", "report_to", "run_name", "resume", "model", "adapter"})
 
 
 def model_card(
@@ -124,11 +124,11 @@ def _bounds(record: Mapping[str, Any], name: str, form: str) -> str:
 
 
 def _options(config: Mapping[str, Any]) -> list[str]:
-    """The settings that are not the default, as options; without those that say where and on what."""
+    """The settings that are not the default, as options, but for those that move no weight."""
     default = TrainConfig.model_validate({}).model_dump(mode="json")
     words: list[str] = []
     for name, value in config.items():
-        if name in _ELSEWHERE or value is None or value == default.get(name):
+        if name in FREE_TO_CHANGE - {"eval_steps"} or value is None or value == default.get(name):
             continue
         flag = name.replace("_", "-")
         if isinstance(value, bool):

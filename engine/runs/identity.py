@@ -12,7 +12,7 @@ from dpoeng.engine.config.fields import TrainConfig
 from dpoeng.engine.models.adapters import Mode
 
 # Fields that may differ between a run and its continuation: none of them moves a weight.
-_FREE_TO_CHANGE = frozenset(
+FREE_TO_CHANGE = frozenset(
     "cache output_dir resume model adapter device logging_steps eval_steps save_steps save_total_limit "
     "fsdp per_device_eval_batch_size parity_pairs parity_tolerance eval_group_by report_to run_name "
     "activation_offloading".split()
@@ -21,7 +21,7 @@ _FREE_TO_CHANGE = frozenset(
 
 def run_identity(config: TrainConfig, view: View, eval_view: View | None, mode: Mode) -> dict[str, Any]:
     """All that determines the result of a run: what a continuation must have in common with its beginning."""
-    settings = {name: value for name, value in config.model_dump(mode="json").items() if name not in _FREE_TO_CHANGE}
+    settings = {name: value for name, value in config.model_dump(mode="json").items() if name not in FREE_TO_CHANGE}
     settings["adapter_mode"] = mode
     if config.watches_a_metric:
         settings["eval_steps"] = config.eval_steps

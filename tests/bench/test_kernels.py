@@ -74,7 +74,7 @@ def test_the_command_prints_and_records(tmp_path: Path) -> None:
     [
         (["--shape=900,8"], "is not V,H,N"),
         (["--shape=900,0,8"], "is not V,H,N"),
-        (["--aot", "--gpu=sm_70"], "is not one of sm_80"),
+        (["--aot", "--gpu=sm_70"], "is not one of sm_75"),
         (["--tune"], "needs a GPU"),
     ],
 )

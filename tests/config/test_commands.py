@@ -168,7 +168,7 @@ def test_init_leaves_open_what_it_cannot_know(run: Run, tmp_path: Path) -> None:
         (["init", "none.jsonl"], ["none.jsonl is not there"]),
         (["init", "--model", "./none"], ["./none is not there", "--model"]),
         (["init", "--adapter", "./none"], ["./none is not there", "--adapter"]),
-        (["init", "--output", "none/dpoeng.yaml"], ["cannot be written", "No such file"]),
+        (["init", "--output", "none/dpoeng.yaml"], ["cannot be written", "no folder none"]),
         (["init", "--gpu", "abacus"], ["there is no card abacus", "--gpu", "a100-80gb"]),
         (["migrate", "none.py"], ["cannot be read", "No such file"]),
         (["migrate", "."], ["cannot be read"]),

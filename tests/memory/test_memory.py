@@ -400,7 +400,7 @@ def test_what_the_plan_does_not_know_is_a_message() -> None:
 
 def test_operations_by_hand() -> None:
     """1,000 weights in layers, 100 in the head; prompt 2, chosen 3, rejected 4; 10 pairs, twice."""
-    model = {"num_hidden_layers": 1, "num_attention_heads": 1, "hidden_size": 1}
+    model = {"model_type": "llama", "num_hidden_layers": 1, "num_attention_heads": 1, "hidden_size": 1}
     times = phase_times(
         {"layers": 1000, "head": 100}, model, pair=(2, 3, 4), pairs=10, epochs=2, checkpointing=True, shared=True,
         gpu=find_gpu("a100-80gb"), utilisation=0.5,

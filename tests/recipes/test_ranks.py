@@ -579,7 +579,10 @@ def test_all_take_fewer_pairs_when_one_runs_out(tmp_path: Path, cache: Path) -> 
     out = tmp_path / "out"
     finished(together(2, cache, out, *short, last=out_of_memory_with_two_pairs), out)
     assert "1 pair a forward" in (out / "rank0.err").read_text()
-    assert tree(out, "adapter") == tree(tmp_path / "half", "adapter")
+    left, right = (tree(root, "adapter") for root in (out, tmp_path / "half"))
+    for files in (left, right):
+        del files["adapter/README.md"]  # which tells the batch that was asked for
+    assert left == right
 
 
 def test_over_a_sharded_base_nothing_is_tried_again(tmp_path: Path, cache: Path) -> None:

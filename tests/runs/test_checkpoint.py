@@ -147,14 +147,14 @@ def test_metrics_that_cannot_be_cut_back_stay_whole(tmp_path: Path, monkeypatch:
     log = MetricsLog(tmp_path)
     for step in range(5):
         log.write(step, 0.0, {"loss": 1.0})
-    real = Path.write_text
+    real = Path.write_bytes
 
-    def full(self: Path, text: str, **settings: str) -> int:
-        real(self, text[:7], **settings)
+    def full(self: Path, data: bytes) -> int:
+        real(self, data[:7])
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
+        patch.setattr(Path, "write_bytes", full)
         with pytest.raises(OSError, match="No space"):
             log.rewind(2)
         log.rewind(9)  # nothing to cut: nothing is written
