@@ -22,7 +22,7 @@ from dpoeng.engine.models.model import CausalLM, device_name, enable_gradient_ch
 from dpoeng.engine.models.quantized import import_bitsandbytes, require_bitsandbytes
 from dpoeng.engine.models.sources import ModelSource, find_adapter, find_model
 from dpoeng.engine.recipes.inputs import Inputs
-from dpoeng.engine.reference.limits import longest_text
+from dpoeng.engine.reference.limits import check_positions, longest_text
 from dpoeng.engine.reference.loading import KeptBase, load_policy_base
 from dpoeng.engine.reference.parity import ParityReport, compare_with_cache, parity_tolerance, spread
 from dpoeng.engine.runtime.distributed import Group
@@ -198,7 +198,9 @@ def _compare(lm: CausalLM, config: TrainConfig, inputs: Inputs, mode: Mode, prog
     set_mode(lm, training=False)
     sample = min(config.parity_pairs, len(inputs.train_rows))
     with as_reference(lm, mode):
-        choose_layout(lm, config.layout, config.attention, longest_text(row.ids for row in inputs.train_rows))
+        texts = [row.ids for row in inputs.train_rows]
+        check_positions(texts, lm)  # values that another program computed have not met this model
+        choose_layout(lm, config.layout, config.attention, longest_text(texts))
         with progress.task("comparing the policy with the cache", sample, "pairs") as advance:
             parity = check_parity(config, lm, inputs.train_rows)
             advance(sample, "")
