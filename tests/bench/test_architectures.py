@@ -12,19 +12,16 @@ from dpoeng.bench.studies import architectures
 from dpoeng.bench.studies.architectures import OK, STAGES, Outcome, outcome_of, page, study, try_architecture
 from dpoeng.bench.studies.tiny_models import causal_types, save_tiny
 
-# Other names of sizes, stacked experts, latent attention, a multimodal checkpoint, recurrence, an indexer and padding,
-# dropout by the layer's flag, masks of the model's own, names that differ between memory and disk.
+# Other names of sizes, stacked experts, latent attention, recurrence, an indexer and padding, dropout
+# by the layer's flag, masks of the model's own; the others are slow tests, and the command takes all of them.
 FAMILIES = {
     "gpt2": "shared",
     "qwen3_moe": "shared",
     "deepseek_v3": "shared",
-    "gemma3": "shared",
     "qwen3_5": "separate",
-    "falcon_mamba": "separate",
     "deepseek_v32": "separate",
     "opt": "shared",
     "stablelm": "separate",
-    "llama4_text": "separate",
 }
 
 MORE = (
