@@ -14,6 +14,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -70,8 +71,10 @@ class Outcome:
     @property
     def kind(self) -> str:
         """shared, separate, refused, not made or failed."""
-        # A forecast that says why it cannot be made is advice that is missing, and no failure.
-        if self.stages and all(self.stages.get(stage) == OK for stage in STAGES if stage != "forecast"):
+        # A forecast that says why it cannot be made is advice that is missing, and no failure; a merge that is refused
+        # with its reason leaves the adapter as it is.
+        told = ("forecast", "merge") if self.stages.get("merge", "").startswith("refused") else ("forecast",)
+        if self.stages and all(self.stages.get(stage) == OK for stage in STAGES if stage not in told):
             return self.prompt.split(":")[0]
         return self.prompt.split(":")[0] if self.prompt.split(":")[0] in ("refused", "not made") else "failed"
 
@@ -313,6 +316,10 @@ def _is_study(path: Path) -> bool:
     return "python -m dpoeng.bench.studies.architectures" in path.read_text(encoding="utf-8")
 
 
+_PLACE = re.compile(r" at \S+\.py:\d+( < \S+\.py:\d+)*$")
+"""Where an error was raised: for the log, not for the page."""
+
+
 def page(outcomes: Sequence[Outcome]) -> str:
     """docs/models.md."""
     import peft
@@ -346,7 +353,8 @@ def page(outcomes: Sequence[Outcome]) -> str:
         "|---|---|---|",
     ]
     for outcome in sorted(outcomes, key=lambda one: one.model_type):
-        stopped = [f"{stage}: {said}" for stage, said in outcome.stages.items() if said != OK and stage != "phase one"]
+        said = {stage: _PLACE.sub("", told) for stage, told in outcome.stages.items() if told != OK}
+        stopped = [f"{stage}: {told}" for stage, told in said.items() if not outcome.prompt.startswith("refused")]
         rest = "; ".join(stopped) if stopped else (OK if outcome.stages.get("forecast") == OK else "-")
         cells = (outcome.model_type, outcome.prompt, rest)
         lines.append("| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |")

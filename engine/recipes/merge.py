@@ -120,7 +120,9 @@ def merge(
         for adapter in own:
             _refuse_more_layers(adapter)
             plain = plain and _read_adapter(adapter, updates, replaced)
-        if not plain or names.converted & {*updates, *replaced}:
+        adapted = {*updates, *replaced}
+        tied = {name for name in adapted - {*names.in_memory.values()} if name in names.model.state_dict()}
+        if not plain or names.converted & adapted or tied:
             return merge_whole(base, own, into, dtype=dtype, tokenizer=tokenizer, progress=progress)
     on_disk = names.on_disk()
     updates = {on_disk.get(name, name): one for name, one in updates.items()}

@@ -133,8 +133,8 @@ def _compare(base: ModelSource, folder: Path, expected: torch.Tensor, dtype: str
             where=base.name,
             expected=f"log-probs within {_TOLERANCE[narrow]:g} nats of the unmerged model's, on average",
             found=f"{difference:.3g} nats: what was adapted has no place of its own in the base's files, as a head "
-            "and an embedding that are one tensor",
-            remedy="use base and adapter unmerged, or untie the base's embeddings before training",
+            "and an embedding that are one tensor, or layers that share their weights",
+            remedy="use base and adapter unmerged, or untie the base's weights before training",
         )
 
 
