@@ -126,9 +126,10 @@ def _bounds(record: Mapping[str, Any], name: str, form: str) -> str:
 def _options(config: Mapping[str, Any]) -> list[str]:
     """The settings that are not the default, as options, but for those that move no weight."""
     default = TrainConfig.model_validate({}).model_dump(mode="json")
+    left_out = FREE_TO_CHANGE - {"eval_steps"}  # which may choose the weights that are saved
     words: list[str] = []
     for name, value in config.items():
-        if name in FREE_TO_CHANGE - {"eval_steps"} or value is None or value == default.get(name):
+        if name in left_out or value is None or value == default.get(name):
             continue
         flag = name.replace("_", "-")
         if isinstance(value, bool):
