@@ -28,7 +28,7 @@ from dpoeng.engine.data.where import parse_condition
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-MODELS = ("Qwen/Qwen2.5-32B-Instruct", "Qwen/Qwen2.5-32B", "sft-model")
+MODELS = ("Qwen/Qwen2.5-32B-Instruct", "Qwen/Qwen2.5-32B", "HuggingFaceTB/SmolLM2-135M-Instruct", "sft-model")
 ADAPTERS = ("my-sft-lora", "sft-lora")
 KINDS = {"sh", "python", "yaml", "json", "jsonl", "where", "text"}
 
