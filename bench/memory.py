@@ -42,7 +42,8 @@ from dpoeng.engine.scoring.choose_layout import choose_layout
 from dpoeng.engine.scoring.pairs import score_pairs
 from dpoeng.engine.training.optimizer import build_optimizer, build_scheduler
 from dpoeng.engine.training.order import plan_schedule
-from dpoeng.engine.training.run import HeldOut, Run
+from dpoeng.engine.training.rows import HeldOut
+from dpoeng.engine.training.run import Run
 from dpoeng.engine.training.step import train_step
 
 PHASE_ONE, CACHED, ADAPTER_OFF, TWO_MODELS, WHOLE_LOGITS = (

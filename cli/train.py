@@ -16,7 +16,7 @@ from dpoeng.engine.config.fields import TrainConfig
 from dpoeng.engine.config.files import load_config
 
 if TYPE_CHECKING:
-    from dpoeng.engine.recipes.train import TrainSummary
+    from dpoeng.engine.recipes.phase_two.summary import TrainSummary
 
 EPILOG = """\b
 Examples:
@@ -47,9 +47,13 @@ def train(config_file: Path | None, **options: Any) -> None:
     config = load_config(TrainConfig, given(options), config_file)
 
     from dpoeng.cli.progress import TerminalProgress
-    from dpoeng.engine.recipes.train import train as run
+    from dpoeng.engine.recipes.phase_two.finished import finished_run
 
-    summary = run(config, TerminalProgress())
+    summary = finished_run(config)
+    if summary is None:
+        from dpoeng.engine.recipes.train import train as run
+
+        summary = run(config, TerminalProgress())
     if summary.reports:
         print_summary(summary)
 
@@ -87,10 +91,10 @@ def _equals_reference(metrics: Mapping[str, float]) -> bool:
 
 
 def _facts(summary: TrainSummary) -> list[tuple[str, str]]:
-    from dpoeng.engine.recipes.policy import parity_text
-
     facts: list[tuple[str, str]] = []
     if summary.parity is not None:
+        from dpoeng.engine.recipes.policy import parity_text
+
         facts.append(("parity", parity_text(summary.parity)))
     facts.append(
         (

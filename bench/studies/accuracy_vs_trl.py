@@ -31,9 +31,9 @@ from dpoeng.bench.measuring.records import show, stamp, told
 from dpoeng.bench.studies.quality import longer_by, look_at, split_pairs, with_intervals
 from dpoeng.cache.reader import View
 from dpoeng.engine.config.fields import Quantization, TrainConfig
+from dpoeng.engine.losses.metrics import pair_values
 from dpoeng.engine.models.loading import pick_device
 from dpoeng.engine.models.sources import find_model
-from dpoeng.engine.runs.metrics import pair_values
 from dpoeng.engine.training.rows import Rows
 
 Values = dict[str, npt.NDArray[np.float64]]

@@ -25,6 +25,7 @@ from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
 from dpoeng.engine.losses.batch import PreferenceLoss
+from dpoeng.engine.losses.metrics import pair_values
 from dpoeng.engine.losses.names import LossSettings
 from dpoeng.engine.models.loading import pick_device
 from dpoeng.engine.models.sources import find_model
@@ -32,7 +33,6 @@ from dpoeng.engine.recipes.evaluate import find_trained, load_trained
 from dpoeng.engine.recipes.precompute import precompute_reference
 from dpoeng.engine.recipes.train import train
 from dpoeng.engine.runs.folder import ADAPTER_FOLDER
-from dpoeng.engine.runs.metrics import pair_values
 from dpoeng.engine.runs.reading import read_run
 from dpoeng.engine.runtime.progress import QUIET, Progress
 from dpoeng.engine.training.batch_loss import evaluate

@@ -59,6 +59,9 @@ def _device(name: str) -> str:
 
 Device = Annotated[str, AfterValidator(_device)]
 
+Mode = Literal["new", "stack", "continue", "full"]
+"""What is trained: a LoRA on the base, one on the SFT adapter, the SFT adapter itself, or all weights."""
+
 # Rows in memory are for Python alone: a file and its schema know paths.
 Source = Annotated[
     Path | InstanceOf[RowsInMemory],

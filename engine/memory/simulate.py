@@ -34,7 +34,8 @@ from dpoeng.engine.scoring.forward import score_groups
 from dpoeng.engine.scoring.layout import pair_group
 from dpoeng.engine.training.optimizer import Named, build_optimizer, build_scheduler, optimizer_on
 from dpoeng.engine.training.order import plan_schedule
-from dpoeng.engine.training.run import HeldOut, Run
+from dpoeng.engine.training.rows import HeldOut
+from dpoeng.engine.training.run import Run
 from dpoeng.engine.training.step import train_step
 
 WEIGHTS, MASTERS, ADAPTERS = "weights", "master weights", "adapters"

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dpoeng.cache.errors import UserError
-from dpoeng.engine.config.fields import TrainConfig
+from dpoeng.engine.config.fields import Mode, TrainConfig
 from dpoeng.engine.models.checkpoint_names import as_peft_reads, save_for_whole
 from dpoeng.engine.models.full_finetuning import train_all
 from dpoeng.engine.models.lora_fields import start_changes_base
@@ -23,8 +23,7 @@ from dpoeng.engine.models.model import POLICY_ADAPTER, CausalLM
 from dpoeng.engine.models.sources import ModelSource, read_adapter_fields
 
 AdapterMode = Literal["new", "stack", "continue"]
-Mode = Literal["new", "stack", "continue", "full"]
-"""What is trained: an adapter in one of its ways, or all weights and no adapter (`engine/models/full_finetuning`)."""
+"""Modes that train an adapter; `full` trains all weights (`engine/models/full_finetuning`)."""
 
 REFERENCE_ADAPTER = "reference"
 

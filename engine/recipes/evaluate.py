@@ -10,11 +10,10 @@ from typing import Any, Literal, TypeVar
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.cache.words import counted
-from dpoeng.engine.config.fields import TrainConfig
+from dpoeng.engine.config.fields import Mode, TrainConfig
 from dpoeng.engine.losses.batch import PreferenceLoss
 from dpoeng.engine.losses.names import LossSettings
 from dpoeng.engine.models.adapters import (
-    Mode,
     before_training,
     load_reference_adapter,
     load_trained_adapter,

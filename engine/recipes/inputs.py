@@ -15,8 +15,7 @@ from dpoeng.cache.schema import pair_key
 from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import TrainConfig
 from dpoeng.engine.training.order import Schedule, hold_out, plan_schedule
-from dpoeng.engine.training.rows import Rows, WeightArray
-from dpoeng.engine.training.run import HeldOut
+from dpoeng.engine.training.rows import HeldOut, Rows, WeightArray
 
 
 @dataclass(frozen=True, slots=True)

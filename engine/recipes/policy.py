@@ -11,9 +11,9 @@ import torch
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.words import counted
-from dpoeng.engine.config.fields import Quantization, TrainConfig
+from dpoeng.engine.config.fields import Mode, Quantization, TrainConfig
 from dpoeng.engine.memory.fit import check_step
-from dpoeng.engine.models.adapters import Mode, as_reference, check_savable, make_trainable
+from dpoeng.engine.models.adapters import as_reference, check_savable, make_trainable
 from dpoeng.engine.models.fsdp import check_fsdp, layer_sharding, loads_whole_because, shard_base
 from dpoeng.engine.models.fsdp_rows import whole_parameters
 from dpoeng.engine.models.full_finetuning import check_full
@@ -22,6 +22,7 @@ from dpoeng.engine.models.model import CausalLM, device_name, enable_gradient_ch
 from dpoeng.engine.models.quantized import import_bitsandbytes, require_bitsandbytes
 from dpoeng.engine.models.sources import ModelSource, find_adapter, find_model
 from dpoeng.engine.recipes.inputs import Inputs
+from dpoeng.engine.recipes.phase_two.mode import resolve_mode
 from dpoeng.engine.reference.limits import check_positions, longest_text
 from dpoeng.engine.reference.loading import KeptBase, load_policy_base
 from dpoeng.engine.reference.parity import ParityReport, compare_with_cache, parity_tolerance, spread
@@ -206,40 +207,6 @@ def _compare(lm: CausalLM, config: TrainConfig, inputs: Inputs, mode: Mode, prog
             advance(sample, "")
     progress.note(parity_text(parity))
     return parity
-
-
-def resolve_mode(config: TrainConfig, *, has_adapter: bool) -> Mode:
-    """`full` without peft; else `auto` -> `continue` where the reference has an SFT adapter, and `new` where not.
-
-    Raises:
-        UserError: the mode does not fit the reference.
-    """
-    if not config.use_peft:
-        return "full"
-    if config.adapter_mode == "auto":
-        named = config.lora_shape_given()
-        if has_adapter and named:
-            raise UserError(
-                "the reference has an SFT adapter, and LoRA settings were given: which adapter is to be trained?",
-                code="adapter-mode",
-                where=", ".join("--" + name.replace("_", "-") for name in named),
-                expected="adapter_mode stack: a new LoRA of this shape on top of the frozen SFT adapter; or "
-                "adapter_mode continue: the SFT adapter itself, in its own shape",
-                remedy="add --adapter-mode stack, or take the LoRA settings out",
-            )
-        return "continue" if has_adapter else "new"
-    if (config.adapter_mode == "new") == has_adapter:
-        raise UserError(
-            f"adapter_mode {config.adapter_mode} does not fit this reference",
-            code="adapter-mode",
-            where="--adapter-mode",
-            expected="continue or stack, since the reference has an SFT adapter"
-            if has_adapter
-            else "new, since the reference has no SFT adapter",
-            found=config.adapter_mode,
-            remedy="leave it out: auto chooses what fits",
-        )
-    return config.adapter_mode
 
 
 def note_idle(config: TrainConfig, group: Group, progress: Progress) -> None:

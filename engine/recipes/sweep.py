@@ -28,12 +28,12 @@ from dpoeng.engine.config.files import load_config
 from dpoeng.engine.config.problems import as_error
 from dpoeng.engine.models.full_finetuning import check_full
 from dpoeng.engine.recipes.inputs import Split, open_inputs, open_split
-from dpoeng.engine.recipes.policy import resolve_mode
+from dpoeng.engine.recipes.phase_two.mode import resolve_mode
 from dpoeng.engine.recipes.sweep_ranking import PER_PAIR, RunResult, compare_runs, write_sweep
 from dpoeng.engine.recipes.train import train
 from dpoeng.engine.reference.loading import KeptBase
 from dpoeng.engine.runs.folder import has_result
-from dpoeng.engine.runtime.distributed import group_size
+from dpoeng.engine.runtime.host import group_size
 from dpoeng.engine.runtime.out_of_memory import release_memory
 from dpoeng.engine.runtime.progress import QUIET, Progress
 

@@ -5,26 +5,24 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dpoeng.cache.errors import UserError
-from dpoeng.engine.config.fields import TrainConfig
-from dpoeng.engine.models.adapters import Mode
+from dpoeng.engine.config.fields import Mode, TrainConfig
 from dpoeng.engine.models.checkpoint_names import class_to_load
 from dpoeng.engine.models.full_finetuning import whole_weights
-from dpoeng.engine.models.model import device_name
+from dpoeng.engine.models.model import device_name, library_versions
 from dpoeng.engine.models.sources import ModelSource
 from dpoeng.engine.models.tokenizer import TokenizerChoice, recorded_tokenizer
 from dpoeng.engine.recipes.inputs import Inputs, check_held_out, open_inputs
+from dpoeng.engine.recipes.phase_two.summary import TrainSummary, add_results, finished_summary
 from dpoeng.engine.recipes.policy import Choice, Policy, choose_policy, load_policy
 from dpoeng.engine.reference.loading import KeptBase
-from dpoeng.engine.reference.parity import ParityReport
 from dpoeng.engine.runs.card import model_card
-from dpoeng.engine.runs.checkpoint import Checkpoint
+from dpoeng.engine.runs.checkpoint import Checkpoint, Finished
 from dpoeng.engine.runs.folder import (
     RUN_FILE,
     clear_output,
@@ -32,59 +30,21 @@ from dpoeng.engine.runs.folder import (
     refuse_foreign,
     result_folder,
     write_advice,
-    write_result,
     write_run_file,
 )
 from dpoeng.engine.runs.identity import run_identity
+from dpoeng.engine.runs.load_lines import loading_recipe
 from dpoeng.engine.runs.lock import holding
 from dpoeng.engine.runs.metrics import MetricsLog
 from dpoeng.engine.runs.reading import read_json
+from dpoeng.engine.runs.result import write_result
 from dpoeng.engine.runs.trackers import check_trackers, open_trackers
 from dpoeng.engine.runtime.determinism import full_determinism
 from dpoeng.engine.runtime.distributed import Group, process_group
 from dpoeng.engine.runtime.progress import QUIET, Progress
-from dpoeng.engine.training.advice import Advice, advise
-from dpoeng.engine.training.early_stopping import Best
 from dpoeng.engine.training.loop import run_steps
 from dpoeng.engine.training.optimizer import build_optimizer, build_scheduler
 from dpoeng.engine.training.run import OnMetrics, Run, best_parameters, restore_run, save_run
-
-
-@dataclass(slots=True)
-class TrainSummary:
-    """What phase two did. Of several processes one `reports`; the others know no results.
-
-    `result` is the folder of the trained adapter; with full fine-tuning (mode `full`) that of the trained checkpoint.
-    `loaded` says, with `fsdp`, how the processes came by their parts of the base.
-    """
-
-    output_dir: Path
-    result: Path
-    steps: int
-    resumed_from: int
-    train_pairs: int
-    eval_pairs: int
-    trainable: int
-    mode: str
-    parity: ParityReport | None
-    layout: str
-    layout_reason: str
-    device: str
-    processes: int = 1
-    loaded: str = ""
-    reports: bool = True
-    first: dict[str, float] = field(default_factory=dict)
-    last: dict[str, float] = field(default_factory=dict)
-    eval_before: dict[str, float] = field(default_factory=dict)
-    eval_after: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
-    peak_bytes: int | None = None
-    predicted_bytes: int | None = None
-    already_complete: bool = False
-    planned_steps: int = 0
-    best: Best = field(default_factory=Best)
-    evaluation: dict[str, Any] = field(default_factory=dict)
-    advice: list[Advice] = field(default_factory=list)
 
 
 def train(
@@ -132,7 +92,8 @@ def _train(
     identity, checkpoint = find_beginning(config, inputs, choice.mode, group, progress)
     has_result = group.from_first(result_folder(config.output_dir, choice.mode).is_dir())
     if checkpoint is not None and checkpoint.state["complete"] and has_result:
-        return _finished(config, inputs, choice.mode, checkpoint, group)
+        finished = Finished(checkpoint.step, checkpoint.trained, checkpoint.state)
+        return finished_summary(config, inputs, choice.mode, finished, processes=group.size, reports=group.is_first)
 
     if group.is_first:
         refuse_foreign(config.output_dir, _models(choice))
@@ -143,7 +104,9 @@ def _train(
     run = make_run(config, inputs, policy, group, progress, on_metrics)
     first_step = _go_on_from(run, checkpoint)
     if group.is_first:
-        write_run_file(config.output_dir, _record(run, identity, inputs, choice, policy))
+        record = _record(run, identity, inputs, choice, policy)
+        load = loading_recipe(choice.mode, choice.model, choice.adapter_name, record["class"])
+        write_run_file(config.output_dir, record, library_versions(), load)
     if policy.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(policy.device)
     done = _run_steps_tracked(run, first_step, identity)
@@ -321,46 +284,6 @@ def summarise(
         predicted_bytes=policy.predicted_bytes,
     )
     if run.group.is_first:
-        _add_results(summary, run.log, config)
+        add_results(summary, run.log, config)
         write_advice(config.output_dir, [remark.record() for remark in summary.advice])
     return summary
-
-
-def _finished(config: TrainConfig, inputs: Inputs, mode: Mode, checkpoint: Checkpoint, group: Group) -> TrainSummary:
-    """The summary of a run that was complete already; nothing is loaded."""
-    summary = TrainSummary(
-        output_dir=config.output_dir,
-        result=result_folder(config.output_dir, mode),
-        steps=checkpoint.step,
-        resumed_from=checkpoint.step,
-        train_pairs=len(inputs.train_rows),
-        eval_pairs=len(inputs.held_out.rows),
-        trainable=sum(tensor.numel() for tensor in checkpoint.parameters.values()),
-        mode=mode,
-        parity=None,
-        layout="",
-        layout_reason="",
-        device="",
-        processes=group.size,
-        reports=group.is_first,
-        already_complete=True,
-        best=Best(**checkpoint.state.get("best", {})),
-    )
-    _add_results(summary, MetricsLog(config.output_dir), config)
-    return summary
-
-
-def _add_results(summary: TrainSummary, log: MetricsLog, config: TrainConfig) -> None:
-    """Adds the first and last metrics, the evaluation of the weights that were saved, and the remarks on all."""
-    lines = log.read()
-    steps = [line for line in lines if "loss" in line]
-    evals = [line for line in lines if "eval_loss" in line]
-    summary.first, summary.last = (steps[0], steps[-1]) if steps else ({}, {})
-    full = log.read_evaluations()
-    saved = summary.best.step if config.load_best_model_at_end else None
-    evals_of_saved = [line for line in evals if line["step"] == saved] or evals
-    summary.eval_before, summary.eval_after = (evals[0], evals_of_saved[-1]) if evals else ({}, {})
-    summary.evaluation = ([line for line in full if line["step"] == saved] or full or [{}])[-1]
-    summary.advice = advise(
-        steps, evals, loss_type=config.loss_type, beta=config.beta, held_out_pairs=summary.eval_pairs
-    )

@@ -7,22 +7,35 @@ order and dropout depend on (seed, epoch, step) alone, so there is none to resto
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import xxhash
-from safetensors.torch import load, save
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.runtime.folders import write_folder
 
+if TYPE_CHECKING:
+    import torch
+
 _PREFIX = "checkpoint-"
 
 _STATE = "state.json"
+
+_PARAMETERS = "parameters.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What a complete run's checkpoint tells without its tensors: steps, trained numbers, state."""
+
+    step: int
+    trained: int
+    state: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,6 +47,11 @@ class Checkpoint:
     parameters: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
     state: dict[str, Any]
+
+    @property
+    def trained(self) -> int:
+        """Numbers that are trained."""
+        return sum(tensor.numel() for tensor in self.parameters.values())
 
     def without_tensors(self) -> Checkpoint:
         """What is small of it."""
@@ -64,8 +82,10 @@ def save_checkpoint(
     Raises:
         UserError: the disk is full or may not be written; older checkpoints are untouched.
     """
+    from safetensors.torch import save
+
     folder = _folder(root, step)
-    files = {"parameters.safetensors": save(dict(parameters)), "optimizer.safetensors": save(dict(optimizer))}
+    files = {_PARAMETERS: save(dict(parameters)), "optimizer.safetensors": save(dict(optimizer))}
     record = {
         "step": step,
         "state": dict(state),
@@ -115,6 +135,27 @@ def latest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, damaged
 
 
+def read_finished(root: Path) -> Finished | None:
+    """What the newest checkpoint tells if it is that of a complete run, and whole; else None. Imports no torch.
+
+    A checkpoint of another run is told too: its `state` says which.
+    """
+    folders = _folders(root)
+    if not folders:
+        return None
+    trained = 0
+    try:
+        record = _read_record(folders[-1])
+        if not record["state"]["complete"]:
+            return None
+        for name, expected in record["files"].items():
+            data = _checked(folders[-1], name, expected)
+            trained += _numbers(data) if name == _PARAMETERS else 0
+        return Finished(record["step"], trained, record["state"])
+    except (OSError, ValueError, KeyError):  # whoever goes on from an older one says so
+        return None
+
+
 def remove_checkpoints(root: Path) -> None:
     """Removes all checkpoints under `root`, and what an interrupted save left."""
     for folder in [*_folders(root), *root.glob(f".{_PREFIX}{'[0-9]' * 8}.tmp")]:
@@ -145,20 +186,36 @@ def _seal(record: Mapping[str, Any]) -> bytes:
 
 
 def _read(folder: Path) -> Checkpoint:
-    sealed = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-    if _digest(sealed["record"].encode()) != sealed["xxh3_128"]:
-        raise ValueError(f"{_STATE} does not match its checksum")
-    record = json.loads(sealed["record"])
-    tensors = {}
-    for name, expected in record["files"].items():
-        data = (folder / name).read_bytes()
-        if len(data) != expected["bytes"] or _digest(data) != expected["xxh3_128"]:
-            raise ValueError(f"{name} does not match its checksum")
-        tensors[name] = load(data)
+    from safetensors.torch import load
+
+    record = _read_record(folder)
+    tensors = {name: load(_checked(folder, name, expected)) for name, expected in record["files"].items()}
     return Checkpoint(
         step=record["step"],
         folder=folder,
-        parameters=tensors["parameters.safetensors"],
+        parameters=tensors[_PARAMETERS],
         optimizer=tensors["optimizer.safetensors"],
         state=record["state"],
     )
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    sealed = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    if _digest(sealed["record"].encode()) != sealed["xxh3_128"]:
+        raise ValueError(f"{_STATE} does not match its checksum")
+    record: dict[str, Any] = json.loads(sealed["record"])
+    return record
+
+
+def _checked(folder: Path, name: str, expected: Mapping[str, Any]) -> bytes:
+    data = (folder / name).read_bytes()
+    if len(data) != expected["bytes"] or _digest(data) != expected["xxh3_128"]:
+        raise ValueError(f"{name} does not match its checksum")
+    return data
+
+
+def _numbers(safetensors: bytes) -> int:
+    """How many numbers a safetensors file holds, by its header: 8 bytes of length, then JSON."""
+    end = 8 + int.from_bytes(safetensors[:8], "little")
+    header = json.loads(safetensors[8:end])
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")

@@ -10,20 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.files import replacing
-from dpoeng.engine.models.adapters import Mode, save_policy_adapter
-from dpoeng.engine.models.full_finetuning import save_model
-from dpoeng.engine.models.model import CausalLM, library_versions
-from dpoeng.engine.models.sources import ModelSource
-from dpoeng.engine.models.tokenizer import TokenizerChoice, copy_tokenizer
-from dpoeng.engine.runs.card import CARD_FILE
+from dpoeng.engine.config.fields import Mode
 from dpoeng.engine.runs.checkpoint import Checkpoint, has_checkpoint, latest_checkpoint, remove_checkpoints
 from dpoeng.engine.runs.identity import changes
 from dpoeng.engine.runs.metrics import EVALUATIONS_FILE, HELD_OUT_FILE, METRICS_FILE, TIMINGS_FILE
-from dpoeng.engine.runtime.folders import place_folder, saving_tensors, sync_file, unwritable, write_durably
+from dpoeng.engine.runtime.folders import unwritable, write_durably
 from dpoeng.engine.runtime.progress import Progress
 
 RUN_FILE = "run.json"
@@ -133,24 +126,26 @@ def _is_run(path: Path) -> bool:
         return False
 
 
-def write_run_file(output_dir: Path, record: Mapping[str, Any]) -> None:
+def write_run_file(
+    output_dir: Path, record: Mapping[str, Any], versions: Mapping[str, str], load: Sequence[str]
+) -> None:
     """Writes run.json: everything that is needed to repeat the run, and to load its result.
 
     Args:
         output_dir: of the run; made if it is not there.
-        record: plain values, with `model`, `adapter_mode` and `sft_adapter`; versions and platform are added.
+        record: plain values, with `model`, `adapter_mode` and `sft_adapter`; Python and platform are added.
+        versions: of the libraries.
+        load: the lines of `loading_recipe`.
 
     Raises:
         UserError: the folder may not be written, or the disk is full.
     """
     whole = {
         **record,
-        "versions": library_versions(),
+        "versions": dict(versions),
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "load": loading_recipe(
-            record["adapter_mode"], record["model"], record["sft_adapter"], record.get("class", "AutoModelForCausalLM")
-        ),
+        "load": list(load),
     }
     _write_text(output_dir / RUN_FILE, json.dumps(whole, indent=2) + "\n")
 
@@ -180,32 +175,6 @@ def _write_text(path: Path, text: str) -> None:
         raise unwritable(path.parent, error) from error
 
 
-def loading_recipe(mode: Mode, model: str, adapter: str | None, loader: str = "AutoModelForCausalLM") -> list[str]:
-    """Python lines that load the result with transformers and peft alone; run in the output folder.
-
-    `loader`: the class of transformers that the saved names are those of.
-    """
-    if mode == "full":
-        return [
-            f"from transformers import {loader}",
-            f"model = {loader}.from_pretrained({MODEL_FOLDER!r})",
-        ]
-    lines = [
-        "from peft import PeftModel",
-        f"from transformers import {loader}",
-        f"model = {loader}.from_pretrained({model!r})",
-    ]
-    if mode == "stack":
-        lines += [
-            f"model = PeftModel.from_pretrained(model, {adapter!r}, adapter_name='reference')",
-            f"model.load_adapter({ADAPTER_FOLDER!r}, adapter_name='default')",
-            "model.base_model.set_adapter(['reference', 'default'])",
-        ]
-    else:
-        lines.append(f"model = PeftModel.from_pretrained(model, {ADAPTER_FOLDER!r})")
-    return lines
-
-
 def write_advice(output_dir: Path, advice: Sequence[Mapping[str, Any]]) -> None:
     """The remarks on the finished run as JSON can hold them, an empty list if there is none."""
     data = json.dumps(list(advice), indent=2) + "\n"
@@ -220,34 +189,3 @@ def result_folder(output_dir: Path, mode: Mode) -> Path:
 def has_result(output_dir: Path) -> bool:
     """Whether a run's result is there."""
     return any((output_dir / name).is_dir() for name in (ADAPTER_FOLDER, MODEL_FOLDER))
-
-
-def write_result(
-    lm: CausalLM,
-    output_dir: Path,
-    mode: Mode,
-    source: ModelSource,
-    weights: Mapping[str, torch.Tensor] | None = None,
-    tokenizer: TokenizerChoice | None = None,
-    card: str = "",
-) -> None:
-    """Saves what was trained, whole or not at all: the adapter, or a checkpoint with the rest as in `source`.
-
-    `weights` are those of `full.whole_weights`. A `tokenizer` that is not the base's is put beside them, and the text
-    of `model_card` as README.md.
-    """
-
-    def fill(temporary: Path) -> None:
-        with saving_tensors():
-            if mode == "full":
-                save_model(lm, source, temporary, weights)
-            else:
-                save_policy_adapter(lm, temporary)
-            if tokenizer is not None:
-                copy_tokenizer(tokenizer, temporary)
-            if card:
-                (temporary / CARD_FILE).write_text(card, encoding="utf-8")
-        for path in temporary.iterdir():
-            sync_file(path)
-
-    place_folder(result_folder(output_dir, mode), fill)

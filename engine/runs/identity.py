@@ -8,8 +8,7 @@ from typing import Any
 import xxhash
 
 from dpoeng.cache.reader import View
-from dpoeng.engine.config.fields import TrainConfig
-from dpoeng.engine.models.adapters import Mode
+from dpoeng.engine.config.fields import Mode, TrainConfig
 
 # Fields that may differ between a run and its continuation: none of them moves a weight.
 FREE_TO_CHANGE = frozenset(

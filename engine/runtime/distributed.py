@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from dpoeng.cache.errors import UserError
+from dpoeng.engine.runtime.host import group_size
 from dpoeng.engine.runtime.out_of_memory import attempt, is_out_of_memory
 
 Value = TypeVar("Value")
@@ -199,11 +200,6 @@ def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         bucket.append(tensor)
     if bucket:
         yield bucket
-
-
-def group_size(environment: Mapping[str, str] = os.environ) -> int:
-    """How many processes the environment names: 1 without a launcher."""
-    return int(environment.get("WORLD_SIZE", "1"))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -19,3 +21,8 @@ def available_memory() -> int | None:
     except (OSError, ValueError):
         return left
     return left if limit == "max" else min(left, int(limit) - used)
+
+
+def group_size(environment: Mapping[str, str] = os.environ) -> int:
+    """How many processes the environment names: 1 without a launcher."""
+    return int(environment.get("WORLD_SIZE", "1"))

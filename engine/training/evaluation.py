@@ -13,7 +13,7 @@ import xxhash
 
 from dpoeng.cache.analytics import correlation
 from dpoeng.engine.losses.batch import PreferenceLoss
-from dpoeng.engine.runs.metrics import pair_values
+from dpoeng.engine.losses.metrics import pair_values
 from dpoeng.engine.training.intervals import CONFIDENCE, RESAMPLES, intervals, length_controlled_accuracy
 
 _OF_GROUPS = ("loss", "rewards/accuracies", "rewards/margins")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -103,6 +103,19 @@ class Rows(Sequence[ScoredPair]):
                 found=str(missing.args[0]),
                 remedy="name columns of the pairs",
             ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """The pairs of the evaluations, what tells their prompts apart, the columns by which they are grouped, and where
+    each stands in the user's files.
+    """
+
+    rows: Sequence[ScoredPair]
+    weights: WeightArray | None
+    prompts: Sequence[bytes]
+    labels: Mapping[str, Sequence[str]]
+    source_of: Callable[[int], str] = "row {}".format
 
 
 GROUPS_AT_MOST = 12

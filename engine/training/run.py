@@ -29,23 +29,10 @@ from dpoeng.engine.training.optimizer import (
     set_scheduler_step,
 )
 from dpoeng.engine.training.order import Schedule
-from dpoeng.engine.training.rows import WeightArray
+from dpoeng.engine.training.rows import HeldOut, WeightArray
 
 OnMetrics = Callable[[Mapping[str, float]], None]
 """Called with each line of metrics.jsonl when it has been written: of a step, or of an evaluation (`eval_` names)."""
-
-
-@dataclass(frozen=True, slots=True)
-class HeldOut:
-    """The pairs of the evaluations, what tells their prompts apart, the columns by which they are grouped, and where
-    each stands in the user's files.
-    """
-
-    rows: Sequence[ScoredPair]
-    weights: WeightArray | None
-    prompts: Sequence[bytes]
-    labels: Mapping[str, Sequence[str]]
-    source_of: Callable[[int], str] = "row {}".format
 
 
 @dataclass(slots=True)

@@ -20,8 +20,8 @@ from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import ScoredPair
 from dpoeng.cache.words import counted
 from dpoeng.engine.losses.batch import PairSums, PreferenceLoss, next_state, preference_loss
+from dpoeng.engine.losses.metrics import preference_metrics
 from dpoeng.engine.models.fsdp_rows import clip_gradients, take_gradients
-from dpoeng.engine.runs.metrics import preference_metrics
 from dpoeng.engine.runtime.out_of_memory import attempt, no_way_back, too_large
 from dpoeng.engine.training.batch_loss import batch_loss, batch_sums, in_order, turns
 from dpoeng.engine.training.rows import WeightArray

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from dpoeng.engine.recipes.check import CheckReport
     from dpoeng.engine.recipes.compare import Generation
     from dpoeng.engine.recipes.evaluate import EvaluationSummary
+    from dpoeng.engine.recipes.phase_two.summary import TrainSummary
     from dpoeng.engine.recipes.plan import Plan
     from dpoeng.engine.recipes.precompute import PrecomputeSummary
-    from dpoeng.engine.recipes.train import TrainSummary
     from dpoeng.engine.runtime.progress import Progress
 
 StrPath = str | PathLike[str]
@@ -185,9 +185,14 @@ def train(
     """
     from dpoeng.engine.config.fields import TrainConfig
     from dpoeng.engine.config.files import config_of
-    from dpoeng.engine.recipes.train import train as run
+    from dpoeng.engine.recipes.phase_two.finished import finished_run
 
     config = config_of(TrainConfig, {"cache": cache, "output_dir": output_dir, **settings})
+    if (finished := finished_run(config)) is not None:
+        return finished
+
+    from dpoeng.engine.recipes.train import train as run
+
     return run(config, _shown(progress), on_metrics)
 
 

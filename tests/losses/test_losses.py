@@ -22,9 +22,9 @@ from dpoeng.engine.losses.batch import (
     pair_sums,
     preference_loss,
 )
+from dpoeng.engine.losses.metrics import preference_metrics
 from dpoeng.engine.losses.names import LOSS_FACTS, OTHER_NAMES, LossSettings, LossType
 from dpoeng.engine.losses.pairwise import usual_pairs
-from dpoeng.engine.runs.metrics import preference_metrics
 
 LN2, LN3 = math.log(2), math.log(3)
 NEEDED: dict[str, dict[str, Any]] = {"exo_pair": {"label_smoothing": 0.125}}  # what a loss cannot do without

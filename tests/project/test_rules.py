@@ -314,19 +314,6 @@ def test_every_dependency_is_pinned_within_its_range() -> None:
             assert requirement.specifier.contains(pin), f"{requirement} does not allow {pin}"
 
 
-def test_help_needs_no_heavy_library() -> None:
-    code = (
-        "import sys\n"
-        "from dpoeng.cli.main import main\n"
-        "try:\n    main(['--help'])\n"
-        "except SystemExit as stop:\n    assert stop.code == 0, stop.code\n"
-        "print(sorted({'torch', 'transformers', 'pyarrow', 'numpy', 'rich', 'pydantic'} & set(sys.modules)))"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "precompute-ref" in result.stdout
-    assert result.stdout.splitlines()[-1] == "[]"
-
-
 def tracked() -> list[Path]:
     """Files under version control that are text."""
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -7,8 +7,6 @@ import math
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import tracemalloc
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -267,25 +265,6 @@ def test_the_text_is_shown_with_what_is_scored(
     assert "Answer:[[ " in capsys.readouterr().out
     report = check_pairs(PrecomputeConfig(pairs=(file,)))
     assert [piece.scored for piece in report.shown[0].chosen] == [False, True]
-
-
-def test_check_needs_no_torch(tmp_path: Path, tiny_model: Path) -> None:
-    """transformers would load it for nothing; the tokenizer is the same without."""
-    rows = [chat(row) for row in clean_rows(100)]
-    file = write_jsonl(tmp_path / "pairs.jsonl", rows)
-    script = (
-        "import sys; from dpoeng.cli.main import main\n"
-        "try: main(['check', *sys.argv[1:]])\n"
-        "except SystemExit: print('torch' in sys.modules, file=sys.stderr)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(file), "--model", str(tiny_model), "--json"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stderr.splitlines()[-1] == "False"
-    assert json.loads(done.stdout)["unit"] == "tokens"
 
 
 def test_not_confident_is_what_the_filter_leaves_out(tmp_path: Path) -> None:

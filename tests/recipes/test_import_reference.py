@@ -14,8 +14,9 @@ from dpoeng.cache.exchange import export_view
 from dpoeng.cache.reader import View
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
 from dpoeng.engine.recipes.import_reference import import_reference
+from dpoeng.engine.recipes.phase_two.summary import TrainSummary
 from dpoeng.engine.recipes.precompute import precompute_reference
-from dpoeng.engine.recipes.train import TrainSummary, train
+from dpoeng.engine.recipes.train import train
 from dpoeng.engine.reference.parity import recompute
 
 

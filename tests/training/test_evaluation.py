@@ -18,8 +18,9 @@ from dpoeng.cli.main import main
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
 from dpoeng.engine.losses.batch import PreferenceBatch, pair_sums, preference_loss
 from dpoeng.engine.losses.names import LossSettings
+from dpoeng.engine.recipes.phase_two.summary import TrainSummary
 from dpoeng.engine.recipes.precompute import precompute_reference
-from dpoeng.engine.recipes.train import TrainSummary, train
+from dpoeng.engine.recipes.train import train
 from dpoeng.engine.training import loop as loop_module
 from dpoeng.engine.training.advice import advise
 from dpoeng.engine.training.early_stopping import Best, more_is_better, updated, watched

@@ -27,8 +27,9 @@ from dpoeng.engine.models.full_finetuning import train_all
 from dpoeng.engine.models.loading import load_model
 from dpoeng.engine.models.model import CausalLM, enable_gradient_checkpointing, set_mode
 from dpoeng.engine.models.sources import find_model
+from dpoeng.engine.recipes.phase_two.summary import TrainSummary
 from dpoeng.engine.recipes.precompute import precompute_reference
-from dpoeng.engine.recipes.train import TrainSummary, train
+from dpoeng.engine.recipes.train import train
 from dpoeng.engine.scoring.attention import use_layout
 from dpoeng.engine.training import loop as loop_module
 from dpoeng.engine.training.batch_loss import batch_loss

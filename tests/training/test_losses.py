@@ -16,8 +16,9 @@ from dpoeng.cache.reader import View
 from dpoeng.cli.main import main
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
 from dpoeng.engine.losses.names import LossSettings
+from dpoeng.engine.recipes.phase_two.summary import TrainSummary
 from dpoeng.engine.recipes.precompute import precompute_reference
-from dpoeng.engine.recipes.train import TrainSummary, train
+from dpoeng.engine.recipes.train import train
 from dpoeng.engine.training import step as step_module
 
 

@@ -1,0 +1,97 @@
+"""What phase two tells at its end, of a run just done or of a finished one from its records. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpoeng.engine.config.fields import Mode, TrainConfig
+from dpoeng.engine.runs.folder import result_folder
+from dpoeng.engine.runs.metrics import MetricsLog
+from dpoeng.engine.training.advice import Advice, advise
+from dpoeng.engine.training.early_stopping import Best
+
+if TYPE_CHECKING:
+    from dpoeng.engine.recipes.inputs import Inputs
+    from dpoeng.engine.reference.parity import ParityReport
+    from dpoeng.engine.runs.checkpoint import Finished
+
+
+@dataclass(slots=True)
+class TrainSummary:
+    """What phase two did. Of several processes one `reports`; the others know no results.
+
+    `result` is the folder of the trained adapter; with full fine-tuning (mode `full`) that of the trained checkpoint.
+    `loaded` says, with `fsdp`, how the processes came by their parts of the base.
+    """
+
+    output_dir: Path
+    result: Path
+    steps: int
+    resumed_from: int
+    train_pairs: int
+    eval_pairs: int
+    trainable: int
+    mode: str
+    parity: ParityReport | None
+    layout: str
+    layout_reason: str
+    device: str
+    processes: int = 1
+    loaded: str = ""
+    reports: bool = True
+    first: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+    eval_before: dict[str, float] = field(default_factory=dict)
+    eval_after: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    peak_bytes: int | None = None
+    predicted_bytes: int | None = None
+    already_complete: bool = False
+    planned_steps: int = 0
+    best: Best = field(default_factory=Best)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    advice: list[Advice] = field(default_factory=list)
+
+
+def finished_summary(
+    config: TrainConfig, inputs: Inputs, mode: Mode, finished: Finished, *, processes: int = 1, reports: bool = True
+) -> TrainSummary:
+    """The summary of a run that was complete already, from its records."""
+    summary = TrainSummary(
+        output_dir=config.output_dir,
+        result=result_folder(config.output_dir, mode),
+        steps=finished.step,
+        resumed_from=finished.step,
+        train_pairs=len(inputs.train_rows),
+        eval_pairs=len(inputs.held_out.rows),
+        trainable=finished.trained,
+        mode=mode,
+        parity=None,
+        layout="",
+        layout_reason="",
+        device="",
+        processes=processes,
+        reports=reports,
+        already_complete=True,
+        best=Best(**finished.state.get("best", {})),
+    )
+    add_results(summary, MetricsLog(config.output_dir), config)
+    return summary
+
+
+def add_results(summary: TrainSummary, log: MetricsLog, config: TrainConfig) -> None:
+    """Adds the first and last metrics, the evaluation of the weights that were saved, and the remarks on all."""
+    lines = log.read()
+    steps = [line for line in lines if "loss" in line]
+    evals = [line for line in lines if "eval_loss" in line]
+    summary.first, summary.last = (steps[0], steps[-1]) if steps else ({}, {})
+    full = log.read_evaluations()
+    saved = summary.best.step if config.load_best_model_at_end else None
+    evals_of_saved = [line for line in evals if line["step"] == saved] or evals
+    summary.eval_before, summary.eval_after = (evals[0], evals_of_saved[-1]) if evals else ({}, {})
+    summary.evaluation = ([line for line in full if line["step"] == saved] or full or [{}])[-1]
+    summary.advice = advise(
+        steps, evals, loss_type=config.loss_type, beta=config.beta, held_out_pairs=summary.eval_pairs
+    )
