@@ -345,9 +345,10 @@ def page(outcomes: Sequence[Outcome]) -> str:
             if counts[kind]
         ),
         "",
-        "**shared**: a prompt runs once for both responses. **separate**: each response runs with its own copy of the "
-        "prompt; the numbers are the same. **refused**: dpoeng stops with a message. **not made**: this study found no "
-        "small config for it, so nothing is known. **failed**: a stage did not end.",
+        "**shared**: a prompt runs once for both responses; recurrent and convolution layers hand their state on from "
+        "the prompt to each response. **separate**: each response runs with its own copy of the prompt; the numbers "
+        "are the same. **refused**: dpoeng stops with a message. **not made**: this study found no small config "
+        "for it, so nothing is known. **failed**: a stage did not end.",
         "",
         "| model type | prompt | training, evaluation, merge, forecast |",
         "|---|---|---|",

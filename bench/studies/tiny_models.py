@@ -78,6 +78,8 @@ _SIZES: dict[str, Any] = {
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
+    "linear_head_dim": 8,
+    "linear_num_heads": 4,
     "lru_width": 32,
     "conv_dim": 32,
     "attention_window_size": 32,
@@ -116,7 +118,11 @@ _EXTRA: dict[str, dict[str, Any]] = {
     "gemma4_text": {**_GEMMA, "global_head_dim": 8},
     "gemma4_unified_text": {**_GEMMA, "global_head_dim": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16},
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"zero_expert_num": 2, "num_layers": 1},
     "mamba2": {"num_heads": 4, "head_dim": 16},
     "roc_bert": {
@@ -164,11 +170,15 @@ def tiny_config(model_type: str) -> Any:
 
 def _sizes(kind: Any) -> dict[str, Any]:
     """The sizes that this class of configs has a field for, under its own names."""
-    known = set(vars(kind())) | set(kind.attribute_map)
+    default = kind()
+    known = set(vars(default)) | set(kind.attribute_map)
     names = {name: kind.attribute_map.get(name, name) for name in _SIZES}
     sizes = {names[name]: size for name, size in _SIZES.items() if name in known or names[name] in known}
     if "kv_lora_rank" in known and "num_key_value_heads" in sizes:
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]  # latent attention has as many of both
+    layers = list(dict.fromkeys(vars(default).get("layer_types") or ()))
+    if set(layers) in ({"linear_attention", "full_attention"}, {"conv", "full_attention"}):
+        sizes["layer_types"] = layers  # a hybrid's first layers are often all of one kind
     if "text_config" in (kind.sub_configs or {}):
         sizes = {name: size for name, size in sizes.items() if name.endswith("token_id")}
     return sizes

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from dpoeng.engine.config.fields import Attention
 from dpoeng.engine.models.model import CausalLM, Layout, register_attention
+from dpoeng.engine.scoring.forks import Forks, fork_states, forks
 from dpoeng.engine.scoring.layout import GroupSpan
 from dpoeng.engine.scoring.varlen import Texts, texts, varlen
 from dpoeng.kernels.cpu_linear import dtype_of_products
@@ -38,12 +39,19 @@ class AttentionPlan:
     # Made at the first layer's request, since only a layer knows its window, dtype and device; kept for all others.
     masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
     row_texts: list[Texts] = field(default_factory=list)
+    row_forks: list[Forks] = field(default_factory=list)
 
     def texts(self, like: torch.Tensor) -> Texts:
         """The row as texts for FlashAttention."""
         if not self.row_texts:
             self.row_texts.append(texts(self.groups, like.device))
         return self.row_texts[0]
+
+    def forks(self, like: torch.Tensor) -> Forks:
+        """The row as prompts and branches for layers that keep a state."""
+        if not self.row_forks:
+            self.row_forks.append(forks(self.groups, like.device))
+        return self.row_forks[0]
 
     def mask(self, q_len: int, k_len: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
         """Additive mask [q_len, k_len]: query i is key `k_len - q_len + i` and sees keys up to itself.
@@ -157,7 +165,11 @@ def _attend(
 
 
 def use_layout(lm: CausalLM, layout: Layout, reason: str = "") -> None:
-    """Switches the attention between the shared-prompt one and transformers' own."""
+    """Switches the attention between the shared-prompt one and transformers' own.
+
+    Layers that keep a state follow a row's plan in both cases; without one they run as transformers has them.
+    """
+    fork_states(lm.backbone)
     register_attention(SHARED_PROMPT, shared_prompt_attention)
     lm.layout, lm.layout_reason = layout, reason
     lm.base.set_attn_implementation(SHARED_PROMPT if layout == "shared" else lm.native_attention)

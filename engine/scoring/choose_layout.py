@@ -15,6 +15,7 @@ from dpoeng.engine.models.model import CausalLM
 from dpoeng.engine.models.model_config import chooses_tokens, windows
 from dpoeng.engine.runtime.out_of_memory import is_out_of_memory
 from dpoeng.engine.scoring.attention import use_layout
+from dpoeng.engine.scoring.forks import fork_states, told_of_forks
 from dpoeng.engine.scoring.forward import on_device, position_limit, rotary_limit, score_groups
 from dpoeng.engine.scoring.layout import Branch, PromptGroup, separate
 
@@ -175,7 +176,8 @@ def _try_shared(lm: CausalLM, probe: _Probe, attention: Attention) -> str:
     """Sets the first way of sharing prompts that gives the model's own numbers; else says why none does."""
     reason, without = "", ""
     for way in ways_to_attend(attention, lm.device.type, lm.dtype):
-        use_layout(lm, "shared", f"each prompt run once for both responses; attention: {way}{without}")
+        stateful = told_of_forks(len(fork_states(lm.backbone)))
+        use_layout(lm, "shared", f"each prompt run once for both responses; attention: {way}{without}{stateful}")
         lm.attention = way
         try:
             error_of_way = probe.difference(lm)

@@ -18,7 +18,7 @@ FAMILIES = {
     "gpt2": "shared",
     "qwen3_moe": "shared",
     "deepseek_v3": "shared",
-    "qwen3_5": "separate",
+    "qwen3_5": "shared",
     "deepseek_v32": "separate",
     "opt": "shared",
     "stablelm": "separate",

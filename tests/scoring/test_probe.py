@@ -49,7 +49,7 @@ FOUND: dict[str, tuple[str, bool]] = {
     "mistral": ("shared", True),
     "modernbert-decoder": ("shared", True),  # `get_decoder` is the head, and a dense layer is before that
     "recurrent_gemma": ("separate", True),  # logits_soft_cap
-    "falcon_h1": ("separate", True),  # lm_head_multiplier
+    "falcon_h1": ("shared", True),  # lm_head_multiplier
     "gemma3": ("shared", True),  # all of these inside text_config
     "mistral3": ("shared", True),  # there is no causal class of these
     "qwen2_5_vl": ("shared", True),

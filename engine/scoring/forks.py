@@ -1,0 +1,237 @@
+"""Recurrent and convolution layers over packed rows: their state at the end of a prompt starts each of its branches.
+
+Gated delta nets, Mamba-2 and short convolutions read a text from left to right and keep a state. transformers gives
+every such layer one way to go on from a state: a cache that the layer asks for its convolution's and its recurrence's
+state, and hands the new ones to. `_States` is such a cache for one layer; unlike transformers' own it copies nothing
+in place, so gradients flow from the branches through the state into the prompt.
+
+A layer runs twice over a row: over all prompts, then over all branches. Prompts of similar length go together, padded
+on the left, so each state is that of its prompt's end; branches are padded on the right. Nothing here knows an
+architecture by name: `choose_layout` tries whether the numbers come out right. Fused kernels (flash-linear-attention,
+causal-conv1d, mamba-ssm) are used where transformers uses them, since the layer's own code runs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dpoeng.cache.words import counted
+from dpoeng.engine.runtime.to_device import to_device
+from dpoeng.engine.scoring.layout import GroupSpan
+
+_UPDATES = {"update_conv_state", "update_recurrent_state"}
+_CACHES = ("cache_params", "past_key_values")
+_MASKS = ("attention_mask", "conv_mask")
+
+PADDING = 1.25
+"""Positions, padding included, for each real one of a rectangle; texts that would need more go separately."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rectangle:
+    """Texts of a row, padded to one length.
+
+    Attributes:
+        rows: [B * L], the row's position at each place; padding repeats position 0.
+        shape: (B, L).
+        mask: [B, L], 1 on real positions; None where nothing stands before a text.
+        states: [B], which prompt's state each text starts from; None for the prompts themselves.
+    """
+
+    rows: torch.Tensor
+    shape: tuple[int, int]
+    mask: torch.Tensor | None
+    states: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Forks:
+    """A row's rectangles, and [T] where each position of the row lies in their flattened outputs, one after the other.
+
+    States are numbered in the order of the prompts' rectangles.
+    """
+
+    prompts: tuple[Rectangle, ...]
+    branches: tuple[Rectangle, ...]
+    places: torch.Tensor
+
+
+def forks(groups: Sequence[GroupSpan], device: torch.device) -> Forks:
+    """Spans of a row -> its rectangles. A prompt without tokens has the state of its padding, which is zero."""
+    prompts = [(group.prompt_begin, group.prompt_end) for group in groups]
+    branches = [(i, *branch) for i, group in enumerate(groups) for branch in group.branches]
+    shared = any(end > begin for begin, end in prompts)
+    order = _alike([end - begin for begin, end in prompts]) if shared else []
+    of_prompt = {prompt: state for state, prompt in enumerate(i for part in order for i in part)}
+    places = np.zeros(max(end for _, _, end in branches), dtype=np.int64)
+    cursor = 0
+
+    def rectangle(spans: Sequence[tuple[int, int]], states: Sequence[int] | None) -> Rectangle:
+        nonlocal cursor
+        sizes = [end - begin for begin, end in spans]
+        # At least two positions after a state: a single one would take the layers' decoding kernels, which change the
+        # state in place and have no gradient.
+        length = max(*sizes, 1 if states is None else 2)
+        rows = np.zeros((len(spans), length), dtype=np.int64)
+        mask = np.zeros((len(spans), length), dtype=np.int64)
+        for i, (begin, end) in enumerate(spans):
+            first = length - sizes[i] if states is None else 0
+            rows[i, first : first + sizes[i]] = np.arange(begin, end)
+            mask[i, first : first + sizes[i]] = 1
+            places[begin:end] = cursor + i * length + first + np.arange(sizes[i])
+        cursor += rows.size
+        return Rectangle(
+            to_device(rows.reshape(-1), device),
+            rows.shape,
+            to_device(mask, device) if states is None and not mask.all() else None,
+            to_device(np.array(states, dtype=np.int64), device) if states is not None and shared else None,
+        )
+
+    before = tuple(rectangle([prompts[i] for i in part], None) for part in order)
+    after = tuple(
+        rectangle([branches[i][1:] for i in part], [of_prompt.get(branches[i][0], 0) for i in part])
+        for part in _alike([end - begin for _, begin, end in branches])
+    )
+    return Forks(before, after, to_device(places, device))
+
+
+def _alike(lengths: Sequence[int]) -> list[list[int]]:
+    """Numbers of texts, the longest first, in parts that need at most `PADDING` positions for each real one."""
+    parts: list[list[int]] = []
+    longest = real = 0
+    for i in np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist():
+        if parts and longest * (len(parts[-1]) + 1) <= PADDING * (real + lengths[i]):
+            parts[-1].append(i)
+            real += lengths[i]
+        else:
+            parts.append([i])
+            longest = real = lengths[i]
+    return parts
+
+
+@dataclass(slots=True, eq=False)
+class _States:
+    """One layer's states as transformers' layers ask a cache for them, by number (some keep several of a kind)."""
+
+    conv: dict[int, torch.Tensor] = field(default_factory=dict)
+    recurrent: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """The last inputs of a convolution [B, C, K], or None."""
+        return self.conv.get(state_idx)
+
+    def update_conv_state(
+        self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None
+    ) -> torch.Tensor:
+        """Keeps the last inputs of a convolution; returns what it has to run over: those before, and the new ones."""
+        before = self.conv.get(state_idx)
+        seen = conv_states if before is None else torch.cat([before, conv_states], dim=-1)
+        kept = conv_kernel_size or conv_states.shape[-1]
+        short = max(0, kept - seen.shape[-1])
+        self.conv[state_idx] = nn.functional.pad(seen, (short, 0))[..., -kept:]
+        return seen
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """The state of a recurrence [B, ...], or None."""
+        return self.recurrent.get(state_idx)
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_: Any
+    ) -> torch.Tensor:
+        """Keeps the state of a recurrence."""
+        self.recurrent[state_idx] = recurrent_states
+        return recurrent_states
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        """Whether there is a state to go on from."""
+        return bool(self.conv or self.recurrent)
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        """Whether states are kept for going back: never."""
+        return False
+
+    def starting(self, texts: torch.Tensor) -> _States:
+        """The states that some texts [B] start from."""
+        conv = {kind: state.index_select(0, texts) for kind, state in self.conv.items()}
+        return _States(conv, {kind: state.index_select(0, texts) for kind, state in self.recurrent.items()})
+
+
+def _joined(parts: Sequence[_States]) -> _States:
+    def join(states: Sequence[dict[int, torch.Tensor]]) -> dict[int, torch.Tensor]:
+        return {kind: torch.cat([one[kind] for one in states]) for kind in states[0]}
+
+    return _States(join([part.conv for part in parts]), join([part.recurrent for part in parts]))
+
+
+def fork_states(backbone: nn.Module) -> list[nn.Module]:
+    """Makes the layers that keep a state honour a row's plan; without a plan they run as before. Returns the layers.
+
+    To be called again at will: a layer is changed once.
+    """
+    layers = [module for module in backbone.modules() if _keeps_state(type(module))]
+    for layer in layers:
+        if not (isinstance(layer.forward, partial) and layer.forward.func is _forked):
+            takes = inspect.signature(layer.forward).parameters
+            cache = next(name for name in _CACHES if name in takes)
+            mask = next((name for name in _MASKS if name in takes), None)
+            layer.forward = partial(_forked, layer.forward, cache, mask)
+    return layers
+
+
+def told_of_forks(layers: int) -> str:
+    """What is said of some layers that keep a state, and of whose code computes them; nothing where there are none."""
+    if not layers:
+        return ""
+    kernels = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d", "mamba_ssm": "mamba-ssm"}
+    found = [name for package, name in kernels.items() if importlib.util.find_spec(package)]
+    code = f"with {', '.join(found)} where they fit" if found else f"in PyTorch, without {', '.join(kernels.values())}"
+    return f"; {counted(layers, 'layer')} hand their state on from prompt to response, {code}"
+
+
+def _keeps_state(kind: type[nn.Module]) -> bool:
+    """Whether a class of layers hands states to a cache, and takes one."""
+    methods = [method for method in vars(kind).values() if inspect.isfunction(method)]
+    names = {name for method in methods for name in inspect.unwrap(method).__code__.co_names}
+    return bool(names & _UPDATES) and any(name in inspect.signature(kind.forward).parameters for name in _CACHES)
+
+
+def _forked(
+    forward: Callable[..., torch.Tensor],
+    cache: str,
+    mask: str | None,
+    hidden_states: torch.Tensor,
+    *others: Any,
+    dpoeng_plan: Any = None,
+    **named: Any,
+) -> torch.Tensor:
+    """A layer over a row [1, T, H] -> [1, T, H], by its own `forward(hidden_states, cache, mask)` over rectangles.
+
+    `dpoeng_plan`: an `attention.AttentionPlan`.
+    """
+    if dpoeng_plan is None:
+        return forward(hidden_states, *others, **named)
+    if others or named.get(mask or "") is not None or named.get(cache) is not None:
+        raise ValueError("a layer that keeps a state takes no mask and no cache here: the plan says what follows what")
+    plan: Forks = dpoeng_plan.forks(hidden_states)
+    row = hidden_states[0]
+
+    def over(rectangle: Rectangle, states: _States) -> torch.Tensor:
+        inputs = row.index_select(0, rectangle.rows).view(*rectangle.shape, -1)
+        masked = named | {cache: states} | ({mask: rectangle.mask} if mask else {})
+        return forward(hidden_states=inputs, **masked).flatten(0, 1)
+
+    ends = [_States() for _ in plan.prompts]
+    outputs = [over(rectangle, end) for rectangle, end in zip(plan.prompts, ends, strict=True)]
+    state = _joined(ends) if ends else _States()
+    starts = [_States() if one.states is None else state.starting(one.states) for one in plan.branches]
+    outputs += [over(rectangle, start) for rectangle, start in zip(plan.branches, starts, strict=True)]
+    return torch.cat(outputs).index_select(0, plan.places)[None]
