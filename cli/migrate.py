@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 EPILOG = """\b
 Examples:
   dpoeng migrate train_dpo.py
+  dpoeng migrate train_dpo.py --trl-version 0.11.4
   dpoeng migrate dpo_config.json --output dpoeng.yaml
   dpoeng migrate axolotl.yml --output -
   pbpaste | dpoeng migrate -
@@ -33,19 +34,24 @@ Examples:
     show_default=True,
     help="Where to write; - prints.",
 )
+@click.option(
+    "--trl-version",
+    help="Release of TRL that the script was written for; its defaults fill what the script leaves out.  "
+    "[default: derived from the script's imports and calls]",
+)
 @click.option("--force", is_flag=True, help="Overwrite the output.")
-def migrate(file: Path, output: Path, force: bool) -> None:
-    """Turn the set-up in FILE into a dpoeng.yaml.
+def migrate(file: Path, output: Path, trl_version: str | None, force: bool) -> None:
+    """Turn another trainer's set-up into a dpoeng.yaml.
 
     FILE is a TRL script (read, never run), a DPOConfig in JSON or YAML, or a DPO configuration of Axolotl or
-    LLaMA-Factory; - reads stdin. A comment marks each line whose meaning changed; settings without an equivalent are
+    LLaMA-Factory; - reads stdin. A comment marks each line whose meaning changed. Settings without an equivalent are
     listed.
     """
     from dpoeng.engine.config.template import config_text, write_config
     from dpoeng.engine.migration.fields import KINDS
     from dpoeng.engine.recipes.migrate import migrate as read
 
-    result = read(file, _text(file))
+    result = read(file, _text(file), trl_version)
     header = [f"Made by `dpoeng migrate` from {KINDS[result.kind]}."]
     for title, items in (("No equivalent:", result.lost), ("To know:", result.notes)):
         header += [title, *(f"- {item}" for item in items)] if items else []

@@ -5,29 +5,42 @@ Reads TRL scripts, a DPOConfig in JSON or YAML, and DPO configurations of Axolot
 
 from __future__ import annotations
 
-import ast
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from packaging.version import Version
 from pydantic import ValidationError
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config.fields import COMMANDS, known_fields
 from dpoeng.engine.config.files import load_yaml
-from dpoeng.engine.config.other_trainers import meaning, signatures
+from dpoeng.engine.config.other_trainers import meaning
 from dpoeng.engine.config.problems import Entry, value_problems
-from dpoeng.engine.migration.fields import KINDS, Migration, at, carry_over
+from dpoeng.engine.migration.fields import KINDS, Migration, carry_over
+from dpoeng.engine.migration.releases import (
+    assumed_release,
+    defaults_of,
+    fitting_releases,
+    imported_from_trl,
+    refusals,
+    release_read,
+)
 from dpoeng.engine.migration.scripts import Given, Unread, read_script
 
 
-def migrate(path: Path, text: str) -> Migration:
-    """Reads the set-up in `text`; `path` tells its kind and where mistakes are.
+def migrate(path: Path, text: str, trl_version: str | None = None) -> Migration:
+    """Read another trainer's set-up as fields of dpoeng.
+
+    Args:
+        path: where `text` comes from; its ending tells the kind, and errors name it.
+        text: the whole set-up.
+        trl_version: the release of TRL that a script was written for; None derives it from the script's calls.
 
     Raises:
-        UserError: it cannot be read, or there is nothing of DPO in it.
+        UserError: it cannot be read, there is nothing of DPO in it, or the release is not known.
     """
+    asked = release_read(trl_version) if trl_version is not None else None
     kind, given = read_setup(path, text)
     if not given:
         raise UserError(
@@ -49,10 +62,16 @@ def migrate(path: Path, text: str) -> Migration:
             "other values."
         )
     _adapter(by_name, result)
-    _defaults(by_name, result)
-    _contradictions(result)
     if kind in ("script", "trl"):
-        result.refused, result.fits = refusals(given), fitting_releases(given)
+        fits = fitting_releases(given, imported_from_trl(text) if kind == "script" else ())
+        result.refused, result.fits = refusals(given), str(fits)
+        _trl_defaults(by_name, result, asked or assumed_release(fits), () if asked else fits.trl)
+    else:
+        if asked:
+            result.notes.append(f"--trl-version: not used, since this is {KINDS[kind]}")
+        _other_defaults(by_name, result)
+    _held_out(by_name, result)
+    _contradictions(result)
     return result
 
 
@@ -207,35 +226,63 @@ _FROM_TRL = (
 )
 
 
-def _defaults(by_name: dict[str, Given], result: Migration) -> None:
-    """Writes out the other trainer's defaults where dpoeng's differ: the same run, not only the same names."""
-    if result.kind in _OTHERS:
-        wanted, whose = dict(_OTHERS[result.kind]), KINDS[result.kind].split(" ")[1]
-        if result.kind == "llama_factory":
-            rank = result.lines["lora_r"].value if "lora_r" in result.lines else wanted["lora_r"]
-            wanted["lora_alpha"] = 2 * rank
-    else:
-        config = any(item.owner == "DPOConfig" for item in by_name.values())
-        wanted = {name: value for name in _FROM_TRL if (value := trl_default(name, config=config)) is not None}
-        whose = "TRL 1.16" if config else "transformers"
-        if any(item.source == "peft" for item in by_name.values()):
-            wanted |= _PEFT
-            if "lora_target_modules" not in result.lines:
-                result.notes.append(
-                    "LoraConfig without target_modules: peft picks some for each family; here all-linear."
-                )
-    if "warmup_steps" in result.lines:
-        wanted.pop("warmup_ratio", None)
-    if "use_peft" in result.lines and result.lines["use_peft"].value is False:
-        wanted = {name: value for name, value in wanted.items() if not name.startswith("lora_")}
-    keeps_shape = "adapter_mode" in result.lines and result.lines["adapter_mode"].value == "continue"
-    given = {name for name in by_name if isinstance(by_name[name].value, Unread)}
+def _trl_defaults(by_name: dict[str, Given], result: Migration, release: str, candidates: Sequence[str]) -> None:
+    """Write out the defaults of a release of TRL where dpoeng's differ, so that the run stays the same.
+
+    `candidates`: the releases that the script fits; a default on which they disagree is remarked on.
+    """
+    config = any(item.owner == "DPOConfig" for item in by_name.values())
+    wanted = defaults_of(_FROM_TRL, release, config=config)
+    written = _write_defaults(by_name, result, wanted, f"TRL {_minor(release)}" if config else "transformers")
+    newest = candidates[-1] if candidates else release
+    for name in written:
+        later = defaults_of([name], newest, config=config).get(name)
+        if later != wanted[name]:
+            result.notes.append(
+                f"{name}: {wanted[name]!r} is the default of TRL {_minor(release)}, {later!r} that of "
+                f"{_minor(newest)}. The script fits both; name its release with --trl-version."
+            )
+    if "max_length" not in {*result.lines, *by_name, *wanted}:
+        result.notes.append(
+            f"max_length: not set there, and TRL {_minor(release)} has no fixed default. dpoeng cuts at 1024 tokens: "
+            "set what you need."
+        )
+    if any(item.source == "peft" for item in by_name.values()):
+        keeps_shape = "adapter_mode" in result.lines and result.lines["adapter_mode"].value == "continue"
+        _write_defaults(by_name, result, {} if keeps_shape else _PEFT, "peft")
+        if "lora_target_modules" not in result.lines:
+            result.notes.append("LoraConfig without target_modules: peft picks some for each family; here all-linear.")
+
+
+def _other_defaults(by_name: dict[str, Given], result: Migration) -> None:
+    """The same for Axolotl and LLaMA-Factory."""
+    wanted = dict(_OTHERS[result.kind])
+    if result.kind == "llama_factory":
+        rank = result.lines["lora_r"].value if "lora_r" in result.lines else wanted["lora_r"]
+        wanted["lora_alpha"] = 2 * rank
+    if "adapter_mode" in result.lines and result.lines["adapter_mode"].value == "continue":
+        wanted = {name: value for name, value in wanted.items() if name not in _PEFT}
+    _write_defaults(by_name, result, wanted, KINDS[result.kind].split(" ")[1])
+
+
+def _write_defaults(by_name: dict[str, Given], result: Migration, wanted: Mapping[str, Any], whose: str) -> list[str]:
+    """Set each field that was left out there and whose default here is another -> their names."""
+    left_to_you = {name for name, item in by_name.items() if isinstance(item.value, Unread)}
+    whole = "use_peft" in result.lines and result.lines["use_peft"].value is False
+    written = []
     for name, value in wanted.items():
         ours = next(cls.model_fields[name].default for cls in COMMANDS.values() if name in cls.model_fields)
-        if name not in result.lines and name not in given and value != ours and not (keeps_shape and name in _PEFT):
-            of = "peft" if name in _PEFT and result.kind not in _OTHERS else whose
-            result.put(name, value, f"not set there: the default of {of}; dpoeng's is {ours}")
-    _held_out(by_name, result)
+        if name in result.lines or name in left_to_you or value == ours:
+            continue
+        if (whole and name.startswith("lora_")) or (name == "warmup_ratio" and "warmup_steps" in result.lines):
+            continue
+        result.put(name, value, f"not set there: the default of {whose}; dpoeng's is {ours}")
+        written.append(name)
+    return written
+
+
+def _minor(release: str) -> str:
+    return ".".join(release.split(".")[:2])
 
 
 def _held_out(by_name: dict[str, Given], result: Migration) -> None:
@@ -253,86 +300,3 @@ def _held_out(by_name: dict[str, Given], result: Migration) -> None:
         )
     else:
         result.put("eval_share", 0.0, "nothing was evaluated there; dpoeng's default holds out a tenth of the prompts")
-
-
-def trl_default(name: str, *, config: bool) -> Any:
-    """The newest default of a name in DPOConfig, or in plain TrainingArguments. None: none, or no constant."""
-    owners = signatures()["names"].get(name, {})
-    for owner in ("DPOConfig", "TrainingArguments") if config else ("TrainingArguments", "DPOConfig"):
-        if owner in owners:
-            try:
-                value = ast.literal_eval(owners[owner]["defaults"][-1][1])
-            except (ValueError, SyntaxError):
-                return None
-            return 0.0 if name == "warmup_ratio" else value
-    return None
-
-
-def fitting_releases(given: list[Given]) -> str:
-    """The releases that take all of these calls, e.g. `it fits TRL 0.7.5 to 0.8.0 with transformers 4.31.0 to 4.50.0`.
-
-    By the arguments that they know, and by the transformers that the metadata of these releases of TRL ask for.
-    """
-    names, versions = signatures()["names"], signatures()["versions"]
-    trl, transformers = list(versions["trl"]), list(versions["transformers"])
-    for item in given:
-        if item.name == "args" and item.source == "script":
-            trl = [version for version in trl if version.startswith(("0.7.", "0.8."))]  # seen: docs/trl.md
-        owners = names.get(item.name, {})
-        if item.owner not in ("DPOConfig", "DPOTrainer", "TrainingArguments") or item.source != "trl" or not owners:
-            continue
-        own, inherited = owners.get(item.owner), owners.get("TrainingArguments")
-        if item.owner != "TrainingArguments" and own is not None and not (item.owner == "DPOConfig" and inherited):
-            trl = [version for version in trl if _within(version, own["in"], versions["trl"])]
-        elif inherited is not None and item.owner != "DPOTrainer":
-            transformers = [v for v in transformers if _within(v, inherited["in"], versions["transformers"])]
-        else:
-            trl = []
-    wanted = [(version, [v for v in transformers if Version(v) >= _least_transformers(version)]) for version in trl]
-    fitting = [(version, found) for version, found in wanted if found]
-    if not fitting:
-        return "no release takes all of it"
-    # The newest of them asks for the newest transformers, so its releases are right for all.
-    return f"it fits TRL {_range([version for version, _ in fitting])} with transformers {_range(fitting[-1][1])}"
-
-
-def _least_transformers(trl: str) -> Version:
-    """The oldest transformers that a release of TRL accepts."""
-    since, versions = signatures()["requires"], signatures()["versions"]["trl"]
-    return Version([least for first, least in since if versions.index(first) <= versions.index(trl)][-1])
-
-
-def _within(version: str, stretches: list[list[str]], known: list[str]) -> bool:
-    place = known.index(version)
-    return any(known.index(first) <= place <= known.index(last) for first, last in stretches)
-
-
-def _range(versions: list[str]) -> str:
-    return versions[0] if len(versions) == 1 else f"{versions[0]} to {versions[-1]}"
-
-
-def refusals(given: list[Given]) -> list[str]:
-    """Why the newest TRL and transformers refuse these calls, call by call."""
-    names, versions = signatures()["names"], signatures()["versions"]
-    told = []
-    for item in given:
-        owners = names.get(item.name, {})
-        if item.owner not in ("DPOConfig", "DPOTrainer", "TrainingArguments") or item.source == "script":
-            continue
-        accepting = ("DPOConfig", "TrainingArguments") if item.owner == "DPOConfig" else (item.owner,)
-        newest = {o: versions["transformers" if o == "TrainingArguments" else "trl"][-1] for o in accepting}
-        if any(o in owners and owners[o]["in"][-1][1] == newest[o] for o in accepting):
-            continue
-        last = next((f"{o} took it to {owners[o]['in'][-1][1]}" for o in accepting if o in owners), "")
-        known = meaning(item.name, fields=known_fields())
-        renamed = f"; now {known.renamed[0]}" if known and known.renamed else ""
-        moved = [o for o in ("DPOConfig",) if o in owners and owners[o]["in"][-1][1] == versions["trl"][-1]]
-        if item.owner == "DPOTrainer" and moved:
-            renamed = "; now an argument of DPOConfig"
-        told.append(f"{at(item)}{item.name}: {last or f'{item.owner} never took it'}{renamed}")
-    if any(item.name == "args" and item.source == "script" for item in given):
-        told.append(
-            "TrainingArguments is handed to DPOTrainer, which reads fields that only DPOConfig has: "
-            "'TrainingArguments' object has no attribute 'padding_value' or 'model_init_kwargs'"
-        )
-    return told

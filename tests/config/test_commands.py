@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from dpoeng.cli.main import main
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig, known_fields
 from dpoeng.engine.config.files import config_schema, load_config
 from dpoeng.engine.config.template import config_text, yaml_line
+from dpoeng.engine.migration.releases import TRIED
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -278,6 +280,57 @@ def test_the_three_failing_calls_become_a_config_that_trains(run: Run, tmp_path:
     assert (tmp_path / "dpo-out" / "adapter" / "adapter_model.safetensors").is_file()
     first = json.loads((tmp_path / "dpo-out" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(0.6931, abs=1e-4)
+
+
+REQUEST = """
+from datasets import load_dataset
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, TrainingArguments
+from trl import DPOConfig, DPOTrainer
+
+base = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-32B", load_in_8bit=True)
+model = PeftModel.from_pretrained(base, "my-sft-lora", is_trainable=True)
+training_args = ARGS(output_dir="dpo-out", evaluation_strategy="no", per_device_train_batch_size=1)
+trainer = DPOTrainer(model, None, args=training_args, beta=0.1, tokenizer=tokenizer,
+                     train_dataset=load_dataset("json", data_files="pairs.jsonl", split="train"))
+"""
+
+
+@pytest.mark.parametrize("arguments", ["DPOConfig", "TrainingArguments"])
+def test_the_releases_follow_what_is_imported(run: Run, tmp_path: Path, arguments: str) -> None:
+    """DPOConfig came with 0.9 and `tokenizer` went after 0.11: 0.8 would end in an ImportError, 1.16 in a TypeError."""
+    written, out = migrated(run, tmp_path, "train.py", REQUEST.replace("ARGS", arguments))
+    fits = (
+        "it fits TRL 0.9.2 to 0.11.0 with transformers 4.40.0 to 4.50.0; TRL 0.11.4 was tried with transformers 4.45.2"
+    )
+    assert fits in out
+    assert ("no release takes all of it; with DPOConfig in place" in out) == (arguments == "TrainingArguments")
+    assert written["learning_rate"] == 5e-5, "1e-6 came with TRL 0.12"
+    assert written["truncation_mode"] == "keep_end", "keep_start came with 0.29"
+    assert "max_length: not set there, and TRL 0.9 has no fixed default" in out
+
+
+def test_defaults_are_those_of_the_release(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("DPOTrainer(m, beta=0.1, args=DPOConfig(evaluation_strategy='no'))\n")
+    _, out, _ = run("migrate", "train.py")
+    assert "learning_rate: 5e-05 is the default of TRL 0.9, 1e-06 that of 0.12" in out
+    for release, rate in (("0.11.4", 5e-5), ("0.12.1", 1e-6), ("1.16.0", 1e-6)):
+        status, out, _ = run("migrate", "train.py", "--force", "--trl-version", release)
+        assert status == 0
+        assert "The script fits both" not in out
+        assert yaml.safe_load((tmp_path / "dpoeng.yaml").read_text())["learning_rate"] == rate
+    (tmp_path / "dpo.yml").write_text(AXOLOTL)
+    assert "--trl-version: not used" in run("migrate", "dpo.yml", "--force", "--trl-version", "0.11.4")[1]
+    for wrong in ("0.6", "2.0", "newest"):
+        status, _, err = run("migrate", "train.py", "--force", "--trl-version", wrong)
+        assert status == 2
+        assert "a release from 0.7.0 to 1.16.0" in err
+
+
+def test_pairs_of_releases_that_were_tried_are_those_of_the_page() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "trl.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\d.]+) \| ([\d.]+) \| [a-z]", page, re.MULTILINE)
+    assert tuple(rows) == TRIED
 
 
 def migrated(run: Run, tmp_path: Path, name: str, text: str) -> tuple[dict[str, Any], str]:
