@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -13,21 +11,28 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dpoeng.cache.words import counted
-from dpoeng.cli.options import as_words, config_options, force_option, given
-from dpoeng.cli.tables import Marked, command_line, facts_table, say
+from dpoeng.cli.options import ConfigCommand, as_words, config_options, force_option, given
+from dpoeng.cli.tables import Marked, command_line, facts_table, json_option, say, say_json
 from dpoeng.engine.config.fields import PrecomputeConfig
 from dpoeng.engine.config.files import load_config
+from dpoeng.engine.data.where import GRAMMAR
 
 if TYPE_CHECKING:
     from dpoeng.engine.checks.findings import Finding
     from dpoeng.engine.recipes.check import CheckReport
 
-EPILOG = """\b
+EPILOG = (
+    """\b
 Examples:
   dpoeng check pairs.jsonl
   dpoeng check pairs.jsonl --model sft-model --eval held-out.jsonl --html check.html
   dpoeng check pairs.jsonl --model sft-model --json --strict
+
+\b
+Conditions of --where, over the columns of a row:
 """
+    + GRAMMAR
+)
 
 _USED = frozenset(
     "model adapter tokenizer columns prompt_format where max_reject_share max_length max_prompt_length truncation_mode "
@@ -37,14 +42,14 @@ EXIT_FOUND = 3
 _MARKS = ("[[", "]]")
 
 
-@click.command("check", epilog=EPILOG)
+@click.command("check", cls=ConfigCommand, epilog=EPILOG)
 @click.argument("pairs", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file.  [default: dpoeng.yaml]")
 @click.option("--eval", "eval_files", multiple=True, type=click.Path(path_type=Path), help="Evaluation pairs: leakage?")
 @click.option("--examples", type=click.IntRange(min=0), default=3, show_default=True, help="Rows to name a finding.")
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page that needs no network.")
 @force_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @click.option("--strict", is_flag=True, help="Fail on warnings too.")
 @config_options(PrecomputeConfig, skip=frozenset(PrecomputeConfig.model_fields) - _USED)
 def check(
@@ -85,7 +90,7 @@ def check(
 
         write_page(html, check_page(report), inputs=inputs, force=force)
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(report), indent=2))
+        say_json(report)
     else:
         print_report(report, html, then)
     if report.count("error") or (strict and report.count("warning")):

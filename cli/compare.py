@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +9,7 @@ import click
 
 from dpoeng.cli.evaluate import run_config
 from dpoeng.cli.options import config_options, given
-from dpoeng.cli.tables import Cell, Marked, Table, say
+from dpoeng.cli.tables import Cell, Marked, Table, json_option, say, say_json
 from dpoeng.engine.config.fields import TrainConfig
 
 if TYPE_CHECKING:
@@ -43,7 +41,7 @@ _FIELDS = frozenset("cache view model quantization dtype device".split())
 @click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1 keeps small models from circling.")
 @click.option("--stop", multiple=True, help="A text at which an answer ends; may be given several times.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the draws.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @config_options(TrainConfig, skip=frozenset(TrainConfig.model_fields) - _FIELDS)
 def compare(
     path: Path,
@@ -89,7 +87,7 @@ def compare(
         seed=seed,
     )
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(one) for one in found], indent=2))
+        say_json(found)
     else:
         say(generations_table(found))
     keep_samples(trained, found, TerminalProgress())

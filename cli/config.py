@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from dpoeng.cli.options import ConfigCommand, config_options, given
-from dpoeng.cli.tables import Cell, Marked, Table, say
+from dpoeng.cli.tables import Cell, Marked, Table, json_option, say, say_json
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
 from dpoeng.engine.config.files import config_schema, resolve
 from dpoeng.engine.config.template import plain, sections
@@ -39,7 +39,7 @@ def config(ctx: click.Context) -> None:
 
 @config.command("show", cls=ConfigCommand, epilog=SHOW_EPILOG)
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file.  [default: dpoeng.yaml]")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
+@json_option
 @config_options(PrecomputeConfig)
 @config_options(TrainConfig, skip=frozenset(PrecomputeConfig.model_fields))
 def show(config_file: Path | None, as_json: bool, **options: Any) -> None:
@@ -52,7 +52,7 @@ def show(config_file: Path | None, as_json: bool, **options: Any) -> None:
         shown: dict[str, dict[str, Any]] = {}
         for s in settings:
             shown.setdefault(s.command, {})[s.name] = {"value": plain(s.value), "origin": s.origin}
-        click.echo(json.dumps(shown, indent=1))
+        say_json(shown)
         return
 
     by_name = {(s.command, s.name): s for s in settings}
@@ -77,4 +77,4 @@ def in_words(value: Any) -> str:
 @config.command("schema", epilog=SCHEMA_EPILOG)
 def schema() -> None:
     """Print the JSON Schema of dpoeng.yaml, for editors."""
-    click.echo(json.dumps(config_schema(), indent=1))
+    say_json(config_schema())

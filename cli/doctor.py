@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import click
 
 from dpoeng.cache.words import counted
-from dpoeng.cli.tables import Cell, Marked, Table, say
+from dpoeng.cli.tables import Cell, Marked, Table, json_option, say, say_json
 
 EPILOG = """\b
 Examples:
@@ -27,7 +26,7 @@ EXIT_FOUND = 5
 )
 @click.option("--output-dir", type=click.Path(path_type=Path), default=Path("out"), help="Where training will write.")
 @click.option("--online", is_flag=True, help="Try to reach the hub too.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, for a bug report.")
+@json_option
 @click.option("--strict", is_flag=True, help="Fail on warnings too.")
 def doctor(cache: Path, output_dir: Path, online: bool, as_json: bool, strict: bool) -> None:
     """Look whether this machine is ready: versions, GPU, libraries at work, memory, disk, folders.
@@ -39,7 +38,7 @@ def doctor(cache: Path, output_dir: Path, online: bool, as_json: bool, strict: b
 
     found = diagnose(cache, output_dir, online=online)
     if as_json:
-        click.echo(json.dumps(found.as_dict(), indent=2))
+        say_json(found.as_dict())
     else:
         rows: list[tuple[Cell, ...]] = []
         for check in found.checks:

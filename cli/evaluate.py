@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from dpoeng.cli.options import config_options, given
-from dpoeng.cli.tables import Marked, facts_table, say
+from dpoeng.cli.options import ConfigCommand, config_options, given
+from dpoeng.cli.tables import Marked, facts_table, json_option, say, say_json
 from dpoeng.engine.config.fields import LOSS_FIELDS, TrainConfig
 from dpoeng.engine.config.files import load_config
 
@@ -31,7 +30,7 @@ _FIELDS = frozenset(
 ) | frozenset(LOSS_FIELDS)
 
 
-@click.command("eval", epilog=EPILOG)
+@click.command("eval", cls=ConfigCommand, epilog=EPILOG)
 @click.option(
     "--adapter",
     "path",
@@ -45,7 +44,7 @@ _FIELDS = frozenset(
     help="Those that the run held out, or all of the view.  [default: held-out where run.json lies beside the adapter "
     "and no --view is given]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @config_options(TrainConfig, skip=frozenset(TrainConfig.model_fields) - _FIELDS)
 def evaluate(path: Path, pairs: Literal["held-out", "all"] | None, as_json: bool, **options: Any) -> None:
     """Evaluate what was trained on cached pairs: rewards, accuracy with its interval, by group, warnings.
@@ -62,7 +61,7 @@ def evaluate(path: Path, pairs: Literal["held-out", "all"] | None, as_json: bool
         pairs = "all"
     found = evaluate_trained(trained, run_config(trained, overrides), pairs, TerminalProgress())
     if as_json:
-        click.echo(json.dumps(found.record(), indent=2))
+        say_json(found.record())
     else:
         print_evaluation(found)
 

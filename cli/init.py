@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dpoeng.cli.tables import say
+from dpoeng.cli.tables import json_option, say, say_json
 
 EPILOG = """\b
 Examples:
@@ -29,8 +29,15 @@ Examples:
     help="The file to write.",
 )
 @click.option("--force", is_flag=True, help="Overwrite the output.")
+@json_option
 def init(
-    pairs: tuple[Path, ...], model: str | None, adapter: str | None, gpu: str | None, output: Path, force: bool
+    pairs: tuple[Path, ...],
+    model: str | None,
+    adapter: str | None,
+    gpu: str | None,
+    output: Path,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Write a dpoeng.yaml with every field explained, set for your model, PAIRS and GPU.
 
@@ -47,6 +54,9 @@ def init(
     lines = suggest(pairs, model, adapter, gpu=gpu, progress=TerminalProgress())
     text = config_text(lines, header=header, every_field=True)
     write_config(output, text, inputs=[*pairs, *(Path(name) for name in (model, adapter) if name)], force=force)
+    if as_json:
+        say_json({"output": output, "fields": lines})
+        return
     say(f"{output} written:")
     for name, line in lines.items():
         value = ", ".join(map(str, line.value)) if isinstance(line.value, list) else line.value

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import click
+from click.shell_completion import CompletionItem
 
 from dpoeng.cache.errors import UserError
 
@@ -27,14 +28,14 @@ COMMANDS = {
     "eval": ("dpoeng.cli.evaluate:evaluate", "Evaluate a trained adapter on cached pairs."),
     "compare": ("dpoeng.cli.compare:compare", "Answers before and after training, side by side."),
     "check": ("dpoeng.cli.check:check", "Look through preference pairs for whatever could spoil a run."),
-    "report": ("dpoeng.cli.report:report", "Write a run as one HTML page: curves, tables, configuration."),
+    "report": ("dpoeng.cli.runs.report:report", "Write a run as one HTML page: curves, tables, configuration."),
     "doctor": ("dpoeng.cli.doctor:doctor", "Look whether this machine is ready: versions, GPU, disk, folders."),
     "merge": ("dpoeng.cli.merge:merge", "Fold a run's adapters into the full-precision base."),
     "quantize": ("dpoeng.cli.quantize:quantize", "Write a model in 8 or 4 bits, to be loaded so from then on."),
     "init": ("dpoeng.cli.init:init", "Write a commented dpoeng.yaml for your model, pairs and GPU."),
     "migrate": ("dpoeng.cli.migrate:migrate", "Turn a TRL, Axolotl or LLaMA-Factory set-up into a dpoeng.yaml."),
     "config": ("dpoeng.cli.config:config", "Print every setting and where it comes from; a schema for editors."),
-    "cache": ("dpoeng.cli.cache:cache", "Look into a reference cache: info, verify, export and more."),
+    "cache": ("dpoeng.cli.cache.commands:cache", "Look into a reference cache: info, verify, export and more."),
     "demo": ("dpoeng.cli.demo:demo", "Both phases on a small real model and 80 pairs, in minutes."),
     "bench": ("dpoeng.cli.bench.commands:bench", "Measure throughput and memory on this machine."),
 }
@@ -76,6 +77,13 @@ class LazyGroup(click.Group):
             hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(self.table)}"
             ctx.fail(f"No such command {args[0]!r}{hint}")
         return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Names of commands and the group's options, without importing the commands; see click."""
+        found = [
+            CompletionItem(name, help=told) for name, (_, told) in self.table.items() if name.startswith(incomplete)
+        ]
+        return [*found, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Lists the commands without importing them."""

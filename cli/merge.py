@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from dpoeng.cache.words import counted
-from dpoeng.cli.tables import facts_table, say
+from dpoeng.cli.tables import facts_table, json_option, say, say_json
 
 EPILOG = """\b
 Examples:
@@ -26,8 +26,9 @@ Examples:
     show_default=True,
     help="Of the merged weights; auto is the base's own.",
 )
+@json_option
 @click.option("--model", help="The base, where it is not where the run found it.")
-def merge(output_dir: Path, into: Path, dtype: str, model: str | None) -> None:
+def merge(output_dir: Path, into: Path, dtype: str, model: str | None, as_json: bool) -> None:
     """Fold the adapters of a finished run into the full-precision base: a checkpoint that needs no peft.
 
     The base is read from its own files, also where training held it in 8 or 4 bits: merging into quantised weights
@@ -37,6 +38,9 @@ def merge(output_dir: Path, into: Path, dtype: str, model: str | None) -> None:
     from dpoeng.engine.recipes.merge import merge_run
 
     summary = merge_run(output_dir, into, dtype=dtype, model=model, progress=TerminalProgress())
+    if as_json:
+        say_json(summary)
+        return
     say(
         facts_table(
             [

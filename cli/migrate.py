@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dpoeng.cache.errors import UserError
-from dpoeng.cli.tables import say
+from dpoeng.cli.tables import as_data, json_option, say, say_json
 
 if TYPE_CHECKING:
     from dpoeng.engine.migration.fields import Migration
@@ -40,7 +40,8 @@ Examples:
     "[default: derived from the script's imports and calls]",
 )
 @click.option("--force", is_flag=True, help="Overwrite the output.")
-def migrate(file: Path, output: Path, trl_version: str | None, force: bool) -> None:
+@json_option
+def migrate(file: Path, output: Path, trl_version: str | None, force: bool, as_json: bool) -> None:
     """Turn another trainer's set-up into a dpoeng.yaml.
 
     FILE is a TRL script (read, never run), a DPOConfig in JSON or YAML, or a DPO configuration of Axolotl or
@@ -56,11 +57,13 @@ def migrate(file: Path, output: Path, trl_version: str | None, force: bool) -> N
     for title, items in (("No equivalent:", result.lost), ("To know:", result.notes)):
         header += [title, *(f"- {item}" for item in items)] if items else []
     text = config_text(result.lines, header=header, every_field=False)
+    if str(output) == "-" and as_json:
+        raise click.UsageError("--json and --output - would both write to stdout; name a file with --output")
     if str(output) == "-":
         say(text.removesuffix("\n"))
         return
     write_config(output, text, inputs=[file], force=force)
-    print_result(result, output)
+    say_json({"output": output, **as_data(result)}) if as_json else print_result(result, output)
 
 
 def _text(file: Path) -> str:

@@ -1,13 +1,18 @@
-"""Command-line options made from the typed configs, so that a field is described once."""
+"""Command-line options made from the typed configs, so that a field is described once.
+
+Also what help shows of them: the options that people use, the values that one takes, and how a shell completes it.
+"""
 
 from __future__ import annotations
 
+import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -20,6 +25,41 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 force_option = click.option("--force", is_flag=True, help="Replace another file; never one that is read, or of a run.")
 """For commands that write a file the user names."""
+
+# The fields that `--help` shows, of commands that have more than fit on a page; `--help-all` shows the others too.
+_USUAL_TRAIN = (
+    "cache eval_view eval_share output_dir adapter_mode use_peft lora_r lora_target_modules loss_type beta "
+    "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps report_to "
+    "eval_steps load_best_model_at_end resume fsdp"
+)
+_USUAL = {
+    "precompute-ref": "model adapter tokenizer cache name quantization dtype max_length truncation_mode columns "
+    "prompt_format where batch_tokens shard",
+    "train": _USUAL_TRAIN,
+    "sweep": f"vary rank_by max_runs {_USUAL_TRAIN}",
+    "eval": "cache view eval_group_by model quantization device per_device_eval_batch_size",
+    "check": "model adapter tokenizer max_length columns prompt_format where",
+    "show": "",
+}
+
+# What a field takes, where its type does not say it.
+_METAVARS = {
+    **dict.fromkeys(("model", "adapter", "tokenizer"), "FOLDER|HUB_ID"),
+    "device": "auto|cpu|cuda|cuda:N",
+    "where": "CONDITION",
+    "prompt_format": "TEXT",
+    "shard": "PART/COUNT",
+    "gpu": "CARD[,CARD...]",
+    "loss_type": "LOSS[,LOSS...]",
+    "loss_weights": "NUMBER[,NUMBER...]",
+    "eval_group_by": "COLUMN[,COLUMN...]",
+    "lora_target_modules": "MODULE[,MODULE...]",
+    "pair_weight_column": "COLUMN",
+    "metric_for_best_model": "METRIC",
+    "rank_by": "METRIC",
+}
+_ON_DISK = ("model", "adapter", "tokenizer")
+_MOST_NAMES = 6  # more would hide the option's description
 
 
 if TYPE_CHECKING:
@@ -49,6 +89,14 @@ _KEY_VALUES = {
 class _Words(_WordsType):
     name = "NAME[,NAME...]"
 
+    def __init__(self, names: Sequence[str] = ()) -> None:
+        self.names = names
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """The last word of several; see click."""
+        before, comma, begun = incomplete.rpartition(",")
+        return [CompletionItem(f"{before}{comma}{name}") for name in self.names if name.startswith(begun)]
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
         return tuple(word.strip() for word in str(value).split(",") if word.strip())
 
@@ -56,8 +104,14 @@ class _Words(_WordsType):
 class ConfigCommand(click.Command):
     """A command whose options are the fields of a config: grouped in `--help`, and unknown ones are explained.
 
-    `--learning_rate` is `--learning-rate`, as users of transformers write it.
+    `--learning_rate` is `--learning-rate`, as users of transformers write it. Of a command with many options `--help`
+    shows the usual ones, and `--help-all` all.
     """
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        if self.name in _USUAL:
+            self.params.append(_help_all())
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Explain an unknown option: another phase or another trainer may have it."""
@@ -76,20 +130,45 @@ class ConfigCommand(click.Command):
         """The options under the headings of their fields."""
         taken = {parameter.name for parameter in self.params}
         commands = [name for name, cls in COMMANDS.items() if taken & cls.model_fields.keys()]
-        commands.sort(key=lambda name: name != self.name)  # a field of several stands where its own command has it
+        # a field of several stands where its own command has it, or the one that most fields here are of
+        commands.sort(
+            key=lambda name: (name != self.name, -len(taken & (of := COMMANDS[name].model_fields.keys())) / len(of))
+        )
         headings: dict[str, str] = {}
         for command in commands:
             for heading, names in sections(command):
                 headings.update((name, heading) for name in names if name not in headings)
         groups: dict[str, list[tuple[str, str]]] = {heading: [] for heading in headings.values()}
+        usual = _USUAL[self.name].split() if self.name in _USUAL and not ctx.meta.get(_SHOW_ALL) else headings
+        left_out = 0
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
-                groups.setdefault(headings.get(parameter.name or "", "Other"), []).append(record)
+            if isinstance(parameter, _Field) and parameter.name not in usual:
+                left_out += 1
+            elif record is not None:
+                place = headings.get(parameter.name or "") if isinstance(parameter, _Field) else None
+                groups.setdefault(place or "Other", []).append(record)
         for heading, records in groups.items():
             if records:
                 with formatter.section(heading):
                     formatter.write_dl(records)
+        if left_out:
+            formatter.write_paragraph()
+            formatter.write_text(f"{left_out} more options: {ctx.command_path} --help-all")
+
+
+_SHOW_ALL = "dpoeng.help_all"
+
+
+def _help_all() -> click.Option:
+    def show(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        if value:
+            ctx.meta[_SHOW_ALL] = True
+            click.echo(ctx.get_help())
+            ctx.exit()
+
+    told = "Show every option and exit."
+    return click.Option(["--help-all"], is_flag=True, is_eager=True, expose_value=False, callback=show, help=told)
 
 
 def _as_option(word: str) -> str:
@@ -136,24 +215,54 @@ def as_words(values: Mapping[str, Any]) -> list[str]:
     return words
 
 
+class _Field(click.Option):
+    """An option that is a field of a config."""
+
+
 def _option(name: str, annotation: Any, default: Any, text: str) -> Callable[[Command], Command]:
     flag = "--" + name.replace("_", "-")
     kind = bare_type(annotation)
     if typing.get_origin(kind) is typing.Annotated:
         kind = typing.get_args(kind)[0]
     shown = _shown_default(default)
-    settings: dict[str, Any] = {"default": None, "help": text + (f"  [default: {shown}]" if shown else "")}
+    settings: dict[str, Any] = {
+        "cls": _Field,
+        "default": None,
+        "help": text + (f"  [default: {shown}]" if shown else ""),
+    }
     if kind is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", name, **settings)
+    settings["metavar"] = _METAVARS.get(name) or _names_metavar(annotation)
+    if name in _ON_DISK:
+        settings["shell_complete"] = lambda ctx, param, begun: [CompletionItem(begun, type="file")]
     if typing.get_origin(kind) is dict:
         return click.option(flag, name, multiple=True, type=_KEY_VALUES[name], **settings)
     if typing.get_origin(kind) is tuple:
-        return click.option(flag, name, type=_Words(), **settings)
+        return click.option(flag, name, type=_Words(_names(annotation)), **settings)
     if typing.get_origin(kind) is Literal:
         return click.option(flag, name, type=click.Choice(typing.get_args(kind)), **settings)
     if kind is Path:
         return click.option(flag, name, type=click.Path(path_type=Path), **settings)
     return click.option(flag, name, type=kind if kind in (int, float) else str, **settings)
+
+
+def _names(annotation: Any) -> list[str]:
+    """The values that a type allows by name, in the order in which it has them."""
+    if typing.get_origin(annotation) is Literal:
+        return [str(value) for value in typing.get_args(annotation)]
+    if annotation is bool:
+        return ["true", "false"]
+    parts = typing.get_args(annotation) if not isinstance(annotation, types.UnionType) else annotation.__args__
+    return [name for part in parts for name in _names(part)]
+
+
+def _names_metavar(annotation: Any) -> str | None:
+    """`[a|b|c]` where a type allows a few names, `[a|b][,...]` where several; None leaves it to click."""
+    names = _names(annotation)
+    if not names or len(names) > _MOST_NAMES:
+        return None
+    several = "[,...]" if typing.get_origin(bare_type(annotation)) is tuple else ""
+    return f"[{'|'.join(names)}]{several}"
 
 
 def _shown_default(default: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from pydantic import ValidationError
 from dpoeng.cache.words import GIB
 from dpoeng.cli.options import config_options, force_option, given
 from dpoeng.cli.pages.html import write_page
-from dpoeng.cli.tables import Cell, Marked, Table, say
+from dpoeng.cli.tables import Cell, Marked, Table, json_option, say, say_json
 from dpoeng.engine.config.plan import PlanConfig
 from dpoeng.engine.runtime.outputs import PAGE, refuse_output
 
@@ -30,10 +29,10 @@ Examples:
 
 @click.command("plan", epilog=EPILOG)
 @config_options(PlanConfig)
-@click.option("--json", "for_scripts", is_flag=True, help="JSON, for scripts.")
+@json_option
 @click.option("--html", type=click.Path(path_type=Path), help="Also write the memory through a step as a picture.")
 @force_option
-def plan(for_scripts: bool, html: Path | None, force: bool, **options: Any) -> None:
+def plan(as_json: bool, html: Path | None, force: bool, **options: Any) -> None:
     """Calculate memory of both phases, hours and cost of a run, before you download or rent anything.
 
     Memory is simulated: the real step runs on a device that holds no values. Time is arithmetic. Nothing is measured on
@@ -47,7 +46,8 @@ def plan(for_scripts: bool, html: Path | None, force: bool, **options: Any) -> N
     except ValidationError as error:
         raise click.UsageError(str(error.errors()[0]["msg"]).removeprefix("Value error, ")) from error
 
-    from dpoeng.engine.recipes.plan import as_json, make_plan
+    from dpoeng.engine.recipes.plan import as_json as record
+    from dpoeng.engine.recipes.plan import make_plan
 
     inputs = [Path(config.model)]
     if html is not None:
@@ -55,8 +55,8 @@ def plan(for_scripts: bool, html: Path | None, force: bool, **options: Any) -> N
     found = make_plan(config)
     if html is not None:
         write_page(html, picture(found), inputs=inputs, force=force)
-    if for_scripts:
-        click.echo(json.dumps(as_json(found), indent=2))
+    if as_json:
+        say_json(record(found))
         return
     show(found)
 

@@ -9,28 +9,36 @@ import click
 
 from dpoeng.cache.words import counted, gib
 from dpoeng.cli.options import ConfigCommand, config_options, given
-from dpoeng.cli.tables import Table, command_line, facts_table, say
+from dpoeng.cli.tables import Table, command_line, facts_table, json_option, say, say_json
 from dpoeng.engine.config.fields import PrecomputeConfig
 from dpoeng.engine.config.files import load_config
+from dpoeng.engine.data.where import GRAMMAR
 
 if TYPE_CHECKING:
     from dpoeng.engine.data.tokenization import TokenizedData
     from dpoeng.engine.recipes.precompute import PrecomputeSummary
 
-EPILOG = """\b
+EPILOG = (
+    """\b
 Examples:
   dpoeng precompute-ref pairs.jsonl --model sft-model
   dpoeng precompute-ref pairs.jsonl --model Qwen/Qwen2.5-32B --adapter sft-lora --quantization 8bit
   dpoeng precompute-ref pairs.jsonl --model sft-model --where confident --columns chosen=response_a
   torchrun --nproc-per-node 4 --no-python dpoeng precompute-ref pairs.jsonl --model sft-model
+
+\b
+Conditions of --where, over the columns of a row:
 """
+    + GRAMMAR
+)
 
 
 @click.command("precompute-ref", cls=ConfigCommand, epilog=EPILOG)
 @click.argument("pairs", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file.  [default: dpoeng.yaml]")
+@json_option
 @config_options(PrecomputeConfig, skip=frozenset({"pairs"}))
-def precompute_ref(pairs: tuple[Path, ...], config_file: Path | None, **options: Any) -> None:
+def precompute_ref(pairs: tuple[Path, ...], config_file: Path | None, as_json: bool, **options: Any) -> None:
     """Phase one: run the frozen SFT model over PAIRS once and store its log-probs.
 
     PAIRS are files or folders of preference pairs (JSON Lines, JSON, Parquet, CSV, Arrow; .gz and .zst too). The
@@ -47,7 +55,18 @@ def precompute_ref(pairs: tuple[Path, ...], config_file: Path | None, **options:
 
     summary = precompute_reference(config, TerminalProgress())
     if summary.reports:
-        print_summary(summary)
+        say_json(summary_record(summary)) if as_json else print_summary(summary)
+
+
+def summary_record(summary: PrecomputeSummary) -> dict[str, Any]:
+    """What phase one did, without the pairs themselves: counts, lengths, and the rows that were left out."""
+    whole = {"rejects", "data", "source"}
+    return {
+        **{name: getattr(summary, name) for name in summary.__dataclass_fields__ if name not in whole},
+        "lengths": summary.data.counts.lengths,
+        "unusual": {name: getattr(summary.data.counts, name) for name in _NOTES},
+        "rejected": summary.rejects,
+    }
 
 
 def print_summary(summary: PrecomputeSummary) -> None:

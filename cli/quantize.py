@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from dpoeng.cache.words import gib
-from dpoeng.cli.tables import command_line, facts_table, say
+from dpoeng.cli.tables import command_line, facts_table, json_option, say, say_json
 
 EPILOG = """\b
 Examples:
@@ -29,8 +29,9 @@ Examples:
     show_default=True,
     help="Of what stays unquantised: head, embedding, norms.",
 )
+@json_option
 @click.option("--device", default="auto", show_default=True, help="Where it is quantised: auto, cpu, cuda or cuda:N.")
-def quantize(model: str, into: Path, quantization: str, dtype: str, device: str) -> None:
+def quantize(model: str, into: Path, quantization: str, dtype: str, device: str, as_json: bool) -> None:
     """Write a model in 8 or 4 bits, so that every later run reads half or a quarter of the bytes.
 
     Both phases take the folder as --model and need no --quantization. `dpoeng merge` still needs the original.
@@ -48,6 +49,9 @@ def quantize(model: str, into: Path, quantization: str, dtype: str, device: str)
         device=pick_device(device),
         progress=TerminalProgress(),
     )
+    if as_json:
+        say_json(summary)
+        return
     say(
         facts_table(
             [

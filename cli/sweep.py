@@ -11,7 +11,7 @@ import click
 
 from dpoeng.cache.words import counted
 from dpoeng.cli.options import ConfigCommand, config_options, given
-from dpoeng.cli.tables import Marked, say
+from dpoeng.cli.tables import Marked, json_option, say, say_json
 from dpoeng.engine.config.fields import SweepConfig, TrainConfig
 from dpoeng.engine.config.files import load_config
 
@@ -39,12 +39,13 @@ The same in a file:
 
 @click.command("sweep", cls=ConfigCommand, epilog=EPILOG)
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file.  [default: dpoeng.yaml]")
+@json_option
 @config_options(SweepConfig)
 @click.option(
     "--output-dir", type=click.Path(path_type=Path), help="Each run gets a folder of its own in it.  [default: sweep]"
 )
 @config_options(TrainConfig, skip=frozenset({"output_dir"}))
-def sweep(config_file: Path | None, **options: Any) -> None:
+def sweep(config_file: Path | None, as_json: bool, **options: Any) -> None:
     """Many runs of `dpoeng train` over one cache: every combination of the varied fields.
 
     Each run is what `dpoeng train` alone would leave, byte for byte, and is judged on the same held-out pairs. All
@@ -53,7 +54,7 @@ def sweep(config_file: Path | None, **options: Any) -> None:
     """
     from dpoeng.cli.progress import TerminalProgress
     from dpoeng.engine.recipes.sweep import plan_sweep, run_sweep
-    from dpoeng.engine.recipes.sweep_ranking import SWEEP, SWEEP_FILE
+    from dpoeng.engine.recipes.sweep_ranking import SWEEP, SWEEP_FILE, verdict
     from dpoeng.engine.runtime.outputs import PAGE, refuse_output
 
     taken = given(options)
@@ -70,7 +71,10 @@ def sweep(config_file: Path | None, **options: Any) -> None:
         write_page(plan.root / PAGE_FILE, sweep_page(plan, results))
 
     results = run_sweep(plan, TerminalProgress(), show)
-    print_results(plan, results)
+    if as_json:
+        say_json({"rank_by": plan.rank_by, "verdict": verdict(results), "runs": results, "page": plan.root / PAGE_FILE})
+    else:
+        print_results(plan, results)
     _report_failures(results)
 
 

@@ -1,16 +1,22 @@
 """One table type, and how the commands print it and their sentences.
 
 Everything is plain text here: nothing that a user named can become markup, an emoji or a terminal's escape sequence.
-`say` is the way to stdout; `pages/html.py` draws the same tables on pages. Knows nothing of what is shown.
+`say` is the way to stdout for people, `say_json` for programs; `pages/html.py` draws the same tables on pages. Knows
+nothing of what is shown.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
+import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
@@ -111,6 +117,42 @@ def say(*parts: Cell | Table, err: bool = False) -> None:
         console = Console(stderr=err)
         for item in shown if is_table else [to_text(*(part for part in shown if not isinstance(part, Table)))]:
             console.print(item, soft_wrap=not is_table)
+
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON value on stdout, and nothing else there."
+)
+"""For every command that ends in a table: it then calls `say_json` in place of `say`."""
+
+
+def say_json(value: Any) -> None:
+    """Print what a command found as one JSON value (RFC 8259)."""
+    click.echo(json.dumps(as_data(value), indent=2, allow_nan=False))
+
+
+def as_data(value: Any) -> Any:
+    """The value as JSON can hold it: dataclasses as objects, paths and dates as text, what is no finite number as null.
+
+    Raises:
+        TypeError: a part has no such form; this is a bug in dpoeng.
+    """
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: as_data(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): as_data(held) for name, held in value.items()}
+    if isinstance(value, Sequence | Set) and not isinstance(value, bytes):
+        return [as_data(held) for held in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if hasattr(value, "tolist"):  # numbers and arrays of numpy and torch
+        return as_data(value.tolist())
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
 
 
 def to_text(*cells: Cell) -> Text:

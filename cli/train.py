@@ -11,7 +11,7 @@ import click
 from dpoeng.cache.words import counted, gib
 from dpoeng.cli.evaluate import print_advice
 from dpoeng.cli.options import ConfigCommand, config_options, given
-from dpoeng.cli.tables import Marked, accuracy_line, facts_table, say
+from dpoeng.cli.tables import Marked, accuracy_line, facts_table, json_option, say, say_json
 from dpoeng.engine.config.fields import TrainConfig
 from dpoeng.engine.config.files import load_config
 
@@ -37,8 +37,9 @@ MODES = {
 
 @click.command("train", cls=ConfigCommand, epilog=EPILOG)
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file.  [default: dpoeng.yaml]")
+@json_option
 @config_options(TrainConfig)
-def train(config_file: Path | None, **options: Any) -> None:
+def train(config_file: Path | None, as_json: bool, **options: Any) -> None:
     """Phase two: DPO of a LoRA, or of all weights, against the cached reference. No reference model is loaded.
 
     Model, SFT adapter and precision are those that the cache names. Before the first step the policy is compared with
@@ -55,7 +56,7 @@ def train(config_file: Path | None, **options: Any) -> None:
 
         summary = run(config, TerminalProgress())
     if summary.reports:
-        print_summary(summary)
+        say_json(summary) if as_json else print_summary(summary)
 
 
 def print_summary(summary: TrainSummary) -> None:

@@ -1,7 +1,7 @@
 """What a training brings on held-out pairs, and what it takes: dpoeng and TRL with the same data and hyperparameters.
 
     python -m dpoeng.bench.studies.accuracy_vs_trl --model M --pairs FILE [--peer-python PYTHON] [--work DIR]
-        [--json FILE]
+        [--record FILE]
 
 Both programs get the same token ids in the same order, the same start of the LoRA, the same precision of the base, and
 train one epoch, each in a process of its own. Both adapters are then looked at by the same code, in that precision, on
@@ -230,10 +230,10 @@ def table(record: Mapping[str, Any]) -> Any:
 @click.option("--max-length", default=96, show_default=True, help="Most tokens of prompt + response.")
 @click.option("--max-prompt-length", default=48, show_default=True, help="Most tokens of a prompt.")
 @click.option("--learning-rate", default=1e-4, show_default=True)
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Append the record to this file.")
-def main(files: tuple[Path, ...], json_file: Path | None, **settings: Any) -> None:
+@click.option("--record", type=click.Path(path_type=Path), help="Append the record to this file.")
+def main(files: tuple[Path, ...], record: Path | None, **settings: Any) -> None:
     """Trains the same pairs with dpoeng and with TRL, and compares held-out accuracy, margin, time and memory."""
-    show(lambda: accuracy_vs_trl(AccuracySettings(pairs=files, **settings)), table, json_file)
+    show(lambda: accuracy_vs_trl(AccuracySettings(pairs=files, **settings)), table, record)
 
 
 if __name__ == "__main__":

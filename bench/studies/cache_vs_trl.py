@@ -1,6 +1,6 @@
 """What a change costs: the reference cache of dpoeng beside TRL's `precompute_ref_log_probs`, on the same pairs.
 
-    python -m dpoeng.bench.studies.cache_vs_trl [--peer-python PYTHON] [--json FILE]
+    python -m dpoeng.bench.studies.cache_vs_trl [--peer-python PYTHON] [--record FILE]
 
 Each case runs a program, changes something, and runs it again on the same cache. Counted is how many pairs the second
 run scores; and its values are compared with those of a run on an empty cache, which no cache can have made wrong. Every
@@ -450,10 +450,10 @@ def table(record: Mapping[str, Any]) -> Any:
 
 @click.command()
 @click.option("--peer-python", default=sys.executable, help="A Python with TRL and dpoeng.  [default: this one]")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Append the record to this file.")
+@click.option("--record", type=click.Path(path_type=Path), help="Append the record to this file.")
 @click.option("--program", type=click.Choice(list(PROGRAMS)), hidden=True)
 @click.option("--folder", type=click.Path(path_type=Path), hidden=True)
-def main(peer_python: str, json_file: Path | None, program: str | None, folder: Path | None) -> None:
+def main(peer_python: str, record: Path | None, program: str | None, folder: Path | None) -> None:
     """Changes one thing at a time, and tells what dpoeng and TRL compute again or wrongly reuse."""
     if program and folder:
         told = version("trl") if program == "trl" else version("dpoeng")
@@ -461,7 +461,7 @@ def main(peer_python: str, json_file: Path | None, program: str | None, folder: 
         return
     from dpoeng.bench.measuring.records import show
 
-    show(lambda: compare(peer_python), table, json_file)
+    show(lambda: compare(peer_python), table, record)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from dpoeng.cli.bench.output import example
-from dpoeng.cli.tables import Cell, Marked, Table, say
+from dpoeng.cli.tables import Cell, Marked, Table, as_data, json_option, say, say_json
+
+if TYPE_CHECKING:
+    from dpoeng.bench.checks import Check
 
 WORSE = 6
 """Exit status where a figure is worse than it may be."""
 
 
 @click.command("checks", epilog=example("dpoeng bench checks"))
-def checks() -> None:
+@json_option
+def checks(as_json: bool) -> None:
     """A few ratios with wide limits, as the test suite watches them: time and memory against plain PyTorch; leaks.
 
     Takes seconds, on a small random model and one thread. Ends with status 6 if one is above its limit.
@@ -25,6 +31,15 @@ def checks() -> None:
 
     with tempfile.TemporaryDirectory(prefix="dpoeng-bench-") as scratch, checks.subject(Path(scratch) / "model") as on:
         found = checks.run_checks(on)
+    if as_json:
+        say_json([{**as_data(check), "ok": check.ok} for check in found])
+    else:
+        _print_checks(found)
+    if not all(check.ok for check in found):
+        raise SystemExit(WORSE)
+
+
+def _print_checks(found: Sequence[Check]) -> None:
     rows: list[tuple[Cell, ...]] = [
         (
             check.name,
@@ -36,5 +51,3 @@ def checks() -> None:
         for check in found
     ]
     say(Table(rows, ("", "found", "at most", "", ""), "checks"))
-    if not all(check.ok for check in found):
-        raise SystemExit(WORSE)

@@ -98,10 +98,12 @@ def bench(ctx: click.Context, outputs: Outputs) -> None:
     """
     if ctx.invoked_subcommand is not None:
         if any(outputs):
-            raise click.UsageError(f"--json, --results and --html stand behind the command: {ctx.invoked_subcommand}")
+            raise click.UsageError(
+                f"--json, --record, --results and --html stand behind the command: {ctx.invoked_subcommand}"
+            )
         return
-    kept, shown = outputs.json_file or Path("dpoeng-bench.jsonl"), outputs.html or Path("dpoeng-bench.html")
-    outputs = outputs._replace(json_file=kept, html=shown)
+    kept, shown = outputs.record or Path("dpoeng-bench.jsonl"), outputs.html or Path("dpoeng-bench.html")
+    outputs = outputs._replace(record=kept, html=shown)
     refuse_outputs(outputs)
 
     from dpoeng.bench.memory import MemorySettings, bench_memory
@@ -235,7 +237,7 @@ def sharing(outputs: Outputs, **settings: Any) -> None:
     finish([bench_sharing(SharingSettings(**settings), TerminalProgress())], outputs)
 
 
-@click.command("cache", epilog=example("dpoeng bench cache --json cache.jsonl"))
+@click.command("cache", epilog=example("dpoeng bench cache --record cache.jsonl"))
 @click.option("--pairs", default=100_000, show_default=True, help="Pairs of the largest cache.", type=click.IntRange(1))
 @click.option("--weight-bytes", default=500_000_000, show_default=True, help="Size of the made-up checkpoint.")
 @click.option("--folder", type=click.Path(path_type=Path, exists=True), help="Where to write; removed again.")

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from dpoeng.cli.bench.output import Outputs, example, finish, output_options
-from dpoeng.cli.tables import say
+from dpoeng.cli.tables import say, say_json
 
 
 @click.command(
@@ -62,8 +62,8 @@ def kernels(
     elif tune:
         if not torch.cuda.is_available():
             raise click.UsageError("--tune needs a GPU, and torch sees none")
-        for dtype in dtypes or ("bfloat16",):
-            say(str(bench.tune(chosen[0], dtype)))
+        tuned = [bench.tune(chosen[0], dtype) for dtype in dtypes or ("bfloat16",)]
+        say_json(tuned) if outputs.as_json else say("\n".join(map(str, tuned)))
         return
     else:
         picked = dtypes or ("float32", "bfloat16")

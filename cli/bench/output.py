@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import click
 
-from dpoeng.cli.tables import say
+from dpoeng.cli.tables import json_option, say, say_json
 
 
 class Outputs(NamedTuple):
-    """Where a record goes beside the terminal; None is nowhere."""
+    """Where a record goes beside the terminal, or in place of its tables; None is nowhere."""
 
-    json_file: Path | None = None
+    as_json: bool = False
+    record: Path | None = None
     results: Path | None = None
     html: Path | None = None
 
@@ -39,7 +40,8 @@ def output_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--html", type=path, help="Also write the figures as one HTML page."),
         click.option("--results", type=path, help="Append the record to DIR/<what>-<cpu or gpu>.jsonl."),
-        click.option("--json", "json_file", type=path, help="Append the record, a line of JSON, to this file."),
+        click.option("--record", type=path, help="Append the record, a line of JSON, to this file."),
+        json_option,
     ):
         with_outputs = option(with_outputs)
     return with_outputs
@@ -52,12 +54,12 @@ def refuse_outputs(outputs: Outputs, inputs: Iterable[Path] = ()) -> None:
 
     if outputs.html:
         refuse_output(outputs.html, replace(PAGE, forced=False), inputs=inputs)
-    if outputs.json_file:
-        refuse_output(outputs.json_file, RECORDS, inputs=inputs)
+    if outputs.record:
+        refuse_output(outputs.record, RECORDS, inputs=inputs)
 
 
 def finish(records: Sequence[dict[str, Any]], outputs: Outputs) -> None:
-    """Prints the tables, keeps the records, writes the page.
+    """Prints the tables or the records, keeps the records, writes the page.
 
     Raises:
         UserError: the page cannot be written.
@@ -68,13 +70,16 @@ def finish(records: Sequence[dict[str, Any]], outputs: Outputs) -> None:
     from dpoeng.cli.pages.html import write_page
 
     for record in records:
-        say(*tables_of(record))
-        targets = [outputs.json_file] if outputs.json_file else []
+        if not outputs.as_json:
+            say(*tables_of(record))
+        targets = [outputs.record] if outputs.record else []
         if outputs.results:
             targets.append(outputs.results / f"{record['kind']}-{record['device_kind'].lower()}.jsonl")
         for target in targets:
             append(record, target)
-            say(f"Record appended to {target}")
+            say(f"Record appended to {target}", err=outputs.as_json)
     if outputs.html:
         write_page(outputs.html, bench_page(records))
-        say(f"Page written to {outputs.html}")
+        say(f"Page written to {outputs.html}", err=outputs.as_json)
+    if outputs.as_json:
+        say_json(records)

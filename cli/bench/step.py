@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
 
 from dpoeng.cli.bench.output import example
-from dpoeng.cli.tables import Cell, Table, say
+from dpoeng.cli.tables import Cell, Table, json_option, say, say_json
 
 
 @click.command("step", epilog=example("dpoeng bench step --model Qwen/Qwen2.5-32B --quantization 8bit"))
@@ -28,7 +27,7 @@ from dpoeng.cli.tables import Cell, Table, say
 @click.option(
     "--gradient-checkpointing/--no-gradient-checkpointing", default=True, show_default=True, help="Recompute layers."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the record as JSON instead.")
+@json_option
 def step(as_json: bool, **settings: Any) -> None:
     """Kernel launches, bytes and FLOPs of a forward and backward, by part; counted on the meta device, in seconds.
 
@@ -39,7 +38,7 @@ def step(as_json: bool, **settings: Any) -> None:
 
     found = count_step(StepSettings(**settings))
     if as_json:
-        click.echo(json.dumps({"kind": "step", "settings": settings, **found.record()}))
+        say_json([{"kind": "step", "settings": settings, **found.record()}])
         return
     for counts, title in (
         (found.layer, f"one of {found.layers} layers, {found.tokens} tokens: forward, recomputation, backward"),

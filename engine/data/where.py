@@ -1,13 +1,6 @@
 """The filter of `--where`: a small language over a row's columns, read by Python's parser, but never run as Python.
 
-    confident                       the column is there and true
-    not confident and margin >= 0.5
-    negative_type in ('wrong', 'evasive') or instruction_type == "qa"
-    meta.score != null              a field inside an object, or a column of this name
-    `score-chosen` > 8              a column whose name is no word
-
-A missing column is null. Null is false, equals only null, and every order comparison with it is false. Texts that read
-as numbers are compared with numbers, and with each other, as numbers.
+`GRAMMAR` has its rules.
 """
 
 from __future__ import annotations
@@ -24,6 +17,18 @@ from dpoeng.cache.errors import UserError
 from dpoeng.engine.data.strict_json import RowFault
 
 MAX_CHARACTERS = 1000
+
+GRAMMAR = """\
+  confident                       the column is there and true
+  not confident and margin >= 0.5
+  kind in ('qa', 'chat') or topic == "law"
+  meta.score != null              a field inside an object, or a column of this name
+  `score-chosen` > 8              a column whose name is no word
+  and, or, not, ( ); == != < <= > >=; in, not in a list in ( ); true, false, null.
+  A missing column is null. Null is false, equals only null, and every order
+  comparison with it is false. Texts that read as numbers are compared as numbers.
+"""
+"""For help texts: conditions, each with what it means, and the rules."""
 
 Row = Mapping[str, Any]
 Evaluator = Callable[[Row], Any]

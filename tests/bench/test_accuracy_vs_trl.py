@@ -65,7 +65,7 @@ def test_both_programs_learn_the_same(tmp_path: Path, tiny_model: Path, quantiza
     kept = tmp_path / "kept.jsonl"
     command = (
         f"--model {tiny_model} --pairs {pairs} --work {tmp_path / 'work'} --quantization {quantization} "
-        f"--learning-rate 5e-3 --json {kept}"
+        f"--learning-rate 5e-3 --record {kept}"
     )
     done = CliRunner().invoke(bench.main, command.split(), catch_exceptions=False)
     assert done.exit_code == 0, done.output

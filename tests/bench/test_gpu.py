@@ -222,7 +222,7 @@ def test_a_copy_is_as_fast_as_one_timed_by_hand() -> None:
 def test_a_run_on_a_cpu_tells_bytes_and_traces(tmp_path: Path, tiny_model: Path, pairs_file: Path) -> None:
     arguments = f"phases --model {tiny_model} --pairs {pairs_file} --device cpu --batch-size 2 --steps 2 --repeats 1"
     (tmp_path / "t").mkdir()
-    extra = ["--trace", str(tmp_path / "t" / "trace.json"), "--price-per-hour", "3.6", "--json", str(tmp_path / "r")]
+    extra = ["--trace", str(tmp_path / "t" / "trace.json"), "--price-per-hour", "3.6", "--record", str(tmp_path / "r")]
     done = CliRunner().invoke(bench, [*arguments.split(), *extra], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     record = json.loads((tmp_path / "r").read_text())

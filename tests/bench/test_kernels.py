@@ -62,7 +62,9 @@ def test_our_own_failure_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command_prints_and_records(tmp_path: Path) -> None:
     target = tmp_path / "out.jsonl"
     shape = "--shape=900,8,70"
-    result = CliRunner().invoke(kernels, [shape, "--dtype=float32", "--repeats=1", "--device=cpu", f"--json={target}"])
+    result = CliRunner().invoke(
+        kernels, [shape, "--dtype=float32", "--repeats=1", "--device=cpu", f"--record={target}"]
+    )
     assert result.exit_code == 0, result.output
     assert "train: V 900, H 8, N 70, float32" in result.output
     (line,) = target.read_text().splitlines()

@@ -94,7 +94,7 @@ def test_the_command_and_a_step_that_takes_more_than_planned(
     monkeypatch.setattr(memory, "train_step", leaking)
     words = f"memory --model {tiny_model} --pairs {pairs_file} --device cpu --batch-size 2 --lora-r 4"
     page, kept = tmp_path / "page.html", tmp_path / "kept.jsonl"
-    done = CliRunner().invoke(bench, [*words.split(), "--html", str(page), "--json", str(kept)])
+    done = CliRunner().invoke(bench, [*words.split(), "--html", str(page), "--record", str(kept)])
     assert done.exit_code == 0, done.output
     for shown in ("adapter off", "predicted", "over cached", "2 pairs of"):
         assert shown in done.output

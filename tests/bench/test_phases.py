@@ -87,7 +87,7 @@ def test_flop_of_the_layers_are_what_torch_counts(tiny_model: Path) -> None:
 def test_the_command_prints_a_table_and_keeps_the_record(tmp_path: Path, tiny_model: Path, pairs_file: Path) -> None:
     arguments = f"phases --model {tiny_model} --pairs {pairs_file} --device cpu --batch-size 2 --steps 1 --repeats 1"
     done = CliRunner().invoke(
-        bench, [*arguments.split(), "--json", str(tmp_path / "one.jsonl"), "--results", str(tmp_path / "results")]
+        bench, [*arguments.split(), "--record", str(tmp_path / "one.jsonl"), "--results", str(tmp_path / "results")]
     )
     assert done.exit_code == 0, done.output
     assert "pairs/s" in done.output
@@ -99,7 +99,7 @@ def test_the_command_prints_a_table_and_keeps_the_record(tmp_path: Path, tiny_mo
 
 def test_the_embedded_model_has_the_shape_that_was_asked_for(tmp_path: Path) -> None:
     arguments = "phases --layers 1 --width 192 --device cpu --batch-size 1 --steps 1 --repeats 1"
-    done = CliRunner().invoke(bench, [*arguments.split(), "--json", str(tmp_path / "one.jsonl")])
+    done = CliRunner().invoke(bench, [*arguments.split(), "--record", str(tmp_path / "one.jsonl")])
     assert done.exit_code == 0, done.output
     settings = json.loads((tmp_path / "one.jsonl").read_text())["settings"]
     assert (settings["model"], settings["layers"], settings["width"]) == (None, 1, 192)
@@ -129,7 +129,7 @@ def test_the_group_lists_its_commands() -> None:
 
 
 def test_the_cache_command(tmp_path: Path) -> None:
-    arguments = ["cache", "--pairs", "500", "--weight-bytes", "1000000", "--json", str(tmp_path / "cache.jsonl")]
+    arguments = ["cache", "--pairs", "500", "--weight-bytes", "1000000", "--record", str(tmp_path / "cache.jsonl")]
     done = CliRunner().invoke(bench, arguments)
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "cache.jsonl").read_text())["sizes"][0]["pairs"] == 500
@@ -144,7 +144,7 @@ def test_what_sharing_leaves_is_counted_by_hand() -> None:
 @pytest.mark.slow
 def test_the_sharing_command(tmp_path: Path, tiny_model: Path) -> None:
     arguments = ["sharing", "--model", str(tiny_model), "--tokens", "48", "--pairs", "8", "--repeats", "1"]
-    result = CliRunner().invoke(bench, [*arguments, "--json", str(tmp_path / "r.jsonl")], catch_exceptions=False)
+    result = CliRunner().invoke(bench, [*arguments, "--record", str(tmp_path / "r.jsonl")], catch_exceptions=False)
     assert "each prompt once for all its pairs" in result.output
     record = json.loads((tmp_path / "r.jsonl").read_text())
     assert [point["prompt_share"] for point in record["prompt_share"]] == [0.1, 0.25, 0.5, 0.75, 0.9]

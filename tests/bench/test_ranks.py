@@ -100,7 +100,7 @@ def in_turn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_what_is_shown(tmp_path: Path, tiny_model: Path, in_turn: list[int]) -> None:
     kept, page = tmp_path / "kept.jsonl", tmp_path / "page.html"
-    line = f"scale --model {tiny_model} {ONLY} --ranks 1,2,3 --repeats 2 --json {kept} --html {page}"
+    line = f"scale --model {tiny_model} {ONLY} --ranks 1,2,3 --repeats 2 --record {kept} --html {page}"
     done = CliRunner().invoke(bench, line.split())
     assert done.exit_code == 0, done.output
     assert in_turn == [1, 2, 3, 1, 2, 3]
@@ -135,7 +135,7 @@ def test_numbers_of_processes_that_compare_nothing(sizes: str) -> None:
 def test_torchrun(tmp_path: Path, tiny_model: Path) -> None:
     """Two processes through gloo: the loss of one, and a process that fails is told with its own words."""
     kept = tmp_path / "kept.jsonl"
-    line = f"scale --model {tiny_model} {ONLY} --ranks 1,2 --repeats 1 --json {kept}"
+    line = f"scale --model {tiny_model} {ONLY} --ranks 1,2 --repeats 1 --record {kept}"
     done = CliRunner().invoke(bench, line.split())
     assert done.exit_code == 0, done.output
     record = json.loads(kept.read_text())

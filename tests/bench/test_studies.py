@@ -41,7 +41,7 @@ def test_the_scale_command(tmp_path: Path, tiny_model: Path) -> None:
     kept, page = tmp_path / "kept.jsonl", tmp_path / "page.html"
     arguments = (
         f"scale --model {tiny_model} --pairs 1e2,2e2,4e2 --lengths 16,32,64 --simulated-lengths 64,128,256 "
-        f"--vocabularies 512,1024,2048 --repeats 2 --device cpu --json {kept} --html {page}"
+        f"--vocabularies 512,1024,2048 --repeats 2 --device cpu --record {kept} --html {page}"
     )
     done = CliRunner().invoke(bench, arguments.split())
     assert done.exit_code == 0, done.output

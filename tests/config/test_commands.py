@@ -652,7 +652,9 @@ def test_help_is_grouped_as_the_file_is() -> None:
     for command, cls in COMMANDS.items():
         found = dpoeng.get_command(click.Context(dpoeng), command)
         assert found is not None
-        text = found.get_help(click.Context(found, info_name=command))
+        context = click.Context(found, info_name=command)
+        context.meta["dpoeng.help_all"] = True
+        text = found.get_help(context)
         places = [text.index(f"\n{heading}:\n") for heading, names in sections(command) if names != ["pairs"]]
         assert places == sorted(places)
         loss = text[text.index("\nLoss:\n") :] if command == "train" else ""

@@ -31,7 +31,7 @@ COMMANDS = {
     "merge": "merge out --into {}",
     "quantize": "quantize MODEL --quantization 8bit --into {}",
     "bench page": "bench phases --pairs pairs.jsonl --html {}",
-    "bench json": "bench phases --pairs pairs.jsonl --json {}",
+    "bench record": "bench phases --pairs pairs.jsonl --record {}",
     "bench trace": "bench phases --pairs pairs.jsonl --trace {trace}",
 }
 VICTIMS = ("pairs.jsonl", "notes.jsonl", "out/metrics.jsonl", "out/run.json", "refcache/FORMAT", "out/adapter/FILE")

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from dpoeng.cli.options import force_option
-from dpoeng.cli.tables import say
+from dpoeng.cli.tables import json_option, say, say_json
 
 EPILOG = """\b
 Examples:
@@ -20,7 +20,8 @@ Examples:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="The page.  [default: OUT/report.html]")
 @force_option
-def report(out: Path, html: Path | None, force: bool) -> None:
+@json_option
+def report(out: Path, html: Path | None, force: bool, as_json: bool) -> None:
     """Write the run in OUT, the --output-dir of `dpoeng train`, as one HTML page.
 
     Curves, evaluations, warnings, configuration, hashes and versions, in one file that needs no network. A run that is
@@ -35,4 +36,7 @@ def report(out: Path, html: Path | None, force: bool) -> None:
     target = html or out / "report.html"
     inputs = [Path(name) for name in run.record.get("files") or {}]
     write_page(target, report_page(run), inputs=inputs, force=force)
+    if as_json:
+        say_json({"page": target, "runs": [{"folder": out, "steps": run.steps(), "complete": run.complete}]})
+        return
     say(f"{counted(run.steps(), 'step')}, {'complete' if run.complete else 'not complete yet'}: {target}")

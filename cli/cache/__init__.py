@@ -1,0 +1,1 @@
+"""`dpoeng cache`: shows, checks, exchanges and cleans a reference cache."""

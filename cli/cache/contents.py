@@ -1,0 +1,177 @@
+"""`dpoeng cache info`, `verify` and `stats`: what a cache holds, and whether it is sound."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dpoeng.cache.words import counted
+from dpoeng.cli.cache.words import FILE, FOLDER, example, short, size, sources_of
+from dpoeng.cli.options import force_option
+from dpoeng.cli.tables import Marked, as_data, facts_table, json_option, say, say_json
+
+if TYPE_CHECKING:
+    from dpoeng.cache.analytics import ReferenceStats
+    from dpoeng.cache.info import CacheInfo
+    from dpoeng.cache.verify import VerifyReport
+    from dpoeng.engine.reference.parity import ParityReport
+
+
+@click.command(epilog=example("dpoeng cache info refcache"))
+@click.argument("folder", type=FOLDER)
+@json_option
+def info(folder: Path, as_json: bool) -> None:
+    """Show what a cache holds: references, rows, sizes, views, library versions and dates."""
+    from dpoeng.cache.info import cache_info
+
+    found = cache_info(folder)
+    if as_json:
+        say_json(found)
+    else:
+        _print_info(folder, found)
+    if found.problems:
+        sys.exit(4)
+
+
+def _print_info(folder: Path, found: CacheInfo) -> None:
+    say(Marked(str(folder), "bold"), f": references {len(found.references)}, views {len(found.views)}")
+    for reference in found.references:
+        facts = [
+            ("reference", reference.digest),
+            *((name, short(value)) for name, value in reference.summary.items()),
+            ("rows", f"{reference.rows:,} in {counted(reference.objects, 'object')}, {size(reference.bytes)}"),
+            ("finished run", f"generation {reference.generation}" if reference.generation else "none yet"),
+            ("last changed", reference.changed.strftime("%Y-%m-%d %H:%M") if reference.changed else "never"),
+            *(("written by", short(provenance)) for provenance in reference.provenance),
+        ]
+        say("")
+        say(facts_table(facts))
+    for view in found.views:
+        say("")
+        say(facts_table([("view", view.name), ("rows", f"{view.rows:,}"), ("reference", view.spec)]))
+        say(facts_table([(f"  {name}", short(value)) for name, value in view.meta.items()]))
+    for problem in found.problems:
+        say(Marked("damaged:", "error"), f" {problem}")
+
+
+@click.command(epilog=example("dpoeng cache verify refcache", "dpoeng cache verify refcache --recompute 16"))
+@click.argument("folder", type=FOLDER)
+@click.option(
+    "--depth",
+    type=click.Choice(["open", "semantic", "full", "all"]),
+    default="all",
+    show_default=True,
+    help="open: records, sizes, structure. full: also every byte's hash and every log-prob. "
+    "semantic: also every sum, key and view entry. all: both.",
+)
+@click.option("--recompute", type=click.IntRange(min=1), help="Also score this many pairs of a view anew and compare.")
+@click.option("--view", help="The view for --recompute.  [default: the only one]")
+@json_option
+@click.option("--model", help="Where the base is now, for --recompute.  [default: where it was]")
+@click.option("--adapter", help="Where the SFT adapter is now, for --recompute.  [default: where it was]")
+def verify(
+    folder: Path,
+    depth: Any,
+    recompute: int | None,
+    view: str | None,
+    as_json: bool,
+    model: str | None,
+    adapter: str | None,
+) -> None:
+    """Check a cache and change nothing; the exit status is 4 if something is wrong."""
+    from dpoeng.cache.info import cache_info
+    from dpoeng.cache.verify import verify as run
+    from dpoeng.cli.progress import TerminalProgress
+
+    done = 0
+    total_bytes = sum(reference.bytes for reference in cache_info(folder).references)
+    with TerminalProgress().task("verify", total_bytes, "B") as advance:
+
+        def progress(now: int, total: int) -> None:
+            nonlocal done
+            advance(now - done, f"{size(now)} of {size(total)}")
+            done = now
+
+        report = run(folder, depth=depth, progress=progress)
+    if not as_json:
+        _print_verified(report)
+    anew = None
+    if recompute is not None and report.ok:
+        from dpoeng.cache.reader import View
+        from dpoeng.engine.reference.parity import recompute as score_anew
+
+        anew = score_anew(View.open(folder, view), recompute, model=model, adapter=adapter)
+    if as_json:
+        say_json({"ok": report.ok, **as_data(report), "recomputed": anew})
+    elif anew is not None:
+        _print_recomputed(anew)
+    if not report.ok or (anew is not None and not anew.ok):
+        sys.exit(4)
+
+
+def _print_verified(report: VerifyReport) -> None:
+    for problem in report.problems:
+        say(Marked("damaged", "error"), f" {problem.where}")
+        say(f"  expected: {problem.expected}\n  found:    {problem.found}")
+    counts = ", ".join(f"{name} {count:,}" for name, count in report.counts.items() if count)
+    speed = report.bytes / max(report.seconds, 1e-9)
+    say(f"{counts}\ndepth {report.depth}, {size(report.bytes)} in {report.seconds:.2f} s ({size(speed)}/s)")
+    if report.ok:
+        say(Marked("sound", "ok"))
+        return
+    say(
+        Marked(f"{len(report.problems)} damaged.", "error"),
+        " Run the same `dpoeng precompute-ref` again: it sets damaged files aside and computes their rows anew.",
+    )
+
+
+def _print_recomputed(found: ParityReport) -> None:
+    say(
+        f"{counted(found.pairs, 'pair')} scored anew: mean difference {found.mean_diff:.2g}, largest "
+        f"{found.max_diff:.2g} nats a token (allowed mean: {found.tolerance:g})"
+    )
+    if found.ok:
+        say(Marked("the model's own", "ok"))
+    else:
+        say(Marked("These are not the numbers of this model.", "error"), " Was it changed in its place?")
+
+
+@click.command(epilog=example("dpoeng cache stats refcache", "dpoeng cache stats refcache --html reference.html"))
+@click.argument("folder", type=FOLDER)
+@click.option("--view", help="Which view.  [default: the only one]")
+@click.option("--html", type=FILE, help="Write a page with plots; it needs no network.")
+@force_option
+@json_option
+@click.option("--pairs", default=10, show_default=True, help="How many strongly ranked pairs to name.")
+def stats(folder: Path, view: str | None, html: Path | None, force: bool, as_json: bool, pairs: int) -> None:
+    """Show the reference's margins on the data, lengths, and pairs that look mislabelled."""
+    from dpoeng.cache.analytics import reference_stats
+    from dpoeng.cache.reader import View
+
+    opened = View.open(folder, view)
+    found = reference_stats(opened, notes=pairs)
+    if html:
+        from dpoeng.cli.pages.html import write_page
+        from dpoeng.cli.pages.reference import html_report
+
+        facts = [("view", opened.name), ("reference", opened.spec.digest)]
+        content = html_report(found, f"The reference on {opened.name}", facts)
+        write_page(html, content, inputs=sources_of(opened), force=force)
+    if as_json:
+        say_json(found)
+        return
+    _print_stats(found)
+    if html:
+        say(f"plots in {html}")
+
+
+def _print_stats(found: ReferenceStats) -> None:
+    from dpoeng.cli.pages.reference import distributions_table, notes_table, reference_facts
+
+    say(distributions_table(found, (1, 3, 5)), facts_table(reference_facts(found)))
+    for title, notes in (("strongly wrong", found.strongly_wrong), ("strongly right", found.strongly_right)):
+        if notes:
+            say(notes_table(notes, title))

@@ -1,0 +1,124 @@
+"""`dpoeng cache export`, `import`, `merge` and `gc`: rows in and out of a cache, and what it no longer needs."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dpoeng.cache.words import counted
+from dpoeng.cli.cache.words import FILE, FOLDER, choose, example, size, sources_of
+from dpoeng.cli.options import config_options, force_option, given
+from dpoeng.cli.tables import json_option, say, say_json
+from dpoeng.engine.config.fields import PrecomputeConfig
+from dpoeng.engine.config.files import load_config
+
+_OF_A_REFERENCE = frozenset(
+    "model adapter cache name quantization dtype bnb_4bit_quant_type bnb_4bit_use_double_quant batch_tokens".split()
+)
+
+
+@click.command(
+    epilog=example("dpoeng cache export refcache pairs.parquet", "dpoeng cache export refcache out.jsonl --view eval")
+)
+@click.argument("folder", type=FOLDER)
+@click.argument("file", type=FILE)
+@click.option("--view", help="Which view.  [default: the only one]")
+@force_option
+@json_option
+def export(folder: Path, file: Path, view: str | None, force: bool, as_json: bool) -> None:
+    """Write token ids and reference log-probs of a view to FILE (.jsonl or .parquet), in the order of its source."""
+    from dpoeng.cache.exchange import export_view, is_export
+    from dpoeng.cache.reader import View
+    from dpoeng.engine.runtime.outputs import Kind, refuse_output
+
+    opened = View.open(folder, view)
+    refuse_output(file, Kind("the export", is_export), inputs=sources_of(opened), force=force)
+    count = export_view(opened, file)
+    if as_json:
+        say_json({"file": file, "view": opened.name, "rows": count})
+        return
+    say(f"{counted(count, 'row')} written to {file}")
+
+
+@click.command(
+    "import",
+    epilog=example(
+        "dpoeng cache import rows.parquet --model sft-model",
+        "dpoeng cache import from_trl.parquet --model Qwen/Qwen2.5-0.5B --dtype bfloat16 --name pairs",
+    ),
+)
+@click.argument("file", type=FILE)
+@json_option
+@config_options(PrecomputeConfig, skip=frozenset(PrecomputeConfig.model_fields) - _OF_A_REFERENCE)
+def import_(file: Path, as_json: bool, **options: Any) -> None:
+    """Take over reference log-probs from FILE (.jsonl, .parquet, .arrow): `dpoeng cache export` wrote it, or TRL.
+
+    Needed are prompt_ids, chosen_ids, rejected_ids, and either log-probs of tokens (ref_chosen_token_logps,
+    ref_rejected_token_logps) or sums (ref_chosen_logps, ref_rejected_logps). From TRL, once it has precomputed:
+    `trainer.train_dataset.to_parquet(FILE)`. You vouch that the model named here gave these numbers; `dpoeng train`
+    checks a sample against it before its first step. Sums serve every loss but those that weigh tokens (ld_alpha).
+    """
+    config = load_config(PrecomputeConfig, given(options))
+
+    from dpoeng.cli.progress import TerminalProgress
+    from dpoeng.engine.recipes.import_reference import import_reference
+
+    done, sums = import_reference(config, file, TerminalProgress())
+    if as_json:
+        say_json({"cache": config.cache, "view": done.view, "rows": done.rows, "added": done.added, "sums_only": sums})
+        return
+    say(
+        f"{counted(done.rows, 'row')} read, {done.added:,} of them new; view {done.view!r} written"
+        + (" (sums only)" if sums else "")
+        + f"\n\nNext: {shlex.join(['dpoeng', 'train', '--cache', str(config.cache), '--view', str(done.view)])}"
+    )
+
+
+@click.command(epilog=example("dpoeng cache merge refcache other-cache third-cache"))
+@click.argument("target", type=FOLDER)
+@click.argument("sources", nargs=-1, required=True, type=FOLDER)
+@json_option
+def merge(target: Path, sources: tuple[Path, ...], as_json: bool) -> None:
+    """Copy references, rows and views of SOURCES into TARGET, which may be new. Nothing in SOURCES changes."""
+    from dpoeng.cache.exchange import merge as run
+    from dpoeng.cache.store import Store
+
+    opened = [(source, Store.open(source)) for source in sources]
+    store = Store.open(target, create=True)
+    copied = [(source, *run(store, other)) for source, other in opened]
+    if as_json:
+        say_json([{"source": source, "new_objects": objects, "views": views} for source, objects, views in copied])
+        return
+    for source, objects, views in copied:
+        say(f"{source}: {objects} new objects; views: {', '.join(views) or 'none'}")
+
+
+@click.command(epilog=example("dpoeng cache gc refcache", "dpoeng cache gc refcache --delete --drop-spec 3f2a"))
+@click.argument("folder", type=FOLDER)
+@click.option("--delete", is_flag=True, help="Remove the files. Without it, only list them.")
+@click.option("--drop-spec", "drop", multiple=True, help="Also this reference and all its rows; no view may use it.")
+@click.option("--quarantine", is_flag=True, help="Also damaged files that were set aside.")
+@click.option("--min-age-s", default=3600.0, show_default=True, help="Keep files younger than this, in seconds.")
+@json_option
+def gc(folder: Path, delete: bool, drop: tuple[str, ...], quarantine: bool, min_age_s: float, as_json: bool) -> None:
+    """Remove files that nothing refers to: leftovers of killed writers, superseded views, orphaned objects."""
+    from dpoeng.cache.gc import collect
+    from dpoeng.cache.store import Store
+
+    store = Store.open(folder)
+    digests = [choose(store, prefix) for prefix in drop]
+    garbage = collect(folder, dry_run=not delete, drop_specs=digests, quarantine=quarantine, grace_s=min_age_s)
+    if as_json:
+        say_json({"removed": delete, "files": garbage})
+        return
+    for item in garbage:
+        say(f"{item.kind:<10} {size(item.bytes):>10}  {item.name}")
+    total = size(sum(item.bytes for item in garbage))
+    files = counted(len(garbage), "file")
+    if delete:
+        say(f"{files} removed, {total}")
+    else:
+        say(f"{files}, {total}; nothing was removed" + (" (--delete does)" if garbage else ""))
