@@ -82,7 +82,9 @@ def print_summary(summary: TrainSummary) -> None:
         say(*group_tables(summary.evaluation))
     print_advice(summary.advice)
     kind = "checkpoint" if summary.mode == "full" else "adapter"
-    say(f"\nThe {kind} is in ", Marked(str(summary.result), "bold"), "; run.json beside it has the lines that load it.")
+    say(f"\nThe {kind} is in ", Marked(str(summary.result), "bold"), ". It is loaded by:")
+    for line in summary.load:
+        say(f"  {line}")
     say(f"Every step's figures: {summary.output_dir / 'metrics.jsonl'}")
 
 

@@ -143,21 +143,33 @@ def tokenizer_differences(one: Any, other: Any) -> list[str]:
 
 
 def copy_tokenizer(choice: TokenizerChoice, into: Path) -> None:
-    """Puts the files of a tokenizer that is not the model's into a result's folder, in the place of the model's."""
-    if choice.base is None:
-        return
-    if choice.source is not choice.base and not choice.source.gguf:
-        for file in into.iterdir():
-            if _FILES.fullmatch(file.name):
-                file.unlink()
-        shutil.rmtree(into / _MORE_TEMPLATES, ignore_errors=True)
-        for file in sorted(choice.source.folder.iterdir()):
-            if file.is_file() and _FILES.fullmatch(file.name):
-                shutil.copyfile(file, into / file.name)
-        if (choice.source.folder / _MORE_TEMPLATES).is_dir():
-            shutil.copytree(choice.source.folder / _MORE_TEMPLATES, into / _MORE_TEMPLATES)
+    """Puts tokenizer and template into a result's folder: those that made the texts, in the place of the model's."""
+    if choice.base is None and _vocabulary(into) is not None:
+        return  # the model's own, which came with its other files
+    if choice.source.gguf:
+        if _vocabulary(into) is None:
+            load_tokenizer(choice.source).save_pretrained(into)
+    elif choice.source is not choice.base or _vocabulary(into) is None:
+        _copy_files(choice.source.folder, into)
     if choice.template is not None and (template := _read_template(choice.template)) is not None:
         _write_template(template, into)
+
+
+def _copy_files(folder: Path, into: Path) -> None:
+    for file in into.iterdir():
+        if _FILES.fullmatch(file.name):
+            file.unlink()
+    shutil.rmtree(into / _MORE_TEMPLATES, ignore_errors=True)
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and _FILES.fullmatch(file.name):
+            shutil.copyfile(file, into / file.name)
+    if (folder / _MORE_TEMPLATES).is_dir():
+        shutil.copytree(folder / _MORE_TEMPLATES, into / _MORE_TEMPLATES)
+
+
+def has_tokenizer(source: ModelSource) -> bool:
+    """Whether a tokenizer stands in a model's folder."""
+    return source.gguf or _vocabulary(source.folder) is not None
 
 
 def load_tokenizer(source: ModelSource) -> Any:

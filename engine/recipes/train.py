@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from dpoeng.engine.config.fields import Mode, TrainConfig
 from dpoeng.engine.models.checkpoint_names import class_to_load
 from dpoeng.engine.models.full_finetuning import whole_weights
 from dpoeng.engine.models.model import device_name, library_versions
-from dpoeng.engine.models.sources import ModelSource
-from dpoeng.engine.models.tokenizer import TokenizerChoice, recorded_tokenizer
+from dpoeng.engine.models.sources import ModelSource, has_stored_quantization
+from dpoeng.engine.models.tokenizer import TokenizerChoice, has_tokenizer, recorded_tokenizer
 from dpoeng.engine.recipes.inputs import Inputs, check_held_out, open_inputs
 from dpoeng.engine.recipes.phase_two.summary import TrainSummary, add_results, finished_summary
 from dpoeng.engine.recipes.policy import Choice, Policy, choose_policy, load_policy
@@ -33,7 +33,7 @@ from dpoeng.engine.runs.folder import (
     write_run_file,
 )
 from dpoeng.engine.runs.identity import run_identity
-from dpoeng.engine.runs.load_lines import loading_recipe
+from dpoeng.engine.runs.load_lines import Loading, Place, loading_lines
 from dpoeng.engine.runs.lock import holding
 from dpoeng.engine.runs.metrics import MetricsLog
 from dpoeng.engine.runs.reading import read_json
@@ -105,12 +105,12 @@ def _train(
     first_step = _go_on_from(run, checkpoint)
     if group.is_first:
         record = _record(run, identity, inputs, choice, policy)
-        load = loading_recipe(choice.mode, choice.model, choice.adapter_name, record["class"])
-        write_run_file(config.output_dir, record, library_versions(), load)
+        loading = how_to_load(choice, policy, inputs.reference)
+        write_run_file(config.output_dir, record, library_versions(), loading_lines(loading, config.output_dir))
     if policy.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(policy.device)
     done = _run_steps_tracked(run, first_step, identity)
-    write_results(run, done, identity, choice.mode, policy.source, inputs.view.meta["reference"])
+    write_results(run, done, identity, choice, policy, inputs.reference)
     return summarise(run, inputs, policy, choice.mode, first_step, done, time.perf_counter() - began)
 
 
@@ -171,6 +171,32 @@ def make_run(
     return run
 
 
+def how_to_load(choice: Choice, policy: Policy, reference: Mapping[str, Any]) -> Loading:
+    """How the result is loaded as it was trained: `class`, precision and places by what was loaded, not by name."""
+    source, lm = policy.source, policy.lm
+    try:
+        tokenizer = has_tokenizer(recorded_tokenizer(source, reference).source)
+    except UserError:  # said when the result is written
+        tokenizer = has_tokenizer(source)
+    return Loading(
+        mode=choice.mode,
+        loader=class_to_load(source, lm.base),
+        base=_place(source),
+        dtype=str(lm.dtype).removeprefix("torch."),
+        quantization="none" if has_stored_quantization(source) else choice.quantization,
+        quant_type=reference["bnb_4bit_quant_type"],
+        double_quant=reference["bnb_4bit_use_double_quant"],
+        sft_adapter=_place(choice.adapter) if choice.adapter is not None and choice.mode == "stack" else None,
+        tokenizer=tokenizer,
+    )
+
+
+def _place(source: ModelSource) -> Place:
+    """A hub id stays one, with its commit; a folder gets its absolute path."""
+    name = source.name if source.revision else str(source.folder.resolve())
+    return Place(name, source.revision, source.weight_files[0].name if source.gguf else None)
+
+
 def _record(run: Run, identity: dict[str, Any], inputs: Inputs, choice: Choice, policy: Policy) -> dict[str, Any]:
     """The fields of run.json that are this run's own."""
     view = inputs.view
@@ -223,11 +249,9 @@ def _run_steps_tracked(run: Run, first_step: int, identity: dict[str, Any]) -> i
 
 
 def write_results(
-    run: Run, done: int, identity: dict[str, Any], mode: Mode, source: ModelSource, reference: Mapping[str, Any]
+    run: Run, done: int, identity: dict[str, Any], choice: Choice, policy: Policy, reference: Mapping[str, Any]
 ) -> None:
-    """Writes the adapter or checkpoint, then marks the run complete.
-
-    Where `reference` names a tokenizer that is not the base's, it is put beside the result: it made the texts.
+    """Writes the adapter or checkpoint with tokenizer and card, then marks the run complete.
 
     Raises:
         UserError: the disk is full or may not be written; the same command then writes the result again.
@@ -236,24 +260,25 @@ def write_results(
         weights = whole_weights(run.lm, run.group)  # all processes: divided weights are gathered from each
         if run.group.is_first:
             try:
-                tokenizer = recorded_tokenizer(source, reference)
+                tokenizer = recorded_tokenizer(policy.source, reference)
             except UserError as error:  # what was trained is not lost for it
                 run.progress.note(f"{error.message}: the tokenizer of the SFT adapter is not put beside the result")
-                tokenizer = TokenizerChoice(source)
-            write_result(run.lm, run.config.output_dir, mode, source, weights, tokenizer, _card(run, done))
+                tokenizer = TokenizerChoice(policy.source)
+            card = _card(run, done, loading_lines(how_to_load(choice, policy, reference)))
+            write_result(run.lm, run.config.output_dir, choice.mode, policy.source, weights, tokenizer, card)
         del weights
     # In this order: a kill in between leaves a result without a complete checkpoint, and the run is gone on with.
     save_run(run, done, identity, complete=True)
     run.group.wait()  # nobody reports success before the result is on the disk
 
 
-def _card(run: Run, done: int) -> str:
-    """The model card: of the evaluation whose weights are saved."""
+def _card(run: Run, done: int, load: Sequence[str]) -> str:
+    """The model card: of the evaluation whose weights are saved. `load`: lines that are run beside the result."""
     found = run.log.read_evaluations()
     saved = run.best.step if run.config.load_best_model_at_end else None
     after = next((line for line in reversed(found) if line["step"] == saved), found[-1] if found else None)
     before = found[0] if found and found[0]["step"] == 0 else None
-    return model_card(read_json(run.config.output_dir / RUN_FILE, dict), before, after, done)
+    return model_card(read_json(run.config.output_dir / RUN_FILE, dict), before, after, done, load)
 
 
 def summarise(

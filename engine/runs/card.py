@@ -27,7 +27,11 @@ _SHOWN = (
 
 
 def model_card(
-    record: Mapping[str, Any], before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, steps: int
+    record: Mapping[str, Any],
+    before: Mapping[str, Any] | None,
+    after: Mapping[str, Any] | None,
+    steps: int,
+    load: Sequence[str],
 ) -> str:
     """The text of the card, Markdown with the hub's header.
 
@@ -36,6 +40,7 @@ def model_card(
         before: the record of the evaluation before training; None where no pair was held out.
         after: that of the weights that were saved.
         steps: optimizer steps done.
+        load: lines that load the result, run in the folder that holds it.
     """
     reference, config = record["reference"], record["config"]
     full = record["adapter_mode"] == "full"
@@ -69,7 +74,7 @@ def model_card(
         f"In the folder that holds `{'model' if full else 'adapter'}/`:",
         "",
         "```python",
-        *record["load"],
+        *load,
         "```",
         "",
         "## To train it again",

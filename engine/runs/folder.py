@@ -135,7 +135,7 @@ def write_run_file(
         output_dir: of the run; made if it is not there.
         record: plain values, with `model`, `adapter_mode` and `sft_adapter`; Python and platform are added.
         versions: of the libraries.
-        load: the lines of `loading_recipe`.
+        load: the lines of `loading_lines`.
 
     Raises:
         UserError: the folder may not be written, or the disk is full.

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpoeng.engine.config.fields import Mode, TrainConfig
-from dpoeng.engine.runs.folder import result_folder
+from dpoeng.engine.runs.folder import RUN_FILE, result_folder
 from dpoeng.engine.runs.metrics import MetricsLog
+from dpoeng.engine.runs.reading import read_json
 from dpoeng.engine.training.advice import Advice, advise
 from dpoeng.engine.training.early_stopping import Best
 
@@ -23,7 +24,8 @@ class TrainSummary:
     """What phase two did. Of several processes one `reports`; the others know no results.
 
     `result` is the folder of the trained adapter; with full fine-tuning (mode `full`) that of the trained checkpoint.
-    `loaded` says, with `fsdp`, how the processes came by their parts of the base.
+    `loaded` says, with `fsdp`, how the processes came by their parts of the base. `load` are Python lines that load the
+    result.
     """
 
     output_dir: Path
@@ -53,6 +55,7 @@ class TrainSummary:
     best: Best = field(default_factory=Best)
     evaluation: dict[str, Any] = field(default_factory=dict)
     advice: list[Advice] = field(default_factory=list)
+    load: list[str] = field(default_factory=list)
 
 
 def finished_summary(
@@ -87,6 +90,7 @@ def add_results(summary: TrainSummary, log: MetricsLog, config: TrainConfig) -> 
     steps = [line for line in lines if "loss" in line]
     evals = [line for line in lines if "eval_loss" in line]
     summary.first, summary.last = (steps[0], steps[-1]) if steps else ({}, {})
+    summary.load = read_json(config.output_dir / RUN_FILE, dict).get("load") or []
     full = log.read_evaluations()
     saved = summary.best.step if config.load_best_model_at_end else None
     evals_of_saved = [line for line in evals if line["step"] == saved] or evals
