@@ -43,7 +43,7 @@ from dpoeng.bench.measuring.workload import (
     unique_tokens,
 )
 from dpoeng.cache.reader import View
-from dpoeng.cache.schema import PairIds, pair_key
+from dpoeng.cache.schema import PairIds, as_keys, pair_key
 from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.store import Store
 from dpoeng.engine.config.fields import Dtype, Quantization, TrainConfig
@@ -332,7 +332,11 @@ def reference_pass(lm: CausalLM, pairs: Sequence[PairIds], cache: Path, spec: Re
 
 def reference_batches(lm: CausalLM, pairs: Sequence[PairIds]) -> tuple[Sequence[PairIds], list[Sequence[int]]]:
     """The pairs in phase one's order, and which of them each forward takes."""
-    (ordered,) = plan_shards({pair_key(pair): pair for pair in pairs}, sum(pair.total_tokens for pair in pairs))
+    distinct = {pair_key(pair): pair for pair in pairs}
+    (order,) = plan_shards(
+        list(distinct.values()), as_keys(list(distinct)), sum(pair.total_tokens for pair in distinct.values())
+    )
+    ordered = [list(distinct.values())[i] for i in order]
     return ordered, [batch for batch, _ in batches_of_pairs(ordered, default_batch_tokens(lm.device))]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpoeng.cache.reader import View
-from dpoeng.cache.schema import pair_key
+from dpoeng.cache.schema import first_of_each, pair_key
 
 Floats = npt.NDArray[np.float64]
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -67,9 +67,8 @@ class ReferenceStats:
             nothing is ln 2 whatever this is; what it shows is how far the data lies from the reference.
         margin_per_token: difference of the mean log-probs, which length does not drown.
         accuracy: share of pairs with margin > 0; `accuracy_per_token` likewise.
-        length_correlation=correlation(margin, difference) or 0.0,
-        strongly_right=named(k for k in order[::-1][:notes] if margin[k] > 0),
-        strongly_wrong=named(k for k in order[:notes] if margin[k] < 0),
+        length_correlation: Pearson's r of `margin` and `length_difference`; 0 where one of them does not vary.
+        strongly_right, strongly_wrong: the pairs with the greatest and the least margin.
     """
 
     rows: int
@@ -95,7 +94,7 @@ def reference_stats(view: View, *, notes: int = 10) -> ReferenceStats:
         view: at least one row.
         notes: how many pairs to name at either end.
     """
-    first = _first_of_each(view)
+    first = first_of_each(view.keys())
     numbers = view.numbers().at(first)
     margin = numbers.chosen_sum - numbers.rejected_sum
     per_token = numbers.chosen_sum / numbers.chosen_tokens - numbers.rejected_sum / numbers.rejected_tokens
@@ -123,13 +122,6 @@ def reference_stats(view: View, *, notes: int = 10) -> ReferenceStats:
         strongly_right=named(k for k in order[::-1][:notes] if margin[k] > 0),
         strongly_wrong=named(k for k in order[:notes] if margin[k] < 0),
     )
-
-
-def _first_of_each(view: View) -> npt.NDArray[np.int64]:
-    """[pairs] the first row of each distinct pair, ascending."""
-    keys = np.ascontiguousarray(view.keys()).view("V16").ravel()
-    _, first = np.unique(keys, return_index=True)
-    return np.sort(first)
 
 
 def _contradictions(view: View, first: npt.NDArray[np.int64]) -> tuple[tuple[int, int], ...]:

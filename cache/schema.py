@@ -6,6 +6,7 @@ Knows nothing of files: see `writer` and `reader`.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +122,17 @@ def pair_key(ids: PairIds) -> bytes:
     """
     tag = PAIR_KEY_TAG_WITH_GAPS if ids.chosen_gaps or ids.rejected_gaps else PAIR_KEY_TAG
     return xxhash.xxh3_128_digest(tag + _content(ids))
+
+
+def as_keys(keys: Iterable[bytes]) -> npt.NDArray[np.uint8]:
+    """[N, 16] keys as an array."""
+    return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16)
+
+
+def first_of_each(keys: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """The first row of each distinct key, ascending; `keys`: [N, 16]."""
+    _, first = np.unique(np.ascontiguousarray(keys).view("V16").ravel(), return_index=True)
+    return np.sort(first)
 
 
 def gap_tokens(gaps: Gaps) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, Self
@@ -39,8 +39,8 @@ from dpoeng.cache.records import DIGEST, Commit, Manifest, ObjectRef, ViewRecord
 from dpoeng.cache.schema import ScoredPair
 from dpoeng.cache.shard import Shard, check_hash, encode_shard
 from dpoeng.cache.spec import ReferenceSpec
+from dpoeng.cache.table import Entries, encode_table
 from dpoeng.cache.table import ViewEntry as ViewEntry
-from dpoeng.cache.table import encode_table
 from dpoeng.cache.words import counted
 
 THREADS: Final = min(8, os.cpu_count() or 1)
@@ -316,7 +316,7 @@ class Store:
         self,
         spec_digest: str,
         name: str,
-        entries: Sequence[ViewEntry],
+        entries: Iterable[ViewEntry],
         meta: Mapping[str, Any],
         *,
         known: KeyIndex | None = None,
@@ -326,7 +326,8 @@ class Store:
         Args:
             spec_digest: the reference.
             name: letters, digits, `.`, `_`, `-`.
-            entries: the rows of the source, in its order, at least one; the pair of each has been committed.
+            entries: the rows of the source, in its order, at least one; the pair of each has been committed. Gone
+                through once, and not kept.
             meta: JSON: how the pairs were made.
             known: as in `lookup`.
 
@@ -335,24 +336,22 @@ class Store:
         """
         view_name(name)  # before the work
         index = self.lookup(spec_digest, known=known)
-        keys = np.frombuffer(b"".join(entry.pair_key for entry in entries), np.uint8).reshape(-1, 16)
-        shards, rows = index.locate(keys)
+        held = Entries(entries)
+        shards, rows = index.locate(held.keys)
         if missing := np.flatnonzero(shards < 0).tolist():
-            first = entries[missing[0]]
             raise CacheError(
                 "pairs of this view have no numbers in the cache",
                 code="cache-incomplete",
-                where=f"{first.source_file}:{first.source_row}" + (" and others" if len(missing) > 1 else ""),
-                expected=counted(len(entries), "pair"),
+                where=held.place(missing[0]) + (" and others" if len(missing) > 1 else ""),
+                expected=counted(len(held), "pair"),
                 found=f"{len(missing)} of them missing",
                 remedy="run the same `dpoeng precompute-ref` again: it computes what is missing",
             )
         used = np.unique(shards)
-        files = {file: k for k, file in enumerate(dict.fromkeys(entry.source_file for entry in entries))}
-        data = encode_table(entries, files, np.searchsorted(used, shards).astype(np.int32), rows)
-        table = ObjectRef(xxhash.xxh3_128_hexdigest(data), len(entries), len(data))
+        data = encode_table(held, np.searchsorted(used, shards).astype(np.int32), rows)
+        table = ObjectRef(xxhash.xxh3_128_hexdigest(data), len(held), len(data))
         objects = tuple(index.objects[k] for k in used)
-        self.put_view(ViewRecord(name, spec_digest, table, objects, tuple(files), meta), data)
+        self.put_view(ViewRecord(name, spec_digest, table, objects, tuple(held.files), meta), data)
 
     def put_view(self, record: ViewRecord, table: memoryview) -> None:
         """Publishes a view's table, then its record in the place of any other. Raises CacheError as `write_view`."""

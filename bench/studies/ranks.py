@@ -27,7 +27,7 @@ from dpoeng.bench.measuring.workload import seal_view, synthetic_pairs
 from dpoeng.bench.memory import training_run
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
-from dpoeng.cache.schema import PairIds, pair_key
+from dpoeng.cache.schema import PairIds, as_keys, pair_key
 from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.store import Store
 from dpoeng.engine.config.fields import TrainConfig
@@ -173,9 +173,8 @@ def run_rank(job: Mapping[str, Any], group: Group, device: torch.device) -> dict
     choose_layout(lm, "auto")
     touch(lm.base)
     pairs = synthetic_pairs(job["pairs"], lm.vocab_size)
-    shards = plan_shards(
-        {pair_key(pair): pair for pair in pairs}, sum(pair.total_tokens for pair in pairs) // (4 * job["most"])
-    )
+    tokens = sum(pair.total_tokens for pair in pairs) // (4 * job["most"])
+    shards = [[pairs[i] for i in shard] for shard in plan_shards(pairs, as_keys(map(pair_key, pairs)), tokens)]
     caches = [Path(job["folder"]) / f"cache{number}" for number in range(2)]
     reference = [timed(partial(_score, lm, shards, cache, group), group, device) for cache in caches]
     if group.is_first:

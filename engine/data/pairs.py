@@ -40,6 +40,7 @@ from dpoeng.engine.data.where import parse_condition
 
 # A large file that is mostly unusable is given up early, lest the list of its rejects fill the memory.
 GIVE_UP_EVERY = 10_000
+_ROW_BITS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +110,13 @@ class PromptOrigins:
         return told
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PairFile:
     """What was read.
 
     Attributes:
-        pairs: in the order of the files and their rows; duplicates are all there.
+        pairs: in the order of the files and their rows; duplicates are all there. Empty where they went by.
+        count: how many pairs there were.
         rejects: rows left out, in the same order.
         filtered: rows that the filter left out.
         files: path as given -> xxh3_128 (hex) of the file's bytes.
@@ -127,6 +129,7 @@ class PairFile:
     """
 
     pairs: list[PreferencePair] = field(default_factory=list)
+    count: int = 0
     rejects: list[Reject] = field(default_factory=list)
     filtered: int = 0
     files: dict[str, str] = field(default_factory=dict)
@@ -162,38 +165,53 @@ def read_pairs(
     Raises:
         UserError: a file cannot be read, is empty or changes meanwhile; columns are missing; too many rejects.
     """
+    found, pairs = stream_pairs(
+        paths, columns=columns, where=where, max_reject_share=max_reject_share, prompt_format=prompt_format
+    )
+    found.pairs = list(pairs)
+    return found
+
+
+def stream_pairs(
+    paths: Sequence[Path | RowsInMemory],
+    *,
+    columns: Mapping[str, str] | None = None,
+    where: str | None = None,
+    max_reject_share: float = 0.05,
+    prompt_format: str | None = None,
+) -> tuple[PairFile, Iterator[PreferencePair]]:
+    """Read pairs one by one, without keeping them.
+
+    Args and errors are those of `read_pairs`; errors of a file arise where the iterator meets them.
+
+    Returns:
+        What is found, complete once the iterator has ended; and the iterator, to be gone through once.
+    """
     stream = PairStream(paths, columns=columns, where=where, prompt_format=prompt_format)
-    pairs: list[PreferencePair] = []
-    rejects: list[Reject] = []
-    duplicates: list[Repeat] = []
-    contradictions: list[Repeat] = []
+    found = PairFile(files=stream.files, prompts=stream.prompts)
+    return found, _passing(stream, found, where, max_reject_share)
+
+
+def _passing(
+    stream: PairStream, found: PairFile, where: str | None, max_reject_share: float
+) -> Iterator[PreferencePair]:
     for row in stream:
         if isinstance(row, Reject):
-            rejects.append(row)
-            if len(rejects) % GIVE_UP_EVERY == 0:
-                check_reject_share(rejects, len(pairs) + len(rejects), max(max_reject_share, 0.5))
+            found.rejects.append(row)
+            if len(found.rejects) % GIVE_UP_EVERY == 0:
+                check_reject_share(found.rejects, found.count + len(found.rejects), max(max_reject_share, 0.5))
             continue
-        pairs.append(row.pair)
+        found.count += 1
+        found.multi_turn += isinstance(row.pair.prompt, str) and holds_human_turn(row.pair)
         if row.duplicate is not None:
-            duplicates.append(row.duplicate)
+            found.duplicates.append(row.duplicate)
         if row.contradiction is not None:
-            contradictions.append(row.contradiction)
-    found = PairFile(
-        pairs=pairs,
-        rejects=rejects,
-        filtered=stream.filtered,
-        files=stream.files,
-        duplicates=duplicates,
-        contradictions=contradictions,
-        multi_turn=sum(isinstance(pair.prompt, str) and holds_human_turn(pair) for pair in pairs),
-        columns=stream.columns,
-        prompts=stream.prompts,
-        misspelt=stream.misspelt,
-    )
-    check_reject_share(found.rejects, len(found.pairs) + len(found.rejects), max_reject_share)
-    if not found.pairs:
+            found.contradictions.append(row.contradiction)
+        yield row.pair
+    found.filtered, found.columns, found.misspelt = stream.filtered, stream.columns, stream.misspelt
+    check_reject_share(found.rejects, found.count + len(found.rejects), max_reject_share)
+    if not found.count:
         raise _no_pair(found, where)
-    return found
 
 
 def _no_pair(found: PairFile, where: str | None) -> UserError:
@@ -261,7 +279,9 @@ class PairStream:
         self._prompt_format = prompt_format
         self._paths: list[Path | RowsInMemory] = [*readers.expand([path for path in paths if isinstance(path, Path)])]
         self._paths += [path for path in paths if isinstance(path, RowsInMemory)]
-        self._seen: dict[bytes, tuple[str, int]] = {}
+        # Key of a pair -> the row where it stood first: its number, and above that the number of its file. One number
+        # takes half of the memory of a tuple.
+        self._seen: dict[bytes, int] = {}
         self._names: dict[str, None] = {}
         self.rejected = 0
         self.filtered = 0
@@ -331,12 +351,15 @@ class PairStream:
         pair = to_pair(row, shape, str(path), number)
         self.prompts.add(pair, formatted=shape.prompt_format is not None)
         key, opposite = content_key(pair), content_key(pair, swapped=True)
-        same, other = (
-            Repeat(str(path), number, *self._seen[earlier]) if earlier in self._seen else None
-            for earlier in (key, opposite)
-        )
-        self._seen.setdefault(key, (str(path), number))
+        same, other = (self._repeat(path, number, earlier) for earlier in (key, opposite))
+        self._seen.setdefault(key, (len(self.files) - 1) << _ROW_BITS | number)
         return ReadPair(pair, same, other)
+
+    def _repeat(self, path: Path | RowsInMemory, number: int, key: bytes) -> Repeat | None:
+        first = self._seen.get(key)
+        if first is None:
+            return None
+        return Repeat(str(path), number, list(self.files)[first >> _ROW_BITS], first & (1 << _ROW_BITS) - 1)
 
     def _check_columns(self, path: Path | RowsInMemory, names: Mapping[str, None]) -> None:
         """Raise where a column that is needed, mapped or filtered by occurs in no row of a file."""

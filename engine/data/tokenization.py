@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from dpoeng.cache.errors import UserError
-from dpoeng.cache.schema import PairIds, as_ids, pair_key
+from dpoeng.cache.schema import PairIds, as_ids
 from dpoeng.engine.data.chat import END_TEXTS, Side, TrainOn, to_sides
 from dpoeng.engine.data.encoding import Encoded, encode
 from dpoeng.engine.data.rejects import Reject
 from dpoeng.engine.data.shapes import PreferencePair, common_length
 from dpoeng.engine.data.strict_json import RowFault
+from dpoeng.engine.data.token_counts import Counter
+from dpoeng.engine.data.token_counts import TokenCounts as TokenCounts
+from dpoeng.engine.data.token_rows import TokenizedPair as TokenizedPair
+from dpoeng.engine.data.token_rows import TokenRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,81 +31,24 @@ CHUNK_PAIRS = 128
 
 
 @dataclass(frozen=True, slots=True)
-class TokenizedPair:
-    """One row's tokens.
-
-    Attributes:
-        ids: shared prompt and both responses, after truncation.
-        extra: the row's other columns.
-        truncated: whether anything was cut off.
-        merged: whether the prompt by itself has other tokens than it has before a response.
-        needed: positions of prompt + longer response before truncation: the `max_length` that cuts nothing.
-        swallowed: whether a special token took the white space that a response begins with.
-        thoughts: thoughts of earlier turns that the template leaves out.
-    """
-
-    ids: PairIds
-    source_file: str
-    source_row: int
-    extra: dict[str, Any]
-    truncated: bool
-    merged: bool
-    needed: int
-    swallowed: bool = False
-    thoughts: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Lengths:
-    """Token counts of one part, over all pairs."""
-
-    count: int
-    mean: float
-    p50: int
-    p95: int
-    max: int
-
-
-@dataclass(slots=True)
-class TokenCounts:
-    """What tokenisation did, in pairs unless said otherwise.
-
-    Attributes:
-        truncated: something was cut off.
-        merged: the prompt has other tokens before a response than by itself.
-        unshared: the sides' last prompt tokens differ and were moved, unscored, to the responses.
-        duplicates: equal in all ids to an earlier pair.
-        contradictions: an earlier pair with the responses the other way round.
-        separate: responses (not pairs) tokenised apart from their prompt, for want of offsets.
-        turns: pairs with tokens of others inside a response, which are not scored.
-        swallowed: a special token took the white space that a response begins with.
-        thoughts: the template left out thoughts of earlier turns, as it is meant to.
-        lengths: `prompt`, `chosen`, `rejected`, `total` (prompt once), after truncation.
-    """
-
-    truncated: int = 0
-    merged: int = 0
-    unshared: int = 0
-    duplicates: int = 0
-    contradictions: int = 0
-    separate: int = 0
-    turns: int = 0
-    swallowed: int = 0
-    thoughts: int = 0
-    lengths: dict[str, Lengths] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
 class TokenizedData:
-    """All pairs that can be used, in the order of their rows, and those that cannot."""
+    """All pairs that can be used, in the order of their rows, and those that cannot.
 
-    pairs: list[TokenizedPair]
+    Attributes:
+        pairs: N of them, kept as `TokenRows` keeps them.
+        rejects: rows that cannot be used.
+        counts: what tokenisation did.
+        keys: [N, 16] the key of each pair.
+    """
+
+    pairs: TokenRows
     rejects: list[Reject]
     counts: TokenCounts
+    keys: npt.NDArray[np.uint8]
 
 
 def tokenize_pairs(
-    pairs: Sequence[PreferencePair],
+    pairs: Iterable[PreferencePair],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int | None = 1024,
@@ -111,7 +60,7 @@ def tokenize_pairs(
     """Tokenise pairs; the outcome depends on the arguments alone, not on what the tokenizer was used for before.
 
     Args:
-        pairs: texts, or messages for the tokenizer's chat template.
+        pairs: texts, or messages for the tokenizer's chat template; gone through once, and not kept.
         tokenizer: any of transformers'; one without offsets is used with less exact boundaries.
         max_length: most tokens of prompt + response, for each side; None for no limit.
         max_prompt_length: most tokens of the prompt, whose end (and beginning token) is kept; None for no limit.
@@ -124,14 +73,14 @@ def tokenize_pairs(
     Raises:
         UserError: the tokenizer has no end token to append, or no chat template for messages.
     """
-    _check_settings(pairs, tokenizer, max_length, max_prompt_length, append_eos=append_eos)
+    _check_limits(max_length, max_prompt_length)
     limits = _Limits(max_length, max_prompt_length, truncation_mode)
     ends = _end_tokens(tokenizer)
-    done: list[TokenizedPair] = []
-    rejects: list[Reject] = []
-    counts = TokenCounts()
-    for start in range(0, len(pairs), CHUNK_PAIRS):
-        chunk = pairs[start : start + CHUNK_PAIRS]
+    done, rejects, counter = TokenRows(), list[Reject](), Counter()
+    rest = iter(pairs)
+    while chunk := list(itertools.islice(rest, CHUNK_PAIRS)):
+        if append_eos:
+            _check_end_token(chunk, tokenizer)
         texts = [_sides_or_fault(pair, tokenizer, train_on) for pair in chunk]
         encoded = encode([side for sides in texts if not isinstance(sides, RowFault) for side in sides], tokenizer)
         both = iter(zip(encoded[::2], encoded[1::2], strict=True))
@@ -142,7 +91,7 @@ def tokenize_pairs(
                 chosen, rejected = next(both)  # both at once, whatever is wrong with either
                 for side, tokens in zip(sides, (chosen, rejected), strict=True):
                     _close(tokens, side, tokenizer, append_eos, ends)
-                counts.separate += (not chosen.joint) + (not rejected.joint)
+                counter.counts.separate += (not chosen.joint) + (not rejected.joint)
                 needed = max(len(chosen.ids), len(rejected.ids))
                 ids, truncated = _truncate(_share_prompt(chosen, rejected), limits)
             except RowFault as fault:
@@ -151,20 +100,14 @@ def tokenize_pairs(
             merged = chosen.merged or rejected.merged
             source = (pair.source_file, pair.source_row, pair.extra)
             swallowed, thoughts = chosen.swallowed or rejected.swallowed, max(side.thoughts for side in sides)
-            done.append(TokenizedPair(ids, *source, truncated, merged, needed, swallowed, thoughts))
-    _count(done, counts)
-    return TokenizedData(done, rejects, counts)
+            tokenized = TokenizedPair(ids, *source, truncated, merged, needed, swallowed, thoughts)
+            counter.add(tokenized)
+            done.append(tokenized)
+    return TokenizedData(done, rejects, counter.finish(), counter.keys)
 
 
-def _check_settings(
-    pairs: Sequence[PreferencePair],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int | None,
-    max_prompt_length: int | None,
-    *,
-    append_eos: bool,
-) -> None:
-    """Raise UserError where a limit leaves no token, or there is no end token to append."""
+def _check_limits(max_length: int | None, max_prompt_length: int | None) -> None:
+    """Raise UserError where a limit leaves no token."""
     for name, limit in (("max_length", max_length), ("max_prompt_length", max_prompt_length)):
         if limit is not None and limit < 1:
             raise UserError(
@@ -175,7 +118,11 @@ def _check_settings(
                 found=str(limit),
                 remedy="raise it, or leave it out",
             )
-    if append_eos and tokenizer.eos_token_id is None and any(isinstance(pair.prompt, str) for pair in pairs):
+
+
+def _check_end_token(pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError where there is no end token to append to texts."""
+    if tokenizer.eos_token_id is None and any(isinstance(pair.prompt, str) for pair in pairs):
         raise UserError(
             "the tokenizer has no end token to put behind responses",
             code="tokenizer-no-eos",
@@ -312,32 +259,3 @@ def _tail(prompt: list[int], length: int, bos: bool) -> list[int]:
     if length and bos:
         return [prompt[0], *prompt[len(prompt) - length + 1 :]]
     return prompt[len(prompt) - length :]
-
-
-def _count(pairs: Sequence[TokenizedPair], counts: TokenCounts) -> None:
-    seen: set[bytes] = set()
-    for pair in pairs:
-        ids = pair.ids
-        key = pair_key(ids)
-        counts.truncated += pair.truncated
-        counts.merged += pair.merged
-        counts.unshared += ids.chosen_start > 0 or ids.rejected_start > 0
-        counts.duplicates += key in seen
-        counts.contradictions += pair_key(ids.swapped()) in seen
-        counts.turns += bool(ids.chosen_gaps or ids.rejected_gaps)
-        counts.swallowed += pair.swallowed
-        counts.thoughts += pair.thoughts > 0
-        seen.add(key)
-    if pairs:
-        parts = {
-            "prompt": [len(pair.ids.prompt_ids) for pair in pairs],
-            "chosen": [len(pair.ids.chosen_ids) for pair in pairs],
-            "rejected": [len(pair.ids.rejected_ids) for pair in pairs],
-            "total": [pair.ids.total_tokens for pair in pairs],
-        }
-        counts.lengths = {name: _lengths(values) for name, values in parts.items()}
-
-
-def _lengths(values: Sequence[int]) -> Lengths:
-    p50, p95 = np.percentile(values, [50, 95], method="nearest")
-    return Lengths(len(values), float(np.mean(values)), int(p50), int(p95), max(values))

@@ -6,9 +6,12 @@ The answer is `dpoeng plan`'s, for the pairs and the device at hand.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
+import numpy as np
 import torch
 
 from dpoeng.cache.errors import UserError
@@ -43,7 +46,7 @@ def available_bytes(device: torch.device) -> int:
 def check_step(
     config: TrainConfig,
     source: ModelSource,
-    pairs: Sequence[PairIds],
+    pairs: Iterable[PairIds],
     device: torch.device,
     *,
     quantization: Quantization,
@@ -74,7 +77,7 @@ def check_step(
 def check_forward(
     config: PrecomputeConfig,
     source: ModelSource,
-    pairs: Sequence[PairIds],
+    pairs: Iterable[PairIds],
     device: torch.device,
     *,
     note: Note = ignore,
@@ -100,7 +103,7 @@ def _advised(note: Note, predict: Callable[[], int | None]) -> int | None:
 def _check_step(
     config: TrainConfig,
     source: ModelSource,
-    ordered: Sequence[Pair],
+    ordered: Iterator[Pair],
     device: torch.device,
     quantization: Quantization,
     dtype: str,
@@ -108,7 +111,7 @@ def _check_step(
     shards: int,
     held_bytes: int,
 ) -> int | None:
-    longest = ordered[: config.per_device_train_batch_size]
+    longest = list(islice(ordered, config.per_device_train_batch_size))
     if _is_small(source, longest, device, not config.use_peft):
         return None
     setup = _setup(config, source, device, quantization, dtype, config.checkpoints_on(device.type))
@@ -132,7 +135,7 @@ def _check_step(
 
 
 def _check_forward(
-    config: PrecomputeConfig, source: ModelSource, ordered: Sequence[Pair], device: torch.device
+    config: PrecomputeConfig, source: ModelSource, ordered: Iterator[Pair], device: torch.device
 ) -> int | None:
     longest: list[Pair] = []
     tokens = 0
@@ -172,9 +175,13 @@ def _setup(
     )
 
 
-def _longest(pairs: Sequence[PairIds]) -> list[Pair]:
-    ordered = sorted(pairs, key=lambda ids: -ids.total_tokens)
-    return [Pair(len(ids.prompt_ids), len(ids.chosen_ids), len(ids.rejected_ids)) for ids in ordered]
+def _longest(pairs: Iterable[PairIds]) -> Iterator[Pair]:
+    """The lengths of all pairs, the longest first, each made when it is asked for: only a batch of them is."""
+    lengths = array("i")
+    for ids in pairs:
+        lengths.extend((len(ids.prompt_ids), len(ids.chosen_ids), len(ids.rejected_ids)))
+    each = np.asarray(lengths).reshape(-1, 3)
+    return (Pair(*each[i].tolist()) for i in np.argsort(-each.sum(axis=1), kind="stable"))
 
 
 def _is_small(source: ModelSource, pairs: Sequence[Pair], device: torch.device, full: bool = False) -> bool:

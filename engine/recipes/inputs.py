@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import xxhash
+
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import pair_key
@@ -161,7 +163,7 @@ def split(view: View, eval_view: View | None, config: TrainConfig) -> tuple[list
             )
         return list(range(len(view))), list(range(len(eval_view)))
     train_indices, eval_indices = hold_out(
-        [view[row].ids.prompt_ids.tobytes() for row in range(len(view))], config.eval_share, config.seed
+        (view[row].ids.prompt_ids.tobytes() for row in range(len(view))), config.eval_share, config.seed
     )
     return train_indices, eval_indices
 
@@ -199,14 +201,14 @@ def check_apart(view: View, eval_view: View) -> str:
     Raises:
         UserError: every evaluation pair is also a training pair.
     """
-    trained = {view.key(row) for row in range(len(view))}
-    prompts = {view[row].ids.prompt_ids.tobytes() for row in range(len(view))}
+    trained = set(map(bytes, view.keys()))
+    prompts = {xxhash.xxh3_128_digest(view[row].ids.prompt_ids.tobytes()) for row in range(len(view))}
     pairs = also = 0
     for row in range(len(eval_view)):
         ids = eval_view[row].ids
         if eval_view.key(row) in trained or pair_key(ids.swapped()) in trained:
             pairs += 1
-        elif ids.prompt_ids.tobytes() in prompts:
+        elif xxhash.xxh3_128_digest(ids.prompt_ids.tobytes()) in prompts:
             also += 1
     if pairs == len(eval_view):
         raise UserError(

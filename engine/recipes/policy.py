@@ -166,7 +166,7 @@ def _check_memory(
     return check_step(
         config,
         source,
-        [row.ids for row in inputs.train_rows],
+        (row.ids for row in inputs.train_rows),
         device,
         quantization=choice.quantization,
         dtype=choice.dtype,

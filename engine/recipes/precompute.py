@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import xxhash
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.index import KeyIndex
-from dpoeng.cache.schema import PairIds, pair_key
+from dpoeng.cache.schema import PairIds, first_of_each
 from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.store import Store
 from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import PrecomputeConfig
 from dpoeng.engine.data.in_memory import RowsInMemory
-from dpoeng.engine.data.pairs import PairFile, ensure_unchanged, read_pairs
+from dpoeng.engine.data.pairs import PairFile, ensure_unchanged, stream_pairs
 from dpoeng.engine.data.readers import COMPRESSIONS, FORMATS
 from dpoeng.engine.data.rejects import Reject, check_reject_share
+from dpoeng.engine.data.token_rows import SomeIds
 from dpoeng.engine.data.tokenization import TokenizedData, tokenize_pairs
 from dpoeng.engine.memory.fit import check_forward
 from dpoeng.engine.models.loading import pick_device, with_stored_quantization
@@ -102,7 +106,7 @@ def _precompute(config: PrecomputeConfig, group: Group, progress: Progress) -> P
         spec=work.spec.digest,
         pairs=len(work.data.pairs),
         computed=sum(len(shard) for shard in work.mine),
-        reused=sum(ids in work.index for ids in work.unique.values()),
+        reused=len(work.reused),
         quarantined=len(work.index.quarantined),
         filtered=work.file.filtered,
         rejects=[*work.file.rejects, *work.data.rejects],
@@ -134,8 +138,8 @@ class Work:
         view_name: of the view that will be written.
         file: the pairs as they were read.
         data: the pairs as token ids.
-        keys: the key of each row's pair.
-        unique: pair key -> pair, each once.
+        distinct: the tokens of the pairs, each pair once.
+        reused: which of these the cache holds already.
         store: the cache.
         spec: what identifies the reference.
         index: pairs that the cache holds already.
@@ -150,8 +154,8 @@ class Work:
     view_name: str
     file: PairFile
     data: TokenizedData
-    keys: Sequence[bytes]
-    unique: Mapping[bytes, PairIds]
+    distinct: SomeIds
+    reused: npt.NDArray[np.int64]
     store: Store
     spec: ReferenceSpec
     index: KeyIndex
@@ -188,29 +192,40 @@ def plan_work(config: PrecomputeConfig, group: Group, progress: Progress) -> Wor
     with group.first_on_machine():  # hashes the weights and remembers it: the others then need not
         spec = reference_spec(config, source, adapter, progress)
     store.put_spec(spec)
-    keys = [pair_key(pair.ids) for pair in data.pairs]
-    unique = {key: pair.ids for key, pair in zip(keys, data.pairs, strict=True)}
+    distinct = SomeIds(data.pairs, first_of_each(data.keys))
+    keys = data.keys[distinct.places]
     group.agree("models", spec.digest, "give every process the same model, adapter and precision")
-    group.agree("pairs", xxhash.xxh3_128_hexdigest(b"".join(sorted(unique))), "give every process the same files")
-    index, missing = _look_up(store, spec.digest, unique, config.shard_tokens, progress)
-    mine = [shard for shard in part.of(missing) if shard]
+    together = xxhash.xxh3_128_hexdigest(b"".join(sorted(map(bytes, keys))))
+    group.agree("pairs", together, "give every process the same files")
+    index, reused, missing = _look_up(store, spec.digest, distinct, keys, config.shard_tokens, progress)
+    mine = [distinct.at(shard) for shard in part.of(missing) if len(shard)]
     return Work(
-        config, source, adapter, device, view_name, file, data, keys, unique, store, spec, index, part, mine
+        config, source, adapter, device, view_name, file, data, distinct, reused, store, spec, index, part, mine
     )  # fmt: skip
 
 
 def _look_up(
-    store: Store, spec_digest: str, unique: Mapping[bytes, PairIds], shard_tokens: int, progress: Progress
-) -> tuple[KeyIndex, list[list[PairIds]]]:
-    """What the cache holds, and the shards of what it lacks; some of these shards may be empty."""
+    store: Store,
+    spec_digest: str,
+    distinct: SomeIds,
+    keys: npt.NDArray[np.uint8],
+    shard_tokens: int,
+    progress: Progress,
+) -> tuple[KeyIndex, npt.NDArray[np.int64], list[npt.NDArray[np.int64]]]:
+    """What the cache holds, which pairs these are, and the shards of what it lacks; some of them may be empty."""
     index = store.lookup(spec_digest)
     for name in index.quarantined:
         progress.note(f"object {name} of the cache was damaged; it was set aside and its pairs are computed again")
     # Planned over what the last finished run left, not over what is there now: a run that is killed and started again
     # then writes the same shards as one left alone (see plan_shards).
     sealed = store.lookup(spec_digest, sealed=True, known=index)
-    shards = plan_shards({key: ids for key, ids in unique.items() if ids not in sealed}, shard_tokens)
-    return index, [[ids for ids in shard if ids not in index] for shard in shards]
+    held = np.fromiter((ids in index for ids in distinct), bool, len(distinct))
+    whole = held.copy()  # of what is there, what the last finished run left
+    if sealed.objects != index.objects:
+        whole[held] = [distinct[i] in sealed for i in np.flatnonzero(held).tolist()]
+    fresh = np.flatnonzero(~whole)
+    shards = [fresh[shard] for shard in plan_shards(distinct.at(fresh), keys[fresh], shard_tokens)]
+    return index, np.flatnonzero(held), [shard[~held[shard]] for shard in shards]
 
 
 def compute(work: Work, summary: PrecomputeSummary, progress: Progress) -> None:
@@ -220,10 +235,10 @@ def compute(work: Work, summary: PrecomputeSummary, progress: Progress) -> None:
         UserError: no room on the disk or in memory; ids or lengths that the model does not take; or older values that
             it does not repeat.
     """
-    config, pairs = work.config, work.unique.values()
+    config, pairs = work.config, work.distinct
     check_disk(work.store.root, work.mine)
     began = time.perf_counter()
-    mine = [ids for shard in work.mine for ids in shard]
+    mine = itertools.chain.from_iterable(work.mine)
     summary.predicted_bytes = check_forward(config, work.source, mine, work.device, note=progress.note)
     lm = load_reference(config, work.source, work.adapter, work.device, longest_text(pairs))
     for remark in lm.remarks:
@@ -237,7 +252,8 @@ def compute(work: Work, summary: PrecomputeSummary, progress: Progress) -> None:
         work.store,
         work.spec.digest,
         work.index,
-        {key: ids for key, ids in work.unique.items() if ids in work.index},
+        work.distinct.at(work.reused),
+        work.data.keys[work.distinct.places[work.reused]],
         quantization=config.quantization,
         batch_tokens=config.batch_tokens,
         progress=progress,
@@ -259,8 +275,7 @@ def finish(work: Work, summary: PrecomputeSummary, progress: Progress, *, patien
         UserError: a file of pairs has changed since it was read, or the cache cannot be written.
     """
     store, spec = work.store, work.spec
-    index = _look_again(store, spec.digest, work.index, work.unique, patience_s=patience_s)
-    summary.pending = sum(ids not in index for ids in work.unique.values())
+    index, summary.pending = _look_again(store, spec.digest, work.index, work.distinct, patience_s=patience_s)
     if summary.pending:
         return
     store.seal(spec.digest)
@@ -271,10 +286,10 @@ def finish(work: Work, summary: PrecomputeSummary, progress: Progress, *, patien
         "reference": summary.reference,
         **source_record(work.config, work.file, len(summary.rejects), summary.device),
     }
-    write_pairs_view(store, spec.digest, work.view_name, work.data, work.keys, meta, known=index, progress=progress)
+    write_pairs_view(store, spec.digest, work.view_name, work.data, meta, known=index, progress=progress)
     summary.views = len(store.views())
     summary.rejects_file = write_rejects_file(store, work.view_name, summary.rejects, progress)
-    summary.reference_accuracy = _reference_accuracy(index, work.unique)
+    summary.reference_accuracy = _reference_accuracy(index, work.distinct)
 
 
 def required_model(config: PrecomputeConfig) -> str:
@@ -312,17 +327,15 @@ def _read(config: PrecomputeConfig, choice: TokenizerChoice, progress: Progress)
     tokenizer = load_chosen(choice)
     if remark := remark_on(choice, tokenizer):
         progress.note(remark)
-    file = read_pairs(
+    file, pairs = stream_pairs(
         config.pairs,
         columns=config.columns,
         where=config.where,
         max_reject_share=config.max_reject_share,
         prompt_format=config.prompt_format,
     )
-    if remark := file.column_remark():
-        progress.note(remark)
     data = tokenize_pairs(
-        file.pairs,
+        pairs,
         tokenizer,
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
@@ -330,6 +343,8 @@ def _read(config: PrecomputeConfig, choice: TokenizerChoice, progress: Progress)
         append_eos=config.append_eos,
         train_on=config.train_on,
     )
+    if remark := file.column_remark():
+        progress.note(remark)
     if not data.pairs:
         raise UserError(
             "no pair is left after tokenisation",
@@ -343,19 +358,23 @@ def _read(config: PrecomputeConfig, choice: TokenizerChoice, progress: Progress)
             remedy="see all reasons with `dpoeng check PAIRS --model MODEL`; raise --max-length if it is lengths",
             exit_status=3,
         )
-    check_reject_share([*file.rejects, *data.rejects], len(file.pairs) + len(file.rejects), config.max_reject_share)
+    check_reject_share([*file.rejects, *data.rejects], file.count + len(file.rejects), config.max_reject_share)
     return file, data
 
 
 def _look_again(
-    store: Store, spec_digest: str, index: KeyIndex, unique: Mapping[bytes, PairIds], *, patience_s: float
-) -> KeyIndex:
-    """The index with what has been committed since; waits until all pairs are there, or for `patience_s` seconds."""
+    store: Store, spec_digest: str, index: KeyIndex, pairs: Sequence[PairIds], *, patience_s: float
+) -> tuple[KeyIndex, int]:
+    """The index with what has been committed since, and how many pairs it lacks.
+
+    Waits until all pairs are there, or for `patience_s` seconds.
+    """
     limit = time.monotonic() + patience_s
     while True:
         index = store.lookup(spec_digest, known=index)
-        if all(ids in index for ids in unique.values()) or time.monotonic() >= limit:
-            return index
+        lacking = sum(ids not in index for ids in pairs)
+        if not lacking or time.monotonic() >= limit:
+            return index, lacking
         time.sleep(0.5)
 
 
@@ -396,11 +415,11 @@ def _score(lm: CausalLM, work: Work, batch_tokens: int, summary: PrecomputeSumma
         summary.peak_bytes = torch.cuda.max_memory_allocated(lm.device)
 
 
-def _reference_accuracy(index: KeyIndex, unique: Mapping[bytes, PairIds]) -> float:
+def _reference_accuracy(index: KeyIndex, pairs: SomeIds) -> float:
     """Share of distinct pairs whose chosen response the reference already finds likelier."""
     right = 0
-    for ids in unique.values():
+    for ids in pairs:
         pair = index.get(ids)
         assert pair is not None, "every pair was committed"
         right += pair.chosen_sum > pair.rejected_sum
-    return right / len(unique)
+    return right / len(pairs)

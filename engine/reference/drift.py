@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.index import KeyIndex
@@ -27,7 +28,8 @@ def check_drift(
     store: Store,
     spec_digest: str,
     index: KeyIndex,
-    reused: Mapping[bytes, PairIds],
+    reused: Sequence[PairIds],
+    keys: npt.NDArray[np.uint8],
     *,
     quantization: str,
     batch_tokens: int,
@@ -42,10 +44,10 @@ def check_drift(
     Raises:
         UserError: the values of then and now differ by more than rounding explains.
     """
-    foreign, changes = _foreign(store, spec_digest, index, reused, device_name(lm.device))
-    if not foreign:
+    foreign, changes = _foreign(store, spec_digest, index, keys, device_name(lm.device))
+    if not len(foreign):
         return
-    pairs = (index.get(foreign[i]) for i in spread(range(len(foreign)), DRIFT_SAMPLE))
+    pairs = (index.get(reused[foreign[i]]) for i in spread(range(len(foreign)), DRIFT_SAMPLE))
     sample = [pair for pair in pairs if pair is not None]
     report = compare_with_cache(
         lm,
@@ -73,10 +75,10 @@ def check_drift(
 
 
 def _foreign(
-    store: Store, spec_digest: str, index: KeyIndex, reused: Mapping[bytes, PairIds], device: str
-) -> tuple[list[PairIds], str]:
-    """Reused pairs that other libraries or another device computed, and how these differ from now, in words."""
-    if not reused:
+    store: Store, spec_digest: str, index: KeyIndex, keys: npt.NDArray[np.uint8], device: str
+) -> tuple[list[int], str]:
+    """Which reused pairs other libraries or another device computed, and how these differ from now, in words."""
+    if not len(keys):
         return [], ""
     now = _computed_by({"versions": library_versions(), "device": device})
     then = {
@@ -84,11 +86,16 @@ def _foreign(
         for _, outcome in store.read_commits(spec_digest)
         if isinstance(outcome, Commit)
     }
-    shards, _ = index.locate(np.frombuffer(b"".join(reused), np.uint8).reshape(-1, 16))
-    makers = [then.get(index.objects[shard].name, now) for shard in shards]
-    changes = {f"{name} {maker[name]}, now {now[name]}" for maker in makers for name in now if maker[name] != now[name]}
-    foreign = [ids for ids, maker in zip(reused.values(), makers, strict=True) if maker != now]
-    return foreign, "; ".join(sorted(changes))
+    shards, _ = index.locate(keys)
+    makers = {int(shard): then.get(index.objects[shard].name, now) for shard in np.unique(shards)}
+    others = {shard: maker for shard, maker in makers.items() if maker != now}
+    changes = {
+        f"{name} {maker[name]}, now {now[name]}"
+        for maker in others.values()
+        for name in now
+        if maker[name] != now[name]
+    }
+    return np.flatnonzero(np.isin(shards, list(others))).tolist(), "; ".join(sorted(changes))
 
 
 def _computed_by(provenance: Mapping[str, Any]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from array import array
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def check_positions(pairs: Collection[PairIds], lm: CausalLM) -> None:
         UserError: a pair is longer than the model's table of positions, or than the length up to which its rotary
             frequencies stand still.
     """
-    lengths = [_text_tokens(ids) for ids in pairs]
+    lengths = array("q", map(_text_tokens, pairs))
     for limit, why, expected in (
         (
             position_limit(lm),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import PairIds
@@ -13,7 +17,9 @@ from dpoeng.engine.scoring.layout import batches_by_tokens
 T = TypeVar("T")
 
 
-def plan_shards(fresh: Mapping[bytes, PairIds], shard_tokens: int) -> list[list[PairIds]]:
+def plan_shards(
+    fresh: Sequence[PairIds], keys: npt.NDArray[np.uint8], shard_tokens: int
+) -> list[npt.NDArray[np.int64]]:
     """Which pairs are stored together: a pure function of the set of pairs that are new since the last finished run.
 
     It does not look at what an unfinished run has committed already. So a run that is killed and started again, or
@@ -22,15 +28,28 @@ def plan_shards(fresh: Mapping[bytes, PairIds], shard_tokens: int) -> list[list[
     together, so that it is run once for all of them.
 
     Args:
-        fresh: pair key -> pair.
+        fresh: N pairs, none twice; gone through once.
+        keys: [N, 16] the key of each.
         shard_tokens: most tokens in a shard; a longer pair has one of its own.
+
+    Returns:
+        of each shard the places of its pairs in `fresh`.
     """
-    by_prompt: dict[bytes, list[tuple[int, bytes]]] = {}
-    for key, ids in fresh.items():
-        by_prompt.setdefault(ids.prompt_ids.tobytes(), []).append((-ids.total_tokens, key))
-    together = sorted(sorted(members) for members in by_prompt.values())
-    ordered = [fresh[key] for members in together for _, key in members]
-    return [[ordered[i] for i in shard] for shard in batches_by_tokens([p.total_tokens for p in ordered], shard_tokens)]
+    if not len(fresh):
+        return []
+    tokens = np.empty(len(fresh), np.int64)
+    prompts = np.empty((len(fresh), 16), np.uint8)
+    for i, ids in enumerate(fresh):
+        tokens[i] = ids.total_tokens
+        prompts[i] = np.frombuffer(xxhash.xxh3_128_digest(ids.prompt_ids.tobytes()), np.uint8)
+    halves = np.ascontiguousarray(keys).view(">u8")  # keys in the order of their bytes
+    rank = np.empty(len(fresh), np.int64)
+    rank[np.lexsort((halves[:, 1], halves[:, 0], -tokens))] = np.arange(len(fresh))
+    groups = np.unique(prompts.view("V16").ravel(), return_inverse=True)[1]
+    first = np.full(len(fresh), len(fresh))  # of each prompt, the rank of its first pair
+    np.minimum.at(first, groups, rank)
+    order = np.lexsort((rank, first[groups]))
+    return [order[shard.start : shard.stop] for shard in batches_by_tokens(tokens[order].tolist(), shard_tokens)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from dpoeng.cache.errors import CacheError, UserError
 from dpoeng.cache.files import disk_error
@@ -71,7 +73,6 @@ def write_pairs_view(
     spec_digest: str,
     name: str,
     data: TokenizedData,
-    keys: Sequence[bytes],
     meta: dict[str, Any],
     *,
     known: KeyIndex,
@@ -82,17 +83,17 @@ def write_pairs_view(
     Raises:
         CacheError: as `Store.write_view`.
     """
-    entries = [
-        ViewEntry(pair.source_file, pair.source_row, key, pair.extra)
-        for pair, key in zip(data.pairs, keys, strict=True)
-    ]
+    entries = (
+        ViewEntry(pair.source_file, pair.source_row, key.tobytes(), pair.extra)
+        for pair, key in zip(data.pairs, data.keys, strict=True)
+    )
     before = _files(store, name)
     try:
         store.write_view(spec_digest, name, entries, meta, known=known)
         if before and before != list(meta["files"]):
             progress.note(f"view {name!r} was of {', '.join(before)}; it is of these pairs now (--name keeps both)")
     except CacheError as error:
-        if error.code != "cache-read-only" or not _view_holds(store, name, spec_digest, keys):
+        if error.code != "cache-read-only" or not _view_holds(store, name, spec_digest, data.keys):
             raise
         progress.note(f"the cache is read-only: its view {name!r} holds these pairs, and stays as it was written")
 
@@ -139,9 +140,9 @@ def _files(store: Store, name: str) -> list[str]:
         return []
 
 
-def _view_holds(store: Store, name: str, spec_digest: str, keys: Sequence[bytes]) -> bool:
+def _view_holds(store: Store, name: str, spec_digest: str, keys: npt.NDArray[np.uint8]) -> bool:
     """Whether a view has just these pairs of this reference, in this order."""
     if name not in store.views():
         return False
     view = View.open(store.root, name)
-    return view.spec.digest == spec_digest and [view.key(row) for row in range(len(view))] == list(keys)
+    return view.spec.digest == spec_digest and np.array_equal(view.keys(), keys)

@@ -4,38 +4,39 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from dpoeng.cache.schema import as_keys
 
-def hold_out(prompts: Sequence[bytes], share: float, seed: int) -> tuple[list[int], list[int]]:
+
+def hold_out(prompts: Iterable[bytes], share: float, seed: int) -> tuple[list[int], list[int]]:
     """Splits rows into (training, held out) by prompt, so that no prompt is on both sides.
 
     Prompts are taken in the order of a seeded hash of their tokens until `share` of the rows is reached: the split does
     not depend on the order of the rows, and adding rows moves few of the others.
 
     Args:
-        prompts: the prompt's bytes (its token ids) of every row.
+        prompts: the prompt's bytes (its token ids) of every row; gone through once, and not kept.
         share: in [0, 1); at least one prompt is held out if it is above 0 and there are two prompts.
         seed: another seed gives another split.
     """
-    if share <= 0:
-        return list(range(len(prompts))), []
-    rows_of: dict[bytes, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        rows_of.setdefault(xxhash.xxh3_128_digest(prompt, seed=seed), []).append(row)
-    wanted = share * len(prompts)
-    held_out: list[int] = []
-    for digest in sorted(rows_of)[: len(rows_of) - 1]:
-        if held_out and len(held_out) + len(rows_of[digest]) / 2 > wanted:
+    digests = as_keys(xxhash.xxh3_128_digest(prompt, seed=seed) for prompt in prompts)
+    if share <= 0 or not len(digests):
+        return list(range(len(digests))), []
+    # Rows by the digest of their prompt, as bytes are ordered; of one prompt in the order of the file.
+    _, group, sizes = np.unique(digests.view("V16").ravel(), return_inverse=True, return_counts=True)
+    wanted, held_out, groups = share * len(digests), 0, 0
+    for size in sizes[:-1].tolist():
+        if groups and held_out + size / 2 > wanted:
             break
-        held_out += rows_of[digest]
-    out = set(held_out)
-    return [row for row in range(len(prompts)) if row not in out], sorted(held_out)
+        held_out, groups = held_out + size, groups + 1
+    out = group < groups
+    return np.flatnonzero(~out).tolist(), np.flatnonzero(out).tolist()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -41,9 +41,9 @@ class Rows(Sequence[ScoredPair]):
         file, line = self.view.source(self.indices[i])
         return f"{file}, row {line}"
 
-    def extras(self) -> list[dict[str, Any]]:
+    def extras(self) -> Iterator[dict[str, Any]]:
         """The user's other columns of each row."""
-        return [self.view.extra(row) for row in self.indices]
+        return map(self.view.extra, self.indices)
 
     def prompts(self) -> list[bytes]:
         """Of each row the prompt's token ids, as bytes."""
@@ -90,7 +90,7 @@ class Rows(Sequence[ScoredPair]):
         Raises:
             UserError: a named column is in no row.
         """
-        extras = self.extras()
+        extras = list(self.extras())
         try:
             return labels_of(extras, columns)
         except KeyError as missing:

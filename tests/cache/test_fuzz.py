@@ -212,7 +212,7 @@ from dpoeng.cache.fingerprint import weight_digests
 from dpoeng.cache.records import Commit, ObjectRef, ViewRecord, canonical_json, seal
 from dpoeng.cache.schema import pair_key
 from dpoeng.cache.shard import Shard, encode_shard
-from dpoeng.cache.table import Table, ViewEntry, encode_table
+from dpoeng.cache.table import Entries, Table, ViewEntry, encode_table
 
 kind, count = sys.argv[1], int(sys.argv[2])
 random = np.random.default_rng(int(sys.argv[3]))
@@ -256,7 +256,7 @@ header = json.dumps({"__metadata__": {"a": "b"}, "w": {"dtype": "F32", "shape": 
 entries = [ViewEntry("f", i, pair_key(row.ids), {"i": i}) for i, row in enumerate(rows)]
 base, use = {
     "shard": (bytes(encode_shard(rows)), shard),
-    "table": (bytes(encode_table(entries, {"f": 0}, zero, np.arange(5, dtype=np.int32))), table),
+    "table": (bytes(encode_table(Entries(entries), zero, np.arange(5, dtype=np.int32))), table),
     "record": (Commit("a" * 32, ObjectRef("0" * 32, 3, 1000), {"torch": "2.13.0"}).encode(), record),
     "weights": (len(header).to_bytes(8, "little") + header + bytes(range(22)), weights),
 }[kind]

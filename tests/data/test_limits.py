@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from dpoeng.cache.errors import UserError
 from dpoeng.cli.precompute import length_table
 from dpoeng.engine.data.shapes import PreferencePair
-from dpoeng.engine.data.tokenization import Lengths, TokenizedData, tokenize_pairs
+from dpoeng.engine.data.token_counts import Lengths
+from dpoeng.engine.data.tokenization import TokenizedData, tokenize_pairs
 
 # The token of the word "7" is 7; <s> is 100, </s> is 101.
 BOS, EOS = 100, 101
@@ -219,4 +220,4 @@ def test_counts_and_length_table() -> None:
 
 def test_no_pairs_at_all_is_no_error_here() -> None:
     data = tokenize_pairs([], words())
-    assert (data.pairs, data.rejects, data.counts.lengths) == ([], [], {})
+    assert (list(data.pairs), data.rejects, data.counts.lengths) == ([], [], {})

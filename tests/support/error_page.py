@@ -144,6 +144,7 @@ MEANINGS: dict[str, str] = {
     "sweep-failed": "A run that fails does not end the others. The table of those that are complete stands above.",
     "page-unwritable": "The page's file cannot be written.",
     "no-gpu": "torch finds no CUDA device. `dpoeng doctor` says why.",
+    "system-temporary-full": "Tokens of many pairs are kept in the temporary folder while phase one runs.",
     "triton-unusable": "Triton could not compile or run a kernel: mostly, a C compiler is missing.",
     "bitsandbytes-unusable": "8-bit and 4-bit need bitsandbytes. `dpoeng doctor` tries it.",
     "memory-short": "Simulated before the model is loaded: the phase would not fit. `dpoeng plan` tells more.",

@@ -800,6 +800,8 @@ CACHES = (
           lambda d: d.patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=9))),
     Wrong("a full disk", "cache-disk-full", 5, SCORE, ("kept",),
           raising(errno.ENOSPC, "dpoeng.cache.files.Disk.fsync")),
+    Wrong("a full temporary folder", "system-temporary-full", 5, SCORE, ("TMPDIR",),
+          raising(errno.ENOSPC, "tempfile.SpooledTemporaryFile.write")),
     Wrong("a quota", "cache-disk-full", 5, SCORE, (), raising(errno.EDQUOT, "dpoeng.cache.files.Disk.fsync")),
     Wrong("a read-only file system", "cache-read-only", 5, SCORE, ("--cache",),
           raising(errno.EROFS, "dpoeng.cache.files.Disk.mkdir")),

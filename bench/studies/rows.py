@@ -1,0 +1,276 @@
+"""Memory and time of everything that goes through all rows, against the number of rows.
+
+    python -m dpoeng.bench.studies.rows                                # 1e4 and 1e5 pairs; some minutes
+    python -m dpoeng.bench.studies.rows --rows 10000 --rows 1000000    # 1e6: about half an hour, 15 GB of disk
+
+Pairs of 300 tokens (100 each of prompt, chosen, rejected), a tokenizer of 2,000 words, and a tiny model whose log-probs
+are made up: reading, tokenising, looking up and storing are measured, not the model. Each piece of work runs in a
+process of its own. Its time is CPU seconds without imports. Its memory is the most that was resident at any time,
+libraries included: all of it, and the part that is the process's own. The rest is mapped files, which the system takes
+back when it needs the memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import numpy as np
+
+from dpoeng.cache.words import MIB
+
+TOKENS: Final = 100  # of the prompt, and of each response
+WORDS: Final = 2000
+SAMPLED_EVERY_S: Final = 0.02
+
+
+class Resident(AbstractContextManager["Resident"]):
+    """Samples the resident memory of this process while it is open. Linux only.
+
+    Attributes:
+        total: most bytes that were resident.
+        own: most bytes of it that no file stands behind.
+    """
+
+    def __init__(self) -> None:
+        self.total = self.own = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while True:
+            fields = dict(
+                line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if line[:3] == "Rss"
+            )
+            sizes = {name: int(value.split()[0]) * 1024 for name, value in fields.items()}
+            self.own = max(self.own, sizes["RssAnon"] + sizes["RssShmem"])
+            self.total = max(self.total, sum(sizes.values()))
+            if self._done.wait(SAMPLED_EVERY_S):
+                return
+
+
+def make_pairs(path: Path, count: int) -> None:
+    """A JSON Lines file of `count` pairs of random words, with a category and a score."""
+    random = np.random.default_rng(count)
+    words = np.asarray([f"w{number}" for number in range(WORDS)])
+    with path.open("w", encoding="utf-8") as file:
+        for start in range(0, count, 1000):
+            texts = words[random.integers(0, WORDS, (min(1000, count - start), 3 * TOKENS))]
+            for at, row in enumerate(texts, start):
+                parts = (" ".join(row[k * TOKENS : (k + 1) * TOKENS]) for k in range(3))
+                pair = dict(zip(("prompt", "chosen", "rejected"), parts, strict=True))
+                file.write(json.dumps({**pair, "topic": f"topic {at % 7}", "score": at % 5}) + "\n")
+
+
+def make_model(folder: Path) -> None:
+    """A Llama of one layer, and a tokenizer of words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {word: at for at, word in enumerate(["<unk>", "</s>", *(f"w{number}" for number in range(WORDS))])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(vocabulary), num_key_value_heads=2, **size)).save_pretrained(folder)
+
+
+# --------------------------------------------------------------------------- pieces of work, each in its own process
+
+
+def _config(folder: Path, *, model: bool = True) -> Any:
+    from dpoeng.engine.config.fields import PrecomputeConfig
+
+    fields = {"pairs": [folder / "pairs.jsonl"], "cache": folder / "cache", "device": "cpu"}
+    return PrecomputeConfig.model_validate(fields | ({"model": str(folder / "model")} if model else {}))
+
+
+def _import_tokenizers(folder: Path) -> None:
+    """Imports what the first tokenizer of a process does: that takes as long as thousands of rows."""
+    from dpoeng.engine.models.sources import find_model
+    from dpoeng.engine.models.tokenizer import load_tokenizer
+
+    load_tokenizer(find_model(str(folder / "model")))
+
+
+def _check(folder: Path, *, model: bool) -> Callable[[], object]:
+    from dpoeng.engine.recipes.check import check_pairs
+
+    config = _config(folder, model=model)
+    if model:
+        _import_tokenizers(folder)
+    return lambda: check_pairs(config)
+
+
+def _plan(folder: Path) -> Callable[[], object]:
+    from dpoeng.engine.recipes.precompute import plan_work
+    from dpoeng.engine.runtime.distributed import process_group
+    from dpoeng.engine.runtime.progress import QUIET
+
+    config = _config(folder)
+    _import_tokenizers(folder)
+
+    def work() -> object:
+        with process_group() as group:
+            return plan_work(config, group, QUIET)
+
+    return work
+
+
+def fill(folder: Path) -> None:
+    """Commits made-up log-probs for all pairs: what scoring would leave."""
+    from dpoeng.cache.schema import ScoredPair
+
+    work: Any = _plan(folder)()
+    random = np.random.default_rng(0)
+    for shard in work.mine:
+        rows = []
+        for ids in shard:
+            lengths = (len(ids.chosen_ids) - ids.chosen_start, len(ids.rejected_ids) - ids.rejected_start)
+            rows.append(ScoredPair(ids, *(-random.standard_exponential(n, dtype=np.float32) for n in lengths)))
+        work.store.commit_shard(work.spec.digest, rows, {})
+
+
+def _again(folder: Path) -> Callable[[], object]:
+    from dpoeng.engine.recipes.precompute import precompute_reference
+
+    config = _config(folder)
+    _import_tokenizers(folder)
+    return lambda: precompute_reference(config)
+
+
+def _cache(folder: Path, what: str) -> Callable[[], object]:
+    from dpoeng.cache.analytics import reference_stats
+    from dpoeng.cache.exchange import export_view
+    from dpoeng.cache.info import cache_info
+    from dpoeng.cache.reader import View
+    from dpoeng.cache.verify import verify
+
+    root = folder / "cache"
+    works: dict[str, Callable[[], object]] = {
+        "info": lambda: cache_info(root),
+        "verify": lambda: verify(root, depth="all"),
+        "stats": lambda: reference_stats(View.open(root)),
+        "jsonl": lambda: export_view(View.open(root), folder / "export.jsonl"),
+        "parquet": lambda: export_view(View.open(root), folder / "export.parquet"),
+    }
+    return works[what]
+
+
+def _training(folder: Path) -> Callable[[], object]:
+    from dpoeng.engine.config.fields import TrainConfig
+    from dpoeng.engine.recipes.inputs import open_inputs
+
+    config = TrainConfig.model_validate({"cache": folder / "cache", "output_dir": folder / "run"})
+
+    def work() -> None:
+        inputs = open_inputs(config)
+        for step in range(inputs.schedule.total_steps):
+            for row in inputs.schedule.rows_of_step(step):
+                _ = inputs.train_rows[row]
+
+    return work
+
+
+WORKS: Final[dict[str, tuple[str, Callable[[Path], Callable[[], object]]]]] = {
+    "check": ("`check PAIRS`", lambda folder: _check(folder, model=False)),
+    "check-model": ("`check PAIRS --model`", lambda folder: _check(folder, model=True)),
+    "plan": ("phase one: read, tokenise, look up (all missing)", _plan),
+    "again": ("phase one again: the same (all found), write the view", _again),
+    "info": ("`cache info`", lambda folder: _cache(folder, "info")),
+    "verify": ("`cache verify`", lambda folder: _cache(folder, "verify")),
+    "stats": ("`cache stats`", lambda folder: _cache(folder, "stats")),
+    "jsonl": ("`cache export .jsonl`", lambda folder: _cache(folder, "jsonl")),
+    "parquet": ("`cache export .parquet`", lambda folder: _cache(folder, "parquet")),
+    "training": ("training: open, hold out, one epoch's order and rows", _training),
+}
+
+
+def measure(name: str, folder: Path) -> dict[str, float]:
+    """One piece of work in this process: CPU seconds, and the most bytes resident, in all and of its own."""
+    work = WORKS[name][1](folder)
+    with Resident() as resident:
+        began = time.process_time()
+        work()
+        spent = time.process_time() - began
+    return {"cpu_s": spent, "resident_mib": resident.total / MIB, "own_mib": resident.own / MIB}
+
+
+def run(rows: tuple[int, ...], works: tuple[str, ...], say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Measures every piece of work at every size."""
+    found = []
+    for count in rows:
+        with tempfile.TemporaryDirectory(prefix="dpoeng-rows-") as scratch:
+            folder = Path(scratch)
+            make_pairs(folder / "pairs.jsonl", count)
+            make_model(folder / "model")
+            filled = False
+            for name in works:
+                if name not in ("check", "check-model", "plan") and not filled:
+                    _child("fill", folder)
+                    filled = True
+                result = {"work": name, "rows": count, **json.loads(_child(name, folder))}
+                say(line(result))
+                found.append(result)
+                for export in folder.glob("export.*"):
+                    export.unlink()
+    return found
+
+
+def line(result: dict[str, Any]) -> str:
+    """A result as a row of the table of docs/bench.md."""
+    each = 1e6 * result["cpu_s"] / result["rows"]
+    what = WORKS[result["work"]][0]
+    return f"| {what} | {result['rows']:,} | {each:.1f} | {result['own_mib']:.0f} | {result['resident_mib']:.0f} |"
+
+
+def _child(name: str, folder: Path) -> bytes:
+    command = [sys.executable, "-m", "dpoeng.bench.studies.rows", "--work", name, "--folder", str(folder)]
+    return subprocess.check_output(command, stderr=subprocess.DEVNULL)
+
+
+def main() -> None:
+    """Prints a table; `--json` prints one object a line."""
+    parser = argparse.ArgumentParser(description="Memory and time against the number of rows.")
+    parser.add_argument("--rows", type=int, action="append", help="a number of pairs; may be repeated (1e4 and 1e5)")
+    parser.add_argument("--only", action="append", choices=WORKS, help="only this piece of work; may be repeated")
+    parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work == "fill":
+        fill(options.folder)
+    elif options.work:
+        print(json.dumps(measure(options.work, options.folder)))
+    else:
+
+        def say(text: str) -> None:
+            if not options.json:
+                print(text, flush=True)
+
+        say("| work | rows | CPU-µs a row | own MiB | resident MiB |\n|---|---|---|---|---|")
+        found = run(tuple(options.rows or (10_000, 100_000)), tuple(options.only or WORKS), say)
+        if options.json:
+            print("\n".join(map(json.dumps, found)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Tokenised pairs, as many as there are: their tokens lie in a temporary file, and memory holds some bytes a pair.
+
+A million pairs of 300 tokens are 1.2 GB of ids, and several times that as Python objects. Knows no tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import tempfile
+import weakref
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from dpoeng.cache.errors import UserError
+from dpoeng.cache.schema import Gaps, IdArray, PairIds, as_ids
+
+IN_MEMORY_BYTES: Final = 16 << 20
+"""So much stays in memory; more goes to a file without a name in the system's temporary folder (TMPDIR)."""
+
+# row, file, lengths of prompt, chosen and rejected, both starts, gaps of either side, needed, thoughts, flags
+_HEAD: Final = struct.Struct("<q11i")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPair:
+    """One row's tokens.
+
+    Attributes:
+        ids: shared prompt and both responses, after truncation.
+        extra: the row's other columns.
+        truncated: whether anything was cut off.
+        merged: whether the prompt by itself has other tokens than it has before a response.
+        needed: positions of prompt + longer response before truncation: the `max_length` that cuts nothing.
+        swallowed: whether a special token took the white space that a response begins with.
+        thoughts: thoughts of earlier turns that the template leaves out.
+    """
+
+    ids: PairIds
+    source_file: str
+    source_row: int
+    extra: dict[str, Any]
+    truncated: bool
+    merged: bool
+    needed: int
+    swallowed: bool = False
+    thoughts: int = 0
+
+
+class TokenRows(Sequence[TokenizedPair]):
+    """Pairs that are appended one by one and read again in any order, each made anew."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES, prefix="dpoeng-pairs-")  # noqa: SIM115 - see below
+        self._close = weakref.finalize(self, self._file.close)
+        self._ends = array("q", [0])
+        self._names: dict[str, int] = {}
+        self._files: list[str] = []
+
+    def append(self, pair: TokenizedPair) -> None:
+        """Keep one more pair.
+
+        Raises:
+            UserError: the temporary folder has no room.
+        """
+        file = self._names.setdefault(pair.source_file, len(self._names))
+        if file == len(self._files):
+            self._files.append(pair.source_file)
+        ids = pair.ids
+        head = _HEAD.pack(
+            pair.source_row,
+            file,
+            len(ids.prompt_ids),
+            len(ids.chosen_ids),
+            len(ids.rejected_ids),
+            ids.chosen_start,
+            ids.rejected_start,
+            len(ids.chosen_gaps),
+            len(ids.rejected_gaps),
+            pair.needed,
+            pair.thoughts,
+            pair.truncated | pair.merged << 1 | pair.swallowed << 2,
+        )
+        gaps = as_ids([edge for gap in (*ids.chosen_gaps, *ids.rejected_gaps) for edge in gap])
+        # What JSON cannot hold is kept as its str(), as the view will keep it.
+        extra = json.dumps(pair.extra, default=str).encode("ascii")
+        parts = (head, ids.prompt_ids, ids.chosen_ids, ids.rejected_ids, gaps, extra)
+        try:
+            self._ends.append(self._file.seek(0, 2) + self._file.write(b"".join(bytes(part) for part in parts)))
+        except OSError as error:
+            raise _no_room(error) from error
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, i: int) -> TokenizedPair: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[TokenizedPair]: ...
+    def __getitem__(self, i: int | slice) -> TokenizedPair | list[TokenizedPair]:
+        if isinstance(i, slice):
+            return [self[at] for at in range(*i.indices(len(self)))]
+        data, head, ids = self._read(i)
+        row, file, *_, needed, thoughts, flags = head
+        behind = _HEAD.size + 4 * (ids.total_tokens + 2 * (len(ids.chosen_gaps) + len(ids.rejected_gaps)))
+        extra = json.loads(data[behind:])
+        truncated, merged, swallowed = (bool(flags & bit) for bit in (1, 2, 4))
+        return TokenizedPair(ids, self._files[file], row, extra, truncated, merged, needed, swallowed, thoughts)
+
+    def ids(self, i: int) -> PairIds:
+        """The tokens of a pair alone; the arrays are read-only."""
+        return self._read(i)[2]
+
+    def _read(self, i: int) -> tuple[bytes, tuple[int, ...], PairIds]:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"pair {i} of {len(self)}")
+        i %= len(self)
+        begin, end = self._ends[i], self._ends[i + 1]
+        self._file.seek(begin)
+        data = self._file.read(end - begin)
+        head = _HEAD.unpack_from(data)
+        _, _, prompt, chosen, rejected, chosen_start, rejected_start, first, second, *_ = head
+        numbers: IdArray = np.frombuffer(data, "<i4", prompt + chosen + rejected + 2 * (first + second), _HEAD.size)
+        at = prompt + chosen
+        ids = PairIds(numbers[:prompt], numbers[prompt:at], numbers[at : at + rejected], chosen_start, rejected_start)
+        if first or second:
+            gaps = numbers[at + rejected :].tolist()
+            ids.chosen_gaps, ids.rejected_gaps = _gaps(gaps[: 2 * first]), _gaps(gaps[2 * first :])
+        return data, head, ids
+
+
+@dataclass(frozen=True, slots=True)
+class SomeIds(Sequence[PairIds]):
+    """The tokens of some pairs in some order, read when they are asked for. Nothing is copied up front.
+
+    Attributes:
+        rows: where they lie.
+        places: [N] which of these.
+    """
+
+    rows: TokenRows
+    places: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, i: int) -> PairIds: ...
+    @overload
+    def __getitem__(self, i: slice) -> SomeIds: ...
+    def __getitem__(self, i: int | slice) -> PairIds | SomeIds:
+        if isinstance(i, slice):
+            return SomeIds(self.rows, self.places[i])
+        return self.rows.ids(int(self.places[i]))
+
+    def at(self, chosen: npt.NDArray[np.int64]) -> SomeIds:
+        """Only these, in this order."""
+        return SomeIds(self.rows, self.places[chosen])
+
+
+def _gaps(edges: Sequence[int]) -> Gaps:
+    return tuple(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _no_room(error: OSError) -> UserError:
+    return UserError(
+        "the temporary folder cannot hold the pairs' tokens",
+        code="system-temporary-full",
+        where=str(Path(tempfile.gettempdir())),
+        expected="4 bytes free for each token, and the rows' other columns",
+        found=error.strerror or str(error),
+        remedy="free some space, or name a folder with more room in the environment variable TMPDIR",
+        exit_status=5,
+    )
