@@ -155,7 +155,7 @@ class _Counter(TorchDispatchMode):
         return result
 
     def _part(self, name: str) -> str:
-        if self.in_lora:
+        if self.in_lora or "low_rank" in name:
             return LORA
         if name == "widen_int8" or name.startswith(("dequantize", "gemm_4bit")):
             return WIDENING
@@ -184,6 +184,9 @@ def _moved(
     if name in _WRITES_ALONE:
         return written
     read = sum(_held(tensor) for tensor in {id(tensor): tensor for tensor in inputs}.values())
+    if name == "add_low_rank":  # writes its first argument, and reads it only to add to it
+        adds = args[-1]
+        return written + read + (_held(args[0]) if adds else 0)
     # Given to be written. One that is a summand too (`addmm` in place) is among the arguments, and so is read.
     target = args[0] if name == "copy_" else kwargs.get("out")
     if isinstance(target, torch.Tensor) and (name == "copy_" or not any(target is given for given in args)):

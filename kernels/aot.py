@@ -22,10 +22,12 @@ from dpoeng.kernels.tiles import (
     LINEAR_16,
     LINEAR_32,
     MERGE_ROWS,
+    SPAN,
     WIDEN,
     Gpu,
     LinearTile,
     launch_options,
+    low_rank_tile,
     row_tile,
 )
 
@@ -96,6 +98,7 @@ def builds(gpu: str, linear: LinearTile | None = None) -> list[Build]:
     widen_types = {"codes": "*i8", "scales": f32, "inverse": "fp32"}
     for dtype in ("bf16", "fp16"):
         out.append(Build("widen_int8", "", dtype, widen_types, {"BLOCK": widen.block}, widen.warps))
+    out += _layer_builds() if gpu != "sm_75" else []
     # Training: float32 logits whose gradient is written in 16 bits over them; Gemma's softcap; a bias.
     unit = {**row_types, "raw": f32}
     out.append(Build("unit_gradient_rows", "", "bf16", unit, {**plain, "bias": None, "SOFTCAP": False}, row.warps))
@@ -124,6 +127,32 @@ def builds(gpu: str, linear: LinearTile | None = None) -> list[Build]:
     return out
 
 
+def _layer_builds() -> list[Build]:
+    """A layer's own operations and LoRA's products over bfloat16, for the shapes of a Qwen2.5 of 7B."""
+    from dpoeng.kernels.fused.kernels import GATED_BLOCK, norm_warps
+
+    norm = {"ROWS": 1, "COLS": 4096, "OFFSET": 0.0}
+    heads = {"Q_HEADS": 32, "K_HEADS": 4, "HALF": 64}
+    gate = {"TANH": False, "BLOCK": GATED_BLOCK}
+    norms, gates = ("rms_norm_forward", "rms_norm_backward"), ("gated_forward", "gated_backward")
+    out = [Build(name, "", "bf16", {"eps": "fp32"}, norm, norm_warps(4096)) for name in norms]
+    out += [
+        Build("rotate", "gradient" * turned, "bf16", {}, {**heads, "INVERSE": turned}, 4) for turned in (False, True)
+    ]
+    out += [Build(name, "", "bf16", {}, gate, 4) for name in gates]
+    f32 = {"factor": "*fp32", "sums": "*fp32", "low": "*fp32", "grad": "*fp32", "scale": "fp32"}
+    for name, kernel, extra in (
+        ("low_rank_rows", "rows", {"SPAN": SPAN, "BY_RANK": True}),
+        ("add_low_rank", "add", {"ADD": True, "BY_RANK": False}),
+        ("low_rank_gradient", "gradient", {"BY_RANK": True}),
+    ):
+        for rank in (16, 64):
+            tile, block = low_rank_tile(kernel, rank)
+            sizes = {**extra, "RANK": block, "ROWS": tile.rows, "COLS": tile.cols, "UPCAST": False}
+            out.append(Build(name, f"rank {rank}", "bf16", f32, sizes, tile.warps, tile.stages))
+    return out
+
+
 def compile_for(build: Build, gpu_name: str) -> Report:
     """Compile one build for one GPU and read the machine code.
 
@@ -145,7 +174,7 @@ def compile_for(build: Build, gpu_name: str) -> Report:
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(function.arg_names)
-        if signature[name].startswith("*") or name.endswith("stride") or name in ("size", "width")
+        if signature[name].startswith("*") or name.endswith("stride") or name in ("size", "width", "rank", "half")
     }
     source = ASTSource(function, signature, constexprs=constants, attrs=aligned)
     options = launch_options(build.warps, build.stages)
@@ -172,9 +201,14 @@ def occupancy(gpu: Gpu, registers: int, shared: int, warps: int) -> float:
 
 
 def _kernels() -> dict[str, Any]:
-    from dpoeng.kernels import linear_logps, row_kernels, unit_gradient, widen_kernel
+    from dpoeng.kernels import linear_logps, low_rank_kernels, row_kernels, unit_gradient, widen_kernel
+    from dpoeng.kernels.fused import kernels as fused
 
+    named = ("rms_norm_forward", "rms_norm_backward", "rotate", "gated_forward", "gated_backward")
+    products = ("low_rank_rows", "add_low_rank", "low_rank_gradient")
     return {
+        **{name: getattr(fused, name) for name in named},
+        **{name: getattr(low_rank_kernels, name) for name in products},
         "row_forward": row_kernels.row_forward,
         "row_backward": row_kernels.row_backward,
         "unit_gradient_rows": unit_gradient.unit_gradient_rows,
@@ -187,7 +221,8 @@ def _kernels() -> dict[str, Any]:
 def _type_of(name: str, build: Build) -> str:
     if name in build.types:
         return build.types[name]
-    if name in ("n", "size", "width", "tiles") or name.endswith("stride"):
+    whole = ("n", "size", "width", "tiles", "rank", "spans", "half", "angles")
+    if name in whole or name.endswith(("stride", "heads")):
         return "i32"
     return f"*{build.dtype}"
 

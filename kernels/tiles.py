@@ -68,7 +68,21 @@ class LinearTile(NamedTuple):
         return launch_options(self.warps, self.stages)
 
 
+class LowRankTile(NamedTuple):
+    """LoRA's products: rows and columns that a program takes at once."""
+
+    rows: int
+    cols: int
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        return launch_options(self.warps, self.stages)
+
+
 MERGE_ROWS = 128
+SPAN = 2048  # columns of a LoRA layer's input that one program adds up
 
 
 def launch_options(warps: int, stages: int = 2) -> dict[str, int | bool]:
@@ -90,6 +104,25 @@ LINEAR_16 = {
 }
 # float32 inputs are multiplied exactly, on the ordinary cores: a smaller tile, one for all.
 LINEAR_32 = LinearTile(64, 64, 32, 8, 2)
+
+
+# Bound by memory: enough programs to fill a GPU at a thousand tokens, and sums that stay in registers.
+LOW_RANK = {
+    "rows": LowRankTile(32, 64, 4, 3),
+    "add": LowRankTile(32, 128, 4, 1),
+    "gradient": LowRankTile(64, 32, 4, 3),
+}
+
+
+def low_rank_tile(kernel: str, rank: int) -> tuple[LowRankTile, int]:
+    """The tile of `rows`, `add` or `gradient` on every GPU, and how many ranks it takes at a time.
+
+    Matrix units multiply 16 at least; `add` takes more ranks in turn, since their sums share its registers.
+    """
+    block = 16
+    while block < min(rank, 32 if kernel == "add" else 64):
+        block *= 2
+    return LOW_RANK[kernel], block
 
 
 def row_tile() -> RowTile:

@@ -17,6 +17,7 @@ from dpoeng.cache.errors import UserError
 from dpoeng.engine.config.fields import PrecomputeConfig, Quantization
 from dpoeng.engine.models.checkpoint_tensors import check_loaded, refuse_unrecorded_quantization
 from dpoeng.engine.models.fsdp_loading import sharding_class
+from dpoeng.engine.models.fused.install import use_fused_kernels
 from dpoeng.engine.models.model import DTYPES, CausalLM, decoder_layers, device_name
 from dpoeng.engine.models.model_config import auto_class, auto_class_of, config_of, layer_lists, with_layers
 from dpoeng.engine.models.quantized import compute_in, multiply_exactly, quantization_config, quantize_empty
@@ -101,7 +102,7 @@ def load_model(
         if stored_quantization(source) is not None:
             compute_in(base, compute)
     lm = _frozen(base, load_tokenizer(source) if tokenizer else None, device, compute, quantization)
-    lm.sharded, lm.source, lm.remarks = shard is not None, source, (*ready, *remarks)
+    lm.sharded, lm.source, lm.remarks = shard is not None, source, (*ready, *remarks, *lm.remarks)
     return lm
 
 
@@ -298,6 +299,7 @@ def _frozen(
         _multiply_wide(base)
     if device.type == "cuda" and embedding_on_host(base, quantization):
         keep_embedding_on_host(base, device)
+    remarks = use_fused_kernels(base, device) if device.type != "cpu" else ()
     return CausalLM(
         model=base,
         base=base,
@@ -306,6 +308,7 @@ def _frozen(
         dtype=dtype,
         quantization=quantization,
         native_attention=base.config._attn_implementation,
+        remarks=remarks,
     )
 
 

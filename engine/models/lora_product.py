@@ -7,8 +7,8 @@ some rows at a time. What is computed is the same: A and B in float32, one round
 With dropout, what it leaves of the input is scaled in the base's dtype, where peft scales it in float32.
 
 On a GPU with a bfloat16 base, chunks of float32 products 16 columns wide would cost as much as the rest of the layer.
-There each float32 factor is the sum of two bfloat16 numbers, hi + lo, and the tensor cores multiply the parts and add
-them up in float32 (`add_split_update`): 16 of float32's 24 bits, and one rounding less than in chunks.
+There `dpoeng.kernels.low_rank` multiplies each float32 factor as two bfloat16 parts: 16 of float32's 24 bits, and one
+rounding less than in chunks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from dpoeng.engine.models.quantized import holds_8_bits, int8_scales_of
-from dpoeng.kernels.cpu_linear import linear, multiplies_as_cpu, owned_linear
+from dpoeng.kernels import low_rank
+from dpoeng.kernels.cpu_linear import linear, owned_linear
 from dpoeng.kernels.int8_linear import widened
 
 CHUNK_BYTES = 64 * 2**20
@@ -101,9 +102,11 @@ def _dense(weight: torch.Tensor, int8_scales: torch.Tensor | None, dtype: torch.
 def _add_update(
     out: torch.Tensor, result: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Writes `out + scale * (x A^T) B^T` into `result`; returns x A^T, [T, r] in the dtype of A, or its parts."""
-    if splits(x, a):
-        return add_split_update(out, result, x, a, b, scale)
+    """Writes `out + scale * (x A^T) B^T` into `result`; returns x A^T, [T, r] in the dtype of A."""
+    if low_rank.splits(x, a):
+        if result is not out:
+            result.copy_(out)
+        return low_rank.add_update(result.view(-1, b.shape[0]), x.reshape(-1, a.shape[1]), a, b, scale)
     rows, before, after = x.reshape(-1, x.shape[-1]), out.view(-1, b.shape[0]), result.view(-1, b.shape[0])
     low = rows.new_empty((rows.shape[0], a.shape[0]), dtype=a.dtype)
     for part in _chunks(rows, max(a.shape[1], b.shape[0]), a.element_size()):
@@ -132,8 +135,9 @@ def _gradients(
     The scale meets what has r columns alone.
     """
     grads = upstream.reshape(-1, b.shape[0])
-    if splits(grads, a):
-        return split_gradients(grads, x, a, b, low, scale, x_grad, add=add, wants=wants)
+    if low_rank.splits(grads, a):
+        rows = x.reshape(-1, a.shape[1]) if wants[0] and x is not None else None
+        return low_rank.gradients(grads, rows, a, b, low if wants[1] else None, scale, x_grad, add=add)
     a_grad = torch.zeros_like(a) if wants[0] else None
     b_grad = torch.zeros_like(b) if wants[1] else None
     for part in _chunks(grads, max(a.shape[1], b.shape[0]), a.element_size()):
@@ -154,96 +158,6 @@ def _gradients(
         else:
             x_grad[part] = low_grad @ a
     return a_grad, b_grad
-
-
-# --------------------------------------------------------------------------- float32 factors in two bfloat16 parts
-
-
-def splits(x: torch.Tensor, a: torch.Tensor) -> bool:
-    """Whether a product of x with float32 factors is made of bfloat16 parts: on a GPU, over a bfloat16 base.
-
-    float16 has no room for the second part: it would be below its smallest numbers.
-    """
-    return x.dtype == torch.bfloat16 and a.dtype == torch.float32 and not multiplies_as_cpu(x)
-
-
-def parts_of(factor: torch.Tensor, *, low_at: int) -> torch.Tensor:
-    """[n, r] float32 -> [n, 3, r] bfloat16: hi and lo with hi + lo = factor to 16 bits, hi twice, lo at `low_at`.
-
-    The hi hi, hi lo and lo hi of a product are then one product, of a factor with `low_at` 2 and one with 1.
-    """
-    parts = factor.new_empty((factor.shape[0], 3, factor.shape[1]), dtype=torch.bfloat16)
-    high = parts[:, :: 3 - low_at] if low_at == 1 else parts[:, :2]
-    high.copy_(factor.unsqueeze(1))
-    torch.sub(factor, parts[:, 0], out=parts[:, low_at])
-    return parts
-
-
-def add_split_update(
-    out: torch.Tensor, result: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """`out + scale * (x A^T) B^T` into `result`; returns the parts of x A^T, [T, 3, r] with lo at 2."""
-    rank = a.shape[0]
-    rows, before, after = x.reshape(-1, x.shape[-1]), out.view(-1, b.shape[0]), result.view(-1, b.shape[0])
-    low = parts_of(_sum_of_two(_wide_mm(rows, parts_of(a.T, low_at=1)[:, :2].reshape(-1, 2 * rank))), low_at=2)
-    _addmm(before, low.view(-1, 3 * rank), parts_of(b, low_at=1).view(-1, 3 * rank).T, scale, after)
-    return low
-
-
-def split_gradients(
-    grads: torch.Tensor,
-    x: torch.Tensor | None,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    low: torch.Tensor | None,
-    scale: float,
-    x_grad: torch.Tensor | None,
-    *,
-    add: bool,
-    wants: tuple[bool, bool],
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """As `_gradients`; `low` is what `add_split_update` returned."""
-    rank = a.shape[0]
-    a_grad = b_grad = None
-    if wants[1]:
-        assert low is not None
-        b_grad = _sum_of_two(_wide_mm(grads.T, low[:, 1:].reshape(-1, 2 * rank))).mul_(scale)
-    if not wants[0] and x_grad is None:
-        return None, b_grad
-    b_parts = parts_of(b, low_at=1)[:, :2].reshape(-1, 2 * rank)
-    low_grad = parts_of(_sum_of_two(_wide_mm(grads, b_parts)).mul_(scale), low_at=2)
-    if wants[0]:
-        assert x is not None
-        both = _wide_mm(x.reshape(-1, a.shape[1]).T, low_grad[:, 1:].reshape(-1, 2 * rank))
-        a_grad = _sum_of_two(both).T.contiguous()
-    if x_grad is not None:
-        a_parts = parts_of(a.T, low_at=1).view(-1, 3 * rank).T
-        _addmm(x_grad if add else None, low_grad.view(-1, 3 * rank), a_parts, 1.0, x_grad)
-    return a_grad, b_grad
-
-
-def _sum_of_two(products: torch.Tensor) -> torch.Tensor:
-    """[n, 2r], a product with hi and one with lo, to their sum [n, r]."""
-    rank = products.shape[1] // 2
-    return products[:, :rank] + products[:, rank:]
-
-
-def _wide_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The product of bfloat16 factors in float32, from sums in float32."""
-    if a.device.type == "cpu":  # has no such product; only tests come here
-        return a.float() @ b.float()
-    return torch.mm(a, b, out_dtype=torch.float32)
-
-
-def _addmm(before: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scale: float, out: torch.Tensor) -> None:
-    """`before + scale * a b` into `out`, summed in float32 and rounded once, as a GPU's product does."""
-    if a.device.type == "cpu":
-        product = scale * (a.float() @ b.float())
-        out.copy_(product if before is None else before.float() + product)
-    elif before is None:
-        torch.addmm(out, a, b, beta=0.0, alpha=scale, out=out)
-    else:
-        torch.addmm(before, a, b, alpha=scale, out=out)
 
 
 def _chunks(rows: torch.Tensor, width: int, item_bytes: int) -> list[slice]:
@@ -284,7 +198,7 @@ def _forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Ten
     linear = type(base) is nn.Linear
     scales = int8_scales_of(base) if holds_8_bits(base) else None
     # On a CPU an 8-bit base keeps its own function: its numbers are those of caches and adapters that are there.
-    one_function = linear or (scales is not None and names and splits(x, self.lora_A[names[0]].weight))
+    one_function = linear or (scales is not None and names and low_rank.splits(x, self.lora_A[names[0]].weight))
     if one_function and names and _is_bare(base) and _passes_on(self.lora_dropout[names[0]]):
         first, *names = names
         weight = base.weight if linear else base.weight.data

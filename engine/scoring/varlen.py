@@ -83,7 +83,8 @@ def varlen(
         raise ValueError("FlashAttention's kernel has neither soft-capped scores nor attention sinks")
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    # `squeeze` and not an index, whose backward would fill and copy a tensor.
+    q, k, v = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
     if rows.key_rows is not None:
         k, v = k.index_select(0, rows.key_rows), v.index_select(0, rows.key_rows)
     # torch 2.11 has no such argument; its kernel takes fewer heads of keys as they are.

@@ -18,11 +18,11 @@ from dpoeng.kernels.aot import builds
 from dpoeng.kernels.tiles import GPUS
 
 SUPPORT = Path(__file__).parents[1] / "support"
-INTERPRETED = str(SUPPORT / "interpreted_kernels.py")
+INTERPRETED = [str(SUPPORT / name) for name in ("interpreted_kernels.py", "interpreted_layers.py")]
 # Cases of tests/support/interpreted_kernels.py: three properties of so many each, and the tests beside them. They are
 # drawn in one order, so that the many begin with the few.
 FEW, MANY = 16, 102
-INTERPRETED_TESTS = 15
+INTERPRETED_TESTS = 15 + 67
 
 # Compiling takes a core some 20 seconds a GPU: `make test` does it for the H100, `make test-slow` for all.
 QUICK = ("sm_90",)
@@ -45,7 +45,7 @@ def start(*command: str, **environment: str) -> "subprocess.Popen[str]":
 
 def interpreted(cases: int) -> "subprocess.Popen[str]":
     return start(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "timeout=600", INTERPRETED,
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "timeout=600", *INTERPRETED,
         TRITON_INTERPRET="1", DPOENG_CASES=str(cases),
     )  # fmt: skip
 
@@ -89,7 +89,9 @@ def test_every_shipped_configuration_compiles_for_every_gpu(reports: list[dict[s
     expected = [(gpu, b.kernel, b.variant, b.dtype) for gpu in gpus for b in builds(gpu)]
     assert [(r["gpu"], r["kernel"], r["variant"], r["dtype"]) for r in reports] == expected
     assert {r["kernel"] for r in reports} == {
-        "row_forward", "row_backward", "unit_gradient_rows", "linear_partials", "merge_partials", "widen_int8"
+        "row_forward", "row_backward", "unit_gradient_rows", "linear_partials", "merge_partials", "widen_int8",
+        "rms_norm_forward", "rms_norm_backward", "rotate", "gated_forward", "gated_backward",
+        "low_rank_rows", "add_low_rank", "low_rank_gradient",
     }  # fmt: skip
 
 
@@ -99,6 +101,9 @@ def test_no_spills_and_shared_memory_within_the_limit(reports: list[dict[str, An
     rows = [r for r in reports if r["kernel"] in ("row_forward", "row_backward", "unit_gradient_rows")]
     assert min(r["occupancy"] for r in rows) >= 0.5
     assert all(r["spill_bytes"] == 0 for r in rows)
+    layers = [r for r in reports if r["kernel"].startswith(("rms_norm", "rotate", "gated"))]
+    assert min(r["occupancy"] for r in layers) >= 0.4
+    assert all(r["spill_bytes"] == 0 for r in layers)
 
 
 # HMMA is mma.sync in machine code, HGMMA wgmma, UTCHMMA tcgen05.
@@ -118,6 +123,9 @@ def test_the_matrix_units_are_used(reports: list[dict[str, Any]]) -> None:
         # Before Ampere there is no tile for 16 bits: cuBLAS multiplies there.
         assert [r["matrix"] for r in fused] == ([[MATRIX[gpu]]] * 2 if gpu in MATRIX else []), gpu
         assert bool(fused) == (gpu != "sm_75")
+        low_rank = [r for r in reports if r["gpu"] == gpu and "low_rank" in r["kernel"]]
+        assert all(r["matrix"] for r in low_rank)
+        assert len(low_rank) == (6 if gpu in MATRIX else 0)
 
 
 def test_loads_are_16_bytes_wide(reports: list[dict[str, Any]]) -> None:
