@@ -87,7 +87,7 @@ def _factor_gradient(low: Tensor, y: Tensor, scale: float, by_rank: bool) -> Ten
 
 @torch.library.custom_op("dpoeng::low_rank_rows", mutates_args=())
 def _rows_op(x: Tensor, factor: Tensor, scale: float, by_rank: bool) -> Tensor:
-    spans = zip(x.split(SPAN, dim=1), (factor if by_rank else factor.T).split(SPAN, dim=1), strict=True)
+    spans = zip(torch.split(x, SPAN, 1), torch.split(factor if by_rank else factor.T, SPAN, 1), strict=True)
     return torch.stack([scale * sum(some.float() @ part.T for part in _parts(f)) for some, f in spans])
 
 

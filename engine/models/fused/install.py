@@ -85,9 +85,9 @@ def what_disagrees(device: torch.device) -> str | None:
     return None
 
 
-def _norm_forward(eps: float, offset: float, self: Any, x: torch.Tensor) -> torch.Tensor:
-    if multiplies_as_cpu(x) or self.weight.requires_grad:
-        out: torch.Tensor = type(self).forward(self, x)
+def _norm_forward(eps: float, offset: float, self: Any, x: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
+    if multiplies_as_cpu(x) or self.weight.requires_grad or more or named:  # Mamba 2's norm may be given a gate
+        out: torch.Tensor = type(self).forward(self, x, *more, **named)
         return out
     return rms_norm(x, self.weight, eps, offset)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def norm_of(module: nn.Module) -> tuple[float, float] | None:
     # Far from 0 in the mean, so that a norm that takes the mean off is another function; large and small rows.
     x = (torch.randn(4, 64, generator=random) + 3) * torch.tensor([[0.01], [1.0], [3.0], [100.0]])
     for offset in (0.0, 1.0):
-        if _agree(lambda: type(module).forward(stand_in, x), lambda o=offset: plain_rms_norm(x, _w(stand_in), eps, o)):
+        if _agree(partial(type(module).forward, stand_in, x), partial(plain_rms_norm, x, _w(stand_in), eps, offset)):
             return eps, offset
     return None
 
@@ -51,11 +52,13 @@ def gate_of(module: nn.Module) -> bool | None:
     stand_in = _with_parts(module, modules={**parts, **({"act_fn": act} if act is not None else {})})
     # Large values too: an activation that is clamped is another function.
     x = torch.randn(4, 8, generator=random) * torch.tensor([[0.1], [1.0], [10.0], [100.0]])
+
+    def ours(tanh: bool) -> torch.Tensor:
+        opened: torch.Tensor = parts["down_proj"](plain_gated(parts["gate_proj"](x), parts["up_proj"](x), tanh=tanh))
+        return opened
+
     for tanh in (False, True):
-        if _agree(
-            lambda: type(module).forward(stand_in, x),
-            lambda t=tanh: parts["down_proj"](plain_gated(parts["gate_proj"](x), parts["up_proj"](x), tanh=t)),
-        ):
+        if _agree(partial(type(module).forward, stand_in, x), partial(ours, tanh)):
             return tanh
     return None
 
