@@ -25,11 +25,14 @@ def lines_of(file: Path) -> list[Record]:
 
 
 def where(record: Record) -> str:
-    """On what it was measured, by which commit, when."""
+    """The machine, its load when the measurement began, library versions, commit and day."""
     machine, versions = record["machine"], record["versions"]
+    commit = str(record["commit"])
+    changed = " with uncommitted changes" if commit.endswith("+") else ""
     return (
-        f"{record['device_kind']}, {machine['processor']}, {threads(record)}, "
-        f"torch {versions['torch']}, commit {record['commit']}, {record['date'][:10]}"
+        f"{record['device_kind']}, {machine['processor']}, {threads(record)} on {machine['cores']} cores, load "
+        f"{machine['load']:g} at the start, torch {versions['torch']}, triton {versions['triton']}, commit "
+        f"{commit.removesuffix('+')}{changed}, {record['date'][:10]}"
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from dpoeng.bench.compare import CompareSettings
+from dpoeng.bench.compare import PEERS, CompareSettings
 from dpoeng.bench.figure_tables import cache, kernels, memory, plan, scale, sharing
 from dpoeng.bench.figure_text import BASES, RESULTS, ROOT, Record, ranged, read, table, threads, where
 from dpoeng.cache.words import gib
@@ -81,19 +81,20 @@ def _comparison(record: Record) -> str:
     lengths = f"at most {settings['max_length']} tokens a side{prompts}"
     return (
         f"{settings['batch_size']} pairs a step, {settings['steps'] - 1} counted steps; reference pass over "
-        f"{settings['pairs_count']} pairs; {lengths}; {settings['dtype']}; {repeats}. "
+        f"{settings['pairs_count']} pairs; {lengths}; {settings['dtype']}, no gradient checkpointing; {repeats}. "
         f"{where(record)}:\n\n"
         f"{table(rows)}\n\n"
         f"dpoeng itself: {ours['step_cpu_s']:.3g} CPU-s a step, tensors of {gib(ours['train_tensor_bytes'])} above "
         f"the weights; reference {ours['reference_cpu_s_per_pair']:.2g} CPU-s a pair, "
         f"{gib(ours['reference_tensor_bytes'])}. "
-        f"The losses of all steps agree to {worst:.1e}, relative."
+        f"The losses of all steps agree to {worst:.1e}, relative. Measure again: `{_compare_command(settings)}`."
     )
 
 
 def phases(results: Path) -> str:
     """Both phases in both layouts: speed, where the time goes, and how near to the machine's matrix product."""
-    return "\n\n".join(_phases(record) for record in read("phases", results))
+    newest = {(r["settings"]["model"], r["versions"]["dtype"]): r for r in read("phases", results)}
+    return "\n\n".join(_phases(record) for record in newest.values())
 
 
 def _phases(record: Record) -> str:
@@ -166,16 +167,10 @@ def accuracy(results: Path) -> str:
     )
 
 
-def evidence(results: Path) -> str:
-    """Every recorded line about speed and memory."""
-    rows = [["measured", "result", "measure again"], *_evidence(results)]
-    return table(rows)
-
-
 def highlights(results: Path) -> str:
     """README's lines: float32 steps of TRL's usual batch of four, the reference pass, a whole training, the cache."""
     wanted = ("a step of 4 pairs, float32", "the reference pass over 200 pairs, float32", "an epoch of", "a cache of")
-    rows = [row for row in _evidence(results) if row[0].startswith(wanted) and "second model" not in row[0]]
+    rows = [row for row in _rows(results) if row[0].startswith(wanted) and "second model" not in row[0]]
     return table([["measured", "result", "measure again"], *rows])
 
 
@@ -188,10 +183,12 @@ def _compare_command(settings: Record) -> str:
     usual = asdict(CompareSettings(model="", pairs=()))
     names = ("batch_size", "pairs_count", "steps", "repeats", "max_length", "max_prompt_length", "dtype")
     given = [f"--{name.replace('_', '-')} {settings[name]}" for name in names if settings[name] != usual[name]]
-    return " ".join(["dpoeng bench compare --model M --pairs FILE", *given])
+    peers = [f"--peer {peer!r}" for peer in settings["peers"]] if len(settings["peers"]) < len(PEERS) else []
+    return " ".join(["dpoeng bench compare --model M --pairs FILE", *given, *peers])
 
 
-def _evidence(results: Path) -> Iterator[list[str]]:
+def _rows(results: Path) -> Iterator[list[str]]:
+    """What was measured, the result, and the command: comparisons, the newest training and the newest cache."""
     for record in _comparisons(results):
         settings, command = record["settings"], f"`{_compare_command(record['settings'])}`"
         for peer, found in record["ratios"].items():
@@ -209,18 +206,6 @@ def _evidence(results: Path) -> Iterator[list[str]]:
                     _times(found, "reference_cpu_s", "reference_tensor_bytes"),
                     command,
                 ]
-    for record in read("kernels", results):
-        for result in record["results"]:
-            if result["mode"] == "train" and result["dtype"] == "float32":
-                vocabulary, _, tokens = result["shape"]
-                ways, ours = result["ways"], result["ways"]["dpoeng"]["peak_bytes"]
-                yield [
-                    f"log-probs and their gradient, {tokens:,} tokens, V = {vocabulary:,}, {result['dtype']}",
-                    f"TRL 1.16's head takes {ways['TRL']['cpu_s_ratio']['median']:.1f} times the CPU time, full logits "
-                    f"{ways['naive']['cpu_s_ratio']['median']:.1f} times; memory "
-                    f"{100 * ours / ways['naive']['peak_bytes']:.1f} % of full logits'",
-                    f"`dpoeng bench kernels --shape {','.join(map(str, result['shape']))} --dtype {result['dtype']}`",
-                ]
     for record in read("accuracy-vs-trl", results)[-1:]:
         ours, theirs, less = (
             found["rewards/accuracies"] for found in (*record["after"].values(), record["difference"])
@@ -232,7 +217,8 @@ def _evidence(results: Path) -> Iterator[list[str]]:
             f"accuracy on {record['held_out_pairs']} held-out pairs {ours['mean']:.3f}, TRL's {theirs['mean']:.3f} "
             f"(difference {low:.3f} to {high:.3f}); TRL takes **{their_cost['cpu_s'] / cost['cpu_s']:.1f}** times the "
             f"CPU time, **{their_cost['peak_bytes'] / cost['peak_bytes']:.1f}** the memory",
-            "`python -m dpoeng.bench.studies.accuracy_vs_trl --model M --pairs FILE`",
+            "`python -m dpoeng.bench.studies.accuracy_vs_trl --model M --pairs FILE --max-length "
+            f"{record['settings']['max_length']} --max-prompt-length {record['settings']['max_prompt_length']}`",
         ]
     for record in read("cache", results)[-1:]:
         found = record["read"]
@@ -255,7 +241,6 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "plan": plan,
     "memory": memory,
     "scale": scale,
-    "evidence": evidence,
 }
 
 

@@ -1,4 +1,4 @@
-"""What a measurement is worth without: on which machine, with which versions, of which commit. And its JSON line."""
+"""Records the machine, library versions and commit behind each measurement, and writes it as a line of JSON."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def machine() -> dict[str, Any]:
 
 def commit() -> str | None:
     """The commit of the checkout that this code runs from, with `+` if files differ from it; None if installed."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:

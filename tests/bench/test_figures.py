@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dpoeng.bench.figure_text import RESULTS
+from dpoeng.bench.figure_text import RESULTS, where
 from dpoeng.bench.figures import BLOCKS, documents, rewritten
 
 
@@ -51,9 +51,15 @@ def test_of_other_losses_no_ratio_is_told(tmp_path: Path) -> None:
     record = json.loads(file.read_text().splitlines()[0])
     record["settings"]["batch_size"] = 77
     file.write_text(json.dumps(record) + "\n")
-    for block in ("compare", "evidence"):
-        assert "77 pairs" in BLOCKS[block](results)
+    assert "77 pairs" in BLOCKS["compare"](results)
     record["equality"]["ok"] = False
     file.write_text(json.dumps(record) + "\n")
-    for block in ("compare", "evidence"):
-        assert "77 pairs" not in BLOCKS[block](results)
+    assert "77 pairs" not in BLOCKS["compare"](results)
+
+
+def test_a_record_names_the_state_of_its_tree_and_machine() -> None:
+    record = json.loads((RESULTS / "kernels-cpu.jsonl").read_text().splitlines()[0])
+    assert record["commit"].endswith("+")
+    for words in ("with uncommitted changes", f"load {record['machine']['load']:g} at the start", "triton 3.9.0"):
+        assert words in where(record)
+    assert "uncommitted" not in where({**record, "commit": "0123456789ab"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from dpoeng.cache.schema import PairIds, as_ids
 
 CPU = torch.device("cpu")
 MIB = 2**20
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def busy(seconds: float) -> None:
@@ -156,5 +158,8 @@ def test_a_record_says_where_it_comes_from(tmp_path: Path) -> None:
     assert record["machine"]["cores"] >= 1
     assert record["versions"]["torch"] == torch.__version__
     assert record["settings"] == {"batch_size": 4}
+    if (ROOT / ".git").exists():  # not in an unpacked source archive
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert head.startswith(str(record["commit"]).removesuffix("+"))
     with pytest.raises(ValueError, match="not JSON compliant"):
         append({"figure": float("nan")}, tmp_path / "nan.jsonl")

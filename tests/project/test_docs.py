@@ -265,6 +265,10 @@ def test_every_link_leads_somewhere(document: Path) -> None:
             assert place in {anchor(heading) for heading in headings}, f"{document.name} links to {target}"
 
 
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 900
+
+
 def test_every_command_is_in_the_table() -> None:
     table = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     missing = [name for name in COMMANDS if f"`dpoeng {name}" not in table]
