@@ -164,41 +164,76 @@ def compact(known: dict[str, object]) -> str:
 
 
 def page(known: dict[str, object]) -> str:
-    """docs/trl-versions.md."""
+    """docs/trl-versions.md: names with an answer of their own, then those that need nothing, by the reason."""
     names = known["names"]
     assert isinstance(names, dict)
     lines = [
         "# Every argument name of TRL's DPO, and what it is in dpoeng",
         "",
-        "Made by `python docs/make_trl_versions.py WHEELS` from the signatures in the wheels; a test compares it with",
-        "what the program uses. `dpoeng train` and `dpoeng.yaml` answer each of these names with the same words.",
+        "Look up a name of `DPOConfig`, `DPOTrainer`, `TrainingArguments`, `ModelConfig` or `ScriptArguments` here;",
+        "`dpoeng train` and `dpoeng.yaml` answer it with the same words. Made by",
+        "`python docs/make_trl_versions.py WHEELS` from the signatures in the wheels.",
+        "",
         f"TRL releases read: {', '.join(TRL)}. Releases of transformers read: {', '.join(TRANSFORMERS)}.",
         "So a range of TRL ends with a minor version; one of transformers may reach up to the next release read.",
+        "A release without a class before it is one of transformers, and the class is `TrainingArguments`.",
         "",
     ]
-    titles = {
-        "DPOConfig": "DPOConfig",
-        "DPOTrainer": "DPOTrainer's own arguments",
-        "TrainingArguments": "transformers' TrainingArguments",
-        "ModelConfig": "ModelConfig of the `trl dpo` command",
-        "ScriptArguments": "ScriptArguments of the `trl dpo` command",
-    }
-    for owner in ORDER:
-        versions = VERSIONS["transformers" if owner == "TrainingArguments" else "trl"]
-        lines += [f"## {titles[owner]}", "", "| name | releases | default | in dpoeng |", "|---|---|---|---|"]
-        for name, owners in names.items():
-            if owner in owners:
-                entry = owners[owner]
-                releases = ", ".join(stretch(first, last, versions) for first, last in entry["in"])
-                defaults = ", ".join(
-                    f"`{text}`" + (f" from {since}" if since != entry["in"][0][0] else "")
-                    for since, text in entry["defaults"]
-                    if text
-                )
-                cells = (f"`{name}`", releases, defaults, answer_in_words(name))
-                lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    needless: dict[str, list[str]] = {}
+    for name in names:
+        if (why := needless_reason(name)) is not None:
+            needless.setdefault(why, []).append(name)
+    wanted = [name for name in names if needless_reason(name) is None]
+    trl = [name for name in wanted if set(names[name]) != {"TrainingArguments"}]
+    for title, group in (("TRL", trl), ("transformers", [name for name in wanted if name not in trl])):
+        lines += [f"## Names of {title}", "", "| name | releases | default | in dpoeng |", "|---|---|---|---|"]
+        for name in group:
+            owners = sorted(names[name].items(), key=lambda item: ORDER.index(item[0]))
+            cells = (
+                f"`{name}`",
+                releases_of(names[name]),
+                "; ".join(dict.fromkeys(text for _, entry in owners if (text := defaults_of(entry)))),
+                answer_in_words(name),
+            )
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         lines.append("")
-    return "\n".join(lines).rstrip() + "\n"
+    lines += ["## Names that need nothing here", "", "| why | names and their releases |", "|---|---|"]
+    for why, group in needless.items():
+        parts = [f"`{name}` ({releases_of(names[name])})" for name in group]
+        lines.append(f"| {why} | {', '.join(parts)} |")
+    return "\n".join(lines) + "\n"
+
+
+def releases_of(owners: dict[str, dict[str, list[list[str]]]]) -> str:
+    """`DPOConfig since 0.9.2; DPOTrainer to 0.12.0`; TrainingArguments alone is not named."""
+    texts = {
+        owner: ", ".join(
+            stretch(first, last, VERSIONS["transformers" if owner == "TrainingArguments" else "trl"])
+            for first, last in entry["in"]
+        )
+        for owner, entry in owners.items()
+    }
+    if list(texts) == ["TrainingArguments"]:
+        return texts["TrainingArguments"]
+    return "; ".join(f"{owner} {texts[owner]}" for owner in ORDER if owner in texts)
+
+
+def defaults_of(entry: dict[str, list[list[str]]]) -> str:
+    """`` `None`, `1024` from 0.14.0 ``."""
+    return ", ".join(
+        f"`{text}`" + (f" from {since}" if since != entry["in"][0][0] else "")
+        for since, text in entry["defaults"]
+        if text
+    )
+
+
+def needless_reason(name: str) -> str | None:
+    """Why nothing is to be done for a name; None where there is something to do or a newer name to know."""
+    from dpoeng.engine.config.fields import known_fields
+    from dpoeng.engine.config.other_trainers import meaning
+
+    known = meaning(name, fields=known_fields())
+    return known.needless if known and not known.renamed else None
 
 
 def answer_in_words(name: str) -> str:
