@@ -37,6 +37,8 @@ Quantization = Literal["none", "8bit", "4bit"]
 
 Attention = Literal["auto", "segments", "varlen"]
 
+LayerOffloading = Literal["auto", "on", "off"]
+
 Optimizer = Literal[
     "adamw_torch",
     "adamw_torch_fused",
@@ -187,6 +189,21 @@ class PrecomputeConfig(_Config):
     max_reject_share: float = Field(0.05, ge=0, le=1, description="Stop if more than this share of rows is unusable.")
     batch_tokens: int | None = Field(
         None, ge=1, description="Positions computed in one forward. Default: 16384 on a GPU, 2048 on a CPU."
+    )
+    layer_offloading: LayerOffloading = Field(
+        "auto",
+        description="on: leave the base's layers in its files and load one at a time, all pairs of a pass through "
+        "each: the same bytes in the memory of two layers. auto: only where the base does not fit.",
+    )
+    offload_gib: float | None = Field(
+        None,
+        gt=0,
+        description="With layer offloading: most GiB of hidden states that wait; it sets how many pairs a pass has. "
+        "Default: half of what is free.",
+    )
+    offload_folder: Path | None = Field(
+        None,
+        description="With layer offloading: keep hidden states in a scratch file in this folder, not in host memory.",
     )
     shard: str | None = Field(
         None, description="Do one part of the work, e.g. 1/4 to 4/4 in four jobs that share the cache folder."
@@ -370,6 +387,21 @@ class TrainConfig(_Config):
     activation_offloading: bool = Field(
         False, description="Keep what gradient checkpointing keeps, each layer's input, in host memory: slower steps."
     )
+    layer_offloading: LayerOffloading = Field(
+        "auto",
+        description="on: leave the base's layers in its files and load one at a time, all forwards of a step through "
+        "each: the same bytes in the memory of two layers. auto: only where the base does not fit.",
+    )
+    offload_gib: float | None = Field(
+        None,
+        gt=0,
+        description="With layer offloading: most GiB of hidden states that wait in a step. Default: half of what is "
+        "free.",
+    )
+    offload_folder: Path | None = Field(
+        None,
+        description="With layer offloading: keep hidden states in a scratch file in this folder, not in host memory.",
+    )
     seed: int = Field(42, ge=0, description="Seeds the LoRA, the order of the pairs, the held-out share and dropout.")
     full_determinism: bool = Field(
         False,
@@ -479,6 +511,21 @@ class TrainConfig(_Config):
     def _offloading_needs_checkpointing(self) -> TrainConfig:
         if self.activation_offloading and self.gradient_checkpointing is False:
             raise ValueError("activation_offloading moves what gradient checkpointing keeps: leave that on")
+        return self
+
+    @model_validator(mode="after")
+    def _offloading_by_layer(self) -> TrainConfig:
+        if self.layer_offloading != "on":
+            return self
+        for name, why in (
+            ("fsdp", "fsdp divides the layers that layer_offloading leaves in the files"),
+            ("use_dora", "DoRA begins with the norms of whole weights"),
+            ("activation_offloading", "layer_offloading keeps what activation_offloading keeps by itself"),
+        ):
+            if getattr(self, name):
+                raise ValueError(f"layer_offloading on cannot be combined with {name}: {why}")
+        if not self.use_peft:
+            raise ValueError("layer_offloading on reads frozen layers from their files: it trains a LoRA (use_peft)")
         return self
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Literal, TypedDict
 
-from dpoeng.engine.config.fields import Attention, Dtype, Optimizer, Quantization, Schedule
+from dpoeng.engine.config.fields import Attention, Dtype, LayerOffloading, Optimizer, Quantization, Schedule
 from dpoeng.engine.losses.names import FDivergence, LossType
 
 
@@ -36,6 +36,9 @@ class PrecomputeSettings(TypedDict, total=False):
     where: str | None
     max_reject_share: float
     batch_tokens: int | None
+    layer_offloading: LayerOffloading
+    offload_gib: float | None
+    offload_folder: str | PathLike[str] | None
     shard: str | None
     shard_tokens: int
 
@@ -120,6 +123,9 @@ class TrainSettings(LossFields, total=False):
     fsdp: bool
     gradient_checkpointing: bool | None
     activation_offloading: bool
+    layer_offloading: LayerOffloading
+    offload_gib: float | None
+    offload_folder: str | PathLike[str] | None
     seed: int
     full_determinism: bool
     report_to: (

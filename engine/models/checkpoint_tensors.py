@@ -80,8 +80,8 @@ def check_loaded(model: Any, loaded: Mapping[str, Any], source: ModelSource) -> 
         UserError: weights are missing or have other shapes; or the files hold tensors of the language model that it
             has no place for.
     """
-    _refuse_missing(loaded["missing_keys"], source)
-    _refuse_mismatched(loaded["mismatched_keys"], source)
+    refuse_missing(loaded["missing_keys"], source)
+    refuse_mismatched(loaded["mismatched_keys"], source)
     unexpected = sorted(name for name in loaded["unexpected_keys"] if not _HARMLESS.search(name))
     scales = [name for name in unexpected if _SCALES.search(name)]
     if scales and not has_stored_quantization(source):
@@ -142,7 +142,7 @@ def _quantized(source: ModelSource, names: Collection[str]) -> UserError:
     )
 
 
-def _refuse_missing(names: Collection[str], source: ModelSource) -> None:
+def refuse_missing(names: Collection[str], source: ModelSource) -> None:
     """Weights that the files lack would be random numbers: transformers only warns of them."""
     if names:
         raise UserError(
@@ -154,7 +154,7 @@ def _refuse_missing(names: Collection[str], source: ModelSource) -> None:
         )
 
 
-def _refuse_mismatched(weights: Collection[tuple[str, Any, Any]], source: ModelSource) -> None:
+def refuse_mismatched(weights: Collection[tuple[str, Any, Any]], source: ModelSource) -> None:
     """Weights of another shape than config.json says would be random numbers too."""
     for name, held, wanted in sorted(weights, key=lambda one: one[0]):
         raise UserError(

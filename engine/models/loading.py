@@ -18,6 +18,8 @@ from dpoeng.engine.config.fields import PrecomputeConfig, Quantization
 from dpoeng.engine.models.checkpoint_tensors import check_loaded, refuse_unrecorded_quantization
 from dpoeng.engine.models.fsdp_loading import sharding_class
 from dpoeng.engine.models.fused.install import use_fused_kernels
+from dpoeng.engine.models.layers.files import LayerFiles, layered_class
+from dpoeng.engine.models.layers.setting_up import gguf_by_layer, layer_store, run_by_layer
 from dpoeng.engine.models.model import DTYPES, CausalLM, decoder_layers, device_name
 from dpoeng.engine.models.model_config import auto_class, auto_class_of, config_of, layer_lists, with_layers
 from dpoeng.engine.models.quantized import compute_in, multiply_exactly, quantization_config, quantize_empty
@@ -77,11 +79,12 @@ def load_model(
     double_quant: bool = True,
     tokenizer: bool = True,
     shard: Callable[[Any], None] | None = None,
+    by_layer: bool = False,
 ) -> CausalLM:
     """The base model, frozen, on `device`, which becomes the current one; adapters are added by the functions below.
 
     With `shard` (of `fsdp`) this process reads only its share of what that divides. Only for a checkpoint that
-    can be read so: see `whole_because`.
+    can be read so: see `whole_because`. With `by_layer` the decoder's layers are left in the files; see `layers`.
 
     Raises:
         UserError: the files cannot be loaded, or bitsandbytes cannot be used.
@@ -92,16 +95,22 @@ def load_model(
     compute = resolve_dtype(source, dtype, device)
     ready = exact_float32_products() if device.type == "cuda" else ()
     remarks: tuple[str, ...] = ()
+    files: list[LayerFiles] = []
     if source.gguf:
+        if by_layer:
+            raise gguf_by_layer(source)
         base = _load_gguf(source, quantization, compute, device)
     else:
         bits = _bits(source, quantization, compute, quant_type, double_quant)
-        base, remarks = _load_safetensors(source, bits, compute, device, shard)
+        base, remarks = _load_safetensors(source, bits, compute, device, shard, files if by_layer else None)
+        store = layer_store(base, files[0], device) if files else None
         if quantization == "none" and shard is None:
             base = base.to(device)
         if stored_quantization(source) is not None:
             compute_in(base, compute)
-    lm = _frozen(base, load_tokenizer(source) if tokenizer else None, device, compute, quantization)
+    lm = _frozen(base, load_tokenizer(source) if tokenizer else None, device, compute, quantization, by_layer=by_layer)
+    if by_layer and store is not None:
+        lm.by_layer = run_by_layer(lm, store)
     lm.sharded, lm.source, lm.remarks = shard is not None, source, (*ready, *remarks, *lm.remarks)
     return lm
 
@@ -181,21 +190,33 @@ def _load_safetensors(
     dtype: torch.dtype,
     device: torch.device,
     shard: Callable[[Any], None] | None,
+    layer_files: list[LayerFiles] | None = None,
 ) -> tuple[Any, tuple[str, ...]]:
-    """transformers' model of a folder, and remarks on parts that were left out."""
+    """transformers' model of a folder, and remarks on parts that were left out.
+
+    With `layer_files` the decoder's layers are not loaded, and where they are is put into it.
+    """
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
     if bits is not None:
         kwargs["quantization_config"] = bits
-    if bits is not None or has_stored_quantization(source) or device.type == "cuda" or shard is not None:
+    if (
+        bits is not None
+        or has_stored_quantization(source)
+        or device.type == "cuda"
+        or shard is not None
+        or layer_files is not None
+    ):
         kwargs["device_map"] = {"": str(device)}  # tensor by tensor, never whole in the host's memory
     try:
         loader = auto_class_of(source.folder)
         if shard is not None:
             assert bits is None, "bitsandbytes quantises whole tensors"
             loader, kwargs["config"] = sharding_class(source, shard)
+        if layer_files is not None:
+            loader, kwargs["config"] = layered_class(source, layer_files)
         with _quiet_loading():
             base, loaded = loader.from_pretrained(
                 source.folder, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -285,7 +306,13 @@ def _layer_period(fields: str) -> int | None:
 
 
 def _frozen(
-    base: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype, quantization: Quantization
+    base: Any,
+    tokenizer: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: Quantization,
+    *,
+    by_layer: bool = False,
 ) -> CausalLM:
     base.requires_grad_(False)
     base.config.use_cache = False
@@ -297,7 +324,7 @@ def _frozen(
         multiply_exactly(base)
     if device.type != "cuda" and product_dtype(dtype) != dtype:
         _multiply_wide(base)
-    if device.type == "cuda" and embedding_on_host(base, quantization):
+    if device.type == "cuda" and not by_layer and embedding_on_host(base, quantization):
         keep_embedding_on_host(base, device)
     remarks = use_fused_kernels(base, device) if device.type != "cpu" else ()
     return CausalLM(

@@ -17,6 +17,7 @@ from torch import nn
 
 from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import Attention, Quantization
+from dpoeng.engine.models.layers.by_layer import ByLayer
 from dpoeng.engine.models.offload import checkpoint_on_host
 from dpoeng.engine.models.sources import ModelSource
 
@@ -50,6 +51,7 @@ class CausalLM:
             what the optimizer moves.
         parts: with full fine-tuning over divided layers, this process's rows of each of their weights, in float32, as
             a plain tensor over the same memory; see `engine/models/fsdp_rows`.
+        by_layer: how its layers are run one at a time, where their weights are not all in memory; else None.
     """
 
     model: Any
@@ -68,6 +70,7 @@ class CausalLM:
     sharded: bool = False
     masters: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict)
     parts: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict)
+    by_layer: ByLayer | None = None
 
     @property
     def backbone(self) -> Any:

@@ -137,14 +137,18 @@ def quantized_tensors(model: nn.Module) -> list[torch.Tensor]:
     """What the layers hold beside their parameters: scales and code books."""
     found: list[Any] = []
     for module in quantized_layers(model):
-        weight: Any = module.weight
         state: Any = getattr(module, "state", None)
-        found += [
-            getattr(holder, name, None) for holder in (weight, state) if holder is not None for name in ("CB", "SCB")
-        ]
-        quant_state = getattr(weight, "quant_state", None)
-        for level in (quant_state, getattr(quant_state, "state2", None)):
-            found += [getattr(level, name, None) for name in ("absmax", "code", "offset")]
+        found += [getattr(state, name, None) for name in ("CB", "SCB")]
+        found += scales_of(module.weight)
+    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
+
+
+def scales_of(weight: Any) -> list[torch.Tensor]:
+    """The tensors that a quantised weight carries beside its codes, and these as bitsandbytes also names them."""
+    found = [getattr(weight, name, None) for name in ("CB", "SCB")]
+    state = getattr(weight, "quant_state", None)
+    for level in (state, getattr(state, "state2", None)):
+        found += [getattr(level, name, None) for name in ("absmax", "code", "offset")]
     return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import time
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from dpoeng.engine.data.readers import COMPRESSIONS, FORMATS
 from dpoeng.engine.data.rejects import Reject, check_reject_share
 from dpoeng.engine.data.token_rows import SomeIds
 from dpoeng.engine.data.tokenization import TokenizedData, tokenize_pairs
-from dpoeng.engine.memory.fit import check_forward
+from dpoeng.engine.memory.offloading import decide_forward
 from dpoeng.engine.models.loading import pick_device, with_stored_quantization
 from dpoeng.engine.models.model import CausalLM, device_name, library_versions
 from dpoeng.engine.models.quantized import require_bitsandbytes
@@ -43,7 +42,7 @@ from dpoeng.engine.reference.view import reference_record, source_record, write_
 from dpoeng.engine.runtime.distributed import Group, process_group
 from dpoeng.engine.runtime.progress import QUIET, Progress
 from dpoeng.engine.scoring.layout import batches_of_pairs
-from dpoeng.engine.scoring.pairs import score_within_memory
+from dpoeng.engine.scoring.passes import Batches, score_batches
 
 VISIBLE_WITHIN_S: Final = 60.0
 """How long the first process waits until it sees what the others have committed."""
@@ -238,9 +237,8 @@ def compute(work: Work, summary: PrecomputeSummary, progress: Progress) -> None:
     config, pairs = work.config, work.distinct
     check_disk(work.store.root, work.mine)
     began = time.perf_counter()
-    mine = itertools.chain.from_iterable(work.mine)
-    summary.predicted_bytes = check_forward(config, work.source, mine, work.device, note=progress.note)
-    lm = load_reference(config, work.source, work.adapter, work.device, longest_text(pairs))
+    by_layer, summary.predicted_bytes = decide_forward(config, work.source, work.mine, work.device, progress.note)
+    lm = load_reference(config, work.source, work.adapter, work.device, longest_text(pairs), by_layer=by_layer)
     for remark in lm.remarks:
         progress.note(remark)
     summary.layout, summary.layout_reason = lm.layout, lm.layout_reason
@@ -398,18 +396,14 @@ def _score(lm: CausalLM, work: Work, batch_tokens: int, summary: PrecomputeSumma
     summary.computed_tokens = sum(positions for _, batches in planned for _, positions in batches)
     if lm.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(lm.device)
-    pairs_done, began = 0, time.perf_counter()
+    flat = Batches([(shard, batch) for shard, batches in planned for batch, _ in batches])
+    ends = {int(end) - 1 for end in np.cumsum([len(batches) for _, batches in planned])}
     with progress.task("reference log-probs", summary.computed_tokens, "tokens") as advance:
-        for shard, batches in planned:
-            rows = []
-            for batch, positions in batches:
-                pairs = [shard[i] for i in batch]
-                rows += score_within_memory(lm, pairs, note=progress.note)
-                pairs_done += len(pairs)
-                speed = pairs_done / (time.perf_counter() - began)
-                shown = f"{pairs_done} of {counted(summary.computed, 'pair')}, {speed:.2f} pairs/s"
-                advance(positions, shown)
-            # A shard is whole or absent: a kill costs one shard at most, and leaves the bytes of an undisturbed run.
+        scored = score_batches(lm, flat, ends=ends, note=progress.note, advance=advance)
+        for _, batches in planned:
+            rows = [row for _ in batches for row in next(scored)]
+            # A shard is whole or absent: a kill costs one shard at most (run by layer: a pass), and leaves the bytes of
+            # an undisturbed run.
             work.store.commit_shard(work.spec.digest, rows, provenance)
     if lm.device.type == "cuda":
         summary.peak_bytes = torch.cuda.max_memory_allocated(lm.device)

@@ -12,12 +12,13 @@ from torch import nn
 
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
 from dpoeng.engine.models.adapters import load_reference_adapter
+from dpoeng.engine.models.layers.waiting import room_to_wait
 from dpoeng.engine.models.loading import load_model, resolve_dtype
 from dpoeng.engine.models.model import CausalLM, set_mode
 from dpoeng.engine.models.quantized import quantized_tensors, same_weights
 from dpoeng.engine.models.sources import ModelSource, find_model
 from dpoeng.engine.models.tokenizer import load_chosen, recorded_tokenizer
-from dpoeng.engine.scoring.choose_layout import choose_layout
+from dpoeng.engine.scoring.passes import choose_how_to_score
 
 
 class KeptBase:
@@ -39,11 +40,12 @@ class KeptBase:
         *,
         on_host: bool = False,
         shard: Callable[[Any], None] | None = None,
+        by_layer: bool = False,
     ) -> CausalLM:
         """As `load_policy_base`, which it calls where it has to."""
-        if config.fsdp or not config.use_peft:
+        if config.fsdp or not config.use_peft or by_layer:
             self.release()
-            return load_policy_base(config, reference, device, on_host=on_host, shard=shard)
+            return load_policy_base(config, reference, device, on_host=on_host, shard=shard, by_layer=by_layer)
         wanted = (config.model, config.quantization, config.dtype, str(device), sorted(reference.items()))
         if self._lm is None or self._wanted != wanted:
             self.release()  # there need not be room for two
@@ -80,11 +82,12 @@ def load_policy_base(
     on_host: bool = False,
     tokenizer: bool = False,
     shard: Callable[[Any], None] | None = None,
+    by_layer: bool = False,
 ) -> CausalLM:
     """The base on which the policy stands: the one that a view's `reference` record names, unless config overrides.
 
     With `on_host` it is left in the host's memory, in the dtype that it would have on `device`. With `shard` this
-    process reads its share of it; see `load_model`.
+    process reads its share of it, and with `by_layer` the layers stay in the files; see `load_model`.
     """
     source = find_model(config.model or reference["model"], revision=reference.get("revision"))
     dtype = resolve_dtype(source, config.dtype or reference["dtype"], device)
@@ -97,7 +100,9 @@ def load_policy_base(
         double_quant=reference["bnb_4bit_use_double_quant"],
         tokenizer=False,
         shard=shard,
+        by_layer=by_layer,
     )
+    limit_waiting(lm, config)
     if tokenizer:
         lm.tokenizer = load_chosen(recorded_tokenizer(source, reference))
     return lm
@@ -109,10 +114,18 @@ def load_reference(
     adapter: ModelSource | None,
     device: torch.device,
     longest: int | None = None,
+    *,
+    by_layer: bool = False,
 ) -> CausalLM:
     """The frozen reference exactly as named, in the mode and layout in which both phases score.
 
-    `longest`: tokens of the longest text that will be scored, where that is known; see `choose_layout`.
+    Args:
+        config: of phase one.
+        source: the base.
+        adapter: the SFT adapter, or None.
+        device: where it is to be.
+        longest: tokens of the longest text that will be scored, where that is known; see `choose_layout`.
+        by_layer: leaves the base's layers in its files; see `models/layers`.
     """
     lm = load_model(
         source,
@@ -122,9 +135,22 @@ def load_reference(
         quant_type=config.bnb_4bit_quant_type,
         double_quant=config.bnb_4bit_use_double_quant,
         tokenizer=False,
+        by_layer=by_layer,
     )
     if adapter is not None:
         lm = load_reference_adapter(lm, adapter)
     set_mode(lm, training=False)
-    choose_layout(lm, config.layout, config.attention, longest)
+    limit_waiting(lm, config)
+    choose_how_to_score(lm, config.layout, config.attention, longest)
     return lm
+
+
+def limit_waiting(lm: CausalLM, config: PrecomputeConfig | TrainConfig) -> None:
+    """Tells a model that is run by layer where hidden states may wait, and how many bytes of them.
+
+    Raises:
+        UserError: the folder cannot be used.
+    """
+    if lm.by_layer is not None:
+        lm.by_layer.folder = config.offload_folder
+        lm.by_layer.limit_bytes = room_to_wait(config.offload_folder, config.offload_gib)

@@ -17,7 +17,7 @@ from dpoeng.engine.models.model import CausalLM
 from dpoeng.engine.models.sources import find_adapter, find_model
 from dpoeng.engine.reference.loading import load_reference
 from dpoeng.engine.scoring.layout import batches_of_pairs
-from dpoeng.engine.scoring.pairs import score_within_memory
+from dpoeng.engine.scoring.passes import Batches, score_batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +90,10 @@ def compare_with_cache(
     cached = [view[row] for row in rows]
     diffs: list[np.ndarray[Any, np.dtype[np.float64]]] = []
     margins: list[float] = []
-    for batch, _ in batches_of_pairs([pair.ids for pair in cached], batch_tokens):
-        live = score_within_memory(lm, [cached[i].ids for i in batch])
+    ids = [pair.ids for pair in cached]
+    batches = [batch for batch, _ in batches_of_pairs(ids, batch_tokens)]
+    scored = score_batches(lm, Batches([(ids, batch) for batch in batches]))
+    for batch, live in zip(batches, scored, strict=True):
         for i, now in zip(batch, live, strict=True):
             chosen = now.chosen_logps.astype(np.float64) - cached[i].chosen_logps
             rejected = now.rejected_logps.astype(np.float64) - cached[i].rejected_logps

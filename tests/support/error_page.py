@@ -14,12 +14,12 @@ PACKAGES = ("cli", "bench", "engine", "kernels", "cache")
 AREAS = {
     "Command line and configuration": "usage config init migrate",
     "Pairs": "data",
-    "Models, tokenizers and adapters": "tokenizer model adapter checkpoint lora attention layout reference weights "
-    "quantization",
+    "Models, tokenizers and adapters": "tokenizer model adapter checkpoint lora attention layout layer reference "
+    "weights quantization",
     "GGUF files": "gguf",
     "The reference cache": "cache import export ranks rank shard",
     "Training": "fsdp full parity eval resume training output run tracker sweep page",
-    "The machine": "no bitsandbytes triton memory system internal",
+    "The machine": "no bitsandbytes triton memory offload system internal",
     "Measuring and the demo": "bench demo",
 }
 
@@ -79,6 +79,7 @@ MEANINGS: dict[str, str] = {
     "lora-no-target": "None of the module names occurs in the model; the message lists those that do.",
     "layout-unsupported": "This attention cannot run a prompt once for both responses. `auto` falls back by itself.",
     "attention-unsupported": "This way of attention cannot be used here; segments can, wherever a prompt is shared.",
+    "layer-offloading-unsupported": "A trial showed that the layers cannot be run one at a time with the same bits.",
     "gguf-missing": "No such file.",
     "gguf-format": "The file is not GGUF 2 or 3, or is cut off.",
     "gguf-unsupported": "transformers does not know what this GGUF file holds.",
@@ -149,6 +150,7 @@ MEANINGS: dict[str, str] = {
     "bitsandbytes-unusable": "8-bit and 4-bit need bitsandbytes. `dpoeng doctor` tries it.",
     "memory-short": "Simulated before the model is loaded: the phase would not fit. `dpoeng plan` tells more.",
     "memory-full": "The process ran out of memory.",
+    "offload-room": "Hidden states that wait for their next layer have no room there. Nothing was computed yet.",
     "system-error": "The operating system refused to read or write a file.",
     "system-warning": "Libraries warn of what is to change in them; PYTHONWARNINGS=error makes each an error.",
     "internal-error": "A mistake in dpoeng.",
@@ -187,6 +189,8 @@ REMEDIES: dict[str, str] = {
     "adapter-mismatch": "give the base that the adapter was trained on",
     "adapter-mode": "leave --adapter-mode out: auto chooses a mode that fits",
     "attention-unsupported": "leave --attention out",
+    "layer-offloading-unsupported": "use --layer-offloading off, with fewer bits or a larger device",
+    "offload-room": "lower --offload-gib, or name a folder on a disk with room with --offload-folder",
     "reference-not-finite": "use --dtype bfloat16 or float32; else the weights are damaged",
     "quantization-stored": "leave --quantization out, or name the full-precision checkpoint",
     "gguf-format": "fetch the file again, or give the model as safetensors",

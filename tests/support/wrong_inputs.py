@@ -823,6 +823,29 @@ def little_memory(desk: Desk) -> None:
     desk.patch.setattr("dpoeng.engine.memory.fit.available_bytes", lambda _: 10**6)
 
 
+def layers_of_a_gguf(desk: Desk) -> None:
+    import torch
+
+    from dpoeng.engine.models.loading import load_model
+    from dpoeng.engine.models.sources import find_model
+
+    source = find_model(str(desk.write("m.gguf")))
+    settings: Any = {"quantization": "none", "dtype": "float32", "tokenizer": False}
+    load_model(source, device=torch.device("cpu"), by_layer=True, **settings)
+
+
+def layers_that_share(desk: Desk) -> None:
+    from transformers import LlamaForCausalLM
+
+    made = LlamaForCausalLM.__init__
+
+    def sharing(self: Any, config: Any) -> None:
+        made(self, config)
+        self.model.layers[1].mlp = self.model.layers[0].mlp
+
+    desk.patch.setattr(LlamaForCausalLM, "__init__", sharing)
+
+
 def run_in_the_folder(desk: Desk) -> None:
     from dpoeng.engine.config.fields import TrainConfig
     from dpoeng.engine.recipes.train import train
@@ -863,7 +886,16 @@ RUNS = (
     Wrong("a file above the output folder", "output-unwritable", 5, TRAIN + " --output-dir file/out --max-steps 1",
           ("a file stands where", "--output-dir"), lambda d: d.write("file")),
     Wrong("a loss that is no number", "training-not-finite", 5, TRAIN + " --max-steps 1", ("step 1",), diverging),
-    Wrong("too little memory", "memory-short", 5, TRAIN, ("GiB",), little_memory),
+    Wrong("too little memory", "memory-short", 5, TRAIN + " --layer-offloading off", ("GiB",), little_memory),
+    Wrong("layers of a GGUF file, one at a time", "layer-offloading-unsupported", 5, "", ("safetensors",),
+          act=layers_of_a_gguf),
+    Wrong("layers that share weights", "layer-offloading-unsupported", 5, SCORE + " --layer-offloading on",
+          ("share weights",), layers_that_share),
+    Wrong("more hidden states than there is room", "offload-room", 5,
+          SCORE + " --layer-offloading on --offload-gib 1e9", ("--offload-folder",)),
+    Wrong("a file as the folder for hidden states", "offload-room", 5,
+          SCORE + " --layer-offloading on --offload-folder pairs.jsonl", ("--offload-folder",)),
+    Wrong("layers one at a time, and divided", "config-value", 2, TRAIN + " --layer-offloading on --fsdp", ("fsdp",)),
     Wrong("a weight that is no number", "data-weight", 3, TRAIN + " --pair-weight-column negative_type", ("'wrong'",)),
     Wrong("a weight that is not there", "data-weight", 3, TRAIN + " --pair-weight-column weight", ("margin",)),
     Wrong("a tracker that is not installed", "tracker-missing", 5, TRAIN + " --report-to trackio", ("pip install",),

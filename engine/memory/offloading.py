@@ -1,0 +1,54 @@
+"""Whether a phase is run layer by layer: as asked for, or where the base does not fit otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+
+from dpoeng.cache.errors import UserError
+from dpoeng.cache.schema import PairIds
+from dpoeng.engine.config.fields import PrecomputeConfig
+from dpoeng.engine.memory.fit import Note, check_forward
+from dpoeng.engine.models.sources import ModelSource
+
+Shards = Sequence[Sequence[PairIds]]
+"""Pairs that are stored together; read from a file whenever they are asked for."""
+
+
+def decide_forward(
+    config: PrecomputeConfig, source: ModelSource, shards: Shards, device: torch.device, note: Note
+) -> tuple[bool, int | None]:
+    """Phase one: whether it is run layer by layer, and the predicted peak of tensors where there is one.
+
+    Raises:
+        UserError: it does not fit, and would not with a pair in a forward; layer offloading is off, or cannot be had.
+    """
+    if config.layer_offloading == "on":
+        return True, None
+    try:
+        return False, check_forward(config, source, chain.from_iterable(shards), device, note=note)
+    except UserError as error:
+        if error.code != "memory-short" or config.layer_offloading == "off" or source.gguf:
+            raise
+        one = config.model_copy(update={"batch_tokens": 1})
+        if _fits(one, source, shards, device):
+            raise  # the base fits: what does not is the batch
+        note(_turned_on(error))
+    return True, None
+
+
+def _fits(config: PrecomputeConfig, source: ModelSource, shards: Shards, device: torch.device) -> bool:
+    try:
+        check_forward(config, source, chain.from_iterable(shards), device)
+    except UserError:
+        return False
+    return True
+
+
+def _turned_on(error: UserError) -> str:
+    return (
+        f"the base does not fit ({error.expected}, {error.found} there): its layers stay in the files and are loaded "
+        "one at a time (layer_offloading auto); the numbers are the same"
+    )

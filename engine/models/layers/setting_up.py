@@ -1,0 +1,53 @@
+"""Makes of a model that was loaded without its layers one that is run layer by layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dpoeng.cache.errors import UserError
+from dpoeng.engine.models.layers.by_layer import ByLayer
+from dpoeng.engine.models.layers.files import LayerFiles, template_of
+from dpoeng.engine.models.layers.gates import Gates
+from dpoeng.engine.models.layers.store import LayerStore
+from dpoeng.engine.models.layers.trial import check_apart
+from dpoeng.engine.models.model import CausalLM, decoder_layers, decoder_of
+from dpoeng.engine.models.sources import ModelSource
+
+
+def layer_store(base: Any, files: LayerFiles, device: torch.device) -> LayerStore:
+    """The store of a model's layers, which have no values yet. To be made before adapters are put around their parts.
+
+    Raises:
+        UserError: layers share weights.
+    """
+    files.template = template_of(base)
+    layers = decoder_layers(decoder_of(base))
+    check_apart(layers)
+    return LayerStore(files, layers, device)
+
+
+def run_by_layer(lm: CausalLM, store: LayerStore) -> ByLayer:
+    """Puts gates at the layers of a loaded model, and its input embedding into the host's memory if it is not the head.
+
+    Each layer's weights are in place whenever it is run, in whatever order that is.
+    """
+    words, head = lm.base.get_input_embeddings(), lm.base.get_output_embeddings()
+    if lm.device.type == "cuda" and head is not None and head.weight is not words.weight:
+        words.to("cpu")
+    gates = Gates(decoder_layers(lm.backbone), words, lm.device, store.need)
+    return ByLayer(gates, store.standing_in, lambda: store.files.bytes_read)
+
+
+def gguf_by_layer(source: ModelSource) -> UserError:
+    """What to raise where layers of a GGUF file are to be left in it."""
+    return UserError(
+        "a GGUF file is decoded whole: its layers cannot be read one at a time",
+        code="layer-offloading-unsupported",
+        where="--layer-offloading on",
+        expected="a checkpoint in safetensors",
+        found=source.name,
+        remedy="convert it to safetensors (`dpoeng demo` shows how), or use --layer-offloading off",
+        exit_status=5,
+    )

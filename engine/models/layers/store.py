@@ -1,0 +1,161 @@
+"""The weights of the layer at work, and on a GPU of the next one, in the modules of a model that has no others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpoeng.engine.models.layers.files import LayerFiles, Tensors, put
+from dpoeng.engine.models.quantized import scales_of
+
+
+class LayerStore:
+    """Brings a layer's weights into place when they are needed, and lets those of the layer before go.
+
+    Args:
+        files: where layers are read from.
+        layers: the modules that get the weights; adapters may have been put around parts of them since.
+        device: of the weights.
+    """
+
+    def __init__(self, files: LayerFiles, layers: Sequence[nn.Module], device: torch.device) -> None:
+        self.files = files
+        self.device = device
+        # Modules are remembered by their names in the bare layer: peft will move them.
+        self._modules = [dict(layer.named_modules()) for layer in layers]
+        self._empty: list[Tensors] = [
+            {name: without_values(tensor, device) for name, tensor in layer.named_parameters()} for layer in layers
+        ]
+        self._here: int | None = None
+        self._next: tuple[int, Future[tuple[Tensors, Any]]] | None = None
+        self._held: dict[int, Tensors] | None = None
+        self._reader = _Reader(files, device) if device.type == "cuda" else None
+        for number in range(len(layers)):
+            self._place(number, self._empty[number])
+
+    def need(self, number: int) -> None:
+        """Returns when the layer's weights are in place. Which layer comes after it is told by the one before."""
+        if self._held is not None or number == self._here:
+            return
+        backwards = self._here is not None and number < self._here
+        self.release()
+        self._place(number, self._take(number))
+        self._here = number
+        coming = number + (-1 if backwards else 1)
+        if 0 <= coming < len(self._modules):
+            self._prepare(coming)
+
+    def release(self) -> None:
+        """Lets the layer that is in place go. One that has been prepared stays."""
+        if self._here is not None:
+            self._place(self._here, self._empty[self._here])
+        self._here = None
+
+    @contextmanager
+    def standing_in(self) -> Iterator[None]:
+        """Within it each layer has the weights of the first one of its shapes: a model of full depth in little memory.
+
+        What it computes means nothing, but it is computed as by the real one.
+        """
+        self.release()
+        self._drain()
+        firsts: dict[tuple[Any, ...], int] = {}
+        for number in range(len(self._modules)):
+            firsts.setdefault(self.files.shapes(number), number)
+        self._held = {first: self.files.read(first) for first in firsts.values()}
+        try:
+            for number in range(len(self._modules)):
+                self._place(number, self._held[firsts[self.files.shapes(number)]])
+            yield
+        finally:
+            self._held = None
+            for number in range(len(self._modules)):
+                self._place(number, self._empty[number])
+
+    def _take(self, number: int) -> Tensors:
+        if self._reader is None:
+            return self.files.read(number)
+        if self._next is None or self._next[0] != number:
+            self._drain()  # two layers are in memory and no third
+            self._next = number, self._reader.begin(number)
+        prepared, self._next = self._next, None
+        return self._reader.finish(prepared[1])
+
+    def _prepare(self, number: int) -> None:
+        if self._reader is None:
+            self.files.announce(number)
+        elif self._next is None:
+            self._next = number, self._reader.begin(number)
+
+    def _drain(self) -> None:
+        """Waits for a layer that was prepared and is not wanted."""
+        if self._next is not None:
+            self._next[1].result()
+        self._next = None
+
+    def _place(self, number: int, tensors: Tensors) -> None:
+        for name, tensor in tensors.items():
+            path, _, last = name.rpartition(".")
+            put(self._modules[number][path], last, tensor)
+
+
+class _Reader:
+    """Reads layers in a thread, from pinned memory onto a GPU by a stream of its own, while the GPU computes.
+
+    transformers copies tensor by tensor, and quantises in this stream if that is asked for. Not tried on a GPU yet.
+    """
+
+    def __init__(self, files: LayerFiles, device: torch.device) -> None:
+        self._files, self._device = files, device
+        self._threads = ThreadPoolExecutor(1, "layers")
+        cuda: Any = torch.cuda
+        self._stream, self._event = cuda.Stream(device), cuda.Event
+
+    def begin(self, number: int) -> Future[tuple[Tensors, Any]]:
+        """Begins to read a layer, as soon as the device has done all that it was given before."""
+        done = self._event()
+        done.record(torch.cuda.current_stream(self._device))
+        return self._threads.submit(self._read, number, done)
+
+    def _read(self, number: int, done: Any) -> tuple[Tensors, Any]:
+        done.synchronize()  # the memory of the layer that was let go can be had only now
+        with torch.cuda.stream(self._stream):
+            tensors = self._files.read(number)
+            arrived = self._event()
+            arrived.record(self._stream)
+        return tensors, arrived
+
+    def finish(self, reading: Future[tuple[Tensors, Any]]) -> Tensors:
+        """The layer, once the device has it: the device's next work waits for it, the host does not."""
+        tensors, arrived = reading.result()
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(arrived)
+        for tensor in tensors.values():
+            for part in (tensor.data, *scales_of(tensor)):
+                part.record_stream(stream)  # its memory belongs to the other stream
+        return tensors
+
+
+def without_values(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+    """A parameter of the same kind, shape and dtype on a device, in the memory of one number.
+
+    Not a number where that exists: a layer that is run without its weights must not pass for one that has them.
+    """
+    kind: Any = type(parameter)
+    if kind.__name__ == "Int8Params":
+        data = torch.zeros((), dtype=torch.int8, device=device).expand(parameter.shape)
+        made: nn.Parameter = kind(data, requires_grad=False, has_fp16_weights=False)
+        return made
+    if kind.__name__ == "Params4bit":
+        data = torch.zeros((), dtype=torch.uint8, device=device).expand(parameter.shape)
+        fields = {**parameter.__dict__, "bnb_quantized": True}
+        quantised: nn.Parameter = kind(data, requires_grad=False, **fields)
+        return quantised
+    value = float("nan") if parameter.is_floating_point() else 0
+    filled = torch.full((), value, dtype=parameter.dtype, device=device)
+    return nn.Parameter(filled.expand(parameter.shape), requires_grad=False)

@@ -1,0 +1,165 @@
+"""Hidden states that wait for their next layer: in host memory, or in a scratch file that is mapped."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpoeng.cache.errors import UserError
+from dpoeng.cache.words import GIB
+from dpoeng.engine.runtime.host import available_memory
+
+
+@dataclass(slots=True)
+class Slot:
+    """Where one tensor waits. `held` is None where only its shape is known (on the meta device)."""
+
+    held: torch.Tensor | None
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class Waiting:
+    """Keeps tensors off the device between two visits.
+
+    Args:
+        device: where they come from and go to.
+        folder: where the scratch file is made; None for host memory. The file has no name, and ends with the process.
+    """
+
+    def __init__(self, device: torch.device, folder: Path | None = None) -> None:
+        self.device = device
+        self.n_bytes = 0
+        self._file = _Scratch(folder) if folder is not None else None
+
+    def put(self, tensor: torch.Tensor, slot: Slot | None = None) -> Slot:
+        """Takes a tensor in, in the place of what waits in `slot` where it has the same size."""
+        tensor = tensor.detach()
+        if tensor.is_meta:
+            return Slot(None, tensor.shape, tensor.dtype)
+        again = slot is not None and slot.held is not None
+        if again and (slot.shape, slot.dtype) != (tensor.shape, tensor.dtype):  # type: ignore[union-attr]
+            self.drop([slot])  # type: ignore[list-item]
+            again = False
+        if not again:
+            self.n_bytes += tensor.nbytes
+            slot = Slot(self._room_for(tensor), tensor.shape, tensor.dtype)
+        assert slot is not None
+        if self._file is None and not tensor.is_cuda:
+            slot.held = tensor  # nothing to copy
+        else:
+            assert slot.held is not None
+            slot.held.copy_(tensor, non_blocking=tensor.is_cuda)  # read again in the same stream only
+        return slot
+
+    def get(self, slot: Slot) -> torch.Tensor:
+        """The tensor, on the device; a copy unless it waited there."""
+        if slot.held is None:
+            return torch.empty(slot.shape, dtype=slot.dtype, device="meta")
+        return slot.held.to(self.device, non_blocking=True)
+
+    def drop(self, slots: Sequence[Slot]) -> None:
+        """Lets tensors go."""
+        for slot in slots:
+            if slot.held is not None:
+                self.n_bytes -= slot.held.nbytes
+                if self._file is not None:
+                    self._file.give_back(slot.held)
+            slot.held = None
+
+    def _room_for(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        if self._file is not None:
+            return self._file.room(tensor.shape, tensor.dtype)
+        return torch.empty_like(tensor, device="cpu", pin_memory=True) if tensor.is_cuda else None
+
+
+class _Scratch:
+    """Tensors in one mapped file. What is given back is used again for tensors of the same number of bytes."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                self._file = os.dup(file.fileno())
+        except OSError as error:
+            raise _unusable(folder, error) from error
+        weakref.finalize(self, os.close, self._file)
+        self._folder, self._end = folder, 0
+        self._free: dict[int, list[Any]] = {}
+
+    def room(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised tensor in the file.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        size = max(1, shape.numel() * dtype.itemsize)
+        free = self._free.get(size)
+        mapped = free.pop() if free else self._map(size)
+        return torch.frombuffer(mapped, dtype=dtype, count=shape.numel()).view(shape)
+
+    def _map(self, size: int) -> Any:
+        whole = -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        try:
+            # Room is taken now: a disk that is full when a mapped page is written ends the process without a word.
+            os.posix_fallocate(self._file, self._end, whole)
+            mapped = mmap.mmap(self._file, size, offset=self._end)
+        except OSError as error:
+            raise _unusable(self._folder, error) from error
+        self._end += whole
+        return mapped
+
+    def give_back(self, tensor: torch.Tensor) -> None:
+        """The tensor's place may be used again."""
+        flat = tensor.reshape(-1)
+        self._free.setdefault(max(1, tensor.nbytes), []).append(flat.view(torch.uint8).numpy())
+
+
+def room_to_wait(folder: Path | None, gib: float | None) -> int:
+    """Most bytes that may wait: as set, or half of what is free, in host memory or on the folder's disk.
+
+    Raises:
+        UserError: the folder cannot be made, or its disk has less than was set.
+    """
+    if folder is None:
+        free = available_memory()
+    else:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(folder).free
+        except OSError as error:
+            raise _unusable(folder, error) from error
+    if gib is None:
+        return (free if free is not None else 8 * GIB) // 2
+    wanted = int(gib * GIB)
+    if free is not None and wanted > free:
+        raise UserError(
+            "there is not so much room for hidden states",
+            code="offload-room",
+            where=f"--offload-gib {gib:g}",
+            expected=f"{gib:g} GiB",
+            found=f"{free / GIB:.1f} GiB free " + (f"in {folder}" if folder is not None else "in host memory"),
+            remedy="lower --offload-gib, or name a folder on a disk with more room with --offload-folder",
+            exit_status=5,
+        )
+    return wanted
+
+
+def _unusable(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        "hidden states cannot be kept in this folder",
+        code="offload-room",
+        where=f"--offload-folder {folder}",
+        found=error.strerror or str(error),
+        remedy="name a folder on a local disk with room, or lower --offload-gib",
+        exit_status=5,
+    )

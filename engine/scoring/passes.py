@@ -1,0 +1,210 @@
+"""Batches of pairs to scored pairs: one batch after the other, or all of a pass layer by layer. The same numbers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+import torch
+
+from dpoeng.cache.schema import PairIds, ScoredPair
+from dpoeng.cache.words import counted
+from dpoeng.engine.config.fields import Attention
+from dpoeng.engine.models.layers.by_layer import after_layers, through_layers
+from dpoeng.engine.models.layers.trial import try_by_layers
+from dpoeng.engine.models.model import CausalLM
+from dpoeng.engine.models.model_config import layer_lists
+from dpoeng.engine.runtime.out_of_memory import no_way_back
+from dpoeng.engine.runtime.progress import QUIET, Advance
+from dpoeng.engine.scoring.attention import use_layout
+from dpoeng.engine.scoring.choose_layout import choose_layout
+from dpoeng.engine.scoring.forward import on_device, predict_groups
+from dpoeng.engine.scoring.layout import Branch, PromptGroup, separate, share_prompts
+from dpoeng.engine.scoring.pairs import score_pairs, score_within_memory
+
+Batch = Sequence[PairIds]
+
+
+@dataclass(frozen=True, slots=True)
+class Batches(Sequence[Batch]):
+    """Parts of longer sequences, whose pairs are read when a batch is asked for."""
+
+    parts: Sequence[tuple[Batch, range]]
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    @overload
+    def __getitem__(self, i: int) -> Batch: ...
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[Batch]: ...
+    def __getitem__(self, i: int | slice) -> Batch | Sequence[Batch]:
+        if isinstance(i, slice):
+            return Batches(self.parts[i])
+        pairs, places = self.parts[i]
+        return [pairs[place] for place in places]
+
+    @staticmethod
+    def of(batches: Sequence[Batch]) -> Batches:
+        """Batches that are there already."""
+        return Batches([(batch, range(len(batch))) for batch in batches])
+
+    @property
+    def pairs(self) -> int:
+        """In all batches."""
+        return sum(len(places) for _, places in self.parts)
+
+
+def score_batches(
+    lm: CausalLM,
+    batches: Batches,
+    *,
+    ends: Collection[int] = (),
+    note: Callable[[str], None] = QUIET.note,
+    advance: Advance = lambda _amount, _shown: None,
+) -> Iterator[list[ScoredPair]]:
+    """The scored pairs of each batch, in order, as they are done.
+
+    Args:
+        lm: the model. If it is run `by_layer`, a pass takes as many batches as its hidden states have room.
+        batches: what goes through one forward together.
+        ends: batches behind which something is stored: a pass ends there rather than elsewhere.
+        note: told of batches that had to be cut because memory ran out.
+        advance: told of tokens that are done, of `batch_positions` in all.
+
+    Raises:
+        UserError: a pair alone does not fit; or the model gave a value that is no log-probability.
+    """
+    if lm.by_layer is None:
+        yield from _one_by_one(lm, batches, note, advance)
+        return
+    sizes = [batch_positions(lm, batch) for batch in batches]
+    per_position = _bytes_per_position(lm)
+    passes = plan_passes([per_position * size for size in sizes], lm.by_layer.limit_bytes, ends)
+    for number, some in enumerate(passes):
+        title = f"pass {number + 1} of {len(passes)}, " if len(passes) > 1 else ""
+        yield from _one_pass(lm, [batches[i] for i in some], advance, title)
+
+
+def _one_by_one(
+    lm: CausalLM, batches: Batches, note: Callable[[str], None], advance: Advance
+) -> Iterator[list[ScoredPair]]:
+    done, total, began = 0, batches.pairs, time.perf_counter()
+    for batch in batches:
+        rows = score_within_memory(lm, batch, note=note)
+        done += len(batch)
+        speed = done / (time.perf_counter() - began)
+        advance(sum_positions(batch), f"{done} of {counted(total, 'pair')}, {speed:.2f} pairs/s")
+        yield rows
+
+
+@torch.no_grad()
+def _one_pass(lm: CausalLM, batches: Sequence[Batch], advance: Advance, title: str) -> Iterator[list[ScoredPair]]:
+    by_layer = lm.by_layer
+    assert by_layer is not None
+    groups = [share_prompts(batch)[0] for batch in batches]
+    jobs = [lambda some=some: predict_groups(lm, some) for some in groups]
+    layers, told = by_layer.gates.count, [0] * len(batches)
+    pairs = np.cumsum([len(batch) for batch in batches])
+
+    def tell(layer: int, at: int) -> None:
+        now = sum_positions(batches[at]) * (layer + 1) // layers
+        shown = f"{title}layer {layer + 1} of {layers}, {pairs[at]} of {counted(int(pairs[-1]), 'pair')}"
+        advance(now - told[at], shown)
+        told[at] = now
+
+    waiting = by_layer.waiting(lm.device)
+    with no_way_back("out of memory in a pass over the layers", "phase one", "use a smaller --batch-tokens"):
+        slots = through_layers(by_layer, waiting, jobs, tell)
+        done: list[Any] = list(after_layers(by_layer, waiting, slots, lambda at: score_pairs(lm, batches[at])))
+    yield from done
+
+
+def plan_passes(sizes: Sequence[int], limit: int, ends: Collection[int] = ()) -> list[range]:
+    """Cuts batches into passes of at most `limit` bytes, behind one of `ends` where a pass has any."""
+    passes: list[range] = []
+    begin = 0
+    while begin < len(sizes):
+        stop, total = begin, 0
+        while stop < len(sizes) and (stop == begin or total + sizes[stop] <= limit):
+            total += sizes[stop]
+            stop += 1
+        if stop < len(sizes):
+            stop = next((end + 1 for end in range(stop - 1, begin - 1, -1) if end in ends), stop)
+        passes.append(range(begin, stop))
+        begin = stop
+    return passes
+
+
+def sum_positions(batch: Batch) -> int:
+    """Tokens of a batch, each prompt and each response once."""
+    groups, _ = share_prompts(batch)
+    return sum(len(group.prompt_ids) + sum(len(branch.ids) for branch in group.branches) for group in groups)
+
+
+def batch_positions(lm: CausalLM, batch: Batch) -> int:
+    """Positions that the model computes for a batch in its layout, padding included."""
+    if lm.layout == "shared":
+        return sum_positions(batch)
+    groups, _ = share_prompts(batch)
+    lengths = [len(single.branches[0].ids) for group in groups for single in separate(group)]
+    return len(lengths) * max(lengths) if lm.padding else sum(lengths)
+
+
+def _bytes_per_position(lm: CausalLM) -> int:
+    assert lm.by_layer is not None
+    return lm.by_layer.bytes_per_position
+
+
+# --------------------------------------------------------------------------- what is tried before
+
+
+def choose_how_to_score(
+    lm: CausalLM, wanted: str = "auto", attention: Attention = "auto", longest: int | None = None
+) -> None:
+    """`choose_layout`; of a model that is run by layer, over a few of its layers, and then whether it can be run so.
+
+    Raises:
+        UserError: as there; or layers hand each other more than hidden states.
+    """
+    if lm.by_layer is None:
+        choose_layout(lm, wanted, attention, longest)
+        return
+    by_layer, probe = lm.by_layer, _probe(lm)
+    use_layout(lm, "separate")
+    with by_layer.standing_in(), torch.no_grad():
+        ids = on_device(lm, np.arange(4, dtype=np.int64) % lm.vocab_size)
+        with by_layer.gates.observing():
+            lm.backbone(input_ids=ids[None], use_cache=False)
+        with by_layer.gates.only_first(_with_all_kinds(lm)):
+            choose_layout(lm, wanted, attention, longest)
+    states = try_by_layers(by_layer.gates, by_layer.standing_in, lambda: predict_groups(lm, probe)[0])
+    pairs_positions = sum(state.shape[0] * state.shape[1] for state in states)
+    by_layer.bytes_per_position = -(-sum(state.nbytes for state in states) // pairs_positions)
+
+
+def _probe(lm: CausalLM) -> list[PromptGroup]:
+    generator = np.random.default_rng(1)
+
+    def draw(count: int) -> Any:
+        return generator.integers(0, lm.vocab_size, count, dtype=np.int32)
+
+    return [
+        PromptGroup(draw(4), (Branch(draw(3)), Branch(draw(2)))),
+        PromptGroup(draw(2), (Branch(draw(2)), Branch(draw(4), start=1))),
+    ]
+
+
+_MOST_LAYERS = 12
+
+
+def _with_all_kinds(lm: CausalLM) -> int:
+    """So many first layers that every kind of layer is among them: by type and by the lists of the config."""
+    assert lm.by_layer is not None
+    lists = layer_lists(lm.base.config)
+    kinds = lists if len(lists) == lm.by_layer.gates.count else [()] * lm.by_layer.gates.count
+    last = max(kinds.index(kind) for kind in set(kinds))
+    return min(max(last + 1, 2), _MOST_LAYERS)

@@ -1,0 +1,154 @@
+"""Layer by layer the numbers are those of the ordinary order, bit for bit; weights are read once a pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import SHARED_FAMILIES, make
+
+from dpoeng.cache.errors import UserError
+from dpoeng.cache.schema import PairIds, ScoredPair
+from dpoeng.engine.models.loading import load_model
+from dpoeng.engine.models.model import CausalLM, set_mode
+from dpoeng.engine.models.sources import find_model
+from dpoeng.engine.scoring.passes import Batches, choose_how_to_score, plan_passes, score_batches
+
+# Experts that are stacked, windows, soft caps, tuples, learnt positions: the rest differs in sizes alone.
+QUICK = ("LlamaConfig", "Gemma3TextConfig", "GptOssConfig", "GPT2Config", "Qwen3MoeConfig")
+
+
+def saved(folder: Path, name: str, **more: Any) -> Path:
+    """A tiny model of four layers on the disk."""
+    depth = {"n_layer": 4} if name == "GPT2Config" else {"num_hidden_layers": 4}
+    make(name, {**SHARED_FAMILIES.get(name, {}), **depth, **more}).base.save_pretrained(folder)
+    return folder
+
+
+def loaded(folder: Path, *, by_layer: bool, quantization: Any = "none", dtype: str = "float32") -> CausalLM:
+    source = find_model(str(folder))
+    device = torch.device("cpu")
+    settings: Any = {"quantization": quantization, "dtype": dtype, "device": device, "tokenizer": False}
+    lm = load_model(source, by_layer=by_layer, **settings)
+    set_mode(lm, training=False)
+    choose_how_to_score(lm)
+    return lm
+
+
+def some_batches() -> list[list[PairIds]]:
+    rng = np.random.default_rng(3)
+
+    def draw() -> Any:
+        return rng.integers(0, 97, int(rng.integers(2, 20)), dtype=np.int32)
+
+    pairs = [PairIds(draw(), draw(), draw()) for _ in range(7)]
+    return [pairs[:3], pairs[3:4], pairs[4:]]
+
+
+def scored(lm: CausalLM) -> list[ScoredPair]:
+    return [row for rows in score_batches(lm, Batches.of(some_batches())) for row in rows]
+
+
+def same(one: list[ScoredPair], other: list[ScoredPair]) -> bool:
+    return all(
+        np.array_equal(getattr(a, side), getattr(b, side))
+        for a, b in zip(one, other, strict=True)
+        for side in ("chosen_logps", "rejected_logps")
+    )
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in SHARED_FAMILIES]
+)
+def test_every_family_gives_the_same_bits(name: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model", name)
+    ordinary, by_layer = loaded(folder, by_layer=False), loaded(folder, by_layer=True)
+    assert (by_layer.layout, by_layer.attention) == (ordinary.layout, ordinary.attention)
+    assert same(scored(ordinary), scored(by_layer))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "dtype"),
+    [("none", "bfloat16"), ("8bit", "float32"), ("4bit", "bfloat16"), ("4bit", "float32")],
+)
+def test_every_precision_gives_the_same_bits(quantization: str, dtype: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model", "LlamaConfig")
+    both = [loaded(folder, by_layer=way, quantization=quantization, dtype=dtype) for way in (False, True)]
+    assert same(*map(scored, both))
+
+
+def test_weights_are_read_once_a_pass(tmp_path: Path) -> None:
+    lm = loaded(saved(tmp_path / "model", "LlamaConfig"), by_layer=True)
+    assert lm.by_layer is not None
+    layers = 4 * sum(parameter.numel() * 4 for parameter in lm.backbone.layers[0].parameters())
+    before = lm.by_layer.bytes_read()
+    scored(lm)
+    assert lm.by_layer.bytes_read() - before == layers
+    lm.by_layer.limit_bytes = 1  # each batch is a pass of its own
+    before = lm.by_layer.bytes_read()
+    scored(lm)
+    assert lm.by_layer.bytes_read() - before == len(some_batches()) * layers
+
+
+def test_hidden_states_may_wait_in_a_file(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model", "LlamaConfig")
+    ordinary, lm = loaded(folder, by_layer=False), loaded(folder, by_layer=True)
+    assert lm.by_layer is not None
+    lm.by_layer.folder = tmp_path / "scratch"
+    assert same(scored(ordinary), scored(lm))
+    assert list((tmp_path / "scratch").iterdir()) == []  # the file has no name: a kill leaves nothing
+
+
+def test_weights_are_mapped_and_let_go(tmp_path: Path) -> None:
+    lm = loaded(saved(tmp_path / "model", "LlamaConfig"), by_layer=True)
+    assert lm.by_layer is not None
+    kept: list[int] = []
+    weight = [layer.mlp.up_proj for layer in lm.backbone.layers]
+
+    def bytes_there() -> int:
+        return sum(one.weight.untyped_storage().nbytes() > 4 for one in weight)
+
+    list(score_batches(lm, Batches.of(some_batches()), advance=lambda _amount, _shown: kept.append(bytes_there())))
+    assert set(kept) == {1}, "one layer at a time has weights"
+    lm.backbone.layers[0].mlp.up_proj(torch.zeros(1, 32))
+
+
+@pytest.mark.parametrize("change", ["a hidden channel", "another order"])
+def test_layers_that_share_more_than_hidden_states_are_refused(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
+
+    folder = saved(tmp_path / "model", "LlamaConfig")
+    if change == "a hidden channel":
+        forward = LlamaDecoderLayer.forward
+
+        def with_memory(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            plan = kwargs["position_embeddings"][0]  # one object a forward, as caches and shared keys are
+            added = getattr(plan, "left_by_a_layer", 0.0)
+            plan.left_by_a_layer = added + 1.0
+            return forward(self, hidden_states, *args, **kwargs) * (1.0 + 0.01 * added)
+
+        monkeypatch.setattr(LlamaDecoderLayer, "forward", with_memory)
+    else:
+        own = LlamaModel.forward
+
+        def twice(self: Any, *args: Any, **kwargs: Any) -> Any:
+            own(self, *args, **kwargs)
+            return own(self, *args, **kwargs)
+
+        monkeypatch.setattr(LlamaModel, "forward", twice)
+    with pytest.raises(UserError) as caught:
+        loaded(folder, by_layer=True)
+    assert caught.value.code == "layer-offloading-unsupported"
+    scored(loaded(folder, by_layer=False))
+
+
+def test_passes_end_where_something_is_stored() -> None:
+    assert plan_passes([3, 3, 3, 3], 100) == [range(4)]
+    assert plan_passes([3, 3, 3, 3], 7) == [range(2), range(2, 4)]
+    assert plan_passes([3, 3, 3, 3], 10, ends={1, 3}) == [range(2), range(2, 4)]
+    assert plan_passes([30, 3, 3], 5, ends={0, 2}) == [range(1), range(1, 2), range(2, 3)]
