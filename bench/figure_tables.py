@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dpoeng.bench.figure_text import BASES, Record, lines_of, read, table, where
-from dpoeng.cache.words import MIB
+from dpoeng.cache.words import MIB, number
 
 _HEADS = {"dpoeng": "dpoeng", "naive": "full logits", "TRL": "TRL 1.16's head"}
 _OPTIONS = {
@@ -79,7 +79,7 @@ def cache(results: Path) -> str:
         ("hit_us", "find one pair by its ids"),
         ("write_view_us", "write the view"),
     ):
-        steps.append([label, *(f"{step[name]:.3g}" for step in record["sizes"])])
+        steps.append([label, *(number(step[name], 3) for step in record["sizes"])])
     return f"{where(record)}:\n\n{table(reached)}\n\n{table(steps)}"
 
 
@@ -169,7 +169,7 @@ def _scale(record: Record) -> str:
         for curve in grows:
             if [curve["over"], *curve["sizes"]] == [over, *sizes]:
                 fit, in_mib = curve["exponent"], curve["unit"] == "bytes"
-                cells = [f"{cost / MIB:,.4g}" if in_mib else f"{cost:.3g}" for cost in curve["medians"]]
+                cells = [number(cost / MIB) if in_mib else number(cost, 3) for cost in curve["medians"]]
                 name = f"{curve['name']}, {'MiB' if in_mib else curve['unit']}"
                 exponent = f"{fit['value']:.2f} ± {fit['standard_error']:.2f}"
                 rows.append(
@@ -209,7 +209,7 @@ def _head(way: Record) -> list[str]:
     if ratio["low"] < ratio["high"]:
         times += f" ({ratio['low']:.2f}–{ratio['high']:.2f})"
     seconds = sorted({min(way["cpu_s"]), max(way["cpu_s"])})
-    return ["–".join(f"{s:.3g}" for s in seconds), times, f"{way['peak_bytes'] / MIB:,.0f}"]
+    return ["–".join(number(s, 3) for s in seconds), times, f"{way['peak_bytes'] / MIB:,.0f}"]
 
 
 def _count(repeats: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +25,8 @@ class Distribution:
     Attributes:
         mean, std: of all values (population).
         quantiles: at `QUANTILES`, so least, median and greatest are among them.
-        edges: [BINS + 1] of a histogram from the 0.5 to the 99.5 percentile; what lies outside counts in the end bins.
-        counts: [BINS].
+        edges: [n + 1] of a histogram from about the 0.5 to the 99.5 percentile, see `histogram`.
+        counts: [n].
     """
 
     mean: float
@@ -98,7 +99,7 @@ def reference_stats(view: View, *, notes: int = 10) -> ReferenceStats:
     numbers = view.numbers().at(first)
     margin = numbers.chosen_sum - numbers.rejected_sum
     per_token = numbers.chosen_sum / numbers.chosen_tokens - numbers.rejected_sum / numbers.rejected_tokens
-    difference = (numbers.chosen_tokens - numbers.rejected_tokens).astype(np.float64)
+    difference = (numbers.chosen_tokens - numbers.rejected_tokens).astype(np.int64)
     order = np.argsort(margin, kind="stable")
 
     def named(places: Iterable[int]) -> tuple[PairNote, ...]:
@@ -118,7 +119,7 @@ def reference_stats(view: View, *, notes: int = 10) -> ReferenceStats:
         margin_per_token=_distribution(per_token),
         accuracy=float((margin > 0).mean()),
         accuracy_per_token=float((per_token > 0).mean()),
-        length_correlation=correlation(margin, difference) or 0.0,
+        length_correlation=correlation(margin, difference.astype(np.float64)) or 0.0,
         strongly_right=named(k for k in order[::-1][:notes] if margin[k] > 0),
         strongly_wrong=named(k for k in order[:notes] if margin[k] < 0),
     )
@@ -135,19 +136,45 @@ def _contradictions(view: View, first: npt.NDArray[np.int64]) -> tuple[tuple[int
     return tuple(found)
 
 
-def _distribution(values: npt.NDArray[np.float64] | npt.NDArray[np.int32]) -> Distribution:
+def _distribution(values: npt.NDArray[Any]) -> Distribution:
+    whole = np.issubdtype(values.dtype, np.integer)
     values = values.astype(np.float64)
     low, high = np.quantile(values, (0.005, 0.995))
-    if low == high:
-        low, high = low - 0.5, high + 0.5
-    counts, edges = np.histogram(values.clip(low, high), BINS, (low, high))
+    edges, counts = histogram(values, float(low), float(high), whole=whole)
     return Distribution(
         float(values.mean()),
         float(values.std()),
         tuple(np.quantile(values, QUANTILES).tolist()),
-        tuple(edges.tolist()),
-        tuple(counts.tolist()),
+        edges,
+        counts,
     )
+
+
+def histogram(
+    values: npt.NDArray[Any], low: float, high: float, *, whole: bool
+) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """Counts between round edges, of at most `BINS` bars.
+
+    Args:
+        values: [n], any of which may lie outside; those count in the end bars.
+        low: the bars begin at or below this.
+        high: the bars end at or above this; with `whole` above it.
+        whole: the values are whole numbers, and so are the edges; a value on an edge belongs to the bar above.
+
+    Returns:
+        edges [bars + 1], multiples of 1, 2, 2.5 or 5 times a power of ten; and counts [bars].
+    """
+    spread = (high - low) or (1.0 if whole else max(abs(high), 1.0) * 1e-3)
+    power = 10.0 ** math.floor(math.log10(spread / BINS))
+    power = max(power, 1.0) if whole else power
+    steps = [factor * power * scale for scale in (1, 10) for factor in (1, 2, 2.5, 5)]
+    step = next(s for s in steps if spread / s <= BINS - 2 and (not whole or s.is_integer()))
+    first = math.floor(low / step + 1e-9)
+    last = max(math.floor(high / step + 1e-9) + 1 if whole else math.ceil(high / step - 1e-9), first + 1)
+    edges = [round(k * step, 12) for k in range(first, last + 1)]
+    inside = values.clip(edges[0], np.nextafter(edges[-1], edges[0]))
+    counts, _ = np.histogram(inside, edges)
+    return tuple(edges), tuple(counts.tolist())
 
 
 def correlation(left: Floats, right: Floats) -> float | None:

@@ -152,7 +152,8 @@ def sparkline(found: Plan, width: int = 96) -> str:
 
 def picture(found: Plan) -> str:
     """Memory through a step as a page: a curve for each of its phases."""
-    from dpoeng.cli.pages.html import Curve, cards, line_chart, page, plots
+    from dpoeng.cli.pages.charts import Curve, line_chart
+    from dpoeng.cli.pages.html import cards, page, plots
 
     timeline = found.phase2[1].timeline
     curves = []

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dpoeng.cache.words import counted, gib
+from dpoeng.cache.words import counted, gib, speed
 from dpoeng.cli.options import ConfigCommand, config_options, given
 from dpoeng.cli.tables import Table, command_line, facts_table, json_option, say, say_json
 from dpoeng.engine.config.fields import PrecomputeConfig
@@ -82,7 +82,7 @@ def print_summary(summary: PrecomputeSummary) -> None:
         facts.append(
             (
                 "speed",
-                f"{summary.computed / seconds:.2f} pairs/s, {summary.computed_tokens / seconds:,.0f} tokens/s on "
+                f"{speed(summary.computed, seconds, 'pairs')}, {speed(summary.computed_tokens, seconds, 'tokens')} on "
                 f"{summary.device} (loading included)",
             )
         )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dpoeng.cache.words import number
 from dpoeng.cli.bench.output import example
 from dpoeng.cli.tables import Cell, Marked, Table, as_data, json_option, say, say_json
 
@@ -43,7 +44,7 @@ def _print_checks(found: Sequence[Check]) -> None:
     rows: list[tuple[Cell, ...]] = [
         (
             check.name,
-            f"{check.value:.3g}",
+            number(check.value, 3),
             f"{check.limit:g}",
             check.unit,
             "" if check.ok else Marked("too much", "error"),

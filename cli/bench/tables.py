@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dpoeng.cache.words import MIB, counted, gib
+from dpoeng.cache.words import MIB, counted, gib, number
 from dpoeng.cli.tables import Cell, Marked, Table, facts_table
 
 _PARTS = ("data", "forward", "head", "backward", "optimizer")
@@ -46,7 +46,7 @@ def phases_tables(record: dict[str, Any]) -> list[Table]:
     """A column for each phase and layout."""
     results = record["results"]
     rows = [
-        ("pairs/s", *(f"{r['pairs_per_s']:.2f}" for r in results)),
+        ("pairs/s", *(number(r["pairs_per_s"], 3) for r in results)),
         ("unique tokens/s", *(f"{r['unique_tokens_per_s']:,.0f}" for r in results)),
         ("padded-equivalent tokens/s", *(f"{r['padded_equivalent_per_s']:,.0f}" for r in results)),
         ("CPU-s / 1000 unique tokens", *(f"{1e3 * _median(r['cpu_s']) / r['unique_tokens']:.2f}" for r in results)),
@@ -59,7 +59,7 @@ def phases_tables(record: dict[str, Any]) -> list[Table]:
     rows += _optional_rows(results, *_OF_SOME_DEVICES)
     price = record.get("price_per_hour")
     if price is not None:
-        rows.append(("cost of 1,000 pairs", *(f"{price / 3.6 / r['pairs_per_s']:.4g}" for r in results)))
+        rows.append(("cost of 1,000 pairs", *(number(price / 3.6 / r["pairs_per_s"]) for r in results)))
     rows += _optional_rows(results, *_OF_THE_POOL)
     note = (
         f"unique: each prompt once. padded-equivalent: the rows a padding trainer would compute. matmul: "
@@ -143,12 +143,12 @@ def cache_tables(record: dict[str, Any]) -> list[Table]:
         if name != "pairs":
             label, _, unit = name.rpartition("_")
             shown = f"{label.replace('_', ' ')}, {unit}" if unit in ("us", "ms") else name.replace("_", " ")
-            rows.append((shown, *(f"{size[name]:,.3g}" for size in sizes)))
+            rows.append((shown, *(number(size[name], 3) for size in sizes)))
     facts = {**record["read"], **record["weights"]}
     return [
         machine_table(record),
         Table(rows, ("pairs", *(f"{size['pairs']:,}" for size in sizes)), "cache"),
-        facts_table([(name.replace("_", " "), f"{value:,.4g}") for name, value in facts.items()]),
+        facts_table([(name.replace("_", " "), number(value)) for name, value in facts.items()]),
     ]
 
 
@@ -163,9 +163,9 @@ def _way_table(result: dict[str, Any]) -> Table:
     rows = [
         (
             name,
-            f"{_median(way['wall_s']):.3g}",
+            number(_median(way["wall_s"]), 3),
             _ratio(way["wall_s_ratio"]),
-            f"{_median(way['cpu_s']):.3g}",
+            number(_median(way["cpu_s"]), 3),
             _ratio(way["cpu_s_ratio"]),
             f"{way['peak_bytes'] / MIB:,.0f}",
             f"{100 * way['of_gemm']:.0f} %",
@@ -239,7 +239,7 @@ def memory_tables(record: dict[str, Any]) -> list[Table]:
 def _cell(value: float | None, ratio: dict[str, float] | None, *, is_bytes: bool) -> str:
     if value is None:
         return "–"
-    text = gib(value) if is_bytes else f"{value:.3g}"
+    text = gib(value) if is_bytes else number(value, 3)
     if ratio is None:
         return text
     several = ratio["low"] < ratio["high"]
@@ -263,11 +263,11 @@ def quality_tables(record: dict[str, Any]) -> list[Table]:
     """A row a way: as it was trained; and its adapter in float32, beside the first way's."""
     settings, results = record["settings"], record["results"]
     rows = []
-    for number, result in enumerate(results):
+    for place, result in enumerate(results):
         cells = [_mean(result["trained"][name], digits) for name, digits in _QUALITY]
         for name, digits in _QUALITY:
             cells.append(_mean(result["float32"][name], digits))
-            cells.append(_mean(result["difference"][name], digits, signed=True) if number else "")
+            cells.append(_mean(result["difference"][name], digits, signed=True) if place else "")
         parity = [value for value in result["parity"] if value is not None]
         cells.append(f"{_median(parity):.2g}" if parity else "–")
         cells.append(f"{_median(result['seconds']) / result['steps']:.2f}")
@@ -325,7 +325,7 @@ def _scale_row(curve: dict[str, Any]) -> tuple[str, ...]:
     fit, in_mib = curve["exponent"], curve["unit"] == "bytes"
     return (
         f"{curve['name']}, {'MiB' if in_mib else curve['unit']}" + (" (simulated)" if curve["simulated"] else ""),
-        *(f"{cost / MIB:,.4g}" if in_mib else f"{cost:.3g}" for cost in curve["medians"]),
+        *(number(cost / MIB) if in_mib else number(cost, 3) for cost in curve["medians"]),
         f"{fit['value']:.2f} ± {fit['standard_error']:.2f}",
         f"{fit['last']:.2f}",
     )

@@ -6,9 +6,10 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from dpoeng.cache.words import MIB
+from dpoeng.cache.words import MIB, number
 from dpoeng.cli.bench.tables import tables_of
-from dpoeng.cli.pages.html import Curve, Html, bars, cards, heading, line_chart, page, paragraph, plots, table
+from dpoeng.cli.pages.charts import Curve, bars, line_chart
+from dpoeng.cli.pages.html import Html, cards, heading, page, paragraph, plots, table
 
 # Kinds of memory that are drawn as one, since more colours than these cannot be told apart.
 _MEMORY_PARTS = (
@@ -46,7 +47,7 @@ def _cards(record: dict[str, Any]) -> Iterable[tuple[str, str]]:
     if record["kind"] == "phases":
         for result in record["results"]:
             if result["layout"] == record["results"][0]["layout"]:
-                yield f"{result['phase']} phase, pairs/s", f"{result['pairs_per_s']:.2f}"
+                yield f"{result['phase']} phase, pairs/s", number(result["pairs_per_s"], 3)
     elif record["kind"] == "memory":
         by_case = {case["case"]: case for case in record["results"]}
         cached, two = by_case["cached reference"], by_case["two models"]

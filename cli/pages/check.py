@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dpoeng.cache.words import counted
-from dpoeng.cli.pages.html import Html, cards, heading, histogram, number, page, paragraph, plots, table, tag, text
+from dpoeng.cache.words import counted, number
+from dpoeng.cli.pages.charts import histogram
+from dpoeng.cli.pages.html import Html, cards, heading, page, paragraph, plots, table, tag, text
 from dpoeng.cli.tables import Table, facts_table
 from dpoeng.engine.checks.findings import Finding
 from dpoeng.engine.checks.shown import ShownPair
@@ -30,7 +31,7 @@ def check_page(report: CheckReport) -> str:
     parts += [
         heading("Lengths"),
         table(lengths_table(report)),
-        plots(histogram(one.part, report.unit, one.edges, one.counts) for one in report.lengths),
+        plots(histogram(one.part, report.unit, one.edges, one.counts, whole=True) for one in report.lengths),
     ]
     if report.bias is not None:
         bias = report.bias

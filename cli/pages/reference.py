@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dpoeng.cache.analytics import PairNote, ReferenceStats
-from dpoeng.cli.pages.html import Html, heading, histogram, number, page, paragraph, plots, table
+from dpoeng.cache.words import number
+from dpoeng.cli.pages.charts import histogram
+from dpoeng.cli.pages.html import Html, heading, page, paragraph, plots, table
 from dpoeng.cli.tables import Table, facts_table
 
 # title, unit, attribute
@@ -36,9 +38,7 @@ def html_report(stats: ReferenceStats, title: str, facts: Sequence[tuple[str, st
         table(facts_table([*facts, *reference_facts(stats)])),
         heading("Distributions"),
         table(distributions_table(stats)),
-        plots(
-            histogram(title, unit, (item := getattr(stats, name)).edges, item.counts) for title, unit, name in _SHOWN
-        ),
+        plots(_histogram(stats, title, unit, name) for title, unit, name in _SHOWN),
         heading("Pairs that the reference ranks strongly wrong"),
         paragraph(f"{MARGIN} Mislabelled pairs gather here: read some before training on them.", "dim"),
         _notes(stats.strongly_wrong),
@@ -52,6 +52,11 @@ def html_report(stats: ReferenceStats, title: str, facts: Sequence[tuple[str, st
             table(Table([(str(one), str(other)) for one, other in stats.contradictions[:50]], ("row", "row"))),
         ]
     return page(title, parts)
+
+
+def _histogram(stats: ReferenceStats, title: str, unit: str, name: str) -> Html:
+    item = getattr(stats, name)
+    return histogram(title, unit, item.edges, item.counts, whole="tokens" in unit)
 
 
 def reference_facts(stats: ReferenceStats) -> list[tuple[str, str]]:

@@ -6,29 +6,15 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dpoeng.cache.words import counted
-from dpoeng.cli.pages.html import (
-    Curve,
-    Html,
-    cards,
-    details,
-    heading,
-    line_chart,
-    number,
-    page,
-    paragraph,
-    plots,
-    pre,
-    table,
-    tag,
-    text,
-)
+from dpoeng.cache.words import counted, number
+from dpoeng.cli.pages.charts import Curve, line_chart
+from dpoeng.cli.pages.html import Html, cards, details, heading, page, paragraph, plots, pre, section, table, tag, text
 from dpoeng.cli.tables import Table, accuracy_line, facts_table, interval
 from dpoeng.engine.config.fields import TrainConfig
-from dpoeng.engine.runs.reading import EVAL, RunRecord
+from dpoeng.engine.runs.reading import EVAL, Points, RunRecord
 
 # Charts in the order of what is looked at first: (title, unit, metrics). Metrics that stand in none get one each.
-_CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("loss", "nats", ("loss",)),
     ("reward accuracy", "share of pairs", ("rewards/accuracies",)),
     ("reward margin", "beta × nats", ("rewards/margins",)),
@@ -38,7 +24,7 @@ _CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("gradient norm", "before clipping", ("grad_norm",)),
     ("learning rate", "", ("learning_rate",)),
 )
-_CHARTED = {name for _, _, names in _CHARTS for name in names}
+_CHARTED = {name for _, _, names in CHARTS for name in names}
 
 # metric -> the format that shows the digits worth reading
 _FORMATS = {
@@ -59,8 +45,13 @@ _OF_STEPS = [name for name in _FORMATS if not name.startswith("kl/") and "length
 Metrics = Mapping[str, float]
 
 
-def report_page(run: RunRecord) -> str:
-    """The page."""
+def report_page(run: RunRecord, window: int | None = None) -> str:
+    """The page.
+
+    Args:
+        run: complete or not.
+        window: steps of the running mean of each curve; default: a twentieth of a long curve's.
+    """
     reference = run.record.get("reference", {})
     state = "complete" if run.complete else f"not complete: {counted(run.steps(), 'step')} so far"
     subtitle = f"{run.record.get('model', '')} on view {reference.get('view', '?')}, {state}"
@@ -71,15 +62,15 @@ def report_page(run: RunRecord) -> str:
         for seen, remedy in warnings:
             inner = f"{tag('warning')} {text(seen)}" + (paragraph(f"Remedy: {remedy}", "dim") if remedy else "")
             parts.append(Html(f'<div class="finding warning">{inner}</div>'))
-    parts += [heading("Curves"), _note(run), plots(_charts(run)), heading("First and last"), _summary(run)]
+    if charts := _charts(run, window):
+        parts += [heading("Curves"), _note(run), plots(charts)]
+    parts += section("First and last", _summary(run))
     evaluations = [line for line in run.metrics if any(name.startswith(EVAL) for name in line)]
-    if evaluations:
-        parts += [heading("Evaluations"), _evaluations(evaluations)]
+    parts += section("Evaluations", _evaluations(evaluations))
     if run.evaluations:
         last = run.evaluations[-1]
-        parts += [heading("The last evaluation"), *map(table, (evaluation_table(last), *group_tables(last)))]
-    if run.samples:
-        parts += [heading("Samples"), *map(_sample, run.samples)]
+        parts += section("The last evaluation", *map(table, (evaluation_table(last), *group_tables(last))))
+    parts += section("Samples", *map(_sample, run.samples))
     parts += [heading("Configuration"), configuration(run.record.get("config", {})), *_identity(run)]
     return page(f"Run {run.folder.name or run.folder}", parts, subtitle)
 
@@ -98,10 +89,10 @@ def _cards(run: RunRecord) -> list[tuple[str, str]]:
     if not run.curve(f"{EVAL}loss"):
         for label, name in (("loss", "loss"), ("accuracy", "rewards/accuracies"), ("margin", "rewards/margins")):
             if points := run.curve(name):
-                facts.append((label, f"{points[-1][1]:.4g}"))
-    if times := sorted(ms for _, ms in run.step_ms()):
-        facts.append(("median step", _duration(times[len(times) // 2])))
-        facts.append(("all steps", _duration(sum(times))))
+                facts.append((label, number(points[-1][1])))
+    if times := run.step_ms():
+        facts.append(("median step", _duration(_median(times))))
+        facts.append(("all steps", _duration(sum(ms for _, ms in times))))
     return facts
 
 
@@ -127,33 +118,49 @@ def _note(run: RunRecord) -> Html:
     )
 
 
-def _charts(run: RunRecord) -> list[Html]:
+def _charts(run: RunRecord, window: int | None) -> list[Html]:
     """The known charts that have values, then one for each other metric, then the time of the steps."""
     charts = []
-    for title, unit, names in _CHARTS:
+    across = (0.0, float(max(run.steps(), 1)))
+    for title, unit, names in CHARTS:
         if len(names) == 1:
-            curves = _curves(run, names[0])
+            curves = _curves(run, names[0], window)
         else:
             curves = [
-                Curve(f"{name.rsplit('/', 1)[-1]}{suffix}", points, dots=bool(suffix), colour=colour)
+                Curve(f"{name.rsplit('/', 1)[-1]}{suffix}", points, dots=bool(suffix), colour=colour, window=window)
                 for colour, name in enumerate(names)
                 for prefix, suffix in (("", ""), (EVAL, ", held out"))
                 if (points := run.curve(prefix + name))
             ]
         if curves:
-            charts.append(line_chart(title, curves, unit=unit))
-    others = ((name, _curves(run, name)) for name in run.names() if name not in _CHARTED)
-    charts += [line_chart(name, curves) for name, curves in others if curves]
+            charts.append(line_chart(title, curves, unit=unit, x_range=across))
+    others = ((name, _curves(run, name, window)) for name in run.names() if name not in _CHARTED)
+    charts += [line_chart(name, curves, x_range=across) for name, curves in others if curves]
     if times := run.step_ms():
-        charts.append(line_chart("time of a step", [Curve("step", times)], unit="ms"))
+        charts.append(line_chart("time of a step", [_in_seconds(times, window)], unit=step_unit(times), x_range=across))
     return charts
 
 
-def _curves(run: RunRecord, name: str) -> list[Curve]:
+def step_unit(times: Points) -> str:
+    """Seconds where a step takes one or more, else milliseconds."""
+    return "s" if _median(times) >= 1000 else "ms"
+
+
+def _in_seconds(times: Points, window: int | None) -> Curve:
+    scale = 1e-3 if step_unit(times) == "s" else 1.0
+    return Curve("step", [(step, scale * ms) for step, ms in times], window=window)
+
+
+def _median(times: Points) -> float:
+    ordered = sorted(ms for _, ms in times)
+    return ordered[len(ordered) // 2]
+
+
+def _curves(run: RunRecord, name: str, window: int | None) -> list[Curve]:
     """A metric in training and on held-out pairs."""
     found = []
     if points := run.curve(name):
-        found.append(Curve("training", points, exact=name == "learning_rate"))
+        found.append(Curve("training", points, exact=name == "learning_rate", window=window))
     if points := run.curve(EVAL + name):
         found.append(Curve("held out", points, dots=True, colour=1))
     return found
@@ -170,9 +177,10 @@ def _summary(run: RunRecord) -> Html:
 
 
 def metrics_table(heads: Sequence[str], columns: Sequence[Metrics], names: Iterable[str] = _OF_STEPS) -> Table:
-    """Metrics by name, a column for each of `columns`."""
-    rows = [(name, *(figure(name, column.get(name)) for column in columns)) for name in names]
-    return Table(rows, ("", *heads))
+    """Metrics by name, a column for each of `columns`; rows and columns without a value are left out."""
+    kept = [(head, column) for head, column in zip(heads, columns, strict=True) if column]
+    rows = [(name, *(figure(name, column.get(name)) for _, column in kept)) for name in names]
+    return Table([row for row in rows if any(row[1:])], ("", *(head for head, _ in kept)))
 
 
 def figure(name: str, value: float | None) -> str:
@@ -230,7 +238,8 @@ def group_tables(record: Mapping[str, Any]) -> list[Table]:
             for value, group in groups.items()
         ]
         heads = (text for name in names for text in (name.removeprefix("rewards/"), "interval"))
-        tables.append(Table(rows, ("", "pairs", *heads), f"by {column}"))
+        if rows:
+            tables.append(Table(rows, ("", "pairs", *heads), f"by {column}"))
     return tables
 
 
@@ -270,16 +279,12 @@ def _identity(run: RunRecord) -> list[str]:
     facts += [("pairs", identity.get("pairs")), ("evaluation pairs", identity.get("eval_pairs"))]
     facts += [(f"file {name}", digest) for name, digest in (record.get("files") or {}).items()]
     parity = record.get("parity") or {}
-    parts: list[str] = [
-        heading("Reference and data"),
-        table(facts_table([(name, str(value)) for name, value in facts if value])),
-    ]
-    if parity:
-        rows = [(name.replace("_", " "), number(value)) for name, value in parity.items()]
-        parts += [heading("Policy against cache, before the first step"), table(Table(rows))]
+    parts = section("Reference and data", table(facts_table([(name, str(value)) for name, value in facts if value])))
+    rows = [(name.replace("_", " "), number(value)) for name, value in parity.items()]
+    parts += section("Policy against cache, before the first step", table(Table(rows)))
     versions = dict(record.get("versions") or {})
     versions |= {name: record[name] for name in ("python", "platform", "device") if name in record}
-    parts += [heading("Versions"), table(facts_table([(name, str(value)) for name, value in versions.items()]))]
+    parts += section("Versions", table(facts_table([(name, str(value)) for name, value in versions.items()])))
     if record.get("load"):
         parts += [heading("To load the adapter"), pre("\n".join(record["load"]))]
     return parts

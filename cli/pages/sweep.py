@@ -4,23 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dpoeng.cache.words import counted
-from dpoeng.cli.pages.html import (
-    Curve,
-    Html,
-    cards,
-    heading,
-    interval_chart,
-    line_chart,
-    number,
-    page,
-    paragraph,
-    plots,
-    pre,
-    table,
-    tag,
-    text,
-)
+from dpoeng.cache.words import counted, number
+from dpoeng.cli.pages.charts import Curve, interval_chart, line_chart
+from dpoeng.cli.pages.html import Html, cards, heading, page, paragraph, plots, pre, table, tag, text
 from dpoeng.cli.pages.run import configuration
 from dpoeng.cli.tables import Table, interval
 from dpoeng.engine.recipes.sweep import SweepPlan
@@ -72,7 +58,7 @@ def ranking_table(plan: SweepPlan, results: Sequence[RunResult], title: str = ""
         rows.append(
             (
                 *values,
-                f"{result.value:.4g}",
+                number(result.value),
                 interval((result.intervals or {}).get(plan.rank_by), ".3g"),
                 "" if result.difference is None else f"{result.difference:+.4g}",
                 interval(result.difference_interval, "+.3g"),

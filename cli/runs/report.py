@@ -9,34 +9,56 @@ import click
 from dpoeng.cli.options import force_option
 from dpoeng.cli.tables import json_option, say, say_json
 
+TOGETHER = Path("runs.html")
+"""Where several runs go, since they have no folder in common."""
+
 EPILOG = """\b
 Examples:
   dpoeng report out
   dpoeng report out --html run-7.html
+  dpoeng report out-a out-b --html both.html --smoothing 20
 """
 
 
 @click.command("report", epilog=EPILOG)
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="The page.  [default: OUT/report.html]")
+@click.argument("folders", metavar="OUT...", nargs=-1, required=True, type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help=f"The page.  [default: OUT/report.html; of several runs {TOGETHER}]",
+)
+@click.option(
+    "--smoothing",
+    type=click.IntRange(1),
+    metavar="STEPS",
+    help="Steps of each curve's running mean; 1 draws none.  [default: a twentieth of a run of more than 60 steps]",
+)
 @force_option
 @json_option
-def report(out: Path, html: Path | None, force: bool, as_json: bool) -> None:
-    """Write the run in OUT, the --output-dir of `dpoeng train`, as one HTML page.
+def report(folders: tuple[Path, ...], html: Path | None, smoothing: int | None, force: bool, as_json: bool) -> None:
+    """Write the run in OUT, the --output-dir of `dpoeng train`, as one HTML page; or several runs over each other.
 
     Curves, evaluations, warnings, configuration, hashes and versions, in one file that needs no network. A run that is
-    still going can be looked at too.
+    still going can be looked at too. Several runs share each chart, with a table of the settings that differ.
     """
     from dpoeng.cache.words import counted
+    from dpoeng.cli.pages.charts import CURVES
     from dpoeng.cli.pages.html import write_page
     from dpoeng.cli.pages.run import report_page
+    from dpoeng.cli.pages.runs import runs_page
     from dpoeng.engine.runs.reading import read_run
 
-    run = read_run(out)
-    target = html or out / "report.html"
-    inputs = [Path(name) for name in run.record.get("files") or {}]
-    write_page(target, report_page(run), inputs=inputs, force=force)
+    if len(folders) > CURVES:
+        raise click.UsageError(f"{len(folders)} runs do not fit in one chart: name at most {CURVES}")
+    runs = [read_run(folder) for folder in folders]
+    target = html or (folders[0] / "report.html" if len(runs) == 1 else TOGETHER)
+    content = report_page(runs[0], smoothing) if len(runs) == 1 else runs_page(runs, smoothing)
+    inputs = [Path(name) for run in runs for name in run.record.get("files") or {}]
+    write_page(target, content, inputs=inputs, force=force)
     if as_json:
-        say_json({"page": target, "runs": [{"folder": out, "steps": run.steps(), "complete": run.complete}]})
+        found = [{"folder": run.folder, "steps": run.steps(), "complete": run.complete} for run in runs]
+        say_json({"page": target, "runs": found})
         return
-    say(f"{counted(run.steps(), 'step')}, {'complete' if run.complete else 'not complete yet'}: {target}")
+    for run in runs:
+        name = "" if len(runs) == 1 else f"{run.folder}: "
+        say(f"{name}{counted(run.steps(), 'step')}, {'complete' if run.complete else 'not complete yet'}: {target}")

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from dpoeng.cache.analytics import histogram
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.words import counted
 from dpoeng.engine.checks.findings import Finding, Level, Tally, snippet
@@ -34,13 +35,12 @@ CHUNK_PAIRS = 512
 
 SHOWN_PAIRS = 3
 """Pairs whose texts are shown whole."""
-BINS = 40
 PARTS = ("prompt", "chosen", "rejected")
 
 
 @dataclass(frozen=True, slots=True)
 class LengthStats:
-    """Lengths of one part: `quantiles` at 0, 5, 50, 95 and 100 %; a histogram of BINS bars, outliers in the last."""
+    """Lengths of one part: `quantiles` at 0, 5, 50, 95 and 100 %; a histogram, outliers in the last bar."""
 
     part: str
     mean: float
@@ -444,9 +444,6 @@ def _ends(ids: Sequence[int], tokenizer: Any, appended: bool) -> bool:
 
 def _length_stats(part: str, lengths: array[int]) -> LengthStats:
     values = np.frombuffer(lengths, np.int64)
-    top = max(float(np.quantile(values, 0.995)), 1.0)
-    counts, edges = np.histogram(np.clip(values, 0, top), BINS, (0, top))
+    edges, counts = histogram(values, float(values.min()), float(np.quantile(values, 0.995)), whole=True)
     quantiles = np.quantile(values, (0, 0.05, 0.5, 0.95, 1), method="nearest")
-    return LengthStats(
-        part, float(values.mean()), tuple(quantiles.tolist()), tuple(edges.tolist()), tuple(counts.tolist())
-    )
+    return LengthStats(part, float(values.mean()), tuple(quantiles.tolist()), edges, counts)

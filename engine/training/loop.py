@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from dpoeng.cache.words import speed
 from dpoeng.engine.losses.batch import PreferenceLoss
 from dpoeng.engine.models.model import set_mode
 from dpoeng.engine.training.batch_loss import evaluate
@@ -51,7 +52,7 @@ def live_figures(metrics: Mapping[str, float], pairs_per_s: float) -> str:
     """What a step tells while it goes by."""
     return (
         f"loss {metrics['loss']:.4f}  margin {metrics['rewards/margins']:+.3f}  "
-        f"accuracy {metrics['rewards/accuracies']:.2f}  {pairs_per_s:.3g} pairs/s"
+        f"accuracy {metrics['rewards/accuracies']:.2f}  {speed(pairs_per_s, 1.0, 'pairs')}"
     )
 
 

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 import pytest
 from dpoeng_testing import pair_rows, write_jsonl
 
-from dpoeng.cache.words import counted
+from dpoeng.cache.words import counted, number, speed
 from dpoeng.cli.main import main
 
 
 def test_counted() -> None:
     assert [counted(n, "pair") for n in (0, 1, 2, 1000)] == ["0 pairs", "1 pair", "2 pairs", "1,000 pairs"]
     assert [counted(n, "process", "processes") for n in (1, 4)] == ["1 process", "4 processes"]
+
+
+def test_figures_have_no_powers_of_ten_where_people_have_words() -> None:
+    values = {15_040.0: "15,040", 152_504e6: "152,504,000,000", 1234.5: "1,234", 12.345: "12.35", 0.01234567: "0.01235"}
+    assert {value: number(value) for value in values} == values
+    assert [number(value) for value in (0.0, -0.5, 1.481e-05, 1e-05)] == ["0", "-0.5", "1.481e-5", "1e-5"]
+    assert number(math.nan) == "nan"
+
+
+def test_speeds_below_one_a_second_are_told_the_other_way_round() -> None:
+    assert speed(2, 100, "pairs") == "50 s/pair"
+    assert speed(1234, 1, "pairs") == "1,234 pairs/s"
+    assert speed(25, 10, "tokens") == "2.5 tokens/s"
+    assert speed(0, 3, "pairs") == "0 pairs/s"
 
 
 def test_what_is_one_is_told_as_one(

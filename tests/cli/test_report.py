@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from dpoeng_testing import pair_rows, write_jsonl
 
+from dpoeng.cache.analytics import histogram as histogram_of
 from dpoeng.cache.errors import UserError
 from dpoeng.cli.main import main
-from dpoeng.cli.pages.html import Curve, line_chart, page, paragraph, table
+from dpoeng.cli.pages.charts import Curve, histogram, line_chart
+from dpoeng.cli.pages.html import page, paragraph, table
 from dpoeng.cli.pages.run import report_page
+from dpoeng.cli.pages.runs import runs_page
 from dpoeng.cli.tables import Table
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
 from dpoeng.engine.recipes.precompute import precompute_reference
@@ -272,6 +276,81 @@ def test_a_browser_draws_the_page(out: Path, tmp_path: Path, scheme: str) -> Non
     ink = {"light": b"\x1c\x20\x24", "dark": b"\xec\xee\xf0"}[scheme]
     curve = {"light": b"\x2f\x6f\xd0", "dark": b"\x6f\xa8\xf5"}[scheme]
     assert {ink, curve} <= colours, "text and curves are drawn in the scheme's colours"
+
+
+def test_runs_share_charts_and_their_settings_that_differ_are_told(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second run is the first with another beta and one step more on its record; its log stands as it was."""
+    one, other = tmp_path / "a" / "out", tmp_path / "b" / "out"
+    for folder in (one, other):
+        shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+    record = json.loads((other / "run.json").read_text())
+    (other / "run.json").write_text(json.dumps({**record, "config": {**record["config"], "beta": 0.5}}))
+    with (other / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 7, "loss": 0.125}) + "\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["report", "a/out", "b/out", "--smoothing", "1"])
+    assert stop.value.code == 0
+    assert "a/out: 6 steps, complete: runs.html\nb/out: 7 steps" in capsys.readouterr().out
+    text = (tmp_path / "runs.html").read_text()
+    loss = svgs(text)["loss"]
+    shown = [str(circle.findtext("title")) for circle in loss.iter("circle")]
+    assert {name.split(",")[0] for name in shown} == {"a/out", "b/out"}
+    assert "b/out, step 7: 0.125" in shown
+    assert len(shown) == 2 * (6 + 3) + 1
+    assert len({path.attrib["stroke"] for path in loss.iter("path")}) == 2
+    settings = text.split("<h2>Settings that differ</h2>")[1].split("<h2>")[0]
+    assert re.findall("<td>(.*?)</td>", settings) == ["beta", "0.25", "0.5"]
+    assert "the same held-out pairs" in text
+    (other / "run.json").write_text(json.dumps({**record, "identity": {**record["identity"], "eval_pairs": "0" * 32}}))
+    assert "not comparable" in runs_page([read_run(one), read_run(other)])
+    with pytest.raises(SystemExit) as stop:
+        main(["report", *["a/out"] * 7])
+    assert stop.value.code == 2
+
+
+def test_a_page_has_no_empty_tables(out: Path) -> None:
+    record = json.loads((out / "run.json").read_text())
+    kept = {name: record[name] for name in ("command", "config", "reference", "identity", "model", "adapter_mode")}
+    (out / "run.json").write_text(json.dumps({**kept, "reference": {}}))
+    for name in ("metrics.jsonl", "evaluations.jsonl", "timings.jsonl"):
+        (out / name).unlink()
+    text = report_page(read_run(out))
+    assert not re.search(r"<table[^>]*>(<tr>(<th>[^<]*</th>)*</tr>)?</table>", text)
+    for title in ("Curves", "First and last", "Evaluations", "Versions"):
+        assert f"<h2>{title}</h2>" not in text
+    assert table(Table([], ("a", "b"), "title", ["note"])) == ""
+
+
+def test_a_histogram_has_counts_and_whole_numbers_on_its_axes() -> None:
+    values = np.array([25, 26, 26, 28] * 5)
+    edges, counts = histogram_of(values, 25.0, 28.0, whole=True)
+    assert (edges, counts) == ((25, 26, 27, 28, 29), (5, 10, 0, 5))
+    chart = svgs(histogram("prompt", "tokens", edges, counts, whole=True))["histogram of prompt"]
+    texts = [str(text.text) for text in chart.iter("text")]
+    assert texts == ["0", "3", "6", "9", "12", "25", "26", "27", "28", "tokens", "pairs"]
+    assert [bar.findtext("title") for bar in chart.iter("rect")] == ["25: 5 pairs", "26: 10 pairs", "28: 5 pairs"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "whole", "step"),
+    [(0, 2000, True, 100), (1, 39, True, 1), (1, 45, True, 2), (1, 30, True, 1), (7, 7, True, 1),
+     (-66.9, 58.6, False, 5), (-0.355, 0.0148, False, 0.01), (3.5, 3.5, False, None)],
+)  # fmt: skip
+def test_edges_of_a_histogram_are_round_and_lose_nothing(low: float, high: float, whole: bool, step: float) -> None:
+    values = np.linspace(low, high, 101)
+    values = np.concatenate([np.rint(values) if whole else values, [low - 100, high + 100]])
+    edges, counts = histogram_of(values, low, high, whole=whole)
+    assert sum(counts) == len(values)
+    assert edges[0] <= low
+    assert edges[-1] > high or (not whole and edges[-1] >= high)
+    assert len(counts) <= 41
+    if step is not None:
+        widths = {round(width, 9) for width in np.diff(edges)}
+        assert widths == {step}
+        assert all(abs(edge / step - round(edge / step)) < 1e-9 for edge in edges)
 
 
 def test_pages_escape_what_they_are_given() -> None:
