@@ -15,7 +15,7 @@ import pyarrow as pa
 from dpoeng.cache.errors import CacheError, UserError
 from dpoeng.cache.files import hash_file, replacing
 from dpoeng.cache.folder import object_name, table_name, view_name
-from dpoeng.cache.foreign_tables import MAX_ROW_BYTES, Batch, arrow_batches, parquet_batches, reading
+from dpoeng.cache.foreign.tables import MAX_ROW_BYTES, Batch, arrow_batches, parquet_batches, reading
 from dpoeng.cache.reader import View
 from dpoeng.cache.records import Commit
 from dpoeng.cache.schema import Gaps, PairIds, ScoredPair, as_ids, gap_tokens, pair_key
@@ -40,6 +40,7 @@ EXPORT_SCHEMA: Final = pa.schema(
     ]
 )
 _GAPS: Final = ("chosen_gaps", "rejected_gaps")  # of conversations; where a row has them
+_MAX_LISTS: Final = 1 << 20  # of a line: an export has seven; empty ones take 64 bytes of memory for 3 of the file
 _IDS: Final = ("prompt_ids", "chosen_ids", "rejected_ids")
 _TOKENS: Final = ("ref_chosen_token_logps", "ref_rejected_token_logps")
 # Names under which a sum is written: TRL's (and ours), and those of older TRL and open-instruct.
@@ -232,7 +233,7 @@ def _json_columns(path: Path) -> Iterator[dict[str, Any]]:
         for number in count(1):
             if not (line := file.readline(MAX_ROW_BYTES + 1)):
                 return
-            if len(line) > MAX_ROW_BYTES:
+            if len(line) > MAX_ROW_BYTES or line.count(b"[") > _MAX_LISTS:
                 raise _too_long(path, number)
             try:
                 columns = json.loads(line)

@@ -5,6 +5,7 @@ Knows the bytes of a shard, not where shards lie (`store`) nor which rows a data
 
 from __future__ import annotations
 
+import mmap
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
@@ -228,6 +229,15 @@ class Shard:
             ids.chosen_start -= gap_tokens(ids.chosen_gaps)
             ids.rejected_start -= gap_tokens(ids.rejected_gaps)
         return ScoredPair(ids, chosen_logp, values[first:last])
+
+    def release(self) -> None:
+        """Give the mapped pages back to the system, which reads them again when they are asked for.
+
+        A cache of many gigabytes that was looked over would else count as this process's memory.
+        """
+        mapped = self.data.obj
+        if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED)
 
     def numbers(self) -> Numbers:
         """Lengths and sums of all rows, without a look at the tokens."""

@@ -152,6 +152,7 @@ class Store:
             raise damaged(where, counted(reference.rows, "row"), counted(len(shard), "row"))
         if check:
             shard.check_values()
+            shard.release()
         return shard
 
     def map(self, name: str, size: int) -> memoryview:

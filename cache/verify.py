@@ -173,6 +173,7 @@ def _check_objects(
             if report.depth in ("semantic", "all"):
                 shard.check_values()
                 shard.check_sums_and_keys()
+                shard.release()
         with lock:
             done += reference.bytes
             if progress:

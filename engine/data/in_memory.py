@@ -108,7 +108,7 @@ def place(source_file: str, source_row: int) -> str:
 
 def _pandas_rows(frame: Any, place: Path) -> Iterator[dict[str, Any]]:
     """Rows in parts, since all of them as dicts take several times the table's memory."""
-    from dpoeng.cache.foreign_tables import BATCH_ROWS
+    from dpoeng.cache.foreign.tables import BATCH_ROWS
     from dpoeng.engine.data.tables import check_names
 
     check_names([str(name) for name in frame.columns], place)

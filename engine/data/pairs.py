@@ -17,7 +17,7 @@ import xxhash
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.files import hash_file
-from dpoeng.cache.foreign_tables import unreadable
+from dpoeng.cache.foreign.tables import unreadable
 from dpoeng.cache.words import counted
 from dpoeng.engine.data import readers
 from dpoeng.engine.data.in_memory import RowsInMemory, is_in_memory, place

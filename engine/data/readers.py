@@ -15,7 +15,7 @@ from typing import IO, cast
 import pyarrow as pa
 
 from dpoeng.cache.errors import UserError
-from dpoeng.cache.foreign_tables import MAX_ROW_BYTES, arrow_batches, parquet_batches, reading, unreadable
+from dpoeng.cache.foreign.tables import MAX_ROW_BYTES, arrow_batches, parquet_batches, reading, unreadable
 from dpoeng.engine.data import strict_json
 from dpoeng.engine.data.data_folders import data_files
 from dpoeng.engine.data.strict_json import RowFault, as_row, json_type
@@ -24,6 +24,7 @@ from dpoeng.engine.data.tables import NumberedRow, csv_rows, table_rows
 MAX_LINE_BYTES = MAX_ROW_BYTES
 MAX_DOCUMENT_BYTES = 256 << 20  # a JSON document is parsed whole
 MAX_DOCUMENT_VALUES = 16 << 20
+MAX_ROW_VALUES = 2 << 20  # of a line: 16 MiB of empty lists would take 400 MB
 
 FORMATS = {
     ".jsonl": "jsonl",
@@ -173,6 +174,8 @@ def _line_rows(stream: IO[bytes]) -> Iterator[NumberedRow]:
     for number, line in _lines(stream):
         if isinstance(line, RowFault):
             yield number, line
+        elif len(line) > MAX_ROW_VALUES and _values(line) > MAX_ROW_VALUES:
+            yield number, RowFault("line-too-long", f"a line of more than {MAX_ROW_VALUES >> 20} million values")
         elif not line.isspace():
             try:
                 row = as_row(strict_json.parse(_decode(line).rstrip("\r\n"), is_line=True))
@@ -192,6 +195,11 @@ def _starts_with_a_row(path: Path, compression: str | None) -> bool:
         return isinstance(first, dict) and not isinstance(first.get("data"), list)
 
 
+def _values(content: bytes) -> int:
+    """At most so many values: lists, objects and what commas part. Empty lists take 3 bytes here and 64 in memory."""
+    return sum(content.count(mark) for mark in b",[{")
+
+
 def _document_rows(stream: IO[bytes], path: Path) -> Iterator[NumberedRow]:
     """The rows of an array, or of the array under `data` in an object."""
     content = stream.read(MAX_DOCUMENT_BYTES + 1)
@@ -203,8 +211,7 @@ def _document_rows(stream: IO[bytes], path: Path) -> Iterator[NumberedRow]:
             remedy="make it JSON Lines, one object a line, e.g. with `jq -c '.[]'`",
             exit_status=3,
         )
-    # What lists, objects and commas make a value of, in texts too: empty lists take 3 bytes here and 64 in memory.
-    if sum(content.count(mark) for mark in b",[{") > MAX_DOCUMENT_VALUES:
+    if _values(content) > MAX_DOCUMENT_VALUES:
         raise UserError(
             f"a JSON document of more than {MAX_DOCUMENT_VALUES >> 20} million values is not read whole",
             code="data-too-large",

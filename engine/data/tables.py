@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from dpoeng.cache.errors import UserError
-from dpoeng.cache.foreign_tables import MAX_ROW_BYTES, Mask
+from dpoeng.cache.foreign.tables import MAX_ROW_BYTES, Mask
 from dpoeng.cache.framing import MAX_COLUMNS
 from dpoeng.engine.data import strict_json
 from dpoeng.engine.data.strict_json import RowFault, as_row

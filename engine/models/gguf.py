@@ -284,19 +284,27 @@ def _read_value(file: IO[bytes]) -> Any:
     return struct.unpack(_SCALARS[kind], _read(file, struct.calcsize(_SCALARS[kind])))[0]
 
 
-def _skip_array(file: IO[bytes]) -> int:
+def _skip_array(file: IO[bytes], depth: int = 8) -> int:
     """Pass over an array of scalars or strings and return its length."""
     kind, length = struct.unpack("<IQ", _read(file, 12))
     if kind == _STRING:
         for _ in range(length):
             (size,) = struct.unpack("<Q", _read(file, 8))
-            file.seek(size, os.SEEK_CUR)
+            _skip(file, size)
     elif kind == _ARRAY:
+        if not depth:
+            raise EOFError("arrays within arrays, deeper than any")
         for _ in range(length):
-            _skip_array(file)
+            _skip_array(file, depth - 1)
     else:
-        file.seek(struct.calcsize(_SCALARS[kind]) * length, os.SEEK_CUR)
+        _skip(file, struct.calcsize(_SCALARS[kind]) * length)
     return int(length)
+
+
+def _skip(file: IO[bytes], size: int) -> None:
+    """Pass over `size` bytes, which must be there: a length of 2^63 is one that no file has."""
+    _require(file, size)
+    file.seek(size, os.SEEK_CUR)
 
 
 def _read_string(file: IO[bytes]) -> str:
@@ -306,10 +314,14 @@ def _read_string(file: IO[bytes]) -> str:
 
 def _read(file: IO[bytes], size: int) -> bytes:
     """Exactly `size` bytes; a length that runs past the end of the file is never allocated."""
+    _require(file, size)
+    return file.read(size)
+
+
+def _require(file: IO[bytes], size: int) -> None:
     remaining = os.fstat(file.fileno()).st_size - file.tell()
     if size > remaining:
         raise EOFError(f"{size} bytes wanted, {max(remaining, 0)} left")
-    return file.read(size)
 
 
 def _read_origin(folder: Path) -> Any:

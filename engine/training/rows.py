@@ -60,14 +60,14 @@ class Rows(Sequence[ScoredPair]):
         weights = np.zeros(len(self))
         for at, extra in enumerate(self.extras()):
             value = extra.get(column)
-            number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+            number = _as_float(value)
             if not 0 <= number < math.inf:
                 raise UserError(
                     f"the column {column} does not hold a weight",
                     code="data-weight",
                     where=self.source(at),
                     expected="a number >= 0",
-                    found="no such column" if value is None else repr(value),
+                    found="no such column" if value is None else _shown(value),
                     remedy="correct the row, or name another column with --pair-weight-column; the columns here are "
                     + (", ".join(sorted(extra)) or "none"),
                     exit_status=3,
@@ -118,6 +118,13 @@ class HeldOut:
     source_of: Callable[[int], str] = "row {}".format
 
 
+def _shown(value: object) -> str:
+    try:
+        return repr(value)[:200]
+    except ValueError:  # Python refuses to write out integers of thousands of digits
+        return "an integer of thousands of digits"
+
+
 GROUPS_AT_MOST = 12
 """A column with more values than this is not a set of categories."""
 
@@ -149,6 +156,16 @@ def labels_of(extras: Sequence[Mapping[str, Any]], columns: Iterable[str] | None
         if name not in names:
             raise KeyError(name)
     return {name: [_text(extra.get(name)) for extra in extras] for name in columns}
+
+
+def _as_float(value: object) -> float:
+    """A number as a float; NaN for anything else, infinity for an integer that no float holds."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _text(value: object) -> str:

@@ -14,10 +14,11 @@ import pyarrow as pa
 import pytest
 from pyarrow import ipc, parquet
 
-from dpoeng.cache import foreign_tables, framing
+from dpoeng.cache import framing
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.exchange import file_holds_sums, import_rows
-from dpoeng.cache.foreign_tables import arrow_batches, parquet_batches, reading, row_bytes
+from dpoeng.cache.foreign import tables
+from dpoeng.cache.foreign.tables import arrow_batches, parquet_batches, reading, row_bytes
 from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.store import Store
 from dpoeng.engine.data.readers import read_rows
@@ -163,12 +164,12 @@ def test_a_value_that_a_dictionary_repeats_is_limited(tmp_path: Path, monkeypatc
     repeated = pa.DictionaryArray.from_arrays(pa.array([0] * 3000 + [1], pa.int32()), ["x" * 5000, "y" * 9000])
     path.write_bytes(arrow(pa.table({"prompt": repeated})))
     assert len(list(read_rows(path))) == 3001
-    monkeypatch.setattr(foreign_tables, "MAX_ROW_BYTES", 8000)
+    monkeypatch.setattr(tables, "MAX_ROW_BYTES", 8000)
     last = list(read_rows(path))[-1][1]
     assert isinstance(last, RowFault)
     assert last.reason == "line-too-long"
-    monkeypatch.setattr(foreign_tables, "_FREE_BYTES", 1000)
-    monkeypatch.setattr(foreign_tables, "MAX_EXPANSION", 10)
+    monkeypatch.setattr(tables, "_FREE_BYTES", 1000)
+    monkeypatch.setattr(tables, "MAX_EXPANSION", 10)
     with pytest.raises(UserError, match="bytes once written out"):
         list(read_rows(path))
 
@@ -187,7 +188,7 @@ def test_what_compressed_buffers_say_they_expand_to_is_summed(tmp_path: Path, mo
 
 @pytest.mark.parametrize("suffix", [".arrow", ".parquet"])
 def test_columns_are_limited(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (framing, foreign_tables):
+    for module in (framing, tables):
         monkeypatch.setattr(module, "MAX_COLUMNS", 20)
     path = tmp_path / f"a{suffix}"
     table = pa.table({f"c{i}": [i] for i in range(21)})

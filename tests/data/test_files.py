@@ -432,6 +432,19 @@ def test_a_json_document_too_large_to_be_read_whole_is_refused(tmp_path: Path, m
     assert caught.value.code == "data-too-large"
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_a_line_of_too_many_values_costs_that_line(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "MAX_ROW_VALUES", 1000)
+    path = tmp_path / f"pairs{suffix}"
+    bomb = b'{"prompt": "p", "chosen": "a", "rejected": "b", "x": [' + b"[]," * 600 + b"[]]}\n"
+    text = b"".join([*good_lines(2), bomb, *good_lines(2)])
+    path.write_bytes(gzip.compress(text) if suffix.endswith("gz") else text)
+    found = read_pairs([path], max_reject_share=0.5)
+    assert [(reject.source_row, reject.reason) for reject in found.rejects] == [(3, "line-too-long")]
+
+
 def test_a_json_document_of_too_many_values_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json.gz"
     path.write_bytes(gzip.compress(b"[" + b"[]," * 200 + b"[]]"))

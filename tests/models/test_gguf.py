@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import struct
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -290,3 +291,23 @@ def test_the_demos_model_splits_text_as_in_training_and_knows_the_capital_of_fra
     ids = lm.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
     (answer,) = generate(lm, [np.array(ids, dtype=np.int32)], max_new_tokens=16)
     assert answer == "The capital of France is Paris."
+
+
+@pytest.mark.parametrize("length", [2**63, 2**64 - 1])
+@pytest.mark.parametrize("kind", [4, 8, 9, 10])
+def test_lengths_that_no_file_has_are_refused(tmp_path: Path, kind: int, length: int) -> None:
+    path = tmp_path / "a.gguf"
+    key = struct.pack("<Q", 1) + b"k"
+    content = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + key + struct.pack("<IIQ", 9, kind, length)
+    path.write_bytes(content + struct.pack("<Q", length) + bytes(100))
+    with pytest.raises(UserError) as caught:
+        read_metadata(path)
+    assert caught.value.code == "gguf-format"
+
+
+def test_arrays_within_arrays_without_end_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    nested = struct.pack("<IQ", 9, 1) * 50_000
+    path.write_bytes(struct.pack("<4sIQQQ", b"GGUF", 3, 0, 1, 1) + b"k" + struct.pack("<I", 9) + nested)
+    with pytest.raises(UserError, match="deeper than any"):
+        read_metadata(path)

@@ -13,7 +13,12 @@ import pytest
 import torch
 from dpoeng_testing import pair_rows, save_tiny_model, write_jsonl
 
+from dpoeng.bench.cache import SPEC, synthetic_rows
 from dpoeng.cache.errors import UserError
+from dpoeng.cache.reader import View
+from dpoeng.cache.schema import pair_key
+from dpoeng.cache.store import Store
+from dpoeng.cache.table import ViewEntry
 from dpoeng.cli.main import main
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
 from dpoeng.engine.losses.batch import PreferenceBatch, pair_sums, preference_loss
@@ -34,7 +39,7 @@ from dpoeng.engine.training.intervals import (
     length_controlled_accuracy,
     wilson,
 )
-from dpoeng.engine.training.rows import labels_of
+from dpoeng.engine.training.rows import Rows, labels_of
 
 # --------------------------------------------------------------------------- figures
 
@@ -475,3 +480,19 @@ def test_what_needs_held_out_pairs_is_refused_where_there_are_none(tmp_path: Pat
     with pytest.raises(UserError) as caught:
         run(tmp_path / "cache", tmp_path / "out", load_best_model_at_end=True, eval_steps=1)
     assert caught.value.code == "eval-empty"
+
+
+def test_a_weight_that_no_float_holds_is_refused_by_its_row(tmp_path: Path) -> None:
+    row = synthetic_rows(2)
+    store = Store.open(tmp_path, create=True)
+    digest = store.put_spec(SPEC)
+    store.commit_shard(digest, row, {})
+    held = [{"weight": 1.5}, {"weight": 10**400}]
+    entries = [ViewEntry("p.jsonl", i + 1, pair_key(one.ids), held[i]) for i, one in enumerate(row)]
+    store.write_view(digest, "v", entries, {})
+    view = View.open(tmp_path)
+    assert Rows(view, [0]).weights("weight").tolist() == [1.5]  # type: ignore[union-attr]
+    with pytest.raises(UserError) as caught:
+        Rows(view, [0, 1]).weights("weight")
+    assert (caught.value.code, caught.value.where) == ("data-weight", "p.jsonl, row 2")
+    assert len(str(caught.value.found)) <= 200

@@ -18,6 +18,7 @@ import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 
 from dpoeng.cache.errors import UserError
+from dpoeng.cache.foreign.parquet_pages import check_pages
 from dpoeng.cache.framing import MAX_COLUMNS, MAX_EMPTY_ROWS, FramingError, LimitError, check_arrow
 
 MAX_ROW_BYTES: Final = 16 << 20
@@ -100,13 +101,26 @@ def parquet_batches(path: Path) -> Iterator[Batch]:
         LimitError, pa.ArrowException: see `reading`.
     """
     size = path.stat().st_size
-    with pq.ParquetFile(path) as table:
-        columns, rows = table.metadata.num_columns, table.metadata.num_rows
-        if columns > MAX_COLUMNS:
-            raise LimitError(f"{columns} columns; the limit is {MAX_COLUMNS}")
-        if rows > (most := MAX_EMPTY_ROWS + MAX_EXPANSION * size):
-            raise LimitError(f"{rows} rows in so few bytes; the limit is {most}")
+    metadata = pq.read_metadata(path)
+    columns, rows = metadata.num_columns, metadata.num_rows
+    if columns > MAX_COLUMNS:
+        raise LimitError(f"{columns} columns; the limit is {MAX_COLUMNS}")
+    if rows > (most := MAX_EMPTY_ROWS + MAX_EXPANSION * size):
+        raise LimitError(f"{rows} rows in so few bytes; the limit is {most}")
+    with path.open("rb") as file:
+        check_pages(file, size, metadata)
+    with pq.ParquetFile(path, metadata=metadata, read_dictionary=_repeating(metadata)) as table:
         yield from _bounded(table.iter_batches(batch_size=BATCH_ROWS), size)  # built here: its offsets are sound
+
+
+def _repeating(metadata: Any) -> list[str]:
+    """Columns of texts with a dictionary. They stay one: written out, 64 MiB times 256 rows would be in memory."""
+    found = set()
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for chunk in map(group.column, range(metadata.num_columns)):
+            if chunk.physical_type == "BYTE_ARRAY" and chunk.has_dictionary_page:
+                found.add(chunk.path_in_schema)
+    return sorted(found)
 
 
 def _file_batches(source: Any) -> Iterator[pa.RecordBatch]:
