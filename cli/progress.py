@@ -35,9 +35,10 @@ class Pace:
         self._reports: collections.deque[tuple[float, int]] = collections.deque([(self.began, 0)], maxlen=_WINDOW)
 
     def advance(self, amount: int) -> None:
-        """So much more is done."""
-        self.done += amount
-        self._reports.append((time.perf_counter(), self.done))
+        """So much more is done. Nothing at all, told with what a long unit is at, is no report of the speed."""
+        if amount:
+            self.done += amount
+            self._reports.append((time.perf_counter(), self.done))
 
     def elapsed(self) -> float:
         """Seconds since the beginning."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import PairIds
-from dpoeng.engine.config.fields import PrecomputeConfig
-from dpoeng.engine.memory.fit import Note, check_forward
+from dpoeng.engine.config.fields import PrecomputeConfig, Quantization, TrainConfig
+from dpoeng.engine.memory.fit import Note, check_forward, check_step, ignore
+from dpoeng.engine.models.layers.setting_up import check_adapter_by_layer
 from dpoeng.engine.models.sources import ModelSource
 
 Shards = Sequence[Sequence[PairIds]]
@@ -37,6 +39,49 @@ def decide_forward(
             raise  # the base fits: what does not is the batch
         note(_turned_on(error))
     return True, None
+
+
+def decide_step(
+    config: TrainConfig,
+    source: ModelSource,
+    adapter: ModelSource | None,
+    pairs: Sequence[PairIds],
+    device: torch.device,
+    *,
+    quantization: Quantization,
+    dtype: str,
+    shards: int,
+    held_bytes: int,
+    note: Note,
+) -> tuple[bool, int | None]:
+    """Phase two: the same. Arguments as of `check_step`; `adapter` is the SFT adapter, or None.
+
+    Raises:
+        UserError: as there.
+    """
+    if config.layer_offloading == "on":
+        check_adapter_by_layer(adapter)
+        return True, None
+
+    def check(some: TrainConfig, note: Note = ignore) -> int | None:
+        settings: Any = {"quantization": quantization, "dtype": dtype, "shards": shards, "held_bytes": held_bytes}
+        return check_step(some, source, pairs, device, note=note, **settings)
+
+    try:
+        return False, check(config, note)
+    except UserError as error:
+        able = config.use_peft and not (config.fsdp or config.use_dora or source.gguf)
+        if error.code != "memory-short" or config.layer_offloading == "off" or not able:
+            raise
+        # A pair in a forward, and layers recomputed: what does not fit then is the base.
+        least = {"per_device_train_batch_size": 1, "gradient_checkpointing": True}
+        try:
+            check(config.model_copy(update=least))
+        except UserError:
+            check_adapter_by_layer(adapter)
+            note(_turned_on(error))
+            return True, None
+        raise
 
 
 def _fits(config: PrecomputeConfig, source: ModelSource, shards: Shards, device: torch.device) -> bool:

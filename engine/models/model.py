@@ -165,16 +165,17 @@ def enable_gradient_checkpointing(lm: CausalLM, *, inputs_on_host: bool = False)
     own switch is not used: it acts where the layer's `training` is true, a flag that some layers also read for dropout.
     To be called when the adapters are there.
     """
-    # Only the adapter's dropout draws numbers (`set_mode`); without it no state of generators is read off the device.
-    draws = any(isinstance(module, nn.Dropout) and module.p > 0 for _, module in _adapter_dropouts(lm))
+    draws = adapter_draws(lm)  # without it no state of generators is read off the device
     on_device = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
     checkpoint = partial(checkpoint_on_host if inputs_on_host else on_device, preserve_rng_state=draws)
     for layer in decoder_layers(lm.backbone):
         layer.forward = partial(_recomputed, checkpoint, layer.forward)
 
 
-def _adapter_dropouts(lm: CausalLM) -> list[tuple[str, nn.Module]]:
-    return [(name, module) for name, module in lm.model.named_modules() if ".lora_dropout." in name]
+def adapter_draws(lm: CausalLM) -> bool:
+    """Whether a forward draws random numbers: only the adapter's dropout does (`set_mode`)."""
+    dropouts = [module for name, module in lm.model.named_modules() if ".lora_dropout." in name]
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in dropouts)
 
 
 def _recomputed(checkpoint: Callable[..., Any], forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import Mode, Quantization, TrainConfig
-from dpoeng.engine.memory.fit import check_step
+from dpoeng.engine.memory.offloading import decide_step
 from dpoeng.engine.models.adapters import as_reference, check_savable, make_trainable
 from dpoeng.engine.models.fsdp import check_fsdp, layer_sharding, loads_whole_because, shard_base
 from dpoeng.engine.models.fsdp_rows import whole_parameters
@@ -28,7 +28,8 @@ from dpoeng.engine.reference.loading import KeptBase, load_policy_base
 from dpoeng.engine.reference.parity import ParityReport, compare_with_cache, parity_tolerance, spread
 from dpoeng.engine.runtime.distributed import Group
 from dpoeng.engine.runtime.progress import Progress
-from dpoeng.engine.scoring.choose_layout import choose_layout
+from dpoeng.engine.scoring.passes import choose_how_to_score
+from dpoeng.engine.training.layer_step import check_trained
 from dpoeng.engine.training.rows import Rows
 
 
@@ -118,7 +119,7 @@ def load_policy(
     refuse_attention_on_cpu(config, device)
     note_idle(config, group, progress)
     held_bytes = kept_base.n_bytes if kept_base is not None else 0
-    predicted_bytes = _check_memory(config, inputs, choice, source, device, group.size, held_bytes, progress.note)
+    by_layer, predicted_bytes = _check_memory(config, inputs, choice, source, device, group, held_bytes, progress.note)
     whole = loads_whole_because(config, group, choice.quantization, source, choice.adapter) if config.fsdp else ""
     if whole:
         progress.note(f"each process loads the whole base into the host's memory before it is divided: {whole}")
@@ -132,15 +133,18 @@ def load_policy(
             device,
             on_host=bool(whole),  # no card has to hold the whole base, not even until it is divided
             shard=layer_sharding(group, device, trained=choice.mode == "full") if in_parts else None,
+            by_layer=by_layer,
         )
         advance(n_bytes, "")
     lm = _make_trainable(lm, config, choice, device, group, divide=bool(whole))
+    if by_layer:
+        check_trained(lm)
     for remark in lm.remarks:
         progress.note(remark)
     if choice.mode != "full" and group.is_first:
         check_savable(lm)
     parity = _compare(lm, config, inputs, choice.mode, progress)
-    if config.checkpoints_on(device.type):
+    if config.checkpoints_on(device.type) and not by_layer:  # which recomputes layers by itself
         enable_gradient_checkpointing(lm, inputs_on_host=config.activation_offloading)
     set_mode(lm, training=True)
     loaded = f"whole by each process, then divided: {whole}" if whole else "in parts" if in_parts else ""
@@ -153,27 +157,33 @@ def _check_memory(
     choice: Choice,
     source: ModelSource,
     device: torch.device,
-    processes: int,
+    group: Group,
     held_bytes: int,
     note: Callable[[str], None],
-) -> int | None:
-    """The simulated peak of a step, bytes; raises UserError where the device has no room for it.
+) -> tuple[bool, int | None]:
+    """Whether layers are loaded one at a time, and the simulated peak of a step, bytes.
 
     `held_bytes`: memory that a kept base already occupies, which this run uses again.
+
+    Raises:
+        UserError: the device has no room for it.
     """
     if config.fsdp and choice.mode == "full":  # the simulation divides frozen layers only
-        return None
-    return check_step(
+        return False, None
+    by_layer, predicted = decide_step(
         config,
         source,
-        (row.ids for row in inputs.train_rows),
+        choice.adapter,
+        [row.ids for row in inputs.train_rows],
         device,
         quantization=choice.quantization,
         dtype=choice.dtype,
-        shards=processes if config.fsdp else 1,
+        shards=group.size if config.fsdp else 1,
         held_bytes=held_bytes,
         note=note,
     )
+    # Processes on cards of which some are fuller than others take one way.
+    return any(group.gather(by_layer)), predicted
 
 
 def _make_trainable(
@@ -201,7 +211,7 @@ def _compare(lm: CausalLM, config: TrainConfig, inputs: Inputs, mode: Mode, prog
     with as_reference(lm, mode):
         texts = [row.ids for row in inputs.train_rows]
         check_positions(texts, lm)  # values that another program computed have not met this model
-        choose_layout(lm, config.layout, config.attention, longest_text(texts))
+        choose_how_to_score(lm, config.layout, config.attention, longest_text(texts))
         with progress.task("comparing the policy with the cache", sample, "pairs") as advance:
             parity = check_parity(config, lm, inputs.train_rows)
             advance(sample, "")

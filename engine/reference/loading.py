@@ -12,6 +12,7 @@ from torch import nn
 
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
 from dpoeng.engine.models.adapters import load_reference_adapter
+from dpoeng.engine.models.layers.setting_up import check_adapter_by_layer
 from dpoeng.engine.models.layers.waiting import room_to_wait
 from dpoeng.engine.models.loading import load_model, resolve_dtype
 from dpoeng.engine.models.model import CausalLM, set_mode
@@ -138,6 +139,8 @@ def load_reference(
         by_layer=by_layer,
     )
     if adapter is not None:
+        if by_layer:
+            check_adapter_by_layer(adapter)
         lm = load_reference_adapter(lm, adapter)
     set_mode(lm, training=False)
     limit_waiting(lm, config)

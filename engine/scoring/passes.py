@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from functools import partial
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from dpoeng.engine.scoring.layout import Branch, PromptGroup, separate, share_pr
 from dpoeng.engine.scoring.pairs import score_pairs, score_within_memory
 
 Batch = Sequence[PairIds]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ def score_batches(
         batches: what goes through one forward together.
         ends: batches behind which something is stored: a pass ends there rather than elsewhere.
         note: told of batches that had to be cut because memory ran out.
-        advance: told of tokens that are done, of `batch_positions` in all.
+        advance: told of tokens that are done, each prompt's and each response's once.
 
     Raises:
         UserError: a pair alone does not fit; or the model gave a value that is no log-probability.
@@ -81,12 +83,8 @@ def score_batches(
     if lm.by_layer is None:
         yield from _one_by_one(lm, batches, note, advance)
         return
-    sizes = [batch_positions(lm, batch) for batch in batches]
-    per_position = _bytes_per_position(lm)
-    passes = plan_passes([per_position * size for size in sizes], lm.by_layer.limit_bytes, ends)
-    for number, some in enumerate(passes):
-        title = f"pass {number + 1} of {len(passes)}, " if len(passes) > 1 else ""
-        yield from _one_pass(lm, [batches[i] for i in some], advance, title)
+    groups_of = lambda i: share_prompts(batches[i])[0]  # noqa: E731
+    yield from in_passes(lm, len(batches), groups_of, lambda i: score_pairs(lm, batches[i]), ends=ends, advance=advance)
 
 
 def _one_by_one(
@@ -97,30 +95,68 @@ def _one_by_one(
         rows = score_within_memory(lm, batch, note=note)
         done += len(batch)
         speed = done / (time.perf_counter() - began)
-        advance(sum_positions(batch), f"{done} of {counted(total, 'pair')}, {speed:.2f} pairs/s")
+        advance(sum_positions(share_prompts(batch)[0]), f"{done} of {counted(total, 'pair')}, {speed:.2f} pairs/s")
         yield rows
 
 
 @torch.no_grad()
-def _one_pass(lm: CausalLM, batches: Sequence[Batch], advance: Advance, title: str) -> Iterator[list[ScoredPair]]:
+def in_passes(
+    lm: CausalLM,
+    count: int,
+    groups_of: Callable[[int], Sequence[PromptGroup]],
+    finish: Callable[[int], Result],
+    *,
+    ends: Collection[int] = (),
+    advance: Advance = lambda _amount, _shown: None,
+) -> Iterator[Result]:
+    """What `finish` makes of each of `count` forwards, of a model that is run by layer; without gradient.
+
+    Args:
+        lm: the model.
+        count: of forwards.
+        groups_of: what goes through a forward.
+        finish: is called with a forward's number, and runs it over these groups, after the layers.
+        ends: as in `score_batches`.
+        advance: told of tokens that are done.
+
+    Raises:
+        UserError: memory runs out.
+    """
     by_layer = lm.by_layer
     assert by_layer is not None
-    groups = [share_prompts(batch)[0] for batch in batches]
-    jobs = [lambda some=some: predict_groups(lm, some) for some in groups]
-    layers, told = by_layer.gates.count, [0] * len(batches)
-    pairs = np.cumsum([len(batch) for batch in batches])
+    sizes = [by_layer.bytes_per_position * computed_positions(lm, groups_of(i)) for i in range(count)]
+    passes = plan_passes(sizes, by_layer.limit_bytes, ends)
+    for number, some in enumerate(passes):
+        title = f"pass {number + 1} of {len(passes)}, " if len(passes) > 1 else ""
+        groups = [groups_of(i) for i in some]
+        jobs = [partial(predict_groups, lm, own) for own in groups]
+        tell = _Told([sum_positions(own) for own in groups], by_layer.gates.count, advance, title)
+        waiting = by_layer.waiting(lm.device)
+        with no_way_back("out of memory in a pass over the layers", f"{len(jobs)} forwards", _SMALLER):
+            slots = through_layers(by_layer, waiting, jobs, tell)
+            done = list(after_layers(by_layer, waiting, slots, partial(_finish_of, finish, some)))
+        yield from done
 
-    def tell(layer: int, at: int) -> None:
-        now = sum_positions(batches[at]) * (layer + 1) // layers
-        shown = f"{title}layer {layer + 1} of {layers}, {pairs[at]} of {counted(int(pairs[-1]), 'pair')}"
-        advance(now - told[at], shown)
-        told[at] = now
 
-    waiting = by_layer.waiting(lm.device)
-    with no_way_back("out of memory in a pass over the layers", "phase one", "use a smaller --batch-tokens"):
-        slots = through_layers(by_layer, waiting, jobs, tell)
-        done: list[Any] = list(after_layers(by_layer, waiting, slots, lambda at: score_pairs(lm, batches[at])))
-    yield from done
+def _finish_of(finish: Callable[[int], Result], some: range, at: int) -> Result:
+    return finish(some[at])
+
+
+_SMALLER = "use a smaller --batch-tokens or --per-device-eval-batch-size, or a lower --offload-gib"
+
+
+class _Told:
+    """Tells of tokens that are through a layer, so that the last layer makes all of them done."""
+
+    def __init__(self, tokens: Sequence[int], layers: int, advance: Advance, title: str) -> None:
+        self._tokens, self._layers, self._advance, self._title = tokens, layers, advance, title
+        self._told = [0] * len(tokens)
+
+    def __call__(self, layer: int, at: int) -> None:
+        now = self._tokens[at] * (layer + 1) // self._layers
+        shown = f"{self._title}layer {layer + 1} of {self._layers}, forward {at + 1} of {len(self._tokens)}"
+        self._advance(now - self._told[at], shown)
+        self._told[at] = now
 
 
 def plan_passes(sizes: Sequence[int], limit: int, ends: Collection[int] = ()) -> list[range]:
@@ -139,24 +175,17 @@ def plan_passes(sizes: Sequence[int], limit: int, ends: Collection[int] = ()) ->
     return passes
 
 
-def sum_positions(batch: Batch) -> int:
-    """Tokens of a batch, each prompt and each response once."""
-    groups, _ = share_prompts(batch)
+def sum_positions(groups: Sequence[PromptGroup]) -> int:
+    """Tokens of some groups, each prompt once."""
     return sum(len(group.prompt_ids) + sum(len(branch.ids) for branch in group.branches) for group in groups)
 
 
-def batch_positions(lm: CausalLM, batch: Batch) -> int:
-    """Positions that the model computes for a batch in its layout, padding included."""
+def computed_positions(lm: CausalLM, groups: Sequence[PromptGroup]) -> int:
+    """Positions that the model computes for some groups in its layout, padding included."""
     if lm.layout == "shared":
-        return sum_positions(batch)
-    groups, _ = share_prompts(batch)
+        return sum_positions(groups)
     lengths = [len(single.branches[0].ids) for group in groups for single in separate(group)]
     return len(lengths) * max(lengths) if lm.padding else sum(lengths)
-
-
-def _bytes_per_position(lm: CausalLM) -> int:
-    assert lm.by_layer is not None
-    return lm.by_layer.bytes_per_position
 
 
 # --------------------------------------------------------------------------- what is tried before

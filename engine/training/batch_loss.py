@@ -18,7 +18,8 @@ from dpoeng.engine.runtime.distributed import ALONE, Group
 from dpoeng.engine.runtime.out_of_memory import in_parts, no_way_back, too_large
 from dpoeng.engine.runtime.progress import QUIET
 from dpoeng.engine.scoring.forward import head_log_collision, head_logps, on_device, predict_groups
-from dpoeng.engine.scoring.layout import pair_group
+from dpoeng.engine.scoring.layout import PromptGroup, pair_group
+from dpoeng.engine.scoring.passes import in_passes
 from dpoeng.engine.training.rows import WeightArray
 
 Part = TypeVar("Part", PairSums, PreferenceLoss)
@@ -103,16 +104,23 @@ def evaluate(
 
     batches = [range(begin, min(len(rows), begin + batch_size)) for begin in range(0, len(rows), batch_size)]
 
+    def groups_of(number: int) -> list[PromptGroup]:
+        return [pair_group(rows[i].ids) for i in batches[number]]
+
     def mine() -> list[tuple[int, PairSums]]:
+        if lm.by_layer is not None:
+            own = list(group.mine(len(batches)))
+            sums = in_passes(lm, len(own), lambda i: groups_of(own[i]), lambda i: PairSums.join(score(batches[own[i]])))
+            return list(zip(own, sums, strict=True))
         parts = []
         for number, counts in turns(group, len(batches), sharded=lm.sharded):
             if lm.sharded:
                 with no_way_back("out of memory", "evaluation", "use a smaller --per-device-eval-batch-size"):
-                    sums = score(batches[number])
+                    scored = score(batches[number])
             else:
-                sums = in_parts(score, batches[number], note=note, describe=too_long)
+                scored = in_parts(score, batches[number], note=note, describe=too_long)
             if counts:
-                parts.append((number, PairSums.join(sums)))
+                parts.append((number, PairSums.join(scored)))
         return parts
 
     return preference_loss(PairSums.join(in_order(group, mine, sharded=lm.sharded)), settings, state=state)

@@ -31,6 +31,7 @@ def run_steps(run: Run, first_step: int, identity: dict[str, Any]) -> int:
             advance(len(run.held_out.rows), "")
     done = first_step
     with run.progress.task("training", schedule.total_steps, "steps", first_step) as advance:
+        run.tell = lambda shown: advance(0, shown)
         while done < schedule.total_steps and not run.waited_enough:
             began = time.perf_counter()
             metrics = train_step(run, done)

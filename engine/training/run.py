@@ -47,6 +47,7 @@ class Run:
     before training allows; None where the policy does not start as the reference (dropout).
     `micro_batch` is the number of pairs in a forward: the configured one, until memory runs out. The processes of
     `group` share a step's forwards; all hold the same adapter and optimizer.
+    `tell` shows what a long step is at.
     """
 
     config: TrainConfig
@@ -67,6 +68,7 @@ class Run:
     starts_within: float | None = None
     micro_batch: int = 0
     group: Group = ALONE
+    tell: Callable[[str], None] = lambda _: None
     settings: LossSettings = field(init=False)
     whole: Sequence[torch.nn.Parameter] = field(init=False, repr=False)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from dpoeng.engine.losses.metrics import preference_metrics
 from dpoeng.engine.models.fsdp_rows import clip_gradients, take_gradients
 from dpoeng.engine.runtime.out_of_memory import attempt, no_way_back, too_large
 from dpoeng.engine.training.batch_loss import batch_loss, batch_sums, in_order, turns
+from dpoeng.engine.training.layer_step import Begin, gradient_by_layer
 from dpoeng.engine.training.rows import WeightArray
 from dpoeng.engine.training.run import Run
 
@@ -140,10 +142,15 @@ def _gradient(run: Run, step: int) -> tuple[list[PreferenceLoss], float]:
     rows = [run.train_rows[i] for i in indices]
     weights = None if run.train_weights is None else run.train_weights[indices]
     micros = list(_chunks(rows, weights, run.micro_batch))
-    if run.settings.whole_batch and len(micros) > 1:
-        parts = _backward_of_whole_batch(run, step, micros)
+    whole = run.settings.whole_batch and len(micros) > 1
+    head = partial(_backward_of_whole_batch if whole else _backward_of_parts, run, step, micros)
+    begin = partial(_seed, run.config.seed, step)
+    if run.lm.by_layer is None:
+        parts = head(begin)
     else:
-        parts = _backward_of_parts(run, step, micros)
+        own = {micro: micros[micro][0] for micro in run.group.mine(len(micros))}
+        tell = partial(_tell, run, step)
+        parts = gradient_by_layer(run.lm, own, begin, head, group=run.group, tell=tell)
     take_gradients(run.lm)
     limit = run.config.max_grad_norm if run.config.max_grad_norm > 0 else math.inf
     where = f"phase two, step {step + 1}, gradients of all processes"
@@ -152,7 +159,7 @@ def _gradient(run: Run, step: int) -> tuple[list[PreferenceLoss], float]:
         return parts, clip_gradients(run.lm, run.whole, run.group, limit)
 
 
-def _backward_of_parts(run: Run, step: int, micros: Sequence[Micro]) -> list[PreferenceLoss]:
+def _backward_of_parts(run: Run, step: int, micros: Sequence[Micro], begin: Begin) -> list[PreferenceLoss]:
     """Forward and backward of each part, one after the other; the loss is the mean over the pairs of all of them."""
     rows = [pair for batch, _ in micros for pair in batch]
     mean_tokens = float(np.mean([len(pair.chosen_logps) for pair in rows]))
@@ -161,7 +168,7 @@ def _backward_of_parts(run: Run, step: int, micros: Sequence[Micro]) -> list[Pre
         parts = []
         for micro, counts in turns(run.group, len(micros), sharded=run.lm.sharded):
             batch, weights = micros[micro]
-            _seed(run.config.seed, step, micro)
+            begin(micro)
             part = batch_loss(
                 run.lm,
                 batch,
@@ -209,7 +216,7 @@ def _update(run: Run) -> None:
         run.lm.take_masters()
 
 
-def _backward_of_whole_batch(run: Run, step: int, micros: Sequence[Micro]) -> list[PreferenceLoss]:
+def _backward_of_whole_batch(run: Run, step: int, micros: Sequence[Micro], begin: Begin) -> list[PreferenceLoss]:
     """The exact gradient of a loss in which the pairs of a step meet, however many forwards the step is cut into.
 
     Each part is run twice: without gradient, for the sums that the loss and its derivatives need; and with, to carry
@@ -219,7 +226,7 @@ def _backward_of_whole_batch(run: Run, step: int, micros: Sequence[Micro]) -> li
 
     def sums_of(micro: int) -> PairSums:
         batch, weights = micros[micro]
-        _seed(run.config.seed, step, micro)
+        begin(micro)
         return batch_sums(run.lm, batch, run.settings, weights, per_token=run.per_token)
 
     @torch.no_grad()
@@ -246,6 +253,10 @@ def _backward_of_whole_batch(run: Run, step: int, micros: Sequence[Micro]) -> li
 
     run.group.each(carry, in_step=run.lm.sharded)
     return [whole]
+
+
+def _tell(run: Run, step: int, shown: str) -> None:
+    run.tell(f"step {step + 1}: {shown}")
 
 
 def _gumbel(seed: int, step: int, pairs: int) -> torch.Tensor:

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dpoeng_testing import tree
+from dpoeng_testing import pair_rows, tree, write_jsonl
 
+from dpoeng.cache.errors import UserError
 from dpoeng.cache.store import Store
-from dpoeng.engine.config.fields import PrecomputeConfig
+from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
 from dpoeng.engine.recipes.precompute import precompute_reference
+from dpoeng.engine.recipes.train import train
 
 
 def cached(folder: Path, pairs: Path, model: Path, **settings: Any) -> dict[str, str]:
@@ -64,3 +66,124 @@ def test_auto_turns_it_on_where_the_base_does_not_fit(
     monkeypatch.setattr(LayerFiles, "add", lambda self, n_bytes: (read.append(n_bytes), add(self, n_bytes))[1])
     assert cached(tmp_path / "b", pairs_file, tiny_model) == ordinary
     assert read
+
+
+# --------------------------------------------------------------------------- phase two
+
+
+def trained(folder: Path, cache: Path, **settings: Any) -> dict[str, str]:
+    """A hash of the adapter, of the last checkpoint's tensors, and of the metrics."""
+    given: dict[str, Any] = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 3,
+        "learning_rate": 1e-3,
+        "eval_share": 0.2,
+        "lora_r": 4,
+    }
+    if settings.get("adapter_mode") == "continue":
+        del given["lora_r"]
+    train(TrainConfig(cache=cache, output_dir=folder, **{**given, **settings}))
+    files = tree(folder)
+    return {
+        name: digest
+        for name, digest in files.items()
+        if name.endswith((".safetensors", "metrics.jsonl", "pairs.jsonl")) and "optimizer" not in name
+    }
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, sft_adapter: Path) -> dict[str, Path]:
+    """Of the tiny model, and of it with the SFT adapter."""
+    folder = tmp_path_factory.mktemp("caches")
+    pairs = write_jsonl(folder / "pairs.jsonl", pair_rows(24))
+    for name, settings in (("base", {}), ("sft", {"adapter": str(sft_adapter)})):
+        cached(folder / name, pairs, tiny_model, **settings)
+    return {name: folder / name for name in ("base", "sft")}
+
+
+@pytest.mark.parametrize(
+    ("cache", "settings"),
+    [
+        ("base", {"lora_dropout": 0.3}),
+        ("base", {"dtype": "bfloat16"}),
+        ("sft", {"adapter_mode": "continue", "lora_dropout": 0.1}),
+        ("sft", {"adapter_mode": "stack"}),
+        ("base", {"loss_type": ("aot",)}),  # the pairs of a step meet in the loss
+        ("base", {"layout": "separate", "lora_target_modules": ("q_proj",)}),
+        ("base", {"quantization": "8bit", "lora_dropout": 0.2}),
+        ("base", {"quantization": "4bit"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ",".join(map(str, value.values())),
+)
+def test_an_adapter_has_the_same_bytes(
+    cache: str, settings: dict[str, Any], tmp_path: Path, caches: dict[str, Path]
+) -> None:
+    if "quantization" in settings or "dtype" in settings:
+        settings = {**settings, "parity_tolerance": 5.0}
+    ordinary = trained(tmp_path / "a", caches[cache], **settings)
+    assert any(name.endswith("adapter_model.safetensors") for name in ordinary)
+    assert trained(tmp_path / "b", caches[cache], layer_offloading="on", **settings) == ordinary
+
+
+def test_a_killed_run_goes_on_in_either_way(
+    tmp_path: Path, caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"lora_dropout": 0.3, "save_steps": 1}
+    ordinary = trained(tmp_path / "a", caches["base"], **settings)
+
+    class KilledError(Exception):
+        pass
+
+    from dpoeng.engine.training import loop
+
+    step = loop.train_step
+
+    def dying(run: Any, number: int) -> Any:
+        if number == 2:
+            raise KilledError
+        return step(run, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", dying)
+        with pytest.raises(KilledError):
+            trained(tmp_path / "b", caches["base"], layer_offloading="on", **settings)
+    assert trained(tmp_path / "b", caches["base"], **settings) == ordinary
+
+
+def test_weights_are_read_twice_a_step_and_hidden_states_may_wait_in_a_file(
+    tmp_path: Path, caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dpoeng.engine.models.layers.files import LayerFiles
+    from dpoeng.engine.training import loop
+
+    reads: list[int] = []
+    read = LayerFiles.read
+    monkeypatch.setattr(LayerFiles, "read", lambda self, number: (reads.append(number), read(self, number))[1])
+    step = loop.train_step
+    of_steps: list[list[int]] = []
+
+    def counting(run: Any, number: int) -> Any:
+        before = len(reads)
+        metrics = step(run, number)
+        of_steps.append(reads[before:])
+        return metrics
+
+    monkeypatch.setattr(loop, "train_step", counting)
+    settings: Any = {"eval_share": 0.0}
+    ordinary = trained(tmp_path / "a", caches["base"], **settings)
+    scratch = {"layer_offloading": "on", "offload_folder": tmp_path / "scratch"}
+    assert trained(tmp_path / "b", caches["base"], **scratch, **settings) == ordinary
+    # Both layers forwards, one back: the last layer is there still. The next step begins with the first one in place.
+    assert of_steps[-3:] in ([[0, 1, 0], [1, 0], [1, 0]], [[1, 0], [1, 0], [1, 0]])
+
+
+def test_what_lies_outside_the_layers_is_not_trained_so(tmp_path: Path, caches: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match="lm_head"):
+        trained(tmp_path, caches["base"], layer_offloading="on", lora_target_modules=("q_proj", "lm_head"))
+
+
+def test_a_step_whose_hidden_states_have_no_room_is_refused(tmp_path: Path, caches: dict[str, Path]) -> None:
+    with pytest.raises(UserError) as caught:
+        trained(tmp_path, caches["base"], layer_offloading="on", offload_gib=1e-6)
+    assert caught.value.code == "offload-room"

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from dpoeng.engine.models.layers.gates import Gates
 from dpoeng.engine.models.layers.waiting import Slot, Waiting
 
+Result = TypeVar("Result")
 Job = Callable[[], Any]
 """Calls the decoder, each time over the same tokens; what it returns is not used."""
 
@@ -71,8 +72,8 @@ def through_layers(
 
 
 def after_layers(
-    by_layer: ByLayer, waiting: Waiting, slots: Sequence[Sequence[Slot]], finish: Callable[[int], Any]
-) -> Iterator[Any]:
+    by_layer: ByLayer, waiting: Waiting, slots: Sequence[Sequence[Slot]], finish: Callable[[int], Result]
+) -> Iterator[Result]:
     """What `finish` makes of each job, whose forward then has only to go on after the last layer."""
     with by_layer.gates.starting_at(by_layer.gates.count):
         for at, own in enumerate(slots):

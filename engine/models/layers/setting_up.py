@@ -12,8 +12,9 @@ from dpoeng.engine.models.layers.files import LayerFiles, template_of
 from dpoeng.engine.models.layers.gates import Gates
 from dpoeng.engine.models.layers.store import LayerStore
 from dpoeng.engine.models.layers.trial import check_apart
+from dpoeng.engine.models.lora_fields import start_changes_base
 from dpoeng.engine.models.model import CausalLM, decoder_layers, decoder_of
-from dpoeng.engine.models.sources import ModelSource
+from dpoeng.engine.models.sources import ModelSource, read_adapter_fields
 
 
 def layer_store(base: Any, files: LayerFiles, device: torch.device) -> LayerStore:
@@ -51,3 +52,25 @@ def gguf_by_layer(source: ModelSource) -> UserError:
         remedy="convert it to safetensors (`dpoeng demo` shows how), or use --layer-offloading off",
         exit_status=5,
     )
+
+
+def check_adapter_by_layer(adapter: ModelSource | None) -> None:
+    """Refuses an SFT adapter that is more than a LoRA beside the layers' weights, since these come and go.
+
+    Raises:
+        UserError: it has trained biases or whole modules, is a DoRA, or changes the base where it starts.
+    """
+    fields = read_adapter_fields(adapter) if adapter is not None else {}
+    found = [name for name in ("use_dora", "modules_to_save", "trainable_token_indices") if fields.get(name)]
+    found += ["bias"] if fields.get("bias", "none") != "none" else []
+    found += ["init_lora_weights"] if start_changes_base(fields) else []
+    if adapter is not None and found:
+        raise UserError(
+            "this SFT adapter changes more than layer offloading can follow",
+            code="layer-offloading-unsupported",
+            where=str(adapter.folder / "adapter_config.json"),
+            expected="a plain LoRA",
+            found=", ".join(f"{name} {fields[name]}" for name in found),
+            remedy="merge it into the base (`dpoeng merge`), or use --layer-offloading off",
+            exit_status=5,
+        )
