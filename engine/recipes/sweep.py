@@ -347,7 +347,7 @@ def run_sweep(plan: SweepPlan, progress: Progress = QUIET, on_results: OnResults
         progress.note(f"run {number} of {len(plan.points)}: {point.name}")
         began = time.perf_counter()
         try:
-            summary = train(point.config, progress, kept_base=kept)
+            summary = train(point.config, progress, kept_base=kept, may_extend=False)
         except Exception as error:
             if isinstance(error, UserError) and error.code == "resume-changed":
                 raise

@@ -18,6 +18,7 @@ from dpoeng.engine.models.model import device_name, library_versions
 from dpoeng.engine.models.sources import ModelSource, has_stored_quantization
 from dpoeng.engine.models.tokenizer import TokenizerChoice, has_tokenizer, recorded_tokenizer
 from dpoeng.engine.recipes.inputs import Inputs, check_held_out, open_inputs
+from dpoeng.engine.recipes.phase_two.extension import Extension, extension_text, find_extension
 from dpoeng.engine.recipes.phase_two.summary import TrainSummary, add_results, finished_summary
 from dpoeng.engine.recipes.policy import Choice, Policy, choose_policy, load_policy
 from dpoeng.engine.reference.loading import KeptBase
@@ -52,8 +53,12 @@ def train(
     progress: Progress = QUIET,
     on_metrics: OnMetrics | None = None,
     kept_base: KeptBase | None = None,
+    *,
+    may_extend: bool = True,
 ) -> TrainSummary:
     """Runs phase two, or goes on with it where `output_dir` holds an unfinished run of the same configuration.
+
+    A run that differs in nothing but more steps is extended: it goes on from its newest checkpoint.
 
     Under torchrun the processes share each step's forwards; the first of them writes and reports. The result does not
     depend on how many there are, up to the rounding of sums, so a run may go on with another number of them.
@@ -64,6 +69,7 @@ def train(
         on_metrics: called, in the first process, with the metrics of each logged step and each evaluation; what it
             raises ends the run, which can then be gone on with.
         kept_base: holds the base between the runs of one process, so that it is loaded once; see `sweep`.
+        may_extend: whether a shorter run in the folder is extended; else it is a run of another configuration.
 
     Raises:
         UserError: cache, model, configuration or output folder is not usable as it is; or another run is writing to
@@ -75,11 +81,16 @@ def train(
         holding(config.output_dir) if group.is_first else contextlib.nullcontext(),
         full_determinism(config.full_determinism),
     ):
-        return _train(config, group, progress if group.is_first else QUIET, on_metrics, kept_base)
+        return _train(config, group, progress if group.is_first else QUIET, on_metrics, kept_base, may_extend)
 
 
 def _train(
-    config: TrainConfig, group: Group, progress: Progress, on_metrics: OnMetrics | None, kept_base: KeptBase | None
+    config: TrainConfig,
+    group: Group,
+    progress: Progress,
+    on_metrics: OnMetrics | None,
+    kept_base: KeptBase | None,
+    may_extend: bool,
 ) -> TrainSummary:
     began = time.perf_counter()
     if group.is_first:
@@ -89,9 +100,10 @@ def _train(
     if inputs.split.overlap:
         progress.note(inputs.split.overlap)
     choice = choose_policy(config, inputs.reference, group)
-    identity, checkpoint = find_beginning(config, inputs, choice.mode, group, progress)
+    identity, checkpoint = find_beginning(config, inputs, choice.mode, group, progress, may_extend)
+    extension = find_extension(config, inputs.schedule, identity, checkpoint) if checkpoint is not None else None
     has_result = group.from_first(result_folder(config.output_dir, choice.mode).is_dir())
-    if checkpoint is not None and checkpoint.state["complete"] and has_result:
+    if checkpoint is not None and checkpoint.state["complete"] and has_result and extension is None:
         finished = Finished(checkpoint.step, checkpoint.trained, checkpoint.state)
         return finished_summary(config, inputs, choice.mode, finished, processes=group.size, reports=group.is_first)
 
@@ -102,7 +114,7 @@ def _train(
     if group.is_first and config.resume is False:  # only now, when nothing can refuse the new run any more
         clear_output(config.output_dir)
     run = make_run(config, inputs, policy, group, progress, on_metrics)
-    first_step = _go_on_from(run, checkpoint)
+    first_step = _go_on_from(run, checkpoint, extension)
     if group.is_first:
         record = _record(run, identity, inputs, choice, policy)
         loading = how_to_load(choice, policy, inputs.reference)
@@ -120,7 +132,7 @@ def _models(choice: Choice) -> list[Path]:
 
 
 def find_beginning(
-    config: TrainConfig, inputs: Inputs, mode: Mode, group: Group, progress: Progress
+    config: TrainConfig, inputs: Inputs, mode: Mode, group: Group, progress: Progress, may_extend: bool
 ) -> tuple[dict[str, Any], Checkpoint | None]:
     """What identifies the run, and the checkpoint that it goes on from, if any.
 
@@ -131,8 +143,12 @@ def find_beginning(
     shared = {**identity, **config.model_dump(mode="json", exclude={"cache", "output_dir", "device"})}
     del shared["settings"]
     group.agree("settings or pairs", shared, "give every process the same command, configuration and cache")
+
+    def extends(checkpoint: Checkpoint) -> bool:
+        return may_extend and find_extension(config, inputs.schedule, identity, checkpoint) is not None
+
     # One process looks into the folder: others may see it later, or not at all, and all must go on from one step.
-    own = open_output(config.output_dir, config.resume, identity, progress) if group.is_first else None
+    own = open_output(config.output_dir, config.resume, identity, progress, extends) if group.is_first else None
     if not (config.fsdp and mode == "full"):
         return identity, group.from_first(own)
     # Whole tensors stay in the first process, which hands out rows of them: they are too large to travel to all.
@@ -216,16 +232,21 @@ def _record(run: Run, identity: dict[str, Any], inputs: Inputs, choice: Choice, 
         "layout_reason": run.lm.layout_reason,
         "device": device_name(run.lm.device),
         "processes": run.group.size,
+        "extensions": run.extensions,
     }
 
 
-def _go_on_from(run: Run, checkpoint: Checkpoint | None) -> int:
+def _go_on_from(run: Run, checkpoint: Checkpoint | None, extension: Extension | None) -> int:
     """Puts the run, and its log, where the checkpoint was; returns the step to begin with."""
     if checkpoint is None:
         run.log.rewind(-1)  # an evaluation before step 0 may have been logged, and will be again
         return 0
     first_step = restore_run(run, checkpoint)
-    run.progress.note(f"going on from step {first_step} of {run.schedule.total_steps} ({checkpoint.folder})")
+    if extension is not None:
+        run.extensions.append(extension.record())
+        run.progress.note(extension_text(run.config, extension))
+    else:
+        run.progress.note(f"going on from step {first_step} of {run.schedule.total_steps} ({checkpoint.folder})")
     run.log.rewind(first_step)
     return first_step
 

@@ -53,7 +53,7 @@ def model_card(
         ("reference", f"`{reference['spec']}`: the model above before training, as {_held({}, reference)}"),
         ("pairs", ", ".join(f"`{Path(name).name}` ({digest})" for name, digest in (record.get("files") or {}).items())),
         ("loss", f"{' + '.join(config['loss_type'])}, beta {config['beta']:g}"),
-        ("steps", f"{steps:,}"),
+        ("steps", f"{steps:,}" + "".join(map(_extended, record.get("extensions") or ()))),
     ]
     lines = [
         "---",
@@ -86,6 +86,10 @@ def model_card(
         f"Versions: {', '.join(f'{name} {version}' for name, version in record['versions'].items())}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _extended(extension: Mapping[str, int]) -> str:
+    return "; planned for {planned:,}, extended to {steps:,} after step {step:,}".format(**extension)
 
 
 def _held(config: Mapping[str, Any], reference: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,13 @@ MODEL_FOLDER = "model"
 """With full fine-tuning: the trained checkpoint."""
 
 
-def open_output(root: Path, resume: bool | None, identity: dict[str, Any], progress: Progress) -> Checkpoint | None:
+def open_output(
+    root: Path,
+    resume: bool | None,
+    identity: dict[str, Any],
+    progress: Progress,
+    extends: Callable[[Checkpoint], bool] = lambda _: False,
+) -> Checkpoint | None:
     """The checkpoint to go on from, or None for a fresh start.
 
     Args:
@@ -39,6 +45,7 @@ def open_output(root: Path, resume: bool | None, identity: dict[str, Any], progr
         resume: True requires a checkpoint, False ignores one, None takes what is there.
         identity: of this run; see `run_identity`.
         progress: told about checkpoints that are damaged.
+        extends: whether this run may go on from a checkpoint of another identity: it is the same, but longer.
 
     Raises:
         UserError: there is none where one is required, or the folder holds a run of another identity.
@@ -59,7 +66,7 @@ def open_output(root: Path, resume: bool | None, identity: dict[str, Any], progr
             )
         return None
     changed = changes(checkpoint.state["identity"], identity)
-    if changed:
+    if changed and not extends(checkpoint):
         raise UserError(
             "this folder holds a run of another configuration",
             code="resume-changed",

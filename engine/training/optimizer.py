@@ -80,6 +80,13 @@ def build_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, total
         ) from error
 
 
+def learning_rates(config: TrainConfig, total_steps: int, count: int) -> list[float]:
+    """The rate of each of the first `count` steps of a run of `total_steps`, without touching a run's optimizer."""
+    stand_in = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.learning_rate)
+    (rate,) = build_scheduler(config, stand_in, total_steps).lr_lambdas
+    return [config.learning_rate * rate(step) for step in range(count)]
+
+
 def set_scheduler_step(scheduler: Any, step: int) -> None:
     """Puts a fresh scheduler where it was after `step` steps. The rate is computed from the step, not accumulated."""
     scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": step, "_step_count": step + 1})

@@ -45,6 +45,7 @@ class Run:
     `settings` are the loss fields of `config`; `loss_state` is what the losses remember from step to step.
     `starts_within` is how far, in nats a token, the first step's log-probs may lie from the cache: what the comparison
     before training allows; None where the policy does not start as the reference (dropout).
+    `extensions` are the records of earlier lengths of this run, if it was made longer.
     `micro_batch` is the number of pairs in a forward: the configured one, until memory runs out. The processes of
     `group` share a step's forwards; all hold the same adapter and optimizer.
     `tell` shows what a long step is at.
@@ -66,6 +67,7 @@ class Run:
     best: Best = field(default_factory=Best)
     source_of: Callable[[int], str] = "row {}".format
     starts_within: float | None = None
+    extensions: list[dict[str, int]] = field(default_factory=list)
     micro_batch: int = 0
     group: Group = ALONE
     tell: Callable[[str], None] = lambda _: None
@@ -120,6 +122,7 @@ def save_run(run: Run, step: int, identity: dict[str, Any], *, complete: bool) -
             "losses": dict(run.loss_state),
             "micro_batch": run.micro_batch,
             "best": run.best.record(),
+            **({"extensions": run.extensions} if run.extensions else {}),
         },
         keep=run.config.save_total_limit,
         spare=run.best.kept if run.config.load_best_model_at_end else (),
@@ -134,6 +137,7 @@ def restore_run(run: Run, checkpoint: Checkpoint) -> int:
     set_scheduler_step(run.scheduler, checkpoint.step)
     run.loss_state = checkpoint.state.get("losses", {})
     run.best = Best(**checkpoint.state.get("best", {}))
+    run.extensions = [*checkpoint.state.get("extensions", [])]
     run.micro_batch = checkpoint.state.get("micro_batch", run.config.per_device_train_batch_size)
     return checkpoint.step
 
