@@ -124,7 +124,8 @@ def dpoeng(ctx: click.Context, debug: bool) -> None:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point of the console script. Exit statuses are listed in docs/errors.md."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _terminate)
     _choose_allocator(os.environ)
     if not sys.warnoptions:
         # Deprecations inside the libraries are for their maintainers; python -W default shows them.
@@ -146,9 +147,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             "\nStopped. What was committed is kept: run the same command again and it goes on from there.", err=True
         )
         status = 130
-    except _Terminated:
-        click.echo("\nStopped by SIGTERM. Run the same command again and it goes on from there.", err=True)
-        status = 143
+    except _Terminated as stop:
+        name = signal.Signals(stop.number).name
+        click.echo(f"\nStopped by {name}. Run the same command again and it goes on from there.", err=True)
+        status = 128 + stop.number
     except BrokenPipeError:
         status = _unread(streams)
     except SystemExit as stop:
@@ -245,8 +247,12 @@ def as_user_error(error: Exception) -> UserError:
 
 
 class _Terminated(BaseException):
-    """SIGTERM, as an exception, so that what is open is closed and what is temporary is removed."""
+    """SIGTERM or SIGUSR1, as an exception, so that what is open is closed and what is temporary is removed."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
-def _terminate(*_: Any) -> NoReturn:
-    raise _Terminated
+def _terminate(number: int, _: object) -> NoReturn:
+    raise _Terminated(number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ from dpoeng.engine.reference.shards import Part, plan_shards
 from dpoeng.engine.reference.view import reference_record, source_record, write_pairs_view, write_rejects_file
 from dpoeng.engine.runtime.distributed import Group, process_group
 from dpoeng.engine.runtime.progress import QUIET, Progress
+from dpoeng.engine.runtime.stopping import keeping_signals
 from dpoeng.engine.scoring.layout import batches_of_pairs
 from dpoeng.engine.scoring.passes import Batches, score_batches
 
@@ -398,13 +400,22 @@ def _score(lm: CausalLM, work: Work, batch_tokens: int, summary: PrecomputeSumma
         torch.cuda.reset_peak_memory_stats(lm.device)
     flat = Batches([(shard, batch) for shard, batches in planned for batch, _ in batches])
     ends = {int(end) - 1 for end in np.cumsum([len(batches) for _, batches in planned])}
-    with progress.task("reference log-probs", summary.computed_tokens, "tokens") as advance:
-        scored = score_batches(lm, flat, ends=ends, note=progress.note, advance=advance)
+    committed = 0
+
+    def pause() -> None:
+        if kept.number:
+            name = signal.Signals(kept.number).name
+            progress.note(f"{name} has come: {counted(committed, 'pair')} of this run are committed")
+            kept.hand_on(kept.number)
+
+    with progress.task("reference log-probs", summary.computed_tokens, "tokens") as advance, keeping_signals() as kept:
+        scored = score_batches(lm, flat, ends=ends, note=progress.note, advance=advance, pause=pause)
         for _, batches in planned:
             rows = [row for _ in batches for row in next(scored)]
             # A shard is whole or absent: a kill costs one shard at most (run by layer: a pass), and leaves the bytes of
             # an undisturbed run.
             work.store.commit_shard(work.spec.digest, rows, provenance)
+            committed += len(rows)
     if lm.device.type == "cuda":
         summary.peak_bytes = torch.cuda.max_memory_allocated(lm.device)
 

@@ -67,6 +67,7 @@ def score_batches(
     ends: Collection[int] = (),
     note: Callable[[str], None] = QUIET.note,
     advance: Advance = lambda _amount, _shown: None,
+    pause: Callable[[], None] = lambda: None,
 ) -> Iterator[list[ScoredPair]]:
     """The scored pairs of each batch, in order, as they are done.
 
@@ -76,15 +77,20 @@ def score_batches(
         ends: batches behind which something is stored: a pass ends there rather than elsewhere.
         note: told of batches that had to be cut because memory ran out.
         advance: told of tokens that are done, each prompt's and each response's once.
+        pause: called behind one of `ends` where everything that is done has been yielded; it may raise.
 
     Raises:
         UserError: a pair alone does not fit; or the model gave a value that is no log-probability.
     """
     if lm.by_layer is None:
-        yield from _one_by_one(lm, batches, note, advance)
+        for at, rows in enumerate(_one_by_one(lm, batches, note, advance)):
+            yield rows
+            if at in ends:
+                pause()
         return
     groups_of = lambda i: share_prompts(batches[i])[0]  # noqa: E731
-    yield from in_passes(lm, len(batches), groups_of, lambda i: score_pairs(lm, batches[i]), ends=ends, advance=advance)
+    finish = lambda i: score_pairs(lm, batches[i])  # noqa: E731
+    yield from in_passes(lm, len(batches), groups_of, finish, ends=ends, advance=advance, pause=pause)
 
 
 def _one_by_one(
@@ -108,6 +114,7 @@ def in_passes(
     *,
     ends: Collection[int] = (),
     advance: Advance = lambda _amount, _shown: None,
+    pause: Callable[[], None] = lambda: None,
 ) -> Iterator[Result]:
     """What `finish` makes of each of `count` forwards, of a model that is run by layer; without gradient.
 
@@ -118,6 +125,7 @@ def in_passes(
         finish: is called with a forward's number, and runs it over these groups, after the layers.
         ends: as in `score_batches`.
         advance: told of tokens that are done.
+        pause: as in `score_batches`.
 
     Raises:
         UserError: memory runs out.
@@ -136,6 +144,8 @@ def in_passes(
             slots = through_layers(by_layer, waiting, jobs, tell)
             done = list(after_layers(by_layer, waiting, slots, partial(_finish_of, finish, some)))
         yield from done
+        if some[-1] in ends:
+            pause()
 
 
 def _finish_of(finish: Callable[[int], Result], some: range, at: int) -> Result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from dpoeng.cache.words import speed
 from dpoeng.engine.losses.batch import PreferenceLoss
 from dpoeng.engine.models.model import set_mode
+from dpoeng.engine.runtime.stopping import Kept, keeping_signals
 from dpoeng.engine.training.batch_loss import evaluate
 from dpoeng.engine.training.early_stopping import more_is_better, updated, watched
 from dpoeng.engine.training.evaluation import pair_lines, summarise
@@ -20,17 +22,19 @@ from dpoeng.engine.training.step import train_step
 def run_steps(run: Run, first_step: int, identity: dict[str, Any]) -> int:
     """Trains from `first_step` on, with evaluations, log lines and checkpoints on the way; returns the steps done.
 
-    A checkpoint follows every evaluation that is the best so far, where the best is asked for.
+    A checkpoint follows every evaluation that is the best so far, where the best is asked for. A signal to end is
+    obeyed after the step and evaluation in progress, with a checkpoint; see `runtime/stopping`.
     """
     config, schedule = run.config, run.schedule
-    save_every = config.save_steps or max(1, math.ceil(schedule.total_steps / 10))
-    eval_every = config.eval_steps or schedule.steps_per_epoch
     if first_step == 0 and run.held_out.rows:
         with run.progress.task("evaluating before training", len(run.held_out.rows), "pairs") as advance:
             _evaluate(run, 0)
             advance(len(run.held_out.rows), "")
     done = first_step
-    with run.progress.task("training", schedule.total_steps, "steps", first_step) as advance:
+    with (
+        run.progress.task("training", schedule.total_steps, "steps", first_step) as advance,
+        keeping_signals() as kept,
+    ):
         run.tell = lambda shown: advance(0, shown)
         while done < schedule.total_steps and not run.waited_enough:
             began = time.perf_counter()
@@ -41,12 +45,25 @@ def run_steps(run: Run, first_step: int, identity: dict[str, Any]) -> int:
             seconds = time.perf_counter() - began
             run.log.write_timing(done, {"step_ms": 1e3 * seconds})
             advance(1, live_figures(metrics, len(schedule.rows_of_step(done - 1)) / seconds))
-            if run.held_out.rows and (done % eval_every == 0 or done == schedule.total_steps):
-                _evaluate(run, done)
-            best = config.load_best_model_at_end and run.best.step == done
-            if (best or done % save_every == 0) and done < schedule.total_steps:
-                save_run(run, done, identity, complete=False)
+            _after_step(run, done, identity, kept)
     return done
+
+
+def _after_step(run: Run, done: int, identity: dict[str, Any], kept: Kept) -> None:
+    """Evaluate and save where it is time to; then obey a signal that has come to any of the processes."""
+    config, total = run.config, run.schedule.total_steps
+    save_every = config.save_steps or max(1, math.ceil(total / 10))
+    eval_every = config.eval_steps or run.schedule.steps_per_epoch
+    if run.held_out.rows and (done % eval_every == 0 or done == total):
+        _evaluate(run, done)
+    best = config.load_best_model_at_end and run.best.step == done
+    stop = max(run.group.gather(kept.number))  # all of them end after the same step
+    if stop or ((best or done % save_every == 0) and done < total):
+        save_run(run, done, identity, complete=False)
+    if stop:
+        run.progress.note(f"{signal.Signals(stop).name} has come: step {done} of {total} is done and in a checkpoint")
+        run.group.wait()  # whoever ends first may take the others along, so not before the checkpoint is written
+        kept.hand_on(stop)
 
 
 def live_figures(metrics: Mapping[str, float], pairs_per_s: float) -> str:

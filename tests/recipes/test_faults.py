@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,10 @@ from dpoeng.engine.reference.identity import reference_spec
 from dpoeng.engine.reference.view import portable_name
 from dpoeng.engine.runtime import folders
 from dpoeng.engine.runtime.progress import NoProgress
+from dpoeng.engine.runtime.stopping import keeping_signals
 from dpoeng.engine.scoring import pairs as scoring_pairs
 from dpoeng.engine.training import batch_loss as batch_module
+from dpoeng.engine.training import loop as loop_module
 
 
 class Notes(NoProgress):
@@ -97,7 +100,7 @@ def command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., tuple[int, str]]]:
     """Runs a command line in a folder of its own -> (exit status, stderr). Signals are handled as in a terminal."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits "ignore"
     monkeypatch.chdir(tmp_path)
 
@@ -139,6 +142,7 @@ def check_stopped(status: int, said: str, number: signal.Signals) -> None:
         (signal.SIGTERM, scoring_pairs, "score_pairs", 7),
         (signal.SIGINT, Disk, "write", 5),
         (signal.SIGTERM, Disk, "link", 6),
+        (signal.SIGUSR1, scoring_pairs, "score_pairs", 2),
     ],
 )
 def test_phase_one_stopped_goes_on_to_the_same_bytes(
@@ -193,6 +197,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, whole: Path) -> dict[s
         (signal.SIGINT, batch_module, "batch_sums", 6),
         (signal.SIGTERM, batch_module, "batch_sums", 7),
         (signal.SIGTERM, folders, "write_durably", 5),
+        (signal.SIGUSR1, batch_module, "batch_sums", 3),
         (signal.SIGINT, folders, "write_durably", 8),
     ],
 )
@@ -215,6 +220,57 @@ def test_phase_two_stopped_goes_on_to_the_same_bytes(
     assert not (tmp_path / "out" / "adapter").exists()
     assert command(*line)[0] == 0
     assert outcome(tmp_path / "out") == undisturbed
+
+
+def test_a_signal_waits_for_the_step_and_its_checkpoint(
+    command: Callable[..., tuple[int, str]],
+    tmp_path: Path,
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fault 45. Without it, a run whose checkpoints are far apart would lose all steps since the last."""
+    line = ("train", "--cache", whole, "--output-dir", "out", *TRAIN, "--save-steps", 100)
+    with monkeypatch.context() as patched:
+        signal_at(patched, loop_module, "train_step", 2, signal.SIGUSR1)
+        status, said = command(*line)
+    check_stopped(status, said, signal.SIGUSR1)
+    assert "SIGUSR1 has come: step 2 of 4 is done and in a checkpoint" in said
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-00000002"]
+    status, said = command(*line)
+    assert (status, "going on from step 2 of 4" in said) == (0, True)
+
+
+def test_the_same_signal_again_ends_at_once(
+    command: Callable[..., tuple[int, str]], tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ("train", "--cache", whole, "--output-dir", "out", *TRAIN, "--save-steps", 100)
+    signal_at(monkeypatch, batch_module, "batch_sums", 7, signal.SIGTERM)
+    signal_at(monkeypatch, batch_module, "batch_sums", 7, signal.SIGTERM)  # the same call: two signals in one step
+    check_stopped(*command(*line), signal.SIGTERM)
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_a_handler_that_returns_lets_the_work_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program of the user's may count signals; one that it ignores is left alone; other threads keep none."""
+    seen: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: seen.append(number))
+    ignored = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with keeping_signals() as kept:
+            signal.raise_signal(signal.SIGTERM)
+            assert kept.number == 0
+            signal.raise_signal(signal.SIGUSR1)
+            assert (kept.number, seen) == (signal.SIGUSR1, [])
+            kept.hand_on(kept.number)
+            assert (kept.number, seen) == (0, [signal.SIGUSR1])
+            signal.raise_signal(signal.SIGUSR1)
+        assert seen == [signal.SIGUSR1] * 2  # what is left over is not lost
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(keeping_signals().__enter__).result()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        signal.signal(signal.SIGTERM, ignored)
 
 
 # --------------------------------------------------------------------------- 50, 54: every field of the identity

@@ -492,6 +492,10 @@ def killed_between_steps() -> None:
     at_call(loop_module, "train_step", 3, kill)
 
 
+def asked_to_end() -> None:
+    at_call(loop_module, "train_step", 2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+
+
 def raises_in_a_step() -> None:
     at_call(loop_module, "train_step", 3, fail)
 
@@ -522,6 +526,18 @@ def test_a_process_that_ends_ends_the_others_and_the_same_command_goes_on(
     assert not (out / "adapter").exists()
     finished(together(2, cache, out, *more), out)
     assert "going on from step" in (out / "rank0.err").read_text()
+    assert outcome(out) == outcome(two)
+
+
+def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path: Path, cache: Path, two: Path) -> None:
+    """Slurm signals all of them, at slightly different moments; a step that only some have done cannot be saved."""
+    out = tmp_path / "out"
+    for status, _, said in ends(together(2, cache, out, "--save-steps", "100", last=asked_to_end)):
+        assert status == 128 + signal.SIGUSR1
+        assert "Stopped by SIGUSR1" in said
+    assert "SIGUSR1 has come: step 2 of 4" in (out / "rank0.err").read_text()
+    finished(together(2, cache, out), out)
+    assert "going on from step 2" in (out / "rank0.err").read_text()
     assert outcome(out) == outcome(two)
 
 

@@ -243,7 +243,7 @@ was found, and what to do. `--debug`, anywhere in the command, adds the tracebac
 | 5 | the machine: disk, memory, GPU, libraries (also: `dpoeng doctor` found an error) |
 | 6 | a measurement is worse than it may be (`bench checks`) |
 | 141 | nobody reads the output any more, as behind `head` |
-| 130, 143 | stopped by Ctrl-C or SIGTERM; the same command goes on |
+| 130, 138, 143 | stopped by Ctrl-C, SIGUSR1 or SIGTERM; the same command goes on ([how](resume.md)) |
 
 `make docs-errors` writes this page from the sources. A test compares it, and gives every code a wrong input.
 """
