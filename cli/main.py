@@ -29,6 +29,7 @@ COMMANDS = {
     "compare": ("dpoeng.cli.compare:compare", "Answers before and after training, side by side."),
     "check": ("dpoeng.cli.check:check", "Look through preference pairs for whatever could spoil a run."),
     "report": ("dpoeng.cli.runs.report:report", "Write a run as one HTML page: curves, tables, configuration."),
+    "watch": ("dpoeng.cli.runs.watch:watch", "Show a run in the terminal while it trains, from any shell."),
     "doctor": ("dpoeng.cli.doctor:doctor", "Look whether this machine is ready: versions, GPU, disk, folders."),
     "merge": ("dpoeng.cli.merge:merge", "Fold a run's adapters into the full-precision base."),
     "quantize": ("dpoeng.cli.quantize:quantize", "Write a model in 8 or 4 bits, to be loaded so from then on."),

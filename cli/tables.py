@@ -13,7 +13,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -153,6 +153,16 @@ def as_data(value: Any) -> Any:
     if hasattr(value, "tolist"):  # numbers and arrays of numpy and torch
         return as_data(value.tolist())
     raise TypeError(f"{type(value).__name__} has no form in JSON")
+
+
+def say_live(frames: Iterable[Sequence[Cell | Table]]) -> None:
+    """Draw each frame in the place of the one before; the last one stays."""
+    from rich.console import Console, Group
+    from rich.live import Live
+
+    with Live(console=Console(), auto_refresh=False, vertical_overflow="crop") as live:
+        for frame in frames:
+            live.update(Group(*(to_rich(p) if isinstance(p, Table) else to_text(p) for p in frame)), refresh=True)
 
 
 def to_text(*cells: Cell) -> Text:

@@ -66,10 +66,16 @@ def last_table(runs: Sequence[RunRecord], names: Sequence[str]) -> Table:
 
 def _same_pairs(runs: Sequence[RunRecord]) -> str:
     """Whether held-out figures can be compared at all."""
-    held_out = {json.dumps(run.record.get("identity", {}).get("eval_pairs")) for run in runs}
-    if len(held_out) == 1:
+    if len({_held_out(run) for run in runs}) == 1:
         return "All of these runs are evaluated on the same held-out pairs."
     return "These runs are evaluated on different held-out pairs: their figures are not comparable."
+
+
+def _held_out(run: RunRecord) -> str:
+    """What decides which pairs a run holds out: a set of its own, or a share of the pairs that is drawn by the seed."""
+    identity, config = run.record.get("identity", {}), run.record.get("config", {})
+    drawn = [identity.get("pairs"), config.get("eval_share"), config.get("seed")]
+    return json.dumps(identity.get("eval_pairs") or drawn)
 
 
 def _differences(runs: Sequence[RunRecord], names: Sequence[str]) -> Table:

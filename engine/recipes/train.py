@@ -233,6 +233,7 @@ def _record(run: Run, identity: dict[str, Any], inputs: Inputs, choice: Choice, 
         "device": device_name(run.lm.device),
         "processes": run.group.size,
         "extensions": run.extensions,
+        "total_steps": run.schedule.total_steps,
     }
 
 

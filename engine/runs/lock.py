@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,18 @@ def holding(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # a folder that the run has filled stays
             for empty in made:
                 empty.rmdir()
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a run works in `folder` now, without touching its lock; a process on another machine counts as one."""
+    try:
+        holder = (folder / LOCK_FILE).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    found = re.match(r"process (\d+) on (.+)", holder)
+    if found is None or found[2] != socket.gethostname():
+        return True
+    return Path(f"/proc/{found[1]}").exists()
 
 
 def _make(folder: Path) -> list[Path]:

@@ -66,6 +66,26 @@ class RunRecord:
         """Steps done so far."""
         return max((int(line["step"]) for line in self.metrics), default=0)
 
+    def steps_timed(self) -> int:
+        """Steps done so far, also those that are not logged."""
+        return max([self.steps(), *(int(step) for step, _ in self.step_ms())])
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps that the run is to have; None in records of before this was kept."""
+        total = self.record.get("total_steps")
+        return total if isinstance(total, int) else None
+
+    def recent_step_s(self, count: int = 20) -> float | None:
+        """Mean seconds of the last steps; None before the first."""
+        recent = [ms for _, ms in self.step_ms()[-count:]]
+        return sum(recent) / len(recent) / 1e3 if recent else None
+
+    def peak_bytes(self) -> int | None:
+        """The most memory held, of the GPU or else of the process; None where no step tells."""
+        found = [line["peak_bytes"] for line in self.timings if isinstance(line.get("peak_bytes"), int)]
+        return max(found, default=None)
+
     def warnings(self) -> list[tuple[str, str]]:
         """What an expert would remark on the curves: (what was seen, what to try)."""
         return [(str(remark.get("seen", remark)), str(remark.get("remedy", ""))) for remark in self.advice]

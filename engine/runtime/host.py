@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +22,11 @@ def available_memory() -> int | None:
     except (OSError, ValueError):
         return left
     return left if limit == "max" else min(left, int(limit) - used)
+
+
+def peak_resident() -> int:
+    """The most bytes of memory that this process has held at once."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def group_size(environment: Mapping[str, str] = os.environ) -> int:

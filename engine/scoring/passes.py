@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dpoeng.cache.schema import PairIds, ScoredPair
-from dpoeng.cache.words import counted
+from dpoeng.cache.words import counted, speed
 from dpoeng.engine.config.fields import Attention
 from dpoeng.engine.models.layers.by_layer import after_layers, through_layers
 from dpoeng.engine.models.layers.trial import try_by_layers
@@ -100,8 +100,8 @@ def _one_by_one(
     for batch in batches:
         rows = score_within_memory(lm, batch, note=note)
         done += len(batch)
-        speed = done / (time.perf_counter() - began)
-        advance(sum_positions(share_prompts(batch)[0]), f"{done} of {counted(total, 'pair')}, {speed:.2f} pairs/s")
+        rate = speed(done, time.perf_counter() - began, "pairs")
+        advance(sum_positions(share_prompts(batch)[0]), f"{done} of {counted(total, 'pair')}, {rate}")
         yield rows
 
 

@@ -8,9 +8,12 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from dpoeng.cache.words import speed
 from dpoeng.engine.losses.batch import PreferenceLoss
 from dpoeng.engine.models.model import set_mode
+from dpoeng.engine.runtime.host import peak_resident
 from dpoeng.engine.runtime.stopping import Kept, keeping_signals
 from dpoeng.engine.training.batch_loss import evaluate
 from dpoeng.engine.training.early_stopping import more_is_better, updated, watched
@@ -43,7 +46,7 @@ def run_steps(run: Run, first_step: int, identity: dict[str, Any]) -> int:
             if done % config.logging_steps == 0 or done == schedule.total_steps:
                 _log(run, done, metrics)
             seconds = time.perf_counter() - began
-            run.log.write_timing(done, {"step_ms": 1e3 * seconds})
+            run.log.write_timing(done, {"step_ms": 1e3 * seconds, "peak_bytes": _peak_bytes(run)})
             advance(1, live_figures(metrics, len(schedule.rows_of_step(done - 1)) / seconds))
             _after_step(run, done, identity, kept)
     return done
@@ -64,6 +67,12 @@ def _after_step(run: Run, done: int, identity: dict[str, Any], kept: Kept) -> No
         run.progress.note(f"{signal.Signals(stop).name} has come: step {done} of {total} is done and in a checkpoint")
         run.group.wait()  # whoever ends first may take the others along, so not before the checkpoint is written
         kept.hand_on(stop)
+
+
+def _peak_bytes(run: Run) -> int:
+    """The most memory held so far: allocated on the GPU, or of this process; asking costs no wait for the GPU."""
+    device = run.lm.device
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident()
 
 
 def live_figures(metrics: Mapping[str, float], pairs_per_s: float) -> str:

@@ -63,6 +63,7 @@ CASES: dict[str, Check] = {
     "init pairs.jsonl --output new.yaml": lambda v: v["output"] == "new.yaml" and "pairs" in v["fields"],
     "migrate train.py --output made.yaml": lambda v: v["lines"]["beta"]["value"] == 0.2,
     "config show --beta 0.3": lambda v: v["train"]["beta"] == {"value": 0.3, "origin": "--beta"},
+    "watch out": lambda v: v["state"] == "complete" and v["step"] == v["total_steps"] == 2,
     "report out": lambda v: (
         v
         == {
