@@ -154,7 +154,7 @@ def file_holds_sums(path: Path) -> bool:
             return True
         raise _lacking(path, 1, columns)
     raise UserError(
-        "there are no rows to import",
+        "the file has no rows to import",
         code="import-columns",
         where=str(path),
         remedy="name a file that `dpoeng cache export` or TRL wrote",
@@ -335,30 +335,30 @@ def _sound_commits(store: Store, digest: str) -> list[Commit]:
 
 def _bad_suffix(path: Path) -> UserError:
     return UserError(
-        "the ending of the file says no format that is known here",
+        "unknown file ending",
         code="export-format",
         where=str(path),
         expected=".jsonl or .parquet (and .arrow, to read)",
         found=path.suffix or "no ending",
-        remedy="give the file one of these endings",
+        remedy="rename the file to one of these endings",
     )
 
 
 def _bad_row(path: Path, number: int, found: str) -> UserError:
     return UserError(
-        "a row of the import cannot be right",
+        "a row of the import is invalid",
         code="import-row",
         where=f"{path}:{number}",
         expected="token ids, and for each scored token a finite log-probability of at most 0",
         found=found[:200],
-        remedy="correct the row where the file was made: nothing of it was taken over",
+        remedy="correct the row at its source; nothing was imported",
         exit_status=3,
     )
 
 
 def _lacking(path: Path, number: int, columns: Mapping[str, Any]) -> UserError:
     return UserError(
-        "columns of the import are missing",
+        "the import lacks columns",
         code="import-columns",
         where=f"{path}:{number}",
         expected=", ".join(_IDS) + f"; and {' and '.join(_TOKENS)}, or sums: {' and '.join(_SUMS[0])}",

@@ -291,12 +291,12 @@ def disk_error(error: OSError, path: Path) -> CacheError:
                 code="cache-disk-full",
                 where=str(path),
                 found=found,
-                remedy="free some space and run the same command again: what was committed is kept and reused",
+                remedy="free some space and run the same command again: committed work is reused",
                 exit_status=5,
             )
         case errno.EROFS | errno.EACCES | errno.EPERM:
             return CacheError(
-                "the cache may not be written",
+                "cannot write to the cache",
                 code="cache-read-only",
                 where=str(path),
                 found=found,
@@ -305,12 +305,12 @@ def disk_error(error: OSError, path: Path) -> CacheError:
             )
         case errno.ELOOP | errno.ENOTDIR | errno.EISDIR | errno.ENXIO:
             return CacheError(
-                "the cache holds something that is neither a plain file nor a plain folder",
+                "the cache holds something other than plain files and folders",
                 code="cache-not-plain",
                 where=str(path),
                 expected="no symbolic links, devices or pipes below the cache folder",
                 found=found,
-                remedy="remove it, or move the cache as a whole and name its real folder",
+                remedy="remove it, or move the whole cache and name its real folder",
             )
         case errno.EMFILE | errno.ENFILE:
             return CacheError(
@@ -326,6 +326,6 @@ def disk_error(error: OSError, path: Path) -> CacheError:
         code="cache-disk-error",
         where=str(path),
         found=found,
-        remedy="check the disk, then run the same command again: what was committed is kept and reused",
+        remedy="check the disk, then run the same command again: committed work is reused",
         exit_status=5,
     )

@@ -169,7 +169,7 @@ def _safetensors_spans(file: Path, data: memoryview) -> dict[str, _Span]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) != len(pairs):
-        raise ValueError("a key stands twice in one object")
+        raise ValueError("a key appears twice in one object")
     return unique
 
 
@@ -284,7 +284,7 @@ def _mapped(file: Path) -> Iterator[memoryview]:
 
 def _bad_weights(file: Path, expected: str, found: str) -> CacheError:
     return CacheError(
-        "these weights cannot be read",
+        "cannot read these weights",
         code="weights-bad",
         where=str(file),
         expected=expected,

@@ -47,7 +47,7 @@ def manifest_name(spec: str, generation: int) -> str:
 def view_name(name: str) -> str:
     if not VIEW_NAME.fullmatch(name):
         raise CacheError(
-            "not a name for a view",
+            "invalid view name",
             code="cache-view-name",
             expected="1 to 200 of the characters A-Z a-z 0-9 . _ -",
             found=repr(name)[:200],
@@ -87,7 +87,7 @@ def open_folder(files: Files, *, create: bool) -> None:
     except FileNotFoundError:
         if not create:
             raise CacheError(
-                "no reference cache here",
+                "no reference cache in this folder",
                 code="cache-not-found",
                 where=str(files.root),
                 remedy="make one with `dpoeng precompute-ref PAIRS --model MODEL --cache FOLDER`",
@@ -107,7 +107,7 @@ def _create(files: Files) -> None:
     # Another process may be creating it too. FORMAT comes first, so where there is more, it must be there by now.
     if others and not (root / FORMAT_NAME).exists():
         raise CacheError(
-            "this folder holds something else than a cache",
+            "this folder is not empty and not a cache",
             code="cache-not-empty",
             where=str(root),
             expected="a new or empty folder, or a cache with its FORMAT file",
@@ -122,7 +122,7 @@ def _check_format(found: bytes, path: Path) -> None:
         return
     if re.fullmatch(rb"dpoeng-refcache [0-9]{1,9}\n", found):
         raise CacheError(
-            "this cache was written by a later version of dpoeng",
+            "a later version of dpoeng wrote this cache",
             code="cache-future",
             where=str(path),
             expected=FORMAT_WITH_GAPS.decode().strip(),

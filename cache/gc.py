@@ -100,7 +100,7 @@ def _refuse_in_use(store: Store, drop_specs: Collection[str], viewed: dict[str, 
     for digest in drop_specs:
         if digest in viewed or digest not in store.spec_digests():
             raise CacheError(
-                "this reference cannot be dropped",
+                "cannot drop this reference",
                 code="cache-spec-in-use",
                 where=digest,
                 expected="a reference of this cache that no view uses",

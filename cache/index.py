@@ -107,7 +107,7 @@ class KeyIndex:
         places = list(self._places(key))
         if any(not self._row(place).ids.same_as(self._row(places[0]).ids) for place in places[1:]):
             raise CacheError(
-                "two different pairs have the same key",
+                "two different pairs share a key",
                 code="cache-key-collision",
                 where=f"pair_key {key.hex()}",
                 expected="one pair a key",

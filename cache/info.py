@@ -78,7 +78,7 @@ def newest_spec(store: Store) -> str:
     digests = store.spec_digests()
     if not digests:
         raise CacheError(
-            "the cache has no reference yet",
+            "the cache holds no reference yet",
             code="cache-no-spec",
             where=str(store.root),
             remedy="run `dpoeng precompute-ref` into it first",

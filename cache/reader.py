@@ -147,10 +147,10 @@ def _reopen(kind: type[View], root: Path, name: str, fingerprint: str) -> View:
     view = kind.open(root, name, verify="open")
     if _fingerprint(view._record) != fingerprint:
         raise CacheError(
-            "the view has been rewritten since this run opened it",
+            "the view was rewritten after this run opened it",
             code="cache-changed",
             where=str(root / view_name(name)),
-            remedy="start the run again, and let no other process write this view meanwhile",
+            remedy="start the run again, and keep other processes from writing this view",
         )
     return view
 
@@ -182,7 +182,7 @@ def _choose(store: Store, name: str | None, beside: str | None) -> str:
         code="cache-no-view",
         where=str(store.root),
         found=listed,
-        remedy=(f"name one that is there: {listed}; or " if names else "")
+        remedy=(f"name one of these: {listed}; or " if names else "")
         + "run `dpoeng precompute-ref` to its end: it writes the view last",
         exit_status=2,
     )

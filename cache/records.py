@@ -76,11 +76,11 @@ def parse_canonical(data: bytes, where: str) -> dict[str, Any]:
 def damaged(where: str, expected: str, found: str) -> CacheError:
     """The error for a file whose bytes are not what they must be."""
     return CacheError(
-        "a file of the cache is damaged",
+        "a cache file is damaged",
         where=where,
         expected=expected,
         found=found,
-        remedy="run the same `dpoeng precompute-ref` again: it sets the file aside and recomputes its rows",
+        remedy="run the same `dpoeng precompute-ref` again: it moves the file to quarantine and recomputes its rows",
     )
 
 

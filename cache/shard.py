@@ -69,7 +69,7 @@ def encode_shard(rows: Sequence[ScoredPair]) -> memoryview:
             raise ValueError(f"row {index}: {error}") from None
     keys = [pair_key(row.ids) for row in rows]
     if len(set(keys)) != len(keys):
-        raise ValueError("a pair stands in the shard twice")
+        raise ValueError("a pair appears twice in the shard")
     gaps = any(row.ids.chosen_gaps or row.ids.rejected_gaps for row in rows)
     schema = SHARD_SCHEMA_WITH_GAPS if gaps else SHARD_SCHEMA
     sink = pa.BufferOutputStream()

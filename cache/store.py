@@ -225,7 +225,7 @@ class Store:
     def _put(self, name: str, data: bytes | memoryview) -> None:
         """Publishes bytes under a name that is their hash.
 
-        A sound file that is there already is made young, or `gc` might take it for what a dead writer left just before
+        A sound file that already exists is made young, or `gc` might take it for what a dead writer left just before
         its record appears.
         """
         if self.files.publish(name, data):
@@ -341,7 +341,7 @@ class Store:
         shards, rows = index.locate(held.keys)
         if missing := np.flatnonzero(shards < 0).tolist():
             raise CacheError(
-                "pairs of this view have no numbers in the cache",
+                "the cache lacks pairs of this view",
                 code="cache-incomplete",
                 where=held.place(missing[0]) + (" and others" if len(missing) > 1 else ""),
                 expected=counted(len(held), "pair"),

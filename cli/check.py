@@ -45,12 +45,12 @@ _MARKS = ("[[", "]]")
 @click.command("check", cls=ConfigCommand, epilog=EPILOG)
 @click.argument("pairs", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file.  [default: dpoeng.yaml]")
-@click.option("--eval", "eval_files", multiple=True, type=click.Path(path_type=Path), help="Evaluation pairs: leakage?")
-@click.option("--examples", type=click.IntRange(min=0), default=3, show_default=True, help="Rows to name a finding.")
-@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page that needs no network.")
+@click.option("--eval", "eval_files", multiple=True, type=click.Path(path_type=Path), help="Held-out pairs: leakage?")
+@click.option("--examples", type=click.IntRange(min=0), default=3, show_default=True, help="Rows shown a finding.")
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Also write the report as one HTML page.")
 @force_option
 @json_option
-@click.option("--strict", is_flag=True, help="Fail on warnings too.")
+@click.option("--strict", is_flag=True, help="Exit with status 3 on warnings too.")
 @config_options(PrecomputeConfig, skip=frozenset(PrecomputeConfig.model_fields) - _USED)
 def check(
     pairs: tuple[Path, ...],

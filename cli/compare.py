@@ -29,7 +29,7 @@ _FIELDS = frozenset("cache view model quantization dtype device".split())
 @click.argument("path", metavar="TRAINED", type=click.Path(path_type=Path))
 @click.option("--prompt", "prompts", multiple=True, help="A prompt; may be given several times.")
 @click.option("--prompts", "file", type=click.Path(path_type=Path), help="A text file with a prompt a line.")
-@click.option("--count", default=4, show_default=True, help="Without prompts: how many of those held out are taken.")
+@click.option("--count", default=4, show_default=True, help="Without prompts: how many held-out prompts to use.")
 @click.option(
     "--chat/--text",
     default=None,
@@ -37,10 +37,10 @@ _FIELDS = frozenset("cache view model quantization dtype device".split())
     "a template and phase one put no prompt_format around texts]",
 )
 @click.option("--max-new-tokens", default=128, show_default=True, help="Most tokens of an answer.")
-@click.option("--temperature", default=0.0, show_default=True, help="0: the likeliest token each time; above: drawn.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token; above 0 samples.")
 @click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1 keeps small models from circling.")
 @click.option("--stop", multiple=True, help="A text at which an answer ends; may be given several times.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the draws.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of the sampling.")
 @json_option
 @config_options(TrainConfig, skip=frozenset(TrainConfig.model_fields) - _FIELDS)
 def compare(
@@ -105,7 +105,7 @@ def read_prompts(file: Path) -> list[str]:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            "the file of prompts cannot be read",
+            "cannot read the file of prompts",
             code="data-unreadable",
             where=str(file),
             expected="a text file with a prompt a line",
@@ -119,7 +119,7 @@ def read_prompts(file: Path) -> list[str]:
             code="data-empty",
             where=str(file),
             expected="a prompt a line",
-            remedy="write one, or leave --prompts out: some of the held-out prompts are then used",
+            remedy="write one, or leave --prompts out to use held-out prompts",
             exit_status=3,
         )
     return [line for line in lines if line]

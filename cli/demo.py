@@ -33,7 +33,12 @@ Examples:
 
 @click.command("demo", epilog=EPILOG)
 @click.option(
-    "--dir", "folder", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Where all goes."
+    "--dir",
+    "folder",
+    type=click.Path(path_type=Path),
+    default=Path("demo"),
+    show_default=True,
+    help="Folder of its files.",
 )
 @click.option(
     "--pairs", type=click.IntRange(10, PAIRS), default=DEFAULT_PAIRS, show_default=True, help="How many pairs."
@@ -128,11 +133,11 @@ def next_steps(folder: Path, first: PrecomputeConfig, second: TrainConfig, model
             "Your own pairs and model (JSON lines with prompt, chosen and rejected):",
             "  dpoeng precompute-ref pairs.jsonl --model YOUR_SFT_MODEL",
             "  dpoeng train --cache refcache",
-            "Another beta against the same cache; nothing is scored again:",
+            "Another beta on the same cache, without scoring again:",
             f"  {command('train', again)}",
             "What the cache holds:",
             f"  {shlex.join(['dpoeng', 'cache', 'info', str(first.cache)])}",
-            f"The demo's files are in {folder}; remove that folder to begin anew. The model is {model}.",
+            f"The demo's files are in {folder}; remove that folder to start over. The model is {model}.",
         ]
     )
 

@@ -25,9 +25,9 @@ EXIT_FOUND = 5
     "--cache", type=click.Path(path_type=Path), default=Path("refcache"), help="The reference cache's folder."
 )
 @click.option("--output-dir", type=click.Path(path_type=Path), default=Path("out"), help="Where training will write.")
-@click.option("--online", is_flag=True, help="Try to reach the hub too.")
+@click.option("--online", is_flag=True, help="Also try to reach the model hub.")
 @json_option
-@click.option("--strict", is_flag=True, help="Fail on warnings too.")
+@click.option("--strict", is_flag=True, help="Exit with status 3 on warnings too.")
 def doctor(cache: Path, output_dir: Path, online: bool, as_json: bool, strict: bool) -> None:
     """Look whether this machine is ready: versions, GPU, libraries at work, memory, disk, folders.
 

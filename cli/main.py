@@ -21,23 +21,23 @@ from dpoeng.cache.errors import UserError
 # name -> (module:attribute, what it does). The modules are imported only when their command is run or asked for help,
 # so that `dpoeng --help` answers at once.
 COMMANDS = {
-    "plan": ("dpoeng.cli.plan:plan", "What a run would need: memory, hours and cost, before renting a card."),
-    "precompute-ref": ("dpoeng.cli.precompute:precompute_ref", "Phase one: score the frozen reference, once."),
+    "plan": ("dpoeng.cli.plan:plan", "Calculate memory, hours and cost of a run, before you rent a card."),
+    "precompute-ref": ("dpoeng.cli.precompute:precompute_ref", "Phase one: score the frozen reference once."),
     "train": ("dpoeng.cli.train:train", "Phase two: train a LoRA policy against the cached numbers."),
-    "sweep": ("dpoeng.cli.sweep:sweep", "Many runs over one cache: every combination of some fields, ranked."),
+    "sweep": ("dpoeng.cli.sweep:sweep", "Train every combination of some settings on one cache, and rank the runs."),
     "eval": ("dpoeng.cli.evaluate:evaluate", "Evaluate a trained adapter on cached pairs."),
-    "compare": ("dpoeng.cli.compare:compare", "Answers before and after training, side by side."),
-    "check": ("dpoeng.cli.check:check", "Look through preference pairs for whatever could spoil a run."),
+    "compare": ("dpoeng.cli.compare:compare", "Show answers before and after training, side by side."),
+    "check": ("dpoeng.cli.check:check", "Check preference pairs for anything that could spoil a run."),
     "report": ("dpoeng.cli.runs.report:report", "Write a run as one HTML page: curves, tables, configuration."),
     "watch": ("dpoeng.cli.runs.watch:watch", "Show a run in the terminal while it trains, from any shell."),
-    "doctor": ("dpoeng.cli.doctor:doctor", "Look whether this machine is ready: versions, GPU, disk, folders."),
+    "doctor": ("dpoeng.cli.doctor:doctor", "Check that this machine is ready: versions, GPU, disk, folders."),
     "merge": ("dpoeng.cli.merge:merge", "Fold a run's adapters into the full-precision base."),
-    "quantize": ("dpoeng.cli.quantize:quantize", "Write a model in 8 or 4 bits, to be loaded so from then on."),
+    "quantize": ("dpoeng.cli.quantize:quantize", "Store a model in 8 or 4 bits for faster loading."),
     "init": ("dpoeng.cli.init:init", "Write a commented dpoeng.yaml for your model, pairs and GPU."),
     "migrate": ("dpoeng.cli.migrate:migrate", "Turn a TRL, Axolotl or LLaMA-Factory set-up into a dpoeng.yaml."),
     "config": ("dpoeng.cli.config:config", "Print every setting and where it comes from; a schema for editors."),
     "cache": ("dpoeng.cli.cache.commands:cache", "Look into a reference cache: info, verify, export and more."),
-    "demo": ("dpoeng.cli.demo:demo", "Both phases on a small real model and 80 pairs, in minutes."),
+    "demo": ("dpoeng.cli.demo:demo", "Run both phases on a small real model and 80 pairs, in minutes."),
     "bench": ("dpoeng.cli.bench.commands:bench", "Measure throughput and memory on this machine."),
 }
 
@@ -144,13 +144,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except click.exceptions.Exit as stop:
         status = stop.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo(
-            "\nStopped. What was committed is kept: run the same command again and it goes on from there.", err=True
-        )
+        click.echo("\nStopped. Finished work is kept; run the same command again to continue.", err=True)
         status = 130
     except _Terminated as stop:
         name = signal.Signals(stop.number).name
-        click.echo(f"\nStopped by {name}. Run the same command again and it goes on from there.", err=True)
+        click.echo(f"\nStopped by {name}. Run the same command again to continue.", err=True)
         status = 128 + stop.number
     except BrokenPipeError:
         status = _unread(streams)
@@ -212,7 +210,7 @@ def as_user_error(error: Exception) -> UserError:
         )
     if isinstance(error, MemoryError):
         return UserError(
-            "there is not enough memory",
+            "not enough memory",
             code="memory-full",
             found=str(error) or None,
             remedy="end other programs, or take smaller batches (--batch-tokens, --per-device-train-batch-size)",
@@ -224,25 +222,25 @@ def as_user_error(error: Exception) -> UserError:
             code="system-error",
             where=str(error.filename) if error.filename is not None else None,
             found=error.strerror or str(error),
-            remedy="see that the disk has room and that the folder may be written to, then run the same command again",
+            remedy="check that the disk has room and the folder is writable, then run the same command again",
             exit_status=5,
         )
     if isinstance(error, Warning):  # a library's, which PYTHONWARNINGS=error or -W made an error
         return UserError(
-            "a warning of a library was made an error, as the environment asks",
+            "your environment turned a library's warning into an error",
             code="system-warning",
             where="PYTHONWARNINGS or python -W",
             found=f"{type(error).__name__}: {str(error)[:300]}",
-            remedy="unset PYTHONWARNINGS, or let it name the warnings that you mean",
+            remedy="unset PYTHONWARNINGS, or limit it to the warnings you mean",
             exit_status=5,
         )
     frames = traceback.extract_tb(error.__traceback__)
     return UserError(
-        "dpoeng met something that it does not handle: this is a mistake in dpoeng, not yours",
+        "internal error, a bug in dpoeng",
         code="internal-error",
         where=f"{Path(frames[-1].filename).name}:{frames[-1].lineno}, in {frames[-1].name}" if frames else None,
         found=f"{type(error).__name__}: {error}",
-        remedy="please report it, with the output of the same command with --debug and of dpoeng doctor --json",
+        remedy="please report it with the output of the same command with --debug, and of dpoeng doctor --json",
         exit_status=1,
     )
 

@@ -71,7 +71,7 @@ def _text(file: Path) -> str:
         return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            "the set-up cannot be read",
+            "cannot read the set-up",
             code="migrate-unreadable",
             where=str(file),
             found=getattr(error, "strerror", None) or str(error),
@@ -87,7 +87,7 @@ def print_result(result: Migration, output: Path) -> None:
     say(f"{output}: {len(result.lines)} fields from {KINDS[result.kind]}")
     for title, items in (
         (f"Why the newest TRL and transformers refuse it ({result.fits}):", result.refused),
-        ("No equivalent, or not readable:", result.lost),
+        ("No equivalent, or computed at run time:", result.lost),
         ("To know:", result.notes),
     ):
         if items:

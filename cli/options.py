@@ -196,7 +196,7 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
         keys = [key for key, _ in values[name]]
         if len(set(keys)) < len(keys):
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise click.UsageError(f"--{name} {twice} is given twice; all of its values belong into one")
+            raise click.UsageError(f"--{name} {twice} is given twice; put all values into one")
         values[name] = dict(values[name])
     return values
 

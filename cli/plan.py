@@ -128,7 +128,7 @@ def advice(found: Plan) -> str:
     room = max(card.gpu.n_bytes for card in found.cards)
     over = sum(found.estimates.values())
     helps = [o.name for o in found.options if o.peak_bytes + over < room and o.peak_bytes < found.step.n_bytes]
-    return ("What would fit: " + "; ".join(helps)) if helps else "No single option is enough: take a larger card."
+    return ("What would fit: " + "; ".join(helps)) if helps else "No single option is enough: use a larger card."
 
 
 def sparkline(found: Plan, width: int = 96) -> str:

@@ -76,7 +76,7 @@ def print_summary(summary: PrecomputeSummary) -> None:
         ("pairs", f"{summary.pairs} in view {summary.view!r}: {summary.computed} computed, {summary.reused} reused"),
     ]
     if summary.quarantined:
-        facts.append(("damaged", f"{counted(summary.quarantined, 'object')} set aside and computed again"))
+        facts.append(("damaged", f"{counted(summary.quarantined, 'object')} moved to quarantine and recomputed"))
     if summary.computed:
         seconds = max(summary.seconds, 1e-9)
         facts.append(

@@ -107,6 +107,6 @@ def _report_failures(results: Sequence[RunResult]) -> None:
             where=str(failed[0].folder.parent),
             expected="every run complete",
             found=("\n" + " " * 12).join(lines),
-            remedy="error.txt in each of their folders tells more; the same command tries these again, and no others",
+            remedy="error.txt in each folder says why; the same command retries only these",
             exit_status=5,
         )

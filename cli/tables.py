@@ -119,9 +119,7 @@ def say(*parts: Cell | Table, err: bool = False) -> None:
             console.print(item, soft_wrap=not is_table)
 
 
-json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON value on stdout, and nothing else there."
-)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON value on stdout.")
 """For every command that ends in a table: it then calls `say_json` in place of `say`."""
 
 

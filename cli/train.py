@@ -64,7 +64,7 @@ def print_summary(summary: TrainSummary) -> None:
     from dpoeng.cli.pages.run import group_tables, metrics_table
 
     if summary.already_complete:
-        say(f"This run is complete already ({counted(summary.steps, 'step')}); nothing was done.")
+        say(f"This run is already complete ({counted(summary.steps, 'step')}); nothing to do.")
     say(facts_table(_facts(summary)))
     heads, columns = ["step 1", f"step {summary.steps}"], [summary.first, summary.last]
     if summary.eval_after:
@@ -75,7 +75,7 @@ def print_summary(summary: TrainSummary) -> None:
         ]
     say(metrics_table(heads, columns))
     if any(_equals_reference(column) for column in columns):
-        say("Where all rewards are 0 the policy still equals its reference: a tie, which accuracies count as wrong.")
+        say("All rewards are 0 because the policy still equals its reference: ties, which accuracies count as wrong.")
     if summary.evaluation:
         if line := accuracy_line(summary.evaluation):
             say(line)

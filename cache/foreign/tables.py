@@ -45,7 +45,7 @@ def reading(path: Path, kind: str) -> Iterator[None]:
         yield
     except LimitError as error:
         raise UserError(
-            "the file stands for more than is read at once",
+            "the file expands to more than dpoeng reads at once",
             code="data-too-large",
             where=str(path),
             found=str(error),
@@ -56,12 +56,12 @@ def reading(path: Path, kind: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise unreadable(path, error) from None
         raise UserError(
-            "the file is damaged or not of the kind that its name says",
+            "the file is damaged, or its format does not match its name",
             code="data-damaged",
             where=str(path),
             expected=f"a complete {kind} file",
             found=next(iter(str(error).splitlines()), type(error).__name__)[:200],
-            remedy="make or copy the file again",
+            remedy="write or copy the file again",
             exit_status=3,
         ) from None
 

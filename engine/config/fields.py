@@ -233,7 +233,7 @@ def why_not_trained(quantization: str | None, dtype: str | None) -> str:
     if quantization not in (None, "none"):
         return f"quantised weights cannot be trained (quantization {quantization})"
     if dtype == "float16":
-        return "in float16 the gradients of a whole model fall below its smallest numbers: use bfloat16 or float32"
+        return "float16 is too small for the gradients of all weights: use bfloat16 or float32"
     return ""
 
 
@@ -465,7 +465,7 @@ class TrainConfig(_Config):
                 "no adapter"
             )
         if why := why_not_trained(self.quantization, self.dtype):
-            raise ValueError(f"with use_peft false all weights are trained, and {why}")
+            raise ValueError(f"use_peft false trains all weights, but {why}")
         return self
 
     @field_validator("loss_type", mode="before")
@@ -499,18 +499,18 @@ class TrainConfig(_Config):
     def _best_needs_evaluations(self) -> TrainConfig:
         for name in ("load_best_model_at_end", "early_stopping_patience", "metric_for_best_model"):
             if getattr(self, name) and self.eval_view is None and self.eval_share == 0:
-                raise ValueError(f"{name} needs held-out pairs: give eval_view, or an eval_share above 0")
+                raise ValueError(f"{name} needs held-out pairs: set eval_view, or eval_share above 0")
         for name in ("greater_is_better", "metric_for_best_model"):
             if getattr(self, name) is not None and not self.watches_a_metric:
-                raise ValueError(f"{name} does nothing without load_best_model_at_end or early_stopping_patience")
+                raise ValueError(f"{name} has no effect without load_best_model_at_end or early_stopping_patience")
         if self.early_stopping_threshold and self.early_stopping_patience is None:
-            raise ValueError("early_stopping_threshold does nothing without early_stopping_patience")
+            raise ValueError("early_stopping_threshold has no effect without early_stopping_patience")
         return self
 
     @model_validator(mode="after")
     def _offloading_needs_checkpointing(self) -> TrainConfig:
         if self.activation_offloading and self.gradient_checkpointing is False:
-            raise ValueError("activation_offloading moves what gradient checkpointing keeps: leave that on")
+            raise ValueError("activation_offloading needs gradient checkpointing: leave it on")
         return self
 
     @model_validator(mode="after")
@@ -531,9 +531,9 @@ class TrainConfig(_Config):
     @model_validator(mode="after")
     def _places_differ(self) -> TrainConfig:
         if self.cache == self.output_dir:
-            raise ValueError(f"cache and output_dir are the same folder, {self.cache}; a run may not write into it")
+            raise ValueError(f"cache and output_dir are the same folder, {self.cache}; a run cannot write into a cache")
         if self.eval_view is not None and self.eval_view == self.view:
-            raise ValueError(f"view and eval_view are both {self.view}; a run cannot be judged on what it trains on")
+            raise ValueError(f"view and eval_view are both {self.view}; name other pairs to evaluate on")
         return self
 
     @model_validator(mode="after")

@@ -144,7 +144,7 @@ def _text(path: Path) -> str:
         ValueError: it is a pipe or a device, which may never end, or longer than any configuration.
     """
     if path.exists() and not path.is_file() and not path.is_dir():  # of a folder the system says it better
-        raise ValueError("not a regular file: a pipe may never end; write it to a file first")
+        raise ValueError("not a regular file; write a pipe's output to a file first")
     with path.open("rb") as file:
         content = file.read(_MAX_BYTES + 1)
     if len(content) > _MAX_BYTES:
@@ -197,12 +197,12 @@ def load_yaml(path: Path, text: str | None = None) -> dict[str, Entry]:
                 name, line = str(loader.construct_object(key, deep=True)), key.start_mark.line + 1
                 if name in entries:
                     raise UserError(
-                        f"{name} stands twice in the configuration file",
+                        f"{name} appears twice in the configuration file",
                         code="config-twice",
                         where=f"{path}:{line}",
                         expected="each field once",
                         found=f"{name} in lines {entries[name].line} and {line}",
-                        remedy="take one of the two out",
+                        remedy="remove one of the two",
                     )
                 entries[name] = Entry(loader.construct_object(value, deep=True), line)
         finally:
@@ -222,5 +222,5 @@ def _unreadable(path: Path, found: str, *, line: int | None = None, mapping: boo
         where=f"{path}:{line}" if line else str(path),
         expected="YAML: one `field: value` a line",
         found=found,
-        remedy="mend the file, or name another with --config; `dpoeng init` writes one with comments",
+        remedy="fix the file, or name another with --config; `dpoeng init` writes a commented one",
     )

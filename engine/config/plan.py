@@ -46,17 +46,17 @@ class PlanConfig(BaseModel):
         if isinstance(values, dict) and values.get("use_peft") is False:
             values = {"quantization": "none", **values}
             if why := why_not_trained(values["quantization"], values.get("dtype")):
-                raise ValueError(f"with use_peft false all weights are trained, and {why}")
+                raise ValueError(f"use_peft false trains all weights, but {why}")
             if "lora_r" in values:
-                raise ValueError("lora_r does nothing in full fine-tuning (use_peft false)")
+                raise ValueError("lora_r has no effect with use_peft false (full fine-tuning)")
         return values
 
     @model_validator(mode="after")
     def _divided(self) -> PlanConfig:
         if self.fsdp and (self.gpus == 1 or not self.use_peft):
-            raise ValueError("fsdp divides a frozen base over several cards: say --gpus 2 or more, and train a LoRA")
+            raise ValueError("fsdp divides a frozen base over several cards: add --gpus 2 or more, and train a LoRA")
         if self.fsdp and self.quantization == "8bit":
-            raise ValueError("a base in 8 bits cannot be divided over cards: add --quantization 4bit, or none")
+            raise ValueError("an 8-bit base cannot be divided over cards: add --quantization 4bit, or none")
         return self
 
     @model_validator(mode="after")

@@ -45,10 +45,10 @@ def option(name: str) -> str:
 
 # Fields and values that dpoeng itself took once: what to do now. A dpoeng.yaml from then gets a clear message.
 _REMOVED_FIELDS = {
-    "samples": "take it out, and run `dpoeng compare OUT` after training: it leaves the answers where the report looks",
-    "async_save": "take it out: checkpoints are small, and are written between two steps",
+    "samples": "remove it, and run `dpoeng compare OUT` after training: the report shows its answers",
+    "async_save": "remove it: checkpoints are small and are written between two steps",
 }
-_REMOVED_VALUES = {("attention", "flex"): "FlexAttention is gone: take it out, auto chooses the fastest that is exact"}
+_REMOVED_VALUES = {("attention", "flex"): "FlexAttention was removed: leave it out, auto chooses the fastest exact one"}
 
 # --------------------------------------------------------------------------- what is wrong
 
@@ -77,7 +77,7 @@ def unknown_field(name: str, *, where: str, fields: Mapping[str, Sequence[str]],
             f"{plain} is a field of {' and '.join(commands)}, not of {own}",
             f"{plain} with dpoeng {commands[0]}",
             name,
-            f"give it to dpoeng {commands[0]}, or write it into dpoeng.yaml, which serves both phases",
+            f"pass it to dpoeng {commands[0]}, or write it into dpoeng.yaml, which serves both phases",
         )
     sources = ("trl", "peft", "bitsandbytes")
     known = next((m for source in sources if (m := meaning(plain, source, fields=fields))), None)
@@ -97,14 +97,14 @@ def unknown_field(name: str, *, where: str, fields: Mapping[str, Sequence[str]],
     return Problem(
         "config-unknown",
         where,
-        f"there is no field {plain}",
+        f"unknown field {plain}",
         ("perhaps " + ", ".join(f"{n} ({' and '.join(fields[n])})" for n in near))
         if near
         else "a field that `dpoeng config show` lists",
         name,
-        f"write {option(near[0]) if where.startswith('--') else near[0]}, or take it out"
+        f"write {option(near[0]) if where.startswith('--') else near[0]}, or remove it"
         if near
-        else "correct the name, or take it out",
+        else "correct the name, or remove it",
     )
 
 
@@ -174,7 +174,7 @@ def _hint(name: str, value: Any, allowed: str) -> str:
     if name == "learning_rate" and number is not None and number >= 1:
         return f"rates are small numbers: was {number:g}e-6 meant?"
     if name in _SHARES and number is not None and number > 1:
-        return f"it is a share, not per cent: {number / 100:g} for {number:g} %" if number <= 100 else "give a share"
+        return f"a share, not a percentage: {number / 100:g} for {number:g} %" if number <= 100 else "give a share"
     if name in _STEPS and number is not None and 0 < number < 1:
         return "give a number of steps" + (f", or warmup_ratio: {number:g}" if name == "warmup_steps" else "")
     choices = re.findall(r"'([^']+)'", allowed)
@@ -185,7 +185,7 @@ def _hint(name: str, value: Any, allowed: str) -> str:
     near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
     if near:
         return f"was {near[0]} meant?"
-    return "correct the value; --help tells what each field means" if name else "change one of them"
+    return "correct the value; --help explains each field" if name else "change one of them"
 
 
 def as_error(problems: list[Problem]) -> UserError:
@@ -204,5 +204,5 @@ def as_error(problems: list[Problem]) -> UserError:
         f"{len(problems)} fields are wrong",
         code="config-several",
         found=("\n" + " " * 12).join(lines),
-        remedy="correct each of them; `dpoeng config show` prints all fields",
+        remedy="correct each; `dpoeng config show` prints all fields",
     )

@@ -93,7 +93,7 @@ def write_config(path: Path, text: str, *, inputs: Iterable[Path] = (), force: b
     """
     if path.exists() and not force:
         raise UserError(
-            f"{path} is there already",
+            f"{path} already exists",
             code="config-exists",
             where=str(path),
             expected="a name that is free",
@@ -110,7 +110,7 @@ def _unwritable(path: Path, name: str, found: str) -> UserError:
         code="config-unwritable",
         where=str(path),
         found=found,
-        remedy="name a file in a folder that exists and can be written to, with --output",
+        remedy="name a file in an existing, writable folder with --output",
     )
 
 

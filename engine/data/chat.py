@@ -220,12 +220,12 @@ class _Writer:
             turns = turns[-1:]
         if unmeant := [i for i in turns if any(response[i].get(name) in (0, False) for name in LOSS_KEYS)]:
             name = next(name for name in LOSS_KEYS if response[unmeant[0]].get(name) in (0, False))
-            raise RowFault("template-turns", f"message {unmeant[0] + 1} says that it is not trained on (`{name}`)")
+            raise RowFault("template-turns", f"message {unmeant[0] + 1} is marked as not trained on (`{name}`)")
         if self.render.marks:
             begin = self._turn_start(text, response, turns[0], boundary) if train_on == "last" else boundary
             clipped = [(max(first, begin), last) for first, last in written.marked if last > begin]
             if not clipped:
-                raise RowFault("template-turns", "the chat template marks nothing of the response as the assistant's")
+                raise RowFault("template-turns", "the chat template marks no part of the response as the assistant's")
             return tuple(clipped)
         if turns == [0] and len(response) == 1:
             return None
@@ -279,7 +279,7 @@ def _opening(render: Renderer, messages: Sequence[Message]) -> str | None:
 
 def _no_template(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> UserError:
     return UserError(
-        "the pairs are chat messages and the tokenizer has no chat template",
+        "the pairs are chat messages, but the tokenizer has no chat template",
         code="tokenizer-no-template",
         where=place(pair.source_file, pair.source_row),
         expected="a chat_template in tokenizer_config.json or chat_template.jinja beside the model",

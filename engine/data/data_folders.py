@@ -76,10 +76,10 @@ def _saved_files(folder: Path) -> list[Path]:
     state = _read(folder / "state.json")
     if state.get("_indices_data_files") or state.get("_indices_files"):
         raise UserError(
-            "the saved dataset selects its rows by an index beside them",
+            "the saved data set selects its rows by a separate index",
             code="data-damaged",
             where=str(folder / "state.json"),
-            expected="a dataset whose files hold its rows",
+            expected="a data set that stores its rows in its files",
             remedy="call flatten_indices() before save_to_disk(), or to_json() or to_parquet()",
             exit_status=3,
         )
@@ -88,7 +88,7 @@ def _saved_files(folder: Path) -> list[Path]:
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
         raise UserError(
-            "files of the saved dataset are missing",
+            "the saved data set lacks files",
             code="data-missing",
             where=str(folder),
             expected=", ".join(missing) or "files listed in state.json",
@@ -111,11 +111,11 @@ def _check_parts(folder: Path, files: list[Path]) -> None:
     ]
     if missing:
         raise UserError(
-            "parts of the data set are missing",
+            "some parts of the data set are missing",
             code="data-missing",
             where=str(folder),
             expected=", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else ""),
-            remedy="download or copy the whole folder again, or name the files that you mean",
+            remedy="download or copy the whole folder again, or name the files you want",
             exit_status=3,
         )
 
@@ -131,7 +131,7 @@ def _several(folder: Path, examples: dict[str, str]) -> UserError:
         "the directory holds several splits of a data set",
         code="data-splits",
         where=str(folder),
-        expected="the files of one split: what is held out for testing must not be trained on",
+        expected="the files of one split, so that you do not train on test data",
         found="; ".join(f"{split}: {name}" for split, name in examples.items()) or "none",
         remedy=f"name the files or the folder of one split, e.g. {first}",
         exit_status=3,

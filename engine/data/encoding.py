@@ -176,7 +176,7 @@ def _encode_pieces(side: Side, scored: Spans, together: list[int], tokenizer: Pr
         together[:count] != _encode_plain(side.text[:cut], tokenizer, side.from_template)
         for count, cut in zip(counts, (cut for span in scored for cut in span), strict=True)
     ):
-        fault = RowFault("template-turns", "the tokenizer gives no offsets, and its tokens cross the ends of turns")
+        fault = RowFault("template-turns", "the tokenizer gives no offsets, and its tokens cross turn boundaries")
         return Encoded(together, counts[0], merged=False, joint=True, fault=fault)
     edges = list(zip(counts[1:-1:2], counts[2::2], strict=True))
     return Encoded(

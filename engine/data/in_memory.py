@@ -68,7 +68,7 @@ class RowsInMemory:
                 "there are no rows",
                 code="data-empty",
                 where="pairs",
-                remedy="give at least one pair",
+                remedy="pass at least one pair",
                 exit_status=3,
             )
         self.digest = digest.hexdigest()
@@ -157,4 +157,4 @@ def _json_of_object(value: Any) -> Any:
 
     if isinstance(value, bytes | datetime.date | datetime.time):
         return plain(value)
-    raise RowFault("bad-value", f"a {type(value).__name__} has no form in JSON: make it a text or a number")
+    raise RowFault("bad-value", f"a {type(value).__name__} cannot be written as JSON: convert it to text or a number")

@@ -221,7 +221,7 @@ def _no_pair(found: PairFile, where: str | None) -> UserError:
         where=", ".join(found.files),
         expected="at least one row that can be used" + (f" and passes the filter {where!r}" if where else ""),
         found=f"{counted(found.filtered, 'row')} left out by the filter, {len(found.rejects)} rejected",
-        remedy="loosen --where" if found.filtered and not found.rejects else "look at the reasons in the rejects file",
+        remedy="loosen --where" if found.filtered and not found.rejects else "read the reasons in the rejects file",
         exit_status=3,
     )
 
@@ -268,12 +268,12 @@ class PairStream:
         _check_targets(self._columns)
         if prompt_format is not None and "{prompt}" not in prompt_format:
             raise UserError(
-                "the prompt format has no place for the prompt",
+                "the prompt format does not contain {prompt}",
                 code="data-prompt-format",
                 where="prompt_format",
                 expected="a text with {prompt} in it",
                 found=repr(prompt_format),
-                remedy="write {prompt} where the prompt belongs, e.g. 'Instruction: {prompt}\\nResponse:'",
+                remedy="write {prompt} where the prompt goes, e.g. 'Instruction: {prompt}\\nResponse:'",
             )
         self._condition = parse_condition(where) if where and where.strip() else None
         self._prompt_format = prompt_format
@@ -333,7 +333,7 @@ class PairStream:
                 "the file has no rows",
                 code="data-empty",
                 where=str(path),
-                remedy="make the file again, or leave it out",
+                remedy="write the file again, or leave it out",
                 exit_status=3,
             )
         if names:
@@ -431,11 +431,11 @@ def _no_column(path: Path | RowsInMemory, column: str, names: Mapping[str, None]
 
 def _changed(path: Path) -> UserError:
     return UserError(
-        "the file was changed while it was in use",
+        "the file changed during the run",
         code="data-changed",
         where=str(path),
-        expected="the same bytes from beginning to end of the run",
-        remedy="run again when nothing writes to the file; what was computed is kept",
+        expected="the same bytes throughout the run",
+        remedy="run again once nothing writes to the file; finished work is kept",
         exit_status=3,
     )
 

@@ -118,7 +118,7 @@ def place_prompt(found: PromptColumns, prompt: str | list[Message], prompt_forma
     whole = plain(prompt)
     for column, value in found.others.items():
         if not isinstance(value, str) or " ".join(value.split()) not in whole:
-            raise _unused(column, "nothing of it stands in the prompt")
+            raise _unused(column, "the prompt contains none of it")
     asked = found.origin in QUESTIONS and isinstance(prompt, str) and prompt_format is None
     if not found.system and not found.history and not (asked and found.converses):
         return prompt
@@ -143,7 +143,7 @@ def place_prompt(found: PromptColumns, prompt: str | list[Message], prompt_forma
         first = [{"role": "system", "content": found.system}]
     if found.history and plain(found.history) not in whole:
         if len(rest) != 1:
-            raise _unused(HISTORY, "the prompt is a conversation already, without these turns")
+            raise _unused(HISTORY, "the prompt is already a conversation, without these turns")
         rest = [*found.history, *rest]
     return [*first, *rest]
 
@@ -190,7 +190,7 @@ def check_conversations(row: Mapping[str, Any], columns: Mapping[str, str], used
             continue  # it is no conversation
         lost = next((one for one in messages if one["role"] != "assistant" and plain([one]) not in texts), None)
         if lost is not None:
-            raise _unused(column, f"it has turns that the prompt lacks ({lost['content']!r:.60})")
+            raise _unused(column, f"it has turns that are missing from the prompt ({lost['content']!r:.60})")
 
 
 def _turns(value: Any, column: str) -> str | list[Message]:

@@ -108,22 +108,22 @@ def _kind(path: Path) -> tuple[str, str | None]:
         )
     if not path.is_file():
         raise UserError(
-            "pairs are read from regular files only",
+            "pairs can only be read from regular files",
             code="data-not-a-file",
             where=str(path),
-            remedy="write the stream to a file first: a run that is resumed must find the same rows again",
+            remedy="write the stream to a file first: a resumed run must read the same rows again",
             exit_status=3,
         )
     suffix, compression = _suffixes(path)
     kind = FORMATS.get(suffix)
     if kind is None or (compression and kind in ("parquet", "arrow")):
         raise UserError(
-            "the name of the file does not say what kind it is",
+            "the file's name does not tell its format",
             code="data-unknown-kind",
             where=str(path),
             expected=f"a name ending in {', '.join(FORMATS)}; the text kinds also with .gz or .zst",
             found="".join(path.suffixes) or "no suffix",
-            remedy="rename the file" if kind is None else "decompress it: Parquet and Arrow compress by themselves",
+            remedy="rename the file" if kind is None else "decompress it: Parquet and Arrow have their own compression",
             exit_status=3,
         )
     return kind, compression
@@ -231,7 +231,7 @@ def _document_rows(stream: IO[bytes], path: Path) -> Iterator[NumberedRow]:
             code="data-bad-json",
             where=str(path),
             found=f"{fault.reason}: {fault.detail}",
-            remedy="mend it, or give one object a line and name the file .jsonl: then only the bad row is lost",
+            remedy="fix it, or write one object a line and name the file .jsonl: then only the bad row is lost",
             exit_status=3,
         ) from None
     rows = document.get("data", [document]) if isinstance(document, dict) else document
@@ -242,7 +242,7 @@ def _document_rows(stream: IO[bytes], path: Path) -> Iterator[NumberedRow]:
             where=str(path),
             expected='an array of objects, or {"data": [...]}',
             found=json_type(rows),
-            remedy="put the pairs into an array, or write one object a line and name the file .jsonl",
+            remedy="write the pairs as an array, or one object a line in a .jsonl file",
             exit_status=3,
         )
     for number, value in enumerate(rows, 1):

@@ -14,7 +14,7 @@ from dpoeng.engine.data.in_memory import place
 
 # Every reason -> what is wrong with the row, and what mends it.
 _SYNTAX = "write the file with a JSON (or CSV) library, not by hand"
-_MESSAGES = "give messages as objects with a `role` and a text as `content`; the responses begin with the assistant's"
+_MESSAGES = "write messages as objects with `role` and text `content`; begin each response with the assistant's message"
 _PROMPT = "add a `prompt` column, or begin both texts with the same conversation"
 REASONS: dict[str, tuple[str, str]] = {
     "bad-json": ("cannot be parsed as JSON", _SYNTAX),
@@ -27,39 +27,39 @@ REASONS: dict[str, tuple[str, str]] = {
     "json-too-deep": ("nested more than 64 levels deep", "give texts or messages, not nested objects"),
     "line-too-long": ("more than 16 MiB in one row", "split the row, or leave it out"),
     "not-an-object": ("no JSON object", "write one object with prompt, chosen and rejected a line"),
-    "bad-value": ("a table value that JSON has no form for", "convert the column to text or numbers"),
+    "bad-value": ("a table value that cannot be written as JSON", "convert the column to text or numbers"),
     "missing-field": ("`chosen` or `rejected` is missing or null", "fill it in, or name the column with --columns"),
-    "wrong-type": ("a column is neither text nor messages", "give a text or a list of messages"),
+    "wrong-type": ("a column that is neither text nor messages", "give a text or a list of messages"),
     "empty-prompt": ("a prompt without messages", "give at least one message"),
     "empty-response": ("a response of white space only", "leave the row out"),
-    "same-response": ("chosen and rejected are equal", "leave the row out: it prefers nothing"),
-    "bad-messages": ("a message without role or text, or a response that the assistant does not begin", _MESSAGES),
-    "unknown-role": ("a role that no chat template knows", "name roles system, user, assistant or tool"),
-    "messages-as-text": ("messages stored as text that cannot be parsed", "write lists, or JSON text"),
+    "same-response": ("chosen and rejected are equal", "leave the row out: it states no preference"),
+    "bad-messages": ("a message without role or text, or a response that does not begin with the assistant", _MESSAGES),
+    "unknown-role": ("a role that no chat template knows", "use the roles system, user, assistant or tool"),
+    "messages-as-text": ("messages stored as unreadable text", "write lists, or JSON text"),
     "unused-column": (
-        "a column that belongs to the prompt and has no place in it",
+        "a prompt column that this shape of prompt cannot hold",
         "give the prompt as messages, or leave the column out with --columns NAME=",
     ),
-    "not-text": ("a message holds images or other parts that are not text", "dpoeng trains on text alone"),
-    "mixed-shapes": ("one response is a text, the other is messages", "give both in the same way"),
-    "no-common-prompt": ("no prompt, and the two sides share none", _PROMPT),
-    "prompt-mismatch": ("another prompt than the conversations begin with", _PROMPT),
-    "bad-template-kwargs": ("a template argument that dpoeng sets itself", "take it out of chat_template_kwargs"),
+    "not-text": ("a message holds images or other parts that are not text", "dpoeng trains on text only"),
+    "mixed-shapes": ("one response is text, the other is messages", "give both in the same form"),
+    "no-common-prompt": ("no prompt, and the two sides share no beginning", _PROMPT),
+    "prompt-mismatch": ("a prompt that differs from the conversations' beginning", _PROMPT),
+    "bad-template-kwargs": ("a template argument that dpoeng sets itself", "remove it from chat_template_kwargs"),
     "filter-type": ("a value that --where cannot put in order", "correct the value or the filter"),
-    "template-error": ("the chat template refuses the messages", "see the detail: roles mostly have to alternate"),
-    "template-boundary": ("the answer's beginning cannot be found in what the template writes", "give texts instead"),
+    "template-error": ("the chat template refuses the messages", "see the detail; roles usually have to alternate"),
+    "template-boundary": ("the answer's beginning cannot be found in the template's output", "give texts instead"),
     "template-drops": (
         "the chat template leaves out a part of the messages, or changes it",
-        "use the template of the SFT model (--tokenizer), or leave the part out of the data",
+        "use the SFT model's template (--tokenizer), or remove the part from the data",
     ),
     "template-turns": (
-        "what the assistant says cannot be told from what others say",
-        "end both responses with the assistant's first turn, or use --train-on all",
+        "the assistant's tokens cannot be separated from those of others",
+        "end both responses after the assistant's first turn, or use --train-on all",
     ),
-    "no-context": ("no token before the response", "give a prompt: nothing predicts the first token otherwise"),
+    "no-context": ("no token before the response", "give a prompt, or nothing predicts the first token"),
     "prompt-too-long": ("the prompt alone fills max_length", "raise --max-length or set --max-prompt-length"),
     "response-too-long": ("the response alone fills max_length", "raise --max-length, or --truncation-mode keep_start"),
-    "same-tokens": ("responses that differ, but not in their tokens, or only behind the cut", "raise --max-length"),
+    "same-tokens": ("responses with equal tokens, or equal after truncation", "raise --max-length"),
 }
 
 
@@ -106,7 +106,7 @@ def check_reject_share(rejects: Sequence[Reject], rows: int, limit: float) -> No
         where=rejects[0].source_file,
         expected=f"at most {limit:.3g} of the rows",
         found="\n            ".join(examples),
-        remedy="mend these rows, leave them out with --where, or raise --max-reject-share",
+        remedy="fix these rows, leave them out with --where, or raise --max-reject-share",
         exit_status=3,
     )
 

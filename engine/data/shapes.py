@@ -136,7 +136,7 @@ def to_pair(row: Mapping[str, Any], shape: Shape, source_file: str, source_row: 
     elif isinstance(chosen, list) and isinstance(rejected, list):
         parts = _split_conversations(given, chosen, rejected)
     else:
-        raise RowFault("mixed-shapes", "one response is a text, the other is messages")
+        raise RowFault("mixed-shapes", "one response is text, the other is messages")
     parts.prompt = place_prompt(given, parts.prompt, shape.prompt_format)
     if isinstance(parts.prompt, list):
         parts.chosen, parts.rejected = _as_answer(parts.chosen), _as_answer(parts.rejected)
@@ -148,7 +148,7 @@ def to_pair(row: Mapping[str, Any], shape: Shape, source_file: str, source_row: 
     kwargs = _template_kwargs(row.get(shape.column("chat_template_kwargs")))
     if isinstance(parts.prompt, str) and (tools or kwargs):
         column = shape.column("tools" if tools else "chat_template_kwargs")
-        raise RowFault("unused-column", f"`{column}` is for the chat template, and a prompt that is a text has none")
+        raise RowFault("unused-column", f"`{column}` is for the chat template, which a text prompt does not use")
     return PreferencePair(
         prompt=parts.prompt,
         chosen=parts.chosen,
@@ -289,7 +289,7 @@ def _split_conversations(given: PromptColumns, chosen: list[Message], rejected: 
     if shared == len(chosen) == len(rejected):
         raise RowFault("same-response", "the two conversations are equal")
     if shared == 0:
-        raise RowFault("no-common-prompt", "the two conversations do not begin with the same message")
+        raise RowFault("no-common-prompt", "the two conversations begin with different messages")
     least = _given_length(prompt, chosen[:shared])
     # Both sides go on with the assistant; a differing turn of the user belongs to the responses.
     while shared > least and any(
@@ -317,7 +317,7 @@ def _given_length(prompt: Turns | None, shared: list[Message]) -> int:
             raise RowFault("prompt-mismatch", "the prompt column has a system prompt that the conversations lack")
     elif prompt is None or any(message["content"].strip() == prompt.strip() for message in shared):
         return 1
-    raise RowFault("prompt-mismatch", "the prompt column is not among the messages that the conversations share")
+    raise RowFault("prompt-mismatch", "the prompt column is not part of the conversations' shared beginning")
 
 
 def _alike(a: Message, b: Message) -> bool:
@@ -332,7 +332,7 @@ def _check_responses(chosen: Turns, rejected: Turns) -> None:
         else:
             empty = not any(message["content"].strip() or message.get("tool_calls") for message in side)
         if empty:
-            raise RowFault("empty-response", f"`{name}` holds nothing behind the prompt")
+            raise RowFault("empty-response", f"`{name}` holds nothing after the prompt")
         if isinstance(side, list) and side[0]["role"] != "assistant":
             raise RowFault("bad-messages", f"`{name}` goes on from the prompt with a {side[0]['role']!r} message")
     if chosen == rejected:

@@ -67,7 +67,7 @@ def _csv_header(reader: Iterator[list[str]], path: Path) -> list[str]:
             where=str(path),
             expected="the names of the columns, in UTF-8, in the first line",
             found=str(error),
-            remedy="write the file with a CSV library, the names of the columns first",
+            remedy="write the file with a CSV library, column names first",
             exit_status=3,
         ) from None
     check_names(names, path)
@@ -134,7 +134,7 @@ def check_width(names: Sized, path: Path) -> None:
             code="data-columns",
             where=str(path),
             found=str(len(names)),
-            remedy="keep the columns that the pairs need, or put the rest into one column of lists",
+            remedy="keep only the columns you need, or pack the rest into one list column",
             exit_status=3,
         )
 

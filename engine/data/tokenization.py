@@ -66,7 +66,7 @@ def tokenize_pairs(
         max_prompt_length: most tokens of the prompt, whose end (and beginning token) is kept; None for no limit.
         truncation_mode: what gives way to `max_length`: with `keep_start` the end of a response, with `keep_end` the
             beginning of the prompt, for both sides alike. Pairs with no room left for the other part are rejected.
-        append_eos: whether texts end with the end token; one that is there already is not doubled. Messages end as the
+        append_eos: whether texts end with the end token; one that already exists is not doubled. Messages end as the
             chat template has it.
         train_on: what of a response that is messages is scored: the assistant's turns, its `last` one alone, or `all`.
 
@@ -124,7 +124,7 @@ def _check_end_token(pairs: Sequence[PreferencePair], tokenizer: PreTrainedToken
     """Raise UserError where there is no end token to append to texts."""
     if tokenizer.eos_token_id is None and any(isinstance(pair.prompt, str) for pair in pairs):
         raise UserError(
-            "the tokenizer has no end token to put behind responses",
+            "the tokenizer has no end token to append to responses",
             code="tokenizer-no-eos",
             where="append_eos",
             expected="an eos_token in tokenizer_config.json",
@@ -233,7 +233,7 @@ def _truncate(parts: _Parts, limits: _Limits) -> tuple[PairIds, bool]:
             parts.chosen, parts.chosen_unscored = _cut(parts.chosen, parts.chosen_unscored, room)
             parts.rejected, parts.rejected_unscored = _cut(parts.rejected, parts.rejected_unscored, room)
     if (parts.chosen, parts.chosen_start) == (parts.rejected, parts.rejected_start):
-        raise RowFault("same-tokens", "chosen and rejected have the same tokens, perhaps after truncation")
+        raise RowFault("same-tokens", "chosen and rejected have equal tokens, perhaps after truncation")
     ids = PairIds(
         as_ids(parts.prompt),
         as_ids(parts.chosen),

@@ -87,7 +87,7 @@ def parse_condition(text: str) -> Condition:
         columns: set[str] = set()
         evaluate = _compile(tree.body, columns, quoted)
         if not columns:
-            raise ValueError("it names no column, so it is the same for every row")
+            raise ValueError("it names no column, so it has the same result for every row")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise _not_understood(text, error.msg if isinstance(error, SyntaxError) else str(error)) from None
     return Condition(text, frozenset(columns), evaluate)
@@ -102,7 +102,7 @@ def truth(value: Any) -> bool:
 
 def _not_understood(text: str, problem: str) -> UserError:
     return UserError(
-        "the filter is not understood",
+        "the filter cannot be parsed",
         code="data-where",
         where=f"--where {text!r}",
         expected="columns, texts in quotes, numbers, == != < <= > >=, in (...), and, or, not, parentheses",

@@ -205,8 +205,8 @@ OTHER_NAMES: dict[str, str] = {
     "alphapo": "AlphaPO is not among dpoeng's losses; simpo is its limit alpha = 0",
 }
 _TDPO = (
-    "TDPO needs at every position the KL divergence over the whole vocabulary, which needs the reference's whole "
-    "distribution; the cache holds the reference's log-prob of the observed token alone, so TDPO cannot be had exactly"
+    "TDPO needs the reference's whole distribution at every position, for a KL divergence over the vocabulary; the "
+    "cache holds only the observed token's log-prob, so it cannot compute TDPO exactly"
 )
 OTHER_NAMES |= dict.fromkeys(("tdpo", "tdpo1", "tdpo2"), _TDPO)
 
@@ -242,13 +242,13 @@ def check_combination(settings: Mapping[str, Any], changed: Sequence[str]) -> No
     for name in _ONLY_SETTINGS:
         takers = [loss for loss, known in LOSS_FACTS.items() if name in known.settings]
         if name in changed and not set(takers) & set(types):
-            raise ValueError(f"{name} does nothing with loss_type {listed}; it belongs to {', '.join(takers)}")
+            raise ValueError(f"{name} has no effect with loss_type {listed}; it belongs to {', '.join(takers)}")
     if "exo_pair" in types and settings["label_smoothing"] == 0:
         raise ValueError("exo_pair needs label_smoothing above 0, since it contains its logarithm; the paper uses 1e-3")
     if settings["rpo_alpha"] is not None and "sft" in types:
-        raise ValueError("rpo_alpha and loss_type sft are the same kind of term; give one of them")
+        raise ValueError("rpo_alpha and loss_type sft add the same kind of term; use one of them")
     if set(types) <= {"sft", "cpo"} and settings["ld_alpha"] is not None:
-        raise ValueError(f"ld_alpha does nothing with loss_type {listed}: it acts on ratios to the reference")
+        raise ValueError(f"ld_alpha has no effect with loss_type {listed}: it acts on ratios to the reference")
     _check_scores(settings, changed, listed, facts)
     whole = [name for name, known in facts.items() if known.whole_batch and name != "beta_dpo"]
     for field in ("use_weighting", "pair_weight_column"):
@@ -272,9 +272,9 @@ def _check_scores(
                 f"only in the difference of two scores; it can be used with {', '.join(fitting)}"
             )
         if set(facts) == {"sft"}:
-            raise ValueError(f"f_divergence_type {kind} does nothing with loss_type {listed}")
+            raise ValueError(f"f_divergence_type {kind} has no effect with loss_type {listed}")
     if "f_alpha_divergence_coef" in changed and kind != "alpha_divergence":
-        raise ValueError(f"f_alpha_divergence_coef does nothing with f_divergence_type {kind}")
+        raise ValueError(f"f_alpha_divergence_coef has no effect with f_divergence_type {kind}")
     normalised = [name for name in ("simpo", "orpo") if name in facts]
     if settings["ld_alpha"] is not None and normalised:
         raise ValueError(f"ld_alpha cannot be used with {normalised[0]}, which divides by the length already")

@@ -57,12 +57,12 @@ def find_gpu(name: str) -> Gpu:
         size = float(key.removesuffix("gib").removesuffix("gb"))
     except ValueError as error:
         raise UserError(
-            f"there is no card {name} in the table",
+            f"unknown card {name}",
             code="config-value",
             where="--gpu",
             expected=", ".join(GPUS) + "; or a size, like 24gb",
             found=name,
-            remedy="name one of these, or give the memory that nvidia-smi shows",
+            remedy="name one of these, or the memory that nvidia-smi shows",
         ) from error
     # A card sold as 80 GB has about 79 GiB to give.
     return Gpu(f"{size:g} {'GiB' if exact else 'GB'}", int(size * (1.0 if exact else 0.985) * GIB))

@@ -96,7 +96,7 @@ def _advised(note: Note, predict: Callable[[], int | None]) -> int | None:
         why = f"{error.message} ({error.found})" if error.found else error.message
     except Exception as error:
         why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
-    note(f"cannot predict the memory, because {why}; the run goes on without a forecast")
+    note(f"no memory forecast for this run: {why}")
     return None
 
 
@@ -211,7 +211,7 @@ def _no_room(
     parts = ", ".join(f"{kind} {n / GIB:.2f}" for kind, n in sorted(peak.by_kind.items(), key=lambda i: -i[1]))
     tokens = max(pair.prompt + pair.chosen + pair.rejected for pair in pairs)
     return UserError(
-        f"{phase} does not fit into the memory that is free",
+        f"{phase} does not fit into the free memory",
         code="memory-short",
         where=f"{counted(len(pairs), 'pair')} in one forward, the longest of {tokens} tokens",
         expected=f"{needed / GIB:.2f} GiB free (simulated, GiB: {parts}; with workspaces and fragmentation)",

@@ -50,7 +50,7 @@ def model_fields(name: str) -> dict[str, Any]:
         where="--model",
         expected="a folder with config.json, or one of: " + ", ".join(known_models()),
         found=name,
-        remedy="download config.json alone (a few hundred bytes) into a folder and name that folder",
+        remedy="download config.json (a few hundred bytes) into a folder and name that folder",
     )
 
 

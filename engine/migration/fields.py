@@ -253,9 +253,7 @@ def _datasets(item: Given, _: dict[str, Given], result: Migration) -> None:
                 )
         kind = entry.get("type") if isinstance(entry, dict) else None
         if kind:
-            result.notes.append(
-                f"data set type {kind!r}: dpoeng finds the shape by itself; see docs/data.md, and columns."
-            )
+            result.notes.append(f"data set type {kind!r}: dpoeng detects the shape; see docs/data.md and --columns.")
     if files:
         result.put("pairs", files, "the files that precompute-ref scores")
 
@@ -292,7 +290,7 @@ def _method(item: Given, _: dict[str, Given], result: Migration) -> None:
     elif item.name == "rl" and item.value in ("ipo", "simpo", "orpo"):
         result.put("loss_type", item.value)
     elif item.value != wanted:
-        result.lost.append(f"{at(item)}{item.name}: {item.value!r}; dpoeng does {wanted}: this is another method")
+        result.lost.append(f"{at(item)}{item.name}: {item.value!r}; dpoeng only supports {wanted}")
 
 
 def _adapter_kind(item: Given, by_name: dict[str, Given], result: Migration) -> None:
@@ -300,9 +298,7 @@ def _adapter_kind(item: Given, by_name: dict[str, Given], result: Migration) -> 
     if item.source != "axolotl":
         result.put("adapter", item.value)
     elif item.value and item.value not in ("lora", "qlora"):
-        result.lost.append(
-            f"{at(item)}adapter: {item.value!r}; dpoeng trains a LoRA, or all weights: this is another way"
-        )
+        result.lost.append(f"{at(item)}adapter: {item.value!r}; dpoeng trains a LoRA or all weights")
 
 
 def _model_path(item: Given, _: dict[str, Given], result: Migration) -> None:

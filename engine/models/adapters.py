@@ -113,7 +113,7 @@ def _add_new_adapter(lm: CausalLM, below: ModelSource | None, lora: dict[str, An
     except ValueError as error:
         if "bias" in str(error) and below is not None:
             raise UserError(
-                "peft takes no second adapter beside one that has trained biases",
+                "peft cannot add a second adapter to one with trained biases",
                 code="adapter-mode",
                 where="--adapter-mode stack",
                 expected="an SFT adapter with bias none",
@@ -130,12 +130,12 @@ def _add_new_adapter(lm: CausalLM, below: ModelSource | None, lora: dict[str, An
 
 def _no_target(lora: dict[str, Any], names: list[str], why: str) -> UserError:
     return UserError(
-        "lora_target_modules names what this model does not have, or what peft cannot adapt",
+        "lora_target_modules names modules that this model lacks or peft cannot adapt",
         code="lora-no-target",
         where="--lora-target-modules",
         expected="all-linear, or some of: " + ", ".join(names),
         found=f"{lora.get('target_modules')}: {why}",
-        remedy="name modules that the model has",
+        remedy="name modules of this model",
     )
 
 
@@ -216,8 +216,7 @@ def _fitting(adapter: ModelSource) -> Iterator[None]:
             code="adapter-mismatch",
             where=adapter.name,
             found=_line_of_interest(error),
-            remedy="give the base that the adapter was trained on; adapter_config.json names it in "
-            "base_model_name_or_path"
+            remedy="use the base that the adapter was trained on: base_model_name_or_path in adapter_config.json"
             + ("; if tokens were added for it, resize the base's embeddings and save it" if _is_of_size(error) else ""),
         ) from error
 
@@ -364,7 +363,7 @@ def check_savable(lm: CausalLM) -> None:
             return  # a full disk, and not the adapter: saving in earnest says so, in the user's folder
         except Exception as error:
             raise UserError(
-                "this adapter could be trained, and not saved",
+                "peft cannot save this adapter",
                 code="adapter-unsavable",
                 where="the untrained adapter, saved before the first step",
                 expected="adapter_config.json and adapter_model.safetensors, as peft writes them",

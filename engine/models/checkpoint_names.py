@@ -82,7 +82,7 @@ def as_peft_reads(adapter: ModelSource, base: Any) -> Iterator[ModelSource]:
     and of a compiled model (`_orig_mod`).
 
     Raises:
-        UserError: the adapter's tensors are empty, as DeepSpeed's ZeRO-3 leaves them.
+        UserError: the adapter holds empty tensors, as DeepSpeed's ZeRO-3 leaves them.
     """
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
@@ -92,7 +92,7 @@ def as_peft_reads(adapter: ModelSource, base: Any) -> Iterator[ModelSource]:
         empty = [key for key in keys if 0 in file.get_slice(key).get_shape()]
     if empty:
         raise UserError(
-            "the adapter's tensors are empty",
+            "the adapter holds empty tensors",
             code="adapter-mismatch",
             where=f"{adapter.name}, {empty[0]}",
             expected="the trained matrices",

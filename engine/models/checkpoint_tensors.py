@@ -89,14 +89,13 @@ def check_loaded(model: Any, loaded: Mapping[str, Any], source: ModelSource) -> 
     wrong = [name for name in unexpected if _is_of_language_model(name, model)]
     if wrong:
         raise UserError(
-            f"the checkpoint holds {counted(len(wrong), 'tensor')} that the model of its config.json has no place for",
+            f"the checkpoint holds {counted(len(wrong), 'tensor')} that its config.json does not describe",
             code="model-unexpected-tensors",
             where=str(source.folder),
-            expected="the tensors of this model: with others left out it would compute other numbers",
+            expected="only tensors of this model: leaving others out would change its outputs",
             found=_some(wrong),
-            remedy="put the config.json that belongs to these weights beside them (a bias or a number of layers may be "
-            "denied there); if the model is right without them, leave them out of the files: load it with transformers "
-            "and save_pretrained() into a new folder",
+            remedy="use the config.json that belongs to these weights (it may deny a bias or layers); if the model is "
+            "right without these tensors, load it with transformers and save_pretrained() it into a new folder",
         )
     parts = Counter(_part(name) for name in unexpected)
     if not parts:
@@ -146,7 +145,7 @@ def refuse_missing(names: Collection[str], source: ModelSource) -> None:
     """Weights that the files lack would be random numbers: transformers only warns of them."""
     if names:
         raise UserError(
-            "the checkpoint lacks weights that the model has",
+            "the checkpoint lacks weights of its model",
             code="model-incomplete",
             where=str(source.folder),
             expected=_some(names),
@@ -158,10 +157,10 @@ def refuse_mismatched(weights: Collection[tuple[str, Any, Any]], source: ModelSo
     """Weights of another shape than config.json says would be random numbers too."""
     for name, held, wanted in sorted(weights, key=lambda one: one[0]):
         raise UserError(
-            "the checkpoint's weights do not have the shapes that its config.json says",
+            "the checkpoint's shapes contradict its config.json",
             code="model-unloadable",
             where=f"{source.folder}, {name}",
             expected=str(tuple(wanted)),
             found=str(tuple(held)),
-            remedy="put the config.json that belongs to these weights beside them",
+            remedy="use the config.json that belongs to these weights",
         )

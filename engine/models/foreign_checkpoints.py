@@ -208,10 +208,10 @@ def _is_int(value: Any) -> bool:
 
 def _wrong(where: Path | str, field: str, expected: str, found: str) -> UserError:
     return UserError(
-        "a file of the checkpoint claims what cannot be, or what is not read",
+        "a checkpoint file holds impossible or unsupported values",
         code="checkpoint-claims",
         where=f"{where}, {field}",
         expected=expected,
         found=found,
-        remedy="download or save the checkpoint again, from a source that you trust",
+        remedy="get the checkpoint again from a source you trust",
     )

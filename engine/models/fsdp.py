@@ -35,11 +35,11 @@ def check_fsdp(config: TrainConfig, group: Group, quantization: Quantization) ->
         return
     if group.size == 1:
         raise UserError(
-            "fsdp divides the base over several processes, and there is one",
+            "fsdp needs several processes, and there is only one",
             code="fsdp-unavailable",
             where="--fsdp",
             expected="torchrun --nproc-per-node N --no-python dpoeng train ... with N above 1",
-            remedy="start it so, or leave --fsdp out",
+            remedy="start it that way, or leave --fsdp out",
         )
     if not config.use_peft and not config.optim.startswith("adamw_torch"):
         # Its blocks of 256 numbers would begin anew in each process's rows.
@@ -55,7 +55,7 @@ def check_fsdp(config: TrainConfig, group: Group, quantization: Quantization) ->
     if quantization == "8bit":
         # The layer holds its weight a second time, in a state of its own that its products read.
         raise UserError(
-            "a base of bitsandbytes in 8 bits cannot be divided over processes",
+            "an 8-bit bitsandbytes base cannot be divided over processes",
             code="fsdp-unavailable",
             where="--fsdp",
             expected="a base in 4 bits, or one that is not quantised",

@@ -31,7 +31,7 @@ def train_parts(lm: CausalLM) -> None:
     dtypes = {str(weight.dtype) for weight in lm.base.parameters() if isinstance(weight, DTensor)}
     if len(dtypes) > 1:
         raise UserError(
-            "some of this model's layers hold weights of several dtypes, and FSDP2 would gather all of them in one",
+            "FSDP2 gathers a layer in one dtype, and some layers of this model mix dtypes",
             code="fsdp-unavailable",
             where="--fsdp --no-use-peft",
             expected="layers in one dtype",

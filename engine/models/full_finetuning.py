@@ -36,7 +36,7 @@ def check_full(config: TrainConfig, reference: Mapping[str, Any], *, quantizatio
         return
     if reference.get("adapter"):
         raise _refused(
-            "the reference has an SFT adapter, and full fine-tuning trains the weights of one checkpoint",
+            "full fine-tuning needs a plain checkpoint, and the reference has an SFT adapter",
             where=f"--no-use-peft, and {reference['adapter']}",
             expected="a reference without an adapter",
             remedy="merge the adapter (see examples/sft_then_dpo.sh), run precompute-ref on the merged model and train "
@@ -55,7 +55,7 @@ def check_full(config: TrainConfig, reference: Mapping[str, Any], *, quantizatio
     model = str(config.model or reference["model"])
     if model.endswith(".gguf"):
         raise _refused(
-            "a GGUF file holds rounded weights, and no checkpoint comes of it",
+            "a GGUF file holds rounded weights and cannot be trained whole",
             where="--no-use-peft",
             expected="a directory with config.json and *.safetensors",
             found=model,

@@ -109,11 +109,11 @@ def convert_gguf(path: str | Path, out_dir: str | Path, dtype: torch.dtype) -> P
             return out_dir
         if not out_dir.is_dir() or any(out_dir.iterdir()):
             raise UserError(
-                "the folder for the converted model holds something else",
+                "the folder for the converted model is already in use",
                 code="gguf-output-exists",
                 where=str(out_dir),
                 expected=f"no such folder, or one converted from {path.name} to {origin['dtype']}",
-                remedy="Name another folder, or remove this one.",
+                remedy="name another folder, or remove this one",
             )
     model, tokenizer = load_gguf(path, dtype)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -139,13 +139,13 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError("there is no such GGUF file", code="gguf-missing", where=str(path), remedy="check the path")
+        raise UserError("no such GGUF file", code="gguf-missing", where=str(path), remedy="check the path")
     with path.open("rb") as file:
         try:
             magic, version, _, count = struct.unpack("<4sIQQ", _read(file, 24))
             if magic != b"GGUF" or version not in (2, 3):
                 raise UserError(
-                    "this is not a GGUF file that can be read",
+                    "not a readable GGUF file",
                     code="gguf-format",
                     where=str(path),
                     expected="GGUF version 2 or 3, little-endian",
@@ -159,7 +159,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
                 code="gguf-format",
                 where=str(path),
                 found=str(error) or type(error).__name__,
-                remedy="fetch the file again",
+                remedy="download the file again",
             ) from error
 
 
@@ -233,7 +233,7 @@ def _splits_as_gpt2(backend: Any) -> bool:
 def _require_gguf_package(path: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise UserError(
-            "reading GGUF files needs the package gguf",
+            "GGUF files need the package gguf",
             code="gguf-package",
             where=str(path),
             remedy="pip install 'gguf>=0.17'",
@@ -253,7 +253,7 @@ def _loading(path: Path) -> Iterator[None]:
             code="gguf-unsupported",
             where=str(path),
             found=f"{type(error).__name__}: {error}",
-            remedy="Use the model's safetensors checkpoint, or fetch the file again if it may be cut off.",
+            remedy="use the model's safetensors checkpoint, or download the file again if it may be cut off",
         ) from error
 
 

@@ -45,7 +45,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(
-            f"there is no device {name}",
+            f"unknown device {name}",
             code="config-value",
             where="--device",
             expected="auto, cpu, cuda or cuda:N",
@@ -87,7 +87,7 @@ def load_model(
     can be read so: see `whole_because`. With `by_layer` the decoder's layers are left in the files; see `layers`.
 
     Raises:
-        UserError: the files cannot be loaded, or bitsandbytes cannot be used.
+        UserError: the files cannot be loaded, or bitsandbytes does not work here.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)  # for callers' own kernels; ours are launched where their tensors are
@@ -128,7 +128,7 @@ def require_triton(device: torch.device) -> None:
     except Exception as error:
         said = str(error).strip().splitlines()
         raise UserError(
-            "no Triton kernel can be compiled and run for this GPU",
+            "no Triton kernel compiles and runs on this GPU",
             code="triton-unusable",
             where=f"--device {device}",
             expected="a C compiler (gcc or clang), Python's headers, a driver as new as this torch, and its own triton",
@@ -150,13 +150,13 @@ def exact_float32_products() -> tuple[str, ...]:
     if not on:
         return ()
     torch.set_float32_matmul_precision("highest")  # sets both
-    return ("TF32 was on, and is turned off: float32 products are computed in float32",)
+    return ("TF32 turned off: float32 products are computed in float32",)
 
 
 def _load_gguf(source: ModelSource, quantization: Quantization, dtype: torch.dtype, device: torch.device) -> Any:
     if quantization != "none":
         raise UserError(
-            "a GGUF file cannot be quantised again",
+            "a GGUF file is already quantised",
             code="gguf-quantization",
             where=f"--quantization {quantization}",
             found=source.name,
@@ -232,8 +232,7 @@ def _unloadable(source: ModelSource, error: Exception) -> UserError:
         code="model-unloadable",
         where=str(source.folder),
         found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-        remedy="check that the files are complete; if it is the model type that is not known, install a newer "
-        "transformers",
+        remedy="check that the files are complete; if the model type is unknown, install a newer transformers",
     )
 
 
@@ -267,7 +266,7 @@ def empty_model(
             base = auto_class(config).from_config(config, dtype=dtype)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            "no model can be made of this config.json",
+            "cannot build a model from this config.json",
             code="model-unloadable",
             where="--model",
             expected="the config.json of a causal language model that this transformers knows",
@@ -391,7 +390,7 @@ def resolve_dtype(source: ModelSource, dtype: str, device: torch.device) -> torc
         dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
     if dtype not in DTYPES:
         raise UserError(
-            f"dtype {dtype} cannot be used for computing",
+            f"dtype {dtype} cannot be the compute dtype",
             code="config-value",
             where="--dtype",
             expected=", ".join(DTYPES),

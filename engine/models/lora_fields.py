@@ -31,7 +31,7 @@ _CONVERT = (
 
 REFUSED: dict[str, tuple[str, str]] = {
     "alora_invocation_tokens": (
-        "an activated LoRA (aLoRA) acts from its invocation tokens on, which dpoeng does not look for",
+        "an activated LoRA (aLoRA) acts only after its invocation tokens, which dpoeng does not support",
         "train a plain LoRA, or one of the adapters that act on the whole text",
     ),
     "use_qalora": ("a QA-LoRA pools its input over groups of a GPTQ base", _MERGE),
@@ -71,12 +71,12 @@ def check_lora_fields(name: str, where: str, fields: Mapping[str, Any]) -> None:
     unknown = sorted(set(set_fields) - NAMES - COMPUTED)
     if unknown:
         raise _refused(
-            name, f"{where}, {unknown[0]}", "it has a setting that this dpoeng does not know",
+            name, f"{where}, {unknown[0]}", "it has a setting that this version of dpoeng does not know",
             f"{unknown[0]}: {str(set_fields[unknown[0]])[:60]}", _MERGE,
         )  # fmt: skip
     start = fields.get("init_lora_weights")
     if isinstance(start, str) and start.lower() not in _STARTS:
-        why = "its start is not one that every load repeats from the adapter alone"
+        why = "its initialisation cannot be repeated from the adapter alone"
         raise _refused(name, f"{where}, init_lora_weights", why, start, _CONVERT)
 
 
@@ -87,7 +87,7 @@ def start_changes_base(fields: Mapping[str, Any]) -> bool:
 
 def _refused(name: str, where: str, why: str, found: str, remedy: str) -> UserError:
     return UserError(
-        f"{name} is not an adapter that dpoeng can compute with: {why}",
+        f"{name} is not an adapter that dpoeng can run: {why}",
         code="adapter-mismatch",
         where=where,
         expected="a LoRA whose settings dpoeng knows",

@@ -38,7 +38,7 @@ def import_bitsandbytes(where: str, instead: str) -> Any:
         import bitsandbytes
     except Exception as error:
         raise UserError(
-            "bitsandbytes cannot be used",
+            "bitsandbytes does not work here",
             code="bitsandbytes-unusable",
             where=where,
             found=f"{type(error).__name__}: {error}",

@@ -75,7 +75,7 @@ def find_model(name: str, *, revision: str | None = None) -> ModelSource:
             where="--model",
             expected="a directory with config.json and *.safetensors, a .gguf file, or a hub id like Qwen/Qwen2.5-32B",
             found="no such file or directory",
-            remedy="check the path; a relative one starts at the current folder",
+            remedy="check the path; a relative path starts at the current folder",
         )
     return ModelSource(name, folder, _weight_files(folder), revision=commit)
 
@@ -109,7 +109,7 @@ def find_adapter(name: str) -> ModelSource:
             code="adapter-not-found",
             where="--adapter",
             expected="a directory with adapter_config.json and adapter_model.safetensors",
-            found="adapter_model.bin, a pickle, which can run code when it is loaded" if pickled else f"{folder}",
+            found="adapter_model.bin, a pickle, which can run code while it is loaded" if pickled else f"{folder}",
             remedy="load it once with peft and save_pretrained(..., safe_serialization=True)"
             if pickled
             else "name the folder that peft's save_pretrained wrote",
@@ -118,7 +118,7 @@ def find_adapter(name: str) -> ModelSource:
     kind = fields.get("peft_type", "LORA")
     if kind != "LORA":
         raise UserError(
-            f"{name} is no LoRA",
+            f"{name} is not a LoRA",
             code="adapter-mismatch",
             where=str(config),
             expected="peft_type LORA, whose settings dpoeng knows how to tell apart",
@@ -185,7 +185,7 @@ def stored_quantization(source: ModelSource) -> dict[str, Any] | None:
 def quantized_otherwise(source: ModelSource, field: str, stored: Any, asked: Any) -> UserError:
     """What to raise where a field says something else than the files of a quantised checkpoint."""
     return UserError(
-        f"{source.name} is quantised already, and in another way",
+        f"{source.name} is already quantised in another way",
         code="quantization-stored",
         where="--" + field.replace("_", "-"),
         expected=f"{stored}, as its config.json says, or nothing",
@@ -227,7 +227,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             raise ValueError("not an object")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            "a file of the checkpoint cannot be read",
+            "cannot read a file of the checkpoint",
             code="checkpoint-json",
             where=str(path),
             expected="a JSON object",
@@ -297,8 +297,8 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
         where="--model",
         expected="model.safetensors, or model.safetensors.index.json with its shards",
         found=", ".join(pickles[:3]) or "no weight files",
-        remedy="convert: AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder); pickles are not read, "
-        "since loading one can run code",
+        remedy="convert it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder); dpoeng reads no "
+        "pickles, since loading one can run code",
     )
 
 
@@ -322,7 +322,7 @@ def _download(name: str, revision: str | None, weights: str) -> tuple[Path, str 
             where="--model",
             expected="a local directory, a .gguf file, or a hub id",
             found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            remedy="check the name and the network (HF_TOKEN for gated models), or give a local directory",
+            remedy="check the name and the network (gated models need HF_TOKEN), or give a local directory",
         ) from error
     return folder, folder.name
 

@@ -73,7 +73,7 @@ def choose_tokenizer(model: ModelSource, adapter: str | None, tokenizer: str | N
                 where="--tokenizer",
                 expected=f"a folder with one of {', '.join(_VOCABULARIES[:2])}, or a hub id",
                 found=str(source.folder),
-                remedy="name the folder into which the tokenizer was saved",
+                remedy="name the folder that the tokenizer was saved to",
             )
         return TokenizerChoice(source, base=model)
     if adapter is None:
@@ -206,7 +206,7 @@ def load_tokenizer(source: ModelSource) -> Any:
 def without_torch(*models: str | None) -> Iterator[None]:
     """transformers without torch, for work on tokenizers alone: none of them uses it, and loading it takes seconds.
 
-    Where either is there already nothing changes, nor for a GGUF file, whose reader needs torch. Afterwards
+    Where either already exists nothing changes, nor for a GGUF file, whose reader needs torch. Afterwards
     transformers is forgotten, since it has taken for granted that torch is missing: who needs models imports it anew.
     """
     if "torch" in sys.modules or "transformers" in sys.modules or any(str(name).endswith(".gguf") for name in models):
@@ -234,7 +234,7 @@ def _require_sentencepiece(source: ModelSource) -> None:
         lacking = [name for name in ("sentencepiece", "google.protobuf") if not _installed(name)]
         if lacking:
             raise UserError(
-                "the tokenizer is a sentencepiece model, and a package that reads it is missing",
+                "the tokenizer is a sentencepiece model, and the packages that read it are not installed",
                 code="tokenizer-missing",
                 where=str(source.folder / "tokenizer.model"),
                 expected="tokenizer.json, or the packages sentencepiece and protobuf",
@@ -288,7 +288,7 @@ def _read_template(file: Path) -> str | dict[str, str] | None:
             raise ValueError("a template that is no text")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            "the chat template cannot be read",
+            "cannot read the chat template",
             code="tokenizer-missing",
             where=str(file),
             expected="chat_template: a text, or a list of templates with name and template",

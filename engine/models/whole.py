@@ -53,7 +53,7 @@ def load_with_adapters(base: ModelSource, adapters: Sequence[ModelSource]) -> An
             code="adapter-mismatch",
             where=adapters[-1].name,
             found=str(error).splitlines()[0],
-            remedy="give the base that the adapter was trained on",
+            remedy="use the base that the adapter was trained on",
         ) from error
     return model.eval()
 

@@ -123,7 +123,7 @@ def check_pairs(
     began = time.perf_counter()
     if not config.pairs:
         raise UserError(
-            "no preference pairs were named",
+            "you named no pairs",
             code="config-missing",
             where="pairs",
             expected="one file or more, e.g. dpoeng check pairs.jsonl",

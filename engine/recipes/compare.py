@@ -128,9 +128,9 @@ def keep_samples(trained: Trained, generations: Sequence[Generation], progress: 
     try:
         path = write_samples(trained.folder.parent, [asdict(generation) for generation in generations])
     except UserError as error:
-        progress.note(f"the answers are not kept for `dpoeng report`: {error.message} ({error.where}: {error.found})")
+        progress.note(f"`dpoeng report` will not show these answers: {error.message} ({error.where}: {error.found})")
     else:
-        progress.note(f"{path} holds these answers now; `dpoeng report` shows them")
+        progress.note(f"{path} holds these answers; `dpoeng report` shows them")
 
 
 def encode_prompt(tokenizer: Any, text: str, *, chat: bool, prompt_format: str | None) -> IdArray:

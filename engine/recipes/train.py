@@ -247,7 +247,7 @@ def _go_on_from(run: Run, checkpoint: Checkpoint | None, extension: Extension | 
         run.extensions.append(extension.record())
         run.progress.note(extension_text(run.config, extension))
     else:
-        run.progress.note(f"going on from step {first_step} of {run.schedule.total_steps} ({checkpoint.folder})")
+        run.progress.note(f"resuming from step {first_step} of {run.schedule.total_steps} ({checkpoint.folder})")
     run.log.rewind(first_step)
     return first_step
 
@@ -284,7 +284,7 @@ def write_results(
             try:
                 tokenizer = recorded_tokenizer(policy.source, reference)
             except UserError as error:  # what was trained is not lost for it
-                run.progress.note(f"{error.message}: the tokenizer of the SFT adapter is not put beside the result")
+                run.progress.note(f"{error.message}: the tokenizer of the SFT adapter is not saved with the result")
                 tokenizer = TokenizerChoice(policy.source)
             card = _card(run, done, loading_lines(how_to_load(choice, policy, reference)))
             write_result(run.lm, run.config.output_dir, choice.mode, policy.source, weights, tokenizer, card)

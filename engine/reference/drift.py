@@ -59,7 +59,7 @@ def check_drift(
     )
     if not report.ok:
         raise UserError(
-            "the reference no longer gives the numbers that the cache holds for it",
+            "the reference no longer reproduces its cached log-probs",
             code="reference-drifted",
             where=f"{store.root}: {report.pairs} of {counted(len(foreign), 'pair')} computed by {changes}",
             expected=f"mean difference per token <= {report.tolerance:g} nats",

@@ -22,7 +22,7 @@ def check_disk(root: Path, missing: Sequence[Sequence[PairIds]]) -> None:
     free = shutil.disk_usage(root).free
     if needed > free:
         raise UserError(
-            "the disk has no room for the log-probs that are to be computed",
+            "the disk has no room for the log-probs of this run",
             code="cache-disk-small",
             where=str(root),
             expected=f"{needed / 1e6:.1f} MB free",
@@ -33,13 +33,13 @@ def check_disk(root: Path, missing: Sequence[Sequence[PairIds]]) -> None:
 
 
 def check_ids(pairs: Collection[PairIds], lm: CausalLM, model: str) -> None:
-    """Raise UserError where the tokenizer gives ids that the model does not have; `model` is its name."""
+    """Raise UserError where the tokenizer gives ids outside the model's vocabulary; `model` is its name."""
     highest = max(
         int(part.max()) for ids in pairs for part in (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids) if len(part)
     )
     if highest >= lm.vocab_size:
         raise UserError(
-            "the tokenizer gives ids that the model does not have",
+            "the tokenizer gives ids outside the model's vocabulary",
             code="tokenizer-mismatch",
             where=model,
             expected=f"ids below {lm.vocab_size}",
@@ -68,7 +68,7 @@ def check_positions(pairs: Collection[PairIds], lm: CausalLM) -> None:
     for limit, why, expected in (
         (
             position_limit(lm),
-            "this model has no positions for texts of this length",
+            "some pairs are longer than this model's positions",
             "the last position that it has",
         ),
         (

@@ -70,7 +70,7 @@ class Part:
         if index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count):
             return cls(int(index), int(count))
         raise UserError(
-            "this does not say which part of the work to do",
+            "--shard does not name a part of the work",
             code="config-value",
             where="--shard",
             expected="I/N with I from 1 to N, e.g. --shard 1/4 to --shard 4/4",

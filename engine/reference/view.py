@@ -95,7 +95,7 @@ def write_pairs_view(
     except CacheError as error:
         if error.code != "cache-read-only" or not _view_holds(store, name, spec_digest, data.keys):
             raise
-        progress.note(f"the cache is read-only: its view {name!r} holds these pairs, and stays as it was written")
+        progress.note(f"the cache is read-only: its view {name!r} already holds these pairs and is left as it is")
 
 
 def write_rejects_file(store: Store, name: str, rejects: list[Reject], progress: Progress) -> Path | None:

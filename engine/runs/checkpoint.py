@@ -114,7 +114,7 @@ def read_checkpoint(root: Path, step: int) -> Checkpoint:
         return _read(folder)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            "a checkpoint that is needed cannot be read",
+            "cannot read a required checkpoint",
             code="checkpoint-damaged",
             where=str(folder),
             expected="the model of the best evaluation",
@@ -131,7 +131,7 @@ def latest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
         try:
             return _read(folder), damaged
         except (OSError, ValueError, KeyError) as error:
-            damaged.append(f"{folder} is damaged ({error}); the checkpoint before it is used")
+            damaged.append(f"{folder} is damaged ({error}); using the checkpoint before it")
     return None, damaged
 
 

@@ -58,23 +58,23 @@ def open_output(
     if checkpoint is None:
         if resume:
             raise UserError(
-                "there is no checkpoint to go on from",
+                "no checkpoint to resume from",
                 code="resume-nothing",
                 where=str(root),
                 expected="a checkpoint-* folder",
-                remedy="leave --resume out, or name the folder of the run with --output-dir",
+                remedy="leave --resume out, or name the run's folder with --output-dir",
             )
         return None
     changed = changes(checkpoint.state["identity"], identity)
     if changed and not extends(checkpoint):
         raise UserError(
-            "this folder holds a run of another configuration",
+            "this folder holds a run with other settings",
             code="resume-changed",
             where=str(root),
             expected="; ".join(f"{name} = {old}" for name, old, _ in changed),
             found="; ".join(f"{name} = {new}" for name, _, new in changed),
-            remedy="use the same values to go on, another --output-dir for a second run, or --no-resume to start anew "
-            "here (the old run's checkpoints are removed)",
+            remedy="use the same values to continue, another --output-dir for a second run, or --no-resume to start "
+            "over here (this removes the old run's checkpoints)",
         )
     return checkpoint
 
@@ -104,7 +104,7 @@ def refuse_foreign(root: Path, inputs: Iterable[Path]) -> None:
         inside = [path for path in replaced if path.exists() and read.resolve().is_relative_to(path.resolve())]
         if read.exists() and inside:
             raise UserError(
-                "the run would replace a model that it reads",
+                "the run would overwrite a model that it reads",
                 code="output-protected",
                 where=str(read),
                 expected="an output folder that holds none of the run's models",
@@ -114,12 +114,12 @@ def refuse_foreign(root: Path, inputs: Iterable[Path]) -> None:
     foreign = [name for name in (*_FILES, *_FOLDERS) if (root / name).exists()]
     if foreign and not (_is_run(root / RUN_FILE) or has_checkpoint(root)):
         raise UserError(
-            "the output folder holds files that dpoeng did not make, and the run would replace them",
+            "the run would overwrite files in the output folder that dpoeng did not write",
             code="output-foreign",
             where=str(root),
             expected="a new folder, or the folder of a run",
             found=", ".join(foreign),
-            remedy="name another folder with --output-dir, or move these files away",
+            remedy="name another folder with --output-dir, or move these files",
         )
 
 

@@ -95,10 +95,10 @@ def _is_named(descriptor: int, path: Path) -> bool:
 
 def _in_use(folder: Path, holder: str) -> UserError:
     return UserError(
-        "another run is writing to this output folder",
+        "another run is using this output folder",
         code="output-in-use",
         where=str(folder),
-        expected="one run at a time in a folder",
+        expected="one run at a time in each folder",
         found=holder or "another process",
         remedy="name another folder with --output-dir; or wait until that process has ended, or end it, and run the "
         "same command again: it goes on from the newest checkpoint",

@@ -134,7 +134,7 @@ def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         problem = str(error)
     raise UserError(
-        "a log of the run is damaged",
+        "the run's log is damaged",
         code="run-damaged",
         where=f"{path}:{number}",
         found=problem,

@@ -100,7 +100,7 @@ def read_run(folder: Path) -> RunRecord:
     path = folder / RUN_FILE
     if not path.is_file():
         raise UserError(
-            "this folder holds no run",
+            "no run in this folder",
             code="run-not-found",
             where=str(folder),
             expected=f"{RUN_FILE}, which dpoeng train writes at its start",
@@ -182,7 +182,7 @@ _REMEDIES = {
 
 def _damaged(path: Path, problem: str) -> UserError:
     return UserError(
-        "a record of the run is damaged",
+        "a file of the run is damaged",
         code="run-damaged",
         where=str(path),
         found=problem,

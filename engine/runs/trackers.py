@@ -35,7 +35,7 @@ def check_trackers(names: Sequence[str]) -> None:
                 code="tracker-missing",
                 where="report_to",
                 expected=f"the package {name}",
-                remedy=f"pip install {name}, or take it out of report_to: metrics.jsonl is written in any case",
+                remedy=f"pip install {name}, or remove it from report_to: metrics.jsonl is always written",
                 exit_status=5,
             )
 
@@ -67,9 +67,7 @@ class Trackers:
 
     def _give_up(self, name: str, error: Exception) -> None:
         del self.opened[name]
-        self.progress.note(
-            f"{name} failed and is left out from here on ({type(error).__name__}: {error}); the run goes on"
-        )
+        self.progress.note(f"{name} failed and is switched off ({type(error).__name__}: {error}); the run goes on")
 
 
 def open_trackers(
@@ -107,7 +105,7 @@ def open_trackers(
                 code="tracker-failed",
                 where="report_to",
                 found=f"{type(error).__name__}: {error}"[:500],
-                remedy="see its documents (wandb needs a login, or WANDB_MODE=offline), or take it out of report_to",
+                remedy="see its documents (wandb needs a login, or WANDB_MODE=offline), or remove it from report_to",
                 exit_status=5,
             ) from error
         trackers.opened[name] = tracker

@@ -175,12 +175,11 @@ class Group:
 
     def _lost(self, error: RuntimeError) -> UserError:
         return UserError(
-            "another process of this run has ended or cannot be reached",
+            "another process of this run ended or cannot be reached",
             code="rank-lost",
             where=f"rank {self.rank} of {self.size}",
             found=str(error).splitlines()[0],
-            remedy="look for the first error among the outputs of the others; then start the same command again: "
-            "it goes on from what was committed",
+            remedy="find the first error in the output of the others, then start the same command again to continue",
             exit_status=5,
         )
 

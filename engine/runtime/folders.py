@@ -17,7 +17,7 @@ def refuse_filled(into: Path) -> None:
     """Raises UserError unless `into` is free: not there, or an empty folder."""
     if into.exists() and (not into.is_dir() or any(into.iterdir())):
         raise UserError(
-            "the folder to write into is not empty" if into.is_dir() else "this is a file, not a folder to write into",
+            "the target folder is not empty" if into.is_dir() else "the target is a file, not a folder",
             code="output-unwritable",
             where=str(into),
             remedy="name a new folder with --into",
@@ -42,11 +42,11 @@ def write_new(into: Path, fill: Callable[[Path], None]) -> None:
 
 def _unwritable(folder: Path, error: OSError) -> UserError:
     return UserError(
-        "the checkpoint cannot be written",
+        "cannot write the checkpoint",
         code="output-unwritable",
         where=str(folder),
         found=error.strerror or str(error),
-        remedy="free some space, or name a folder with room for it, and that you may write to, with --into",
+        remedy="free some space, or name another writable folder with --into",
         exit_status=5,
     )
 
@@ -104,21 +104,20 @@ def unwritable(path: Path, error: OSError) -> UserError:
     """What to say when the output folder refuses to be written."""
     if isinstance(error, FileExistsError | NotADirectoryError):
         return UserError(
-            "a file stands where the output folder should be",
+            "the output folder's name belongs to a file",
             code="output-unwritable",
             where=str(path),
             expected="a folder, or nothing yet",
             found=error.strerror or str(error),
-            remedy="name another folder with --output-dir, or move that file away",
+            remedy="name another folder with --output-dir, or move that file",
             exit_status=5,
         )
     return UserError(
-        "the output folder cannot be written",
+        "cannot write to the output folder",
         code="output-unwritable",
         where=str(path),
         found=error.strerror or str(error),
-        remedy="free some space or make the folder writable, then run the same command again: it goes on from the "
-        "newest checkpoint",
+        remedy="free some space or make the folder writable, then run the same command again to continue",
         exit_status=5,
     )
 

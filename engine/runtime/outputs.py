@@ -39,7 +39,7 @@ def _unwritable(path: Path, name: str, found: str) -> UserError:
         code="output-unwritable",
         where=str(path),
         found=found,
-        remedy="name a file in a folder that exists and that you may write to",
+        remedy="name a file in an existing, writable folder",
         exit_status=5,
     )
 
@@ -50,7 +50,7 @@ def _unwritable_page(path: Path, name: str, found: str) -> UserError:
         code="page-unwritable",
         where=str(path),
         found=found,
-        remedy="name a file in a folder that exists and that you may write to",
+        remedy="name a file in an existing, writable folder",
         exit_status=5,
     )
 
@@ -90,17 +90,17 @@ def refuse_output(path: Path, kind: Kind, *, inputs: Iterable[Path] = (), force:
             raise kind.unwritable(path, kind.name, "a folder" if path.is_dir() else "not a plain file")
         for read in inputs:
             if read.exists() and (path.samefile(read) or (read.is_dir() and _inside(path, read))):
-                raise _protected(path, f"{kind.name} would replace a file that this command reads")
+                raise _protected(path, f"{kind.name} would overwrite a file that this command reads")
         if _is_made(path, kind):
             return
         owner = _owner(path)
         if owner:
-            raise _protected(path, f"{kind.name} would replace a file of {owner}")
+            raise _protected(path, f"{kind.name} would overwrite a file of {owner}")
     except OSError as error:
         raise kind.unwritable(path, kind.name, error.strerror or str(error)) from error
     if not force:
         raise UserError(
-            f"{path} is there already",
+            f"{path} already exists",
             code="output-exists",
             where=str(path),
             expected=f"a free name, or {kind.name} of an earlier call" if kind.made is not _never else "a free name",
@@ -174,7 +174,7 @@ def _missing(folder: Path) -> str:
     missing = folder
     while not missing.parent.exists():
         missing = missing.parent
-    return f"a file stands at {folder}" if folder.exists() else f"no folder {missing}"
+    return f"{folder} is a file" if folder.exists() else f"no folder {missing}"
 
 
 def _protected(path: Path, message: str) -> UserError:

@@ -67,7 +67,7 @@ def choose_layout(
             code="attention-unsupported",
             where="--attention varlen",
             found=reason,
-            remedy="leave --attention out: segments work wherever a prompt can be shared",
+            remedy="leave --attention out: segments work for every shared prompt",
             exit_status=5,
         )
     if wanted == "shared":
@@ -117,7 +117,7 @@ class _Probe:
         tolerance = _PROBE_TOLERANCE[lm.dtype] * (2.0 if lm.quantization != "none" else 1.0)
         if later > tolerance:
             raise UserError(
-                f"{type(lm.base).__name__} lets a token see the tokens after it, so that its numbers are no log-probs",
+                f"{type(lm.base).__name__} lets a token see later tokens, so its outputs are not log-probs",
                 code="model-unsupported",
                 where="a probe whose last token was changed",
                 expected="the same predictions before that token",
@@ -141,12 +141,12 @@ def _try_separate(lm: CausalLM, probe: _Probe) -> None:
     """
     if not all(bool(part.isfinite().all()) for part in probe.expected):
         raise UserError(
-            "the model gives values that are no log-probabilities",
+            "the model's outputs are not log-probs",
             code="reference-not-finite",
             where="a probe of 17 tokens",
             expected="finite numbers",
             found="NaN or infinity",
-            remedy="if the dtype is float16, use --dtype bfloat16 or float32; else the weights are damaged",
+            remedy="with float16, use --dtype bfloat16 or float32; otherwise the weights are damaged",
             exit_status=5,
         )
     error = float("inf")
@@ -168,7 +168,7 @@ def _try_separate(lm: CausalLM, probe: _Probe) -> None:
         where="a probe against the model's own forward",
         expected=f"mean difference per token <= {probe.tolerance:g} nats",
         found=f"{error:.4g} nats",
-        remedy="please report the architecture; it changes its logits in a way that dpoeng does not know",
+        remedy="please report the architecture: it changes its logits in an unknown way",
     )
 
 
@@ -177,11 +177,11 @@ def _try_shared(lm: CausalLM, probe: _Probe, attention: Attention) -> str:
     reason, without = "", ""
     for way in ways_to_attend(attention, lm.device.type, lm.dtype):
         stateful = told_of_forks(len(fork_states(lm.backbone)))
-        use_layout(lm, "shared", f"each prompt run once for both responses; attention: {way}{without}{stateful}")
+        use_layout(lm, "shared", f"each prompt runs once for both responses; attention: {way}{without}{stateful}")
         lm.attention = way
         try:
             error_of_way = probe.difference(lm)
-            reason = f"sharing the prompt moves the model's numbers by {error_of_way:.3g} nats a token"
+            reason = f"sharing the prompt changes log-probs by {error_of_way:.3g} nats a token"
         except _CANNOT as error:
             if is_out_of_memory(error):
                 raise
@@ -198,7 +198,7 @@ def _refused(lm: CausalLM, error: Exception) -> UserError | Exception:
     if is_out_of_memory(error):
         return error
     return UserError(
-        f"this architecture does not run on a text of tokens alone ({type(lm.base).__name__})",
+        f"this architecture needs more than token ids ({type(lm.base).__name__})",
         code="model-unsupported",
         where="a probe of a few tokens",
         expected="token ids in, a logit for each token out",

@@ -21,7 +21,7 @@ def score_pairs(lm: CausalLM, pairs: Sequence[PairIds]) -> list[ScoredPair]:
     """Log-probs of every scored token of some pairs, in one forward; each prompt and each response of it is run once.
 
     Raises:
-        UserError: the model gave a value that is no log-probability.
+        UserError: the model gave a value that is not a log-prob.
     """
     groups, branches = share_prompts(pairs)
     token_logps, offsets = score_groups(lm, groups)
@@ -31,7 +31,7 @@ def score_pairs(lm: CausalLM, pairs: Sequence[PairIds]) -> list[ScoredPair]:
         chosen, rejected = (values[offsets[branch] : offsets[branch + 1]].copy() for branch in branches[i])
         if not (np.isfinite(chosen).all() and np.isfinite(rejected).all()):
             raise UserError(
-                "the model gave a value that is no log-probability",
+                "the model gave a value that is not a log-prob",
                 code="reference-not-finite",
                 where=f"pair {i} of a batch of {len(pairs)}, {ids.total_tokens} tokens",
                 expected="finite numbers",
@@ -57,7 +57,7 @@ def score_within_memory(
     """
 
     def too_long(some: Sequence[PairIds], said: str) -> UserError:
-        shorter = "hold the base in fewer bits with --quantization, or use a shorter --max-length"
+        shorter = "use fewer bits with --quantization, or a shorter --max-length"
         return too_large(some, said, phase="scoring", helps=shorter)
 
     if lm.sharded:

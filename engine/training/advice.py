@@ -97,7 +97,7 @@ def _displacement(steps: Sequence[Line], evaluations: Sequence[Line], beta: floa
     return Advice(
         "likelihood-displacement",
         f"{where} chosen responses lost {-chosen:.1f} nats of log-probability while rejected ones lost "
-        f"{-rejected:.1f}: the policy moves to texts that are neither",
+        f"{-rejected:.1f}: probability moves to other texts",
         "add a likelihood term (rpo_alpha 1), use loss_type dpop, raise beta, or train for fewer steps",
     )
 
@@ -113,7 +113,7 @@ def _length(last: Line) -> Advice | None:
     return Advice(
         "length-explains-margins",
         f"held-out margins follow the difference of lengths (correlation {correlation:+.2f}); accuracy is "
-        f"{accuracy:.2f}, but {controlled:.2f} where chosen is longer as often as shorter: the policy may just prefer "
+        f"{accuracy:.2f}, but {controlled:.2f} where chosen is longer as often as shorter: the policy may only prefer "
         f"{taste} texts",
         "use ld_alpha 0.5, loss_type sigmoid_norm or simpo, or balance the lengths of the pairs",
     )
@@ -145,8 +145,8 @@ def _saturated(steps: Sequence[Line], last: Line | None) -> Advice | None:
         return Advice("accuracy-saturated", seen, "train for fewer epochs, with a larger beta, or on more pairs")
     return Advice(
         "accuracy-saturated",
-        seen + ": the pairs have nothing left to teach",
-        "stop earlier, or use pairs that are harder to tell apart",
+        seen + ": the pairs teach nothing more",
+        "stop earlier, or use harder pairs",
     )
 
 

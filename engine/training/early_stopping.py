@@ -44,7 +44,7 @@ def watched(metrics: Mapping[str, float], name: str | None) -> float:
     key = "eval_" + (name or "loss").removeprefix("eval_")
     if key not in metrics:
         raise UserError(
-            f"there is no metric {name} to watch",
+            f"unknown metric {name}",
             code="config-value",
             where="--metric-for-best-model",
             expected=", ".join(known.removeprefix("eval_") for known in metrics),

@@ -66,13 +66,13 @@ def _check_start(parts: Sequence[PreferenceLoss], tolerance: float) -> None:
     difference = float(ratios.abs().mean())
     if math.isfinite(difference) and difference > tolerance:  # what is no number is named with its pairs
         raise UserError(
-            "the first training forward does not give the log-probs of the cache, though the policy is its model",
+            "the first training forward does not reproduce the cached log-probs",
             code="parity-failed",
             where=f"step 1, {counted(len(sums.chosen_tokens), 'pair')}, before anything was trained",
             expected=f"mean difference per token <= {tolerance:g} nats",
             found=f"{difference:.4g} nats",
-            remedy="please report the architecture: it computes otherwise in training; --no-gradient-checkpointing may "
-            "show where",
+            remedy="please report the architecture: its training mode changes the numbers; try "
+            "--no-gradient-checkpointing",
             exit_status=4,
         )
 
@@ -86,7 +86,7 @@ def _not_finite(run: Run, step: int, parts: Sequence[PreferenceLoss], metrics: d
     rows = [run.source_of(row) for row, is_bad in zip(run.schedule.rows_of_step(step), wrong, strict=True) if is_bad]
     named = ", at " + "; ".join(rows[:5]) + (f" and {len(rows) - 5} more" if rows[5:] else "") if rows else ""
     return UserError(
-        "the loss or its gradient is not a number",
+        "the loss or its gradient is NaN or infinite",
         code="training-not-finite",
         where=f"step {step + 1}{named}",
         expected="finite numbers",
@@ -128,8 +128,8 @@ def _gradient_within_memory(run: Run, step: int) -> tuple[list[PreferenceLoss], 
             )
         run.micro_batch = (run.micro_batch + 1) // 2
         run.progress.note(
-            f"out of memory at step {step + 1}: the step is done again, and the run goes on, with "
-            f"{counted(run.micro_batch, 'pair')} a forward; the pairs of a step stay the same"
+            f"out of memory at step {step + 1}: repeating the step, and continuing, with "
+            f"{counted(run.micro_batch, 'pair')} a forward; a step keeps its pairs"
         )
 
 
@@ -207,7 +207,7 @@ def _add_gradients(run: Run, parameters: Sequence[torch.nn.Parameter]) -> None:
 def _update(run: Run) -> None:
     """The optimizer's step. Where it runs out of memory half-way, weights and moments may no longer fit together."""
     with no_way_back(
-        "out of memory in the optimizer's update",
+        "out of memory in the optimizer step",
         "phase two, after the gradients",
         "use --optim adamw_torch_fused or paged_adamw_8bit; the same command goes on from the newest checkpoint where "
         "the optimizer is the same",

@@ -55,5 +55,5 @@ def test_what_is_one_is_told_as_one(
     assert "1 row by --where" in found
     found = said("train", "--max-steps", "1", "--eval-share", "0")
     assert "on 2 pairs, 1 step" in found
-    assert "complete already (1 step)" in said("train", "--max-steps", "1", "--eval-share", "0")
+    assert "already complete (1 step)" in said("train", "--max-steps", "1", "--eval-share", "0")
     assert "1 step, complete" in said("report", "out")

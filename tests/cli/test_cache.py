@@ -131,7 +131,7 @@ def test_gc(folder: Path, run: Run) -> None:
     assert left.exists()
     assert "1 file removed" in run("gc", folder, "--min-age-s", 0, "--delete").output
     assert not left.exists()
-    with pytest.raises(UserError, match="cannot be dropped"):
+    with pytest.raises(UserError, match="cannot drop this reference"):
         run("gc", folder, "--delete", "--drop-spec", SPEC.digest[:4])
 
 

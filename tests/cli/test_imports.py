@@ -76,5 +76,5 @@ def test_a_command_imports_no_more_than_it_needs(command: str, places: dict[str,
         "a tokenizer needs no model's code"
     )
     if command.startswith("train --cache"):
-        assert "complete already (2 steps)" in said
+        assert "already complete (2 steps)" in said
         assert "rewards/margins" in said

@@ -92,7 +92,7 @@ def test_both_phases_with_a_config_file(run: Run, tmp_path: Path, tiny_model: Pa
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
     status, out, err = run("train", "--output-dir", "out", "--no-use-rslora")
     assert status == 0
-    assert "complete already (3 steps)" in out
+    assert "already complete (3 steps)" in out
 
 
 def test_what_to_do_next_is_a_command_that_a_shell_takes(run: Run, tmp_path: Path, tiny_model: Path) -> None:
@@ -135,11 +135,11 @@ def test_bad_rows_are_counted_and_listed(run: Run, tmp_path: Path, tiny_model: P
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (["precompute-ref"], 2, ["no preference pairs were named", "pairs.jsonl --model"]),
-        (["precompute-ref", "pairs.jsonl"], 2, ["no model was named", "dpoeng.yaml"]),
+        (["precompute-ref"], 2, ["you named no pairs", "pairs.jsonl --model"]),
+        (["precompute-ref", "pairs.jsonl"], 2, ["you named no model", "dpoeng.yaml"]),
         (["precompute-ref", "pairs.jsonl", "--model", "nowhere"], 2, ["no model at nowhere"]),
         (["precompute-ref", "none.jsonl", "--model", "MODEL"], None, ["none.jsonl"]),
-        (["precompute-ref", "pairs.jsonl", "--model", "pairs.jsonl"], 2, ["not a GGUF"]),
+        (["precompute-ref", "pairs.jsonl", "--model", "pairs.jsonl"], 2, ["readable GGUF"]),
         (["precompute-ref", "pairs.jsonl", "--model", "MODEL", "--adapter", "MODEL"], 2, ["no peft adapter"]),
         (["precompute-ref", "pairs.jsonl", "--model", "MODEL", "--max-length", "1"], 2, ["--max-length", "2"]),
         (["precompute-ref", "pairs.jsonl", "--model", "MODEL", "--device", "cuda"], 5, ["no CUDA device"]),
@@ -148,7 +148,7 @@ def test_bad_rows_are_counted_and_listed(run: Run, tmp_path: Path, tiny_model: P
         (["train", "--cache", "nowhere"], 4, ["nowhere"]),
         (["train", "--beta", "0"], 2, ["--beta", "greater than 0"]),
         (["train", "--lr-scheduler-type", "cosin", "--cache", "CACHE"], 2, ["'cosin' is not one of", "'cosine'"]),
-        (["train", "--lora-target-modules", "query", "--cache", "CACHE"], 2, ["this model does not have", "q_proj"]),
+        (["train", "--lora-target-modules", "query", "--cache", "CACHE"], 2, ["this model lacks", "q_proj"]),
         (["train", "--view", "other", "--cache", "CACHE"], 2, ["no view 'other'", "pairs"]),
         (["trian"], 2, ["No such command 'trian'"]),
     ],

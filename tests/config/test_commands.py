@@ -159,7 +159,7 @@ def test_init_chooses_a_quantization_by_the_plan(run: Run, tmp_path: Path, gpu: 
 def test_init_leaves_open_what_it_cannot_know(run: Run, tmp_path: Path) -> None:
     status, out, err = run("init", "--model", "org/unheard-of", "--gpu", "24gb")
     assert status == 0, err
-    assert "the size of org/unheard-of is not known here" in " ".join(err.split())
+    assert "the size of org/unheard-of is unknown" in " ".join(err.split())
     assert "quantization" not in out
     assert load_config(PrecomputeConfig, {}, tmp_path / "dpoeng.yaml") == PrecomputeConfig(model="org/unheard-of")
 
@@ -167,19 +167,19 @@ def test_init_leaves_open_what_it_cannot_know(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["init", "none.jsonl"], ["none.jsonl is not there"]),
-        (["init", "--model", "./none"], ["./none is not there", "--model"]),
-        (["init", "--adapter", "./none"], ["./none is not there", "--adapter"]),
+        (["init", "none.jsonl"], ["none.jsonl does not exist"]),
+        (["init", "--model", "./none"], ["./none does not exist", "--model"]),
+        (["init", "--adapter", "./none"], ["./none does not exist", "--adapter"]),
         (["init", "--output", "none/dpoeng.yaml"], ["cannot be written", "no folder none"]),
-        (["init", "--gpu", "abacus"], ["there is no card abacus", "--gpu", "a100-80gb"]),
-        (["migrate", "none.py"], ["cannot be read", "No such file"]),
-        (["migrate", "."], ["cannot be read"]),
-        (["migrate", "empty.py"], ["nothing of DPO in this file", "dpoeng init"]),
+        (["init", "--gpu", "abacus"], ["unknown card abacus", "--gpu", "a100-80gb"]),
+        (["migrate", "none.py"], ["cannot read", "No such file"]),
+        (["migrate", "."], ["cannot read"]),
+        (["migrate", "empty.py"], ["no DPO settings in this file", "dpoeng init"]),
         (["migrate", "bad.py"], ["the script cannot be read", "bad.py:1"]),
-        (["migrate", "bad.json"], ["the set-up cannot be read"]),
-        (["migrate", "list.yaml"], ["the set-up cannot be read", "a list"]),
-        (["migrate", "bytes.py"], ["cannot be read"]),
-        (["migrate", "run.ipynb"], ["the set-up cannot be read", "nbconvert --to script"]),
+        (["migrate", "bad.json"], ["cannot read the set-up"]),
+        (["migrate", "list.yaml"], ["cannot read the set-up", "a list"]),
+        (["migrate", "bytes.py"], ["cannot read"]),
+        (["migrate", "run.ipynb"], ["cannot read the set-up", "nbconvert --to script"]),
         (["migrate", "good.py", "--output", "none/x.yaml"], ["cannot be written"]),
         (["config", "sho"], ["No such command 'sho'"]),
     ],
@@ -206,7 +206,7 @@ def test_nothing_is_overwritten_without_force(run: Run, tmp_path: Path, command:
     (tmp_path / "dpoeng.yaml").write_text("beta: 0.7\n")
     status, _, err = run(*command)
     assert status == 2
-    assert "dpoeng.yaml is there already" in err
+    assert "dpoeng.yaml already exists" in err
     assert "--force" in err
     assert (tmp_path / "dpoeng.yaml").read_text() == "beta: 0.7\n"
     assert run(*command, "--force")[0] == 0
@@ -595,7 +595,7 @@ def test_axolotl(run: Run, tmp_path: Path) -> None:
         assert word in out
     written, out = migrated(run, tmp_path, "kto.yml", "base_model: m\nrl: kto\n")
     assert written["use_peft"] is False
-    assert "rl: 'kto'; dpoeng does dpo: this is another method" in out
+    assert "rl: 'kto'; dpoeng only supports dpo" in out
 
 
 def test_llama_factory(run: Run, tmp_path: Path) -> None:

@@ -216,7 +216,7 @@ def test_04_a_prompt_that_both_responses_repeat_stands_once() -> None:
     (pair,) = read("04-prompt-repeated/chat.jsonl").pairs
     assert pair.prompt == "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\n"
     assert (pair.chosen, pair.rejected) == ("Red.<|im_end|>", "Seven.<|im_end|>")
-    # The end is there already, though the end token is another one.
+    # The end already exists, though the end token is another one.
     tokenizer = styled_tokenizer("chatml", eos="<|endoftext|>")
     (tokens,) = tokenize_pairs([pair], tokenizer).pairs
     assert tokens.ids.chosen_ids.tolist() == tokenizer("Red.<|im_end|>")["input_ids"]

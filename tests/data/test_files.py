@@ -282,7 +282,7 @@ def test_fault_21_a_file_edited_while_it_is_read(tmp_path: Path, monkeypatch: py
 
     original = readers.read_rows
     monkeypatch.setattr(readers, "read_rows", edit_meanwhile)
-    with pytest.raises(UserError, match="changed while it was in use"):
+    with pytest.raises(UserError, match="changed during the run"):
         read_pairs([path])
 
 

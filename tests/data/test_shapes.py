@@ -78,7 +78,7 @@ def test_a_format_is_put_around_prompts_that_are_texts() -> None:
 
 
 def test_a_format_without_a_place_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no place for the prompt"):
+    with pytest.raises(UserError, match="does not contain"):
         read_pairs([tmp_path / "a.jsonl"], prompt_format="Instruction:")
 
 

@@ -93,7 +93,7 @@ def test_a_forecast_that_cannot_run_is_a_note(tmp_path: Path, monkeypatch: pytes
     assert fit.check_step(TrainConfig(), source, pairs(), CUDA, **ask) is None  # type: ignore[arg-type]
     (tmp_path / "config.json").write_text('{"model_type": "of next year"}')
     assert fit.check_forward(PrecomputeConfig(), source, pairs(), CUDA, note=notes.append) is None
-    assert ["cannot predict the memory, because" in note for note in notes] == [True, True]
+    assert ["no memory forecast for this run:" in note for note in notes] == [True, True]
     assert "ZeroDivisionError: nobody thought of this" in notes[0]
 
 

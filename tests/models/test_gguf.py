@@ -245,7 +245,7 @@ def test_a_file_cut_off_in_its_weights_is_one_clear_error(make_gguf: GgufMaker) 
 def test_what_is_not_gguf_is_refused(tmp_path: Path) -> None:
     other = tmp_path / "model.gguf"
     other.write_bytes(b"\x80\x04PK" + bytes(64))
-    with pytest.raises(UserError, match="not a GGUF file"):
+    with pytest.raises(UserError, match="not a readable GGUF file"):
         load_gguf(other, torch.float32)
     with pytest.raises(UserError, match="gguf-missing"):
         load_gguf(tmp_path / "absent.gguf", torch.float32)

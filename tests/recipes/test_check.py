@@ -459,7 +459,7 @@ def test_the_command(
         assert "special-token-inside" in out
         assert f"{file}:3" in out
         assert "[bold]x" in out
-        assert "remedy: take these tokens out" in out
+        assert "remedy: remove these tokens" in out
     text = page.read_text()
     Page().feed(text)
     assert "&lt;script&gt;" in text

@@ -201,7 +201,7 @@ def test_a_damaged_copy_is_said_and_fetched_again(damage: str, no_hub: list[dict
         case _:
             (folder / engine.HASHES).unlink()
     name, notes = obtain()
-    assert f"the model kept in {folder} cannot be used" in notes
+    assert f"the model in {folder} is unusable" in notes
     assert len(no_hub) == 2
     assert weights.read_bytes() == b"weights"
     assert obtain() == (name, "")
@@ -277,7 +277,7 @@ def test_run_again_it_does_nothing_twice(finished: tuple[Path, str], tiny_model:
     before = (adapter.stat().st_mtime_ns, adapter.read_bytes())
     output = run_demo(folder, tiny_model)
     assert "0 computed, 20 reused" in output
-    assert "complete already" in output
+    assert "already complete" in output
     assert (adapter.stat().st_mtime_ns, adapter.read_bytes()) == before
 
 

@@ -237,7 +237,7 @@ def test_a_signal_waits_for_the_step_and_its_checkpoint(
     assert "SIGUSR1 has come: step 2 of 4 is done and in a checkpoint" in said
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-00000002"]
     status, said = command(*line)
-    assert (status, "going on from step 2 of 4" in said) == (0, True)
+    assert (status, "resuming from step 2 of 4" in said) == (0, True)
 
 
 def test_the_same_signal_again_ends_at_once(

@@ -486,7 +486,7 @@ def test_parity_refuses_an_sft_adapter_of_another_scale(tmp_path: Path, sft_cach
     config = json.loads((edited / "adapter_config.json").read_text())
     config["lora_alpha"] = 9
     (edited / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="not the model that the cache was made with"):
+    with pytest.raises(UserError, match="does not match the cached reference"):
         train(quick(sft_cache, tmp_path / "out", adapter=str(edited)))
 
 
@@ -502,7 +502,7 @@ def test_parity_refuses_a_policy_scored_with_its_adapter_on(
             yield
 
     monkeypatch.setattr(policy_module, "as_reference", all_off)
-    with pytest.raises(UserError, match="not the model that the cache was made with"):
+    with pytest.raises(UserError, match="does not match the cached reference"):
         train(quick(sft_cache, tmp_path / "out"))
 
 
@@ -594,8 +594,8 @@ def test_pairs_that_are_both_trained_and_evaluated_on(tmp_path: Path, tiny_model
     for name, held in (("a", rows[:16]), ("mixed", [rows[0], turned, *other, *rows[20:22]]), ("b", rows[16:])):
         write_jsonl(tmp_path / f"{name}.jsonl", held)
         precompute(tmp_path / f"{name}.jsonl", tiny_model, cache)
-    assert "of 6 pairs in mixed" in (said := check_apart(View.open(cache, "a"), View.open(cache, "mixed")))
-    assert "(in a): 2 pairs and 2 more by prompt alone" in said
+    said = check_apart(View.open(cache, "a"), View.open(cache, "mixed"))
+    assert "2 pairs and 2 more by prompt alone of 6 evaluation pairs in mixed are also trained on (in a)" in said
     assert check_apart(View.open(cache, "a"), View.open(cache, "b")) == ""
     notes: list[str] = []
     progress = SimpleNamespace(note=notes.append, task=QUIET.task)

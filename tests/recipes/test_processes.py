@@ -118,7 +118,7 @@ def test_sigterm_stops_with_a_word_on_how_to_go_on(tmp_path: Path, tiny_model: P
     assert len(list((tmp_path / "refcache" / "objects").rglob("*.arrow"))) == 1
 
 
-# --------------------------------------------------------------------------- one run at a time in a folder
+# --------------------------------------------------------------------------- one run at a time in each folder
 
 
 def waits_in_step_3(cache: Path, out: Path, there: Path) -> None:

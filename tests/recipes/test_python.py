@@ -200,7 +200,7 @@ def test_plan_asks_what_the_command_asks(monkeypatch: pytest.MonkeyPatch) -> Non
         (lambda: dpoeng.train(max_length=9), "config-unknown", ["precompute-ref"]),  # type: ignore[call-arg]
         (lambda: dpoeng.evaluate("out", lora_r=9), "config-unknown", ["not of evaluate"]),  # type: ignore[call-arg]
         (lambda: dpoeng.plan("m", gpuz=2), "config-unknown", ["write gpu"]),  # type: ignore[call-arg]
-        (lambda: dpoeng.plan("m", fsdp=True), "config-value", ["say gpus=2 or more"]),
+        (lambda: dpoeng.plan("m", fsdp=True), "config-value", ["add gpus=2 or more"]),
         (lambda: dpoeng.check({"prompt": ["p"]}), "data-unknown-kind", ["dict"]),
         (lambda: dpoeng.check([]), "data-empty", ["no rows"]),
         (lambda: dpoeng.open_cache("nowhere"), "cache-not-found", ["`dpoeng precompute-ref PAIRS --model MODEL"]),

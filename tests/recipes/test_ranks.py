@@ -521,11 +521,11 @@ def test_a_process_that_ends_ends_the_others_and_the_same_command_goes_on(
     code, _, err = first.end(within_s=60)
     assert time.monotonic() - began < 60
     assert code == 5
-    assert "another process of this run has ended" in err
+    assert "another process of this run ended" in err
     assert "Traceback" not in err
     assert not (out / "adapter").exists()
     finished(together(2, cache, out, *more), out)
-    assert "going on from step" in (out / "rank0.err").read_text()
+    assert "resuming from step" in (out / "rank0.err").read_text()
     assert outcome(out) == outcome(two)
 
 
@@ -537,7 +537,7 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path: Path, ca
         assert "Stopped by SIGUSR1" in said
     assert "SIGUSR1 has come: step 2 of 4" in (out / "rank0.err").read_text()
     finished(together(2, cache, out), out)
-    assert "going on from step 2" in (out / "rank0.err").read_text()
+    assert "resuming from step 2" in (out / "rank0.err").read_text()
     assert outcome(out) == outcome(two)
 
 
@@ -607,4 +607,4 @@ def test_over_a_sharded_base_nothing_is_tried_again(tmp_path: Path, cache: Path)
     status, _, err = second.end(within_s=60)
     assert (status, "out of memory over a sharded base" in err) == (5, True)
     status, _, err = first.end(within_s=60)
-    assert (status, "another process of this run has ended" in err) == (5, True)
+    assert (status, "another process of this run ended" in err) == (5, True)

@@ -258,8 +258,8 @@ def test_how_long_the_others_will_take(cache: Path, tmp_path: Path, monkeypatch:
     notes: list[str] = []
     progress = SimpleNamespace(note=notes.append, task=QUIET.task)
     run_sweep(planned(cache, tmp_path, {"max_steps": [3, 6, 12]}), progress)
-    assert "2 runs left, about 3 min at the speed so far" in notes
-    assert "1 run left, about 2 min at the speed so far" in notes
+    assert "2 runs left, about 3 min at this speed" in notes
+    assert "1 run left, about 2 min at this speed" in notes
 
 
 # --------------------------------------------------------------------------- the ranking
@@ -335,7 +335,7 @@ def test_less_of_a_loss_is_better_and_length_can_be_taken_out(tmp_path: Path) ->
     one = fabricate(tmp_path / "a", [1.0, 0.0], [1.0, -1.0], ["p", "q"])
     ranked = compare_runs([("a", {}, one)], "rewards/accuracies_length_controlled", {})
     assert ranked[0].value is None
-    assert verdict(ranked) == "No complete run has a value of this metric."
+    assert verdict(ranked) == "No complete run has this metric."
     assert verdict([]) == "No run is complete."
     for name, loss in (("low", 0.1), ("high", 0.5)):
         folder = fabricate(tmp_path / name, [1.0, 0.0], [1.0, -1.0], ["p", "q"])
@@ -392,7 +392,7 @@ def test_a_file_and_options_say_the_same(cache: Path, tmp_path: Path, monkeypatc
 def test_all_mistakes_of_all_combinations_in_one_message(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         planned(cache, tmp_path, {"beta": [0.1, -1], "lora_r": [8, 0], "optim": ["adamw_torch", "adamw_torch_fused"]})
-    error, mend = caught.value, "correct the value; --help tells what each field means"
+    error, mend = caught.value, "correct the value; --help explains each field"
     assert error.code == "sweep-combinations"
     assert error.message == "6 of 8 combinations cannot be trained"
     assert [line.strip() for line in (error.found or "").splitlines()] == [

@@ -181,7 +181,7 @@ def test_a_part_whose_job_died_is_done_by_whoever_comes(
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "2", "a/b", "1/0", "-1/4", "1/4/2"])
 def test_a_part_that_is_none(text: str) -> None:
-    with pytest.raises(UserError, match="which part of the work") as caught:
+    with pytest.raises(UserError, match="name a part of the work") as caught:
         Part.parse(text)
     assert caught.value.where == "--shard"
 
@@ -250,7 +250,7 @@ def test_a_rank_that_ends_ends_the_others(
     assert second.end()[0] == status
     code, _, err = first.end(within_s=60)
     assert code == 5
-    assert "another process of this run has ended" in err
+    assert "another process of this run ended" in err
     assert "Traceback" not in err
     assert not (tmp_path / "cache" / "views" / "pairs.json").exists()
     assert [status for status, _, _ in ends(start([file, file], tiny_model, tmp_path / "cache"))] == [0, 0]

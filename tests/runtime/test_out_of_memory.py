@@ -153,7 +153,7 @@ def test_one_pair_that_does_not_fit_is_named(tmp_path: Path, cache: Path, monkey
 def test_the_optimizer_is_not_tried_twice(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half an update cannot be taken back: better a message than moments that do not fit the weights."""
     monkeypatch.setattr(torch.optim.AdamW, "step", failing(torch.optim.AdamW.step, lambda n, _: n == 2, GPU))
-    with pytest.raises(UserError, match="optimizer's update"):
+    with pytest.raises(UserError, match="optimizer step"):
         run(cache, tmp_path / "out", eval_share=0)
 
 

@@ -80,7 +80,7 @@ def test_transforms_of_the_logits_are_known() -> None:
 
 def test_a_model_that_looks_ahead_is_refused() -> None:
     lm = make("roberta", is_decoder=False)
-    with pytest.raises(UserError, match="tokens after it") as caught:
+    with pytest.raises(UserError, match="see later tokens") as caught:
         choose_layout(lm)
     assert caught.value.code == "model-unsupported"
 

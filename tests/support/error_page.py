@@ -31,7 +31,7 @@ MEANINGS: dict[str, str] = {
     "config-unknown": "A name that no command knows, or only the other phase; the nearest ones are named.",
     "config-foreign": "A name of TRL, transformers or peft that dpoeng lacks; docs/trl-versions.md has them all.",
     "config-several": "More than one field is wrong; each is listed with its line.",
-    "config-twice": "A field stands twice in the configuration file, so which one is meant?",
+    "config-twice": "A field appears twice in the configuration file, so which one is meant?",
     "config-exists": "`init` and `migrate` overwrite nothing without `--force`.",
     "config-unwritable": "The file that `init` or `migrate` writes cannot be made where it was named.",
     "init-missing": "A file or folder that was named to `init` is not there.",
@@ -172,7 +172,7 @@ REMEDIES: dict[str, str] = {
     "data-empty": "loosen --where; `dpoeng check` shows why rows were left out",
     "data-missing": "check the path, or copy the whole folder again",
     "data-too-large": "write JSON Lines, one object a line, or smaller batches of fewer columns",
-    "data-damaged": "make or copy the file again",
+    "data-damaged": "write or copy the file again",
     "data-unreadable": "check its permissions and the disk",
     "data-columns": "map the columns with --columns, or rename them",
     "data-unknown-kind": "rename the file",
@@ -186,14 +186,14 @@ REMEDIES: dict[str, str] = {
     "model-unsupported": "please report the architecture",
     "tokenizer-missing": "copy the tokenizer files from the model that this one was trained from",
     "adapter-not-found": "name the folder that peft's `save_pretrained` wrote",
-    "adapter-mismatch": "give the base that the adapter was trained on",
+    "adapter-mismatch": "use the base that the adapter was trained on",
     "adapter-mode": "leave --adapter-mode out: auto chooses a mode that fits",
     "attention-unsupported": "leave --attention out",
     "layer-offloading-unsupported": "use --layer-offloading off, with fewer bits or a larger device",
     "offload-room": "lower --offload-gib, or name a folder on a disk with room with --offload-folder",
     "reference-not-finite": "use --dtype bfloat16 or float32; else the weights are damaged",
     "quantization-stored": "leave --quantization out, or name the full-precision checkpoint",
-    "gguf-format": "fetch the file again, or give the model as safetensors",
+    "gguf-format": "download the file again, or give the model as safetensors",
     "bitsandbytes-unusable": "pip install 'bitsandbytes>=0.50', or use --quantization none",
     "cache-which-spec": "`dpoeng cache info` shows the references",
     "cache-no-view": "name a view that is there, or run `dpoeng precompute-ref` to its end",
@@ -219,7 +219,7 @@ REMEDIES: dict[str, str] = {
 }
 
 EXAMPLE = """$ dpoeng precompute-ref --model sft-model
-error: no preference pairs were named [config-missing]
+error: you named no pairs [config-missing]
   where:    pairs
   expected: one file or more, e.g. dpoeng precompute-ref pairs.jsonl --model sft-model
   remedy:   name the file, or write `pairs: [pairs.jsonl]` into dpoeng.yaml

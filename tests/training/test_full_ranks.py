@@ -162,7 +162,7 @@ def test_parts_go_on_to_the_same_bytes(tmp_path: Path, cache: Path, two: Path) -
     """From the first step's checkpoint; one process then reads its rows, the other one everything before it divides."""
     out = cut_off(two, tmp_path / "out")
     together(cache, out, last=loads_whole)
-    assert "going on from step 1" in (out / "rank0.err").read_text()
+    assert "resuming from step 1" in (out / "rank0.err").read_text()
     assert outcome(out) == outcome(two)
 
 

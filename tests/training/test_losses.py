@@ -194,4 +194,4 @@ def test_losses_on_the_command_line(
     with pytest.raises(SystemExit) as stop:
         main([*line, "--loss-type", "tdpo"])
     assert stop.value.code == 2
-    assert "whole vocabulary" in capsys.readouterr().err
+    assert "over the vocabulary" in capsys.readouterr().err

@@ -229,5 +229,5 @@ def test_answers_that_cannot_be_kept_are_shown_all_the_same(tmp_path: Path) -> N
     notes: list[str] = []
     keep_samples(trained, [Generation("a", "b", "c")], SimpleNamespace(note=notes.append, task=QUIET.task))
     assert len(notes) == 1
-    assert "not kept" in notes[0]
+    assert "will not show" in notes[0]
     assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"]
