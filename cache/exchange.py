@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -23,6 +24,7 @@ from dpoeng.cache.shard import BATCH_ROWS
 from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.store import Store
 from dpoeng.cache.table import ViewEntry
+from dpoeng.cache.trunk.index import open_states
 
 T = TypeVar("T")
 
@@ -291,7 +293,7 @@ def _pairs_of(edges: Sequence[int]) -> Gaps:
 
 
 def merge(target: Store, source: Store) -> tuple[int, list[str]]:
-    """Copies everything sound of another cache: specs, objects, records, views. Nothing in the target changes.
+    """Copies everything sound of another cache: specs, objects, trunks, records, views. Nothing in the target changes.
 
     Returns:
         (number of objects that were new, names of the views that were copied).
@@ -301,8 +303,7 @@ def merge(target: Store, source: Store) -> tuple[int, list[str]]:
             copied before stays, and the same call goes on from there.
     """
     copied = 0
-    if source.has_gaps:
-        target.allow_gaps()
+    target.raise_format(source.format)
     views = [source.view_record(name) for name in source.views()]
     for record in views:
         if record.name in target.views() and target.view_record(record.name) != record:
@@ -328,8 +329,10 @@ def merge(target: Store, source: Store) -> tuple[int, list[str]]:
 
 
 def _sound_commits(store: Store, digest: str) -> list[Commit]:
-    index = store.lookup(digest)
-    sound = set(index.objects)
+    spec = store.spec(digest)
+    opener = partial(open_states, store, spec) if spec.holds_states else store.open_shard
+    opened, _ = store.sound_objects(digest, opener, sealed=False, held={})
+    sound = {reference for reference, _ in opened}
     return [commit for commit in store.commits(digest, []) if commit.object in sound]
 
 

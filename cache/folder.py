@@ -18,6 +18,9 @@ FORMAT_NAME: Final = "FORMAT"
 FORMAT_BYTES: Final = b"dpoeng-refcache 1\n"
 FORMAT_WITH_GAPS: Final = b"dpoeng-refcache 2\n"
 """Of a cache with rows in which tokens between scored ones are not: readers of version 1 must leave it alone."""
+FORMAT_WITH_TRUNK: Final = b"dpoeng-refcache 3\n"
+"""Of a cache with stored hidden states: readers of version 2 would take them for rows of log-probs."""
+FORMATS: Final = (FORMAT_BYTES, FORMAT_WITH_GAPS, FORMAT_WITH_TRUNK)
 
 
 def spec_name(digest: str) -> str:
@@ -118,14 +121,14 @@ def _create(files: Files) -> None:
 
 
 def _check_format(found: bytes, path: Path) -> None:
-    if found in (FORMAT_BYTES, FORMAT_WITH_GAPS):
+    if found in FORMATS:
         return
     if re.fullmatch(rb"dpoeng-refcache [0-9]{1,9}\n", found):
         raise CacheError(
             "a later version of dpoeng wrote this cache",
             code="cache-future",
             where=str(path),
-            expected=FORMAT_WITH_GAPS.decode().strip(),
+            expected=FORMATS[-1].decode().strip(),
             found=found.decode().strip(),
             remedy="update dpoeng, or name another folder with --cache",
         )

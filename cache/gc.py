@@ -47,7 +47,7 @@ def collect(
     Args:
         root: the cache folder.
         dry_run: only say what would go.
-        drop_specs: references to remove with all their rows; none of them may have a view.
+        drop_specs: references to remove with all their rows and trunks, none of which may have a view; or trunks.
         quarantine: also what damage was set aside.
         grace_s: age below which nothing goes; a file from the future counts as young.
 
@@ -71,6 +71,9 @@ def collect(
 def _find(store: Store, drop_specs: Collection[str], quarantine: bool, grace_s: float) -> Iterator[Garbage]:
     records = {name: store.view_record(name) for name in store.views()}
     _refuse_in_use(store, drop_specs, {record.spec: name for name, record in records.items()})
+    # A trunk is of no use without its reference.
+    orphaned = [digest for digest, spec in store.trunks().items() if spec.fields["reference"] in drop_specs]
+    drop_specs = [*dict.fromkeys([*drop_specs, *orphaned])]
     tables = {record.table.name for record in records.values()}
     kept = {reference.name for record in records.values() for reference in record.objects}
     names: list[tuple[str, Kind]] = []

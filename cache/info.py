@@ -10,6 +10,7 @@ from typing import Any
 from dpoeng.cache.errors import CacheError
 from dpoeng.cache.folder import commit_name, spec_name
 from dpoeng.cache.records import Commit, canonical_json
+from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.store import Store
 
 
@@ -46,11 +47,37 @@ class ViewInfo:
     meta: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class TrunkInfo:
+    """Stored hidden states.
+
+    Attributes:
+        digest: of the trunk's spec.
+        reference: digest of the reference that they come from.
+        layer: the decoder layer that they enter, counted from 0.
+        dtype: of the states.
+        width: numbers a token.
+        texts, objects, bytes: committed.
+        generation: of the last finished run; 0 if none finished yet.
+    """
+
+    digest: str
+    reference: str
+    layer: int
+    dtype: str
+    width: int
+    texts: int
+    objects: int
+    bytes: int
+    generation: int
+
+
 @dataclass
 class CacheInfo:
     """A cache. `problems` lists records that could not be read; `verify` looks deeper."""
 
     references: list[ReferenceInfo] = field(default_factory=list)
+    trunks: list[TrunkInfo] = field(default_factory=list)
     views: list[ViewInfo] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -59,7 +86,12 @@ def cache_info(root: Path | str) -> CacheInfo:
     """Reads all records of a cache. Raises CacheError if there is none."""
     store = Store.open(root)
     found = CacheInfo()
+    trunks = store.trunks()
+    for digest, spec in trunks.items():
+        found.trunks.append(_trunk(store, digest, spec, found.problems))
     for digest in store.spec_digests():
+        if digest in trunks:
+            continue
         try:
             found.references.append(_reference(store, digest, found.problems))
         except CacheError as error:
@@ -74,8 +106,8 @@ def cache_info(root: Path | str) -> CacheInfo:
 
 
 def newest_spec(store: Store) -> str:
-    """The spec whose file was written last, by the file system's clock. Raises CacheError if there is none."""
-    digests = store.spec_digests()
+    """The reference whose spec was written last, by the file system's clock. Raises CacheError if there is none."""
+    digests = store.reference_digests()
     if not digests:
         raise CacheError(
             "the cache holds no reference yet",
@@ -85,6 +117,21 @@ def newest_spec(store: Store) -> str:
             exit_status=2,
         )
     return max(digests, key=lambda digest: ((store.root / spec_name(digest)).stat().st_mtime_ns, digest))
+
+
+def _trunk(store: Store, digest: str, spec: ReferenceSpec, problems: list[str]) -> TrunkInfo:
+    outcomes = [outcome for _, outcome in store.read_commits(digest)]
+    objects = [outcome.object for outcome in outcomes if isinstance(outcome, Commit)]
+    problems += [_said(outcome) for outcome in outcomes if isinstance(outcome, CacheError)]
+    fields = spec.fields
+    return TrunkInfo(
+        digest=digest,
+        **{name: fields[name] for name in ("reference", "layer", "dtype", "width")},
+        texts=sum(reference.rows for reference in objects),
+        objects=len(objects),
+        bytes=sum(reference.bytes for reference in objects),
+        generation=max(store.generations(digest), default=0),
+    )
 
 
 def _reference(store: Store, digest: str, problems: list[str]) -> ReferenceInfo:

@@ -235,9 +235,7 @@ class Shard:
 
         A cache of many gigabytes that was looked over would else count as this process's memory.
         """
-        mapped = self.data.obj
-        if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            mapped.madvise(mmap.MADV_DONTNEED)
+        release(self.data)
 
     def numbers(self) -> Numbers:
         """Lengths and sums of all rows, without a look at the tokens."""
@@ -307,6 +305,13 @@ class Shard:
         for row, key in enumerate(self.keys()):
             if (again_key := pair_key(self[row].ids)) != key.tobytes():
                 raise damaged(f"{self.where}, row {row}", f"pair_key {again_key.hex()}", key.tobytes().hex())
+
+
+def release(data: memoryview) -> None:
+    """Gives the pages of a mapped file back to the system; see `Shard.release`."""
+    mapped = data.obj
+    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def check_hash(data: memoryview, name: str, where: str) -> None:

@@ -14,6 +14,7 @@ from dpoeng.cache.records import canonical_json, parse_canonical
 
 ABSENT = "(absent)"
 SUMS = "sums"
+STATES = "states"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,22 @@ class ReferenceSpec:
     def digest(self) -> str:
         """32 hex digits: xxh3_128 of the canonical JSON."""
         return xxhash.xxh3_128_hexdigest(self.canonical)
+
+    def of_states(self, layer: int, dtype: str, width: int) -> ReferenceSpec:
+        """The trunk of this reference at a layer: its rows are hidden states, see `dpoeng.cache.trunk`.
+
+        Args:
+            layer: the decoder layer that they enter, counted from 0.
+            dtype: float32, bfloat16 or float16.
+            width: numbers a token.
+        """
+        fields = {"values": STATES, "reference": self.digest, "layer": layer, "dtype": dtype, "width": width}
+        return ReferenceSpec.from_fields(fields)
+
+    @property
+    def holds_states(self) -> bool:
+        """Whether rows hold hidden states, so that this is a trunk and no reference."""
+        return bool(self.fields.get("values") == STATES)
 
     def of_sums(self) -> ReferenceSpec:
         """The same reference, where only the sum over each response is known: its rows never mix with others."""

@@ -8,12 +8,13 @@ quarantine/ together with its record, and its rows are simply missing until they
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 import numpy as np
 import xxhash
@@ -23,6 +24,8 @@ from dpoeng.cache.files import Disk, Files
 from dpoeng.cache.folder import (
     FORMAT_NAME,
     FORMAT_WITH_GAPS,
+    FORMAT_WITH_TRUNK,
+    FORMATS,
     commit_name,
     commits_folder,
     manifest_name,
@@ -43,6 +46,7 @@ from dpoeng.cache.table import Entries, encode_table
 from dpoeng.cache.table import ViewEntry as ViewEntry
 from dpoeng.cache.words import counted
 
+T = TypeVar("T")
 THREADS: Final = min(8, os.cpu_count() or 1)
 _MANIFEST = re.compile(r"manifest-([0-9]{6})\.json")
 
@@ -94,8 +98,22 @@ class Store:
         return [name for name in self.files.names("specs", ".json") if DIGEST.fullmatch(name)]
 
     def specs(self) -> dict[str, ReferenceSpec]:
-        """All specs by digest. Raises CacheError for a damaged one."""
+        """All specs by digest, those of trunks too. Raises CacheError for a damaged one."""
         return {digest: self.spec(digest) for digest in self.spec_digests()}
+
+    def trunks(self) -> dict[str, ReferenceSpec]:
+        """The specs of stored hidden states by digest; damaged specs are none."""
+        found = {}
+        for digest in self.spec_digests():
+            with contextlib.suppress(CacheError):
+                if (spec := self.spec(digest)).holds_states:
+                    found[digest] = spec
+        return found
+
+    def reference_digests(self) -> list[str]:
+        """The digests of all specs that are no trunks, damaged ones among them."""
+        trunks = self.trunks()
+        return [digest for digest in self.spec_digests() if digest not in trunks]
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
@@ -114,23 +132,46 @@ class Store:
         Raises:
             CacheError: something is there that no accident makes: a link, a device, a record of the future.
         """
+        held = known.shards() if known is not None else {}
+        return KeyIndex(*self.sound_objects(spec_digest, self.open_shard, sealed=sealed, held=held))
+
+    def sound_objects(
+        self, spec_digest: str, open_object: Callable[[ObjectRef], T], *, sealed: bool, held: Mapping[ObjectRef, T]
+    ) -> tuple[list[tuple[ObjectRef, T]], list[Damage]]:
+        """The objects of a spec, each opened and checked, and what was found damaged; see `lookup`.
+
+        Args:
+            spec_digest: of a reference or a trunk.
+            open_object: maps and checks one; raises CacheError.
+            sealed: as in `lookup`.
+            held: objects that are open already.
+        """
         damage: list[Damage] = []
         commits = self.commits(spec_digest, damage)
         manifest = self.latest_manifest(spec_digest, damage)
         if sealed:
             names = {reference.name for reference in manifest.objects} if manifest else set()
             commits = [commit for commit in commits if commit.object.name in names]
-        held = known.shards() if known is not None else {}
+
+        def attempt(reference: ObjectRef) -> tuple[T | None, CacheError | None]:
+            try:
+                return held[reference] if reference in held else open_object(reference), None
+            except CacheError as error:
+                if error.code != "cache-corrupt":
+                    raise
+                return None, error
+
         with ThreadPoolExecutor(THREADS) as pool:
-            opened = list(pool.map(lambda commit: held.get(commit.object) or self._try_shard(commit), commits))
-        shards = []
-        for commit, outcome in zip(commits, opened, strict=True):
-            if isinstance(outcome, Shard):
-                shards.append((commit.object, outcome))
+            outcomes = list(pool.map(lambda commit: attempt(commit.object), commits))
+        opened = []
+        for commit, (one, error) in zip(commits, outcomes, strict=True):
+            if error is None:
+                assert one is not None
+                opened.append((commit.object, one))
             else:
-                damage.append(self._set_aside(object_name(commit.object.name), outcome, commit.object.rows))
+                damage.append(self._set_aside(object_name(commit.object.name), error, commit.object.rows))
                 self.files.set_aside(commit_name(spec_digest, commit.object.name))
-        return KeyIndex(shards, damage)
+        return opened, damage
 
     def open_shard(self, reference: ObjectRef, *, check: bool = True) -> Shard:
         """Maps an object.
@@ -162,14 +203,6 @@ class Store:
         except FileNotFoundError:
             raise damaged(str(self.root / name), f"{size} bytes", "no file") from None
 
-    def _try_shard(self, commit: Commit) -> Shard | CacheError:
-        try:
-            return self.open_shard(commit.object)
-        except CacheError as error:
-            if error.code != "cache-corrupt":
-                raise
-            return error
-
     def commit_shard(self, spec_digest: str, rows: Sequence[ScoredPair], provenance: Mapping[str, Any]) -> str:
         """Writes rows for good: when this returns, they survive a kill and a power loss.
 
@@ -187,21 +220,30 @@ class Store:
         """
         data = encode_shard(rows)
         if any(row.ids.chosen_gaps or row.ids.rejected_gaps for row in rows):
-            self.allow_gaps()
-        reference = ObjectRef(xxhash.xxh3_128_hexdigest(data), len(rows), len(data))
+            self.raise_format(FORMAT_WITH_GAPS)
+        return self.commit_object(spec_digest, data, len(rows), provenance)
+
+    def commit_object(self, spec_digest: str, data: memoryview, rows: int, provenance: Mapping[str, Any]) -> str:
+        """Publishes the bytes of an object of so many rows, then its record; returns its name."""
+        reference = ObjectRef(xxhash.xxh3_128_hexdigest(data), rows, len(data))
         self._put(object_name(reference.name), data)
         self.put_commit(Commit(spec_digest, reference, provenance))
         return reference.name
 
     @property
-    def has_gaps(self) -> bool:
-        """Whether rows may have tokens between scored ones that are not scored."""
-        return self.files.read(FORMAT_NAME) == FORMAT_WITH_GAPS
+    def format(self) -> bytes:
+        """The line in FORMAT: what readers must know to read all that may be here."""
+        return self.files.read(FORMAT_NAME)
 
-    def allow_gaps(self) -> None:
-        """Writes the format's second version into FORMAT, before anything that readers of the first would set aside."""
-        if not self.has_gaps:
-            self.files.replace(FORMAT_NAME, FORMAT_WITH_GAPS)
+    def raise_format(self, wanted: bytes) -> None:
+        """Writes a later version into FORMAT, before anything that readers of an earlier one would misread."""
+        if FORMATS.index(self.format) < FORMATS.index(wanted):
+            self.files.replace(FORMAT_NAME, wanted)
+
+    def put_trunk_spec(self, spec: ReferenceSpec) -> str:
+        """As `put_spec`, of a trunk; FORMAT says first that there is one."""
+        self.raise_format(FORMAT_WITH_TRUNK)
+        return self.put_spec(spec)
 
     def put_commit(self, commit: Commit) -> None:
         """Publishes a record, unless a sound one is there. Its object must be durable already."""

@@ -2,7 +2,8 @@
 
 Four depths. `open`: every record's checksum, every file's presence, size, framing, schema and offsets. `full` adds the
 hash of every byte and a look at every log-prob: the bytes are those that were written. `semantic` adds, instead, every
-sum, every key and every entry of every view: the rows make sense, whoever wrote them. `all` is both. The fifth, a
+sum, every key and every entry of every view: the rows make sense, whoever wrote them. `all` is both. Of hidden states
+`semantic` looks at every number. The fifth, a
 comparison with the model itself, needs a model and so lives in `dpoeng.engine`.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,11 +26,15 @@ from dpoeng.cache.folder import commit_name, manifest_name, view_name
 from dpoeng.cache.reader import open_table
 from dpoeng.cache.records import DIGEST, Commit, Manifest, ObjectRef, damaged
 from dpoeng.cache.shard import Shard
+from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.store import THREADS, Store
+from dpoeng.cache.trunk.index import open_states
+from dpoeng.cache.trunk.objects import StatesObject
 from dpoeng.cache.words import counted
 
 Depth = Literal["open", "semantic", "full", "all"]
 Progress = Callable[[int, int], None]
+Opener = Callable[[ObjectRef], Shard | StatesObject]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +53,8 @@ class VerifyReport:
     Attributes:
         depth: how deep it looked.
         problems: empty for a sound cache.
-        counts: specs, objects, rows, manifests, views; and what harms nothing: orphans (objects without a record),
-            temporary, quarantined.
+        counts: specs, trunks, objects, rows, texts (of trunks), manifests, views; and what harms nothing: orphans
+            (objects without a record), temporary, quarantined.
         bytes: size of all objects and tables.
         seconds: how long it took.
     """
@@ -80,15 +85,19 @@ def verify(root: Path | str, *, depth: Depth = "full", progress: Progress | None
     store = Store.open(root)
     report = VerifyReport(depth)
     commits, manifests = _records(store, report)
+    trunks = store.trunks()
     objects = sorted({commit.object for commit in commits})
+    openers = {commit.object: _opener(store, trunks.get(commit.spec), report.depth) for commit in commits}
     _check_manifests(store, commits, manifests, report)
-    shards = _check_objects(store, objects, report, progress)
+    shards = _check_objects(openers, report, progress)
     _check_views(store, shards, report)
     orphans = set(object_names(store)) - {reference.name for reference in objects}
     report.counts |= {
-        "specs": len(store.spec_digests()),
+        "specs": len(store.spec_digests()) - len(trunks),
+        "trunks": len(trunks),
         "objects": len(objects),
-        "rows": sum(reference.rows for reference in objects),
+        "rows": sum(reference.rows for reference in {commit.object for commit in commits if commit.spec not in trunks}),
+        "texts": sum(reference.rows for reference in {commit.object for commit in commits if commit.spec in trunks}),
         "manifests": len(manifests),
         "views": len(store.views()),
         "orphans": len(orphans),
@@ -157,32 +166,51 @@ def _check_manifests(store: Store, commits: list[Commit], manifests: list[Manife
                 )
 
 
+def _opener(store: Store, trunk: ReferenceSpec | None, depth: Depth) -> Opener:
+    """What opens and checks an object of a spec; `trunk` is the spec where it is one of hidden states."""
+
+    def states(reference: ObjectRef) -> Shard | StatesObject:
+        assert trunk is not None
+        found = open_states(store, trunk, reference, check=depth in ("full", "all"))
+        if depth == "semantic":
+            found.check_values()
+        found.release()
+        return found
+
+    def shard(reference: ObjectRef) -> Shard | StatesObject:
+        found = store.open_shard(reference, check=depth in ("full", "all"))
+        if depth in ("semantic", "all"):
+            found.check_values()
+            found.check_sums_and_keys()
+            found.release()
+        return found
+
+    return shard if trunk is None else states
+
+
 def _check_objects(
-    store: Store, references: list[ObjectRef], report: VerifyReport, progress: Progress | None
+    openers: Mapping[ObjectRef, Opener], report: VerifyReport, progress: Progress | None
 ) -> dict[ObjectRef, Shard]:
-    """Opens and checks every object, in parallel; returns the sound ones."""
+    """Opens and checks every object, in parallel; returns the sound ones that hold log-probs."""
+    references = sorted(openers)
     total = sum(reference.bytes for reference in references)
     done = 0
     lock = Lock()
 
-    def check(reference: ObjectRef) -> Shard | None:
+    def check(reference: ObjectRef) -> Shard | StatesObject | None:
         nonlocal done
-        shard = None
+        found = None
         with _noting(report, reference.name):
-            shard = store.open_shard(reference, check=report.depth in ("full", "all"))
-            if report.depth in ("semantic", "all"):
-                shard.check_values()
-                shard.check_sums_and_keys()
-                shard.release()
+            found = openers[reference](reference)
         with lock:
             done += reference.bytes
             if progress:
                 progress(done, total)
-        return shard
+        return found
 
     with ThreadPoolExecutor(THREADS) as pool:
-        shards = list(pool.map(check, references))
-    return {reference: shard for reference, shard in zip(references, shards, strict=True) if shard is not None}
+        opened = list(pool.map(check, references))
+    return {reference: one for reference, one in zip(references, opened, strict=True) if isinstance(one, Shard)}
 
 
 def _check_views(store: Store, shards: dict[ObjectRef, Shard], report: VerifyReport) -> None:

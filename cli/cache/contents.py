@@ -37,7 +37,8 @@ def info(folder: Path, as_json: bool) -> None:
 
 
 def _print_info(folder: Path, found: CacheInfo) -> None:
-    say(Marked(str(folder), "bold"), f": references {len(found.references)}, views {len(found.views)}")
+    trunks = f", trunks {len(found.trunks)}" if found.trunks else ""
+    say(Marked(str(folder), "bold"), f": references {len(found.references)}{trunks}, views {len(found.views)}")
     for reference in found.references:
         facts = [
             ("reference", reference.digest),
@@ -46,6 +47,16 @@ def _print_info(folder: Path, found: CacheInfo) -> None:
             ("finished run", f"generation {reference.generation}" if reference.generation else "none yet"),
             ("last changed", reference.changed.strftime("%Y-%m-%d %H:%M") if reference.changed else "never"),
             *(("written by", short(provenance)) for provenance in reference.provenance),
+        ]
+        say("")
+        say(facts_table(facts))
+    for trunk in found.trunks:
+        facts = [
+            ("trunk", trunk.digest),
+            ("states", f"that enter layer {trunk.layer}, {trunk.width} x {trunk.dtype} a token"),
+            ("texts", f"{trunk.texts:,} in {counted(trunk.objects, 'object')}, {size(trunk.bytes)}"),
+            ("finished run", f"generation {trunk.generation}" if trunk.generation else "none yet"),
+            ("reference", trunk.reference),
         ]
         say("")
         say(facts_table(facts))
@@ -87,7 +98,8 @@ def verify(
     from dpoeng.cli.progress import TerminalProgress
 
     done = 0
-    total_bytes = sum(reference.bytes for reference in cache_info(folder).references)
+    known = cache_info(folder)
+    total_bytes = sum(one.bytes for one in (*known.references, *known.trunks))
     with TerminalProgress().task("verify", total_bytes, "B") as advance:
 
         def progress(now: int, total: int) -> None:

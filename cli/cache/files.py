@@ -82,7 +82,7 @@ def import_(file: Path, as_json: bool, **options: Any) -> None:
 @click.argument("sources", nargs=-1, required=True, type=FOLDER)
 @json_option
 def merge(target: Path, sources: tuple[Path, ...], as_json: bool) -> None:
-    """Copy references, rows and views of SOURCES into TARGET, which may be new. Nothing in SOURCES changes."""
+    """Copy references, rows, trunks and views of SOURCES into TARGET, which may be new. Nothing in SOURCES changes."""
     from dpoeng.cache.exchange import merge as run
     from dpoeng.cache.store import Store
 
@@ -99,7 +99,7 @@ def merge(target: Path, sources: tuple[Path, ...], as_json: bool) -> None:
 @click.command(epilog=example("dpoeng cache gc refcache", "dpoeng cache gc refcache --delete --drop-spec 3f2a"))
 @click.argument("folder", type=FOLDER)
 @click.option("--delete", is_flag=True, help="Remove the files. Without it, only list them.")
-@click.option("--drop-spec", "drop", multiple=True, help="Also this reference and all its rows; no view may use it.")
+@click.option("--drop-spec", "drop", multiple=True, help="Also this reference or trunk, all of it; no view may use it.")
 @click.option("--quarantine", is_flag=True, help="Also damaged files that were set aside.")
 @click.option("--min-age-s", default=3600.0, show_default=True, help="Keep files younger than this, in seconds.")
 @json_option
@@ -109,7 +109,7 @@ def gc(folder: Path, delete: bool, drop: tuple[str, ...], quarantine: bool, min_
     from dpoeng.cache.store import Store
 
     store = Store.open(folder)
-    digests = [choose(store, prefix) for prefix in drop]
+    digests = [choose(store, prefix, trunks=True) for prefix in drop]
     garbage = collect(folder, dry_run=not delete, drop_specs=digests, quarantine=quarantine, grace_s=min_age_s)
     if as_json:
         say_json({"removed": delete, "files": garbage})

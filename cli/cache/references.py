@@ -57,7 +57,7 @@ def explain(folder: Path, reference: str | None, as_json: bool) -> None:
 
     store = Store.open(folder)
     digest = choose(store, reference) if reference else newest_spec(store)
-    explained = explain_miss(store.spec(digest), store.specs())
+    explained = explain_miss(store.spec(digest), {one: store.spec(one) for one in store.reference_digests()})
     if as_json:
         nearest, changes = explained or (None, [])
         say_json({"reference": digest, "nearest": nearest, "changes": _listed(changes)})

@@ -28,11 +28,11 @@ def sources_of(view: View) -> list[Path]:
     return [Path(name) for name in view.meta.get("files") or {}]
 
 
-def choose(store: Store, prefix: str | None) -> str:
-    """The one reference whose digest begins so."""
+def choose(store: Store, prefix: str | None, *, trunks: bool = False) -> str:
+    """The one reference whose digest begins so; with `trunks`, these are looked through too."""
     from dpoeng.cache.errors import CacheError
 
-    digests = store.spec_digests()
+    digests = store.spec_digests() if trunks else store.reference_digests()
     found = [digest for digest in digests if digest.startswith(prefix or "")]
     if len(found) != 1:
         raise CacheError(

@@ -20,6 +20,7 @@ from pydantic import (
     ConfigDict,
     Field,
     InstanceOf,
+    NonNegativeInt,
     PlainSerializer,
     ValidationInfo,
     WithJsonSchema,
@@ -142,6 +143,13 @@ class _Config(BaseModel):
         return values
 
 
+def whole_layer(value: float | None) -> float | None:
+    """Refuse layers between two layers."""
+    if value is not None and value > 1 and value != int(value):
+        raise ValueError("must be the number of a layer, or a share of the depth below 1")
+    return value
+
+
 class PrecomputeConfig(_Config):
     """Phase one: score the frozen reference once."""
 
@@ -205,12 +213,20 @@ class PrecomputeConfig(_Config):
         None,
         description="With layer offloading: keep hidden states in a scratch file in this folder, not in host memory.",
     )
+    trunk_layer: float | None = Field(
+        None,
+        ge=0,
+        description="Also store the hidden states that enter this decoder layer, counted from 0; below 1 it is a share "
+        "of the depth. Training of the layers from there on then needs no layer below.",
+    )
     shard: str | None = Field(
         None, description="Do one part of the work, e.g. 1/4 to 4/4 in four jobs that share the cache folder."
     )
     shard_tokens: int = Field(
         65536, ge=1, description="Positions stored in one file of the cache: what an interruption can cost at most."
     )
+
+    _whole_layer = field_validator("trunk_layer")(whole_layer)
 
     @field_validator("prompt_format")
     @classmethod
@@ -279,6 +295,12 @@ class TrainConfig(_Config):
     lora_alpha: float = Field(32, gt=0, le=1e6, description="LoRA scale: the update is alpha / r times B A x.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the trained LoRA.")
     lora_target_modules: tuple[str, ...] = Field(("all-linear",), description="Modules that get a LoRA.")
+    layers_to_transform: tuple[NonNegativeInt, ...] | None = Field(
+        None, min_length=1, description="Decoder layers that get a LoRA, counted from 0, e.g. 20,21,22. Default: all."
+    )
+    train_last_layers: int | None = Field(
+        None, ge=1, description="The same as a number: only so many of the last decoder layers get a LoRA."
+    )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r), https://arxiv.org/abs/2312.03732")
     use_dora: bool = Field(False, description="Weight-decomposed LoRA, https://arxiv.org/abs/2402.09353")
     init_lora_weights: bool | Literal["gaussian", "orthogonal"] = Field(
@@ -436,10 +458,18 @@ class TrainConfig(_Config):
     save_steps: int | None = Field(None, ge=1, description="Steps between checkpoints. Default: a tenth of the run.")
     save_total_limit: int = Field(2, ge=1, description="Checkpoints kept.")
 
+    trunk_layer: float | None = Field(
+        None,
+        ge=0,
+        description="Start each forward from the hidden states that phase one stored at this layer; 0: compute all "
+        "layers. Default: from the highest stored layer that no trained layer lies below.",
+    )
     parity_pairs: int = Field(32, ge=1, description="Pairs on which policy and cache are compared before step one.")
     parity_tolerance: float | None = Field(
         None, gt=0, description="Largest allowed mean difference per token, nats. Default: by precision."
     )
+
+    _whole_layer = field_validator("trunk_layer")(whole_layer)
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -450,8 +480,11 @@ class TrainConfig(_Config):
 
     def lora_shape_given(self) -> list[str]:
         """The fields of a new LoRA's shape that were set, not left at their default."""
-        shape = {"lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora", "init_lora_weights"}
-        return sorted(shape & self.model_fields_set)
+        shape = (
+            "lora_r lora_alpha lora_target_modules layers_to_transform train_last_layers use_rslora use_dora "
+            "init_lora_weights"
+        )
+        return sorted(name for name in {*shape.split()} & self.model_fields_set if getattr(self, name) is not None)
 
     @model_validator(mode="after")
     def _all_weights_are_no_adapter(self) -> TrainConfig:
@@ -534,6 +567,12 @@ class TrainConfig(_Config):
             raise ValueError(f"cache and output_dir are the same folder, {self.cache}; a run cannot write into a cache")
         if self.eval_view is not None and self.eval_view == self.view:
             raise ValueError(f"view and eval_view are both {self.view}; name other pairs to evaluate on")
+        return self
+
+    @model_validator(mode="after")
+    def _layers_are_named_once(self) -> TrainConfig:
+        if self.layers_to_transform is not None and self.train_last_layers is not None:
+            raise ValueError("layers_to_transform and train_last_layers both say which layers are trained: give one")
         return self
 
     @model_validator(mode="after")

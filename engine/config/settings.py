@@ -39,6 +39,7 @@ class PrecomputeSettings(TypedDict, total=False):
     layer_offloading: LayerOffloading
     offload_gib: float | None
     offload_folder: str | PathLike[str] | None
+    trunk_layer: float | None
     shard: str | None
     shard_tokens: int
 
@@ -102,6 +103,8 @@ class TrainSettings(LossFields, total=False):
     lora_alpha: float
     lora_dropout: float
     lora_target_modules: str | Sequence[str]
+    layers_to_transform: int | Sequence[int] | None
+    train_last_layers: int | None
     use_rslora: bool
     use_dora: bool
     init_lora_weights: bool | Literal["gaussian", "orthogonal"]
@@ -143,6 +146,7 @@ class TrainSettings(LossFields, total=False):
     early_stopping_threshold: float
     save_steps: int | None
     save_total_limit: int
+    trunk_layer: float | None
     parity_pairs: int
     parity_tolerance: float | None
 

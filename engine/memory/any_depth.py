@@ -18,6 +18,7 @@ from dpoeng.cache.errors import UserError
 from dpoeng.engine.memory.simulate import Pair, Setup, trace_forward, trace_step
 from dpoeng.engine.memory.tracker import MemoryTracker, Peak
 from dpoeng.engine.models.loading import layer_period
+from dpoeng.engine.models.trunk.layers import names_layers
 
 Stretches = dict[tuple[str, str], Peak]
 """(phase, place) -> the highest point there."""
@@ -59,7 +60,8 @@ def _as_laid_out(setup: Setup, trace: Callable[[Setup], MemoryTracker], whole: b
 
 
 def _memory(setup: Setup, trace: Callable[[Setup], MemoryTracker], whole: bool) -> Memory:
-    period = None if whole else layer_period(setup.model)
+    # With a LoRA in some of the layers these are not equal.
+    period = None if whole or names_layers(setup.config) else layer_period(setup.model)
     if period is not None and setup.layers % period == 0 and setup.layers > 5 * period:
         extended = _from_two_shallow(setup, trace, period)
         if extended is not None:

@@ -25,6 +25,7 @@ from dpoeng.engine.memory.tracker import Peak
 from dpoeng.engine.models.loading import resolve_dtype
 from dpoeng.engine.models.model_config import config_of, sizes
 from dpoeng.engine.models.sources import ModelSource, read_fields
+from dpoeng.engine.models.trunk.layers import chosen_layers
 from dpoeng.engine.runtime.host import available_memory
 
 Note = Callable[[str], None]
@@ -53,11 +54,13 @@ def check_step(
     dtype: str,
     shards: int = 1,
     held_bytes: int = 0,
+    trunk_layer: int = 0,
     note: Note = ignore,
 ) -> int | None:
     """Refuses phase two where its longest pairs would not fit; `held_bytes` are taken, and there for this run.
 
-    With `shards` above 1 the frozen layers are divided over so many processes, each on a device of its own.
+    With `shards` above 1 the frozen layers are divided over so many processes, each on a device of its own. With
+    `trunk_layer` the model begins at that layer.
 
     Returns:
         the predicted peak of tensors; None where it was plain without a simulation that all fits, or where it cannot be
@@ -69,7 +72,15 @@ def check_step(
     return _advised(
         note,
         lambda: _check_step(
-            config, source, _longest(pairs), device, quantization, dtype, shards=shards, held_bytes=held_bytes
+            config,
+            source,
+            _longest(pairs),
+            device,
+            quantization,
+            dtype,
+            shards=shards,
+            held_bytes=held_bytes,
+            trunk_layer=trunk_layer,
         ),
     )
 
@@ -110,12 +121,13 @@ def _check_step(
     *,
     shards: int,
     held_bytes: int,
+    trunk_layer: int,
 ) -> int | None:
     longest = list(islice(ordered, config.per_device_train_batch_size))
     if _is_small(source, longest, device, not config.use_peft):
         return None
     setup = _setup(config, source, device, quantization, dtype, config.checkpoints_on(device.type))
-    setup = replace(setup, shards=shards)
+    setup = from_trunk(replace(setup, shards=shards), trunk_layer)
     peak = step_memory(setup, longest).peak
     room = available_bytes(device) + held_bytes
     if _needed(setup, longest, peak, device) > room:
@@ -132,6 +144,17 @@ def _check_step(
             changes = ["phase one again with fewer bits (--quantization) or a shorter --max-length", "a larger device"]
         raise _no_room("phase two", peak, _needed(setup, longest, peak, device), room, longest, changes)
     return peak.n_bytes
+
+
+def from_trunk(setup: Setup, layer: int) -> Setup:
+    """The same from a trunk at a layer; where all layers from there on are trained, they are equal to each other."""
+    if not layer:
+        return setup
+    chosen = chosen_layers(setup.config, setup.layers)
+    everything = {"layers_to_transform": None, "train_last_layers": None}
+    all_trained = chosen is None or len(chosen) == setup.layers - layer
+    config = setup.config.model_copy(update=everything) if all_trained else setup.config
+    return replace(setup, config=config, trunk_layer=layer)
 
 
 def _check_forward(

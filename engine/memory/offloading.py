@@ -52,9 +52,12 @@ def decide_step(
     dtype: str,
     shards: int,
     held_bytes: int,
+    trunk_layer: int,
     note: Note,
 ) -> tuple[bool, int | None]:
     """Phase two: the same. Arguments as of `check_step`; `adapter` is the SFT adapter, or None.
+
+    A run that begins from a trunk keeps the layers above it in memory.
 
     Raises:
         UserError: as there.
@@ -65,12 +68,12 @@ def decide_step(
 
     def check(some: TrainConfig, note: Note = ignore) -> int | None:
         settings: Any = {"quantization": quantization, "dtype": dtype, "shards": shards, "held_bytes": held_bytes}
-        return check_step(some, source, pairs, device, note=note, **settings)
+        return check_step(some, source, pairs, device, note=note, trunk_layer=trunk_layer, **settings)
 
     try:
         return False, check(config, note)
     except UserError as error:
-        able = config.use_peft and not (config.fsdp or config.use_dora or source.gguf)
+        able = config.use_peft and not (config.fsdp or config.use_dora or source.gguf or trunk_layer)
         if error.code != "memory-short" or config.layer_offloading == "off" or not able:
             raise
         # A pair in a forward, and layers recomputed: what does not fit then is the base.

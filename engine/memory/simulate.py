@@ -27,6 +27,7 @@ from dpoeng.engine.models.lora_product import use_peft_product
 from dpoeng.engine.models.model import CausalLM, Layout, decoder_layers, enable_gradient_checkpointing, set_mode
 from dpoeng.engine.models.model_config import config_of, sizes
 from dpoeng.engine.models.quantized import quantized_tensors
+from dpoeng.engine.models.trunk.stand_ins import cut_below
 from dpoeng.engine.runs.metrics import MetricsLog
 from dpoeng.engine.runtime.progress import QUIET
 from dpoeng.engine.scoring.attention import use_layout
@@ -80,6 +81,7 @@ class Setup:
         stock: as peft and transformers have it: their LoRA product, the embedding on the device.
         shards: over how many devices the frozen layers are divided (FSDP2); what one of them holds is told.
         depth: only so many of the first layers; None for all.
+        trunk_layer: the model begins at this layer, from stored states; those below are not there.
     """
 
     model: Mapping[str, Any]
@@ -95,15 +97,17 @@ class Setup:
     stock: bool = False
     shards: int = 1
     depth: int | None = None
+    trunk_layer: int = 0
 
     @property
     def layers(self) -> int:
-        """Decoder layers."""
-        return self.depth or sizes(config_of(self.model)).layers
+        """Decoder layers that are run."""
+        return (self.depth or sizes(config_of(self.model)).layers) - self.trunk_layer
 
     def with_layers(self, count: int) -> Setup:
-        """The same with only so many of its first layers."""
-        return replace(self, depth=count)
+        """The same with only so many of the layers that are run."""
+        below = min(1, self.trunk_layer)  # stand-ins are all equal, and hold nothing
+        return replace(self, depth=count + below, trunk_layer=below)
 
 
 def build(setup: Setup, *, policy: bool = True) -> CausalLM:
@@ -115,6 +119,11 @@ def build(setup: Setup, *, policy: bool = True) -> CausalLM:
         double_quant=setup.double_quant,
         layers=setup.depth,
     )
+    if setup.trunk_layer:
+        lm.entry = cut_below(lm.base, setup.trunk_layer)
+        width = sizes(config_of(setup.model)).hidden
+        one = torch.empty(1, width, dtype=setup.dtype, device="meta")  # states wait in the host's memory
+        lm.states = lambda prompt, response: one.expand(len(prompt if response is None else response), width)
     if policy:
         lm = make_trainable(lm, setup.config, "new" if setup.config.use_peft else "full")
         if setup.config.gradient_checkpointing:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,13 @@ from dpoeng.engine.models.lora_fields import start_changes_base
 from dpoeng.engine.models.lora_product import use_lora_product
 from dpoeng.engine.models.model import POLICY_ADAPTER, CausalLM
 from dpoeng.engine.models.sources import ModelSource, read_adapter_fields
+from dpoeng.engine.models.trunk.layers import (
+    check_trained_layers,
+    chosen_layers,
+    layer_list,
+    limit_to_layers,
+    names_layers,
+)
 
 AdapterMode = Literal["new", "stack", "continue"]
 """Modes that train an adapter; `full` trains all weights (`engine/models/full_finetuning`)."""
@@ -54,10 +61,21 @@ def lora_arguments(config: TrainConfig) -> dict[str, Any]:
 
 def make_trainable(lm: CausalLM, config: TrainConfig, mode: Mode, adapter: ModelSource | None = None) -> CausalLM:
     """Makes of a loaded base the policy that `config` trains; arguments and errors as of `add_policy_adapter`."""
-    return train_all(lm) if mode == "full" else add_policy_adapter(lm, mode, adapter, lora_arguments(config))
+    if mode == "full":
+        return train_all(lm)
+    layers = (
+        chosen_layers(config, len(layer_list(lm.backbone)[1])) if mode != "continue" and names_layers(config) else None
+    )
+    return add_policy_adapter(lm, mode, adapter, lora_arguments(config), layers)
 
 
-def add_policy_adapter(lm: CausalLM, mode: AdapterMode, adapter: ModelSource | None, lora: dict[str, Any]) -> CausalLM:
+def add_policy_adapter(
+    lm: CausalLM,
+    mode: AdapterMode,
+    adapter: ModelSource | None,
+    lora: dict[str, Any],
+    layers: Sequence[int] | None = None,
+) -> CausalLM:
     """Makes the policy trainable.
 
     Args:
@@ -66,6 +84,7 @@ def add_policy_adapter(lm: CausalLM, mode: AdapterMode, adapter: ModelSource | N
             `adapter` itself trained further.
         adapter: the SFT adapter for `stack` and `continue`.
         lora: arguments of peft's LoraConfig; `continue` takes only `lora_dropout` from them.
+        layers: the decoder layers that a fresh LoRA lies in, from 0; None for all.
 
     Raises:
         UserError: a target matches nothing, or the adapter does not fit the base.
@@ -75,7 +94,9 @@ def add_policy_adapter(lm: CausalLM, mode: AdapterMode, adapter: ModelSource | N
         lm.model = _peft_from_pretrained(lm, adapter, POLICY_ADAPTER, trainable=True)
         _set_dropout(lm, float(lora.get("lora_dropout", 0.0)))
     else:
-        _add_new_adapter(lm, adapter if mode == "stack" else None, lora)
+        _add_new_adapter(lm, adapter if mode == "stack" else None, lora, layers)
+        if layers is not None:
+            check_trained_layers(lm, layers)
     # fp32 adapters over a half-precision base: 8-bit Adam and bf16 rounding can lose small updates otherwise.
     for _, parameter in lm.trainable_parameters():
         parameter.data = parameter.data.float()
@@ -83,7 +104,9 @@ def add_policy_adapter(lm: CausalLM, mode: AdapterMode, adapter: ModelSource | N
     return lm
 
 
-def _add_new_adapter(lm: CausalLM, below: ModelSource | None, lora: dict[str, Any]) -> None:
+def _add_new_adapter(
+    lm: CausalLM, below: ModelSource | None, lora: dict[str, Any], layers: Sequence[int] | None
+) -> None:
     """A fresh LoRA on the base, or on the base with a frozen adapter `below` it.
 
     Raises:
@@ -97,6 +120,9 @@ def _add_new_adapter(lm: CausalLM, below: ModelSource | None, lora: dict[str, An
     if refused and lora.get("target_modules") == "all-linear":
         arguments["exclude_modules"] = refused
         lm.remarks += (f"all-linear leaves out {', '.join(refused)}: peft's LoRA does not fit this kind of layer",)
+    if layers is not None:
+        arguments.pop("exclude_modules", None)
+        arguments = limit_to_layers(arguments, lm, layers, [name for name in names if name not in refused])
     config = LoraConfig(**arguments)
     try:
         with warnings.catch_warnings():
@@ -104,7 +130,10 @@ def _add_new_adapter(lm: CausalLM, below: ModelSource | None, lora: dict[str, An
             if below is None:
                 lm.model = get_peft_model(lm.base, config, adapter_name=POLICY_ADAPTER)
             else:
-                lm.model = _peft_from_pretrained(lm, below, REFERENCE_ADAPTER, trainable=False)
+                # Its layers draw numbers before they are loaded, fewer where some are below a trunk: the new adapter on
+                # some of the layers begins as it would without them.
+                with torch.random.fork_rng(enabled=layers is not None):
+                    lm.model = _peft_from_pretrained(lm, below, REFERENCE_ADAPTER, trainable=False)
                 lm.model.add_adapter(POLICY_ADAPTER, config)
                 lm.model.base_model.set_adapter([REFERENCE_ADAPTER, POLICY_ADAPTER])
                 for name, parameter in lm.model.named_parameters():

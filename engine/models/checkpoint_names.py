@@ -19,6 +19,7 @@ from dpoeng.cache.errors import UserError
 from dpoeng.engine.models.fsdp_loading import empty_model_of
 from dpoeng.engine.models.model_config import auto_class_of
 from dpoeng.engine.models.sources import ModelSource
+from dpoeng.engine.models.trunk.stand_ins import stood_for
 
 PREFIX = "base_model.model."
 """What peft writes before every name."""
@@ -79,7 +80,8 @@ def as_peft_reads(adapter: ModelSource, base: Any) -> Iterator[ModelSource]:
     """An adapter as peft can load it onto this model: itself, or a copy with its names changed.
 
     Adapters carry the names of the class they were made on, which may hold the decoder elsewhere (`language_model`),
-    and of a compiled model (`_orig_mod`).
+    and of a compiled model (`_orig_mod`). Of a model that begins at a trunk, what lies in layers that are not there is
+    left out.
 
     Raises:
         UserError: the adapter holds empty tensors, as DeepSpeed's ZeRO-3 leaves them.
@@ -101,16 +103,18 @@ def as_peft_reads(adapter: ModelSource, base: Any) -> Iterator[ModelSource]:
         )
     modules = [name for name, _ in base.named_modules() if ".base_layer" not in name]
     renamed = {key: _key_in_model(key, modules) for key in keys}
+    places = tuple(f".{place}" for place in stood_for(base))
+    kept = {key: new for key, new in renamed.items() if not any(place in f".{new}" for place in places)}
     fields = json.loads((adapter.folder / "adapter_config.json").read_text(encoding="utf-8"))
     targets = fields.get("target_modules")
     if isinstance(targets, list):
         fields["target_modules"] = [_in_model(target, modules) if "." in target else target for target in targets]
-    if all(old == new for old, new in renamed.items()) and fields.get("target_modules") == targets:
+    if kept == {key: key for key in keys} and fields.get("target_modules") == targets:
         yield adapter
         return
     with tempfile.TemporaryDirectory() as folder:
         tensors = load_file(adapter.weight_files[0])
-        changed = {renamed[key]: tensor for key, tensor in tensors.items()}
+        changed = {kept[key]: tensor for key, tensor in tensors.items() if key in kept}
         weights = Path(folder, "adapter_model.safetensors")
         save_file(changed, weights, metadata={"format": "pt"})
         Path(folder, "adapter_config.json").write_text(json.dumps(fields), encoding="utf-8")

@@ -58,8 +58,8 @@ def _keeps_rows(converter: Any) -> bool:
     )
 
 
-def sharding_class(source: ModelSource, shard: Callable[[Any], None]) -> tuple[Any, Any]:
-    """A checkpoint's model class, which calls `shard` with each model that it has made and not loaded yet; its config.
+def prepared_class(source: ModelSource, prepare: Callable[[Any], Any]) -> tuple[Any, Any]:
+    """A checkpoint's model class, which calls `prepare` with each model before it is loaded; and its config.
 
     transformers offers no hook there. The class passes for its parent, by whose name conversions are looked up.
     """
@@ -68,6 +68,6 @@ def sharding_class(source: ModelSource, shard: Callable[[Any], None]) -> tuple[A
 
     def make(self: Any, *arguments: Any, **settings: Any) -> None:
         parent.__init__(self, *arguments, **settings)
-        shard(self)
+        prepare(self)
 
     return type(parent.__name__, (parent,), {"__init__": make, "__module__": parent.__module__}), config

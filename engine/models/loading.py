@@ -8,6 +8,7 @@ import json
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config.fields import PrecomputeConfig, Quantization
 from dpoeng.engine.models.checkpoint_tensors import check_loaded, refuse_unrecorded_quantization
-from dpoeng.engine.models.fsdp_loading import sharding_class
+from dpoeng.engine.models.fsdp_loading import prepared_class
 from dpoeng.engine.models.fused.install import use_fused_kernels
 from dpoeng.engine.models.layers.files import LayerFiles, layered_class
 from dpoeng.engine.models.layers.setting_up import gguf_by_layer, layer_store, run_by_layer
@@ -30,6 +31,7 @@ from dpoeng.engine.models.sources import (
     stored_quantization,
 )
 from dpoeng.engine.models.tokenizer import load_tokenizer
+from dpoeng.engine.models.trunk.stand_ins import NoEmbedding, cut_below, entry_of, without_stand_ins
 from dpoeng.kernels.cpu_linear import linear, native_bf16, product_dtype
 
 # --------------------------------------------------------------------------- loading
@@ -80,11 +82,13 @@ def load_model(
     tokenizer: bool = True,
     shard: Callable[[Any], None] | None = None,
     by_layer: bool = False,
+    trunk_layer: int | None = None,
 ) -> CausalLM:
     """The base model, frozen, on `device`, which becomes the current one; adapters are added by the functions below.
 
     With `shard` (of `fsdp`) this process reads only its share of what that divides. Only for a checkpoint that
-    can be read so: see `whole_because`. With `by_layer` the decoder's layers are left in the files; see `layers`.
+    can be read so: see `whole_because`. With `by_layer` the decoder's layers are left in the files; see `layers`. With
+    `trunk_layer` nothing below that layer is read; see `trunk`.
 
     Raises:
         UserError: the files cannot be loaded, or bitsandbytes does not work here.
@@ -99,10 +103,13 @@ def load_model(
     if source.gguf:
         if by_layer:
             raise gguf_by_layer(source)
+        assert trunk_layer is None, "a GGUF file is decoded whole"
         base = _load_gguf(source, quantization, compute, device)
     else:
         bits = _bits(source, quantization, compute, quant_type, double_quant)
-        base, remarks = _load_safetensors(source, bits, compute, device, shard, files if by_layer else None)
+        prepare = shard if trunk_layer is None else partial(cut_below, number=trunk_layer)
+        layers = files if by_layer else None
+        base, remarks = _load_safetensors(source, bits, compute, device, prepare, layers, divided=shard is not None)
         store = layer_store(base, files[0], device) if files else None
         if quantization == "none" and shard is None:
             base = base.to(device)
@@ -112,6 +119,7 @@ def load_model(
     if by_layer and store is not None:
         lm.by_layer = run_by_layer(lm, store)
     lm.sharded, lm.source, lm.remarks = shard is not None, source, (*ready, *remarks, *lm.remarks)
+    lm.entry = entry_of(base)
     return lm
 
 
@@ -189,12 +197,15 @@ def _load_safetensors(
     bits: Any,
     dtype: torch.dtype,
     device: torch.device,
-    shard: Callable[[Any], None] | None,
+    prepare: Callable[[Any], Any] | None,
     layer_files: list[LayerFiles] | None = None,
+    *,
+    divided: bool,
 ) -> tuple[Any, tuple[str, ...]]:
     """transformers' model of a folder, and remarks on parts that were left out.
 
-    With `layer_files` the decoder's layers are not loaded, and where they are is put into it.
+    `prepare` changes the model before it is given weights; it may be `divided` over processes then. With `layer_files`
+    the decoder's layers are not loaded, and where they are is put into it.
     """
     import transformers
 
@@ -206,15 +217,15 @@ def _load_safetensors(
         bits is not None
         or has_stored_quantization(source)
         or device.type == "cuda"
-        or shard is not None
+        or divided
         or layer_files is not None
     ):
         kwargs["device_map"] = {"": str(device)}  # tensor by tensor, never whole in the host's memory
     try:
         loader = auto_class_of(source.folder)
-        if shard is not None:
-            assert bits is None, "bitsandbytes quantises whole tensors"
-            loader, kwargs["config"] = sharding_class(source, shard)
+        if prepare is not None:
+            assert bits is None or not divided, "bitsandbytes quantises whole tensors"
+            loader, kwargs["config"] = prepared_class(source, prepare)
         if layer_files is not None:
             loader, kwargs["config"] = layered_class(source, layer_files)
         with _quiet_loading():
@@ -223,7 +234,7 @@ def _load_safetensors(
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise _unloadable(source, error) from error
-    return base, check_loaded(base, loaded, source)
+    return base, check_loaded(base, without_stand_ins(base, loaded), source)
 
 
 def _unloadable(source: ModelSource, error: Exception) -> UserError:
@@ -355,6 +366,8 @@ def embedding_on_host(base: Any, quantization: Quantization) -> bool:
     Where the base is quantised, since memory is then what is short; not where the head is the same tensor.
     """
     head = base.get_output_embeddings()
+    if isinstance(base.get_input_embeddings(), NoEmbedding):
+        return False
     return quantization != "none" and head is not None and head.weight is not base.get_input_embeddings().weight
 
 

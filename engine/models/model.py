@@ -15,6 +15,7 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
+from dpoeng.cache.schema import IdArray
 from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import Attention, Quantization
 from dpoeng.engine.models.layers.by_layer import ByLayer
@@ -22,6 +23,8 @@ from dpoeng.engine.models.offload import checkpoint_on_host
 from dpoeng.engine.models.sources import ModelSource
 
 Layout = Literal["shared", "separate"]
+
+StatesOf = Callable[[IdArray, IdArray | None], torch.Tensor]
 
 POLICY_ADAPTER = "default"
 """The name under which the trained adapter is known to peft."""
@@ -52,6 +55,10 @@ class CausalLM:
         parts: with full fine-tuning over divided layers, this process's rows of each of their weights, in float32, as
             a plain tensor over the same memory; see `engine/models/fsdp_rows`.
         by_layer: how its layers are run one at a time, where their weights are not all in memory; else None.
+        entry: of a model that begins at a trunk, the stand-in below its first layer; see `engine/models/trunk`.
+        watch: sees the states that enter a layer while a trunk is made; else None.
+        states: of a model that begins at a trunk, what gives the stored states [tokens, H] of a prompt, or of a
+            response under it, on the host.
     """
 
     model: Any
@@ -71,6 +78,9 @@ class CausalLM:
     masters: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict)
     parts: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict)
     by_layer: ByLayer | None = None
+    entry: Any = None
+    watch: Any = None
+    states: StatesOf | None = None
 
     @property
     def backbone(self) -> Any:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from dpoeng.cache.errors import UserError
+from dpoeng.cache.trunk.index import TrunkIndex
 from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import Mode, Quantization, TrainConfig
 from dpoeng.engine.memory.offloading import decide_step
@@ -26,6 +26,7 @@ from dpoeng.engine.recipes.phase_two.mode import resolve_mode
 from dpoeng.engine.reference.limits import check_positions, longest_text
 from dpoeng.engine.reference.loading import KeptBase, load_policy_base
 from dpoeng.engine.reference.parity import ParityReport, compare_with_cache, parity_tolerance, spread
+from dpoeng.engine.reference.trunk_choice import Wanted, choose_trunk, stored_states
 from dpoeng.engine.runtime.distributed import Group
 from dpoeng.engine.runtime.progress import Progress
 from dpoeng.engine.scoring.passes import choose_how_to_score
@@ -44,6 +45,7 @@ class Choice:
         mode: how the trained weights stand on base and adapter.
         quantization: how the base is held.
         dtype: of the computation.
+        trunk: stored hidden states that the run begins from, or None.
     """
 
     model: str
@@ -52,6 +54,7 @@ class Choice:
     mode: Mode
     quantization: Quantization
     dtype: str
+    trunk: TrunkIndex | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,25 +78,36 @@ class Policy:
     predicted_bytes: int | None
 
 
-def choose_policy(config: TrainConfig, reference: Mapping[str, Any], group: Group) -> Choice:
-    """Decide what is trained, before any of it is loaded.
+def choose_policy(config: TrainConfig, inputs: Inputs, group: Group, note: Callable[[str], None]) -> Choice:
+    """Decide what is trained, and from which stored hidden states, before any of it is loaded.
 
     Raises:
-        UserError: this policy cannot be had: no such adapter, a mode that does not fit it, or a missing library.
+        UserError: this policy cannot be had: no such adapter, a mode that does not fit it, or a missing library; or
+            the run cannot begin from the trunk that it names.
     """
+    reference = inputs.reference
     quantization = config.quantization or reference["quantization"]
     check_fsdp(config, group, quantization)
     require_bitsandbytes(quantization)
     if not config.optim.startswith("adamw_torch"):
         import_bitsandbytes(f"--optim {config.optim}", "use --optim adamw_torch")
     adapter_name = config.adapter or reference.get("adapter")
+    adapter = find_adapter(adapter_name) if adapter_name else None
+    mode = resolve_mode(config, has_adapter=bool(adapter_name))
+    model = config.model or reference["model"]
+    trunk = None
+    if config.trunk_layer != 0:
+        source = find_model(model, revision=reference.get("revision"))
+        pairs = [row.ids for row in (*inputs.train_rows, *inputs.held_out.rows)]
+        trunk = choose_trunk(Wanted(config, source, mode, adapter, reference, pairs), inputs.view.spec, note)
     return Choice(
-        model=config.model or reference["model"],
+        model=model,
         adapter_name=adapter_name,
-        adapter=find_adapter(adapter_name) if adapter_name else None,
-        mode=resolve_mode(config, has_adapter=bool(adapter_name)),
+        adapter=adapter,
+        mode=mode,
         quantization=quantization,
         dtype=config.dtype or reference["dtype"],
+        trunk=trunk,
     )
 
 
@@ -134,8 +148,11 @@ def load_policy(
             on_host=bool(whole),  # no card has to hold the whole base, not even until it is divided
             shard=layer_sharding(group, device, trained=choice.mode == "full") if in_parts else None,
             by_layer=by_layer,
+            trunk_layer=choice.trunk.layer if choice.trunk else None,
         )
         advance(n_bytes, "")
+    if choice.trunk is not None:
+        lm.states = stored_states(choice.trunk, lm)
     lm = _make_trainable(lm, config, choice, device, group, divide=bool(whole))
     if by_layer:
         check_trained(lm)
@@ -148,6 +165,8 @@ def load_policy(
         enable_gradient_checkpointing(lm, inputs_on_host=config.activation_offloading)
     set_mode(lm, training=True)
     loaded = f"whole by each process, then divided: {whole}" if whole else "in parts" if in_parts else ""
+    if choice.trunk is not None:
+        loaded = f"from layer {choice.trunk.layer} on; what enters it is read from the cache"
     return Policy(lm, source, device, parity, loaded, predicted_bytes)
 
 
@@ -180,6 +199,7 @@ def _check_memory(
         dtype=choice.dtype,
         shards=group.size if config.fsdp else 1,
         held_bytes=held_bytes,
+        trunk_layer=choice.trunk.layer if choice.trunk else 0,
         note=note,
     )
     # Processes on cards of which some are fuller than others take one way.
@@ -211,7 +231,7 @@ def _compare(lm: CausalLM, config: TrainConfig, inputs: Inputs, mode: Mode, prog
     with as_reference(lm, mode):
         texts = [row.ids for row in inputs.train_rows]
         check_positions(texts, lm)  # values that another program computed have not met this model
-        choose_how_to_score(lm, config.layout, config.attention, longest_text(texts))
+        choose_how_to_score(lm, config.layout, config.attention, longest_text(texts), texts)
         with progress.task("comparing the policy with the cache", sample, "pairs") as advance:
             parity = check_parity(config, lm, inputs.train_rows)
             advance(sample, "")

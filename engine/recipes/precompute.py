@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +20,7 @@ from dpoeng.cache.index import KeyIndex
 from dpoeng.cache.schema import PairIds, first_of_each
 from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.store import Store
+from dpoeng.cache.trunk.index import TrunkIndex
 from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import PrecomputeConfig
 from dpoeng.engine.data.in_memory import RowsInMemory
@@ -39,6 +40,16 @@ from dpoeng.engine.reference.identity import reference_spec
 from dpoeng.engine.reference.limits import check_disk, check_ids, check_positions, longest_text
 from dpoeng.engine.reference.loading import load_reference
 from dpoeng.engine.reference.shards import Part, plan_shards
+from dpoeng.engine.reference.trunk_pass import (
+    TrunkWork,
+    TrunkWriter,
+    plan_trunk,
+    put_trunk,
+    rehearsal_pairs,
+    rehearse,
+    store_states,
+    storing,
+)
 from dpoeng.engine.reference.view import reference_record, source_record, write_pairs_view, write_rejects_file
 from dpoeng.engine.runtime.distributed import Group, process_group
 from dpoeng.engine.runtime.progress import QUIET, Progress
@@ -55,7 +66,7 @@ class PrecomputeSummary:
     """What phase one did. `pairs` counts rows of the view; `computed` and `reused` count distinct pairs.
 
     `pending` pairs belong to other parts that are not done; while there are any, the view is not written. `views`
-    counts those of the cache then.
+    counts those of the cache then. `trunk_texts` and `trunk_bytes` are the hidden states that this process stored.
     """
 
     cache: Path
@@ -82,6 +93,9 @@ class PrecomputeSummary:
     peak_bytes: int | None = None
     predicted_bytes: int | None = None
     reference_accuracy: float = 0.0
+    trunk_layer: int | None = None
+    trunk_texts: int = 0
+    trunk_bytes: int = 0
     reference: dict[str, Any] = field(default_factory=dict)
 
 
@@ -108,7 +122,7 @@ def _precompute(config: PrecomputeConfig, group: Group, progress: Progress) -> P
         pairs=len(work.data.pairs),
         computed=sum(len(shard) for shard in work.mine),
         reused=len(work.reused),
-        quarantined=len(work.index.quarantined),
+        quarantined=len(work.index.quarantined) + (len(work.trunk.index.quarantined) if work.trunk else 0),
         filtered=work.file.filtered,
         rejects=[*work.file.rejects, *work.data.rejects],
         rejects_file=None,
@@ -117,8 +131,9 @@ def _precompute(config: PrecomputeConfig, group: Group, progress: Progress) -> P
         part=work.part,
         reports=group.is_first,
         device=device_name(work.device),
+        trunk_layer=work.trunk.layer if work.trunk else None,
     )
-    if work.mine:
+    if work.mine or (work.trunk and work.trunk.mine):
         compute(work, summary, progress)
     group.wait()  # until all have committed their shards
     if group.is_first:
@@ -146,6 +161,7 @@ class Work:
         index: pairs that the cache holds already.
         part: the share of this process.
         mine: shards of this process, without the pairs that the cache holds.
+        trunk: the hidden states that are to be stored too, or None.
     """
 
     config: PrecomputeConfig
@@ -162,6 +178,7 @@ class Work:
     index: KeyIndex
     part: Part
     mine: Sequence[Sequence[PairIds]]
+    trunk: TrunkWork | None = None
 
 
 def plan_work(config: PrecomputeConfig, group: Group, progress: Progress) -> Work:
@@ -200,8 +217,12 @@ def plan_work(config: PrecomputeConfig, group: Group, progress: Progress) -> Wor
     group.agree("pairs", together, "give every process the same files")
     index, reused, missing = _look_up(store, spec.digest, distinct, keys, config.shard_tokens, progress)
     mine = [distinct.at(shard) for shard in part.of(missing) if len(shard)]
+    trunk = None
+    if config.trunk_layer:
+        of_trunk = put_trunk(store, spec, source, config.trunk_layer)
+        trunk = plan_trunk(store, of_trunk, distinct, keys, missing, config.shard_tokens, part, progress.note)
     return Work(
-        config, source, adapter, device, view_name, file, data, distinct, reused, store, spec, index, part, mine
+        config, source, adapter, device, view_name, file, data, distinct, reused, store, spec, index, part, mine, trunk
     )  # fmt: skip
 
 
@@ -236,10 +257,11 @@ def compute(work: Work, summary: PrecomputeSummary, progress: Progress) -> None:
         UserError: no room on the disk or in memory; ids or lengths that the model does not take; or older values that
             it does not repeat.
     """
-    config, pairs = work.config, work.distinct
-    check_disk(work.store.root, work.mine)
+    config, pairs, trunk = work.config, work.distinct, work.trunk
+    check_disk(work.store.root, work.mine, trunk.n_bytes if trunk else 0)
     began = time.perf_counter()
-    by_layer, summary.predicted_bytes = decide_forward(config, work.source, work.mine, work.device, progress.note)
+    shards = [*work.mine, *(trunk.mine if trunk else ())]
+    by_layer, summary.predicted_bytes = decide_forward(config, work.source, shards, work.device, progress.note)
     lm = load_reference(config, work.source, work.adapter, work.device, longest_text(pairs), by_layer=by_layer)
     for remark in lm.remarks:
         progress.note(remark)
@@ -258,7 +280,15 @@ def compute(work: Work, summary: PrecomputeSummary, progress: Progress) -> None:
         batch_tokens=config.batch_tokens,
         progress=progress,
     )
-    _score(lm, work, config.batch_tokens, summary, progress)
+    writer = None
+    provenance = {"versions": library_versions(), "device": summary.device, "layout": lm.layout}
+    if trunk is not None:
+        rehearse(lm, trunk.layer, rehearsal_pairs(lm, shards))
+        writer = TrunkWriter(work.store, trunk, provenance)
+    _score(lm, work, config.batch_tokens, summary, provenance, writer, progress)
+    if trunk is not None and writer is not None:
+        _store_states(lm, trunk, config.batch_tokens, writer, progress)
+        summary.trunk_texts, summary.trunk_bytes = trunk.texts, writer.stored_bytes
     summary.seconds = time.perf_counter() - began
 
 
@@ -278,6 +308,12 @@ def finish(work: Work, summary: PrecomputeSummary, progress: Progress, *, patien
     index, summary.pending = _look_again(store, spec.digest, work.index, work.distinct, patience_s=patience_s)
     if summary.pending:
         return
+    if work.trunk is not None:
+        trunk = TrunkIndex.look_up(store, work.trunk.spec.digest, known=work.trunk.index)
+        summary.pending = sum(not trunk.holds(ids) for ids in work.distinct)
+        if summary.pending:
+            return
+        store.seal(work.trunk.spec.digest)
     store.seal(spec.digest)
 
     ensure_unchanged(work.file.files)
@@ -392,8 +428,15 @@ def default_view_name(path: Path | RowsInMemory) -> str:
     return plain if plain == stem else f"{plain}-{xxhash.xxh3_64_hexdigest(stem.encode())[:6]}"
 
 
-def _score(lm: CausalLM, work: Work, batch_tokens: int, summary: PrecomputeSummary, progress: Progress) -> None:
-    provenance = {"versions": library_versions(), "device": summary.device, "layout": lm.layout}
+def _score(
+    lm: CausalLM,
+    work: Work,
+    batch_tokens: int,
+    summary: PrecomputeSummary,
+    provenance: Mapping[str, Any],
+    writer: TrunkWriter | None,
+    progress: Progress,
+) -> None:
     planned = [(shard, batches_of_pairs(shard, batch_tokens)) for shard in work.mine]
     summary.computed_tokens = sum(positions for _, batches in planned for _, positions in batches)
     if lm.device.type == "cuda":
@@ -408,7 +451,11 @@ def _score(lm: CausalLM, work: Work, batch_tokens: int, summary: PrecomputeSumma
             progress.note(f"{name} has come: {counted(committed, 'pair')} of this run are committed")
             kept.hand_on(kept.number)
 
-    with progress.task("reference log-probs", summary.computed_tokens, "tokens") as advance, keeping_signals() as kept:
+    with (
+        progress.task("reference log-probs", summary.computed_tokens, "tokens") as advance,
+        keeping_signals() as kept,
+        storing(lm, writer),
+    ):
         scored = score_batches(lm, flat, ends=ends, note=progress.note, advance=advance, pause=pause)
         for _, batches in planned:
             rows = [row for _ in batches for row in next(scored)]
@@ -418,6 +465,18 @@ def _score(lm: CausalLM, work: Work, batch_tokens: int, summary: PrecomputeSumma
             committed += len(rows)
     if lm.device.type == "cuda":
         summary.peak_bytes = torch.cuda.max_memory_allocated(lm.device)
+
+
+def _store_states(lm: CausalLM, trunk: TrunkWork, batch_tokens: int, writer: TrunkWriter, progress: Progress) -> None:
+    """The states of pairs whose log-probs the cache holds: their forwards end at the trunk's layer."""
+    planned = [(shard, batches_of_pairs(shard, batch_tokens)) for shard in trunk.mine]
+    sizes = [positions for _, batches in planned for _, positions in batches]
+    if not sizes:
+        return
+    flat = Batches([(shard, batch) for shard, batches in planned for batch, _ in batches])
+    with progress.task("hidden states", sum(sizes), "tokens") as advance, storing(lm, writer, stops=True):
+        for positions, _ in zip(sizes, store_states(lm, flat, progress.note), strict=True):
+            advance(positions, f"{writer.stored_bytes / 1e6:.0f} MB written")
 
 
 def _reference_accuracy(index: KeyIndex, pairs: SomeIds) -> float:

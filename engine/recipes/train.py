@@ -99,8 +99,8 @@ def _train(
     check_held_out(config, len(inputs.held_out.rows))
     if inputs.split.overlap:
         progress.note(inputs.split.overlap)
-    choice = choose_policy(config, inputs.reference, group)
-    identity, checkpoint = find_beginning(config, inputs, choice.mode, group, progress, may_extend)
+    choice = choose_policy(config, inputs, group, progress.note)
+    identity, checkpoint = find_beginning(config, inputs, choice, group, progress, may_extend)
     extension = find_extension(config, inputs.schedule, identity, checkpoint) if checkpoint is not None else None
     has_result = group.from_first(result_folder(config.output_dir, choice.mode).is_dir())
     if checkpoint is not None and checkpoint.state["complete"] and has_result and extension is None:
@@ -132,14 +132,15 @@ def _models(choice: Choice) -> list[Path]:
 
 
 def find_beginning(
-    config: TrainConfig, inputs: Inputs, mode: Mode, group: Group, progress: Progress, may_extend: bool
+    config: TrainConfig, inputs: Inputs, choice: Choice, group: Group, progress: Progress, may_extend: bool
 ) -> tuple[dict[str, Any], Checkpoint | None]:
     """What identifies the run, and the checkpoint that it goes on from, if any.
 
     Raises:
         UserError: the processes were started with different settings; or the folder holds a run of other settings.
     """
-    identity = run_identity(config, inputs.view, inputs.split.eval_view, mode)
+    mode, trunk_layer = choice.mode, choice.trunk.layer if choice.trunk else None
+    identity = run_identity(config, inputs.view, inputs.split.eval_view, mode, trunk_layer)
     shared = {**identity, **config.model_dump(mode="json", exclude={"cache", "output_dir", "device"})}
     del shared["settings"]
     group.agree("settings or pairs", shared, "give every process the same command, configuration and cache")
@@ -228,6 +229,7 @@ def _record(run: Run, identity: dict[str, Any], inputs: Inputs, choice: Choice, 
         "sft_adapter": choice.adapter_name,
         "seed": run.config.seed,
         "parity": policy.parity.record(),
+        **({"trunk_layer": choice.trunk.layer} if choice.trunk else {}),
         "layout": run.lm.layout,
         "layout_reason": run.lm.layout_reason,
         "device": device_name(run.lm.device),

@@ -16,18 +16,25 @@ _STORED_BYTES_A_TOKEN = 8  # an id and a log-prob
 _STORED_BYTES_A_PAIR = 64  # key, sums, offsets
 
 
-def check_disk(root: Path, missing: Sequence[Sequence[PairIds]]) -> None:
-    """Raise UserError where the log-probs would fill the disk, before hours are spent on them."""
-    needed = sum(_STORED_BYTES_A_TOKEN * ids.total_tokens + _STORED_BYTES_A_PAIR for shard in missing for ids in shard)
+def check_disk(root: Path, missing: Sequence[Sequence[PairIds]], states_bytes: int = 0) -> None:
+    """Raise UserError where the log-probs would fill the disk, before hours are spent on them.
+
+    `states_bytes` are those of hidden states that are to be stored too.
+    """
+    needed = states_bytes + sum(
+        _STORED_BYTES_A_TOKEN * ids.total_tokens + _STORED_BYTES_A_PAIR for shard in missing for ids in shard
+    )
     free = shutil.disk_usage(root).free
     if needed > free:
         raise UserError(
             "the disk has no room for the log-probs of this run",
             code="cache-disk-small",
             where=str(root),
-            expected=f"{needed / 1e6:.1f} MB free",
+            expected=f"{needed / 1e6:.1f} MB free"
+            + (f", {states_bytes / 1e6:.1f} MB of them for the hidden states of --trunk-layer" if states_bytes else ""),
             found=f"{free / 1e6:.1f} MB",
-            remedy="free some space, or choose another folder with --cache",
+            remedy="free some space, or choose another folder with --cache"
+            + ("; or leave --trunk-layer out" if states_bytes else ""),
             exit_status=5,
         )
 

@@ -19,6 +19,7 @@ from dpoeng.engine.models.model import CausalLM, set_mode
 from dpoeng.engine.models.quantized import quantized_tensors, same_weights
 from dpoeng.engine.models.sources import ModelSource, find_model
 from dpoeng.engine.models.tokenizer import load_chosen, recorded_tokenizer
+from dpoeng.engine.models.trunk.stand_ins import entry_of
 from dpoeng.engine.scoring.passes import choose_how_to_score
 
 
@@ -42,17 +43,20 @@ class KeptBase:
         on_host: bool = False,
         shard: Callable[[Any], None] | None = None,
         by_layer: bool = False,
+        trunk_layer: int | None = None,
     ) -> CausalLM:
         """As `load_policy_base`, which it calls where it has to."""
         if config.fsdp or not config.use_peft or by_layer:
             self.release()
             return load_policy_base(config, reference, device, on_host=on_host, shard=shard, by_layer=by_layer)
-        wanted = (config.model, config.quantization, config.dtype, str(device), sorted(reference.items()))
+        named = (config.model, config.quantization, config.dtype, str(device), trunk_layer)
+        wanted = (*named, sorted(reference.items()))
         if self._lm is None or self._wanted != wanted:
             self.release()  # there need not be room for two
-            self._lm, self._wanted = load_policy_base(config, reference, device), wanted
+            self._lm = load_policy_base(config, reference, device, trunk_layer=trunk_layer)
+            self._wanted = wanted
         base = over_same_weights(self._lm.base)
-        return replace(self._lm, model=base, base=base)
+        return replace(self._lm, model=base, base=base, entry=entry_of(base))
 
     @property
     def n_bytes(self) -> int:
@@ -84,11 +88,13 @@ def load_policy_base(
     tokenizer: bool = False,
     shard: Callable[[Any], None] | None = None,
     by_layer: bool = False,
+    trunk_layer: int | None = None,
 ) -> CausalLM:
     """The base on which the policy stands: the one that a view's `reference` record names, unless config overrides.
 
     With `on_host` it is left in the host's memory, in the dtype that it would have on `device`. With `shard` this
-    process reads its share of it, and with `by_layer` the layers stay in the files; see `load_model`.
+    process reads its share of it, with `by_layer` the layers stay in the files, and with `trunk_layer` nothing below
+    that layer is read; see `load_model`.
     """
     source = find_model(config.model or reference["model"], revision=reference.get("revision"))
     dtype = resolve_dtype(source, config.dtype or reference["dtype"], device)
@@ -102,6 +108,7 @@ def load_policy_base(
         tokenizer=False,
         shard=shard,
         by_layer=by_layer,
+        trunk_layer=trunk_layer,
     )
     limit_waiting(lm, config)
     if tokenizer:

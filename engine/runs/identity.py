@@ -18,10 +18,18 @@ FREE_TO_CHANGE = frozenset(
 )
 
 
-def run_identity(config: TrainConfig, view: View, eval_view: View | None, mode: Mode) -> dict[str, Any]:
-    """All that determines the result of a run: what a continuation must have in common with its beginning."""
+def run_identity(
+    config: TrainConfig, view: View, eval_view: View | None, mode: Mode, trunk_layer: int | None = None
+) -> dict[str, Any]:
+    """All that determines the result of a run: what a continuation must have in common with its beginning.
+
+    `trunk_layer`: of the stored states that it really begins from; they were rounded in batches of their own.
+    """
     settings = {name: value for name, value in config.model_dump(mode="json").items() if name not in FREE_TO_CHANGE}
     settings["adapter_mode"] = mode
+    del settings["trunk_layer"]
+    if trunk_layer is not None:
+        settings["trunk_layer"] = trunk_layer
     if config.watches_a_metric:
         settings["eval_steps"] = config.eval_steps
     identity = {

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from dpoeng.cache.errors import UserError
-from dpoeng.cache.schema import IdArray
+from dpoeng.cache.schema import IdArray, PairIds
 from dpoeng.engine.config.fields import Attention
 from dpoeng.engine.models.model import CausalLM
 from dpoeng.engine.models.model_config import chooses_tokens, windows
@@ -17,7 +18,8 @@ from dpoeng.engine.runtime.out_of_memory import is_out_of_memory
 from dpoeng.engine.scoring.attention import use_layout
 from dpoeng.engine.scoring.forks import fork_states, told_of_forks
 from dpoeng.engine.scoring.forward import on_device, position_limit, rotary_limit, score_groups
-from dpoeng.engine.scoring.layout import Branch, PromptGroup, separate
+from dpoeng.engine.scoring.layout import Branch, PromptGroup, pair_group, separate
+from dpoeng.engine.scoring.texts import places_apart, put_states
 
 # --------------------------------------------------------------------------- the probe
 
@@ -35,7 +37,11 @@ _CANNOT = (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError
 
 @torch.no_grad()
 def choose_layout(
-    lm: CausalLM, wanted: str = "auto", attention: Attention = "auto", longest: int | None = None
+    lm: CausalLM,
+    wanted: str = "auto",
+    attention: Attention = "auto",
+    longest: int | None = None,
+    known: Sequence[PairIds] = (),
 ) -> None:
     """Decides by trying: the shared-prompt layout if it gives the model's own numbers, else separate rows.
 
@@ -49,11 +55,12 @@ def choose_layout(
         wanted: auto, shared or separate.
         attention: the way to attend in the shared layout.
         longest: tokens of the longest text that will be scored; windows that no text reaches are not tried.
+        known: of a model that begins at a trunk: pairs whose states are stored, which stand for the random texts.
 
     Raises:
         UserError: `wanted` cannot be had, or not even separate rows give the model's own numbers.
     """
-    probe = _Probe.draw(lm, longest)
+    probe = _Probe.draw(lm, longest) if lm.entry is None else _Probe.of(lm, longest, known)
     _try_separate(lm, probe)
     if wanted == "separate":
         use_layout(lm, "separate", "asked for")
@@ -110,11 +117,11 @@ class _Probe:
             groups.append(PromptGroup(draw(length - answer), (Branch(draw(answer)), Branch(draw(max(1, answer // 3))))))
         use_layout(lm, "separate")
         try:
-            expected = [torch.cat([_own_logps(lm, single) for single in separate(group)]) for group in groups]
+            expected = _expected(lm, groups)
             later = _looks_ahead(lm, groups[0])
         except _CANNOT as error:
             raise _refused(lm, error) from error
-        tolerance = _PROBE_TOLERANCE[lm.dtype] * (2.0 if lm.quantization != "none" else 1.0)
+        tolerance = _tolerance(lm)
         if later > tolerance:
             raise UserError(
                 f"{type(lm.base).__name__} lets a token see later tokens, so its outputs are not log-probs",
@@ -125,6 +132,18 @@ class _Probe:
                 remedy="name a decoder; where config.json has is_decoder, it must be true",
             )
         return _Probe(groups, expected, tolerance)
+
+    @staticmethod
+    def of(lm: CausalLM, longest: int | None, known: Sequence[PairIds]) -> _Probe:
+        """Of stored texts; that no token sees those after it was seen when they were stored."""
+        ordered = sorted(known, key=lambda ids: ids.total_tokens)
+        chosen = ordered[:2] + (ordered[2:][-1:] if windows(lm.base.config, longest) else [])
+        groups = [pair_group(ids) for ids in chosen]
+        use_layout(lm, "separate")
+        try:
+            return _Probe(groups, _expected(lm, groups), _tolerance(lm))
+        except _CANNOT as error:
+            raise _refused(lm, error) from error
 
     def difference(self, lm: CausalLM) -> float:
         """The largest mean |difference| of a group: a window that is wrong in one text is not averaged away."""
@@ -214,9 +233,24 @@ def ways_to_attend(wanted: Attention, device_type: str, dtype: torch.dtype) -> t
     return ("varlen", "segments") if device_type == "cuda" and dtype != torch.float32 else ("segments",)
 
 
-def _own_logps(lm: CausalLM, single: PromptGroup) -> torch.Tensor:
-    """The model's own forward, its logits at the scored tokens, float64 log-softmax."""
+def _expected(lm: CausalLM, groups: Sequence[PromptGroup]) -> list[torch.Tensor]:
+    """The model's own log-probs of each group, its branches one after the other."""
+    return [
+        torch.cat([_own_logps(lm, PromptGroup(group.prompt_ids, (branch,))) for branch in group.branches])
+        for group in groups
+    ]
+
+
+def _tolerance(lm: CausalLM) -> float:
+    return _PROBE_TOLERANCE[lm.dtype] * (2.0 if lm.quantization != "none" else 1.0)
+
+
+def _own_logps(lm: CausalLM, one: PromptGroup) -> torch.Tensor:
+    """The model's own forward over one branch, its logits at the scored tokens, float64 log-softmax."""
+    (single,) = separate(one)
     (branch,) = single.branches
+    if lm.entry is not None:
+        put_states(lm, places_apart([one]), (1, len(branch.ids)))
     ids = on_device(lm, branch.ids.astype(np.int64))
     places = on_device(lm, branch.positions())
     logits = _own_logits(lm, ids, len(branch.ids) - branch.start + 1)[places - branch.start]

@@ -7,7 +7,8 @@ plain linear layer.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,11 @@ from torch import nn
 from dpoeng.engine.models.model import CausalLM, before_head
 from dpoeng.engine.models.model_config import rotary_limit as rotary_limit_of
 from dpoeng.engine.models.model_config import text_config
+from dpoeng.engine.models.trunk.stand_ins import Reached
 from dpoeng.engine.runtime.to_device import to_device
 from dpoeng.engine.scoring.attention import AttentionPlan
 from dpoeng.engine.scoring.layout import IndexArray, PackedRow, PromptGroup, pack, pad, separate
+from dpoeng.engine.scoring.texts import Place, places_apart, places_packed, put_states
 from dpoeng.kernels.collision import log_collision
 from dpoeng.kernels.head import Head
 from dpoeng.kernels.token_logps import token_logps
@@ -43,21 +46,38 @@ def predict_groups(lm: CausalLM, groups: Sequence[PromptGroup]) -> tuple[torch.T
     """
     if lm.layout == "shared":
         row = pack(groups)
-        hidden = _run_packed(lm, row)
+        plan = AttentionPlan(row.groups, lm.attention)
+        shape = (1, len(row.input_ids))
+        hidden = _last_hidden(lm, row, shape, partial(places_packed, groups), dpoeng_plan=plan)
     else:
-        singles = [single for group in groups for single in separate(group)]
         if not lm.padding:
-            hidden, targets, offsets = _each_alone(lm, singles)
+            hidden, targets, offsets = _each_alone(lm, groups)
             return _to_head(lm, hidden), targets, offsets
-        row, shape, mask = pad(singles, pad_id=0)
-        hidden = lm.backbone(
-            input_ids=on_device(lm, row.input_ids).view(shape),
-            attention_mask=on_device(lm, mask).view(shape),
-            position_ids=on_device(lm, row.position_ids).view(shape),
-            use_cache=False,
-        ).last_hidden_state.flatten(0, 1)
+        row, shape, mask = pad([single for group in groups for single in separate(group)], pad_id=0)
+        attention_mask = on_device(lm, mask).view(shape)
+        hidden = _last_hidden(lm, row, shape, partial(places_apart, groups), attention_mask=attention_mask)
     predictors = _to_head(lm, hidden.index_select(0, on_device(lm, row.gather)))
     return predictors, on_device(lm, row.targets), row.branch_offsets
+
+
+def _last_hidden(
+    lm: CausalLM, row: PackedRow, shape: tuple[int, int], places: Callable[[], Sequence[Place]], **inputs: Any
+) -> torch.Tensor:
+    """The decoder's last hidden states [B * T, H]; of a model that begins at a trunk, from its stored states."""
+    if lm.entry is not None:
+        put_states(lm, places(), shape)
+    if lm.watch is not None:
+        lm.watch.told = places()
+    try:
+        hidden: torch.Tensor = lm.backbone(
+            input_ids=on_device(lm, row.input_ids).view(shape),
+            position_ids=on_device(lm, row.position_ids).view(shape),
+            use_cache=False,
+            **inputs,
+        ).last_hidden_state
+    except Reached as end:
+        hidden = end.states
+    return hidden.flatten(0, 1)
 
 
 def _to_head(lm: CausalLM, hidden: torch.Tensor) -> torch.Tensor:
@@ -66,31 +86,18 @@ def _to_head(lm: CausalLM, hidden: torch.Tensor) -> torch.Tensor:
     return hidden if before is None else before(hidden)
 
 
-def _each_alone(lm: CausalLM, singles: Sequence[PromptGroup]) -> tuple[torch.Tensor, torch.Tensor, IndexArray]:
+def _each_alone(lm: CausalLM, groups: Sequence[PromptGroup]) -> tuple[torch.Tensor, torch.Tensor, IndexArray]:
     """As `predict_groups`, a forward a text, for models whose numbers depend on the padding beside them."""
     parts, offsets = [], [0]
-    for single in singles:
-        row = pack([single])
-        hidden = lm.backbone(
-            input_ids=on_device(lm, row.input_ids)[None],
-            position_ids=on_device(lm, row.position_ids)[None],
-            use_cache=False,
-        ).last_hidden_state[0]
-        parts.append((hidden.index_select(0, on_device(lm, row.gather)), on_device(lm, row.targets)))
-        offsets.append(offsets[-1] + len(row.targets))
+    for group in groups:
+        for branch in group.branches:
+            one = PromptGroup(group.prompt_ids, (branch,))
+            row = pack(separate(one))
+            hidden = _last_hidden(lm, row, (1, len(row.input_ids)), partial(places_apart, [one]))
+            parts.append((hidden.index_select(0, on_device(lm, row.gather)), on_device(lm, row.targets)))
+            offsets.append(offsets[-1] + len(row.targets))
     hidden_states, targets = (torch.cat(part) for part in zip(*parts, strict=True))
     return hidden_states, targets, np.asarray(offsets, dtype=np.int64)
-
-
-def _run_packed(lm: CausalLM, row: PackedRow) -> torch.Tensor:
-    output = lm.backbone(
-        input_ids=on_device(lm, row.input_ids)[None],
-        position_ids=on_device(lm, row.position_ids)[None],
-        use_cache=False,
-        dpoeng_plan=AttentionPlan(row.groups, lm.attention),
-    )
-    hidden: torch.Tensor = output.last_hidden_state[0]
-    return hidden
 
 
 def head_logps(lm: CausalLM, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

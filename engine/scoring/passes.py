@@ -148,6 +148,30 @@ def in_passes(
             pause()
 
 
+@torch.no_grad()
+def up_to_layer(lm: CausalLM, forwards: Sequence[Sequence[PromptGroup]], end: int) -> Iterator[None]:
+    """Takes forwards of a model that is run by layer to the entry of layer `end`, where a watch ends them.
+
+    Yields:
+        once for each forward, when its pass is done.
+
+    Raises:
+        UserError: memory runs out.
+    """
+    by_layer = lm.by_layer
+    assert by_layer is not None
+    sizes = [by_layer.bytes_per_position * computed_positions(lm, groups) for groups in forwards]
+    for some in plan_passes(sizes, by_layer.limit_bytes):
+        jobs = [partial(predict_groups, lm, forwards[i]) for i in some]
+        waiting = by_layer.waiting(lm.device)
+        with no_way_back("out of memory in a pass over the layers", f"{len(jobs)} forwards", _SMALLER):
+            slots = through_layers(by_layer, waiting, jobs, end=end)
+            for own, job in zip(slots, jobs, strict=True):
+                by_layer.gates.run_layer(end, [waiting.get(slot) for slot in own], job)
+                waiting.drop(own)
+        yield from [None] * len(jobs)
+
+
 def _finish_of(finish: Callable[[int], Result], some: range, at: int) -> Result:
     return finish(some[at])
 
@@ -202,15 +226,21 @@ def computed_positions(lm: CausalLM, groups: Sequence[PromptGroup]) -> int:
 
 
 def choose_how_to_score(
-    lm: CausalLM, wanted: str = "auto", attention: Attention = "auto", longest: int | None = None
+    lm: CausalLM,
+    wanted: str = "auto",
+    attention: Attention = "auto",
+    longest: int | None = None,
+    known: Sequence[PairIds] = (),
 ) -> None:
     """`choose_layout`; of a model that is run by layer, over a few of its layers, and then whether it can be run so.
+
+    `known`: of a model that begins at a trunk, pairs whose states are stored; see there.
 
     Raises:
         UserError: as there; or layers hand each other more than hidden states.
     """
     if lm.by_layer is None:
-        choose_layout(lm, wanted, attention, longest)
+        choose_layout(lm, wanted, attention, longest, known)
         return
     by_layer, probe = lm.by_layer, _probe(lm)
     use_layout(lm, "separate")

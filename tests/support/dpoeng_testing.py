@@ -20,8 +20,10 @@ SENTENCES = [
 ]
 
 
-def save_tiny_model(folder: Path, tokenizer: Any, *, seed: int = 0, hidden: int = 32, dtype: str = "float32") -> Path:
-    """A random Llama of two layers whose log-probs are far from uniform."""
+def save_tiny_model(
+    folder: Path, tokenizer: Any, *, seed: int = 0, hidden: int = 32, dtype: str = "float32", layers: int = 2
+) -> Path:
+    """A random Llama, of two layers if not of more, whose log-probs are far from uniform."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -30,7 +32,7 @@ def save_tiny_model(folder: Path, tokenizer: Any, *, seed: int = 0, hidden: int 
         vocab_size=len(tokenizer),
         hidden_size=hidden,
         intermediate_size=2 * hidden,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,

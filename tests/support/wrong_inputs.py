@@ -454,6 +454,13 @@ ADAPTERS = (
     Wrong("new for a reference with adapter", "adapter-mode", 2, "train --cache SFT --adapter-mode new", ("stack",)),
     Wrong("continue without an adapter", "adapter-mode", 2, TRAIN + " --adapter-mode continue", ("new",)),
     Wrong("a LoRA's rank beside an SFT adapter", "adapter-mode", 2, "train --cache SFT --lora-r 8", ("--lora-r",)),
+    Wrong("layers that are not there", "config-value", 2, TRAIN + " --train-last-layers 3", ("0 to 1",)),
+    Wrong("layers named twice", "config-value", 2, TRAIN + " --train-last-layers 1 --layers-to-transform 1", ("one",)),
+    Wrong("a layer between two", "config-value", 2, SCORE + " --trunk-layer 1.5", ("share",)),
+    Wrong("a trunk below all layers", "config-value", 2, SCORE + " --trunk-layer 2", ("1 to 1",)),
+    Wrong("a trunk that is not there", "cache-no-trunk", 2, TRAIN + " --train-last-layers 1 --trunk-layer 1",
+          ("--trunk-layer 1",)),
+    Wrong("training below the trunk", "trunk-below", 2, TRAIN + " --trunk-layer 1", ("--train-last-layers",)),
     Wrong("modules that are not there", "lora-no-target", 2, TRAIN + " --lora-target-modules query", ("q_proj",)),
 )  # fmt: skip
 
@@ -477,6 +484,14 @@ def flip(path: Path, at: int = -9) -> None:
 
 def an_object(folder: Path) -> Path:
     return next(iter(sorted(folder.glob("objects/*/*.arrow"))))
+
+
+def with_trunk(folder: Path, desk: Desk) -> None:
+    from dpoeng.engine.config.fields import PrecomputeConfig
+    from dpoeng.engine.recipes.precompute import precompute_reference
+
+    pairs = desk.folder / "pairs.jsonl"
+    precompute_reference(PrecomputeConfig(pairs=(pairs,), model=str(desk.model), cache=folder, trunk_layer=1))
 
 
 def second_view(folder: Path, desk: Desk) -> None:
@@ -743,8 +758,10 @@ CACHES = (
     Wrong("a folder that holds other things", "cache-not-empty", 4, SCORE + " --cache folder", (),
           lambda d: d.write("folder/a")),
     Wrong("a cache of the future", "cache-future", 4, "train", ("3",),
-          bend(lambda f, d: (f / "FORMAT").write_text("dpoeng-refcache 3\n"))),
+          bend(lambda f, d: (f / "FORMAT").write_text("dpoeng-refcache 4\n"))),
     Wrong("a damaged FORMAT", "cache-format", 4, "train", (), bend(lambda f, d: (f / "FORMAT").write_text("dpoeng-"))),
+    Wrong("a trunk of another precision", "trunk-unsupported", 2,
+          "train --train-last-layers 1 --trunk-layer 1 --dtype bfloat16", ("--trunk-layer 0",), bend(with_trunk)),
     Wrong("no view of this name", "cache-no-view", 2, TRAIN + " --view other", ("name one of these: pairs",)),
     Wrong("two views and none named", "cache-view-unnamed", 2, "train", ("second", "--view"), bend(second_view)),
     Wrong("a flipped bit in a table of pairs", "cache-corrupt", 4, "train", ("arrow",),

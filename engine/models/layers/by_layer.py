@@ -48,6 +48,7 @@ def through_layers(
     waiting: Waiting,
     jobs: Sequence[Job],
     tell: Callable[[int, int], None] = lambda _layer, _job: None,
+    end: int | None = None,
 ) -> list[list[Slot]]:
     """Takes all jobs through each layer before the next one is loaded.
 
@@ -56,12 +57,13 @@ def through_layers(
         waiting: where hidden states wait.
         jobs: at least one.
         tell: called with the layer's number and the job's when a job is through a layer.
+        end: the first layer that is not run; None: all are.
 
     Returns:
         of each job, where its hidden states after the last layer wait.
     """
     slots: list[list[Slot]] = [[] for _ in jobs]
-    for number in range(by_layer.gates.count):
+    for number in range(by_layer.gates.count if end is None else end):
         for at, job in enumerate(jobs):
             states = [waiting.get(slot) for slot in slots[at]] if number else None
             made = by_layer.gates.run_layer(number, states, job)

@@ -123,6 +123,10 @@ class Gates:
         finally:
             self._order = None
 
+    def runs(self, number: int) -> bool:
+        """Whether the forward at work runs this layer, and does not pass hidden states by it."""
+        return self._stretch is None or self._stretch.begin <= number < self._stretch.end
+
     @contextlib.contextmanager
     def _within(self, stretch: _Stretch) -> Iterator[None]:
         before, self._stretch = self._stretch, stretch

@@ -1,0 +1,203 @@
+"""Stand-ins for the embedding and the lower layers of a decoder, so that its own forward begins at a layer.
+
+The decoder's code runs as it is: masks, rotary tables and the loop over its layers. The last stand-in hands on the
+states that were stored, whatever comes in. So an architecture whose upper layers need more than hidden states from
+below (shared keys and values, an embedding a layer) gives other numbers or fails, and `rehearsing` finds out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpoeng.engine.models.model import CausalLM, decoder_layers, decoder_of
+from dpoeng.engine.models.trunk.layers import layer_list
+
+
+class Passing(nn.Module):
+    """Stands for a layer that is not there: hands its input on.
+
+    Args:
+        layer: what it stands for; the plain attributes by which a decoder chooses masks are kept.
+        as_tuple: whether layers of this decoder return tuples.
+    """
+
+    def __init__(self, layer: nn.Module, *, as_tuple: bool) -> None:
+        super().__init__()
+        for name, value in vars(layer).items():
+            if isinstance(value, (str, int, float)) and name != "training":
+                setattr(self, name, value)
+        self._as_tuple = as_tuple
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        return (hidden_states,) if self._as_tuple else hidden_states
+
+
+class Entry(Passing):
+    """Stands for the layer below the trunk: hands on `states` [B, T, H], which each forward is given."""
+
+    def __init__(self, layer: nn.Module, *, number: int, as_tuple: bool) -> None:
+        super().__init__(layer, as_tuple=as_tuple)
+        self.number = number
+        self.states: torch.Tensor | None = None
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        assert self.states is not None, "a forward above a trunk needs its states"
+        return (self.states,) if self._as_tuple else self.states
+
+
+class NoEmbedding(nn.Module):
+    """Stands for the input embedding: hands on the states, whose shape, dtype and device the decoder goes by."""
+
+    def __init__(self, rows: int, entry: Entry) -> None:
+        super().__init__()
+        self._rows = rows
+        self._entry = [entry]  # in a list, so that it is no part of this module
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[V, 0], for the number of tokens alone."""
+        return torch.empty(self._rows, 0)
+
+    def forward(self, *_: Any) -> torch.Tensor:
+        (entry,) = self._entry
+        assert entry.states is not None, "a forward above a trunk needs its states"
+        return entry.states
+
+
+def entry_of(base: nn.Module) -> Entry | None:
+    """The stand-in of a model that begins at a trunk; None of a whole one."""
+    return next((module for module in base.modules() if isinstance(module, Entry)), None)
+
+
+def cut_below(base: Any, number: int, *, as_tuple: bool | None = None) -> Entry:
+    """Replace a model's layers below `number`, and its input embedding unless the head is the same tensor.
+
+    Args:
+        base: a causal language model; its weights need not be there yet.
+        number: the first layer that stays.
+        as_tuple: whether its layers return tuples; None finds out by running the first one.
+    """
+    backbone = decoder_of(base)
+    if as_tuple is None:
+        as_tuple = returns_tuples(backbone)
+    _, layers = layer_list(backbone)
+    entry = Entry(layers[number - 1], number=number, as_tuple=as_tuple)
+    for below in range(number - 1):
+        layers[below] = Passing(layers[below], as_tuple=as_tuple)
+    layers[number - 1] = entry
+    if not shares_embedding(base):
+        base.set_input_embeddings(NoEmbedding(base.get_input_embeddings().weight.shape[0], entry))
+    return entry
+
+
+def stood_for(base: nn.Module) -> tuple[str, ...]:
+    """The beginnings of names, each with its last dot, of what a model that begins at a trunk lacks."""
+    return tuple(f"{name}." for name, module in base.named_modules() if isinstance(module, (Passing, NoEmbedding)))
+
+
+def without_stand_ins(base: nn.Module, loaded: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers' loading info without the tensors of files that stand-ins stand for."""
+    places = stood_for(base)
+    left = [name for name in loaded["unexpected_keys"] if not name.startswith(places)]
+    return {**loaded, "unexpected_keys": left}
+
+
+def shares_embedding(base: Any) -> bool:
+    """Whether the head is the embedding's tensor, which then has to be there."""
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    text = base.config.get_text_config(decoder=True)
+    tied = getattr(base.config, "tie_word_embeddings", False) or getattr(text, "tie_word_embeddings", False)
+    return bool(tied) or head is None or head.weight is embedding.weight
+
+
+class _Seen(Exception):  # noqa: N818  (no error)
+    """Ends a forward that has shown what was asked of it."""
+
+
+@torch.no_grad()
+def returns_tuples(backbone: nn.Module) -> bool:
+    """Whether a decoder's layers return tuples: by running the first one, on the device where the decoder is."""
+    found: list[bool] = []
+
+    def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        found.append(isinstance(output, tuple))
+        raise _Seen
+
+    hook = decoder_layers(backbone)[0].register_forward_hook(look)
+    try:
+        ids = torch.zeros(1, 2, dtype=torch.long, device=next(backbone.parameters()).device)
+        with contextlib.suppress(_Seen):
+            backbone(input_ids=ids, use_cache=False)
+    except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError):
+        return False  # what cannot run without weights is found out by the comparison with the cache
+    finally:
+        hook.remove()
+    return bool(found and found[0])
+
+
+@contextlib.contextmanager
+def rehearsing(lm: CausalLM, number: int) -> Iterator[Entry]:
+    """A whole model as one that begins at layer `number`; its own layers come back afterwards."""
+    _, layers = layer_list(lm.backbone)
+    below, embedding, before = list(layers[:number]), lm.base.get_input_embeddings(), lm.entry
+    lm.entry = cut_below(lm.base, number, as_tuple=returns_tuples(lm.backbone))
+    try:
+        yield lm.entry
+    finally:
+        lm.base.set_input_embeddings(embedding)
+        for place, layer in enumerate(below):
+            layers[place] = layer
+        lm.entry = before
+
+
+class Reached(Exception):  # noqa: N818  (no error)
+    """Ends a forward at the watched layer; `states` [B, T, H] enter it."""
+
+    def __init__(self, states: torch.Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+
+class Watch:
+    """Sees the states that enter a layer in each forward of a whole model. Make it with `watching`.
+
+    Args:
+        number: the layer.
+        see: given what each forward was told to lie in it (`told`), and the states [B, T, H].
+        stops: whether forwards end there, by `Reached`.
+        runs: whether the forward at work runs this layer; one of a model that is run by layer may run another.
+    """
+
+    def __init__(
+        self, number: int, see: Callable[[Any, torch.Tensor], None], *, stops: bool, runs: Callable[[int], bool]
+    ) -> None:
+        self.number, self._see, self._stops, self._runs = number, see, stops, runs
+        self.told: Any = None
+
+    def look(self, _module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """The pre-hook of the layer."""
+        if not self._runs(self.number):
+            return
+        states = inputs[0] if inputs else named["hidden_states"]
+        self._see(self.told, states)
+        if self._stops:
+            raise Reached(states)
+
+
+@contextlib.contextmanager
+def watching(lm: CausalLM, number: int, see: Callable[[Any, torch.Tensor], None], *, stops: bool) -> Iterator[None]:
+    """Watch the states that enter layer `number` of a whole model, in every forward of the block."""
+    _, layers = layer_list(lm.backbone)
+    runs = (lambda _: True) if lm.by_layer is None else lm.by_layer.gates.runs
+    lm.watch = Watch(number, see, stops=stops, runs=runs)
+    hook = layers[number].register_forward_pre_hook(lm.watch.look, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+        lm.watch = None
