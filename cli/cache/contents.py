@@ -99,7 +99,7 @@ def verify(
 
     done = 0
     known = cache_info(folder)
-    total_bytes = sum(one.bytes for one in (*known.references, *known.trunks))
+    total_bytes = sum(one.bytes for one in known.references) + sum(one.bytes for one in known.trunks)
     with TerminalProgress().task("verify", total_bytes, "B") as advance:
 
         def progress(now: int, total: int) -> None:

@@ -20,7 +20,6 @@ from pydantic import (
     ConfigDict,
     Field,
     InstanceOf,
-    NonNegativeInt,
     PlainSerializer,
     ValidationInfo,
     WithJsonSchema,
@@ -295,7 +294,7 @@ class TrainConfig(_Config):
     lora_alpha: float = Field(32, gt=0, le=1e6, description="LoRA scale: the update is alpha / r times B A x.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the trained LoRA.")
     lora_target_modules: tuple[str, ...] = Field(("all-linear",), description="Modules that get a LoRA.")
-    layers_to_transform: tuple[NonNegativeInt, ...] | None = Field(
+    layers_to_transform: tuple[int, ...] | None = Field(
         None, min_length=1, description="Decoder layers that get a LoRA, counted from 0, e.g. 20,21,22. Default: all."
     )
     train_last_layers: int | None = Field(
@@ -573,6 +572,8 @@ class TrainConfig(_Config):
     def _layers_are_named_once(self) -> TrainConfig:
         if self.layers_to_transform is not None and self.train_last_layers is not None:
             raise ValueError("layers_to_transform and train_last_layers both say which layers are trained: give one")
+        if min(self.layers_to_transform or (0,)) < 0:
+            raise ValueError("layers_to_transform counts layers from 0; train_last_layers counts from the end")
         return self
 
     @model_validator(mode="after")

@@ -16,8 +16,7 @@ from dpoeng.cache.trunk.index import TrunkIndex, trunks_of
 from dpoeng.cache.trunk.objects import ITEM_BYTES
 from dpoeng.cache.trunk.texts import distinct_tokens
 from dpoeng.cache.words import counted
-from dpoeng.engine.config.fields import TrainConfig
-from dpoeng.engine.models.adapters import Mode
+from dpoeng.engine.config.fields import Mode, TrainConfig
 from dpoeng.engine.models.model import DTYPES, CausalLM, StatesOf
 from dpoeng.engine.models.model_config import config_of, sizes
 from dpoeng.engine.models.sources import ModelSource, read_fields
@@ -67,7 +66,8 @@ def choose_trunk(wanted: Wanted, spec: ReferenceSpec, note: Callable[[str], None
     if not trunks and not asked and not names_layers(config):
         return None
     if wanted.source.gguf:
-        return _refuse_or_note(wanted, "a GGUF file is decoded whole", note, always=asked)
+        _refuse_or_note(wanted, "a GGUF file is decoded whole", note, always=asked)
+        return None
     depth = sizes(config_of(read_fields(wanted.source))).layers
     lowest = lowest_trained(wanted, depth)
     if asked:
@@ -82,7 +82,8 @@ def choose_trunk(wanted: Wanted, spec: ReferenceSpec, note: Callable[[str], None
             _note_saving(wanted, depth, lowest, trunks, note)
             return None
     if why := _differs(wanted, max(candidates)):
-        return _refuse_or_note(wanted, why, note, always=asked)
+        _refuse_or_note(wanted, why, note, always=asked)
+        return None
     for layer in candidates:
         index = TrunkIndex.open(store, trunks[layer].digest)
         lacking = sum(not index.holds(ids) for ids in wanted.pairs)

@@ -199,6 +199,8 @@ REMEDIES: dict[str, str] = {
     "gguf-format": "download the file again, or give the model as safetensors",
     "bitsandbytes-unusable": "pip install 'bitsandbytes>=0.50', or use --quantization none",
     "cache-which-spec": "`dpoeng cache info` shows the references",
+    "cache-disk-small": "free some space, or choose another folder with --cache",
+    "cache-incomplete": "run the same `dpoeng precompute-ref` again: it computes what is missing",
     "cache-no-trunk": "run the same `dpoeng precompute-ref` again with --trunk-layer",
     "trunk-below": "name upper layers with --train-last-layers or --layers-to-transform, or say --trunk-layer 0",
     "trunk-unsupported": "leave the named option out, or say --trunk-layer 0 to run all layers",

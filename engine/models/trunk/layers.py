@@ -46,7 +46,7 @@ def chosen_layers(config: TrainConfig, depth: int) -> tuple[int, ...] | None:
         UserError: the model of `depth` layers has no such layer.
     """
     if config.train_last_layers is not None:
-        name, chosen = "--train-last-layers", range(depth - config.train_last_layers, depth)
+        name, chosen = "--train-last-layers", list(range(depth - config.train_last_layers, depth))
     elif config.layers_to_transform is not None:
         name, chosen = "--layers-to-transform", sorted({*config.layers_to_transform})
     else:
@@ -127,5 +127,5 @@ def check_trained_layers(lm: CausalLM, chosen: Sequence[int]) -> None:
             expected=f"something to train in each of the layers {', '.join(map(str, chosen))}, and nothing elsewhere",
             found=f"layers {', '.join(map(str, found)) or 'none'}"
             + (f", and {counted(len(outside), 'tensor')} outside of them, as {outside[0]}" if outside else ""),
-            remedy="name modules that each of these layers has",
+            remedy="name modules that the model has",
         )
