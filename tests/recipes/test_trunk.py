@@ -248,13 +248,13 @@ def test_the_forecast_is_of_the_layers_that_are_run(
 ) -> None:
     """`train` hands the trunk to the simulation, which needs as much less as is not there."""
     asked: list[int] = []
-    real = policy_module.check_step
+    real = policy_module.decide_step
 
     def seen(*arguments: Any, **named: Any) -> Any:
         asked.append(named["trunk_layer"])
         return real(*arguments, **named)
 
-    monkeypatch.setattr(policy_module, "check_step", seen)
+    monkeypatch.setattr(policy_module, "decide_step", seen)
     monkeypatch.setattr(fit, "_is_small", lambda *_: False)
     above = train(TrainConfig(cache=stored, output_dir=tmp_path / "above", **QUICK))
     whole = train(TrainConfig(cache=stored, output_dir=tmp_path / "whole", **QUICK, trunk_layer=0))
@@ -287,6 +287,18 @@ def test_it_is_added_to_a_cache_that_has_the_log_probs(stored: Path, tmp_path: P
     assert tree(cache, "objects", "views") == tree(stored, "objects", "views")
     again = precompute(cache, model, pairs)
     assert (again.computed, again.trunk_texts) == (0, 0)
+
+
+@pytest.mark.parametrize("first_without", [False, True])
+def test_layer_offloading_stores_the_same_bytes(
+    stored: Path, tmp_path: Path, model: Path, pairs: Path, first_without: bool
+) -> None:
+    """With the log-probs or after them; one layer at a time, all pairs of a pass through it."""
+    cache = tmp_path / "cache"
+    if first_without:
+        precompute(cache, model, pairs, trunk_layer=None)
+    precompute(cache, model, pairs, layer_offloading="on")
+    assert tree(cache, "objects", "views") == tree(stored, "objects", "views")
 
 
 def test_it_is_extended_with_pairs(tmp_path: Path, model: Path, pairs: Path) -> None:
@@ -380,6 +392,7 @@ def test_what_a_run_cannot_begin_from_is_refused(stored: Path, tmp_path: Path) -
     assert refused(trunk_layer=3, train_last_layers=1) == "cache-no-trunk"
     assert refused(trunk_layer=LAYER, quantization="4bit") == "trunk-unsupported"
     assert refused(trunk_layer=LAYER, dtype="bfloat16") == "trunk-unsupported"
+    assert refused(trunk_layer=LAYER, layer_offloading="on") == "trunk-unsupported"
     assert refused(trunk_layer=4) == "config-value"
     assert refused(train_last_layers=5) == "config-value"
     assert refused(train_last_layers=None, layers_to_transform=(4,)) == "config-value"
