@@ -18,7 +18,7 @@ from dpoeng.cache.errors import UserError
 from dpoeng.engine.data.in_memory import place
 from dpoeng.engine.data.messages import LOSS_KEYS, Message
 from dpoeng.engine.data.proof import Part, Tagged, prove
-from dpoeng.engine.data.rendering import Rendered, Renderer, Spans, make_renderer, names_read
+from dpoeng.engine.data.rendering import Rendered, Renderer, Spans, make_renderer, names_read, within_limits
 from dpoeng.engine.data.shapes import PreferencePair
 from dpoeng.engine.data.strict_json import RowFault
 from dpoeng.engine.data.structured import parse_structure
@@ -62,7 +62,7 @@ def to_sides(
     """The chosen and the rejected text of a pair.
 
     Raises:
-        UserError: the pair is messages and the tokenizer has no chat template.
+        UserError: the pair is messages and the tokenizer has no chat template, or one that does not end.
         RowFault: `template-error`, the template refuses the messages; `template-drops`, it leaves out a part of them;
             `template-boundary`, the response's beginning cannot be found; `template-turns`, nor where the assistant
             speaks.
@@ -74,8 +74,9 @@ def to_sides(
         return Side(pair.prompt + pair.chosen, start, False), Side(pair.prompt + pair.rejected, start, False)
     assert isinstance(pair.chosen, list)
     assert isinstance(pair.rejected, list)
-    writer = _Writer.of(pair, tokenizer)
-    return writer.side(pair.chosen, "chosen", train_on), writer.side(pair.rejected, "rejected", train_on)
+    with within_limits(place(pair.source_file, pair.source_row)):
+        writer = _Writer.of(pair, tokenizer)
+        return writer.side(pair.chosen, "chosen", train_on), writer.side(pair.rejected, "rejected", train_on)
 
 
 @dataclass(frozen=True, slots=True)

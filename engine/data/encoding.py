@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dpoeng.cache.errors import UserError
 from dpoeng.engine.data.chat import Side
 from dpoeng.engine.data.rendering import Spans
 from dpoeng.engine.data.strict_json import RowFault
@@ -141,7 +142,20 @@ def _mark_unscored(encoded: Encoded, places: Sequence[tuple[int, int]], side: Si
 
 
 def _encode_batch(backend: Any, texts: list[str], from_template: bool) -> list[Any]:
-    return list(backend.encode_batch(texts, add_special_tokens=not from_template)) if texts else []
+    try:
+        return list(backend.encode_batch(texts, add_special_tokens=not from_template)) if texts else []
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # what a panic in Rust becomes; it is no Exception
+            raise
+        raise UserError(
+            "the tokenizer failed at a text",
+            code="tokenizer-failed",
+            where="one of these texts: " + "; ".join(repr(text[:40]) for text in texts[:3]),
+            expected="a pattern that splits any text",
+            found=str(error)[:200],
+            remedy="leave the text out with --where, or name another tokenizer with --tokenizer",
+            exit_status=3,
+        ) from None
 
 
 def _ids_and_places(encoding: Any) -> tuple[list[int], list[tuple[int, int]]]:

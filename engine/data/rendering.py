@@ -8,10 +8,15 @@ from __future__ import annotations
 import datetime
 import functools
 import re
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
+from dpoeng.cache.errors import UserError
 from dpoeng.engine.data.messages import Message
 from dpoeng.engine.data.strict_json import RowFault
 
@@ -21,6 +26,11 @@ if TYPE_CHECKING:
 # Some templates print today's date; then every pair would be another one tomorrow. This is the date that Llama's own
 # templates fall back on. `chat_template_kwargs` may set `date_string` where the template asks for it.
 PINNED_DATE = datetime.date(2024, 7, 26)
+
+# Limits of a pair: real templates take milliseconds, and write about what they are given.
+MAX_SECONDS: Final = 10.0
+MAX_BYTES: Final = 2 << 30
+MAX_TEXT: Final = 64 << 20
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -96,7 +106,7 @@ class Renderer:
 
     def _render(self, template: str, messages: Sequence[Message], opened: bool, tools: list[Any] | None) -> str:
         try:
-            return str(
+            text = str(
                 self.tokenizer.apply_chat_template(
                     list(messages),
                     tools=tools,
@@ -106,10 +116,92 @@ class Renderer:
                     **self.arguments,
                 )
             )
-        except ImportError:
+        except (ImportError, MemoryError):
             raise
         except Exception as error:  # a template is a program: what it raises is about the messages that it was given
             raise RowFault("template-error", f"{type(error).__name__}: {error}"[:300]) from None
+        if len(text) > MAX_TEXT:
+            raise MemoryError
+        return text
+
+
+class _TooLong(BaseException):
+    """Raised amid a template, past every handler of exceptions."""
+
+
+@contextmanager
+def within_limits(where: str) -> Iterator[None]:
+    """Lets templates run for `MAX_SECONDS` of this process's CPU time and take `MAX_BYTES`.
+
+    A template is a program. In a process of its own it could be ended from outside, but that process would have to
+    import transformers, which takes longer than all templates of most runs; or be a copy of this one, which threads
+    forbid. Templates are Python, which a signal ends at any step, and the system refuses it memory in this process as
+    in another. So they run here, at some microseconds a pair. Signals reach the main thread alone: in others there is
+    no limit of time, and on Windows none at all.
+
+    Args:
+        where: the pair, for the message.
+
+    Raises:
+        UserError: a limit was reached.
+    """
+    try:
+        with _limited_time(), _limited_memory():
+            yield
+    except _TooLong:
+        raise _runaway(where, f"still at work after {MAX_SECONDS:g} s") from None
+    except MemoryError:
+        raise _runaway(where, "more memory, or a longer text") from None
+
+
+@contextmanager
+def _limited_time() -> Iterator[None]:
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _TooLong
+
+    handler = signal.signal(signal.SIGVTALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, *timer)
+        signal.signal(signal.SIGVTALRM, handler)
+
+
+@contextmanager
+def _limited_memory() -> Iterator[None]:
+    pages = Path("/proc/self/statm")
+    if not pages.exists():
+        yield
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = int(pages.read_text().split()[0]) * resource.getpagesize() + MAX_BYTES
+    if resource.RLIM_INFINITY not in (soft, hard) and most >= min(soft, hard):
+        yield  # whoever started this process allows less
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _runaway(where: str, found: str) -> UserError:
+    return UserError(
+        "the chat template does not end, or builds more than it may",
+        code="tokenizer-template-limits",
+        where=where,
+        expected=f"one pair within {MAX_SECONDS:g} s, {MAX_BYTES >> 30} GiB and {MAX_TEXT >> 20} million characters",
+        found=found,
+        remedy="take the template of the SFT model from a source that you trust, or name another with --tokenizer",
+        exit_status=3,
+    )
 
 
 def make_renderer(
@@ -153,7 +245,10 @@ def names_read(template: str) -> frozenset[str]:
 
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
     source = _with_visible_marks(template)
-    return frozenset(node.name for node in environment.parse(source).find_all(nodes.Name))
+    try:
+        return frozenset(node.name for node in environment.parse(source).find_all(nodes.Name))
+    except (jinja2.TemplateError, RecursionError) as error:
+        raise RowFault("template-error", f"{type(error).__name__}: {error}"[:300]) from None
 
 
 _DIRECTIVES = "aAbBdeHIjmMpSyY"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dpoeng.cache.errors import UserError
-from dpoeng.engine.models.foreign_checkpoints import check_adapter_ranges, check_headers, check_sizes, shard_files
+from dpoeng.engine.models.foreign.checkpoints import check_adapter_ranges, check_headers, check_sizes, shard_files
 from dpoeng.engine.models.lora_fields import check_lora_fields
 
 MAX_JSON_BYTES = 64 << 20  # an index of 100,000 tensors has 10 MB

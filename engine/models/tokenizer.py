@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from dpoeng.cache.errors import UserError
+from dpoeng.engine.models.foreign.tokenizers import check_tokenizer
 from dpoeng.engine.models.sources import ModelSource, find_tokenizer
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+_MAX_TEMPLATE_BYTES = 16 << 20
 _MORE_TEMPLATES = "additional_chat_templates"
 # What `save_pretrained` of a tokenizer may write.
 _FILES = re.compile(
@@ -183,6 +185,7 @@ def load_tokenizer(source: ModelSource) -> Any:
 
         return load_gguf_tokenizer(source.weight_files[0])
     _require_sentencepiece(source)
+    check_tokenizer(source.folder / "tokenizer.json")
     try:
         from transformers import AutoTokenizer
 
@@ -273,6 +276,16 @@ def _read_template(file: Path) -> str | dict[str, str] | None:
     Raises:
         UserError: what stands there is no template.
     """
+    if (size := file.stat().st_size) > _MAX_TEMPLATE_BYTES:
+        raise UserError(
+            "the chat template is longer than any",
+            code="tokenizer-claims",
+            where=str(file),
+            expected=f"at most {_MAX_TEMPLATE_BYTES >> 20} MiB",
+            found=f"{size} bytes",
+            remedy="save the tokenizer of SFT again, or name it with --tokenizer",
+            exit_status=3,
+        )
     text = file.read_text(encoding="utf-8")
     if file.suffix != ".json":
         more = sorted((file.parent / _MORE_TEMPLATES).glob("*.jinja"))

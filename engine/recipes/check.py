@@ -28,6 +28,7 @@ from dpoeng.engine.config.fields import PrecomputeConfig
 from dpoeng.engine.data.in_memory import RowsInMemory, place
 from dpoeng.engine.data.pairs import PairStream, ReadPair, content_key, misspelt_remark
 from dpoeng.engine.data.rejects import Reject
+from dpoeng.engine.data.rendering import within_limits
 from dpoeng.engine.data.shapes import PreferencePair, Turns, holds_human_turn
 from dpoeng.engine.data.tokenization import TokenizedPair, tokenize_pairs
 
@@ -423,7 +424,10 @@ def _messages(prompt: Turns) -> list[dict[str, Any]]:
 def _adds_system_prompt(tokenizer: Any) -> bool:
     """Whether the chat template writes a system prompt where the messages have none."""
     try:
-        alone = str(tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False))
+        with within_limits("the chat template, of one message"):
+            alone = str(tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False))
+    except UserError:
+        raise
     except Exception:  # no template, or one that wants other messages: then there is nothing to say about it
         return False
     return "system" in alone.lower()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dpoeng.cache.errors import UserError
-from dpoeng.engine.models.foreign_checkpoints import MAX_HEADER_BYTES, check_pattern
+from dpoeng.engine.models.foreign.checkpoints import MAX_HEADER_BYTES, check_pattern
 from dpoeng.engine.models.sources import find_adapter, find_model
 
 

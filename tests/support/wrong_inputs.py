@@ -326,6 +326,12 @@ def smaller_vocabulary(folder: Path, desk: Desk) -> None:
     desk.edit_json(folder / "config.json", vocab_size=300)
 
 
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+GIVING_UP = {"type": "Split", "pattern": {"Regex": r"(a+)+\1b"}, "behavior": "Isolated", "invert": False}
+DOUBLING = {"type": "Sequence",
+            "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40}  # fmt: skip
+
+
 def other_tokenizer(**changes: Any) -> Callable[[Path, Desk], Any]:
     def apply(folder: Path, desk: Desk) -> None:
         import copy
@@ -420,6 +426,15 @@ MODELS = (
           lambda d: (d.rows(CHAT), other_tokenizer(chat_template=None)(d.copy("model", "other"), d))),
     Wrong("a chat template that is no template", "data-rejects", 3, OTHER, ("template-error",),
           lambda d: (d.rows(*GOOD, CHAT), other_tokenizer(chat_template="{% for %}")(d.copy("model", "other"), d))),
+    Wrong("a chat template without end", "tokenizer-template-limits", 3, OTHER, ("pairs.jsonl:1", "--tokenizer"),
+          lambda d: (d.rows(CHAT), other_tokenizer(chat_template=ENDLESS)(d.copy("model", "other"), d),
+                     d.patch.setattr("dpoeng.engine.data.rendering.MAX_SECONDS", 0.3))),
+    Wrong("a pattern that the tokenizer gives up over", "tokenizer-failed", 3, OTHER, ("--where",),
+          lambda d: (d.patch.setattr("dpoeng.engine.models.foreign.tokenizers.is_plain", lambda pattern: True),
+           d.rows(*GOOD, {"prompt": "a" * 40 + "!", "chosen": "b", "rejected": "c"}),
+           spoil("other", lambda f, d: d.edit_json(f / "tokenizer.json", pre_tokenizer=GIVING_UP))(d))),
+    Wrong("a normalizer that doubles the text forty times", "tokenizer-claims", 3, OTHER, ("1.1e+12 times",),
+          spoil("other", lambda f, d: d.edit_json(f / "tokenizer.json", normalizer=DOUBLING))),
     Wrong("a GGUF that is none", "gguf-format", 2, "precompute-ref pairs.jsonl --model m.gguf", ("GGUF version",),
           lambda d: d.write("m.gguf", b"GGML" + bytes(60))),
     Wrong("half a GGUF", "gguf-format", 2, "precompute-ref pairs.jsonl --model m.gguf", ("cut off",),

@@ -157,7 +157,7 @@ def check_pattern(where: str, field: str, pattern: str) -> None:
     try:
         if len(pattern) > MAX_PATTERN:
             raise ValueError(f"{len(pattern)} characters; the limit is {MAX_PATTERN}")
-        ways, repeats = _ways(_parser.parse(pattern))
+        ways, repeats = choices(pattern)
         if ways > _MAX_WAYS or repeats > _MAX_REPEATS:
             raise ValueError(f"too many ways to match: {pattern[:120]}")
     except (re.error, ValueError, RecursionError, OverflowError) as error:
@@ -166,6 +166,15 @@ def check_pattern(where: str, field: str, pattern: str) -> None:
 
 _MAX_WAYS = 1_000_000
 _MAX_REPEATS = 5  # one beside the other: each is tried at every letter of a name
+
+
+def choices(pattern: str) -> tuple[int, int]:
+    """See `_ways`; of a pattern.
+
+    Raises:
+        ValueError, re.error: a repeat holds something with several ways to match, or it is no pattern.
+    """
+    return _ways(_parser.parse(pattern))
 
 
 def _ways(parsed: Sequence[tuple[Any, Any]]) -> tuple[int, int]:
