@@ -147,12 +147,14 @@ def _encode_batch(backend: Any, texts: list[str], from_template: bool) -> list[A
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # what a panic in Rust becomes; it is no Exception
             raise
+        if len(texts) > 1:  # which of them is it?
+            return [encoding for text in texts for encoding in _encode_batch(backend, [text], from_template)]
         raise UserError(
             "the tokenizer failed at a text",
             code="tokenizer-failed",
-            where="one of these texts: " + "; ".join(repr(text[:40]) for text in texts[:3]),
+            where=f"{texts[0][:80]!r}, {len(texts[0])} characters",
             expected="a pattern that splits any text",
-            found=str(error)[:200],
+            found=str(error).rpartition(": ")[2][:200],
             remedy="leave the text out with --where, or name another tokenizer with --tokenizer",
             exit_status=3,
         ) from None
