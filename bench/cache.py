@@ -120,7 +120,7 @@ def measure_size(root: Path, count: int) -> dict[str, Any]:
 
 
 def measure_reading(root: Path, rows: int = 200_000) -> dict[str, float]:
-    """What a reader sees.
+    """Measure what a reader sees.
 
     Returns:
         open_ms, open_verified_ms: until the view can be read, without and with every byte hashed;

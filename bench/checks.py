@@ -69,7 +69,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is checked, and its plain twins of the same weights: for scoring, and with a LoRA and an optimizer."""
+    """The model under check, and plain twins with the same weights: for scoring, and with a LoRA and an optimizer."""
 
     pairs: list[PairIds]
     lm: CausalLM
@@ -200,12 +200,12 @@ def head_memory(head: Callable[..., torch.Tensor] = token_logps) -> Check:
 
 
 def scoring_growth(on: Subject) -> list[Check]:
-    """What a pass of phase one leaves behind."""
+    """Measure the bytes that a pass of phase one leaves behind."""
     return growth("scoring", lambda: score_pairs(on.lm, on.pairs))
 
 
 def step_growth(on: Subject) -> list[Check]:
-    """What a step of phase two leaves behind."""
+    """Measure the bytes that a step of phase two leaves behind."""
     steps = iter(range(1, 1 << 30))
     return growth("training step", lambda: train_step(on.run, next(steps)))
 

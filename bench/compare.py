@@ -52,7 +52,7 @@ LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1, "float16": 2e-2}
 
 @dataclass(frozen=True, slots=True)
 class CompareSettings:
-    """What is compared. `peer_python` None is this interpreter.
+    """Settings of a comparison. `peer_python` None is this interpreter.
 
     Attributes:
         pairs_count: the first so many pairs of the files are scored in the reference pass.
@@ -89,7 +89,7 @@ class Ratio:
 
 
 def bench_compare(settings: CompareSettings, progress: Progress = QUIET) -> dict[str, Any]:
-    """Runs all programs in turn and returns the record. Compare `record["equality"]["ok"]` before any ratio is told.
+    """Runs all programs in turn and returns the record. Check `record["equality"]["ok"]` before you report a ratio.
 
     Raises:
         UserError: model, pairs or peer are missing, or a program failed.
@@ -214,7 +214,7 @@ class _Process:
         self.turn = self._listen()
 
     def end(self) -> None:
-        """Ends it, where it has not ended by itself."""
+        """End the process if it still runs."""
         self._process.kill()
         self._process.communicate()
         self._errors.close()
@@ -374,7 +374,7 @@ def run_module(
 
 
 def kept(folder: Path, asked: Mapping[str, Any], find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `find` finds, which `folder` keeps; or what it keeps, if the same code was asked the same before."""
+    """Return the figures kept in `folder` for this question and commit; else call `find` and keep its result."""
     file, now = folder / "figures.json", json.loads(json.dumps({**asked, "commit": commit()}))
     if file.is_file():
         before: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))

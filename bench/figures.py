@@ -28,7 +28,7 @@ _PEERS = {
 
 
 def rewritten(text: str, results: Path = RESULTS) -> str:
-    """A document with its blocks made anew from the records.
+    """Return a document with its blocks rewritten from the records.
 
     Raises:
         KeyError: a block of an unknown name.
@@ -50,7 +50,7 @@ def compare(results: Path) -> str:
 
 
 def _comparisons(results: Path) -> list[Record]:
-    """Those whose losses are equal: of others no ratio is told."""
+    """Comparisons whose losses agree; no ratio is reported for others."""
     return [record for record in read("compare", results) if record["equality"]["ok"]]
 
 
@@ -179,7 +179,7 @@ def _times(found: Record, time: str, memory: str) -> str:
 
 
 def _compare_command(settings: Record) -> str:
-    """What measures such a comparison again, but for model, pairs and the peer's Python."""
+    """The command that repeats a comparison, without model, pairs and the peer's Python."""
     usual = asdict(CompareSettings(model="", pairs=()))
     names = ("batch_size", "pairs_count", "steps", "repeats", "max_length", "max_prompt_length", "dtype")
     given = [f"--{name.replace('_', '-')} {settings[name]}" for name in names if settings[name] != usual[name]]

@@ -22,7 +22,7 @@ Program = Literal["dpoeng reference", "dpoeng", "trl precomputed", "trl adapter 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What every program is given.
+    """Everything that a program is given.
 
     Attributes:
         program: which one, and how it gets the reference's numbers.
@@ -63,7 +63,7 @@ class Job:
 
 @dataclass(slots=True)
 class Figures:
-    """What one process measured. Memory is the peak above the process with the policy loaded, nothing else.
+    """Measurements of one process. Memory is the peak above the process with only the policy loaded.
 
     Attributes:
         steps: time of each optimizer step, data included.
@@ -86,7 +86,7 @@ class Figures:
 
 
 def adapter_folder(job: Job) -> Path:
-    """Where the job leaves the adapter that it trained, as peft stores it."""
+    """Folder of the trained adapter, in peft's format."""
     return Path(job.scratch) / "out" / "adapter"
 
 
@@ -113,5 +113,5 @@ def lap_and_wait(watch: Stopwatch, phase: int, pairs: int) -> Spent:
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that both programs compute with."""
+    """Versions of the libraries that both programs compute with."""
     return {"torch": torch.__version__, "transformers": version("transformers"), "peft": version("peft")}

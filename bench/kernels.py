@@ -216,7 +216,7 @@ def _errors(logps: Tensor, grad: Tensor | None, problem: HeadProblem) -> dict[st
 
 
 def aot(gpus: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """What the compilers make of every shipped configuration; no GPU needed. All GPUs of the table if none is named.
+    """Compile every shipped configuration without a GPU, for the named GPUs or all of the table.
 
     Raises:
         RuntimeError: The compiler's process gave no report.

@@ -55,7 +55,7 @@ POOL = 64
 
 @dataclass(frozen=True, slots=True)
 class MemorySettings:
-    """What is measured. `model` None is the embedded one; without `pairs`, synthetic ones of real lengths.
+    """Settings. `model` None is the embedded one; without `pairs`, synthetic pairs of real lengths.
 
     Attributes:
         batch_size: pairs in a forward of either phase.

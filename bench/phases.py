@@ -68,7 +68,7 @@ from dpoeng.engine.training.rows import Rows
 
 @dataclass(frozen=True, slots=True)
 class PhaseSettings:
-    """What is measured. `model` None is the embedded one; without `pairs`, synthetic ones of real lengths.
+    """Settings. `model` None is the embedded one; without `pairs`, synthetic pairs of real lengths.
 
     Attributes:
         batch_size: pairs in one step of phase two; phase one packs up to its own default number of tokens.
@@ -145,7 +145,7 @@ class PhaseResult:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What this machine can do at most: products (measured when asked), copies, and the data sheet of a known card."""
+    """Limits of this machine: products (measured on request), copies, and the data sheet of a known card."""
 
     gemm_flops: Callable[[], float]
     copy_bytes_per_s: float
@@ -258,7 +258,7 @@ def measure_phases(
 
 @dataclass(frozen=True, slots=True)
 class _Rounds:
-    """Measures a phase in every layout in turn, so that what the machine does meanwhile meets all of them alike."""
+    """Measure a phase in every layout in turn, so that other load on the machine affects all of them alike."""
 
     lm: CausalLM
     pairs: Sequence[PairIds]
@@ -341,7 +341,7 @@ def reference_batches(lm: CausalLM, pairs: Sequence[PairIds]) -> tuple[Sequence[
 
 
 def trace_file(trace: Path, phase: str) -> Path:
-    """Where the trace of a phase goes."""
+    """Return the path of a phase's trace."""
     return trace.with_stem(f"{trace.stem}-{phase}")
 
 

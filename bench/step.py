@@ -46,7 +46,7 @@ _WRITES_ALONE = frozenset({"zeros_like", "fill_", "zero_", "new_zeros", "zeros",
 
 @dataclass(frozen=True, slots=True)
 class StepSettings:
-    """What is counted. `model` is a folder with config.json, or a known name."""
+    """Settings of a count. `model` is a folder with config.json, or a known name."""
 
     model: str
     quantization: Quantization = "none"
@@ -67,7 +67,7 @@ class Counts:
     flop: Counter[str] = field(default_factory=Counter)
 
     def less(self, other: Counts) -> Counts:
-        """What this one has more."""
+        """Return this minus `other`."""
         found = Counts()
         for name in ("launches", "n_bytes", "flop"):
             mine, theirs = getattr(self, name), getattr(other, name)
@@ -77,7 +77,7 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class StepCounts:
-    """Of a decoder layer, forward, recomputation and backward; and of what is outside all layers (head, loss).
+    """Counts of a decoder layer (forward, recomputation, backward) and of everything outside the layers.
 
     The first layer forms no gradient of its input: what it does less than the others is taken off `outside`.
     """

@@ -1,4 +1,4 @@
-"""What the reference thinks of a data set: margins, lengths, pairs that look mislabelled. Reads a view; no model."""
+"""Analyses a data set by its reference: margins, lengths, pairs that look mislabelled. Reads a view; no model."""
 
 from __future__ import annotations
 

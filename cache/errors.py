@@ -1,4 +1,4 @@
-"""The one exception type for mistakes that a user can mend.
+"""The one exception type for mistakes that a user can fix.
 
 It stands in the lowest layer because that is where a user's mistake may first be met (a damaged file, a full disk). The
 command line prints it without a traceback. docs/errors.md lists every code.
@@ -11,7 +11,7 @@ from typing import ClassVar
 
 
 class UserError(Exception):
-    """A mistake in data, configuration, cache or environment, said so that the reader can mend it.
+    """A mistake in data, configuration, cache or environment that the user can fix.
 
     Args:
         message: what is wrong: one sentence, beginning small and without a full stop.

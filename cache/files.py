@@ -148,7 +148,7 @@ class Files:
         return False
 
     def replace(self, name: str, data: bytes | memoryview) -> None:
-        """Makes `data` appear under `name`, whole and durable, in the place of whatever stands there."""
+        """Replace `name` by `data`, atomically and durably."""
         target = self.root / name
         with self._explained(name):
             self._durable_dir(target.parent)

@@ -42,7 +42,7 @@ _GGUF_IGNORED: Final = ("general.", "tokenizer.", "GGUF.", "split.")
 
 @dataclass(frozen=True, slots=True)
 class TensorDigest:
-    """What a tensor is: its dtype (as the file names it), shape and xxh3_128 of its bytes, 32 hex digits."""
+    """Identity of a tensor: dtype (as the file names it), shape, and xxh3_128 of its bytes in 32 hex digits."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -54,7 +54,7 @@ class TensorDigest:
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """Where a tensor lies in its file, in bytes from the beginning."""
+    """Byte range of a tensor in its file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -221,7 +221,7 @@ def _memo_file(memo: Path, identity: Sequence[int]) -> Path:
 
 
 def _recall(memo: Path, status: os.stat_result) -> dict[str, TensorDigest] | None:
-    """What was remembered of this file; None if nothing, or nothing sound."""
+    """Return the remembered digests of a file; None if there are none or they are damaged."""
     identity = _identity(status)
     path = _memo_file(memo, identity)
     try:

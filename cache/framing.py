@@ -98,7 +98,7 @@ class Table:
         return value
 
     def offset_of(self, field: int) -> int:
-        """Where a field stands, counted from the table; 0 if it is absent."""
+        """Return a field's offset from its table; 0 if it is absent."""
         return self._read("<H", self._vtable + 4 + 2 * field) if field < self._fields else 0
 
     def scalar(self, field: int, kind: str) -> int:

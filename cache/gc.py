@@ -1,4 +1,4 @@
-"""Removes what nothing refers to any more. Looks only, unless told to act."""
+"""Removes files that nothing refers to. Only lists them, unless told to remove."""
 
 from __future__ import annotations
 

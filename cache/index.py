@@ -79,7 +79,7 @@ class KeyIndex:
         return None
 
     def locate(self, keys: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """Where the rows with these keys stand.
+        """Return the places of the rows with these keys.
 
         Args:
             keys: [N, 16].

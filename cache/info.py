@@ -1,4 +1,4 @@
-"""What a cache holds, in numbers. Reads records only, so it answers at once however large the cache is."""
+"""Counts what a cache holds. Reads only records, so it is fast for any size of cache."""
 
 from __future__ import annotations
 

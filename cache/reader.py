@@ -143,7 +143,7 @@ def open_table(store: Store, record: ViewRecord, *, check: bool) -> Table:
 
 
 def _reopen(kind: type[View], root: Path, name: str, fingerprint: str) -> View:
-    """What unpickling calls. The process that pickled has verified the bytes, so a worker only opens them."""
+    """Called by unpickling. The process that pickled has verified the bytes, so a worker only opens them."""
     view = kind.open(root, name, verify="open")
     if _fingerprint(view._record) != fingerprint:
         raise CacheError(

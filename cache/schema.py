@@ -1,4 +1,4 @@
-"""What one row of the cache holds, and the key by which it is found again.
+"""Defines a row of the cache and the key that finds it again.
 
 Knows nothing of files: see `writer` and `reader`.
 """

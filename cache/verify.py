@@ -48,7 +48,7 @@ class Problem:
 
 @dataclass
 class VerifyReport:
-    """What a verification saw.
+    """Result of a verification.
 
     Attributes:
         depth: how deep it looked.
@@ -151,7 +151,7 @@ def _records(store: Store, report: VerifyReport) -> tuple[list[Commit], list[Man
 
 
 def _check_manifests(store: Store, commits: list[Commit], manifests: list[Manifest], report: VerifyReport) -> None:
-    """What the last finished run of a spec left must still have its records."""
+    """Check that everything the last finished run of a spec left still has its records."""
     recorded = {(commit.spec, commit.object) for commit in commits}
     for manifest in {manifest.spec: manifest for manifest in manifests}.values():
         for reference in manifest.objects:

@@ -63,7 +63,7 @@ def check(
     strict: bool,
     **options: Any,
 ) -> None:
-    """Look through PAIRS for whatever could spoil a run, before any GPU time.
+    """Check PAIRS for anything that could spoil a run, before you use a GPU.
 
     With --model lengths are tokens and the tokenizer's own questions are asked too (truncation, boundaries, template,
     end tokens); no weight is loaded. The exit status is 3 if an error was found, with --strict also for a warning.

@@ -97,7 +97,7 @@ def write_pairs(folder: Path, count: int) -> Path:
 
 
 def configs(folder: Path, file: Path, model: str, quantization: str) -> tuple[PrecomputeConfig, TrainConfig]:
-    """What the two phases are asked for. Runs of another size or precision keep to folders of their own."""
+    """Return the configs of both phases. Runs of another size or precision get separate folders."""
     one: dict[str, Any] = {"pairs": (file,), "model": model, "cache": folder / "refcache", "dtype": "float32"}
     view, out = file.stem, file.stem.replace("pairs", "out")
     if quantization != "none":

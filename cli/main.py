@@ -72,7 +72,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click does it; a name that is none is told the nearest one."""
+        """As click does, but suggest the nearest name for an unknown one."""
         if args and args[0] not in self.table and not args[0].startswith("-"):
             near = difflib.get_close_matches(args[0], self.table, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(self.table)}"

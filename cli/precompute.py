@@ -59,7 +59,7 @@ def precompute_ref(pairs: tuple[Path, ...], config_file: Path | None, as_json: b
 
 
 def summary_record(summary: PrecomputeSummary) -> dict[str, Any]:
-    """What phase one did, without the pairs themselves: counts, lengths, and the rows that were left out."""
+    """Return the result of phase one without the pairs: counts, lengths, rejected rows."""
     whole = {"rejects", "data", "source"}
     return {
         **{name: getattr(summary, name) for name in summary.__dataclass_fields__ if name not in whole},

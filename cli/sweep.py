@@ -79,7 +79,7 @@ def sweep(config_file: Path | None, as_json: bool, **options: Any) -> None:
 
 
 def print_results(plan: SweepPlan, results: Sequence[RunResult]) -> None:
-    """The runs, best first, and what the held-out pairs can tell about them."""
+    """Print the runs, best first, and whether the held-out pairs can separate them."""
     from dpoeng.cli.pages.sweep import ranking_table
     from dpoeng.engine.recipes.sweep_ranking import verdict
 

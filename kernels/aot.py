@@ -45,7 +45,7 @@ class Build(NamedTuple):
 
 
 class Code(NamedTuple):
-    """What the machine code shows."""
+    """Properties of compiled machine code."""
 
     registers: int  # a thread
     spill_bytes: int  # a thread: its stack frame
@@ -66,7 +66,7 @@ class Report(NamedTuple):
     occupancy: float  # resident warps over the multiprocessor's warps
 
     def problems(self) -> list[str]:
-        """What would make this build unfit to ship."""
+        """Return the reasons not to ship this build."""
         found = []
         if self.code.loop_spills:
             found.append(f"{self.code.loop_spills} instructions inside loops move spilled registers")

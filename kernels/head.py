@@ -1,4 +1,4 @@
-"""What a language-model head is, to the kernels: a linear layer and the pointwise map that follows it.
+"""Defines a language-model head for the kernels: a linear layer and the pointwise map after it.
 
     raw    = hidden @ weight.T + bias            # [N, V]
     capped = cap * tanh(scale * raw / cap)       # without a softcap: scale * raw

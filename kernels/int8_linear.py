@@ -31,7 +31,7 @@ def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = 
 class _Int8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        """Keeps the weight as it is held, and nothing of x."""
+        """Save the weight in its stored form, and nothing of x."""
         ctx.save_for_backward(codes, scales)
         return owned_linear(x, widened(codes, scales, x.dtype), bias)
 

@@ -1,4 +1,4 @@
-"""What the row kernels share: one row of logits in, sums and gradient out. Building blocks, no kernel of its own.
+"""Building blocks of the row kernels: one row of logits in, sums and gradient out.
 
 For target y, with `peak = max_v z_v`:
 

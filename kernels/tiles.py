@@ -1,4 +1,4 @@
-"""Which tile each kernel uses on which GPU, and what the GPUs are like.
+"""Chooses each kernel's tile by GPU, and lists the GPUs' limits.
 
 The tiles were chosen by a model of the hardware and by what the compiler says of them (`python -m dpoeng.kernels.aot`):
 the largest tile whose float32 sums fit the registers without spilling, as deep a pipeline as shared memory takes. They
@@ -19,7 +19,7 @@ import torch
 
 
 class Gpu(NamedTuple):
-    """What occupancy and compilation depend on. Bytes and counts are per multiprocessor unless named otherwise."""
+    """GPU limits behind occupancy and compilation. Bytes and counts are per multiprocessor unless named otherwise."""
 
     backend: str
     arch: int | str

@@ -1,4 +1,4 @@
-"""What torch's allocator took and gave back in a piece of work, event by event, from torch.profiler.
+"""Reads torch's allocations and frees during a piece of work, event by event, from torch.profiler.
 
 Unlike resident memory it counts no library, no interpreter and no page that the system has not yet taken back, so it
 can be compared with a simulation byte by byte; and what is not given back is a leak, however small.
@@ -49,7 +49,7 @@ def allocator_profiler() -> torch.profiler.profile:
 
 
 def read_trace(profiler: torch.profiler.profile, device: torch.device) -> AllocatorTrace:
-    """What the allocator of `device` did while the profiler ran, which has ended.
+    """Return the allocator events of `device` from a profiler that has ended.
 
     The profiler remembers addresses from session to session, so it reports the end of a block that began outside this
     one with the size of another that was once there. Only blocks that began in here count, each with its own size.

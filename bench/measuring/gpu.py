@@ -1,4 +1,4 @@
-"""What a GPU tells beside the clock: its data sheet's limits, energy by NVML, how its memory pool was used.
+"""Measures a GPU beyond the clock: data-sheet limits, energy by NVML, use of the memory pool.
 
 Kept thin, so that a stand-in for torch.cuda and NVML suffices to test the arithmetic. None of it has met a GPU yet.
 """
@@ -44,7 +44,7 @@ def copy_bytes_per_s(device: torch.device, *, tries: int = 5) -> float:
 
 @dataclass(frozen=True, slots=True)
 class PoolUse:
-    """What torch's pool of GPU memory did.
+    """Use of torch's pool of GPU memory.
 
     Attributes:
         reserved_bytes: most that it had taken from the card.

@@ -107,7 +107,7 @@ def elapsed_s(device: torch.device, work: Callable[[], object]) -> float:
 
 
 class TimeSplit:
-    """Where the time of repeated work went, by name. A part inside a part is not counted in the outer one.
+    """Time of repeated work by part. A nested part is not counted in the outer one.
 
     The parts are named in a trace of torch.profiler too.
     """
@@ -169,7 +169,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def release_memory(device: torch.device) -> None:
-    """Gives freed memory back to the system, so that what is held is what is needed."""
+    """Give freed memory back to the system, so that resident memory is needed memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -179,7 +179,7 @@ def release_memory(device: torch.device) -> None:
 
 
 def held_bytes(device: torch.device, *, tensors: bool = False) -> int:
-    """Memory that is held now: allocated on a GPU; on a CPU resident in the process, or (`tensors`) that of tensors."""
+    """Return the bytes in use: allocated on a GPU; on a CPU resident in the process, or (`tensors`) in tensors."""
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
     return _tensor_bytes(device) if tensors else _status_bytes("VmRSS")
@@ -197,7 +197,7 @@ def _tensor_bytes(device: torch.device) -> int:
 
 
 def touch(model: Any) -> None:
-    """Reads all weights once: those that are still only mapped from a file become resident, and count as held."""
+    """Read all weights once, so that weights mapped from a file become resident and are counted."""
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.view(-1)[:: max(1, 1024 // tensor.element_size())].sum()

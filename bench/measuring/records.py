@@ -40,7 +40,7 @@ def stamp(kind: str, device: torch.device, settings: dict[str, Any]) -> dict[str
 
 
 def told(settings: Any) -> dict[str, Any]:
-    """What a record says of settings (a dataclass): names, and not where things lie here."""
+    """Return settings (a dataclass) for a record, with file names in place of this machine's paths."""
     fields = asdict(settings)
     fields |= dict.fromkeys({"peer_python", "work"} & fields.keys())
     if fields.get("model"):

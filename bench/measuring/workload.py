@@ -1,4 +1,4 @@
-"""What is measured: some pairs; and where no model and no pairs are named, a random Llama and pairs of real lengths."""
+"""Makes the workload: your model and pairs, or a random Llama and pairs of real lengths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training brings on held-out pairs, and what it takes: dpoeng and TRL with the same data and hyperparameters.
+"""Compares a whole training by dpoeng and by TRL: held-out accuracy and margin, time and memory.
 
     python -m dpoeng.bench.studies.accuracy_vs_trl --model M --pairs FILE [--peer-python PYTHON] [--work DIR]
         [--record FILE]
@@ -44,7 +44,7 @@ METRICS: Final = ("rewards/accuracies", "rewards/margins", "prefers chosen")
 
 @dataclass(frozen=True, slots=True)
 class AccuracySettings:
-    """What is trained.
+    """Settings of the two trainings.
 
     Attributes:
         pairs_count: the first so many pairs of the files are used.

@@ -217,7 +217,7 @@ def _merge(model: Path, work: Path) -> None:
 
 
 def _forecast(model: Path, work: Path) -> None:
-    """What `precompute-ref` and `train` ask before they load a model, as on a card with `GPU_BYTES` free."""
+    """Make the memory forecast of `precompute-ref` and `train`, as on a card with `GPU_BYTES` free."""
     from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
     from dpoeng.engine.memory import fit
     from dpoeng.engine.models.sources import find_model

@@ -1,4 +1,4 @@
-"""What a change costs: the reference cache of dpoeng beside TRL's `precompute_ref_log_probs`, on the same pairs.
+"""Compares dpoeng's reference cache with TRL's `precompute_ref_log_probs`: the cost of each change.
 
     python -m dpoeng.bench.studies.cache_vs_trl [--peer-python PYTHON] [--record FILE]
 

@@ -1,4 +1,4 @@
-"""What `dpoeng plan` says of models of four sizes in three precisions on cards of five sizes, for docs/memory.md.
+"""Runs `dpoeng plan` for four model sizes, three precisions and five cards, for docs/memory.md.
 
     python -m dpoeng.bench.studies.plans      # some minutes; appends to bench/results/plan-calculated.jsonl
 

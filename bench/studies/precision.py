@@ -1,4 +1,4 @@
-"""What each precision does to log-probs: error against float32, reward noise, dependence on the batch, speed.
+"""Measures each precision's log-probs: error against float32, reward noise, dependence on the batch, speed.
 
     python -m dpoeng.bench.studies.precision MODEL PAIRS [--pairs 32] [--max-length 192]
 

@@ -1,4 +1,4 @@
-"""The same training in several precisions: what each costs in held-out accuracy and margin.
+"""Compares the same training in several precisions by held-out accuracy and margin.
 
 Every way is phase one and phase two on the same pairs, in a process of its own, one after another. It is then looked at
 twice: as it was trained, with its own precision and reference; and its adapter alone, on the float32 model against the
@@ -61,7 +61,7 @@ METRICS = ("rewards/accuracies", "rewards/margins")
 
 @dataclass(frozen=True, slots=True)
 class QualitySettings:
-    """What is compared.
+    """Settings of the comparison.
 
     Attributes:
         model: a directory with safetensors or a hub id.
@@ -164,7 +164,7 @@ def split_pairs(pairs: Sequence[Path], count: int, held_out_share: float, folder
 
 
 def _prompt(line: str) -> bytes:
-    """What tells prompts apart; where a row has none of its own, the row."""
+    """Return the key of a row's prompt, or of the row if it has no prompt."""
     try:
         row = json.loads(line)
         return json.dumps(row["prompt"], sort_keys=True).encode()

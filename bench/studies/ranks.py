@@ -67,7 +67,7 @@ class RankRound:
 
 
 def usable_ranks(device: torch.device) -> int:
-    """So many processes have a core, or a GPU, of their own here."""
+    """Return how many processes can each have a core, or a GPU."""
     return torch.cuda.device_count() if device.type == "cuda" else cores()
 
 
@@ -160,7 +160,7 @@ def largest_difference(losses: Mapping[int, Sequence[float]]) -> float:
 
 
 def run_rank(job: Mapping[str, Any], group: Group, device: torch.device) -> dict[str, RankRound]:
-    """What one of the processes does: two rounds, of which the second is returned.
+    """Run two rounds in one process and return the second.
 
     Args:
         job: `model`, `dtype`; `pairs` of a round; `most`, the largest number of processes that is measured, for which

@@ -55,7 +55,7 @@ PAIRS, LENGTH, VOCABULARY, RANKS = "pairs in the cache", "tokens of a pair", "vo
 
 @dataclass(frozen=True, slots=True)
 class ScaleSettings:
-    """What is measured; each list has three sizes or more (`ranks` two), or none to leave the curve out.
+    """Settings. Each list has three sizes or more (`ranks` two), or is empty to skip the curve.
 
     Attributes:
         pairs: sizes of caches.

@@ -1,4 +1,4 @@
-"""What running each prompt once brings: speed against the prompt's share of the tokens, and against pairs a prompt.
+"""Measures the gain of running each prompt once, by the prompt's share of the tokens and by pairs a prompt.
 
 Both sides of each ratio are dpoeng's own code on the same tokens, in turn; the other side repeats the prompt for every
 response, sorted by length and padded as little as that allows. The counted share of positions that sharing leaves is
@@ -38,7 +38,7 @@ PAIRS_A_PROMPT = (1, 2, 4, 8)
 
 @dataclass(frozen=True, slots=True)
 class SharingSettings:
-    """What is measured, on the embedded model unless `model` names one.
+    """Settings; the embedded model unless `model` names one.
 
     Attributes:
         tokens: of a pair: prompt, chosen and rejected together.

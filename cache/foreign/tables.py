@@ -67,7 +67,7 @@ def reading(path: Path, kind: str) -> Iterator[None]:
 
 
 def unreadable(path: Path, error: OSError) -> UserError:
-    """What to say when the system does not let us read a file."""
+    """Return the error for a file that the system does not let us read."""
     return UserError(
         "the file cannot be read",
         code="data-unreadable",

@@ -14,7 +14,7 @@ from dpoeng.cli.tables import json_option, say, say_json
 
 
 class Outputs(NamedTuple):
-    """Where a record goes beside the terminal, or in place of its tables; None is nowhere."""
+    """Where a record goes beside the terminal, or instead of its tables; None is nowhere."""
 
     as_json: bool = False
     record: Path | None = None

@@ -1,4 +1,4 @@
-"""What the commands of `dpoeng cache` share: types of arguments, sizes in words, which reference is meant."""
+"""Shared by the commands of `dpoeng cache`: argument types, sizes in words, choice of a reference."""
 
 from __future__ import annotations
 

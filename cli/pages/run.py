@@ -97,7 +97,7 @@ def _cards(run: RunRecord) -> list[tuple[str, str]]:
 
 
 def _pairs_behind(run: RunRecord) -> str:
-    """How many pairs a held-out figure is of."""
+    """Return the number of pairs behind a held-out figure."""
     pairs = run.evaluations[-1].get("pairs") if run.evaluations else None
     return f" (n = {pairs:,} pairs)" if pairs else ""
 

@@ -1,4 +1,4 @@
-"""What `dpoeng check` can find in pairs: level, meaning and remedy of each kind, in one table; the tally of a run."""
+"""Defines the findings of `dpoeng check` (level, meaning, remedy), and counts them in a run."""
 
 from __future__ import annotations
 

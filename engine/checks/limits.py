@@ -1,4 +1,4 @@
-"""What a checkpoint's files say of the ids and lengths that it takes, read without loading it."""
+"""Reads the largest token id and length that a checkpoint takes from its files, without loading it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ModelLimits:
 
 
 def read_limits(folder: Path, adapter: Path | None = None) -> ModelLimits:
-    """Of a folder with config.json; an adapter with an embedding of its own has that many ids."""
+    """Return the limits of a folder with config.json; an adapter's embedding overrides the number of ids."""
     config = _json(folder / "config.json")
     fields = {**config, **(config.get("text_config") or {})}
     rows = [_embedding_rows(place) for place in (folder, adapter) if place is not None]

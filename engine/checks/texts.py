@@ -1,4 +1,4 @@
-"""What can be said of pairs by their texts alone: markers of templates, boundaries, endings, damage, categories."""
+"""Finds problems in pairs from their texts alone: template markers, boundaries, endings, damage, categories."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def tail(written: str) -> str:
 
 
 def _faults(pair: PreferencePair, known: frozenset[str] | None) -> Iterator[tuple[str, str]]:
-    """Every finding about one pair by itself: (code, what an example shows)."""
+    """Return every finding about one pair: (code, example)."""
     sides = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
     if isinstance(pair.prompt, str):
         texts = {name: side for name, side in sides.items() if isinstance(side, str)}

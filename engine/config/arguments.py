@@ -1,4 +1,4 @@
-"""Turns the options in a message into the arguments of the Python functions: `--beta 0.1` -> `beta=0.1`.
+"""Turn the options in a message into the arguments of the Python functions: `--beta 0.1` -> `beta=0.1`.
 
 Messages are written once, as the command line prints them, because there a field cannot be mistaken for a word:
 `--model` is a field, "model" may be prose. `str(error)` sends them through here; `dpoeng.cli` prints them as they are.

@@ -135,7 +135,7 @@ class _Config(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known(cls, values: Any) -> Any:
-        """A name that is no field is explained as on the command line, and pydantic then need not say less."""
+        """Explain unknown fields with the command line's message; pydantic's says less."""
         names = [name for name in values if name not in cls.model_fields] if isinstance(values, dict) else []
         if names:
             raise as_error([unknown(cls, str(name), where=str(name)) for name in names])
@@ -244,7 +244,7 @@ class PrecomputeConfig(_Config):
 
 
 def why_not_trained(quantization: str | None, dtype: str | None) -> str:
-    """Why weights that are held so cannot be trained themselves; empty where they can."""
+    """Return why weights in this precision cannot be trained; empty if they can."""
     if quantization not in (None, "none"):
         return f"quantised weights cannot be trained (quantization {quantization})"
     if dtype == "float16":
@@ -352,7 +352,7 @@ class TrainConfig(_Config):
         description="WPO: pairs that the policy would hardly write itself count less. https://arxiv.org/abs/2406.11827",
     )
     pair_weight_column: str | None = Field(
-        None, description="A column of numbers >= 0 in the pairs, e.g. margin: each pair's loss is multiplied by its."
+        None, description="A column of numbers >= 0 in the pairs, e.g. margin: each pair's loss is multiplied by it."
     )
     discopop_tau: float = Field(0.05, gt=0, lt=1, description="discopop: temperature of the blend.")
     dpop_lambda: float = Field(
@@ -478,7 +478,7 @@ class TrainConfig(_Config):
         return () if names in (None, ["none"], ("none",)) else names
 
     def lora_shape_given(self) -> list[str]:
-        """The fields of a new LoRA's shape that were set, not left at their default."""
+        """Return the fields of a new LoRA's shape that were set explicitly."""
         shape = (
             "lora_r lora_alpha lora_target_modules layers_to_transform train_last_layers use_rslora use_dora "
             "init_lora_weights"
@@ -600,7 +600,7 @@ class SweepConfig(_Config):
         description="Held-out metric by which runs are ranked. Losses and rewards can be compared only between runs "
         "with the same loss.",
     )
-    max_runs: int = Field(64, ge=1, description="More combinations than this are refused, so that none start unmeant.")
+    max_runs: int = Field(64, ge=1, description="Refuse larger sweeps, so that a typo cannot start hundreds of runs.")
 
     @field_validator("rank_by")
     @classmethod

@@ -67,7 +67,7 @@ def meaning(name: str, source: str = "trl", *, fields: Container[str]) -> Meanin
 
 
 def releases(name: str) -> str:
-    """Where and when a name of TRL or transformers was taken, e.g. `TRL's DPOConfig 0.9 to 0.25`."""
+    """Return the classes and releases that have a name, e.g. `TRL's DPOConfig 0.9 to 0.25`."""
     known = signatures()
     places = []
     for owner, entry in known["names"].get(name, {}).items():

@@ -1,4 +1,4 @@
-"""What `dpoeng plan` can be asked, once, for the command line and for Python."""
+"""Settings of `dpoeng plan`, for the command line and for Python."""
 
 from __future__ import annotations
 

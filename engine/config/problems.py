@@ -1,4 +1,4 @@
-"""What is wrong with a field, in words: unknown names, values out of range, and one error for all of them.
+"""Explains wrong fields: unknown names, values out of range, and one error for all of them.
 
 Takes the field lists as arguments, so it depends on no config.
 """
@@ -167,7 +167,7 @@ _STEPS = {"warmup_steps", "eval_steps", "save_steps", "logging_steps"}
 
 
 def _hint(name: str, value: Any, allowed: str) -> str:
-    """What was probably meant: another unit, another spelling."""
+    """Guess the intended value: another unit, another spelling."""
     if gone := _REMOVED_VALUES.get((name, str(value))):
         return gone
     number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None

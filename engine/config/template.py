@@ -19,7 +19,7 @@ WIDTH = 100
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A value for the file, and what is said above it."""
+    """A value for the file, and the comments above it."""
 
     value: Any
     comments: tuple[str, ...] = ()

@@ -140,7 +140,7 @@ class _Writer:
         return Side(written.text, boundary, True, self._scored(written, response, boundary, train_on), thoughts)
 
     def _write(self, messages: list[Message]) -> tuple[list[Message], list[Part], Rendered]:
-        """What the template writes, by the form of the calls' arguments (object or text) that it writes whole."""
+        """Render with the form of call arguments (object or text) that the template writes whole."""
         forms = [[_unquoted_arguments(message) for message in messages]]
         if any("arguments" in _inner(call) for message in messages for call in message.get("tool_calls") or []):
             forms.append([_other_arguments(message) for message in forms[0]])
@@ -208,7 +208,7 @@ class _Writer:
         return None
 
     def _scored(self, written: Rendered, response: list[Message], boundary: int, train_on: TrainOn) -> Spans | None:
-        """What of the response the assistant says; None for all of it.
+        """Return the assistant's parts of the response; None for all of it.
 
         Raises:
             RowFault: `template-turns`, that cannot be proved.
@@ -239,7 +239,7 @@ class _Writer:
         return start
 
     def _turn(self, text: str, response: list[Message], turn: int, boundary: int) -> tuple[int, int]:
-        """Where a turn of the assistant stands, proved by rendering the conversation up to it.
+        """Locate an assistant turn by rendering the conversation up to it.
 
         Raises:
             RowFault: `template-turns`, the pieces do not add up.

@@ -1,4 +1,4 @@
-"""Which files of a folder are its data: what `datasets` wrote there, or the parts that the hub's layout names.
+"""Finds the data files of a folder: those that `datasets` wrote, or the parts of the hub's layout.
 
 `save_to_disk` lists its files in `state.json`; beside them may lie what `map` and `filter` left
 (`cache-*.arrow`), which holds other rows or none. Splits are not mixed: training on the test split must be meant. Knows

@@ -102,7 +102,7 @@ def is_in_memory(source_file: str) -> bool:
 
 
 def place(source_file: str, source_row: int) -> str:
-    """Where a row stands, for messages: `pairs.jsonl:7`, or `row 7` of rows in memory."""
+    """Name a row in a message: `pairs.jsonl:7`, or `row 7` of rows in memory."""
     return f"row {source_row}" if is_in_memory(source_file) else f"{source_file}:{source_row}"
 
 

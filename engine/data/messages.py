@@ -44,7 +44,7 @@ _LOOKS_LIKE_MESSAGES = re.compile(r"""\s*(array\()?\[?\s*\{\s*["'](role|from|con
 
 
 def messages_of(value: Any, column: str) -> list[Message] | None:
-    """The messages that a column's value holds, whatever it is stored as; None where it is a text like any other.
+    """Return the messages in a column's value, in any stored form; None if it is plain text.
 
     Raises:
         RowFault: `messages-as-text`, a text that begins as messages do and cannot be parsed; `bad-messages`,
@@ -107,7 +107,7 @@ def as_message(value: Any, column: str) -> Message:
 
 
 def essence(message: Mapping[str, Any]) -> Message:
-    """What of a message could be written, without ids and time stamps."""
+    """Return the parts of a message that a template can write, without ids and time stamps."""
     return {name: message[name] for name in _MEANT if message.get(name) not in (None, "", [])}
 
 
@@ -132,7 +132,7 @@ def _content(content: Any, column: str) -> str | None:
 
 
 def _calls(content: str | None, column: str) -> list[dict[str, Any]]:
-    """Tool calls that stand as JSON in the content of a turn of their own (LLaMA-Factory's `function_call`)."""
+    """Return tool calls stored as JSON in a turn's content (LLaMA-Factory's `function_call`)."""
     parsed = parse_structure(content) if content is not None else None
     calls = parsed if isinstance(parsed, list) else [parsed]
     if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):

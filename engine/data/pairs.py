@@ -64,7 +64,7 @@ class ReadPair:
 
 @dataclass(slots=True)
 class PromptOrigins:
-    """Pairs whose prompt does not stand by itself in a `prompt` column, and an example of what was guessed.
+    """Counts of pairs without a plain `prompt` column, and an example of a guessed prompt.
 
     Attributes:
         columns: column that was taken for the prompt -> pairs.
@@ -93,7 +93,7 @@ class PromptOrigins:
                 self.example = (place(pair.source_file, pair.source_row), repr(pair.prompt[-60:]))
 
     def remarks(self) -> list[str]:
-        """What is to be told, a line each."""
+        """Return the remarks, a line each."""
         told = [f"prompt taken from `{name}` in {counted(count, 'pair')}" for name, count in self.columns.items()]
         if self.conversations:
             told.append(
@@ -112,7 +112,7 @@ class PromptOrigins:
 
 @dataclass(slots=True)
 class PairFile:
-    """What was read.
+    """The pairs of a file, and how they were read.
 
     Attributes:
         pairs: in the order of the files and their rows; duplicates are all there. Empty where they went by.
@@ -402,7 +402,7 @@ def _misspelt(names: Mapping[str, None], columns: Mapping[str, str]) -> dict[str
 
 
 def column_remark(prompts: PromptOrigins, misspelt: Mapping[str, str]) -> str:
-    """What is to be known of the columns, in one line; empty if nothing is. The arguments are as in `PairFile`."""
+    """Return a remark on the columns in one line, or an empty text. The arguments are as in `PairFile`."""
     return "; ".join([*prompts.remarks(), *([misspelt_remark(misspelt)] if misspelt else [])])
 
 

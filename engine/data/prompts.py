@@ -28,7 +28,7 @@ PROMPT_COLUMNS = (*QUESTIONS, *CONVERSATIONS, *SYSTEMS, HISTORY, *CONTEXTS, *MED
 
 @dataclass(slots=True)
 class PromptColumns:
-    """What one row says of its prompt beside the responses.
+    """The prompt columns of one row.
 
     Attributes:
         prompt: a text, messages, or None where no column holds it.
@@ -168,7 +168,7 @@ def without_answer(
 
 
 def check_conversations(row: Mapping[str, Any], columns: Mapping[str, str], used: set[str], texts: str) -> None:
-    """See that a conversation that the pair is not made of holds no question of its own.
+    """Reject a row whose unused conversation holds a question of its own.
 
     Args:
         row: column -> value.

@@ -186,7 +186,7 @@ def _line_rows(stream: IO[bytes]) -> Iterator[NumberedRow]:
 
 
 def _starts_with_a_row(path: Path, compression: str | None) -> bool:
-    """Whether a `.json` file is JSON Lines under another name, as is common: its first line is an object by itself."""
+    """Whether a `.json` file is really JSON Lines: its first line is a whole object."""
     with _open(path, compression) as stream:
         try:
             first = strict_json.parse(_decode(stream.readline(MAX_LINE_BYTES)))

@@ -1,4 +1,4 @@
-"""Rows that were left out: never silently, and not more of them than the user allows."""
+"""Rejected rows: always listed, and never more than the user allows."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Reject:
 
 
 def check_reject_share(rejects: Sequence[Reject], rows: int, limit: float) -> None:
-    """Stop where too many rows were left out.
+    """Raise if too many rows were rejected.
 
     Args:
         rejects: the rows left out.

@@ -42,7 +42,7 @@ _OPEN, _CLOSE = "\ue000dpoeng\ue001", "\ue001dpoeng\ue000"
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """What a template wrote.
+    """A template's output.
 
     Attributes:
         text: all of it.
@@ -256,7 +256,7 @@ _DIRECTIVES = "aAbBdeHIjmMpSyY"
 
 @functools.lru_cache(maxsize=64)
 def _without_clock(template: str) -> str:
-    """The template behind a macro that answers for transformers' clock, in whatever way the format is handed over.
+    """Put a macro before the template that replaces transformers' clock, for each way of passing the format.
 
     The line break behind the macro is taken by `trim_blocks`, so that the template begins as it did.
     """

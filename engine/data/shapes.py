@@ -120,7 +120,7 @@ class Shape:
 
 
 def to_pair(row: Mapping[str, Any], shape: Shape, source_file: str, source_row: int) -> PreferencePair:
-    """One row as a pair; columns that were not used for it become `extra`.
+    """Turn one row into a pair; unused columns become `extra`.
 
     Raises:
         RowFault: `missing-field`, `wrong-type`, `bad-messages`, `mixed-shapes`, `no-common-prompt`, `prompt-mismatch`,
@@ -262,7 +262,7 @@ def _header_ends(text: str) -> list[int]:
 
 
 def _line_cut(common: str) -> int | None:
-    """Where the prompt ends in what two texts without a header have in common, or None.
+    """Return where the prompt ends in the common beginning of two texts without a header, or None.
 
     Before the last white space, if at least one whole line is in common: less is two answers that merely begin alike.
     """

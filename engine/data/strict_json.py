@@ -78,7 +78,7 @@ def as_row(value: Any) -> dict[str, Any] | RowFault:
 
 
 def json_type(value: Any) -> str:
-    """What JSON calls the type of a value, with its article, for messages."""
+    """Name the JSON type of a value with its article, for messages."""
     if value is None:
         return "null"
     for types, name in ((bool, "a boolean"), (int | float, "a number"), (str, "a string"), (list, "an array")):

@@ -96,7 +96,7 @@ def _csv_row(names: Sequence[str], cells: Sequence[str]) -> dict[str, Any]:
 
 
 def csv_value(cell: str) -> Any:
-    """What an extra cell of a CSV file means, since CSV has no types: a number, true, false, null (empty) or text."""
+    """Parse an extra CSV cell, since CSV has no types: a number, true, false, null (empty) or text."""
     if cell == "":
         return None
     if cell.lower() in ("true", "false"):

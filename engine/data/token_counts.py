@@ -1,4 +1,4 @@
-"""What tokenisation did to many pairs, in numbers, and the key of each. Holds 48 bytes a pair."""
+"""Counts what tokenisation did to many pairs, and keeps each pair's key. Holds 48 bytes a pair."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Lengths:
 
 @dataclass(slots=True)
 class TokenCounts:
-    """What tokenisation did, in pairs unless said otherwise.
+    """Counts of tokenisation, in pairs unless noted.
 
     Attributes:
         truncated: something was cut off.

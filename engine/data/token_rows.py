@@ -54,7 +54,7 @@ class TokenizedPair:
 
 
 class TokenRows(Sequence[TokenizedPair]):
-    """Pairs that are appended one by one and read again in any order, each made anew."""
+    """Pairs appended one by one and read back in any order; each read builds a new object."""
 
     def __init__(self) -> None:
         self._file = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES, prefix="dpoeng-pairs-")  # noqa: SIM115 - see below

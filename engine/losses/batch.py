@@ -21,7 +21,7 @@ LossState = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PreferenceBatch:
-    """What one forward gives: per-token log-probs of B pairs, chosen and rejected branches in turn.
+    """Output of one forward: per-token log-probs of B pairs, chosen and rejected branches alternating.
 
     Branch 2i is pair i's chosen response and branch 2i + 1 its rejected one. Per-token values and not sums, since
     length-normalised and LD-DPO losses need them.
@@ -63,7 +63,7 @@ _GRADIENT = ("chosen_ratio", "rejected_ratio", "chosen_logps", "rejected_logps")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PairSums:
-    """What the losses look at, a number a pair: all [B], float64.
+    """Inputs of the losses, a number a pair: all [B], float64.
 
     `_ratio` is log pi/ref and `ref_` log ref, both with LD-DPO's weights on the tokens; `_logps` are plain sums of the
     policy's log-probs; `_tokens` counts the scored tokens; `_kl` estimates the KL per token, or is NaN where that is
@@ -84,7 +84,7 @@ class PairSums:
 
     @property
     def with_gradient(self) -> tuple[torch.Tensor, ...]:
-        """What the losses are differentiated by."""
+        """The tensors that the losses are differentiated by."""
         return tuple(getattr(self, name) for name in _GRADIENT)
 
     def leaves(self) -> PairSums:
@@ -191,7 +191,7 @@ def kl_per_token(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Terms:
-    """What is derived from the sums once and shared by the losses of a mixture."""
+    """Values derived once from the sums and shared by the losses of a mixture."""
 
     sums: PairSums
     settings: LossSettings
@@ -266,7 +266,7 @@ def rewards(sums: PairSums, settings: LossSettings) -> tuple[torch.Tensor, torch
 
 
 def next_state(state: LossState, sums: PairSums, settings: LossSettings) -> dict[str, float]:
-    """What the losses remember after an optimizer step over all of `sums`; the step itself has seen `state`."""
+    """Return the losses' state after an optimizer step over all of `sums`; the step itself used `state`."""
     after = dict(state)
     chosen, rejected = (settings.beta * ratio.detach() for ratio in (sums.chosen_ratio, sums.rejected_ratio))
     if "bco_pair" in settings.loss_type and settings.bco_reward_shift:

@@ -1,4 +1,4 @@
-"""What a loss over pairs tells of itself: the field's names, a number a pair or their mean."""
+"""Metrics of a loss over pairs, by the field's names: a number a pair, or the mean."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_diverg
 
 @dataclass(frozen=True, slots=True)
 class LossFacts:
-    """What is known of a loss before it is computed.
+    """Facts about a loss: source, settings, whether it needs a reference.
 
     Attributes:
         paper: authors, year and name.

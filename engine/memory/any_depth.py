@@ -26,7 +26,7 @@ Stretches = dict[tuple[str, str], Peak]
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What a piece of work takes.
+    """Memory of a piece of work.
 
     Attributes:
         peak: its highest point.

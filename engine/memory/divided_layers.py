@@ -1,4 +1,4 @@
-"""What FSDP2 holds of a base that is divided over processes, in one of them, for the simulation of a step.
+"""Simulates the memory that FSDP2 holds in one process of a divided base.
 
 FSDP itself needs other processes and values. So the layers here stay whole on the `meta` device, count as the part that
 one process has, and take beside it what FSDP takes to run them.
@@ -26,7 +26,7 @@ def part_bytes(parameter: nn.Parameter, shards: int) -> int:
 
 
 def gather_layers(tracker: MemoryTracker, layers: Sequence[nn.Module], shards: int, *, through_gloo: bool) -> None:
-    """Adds what is held of layers while they are run: two of them, nearly always.
+    """Add the gathered layers: nearly always two are alive while one runs.
 
     Forward: a layer as it is run, and the buffer that it was gathered into, which is kept until the next one is to be
     copied out of its own. Backward: a layer, and the buffer of the one that comes next. What is gathered is the frozen

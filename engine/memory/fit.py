@@ -33,7 +33,7 @@ Note = Callable[[str], None]
 
 
 def ignore(_: str) -> None:
-    """Nobody is told."""
+    """Ignore the message."""
 
 
 def available_bytes(device: torch.device) -> int:

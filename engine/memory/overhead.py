@@ -1,4 +1,4 @@
-"""What simulation cannot see: parameters counted from a config.json, and estimates of runtime and fragmentation."""
+"""Adds what simulation cannot see: parameters counted from config.json, estimates of runtime and fragmentation."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def weights_bytes(parts: Mapping[str, int], quantization: Quantization) -> int:
 
 
 def estimate_overhead(setup: Setup, pair: Pair) -> dict[str, int]:
-    """What a GPU's memory holds beside live tensors: estimates, not simulated.
+    """Estimate the GPU memory held beside live tensors; not simulated.
 
     - The CUDA context with the kernels of torch, triton and bitsandbytes: 0.5 to 0.6 GiB on recent cards.
     - cuBLAS's and cuBLASLt's workspaces: 32 MiB each on Hopper, less before.

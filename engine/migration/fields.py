@@ -1,4 +1,4 @@
-"""One setting of another trainer to fields of dpoeng: by the tables of `foreign_names`, or by a rule of its own."""
+"""Maps one setting of another trainer to dpoeng's fields, by the tables of `foreign_names` or by a special rule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which releases of TRL and transformers take a script's calls, and what they do where the script says nothing.
+"""Derives the releases of TRL and transformers that take a script's calls, and their defaults.
 
 Three sources: the arguments of every release read (`trl_names.json`), the classes that the script imports or calls, and
 the transformers that TRL's own metadata ask for. docs/trl.md shows the same for the three errors that most people meet.

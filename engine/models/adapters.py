@@ -236,7 +236,7 @@ def _peft_from_pretrained(lm: CausalLM, adapter: ModelSource, name: str, *, trai
 
 @contextlib.contextmanager
 def _fitting(adapter: ModelSource) -> Iterator[None]:
-    """What peft raises over an adapter that does not fit, as a message to the user."""
+    """Turn peft's error about a mismatched adapter into a message to the user."""
     try:
         yield
     except (ValueError, RuntimeError, KeyError) as error:

@@ -80,7 +80,7 @@ def loads_whole_because(
 
 
 def layer_sharding(group: Group, device: torch.device, *, trained: bool = False) -> Callable[[Any], None]:
-    """What divides the layers of a model that has no weights yet, for `load_model` to call; `trained` as below."""
+    """Return the function that divides the layers of a model without weights, for `load_model`; `trained` as below."""
     mesh = _mesh(group, device)
 
     def shard(base: Any) -> None:
@@ -111,7 +111,7 @@ def shard_base(lm: CausalLM, group: Group, device: torch.device, *, trained: boo
 
 
 def divided_parameters(layer: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """What is divided of a layer: all but adapters."""
+    """Return a layer's divided parameters: all but adapters."""
     return [parameter for name, parameter in layer.named_parameters() if ".lora_" not in name]
 
 

@@ -55,7 +55,7 @@ def local(weight: Any) -> torch.Tensor:
 
 
 def whole_parameters(lm: CausalLM) -> list[nn.Parameter]:
-    """What every process trains in full. Goes through all modules of the model: for once a run, not once a step."""
+    """Return the parameters that every process trains whole. Walks all modules: call it once a run, not once a step."""
     parts = set(lm.parts.values())
     return [parameter for _, parameter in lm.trainable_parameters() if parameter not in parts]
 

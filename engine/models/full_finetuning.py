@@ -126,7 +126,7 @@ def _hand_over(master: nn.Parameter) -> Callable[[torch.Tensor], None]:
 
 
 def whole_weights(lm: CausalLM, group: Group) -> dict[str, torch.Tensor] | None:
-    """Where layers are divided: what the first process is to save, whole, in its host's memory; else None.
+    """With divided layers: return the whole weights for the first process to save, in host memory; else None.
 
     All processes call this together.
     """

@@ -1,4 +1,4 @@
-"""What checkpointing keeps of each layer, its input, in host memory between the forward and the backward.
+"""Moves what checkpointing keeps, each layer's input, to host memory between forward and backward.
 
 A copy out and a copy in, so the numbers do not change. Everything else of a layer is recomputed in the backward anyway,
 and stays where it is.

@@ -134,7 +134,7 @@ def _exact_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def quantized_tensors(model: nn.Module) -> list[torch.Tensor]:
-    """What the layers hold beside their parameters: scales and code books."""
+    """Return the layers' tensors that are not parameters: scales and code books."""
     found: list[Any] = []
     for module in quantized_layers(model):
         state: Any = getattr(module, "state", None)

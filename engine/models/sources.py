@@ -37,7 +37,7 @@ _ADAPTER_FIELDS = (
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where a model's files are. `name` is what the user wrote; `revision` the hub commit, if it came from the hub."""
+    """A model's files. `name` is what the user wrote; `revision` the hub commit, if it came from the hub."""
 
     name: str
     folder: Path
@@ -132,12 +132,12 @@ def find_adapter(name: str) -> ModelSource:
 
 
 def read_fields(source: ModelSource) -> dict[str, Any]:
-    """What a checkpoint's config.json holds."""
+    """Read a checkpoint's config.json."""
     return _read_json(source.folder / "config.json")
 
 
 def read_adapter_fields(adapter: ModelSource) -> dict[str, Any]:
-    """What an adapter's adapter_config.json holds."""
+    """Read an adapter's adapter_config.json."""
     return _read_json(adapter.folder / "adapter_config.json")
 
 
@@ -183,7 +183,7 @@ def stored_quantization(source: ModelSource) -> dict[str, Any] | None:
 
 
 def quantized_otherwise(source: ModelSource, field: str, stored: Any, asked: Any) -> UserError:
-    """What to raise where a field says something else than the files of a quantised checkpoint."""
+    """Return the error for a field that contradicts a quantised checkpoint's files."""
     return UserError(
         f"{source.name} is already quantised in another way",
         code="quantization-stored",

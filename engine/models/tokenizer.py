@@ -1,4 +1,4 @@
-"""Which tokenizer and chat template made the texts of SFT, and how they are loaded. Needs no torch.
+"""Chooses and loads the tokenizer and chat template that SFT used. Needs no torch.
 
 What stands beside an SFT adapter is what SFT used, so it is taken before the base's own. Knows nothing of pairs.
 """
@@ -34,7 +34,7 @@ _FILES = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class TokenizerChoice:
-    """Where tokenizer and chat template come from.
+    """Source of tokenizer and chat template.
 
     Attributes:
         source: the folder (or GGUF file) that the tokenizer is loaded from.
@@ -47,7 +47,7 @@ class TokenizerChoice:
     base: ModelSource | None = None
 
     def record(self) -> dict[str, str]:
-        """What phase two needs to find it again; empty where it is the model's own."""
+        """Return what phase two needs to find it again; empty for the model's own."""
         if self.base is None:
             return {}
         name = self.source.name if self.source.revision else str(self.source.folder.resolve())
@@ -115,7 +115,7 @@ def load_chosen(choice: TokenizerChoice) -> Any:
 
 
 def remark_on(choice: TokenizerChoice, tokenizer: Any) -> str:
-    """What is to be said of a tokenizer that is not the model's: how the two differ; empty where they do not."""
+    """Describe how a tokenizer differs from the model's; empty if it does not."""
     if choice.base is None:
         return ""
     where = choice.template or choice.source.folder
@@ -255,7 +255,7 @@ def _installed(name: str) -> bool:
 
 
 def _companions(folder: Path) -> list[Path]:
-    """Where a trainer puts what belongs to an adapter: beside it, or beside its checkpoints."""
+    """Return the folders that may hold an adapter's files: beside it, or beside its checkpoints."""
     parent = folder.resolve().parent
     is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.resolve().name) is not None
     return [folder, *([parent] if is_checkpoint or not (parent / "config.json").is_file() else [])]

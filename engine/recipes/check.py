@@ -68,13 +68,13 @@ class LengthBias:
 
     @property
     def share_longer(self) -> float:
-        """Of the pairs that are not equally long."""
+        """Share among pairs of unequal length."""
         return self.longer / max(self.longer + self.shorter, 1)
 
 
 @dataclass(slots=True)
 class CheckReport:
-    """What was found. Lengths are in `unit`: tokens after truncation where a model was named, else characters.
+    """Result of a check. Lengths are in `unit`: tokens after truncation if a model was named, else characters.
 
     `tokenizer` is where tokenizer and chat template were taken from; `shown` are the texts of the first pairs.
     """
@@ -110,7 +110,7 @@ class CheckReport:
 def check_pairs(
     config: PrecomputeConfig, eval_files: Sequence[Path | RowsInMemory] = (), *, examples: int = 3
 ) -> CheckReport:
-    """Reads all pairs and looks for whatever could spoil a run.
+    """Read all pairs and find anything that could spoil a run.
 
     Args:
         config: `pairs`, the fields on shapes, filter and truncation; `model`, `adapter` and `tokenizer` for the
@@ -377,7 +377,7 @@ class _Run:
             yield "beyond-positions", f"{longest:,} tokens; the model has {self.limits.positions:,} positions"
 
     def bias(self) -> LengthBias:
-        """Of all pairs together."""
+        """Return the length bias of all pairs."""
         chosen, rejected = (np.frombuffer(self.lengths[part], np.int64) for part in ("chosen", "rejected"))
         longer, shorter = int((chosen > rejected).sum()), int((chosen < rejected).sum())
         return LengthBias(

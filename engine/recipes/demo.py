@@ -63,12 +63,12 @@ def converted_model(progress: Progress = QUIET) -> Path:
 
 
 def kept_folder() -> Path:
-    """Where the converted model is kept. The name changes with the wheel, so a new one never meets an old copy."""
+    """Folder of the converted model. Its name changes with the wheel, so a new wheel never meets an old copy."""
     return digest_memo().with_name("models") / f"SmolLM2-135M-Instruct-{WHEEL_SHA256[:8]}-float32"
 
 
 def _is_sound(folder: Path, progress: Progress) -> bool:
-    """Whether the kept copy is there, with the bytes that were written. Says so if it is there and damaged."""
+    """Whether the stored copy exists with its original bytes. Notes a damaged one."""
     if not folder.is_dir():
         return False
     try:

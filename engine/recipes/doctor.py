@@ -116,7 +116,7 @@ def tested_versions() -> dict[str, str]:
 
 
 def run_probe(name: str, limit_s: float = PROBE_LIMIT_S) -> dict[str, Any]:
-    """One probe in a process of its own: `ok`, and either what it found or `problem`; and `seconds`."""
+    """Run one probe in a separate process -> `ok`, `seconds`, and its findings or a `problem`."""
     began = time.perf_counter()
     command = [sys.executable, "-W", "ignore", "-m", "dpoeng.engine.checks.probes", name]
     try:

@@ -47,7 +47,7 @@ After = TypeVar("After")
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What was trained, and what is known of it.
+    """A trained model or adapter, and the record of its run.
 
     Attributes:
         folder: with adapter_config.json, or (mode `full`) the config.json of a whole checkpoint.
@@ -108,7 +108,7 @@ def before_and_after(
     *,
     tokenizer: bool = False,
 ) -> tuple[Before, After]:
-    """What some work gives on the policy before training, and other work after it. One model is in memory at a time.
+    """Run work on the policy before training, and other work on it after. One model is in memory at a time.
 
     With an adapter it is the same model, its adapter off and on; of weights trained whole, and of an adapter that
     stands alone (PiSSA has changed the base), first the reference's.
@@ -244,7 +244,7 @@ def _open_rows(trained: Trained, config: TrainConfig, which: Which) -> tuple[Vie
 
 
 def _check_pairs_of_run(trained: Trained, view: View) -> None:
-    """Refuses to hold pairs out anew of others than the run had: some of them would be pairs that it trained on."""
+    """Raise if the view changed since training: a new split would hold out pairs that the run trained on."""
     file = trained.folder.parent / RUN_FILE
     trained_on = read_json(file, dict, ("identity",))["identity"].get("pairs") if trained.run is not None else None
     if trained_on is not None and trained_on != rows_digest(view):

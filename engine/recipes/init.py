@@ -1,4 +1,4 @@
-"""What `dpoeng init` proposes for a model, pairs and a GPU: by the plan's simulation, from config.json alone."""
+"""Proposes settings for a model, pairs and a GPU, by the plan's simulation of config.json."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _what_fits(model: str, gpu: str, progress: Progress) -> dict[str, Line]:
 
 
 def _share(plan: Plan) -> float:
-    """Of the card, what both phases need at most with one pair a forward."""
+    """Return the share of the card that both phases need with one pair a forward."""
     peaks = (plan.step, plan.evaluation.peak, plan.phase1[min(plan.phase1)].peak)
     return max(map(plan.needed, peaks)) / plan.cards[0].gpu.n_bytes
 

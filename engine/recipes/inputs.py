@@ -169,7 +169,7 @@ def split(view: View, eval_view: View | None, config: TrainConfig) -> tuple[list
 
 
 def check_held_out(config: TrainConfig, count: int) -> None:
-    """Refuses what needs held-out pairs where there are none.
+    """Raise if an option needs held-out pairs and there are none.
 
     Raises:
         UserError: early stopping or the best model were asked for.

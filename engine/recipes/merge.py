@@ -36,7 +36,7 @@ from dpoeng.engine.runtime.progress import QUIET, Progress
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What one adapter adds to one weight: `scale * b @ a`, transposed for layers that keep [in, out]."""
+    """An adapter's update of one weight: `scale * b @ a`, transposed for layers that store [in, out]."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -220,7 +220,7 @@ def _read_adapter(adapter: ModelSource, updates: dict[str, list[Update]], replac
 
 
 def _check_replaced(base: ModelSource, replaced: Mapping[str, torch.Tensor]) -> None:
-    """What an adapter holds beside LoRA's matrices takes the place of the base's own weights, or cannot be merged."""
+    """Check that the adapter's other tensors replace weights of the base; anything else cannot be merged."""
     held: set[str] = set()
     shared: list[str] = []
     for file in base.weight_files:

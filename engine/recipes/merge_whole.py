@@ -31,7 +31,7 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 
 @dataclass(frozen=True, slots=True)
 class MergeSummary:
-    """What was merged."""
+    """Result of a merge."""
 
     folder: Path
     base: str

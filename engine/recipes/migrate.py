@@ -287,7 +287,7 @@ def _minor(release: str) -> str:
 
 
 def _held_out(by_name: dict[str, Given], result: Migration) -> None:
-    """Hold nothing out where nothing was evaluated; say so where the evaluation pairs were not seen."""
+    """Hold nothing out if the script evaluated nothing; add a note if its evaluation pairs were not found."""
     if {"eval_share", "eval_view", "load_best_model_at_end", "early_stopping_patience"} & set(result.lines):
         return
     strategy = next((by_name[n].value for n in ("eval_strategy", "evaluation_strategy") if n in by_name), "no")

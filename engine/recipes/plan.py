@@ -1,4 +1,4 @@
-"""What a run would need, before anything is downloaded or rented: memory by simulation, time by arithmetic.
+"""Plans a run before you download or rent anything: memory by simulation, time by arithmetic.
 
 Memory comes from running the real forward and the real step without a device (`memory.simulate`); what that
 cannot see is added as estimates, each under its name. Nothing here was measured on the card that is asked about.

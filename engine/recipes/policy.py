@@ -36,7 +36,7 @@ from dpoeng.engine.training.rows import Rows
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which policy a run trains: as configured, or else as the cache's reference.
+    """The policy that a run trains: as configured, else the cache's reference.
 
     Attributes:
         model: the base.
@@ -270,7 +270,7 @@ def own_device(name: str, group: Group) -> torch.device:
 
 
 def refuse_shared_gpu(group: Group, gpu: str) -> None:
-    """Raises UserError in every process unless each has a GPU of its own."""
+    """Raise UserError in every process unless no two share a GPU."""
     everyones = group.gather(gpu)
     for rank, other in enumerate(everyones):
         if other in everyones[:rank]:

@@ -63,7 +63,7 @@ VISIBLE_WITHIN_S: Final = 60.0
 
 @dataclass(slots=True)
 class PrecomputeSummary:
-    """What phase one did. `pairs` counts rows of the view; `computed` and `reused` count distinct pairs.
+    """Result of phase one. `pairs` counts rows of the view; `computed` and `reused` count distinct pairs.
 
     `pending` pairs belong to other parts that are not done; while there are any, the view is not written. `views`
     counts those of the cache then. `trunk_texts` and `trunk_bytes` are the hidden states that this process stored.
@@ -144,7 +144,7 @@ def _precompute(config: PrecomputeConfig, group: Group, progress: Progress) -> P
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What phase one has to do, known before the model is loaded.
+    """Work of phase one, known before the model is loaded.
 
     Attributes:
         config: with the stored quantization of the base and with `batch_tokens` set.
@@ -234,7 +234,7 @@ def _look_up(
     shard_tokens: int,
     progress: Progress,
 ) -> tuple[KeyIndex, npt.NDArray[np.int64], list[npt.NDArray[np.int64]]]:
-    """What the cache holds, which pairs these are, and the shards of what it lacks; some of them may be empty."""
+    """Look pairs up in the cache -> cached rows, their pairs, and shards of the missing ones (some may be empty)."""
     index = store.lookup(spec_digest)
     for name in index.quarantined:
         progress.note(f"object {name} of the cache was damaged: moved to quarantine, and its pairs are recomputed")

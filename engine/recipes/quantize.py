@@ -20,7 +20,7 @@ from dpoeng.engine.runtime.progress import QUIET, Progress
 
 @dataclass(frozen=True, slots=True)
 class QuantizeSummary:
-    """What was written; sizes in bytes."""
+    """Result of quantising; sizes in bytes."""
 
     folder: Path
     quantization: Quantization

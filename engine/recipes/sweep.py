@@ -155,7 +155,7 @@ def _unfit_field(name: str, expected: str, found: str) -> UserError:
 
 
 def _combinations(vary: Mapping[str, Sequence[Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What a message calls a combination, and its values as a config takes them; the last field changes fastest."""
+    """Yield each combination's name and its config values; the last field changes fastest."""
     for values in itertools.product(*vary.values()):
         named = dict(zip(vary, values, strict=True))
         title = ",".join(f"{name}={in_words(value)}" for name, value in named.items())
@@ -241,7 +241,7 @@ Wrong = Sequence[tuple[str, UserError]]
 
 
 def _attempt(items: Any, work: Callable[[Any], Any]) -> tuple[list[Any], list[tuple[str, UserError]]]:
-    """What some work gave for each named item, and the errors of those for which it gave none."""
+    """Run work for each named item -> results, and errors of the items that failed."""
     done, wrong = [], []
     for name, item in items:
         try:
@@ -252,7 +252,7 @@ def _attempt(items: Any, work: Callable[[Any], Any]) -> tuple[list[Any], list[tu
 
 
 def _wrong_combinations(wrong: Wrong, count: int) -> UserError:
-    """One message for the mistakes of all combinations; a mistake that all of them make is told as a run would."""
+    """Return one error for the mistakes of all combinations; a mistake that all share is reported as a run would."""
     if len(wrong) == count and len({str(error) for _, error in wrong}) == 1:
         return wrong[0][1]
     names: dict[str, list[str]] = {}
@@ -280,7 +280,7 @@ def _mistakes(error: UserError) -> list[str]:
 
 
 def _check_held_out(points: Sequence[Point], digests: Sequence[str]) -> None:
-    """Raises UserError unless all runs are judged on the same held-out pairs, in the same order."""
+    """Raise UserError unless all runs are evaluated on the same held-out pairs, in the same order."""
     if not digests[0]:
         raise UserError(
             "no held-out pairs to compare the runs on",

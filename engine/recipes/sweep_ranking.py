@@ -1,4 +1,4 @@
-"""What the runs of a sweep have shown on the same held-out pairs: ranked, with intervals, and which differ by more.
+"""Ranks the runs of a sweep on the same held-out pairs, with intervals of their differences.
 
 Runs are compared pair by pair: the difference of a run from the best one is a number for each held-out pair, and its
 interval comes from drawing prompts anew, for both runs the same. That is much narrower than two intervals side by side,
@@ -44,7 +44,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What one run has shown.
+    """Result of one run.
 
     Attributes:
         values: field -> value of what is varied.
@@ -148,7 +148,7 @@ def _against(result: RunResult, best: RunResult, held_out: Mapping[str, _HeldOut
 
 
 def verdict(results: Sequence[RunResult]) -> str:
-    """In a sentence or two: which runs the held-out pairs tell from the best one, and which they do not."""
+    """Say in a sentence or two which runs differ from the best one on the held-out pairs."""
     ranked = [result for result in results if result.value is not None]
     if not ranked:
         complete = any(result.state == "complete" for result in results)

@@ -127,14 +127,14 @@ def _train(
 
 
 def _models(choice: Choice) -> list[Path]:
-    """Where the models that a run reads lie, as far as they are on this machine."""
+    """Return the local folders of the models that a run reads."""
     return [Path(choice.model), *([choice.adapter.folder] if choice.adapter else [])]
 
 
 def find_beginning(
     config: TrainConfig, inputs: Inputs, choice: Choice, group: Group, progress: Progress, may_extend: bool
 ) -> tuple[dict[str, Any], Checkpoint | None]:
-    """What identifies the run, and the checkpoint that it goes on from, if any.
+    """Return the run's identity, and the checkpoint that it resumes from, if any.
 
     Raises:
         UserError: the processes were started with different settings; or the folder holds a run of other settings.
@@ -308,7 +308,7 @@ def _card(run: Run, done: int, load: Sequence[str]) -> str:
 def summarise(
     run: Run, inputs: Inputs, policy: Policy, mode: Mode, first_step: int, done: int, seconds: float
 ) -> TrainSummary:
-    """What the run did; the first process adds its metrics, and writes the remarks on them."""
+    """Summarise the run; the first process adds its metrics and writes the remarks."""
     config, on_gpu = run.config, policy.device.type == "cuda"
     summary = TrainSummary(
         output_dir=config.output_dir,

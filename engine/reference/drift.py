@@ -77,7 +77,7 @@ def check_drift(
 def _foreign(
     store: Store, spec_digest: str, index: KeyIndex, keys: npt.NDArray[np.uint8], device: str
 ) -> tuple[list[int], str]:
-    """Which reused pairs other libraries or another device computed, and how these differ from now, in words."""
+    """Return reused pairs that other libraries or another device computed, and describe the difference."""
     if not len(keys):
         return [], ""
     now = _computed_by({"versions": library_versions(), "device": device})

@@ -1,4 +1,4 @@
-"""What the reference is: its full identity, and whether a loaded model still agrees with cached values."""
+"""The reference's full identity, and its agreement with a loaded model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCORING_VERSION = 1
 
 
 def digest_memo() -> Path:
-    """Where digests of weight files are remembered between runs."""
+    """File that remembers digests of weight files between runs."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "dpoeng" / "digests"
 

@@ -65,7 +65,7 @@ def _text_tokens(ids: PairIds) -> int:
 
 
 def check_positions(pairs: Collection[PairIds], lm: CausalLM) -> None:
-    """Check that every text has positions, and of its own.
+    """Check that the model has a distinct position for every token.
 
     Raises:
         UserError: a pair is longer than the model's table of positions, or than the length up to which its rotary

@@ -1,4 +1,4 @@
-"""A base that stays in memory from run to run. Each run gets modules of its own over the same frozen weights."""
+"""Keeps a base in memory from run to run. Each run gets new modules over the same frozen weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dpoeng.engine.scoring.passes import choose_how_to_score
 
 
 class KeptBase:
-    """Loads a base once, and anew where a run asks for another one than the run before it.
+    """Load a base once, and again only when a run asks for another one.
 
     Whatever a run does to its modules (adapters, hooks, modes, layouts) is gone with them, so that the next one finds
     the base as it was loaded. A base that will be divided over processes, or whose weights are trained, is not kept.
@@ -60,7 +60,7 @@ class KeptBase:
 
     @property
     def n_bytes(self) -> int:
-        """What the kept base takes."""
+        """Return the bytes of the kept base."""
         if self._lm is None:
             return 0
         tensors = [*self._lm.base.parameters(), *quantized_tensors(self._lm.base)]

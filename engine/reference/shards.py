@@ -1,4 +1,4 @@
-"""Which pairs are stored together, and which process computes which. Pure: knows no model and no file."""
+"""Decides which pairs are stored together and which process computes them. Pure: knows no model and no file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 def plan_shards(
     fresh: Sequence[PairIds], keys: npt.NDArray[np.uint8], shard_tokens: int
 ) -> list[npt.NDArray[np.int64]]:
-    """Which pairs are stored together: a pure function of the set of pairs that are new since the last finished run.
+    """Group the pairs that are new since the last finished run; a pure function of their set.
 
     It does not look at what an unfinished run has committed already. So a run that is killed and started again, or
     that is done by several processes, writes the same files as one that was left alone. The longest pairs come first:
@@ -79,5 +79,5 @@ class Part:
         )
 
     def of(self, items: Sequence[T]) -> Sequence[T]:
-        """This part of some items that are sorted by size: every `count`-th, so that the parts are of like size."""
+        """Return every `count`-th item of a list sorted by size, so that parts have similar sizes."""
         return items[self.index - 1 :: self.count]

@@ -1,4 +1,4 @@
-"""What phase one leaves beside the numbers: the view over the rows of a source, and the list of rows left out."""
+"""Writes what phase one leaves beside the numbers: the view of a source's rows, and the list of rejected rows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _REJECTS = Kind("the list of rejected rows", is_rejects, forced=False)
 def reference_record(
     config: PrecomputeConfig, source: ModelSource, adapter: ModelSource | None, spec: ReferenceSpec
 ) -> dict[str, Any]:
-    """What phase two needs to load the model that gave these numbers; part of the view."""
+    """Return what phase two needs to load the reference's model; part of the view."""
     return {
         "model": portable_name(source),
         "revision": source.revision,
@@ -49,7 +49,7 @@ def reference_record(
 
 
 def source_record(config: PrecomputeConfig, file: PairFile, rejects: int, device: str) -> dict[str, Any]:
-    """How the pairs were made, for who looks into the cache later; part of the view."""
+    """Record how the pairs were made, for later readers of the cache; part of the view."""
     return {
         "tokens": {
             "max_length": config.max_length,
@@ -99,7 +99,7 @@ def write_pairs_view(
 
 
 def write_rejects_file(store: Store, name: str, rejects: list[Reject], progress: Progress) -> Path | None:
-    """Lists the rows that were left out, in `rejects/<view>.jsonl`; None where there are none.
+    """Write the rejected rows to `rejects/<view>.jsonl`; None if there are none.
 
     Raises:
         UserError: another file has this name.

@@ -40,7 +40,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """What a run needs to go on: tensors by name, and the state that `save_checkpoint` was given."""
+    """State to resume from: tensors by name, and the state given to `save_checkpoint`."""
 
     step: int
     folder: Path

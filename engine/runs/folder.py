@@ -189,7 +189,7 @@ def write_advice(output_dir: Path, advice: Sequence[Mapping[str, Any]]) -> None:
 
 
 def result_folder(output_dir: Path, mode: Mode) -> Path:
-    """Where the result of a run stands when the run is complete."""
+    """Return the folder of a complete run's result."""
     return output_dir / (MODEL_FOLDER if mode == "full" else ADAPTER_FOLDER)
 
 

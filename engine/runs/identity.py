@@ -1,4 +1,4 @@
-"""What a resumed run must have in common with its beginning."""
+"""Settings that a resumed run must share with its beginning."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from dpoeng.engine.runs.folder import ADAPTER_FOLDER, MODEL_FOLDER
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a model, adapter or tokenizer is loaded from: a hub id with its commit, or an absolute path.
+    """Source of a model, adapter or tokenizer: a hub id with its commit, or an absolute path.
 
     `gguf_file` is the name of a GGUF file in that folder.
     """
@@ -23,7 +23,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """What the lines have to say.
+    """Facts that the loading lines need.
 
     Attributes:
         mode: how the result stands on base and SFT adapter.

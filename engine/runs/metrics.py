@@ -1,4 +1,4 @@
-"""What a run reports: the field's names, one JSON object a line, and nothing in it that differs between two runs.
+"""Writes a run's metrics: the field's names, one JSON object a line, identical between equal runs.
 
 Timings are kept in a file of their own, so that the log of a resumed run equals the undisturbed one's byte for byte.
 """
@@ -66,7 +66,7 @@ class MetricsLog:
         self._append(self._evaluations, {"step": step, **record})
 
     def write_held_out(self, step: int, pairs: Sequence[Mapping[str, Any]]) -> None:
-        """The held-out pairs one by one, in place of those of an earlier step."""
+        """Write the held-out pairs one by one, replacing those of an earlier step."""
         if self._writes:
             lines = "".join(json.dumps({"step": step, **pair}) + "\n" for pair in pairs)
             with replacing(self._held_out) as temporary:

@@ -1,4 +1,4 @@
-"""What a run left in its output folder, read back: run.json, metrics.jsonl, timings.jsonl and samples.
+"""Reads a run's output folder: run.json, metrics.jsonl, timings.jsonl and samples.
 
 A run that is still going can be read too. Knows nothing of how it is shown.
 """
@@ -87,7 +87,7 @@ class RunRecord:
         return max(found, default=None)
 
     def warnings(self) -> list[tuple[str, str]]:
-        """What an expert would remark on the curves: (what was seen, what to try)."""
+        """Return remarks on the curves: (observation, advice)."""
         return [(str(remark.get("seen", remark)), str(remark.get("remedy", ""))) for remark in self.advice]
 
 

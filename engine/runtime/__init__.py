@@ -1,4 +1,4 @@
-"""What any long work needs from the machine: progress, processes, memory, whole files and folders.
+"""Services for long work: progress, processes, memory, atomic files and folders.
 
 Knows nothing of pairs or models.
 """

@@ -82,7 +82,7 @@ class Group:
         return found
 
     def each(self, work: Callable[[], Value], *, in_step: bool = False) -> list[Value]:
-        """What some work gave in every process, by rank.
+        """Return the work's result in every process, by rank.
 
         Args:
             work: waits for no other process, or is done `in_step` with them.

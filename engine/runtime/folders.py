@@ -52,7 +52,7 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Makes a folder with these files appear, whole and durable, in place of whatever stood there.
+    """Replace a folder by one with these files, atomically and durably.
 
     Raises:
         UserError: the disk is full or may not be written.
@@ -93,7 +93,7 @@ def place_folder(
 
 @contextlib.contextmanager
 def saving_tensors() -> Iterator[None]:
-    """What safetensors cannot write is an OSError like that of any other file."""
+    """Turn safetensors' write errors into OSError, like those of other files."""
     try:
         yield
     except SafetensorError as error:
@@ -101,7 +101,7 @@ def saving_tensors() -> Iterator[None]:
 
 
 def unwritable(path: Path, error: OSError) -> UserError:
-    """What to say when the output folder refuses to be written."""
+    """Return the error for an output folder that cannot be written."""
     if isinstance(error, FileExistsError | NotADirectoryError):
         return UserError(
             "the output folder's name belongs to a file",

@@ -1,4 +1,4 @@
-"""What this machine has to give. Imports nothing heavy, so that a command can ask before anything is loaded."""
+"""Reports this machine's resources. Imports nothing heavy, so that a command can ask before loading anything."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ Advance = Callable[[int, str], None]
 
 
 class Progress(Protocol):
-    """What a caller may hand in. The command line draws bars; tests collect; a notebook may do either."""
+    """Interface for progress. The command line draws bars; tests collect; a notebook may do either."""
 
     def task(self, title: str, total: int, unit: str, done: int = 0) -> AbstractContextManager[Advance]:
         """Begins a piece of work of `total` units, `done` of them by an earlier run; it ends with the context."""

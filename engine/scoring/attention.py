@@ -28,7 +28,7 @@ SHARED_PROMPT = "dpoeng_shared_prompt"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionPlan:
-    """What every layer of one forward needs: the spans, the way, and the masks that depend on lengths alone.
+    """Attention inputs shared by all layers of a forward: spans, implementation, and masks that depend only on lengths.
 
     Handed through the model's keyword arguments as `dpoeng_plan`, so that a checkpointed layer sees the same plan when
     it is run again in the backward pass.

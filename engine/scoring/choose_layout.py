@@ -213,7 +213,7 @@ def _try_shared(lm: CausalLM, probe: _Probe, attention: Attention) -> str:
 
 
 def _refused(lm: CausalLM, error: Exception) -> UserError | Exception:
-    """What to raise where the model's own forward, or ours of each text by itself, cannot run."""
+    """Return the error for an architecture whose forward, or ours of single texts, cannot run."""
     if is_out_of_memory(error):
         return error
     return UserError(

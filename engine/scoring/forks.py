@@ -188,7 +188,7 @@ def fork_states(backbone: nn.Module) -> list[nn.Module]:
 
 
 def told_of_forks(layers: int) -> str:
-    """What is said of some layers that keep a state, and of whose code computes them; nothing where there are none."""
+    """Describe the layers that keep a state and the code that computes them; empty if there are none."""
     if not layers:
         return ""
     kernels = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d", "mamba_ssm": "mamba-ssm"}

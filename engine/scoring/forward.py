@@ -130,7 +130,7 @@ def _logits(lm: CausalLM, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def head_transform(lm: CausalLM) -> tuple[float | None, float]:
-    """What the architecture does to its logits: (soft cap or None, factor). Checked by `choose_layout`'s probe."""
+    """Return the architecture's map of its logits: (soft cap or None, factor). `choose_layout`'s probe checks it."""
     config = text_config(lm.base.config)
     softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
     scale = 1.0

@@ -56,7 +56,7 @@ class PromptGroup:
 
 @dataclass(frozen=True, slots=True)
 class GroupSpan:
-    """Where a group lies in a row: `[prompt_begin, prompt_end)`, then each branch's `[begin, end)`."""
+    """Position of a group in a row: `[prompt_begin, prompt_end)`, then each branch's `[begin, end)`."""
 
     prompt_begin: int
     prompt_end: int

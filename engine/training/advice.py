@@ -1,4 +1,4 @@
-"""What an expert would say on seeing the curves of a run: pure functions of its metrics. Knows no file and no terminal.
+"""Remarks on a run's curves, as an expert would make them: pure functions of its metrics.
 
 Every rule names the figures that it rests on. Thresholds are where a practitioner would look again, not tests of
 significance.
@@ -103,7 +103,7 @@ def _displacement(steps: Sequence[Line], evaluations: Sequence[Line], beta: floa
 
 
 def _length(last: Line) -> Advice | None:
-    """The margin follows the difference of lengths, and accuracy goes where that is held fixed."""
+    """Remark on margins that follow the difference of lengths and vanish under length control."""
     accuracy = last["eval_rewards/accuracies"]
     controlled = last.get("eval_rewards/accuracies_length_controlled")
     correlation = last.get("eval_rewards/margins_length_correlation")
@@ -151,7 +151,7 @@ def _saturated(steps: Sequence[Line], last: Line | None) -> Advice | None:
 
 
 def _overfitted(evaluations: Sequence[Line]) -> Advice | None:
-    """The held-out loss was lower before."""
+    """Remark on a held-out loss that has risen."""
     losses = [line["eval_loss"] for line in evaluations]
     if len(losses) < 3:
         return None

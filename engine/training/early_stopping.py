@@ -11,7 +11,7 @@ from dpoeng.cache.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """What the evaluations after step 0 have shown.
+    """Best evaluation after step 0.
 
     Attributes:
         step: of the best one, or None before the first.

@@ -1,4 +1,4 @@
-"""What held-out pairs tell: means with intervals, accuracy freed of length, and the same by group.
+"""Evaluates held-out pairs: means with intervals, length-controlled accuracy, and the same by group.
 
 Pure functions of a `PreferenceLoss` and of labels; knows no model and no file.
 """
@@ -30,7 +30,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What one evaluation found.
+    """Result of one evaluation.
 
     Attributes:
         pairs: held-out pairs.
@@ -100,7 +100,7 @@ def summarise(
 def pair_lines(
     found: PreferenceLoss, prompts: Sequence[bytes], sources: Sequence[str], *, per_pair_loss: bool = True
 ) -> list[dict[str, Any]]:
-    """One JSON object a held-out pair: where it stands, its prompt's hash, its tokens, its value of every metric."""
+    """Yield a JSON object a held-out pair: its source, prompt hash, tokens, and every metric."""
     values = {name: value.cpu().tolist() for name, value in pair_values(found).items()}
     if not per_pair_loss:
         del values["loss"]

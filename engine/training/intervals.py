@@ -1,4 +1,4 @@
-"""Intervals of what held-out pairs show: for means, for shares, and for paired differences of either.
+"""Intervals of held-out means and shares, and of paired differences of either.
 
 Pairs of one prompt are not independent, so prompts are the units (clusters). A bootstrap alone says "1.000 to 1.000"
 where all pairs are right, and is too narrow for few prompts; shares have score intervals instead, and means of few
@@ -142,7 +142,10 @@ def _share(right: Floats, cluster: Ints) -> Bounds:
 
 
 def _difference_of_shares(differences: Floats, cluster: Ints) -> Bounds:
-    """Of paired shares, from -1, 0 and 1 for each pair. Agresti and Min 2005, Statistics in Medicine 24, 729-740."""
+    """Interval of a difference of paired shares, from -1, 0 and 1 for each pair.
+
+    Agresti and Min 2005, Statistics in Medicine 24, 729-740.
+    """
     n = effective_pairs(differences, cluster)
     better, worse = (float((differences * sign > 0).mean()) * n + 0.5 for sign in (1, -1))
     mean = (better - worse) / (n + 2)
@@ -153,7 +156,10 @@ def _difference_of_shares(differences: Floats, cluster: Ints) -> Bounds:
 def _controlled(
     right: Floats, longer: Floats, cluster: Ints, of_share: Callable[[Floats, Ints], Bounds]
 ) -> Bounds | None:
-    """Of the mean of two shares, from the interval of each. Newcombe 1998, Statistics in Medicine 17, 873-890."""
+    """Interval of the mean of two shares, from the interval of each.
+
+    Newcombe 1998, Statistics in Medicine 17, 873-890.
+    """
     mean = length_controlled_accuracy(right, longer)
     if mean is None:
         return None
@@ -166,7 +172,7 @@ def _controlled(
 
 
 def _student(values: Floats, cluster: Ints) -> Bounds:
-    """Of a mean, by Student's t on the prompts; fewer than `FEW` of them."""
+    """Interval of a mean by Student's t on the prompts, if there are fewer than `FEW`."""
     clusters = int(cluster.max()) + 1
     residuals = np.bincount(cluster, weights=values - values.mean(), minlength=clusters)
     error = math.sqrt(clusters / (clusters - 1) * float(residuals @ residuals)) / len(values)

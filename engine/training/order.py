@@ -1,4 +1,4 @@
-"""Which pairs are held out, and in which order the others are seen: functions of the seed and nothing else."""
+"""Chooses the held-out pairs and the order of the others, as functions of the seed alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dpoeng.cache.schema import as_keys
 
 
 def hold_out(prompts: Iterable[bytes], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Splits rows into (training, held out) by prompt, so that no prompt is on both sides.
+    """Split rows into (training, held out) by prompt, so that no prompt is on both sides.
 
     Prompts are taken in the order of a seeded hash of their tokens until `share` of the rows is reached: the split does
     not depend on the order of the rows, and adding rows moves few of the others.

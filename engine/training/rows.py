@@ -37,7 +37,7 @@ class Rows(Sequence[ScoredPair]):
         return self.view[self.indices[i]]
 
     def source(self, i: int) -> str:
-        """Where a row stands in the user's files."""
+        """Return the file and row of a pair."""
         file, line = self.view.source(self.indices[i])
         return f"{file}, row {line}"
 
@@ -46,7 +46,7 @@ class Rows(Sequence[ScoredPair]):
         return map(self.view.extra, self.indices)
 
     def prompts(self) -> list[bytes]:
-        """Of each row the prompt's token ids, as bytes."""
+        """Return each row's prompt token ids as bytes."""
         return [pair.ids.prompt_ids.tobytes() for pair in self]
 
     def weights(self, column: str | None) -> WeightArray | None:

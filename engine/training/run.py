@@ -1,4 +1,4 @@
-"""What a run of phase two consists of, and how it is saved and put back."""
+"""State of a phase-two run, and how it is saved and restored."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OnMetrics = Callable[[Mapping[str, float]], None]
 
 @dataclass(slots=True)
 class Run:
-    """What the loop needs, put together once.
+    """Everything that the training loop needs, assembled once.
 
     `train_weights` are the user's, a number a row, or None. `per_token` is false where the cache holds sums.
     `source_of` says where a training row stands in the user's files.

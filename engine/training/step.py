@@ -78,7 +78,7 @@ def _check_start(parts: Sequence[PreferenceLoss], tolerance: float) -> None:
 
 
 def _not_finite(run: Run, step: int, parts: Sequence[PreferenceLoss], metrics: dict[str, float]) -> UserError:
-    """What to say, with the pairs whose log-probs or loss are no numbers, if it is they and not the gradient."""
+    """Return the error, naming the pairs whose log-probs or loss are NaN if the gradient is not the cause."""
     numbers = torch.cat([part.chosen_logps + part.rejected_logps for part in parts])
     if not run.settings.sorts_pairs:  # else the i-th loss is not the i-th pair's
         numbers = numbers + torch.cat([part.losses.detach() for part in parts])

@@ -1,4 +1,4 @@
-"""What a stranger's checkpoint may claim, looked at before anything is allocated, matched or opened.
+"""Checks a stranger's checkpoint before anything is allocated, matched or opened.
 
 Weight files lie in the named folder, headers and sizes are those that a model can have, and the patterns of an adapter
 end. Reads names, JSON and the first bytes of files; loads no weight.

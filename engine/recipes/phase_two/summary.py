@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class TrainSummary:
-    """What phase two did. Of several processes one `reports`; the others know no results.
+    """Result of phase two. Of several processes one `reports`; the others have no results.
 
     `result` is the folder of the trained adapter; with full fine-tuning (mode `full`) that of the trained checkpoint.
     `loaded` says, with `fsdp`, how the processes came by their parts of the base. `load` are Python lines that load the
