@@ -27,7 +27,7 @@ from dpoeng.engine.memory.stand_ins import kernels_of
 from dpoeng.engine.models import lora_product
 from dpoeng.engine.models.model import decoder_layers, set_mode
 from dpoeng.engine.training.batch_loss import batch_loss
-from dpoeng.kernels.unit_gradient import chunk_rows
+from dpoeng.kernels.tiles import chunk_rows
 
 PRODUCTS, WIDENING, LORA, ATTENTION, ELEMENTWISE, HEAD = (
     "products", "widening", "LoRA", "attention", "elementwise", "head"

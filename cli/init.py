@@ -44,6 +44,7 @@ def init(
     What fits on the card is simulated as `dpoeng plan` does it; config.json is enough, no weights are read.
     """
     from dpoeng.cli.progress import TerminalProgress
+    from dpoeng.engine.checks.driver import driver_note
     from dpoeng.engine.config.template import config_text, write_config
     from dpoeng.engine.recipes.init import suggest
 
@@ -61,6 +62,7 @@ def init(
     for name, line in lines.items():
         value = ", ".join(map(str, line.value)) if isinstance(line.value, list) else line.value
         say(f"  {name}: {value}" + (f"  ({' '.join(line.comments)})" if line.comments else ""))
+    say(f"\nOn a GPU: {driver_note()}; `dpoeng doctor` looks.")
     missing = [name for name in ("model", "pairs") if name not in lines]
     say("\nNext:" + (f" set {' and '.join(missing)} in {output}, then" if missing else ""))
     config = "" if str(output) == "dpoeng.yaml" else f" --config {output}"

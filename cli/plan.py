@@ -12,6 +12,7 @@ from dpoeng.cache.words import GIB
 from dpoeng.cli.options import config_options, force_option, given
 from dpoeng.cli.pages.html import write_page
 from dpoeng.cli.tables import Cell, Marked, Table, json_option, say, say_json
+from dpoeng.engine.checks.driver import driver_note
 from dpoeng.engine.config.plan import PlanConfig
 from dpoeng.engine.runtime.outputs import PAGE, refuse_output
 
@@ -97,7 +98,7 @@ def _cards_table(found: Plan) -> Table:
         for card in found.cards
     ]
     heads = ("card", "GiB", "phase one", "phase two", "pairs a forward", "hours, one + two", "cost")
-    return Table(rows, heads, "does it fit?")
+    return Table(rows, heads, "does it fit?", [f"{driver_note()}; docs/requirements.md has builds for older ones."])
 
 
 def _parts_table(found: Plan) -> Table:

@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: the documents in the repository's root become pages, and links that leave the site become text."""
+"""Hooks of mkdocs: the root's documents become pages, links that leave the site become text, commands stay whole."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
 FROM_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+TABLE_CODE = re.compile(r"<code>([^<]*)</code>(?=(?:(?!<table|</table>).)*</table>)", re.DOTALL)
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -26,6 +27,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Links as they are right in the repository, as they are right in the site."""
+    if page.file.src_uri == "index.md":
+        page.meta["hide"] = ["toc"]  # room for the picture and for commands of 120 characters
     folder = ROOT if page.file.src_uri in FROM_ROOT.values() else ROOT / "docs"
 
     def rewritten(match: re.Match[str]) -> str:
@@ -35,3 +38,13 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return f"[{text}]({name}{anchor})" if name and files.get_file_from_path(name) else text
 
     return LINK.sub(rewritten, markdown)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Code in a table: `a\\|b`, as GitHub wants it there, is `a|b`; each word is a span, which site.css keeps whole."""
+
+    def rewritten(match: re.Match[str]) -> str:
+        words = match[1].replace("\\|", "|").split()
+        return f"<code>{' '.join(f'<span>{word}</span>' for word in words)}</code>"
+
+    return TABLE_CODE.sub(rewritten, html)

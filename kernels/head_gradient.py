@@ -100,7 +100,8 @@ def chunked_gradients(hidden: Tensor, head: Head, targets: Tensor, ignore_index:
         ignore_index: see `targets`.
         upstream: `[N]`, the derivative of the loss by each log-prob.
     """
-    from dpoeng.kernels.unit_gradient import chunk_shape, fused_pass, product
+    from dpoeng.kernels.tiles import chunk_shape
+    from dpoeng.kernels.unit_gradient import fused_pass, product
 
     n, size = hidden.shape[0], head.vocabulary
     rows, padded = chunk_shape(n, size)

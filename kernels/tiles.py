@@ -17,6 +17,9 @@ from typing import NamedTuple
 
 import torch
 
+CHUNK_BYTES = 640 * 2**20  # 1024 rows of a vocabulary of 152k in float32
+MAX_CHUNK = 4096
+
 
 class Gpu(NamedTuple):
     """GPU limits behind occupancy and compilation. Bytes and counts are per multiprocessor unless named otherwise."""
@@ -237,3 +240,14 @@ def remember(path: Path, key: str, tile: LinearTile) -> None:
     fresh.write_text(json.dumps({k: t._asdict() for k, t in tiles.items()}, indent=1))
     fresh.replace(path)
     remembered.cache_clear()
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """Rows per chunk: as many as `CHUNK_BYTES` of float32 logits hold, in steps of 256, for whole GEMM tiles."""
+    return max(256, min(MAX_CHUNK, CHUNK_BYTES // (4 * vocabulary) // 256 * 256))
+
+
+def chunk_shape(n: int, vocabulary: int) -> tuple[int, int]:
+    """Rows and columns of the one chunk of logits that `n` tokens are worked through in."""
+    # Rows start on 16 bytes: wide loads, and cuBLAS's fast paths.
+    return max(1, min(n, chunk_rows(vocabulary))), -(-vocabulary // 16) * 16

@@ -8,7 +8,7 @@ The plain PyTorch twin of the pass:
 
     logp = log_softmax(map(raw), -1).gather(-1, y);   d = (one_hot(y) - softmax(map(raw))) * dmap/draw
 
-Not allocated: `[N, V]` of anything. The chunk is `CHUNK_BYTES` at most.
+Not allocated: `[N, V]` of anything. The chunk is `tiles.CHUNK_BYTES` at most.
 """
 
 # Triton reads these signatures itself and its decorator carries no types.
@@ -22,10 +22,7 @@ from torch import Tensor
 from dpoeng.kernels.device import launching_on
 from dpoeng.kernels.head import Head
 from dpoeng.kernels.rows import gradient_entries, load_raw, logp_of, map_logits, row_sums
-from dpoeng.kernels.tiles import row_tile
-
-CHUNK_BYTES = 640 * 2**20  # 1024 rows of a vocabulary of 152k in float32
-MAX_CHUNK = 4096
+from dpoeng.kernels.tiles import chunk_shape, row_tile
 
 
 @triton.jit
@@ -50,17 +47,6 @@ def unit_gradient_rows(
         # read already, and a write never reaches beyond the block being read.
         tl.debug_barrier()
         tl.store(grad + row * grad_stride + cols, entries.to(grad.dtype.element_ty), mask=mask)
-
-
-def chunk_rows(vocabulary: int) -> int:
-    """Rows per chunk: as many as `CHUNK_BYTES` of float32 logits hold, in steps of 256, for whole GEMM tiles."""
-    return max(256, min(MAX_CHUNK, CHUNK_BYTES // (4 * vocabulary) // 256 * 256))
-
-
-def chunk_shape(n: int, vocabulary: int) -> tuple[int, int]:
-    """Rows and columns of the one chunk of logits that `n` tokens are worked through in."""
-    # Rows start on 16 bytes: wide loads, and cuBLAS's fast paths.
-    return max(1, min(n, chunk_rows(vocabulary))), -(-vocabulary // 16) * 16
 
 
 def chunked_logps(

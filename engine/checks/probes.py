@@ -76,11 +76,12 @@ def bitsandbytes_probe() -> dict[str, Any]:
 def triton_probe() -> dict[str, Any]:
     """dpoeng's kernels for a GPU against plain PyTorch; without a GPU nothing runs, since nothing uses Triton."""
     import torch
+
+    if not torch.cuda.is_available():
+        return {"used": False}
     import triton
 
-    found: dict[str, Any] = {"version": triton.__version__, "used": torch.cuda.is_available()}
-    if not torch.cuda.is_available():
-        return found
+    found: dict[str, Any] = {"version": triton.__version__, "used": True}
     from dpoeng.kernels.token_logps import plain_token_logps, token_logps
 
     torch.manual_seed(0)

@@ -105,7 +105,7 @@ def _full_logits(lm: CausalLM, hidden: torch.Tensor, targets: torch.Tensor) -> t
 
 
 def _gpu_train_logps(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    from dpoeng.kernels.unit_gradient import chunk_shape
+    from dpoeng.kernels.tiles import chunk_shape
 
     hidden, weight, narrow = args[0], args[1], args[8]
     rows, columns = chunk_shape(hidden.shape[0], weight.shape[0])
@@ -125,7 +125,7 @@ def _gpu_score_logps(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], k
 
 def _gpu_head_gradients(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     from dpoeng.kernels.head_gradient import SLICE
-    from dpoeng.kernels.unit_gradient import chunk_shape
+    from dpoeng.kernels.tiles import chunk_shape
 
     weight = args[1]
     rows, columns = chunk_shape(args[0].shape[0], weight.shape[0])

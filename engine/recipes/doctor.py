@@ -30,6 +30,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from dpoeng.cache.words import GIB, counted
+from dpoeng.engine.checks.driver import OLDER, oldest_driver, too_old
 from dpoeng.engine.runtime.host import available_memory
 
 Status = Literal["ok", "info", "warning", "error"]
@@ -188,27 +189,34 @@ def _torch(found: Mapping[str, Any]) -> Iterator[Check]:
         else:
             yield Check(f"gpu {index}", "ok", words)
     if not found["gpus"]:
-        driver = _nvidia_driver()
+        driver, version = _nvidia_driver()
+        cuda = found["cuda_build"]
         if driver is None:
             yield Check("gpu", "info", "none; everything runs on the CPU", "fine for small models")
-        elif found["cuda_build"] is None:
+        elif cuda is None:
             remedy = "install a CUDA build of torch: https://pytorch.org/get-started/locally"
             yield Check("gpu", "error", f"{driver}, but torch {found['version']} is a CPU build", remedy)
+        elif too_old(version, cuda):
+            words = f"{driver}: torch's build for CUDA {cuda} needs driver {oldest_driver(cuda)} or newer"
+            yield Check("gpu", "error", words, f"update the NVIDIA driver, or install the older build: {OLDER}")
         else:
             remedy = "update the NVIDIA driver, or install the torch build for the CUDA version that nvidia-smi shows"
-            yield Check("gpu", "error", f"{driver}, but torch cannot use it (CUDA {found['cuda_build']})", remedy)
+            yield Check("gpu", "error", f"{driver}, but torch cannot use it (CUDA {cuda})", remedy)
 
 
-def _nvidia_driver() -> str | None:
-    """GPU and driver as nvidia-smi names them, or None."""
+def _nvidia_driver() -> tuple[str | None, str]:
+    """GPU and driver as nvidia-smi names them, or None; and the driver's version, where it is told."""
     if shutil.which("nvidia-smi") is None:
-        return None
+        return None, ""
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return "nvidia-smi does not answer"
-    return done.stdout.strip().replace("\n", "; ") or done.stderr.strip() or "nvidia-smi shows nothing"
+        return "nvidia-smi does not answer", ""
+    lines = done.stdout.strip().splitlines()
+    if not lines:
+        return done.stderr.strip() or "nvidia-smi shows nothing", ""
+    return "; ".join(lines), lines[0].rpartition(", ")[2]
 
 
 def _library(name: str, found: Mapping[str, Any]) -> Check:

@@ -286,5 +286,10 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     assert pages >= {path.stem for path in (ROOT / "docs").glob("*.md")}
     index = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "precompute-ref" in index
+    assert 'data-md-type="toc" hidden' in index, "the home page has room for its picture"
+    commands = (tmp_path / "commands" / "index.html").read_text(encoding="utf-8")
+    cells = "".join(re.findall(r"<td>(.*?)</td>", commands, re.DOTALL))
+    assert "<code><span>dpoeng</span> <span>config</span> <span>show|schema</span></code>" in cells
+    assert not re.search(r"<code>(?!<span>)", cells), "each word of a command in a table stays whole"
     fetched = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?:[^"]+)"', index)
     assert [url for url in fetched if "canonical" not in url] == [], "the site asks no other machine for anything"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dpoeng.cli.main import main
 from dpoeng.engine.checks import probes
+from dpoeng.engine.checks.driver import OLDER, too_old
 from dpoeng.engine.models import quantized
 from dpoeng.engine.recipes import doctor as module
 from dpoeng.engine.recipes.doctor import Check, diagnose, run_probe
@@ -48,7 +51,7 @@ def test_all_probes_compute_here() -> None:
     assert len(probes.torch_probe()["version"]) > 2
     assert probes.bitsandbytes_probe()["device"] in ("cpu", "cuda")
     assert probes.transformers_probe()["peft"]
-    assert probes.triton_probe()["version"]
+    assert probes.triton_probe()["used"] is torch.cuda.is_available()
 
 
 def test_wrong_numbers_are_a_finding(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,11 +125,44 @@ def test_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     busy = gpu(gpus=[{**GPU, "free_bytes": 20 << 30}])
     assert (busy.status, "20.0 of 80.0 GiB" in busy.found) == ("warning", True)
     assert "float16" in gpu(gpus=[{**GPU, "bfloat16": False}]).remedy
-    monkeypatch.setattr(module, "_nvidia_driver", lambda: None)
+    monkeypatch.setattr(module, "_nvidia_driver", lambda: (None, ""))
     assert gpu(gpus=[]).status == "info"
-    monkeypatch.setattr(module, "_nvidia_driver", lambda: "A100, 550.54")
+    monkeypatch.setattr(module, "_nvidia_driver", lambda: ("A100, 550.54", "550.54"))
     assert "CUDA build of torch" in gpu(gpus=[], cuda_build=None).remedy
+    old = gpu(gpus=[])
+    assert "CUDA 13.0 needs driver 580 or newer" in old.found
+    assert OLDER in old.remedy
+    monkeypatch.setattr(module, "_nvidia_driver", lambda: ("A100, 580.65.06", "580.65.06"))
+    assert "cannot use it" in gpu(gpus=[]).found
     assert "driver" in gpu(gpus=[]).remedy
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "expected"),
+    [("579.99", "13.0", True), ("580.65.06", "13.0", False), ("550.54", "12.6", False), ("520.61", "12.6", True),
+     ("", "13.0", False), ("550.54", "14.1", False)],
+)  # fmt: skip
+def test_which_drivers_are_too_old(driver: str, cuda: str, expected: bool) -> None:
+    assert too_old(driver, cuda) is expected
+
+
+def test_the_driver_is_read_from_what_nvidia_smi_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        "#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 570.124.06'\necho 'NVIDIA H100 80GB HBM3, 570.124.06'\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    text = "NVIDIA H100 80GB HBM3, 570.124.06"
+    assert module._nvidia_driver() == (f"{text}; {text}", "570.124.06")
+    program.write_text("#!/bin/sh\necho 'no devices were found' >&2\n")
+    assert module._nvidia_driver() == ("no devices were found", "")
+
+
+def test_the_older_build_is_of_the_tested_torch() -> None:
+    pins = module.tested_versions()
+    assert f"torch=={pins['torch']} " in OLDER
+    assert OLDER in (Path(__file__).resolve().parents[2] / "docs" / "requirements.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +171,7 @@ def test_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_processor_without_bfloat16_is_told_to_use_float32(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: set[str] | None, status: str
 ) -> None:
-    monkeypatch.setattr(module, "_nvidia_driver", lambda: None)
+    monkeypatch.setattr(module, "_nvidia_driver", lambda: (None, ""))
     monkeypatch.setattr(module, "cpu_flags", lambda: flags if flags is None else frozenset(flags))
     check = look(tmp_path, torch={"gpus": []})["processor"]
     assert check.status == status

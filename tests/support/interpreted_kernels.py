@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpoeng.kernels import head_gradient, row_kernels, unit_gradient
+from dpoeng.kernels import head_gradient, row_kernels, tiles, unit_gradient
 from dpoeng.kernels.head import Head
 from dpoeng.kernels.int8_linear import widened
 from dpoeng.kernels.linear_logps import fused_logps
@@ -44,7 +44,7 @@ def small_tiles() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_kernels, "row_tile", lambda: RowTile(BLOCK, 4))
         patch.setattr(unit_gradient, "row_tile", lambda: RowTile(BLOCK, 4))
-        patch.setattr(unit_gradient, "chunk_rows", lambda vocabulary: 2)
+        patch.setattr(tiles, "chunk_rows", lambda vocabulary: 2)
         yield
 
 
@@ -233,7 +233,7 @@ class TestProperties:
 
 def test_gradients_of_a_trained_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of rows and slices of the vocabulary, neither of which divides; an ignored row, a bias, a softcap."""
-    monkeypatch.setattr(unit_gradient, "chunk_rows", lambda vocabulary: 4)
+    monkeypatch.setattr(tiles, "chunk_rows", lambda vocabulary: 4)
     monkeypatch.setattr(head_gradient, "SLICE", 30)
     for dtype, options in ((torch.float32, {}), (torch.bfloat16, {}), (torch.float32, {"softcap": 5.0, "scale": 1.5})):
         hidden, head, targets = problem(11, 70, 24, dtype)
