@@ -2,7 +2,7 @@
 
 A tracker never decides about a run: one that is missing is refused before anything is loaded, one that fails later is
 left out with a note. Where each writes is its own affair (its environment variables); TensorBoard's files go into the
-output folder.
+output folder. Names are those of transformers' callbacks, so that curves lie over those of TRL's runs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from dpoeng.engine.runtime.progress import QUIET, Progress
 
 PROJECT = "dpoeng"
 """What wandb and Trackio call a project, and MLflow an experiment; their own environment variables win."""
+
+
+_STEP = "train/global_step"
+"""What transformers logs beside each line to W&B and Trackio, and draws their curves over."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -52,7 +56,7 @@ class Trackers:
         numbers = {name: value for name, value in metrics.items() if _is_number(value)}
         for name, tracker in list(self.opened.items()):
             try:
-                tracker.log(numbers, step=step)
+                tracker.log(names_in(name, numbers, step), step=step)
             except Exception as error:
                 self._give_up(name, error)
 
@@ -68,6 +72,21 @@ class Trackers:
     def _give_up(self, name: str, error: Exception) -> None:
         del self.opened[name]
         self.progress.note(f"{name} failed and is switched off ({type(error).__name__}: {error}); the run goes on")
+
+
+def names_in(tracker: str, numbers: Mapping[str, float], step: int) -> dict[str, float]:
+    """The numbers under the names that transformers' callback for this tracker gives them.
+
+    `eval_loss` is `eval/loss` and `loss` is `train/loss`; MLflow alone gets them as they are. See `rewrite_logs` in
+    https://github.com/huggingface/transformers/blob/main/src/transformers/integrations/integration_utils.py
+    """
+    if tracker == "mlflow":
+        return dict(numbers)
+    grouped = {
+        f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": value
+        for name, value in numbers.items()
+    }
+    return {**grouped, _STEP: step} if tracker in ("wandb", "trackio") else grouped
 
 
 def open_trackers(
@@ -97,6 +116,9 @@ def open_trackers(
         try:
             tracker = _tracker(name, run_name, output_dir, first_step)
             tracker.start()
+            if name == "wandb":  # as transformers draws its curves
+                tracker.tracker.define_metric(_STEP)
+                tracker.tracker.define_metric("*", step_metric=_STEP, step_sync=True)
             tracker.store_init_configuration(_flat(settings))
         except Exception as error:
             trackers.finish()

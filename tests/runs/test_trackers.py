@@ -9,17 +9,19 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from dpoeng_testing import pair_rows, write_jsonl
+from transformers.integrations.integration_utils import rewrite_logs
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
 from dpoeng.engine.recipes.precompute import precompute_reference
 from dpoeng.engine.recipes.train import train
 from dpoeng.engine.runs import trackers as module
-from dpoeng.engine.runs.trackers import Trackers, check_trackers, open_trackers
+from dpoeng.engine.runs.trackers import Trackers, check_trackers, names_in, open_trackers
 from dpoeng.engine.runtime.progress import NoProgress
 
 
@@ -43,6 +45,11 @@ class Kept:
     def start(self) -> None:
         pass
 
+    @property
+    def tracker(self) -> Any:
+        """The library's own object."""
+        return SimpleNamespace(define_metric=lambda *_, **__: None)
+
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         self.settings = values
 
@@ -58,13 +65,14 @@ class Kept:
 def test_a_tracker_gets_every_line_of_the_log(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = Kept()
     monkeypatch.setattr(module, "_tracker", lambda *_: kept)
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr("dpoeng.engine.recipes.train.check_trackers", lambda names: None)
     train(TrainConfig(cache=cache, output_dir=tmp_path / "out", max_steps=3, report_to=("wandb",)))
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [step for step, _ in kept.lines] == [line["step"] for line in lines]
     for (_, told), line in zip(kept.lines, lines, strict=True):
         numbers = {name: value for name, value in line.items() if isinstance(value, float) and name != "epoch"}
-        assert numbers.items() <= told.items()
+        assert rewrite_logs(numbers).items() <= told.items()
+        assert told["train/global_step"] == line["step"]
     assert kept.finished
     assert kept.settings["learning_rate"] == 1e-5
     assert kept.settings["report_to"] == '["wandb"]'
@@ -82,23 +90,30 @@ def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(
 
     kept, notes = Kept(fails_at=2), Notes()
     monkeypatch.setattr(module, "_tracker", lambda *_: kept)
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr("dpoeng.engine.recipes.train.check_trackers", lambda names: None)
     summary = train(TrainConfig(cache=cache, output_dir=tmp_path / "out", max_steps=3, report_to=("mlflow",)), notes)
     assert summary.steps == 3
     assert {step for step, _ in kept.lines} == {0, 1}
     assert any("mlflow failed" in note and "the server is gone" in note for note in notes.said)
 
 
+def test_names_are_those_of_transformers_callbacks() -> None:
+    line = {"loss": 0.5, "epoch": 1.0, "rewards/margins": 0.1, "eval_loss": 0.4, "eval_rewards/margins": 0.2}
+    assert names_in("tensorboard", line, 3) == rewrite_logs(line)
+    assert names_in("wandb", line, 3) == names_in("trackio", line, 3) == {**rewrite_logs(line), "train/global_step": 3}
+    assert names_in("mlflow", line, 3) == line  # MLflowCallback.on_log hands them on as they are
+
+
 def test_what_is_no_number_is_left_to_the_log() -> None:
     kept = Kept()
-    Trackers({"x": kept}).log(1, {"loss": 0.5, "bad": float("nan"), "table": {"a": 1}, "word": "w"})
-    assert kept.lines == [(1, {"loss": 0.5})]
+    Trackers({"tensorboard": kept}).log(1, {"loss": 0.5, "bad": float("nan"), "table": {"a": 1}, "word": "w"})
+    assert kept.lines == [(1, {"train/loss": 0.5})]
 
 
 def test_trackers_move_no_weight(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a run that was begun without one goes on with one."""
     monkeypatch.setattr(module, "_tracker", lambda *_: Kept())
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr("dpoeng.engine.recipes.train.check_trackers", lambda names: None)
     for name, tracker in (("with", ("wandb",)), ("without", ())):
         train(TrainConfig(cache=cache, output_dir=tmp_path / name, max_steps=2, report_to=tracker))
     adapters = [
@@ -172,7 +187,7 @@ def test_tensorboard_is_written_and_read_back(tmp_path: Path, cache: Path, metri
 
     lines = really(tmp_path, cache, "tensorboard")
     read = EventAccumulator(str(tmp_path / "out" / "runs" / "out")).Reload()
-    found = [(event.step, event.value) for event in read.Scalars(metric)]
+    found = [(event.step, event.value) for event in read.Scalars(f"train/{metric}")]
     assert found == [(step, pytest.approx(value, rel=1e-6)) for step, value in series(lines, metric)]
 
 
@@ -204,7 +219,7 @@ def test_trackio_is_written_and_read_back(tmp_path: Path, cache: Path) -> None:
     (database,) = (tmp_path / "trackio").glob("dpoeng*.db")
     with sqlite3.connect(database) as connection:
         rows = connection.execute("select step, metrics from metrics order by id").fetchall()
-    found = [(step, held["loss"]) for step, text in rows if "loss" in (held := json.loads(text))]
+    found = [(step, held["train/loss"]) for step, text in rows if "train/loss" in (held := json.loads(text))]
     assert found == [(step, pytest.approx(value)) for step, value in series(lines, "loss")]
 
 
@@ -220,8 +235,8 @@ def test_wandb_is_written_offline_and_read_back(tmp_path: Path, cache: Path) -> 
         record.ParseFromString(data)
         if record.HasField("history"):
             held = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-            if "loss" in held:
-                found.append((record.history.step.num, held["loss"]))
+            if "train/loss" in held:
+                found.append((record.history.step.num, held["train/loss"]))
     assert found == [(step, pytest.approx(value)) for step, value in series(lines, "loss")]
 
 
