@@ -54,6 +54,7 @@ _METAVARS = {
     "loss_weights": "NUMBER[,NUMBER...]",
     "eval_group_by": "COLUMN[,COLUMN...]",
     "lora_target_modules": "MODULE[,MODULE...]",
+    "lora_target_parameters": "PARAMETER[,PARAMETER...]",
     "pair_weight_column": "COLUMN",
     "metric_for_best_model": "METRIC",
     "rank_by": "METRIC",

@@ -294,6 +294,11 @@ class TrainConfig(_Config):
     lora_alpha: float = Field(32, gt=0, le=1e6, description="LoRA scale: the update is alpha / r times B A x.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the trained LoRA.")
     lora_target_modules: tuple[str, ...] = Field(("all-linear",), description="Modules that get a LoRA.")
+    lora_target_parameters: tuple[str, ...] = Field(
+        (),
+        description="Parameters that get a LoRA beside the modules: the stacked experts of a mixture of experts, "
+        "e.g. gate_up_proj,down_proj; gate.weight is its router.",
+    )
     layers_to_transform: tuple[int, ...] | None = Field(
         None, min_length=1, description="Decoder layers that get a LoRA, counted from 0, e.g. 20,21,22. Default: all."
     )
@@ -480,10 +485,21 @@ class TrainConfig(_Config):
     def lora_shape_given(self) -> list[str]:
         """Return the fields of a new LoRA's shape that were set explicitly."""
         shape = (
-            "lora_r lora_alpha lora_target_modules layers_to_transform train_last_layers use_rslora use_dora "
-            "init_lora_weights"
+            "lora_r lora_alpha lora_target_modules lora_target_parameters layers_to_transform train_last_layers "
+            "use_rslora use_dora init_lora_weights"
         )
         return sorted(name for name in {*shape.split()} & self.model_fields_set if getattr(self, name) is not None)
+
+    @model_validator(mode="after")
+    def _stacks_take_plain_lora(self) -> TrainConfig:
+        others = ("lora_dropout", "use_dora", "layers_to_transform", "train_last_layers")
+        named = [name for name in others if getattr(self, name)] if self.lora_target_parameters else []
+        if named:
+            raise ValueError(
+                f"{named[0]} cannot be set with lora_target_parameters: peft adapts parameters by plain LoRA, in all "
+                "layers"
+            )
+        return self
 
     @model_validator(mode="after")
     def _all_weights_are_no_adapter(self) -> TrainConfig:

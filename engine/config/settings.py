@@ -103,6 +103,7 @@ class TrainSettings(LossFields, total=False):
     lora_alpha: float
     lora_dropout: float
     lora_target_modules: str | Sequence[str]
+    lora_target_parameters: str | Sequence[str]
     layers_to_transform: int | Sequence[int] | None
     train_last_layers: int | None
     use_rslora: bool

@@ -132,7 +132,7 @@ def _value(name: str, value: Any) -> Any:
     """The value in dpoeng's spelling."""
     if name == "dtype" and isinstance(value, str):
         return _DTYPES.get(value.removeprefix("torch."), value.removeprefix("torch."))
-    if name == "lora_target_modules":
+    if name in ("lora_target_modules", "lora_target_parameters"):
         if isinstance(value, str):
             value = [word.strip() for word in value.split(",")]
         return ["all-linear"] if value in (["all"], ["all-linear"]) else value

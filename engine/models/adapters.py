@@ -16,6 +16,8 @@ from torch import nn
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config.fields import Mode, TrainConfig
 from dpoeng.engine.models.checkpoint_names import as_peft_reads, save_for_whole
+from dpoeng.engine.models.experts.forward import use_stack_product
+from dpoeng.engine.models.experts.targets import beside_experts
 from dpoeng.engine.models.full_finetuning import train_all
 from dpoeng.engine.models.lora_fields import start_changes_base
 from dpoeng.engine.models.lora_product import use_lora_product
@@ -53,6 +55,7 @@ def lora_arguments(config: TrainConfig) -> dict[str, Any]:
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
         "target_modules": targets[0] if targets == ["all-linear"] else targets,
+        "target_parameters": list(config.lora_target_parameters) or None,
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
         "init_lora_weights": config.init_lora_weights,
@@ -120,9 +123,16 @@ def _add_new_adapter(
     if refused and lora.get("target_modules") == "all-linear":
         arguments["exclude_modules"] = refused
         lm.remarks += (f"all-linear leaves out {', '.join(refused)}: peft's LoRA does not fit this kind of layer",)
+    linear = [name for name in names if name not in refused]
+    if lora.get("target_modules") == "all-linear":
+        beside, told = beside_experts(lm.base, linear)
+        if beside:
+            linear = beside
+            arguments |= {"target_modules": beside} if layers is None else {}
+            lm.remarks += (told,)
     if layers is not None:
         arguments.pop("exclude_modules", None)
-        arguments = limit_to_layers(arguments, lm, layers, [name for name in names if name not in refused])
+        arguments = limit_to_layers(arguments, lm, layers, linear)
     config = LoraConfig(**arguments)
     try:
         with warnings.catch_warnings():
@@ -152,19 +162,19 @@ def _add_new_adapter(
         if "arget" not in str(error):
             raise
         raise _no_target(lora, names, str(error).splitlines()[0]) from error
-    missed = [] if lora.get("target_modules") == "all-linear" else _unmatched(lm.model)
+    missed = _unmatched(lm.model, named=lora.get("target_modules") != "all-linear")
     if missed:
         raise _no_target(lora, names, f"nothing is called {', '.join(missed)}")
 
 
 def _no_target(lora: dict[str, Any], names: list[str], why: str) -> UserError:
     return UserError(
-        "lora_target_modules names modules that this model lacks or peft cannot adapt",
+        "the LoRA's targets name what this model lacks or peft cannot adapt",
         code="lora-no-target",
-        where="--lora-target-modules",
+        where="--lora-target-modules and --lora-target-parameters",
         expected="all-linear, or some of: " + ", ".join(names),
-        found=f"{lora.get('target_modules')}: {why}",
-        remedy="name modules of this model",
+        found=f"{lora.get('target_modules')} {lora.get('target_parameters') or ''}: {why}",
+        remedy="name modules or parameters of this model",
     )
 
 
@@ -197,17 +207,21 @@ def _mamba_refuses(base: Any, name: str) -> bool:
     return False
 
 
-def _unmatched(model: Any) -> list[str]:
-    """The targets of the new adapter that match no module; peft is content where one of them does.
+def _unmatched(model: Any, *, named: bool) -> list[str]:
+    """The targets of the new adapter that match nothing; peft is content where one of them does.
+
+    Modules count where the user has `named` them.
 
     Names of experts that transformers keeps as stacked parameters are not among them: peft has turned these into
     `target_parameters`.
     """
-    targets = model.peft_config[POLICY_ADAPTER].target_modules
-    matched = model.base_model.targeted_module_names
-    if isinstance(targets, str):
-        return []
-    return sorted(t for t in targets or () if not any(name == t or name.endswith(f".{t}") for name in matched))
+    config = model.peft_config[POLICY_ADAPTER]
+    modules = config.target_modules if named and not isinstance(config.target_modules, str) else ()
+    wanted = [
+        *((target, model.base_model.targeted_module_names) for target in modules or ()),
+        *((target, model.base_model.targeted_parameter_names) for target in config.target_parameters or ()),
+    ]
+    return sorted(t for t, found in wanted if not any(name == t or name.endswith(f".{t}") for name in found))
 
 
 def _set_dropout(lm: CausalLM, probability: float) -> None:
@@ -353,12 +367,14 @@ def load_trained_adapter(
     """
     if reference is None:
         lm.model = _peft_from_pretrained(lm, trained, POLICY_ADAPTER, trainable=False)
+        use_stack_product(lm.model)
         return lm
     lm.model = _peft_from_pretrained(lm, reference, REFERENCE_ADAPTER, trainable=False)
     with _fitting(trained), as_peft_reads(trained, lm.base) as own:
         lm.model.load_adapter(str(own.folder), adapter_name=POLICY_ADAPTER, torch_device=str(lm.device))
         _check_weights(lm.model, own, POLICY_ADAPTER)
     lm.model.base_model.set_adapter([REFERENCE_ADAPTER, POLICY_ADAPTER] if mode == "stack" else POLICY_ADAPTER)
+    use_stack_product(lm.model)
     return lm
 
 

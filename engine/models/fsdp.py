@@ -22,6 +22,7 @@ import torch
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config.fields import Quantization, TrainConfig
+from dpoeng.engine.models.experts.stacks import held_tensors
 from dpoeng.engine.models.fsdp_loading import whole_because
 from dpoeng.engine.models.model import CausalLM, decoder_layers, decoder_of
 from dpoeng.engine.models.quantized import quantized_layers
@@ -97,7 +98,20 @@ def shard_base(lm: CausalLM, group: Group, device: torch.device, *, trained: boo
         group: the processes; each has loaded the same model.
         device: where the parts, and everything that stays whole, are to be.
         trained: whether the layers' weights will be trained (`train_all`).
+
+    Raises:
+        UserError: it holds quantised experts.
     """
+    if held_tensors(lm.base):
+        raise UserError(
+            "quantised experts cannot be divided over processes",
+            code="fsdp-unavailable",
+            where="--fsdp",
+            expected="a base without stacked experts, or one that is not quantised",
+            found=f"a mixture of experts, quantization {lm.quantization}",
+            remedy="leave --fsdp out: every process then holds the quantised base whole; or add --quantization none "
+            "--dtype bfloat16",
+        )
     mesh = _mesh(group, device)
     for module in quantized_layers(lm.model):
         _as_plain_bytes(module, device)

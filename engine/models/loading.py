@@ -15,8 +15,12 @@ import torch
 from torch import nn
 
 from dpoeng.cache.errors import UserError
+from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import PrecomputeConfig, Quantization
 from dpoeng.engine.models.checkpoint_tensors import check_loaded, refuse_unrecorded_quantization
+from dpoeng.engine.models.experts.forward import multiply_by_stacks
+from dpoeng.engine.models.experts.loading import quantize_experts, quantizing_experts
+from dpoeng.engine.models.experts.stacks import unreached_stacks
 from dpoeng.engine.models.fsdp_loading import prepared_class
 from dpoeng.engine.models.fused.install import use_fused_kernels
 from dpoeng.engine.models.layers.files import LayerFiles, layered_class
@@ -228,13 +232,19 @@ def _load_safetensors(
             loader, kwargs["config"] = prepared_class(source, prepare)
         if layer_files is not None:
             loader, kwargs["config"] = layered_class(source, layer_files)
-        with _quiet_loading():
+        with _quiet_loading(), quantizing_experts(bits):
             base, loaded = loader.from_pretrained(
                 source.folder, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise _unloadable(source, error) from error
-    return base, check_loaded(base, without_stand_ins(base, loaded), source)
+    remarks = check_loaded(base, without_stand_ins(base, loaded), source)
+    left = unreached_stacks(base) if bits is not None else []
+    if left:
+        remarks += (
+            f"{counted(len(left), 'stack')} of experts stay in {dtype}, since nothing quantises them: {left[0]}",
+        )
+    return base, remarks
 
 
 def _unloadable(source: ModelSource, error: Exception) -> UserError:
@@ -285,7 +295,9 @@ def empty_model(
             remedy="check model_type, or install a newer transformers",
         ) from error
     if quantization != "none":
-        quantize_empty(base, quantization_config(quantization, dtype, quant_type, double_quant))
+        settings = quantization_config(quantization, dtype, quant_type, double_quant)
+        quantize_empty(base, settings)
+        quantize_experts(base, settings)
     return _frozen(base, None, torch.device("meta"), dtype, quantization)
 
 
@@ -332,6 +344,8 @@ def _frozen(
             module.attention_dropout = 0.0
     if quantization == "8bit":
         multiply_exactly(base)
+    if quantization != "none":
+        multiply_by_stacks(base)
     if device.type != "cuda" and product_dtype(dtype) != dtype:
         _multiply_wide(base)
     if device.type == "cuda" and not by_layer and embedding_on_host(base, quantization):

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpoeng.engine.models.experts.forward import use_peft_stack_product, use_stack_product
 from dpoeng.engine.models.quantized import holds_8_bits, int8_scales_of
 from dpoeng.kernels import low_rank
 from dpoeng.kernels.cpu_linear import linear, owned_linear
@@ -168,16 +169,21 @@ def _chunks(rows: torch.Tensor, width: int, item_bytes: int) -> list[slice]:
 
 
 def use_lora_product(model: nn.Module) -> None:
-    """Makes every plain LoRA layer of a peft model compute its update by `LoraProduct`; DoRA and others stay peft's."""
+    """Makes every plain LoRA layer of a peft model compute its update by `LoraProduct`; DoRA and others stay peft's.
+
+    LoRA on stacks of experts is computed by `experts/product`.
+    """
+    use_stack_product(model)
     for module in model.modules():
         if hasattr(module, "lora_A") and _is_plain(module) and "forward" not in module.__dict__:
             module.forward = types.MethodType(_forward, module)
 
 
 def use_peft_product(model: nn.Module) -> None:
-    """Gives every LoRA layer peft's own product back."""
+    """Gives every LoRA layer peft's own product back, but those on quantised experts, for which peft has none."""
+    use_peft_stack_product(model)
     for module in model.modules():
-        if hasattr(module, "lora_A"):
+        if hasattr(module, "lora_A") and not hasattr(module, "parameter_name"):
             module.__dict__.pop("forward", None)
 
 

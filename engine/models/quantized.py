@@ -15,6 +15,7 @@ from torch import nn
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config.fields import Quantization
+from dpoeng.engine.models.experts.stacks import held_by, held_tensors, placeholder
 from dpoeng.kernels.int8_linear import int8_linear
 
 
@@ -134,8 +135,8 @@ def _exact_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def quantized_tensors(model: nn.Module) -> list[torch.Tensor]:
-    """Return the layers' tensors that are not parameters: scales and code books."""
-    found: list[Any] = []
+    """Return the layers' tensors that are not parameters: scales, code books and stacks of experts."""
+    found: list[Any] = [*held_tensors(model)]
     for module in quantized_layers(model):
         state: Any = getattr(module, "state", None)
         found += [getattr(state, name, None) for name in ("CB", "SCB")]
@@ -149,7 +150,8 @@ def scales_of(weight: Any) -> list[torch.Tensor]:
     state = getattr(weight, "quant_state", None)
     for level in (state, getattr(state, "state2", None)):
         found += [getattr(level, name, None) for name in ("absmax", "code", "offset")]
-    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
+    stack = held_by(weight)
+    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)] + (stack.tensors() if stack else [])
 
 
 def same_weights(parameter: nn.Parameter) -> nn.Parameter:
@@ -163,4 +165,5 @@ def same_weights(parameter: nn.Parameter) -> nn.Parameter:
         return made
     if type(parameter).__name__ == "Params4bit":
         return copy.copy(parameter)
-    return nn.Parameter(parameter.data, requires_grad=False)
+    stack = held_by(parameter)
+    return nn.Parameter(parameter.data, requires_grad=False) if stack is None else placeholder(stack, parameter)

@@ -141,8 +141,8 @@ def _not_read(path: Path, found: str) -> UserError:
 
 def _adapter(by_name: dict[str, Given], result: Migration) -> None:
     """Set which weights are trained: all, a new LoRA, or the SFT adapter."""
-    shape = {"lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora", "init_lora_weights"}
-    shape |= {"layers_to_transform", "train_last_layers"}
+    shape = {"lora_r", "lora_alpha", "lora_target_modules", "lora_target_parameters", "use_rslora", "use_dora"}
+    shape |= {"init_lora_weights", "layers_to_transform", "train_last_layers"}
     new_lora = any(item.source == "peft" for item in by_name.values()) or bool(shape & set(result.lines))
     if "adapter" in result.lines:
         seen = result.kind == "script" and "ref_model" not in by_name  # one that is passed is explained by itself

@@ -12,7 +12,9 @@ import torch
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config.fields import Quantization
+from dpoeng.engine.models.experts.stacks import held_tensors
 from dpoeng.engine.models.loading import load_model
+from dpoeng.engine.models.model import CausalLM
 from dpoeng.engine.models.sources import ModelSource, copy_beside, stored_quantization
 from dpoeng.engine.runtime.folders import refuse_filled, saving_tensors, write_new
 from dpoeng.engine.runtime.progress import QUIET, Progress
@@ -73,6 +75,7 @@ def quantize(
             double_quant=double_quant,
             tokenizer=False,
         )
+        _refuse_stacks(source, lm)
         advance(1, "loaded")
 
         def fill(folder: Path) -> None:
@@ -84,3 +87,16 @@ def quantize(
         advance(1, "written")
     after = sum(file.stat().st_size for file in into.glob("*.safetensors"))
     return QuantizeSummary(into, quantization, sum(file.stat().st_size for file in source.weight_files), after)
+
+
+def _refuse_stacks(source: ModelSource, lm: CausalLM) -> None:
+    """Raises UserError for a mixture of experts."""
+    if held_tensors(lm.base):
+        raise UserError(
+            f"{source.name} is a mixture of experts, and its quantised experts cannot be written",
+            code="quantization-stored",
+            where=str(source.folder),
+            expected="a model without stacked experts: transformers has no format for quantised ones",
+            remedy=f"name the full-precision checkpoint with --quantization {lm.quantization}: it is quantised tensor "
+            "by tensor while it loads",
+        )

@@ -9,8 +9,9 @@ from typing import Any
 from dpoeng.cache.fingerprint import combined_digest, weight_digests
 from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.engine.config.fields import PrecomputeConfig
+from dpoeng.engine.models.experts.targets import has_routed_experts
 from dpoeng.engine.models.loading import pick_device, resolve_dtype
-from dpoeng.engine.models.sources import ModelSource, adapter_config, forward_config
+from dpoeng.engine.models.sources import ModelSource, adapter_config, forward_config, stored_quantization
 from dpoeng.engine.runtime.progress import QUIET, Progress
 
 SCORING_VERSION = 1
@@ -54,6 +55,8 @@ def reference_spec(
             "double_quant": config.bnb_4bit_use_double_quant,
             "skip": ["lm_head"],
         }
+    if quantization is not None and stored_quantization(source) is None and has_routed_experts(source):
+        quantization["experts"] = "stacked"  # their weights are quantised too, which they were not in older caches
     return ReferenceSpec.from_fields(
         {
             "weights": weights_identity(source, progress),

@@ -1,0 +1,217 @@
+"""The weights of all experts of a layer as one stack: found in a model, quantised, widened a few experts at a time.
+
+transformers holds the experts' matrices as parameters `[E, O, I]` (or `[E, I, O]`), which bitsandbytes' layers do not
+reach: in Qwen3-30B-A3B they are 97 % of the weights. A quantised stack is an attribute of its parameter, which becomes
+a placeholder of the same shape, dtype and device: one NaN in memory, so that whatever still reads it is noticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpoeng.engine.config.fields import Quantization
+from dpoeng.kernels.int8_linear import widened
+
+BLOCK = 64
+"""Weights that share a scale in 4 bits, bitsandbytes' own default."""
+
+_HELD = "dpoeng_stack"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlainStack:
+    """A stack that is not quantised: `weight` [E, O, I], or [E, I, O] with `transposed`."""
+
+    weight: torch.Tensor
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(E, O, I)."""
+        return _shape(tuple(self.weight.shape), self.transposed)
+
+    def widened(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+        """The matrices [n, O, I] of some experts that follow each other."""
+        return _turned(self.weight[first:last].to(dtype), self.transposed)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What is in memory beside the model's parameters."""
+        return []
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stack8bit:
+    """8 bits with a scale for each output of each expert: `codes` [E, O, I] int8, `scales` [E, O] float32."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(E, O, I)."""
+        experts, outputs, inputs = self.codes.shape
+        return experts, outputs, inputs
+
+    def widened(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+        """The matrices [n, O, I] of some experts that follow each other."""
+        codes = self.codes[first:last]
+        return widened(codes.flatten(0, 1), self.scales[first:last].flatten(), dtype).view(codes.shape)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What is in memory beside the model's parameters."""
+        return [self.codes, self.scales]
+
+    def __deepcopy__(self, memo: Any) -> Stack8bit:
+        """Itself: copies of a model share what is frozen."""
+        return self
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stack4bit:
+    """bitsandbytes' 4 bits (NF4 or FP4) of a whole stack; no block crosses from one expert to the next.
+
+    Attributes:
+        codes: two weights a byte, in the parameter's own order.
+        state: bitsandbytes' QuantState of the whole stack, as rows of one block: on a CPU it takes the rows of other
+            shapes for whole blocks.
+        stored: the parameter's shape.
+        transposed: whether that is [E, I, O].
+    """
+
+    codes: torch.Tensor
+    state: Any
+    stored: tuple[int, int, int]
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(E, O, I)."""
+        return _shape(self.stored, self.transposed)
+
+    def widened(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+        """The matrices [n, O, I] of some experts that follow each other."""
+        from bitsandbytes import functional
+
+        _, rows, columns = self.stored
+        each = rows * columns
+        scales = self.state.absmax
+        if self.state.nested:
+            scales = functional.dequantize_blockwise(scales, self.state.state2).add_(self.state.offset).float()
+        part = functional.QuantState(
+            absmax=scales.view(-1)[first * each // BLOCK : last * each // BLOCK],
+            shape=torch.Size(((last - first) * each // BLOCK, BLOCK)),
+            code=self.state.code,
+            blocksize=BLOCK,
+            quant_type=self.state.quant_type,
+            dtype=dtype,
+        )
+        codes = self.codes.view(-1, 1)[first * each // 2 : last * each // 2]
+        return _turned(functional.dequantize_4bit(codes, part).view(-1, rows, columns), self.transposed)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What is in memory beside the model's parameters."""
+        levels = [level for level in (self.state, self.state.state2) if level is not None]
+        found = [self.codes, *(getattr(level, name) for level in levels for name in ("absmax", "code", "offset"))]
+        return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
+
+    def __deepcopy__(self, memo: Any) -> Stack4bit:
+        """Itself: copies of a model share what is frozen."""
+        return self
+
+
+Stack = PlainStack | Stack8bit | Stack4bit
+
+
+def _shape(stored: tuple[int, ...], transposed: bool) -> tuple[int, int, int]:
+    experts, rows, columns = stored
+    return (experts, columns, rows) if transposed else (experts, rows, columns)
+
+
+def _turned(weights: torch.Tensor, transposed: bool) -> torch.Tensor:
+    return weights.transpose(1, 2) if transposed else weights
+
+
+# --------------------------------------------------------------------------- in a model
+
+
+def stack_names(module: nn.Module) -> tuple[str, ...]:
+    """The parameters of an experts module that are stacks; none of any other module, nor of one that multiplies alone.
+
+    transformers marks its experts modules by what their exchangeable forward has to know of them
+    (`use_experts_implementation`).
+    """
+    if not (hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "has_gate")):
+        return ()
+    names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+    own = dict(module.named_parameters(recurse=False))
+    return names if all(name in own and own[name].dim() == 3 for name in names) else ()
+
+
+def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The experts modules of a model, with their names."""
+    return ((name, module) for name, module in model.named_modules() if stack_names(module))
+
+
+def unreached_stacks(model: nn.Module) -> list[str]:
+    """Names of three-dimensional weights that stay as they are when the rest is quantised."""
+    kernels = {id(p) for module in model.modules() if isinstance(module, nn.Conv1d) for p in module.parameters()}
+    return [n for n, p in model.named_parameters() if p.dim() == 3 and id(p) not in kernels and held_by(p) is None]
+
+
+def fits(weight: torch.Tensor, *, bits: int) -> bool:
+    """Whether a stack can be quantised: in 4 bits, no block may reach from one expert into the next."""
+    return bits == 8 or weight[0].numel() % BLOCK == 0
+
+
+def stack_of(module: Any, name: str) -> Stack:
+    """A stack of an experts module, as it is held."""
+    weight = getattr(module, name)
+    return held_by(weight) or PlainStack(weight, bool(module.is_transposed))
+
+
+def held_by(parameter: torch.Tensor) -> Stack8bit | Stack4bit | None:
+    """The quantised stack that a placeholder stands for."""
+    found: Stack8bit | Stack4bit | None = getattr(parameter, _HELD, None)
+    return found
+
+
+def placeholder(stack: Stack8bit | Stack4bit, like: torch.Tensor) -> nn.Parameter:
+    """A parameter that stands for a quantised stack, of a tensor's shape, dtype and device."""
+    nothing = torch.full((1, 1, 1), float("nan"), dtype=like.dtype, device=like.device)
+    parameter = nn.Parameter(nothing.expand(like.shape), requires_grad=False)
+    setattr(parameter, _HELD, stack)
+    return parameter
+
+
+def held_tensors(model: nn.Module) -> list[torch.Tensor]:
+    """All tensors of quantised stacks."""
+    held = [stack for parameter in model.parameters() if (stack := held_by(parameter)) is not None]
+    return [tensor for stack in held for tensor in stack.tensors()]
+
+
+@torch.no_grad()
+def quantize_stack(
+    weight: torch.Tensor, quantization: Quantization, *, transposed: bool, quant_type: str, double_quant: bool
+) -> Stack8bit | Stack4bit:
+    """A stack that `fits`, in 8 or 4 bits."""
+    if quantization == "8bit":
+        turned = _turned(weight, transposed)
+        scales = turned.abs().amax(dim=2).float()  # [E, O]
+        steps = 127.0 / torch.where(scales == 0, 1.0, scales)
+        codes = torch.empty(turned.shape, dtype=torch.int8, device=weight.device)
+        for expert in range(0 if weight.is_meta else len(codes)):  # one at a time: float32 of a stack is twice its size
+            codes[expert] = (turned[expert].float() * steps[expert, :, None]).round_().to(torch.int8)
+        return Stack8bit(codes, scales)
+    assert fits(weight, bits=4)
+    from bitsandbytes import functional
+
+    codes, state = functional.quantize_4bit(
+        weight.reshape(-1, BLOCK), blocksize=BLOCK, compress_statistics=double_quant, quant_type=quant_type
+    )
+    experts, rows, columns = weight.shape
+    return Stack4bit(codes, state, (experts, rows, columns), transposed)
