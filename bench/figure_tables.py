@@ -197,6 +197,25 @@ def _ranks(curves: list[Record]) -> list[list[str]]:
     return rows
 
 
+def step(results: Path) -> str:
+    """What a layer of a training step asks of a GPU, a row a model and size. Calculated."""
+    records = lines_of(results / "step-calculated.jsonl")
+    rows = [["base", "tokens", "recomputed", "launches a layer", "GB a layer", "a step, estimated"]]
+    for record in records:
+        settings = record["settings"]
+        rows.append(
+            [
+                f"{settings['model'].split('/')[-1]}, {BASES[settings['quantization']]}",
+                f"{record['tokens']:,}",
+                "yes" if settings["gradient_checkpointing"] else "no",
+                str(sum(record["layer_launches"].values())),
+                f"{sum(record['layer_n_bytes'].values()) / 1e9:.1f}",
+                f"{record['estimated_s']:.2f} s, {record['gpu']}",
+            ]
+        )
+    return f"**Calculated**, commit {records[-1]['commit']}:\n\n{table(rows)}"
+
+
 def _card(card: Record) -> str:
     if not card["phase2_fits"]:
         return "no"

@@ -4,7 +4,8 @@ The step is the real one: model, adapters, checkpointing and loss, run on the me
 operation that reaches the device is a launch; its bytes are those of the tensors it reads and writes, each once, and
 its FLOPs those of its matrix products. Caches are not modelled, so bytes are what would move without any.
 
-One layer is the difference between a model with three layers and one with two. Nothing here is a time.
+One layer is the difference between a model with three layers and one with two. The optimizer is torch's fused AdamW.
+A time is an estimate from these counts and a card's data sheet, never a measurement.
 """
 
 from __future__ import annotations
@@ -21,18 +22,25 @@ from torch.utils._pytree import tree_leaves
 
 from dpoeng.engine.config.fields import Quantization, TrainConfig
 from dpoeng.engine.losses.names import LossSettings
+from dpoeng.engine.memory.cards import Gpu
 from dpoeng.engine.memory.overhead import model_fields
 from dpoeng.engine.memory.simulate import Pair, Setup, build
 from dpoeng.engine.memory.stand_ins import kernels_of
 from dpoeng.engine.models import lora_product
 from dpoeng.engine.models.model import decoder_layers, set_mode
+from dpoeng.engine.models.model_config import config_of, sizes
 from dpoeng.engine.training.batch_loss import batch_loss
 from dpoeng.kernels.tiles import chunk_rows
 
-PRODUCTS, WIDENING, LORA, ATTENTION, ELEMENTWISE, HEAD = (
-    "products", "widening", "LoRA", "attention", "elementwise", "head"
+ATTENTION_PRODUCTS, MLP_PRODUCTS, WIDENING, LORA, ATTENTION = (
+    "attention's products", "MLP's products", "widening", "LoRA", "attention"
 )  # fmt: skip
-"""Parts. `elementwise` is norms, rotary positions, activations and residuals."""
+NORMS, ROTARY, GATES, REST, HEAD, OPTIMIZER = "norms", "rotary", "gates", "residuals, copies", "head", "optimizer"
+_FUSED = {"rms_norm": NORMS, "rms_norm_backward": NORMS, "rotary": ROTARY, "gated": GATES, "gated_backward": GATES}
+
+# What programs reach of a data sheet's rates: products of these sizes, copies. A launch's time on the host, with
+# Python around it.
+_OF_FLOPS, _OF_BANDWIDTH, _LAUNCH_S = 0.75, 0.8, 6e-6
 
 # Views and allocations: no kernel runs for them.
 _NO_LAUNCH = frozenset(
@@ -84,16 +92,33 @@ class StepCounts:
 
     layer: Counts
     outside: Counts
+    optimizer: Counts
     layers: int
     tokens: int
 
     def record(self) -> dict[str, Any]:
         """As JSON has it."""
         told: dict[str, Any] = {"layers": self.layers, "tokens": self.tokens}
-        for place, counts in (("layer", self.layer), ("outside", self.outside)):
+        for place, counts in (("layer", self.layer), ("outside", self.outside), ("optimizer", self.optimizer)):
             for name in ("launches", "n_bytes", "flop"):
                 told[f"{place}_{name}"] = dict(getattr(counts, name))
         return told
+
+    def seconds(self, gpu: Gpu) -> float | None:
+        """An estimate for a card: of each part what its bytes or its FLOPs take, or the launches if these take longer.
+
+        None where the card's rates are not known.
+        """
+        if not gpu.flops or not gpu.bytes_per_s:
+            return None
+        parts = [(self.layer, self.layers), (self.outside, 1), (self.optimizer, 1)]
+        device = launches = 0.0
+        for counts, times in parts:
+            for part in counts.launches:
+                by_flop = counts.flop[part] / (_OF_FLOPS * gpu.flops)
+                device += times * max(by_flop, counts.n_bytes[part] / (_OF_BANDWIDTH * gpu.bytes_per_s))
+            launches += times * counts.launches.total() * _LAUNCH_S
+        return max(device, launches)
 
 
 def count_step(settings: StepSettings) -> StepCounts:
@@ -111,7 +136,25 @@ def count_step(settings: StepSettings) -> StepCounts:
     two, three = (_count(setup.with_layers(depth), pairs) for depth in (2, 3))
     layer = three.less(two)
     tokens = settings.pairs * (settings.prompt + settings.chosen + settings.rejected)
-    return StepCounts(layer, two.less(layer).less(layer), setup.layers, tokens)
+    return StepCounts(layer, two.less(layer).less(layer), _count_optimizer(setup), setup.layers, tokens)
+
+
+def _count_optimizer(setup: Setup) -> Counts:
+    """torch's fused AdamW: a launch takes 36 tensors and 320 chunks of 65,536 entries at most.
+
+    Reads weight, gradient and two moments, writes all but the gradient, each in float32.
+    """
+    two, three = (
+        [parameter.numel() for _, parameter in build(setup.with_layers(depth)).trainable_parameters()]
+        for depth in (2, 3)
+    )
+    layer = three[: len(three) - len(two)] if len(three) > len(two) else []
+    per_layer = (sum(three) - sum(two), len(three) - len(two), sum(-(-n // 65536) for n in layer))
+    entries, tensors, chunks = (n * setup.layers for n in per_layer)
+    counts = Counts()
+    counts.launches[OPTIMIZER] = max(-(-tensors // 36), -(-chunks // 320))
+    counts.n_bytes[OPTIMIZER] = 28 * entries
+    return counts
 
 
 def _count(setup: Setup, pairs: Sequence[Pair]) -> Counts:
@@ -120,7 +163,7 @@ def _count(setup: Setup, pairs: Sequence[Pair]) -> Counts:
     set_mode(lm, training=True)
     assert decoder_layers(lm.backbone), "a model without layers"
     rows = [pair.scored() for pair in pairs]
-    counter = _Counter()
+    counter = _Counter(sizes(config_of(setup.model)).inner)
     with kernels_of("cuda"), _lora_noted(counter), counter:
         losses = batch_loss(lm, rows, LossSettings.of(setup.config)).losses
         torch.autograd.backward(losses.sum() / len(rows))
@@ -128,9 +171,10 @@ def _count(setup: Setup, pairs: Sequence[Pair]) -> Counts:
 
 
 class _Counter(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, inner: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts = Counts()
+        self.inner = inner  # width of the MLP, which tells its products from attention's
         self.in_lora = False
 
     def __torch_dispatch__(
@@ -143,7 +187,7 @@ class _Counter(TorchDispatchMode):
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         if name in _NO_LAUNCH or not any(tensor.is_meta for tensor in [*inputs, *outputs]):
             return result
-        part, counts = self._part(name), self.counts
+        part, counts = self._part(name, inputs), self.counts
         if part == HEAD and name == "token_logps_train":
             self._count_head(args)
             return result
@@ -154,7 +198,7 @@ class _Counter(TorchDispatchMode):
             counts.flop[part] += 2 * a.numel() * b.shape[-1]
         return result
 
-    def _part(self, name: str) -> str:
+    def _part(self, name: str, inputs: list[torch.Tensor]) -> str:
         if self.in_lora or "low_rank" in name:
             return LORA
         if name == "widen_int8" or name.startswith(("dequantize", "gemm_4bit")):
@@ -163,7 +207,9 @@ class _Counter(TorchDispatchMode):
             return ATTENTION
         if name.startswith(("token_logps", "scale_rows")):
             return HEAD
-        return PRODUCTS if name in _PRODUCTS else ELEMENTWISE
+        if name in _PRODUCTS:
+            return MLP_PRODUCTS if any(self.inner in tensor.shape for tensor in inputs) else ATTENTION_PRODUCTS
+        return _FUSED.get(name, REST)
 
     def _count_head(self, args: tuple[Any, ...]) -> None:
         """What `unit_gradient.chunked_logps` launches inside: product, pass, product a chunk."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dpoeng.cache.words import MIB, counted, gib, number
+from dpoeng.cli.bench.step_table import step_tables
 from dpoeng.cli.tables import Cell, Marked, Table, facts_table
 
 _PARTS = ("data", "forward", "head", "backward", "optimizer")
@@ -368,6 +369,7 @@ _TABLES: dict[str, Callable[[dict[str, Any]], list[Table]]] = {
     "quality": quality_tables,
     "scale": scale_tables,
     "cache": cache_tables,
+    "step": step_tables,
 }
 
 

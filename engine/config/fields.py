@@ -408,7 +408,9 @@ class TrainConfig(_Config):
         "all of it, and they share a step's forwards.",
     )
     gradient_checkpointing: bool | None = Field(
-        None, description="Recompute layers in the backward pass: less memory, more time. Default: only on a GPU."
+        None,
+        description="Recompute layers in the backward pass: less memory, more time. Default: on a CPU none, on a GPU "
+        "as many as its memory asks for.",
     )
     activation_offloading: bool = Field(
         False, description="Keep what gradient checkpointing keeps, each layer's input, in host memory: slower steps."

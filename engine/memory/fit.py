@@ -8,8 +8,9 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,18 +19,33 @@ from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import PairIds
 from dpoeng.cache.words import GIB, counted
 from dpoeng.engine.config.fields import PrecomputeConfig, Quantization, TrainConfig
-from dpoeng.engine.memory.any_depth import forward_memory, step_memory
+from dpoeng.engine.memory.any_depth import Memory, forward_memory, step_memory
 from dpoeng.engine.memory.overhead import estimate_overhead, needed_bytes
 from dpoeng.engine.memory.simulate import Pair, Setup
-from dpoeng.engine.memory.tracker import Peak
-from dpoeng.engine.models.loading import resolve_dtype
+from dpoeng.engine.memory.tracker import SAVED, Peak
+from dpoeng.engine.models.loading import layer_period, resolve_dtype
 from dpoeng.engine.models.model_config import config_of, sizes
 from dpoeng.engine.models.sources import ModelSource, read_fields
 from dpoeng.engine.models.trunk.layers import chosen_layers
 from dpoeng.engine.runtime.host import available_memory
 
+Forecast = TypeVar("Forecast")
+
 Note = Callable[[str], None]
 """Told what users should read."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepForecast:
+    """What a step of phase two will take.
+
+    Attributes:
+        peak_bytes: the predicted peak of tensors.
+        recompute: how many of the first layers are recomputed in the backward pass; None: as configured.
+    """
+
+    peak_bytes: int
+    recompute: int | None = None
 
 
 def ignore(_: str) -> None:
@@ -56,14 +72,15 @@ def check_step(
     held_bytes: int = 0,
     trunk_layer: int = 0,
     note: Note = ignore,
-) -> int | None:
+) -> StepForecast | None:
     """Refuses phase two where its longest pairs would not fit; `held_bytes` are taken, and there for this run.
 
-    With `shards` above 1 the frozen layers are divided over so many processes, each on a device of its own. With
+    With `shards` above 1 the frozen layers are divided over so many processes, each on a device of its own. On a GPU
+    whose memory takes more, only some layers are recomputed, unless `gradient_checkpointing` was set. With
     `trunk_layer` the model begins at that layer.
 
     Returns:
-        the predicted peak of tensors; None where it was plain without a simulation that all fits, or where it cannot be
+        the forecast; None where it was plain without a simulation that all fits, or where it cannot be
         predicted, which `note` is told.
 
     Raises:
@@ -97,7 +114,7 @@ def check_forward(
     return _advised(note, lambda: _check_forward(config, source, _longest(pairs), device))
 
 
-def _advised(note: Note, predict: Callable[[], int | None]) -> int | None:
+def _advised(note: Note, predict: Callable[[], Forecast | None]) -> Forecast | None:
     """A forecast is advice: it may say that something does not fit, and may end a run for no other reason."""
     try:
         return predict()
@@ -122,13 +139,14 @@ def _check_step(
     shards: int,
     held_bytes: int,
     trunk_layer: int,
-) -> int | None:
+) -> StepForecast | None:
     longest = list(islice(ordered, config.per_device_train_batch_size))
     if _is_small(source, longest, device, not config.use_peft):
         return None
     setup = _setup(config, source, device, quantization, dtype, config.checkpoints_on(device.type))
     setup = from_trunk(replace(setup, shards=shards), trunk_layer)
-    peak = step_memory(setup, longest).peak
+    memory = step_memory(setup, longest)
+    peak = memory.peak
     room = available_bytes(device) + held_bytes
     if _needed(setup, longest, peak, device) > room:
         fewer = [n for n in (1, 2, 4) if n < len(longest)]
@@ -143,7 +161,34 @@ def _check_step(
         if not changes:
             changes = ["phase one again with fewer bits (--quantization) or a shorter --max-length", "a larger device"]
         raise _no_room("phase two", peak, _needed(setup, longest, peak, device), room, longest, changes)
-    return peak.n_bytes
+    if device.type == "cuda" and config.gradient_checkpointing is None and not config.activation_offloading:
+        return _with_fewest_recomputed(setup, longest, memory, room, device)
+    return StepForecast(peak.n_bytes)
+
+
+def _with_fewest_recomputed(
+    setup: Setup, pairs: Sequence[Pair], recomputing: Memory, room: int, device: torch.device
+) -> StepForecast:
+    """As few layers recomputed as memory allows: each costs a forward of its own in every step.
+
+    A layer that is not recomputed adds what the two simulations differ by a layer, at whatever place they differ most;
+    a bound, since the last layers have freed theirs when the first are recomputed.
+    """
+    period = layer_period(setup.model)
+    if period is None:
+        return StepForecast(recomputing.peak.n_bytes)
+    never = replace(setup, config=setup.config.model_copy(update={"gradient_checkpointing": False}))
+    keeping = step_memory(never, pairs).stretches
+    differences = [keeping[place].n_bytes - peak.n_bytes for place, peak in recomputing.stretches.items()]
+    layers = setup.layers - setup.trunk_layer
+    layer_bytes = max(0, -(-max(differences) // layers))
+    peak = recomputing.peak
+    for recompute in range(0, layers, period):
+        more = (layers - recompute) * layer_bytes
+        kinds = {**peak.by_kind, SAVED: peak.by_kind.get(SAVED, 0) + more}
+        if _needed(setup, pairs, Peak(peak.n_bytes + more, kinds), device) <= room:
+            return StepForecast(peak.n_bytes + more, recompute)
+    return StepForecast(peak.n_bytes, layers)
 
 
 def from_trunk(setup: Setup, layer: int) -> Setup:

@@ -11,7 +11,7 @@ import torch
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import PairIds
 from dpoeng.engine.config.fields import PrecomputeConfig, Quantization, TrainConfig
-from dpoeng.engine.memory.fit import Note, check_forward, check_step, ignore
+from dpoeng.engine.memory.fit import Note, StepForecast, check_forward, check_step, ignore
 from dpoeng.engine.models.layers.setting_up import check_adapter_by_layer
 from dpoeng.engine.models.sources import ModelSource
 
@@ -54,8 +54,8 @@ def decide_step(
     held_bytes: int,
     trunk_layer: int,
     note: Note,
-) -> tuple[bool, int | None]:
-    """Phase two: the same. Arguments as of `check_step`; `adapter` is the SFT adapter, or None.
+) -> tuple[bool, StepForecast | None]:
+    """Phase two: whether it is run layer by layer, and the forecast of a step where there is one. Arguments as of `check_step`; `adapter` is the SFT adapter, or None.
 
     A run that begins from a trunk keeps the layers above it in memory.
 
@@ -66,7 +66,7 @@ def decide_step(
         check_adapter_by_layer(adapter)
         return True, None
 
-    def check(some: TrainConfig, note: Note = ignore) -> int | None:
+    def check(some: TrainConfig, note: Note = ignore) -> StepForecast | None:
         settings: Any = {"quantization": quantization, "dtype": dtype, "shards": shards, "held_bytes": held_bytes}
         return check_step(some, source, pairs, device, note=note, trunk_layer=trunk_layer, **settings)
 

@@ -82,6 +82,7 @@ class Setup:
         shards: over how many devices the frozen layers are divided (FSDP2); what one of them holds is told.
         depth: only so many of the first layers; None for all.
         trunk_layer: the model begins at this layer, from stored states; those below are not there.
+        recompute: of layers that are recomputed, only the first so many; None for all.
     """
 
     model: Mapping[str, Any]
@@ -98,6 +99,7 @@ class Setup:
     shards: int = 1
     depth: int | None = None
     trunk_layer: int = 0
+    recompute: int | None = None
 
     @property
     def layers(self) -> int:
@@ -127,7 +129,7 @@ def build(setup: Setup, *, policy: bool = True) -> CausalLM:
     if policy:
         lm = make_trainable(lm, setup.config, "new" if setup.config.use_peft else "full")
         if setup.config.gradient_checkpointing:
-            enable_gradient_checkpointing(lm, inputs_on_host=setup.config.activation_offloading)
+            enable_gradient_checkpointing(lm, inputs_on_host=setup.config.activation_offloading, layers=setup.recompute)
     if setup.stock:
         use_peft_product(lm.model)
     use_layout(lm, setup.layout)

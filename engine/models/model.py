@@ -168,8 +168,11 @@ def decoder_layers(backbone: nn.Module) -> list[nn.Module]:
     return layers or max(lists, key=len, default=[])
 
 
-def enable_gradient_checkpointing(lm: CausalLM, *, inputs_on_host: bool = False) -> None:
-    """Recomputes each decoder layer in the backward pass, without re-entrance; its input may wait in host memory.
+def enable_gradient_checkpointing(lm: CausalLM, *, inputs_on_host: bool = False, layers: int | None = None) -> None:
+    """Recomputes decoder layers in the backward pass, without re-entrance; their inputs may wait in host memory.
+
+    With `layers`, the first so many. The last ones keep what they computed: the backward frees that before the first
+    layers are recomputed. The numbers are the same for any count.
 
     The layer's `forward` is wrapped, and not its call, so that hooks (FSDP2's) stay outside and run once. transformers'
     own switch is not used: it acts where the layer's `training` is true, a flag that some layers also read for dropout.
@@ -178,7 +181,7 @@ def enable_gradient_checkpointing(lm: CausalLM, *, inputs_on_host: bool = False)
     draws = adapter_draws(lm)  # without it no state of generators is read off the device
     on_device = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
     checkpoint = partial(checkpoint_on_host if inputs_on_host else on_device, preserve_rng_state=draws)
-    for layer in decoder_layers(lm.backbone):
+    for layer in decoder_layers(lm.backbone)[:layers]:
         layer.forward = partial(_recomputed, checkpoint, layer.forward)
 
 

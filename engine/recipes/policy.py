@@ -12,13 +12,20 @@ from dpoeng.cache.errors import UserError
 from dpoeng.cache.trunk.index import TrunkIndex
 from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import Mode, Quantization, TrainConfig
+from dpoeng.engine.memory.fit import StepForecast
 from dpoeng.engine.memory.offloading import decide_step
 from dpoeng.engine.models.adapters import as_reference, check_savable, make_trainable
 from dpoeng.engine.models.fsdp import check_fsdp, layer_sharding, loads_whole_because, shard_base
 from dpoeng.engine.models.fsdp_rows import whole_parameters
 from dpoeng.engine.models.full_finetuning import check_full
 from dpoeng.engine.models.loading import pick_device
-from dpoeng.engine.models.model import CausalLM, device_name, enable_gradient_checkpointing, set_mode
+from dpoeng.engine.models.model import (
+    CausalLM,
+    decoder_layers,
+    device_name,
+    enable_gradient_checkpointing,
+    set_mode,
+)
 from dpoeng.engine.models.quantized import import_bitsandbytes, require_bitsandbytes
 from dpoeng.engine.models.sources import ModelSource, find_adapter, find_model
 from dpoeng.engine.recipes.inputs import Inputs
@@ -133,7 +140,7 @@ def load_policy(
     refuse_attention_on_cpu(config, device)
     note_idle(config, group, progress)
     held_bytes = kept_base.n_bytes if kept_base is not None else 0
-    by_layer, predicted_bytes = _check_memory(config, inputs, choice, source, device, group, held_bytes, progress.note)
+    by_layer, forecast = _check_memory(config, inputs, choice, source, device, group, held_bytes, progress.note)
     whole = loads_whole_because(config, group, choice.quantization, source, choice.adapter) if config.fsdp else ""
     if whole:
         progress.note(f"each process loads the whole base into the host's memory before it is divided: {whole}")
@@ -162,12 +169,27 @@ def load_policy(
         check_savable(lm)
     parity = _compare(lm, config, inputs, choice.mode, progress)
     if config.checkpoints_on(device.type) and not by_layer:  # which recomputes layers by itself
-        enable_gradient_checkpointing(lm, inputs_on_host=config.activation_offloading)
+        recompute = _agreed_recompute(forecast, group)
+        if recompute is not None:
+            progress.note(
+                f"recomputing {recompute} of {counted(len(decoder_layers(lm.backbone)), 'layer')}: {WHY_SOME}"
+            )
+        enable_gradient_checkpointing(lm, inputs_on_host=config.activation_offloading, layers=recompute)
     set_mode(lm, training=True)
     loaded = f"whole by each process, then divided: {whole}" if whole else "in parts" if in_parts else ""
     if choice.trunk is not None:
         loaded = f"from layer {choice.trunk.layer} on; what enters it is read from the cache"
-    return Policy(lm, source, device, parity, loaded, predicted_bytes)
+    return Policy(lm, source, device, parity, loaded, forecast.peak_bytes if forecast is not None else None)
+
+
+WHY_SOME = "memory takes what the others keep; --gradient-checkpointing recomputes all, which leaves the same numbers"
+
+
+def _agreed_recompute(forecast: StepForecast | None, group: Group) -> int | None:
+    """Layers to recompute: the most that any process needs, since divided layers are gathered by all together."""
+    counts = group.gather(forecast.recompute if forecast is not None else None)
+    known = [count for count in counts if count is not None]
+    return max(known) if len(known) == len(counts) else None
 
 
 def _check_memory(
@@ -179,8 +201,8 @@ def _check_memory(
     group: Group,
     held_bytes: int,
     note: Callable[[str], None],
-) -> tuple[bool, int | None]:
-    """Whether layers are loaded one at a time, and the simulated peak of a step, bytes.
+) -> tuple[bool, StepForecast | None]:
+    """Whether layers are loaded one at a time, and the forecast of a step.
 
     `held_bytes`: memory that a kept base already occupies, which this run uses again.
 

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from dpoeng.bench.step import ATTENTION, HEAD, LORA, PRODUCTS, WIDENING, StepSettings, count_step
+from dpoeng.bench.step import (
+    ATTENTION,
+    ATTENTION_PRODUCTS,
+    GATES,
+    HEAD,
+    LORA,
+    MLP_PRODUCTS,
+    NORMS,
+    OPTIMIZER,
+    ROTARY,
+    WIDENING,
+    Counts,
+    StepCounts,
+    StepSettings,
+    count_step,
+)
 from dpoeng.cli.bench.step import step
+from dpoeng.engine.memory.cards import Gpu
 
 GB = 1e9
 LARGE = {"model": "Qwen/Qwen2.5-32B", "quantization": "8bit"}  # 6,144 tokens
@@ -39,12 +56,17 @@ def test_products_are_those_of_the_formula() -> None:
     h, inner, heads, kv, vocabulary, tokens = 3584, 18944, 3584, 512, 152064, 1000
     weights = h * (2 * heads + 2 * kv) + 3 * h * inner
     assert found.tokens == tokens
-    assert found.layer.flop[PRODUCTS] == 3 * 2 * tokens * weights
-    assert found.layer.launches[PRODUCTS] == 3 * 7
+    attention = h * (2 * heads + 2 * kv)
+    assert found.layer.flop[ATTENTION_PRODUCTS] == 3 * 2 * tokens * attention
+    assert found.layer.flop[MLP_PRODUCTS] == 3 * 2 * tokens * (weights - attention)
+    assert found.layer.launches[ATTENTION_PRODUCTS] == 3 * 4
+    assert found.layer.launches[MLP_PRODUCTS] == 3 * 3
+    assert (found.layer.launches[NORMS], found.layer.launches[ROTARY], found.layer.launches[GATES]) == (6, 3, 3)
+    assert found.layer.launches[LORA] == 7 * (2 + 2 + 4)
     assert found.layer.launches[ATTENTION] == 3
     assert found.outside.flop[HEAD] == 2 * 2 * 800 * h * vocabulary  # the responses' tokens
     # The first layer forms no gradient of its input.
-    assert found.outside.flop[PRODUCTS] == -2 * tokens * h * (heads + 2 * kv)
+    assert found.outside.flop[ATTENTION_PRODUCTS] == -2 * tokens * h * (heads + 2 * kv)
 
 
 def test_widening_reads_a_byte_and_writes_two() -> None:
@@ -54,9 +76,36 @@ def test_widening_reads_a_byte_and_writes_two() -> None:
     assert layer.n_bytes[WIDENING] == pytest.approx(3 * 3 * weights, rel=1e-3)
 
 
-def test_the_command() -> None:
-    found = CliRunner().invoke(step, ["--model", "Qwen/Qwen2.5-7B", "--json"])
-    assert sum(json.loads(found.stdout)[0]["layer_launches"].values()) > 100
-    table = CliRunner().invoke(step, ["--model", "Qwen/Qwen2.5-7B"])
+def test_the_optimizer_moves_seven_numbers_an_entry() -> None:
+    h, inner, kv, layers = 3584, 18944, 512, 28
+    entries = 16 * layers * (2 * (h + h) + 2 * (h + kv) + 3 * (h + inner))
+    found = count_step(StepSettings(**SMALL)).optimizer
+    assert found.n_bytes[OPTIMIZER] == 28 * entries
+    assert -(-entries // 65536 // 320) <= found.launches[OPTIMIZER] < 60
+
+
+def test_a_step_takes_what_its_slower_half_takes() -> None:
+    """Bytes, FLOPs or launches, part by part, by hand."""
+    layer, none = Counts(), Counts()
+    layer.launches["a"], layer.n_bytes["a"] = 1, 800
+    layer.launches["b"], layer.flop["b"], layer.n_bytes["b"] = 1, 1500, 80
+    counts = StepCounts(layer, none, none, layers=10, tokens=1)
+    # 800 bytes at 80 % of 1000 a second, and 1500 operations at 75 % of 1000 a second.
+    assert counts.seconds(Gpu("card", 0, 1000.0, 1000.0)) == pytest.approx(10 * (1.0 + 2.0))
+    assert counts.seconds(Gpu("fast", 0, 1e12, 1e12)) == pytest.approx(10 * 2 * 6e-6)
+    assert counts.seconds(Gpu("of a size alone", 0)) is None
+
+
+def test_the_command(tmp_path: Path) -> None:
+    kept = tmp_path / "steps.jsonl"
+    ask = ["--model", "Qwen/Qwen2.5-7B", "--gpu", "a100-80gb"]
+    done = CliRunner().invoke(step, [*ask, "--json", "--record", str(kept)])
+    (record,) = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert json.loads(done.stdout)[0] == record
+    assert record["calculated"]
+    assert sum(record["layer_launches"].values()) > 100
+    assert 0.1 < record["estimated_s"] < 5
+    table = CliRunner().invoke(step, ask)
     assert "one of 28 layers, 6144 tokens" in table.output
     assert LORA in table.output
+    assert "Estimate, not measured" in table.output

@@ -444,16 +444,15 @@ def test_a_phase_that_does_not_fit_is_refused_beforehand(
     assert fit.check_step(many, source, pairs, cpu, **how) is None  # plainly fits: nothing is simulated
 
     monkeypatch.setattr(fit, "_is_small", lambda *_: False)
-    needs_many, needs_one = (fit.check_step(config, source, pairs, cpu, **how) for config in (many, one))
-    assert needs_many is not None
-    assert needs_one is not None
+    forecasts = [fit.check_step(config, source, pairs, cpu, **how) for config in (many, one)]
+    needs_many, needs_one = (forecast.peak_bytes for forecast in forecasts if forecast is not None)
     assert needs_many > 1.5 * needs_one
     monkeypatch.setattr(fit, "available_bytes", lambda _: int(1.2 * needs_one))
     with pytest.raises(UserError) as caught:
         fit.check_step(many, source, pairs, cpu, **how)
     assert caught.value.code == "memory-short"
     assert "--per-device-train-batch-size 1" in str(caught.value.remedy)
-    assert fit.check_step(one, source, pairs, cpu, **how) == needs_one
+    assert fit.check_step(one, source, pairs, cpu, **how) == fit.StepForecast(needs_one)
 
 
 def test_a_divided_base_fits_where_a_whole_one_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -461,14 +460,43 @@ def test_a_divided_base_fits_where_a_whole_one_does_not(tmp_path: Path, monkeypa
     source, cpu, config = ModelSource("model", tmp_path, ()), torch.device("cpu"), TrainConfig(lora_r=2)
     how: dict[str, Any] = {"quantization": "none", "dtype": "float32"}
     monkeypatch.setattr(fit, "_is_small", lambda *_: False)
-    whole, part = (fit.check_step(config, source, [ids(4, 6, 5)], cpu, **how, shards=n) for n in (1, 4))
-    assert whole is not None
-    assert part is not None
+    forecasts = [fit.check_step(config, source, [ids(4, 6, 5)], cpu, **how, shards=n) for n in (1, 4)]
+    whole, part = (forecast.peak_bytes for forecast in forecasts if forecast is not None)
     assert part < 0.6 * whole
     monkeypatch.setattr(fit, "available_bytes", lambda _: (part + whole) // 2)
     with pytest.raises(UserError, match="does not fit"):
         fit.check_step(config, source, [ids(4, 6, 5)], cpu, **how)
-    assert fit.check_step(config, source, [ids(4, 6, 5)], cpu, **how, shards=4) == part
+    assert fit.check_step(config, source, [ids(4, 6, 5)], cpu, **how, shards=4) == fit.StepForecast(part)
+
+
+@pytest.mark.parametrize("kept", [1, 7])
+def test_as_few_layers_are_recomputed_as_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
+    """The forecast is what a step with so many recomputed layers is simulated to take, or a little more."""
+    model = fields("qwen2", num_hidden_layers=8, hidden_size=64, intermediate_size=256)
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    source, config, gpu = ModelSource("model", tmp_path, ()), TrainConfig(lora_r=2), torch.device("cuda")
+    monkeypatch.setattr(fit, "resolve_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(fit, "_needed", lambda setup, pairs, peak, device: peak.n_bytes)
+
+    def forecast(room: int, config: TrainConfig) -> fit.StepForecast:
+        monkeypatch.setattr(fit, "available_bytes", lambda _: room)
+        found = fit.check_step(config, source, [ids(40, 60, 50)], gpu, quantization="none", dtype="bfloat16")
+        assert found is not None
+        return found
+
+    always = config.model_copy(update={"gradient_checkpointing": True})
+    all_recomputed, none_recomputed = forecast(2**40, always), forecast(2**40, config)
+    assert all_recomputed.recompute is None  # as it was asked for
+    assert none_recomputed.recompute == 0
+    layer = (none_recomputed.peak_bytes - all_recomputed.peak_bytes) // 8
+    room = all_recomputed.peak_bytes + kept * layer
+    assert forecast(room, config) == fit.StepForecast(room, 8 - kept)
+    assert forecast(room - 1, config).recompute == 9 - kept
+    setup = Setup(
+        model=model, dtype=torch.bfloat16, quantization="none", recompute=8 - kept, config=always, accumulates=False
+    )
+    true = plan.step_memory(setup, [Pair(40, 60, 50)], whole=True).peak.n_bytes
+    assert 0.85 * room <= true <= room
 
 
 # --------------------------------------------------------------------------- loading

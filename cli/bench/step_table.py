@@ -1,0 +1,34 @@
+"""The tables of `dpoeng bench step`: what a layer, the rest of a step and the optimizer ask of a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dpoeng.cli.tables import Cell, Table
+
+
+def step_tables(record: dict[str, Any]) -> list[Table]:
+    """A table for a layer, one for what is outside the layers, one for the optimizer; all calculated."""
+    recomputed = "forward, recomputation" if record["settings"]["gradient_checkpointing"] else "forward"
+    titles = {
+        "layer": f"one of {record['layers']} layers, {record['tokens']} tokens: {recomputed}, backward",
+        "outside": "outside the layers, less the input gradient that the first layer does not form",
+        "optimizer": "the optimizer, fused AdamW over the LoRA of all layers",
+    }
+    notes = []
+    if record.get("estimated_s") is not None:
+        notes = [f"Estimate, not measured: {record['estimated_s']:.3g} s a step on {record['gpu']}."]
+    heads = ("", "launches", "bytes", "TFLOP")
+    return [
+        Table(_rows(record, place), heads, title, notes if place == "optimizer" else ())
+        for place, title in titles.items()
+    ]
+
+
+def _rows(record: dict[str, Any], place: str) -> list[tuple[Cell, ...]]:
+    launches, n_bytes, flop = (record[f"{place}_{name}"] for name in ("launches", "n_bytes", "flop"))
+    parts = sorted(launches, key=lambda part: -launches[part])
+    rows = [(part, launches[part], n_bytes.get(part, 0), flop.get(part, 0)) for part in parts]
+    if len(rows) > 1:
+        rows.append(("all", *(sum(found.values()) for found in (launches, n_bytes, flop))))
+    return [(part, str(some), f"{moved / 1e9:.2f} GB", f"{done / 1e12:.3f}") for part, some, moved, done in rows]
