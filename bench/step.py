@@ -61,7 +61,7 @@ class StepSettings:
     prompt: int = 1024
     chosen: int = 1024
     rejected: int = 1024
-    pairs: int = 2
+    batch_size: int = 2
     lora_r: int = 16
     gradient_checkpointing: bool = True
 
@@ -132,10 +132,10 @@ def count_step(settings: StepSettings) -> StepCounts:
         {"lora_r": settings.lora_r, "gradient_checkpointing": settings.gradient_checkpointing}
     )
     setup = Setup(model=fields, dtype=torch.bfloat16, quantization=settings.quantization, config=config)
-    pairs = [Pair(settings.prompt, settings.chosen, settings.rejected)] * settings.pairs
+    pairs = [Pair(settings.prompt, settings.chosen, settings.rejected)] * settings.batch_size
     two, three = (_count(setup.with_layers(depth), pairs) for depth in (2, 3))
     layer = three.less(two)
-    tokens = settings.pairs * (settings.prompt + settings.chosen + settings.rejected)
+    tokens = settings.batch_size * (settings.prompt + settings.chosen + settings.rejected)
     return StepCounts(layer, two.less(layer).less(layer), _count_optimizer(setup), setup.layers, tokens)
 
 

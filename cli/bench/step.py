@@ -18,7 +18,7 @@ from dpoeng.cli.bench.output import Outputs, example, finish, output_options
     type=click.Choice(["none", "8bit", "4bit"]),
     help="How the base is held.",
 )
-@click.option("--pairs", default=2, show_default=True, help="In one forward.", type=click.IntRange(1))
+@click.option("--batch-size", default=2, show_default=True, help="Pairs in one forward.", type=click.IntRange(1))
 @click.option("--prompt", default=1024, show_default=True, help="Tokens.", type=click.IntRange(1))
 @click.option("--chosen", default=1024, show_default=True, help="Tokens.", type=click.IntRange(1))
 @click.option("--rejected", default=1024, show_default=True, help="Tokens.", type=click.IntRange(1))

@@ -55,7 +55,9 @@ def decide_step(
     trunk_layer: int,
     note: Note,
 ) -> tuple[bool, StepForecast | None]:
-    """Phase two: whether it is run layer by layer, and the forecast of a step where there is one. Arguments as of `check_step`; `adapter` is the SFT adapter, or None.
+    """Phase two: whether it is run layer by layer, and the forecast of a step where there is one.
+
+    Arguments as of `check_step`; `adapter` is the SFT adapter, or None.
 
     A run that begins from a trunk keeps the layers above it in memory.
 

@@ -249,7 +249,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[Check]:
     if variables.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1"):
         yield Check("CUDA_VISIBLE_DEVICES", "warning", "empty: GPUs are hidden", "unset it, or name the GPUs to use")
     spec = importlib.util.find_spec("kernels")
-    here = Path(__file__).resolve().parent.parent / "kernels"
+    here = Path(__file__).resolve().parents[2] / "kernels"
     if spec is not None and here in map(Path, spec.submodule_search_locations or ()):
         remedy = "do not put dpoeng's repository on PYTHONPATH; transformers needs the package index's `kernels`"
         if spec.origin is not None:
