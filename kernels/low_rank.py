@@ -88,7 +88,11 @@ def _factor_gradient(low: Tensor, y: Tensor, scale: float, by_rank: bool) -> Ten
 @torch.library.custom_op("dpoeng::low_rank_rows", mutates_args=())
 def _rows_op(x: Tensor, factor: Tensor, scale: float, by_rank: bool) -> Tensor:
     spans = zip(torch.split(x, SPAN, 1), torch.split(factor if by_rank else factor.T, SPAN, 1), strict=True)
-    return torch.stack([scale * sum(some.float() @ part.T for part in _parts(f)) for some, f in spans])
+    sums = []
+    for some, f in spans:
+        high, rest = _parts(f)
+        sums.append(scale * (some.float() @ high.T + some.float() @ rest.T))
+    return torch.stack(sums)
 
 
 @_rows_op.register_fake
