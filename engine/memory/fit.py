@@ -180,7 +180,7 @@ def _with_fewest_recomputed(
     never = replace(setup, config=setup.config.model_copy(update={"gradient_checkpointing": False}))
     keeping = step_memory(never, pairs).stretches
     differences = [keeping[place].n_bytes - peak.n_bytes for place, peak in recomputing.stretches.items()]
-    layers = setup.layers - setup.trunk_layer
+    layers = setup.layers
     layer_bytes = max(0, -(-max(differences) // layers))
     peak = recomputing.peak
     for recompute in range(0, layers, period):
