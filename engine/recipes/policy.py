@@ -169,12 +169,7 @@ def load_policy(
         check_savable(lm)
     parity = _compare(lm, config, inputs, choice.mode, progress)
     if config.checkpoints_on(device.type) and not by_layer:  # which recomputes layers by itself
-        recompute = _agreed_recompute(forecast, group)
-        if recompute is not None:
-            progress.note(
-                f"recomputing {recompute} of {counted(len(decoder_layers(lm.backbone)), 'layer')}: {WHY_SOME}"
-            )
-        enable_gradient_checkpointing(lm, inputs_on_host=config.activation_offloading, layers=recompute)
+        _recompute_layers(lm, config, forecast, group, progress)
     set_mode(lm, training=True)
     loaded = f"whole by each process, then divided: {whole}" if whole else "in parts" if in_parts else ""
     if choice.trunk is not None:
@@ -182,14 +177,22 @@ def load_policy(
     return Policy(lm, source, device, parity, loaded, forecast.peak_bytes if forecast is not None else None)
 
 
-WHY_SOME = "memory takes what the others keep; --gradient-checkpointing recomputes all, which leaves the same numbers"
+def _recompute_layers(
+    lm: CausalLM, config: TrainConfig, forecast: StepForecast | None, group: Group, progress: Progress
+) -> None:
+    """Recompute layers in the backward pass: all, or as many as the forecast asks for.
 
-
-def _agreed_recompute(forecast: StepForecast | None, group: Group) -> int | None:
-    """Layers to recompute: the most that any process needs, since divided layers are gathered by all together."""
+    Of several processes the most that any needs, since divided layers are gathered by all together.
+    """
     counts = group.gather(forecast.recompute if forecast is not None else None)
     known = [count for count in counts if count is not None]
-    return max(known) if len(known) == len(counts) else None
+    recompute = max(known) if len(known) == len(counts) else None
+    if recompute is not None:
+        progress.note(
+            f"recomputing {recompute} of {counted(len(decoder_layers(lm.backbone)), 'layer')}: memory takes what the "
+            "others keep; --gradient-checkpointing recomputes all, with the same numbers"
+        )
+    enable_gradient_checkpointing(lm, inputs_on_host=config.activation_offloading, layers=recompute)
 
 
 def _check_memory(
