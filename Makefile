@@ -9,6 +9,7 @@
 #   make bench       throughput and memory here        make coverage    the test suite with line coverage
 #   make figures     README and docs from bench/results/
 #   make dist        source archive and wheel of the last commit, in dist/
+#   make mutants     planted mistakes: do the tests notice?   make attacks   hostile files against the command line
 #   make clean       remove what the above made        make distclean   and the environments
 #
 # PYTHON names the Python to build with, PIP_FLAGS what pip needs here (for example an index with CPU builds of torch).
@@ -37,7 +38,7 @@ define pip_install
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-peers test-gpu test-oldest coverage lint format site docs-errors figures \
+.PHONY: help setup demo mutants attacks test test-slow test-peers test-gpu test-oldest coverage lint format site docs-errors figures \
 	bench dist clean distclean
 
 help:
@@ -87,6 +88,12 @@ test-oldest: $(OLDEST)/.installed
 
 coverage: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest $(WORKERS) --cov --cov-report=term-missing:skip-covered --cov-fail-under=85
+
+mutants: $(VENV)/.installed
+	$(VENV)/bin/python tests/support/mutants.py
+
+attacks: $(VENV)/.installed
+	$(VENV)/bin/python tests/support/attacks.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -130,9 +130,29 @@ def _file_batches(source: Any) -> Iterator[pa.RecordBatch]:
 
 def _validated(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Batches whose offsets, indices and texts were checked: pyarrow itself follows them wherever they lead."""
+    known: dict[tuple[object, ...], pa.Array] = {}
     for batch in batches:
-        batch.validate(full=True)
+        batch.validate()
+        for column in batch.columns:
+            if pa.types.is_dictionary(column.type):
+                _validate_dictionary(column, known)
+            else:
+                column.validate(full=True)
         yield batch
+
+
+def _validate_dictionary(column: Any, known: dict[tuple[object, ...], pa.Array]) -> None:
+    """Validates the values once, however many batches refer to them: else a file of 64 MiB could take hours."""
+    values = column.dictionary
+    place = (*(None if buffer is None else (buffer.address, buffer.size) for buffer in values.buffers()), len(values))
+    if place not in known:
+        values.validate(full=True)
+        known.clear()  # a stream has few at a time, and a place is only told apart while its values are held
+        known[place] = values
+    column.indices.validate(full=True)
+    bounds = pc.min_max(column.indices).as_py()
+    if bounds["min"] is not None and not 0 <= bounds["min"] <= bounds["max"] < len(values):
+        raise pa.ArrowInvalid(f"an index outside of the {len(values)} values of a dictionary")
 
 
 def _bounded(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[Batch]:

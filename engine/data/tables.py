@@ -47,6 +47,8 @@ def csv_rows(lines: Iterable[tuple[int, bytes | RowFault]], path: Path, max_cell
             except StopIteration:
                 return
             except csv.Error as error:
+                if "field larger" in str(error):
+                    raise _open_quote(path, number + 1, max_cell) from None
                 row = RowFault("bad-csv", str(error))
             except RowFault as fault:
                 row = fault
@@ -54,6 +56,18 @@ def csv_rows(lines: Iterable[tuple[int, bytes | RowFault]], path: Path, max_cell
             yield number, row
     finally:
         csv.field_size_limit(previous_limit)
+
+
+def _open_quote(path: Path, number: int, max_cell: int) -> UserError:
+    """Of a cell over many lines: which row any of those behind it belongs to, nothing tells."""
+    return UserError(
+        "a quote of the CSV file is not closed",
+        code="data-bad-csv",
+        where=f"{path}, row {number}",
+        expected=f"the end of a quoted cell within {max_cell >> 20} MiB",
+        remedy='close it, and write quotes inside of cells twice (""); a CSV library does both',
+        exit_status=3,
+    )
 
 
 def _csv_header(reader: Iterator[list[str]], path: Path) -> list[str]:

@@ -234,3 +234,27 @@ def test_sound_tables_come_whole(tmp_path: Path) -> None:
             read = parquet_batches if path.suffix == ".parquet" else arrow_batches
             rows = [row for batch, _ in read(path) for row in batch.select(list(COLUMNS)).to_pylist()]
         assert rows == plain_table().to_pylist()
+
+
+def test_a_dictionary_is_validated_once_and_its_indices_always(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.arrow"
+    content = arrow(pa.table({"x": pa.array(["a", "b"] * 50).dictionary_encode()}))
+    path.write_bytes(content)
+    known: list[int] = []
+    real = tables._validate_dictionary
+
+    def counting(column: Any, seen: Any) -> None:
+        real(column, seen)
+        known.append(id(next(iter(seen.values()))))
+
+    monkeypatch.setattr(tables, "_validate_dictionary", counting)
+    with reading(path, "Arrow"):
+        rows = [value for batch, _ in arrow_batches(path) for value in batch["x"].to_pylist()]
+    assert rows == ["a", "b"] * 50
+    assert len(known) == 20
+    assert len(set(known)) == 1
+    wild = struct.pack("<5i", 0, 1, 0, 1, 0)
+    assert content.count(wild) > 5
+    path.write_bytes(content.replace(wild, struct.pack("<5i", 0, 1, 0, 1 << 20, 0)))
+    with pytest.raises(UserError, match="outside of the 2 values"), reading(path, "Arrow"):
+        list(arrow_batches(path))

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dpoeng_testing import tree
+from processes import sum_of_row
 
 from dpoeng.bench.cache import synthetic_rows
 from dpoeng.cache import schema
@@ -263,17 +264,13 @@ def test_a_view_opens_again_in_another_process(tmp_path: Path) -> None:
     for method in ("fork", "spawn"):
         context = multiprocessing.get_context(method)
         with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-            assert pool.submit(_sum_of_row, view, 5).result() == rows[5].chosen_sum
+            assert pool.submit(sum_of_row, view, 5).result() == rows[5].chosen_sum
     frozen = pickle.dumps(view)
     assert len(frozen) < 1000  # names, not rows
     store.write_view(SPEC.digest, "pairs", entries(rows[:2]), {})
     with pytest.raises(CacheError) as caught:
         pickle.loads(frozen)
     assert caught.value.code == "cache-changed"
-
-
-def _sum_of_row(view: View, i: int) -> float:
-    return view[i].chosen_sum
 
 
 def test_which_view(tmp_path: Path) -> None:

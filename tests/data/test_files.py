@@ -535,3 +535,13 @@ def test_an_unreadable_file_is_explained(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(UserError, match="Permission denied"):
         read_pairs([path])
+
+
+def test_a_quote_that_is_never_closed_ends_the_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which row a later line belongs to, nothing tells: not one row is made of what stands behind it."""
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 2000)
+    path = tmp_path / "pairs.csv"
+    path.write_bytes(b'prompt,chosen,rejected\np,a,b\np,"' + b"x,\n" * 1000 + b"p,c,d\n")
+    with pytest.raises(UserError, match="not closed") as caught:
+        read_pairs([path])
+    assert (caught.value.code, caught.value.where) == ("data-bad-csv", f"{path}, row 2")

@@ -1,0 +1,184 @@
+"""Runs each hostile file against the command line, in a process with limits, and prints what became of it.
+
+    make attacks                                          # some minutes; ends with status 1 if one gets through
+    python tests/support/attacks.py --tree ../other       # against other sources
+    python tests/support/attacks.py --only template       # of one kind
+
+Each command runs in a folder of its own with a sound model, adapter, cache and run, may take 60 s and 2 GiB, and finds
+files outside of its folder that it must neither read nor change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+MAX_SECONDS = 60
+MAX_MIB = 2048
+BAD = ("crash", "hang", "memory", "internal error", "outside")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did: `verdict` is one of `BAD`, `read`, or `refused` with the code."""
+
+    verdict: str
+    seconds: float
+    mib: int
+    said: str
+
+    @property
+    def bad(self) -> bool:
+        return self.verdict.split(":")[0] in BAD
+
+
+def prepare(folder: Path) -> None:
+    """A model, an adapter, a cache and a run, by the command line itself."""
+    sys.path[:0] = [str(HERE), str(HERE.parent)]
+    import torch
+    from dpoeng_testing import pair_rows, save_tiny_model, write_jsonl
+    from peft import LoraConfig, get_peft_model
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    words = {word: at for at, word in enumerate(("</s>", "<unk>", *(chr(letter) for letter in range(32, 127))))}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    save_tiny_model(folder / "model", tokenizer)
+    write_jsonl(folder / "pairs.jsonl", pair_rows(24))
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder / "adapter")
+    for command in (
+        "precompute-ref pairs.jsonl --model model --cache cache",
+        "train --cache cache --output-dir run --max-steps 2",
+    ):
+        subprocess.run(dpoeng(command), cwd=folder, check=True, capture_output=True, env=environment(ROOT))
+
+
+def dpoeng(command: str) -> list[str]:
+    return [sys.executable, "-c", "from dpoeng.cli.main import main; main()", *shlex.split(command)]
+
+
+def environment(tree: Path) -> dict[str, str]:
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return {
+        **plain,
+        "PYTHONPATH": str(tree / "src"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "RUST_BACKTRACE": "0",
+    }
+
+
+def outside_of(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Files beside the folder, each with what a read or a write would change: size, and times of access and change."""
+    files = (path for path in folder.parent.iterdir() if path.is_file())
+    return {path.name: (path.stat().st_size, path.stat().st_atime_ns, path.stat().st_mtime_ns) for path in files}
+
+
+def run(command: str, folder: Path, tree: Path, more: dict[str, str]) -> Outcome:
+    for path in folder.parent.iterdir():
+        if path.is_file():
+            os.utime(path, (1, 2))  # an access older than the change: the next read is noted whatever the mount says
+    before, began = outside_of(folder), time.monotonic()
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            dpoeng(command),
+            cwd=folder,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**environment(tree), **more},
+            start_new_session=True,
+        )
+        verdict, peak = watch(process, began)
+        said.seek(0)
+        text = said.read(1 << 20).decode("utf-8", "replace")
+    code = re.search(r"\[([a-z0-9-]+)\]\n", text)
+    if not verdict and process.returncode < 0:
+        verdict = f"crash: signal {-process.returncode}"
+    elif not verdict and ("internal-error]" in text or "Traceback (most recent call last)" in text):
+        verdict = "internal error"
+    elif not verdict and outside_of(folder) != before:
+        verdict = "outside: " + ", ".join(sorted(dict(outside_of(folder).items() ^ before.items())))
+    elif not verdict:
+        verdict = f"refused: {code[1]}" if process.returncode and code else f"read, status {process.returncode}"
+    return Outcome(verdict, time.monotonic() - began, peak >> 20, text)
+
+
+def watch(process: subprocess.Popen[bytes], began: float) -> tuple[str, int]:
+    """Ends a process that passes a limit. Returns what it passed, or nothing, and its most resident bytes."""
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, resident(process.pid))
+        late = time.monotonic() - began > MAX_SECONDS
+        if late or peak > MAX_MIB << 20:
+            process.kill()
+            process.wait()
+            return ("hang" if late else "memory"), peak
+        time.sleep(0.02)
+    return "", peak
+
+
+def resident(pid: int) -> int:
+    """Bytes that are this process's own: mapped files do not count."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"RssAnon:\s+(\d+)", status)
+    return int(found[1]) * 1024 if found else 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Run hostile files against the command line.")
+    parser.add_argument("--tree", type=Path, default=ROOT, help="the sources to attack (default: these)")
+    parser.add_argument("--only", help="only attacks whose kind or name holds this")
+    parser.add_argument("--json", type=Path, help="also write the outcomes here")
+    options = parser.parse_args()
+    sys.path[:0] = [str(HERE)]
+    from hostile_files import attacks
+
+    chosen = [one for one in attacks() if not options.only or options.only in f"{one.kind} {one.name}"]
+    outcomes = []
+    with tempfile.TemporaryDirectory(prefix="dpoeng-attacks-") as scratch:
+        sound = Path(scratch) / "sound"
+        sound.mkdir()
+        prepare(sound)
+        print("| kind | file | outcome | s | MiB |\n|---|---|---|---|---|", flush=True)
+        for number, attack in enumerate(chosen):
+            folder = Path(scratch) / f"attack{number}" / "work"
+            shutil.copytree(sound, folder)
+            (folder.parent / "outside.txt").write_text("not to be read")
+            attack.make(folder)
+            found = run(attack.command, folder, options.tree.resolve(), dict(attack.environment))
+            outcomes.append({"kind": attack.kind, "name": attack.name, "verdict": found.verdict})
+            print(
+                f"| {attack.kind} | {attack.name} | {found.verdict} | {found.seconds:.0f} | {found.mib} |", flush=True
+            )
+            if found.bad:
+                print(f"    $ dpoeng {attack.command}\n    " + "\n    ".join(found.said.splitlines()[-12:]), flush=True)
+            shutil.rmtree(folder.parent)
+    bad = sum(str(one["verdict"]).split(":")[0] in BAD for one in outcomes)
+    print(f"\n{len(outcomes)} attacks, {bad} got through")
+    if options.json:
+        options.json.write_text(json.dumps(outcomes, indent=1))
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Makes each mistake of mutants.toml in a copy of the sources, runs the tests that should notice, prints the kill rate.
+
+make mutants                                        # before a release; some minutes
+python tests/support/mutants.py --only kernels      # those whose file or description holds this
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+MAX_SECONDS = 300
+AIM = 0.95
+
+
+def copy_sources(into: Path) -> None:
+    """The files that git knows or would add."""
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.check_output(listed, cwd=ROOT, text=True).splitlines():
+        source, target = ROOT / name, into / name
+        if source.is_symlink() or source.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target, follow_symlinks=False)
+
+
+def is_killed(tree: Path, tests: str) -> bool:
+    """Whether the tests fail, or do not end. They must run at all: pytest's status 1."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *shlex.split(tests)]
+    environment = {**os.environ, "PYTHONPATH": str(tree / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(
+            command, cwd=tree, env=environment, capture_output=True, text=True, timeout=MAX_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return True
+    if done.returncode not in (0, 1):
+        sys.exit(f"pytest {tests} ended with status {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.returncode == 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Plant mistakes and see whether the tests notice.")
+    parser.add_argument("--only", help="only those whose file or description holds this")
+    options = parser.parse_args()
+    listed = tomllib.loads((HERE / "mutants.toml").read_text(encoding="utf-8"))["mutant"]
+    chosen = [one for one in listed if not options.only or options.only in f"{one['file']} {one['what']}"]
+    killed = 0
+    with tempfile.TemporaryDirectory(prefix="dpoeng-mutants-") as scratch:
+        tree = Path(scratch)
+        copy_sources(tree)
+        for tests in sorted({one["tests"] for one in chosen}):
+            if is_killed(tree, tests):
+                sys.exit(f"without any mistake, these tests fail: {tests}")
+        for one in chosen:
+            path = tree / one["file"]
+            sound = path.read_text(encoding="utf-8")
+            path.write_text(sound.replace(one["old"], one["new"]), encoding="utf-8")
+            began = time.monotonic()
+            found = is_killed(tree, one["tests"])
+            path.write_text(sound, encoding="utf-8")
+            killed += found
+            took = f"{time.monotonic() - began:.0f} s"
+            print(f"{'killed  ' if found else 'SURVIVED'} {one['file']}: {one['what']} ({took})", flush=True)
+    print(f"\n{killed} of {len(chosen)} killed: {killed / len(chosen):.0%}")
+    sys.exit(0 if killed >= AIM * len(chosen) else 1)
+
+
+if __name__ == "__main__":
+    main()
