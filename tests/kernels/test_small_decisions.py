@@ -10,7 +10,7 @@ import torch
 
 from dpoeng.kernels import rows, tiled_logps
 from dpoeng.kernels.row_logps import token_logps_from_logits
-from dpoeng.kernels.unit_gradient import chunk_rows
+from dpoeng.kernels.tiles import chunk_rows
 
 
 def test_the_chunk_of_logits_is_at_most_640_mib_in_whole_tiles() -> None:

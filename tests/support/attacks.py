@@ -25,6 +25,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+sys.path[:0] = [str(HERE)]
+from hostile_files import Attack, attacks  # noqa: E402 - found by the line above
+
 MAX_SECONDS = 60
 MAX_MIB = 2048
 BAD = ("crash", "hang", "memory", "internal error", "outside")
@@ -46,7 +49,6 @@ class Outcome:
 
 def prepare(folder: Path) -> None:
     """A model, an adapter, a cache and a run, by the command line itself."""
-    sys.path[:0] = [str(HERE), str(HERE.parent)]
     import torch
     from dpoeng_testing import pair_rows, save_tiny_model, write_jsonl
     from peft import LoraConfig, get_peft_model
@@ -90,22 +92,22 @@ def outside_of(folder: Path) -> dict[str, tuple[int, int, int]]:
     return {path.name: (path.stat().st_size, path.stat().st_atime_ns, path.stat().st_mtime_ns) for path in files}
 
 
-def run(command: str, folder: Path, tree: Path, more: dict[str, str]) -> Outcome:
+def run(attack: Attack, folder: Path, tree: Path, seconds: int) -> Outcome:
     for path in folder.parent.iterdir():
         if path.is_file():
             os.utime(path, (1, 2))  # an access older than the change: the next read is noted whatever the mount says
     before, began = outside_of(folder), time.monotonic()
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
-            dpoeng(command),
+            dpoeng(attack.command),
             cwd=folder,
             stdout=said,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env={**environment(tree), **more},
+            env={**environment(tree), **attack.environment},
             start_new_session=True,
         )
-        verdict, peak = watch(process, began)
+        verdict, peak = watch(process, began, seconds)
         said.seek(0)
         text = said.read(1 << 20).decode("utf-8", "replace")
     code = re.search(r"\[([a-z0-9-]+)\]\n", text)
@@ -120,12 +122,12 @@ def run(command: str, folder: Path, tree: Path, more: dict[str, str]) -> Outcome
     return Outcome(verdict, time.monotonic() - began, peak >> 20, text)
 
 
-def watch(process: subprocess.Popen[bytes], began: float) -> tuple[str, int]:
+def watch(process: subprocess.Popen[bytes], began: float, seconds: int) -> tuple[str, int]:
     """Ends a process that passes a limit. Returns what it passed, or nothing, and its most resident bytes."""
     peak = 0
     while process.poll() is None:
         peak = max(peak, resident(process.pid))
-        late = time.monotonic() - began > MAX_SECONDS
+        late = time.monotonic() - began > seconds
         if late or peak > MAX_MIB << 20:
             process.kill()
             process.wait()
@@ -147,12 +149,10 @@ def resident(pid: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run hostile files against the command line.")
     parser.add_argument("--tree", type=Path, default=ROOT, help="the sources to attack (default: these)")
+    parser.add_argument("--seconds", type=int, default=MAX_SECONDS, help=f"that each may take (default: {MAX_SECONDS})")
     parser.add_argument("--only", help="only attacks whose kind or name holds this")
     parser.add_argument("--json", type=Path, help="also write the outcomes here")
     options = parser.parse_args()
-    sys.path[:0] = [str(HERE)]
-    from hostile_files import attacks
-
     chosen = [one for one in attacks() if not options.only or options.only in f"{one.kind} {one.name}"]
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="dpoeng-attacks-") as scratch:
@@ -165,7 +165,7 @@ def main() -> None:
             shutil.copytree(sound, folder)
             (folder.parent / "outside.txt").write_text("not to be read")
             attack.make(folder)
-            found = run(attack.command, folder, options.tree.resolve(), dict(attack.environment))
+            found = run(attack, folder, options.tree.resolve(), options.seconds)
             outcomes.append({"kind": attack.kind, "name": attack.name, "verdict": found.verdict})
             print(
                 f"| {attack.kind} | {attack.name} | {found.verdict} | {found.seconds:.0f} | {found.mib} |", flush=True

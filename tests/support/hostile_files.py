@@ -418,11 +418,16 @@ def _models() -> list[Attack]:
 def _records() -> list[Attack]:
     return [
         Attack("run", "run.json without its configuration", "report run", without("run/run.json", "config")),
-        Attack("run", "run.json without its reference, eval", "eval run", without("run/run.json", "reference")),
+        Attack(
+            "run",
+            "run.json without its reference, eval",
+            "eval --cache cache --adapter run",
+            without("run/run.json", "reference"),
+        ),
         Attack(
             "run",
             "run.json without its configuration, merge",
-            "merge run --output-dir o",
+            "merge run --into o",
             without("run/run.json", "config", "reference"),
         ),
         Attack(
@@ -447,7 +452,7 @@ def _records() -> list[Attack]:
         Attack(
             "run",
             "100,000 brackets as metrics, compare",
-            "compare run run",
+            "watch run",
             held("run/metrics.jsonl", deep(100_000) + b"\n"),
         ),
         Attack("cache", "an object that is a link outside", "cache verify cache", link_out),

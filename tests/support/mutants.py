@@ -51,9 +51,12 @@ def is_killed(tree: Path, tests: str) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Plant mistakes and see whether the tests notice.")
     parser.add_argument("--only", help="only those whose file or description holds this")
+    parser.add_argument("--part", default="1/1", help="every N-th, e.g. 1/2 and 2/2, to share the work")
     options = parser.parse_args()
+    first, parts = map(int, options.part.split("/"))
     listed = tomllib.loads((HERE / "mutants.toml").read_text(encoding="utf-8"))["mutant"]
     chosen = [one for one in listed if not options.only or options.only in f"{one['file']} {one['what']}"]
+    chosen = chosen[first - 1 :: parts]
     killed = 0
     with tempfile.TemporaryDirectory(prefix="dpoeng-mutants-") as scratch:
         tree = Path(scratch)
