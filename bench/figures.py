@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dpoeng.bench.compare import PEERS, CompareSettings
-from dpoeng.bench.figure_tables import cache, kernels, memory, plan, scale, sharing
+from dpoeng.bench.figure_tables import cache, kernels, memory, plan, scale, sharing, step
 from dpoeng.bench.figure_text import BASES, RESULTS, ROOT, Record, ranged, read, table, threads, where
 from dpoeng.cache.words import gib
 
@@ -241,6 +241,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "plan": plan,
     "memory": memory,
     "scale": scale,
+    "step": step,
 }
 
 
