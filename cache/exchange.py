@@ -281,7 +281,7 @@ def _row(columns: Mapping[str, Any], values: Sequence[str]) -> ScoredPair:
         len(ids) - len(of_side) - gap_tokens(between)
         for ids, of_side, between in zip((chosen, rejected), logps, gaps, strict=True)
     ]
-    row = ScoredPair(PairIds(prompt, chosen, rejected, starts[0], starts[1], gaps[0], gaps[1]), *logps)
+    row = ScoredPair(PairIds(prompt, chosen, rejected, starts[0], starts[1], gaps[0], gaps[1]), logps[0], logps[1])
     row.check()
     return row
 

@@ -20,7 +20,9 @@ FORMAT_WITH_GAPS: Final = b"dpoeng-refcache 2\n"
 """Of a cache with rows in which tokens between scored ones are not: readers of version 1 must leave it alone."""
 FORMAT_WITH_TRUNK: Final = b"dpoeng-refcache 3\n"
 """Of a cache with stored hidden states: readers of version 2 would take them for rows of log-probs."""
-FORMATS: Final = (FORMAT_BYTES, FORMAT_WITH_GAPS, FORMAT_WITH_TRUNK)
+FORMAT_WITH_ROWS: Final = b"dpoeng-refcache 4\n"
+"""Of a cache with rows that are no pairs (`records.ROW_KINDS`): readers of version 3 would take them for pairs."""
+FORMATS: Final = (FORMAT_BYTES, FORMAT_WITH_GAPS, FORMAT_WITH_TRUNK, FORMAT_WITH_ROWS)
 
 
 def spec_name(digest: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Self, SupportsIndex
@@ -13,7 +14,7 @@ import xxhash
 
 from dpoeng.cache.errors import CacheError
 from dpoeng.cache.folder import object_name, table_name, view_name
-from dpoeng.cache.records import ViewRecord, damaged
+from dpoeng.cache.records import ROW_KINDS, ViewRecord, damaged
 from dpoeng.cache.schema import ScoredPair
 from dpoeng.cache.shard import Numbers, Shard, check_hash
 from dpoeng.cache.spec import ReferenceSpec
@@ -28,6 +29,7 @@ class View:
     Attributes:
         name: of the view.
         meta: how the pairs were made.
+        rows: what its rows are: one of `records.ROW_KINDS`.
         spec: the reference that the numbers come from.
     """
 
@@ -36,6 +38,7 @@ class View:
     ) -> None:
         self.name = record.name
         self.meta: dict[str, Any] = dict(record.meta)
+        self.rows: str = record.meta.get("rows", "pairs")
         self.spec = spec
         self._store = store
         self._record = record
@@ -51,6 +54,7 @@ class View:
         name: str | None = None,
         *,
         beside: str | None = None,
+        rows: Collection[str] = ("pairs",),
         verify: Literal["open", "full"] = "full",
     ) -> Self:
         """Opens a view.
@@ -59,15 +63,17 @@ class View:
             root: the cache folder.
             name: the view; None where there is only one, or one beside another.
             beside: the name of a view that has its use already, and is not meant where none is named.
+            rows: the kinds of rows that the caller can deal with: nothing may take other rows for pairs.
             verify: "open" checks records, sizes, schema and offsets; "full" also hashes every byte of the objects in
                 use and looks at every log-prob (some 0.1 s/GB from a warm cache).
 
         Raises:
-            CacheError: no such view, several where none was named, or a file that is missing or damaged.
+            CacheError: no such view, several where none was named, a file that is missing or damaged, or other rows.
         """
         store = Store.open(root)
         name = _choose(store, name, beside)
         record = _record(store, name)
+        _check_rows(record, rows)
         full = verify == "full"
         with ThreadPoolExecutor(THREADS) as pool:
             shards = list(pool.map(lambda reference: store.open_shard(reference, check=full), record.objects))
@@ -80,7 +86,19 @@ class View:
         """Row i of the source. The arrays are read-only views of the file; copy what is to be changed."""
         if type(i) is not int or not 0 <= i < self._length:  # else what a loop asks for, without a call
             i = self._position(i)
-        return self._shards[self._object_at[i]][self._row_at[i]]
+        row = self._shards[self._object_at[i]][self._row_at[i]]
+        if self.rows != "pairs":
+            row.scores = self.scores(i)
+        return row
+
+    def scores(self, i: SupportsIndex) -> tuple[float, ...]:
+        """What the data set says of the responses of row i, see `ScoredPair.scores`; empty for a pair."""
+        if self.rows == "pairs":
+            return ()
+        label = self.extra(i).get("label")
+        if not isinstance(label, bool):
+            raise damaged(f"view {self.name}, row {self._position(i)}: label", "true or false", repr(label)[:200])
+        return (float(label),)
 
     def place(self, i: SupportsIndex) -> tuple[int, int]:
         """(number of the object, row in it) where the numbers of row i are stored."""
@@ -144,7 +162,7 @@ def open_table(store: Store, record: ViewRecord, *, check: bool) -> Table:
 
 def _reopen(kind: type[View], root: Path, name: str, fingerprint: str) -> View:
     """Called by unpickling. The process that pickled has verified the bytes, so a worker only opens them."""
-    view = kind.open(root, name, verify="open")
+    view = kind.open(root, name, rows=ROW_KINDS, verify="open")
     if _fingerprint(view._record) != fingerprint:
         raise CacheError(
             "the view was rewritten after this run opened it",
@@ -186,6 +204,22 @@ def _choose(store: Store, name: str | None, beside: str | None) -> str:
         + "run `dpoeng precompute-ref` to its end: it writes the view last",
         exit_status=2,
     )
+
+
+def _check_rows(record: ViewRecord, wanted: Collection[str]) -> None:
+    kind = record.meta.get("rows", "pairs")
+    if kind not in ROW_KINDS:
+        raise damaged(f"{record.name}: meta.rows", ", ".join(ROW_KINDS), repr(kind)[:200])
+    if kind not in wanted:
+        raise CacheError(
+            "the rows of this view are of another kind than this command works on",
+            code="cache-rows",
+            where=f"view {record.name}",
+            expected=" or ".join(wanted),
+            found=kind,
+            remedy="name another view, or run `dpoeng precompute-ref` on such rows; docs/data.md has the kinds",
+            exit_status=2,
+        )
 
 
 def _record(store: Store, name: str) -> ViewRecord:

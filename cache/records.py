@@ -19,6 +19,8 @@ from dpoeng.cache.errors import CacheError
 
 DIGEST = re.compile(r"[0-9a-f]{32}")
 VIEW_NAME = re.compile(r"[A-Za-z0-9._-]{1,200}")
+ROW_KINDS = ("pairs", "unpaired")
+"""What a view's rows are, `rows` in its `meta`; pairs where it says nothing. See docs/cache-format.md."""
 
 
 def canonical_json(value: Any) -> bytes:

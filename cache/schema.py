@@ -76,11 +76,14 @@ class ScoredPair:
         chosen_logps: float32, of each scored token: log p_ref(token | what precedes it), in nats, each <= 0.
             [C - chosen_start] where there are no gaps.
         rejected_logps: float32, the same.
+        scores: what the data set says of the responses; empty for a pair, whose first response is preferred. Of an
+            unpaired row 1 or 0: its first response is desirable or not, and the second is the mismatched one.
     """
 
     ids: PairIds
     chosen_logps: LogpArray
     rejected_logps: LogpArray
+    scores: tuple[float, ...] = ()
 
     def check(self) -> None:
         """Raises ValueError where lengths do not fit, an id is negative, or a number cannot be a log-probability."""

@@ -24,6 +24,7 @@ from dpoeng.cache.files import Disk, Files
 from dpoeng.cache.folder import (
     FORMAT_NAME,
     FORMAT_WITH_GAPS,
+    FORMAT_WITH_ROWS,
     FORMAT_WITH_TRUNK,
     FORMATS,
     commit_name,
@@ -377,6 +378,8 @@ class Store:
         Raises:
             CacheError: a pair has no row.
         """
+        if meta.get("rows", "pairs") != "pairs":
+            self.raise_format(FORMAT_WITH_ROWS)
         view_name(name)  # before the work
         index = self.lookup(spec_digest, known=known)
         held = Entries(entries)

@@ -145,7 +145,7 @@ def _print_texts(report: CheckReport) -> None:
     how = "in green" if colours() else f"between {_MARKS[0]} and {_MARKS[1]}"
     say(Marked("texts", "bold"), f" as the model is given them; what is scored stands {how}")
     for pair in report.shown:
-        for name, pieces in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        for name, pieces in zip(pair.names, (pair.chosen, pair.rejected), strict=True):
             say(Marked(f"{pair.where}, {name}", "dim"))
             say(*(_scored(piece.text) if piece.scored else piece.text for piece in pieces))
     say("")

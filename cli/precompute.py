@@ -89,7 +89,10 @@ def print_summary(summary: PrecomputeSummary) -> None:
         facts.append(("layout", f"{summary.layout}: {summary.layout_reason}"))
     if summary.peak_bytes is not None:
         facts.append(("peak memory", f"{gib(summary.peak_bytes)} allocated on the device"))
-    if not summary.pending:
+    if summary.source.kind == "unpaired":
+        desirable = sum(pair.extra["label"] for pair in summary.data.pairs)
+        facts.append(("labels", f"{desirable:,} desirable, {len(summary.data.pairs) - desirable:,} not"))
+    elif not summary.pending:
         share = f"{100 * summary.reference_accuracy:.0f} %"
         facts.append(
             ("reference", f"prefers the chosen response in {share} of the pairs (by sums of log-probs, as DPO)")

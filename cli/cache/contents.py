@@ -113,9 +113,10 @@ def verify(
     anew = None
     if recompute is not None and report.ok:
         from dpoeng.cache.reader import View
+        from dpoeng.cache.records import ROW_KINDS
         from dpoeng.engine.reference.parity import recompute as score_anew
 
-        anew = score_anew(View.open(folder, view), recompute, model=model, adapter=adapter)
+        anew = score_anew(View.open(folder, view, rows=ROW_KINDS), recompute, model=model, adapter=adapter)
     if as_json:
         say_json({"ok": report.ok, **as_data(report), "recomputed": anew})
     elif anew is not None:

@@ -50,7 +50,7 @@ def check_page(report: CheckReport) -> str:
 
 def _shown(pair: ShownPair) -> Html:
     inner = ""
-    for name, pieces in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+    for name, pieces in zip(pair.names, (pair.chosen, pair.rejected), strict=True):
         marked = "".join(f"<mark>{text(one.text)}</mark>" if one.scored else text(one.text) for one in pieces)
         inner += f"<p class=dim>{text(f'{pair.where}, {name}')}</p><pre>{marked}</pre>"
     return Html(inner)
@@ -64,8 +64,9 @@ def lengths_table(report: CheckReport) -> Table:
 
 def categories_table(report: CheckReport) -> Table:
     """How many pairs have each value of the columns that group them."""
-    rows = [category.row(report.pairs) for category in report.categories]
-    return Table(rows, ("column", "value", "pairs", "share", "chosen is longer"), "categories", words=2)
+    shown = 5 if report.bias is not None else 4
+    rows = [category.row(report.pairs)[:shown] for category in report.categories]
+    return Table(rows, ("column", "value", "pairs", "share", "chosen is longer")[:shown], "categories", words=2)
 
 
 def _finding(finding: Finding) -> Html:

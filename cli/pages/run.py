@@ -18,7 +18,7 @@ CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("loss", "nats", ("loss",)),
     ("reward accuracy", "share of pairs", ("rewards/accuracies",)),
     ("reward margin", "beta × nats", ("rewards/margins",)),
-    ("rewards", "beta × nats", ("rewards/chosen", "rewards/rejected")),
+    ("rewards", "beta × nats", ("rewards/chosen", "rewards/rejected", "rewards/threshold")),
     ("log-probs", "nats a response", ("logps/chosen", "logps/rejected")),
     ("KL to the reference", "an estimate", ("kl/chosen", "kl/rejected")),
     ("gradient norm", "before clipping", ("grad_norm",)),
@@ -39,6 +39,7 @@ _FORMATS = {
     "logps/rejected": ".1f",
     "kl/chosen": ".4f",
     "kl/rejected": ".4f",
+    "rewards/threshold": ".3f",
 }
 _OF_STEPS = [name for name in _FORMATS if not name.startswith("kl/") and "length" not in name]
 

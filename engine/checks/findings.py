@@ -292,6 +292,18 @@ KINDS: dict[str, Kind] = {
         "every prompt includes it; without it in use, the model sees other prompts than in training",
         "nothing, if SFT used the same template; otherwise add a system message",
     ),
+    "label-desirable": Kind(
+        "info",
+        "rows whose response is desirable",
+        "losses of labels weigh both kinds of rows by their number",
+        "KTO wants desirable_weight times their number to be 1 to 4/3 of undesirable_weight times that of the others",
+    ),
+    "label-undesirable": Kind(
+        "info",
+        "rows whose response is not desirable",
+        "losses of labels weigh both kinds of rows by their number",
+        "see label-desirable; with no such row, or no other, a run learns to say more of everything, or less",
+    ),
     "few-pairs": Kind(
         "info",
         "fewer than 100 pairs",

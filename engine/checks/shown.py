@@ -13,6 +13,8 @@ from dpoeng.cache.schema import Gaps, IdArray, PairIds
 from dpoeng.engine.data.in_memory import place
 from dpoeng.engine.data.shapes import PreferencePair
 
+PAIR = ("chosen", "rejected")
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -24,27 +26,28 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class ShownPair:
-    """Both texts of a pair, in pieces. `where` is file and row."""
+    """Both texts of a pair, in pieces. `where` is file and row, `names` are what the two texts are called."""
 
     where: str
     chosen: list[Piece]
     rejected: list[Piece]
+    names: tuple[str, str] = PAIR
 
 
-def show_tokens(where: str, ids: PairIds, tokenizer: Any) -> ShownPair:
+def show_tokens(where: str, ids: PairIds, tokenizer: Any, names: tuple[str, str] = PAIR) -> ShownPair:
     """The texts of token ids."""
     chosen = _pieces(ids.prompt_ids, ids.chosen_ids, ids.chosen_start, ids.chosen_gaps, tokenizer)
     rejected = _pieces(ids.prompt_ids, ids.rejected_ids, ids.rejected_start, ids.rejected_gaps, tokenizer)
-    return ShownPair(where, chosen, rejected)
+    return ShownPair(where, chosen, rejected, names)
 
 
-def show_texts(pair: PreferencePair) -> ShownPair | None:
+def show_texts(pair: PreferencePair, names: tuple[str, str] = PAIR) -> ShownPair | None:
     """The texts of a pair without a tokenizer; None for messages, which no template has written yet."""
     if not (isinstance(pair.prompt, str) and isinstance(pair.chosen, str) and isinstance(pair.rejected, str)):
         return None
     prompt = Piece(pair.prompt, False)
     where = place(pair.source_file, pair.source_row)
-    return ShownPair(where, [prompt, Piece(pair.chosen, True)], [prompt, Piece(pair.rejected, True)])
+    return ShownPair(where, [prompt, Piece(pair.chosen, True)], [prompt, Piece(pair.rejected, True)], names)
 
 
 def _pieces(prompt: IdArray, response: IdArray, start: int, gaps: Gaps, tokenizer: Any) -> list[Piece]:

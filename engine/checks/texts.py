@@ -72,6 +72,7 @@ class TextCheck:
         self._tally = tally
         self._known = known_markers
         self._pairs = 0
+        self._of_pairs = True
         self._tails: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
         self._responses: dict[int, int] = {}
         self._often: dict[int, tuple[str, str]] = {}
@@ -83,7 +84,8 @@ class TextCheck:
         self._pairs += 1
         for code, shown in _faults(pair, self._known):
             self._tally.add(code, pair, shown)
-        for side, tails in zip((pair.chosen, pair.rejected), self._tails, strict=True):
+        self._of_pairs = pair.kind == "pairs"
+        for side, tails in zip(pair.responses.values(), self._tails, strict=False):
             written = content(side)
             tails[tail(written)] += 1
             if len(tails) > 2 * _TAILS_KEPT:
@@ -157,7 +159,7 @@ class TextCheck:
 
     def _endings(self) -> None:
         """Words that end most responses of one side, such as END: on both sides, and of all?"""
-        if self._pairs < 10:
+        if self._pairs < 10 or not self._of_pairs:
             return
         candidates = {word for tails in self._tails for word, count in tails.most_common(5) if count >= self._pairs / 2}
         for word in sorted(candidates - {""}):
@@ -186,7 +188,7 @@ def tail(written: str) -> str:
 
 def _faults(pair: PreferencePair, known: frozenset[str] | None) -> Iterator[tuple[str, str]]:
     """Return every finding about one pair: (code, example)."""
-    sides = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+    sides = {"prompt": pair.prompt, **pair.responses}
     if isinstance(pair.prompt, str):
         texts = {name: side for name, side in sides.items() if isinstance(side, str)}
         yield from _text_faults(texts, known)
@@ -194,10 +196,11 @@ def _faults(pair: PreferencePair, known: frozenset[str] | None) -> Iterator[tupl
         messages = {name: side for name, side in sides.items() if not isinstance(side, str)}
         yield from _message_faults(messages)
         texts = {name: content(side) for name, side in messages.items()}
-    if _folded(texts["chosen"]) == _folded(texts["rejected"]):
-        yield "nearly-same", snippet(texts["chosen"])
+    written_responses = [texts[name] for name in pair.responses]
+    if len(set(map(_folded, written_responses))) < len(written_responses):
+        yield "nearly-same", snippet(written_responses[0])
     if isinstance(pair.prompt, str) and holds_human_turn(pair):
-        yield "later-human-turn", snippet(texts["chosen"])
+        yield "later-human-turn", snippet(written_responses[0])
     for name, written in texts.items():
         if hit := _DAMAGE.search(written):
             yield "damaged-text", f"{name}: {snippet(written[max(hit.start() - 30, 0) : hit.end() + 30])}"
@@ -207,19 +210,20 @@ def _faults(pair: PreferencePair, known: frozenset[str] | None) -> Iterator[tupl
 
 
 def _text_faults(texts: Mapping[str, str], known: frozenset[str] | None) -> Iterator[tuple[str, str]]:
-    prompt, chosen, rejected = texts["prompt"], texts["chosen"], texts["rejected"]
-    if prompt.strip() and all(side.lstrip().startswith(prompt.strip()) for side in (chosen, rejected)):
-        yield "prompt-begins-responses", f"{snippet(prompt)} before {snippet(chosen)}"
+    prompt, responses = texts["prompt"], {name: written for name, written in texts.items() if name != "prompt"}
+    first = next(iter(responses.values()))
+    if prompt.strip() and all(side.lstrip().startswith(prompt.strip()) for side in responses.values()):
+        yield "prompt-begins-responses", f"{snippet(prompt)} before {snippet(first)}"
     if any(prompt.count(marker) > 1 for marker in SYSTEM_TEXTS):
         yield "system-twice", snippet(prompt)
     if known is not None:
         foreign = [marker for marker in TEMPLATE_TEXTS if marker in prompt and marker not in known]
         if foreign and not (foreign == ["[INST]", "[/INST]"] or known.intersection(("[INST]", "</s>"))):
             yield "foreign-template", f"{', '.join(foreign)} in {snippet(prompt)}"
-    if chosen[:1].isspace() != rejected[:1].isspace():
-        yield "boundary-one-sided", f"chosen {snippet(chosen[:30])}, rejected {snippet(rejected[:30])}"
-    elif prompt and _runs_together(prompt[-1], chosen[:1]):
-        yield "joined-words", snippet(prompt[-30:] + chosen[:30])
+    if len({written[:1].isspace() for written in responses.values()}) > 1:
+        yield "boundary-one-sided", ", ".join(f"{name} {snippet(written[:30])}" for name, written in responses.items())
+    elif prompt and _runs_together(prompt[-1], first[:1]):
+        yield "joined-words", snippet(prompt[-30:] + first[:30])
 
 
 def _message_faults(sides: Mapping[str, list[Message]]) -> Iterator[tuple[str, str]]:
@@ -241,7 +245,8 @@ def _token_texts(texts: Mapping[str, str]) -> Iterator[tuple[str, str]]:
         yield "bos-in-text", snippet(whole)
     inner = {"prompt": whole[max((len(bos) for bos in BOS_TEXTS if whole.startswith(bos)), default=0) :]}
     ended = False
-    for name in ("chosen", "rejected"):
+    responses = [name for name in texts if name != "prompt"]
+    for name in responses:
         written = texts[name].rstrip()
         stripped = written
         while end := next((end for end in END_TEXTS if stripped.endswith(end)), None):
@@ -249,7 +254,7 @@ def _token_texts(texts: Mapping[str, str]) -> Iterator[tuple[str, str]]:
         ended = ended or stripped != written
         inner[name] = stripped
     if ended:
-        yield "end-token-in-text", snippet(texts["chosen"], end=True)
+        yield "end-token-in-text", snippet(texts[responses[0]], end=True)
     # In a prompt that is one text, end tokens close its turns; in a response they stand in the way.
     for name, written in inner.items():
         marks = BOS_TEXTS[1:] if name == "prompt" else (*BOS_TEXTS[1:], *END_TEXTS)

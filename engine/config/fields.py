@@ -76,7 +76,7 @@ Source = Annotated[
 LOSS_FIELDS = (
     "loss_type loss_weights beta label_smoothing ld_alpha f_divergence_type f_alpha_divergence_coef rpo_alpha "
     "use_weighting pair_weight_column discopop_tau dpop_lambda bco_reward_shift beta_dpo_alpha beta_dpo_momentum "
-    "beta_dpo_keep simpo_gamma cpo_alpha"
+    "beta_dpo_keep simpo_gamma cpo_alpha desirable_weight undesirable_weight"
 ).split()
 
 # The field that a group begins with -> its heading, in --help, `dpoeng config show` and the file that init writes.
@@ -316,7 +316,7 @@ class TrainConfig(_Config):
         min_length=1,
         description="One loss, or several that are added: sigmoid (DPO), sigmoid_norm, robust, ipo, hinge, exo_pair, "
         "nca_pair, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down, discopop, dpop, beta_dpo, simpo, cpo, "
-        "orpo, sft; see docs/losses.md.",
+        "orpo, sft; of rows with one response and a label kto, apo_zero_unpaired, bco; see docs/losses.md.",
     )
     loss_weights: tuple[float, ...] | None = Field(
         None, description="A weight for each loss of loss_type, e.g. sigmoid,sft with 1,0.2. Default: 1 each."
@@ -379,6 +379,13 @@ class TrainConfig(_Config):
     )
     simpo_gamma: float = Field(0.5, ge=0, description="simpo: the margin to be reached, in units of the reward.")
     cpo_alpha: float = Field(1.0, ge=0, description="cpo: weight of its likelihood term; 0 leaves it out.")
+    desirable_weight: float = Field(
+        1.0,
+        ge=0,
+        description="kto, apo_zero_unpaired, bco: weight of desirable rows; KTO wants desirable_weight times "
+        "their number to be 1 to 4/3 of undesirable_weight times the number of the others.",
+    )
+    undesirable_weight: float = Field(1.0, ge=0, description="kto, apo_zero_unpaired, bco: weight of the other rows.")
 
     optim: Optimizer = Field(
         "adamw_torch",

@@ -81,6 +81,8 @@ class LossFields(TypedDict, total=False):
     beta_dpo_keep: float
     simpo_gamma: float
     cpo_alpha: float
+    desirable_weight: float
+    undesirable_weight: float
 
 
 class TrainSettings(LossFields, total=False):

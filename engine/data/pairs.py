@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import stat_result
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,22 @@ from dpoeng.cache.foreign.tables import unreadable
 from dpoeng.cache.words import counted
 from dpoeng.engine.data import readers
 from dpoeng.engine.data.in_memory import RowsInMemory, is_in_memory, place
+from dpoeng.engine.data.kinds.unpaired import Mismatcher
 from dpoeng.engine.data.messages import essence
-from dpoeng.engine.data.prompts import QUESTIONS
+from dpoeng.engine.data.prompts import PROMPT_COLUMNS, QUESTIONS
 from dpoeng.engine.data.rejects import Reject, check_reject_share
 from dpoeng.engine.data.shapes import (
     COLUMN_FIELDS,
-    FIELDS,
+    KIND_FIELDS,
     TRANSCRIPT,
     PreferencePair,
     Shape,
     Turns,
+    check_kind,
+    fields_of,
     holds_human_turn,
     to_pair,
+    to_unpaired,
 )
 from dpoeng.engine.data.strict_json import RowFault
 from dpoeng.engine.data.tables import csv_value
@@ -126,6 +131,7 @@ class PairFile:
         columns: every column name that was seen.
         prompts: where the prompts come from, as far as that is to be told.
         misspelt: unused column -> the field that no column has and whose name is close.
+        kind: of the rows, one of `shapes.KIND_FIELDS`.
     """
 
     pairs: list[PreferencePair] = field(default_factory=list)
@@ -139,6 +145,7 @@ class PairFile:
     columns: tuple[str, ...] = ()
     prompts: PromptOrigins = field(default_factory=lambda: PromptOrigins())
     misspelt: dict[str, str] = field(default_factory=dict)
+    kind: str = "pairs"
 
     def column_remark(self) -> str:
         """See the function of the same name."""
@@ -209,6 +216,7 @@ def _passing(
             found.contradictions.append(row.contradiction)
         yield row.pair
     found.filtered, found.columns, found.misspelt = stream.filtered, stream.columns, stream.misspelt
+    found.kind = stream.kind or "pairs"
     check_reject_share(found.rejects, found.count + len(found.rejects), max_reject_share)
     if not found.count:
         raise _no_pair(found, where)
@@ -249,6 +257,7 @@ class PairStream:
         rejected, filtered: rows left out so far.
         files, prompts, misspelt: as in `PairFile`.
         columns: as in `PairFile`.
+        kind: of the rows, one of `shapes.KIND_FIELDS`, as the first of them says; None before there is one.
     """
 
     def __init__(
@@ -282,9 +291,12 @@ class PairStream:
         # Key of a pair -> the row where it stood first: its number, and above that the number of its file. One number
         # takes half of the memory of a tuple.
         self._seen: dict[bytes, int] = {}
+        self._held: deque[ReadPair] = deque()
         self._names: dict[str, None] = {}
         self.rejected = 0
         self.filtered = 0
+        self.kind: str | None = None
+        self._mismatcher = Mismatcher()
         self.prompts = PromptOrigins()
         self.misspelt: dict[str, str] = {}
         self.files: dict[str, str] = {}
@@ -302,6 +314,7 @@ class PairStream:
         """
         for path in self._paths:
             yield from self._read(path)
+        self._mismatcher.finish(", ".join(self.files))
 
     def _read(self, path: Path | RowsInMemory) -> Iterator[ReadPair | Reject]:
         if isinstance(path, RowsInMemory):
@@ -324,8 +337,7 @@ class PairStream:
                 self.rejected += 1
                 yield Reject(str(path), number, fault.reason, fault.detail)
             else:
-                if pair is not None:
-                    yield pair
+                yield from self._complete(pair) if pair is not None else ()
         if isinstance(path, Path) and before is not None and _identity(path.stat()) != _identity(before):
             raise _changed(path)
         if rows == 0:
@@ -337,18 +349,31 @@ class PairStream:
                 exit_status=3,
             )
         if names:
-            self._check_columns(path, names)
-            self.misspelt |= _misspelt(names, self._columns)
+            kind = shape.kind_of(names)
+            self._check_columns(path, names, kind)
+            self.misspelt |= _misspelt(names, self._columns, kind)
         self._names.update(names)
 
+    def _complete(self, row: ReadPair) -> Iterator[ReadPair]:
+        """The row; of unpaired ones those that have got their mismatched response with it."""
+        if row.pair.kind != "unpaired":
+            yield row
+            return
+        self._held.append(row)
+        for pair in self._mismatcher.add(row.pair):
+            yield replace(self._held.popleft(), pair=pair)
+
     def _pair(self, path: Path | RowsInMemory, number: int, row: dict[str, Any], shape: Shape) -> ReadPair | None:
+        kind = shape.kind_of(row)
         if shape.untyped:
-            texts = {shape.column(name) for name in COLUMN_FIELDS}
+            texts = {shape.column(name) for name in (*fields_of(kind), *PROMPT_COLUMNS)}
             row = {name: (value or None) if name in texts else csv_value(value) for name, value in row.items()}
         if self._condition is not None and not self._condition.holds(row):
             self.filtered += 1
             return None
-        pair = to_pair(row, shape, str(path), number)
+        self.kind = self.kind or kind
+        check_kind(kind, self.kind)
+        pair = (to_unpaired if kind == "unpaired" else to_pair)(row, shape, str(path), number)
         self.prompts.add(pair, formatted=shape.prompt_format is not None)
         key, opposite = content_key(pair), content_key(pair, swapped=True)
         same, other = (self._repeat(path, number, earlier) for earlier in (key, opposite))
@@ -361,9 +386,9 @@ class PairStream:
             return None
         return Repeat(str(path), number, list(self.files)[first >> _ROW_BITS], first & (1 << _ROW_BITS) - 1)
 
-    def _check_columns(self, path: Path | RowsInMemory, names: Mapping[str, None]) -> None:
+    def _check_columns(self, path: Path | RowsInMemory, names: Mapping[str, None], kind: str) -> None:
         """Raise where a column that is needed, mapped or filtered by occurs in no row of a file."""
-        required = {"chosen": "chosen", "rejected": "rejected"} | self._columns
+        required = {name: name for name in KIND_FIELDS[kind]} | self._columns
         for target, column in required.items():
             if column and column not in names:
                 raise _no_column(path, column, names, f"--columns {target}=NAME names the column that holds `{target}`")
@@ -385,9 +410,9 @@ def _check_targets(columns: Mapping[str, str]) -> None:
             )
 
 
-def _misspelt(names: Mapping[str, None], columns: Mapping[str, str]) -> dict[str, str]:
+def _misspelt(names: Mapping[str, None], columns: Mapping[str, str], kind: str) -> dict[str, str]:
     """Column -> the field whose name is close, of fields that no column has and columns that are no field."""
-    lacking = [name for name in FIELDS if name not in names and name not in columns]
+    lacking = [name for name in fields_of(kind) if name not in names and name not in columns]
     if "prompt" in lacking:
         lacking.append("input" if "instruction" in names else "instruction")
     lacking += [name for name in ("system", "history") if name not in names and name not in columns]
@@ -406,11 +431,14 @@ def column_remark(prompts: PromptOrigins, misspelt: Mapping[str, str]) -> str:
     return "; ".join([*prompts.remarks(), *([misspelt_remark(misspelt)] if misspelt else [])])
 
 
+_MAPPED = frozenset(name for kind in KIND_FIELDS for name in fields_of(kind))
+
+
 def misspelt_remark(misspelt: Mapping[str, str]) -> str:
     """Unused columns whose name is close to a field's."""
     told = []
     for column, target in misspelt.items():
-        how = f" (--columns {target}={column})" if target in FIELDS else ""
+        how = f" (--columns {target}={column})" if target in _MAPPED else ""
         told.append(f"unused column `{column}`: did you mean `{target}`?{how}")
     return "; ".join(told)
 
@@ -452,7 +480,16 @@ def _digest(path: Path) -> str:
 
 
 def content_key(pair: PreferencePair, *, swapped: bool = False) -> bytes:
-    """A hash of all that a pair is made of; with `swapped`, of the pair the other way round."""
+    """A hash of all that a pair is made of; with `swapped`, of the pair the other way round.
+
+    An unpaired row is the same whichever mismatched response it has, and the other way round with the other label.
+    """
+    if pair.kind == "unpaired":
+        label = pair.scores[0] != float(swapped)
+        content = json.dumps(
+            [_essence(pair.prompt), _essence(pair.chosen), label, pair.tools, pair.chat_template_kwargs], sort_keys=True
+        )
+        return xxhash.xxh3_128_digest(content.encode())
     sides = (pair.rejected, pair.chosen) if swapped else (pair.chosen, pair.rejected)
     turns = [_essence(part) for part in (pair.prompt, *sides)]
     content = json.dumps([*turns, pair.tools, pair.chat_template_kwargs], sort_keys=True)

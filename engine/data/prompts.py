@@ -148,9 +148,7 @@ def place_prompt(found: PromptColumns, prompt: str | list[Message], prompt_forma
     return [*first, *rest]
 
 
-def without_answer(
-    prompt: list[Message], origin: str, chosen: Sequence[Message], rejected: Sequence[Message]
-) -> list[Message]:
+def without_answer(prompt: list[Message], origin: str, *answers: Sequence[Message]) -> list[Message]:
     """A conversation beside its answers, without the answer that it may end with.
 
     Raises:
@@ -158,12 +156,12 @@ def without_answer(
     """
     if origin not in CONVERSATIONS or not prompt or prompt[-1]["role"] != "assistant" or prompt[-1].get("tool_calls"):
         return prompt
-    if len(prompt) > 1 and any(same_message(prompt[-1], side[0]) for side in (chosen, rejected)):
+    if len(prompt) > 1 and any(same_message(prompt[-1], side[0]) for side in answers):
         return prompt[:-1]
     raise RowFault(
         "prompt-mismatch",
-        f"`{origin}` ends with an answer that is neither chosen nor rejected; --columns prompt={origin} lets both go "
-        "on in that message",
+        f"`{origin}` ends with an answer that is none of the row's; --columns prompt={origin} lets these go on in that "
+        "message",
     )
 
 

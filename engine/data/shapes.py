@@ -6,8 +6,8 @@ prompt, or two conversations whose common beginning is the prompt. docs/data.md 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dpoeng.engine.data.messages import Message, messages_of, same_message
@@ -25,8 +25,10 @@ from dpoeng.engine.data.structured import parse_structure
 
 Turns = str | list[Message]
 
-FIELDS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
-COLUMN_FIELDS = (*FIELDS, *PROMPT_COLUMNS)
+_OF_ALL = ("prompt", "tools", "chat_template_kwargs")
+KIND_FIELDS = {"pairs": ("chosen", "rejected"), "unpaired": ("completion", "label")}
+"""The fields that rows of each kind have beside those of all; the first of them tells the kinds apart."""
+COLUMN_FIELDS = (*_OF_ALL, *(name for names in KIND_FIELDS.values() for name in names), *PROMPT_COLUMNS)
 """What `--columns` maps."""
 
 TRANSCRIPT = "transcript"
@@ -73,7 +75,7 @@ _OURS_IN_TEMPLATES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """Two responses to one prompt, the first preferred.
+    """Two responses to one prompt, the first preferred; or, of an unpaired row, its response and a mismatched one.
 
     Attributes:
         prompt: a text, or messages with `role` and `content`; the responses are of the same kind.
@@ -86,6 +88,7 @@ class PreferencePair:
         chat_template_kwargs: further arguments of the chat template, or None.
         origin: the field that the prompt was taken from, or `transcript`; empty for messages that begin alike.
         repeated: whether both responses repeated the prompt, and stand here without it.
+        scores: of an unpaired row 1 if its response is desirable and 0 if not; else empty. See `ScoredPair.scores`.
     """
 
     prompt: Turns
@@ -98,6 +101,19 @@ class PreferencePair:
     chat_template_kwargs: dict[str, Any] | None = None
     origin: str = "prompt"
     repeated: bool = False
+    scores: tuple[float, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """One of KIND_FIELDS."""
+        return "unpaired" if len(self.scores) == 1 else "pairs"
+
+    @property
+    def responses(self) -> dict[str, Turns]:
+        """What the row itself holds: field -> response; the mismatched one of an unpaired row is another row's."""
+        if self.kind == "unpaired":
+            return {"completion": self.chosen}
+        return {"chosen": self.chosen, "rejected": self.rejected}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +131,25 @@ class Shape:
     prompt_format: str | None = None
 
     def column(self, name: str) -> str:
-        """The file's column for one of FIELDS."""
+        """The file's column for one of COLUMN_FIELDS."""
         return self.columns.get(name, name)
+
+    def kind_of(self, names: Collection[str]) -> str:
+        """Which of KIND_FIELDS a file's columns make: pairs, unless they lack what all pairs have and others do not."""
+        if any(self.column(name) in names for name in KIND_FIELDS["pairs"]):
+            return "pairs"
+        return next((kind for kind, fields in KIND_FIELDS.items() if self.column(fields[0]) in names), "pairs")
+
+
+def check_kind(kind: str, first: str) -> None:
+    """Raises RowFault where a row is of another kind than the first one."""
+    if kind != first:
+        raise RowFault("mixed-rows", f"the first row is one of {first} rows, this one of {kind} rows")
+
+
+def fields_of(kind: str) -> tuple[str, ...]:
+    """The fields that a row of a kind is made of."""
+    return (*_OF_ALL, *KIND_FIELDS[kind])
 
 
 def to_pair(row: Mapping[str, Any], shape: Shape, source_file: str, source_row: int) -> PreferencePair:
@@ -127,23 +160,65 @@ def to_pair(row: Mapping[str, Any], shape: Shape, source_file: str, source_row: 
             `empty-prompt`, `empty-response`, `same-response`, `bad-template-kwargs`, `unused-column`, and those of
             `messages_of`.
     """
-    chosen, rejected = _turns(row, shape.column("chosen")), _turns(row, shape.column("rejected"))
-    given = read_prompt(row, shape.columns, single_answers=_are_answers(chosen, rejected))
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        parts = _split_texts(given, chosen, rejected, row)
+    sides = {name: _turns(row, shape.column(name)) for name in KIND_FIELDS["pairs"]}
+    pair = _to_row(row, shape, sides, source_file, source_row)
+    if pair.chosen == pair.rejected:
+        raise RowFault("same-response", "chosen and rejected are equal")
+    return pair
+
+
+def to_unpaired(row: Mapping[str, Any], shape: Shape, source_file: str, source_row: int) -> PreferencePair:
+    """One row of a response and a label, as a pair that still lacks its mismatched response: see `mismatch`.
+
+    Raises:
+        RowFault: as `to_pair`; `bad-label`.
+    """
+    column = shape.column("label")
+    given = row.get(column)
+    label = _LABELS.get(given.strip().lower() if isinstance(given, str) else given) if _is_plain(given) else None
+    if label is None:
+        raise RowFault("bad-label", f"`{column}` must be true or false, it is {given!r:.80}")
+    response = _turns(row, shape.column("completion"))
+    pair = _to_row(row, shape, {"completion": response}, source_file, source_row)
+    if "label" in pair.extra:
+        raise RowFault("unused-column", f"`label` is taken from `{column}`, and there is another column of this name")
+    # The label is kept among the columns too, where the cache's view finds it.
+    return replace(pair, scores=(float(label),), extra=pair.extra | {"label": label})
+
+
+_LABELS: dict[Any, bool] = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+_LABELS |= {1: True, 0: False}
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | bool | int | float)
+
+
+def _to_row(
+    row: Mapping[str, Any], shape: Shape, responses: Mapping[str, Turns], source_file: str, source_row: int
+) -> PreferencePair:
+    """Prompt and responses of a row, by the names of their fields; of one alone, `rejected` is empty."""
+    sides = list(responses.values())
+    given = read_prompt(row, shape.columns, single_answers=_are_answers(sides))
+    texts = [side for side in sides if isinstance(side, str)]
+    conversations = [side for side in sides if isinstance(side, list)]
+    if not conversations:
+        parts = _split_texts(given, texts, row)
         if isinstance(parts.prompt, str) and given.prompt is not None and not parts.formatted and shape.prompt_format:
             parts.prompt = shape.prompt_format.replace("{prompt}", parts.prompt)
-    elif isinstance(chosen, list) and isinstance(rejected, list):
-        parts = _split_conversations(given, chosen, rejected)
+    elif not texts:
+        parts = _split_conversations(given, conversations)
     else:
         raise RowFault("mixed-shapes", "one response is text, the other is messages")
     parts.prompt = place_prompt(given, parts.prompt, shape.prompt_format)
     if isinstance(parts.prompt, list):
-        parts.chosen, parts.rejected = _as_answer(parts.chosen), _as_answer(parts.rejected)
-        parts.prompt = without_answer(parts.prompt, parts.origin, parts.chosen, parts.rejected)
-    _check_responses(parts.chosen, parts.rejected)
-    used = {shape.column(name) for name in FIELDS} | given.used
-    check_conversations(row, shape.columns, used, " ".join(map(plain, (parts.prompt, parts.chosen, parts.rejected))))
+        answers = [_as_answer(side) for side in parts.sides]
+        parts.sides = list(answers)
+        parts.prompt = without_answer(parts.prompt, parts.origin, *answers)
+    _check_responses(dict(zip(responses, parts.sides, strict=True)))
+    kind = next(kind for kind, names in KIND_FIELDS.items() if set(responses) <= set(names))
+    used = {shape.column(name) for name in fields_of(kind)} | given.used
+    check_conversations(row, shape.columns, used, " ".join(map(plain, (parts.prompt, *parts.sides))))
     tools = _tools(row, shape)
     kwargs = _template_kwargs(row.get(shape.column("chat_template_kwargs")))
     if isinstance(parts.prompt, str) and (tools or kwargs):
@@ -151,8 +226,8 @@ def to_pair(row: Mapping[str, Any], shape: Shape, source_file: str, source_row: 
         raise RowFault("unused-column", f"`{column}` is for the chat template, which a text prompt does not use")
     return PreferencePair(
         prompt=parts.prompt,
-        chosen=parts.chosen,
-        rejected=parts.rejected,
+        chosen=parts.sides[0],
+        rejected=parts.sides[1] if parts.sides[1:] else parts.sides[0][:0],
         source_file=source_file,
         source_row=source_row,
         extra={name: value for name, value in row.items() if name not in used},
@@ -165,7 +240,7 @@ def to_pair(row: Mapping[str, Any], shape: Shape, source_file: str, source_row: 
 
 def holds_human_turn(pair: PreferencePair) -> bool:
     """Whether a response holds a further turn of the human, which would be scored as if the model had said it."""
-    for side in (pair.chosen, pair.rejected):
+    for side in pair.responses.values():
         if isinstance(side, list):
             if any(message["role"] == "user" for message in side):
                 return True
@@ -184,8 +259,7 @@ class _Parts:
     """A row's prompt and responses; `formatted` where the prompt is a transcript, which has its wrapping already."""
 
     prompt: Turns
-    chosen: Turns
-    rejected: Turns
+    sides: list[Turns]
     origin: str
     repeated: bool = False
     formatted: bool = False
@@ -202,13 +276,13 @@ def _turns(row: Mapping[str, Any], column: str) -> Turns:
     return messages
 
 
-def _are_answers(chosen: Turns, rejected: Turns) -> bool:
+def _are_answers(sides: Sequence[Turns]) -> bool:
     """Whether the responses are answers alone, and no conversations or transcripts that hold their prompt."""
     return all(
         not any(header in side for header in ASSISTANT_HEADERS)
         if isinstance(side, str)
         else bool(side) and side[0]["role"] == "assistant"
-        for side in (chosen, rejected)
+        for side in sides
     )
 
 
@@ -216,16 +290,21 @@ def _as_answer(response: Turns) -> list[Message]:
     return [{"role": "assistant", "content": response}] if isinstance(response, str) else response
 
 
-def _split_texts(given: PromptColumns, chosen: str, rejected: str, row: Mapping[str, Any]) -> _Parts:
-    """Prompt and responses of two texts: the prompt as given, or what two transcripts have in common."""
-    common = chosen[: common_length(chosen, rejected)]
+def _split_texts(given: PromptColumns, sides: Sequence[str], row: Mapping[str, Any]) -> _Parts:
+    """Prompt and responses of texts: the prompt as given, or what several transcripts have in common."""
+    common = sides[0]
+    for side in sides[1:]:
+        common = common[: common_length(common, side)]
     if given.prompt is None:
+        if len(sides) == 1:
+            raise RowFault("no-common-prompt", "there is no prompt column, and one text alone does not show its prompt")
         ends = _header_ends(common)
         cut = max(ends) if ends else _line_cut(common)
-        if chosen == rejected or cut is None:
-            problem = "are equal" if chosen == rejected else "do not begin as transcripts of one conversation do"
+        equal = len(set(sides)) == 1
+        if equal or cut is None:
+            problem = "are equal" if equal else "do not begin as transcripts of one conversation do"
             raise RowFault(
-                "same-response" if chosen == rejected else "no-common-prompt",
+                "same-response" if equal else "no-common-prompt",
                 f"there is no prompt column, and the two texts {problem}",
             )
         other = next((name for name in _MAY_BE_PROMPTS if isinstance(row.get(name), str | list) and row[name]), None)
@@ -234,19 +313,19 @@ def _split_texts(given: PromptColumns, chosen: str, rejected: str, row: Mapping[
                 "unused-column",
                 f"`{other}` may be the prompt, and the texts merely begin alike: name it with --columns prompt={other}",
             )
-        return _Parts(chosen[:cut], chosen[cut:], rejected[cut:], TRANSCRIPT, formatted=True)
+        return _Parts(common[:cut], [side[cut:] for side in sides], TRANSCRIPT, formatted=True)
     prompt = given.prompt
     if isinstance(prompt, str):
         if prompt and common.startswith(prompt) and _is_repetition(prompt):
-            parts = _Parts(prompt, chosen[len(prompt) :], rejected[len(prompt) :], given.origin, repeated=True)
+            parts = _Parts(prompt, [side[len(prompt) :] for side in sides], given.origin, repeated=True)
             parts.formatted = any(header in prompt for header in ASSISTANT_HEADERS)
             return parts
         # The question in the prompt column, and whole transcripts of it as responses.
         ends = _header_ends(common)
         if ends and prompt.strip() and prompt.strip() in common[: max(ends)]:
             cut = max(ends)
-            return _Parts(chosen[:cut], chosen[cut:], rejected[cut:], given.origin, repeated=True, formatted=True)
-    return _Parts(prompt, chosen, rejected, given.origin)
+            return _Parts(common[:cut], [side[cut:] for side in sides], given.origin, repeated=True, formatted=True)
+    return _Parts(prompt, list(sides), given.origin)
 
 
 def _is_repetition(prompt: str) -> bool:
@@ -271,32 +350,32 @@ def _line_cut(common: str) -> int | None:
     return len(common.rstrip()) if common[-1].isspace() else max(common.rfind(" "), common.rfind("\n"))
 
 
-def _split_conversations(given: PromptColumns, chosen: list[Message], rejected: list[Message]) -> _Parts:
-    """Prompt and responses of two lists of messages, which may or may not repeat the prompt."""
-    if not chosen or not rejected:
+def _split_conversations(given: PromptColumns, sides: Sequence[list[Message]]) -> _Parts:
+    """Prompt and responses of lists of messages, which may or may not repeat the prompt."""
+    if not all(sides):
         raise RowFault("empty-response", "a response has no messages")
     if given.prompt == []:
         raise RowFault("empty-prompt", "the prompt has no messages")
     prompt = given.prompt
-    if prompt is not None and "assistant" in (chosen[0]["role"], rejected[0]["role"]):
+    if prompt is not None and any(side[0]["role"] == "assistant" for side in sides):
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
-        return _Parts(prompt, chosen, rejected, given.origin)
+        return _Parts(prompt, list(sides), given.origin)
+    first, shortest = sides[0], min(map(len, sides))
     shared = next(
-        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if not same_message(a, b)),
-        min(len(chosen), len(rejected)),
+        (i for i in range(shortest) if not all(same_message(first[i], side[i]) for side in sides[1:])), shortest
     )
-    if shared == len(chosen) == len(rejected):
+    if len(sides) == 1:  # a whole conversation: the answer is what goes on from the prompt
+        shared -= 1
+    elif all(len(side) == shared for side in sides):
         raise RowFault("same-response", "the two conversations are equal")
     if shared == 0:
         raise RowFault("no-common-prompt", "the two conversations begin with different messages")
-    least = _given_length(prompt, chosen[:shared])
+    least = _given_length(prompt, first[:shared])
     # Both sides go on with the assistant; a differing turn of the user belongs to the responses.
-    while shared > least and any(
-        len(side) > shared and side[shared]["role"] != "assistant" for side in (chosen, rejected)
-    ):
+    while shared > least and any(len(side) > shared and side[shared]["role"] != "assistant" for side in sides):
         shared -= 1
-    return _Parts(chosen[:shared], chosen[shared:], rejected[shared:], given.origin)
+    return _Parts(first[:shared], [side[shared:] for side in sides], given.origin)
 
 
 def _given_length(prompt: Turns | None, shared: list[Message]) -> int:
@@ -325,8 +404,8 @@ def _alike(a: Message, b: Message) -> bool:
     return same_message({**a, "content": a["content"].strip()}, {**b, "content": b["content"].strip()})
 
 
-def _check_responses(chosen: Turns, rejected: Turns) -> None:
-    for name, side in (("chosen", chosen), ("rejected", rejected)):
+def _check_responses(sides: Mapping[str, Turns]) -> None:
+    for name, side in sides.items():
         if isinstance(side, str):
             empty = not side.strip()
         else:
@@ -335,8 +414,6 @@ def _check_responses(chosen: Turns, rejected: Turns) -> None:
             raise RowFault("empty-response", f"`{name}` holds nothing after the prompt")
         if isinstance(side, list) and side[0]["role"] != "assistant":
             raise RowFault("bad-messages", f"`{name}` goes on from the prompt with a {side[0]['role']!r} message")
-    if chosen == rejected:
-        raise RowFault("same-response", "chosen and rejected are equal")
 
 
 def _tools(row: Mapping[str, Any], shape: Shape) -> list[Any] | None:

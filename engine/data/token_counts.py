@@ -12,6 +12,7 @@ from dpoeng.cache.schema import pair_key
 from dpoeng.engine.data.token_rows import TokenizedPair
 
 _PARTS = ("prompt", "chosen", "rejected")
+_NAMES = {"pairs": _PARTS, "unpaired": ("prompt", "completion", "mismatched")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class Counter:
 
     def __init__(self) -> None:
         self.counts = TokenCounts()
+        self._names = _NAMES["pairs"]
         self._keys, self._swapped = bytearray(), bytearray()
         self._lengths = {part: array("i") for part in _PARTS}
 
@@ -71,8 +73,9 @@ class Counter:
         """[N, 16] the pairs' keys."""
         return _as_keys(self._keys)
 
-    def add(self, pair: TokenizedPair) -> None:
-        """One more pair."""
+    def add(self, pair: TokenizedPair, kind: str) -> None:
+        """One more row, of a kind of `shapes.KIND_FIELDS`."""
+        self._names = _NAMES[kind]
         ids, counts = pair.ids, self.counts
         counts.truncated += pair.truncated
         counts.merged += pair.merged
@@ -81,7 +84,7 @@ class Counter:
         counts.swallowed += pair.swallowed
         counts.thoughts += pair.thoughts > 0
         self._keys += pair_key(ids)
-        self._swapped += pair_key(ids.swapped())
+        self._swapped += pair_key(ids.swapped()) if kind == "pairs" else bytes(16)  # which is no pair's key
         for lengths, part in zip(
             self._lengths.values(), (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids), strict=True
         ):
@@ -99,8 +102,8 @@ class Counter:
         first[which[: len(keys)][::-1]] = rows[::-1]  # of equal ones, what is written last stays: the first row
         self.counts.duplicates = int((first[which[: len(keys)]] < rows).sum())
         self.counts.contradictions = int((first[which[len(keys) :]] < rows).sum())
-        parts = {part: np.asarray(lengths) for part, lengths in self._lengths.items()}
-        parts["total"] = parts["prompt"] + parts["chosen"] + parts["rejected"]
+        parts = {name: np.asarray(lengths) for name, lengths in zip(self._names, self._lengths.values(), strict=True)}
+        parts["total"] = np.sum(list(parts.values()), axis=0)
         self.counts.lengths = {name: _lengths(values) for name, values in parts.items()}
         return self.counts
 

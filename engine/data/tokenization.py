@@ -94,6 +94,8 @@ def tokenize_pairs(
                 counter.counts.separate += (not chosen.joint) + (not rejected.joint)
                 needed = max(len(chosen.ids), len(rejected.ids))
                 ids, truncated = _truncate(_share_prompt(chosen, rejected), limits)
+                if pair.kind == "pairs" and _are_equal(ids):
+                    raise RowFault("same-tokens", "chosen and rejected have the same tokens, perhaps after truncation")
             except RowFault as fault:
                 rejects.append(Reject(pair.source_file, pair.source_row, fault.reason, fault.detail))
                 continue
@@ -101,7 +103,7 @@ def tokenize_pairs(
             source = (pair.source_file, pair.source_row, pair.extra)
             swallowed, thoughts = chosen.swallowed or rejected.swallowed, max(side.thoughts for side in sides)
             tokenized = TokenizedPair(ids, *source, truncated, merged, needed, swallowed, thoughts)
-            counter.add(tokenized)
+            counter.add(tokenized, pair.kind)
             done.append(tokenized)
     return TokenizedData(done, rejects, counter.finish(), counter.keys)
 
@@ -209,7 +211,7 @@ def _truncate(parts: _Parts, limits: _Limits) -> tuple[PairIds, bool]:
     """The pair within its limits, and whether anything was cut.
 
     Raises:
-        RowFault: `prompt-too-long` or `response-too-long`, no room is left for the other; `same-tokens`.
+        RowFault: `prompt-too-long` or `response-too-long`, no room is left for the other.
     """
     before = len(parts.prompt) + len(parts.chosen) + len(parts.rejected)
     if limits.max_prompt_length is not None:
@@ -232,8 +234,6 @@ def _truncate(parts: _Parts, limits: _Limits) -> tuple[PairIds, bool]:
                 )
             parts.chosen, parts.chosen_unscored = _cut(parts.chosen, parts.chosen_unscored, room)
             parts.rejected, parts.rejected_unscored = _cut(parts.rejected, parts.rejected_unscored, room)
-    if (parts.chosen, parts.chosen_start) == (parts.rejected, parts.rejected_start):
-        raise RowFault("same-tokens", "chosen and rejected have equal tokens, perhaps after truncation")
     ids = PairIds(
         as_ids(parts.prompt),
         as_ids(parts.chosen),
@@ -244,6 +244,10 @@ def _truncate(parts: _Parts, limits: _Limits) -> tuple[PairIds, bool]:
         tuple(parts.rejected_unscored),
     )
     return ids, ids.total_tokens < before
+
+
+def _are_equal(ids: PairIds) -> bool:
+    return ids.chosen_start == ids.rejected_start and np.array_equal(ids.chosen_ids, ids.rejected_ids)
 
 
 def _cut(response: list[int], unscored: list[tuple[int, int]], room: int) -> tuple[list[int], list[tuple[int, int]]]:

@@ -1,192 +1,28 @@
-"""Preference losses of a batch: per-token log-probs to sums of pairs to one loss a pair. Knows no model and no cache.
+"""Preference losses of a batch: sums of pairs to one loss a pair. Knows no model and no cache.
 
 Two steps, so that an optimizer step may be cut into any number of forwards: `pair_sums` reduces what one forward gave,
-and `preference_loss` looks at pairs. The loss functions themselves are in `pair_losses` and `likelihood_losses`.
+and `preference_loss` looks at pairs. The loss functions themselves are in `pairwise`, `likelihood` and `unpaired`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from dpoeng.engine.losses import likelihood
+from dpoeng.engine.losses import likelihood, unpaired
 from dpoeng.engine.losses import pairwise as pair
 from dpoeng.engine.losses.names import LOSS_FACTS, LossSettings
+from dpoeng.engine.losses.sums import PairSums as PairSums
+from dpoeng.engine.losses.sums import PreferenceBatch as PreferenceBatch
+from dpoeng.engine.losses.sums import PreferenceLoss as PreferenceLoss
+from dpoeng.engine.losses.sums import kl_per_token as kl_per_token
+from dpoeng.engine.losses.sums import pair_sums as pair_sums
 
 LossState = Mapping[str, float]
 """What some losses remember from one optimizer step to the next; part of every checkpoint. Empty for most."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PreferenceBatch:
-    """Output of one forward: per-token log-probs of B pairs, chosen and rejected branches alternating.
-
-    Branch 2i is pair i's chosen response and branch 2i + 1 its rejected one. Per-token values and not sums, since
-    length-normalised and LD-DPO losses need them.
-
-    Attributes:
-        policy: [N] float32, with gradient.
-        reference: [N] float32, from the cache.
-        branch: [N] int64, ascending, the branch that each token belongs to.
-        pairs: B.
-        log_collision: [N] float32, log sum_v pi(v)^2 at each position, for `use_weighting`; else None.
-        weights: [B] float64, the user's weight of each pair, or None.
-        per_token: whether `reference` is known token by token; else a response's first token carries its sum, the
-            others hold 0, and there is no KL.
-    """
-
-    policy: torch.Tensor
-    reference: torch.Tensor
-    branch: torch.Tensor
-    pairs: int
-    log_collision: torch.Tensor | None = None
-    weights: torch.Tensor | None = None
-    per_token: bool = True
-
-    def lengths(self) -> torch.Tensor:
-        """Tokens of each branch, [2B] int64; no synchronisation with the device."""
-        total = torch.zeros(2 * self.pairs, dtype=torch.int64, device=self.branch.device)
-        return total.index_add(0, self.branch, torch.ones_like(self.branch))
-
-    def sums(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Per-token values [N] -> (chosen sums [B], rejected sums [B]), added in float64."""
-        total = torch.zeros(2 * self.pairs, dtype=torch.float64, device=values.device)
-        total = total.index_add(0, self.branch, values.double())
-        by_side = total.view(self.pairs, 2)
-        return by_side[:, 0], by_side[:, 1]
-
-
-_GRADIENT = ("chosen_ratio", "rejected_ratio", "chosen_logps", "rejected_logps")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PairSums:
-    """Inputs of the losses, a number a pair: all [B], float64.
-
-    `_ratio` is log pi/ref and `ref_` log ref, both with LD-DPO's weights on the tokens; `_logps` are plain sums of the
-    policy's log-probs; `_tokens` counts the scored tokens; `_kl` estimates the KL per token, or is NaN where that is
-    not known; `weights` multiplies a pair's loss. Ratios and logps carry the gradient.
-    """
-
-    chosen_ratio: torch.Tensor
-    rejected_ratio: torch.Tensor
-    chosen_logps: torch.Tensor
-    rejected_logps: torch.Tensor
-    ref_chosen: torch.Tensor
-    ref_rejected: torch.Tensor
-    chosen_tokens: torch.Tensor
-    rejected_tokens: torch.Tensor
-    chosen_kl: torch.Tensor
-    rejected_kl: torch.Tensor
-    weights: torch.Tensor
-
-    @property
-    def with_gradient(self) -> tuple[torch.Tensor, ...]:
-        """The tensors that the losses are differentiated by."""
-        return tuple(getattr(self, name) for name in _GRADIENT)
-
-    def leaves(self) -> PairSums:
-        """The same numbers as leaves of a new graph: `backward` on a loss of them leaves the gradient in `.grad`."""
-        return replace(self, **{name: getattr(self, name).detach().clone().requires_grad_() for name in _GRADIENT})
-
-    def detached(self) -> PairSums:
-        """The same numbers without the graph, and so without the activations that it holds."""
-        return replace(self, **{name: getattr(self, name).detach() for name in _GRADIENT})
-
-    def on_host(self) -> PairSums:
-        """The same numbers in the host's memory, without the graph, as they are sent to other processes."""
-        return PairSums(**{f.name: getattr(self, f.name).detach().cpu() for f in fields(PairSums)})
-
-    @staticmethod
-    def join(parts: Sequence[PairSums]) -> PairSums:
-        """The pairs of several forwards as one batch."""
-        return PairSums(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(PairSums)})
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PreferenceLoss:
-    """Losses and the quantities that are reported; all [B], float64; all but `losses` detached."""
-
-    losses: torch.Tensor
-    chosen_logps: torch.Tensor
-    rejected_logps: torch.Tensor
-    chosen_rewards: torch.Tensor
-    rejected_rewards: torch.Tensor
-    sums: PairSums = field(repr=False)
-
-    def on_host(self) -> PreferenceLoss:
-        """As `PairSums.on_host`."""
-        tensors = {f.name: getattr(self, f.name).detach().cpu() for f in fields(PreferenceLoss) if f.name != "sums"}
-        return PreferenceLoss(**tensors, sums=self.sums.on_host())
-
-
-def pair_sums(batch: PreferenceBatch, settings: LossSettings) -> PairSums:
-    """Reduces a forward to its pairs."""
-    # Log-ratios are formed token by token, so that two large sums are never subtracted from each other.
-    ratio, reference = batch.policy - batch.reference, batch.reference
-    lengths = batch.lengths()
-    if settings.ld_alpha is not None:
-        tail = ld_weights(batch.branch, lengths, settings.ld_alpha)
-        ratio, reference = ratio * tail, reference * tail
-    chosen_ratio, rejected_ratio = batch.sums(ratio)
-    ref_chosen, ref_rejected = batch.sums(reference)
-    chosen_logps, rejected_logps = batch.sums(batch.policy)
-    tokens = lengths.double().view(batch.pairs, 2)
-    with torch.no_grad():
-        kl = kl_per_token(batch.policy.double(), batch.reference.double())
-        chosen_kl, rejected_kl = batch.sums(kl if batch.per_token else torch.full_like(kl, torch.nan))
-        weights = batch.weights
-        if weights is None:
-            weights = torch.ones(batch.pairs, dtype=torch.float64, device=batch.policy.device)
-        if settings.use_weighting:
-            weights = weights * wpo_weights(batch)
-    return PairSums(
-        chosen_ratio=chosen_ratio,
-        rejected_ratio=rejected_ratio,
-        chosen_logps=chosen_logps,
-        rejected_logps=rejected_logps,
-        ref_chosen=ref_chosen,
-        ref_rejected=ref_rejected,
-        chosen_tokens=tokens[:, 0],
-        rejected_tokens=tokens[:, 1],
-        chosen_kl=chosen_kl / tokens[:, 0],
-        rejected_kl=rejected_kl / tokens[:, 1],
-        weights=weights,
-    )
-
-
-def ld_weights(branch: torch.Tensor, lengths: torch.Tensor, alpha: float) -> torch.Tensor:
-    """1 for tokens up to the length of the shorter response of a pair, `alpha` for those beyond it; [N] float32.
-
-    Liu et al. 2024, LD-DPO, https://arxiv.org/abs/2409.06411
-    """
-    position = torch.arange(len(branch), device=branch.device) - (lengths.cumsum(0) - lengths)[branch]
-    shared = lengths.view(-1, 2).amin(1).repeat_interleave(2)
-    return torch.where(position < shared[branch], 1.0, alpha)
-
-
-def wpo_weights(batch: PreferenceBatch) -> torch.Tensor:
-    """How likely the policy itself would write both responses: a weight a pair, [B] float64, without gradient.
-
-    exp of the mean over tokens of log pi(token) - log sum_v pi(v)^2, chosen times rejected. Zhou et al. 2024,
-    equation 2 with sampled alignment, https://arxiv.org/abs/2406.11827
-    """
-    assert batch.log_collision is not None, "use_weighting needs the policy's collision probabilities"
-    lengths = batch.lengths().double().view(batch.pairs, 2)
-    chosen, rejected = batch.sums(batch.policy.detach().double() - batch.log_collision.double())
-    return torch.exp(chosen / lengths[:, 0] + rejected / lengths[:, 1])
-
-
-def kl_per_token(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """x - log x - 1 with x = ref/pi: never negative, and 0 only where both agree.
-
-    Schulman 2020, http://joschu.net/blog/kl-approx.html, estimator k3 of KL(pi || ref). It would be unbiased on tokens
-    drawn from the policy; on the tokens of given responses it measures how far the policy has moved there.
-    """
-    log_x = torch.clamp(reference - policy, max=pair.MAX_EXPONENT)
-    return torch.expm1(log_x) - log_x
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -245,13 +81,30 @@ def preference_loss(
         losses = losses + settings.rpo_alpha * likelihood.rpo_term(terms.means[0])
     chosen_rewards, rejected_rewards = rewards(sums, settings)
     return PreferenceLoss(
-        losses=losses * sums.weights,
+        losses=losses * (sums.weights if sums.desirable is None else sums.weights * _label_weights(sums, settings)),
         chosen_logps=sums.chosen_logps.detach(),
         rejected_logps=sums.rejected_logps.detach(),
         chosen_rewards=chosen_rewards,
         rejected_rewards=rejected_rewards,
         sums=sums.detached(),
+        threshold=None if sums.desirable is None else _threshold(terms),
     )
+
+
+def _label_weights(sums: PairSums, settings: LossSettings) -> torch.Tensor:
+    """The weight of each unpaired row by its label, [B]."""
+    assert sums.desirable is not None
+    return torch.where(sums.desirable > 0, settings.desirable_weight, settings.undesirable_weight)
+
+
+def _threshold(terms: _Terms) -> torch.Tensor:
+    """The reward above which an unpaired response counts as desirable, [B], by the first of the losses."""
+    zero = torch.zeros_like(terms.sums.chosen_ratio.detach())
+    if terms.settings.loss_type[0] == "kto":
+        return zero + terms.settings.beta * unpaired.reference_point(terms.sums.rejected_ratio)
+    if terms.settings.loss_type[0] == "bco":
+        return zero + _reward_shift(terms.state, terms.sums, terms.settings)["bco_mean"]
+    return zero
 
 
 def rewards(sums: PairSums, settings: LossSettings) -> tuple[torch.Tensor, torch.Tensor]:
@@ -273,6 +126,8 @@ def next_state(state: LossState, sums: PairSums, settings: LossSettings) -> dict
         count = state.get("bco_rewards", 0.0) + 2 * len(chosen)
         total = float(chosen.sum() + rejected.sum()) + state.get("bco_mean", 0.0) * state.get("bco_rewards", 0.0)
         after |= {"bco_rewards": count, "bco_mean": total / count}
+    if "bco" in settings.loss_type:
+        after |= _reward_shift(state, sums, settings)
     if "beta_dpo" in settings.loss_type:
         keep = settings.beta_dpo_momentum
         margins = chosen - rejected
@@ -281,6 +136,23 @@ def next_state(state: LossState, sums: PairSums, settings: LossSettings) -> dict
             before = state.get("beta_dpo_deviation", 0.0)
             after["beta_dpo_deviation"] = keep * before + (1 - keep) * float(margins.std())
     return after
+
+
+def _reward_shift(state: LossState, sums: PairSums, settings: LossSettings) -> dict[str, float]:
+    """The mean of all rewards so far, those of this step among them, and their number: BCO's shift."""
+    before, rewards = state.get("bco_rewards", 0.0), settings.beta * sums.chosen_ratio.detach()
+    count = before + len(rewards)
+    return {"bco_rewards": count, "bco_mean": (state.get("bco_mean", 0.0) * before + float(rewards.sum())) / count}
+
+
+def _unpaired(loss: Callable[..., torch.Tensor], *more: Callable[[_Terms], Any]) -> Callable[[_Terms], torch.Tensor]:
+    """A loss of the ratio of single responses, their labels, beta and what `more` gives."""
+
+    def of(terms: _Terms) -> torch.Tensor:
+        found = [one(terms) for one in more]
+        return loss(terms.sums.chosen_ratio, terms.sums.desirable, terms.settings.beta, *found)
+
+    return of
 
 
 def _beta_dpo(terms: _Terms) -> torch.Tensor:
@@ -359,4 +231,7 @@ LOSSES: dict[str, Callable[[_Terms], torch.Tensor]] = {
         *t.means, t.settings.beta, chosen_logps=t.sums.chosen_logps, mean_tokens=t.mean_tokens
     ),
     "sft": lambda t: likelihood.sft_loss(t.sums.chosen_logps, t.mean_tokens),
+    "kto": _unpaired(unpaired.kto_loss, lambda t: unpaired.reference_point(t.sums.rejected_ratio)),
+    "apo_zero_unpaired": _unpaired(unpaired.apo_zero_unpaired_loss),
+    "bco": _unpaired(unpaired.bco_loss, lambda t: _reward_shift(t.state, t.sums, t.settings)["bco_mean"]),
 }

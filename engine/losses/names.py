@@ -31,6 +31,9 @@ LossType = Literal[
     "cpo",
     "orpo",
     "sft",
+    "kto",
+    "apo_zero_unpaired",
+    "bco",
 ]
 FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
@@ -47,6 +50,7 @@ class LossFacts:
         f_divergence: whether it depends on the difference of the two scores alone, so that the normaliser of f-DPO
             cancels and `f_divergence_type` may be another than reverse_kl.
         whole_batch: whether a pair's loss depends on the other pairs of its optimizer step.
+        rows: the kind of rows that it is a loss of, see `cache.records.ROW_KINDS`.
         settings: the fields that it takes beside `beta`.
     """
 
@@ -56,7 +60,11 @@ class LossFacts:
     reference: bool = True
     f_divergence: bool = False
     whole_batch: bool = False
+    rows: str = "pairs"
     settings: tuple[str, ...] = ()
+
+
+_LABEL_WEIGHTS = ("desirable_weight", "undesirable_weight")
 
 
 def _arxiv(number: str) -> str:
@@ -143,6 +151,29 @@ LOSS_FACTS: dict[str, LossFacts] = {
     "sft": LossFacts(
         "Pang et al. 2024, iterative RPO: the likelihood term", "equation 1", _arxiv("2404.19733"), reference=False
     ),
+    "kto": LossFacts(
+        "Ethayarajh et al. 2024, KTO",
+        "equation 8",
+        _arxiv("2402.01306"),
+        whole_batch=True,
+        rows="unpaired",
+        settings=_LABEL_WEIGHTS,
+    ),
+    "apo_zero_unpaired": LossFacts(
+        "D'Oosterlinck et al. 2024, APO-zero, response by response",
+        "equation 7",
+        _arxiv("2408.06266"),
+        rows="unpaired",
+        settings=_LABEL_WEIGHTS,
+    ),
+    "bco": LossFacts(
+        "Jung et al. 2024, BCO",
+        "section 4",
+        _arxiv("2404.04656"),
+        whole_batch=True,
+        rows="unpaired",
+        settings=_LABEL_WEIGHTS,
+    ),
 }
 
 
@@ -167,6 +198,8 @@ class LossSettings:
     beta_dpo_keep: float = 1.0
     simpo_gamma: float = 0.5
     cpo_alpha: float = 1.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
 
     @classmethod
     def of(cls, config: Any) -> LossSettings:
@@ -177,6 +210,16 @@ class LossSettings:
     def whole_batch(self) -> bool:
         """Whether a pair's loss depends on the other pairs of its optimizer step."""
         return any(LOSS_FACTS[name].whole_batch for name in self.loss_type)
+
+    @property
+    def rows(self) -> str:
+        """The kind of rows that these are losses of; see `LossFacts.rows`."""
+        return LOSS_FACTS[self.loss_type[0]].rows
+
+    @property
+    def reads_mismatched(self) -> bool:
+        """Whether an unpaired row's mismatched response is looked at; if not, it need not be run."""
+        return "kto" in self.loss_type
 
     @property
     def sorts_pairs(self) -> bool:
@@ -192,7 +235,6 @@ OTHER_NAMES: dict[str, str] = {
     "slic": "SLiC is loss_type hinge",
     "exo": "it is called exo_pair",
     "nca": "it is called nca_pair",
-    "bco": "it is called bco_pair",
     "sppo": "it is called sppo_hard",
     "apo": "it is apo_zero or apo_down",
     "aot_pair": "TRL 0.28 renamed aot_pair: use aot",
@@ -200,8 +242,6 @@ OTHER_NAMES: dict[str, str] = {
     "wpo": "WPO is use_weighting with any pairwise loss",
     "ld_dpo": "LD-DPO is loss_type sigmoid with ld_alpha",
     "kto_pair": "TRL dropped kto_pair; bco_pair or apo_zero are the nearest losses on pairs",
-    "kto": "KTO needs labels of single responses and a KL estimate from mismatched ones, which pairs do not give; "
-    "bco_pair or apo_zero are the nearest losses on pairs",
     "alphapo": "AlphaPO is not among dpoeng's losses; simpo is its limit alpha = 0",
 }
 _TDPO = (
@@ -236,6 +276,16 @@ def check_combination(settings: Mapping[str, Any], changed: Sequence[str]) -> No
     listed = " + ".join(types)
     if len(facts) < len(types):
         raise ValueError(f"loss_type names a loss twice ({listed}); give it one weight in loss_weights")
+    kinds = {known.rows for known in facts.values()}
+    if len(kinds) > 1:
+        unpaired = ", ".join(name for name, known in facts.items() if known.rows == "unpaired")
+        raise ValueError(
+            f"loss_type {listed} mixes losses of pairs with {unpaired}, of rows with one response and a label"
+        )
+    if kinds == {"unpaired"}:
+        for name in ("ld_alpha", "rpo_alpha", "use_weighting"):
+            if settings[name]:
+                raise ValueError(f"{name} cannot be used with loss_type {listed}: it is made for pairs")
     weights = settings["loss_weights"]
     if weights is not None and len(weights) != len(types):
         raise ValueError(f"loss_weights has {len(weights)} numbers for the {len(types)} losses {listed}; give one each")

@@ -37,6 +37,11 @@ CHUNK_PAIRS = 512
 SHOWN_PAIRS = 3
 """Pairs whose texts are shown whole."""
 PARTS = ("prompt", "chosen", "rejected")
+PART_NAMES = {
+    "pairs": {part: part for part in PARTS},
+    "unpaired": {"prompt": "prompt", "chosen": "completion", "rejected": "mismatched"},
+}
+"""The kind of rows -> which of PARTS -> what it is called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +164,8 @@ def check_pairs(
         prompts=len(run.prompts),
         eval_pairs=evaluation.pairs if evaluation is not None else 0,
         max_length_needed=run.needed or None,
-        lengths=[_length_stats(part, values) for part, values in run.lengths.items() if values],
-        bias=run.bias() if run.lengths["chosen"] else None,
+        lengths=run.length_stats(),
+        bias=run.bias() if run.lengths["chosen"] and stream.kind == "pairs" else None,
         categories=categories,
         findings=tally.findings(run.rows + stream.rejected),
         shown=run.shown,
@@ -280,14 +285,23 @@ class _Run:
         tokenizer = text.tokenizer
         self.shown: list[ShownPair] = []
         self.rows = self.rejected = self.needed = 0
+        self.of_pairs = True
         self.prompts: set[int] = set()
         self.lengths = {part: array("q") for part in PARTS}
         self._chunk: list[PreferencePair] = []
         self._adds_system = tokenizer is not None and _adds_system_prompt(tokenizer)
 
+    @property
+    def _names(self) -> tuple[str, str]:
+        names = PART_NAMES["pairs" if self.of_pairs else "unpaired"]
+        return names["chosen"], names["rejected"]
+
     def add(self, row: ReadPair) -> None:
         self.rows += 1
         pair = row.pair
+        self.of_pairs = pair.kind == "pairs"
+        if pair.kind == "unpaired":
+            self.tally.count("label-desirable" if pair.scores[0] else "label-undesirable", 1)
         self.prompts.add(prompt_key(pair.prompt))
         for code, repeat in (("duplicate", row.duplicate), ("contradiction", row.contradiction)):
             if repeat is not None:
@@ -295,7 +309,7 @@ class _Run:
         if self.evaluation is not None:
             self.evaluation.look(pair, self.tally)
         if self.tokenizer is None:
-            if len(self.shown) < SHOWN_PAIRS and (shown := show_texts(pair)) is not None:
+            if len(self.shown) < SHOWN_PAIRS and (shown := show_texts(pair, self._names)) is not None:
                 self.shown.append(shown)
             self._measure(pair, *(len(content(side)) for side in (pair.prompt, pair.chosen, pair.rejected)))
         else:
@@ -328,14 +342,15 @@ class _Run:
             self.needed = max(self.needed, tokens.needed)
             ids = tokens.ids
             if len(self.shown) < SHOWN_PAIRS:
-                self.shown.append(show_tokens(place(pair.source_file, pair.source_row), ids, self.tokenizer))
+                where = place(pair.source_file, pair.source_row)
+                self.shown.append(show_tokens(where, ids, self.tokenizer, self._names))
             self._measure(pair, len(ids.prompt_ids), len(ids.chosen_ids), len(ids.rejected_ids))
         self._chunk = []
 
     def _measure(self, pair: PreferencePair, prompt: int, chosen: int, rejected: int) -> None:
         for values, length in zip(self.lengths.values(), (prompt, chosen, rejected), strict=True):
             values.append(length)
-        self.texts.add(pair, (chosen > rejected) - (chosen < rejected))
+        self.texts.add(pair, ((chosen > rejected) - (chosen < rejected)) if self.of_pairs else 0)
 
     def _token_faults(self, pair: PreferencePair, tokens: TokenizedPair) -> Iterator[tuple[str, str]]:
         ids, tokenizer = tokens.ids, self.tokenizer
@@ -347,7 +362,8 @@ class _Run:
         unknown = tokenizer.unk_token_id
         parts = {"prompt": ids.prompt_ids, "chosen": ids.chosen_ids, "rejected": ids.rejected_ids}
         if unknown is not None and (where := next((name for name in parts if (parts[name] == unknown).any()), None)):
-            yield "unknown-token", f"in {where}: {snippet(content(getattr(pair, where)))}"
+            side = pair.prompt if where == "prompt" else pair.chosen if where == "chosen" else pair.rejected
+            yield "unknown-token", f"in {where}: {snippet(content(side))}"
         yield from self._limit_faults(tokens)
         if ids.chosen_gaps or ids.rejected_gaps:
             yield "others-in-response", snippet(content(pair.chosen))
@@ -359,7 +375,8 @@ class _Run:
         if not is_text and self.config.train_on == "all" and holds_human_turn(pair):
             yield "later-human-turn", snippet(content(pair.chosen))
         if not tokens.truncated:
-            for name, part in (("chosen", ids.chosen_ids), ("rejected", ids.rejected_ids)):
+            sides = zip(pair.responses, (ids.chosen_ids, ids.rejected_ids), strict=False)
+            for name, part in sides:
                 if not _ends(part.tolist(), tokenizer, is_text and self.config.append_eos):
                     yield "end-token-missing", f"{name} ends {snippet(str(tokenizer.decode(part[-8:].tolist())))}"
                     break
@@ -375,6 +392,11 @@ class _Run:
         longest = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
         if self.limits.positions is not None and longest > self.limits.positions:
             yield "beyond-positions", f"{longest:,} tokens; the model has {self.limits.positions:,} positions"
+
+    def length_stats(self) -> list[LengthStats]:
+        """Of each part, under the name that it has in such rows."""
+        names = PART_NAMES["pairs" if self.of_pairs else "unpaired"]
+        return [_length_stats(names[part], values) for part, values in self.lengths.items() if values]
 
     def bias(self) -> LengthBias:
         """Return the length bias of all pairs."""
@@ -400,7 +422,7 @@ class _Run:
         if pairs < 100:
             self.tally.count("few-pairs", pairs)
         bias = self.bias()
-        if bias.p_value < 0.001 and abs(bias.share_longer - 0.5) >= 0.1:
+        if self.of_pairs and bias.p_value < 0.001 and abs(bias.share_longer - 0.5) >= 0.1:
             code = "longer-is-better" if bias.share_longer > 0.5 else "shorter-is-better"
             count = max(bias.longer, bias.shorter)
             detail = f"{count / (bias.longer + bias.shorter):.0%} of pairs of unequal length, sign test p = "

@@ -13,9 +13,11 @@ import xxhash
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
+from dpoeng.cache.records import ROW_KINDS
 from dpoeng.cache.schema import pair_key
 from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import TrainConfig
+from dpoeng.engine.losses.names import LOSS_FACTS
 from dpoeng.engine.training.order import Schedule, hold_out, plan_schedule
 from dpoeng.engine.training.rows import HeldOut, Rows, WeightArray
 
@@ -86,9 +88,27 @@ def open_views(config: TrainConfig, open_view: Callable[..., View] = View.open) 
 
     Raises:
         CacheError: no such view, or a damaged one.
+        UserError: the loss is not one of such rows.
     """
-    view = open_view(config.cache, config.view, beside=config.eval_view)
-    return view, open_view(config.cache, config.eval_view) if config.eval_view else None
+    view = open_view(config.cache, config.view, beside=config.eval_view, rows=ROW_KINDS)
+    eval_view = open_view(config.cache, config.eval_view, rows=ROW_KINDS) if config.eval_view else None
+    for opened in (view, *([eval_view] if eval_view else [])):
+        _check_loss(config, opened)
+    return view, eval_view
+
+
+def _check_loss(config: TrainConfig, view: View) -> None:
+    wanted = LOSS_FACTS[config.loss_type[0]].rows
+    if view.rows != wanted:
+        fitting = [name for name, known in LOSS_FACTS.items() if known.rows == view.rows]
+        raise UserError(
+            "this loss is not one of the rows that the view holds",
+            code="loss-rows",
+            where=f"--loss-type {','.join(config.loss_type)}, view {view.name}",
+            expected=f"a view of {wanted} rows",
+            found=f"{view.rows} rows",
+            remedy=f"use one of {', '.join(fitting)}, or name another view; docs/losses.md says which loss takes what",
+        )
 
 
 def open_split(config: TrainConfig, open_view: Callable[..., View] = View.open) -> Split:
@@ -193,6 +213,11 @@ def check_held_out(config: TrainConfig, count: int) -> None:
         )
 
 
+def _response_key(view: View, row: int) -> tuple[bytes, bytes]:
+    ids = view[row].ids
+    return ids.prompt_ids.tobytes(), ids.chosen_ids.tobytes()
+
+
 def check_apart(view: View, eval_view: View) -> str:
     """Describe pairs and prompts that are both trained and evaluated on; empty where there are none.
 
@@ -201,12 +226,19 @@ def check_apart(view: View, eval_view: View) -> str:
     Raises:
         UserError: every evaluation pair is also a training pair.
     """
+    # Of an unpaired row the mismatched response is another one in another file; the row is the same without it.
+    unpaired = view.rows == "unpaired"
+    alone = {_response_key(view, row) for row in range(len(view))} if unpaired else set()
     trained = set(map(bytes, view.keys()))
     prompts = {xxhash.xxh3_128_digest(view[row].ids.prompt_ids.tobytes()) for row in range(len(view))}
     pairs = also = 0
     for row in range(len(eval_view)):
         ids = eval_view[row].ids
-        if eval_view.key(row) in trained or pair_key(ids.swapped()) in trained:
+        if unpaired:
+            same = _response_key(eval_view, row) in alone
+        else:
+            same = eval_view.key(row) in trained or pair_key(ids.swapped()) in trained
+        if same:
             pairs += 1
         elif xxhash.xxh3_128_digest(ids.prompt_ids.tobytes()) in prompts:
             also += 1

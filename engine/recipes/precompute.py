@@ -325,7 +325,8 @@ def finish(work: Work, summary: PrecomputeSummary, progress: Progress, *, patien
     write_pairs_view(store, spec.digest, work.view_name, work.data, meta, known=index, progress=progress)
     summary.views = len(store.views())
     summary.rejects_file = write_rejects_file(store, work.view_name, summary.rejects, progress)
-    summary.reference_accuracy = _reference_accuracy(index, work.distinct)
+    if work.file.kind == "pairs":
+        summary.reference_accuracy = _reference_accuracy(index, work.distinct)
 
 
 def required_model(config: PrecomputeConfig) -> str:

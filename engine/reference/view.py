@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from dpoeng.cache.errors import CacheError, UserError
 from dpoeng.cache.files import disk_error
 from dpoeng.cache.index import KeyIndex
 from dpoeng.cache.reader import View
+from dpoeng.cache.records import ROW_KINDS
 from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.store import Store
 from dpoeng.cache.table import ViewEntry
@@ -59,6 +59,7 @@ def source_record(config: PrecomputeConfig, file: PairFile, rejects: int, device
             **({"train_on": config.train_on} if config.train_on != "assistant" else {}),
         },
         "files": {str(path): digest for path, digest in file.files.items()},
+        **({"rows": file.kind} if file.kind != "pairs" else {}),
         "where": config.where,
         "columns": config.columns,
         "prompt_format": config.prompt_format,
@@ -93,7 +94,7 @@ def write_pairs_view(
         if before and before != list(meta["files"]):
             progress.note(f"view {name!r} was of {', '.join(before)}; it is of these pairs now (--name keeps both)")
     except CacheError as error:
-        if error.code != "cache-read-only" or not _view_holds(store, name, spec_digest, data.keys):
+        if error.code != "cache-read-only" or not _view_holds(store, name, spec_digest, data):
             raise
         progress.note(f"the cache is read-only: its view {name!r} already holds these pairs and is left as it is")
 
@@ -140,9 +141,12 @@ def _files(store: Store, name: str) -> list[str]:
         return []
 
 
-def _view_holds(store: Store, name: str, spec_digest: str, keys: npt.NDArray[np.uint8]) -> bool:
-    """Whether a view has just these pairs of this reference, in this order."""
+def _view_holds(store: Store, name: str, spec_digest: str, data: TokenizedData) -> bool:
+    """Whether a view has just these pairs of this reference, in this order, and says the same of them."""
     if name not in store.views():
         return False
-    view = View.open(store.root, name)
-    return view.spec.digest == spec_digest and np.array_equal(view.keys(), keys)
+    view = View.open(store.root, name, rows=ROW_KINDS)
+    if view.spec.digest != spec_digest or not np.array_equal(view.keys(), data.keys):
+        return False
+    rows = zip(range(len(view)), data.pairs, strict=True)
+    return view.rows == "pairs" or all(view.extra(row) == pair.extra for row, pair in rows)

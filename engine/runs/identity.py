@@ -38,6 +38,9 @@ def run_identity(
         "pairs": rows_digest(view),
         "eval_pairs": rows_digest(eval_view) if eval_view is not None else None,
     }
+    if view.rows != "pairs":
+        identity["scores"] = scores_digest(view)
+        identity["eval_scores"] = scores_digest(eval_view) if eval_view is not None else None
     if config.pair_weight_column is not None:
         identity["weights"] = _column_digest(view, config.pair_weight_column)
     return identity
@@ -48,6 +51,14 @@ def rows_digest(view: View) -> str:
     digest = xxhash.xxh3_128()
     for row in range(len(view)):
         digest.update(view.key(row))
+    return digest.hexdigest()
+
+
+def scores_digest(view: View) -> str:
+    """One hash over what the data set says of the responses of each row."""
+    digest = xxhash.xxh3_128()
+    for row in range(len(view)):
+        digest.update(json.dumps(view.scores(row)).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -90,9 +90,9 @@ class PackedRow:
     branch_offsets: IndexArray
 
 
-def pair_group(ids: PairIds) -> PromptGroup:
-    """The group of one pair: branch 0 is chosen, branch 1 is rejected."""
-    return PromptGroup(ids.prompt_ids, sides(ids))
+def pair_group(ids: PairIds, count: int = 2) -> PromptGroup:
+    """The group of one pair: branch 0 is chosen, branch 1 is rejected; with `count` 1 only the former."""
+    return PromptGroup(ids.prompt_ids, sides(ids)[:count])
 
 
 def share_prompts(pairs: Sequence[PairIds]) -> tuple[list[PromptGroup], IndexArray]:

@@ -54,7 +54,8 @@ def advise(
         beta: of the run.
         held_out_pairs: how many pairs the evaluations are over.
     """
-    reference = any(LOSS_FACTS[name].reference for name in loss_type)
+    # What is said of log-probs is about the two responses of a pair.
+    reference = any(LOSS_FACTS[name].reference and LOSS_FACTS[name].rows == "pairs" for name in loss_type)
     few = _few_pairs(held_out_pairs) if evaluations and held_out_pairs < FEW else None
     if held_out_pairs < _ENOUGH_PAIRS:
         evaluations = []

@@ -54,10 +54,11 @@ def batch_sums(
 
     `per_token` is false where the cache holds sums over whole responses.
     """
-    predictors, targets, offsets = predict_groups(lm, [pair_group(pair.ids) for pair in pairs])
+    unpaired, sides = settings.rows == "unpaired", _sides(settings)
+    predictors, targets, offsets = predict_groups(lm, groups_of(pairs, settings))
     policy = head_logps(lm, predictors, targets)
-    reference = np.concatenate([side for pair in pairs for side in (pair.chosen_logps, pair.rejected_logps)])
-    branch = np.repeat(np.arange(2 * len(pairs)), np.diff(offsets))
+    reference = np.concatenate([side for pair in pairs for side in (pair.chosen_logps, pair.rejected_logps)[:sides]])
+    branch = np.repeat(np.arange(0, 2 * len(pairs), 3 - sides), np.diff(offsets))
     batch = PreferenceBatch(
         policy=policy,
         reference=on_device(lm, reference),
@@ -65,9 +66,20 @@ def batch_sums(
         pairs=len(pairs),
         log_collision=head_log_collision(lm, predictors) if settings.use_weighting else None,
         weights=None if weights is None else on_device(lm, weights),
+        desirable=on_device(lm, np.array([pair.scores[0] for pair in pairs])) if unpaired else None,
         per_token=per_token,
     )
     return pair_sums(batch, settings)
+
+
+def groups_of(pairs: Sequence[ScoredPair], settings: LossSettings) -> list[PromptGroup]:
+    """What a forward runs for some pairs."""
+    return [pair_group(pair.ids, _sides(settings)) for pair in pairs]
+
+
+def _sides(settings: LossSettings) -> int:
+    """An unpaired row's second response need not be run where the loss does not look at it."""
+    return 1 if settings.rows == "unpaired" and not settings.reads_mismatched else 2
 
 
 @torch.no_grad()
@@ -104,13 +116,13 @@ def evaluate(
 
     batches = [range(begin, min(len(rows), begin + batch_size)) for begin in range(0, len(rows), batch_size)]
 
-    def groups_of(number: int) -> list[PromptGroup]:
-        return [pair_group(rows[i].ids) for i in batches[number]]
+    def of_batch(number: int) -> list[PromptGroup]:
+        return groups_of([rows[i] for i in batches[number]], settings)
 
     def mine() -> list[tuple[int, PairSums]]:
         if lm.by_layer is not None:
             own = list(group.mine(len(batches)))
-            sums = in_passes(lm, len(own), lambda i: groups_of(own[i]), lambda i: PairSums.join(score(batches[own[i]])))
+            sums = in_passes(lm, len(own), lambda i: of_batch(own[i]), lambda i: PairSums.join(score(batches[own[i]])))
             return list(zip(own, sums, strict=True))
         parts = []
         for number, counts in turns(group, len(batches), sharded=lm.sharded):

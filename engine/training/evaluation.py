@@ -5,16 +5,18 @@ Pure functions of a `PreferenceLoss` and of labels; knows no model and no file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from dpoeng.cache.analytics import correlation
 from dpoeng.engine.losses.batch import PreferenceLoss
-from dpoeng.engine.losses.metrics import pair_values
-from dpoeng.engine.training.intervals import CONFIDENCE, RESAMPLES, intervals, length_controlled_accuracy
+from dpoeng.engine.losses.metrics import pair_values, with_margin
+from dpoeng.engine.training.intervals import CONFIDENCE, RESAMPLES, Floats, intervals, length_controlled_accuracy
 
 _OF_GROUPS = ("loss", "rewards/accuracies", "rewards/margins")
 
@@ -72,6 +74,8 @@ def summarise(
             have no loss.
     """
     values = {name: tensor.cpu().numpy() for name, tensor in pair_values(found).items()}
+    if found.threshold is not None:
+        return _summarise_unpaired(values, prompts, labels, seed=seed)
     longer = (found.sums.chosen_tokens - found.sums.rejected_tokens).cpu().numpy()
     metrics = {name: float(value.mean()) for name, value in values.items()}
     controlled = length_controlled_accuracy(values["rewards/accuracies"], longer)
@@ -97,6 +101,34 @@ def summarise(
     return Evaluation(len(prompts), len(set(prompts)), ties, metrics, bounds, groups)
 
 
+def _summarise_unpaired(
+    values: Mapping[str, Floats], prompts: Sequence[bytes], labels: Mapping[str, Sequence[str]], *, seed: int
+) -> Evaluation:
+    """The same of unpaired rows: each mean is over the rows that have the value, as rewards of desirable ones."""
+
+    def of(rows: Sequence[int], names: Sequence[str]) -> Group:
+        part = {name: values[name][list(rows)] for name in names}
+        means = {name: float(np.nanmean(value)) for name, value in part.items() if not np.isnan(value).all()}
+        bounds: dict[str, tuple[float, float]] = {}
+        for name in means:
+            known = np.flatnonzero(~np.isnan(part[name]))
+            within = [prompts[rows[place]] for place in known.tolist()]
+            bounds |= intervals({name: part[name][known]}, np.zeros(len(known)), within, seed=seed)
+        return Group(len(rows), with_margin(means), bounds)
+
+    whole = of(range(len(prompts)), list(values))
+    groups = {
+        column: {
+            label: of([row for row, other in enumerate(of_rows) if other == label], ("loss", "rewards/accuracies"))
+            for label in sorted(set(of_rows))
+        }
+        for column, of_rows in labels.items()
+    }
+    rewards = np.where(np.isnan(values["rewards/chosen"]), values["rewards/rejected"], values["rewards/chosen"])
+    ties = int((rewards == values["rewards/threshold"]).sum())
+    return Evaluation(len(prompts), len(set(prompts)), ties, whole.metrics, whole.intervals, groups)
+
+
 def pair_lines(
     found: PreferenceLoss, prompts: Sequence[bytes], sources: Sequence[str], *, per_pair_loss: bool = True
 ) -> list[dict[str, Any]]:
@@ -105,12 +137,13 @@ def pair_lines(
     if not per_pair_loss:
         del values["loss"]
     values["chosen_tokens"] = [int(count) for count in found.sums.chosen_tokens.tolist()]
-    values["rejected_tokens"] = [int(count) for count in found.sums.rejected_tokens.tolist()]
+    if found.threshold is None:
+        values["rejected_tokens"] = [int(count) for count in found.sums.rejected_tokens.tolist()]
     return [
         {
             "source": source,
             "prompt": xxhash.xxh3_128_hexdigest(prompt),
-            **{name: value[pair] for name, value in values.items()},
+            **{name: value[pair] for name, value in values.items() if not math.isnan(value[pair])},
         }
         for pair, (source, prompt) in enumerate(zip(sources, prompts, strict=True))
     ]

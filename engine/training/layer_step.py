@@ -10,14 +10,13 @@ numbers, so the adapter is the same, byte for byte.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from dpoeng.cache.errors import UserError
-from dpoeng.cache.schema import ScoredPair
 from dpoeng.engine.losses.batch import PreferenceLoss
 from dpoeng.engine.models.layers.by_layer import ByLayer
 from dpoeng.engine.models.layers.gates import States
@@ -25,7 +24,7 @@ from dpoeng.engine.models.layers.waiting import Slot
 from dpoeng.engine.models.model import CausalLM, adapter_draws, decoder_layers
 from dpoeng.engine.runtime.distributed import Group
 from dpoeng.engine.scoring.forward import predict_groups
-from dpoeng.engine.scoring.layout import pair_group
+from dpoeng.engine.scoring.layout import PromptGroup
 
 Begin = Callable[[int], None]
 """Called with the number of a forward before it is run: seeds its dropout."""
@@ -33,7 +32,7 @@ Begin = Callable[[int], None]
 
 def gradient_by_layer(
     lm: CausalLM,
-    forwards: dict[int, Sequence[ScoredPair]],
+    forwards: Mapping[int, Sequence[PromptGroup]],
     begin: Begin,
     head: Callable[[Begin], list[PreferenceLoss]],
     *,
@@ -44,7 +43,7 @@ def gradient_by_layer(
 
     Args:
         lm: the policy, run by layer.
-        forwards: number -> pairs of each forward of this process.
+        forwards: number -> the groups of each forward of this process.
         begin: seeds a forward's dropout.
         head: computes the step's loss and its gradient, calling `begin` with a number before each forward.
         group: the processes, each of which has forwards of its own.
@@ -66,17 +65,14 @@ class _Step:
         self,
         lm: CausalLM,
         by_layer: ByLayer,
-        forwards: dict[int, Sequence[ScoredPair]],
+        forwards: Mapping[int, Sequence[PromptGroup]],
         begin: Begin,
         tell: Callable[[str], None],
     ) -> None:
         self.lm, self.by_layer, self.begin = lm, by_layer, begin
         self.count = by_layer.gates.count
         self.first = _first_trained(lm)
-        self.jobs = {
-            number: partial(predict_groups, lm, [pair_group(pair.ids) for pair in pairs])
-            for number, pairs in forwards.items()
-        }
+        self.jobs = {number: partial(predict_groups, lm, groups) for number, groups in forwards.items()}
         self.waiting = by_layer.waiting(lm.device)
         # Of each forward, for each layer the hidden states that enter it; last, those that leave the last one.
         self.entering: dict[int, list[list[Slot]]] = {number: [[]] for number in forwards}

@@ -77,9 +77,10 @@ def _peak_bytes(run: Run) -> int:
 
 def live_figures(metrics: Mapping[str, float], pairs_per_s: float) -> str:
     """What a step tells while it goes by."""
+    margin = f"margin {metrics['rewards/margins']:+.3f}  " if "rewards/margins" in metrics else ""
     return (
-        f"loss {metrics['loss']:.4f}  margin {metrics['rewards/margins']:+.3f}  "
-        f"accuracy {metrics['rewards/accuracies']:.2f}  {speed(pairs_per_s, 1.0, 'pairs')}"
+        f"loss {metrics['loss']:.4f}  {margin}accuracy {metrics['rewards/accuracies']:.2f}  "
+        f"{speed(pairs_per_s, 1.0, 'pairs')}"
     )
 
 

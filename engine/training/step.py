@@ -24,7 +24,7 @@ from dpoeng.engine.losses.batch import PairSums, PreferenceLoss, next_state, pre
 from dpoeng.engine.losses.metrics import preference_metrics
 from dpoeng.engine.models.fsdp_rows import clip_gradients, take_gradients
 from dpoeng.engine.runtime.out_of_memory import attempt, no_way_back, too_large
-from dpoeng.engine.training.batch_loss import batch_loss, batch_sums, in_order, turns
+from dpoeng.engine.training.batch_loss import batch_loss, batch_sums, groups_of, in_order, turns
 from dpoeng.engine.training.layer_step import Begin, gradient_by_layer
 from dpoeng.engine.training.rows import WeightArray
 from dpoeng.engine.training.run import Run
@@ -148,7 +148,7 @@ def _gradient(run: Run, step: int) -> tuple[list[PreferenceLoss], float]:
     if run.lm.by_layer is None:
         parts = head(begin)
     else:
-        own = {micro: micros[micro][0] for micro in run.group.mine(len(micros))}
+        own = {micro: groups_of(micros[micro][0], run.settings) for micro in run.group.mine(len(micros))}
         tell = partial(_tell, run, step)
         parts = gradient_by_layer(run.lm, own, begin, head, group=run.group, tell=tell)
     take_gradients(run.lm)

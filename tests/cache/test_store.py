@@ -384,7 +384,7 @@ def test_opening_what_is_no_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "code"),
     [
-        (b"dpoeng-refcache 4\n", "cache-future"),  # fault 28
+        (b"dpoeng-refcache 5\n", "cache-future"),  # fault 28
         (b"dpoeng-refcache 1", "cache-format"),
         (b"dpoeng-refcache 1\n\0", "cache-format"),
         (b"", "cache-format"),

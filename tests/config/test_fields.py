@@ -38,7 +38,7 @@ def test_the_file_in_the_current_folder_is_read(tmp_path: Path, monkeypatch: pyt
         ("beta: high", "config-value", ["beta", "'high'"]),
         ("loss_type: sgimoid", "config-value", ["loss_type", "'sigmoid'"]),
         ("loss_type: tdpo", "config-value", ["loss_type", "over the vocabulary"]),
-        ("loss_type: [sigmoid, kto]", "config-value", ["bco_pair"]),
+        ("loss_type: [sigmoid, kto]", "config-value", ["one response and a label"]),
         ("loss_type: aot_pair", "config-value", ["use aot"]),
         ("loss_type: []", "config-value", ["loss_type"]),
         ("loss_type: [sigmoid, sigmoid]", "config-value", ["twice"]),

@@ -26,7 +26,7 @@ def blocks(language: str) -> list[str]:
 
 def test_every_example_is_read_without_a_reject(tmp_path: Path) -> None:
     examples = blocks("jsonl")
-    assert len(examples) == 6
+    assert len(examples) == 7
     for example in examples:
         path = tmp_path / "pairs.jsonl"
         path.write_text(example, encoding="utf-8")

@@ -20,7 +20,7 @@ from dpoeng.engine.losses.names import LossSettings
 
 pytestmark = pytest.mark.peers
 
-TRL_DPO = sorted(set(LOSSES) - {"dpop", "beta_dpo", "simpo", "cpo", "orpo"})
+TRL_DPO = sorted(set(LOSSES) - {"dpop", "beta_dpo", "simpo", "cpo", "orpo", "kto", "apo_zero_unpaired", "bco"})
 
 
 class Tokens:

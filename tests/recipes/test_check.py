@@ -547,6 +547,23 @@ def test_a_prompt_from_elsewhere_and_a_misspelt_column_are_told(
         assert words in told[code]
 
 
+def test_single_responses_with_labels(tmp_path: Path) -> None:
+    """No finding compares a response with the mismatched one, which is another row's."""
+    rows = [
+        {
+            "prompt": f"Instruction: {i}?\nResponse:",
+            "completion": f" {'yes ' * (1 + i % 2)}{i}\nEND",
+            "label": i % 3 > 0,
+        }
+        for i in range(12)
+    ]
+    report = run(tmp_path, rows)
+    assert codes(report) == {"label-desirable": 8, "label-undesirable": 4, "few-pairs": 12}
+    assert [one.part for one in report.lengths] == ["prompt", "completion", "mismatched"]
+    assert report.bias is None
+    assert report.shown[0].names == ("completion", "mismatched")
+
+
 def test_every_kind_is_complete_and_in_the_docs() -> None:
     text = (ROOT / "docs" / "check.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"^\| `([a-z-]+)`", text, re.MULTILINE))

@@ -194,6 +194,8 @@ DATA = (
     Wrong("a format without its place", "data-prompt-format", 2, SCORE + " --prompt-format Q:", ("{prompt}",)),
     Wrong("prompts longer than max_length", "data-empty", 3, SCORE + " --max-length 8 --max-reject-share 1",
           ("dpoeng check",), lambda d: d.rows(*[{**row, "prompt": "why " * 30} for row in GOOD])),
+    Wrong("labels of one prompt", "data-one-prompt", 3, SCORE, ("2 rows",),
+          lambda d: d.rows(*[{"prompt": "p", "completion": text, "label": True} for text in "ab"])),
 )  # fmt: skip
 
 # Faults of single rows: (name, the bytes of the line or a row, the reason it is left out for)
@@ -208,6 +210,7 @@ ROWS: tuple[tuple[str, Any, str], ...] = (
     ("a line that is a number", b"5\n", "not-an-object"),
     ("a line that is a list", b'["p", "a", "b"]\n', "not-an-object"),
     ("no rejected", {"prompt": "p", "chosen": "a"}, "missing-field"),
+    ("a label among pairs", {"prompt": "p", "completion": "a", "label": True}, "mixed-rows"),
     ("null", {"prompt": "p", "chosen": None, "rejected": "b"}, "missing-field"),
     ("a number as response", {"prompt": "p", "chosen": 5, "rejected": "b"}, "wrong-type"),
     ("an empty response", {"prompt": "p", "chosen": "", "rejected": "b"}, "empty-response"),
@@ -519,6 +522,17 @@ def second_view(folder: Path, desk: Desk) -> None:
     Store.open(folder).write_view(view.spec.digest, "second", entries, dict(view.meta))
 
 
+def unpaired_view(folder: Path, _: Desk) -> None:
+    """A second view whose rows are unpaired."""
+    from dpoeng.cache.reader import View
+    from dpoeng.cache.store import Store
+    from dpoeng.cache.table import ViewEntry
+
+    view = View.open(folder)
+    entries = [ViewEntry(*view.source(row), view.key(row), {"label": row % 2 == 0}) for row in range(len(view))]
+    Store.open(folder).write_view(view.spec.digest, "labels", entries, {**view.meta, "rows": "unpaired"})
+
+
 def other_reference(folder: Path, desk: Desk) -> None:
     """A second view by another reference."""
     from dpoeng.cache.exchange import merge
@@ -795,6 +809,9 @@ CACHES = (
     Wrong("another model than the cache's", "parity-failed", 4, TRAIN + " --model other", ("nats",),
           lambda d: save_tiny_model(d.folder / "other", d.tokenizer, seed=9)),
     Wrong("a release that moved the numbers", "reference-drifted", 4, SCORE, ("transformers 5.0.0",), drifted),
+    Wrong("a loss of pairs on labels", "loss-rows", 2, "train --view labels", ("kto",), bend(unpaired_view)),
+    Wrong("an export of labels", "cache-rows", 2, "cache export refcache rows.jsonl --view labels", ("unpaired",),
+          bend(unpaired_view)),
     Wrong("an export that is no format", "export-format", 2, "cache export CACHE rows.txt", (".jsonl",)),
     Wrong("a loss of tokens on sums", "cache-sums-only", 2, "train --ld-alpha 0.5", ("--ld-alpha",), imported_sums),
     Wrong("an import of nothing", "import-columns", 3, IMPORT, ("rows.jsonl",), lambda d: d.write("rows.jsonl")),

@@ -1,0 +1,202 @@
+"""What a forward gives, reduced to sums: per-token log-probs of branches to a few numbers a pair, and a loss of these.
+
+Knows no model, no cache, and none of the losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+
+from dpoeng.engine.losses.names import LossSettings
+from dpoeng.engine.losses.pairwise import MAX_EXPONENT
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreferenceBatch:
+    """Output of one forward: per-token log-probs of B pairs, chosen and rejected branches alternating.
+
+    Branch 2i is pair i's chosen response and branch 2i + 1 its rejected one. Per-token values and not sums, since
+    length-normalised and LD-DPO losses need them. Of an unpaired row, branch 2i is its response and branch 2i + 1 the
+    mismatched one, which has no tokens where the loss does not read it.
+
+    Attributes:
+        policy: [N] float32, with gradient.
+        reference: [N] float32, from the cache.
+        branch: [N] int64, ascending, the branch that each token belongs to.
+        pairs: B.
+        log_collision: [N] float32, log sum_v pi(v)^2 at each position, for `use_weighting`; else None.
+        weights: [B] float64, the user's weight of each pair, or None.
+        desirable: [B] float64, of unpaired rows 1 for a desirable response and 0 for another; None of pairs.
+        per_token: whether `reference` is known token by token; else a response's first token carries its sum, the
+            others hold 0, and there is no KL.
+    """
+
+    policy: torch.Tensor
+    reference: torch.Tensor
+    branch: torch.Tensor
+    pairs: int
+    log_collision: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+    desirable: torch.Tensor | None = None
+    per_token: bool = True
+
+    def lengths(self) -> torch.Tensor:
+        """Tokens of each branch, [2B] int64; no synchronisation with the device."""
+        total = torch.zeros(2 * self.pairs, dtype=torch.int64, device=self.branch.device)
+        return total.index_add(0, self.branch, torch.ones_like(self.branch))
+
+    def sums(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Per-token values [N] -> (chosen sums [B], rejected sums [B]), added in float64."""
+        total = torch.zeros(2 * self.pairs, dtype=torch.float64, device=values.device)
+        total = total.index_add(0, self.branch, values.double())
+        by_side = total.view(self.pairs, 2)
+        return by_side[:, 0], by_side[:, 1]
+
+
+_GRADIENT = ("chosen_ratio", "rejected_ratio", "chosen_logps", "rejected_logps")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PairSums:
+    """Inputs of the losses, a number a pair: all [B], float64.
+
+    `_ratio` is log pi/ref and `ref_` log ref, both with LD-DPO's weights on the tokens; `_logps` are plain sums of the
+    policy's log-probs; `_tokens` counts the scored tokens; `_kl` estimates the KL per token, or is NaN where that is
+    not known; `weights` multiplies a pair's loss. Ratios and logps carry the gradient.
+
+    Of unpaired rows `desirable` holds the labels (None of pairs), `chosen_` is the response, whatever its label, and
+    `rejected_` the mismatched one.
+    """
+
+    chosen_ratio: torch.Tensor
+    rejected_ratio: torch.Tensor
+    chosen_logps: torch.Tensor
+    rejected_logps: torch.Tensor
+    ref_chosen: torch.Tensor
+    ref_rejected: torch.Tensor
+    chosen_tokens: torch.Tensor
+    rejected_tokens: torch.Tensor
+    chosen_kl: torch.Tensor
+    rejected_kl: torch.Tensor
+    weights: torch.Tensor
+    desirable: torch.Tensor | None = None
+
+    @property
+    def with_gradient(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that the losses are differentiated by."""
+        return tuple(getattr(self, name) for name in _GRADIENT)
+
+    def leaves(self) -> PairSums:
+        """The same numbers as leaves of a new graph: `backward` on a loss of them leaves the gradient in `.grad`."""
+        return replace(self, **{name: getattr(self, name).detach().clone().requires_grad_() for name in _GRADIENT})
+
+    def detached(self) -> PairSums:
+        """The same numbers without the graph, and so without the activations that it holds."""
+        return replace(self, **{name: getattr(self, name).detach() for name in _GRADIENT})
+
+    def on_host(self) -> PairSums:
+        """The same numbers in the host's memory, without the graph, as they are sent to other processes."""
+        return PairSums(**_on_host(self))
+
+    @staticmethod
+    def join(parts: Sequence[PairSums]) -> PairSums:
+        """The pairs of several forwards as one batch."""
+        known = [f.name for f in fields(PairSums) if getattr(parts[0], f.name) is not None]
+        return PairSums(**{name: torch.cat([getattr(part, name) for part in parts]) for name in known})
+
+
+def _on_host(of: PairSums | PreferenceLoss) -> dict[str, torch.Tensor]:
+    """Field -> its tensor in the host's memory, without the graph."""
+    values = {f.name: getattr(of, f.name) for f in fields(of)}
+    return {name: x.detach().cpu() for name, x in values.items() if isinstance(x, torch.Tensor)}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreferenceLoss:
+    """Losses and the quantities that are reported; all [B], float64; all but `losses` detached.
+
+    `threshold` is what an unpaired loss compares rewards with (None of pairs): above it a response counts as desirable.
+    """
+
+    losses: torch.Tensor
+    chosen_logps: torch.Tensor
+    rejected_logps: torch.Tensor
+    chosen_rewards: torch.Tensor
+    rejected_rewards: torch.Tensor
+    sums: PairSums = field(repr=False)
+    threshold: torch.Tensor | None = None
+
+    def on_host(self) -> PreferenceLoss:
+        """As `PairSums.on_host`."""
+        return PreferenceLoss(**_on_host(self), sums=self.sums.on_host())
+
+
+def pair_sums(batch: PreferenceBatch, settings: LossSettings) -> PairSums:
+    """Reduces a forward to its pairs."""
+    # Log-ratios are formed token by token, so that two large sums are never subtracted from each other.
+    ratio, reference = batch.policy - batch.reference, batch.reference
+    lengths = batch.lengths()
+    if settings.ld_alpha is not None:
+        tail = ld_weights(batch.branch, lengths, settings.ld_alpha)
+        ratio, reference = ratio * tail, reference * tail
+    chosen_ratio, rejected_ratio = batch.sums(ratio)
+    ref_chosen, ref_rejected = batch.sums(reference)
+    chosen_logps, rejected_logps = batch.sums(batch.policy)
+    tokens = lengths.double().view(batch.pairs, 2)
+    with torch.no_grad():
+        kl = kl_per_token(batch.policy.double(), batch.reference.double())
+        chosen_kl, rejected_kl = batch.sums(kl if batch.per_token else torch.full_like(kl, torch.nan))
+        weights = batch.weights
+        if weights is None:
+            weights = torch.ones(batch.pairs, dtype=torch.float64, device=batch.policy.device)
+        if settings.use_weighting:
+            weights = weights * wpo_weights(batch)
+    return PairSums(
+        chosen_ratio=chosen_ratio,
+        rejected_ratio=rejected_ratio,
+        chosen_logps=chosen_logps,
+        rejected_logps=rejected_logps,
+        ref_chosen=ref_chosen,
+        ref_rejected=ref_rejected,
+        chosen_tokens=tokens[:, 0],
+        rejected_tokens=tokens[:, 1],
+        chosen_kl=chosen_kl / tokens[:, 0],
+        rejected_kl=rejected_kl / tokens[:, 1],
+        weights=weights,
+        desirable=batch.desirable,
+    )
+
+
+def ld_weights(branch: torch.Tensor, lengths: torch.Tensor, alpha: float) -> torch.Tensor:
+    """1 for tokens up to the length of the shorter response of a pair, `alpha` for those beyond it; [N] float32.
+
+    Liu et al. 2024, LD-DPO, https://arxiv.org/abs/2409.06411
+    """
+    position = torch.arange(len(branch), device=branch.device) - (lengths.cumsum(0) - lengths)[branch]
+    shared = lengths.view(-1, 2).amin(1).repeat_interleave(2)
+    return torch.where(position < shared[branch], 1.0, alpha)
+
+
+def wpo_weights(batch: PreferenceBatch) -> torch.Tensor:
+    """How likely the policy itself would write both responses: a weight a pair, [B] float64, without gradient.
+
+    exp of the mean over tokens of log pi(token) - log sum_v pi(v)^2, chosen times rejected. Zhou et al. 2024,
+    equation 2 with sampled alignment, https://arxiv.org/abs/2406.11827
+    """
+    assert batch.log_collision is not None, "use_weighting needs the policy's collision probabilities"
+    lengths = batch.lengths().double().view(batch.pairs, 2)
+    chosen, rejected = batch.sums(batch.policy.detach().double() - batch.log_collision.double())
+    return torch.exp(chosen / lengths[:, 0] + rejected / lengths[:, 1])
+
+
+def kl_per_token(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """x - log x - 1 with x = ref/pi: never negative, and 0 only where both agree.
+
+    Schulman 2020, http://joschu.net/blog/kl-approx.html, estimator k3 of KL(pi || ref). It would be unbiased on tokens
+    drawn from the policy; on the tokens of given responses it measures how far the policy has moved there.
+    """
+    log_x = torch.clamp(reference - policy, max=MAX_EXPONENT)
+    return torch.expm1(log_x) - log_x
