@@ -127,5 +127,5 @@ def check_trained_layers(lm: CausalLM, chosen: Sequence[int]) -> None:
             expected=f"something to train in each of the layers {', '.join(map(str, chosen))}, and nothing elsewhere",
             found=f"layers {', '.join(map(str, found)) or 'none'}"
             + (f", and {counted(len(outside), 'tensor')} outside of them, as {outside[0]}" if outside else ""),
-            remedy="name modules that the model has",
+            remedy="name modules of this model",
         )
