@@ -65,9 +65,11 @@ def compare(
 
     In a run's folder the answers are kept as samples.jsonl, in place of earlier ones; `dpoeng report` shows them.
     """
-    from dpoeng.cli.progress import TerminalProgress
-    from dpoeng.engine.recipes.compare import compare_prompts, keep_samples
-    from dpoeng.engine.recipes.evaluate import find_trained
+    from dpoeng.cli.progress import TerminalProgress, importing
+
+    with importing():
+        from dpoeng.engine.recipes.compare import compare_prompts, keep_samples
+        from dpoeng.engine.recipes.evaluate import find_trained
 
     given_prompts = [*prompts, *(read_prompts(file) if file else [])]
     trained = find_trained(path)

@@ -52,13 +52,17 @@ def evaluate(path: Path, pairs: Literal["held-out", "all"] | None, as_json: bool
     Settings that are not given are those of its run, where run.json lies beside it. Before anything is said, the model
     as it was before training is compared with the cache.
     """
-    from dpoeng.cli.progress import TerminalProgress
-    from dpoeng.engine.recipes.evaluate import evaluate_trained, find_trained
+    from dpoeng.cli.progress import TerminalProgress, importing
+
+    with importing():
+        from dpoeng.engine.recipes.evaluate import evaluate_trained, find_trained
 
     trained = find_trained(path)
     overrides = given(options)
     if pairs is None and "view" in overrides:
         pairs = "all"
+    if pairs == "all" and "view" in overrides:  # that view, which may be the one that the run was evaluated on
+        overrides.setdefault("eval_view", None)
     found = evaluate_trained(trained, run_config(trained, overrides), pairs, TerminalProgress())
     if as_json:
         say_json(found.record())

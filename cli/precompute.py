@@ -50,8 +50,10 @@ def precompute_ref(pairs: tuple[Path, ...], config_file: Path | None, as_json: b
         values["pairs"] = pairs
     config = load_config(PrecomputeConfig, values, config_file)
 
-    from dpoeng.cli.progress import TerminalProgress
-    from dpoeng.engine.recipes.precompute import precompute_reference
+    from dpoeng.cli.progress import TerminalProgress, importing
+
+    with importing():
+        from dpoeng.engine.recipes.precompute import precompute_reference
 
     summary = precompute_reference(config, TerminalProgress())
     if summary.reports:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import collections
 import contextlib
 import textwrap
+import threading
 import time
 from collections.abc import Iterable, Iterator
 
+import click
 from rich.console import Console, RenderableType
 from rich.progress import Progress, ProgressColumn, Task
 from rich.text import Text
@@ -24,6 +26,18 @@ LINE_EVERY_S = 30.0
 _WINDOW = 20  # reports whose speed counts for the time left: old enough to be steady, new enough to follow a change
 _BAR = (8, 24)  # columns, at least and at most
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+@contextlib.contextmanager
+def importing(after_s: float = 2.0) -> Iterator[None]:
+    """Say that libraries are being loaded if the block takes longer, as torch and transformers do on a busy disk."""
+    timer = threading.Timer(after_s, lambda: click.echo("loading libraries ...", err=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Pace:

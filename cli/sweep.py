@@ -52,8 +52,10 @@ def sweep(config_file: Path | None, as_json: bool, **options: Any) -> None:
     combinations are looked through before the first run starts. Started again, the command skips complete runs and goes
     on with the one that was stopped. Ends with the runs ranked, with intervals, in a table, sweep.json and sweep.html.
     """
-    from dpoeng.cli.progress import TerminalProgress
-    from dpoeng.engine.recipes.sweep import plan_sweep, run_sweep
+    from dpoeng.cli.progress import TerminalProgress, importing
+
+    with importing():
+        from dpoeng.engine.recipes.sweep import plan_sweep, run_sweep
     from dpoeng.engine.recipes.sweep_ranking import SWEEP, SWEEP_FILE, verdict
     from dpoeng.engine.runtime.outputs import PAGE, refuse_output
 

@@ -47,12 +47,13 @@ def train(config_file: Path | None, as_json: bool, **options: Any) -> None:
     """
     config = load_config(TrainConfig, given(options), config_file)
 
-    from dpoeng.cli.progress import TerminalProgress
+    from dpoeng.cli.progress import TerminalProgress, importing
     from dpoeng.engine.recipes.phase_two.finished import finished_run
 
     summary = finished_run(config)
     if summary is None:
-        from dpoeng.engine.recipes.train import train as run
+        with importing():
+            from dpoeng.engine.recipes.train import train as run
 
         summary = run(config, TerminalProgress())
     if summary.reports:

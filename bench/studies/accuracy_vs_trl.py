@@ -176,7 +176,7 @@ def summarise(
     prompts: Sequence[bytes],
     longer: npt.NDArray[np.float64],
 ) -> dict[str, Any]:
-    """Means with bootstrap intervals over held-out prompts, and dpoeng's paired difference from the peer.
+    """Means with intervals over held-out prompts, and dpoeng's paired difference from the peer.
 
     Args:
         before: log-prob of the chosen response less that of the rejected one, in nats, of the untrained model.
@@ -190,7 +190,7 @@ def summarise(
         "held_out_pairs": len(prompts),
         "before": means({"prefers chosen": (before > 0).astype(np.float64)}),
         "after": {program: means(found) for program, found in values.items()},
-        "difference": means({name: ours[name] - theirs[name] for name in METRICS}),
+        "difference": means({name: ours[name] - theirs[name] for name in METRICS}, paired=True),
         "same_verdict": float((ours["rewards/accuracies"] == theirs["rewards/accuracies"]).mean()),
     }
 

@@ -2,7 +2,7 @@
 
 Every way is phase one and phase two on the same pairs, in a process of its own, one after another. It is then looked at
 twice: as it was trained, with its own precision and reference; and its adapter alone, on the float32 model against the
-float32 reference, where all ways can be compared pair by pair. Intervals are bootstraps over held-out prompts; the
+float32 reference, where all ways can be compared pair by pair. Intervals are over held-out prompts; the
 difference from the first way is paired, and so much narrower than two intervals side by side suggest.
 """
 
@@ -36,7 +36,7 @@ from dpoeng.engine.runs.folder import ADAPTER_FOLDER
 from dpoeng.engine.runs.reading import read_run
 from dpoeng.engine.runtime.progress import QUIET, Progress
 from dpoeng.engine.training.batch_loss import evaluate
-from dpoeng.engine.training.intervals import Floats, bootstrap
+from dpoeng.engine.training.intervals import ACCURACY, Floats, bootstrap, intervals
 from dpoeng.engine.training.order import hold_out
 from dpoeng.engine.training.rows import Rows
 
@@ -279,7 +279,7 @@ def summarise(way: str, runs: Sequence[Mapping[str, Any]], first: Sequence[Mappi
         "pairs": len(prompts),
         "trained": means(mean(runs, "trained")),
         "float32": means(own),
-        "difference": means({name: own[name] - others[name] for name in METRICS}),
+        "difference": means({name: own[name] - others[name] for name in METRICS}, paired=True),
         "by_seed": {name: [float(np.mean(run["float32"][name])) for run in runs] for name in METRICS},
         "steps": runs[0]["steps"],
         "seconds": [run["seconds"] for run in runs],
@@ -287,10 +287,19 @@ def summarise(way: str, runs: Sequence[Mapping[str, Any]], first: Sequence[Mappi
     }
 
 
-def with_intervals(values: Mapping[str, Floats], *, longer: Floats, prompts: Sequence[bytes]) -> dict[str, Any]:
-    """Metric -> the mean of its values and the bootstrap interval of that; see `bootstrap`."""
-    intervals = bootstrap(values, longer, prompts, seed=0)
-    return {name: {"mean": float(found.mean()), "interval": intervals.get(name)} for name, found in values.items()}
+def with_intervals(
+    values: Mapping[str, Floats], *, longer: Floats, prompts: Sequence[bytes], paired: bool = False
+) -> dict[str, Any]:
+    """Metric -> the mean of its values and the interval of that, as an evaluation has it; see `intervals`.
+
+    Means over several seeds are no shares: a pair may be right in half of them. These have the bootstrap alone.
+    """
+    right = values.get(ACCURACY, np.zeros(0))
+    if (right == np.round(right)).all():
+        bounds = intervals(values, longer, prompts, seed=0, paired=paired)
+    else:
+        bounds = bootstrap(values, longer, prompts, seed=0)
+    return {name: {"mean": float(found.mean()), "interval": bounds.get(name)} for name, found in values.items()}
 
 
 def main() -> None:

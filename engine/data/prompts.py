@@ -19,6 +19,9 @@ QUESTIONS = ("instruction", "question", "query", "input")
 CONVERSATIONS = ("conversations", "conversation", "messages")
 """Columns of messages that are the prompt where there is no `prompt`, and the responses are single answers."""
 SYSTEMS = ("system", "system_prompt")
+
+_MISSING = frozenset(("nan", "none", "null", "<na>", "n/a"))
+"""Texts that pandas and others leave where a value was missing; no system prompt is one of them."""
 HISTORY = "history"
 CONTEXTS = ("context", "passage", "document", "documents")
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
@@ -92,6 +95,11 @@ def read_prompt(row: Mapping[str, Any], columns: Mapping[str, str], *, single_an
             continue
         if not isinstance(text, str) or isinstance(text, Base64):
             raise RowFault("wrong-type", f"`{column(name)}` must be a text, it is {json_type(text)}")
+        if text.strip().lower() in _MISSING:
+            raise RowFault(
+                "wrong-type",
+                f"`{column(name)}` holds the text {text.strip()!r}, by which programs write a missing value",
+            )
         found.system = text
         found.used.add(column(name))
     if value(HISTORY) is not None:

@@ -172,6 +172,14 @@ def _cpu_head_gradients(tracker: MemoryTracker, func: Any, args: tuple[Any, ...]
         return tiled_gradients(hidden, Head(weight, bias, softcap, scale, temperature), targets, sums, upstream)
 
 
+def _cpu_add(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # A CPU copies what is added into the dtype of the sum first; a GPU widens it on the way.
+    result = func(*args, **kwargs)
+    if isinstance(args[1], torch.Tensor) and args[1].dtype != args[0].dtype:
+        tracker.scratch(args[1].numel() * args[0].element_size())
+    return result
+
+
 _INSIDE: dict[str, dict[str, Any]] = {
     "cuda": {
         "aten::bincount": _bincount,
@@ -183,6 +191,7 @@ _INSIDE: dict[str, dict[str, Any]] = {
     },
     "cpu": {
         "aten::bincount": _bincount,
+        "aten::add_.Tensor": _cpu_add,
         "dpoeng::token_logps_train": _cpu_logps,
         "dpoeng::token_logps_score": _cpu_logps,
         "dpoeng::token_logps_head": _cpu_head_logps,
@@ -197,6 +206,7 @@ def handlers(device_type: str) -> dict[Any, Any]:
     found = {}
     for name, handler in _INSIDE[device_type].items():
         library, operation = name.split("::")
+        operation, _, overload = operation.partition(".")
         with contextlib.suppress(AttributeError):
-            found[getattr(getattr(torch.ops, library), operation).default] = handler
+            found[getattr(getattr(getattr(torch.ops, library), operation), overload or "default")] = handler
     return found

@@ -223,7 +223,9 @@ def evaluate(
     _refuse_others("evaluate", EvaluateSettings, settings)
     found = find_trained(Path(trained))
     which = "all" if pairs is None and "view" in settings else pairs
-    return evaluate_trained(found, _config_of_run(found.run, settings), which, _shown(progress))
+    # All pairs of the view that is named, which may be the one that the run was evaluated on.
+    others = {"eval_view": None} if which == "all" and "view" in settings else {}
+    return evaluate_trained(found, _config_of_run(found.run, {**others, **settings}), which, _shown(progress))
 
 
 def compare(

@@ -43,7 +43,7 @@ def test_means_differences_and_verdicts_by_hand() -> None:
     assert found["difference"]["rewards/margins"]["mean"] == 0.25
     assert found["difference"]["prefers chosen"] == {"mean": 0.0, "interval": (0.0, 0.0)}
     low, high = found["difference"]["rewards/accuracies"]["interval"]
-    assert low == 0.0 < high <= 1.0
+    assert -0.5 < low < 0.0 < high <= 1.0  # of 4 pairs: a bootstrap would say that it is no less than 0
     assert found["same_verdict"] == 0.75
 
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from dpoeng_testing import pair_rows, write_jsonl
 
 from dpoeng.bench.studies import quality
-from dpoeng.bench.studies.quality import QualitySettings, bench_quality, run_way, split_pairs, summarise
+from dpoeng.bench.studies.quality import QualitySettings, bench_quality, run_way, split_pairs, summarise, with_intervals
 from dpoeng.bench.studies.scale import power_law
 from dpoeng.cache.errors import UserError
 from dpoeng.cli.bench.commands import bench
@@ -162,6 +162,18 @@ def test_a_way_that_fails_is_named_and_the_first_is_not_spared(
     assert any("no 4 bits here" in str(row) for table in quality_tables(record) for row in table.rows)
     with pytest.raises(UserError, match="it failed"):
         bench_quality(settings(tmp_path, tiny_model, ways=("4bit", "float32")))
+
+
+def test_one_seed_has_the_intervals_of_an_evaluation() -> None:
+    """Wilson's, where a bootstrap of three right answers says 1 to 1; and Agresti and Min's of a paired difference."""
+    right = {"rewards/accuracies": np.ones(3), "rewards/margins": np.array([0.1, 0.2, 0.3])}
+    longer, prompts = np.array([1.0, -1.0, 2.0]), [b"0", b"1", b"2"]
+    low, high = with_intervals(right, longer=longer, prompts=prompts)["rewards/accuracies"]["interval"]
+    assert (low, high) == (pytest.approx(0.4385, abs=1e-3), 1.0)
+    none = {"rewards/accuracies": np.zeros(3)}
+    low, high = with_intervals(none, longer=longer, prompts=prompts, paired=True)["rewards/accuracies"]["interval"]
+    assert -1 < low < -0.2 < 0.2 < high < 1
+    assert low == -high
 
 
 def test_seeds_are_averaged_before_pairs_are_drawn() -> None:

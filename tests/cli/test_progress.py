@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import time
 
 import pytest
 from rich.console import Console
 
 from dpoeng.cli import progress as module
-from dpoeng.cli.progress import Pace, TerminalProgress, bar_line, clock, rate
+from dpoeng.cli.progress import Pace, TerminalProgress, bar_line, clock, importing, rate
 
 
 def test_a_resumed_task_counts_its_share_but_not_its_speed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +90,15 @@ def test_what_takes_long_is_seen_to_have_begun() -> None:
     output = io.StringIO()
     with TerminalProgress(Console(file=output, width=120)).task("loading the base", 8, "B"):
         assert output.getvalue() == "loading the base ...\n"
+
+
+def test_imports_that_take_long_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with importing(60.0):
+        pass
+    assert capsys.readouterr().err == ""
+    with importing(0.01):
+        time.sleep(0.3)
+    assert capsys.readouterr().err == "loading libraries ...\n"
 
 
 def test_a_bar_on_a_terminal_ends_full() -> None:

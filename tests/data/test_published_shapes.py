@@ -87,6 +87,15 @@ def test_an_empty_system_prompt_makes_no_text_of_a_question_among_conversations(
     assert isinstance(read(tmp_path, rows[0], columns={"system": ""}).pairs[0].prompt, str)
 
 
+@pytest.mark.parametrize("text", ["nan", " NaN", "None"])
+def test_a_missing_value_written_as_text_is_no_system_prompt(tmp_path: Path, text: str) -> None:
+    """As pandas leaves them in CSV. It is refused, not dropped: a row would be trained on another text than SFT saw."""
+    rows = [{"system": text, "question": QUESTION, **TEXTS}, {"system": "Be brief.", "question": QUESTION, **TEXTS}]
+    file = read(tmp_path, *rows)
+    assert [(reject.reason, text.strip() in reject.detail) for reject in file.rejects] == [("wrong-type", True)]
+    assert [pair.prompt for pair in file.pairs] == [[SYSTEM, USER]]
+
+
 def test_a_prompt_beside_a_system_prompt_may_be_declared_a_question(tmp_path: Path) -> None:
     row = {"system": "Be brief.", "prompt": QUESTION, **TEXTS}
     ((reason, detail),) = refusals(tmp_path, row)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from dpoeng_testing import pair_rows, save_tiny_model, write_jsonl
 
+from dpoeng import evaluate
 from dpoeng.bench.cache import SPEC, synthetic_rows
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
@@ -385,6 +386,24 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple
     shown = capsys.readouterr()
     assert isinstance(stop.value.code, int)
     return stop.value.code, shown.out, shown.err
+
+
+def test_eval_on_the_view_that_the_run_was_evaluated_on(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its own name, for all of its pairs: the same figures as the run's, and no complaint about two equal views."""
+    for name, rows in (("train", pair_rows(12)), ("test", pair_rows(20)[12:])):
+        pairs = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        precompute_reference(PrecomputeConfig(pairs=(pairs,), model=str(tiny_model), cache=tmp_path / "cache"))
+    out = tmp_path / "out"
+    train(TrainConfig(cache=tmp_path / "cache", output_dir=out, view="train", eval_view="test", max_steps=2))
+    last = json.loads((out / "evaluations.jsonl").read_text().splitlines()[-1])
+    line = ("eval", "--cache", tmp_path / "cache", "--adapter", out, "--json")
+    for more in (("--view", "test"), ()):
+        status, said, _ = command(capsys, *line, *more)
+        assert status == 0
+        assert json.loads(said)["metrics"] == pytest.approx(last["metrics"], rel=1e-4, abs=1e-5)
+    assert evaluate(out, view="test").evaluation.pairs == 8
 
 
 @pytest.mark.parametrize("mode", ["new", "stack", "continue"])
