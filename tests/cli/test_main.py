@@ -139,7 +139,7 @@ def test_bad_rows_are_counted_and_listed(run: Run, tmp_path: Path, tiny_model: P
         (["precompute-ref", "pairs.jsonl"], 2, ["you named no model", "dpoeng.yaml"]),
         (["precompute-ref", "pairs.jsonl", "--model", "nowhere"], 2, ["no model at nowhere"]),
         (["precompute-ref", "none.jsonl", "--model", "MODEL"], None, ["none.jsonl"]),
-        (["precompute-ref", "pairs.jsonl", "--model", "pairs.jsonl"], 2, ["readable GGUF"]),
+        (["precompute-ref", "pairs.jsonl", "--model", "pairs.jsonl"], 2, ["not a GGUF"]),
         (["precompute-ref", "pairs.jsonl", "--model", "MODEL", "--adapter", "MODEL"], 2, ["no peft adapter"]),
         (["precompute-ref", "pairs.jsonl", "--model", "MODEL", "--max-length", "1"], 2, ["--max-length", "2"]),
         (["precompute-ref", "pairs.jsonl", "--model", "MODEL", "--device", "cuda"], 5, ["no CUDA device"]),
