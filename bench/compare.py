@@ -293,7 +293,7 @@ def first_pairs(files: Sequence[Path], count: int, target: Path) -> Path:
         kept = list(islice(lines(), count))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            "the pairs cannot be read",
+            "cannot read the pairs",
             code="data-unreadable",
             where=", ".join(map(str, files)),
             expected="JSON Lines, plain or .gz",
@@ -348,7 +348,7 @@ def run_module(
     folder: Path,
     *,
     name: str,
-    remedy: str = "run the same command again: what is done is kept",
+    remedy: str = "run the same command again: finished work is kept",
     processes: int | None = None,
 ) -> dict[str, Any]:
     """Runs `python -m module JOB.json`, which prints what it found as its last line, and keeps that in `folder`.

@@ -143,7 +143,7 @@ def _print_texts(report: CheckReport) -> None:
     if not report.shown:
         return
     how = "in green" if colours() else f"between {_MARKS[0]} and {_MARKS[1]}"
-    say(Marked("texts", "bold"), f" as the model is given them; what is scored stands {how}")
+    say(Marked("texts", "bold"), f" as the model gets them; the scored part stands {how}")
     for pair in report.shown:
         for name, pieces in zip(pair.names, (pair.chosen, pair.rejected), strict=True):
             say(Marked(f"{pair.where}, {name}", "dim"))

@@ -50,7 +50,7 @@ def init(
 
     header = [
         "Configuration of dpoeng, for both phases. A field that is commented out shows its default.",
-        "Options win over this file; `dpoeng config show` prints what holds and why.",
+        "Options override this file; `dpoeng config show` prints each value and its source.",
     ]
     lines = suggest(pairs, model, adapter, gpu=gpu, progress=TerminalProgress())
     text = config_text(lines, header=header, every_field=True)

@@ -107,7 +107,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-@click.option("--debug", is_flag=True, help="Show the traceback of an error too; may stand anywhere.")
+@click.option("--debug", is_flag=True, help="Also show the traceback of an error; works anywhere on the line.")
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
 )
@@ -205,7 +205,7 @@ def as_user_error(error: Exception) -> UserError:
             error.format_message().rstrip("."),
             code="usage",
             where=command,
-            remedy=f"{command} --help lists what it takes",
+            remedy=f"{command} --help lists its options",
             exit_status=error.exit_code,
         )
     if isinstance(error, MemoryError):

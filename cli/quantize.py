@@ -27,7 +27,7 @@ Examples:
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     default="auto",
     show_default=True,
-    help="Of what stays unquantised: head, embedding, norms.",
+    help="Dtype of the unquantised parts: head, embedding, norms.",
 )
 @json_option
 @click.option("--device", default="auto", show_default=True, help="Where it is quantised: auto, cpu, cuda or cuda:N.")

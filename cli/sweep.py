@@ -41,9 +41,7 @@ The same in a file:
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file.  [default: dpoeng.yaml]")
 @json_option
 @config_options(SweepConfig)
-@click.option(
-    "--output-dir", type=click.Path(path_type=Path), help="Each run gets a folder of its own in it.  [default: sweep]"
-)
+@click.option("--output-dir", type=click.Path(path_type=Path), help="Each run gets a folder in it.  [default: sweep]")
 @config_options(TrainConfig, skip=frozenset({"output_dir"}))
 def sweep(config_file: Path | None, as_json: bool, **options: Any) -> None:
     """Many runs of `dpoeng train` over one cache: every combination of the varied fields.

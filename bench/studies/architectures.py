@@ -232,7 +232,7 @@ def _forecast(model: Path, work: Path) -> None:
         train_config = TrainConfig.model_validate({"gradient_checkpointing": True})
         fit.check_step(train_config, source, pairs, cuda, quantization="none", dtype="bfloat16", note=notes.append)
     if notes:
-        raise NoForecastError(notes[0].split("; the run goes on")[0])
+        raise NoForecastError(notes[0].split("; the run continues")[0])
 
 
 @contextlib.contextmanager
@@ -374,7 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--only", help="model types, separated by commas; default: all")
     parser.add_argument("--output", type=Path, help="the page to write; default: standard output")
-    parser.add_argument("--outcomes", type=Path, help="JSON Lines of outcomes: added to, and what is there is not run")
+    parser.add_argument("--outcomes", type=Path, help="JSON Lines of outcomes: recorded ones are skipped")
     parser.add_argument("--limit-s", type=float, default=LIMIT_S, help="seconds for each")
     asked = parser.parse_args(arguments)
 

@@ -150,7 +150,7 @@ def largest_difference(losses: Mapping[int, Sequence[float]]) -> float:
             where="dpoeng bench scale, --ranks",
             expected=f"the loss of a step within {_LOSS_TOLERANCE:g}, relative",
             found="; ".join(f"{size} processes: {', '.join(map(str, some))}" for size, some in losses.items()),
-            remedy="no speed is told of other numbers; please report it",
+            remedy="speeds of unequal numbers are not reported; please report this",
             exit_status=5,
         )
     return worst

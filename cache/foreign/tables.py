@@ -191,7 +191,7 @@ def _sizes(array: Any) -> Sizes:
         views = np.frombuffer(array.buffers()[1] or b"", np.int32).reshape(-1, 4)
         return views[array.offset : array.offset + count, 0].astype(np.int64)
     if pa.types.is_union(kind):
-        raise LimitError("a column of a union type, whose rows have no size that can be told; the limit is no union")
+        raise LimitError("a column of a union type, whose size cannot be checked; no union is allowed")
     if pa.types.is_struct(kind):
         total = np.full(count, _VALUE_BYTES, np.int64)
         for index in range(kind.num_fields):

@@ -99,7 +99,7 @@ def bench(ctx: click.Context, outputs: Outputs) -> None:
     if ctx.invoked_subcommand is not None:
         if any(outputs):
             raise click.UsageError(
-                f"--json, --record, --results and --html stand behind the command: {ctx.invoked_subcommand}"
+                f"--json, --record, --results and --html go after the command: {ctx.invoked_subcommand}"
             )
         return
     kept, shown = outputs.record or Path("dpoeng-bench.jsonl"), outputs.html or Path("dpoeng-bench.html")
@@ -124,7 +124,7 @@ def bench(ctx: click.Context, outputs: Outputs) -> None:
     help="After the counted rounds, write what torch.profiler sees of one more of each phase: FILE-reference and "
     "FILE-training, for ui.perfetto.dev.",
 )
-@click.option("--price-per-hour", type=click.FloatRange(0), help="Of the machine: adds what 1,000 pairs cost.")
+@click.option("--price-per-hour", type=click.FloatRange(0), help="Price of the machine; adds the cost of 1,000 pairs.")
 @click.option("--layers", default=6, show_default=True, help="Of the embedded model.", type=click.IntRange(1))
 @click.option(
     "--width",

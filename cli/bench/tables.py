@@ -110,7 +110,9 @@ def compare_tables(record: dict[str, Any]) -> list[Table]:
         f"Losses are equal: largest relative difference {worst:.1e} (allowed {equality['tolerance']:g}). x: times what "
         f"dpoeng needs, median and range of {counted(settings['repeats'], 'repeat')}. Peaks: above the loaded weights."
         if equality["ok"]
-        else Marked(f"The losses differ by {worst:.1e} (allowed {equality['tolerance']:g}): no ratio is told.", "error")
+        else Marked(
+            f"The losses differ by {worst:.1e} (allowed {equality['tolerance']:g}): no ratio reported.", "error"
+        )
     )
     title = f"{settings['model']}, {settings['dtype']}, {counted(settings['batch_size'], 'pair')} a step"
     return [machine_table(record), Table(rows, ("", *(name.replace(" ", "\n", 1) for name in columns)), title, [note])]

@@ -7,7 +7,7 @@ import click
 from dpoeng.cli.main import LazyGroup
 
 COMMANDS = {
-    "info": ("dpoeng.cli.cache.contents:info", "Show what a cache holds: references, rows, sizes, views."),
+    "info": ("dpoeng.cli.cache.contents:info", "Show the references, rows, sizes and views of a cache."),
     "verify": ("dpoeng.cli.cache.contents:verify", "Check a cache and change nothing."),
     "stats": ("dpoeng.cli.cache.contents:stats", "Show the reference's margins, and pairs that look mislabelled."),
     "diff": ("dpoeng.cli.cache.references:diff", "Show in which fields the references of two caches differ."),

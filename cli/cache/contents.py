@@ -78,7 +78,7 @@ def _print_info(folder: Path, found: CacheInfo) -> None:
     help="open: records, sizes, structure. full: also every byte's hash and every log-prob. "
     "semantic: also every sum, key and view entry. all: both.",
 )
-@click.option("--recompute", type=click.IntRange(min=1), help="Also score this many pairs of a view anew and compare.")
+@click.option("--recompute", type=click.IntRange(min=1), help="Also score this many pairs of a view again and compare.")
 @click.option("--view", help="The view for --recompute.  [default: the only one]")
 @json_option
 @click.option("--model", help="Where the base is now, for --recompute.  [default: where it was]")
@@ -137,13 +137,13 @@ def _print_verified(report: VerifyReport) -> None:
         return
     say(
         Marked(f"{len(report.problems)} damaged.", "error"),
-        " Run the same `dpoeng precompute-ref` again: it sets damaged files aside and computes their rows anew.",
+        " Run the same `dpoeng precompute-ref` again: it moves damaged files to quarantine and recomputes their rows.",
     )
 
 
 def _print_recomputed(found: ParityReport) -> None:
     say(
-        f"{counted(found.pairs, 'pair')} scored anew: mean difference {found.mean_diff:.2g}, largest "
+        f"{counted(found.pairs, 'pair')} scored again: mean difference {found.mean_diff:.2g}, largest "
         f"{found.max_diff:.2g} nats a token (allowed mean: {found.tolerance:g})"
     )
     if found.ok:

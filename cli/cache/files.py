@@ -100,7 +100,7 @@ def merge(target: Path, sources: tuple[Path, ...], as_json: bool) -> None:
 @click.argument("folder", type=FOLDER)
 @click.option("--delete", is_flag=True, help="Remove the files. Without it, only list them.")
 @click.option("--drop-spec", "drop", multiple=True, help="Also this reference or trunk, all of it; no view may use it.")
-@click.option("--quarantine", is_flag=True, help="Also damaged files that were set aside.")
+@click.option("--quarantine", is_flag=True, help="Also delete quarantined files.")
 @click.option("--min-age-s", default=3600.0, show_default=True, help="Keep files younger than this, in seconds.")
 @json_option
 def gc(folder: Path, delete: bool, drop: tuple[str, ...], quarantine: bool, min_age_s: float, as_json: bool) -> None:

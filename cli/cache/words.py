@@ -41,7 +41,7 @@ def choose(store: Store, prefix: str | None, *, trunks: bool = False) -> str:
             where=str(store.root),
             expected="the beginning of one of: " + (", ".join(digests) or "(none)"),
             found=prefix or counted(len(digests), "reference"),
-            remedy="`dpoeng cache info` shows what each of them is" if digests else "run `dpoeng precompute-ref` first",
+            remedy="`dpoeng cache info` describes each" if digests else "run `dpoeng precompute-ref` first",
             exit_status=2,
         )
     return found[0]

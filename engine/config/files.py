@@ -217,7 +217,7 @@ def load_yaml(path: Path, text: str | None = None) -> dict[str, Entry]:
 
 def _unreadable(path: Path, found: str, *, line: int | None = None, mapping: bool = True) -> UserError:
     return UserError(
-        "the configuration file cannot be read" if mapping else "the configuration file is not a set of fields",
+        "cannot read the configuration file" if mapping else "the configuration file is not a set of fields",
         code="config-unreadable",
         where=f"{path}:{line}" if line else str(path),
         expected="YAML: one `field: value` a line",

@@ -87,8 +87,8 @@ def remedy(name: str, found: Meaning) -> str:
         return f"write {found.field}"
     if found.instead:
         text = found.instead.removeprefix("nothing: ")
-        return f"in dpoeng: {text}" if text == found.instead else f"take it out; {text}"
-    return f"take {name} out: {found.needless}"
+        return f"in dpoeng: {text}" if text == found.instead else f"remove it; {text}"
+    return f"remove {name}: {found.needless}"
 
 
 @functools.cache

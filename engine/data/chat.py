@@ -235,7 +235,7 @@ class _Writer:
     def _turn_start(self, text: str, response: list[Message], turn: int, boundary: int) -> int:
         start = boundary if turn == 0 else self._start(text, response, turn)
         if start is None:
-            raise RowFault("template-turns", f"the beginning of message {turn + 1} cannot be found in what is written")
+            raise RowFault("template-turns", f"message {turn + 1} begins nowhere in the template's output")
         return start
 
     def _turn(self, text: str, response: list[Message], turn: int, boundary: int) -> tuple[int, int]:
@@ -259,7 +259,7 @@ class _Writer:
         piece = shown[begin:]
         if text.startswith(shown) and self.end and piece.count(self.end) == 1:
             return begin, begin + piece.index(self.end) + len(self.end)
-        raise RowFault("template-turns", f"the end of message {turn + 1} cannot be found in what is written")
+        raise RowFault("template-turns", f"message {turn + 1} ends nowhere in the template's output")
 
 
 def _plain(render: Renderer, messages: Sequence[Message]) -> str:

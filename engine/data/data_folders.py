@@ -145,7 +145,7 @@ def _read(path: Path) -> dict[str, Any]:
             raise ValueError("not an object")
     except ValueError as error:
         raise UserError(
-            "a file of the saved dataset cannot be read",
+            "cannot read a file of the saved data set",
             code="data-damaged",
             where=str(path),
             expected="the JSON object that `datasets` wrote",

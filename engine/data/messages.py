@@ -136,7 +136,7 @@ def _calls(content: str | None, column: str) -> list[dict[str, Any]]:
     parsed = parse_structure(content) if content is not None else None
     calls = parsed if isinstance(parsed, list) else [parsed]
     if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
-        raise RowFault("bad-messages", f"a tool call of `{column}` is no object with `name` and `arguments`")
+        raise RowFault("bad-messages", f"a tool call of `{column}` is not an object with `name` and `arguments`")
     return [{"type": "function", "function": call} for call in calls]
 
 

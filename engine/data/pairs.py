@@ -111,7 +111,7 @@ class PromptOrigins:
                 f"{where} ends {end}"
             )
         if self.repeated:
-            told.append(f"the responses repeated their prompt in {counted(self.repeated, 'pair')}; it stands once now")
+            told.append(f"responses repeated their prompt in {counted(self.repeated, 'pair')}; dpoeng keeps it once")
         return told
 
 
@@ -229,7 +229,7 @@ def _no_pair(found: PairFile, where: str | None) -> UserError:
         where=", ".join(found.files),
         expected="at least one row that can be used" + (f" and passes the filter {where!r}" if where else ""),
         found=f"{counted(found.filtered, 'row')} left out by the filter, {len(found.rejects)} rejected",
-        remedy="loosen --where" if found.filtered and not found.rejects else "read the reasons in the rejects file",
+        remedy="use a wider --where" if found.filtered and not found.rejects else "read the rejects file",
         exit_status=3,
     )
 
@@ -271,7 +271,7 @@ class PairStream:
         """See `read_pairs` for the arguments.
 
         Raises:
-            UserError: a column, the filter or the format is not understood, or there is no such file.
+            UserError: a column, the filter or the format is not understood, or no such file.
         """
         self._columns = dict(columns or {})
         _check_targets(self._columns)

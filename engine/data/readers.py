@@ -103,9 +103,7 @@ def _suffixes(path: Path) -> tuple[str, str | None]:
 def _kind(path: Path) -> tuple[str, str | None]:
     """`(format, compression or None)` by the name of the file, which must be a regular one."""
     if not path.exists():
-        raise UserError(
-            "there is no such file", code="data-missing", where=str(path), remedy="check the path", exit_status=3
-        )
+        raise UserError("no such file", code="data-missing", where=str(path), remedy="check the path", exit_status=3)
     if not path.is_file():
         raise UserError(
             "pairs can only be read from regular files",
@@ -118,7 +116,7 @@ def _kind(path: Path) -> tuple[str, str | None]:
     kind = FORMATS.get(suffix)
     if kind is None or (compression and kind in ("parquet", "arrow")):
         raise UserError(
-            "the file's name does not tell its format",
+            "unknown file ending",
             code="data-unknown-kind",
             where=str(path),
             expected=f"a name ending in {', '.join(FORMATS)}; the text kinds also with .gz or .zst",

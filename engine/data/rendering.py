@@ -101,7 +101,7 @@ class Renderer:
             else:
                 at += len(piece)
         if "".join(piece for piece in pieces if piece not in (_OPEN, _CLOSE)) != text:
-            raise RowFault("template-turns", "the marks of the chat template change what it writes")
+            raise RowFault("template-turns", "the chat template's generation marks change its output")
         return Rendered(text, tuple(marked))
 
     def _render(self, template: str, messages: Sequence[Message], opened: bool, tools: list[Any] | None) -> str:

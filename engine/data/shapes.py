@@ -305,7 +305,7 @@ def _split_texts(given: PromptColumns, sides: Sequence[str], row: Mapping[str, A
             problem = "are equal" if equal else "do not begin as transcripts of one conversation do"
             raise RowFault(
                 "same-response" if equal else "no-common-prompt",
-                f"there is no prompt column, and the two texts {problem}",
+                f"no prompt column, and the two texts {problem}",
             )
         other = next((name for name in _MAY_BE_PROMPTS if isinstance(row.get(name), str | list) and row[name]), None)
         if not ends and other is not None and not (isinstance(row[other], str) and row[other] in common):
@@ -413,7 +413,7 @@ def _check_responses(sides: Mapping[str, Turns]) -> None:
         if empty:
             raise RowFault("empty-response", f"`{name}` holds nothing after the prompt")
         if isinstance(side, list) and side[0]["role"] != "assistant":
-            raise RowFault("bad-messages", f"`{name}` goes on from the prompt with a {side[0]['role']!r} message")
+            raise RowFault("bad-messages", f"`{name}` continues the prompt with a {side[0]['role']!r} message")
 
 
 def _tools(row: Mapping[str, Any], shape: Shape) -> list[Any] | None:

@@ -76,7 +76,7 @@ def _csv_header(reader: Iterator[list[str]], path: Path) -> list[str]:
         _csv_row(names, names)
     except (csv.Error, RowFault) as error:
         raise UserError(
-            "the header of the CSV file cannot be read",
+            "cannot read the CSV file's header",
             code="data-bad-csv",
             where=str(path),
             expected="the names of the columns, in UTF-8, in the first line",

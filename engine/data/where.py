@@ -151,7 +151,7 @@ def _compile(node: ast.expr, columns: set[str], quoted: Mapping[str, str]) -> Ev
                 test(a(row), b(row)) for test, a, b in zip(tests, sides[:-1], sides[1:], strict=True)
             )
         case ast.BinOp(op=ast.Sub()):
-            raise ValueError(f"there is no subtraction; a column of this name is written `{ast.unparse(node)}`")
+            raise ValueError(f"the language has no subtraction; write a column of this name as `{ast.unparse(node)}`")
     raise ValueError(f"`{ast.unparse(node)}` is not part of the language")
 
 

@@ -258,7 +258,7 @@ def check_names(names: Sequence[object]) -> None:
     for name in names:
         key = str(name).strip().lower().replace("-", "_")
         if key in OTHER_NAMES:
-            raise ValueError(f"there is no loss_type {name}: {OTHER_NAMES[key]}")
+            raise ValueError(f"unknown loss_type {name}: {OTHER_NAMES[key]}")
 
 
 def check_combination(settings: Mapping[str, Any], changed: Sequence[str]) -> None:

@@ -284,6 +284,6 @@ def _no_room(
         where=f"{counted(len(pairs), 'pair')} in one forward, the longest of {tokens} tokens",
         expected=f"{needed / GIB:.2f} GiB free (simulated, GiB: {parts}; with workspaces and fragmentation)",
         found=f"{room / GIB:.2f} GiB",
-        remedy="use " + ", or ".join(changes) + "; `dpoeng plan` shows what each change saves",
+        remedy="use " + ", or ".join(changes) + "; `dpoeng plan` shows the saving of each change",
         exit_status=5,
     )

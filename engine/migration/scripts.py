@@ -80,7 +80,7 @@ def read_script(text: str, path: Path) -> list[Given]:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", None)
         raise UserError(
-            "the script cannot be read",
+            "cannot read the script",
             code="migrate-unreadable",
             where=f"{path}:{line}" if line else str(path),
             expected="Python",

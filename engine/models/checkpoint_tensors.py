@@ -132,7 +132,7 @@ def _some(names: Collection[str]) -> str:
 def _quantized(source: ModelSource, names: Collection[str]) -> UserError:
     recorded = (source.folder / "hf_quant_config.json").is_file()
     return UserError(
-        f"the weights of {source.name} are quantised, and its config.json does not say how",
+        f"the weights of {source.name} are quantised, but its config.json does not say how",
         code="quantization-stored",
         where=str(source.folder) + (", hf_quant_config.json (ModelOpt)" if recorded else ""),
         expected="full precision, or a quantization_config in config.json that dpoeng runs (bitsandbytes)",

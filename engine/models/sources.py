@@ -121,7 +121,7 @@ def find_adapter(name: str) -> ModelSource:
             f"{name} is not a LoRA",
             code="adapter-mismatch",
             where=str(config),
-            expected="peft_type LORA, whose settings dpoeng knows how to tell apart",
+            expected="peft_type LORA, whose settings dpoeng supports",
             found=str(kind),
             remedy="merge it into the base with peft (merge_and_unload) and give the result as --model",
         )

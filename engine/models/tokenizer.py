@@ -298,7 +298,7 @@ def _read_template(file: Path) -> str | dict[str, str] | None:
             return held
         named = {one["name"]: one["template"] for one in held} if isinstance(held, list) else dict(held)
         if not named or not all(isinstance(one, str) for one in named.values()):
-            raise ValueError("a template that is no text")
+            raise ValueError("a template that is not text")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             "cannot read the chat template",

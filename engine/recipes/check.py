@@ -181,7 +181,7 @@ def _nothing_left(stream: PairStream, where: str | None) -> UserError:
         where=", ".join(stream.files),
         expected="at least one row that passes the filter",
         found=f"{counted(stream.filtered, 'row')} left out by the filter {where!r}",
-        remedy="loosen --where",
+        remedy="use a wider --where",
         exit_status=3,
     )
 

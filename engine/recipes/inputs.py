@@ -174,7 +174,7 @@ def split(view: View, eval_view: View | None, config: TrainConfig) -> tuple[list
     if eval_view is not None:
         if eval_view.spec.digest != view.spec.digest:
             raise UserError(
-                "training and evaluation pairs were scored by different references",
+                "training and evaluation pairs have different references",
                 code="eval-reference",
                 where="--eval-view",
                 expected=f"the reference of {view.name}: {view.spec.digest}",

@@ -236,7 +236,7 @@ def _check_replaced(base: ModelSource, replaced: Mapping[str, torch.Tensor]) -> 
             f"{len(lost)} of the adapter's tensors have no place of their own in the base, e.g. {lost[0]}",
             code="adapter-mismatch",
             where=base.name,
-            expected="plain LoRA, and whole modules or biases that the base holds by themselves",
+            expected="plain LoRA, and whole modules or biases with tensors of their own in the base",
             found="LoRA on an embedding, trained tokens, or a head and an embedding that are one tensor in the base",
             remedy="load the full-precision base with peft (run.json has the lines) and call merge_and_unload()",
         )

@@ -138,14 +138,14 @@ def _check_fields(sweep: SweepConfig) -> None:
         )
     for name, values in sweep.vary.items():
         if name in _NOT_VARIED:
-            raise _unfit_field(name, "a field that changes what a run does", name)
+            raise _unfit_field(name, "a field that changes the training", name)
         if not values:
             raise _unfit_field(name, "one value or more", "none")
 
 
 def _unfit_field(name: str, expected: str, found: str) -> UserError:
     return UserError(
-        f"{name} cannot be varied so",
+        f"{name} cannot take these values",
         code="config-value",
         where=f"--vary {name}",
         expected=expected,

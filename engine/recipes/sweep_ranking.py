@@ -158,7 +158,7 @@ def verdict(results: Sequence[RunResult]) -> str:
         return f"{best.name} is the only run that is complete."
     like = [result.name for result in others if not result.differs]
     noise = f"the noise of {counted(best.pairs, 'held-out pair')}"
-    few = f" Fewer than {FEW} pairs tell little." if best.pairs < FEW else ""
+    few = f" Fewer than {FEW} pairs are too few to decide." if best.pairs < FEW else ""
     if not like:
         return f"{best.name} is ahead of all others by more than {noise}.{few}"
     shown = "; ".join(like[:4]) + (f"; and {len(like) - 4} more" if like[4:] else "")

@@ -267,7 +267,7 @@ class TrunkWriter:
         dtype = str(states.dtype).removeprefix("torch.")
         if states.dim() != 3 or (dtype, states.shape[-1]) != (fields["dtype"], fields["width"]):
             raise UserError(
-                "the hidden states of this architecture are not of the size that its config.json tells",
+                "this architecture's hidden states contradict the size in its config.json",
                 code="trunk-unsupported",
                 where=f"--trunk-layer {self._work.layer}",
                 expected=f"[rows, tokens, {fields['width']}] in {fields['dtype']}",
@@ -313,7 +313,7 @@ def store_states(lm: CausalLM, batches: Sequence[Sequence[PairIds]], note: Calla
 
 def _not_finite(layer: int, place: Place) -> UserError:
     return UserError(
-        "the model gave hidden states that are no numbers",
+        "the model gave hidden states that are NaN or infinite",
         code="reference-not-finite",
         where=f"the states that enter layer {layer}, a text of {place.end - place.begin} tokens",
         expected="finite numbers",

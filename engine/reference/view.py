@@ -121,7 +121,7 @@ def write_rejects_file(store: Store, name: str, rejects: list[Reject], progress:
         explained = disk_error(cause, path)
         if explained.code != "cache-read-only":
             raise explained from cause
-        progress.note(f"the cache is read-only: {path} is not written anew ({counted(len(rejects), 'row')} rejected)")
+        progress.note(f"the cache is read-only: {path} is not rewritten ({counted(len(rejects), 'row')} rejected)")
     return path if rejects and path.is_file() else None
 
 

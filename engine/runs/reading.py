@@ -30,7 +30,7 @@ class RunRecord:
         record: run.json.
         metrics: the lines of metrics.jsonl, each with `step` and `epoch`; those of an evaluation have `eval_` names.
         timings: the lines of timings.jsonl.
-        samples: the lines of samples.jsonl, each a text by name; none if there is no such file.
+        samples: the lines of samples.jsonl, each a text by name; none if no such file.
         complete: whether the result is there: the trained adapter, or the checkpoint.
         advice: the remarks of advice.json.
         evaluations: the lines of evaluations.jsonl, with intervals and groups.

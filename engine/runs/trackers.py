@@ -71,7 +71,7 @@ class Trackers:
 
     def _give_up(self, name: str, error: Exception) -> None:
         del self.opened[name]
-        self.progress.note(f"{name} failed and is switched off ({type(error).__name__}: {error}); the run goes on")
+        self.progress.note(f"{name} failed and is switched off ({type(error).__name__}: {error}); the run continues")
 
 
 def names_in(tracker: str, numbers: Mapping[str, float], step: int) -> dict[str, float]:

@@ -115,6 +115,6 @@ def too_large(pairs: Sequence[PairIds], said: str, *, phase: str, helps: str) ->
         where=f"{phase}, the longest pair has {longest.total_tokens} tokens: prompt {len(longest.prompt_ids)}, chosen "
         f"{len(longest.chosen_ids)}, rejected {len(longest.rejected_ids)}",
         found=said,
-        remedy=f"{helps}; `dpoeng plan` says beforehand what fits",
+        remedy=f"{helps}; `dpoeng plan` shows beforehand what fits",
         exit_status=5,
     )

@@ -220,7 +220,7 @@ def _forked(
     if dpoeng_plan is None:
         return forward(hidden_states, *others, **named)
     if others or named.get(mask or "") is not None or named.get(cache) is not None:
-        raise ValueError("a layer that keeps a state takes no mask and no cache here: the plan says what follows what")
+        raise ValueError("a layer that keeps a state takes no mask and no cache here: the plan defines the order")
     plan: Forks = dpoeng_plan.forks(hidden_states)
     row = hidden_states[0]
 

@@ -74,9 +74,9 @@ def _few_pairs(pairs: int) -> Advice:
     low, high = wilson(0.7, pairs)
     return Advice(
         "few-held-out-pairs",
-        f"the evaluations are over {counted(pairs, 'pair')}, which tell little: an accuracy of 0.70 would have a 95 % "
+        f"the evaluations are over {counted(pairs, 'pair')}, which is too few: an accuracy of 0.70 would have a 95 % "
         f"interval from {low:.2f} to {high:.2f}",
-        f"hold out {FEW} pairs or more, better some hundreds (eval_share, or eval_view for a file of its own)",
+        f"hold out {FEW} pairs or more, better a few hundred (eval_share, or eval_view for a file of its own)",
     )
 
 

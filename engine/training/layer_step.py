@@ -193,7 +193,7 @@ def check_trained(lm: CausalLM) -> None:
     outside = [name for name, parameter in lm.trainable_parameters() if id(parameter) not in in_layers]
     if outside:
         raise UserError(
-            "layer offloading trains what lies in the decoder's layers, and nothing else",
+            "layer offloading trains only modules in the decoder's layers",
             code="layer-offloading-unsupported",
             where="--layer-offloading",
             expected="a LoRA on modules of the layers",

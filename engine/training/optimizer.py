@@ -71,7 +71,7 @@ def build_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, total
         return lr_schedule(config.lr_scheduler_type, optimizer, warmup, total_steps)
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"there is no schedule {config.lr_scheduler_type}",
+            f"unknown schedule {config.lr_scheduler_type}",
             code="config-value",
             where="--lr-scheduler-type",
             expected="linear, cosine, constant, constant_with_warmup, polynomial or cosine_with_restarts",

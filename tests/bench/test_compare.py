@@ -387,7 +387,7 @@ def test_the_first_pairs_of_plain_and_packed_files(tmp_path: Path) -> None:
         file.write("4\n5\n")
     found = first_pairs([tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"], 4, tmp_path / "out")
     assert found.read_text() == "1\n2\n3\n4\n"
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot read"):
         first_pairs([tmp_path / "missing.jsonl"], 4, tmp_path / "out")
 
 

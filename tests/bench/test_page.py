@@ -71,4 +71,4 @@ def test_a_page_of_what_the_repository_keeps() -> None:
 def test_options_of_records_belong_behind_the_command() -> None:
     done = CliRunner().invoke(bench, ["--html", "page.html", "kernels", "--aot"])
     assert done.exit_code == 2
-    assert "stand behind the command" in done.output
+    assert "go after the command" in done.output

@@ -112,7 +112,7 @@ def test_what_to_do_next_is_a_command_that_a_shell_takes(run: Run, tmp_path: Pat
 def test_verify_by_recomputing(run: Run, small_cache: Path, tmp_path: Path, tokenizer: object) -> None:
     status, out, err = run("cache", "verify", small_cache, "--recompute", "3")
     assert status == 0, err
-    assert "3 pairs scored anew: mean difference" in out
+    assert "3 pairs scored again: mean difference" in out
     assert "the model's own" in out
     other = save_tiny_model(tmp_path / "other", tokenizer, seed=1)
     status, out, _ = run("cache", "verify", small_cache, "--recompute", "3", "--model", other)

@@ -41,7 +41,7 @@ from dpoeng.engine.config.plan import PlanConfig
         ("for example --where 'confident and margin >= 0.5'", "for example where='confident and margin >= 0.5'"),
         ("leave rows out with --where, e.g.", "leave rows out with `where`, e.g."),
         ("--columns chosen=NAME names the column", 'columns={"chosen": "NAME"} names the column'),
-        ("say --pairs all to evaluate", 'say pairs="all" to evaluate'),
+        ("add --pairs all to evaluate", 'add pairs="all" to evaluate'),
         ("(leave out --model, --dtype)", "(leave out `model`, `dtype`)"),
         ("--max-length\nremedy: shorter", "max_length\nremedy: shorter"),
         # A command, another program's option and what was found stay as they are.

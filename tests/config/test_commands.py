@@ -175,7 +175,7 @@ def test_init_leaves_open_what_it_cannot_know(run: Run, tmp_path: Path) -> None:
         (["migrate", "none.py"], ["cannot read", "No such file"]),
         (["migrate", "."], ["cannot read"]),
         (["migrate", "empty.py"], ["no DPO settings in this file", "dpoeng init"]),
-        (["migrate", "bad.py"], ["the script cannot be read", "bad.py:1"]),
+        (["migrate", "bad.py"], ["cannot read the script", "bad.py:1"]),
         (["migrate", "bad.json"], ["cannot read the set-up"]),
         (["migrate", "list.yaml"], ["cannot read the set-up", "a list"]),
         (["migrate", "bytes.py"], ["cannot read"]),

@@ -92,7 +92,7 @@ def test_losses_are_given_by_name_list_or_with_commas(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot read"):
         load_config(TrainConfig, {}, tmp_path / "none.yaml")
 
 

@@ -460,7 +460,7 @@ def test_modes_that_do_not_fit_are_refused(tmp_path: Path, cache: Path, sft_cach
     for config, found in (
         (quick(cache, tmp_path / "a", adapter_mode="stack"), "no SFT adapter"),
         (quick(sft_cache, tmp_path / "b", adapter_mode="new"), "has an SFT adapter"),
-        (quick(sft_cache, tmp_path / "c", lora_r=8), "which adapter"),
+        (quick(sft_cache, tmp_path / "c", lora_r=8), "ambiguous LoRA settings"),
     ):
         with pytest.raises(UserError) as caught:
             train(config)

@@ -234,7 +234,7 @@ def test_a_run_that_fails_does_not_end_the_others(
     record = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert [run["state"] for run in record["runs"]] == ["complete"] * 3
     assert record["runs"][0]["name"] in record["verdict"]
-    assert "pairs tell little" in record["verdict"]
+    assert "pairs are too few" in record["verdict"]
 
 
 def test_other_settings_over_finished_runs_end_it(cache: Path, tmp_path: Path) -> None:
@@ -413,7 +413,7 @@ def test_all_mistakes_of_all_combinations_in_one_message(cache: Path, tmp_path: 
         ({"beta": [0.1, 0.2]}, {"eval_share": 0.0}, "sweep-held-out", "eval_share 0"),
         ({"beta": [0.1, 0.1]}, {}, "config-value", "2 different values"),
         ({"beta": []}, {}, "config-value", "one value or more"),
-        ({"output_dir": ["a", "b"]}, {}, "config-value", "a field that changes what a run does"),
+        ({"output_dir": ["a", "b"]}, {}, "config-value", "a field that changes the training"),
         ({"bta": [1]}, {}, "config-unknown", "beta"),
         ({"max_length": [1]}, {}, "config-unknown", "precompute-ref"),
         ({"beta": [0.1]}, {"resume": True}, "config-value", "--no-resume"),

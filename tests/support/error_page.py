@@ -178,7 +178,7 @@ REMEDIES: dict[str, str] = {
     "parity-failed": "train with the model, adapter and precision that the cache names, or run precompute-ref again",
     "config-missing": "name the file or model, or write it into dpoeng.yaml",
     "migrate-unreadable": "name a script (.py), or a configuration in YAML or JSON",
-    "data-empty": "loosen --where; `dpoeng check` shows why rows were left out",
+    "data-empty": "use a wider --where; `dpoeng check` shows why rows were left out",
     "data-missing": "check the path, or copy the whole folder again",
     "data-too-large": "write JSON Lines, one object a line, or smaller batches of fewer columns",
     "data-damaged": "write or copy the file again",
@@ -229,7 +229,7 @@ REMEDIES: dict[str, str] = {
     "run-damaged": "remove the line that is named; only its figures are lost",
     "sweep-runs": "vary less, or raise --max-runs",
     "sweep-held-out": "score a file of held-out pairs and name its view with --eval-view",
-    "memory-full": "use smaller batches; `dpoeng plan` says beforehand what fits",
+    "memory-full": "use smaller batches; `dpoeng plan` shows beforehand what fits",
     "memory-short": "use one of the changes in the message; `dpoeng plan` shows what each saves",
     "bench-peer-failed": "read the last lines of the peer's output",
 }

@@ -190,7 +190,7 @@ def test_the_best_and_how_long_it_was_waited_for() -> None:
     assert (more_is_better("rewards/accuracies", None), more_is_better("kl/chosen", None)) == (True, False)
     assert more_is_better("loss", True)
     assert watched({"eval_loss": 1.0, "eval_rewards/margins": 2.0}, "rewards/margins") == 2.0
-    with pytest.raises(UserError, match="no metric margins"):
+    with pytest.raises(UserError, match="unknown metric margins"):
         watched({"eval_loss": 1.0}, "margins")
 
 

@@ -18,7 +18,7 @@ def resolve_mode(config: TrainConfig, *, has_adapter: bool) -> Mode:
         named = config.lora_shape_given()
         if has_adapter and named:
             raise UserError(
-                "the reference has an SFT adapter, and LoRA settings were given: which adapter is to be trained?",
+                "ambiguous LoRA settings: the reference has an SFT adapter",
                 code="adapter-mode",
                 where=", ".join("--" + name.replace("_", "-") for name in named),
                 expected="adapter_mode stack: a new LoRA of this shape on top of the frozen SFT adapter; or "
@@ -35,6 +35,6 @@ def resolve_mode(config: TrainConfig, *, has_adapter: bool) -> Mode:
             if has_adapter
             else "new, since the reference has no SFT adapter",
             found=config.adapter_mode,
-            remedy="leave it out: auto chooses what fits",
+            remedy="leave it out: auto chooses the right one",
         )
     return config.adapter_mode
