@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -132,6 +133,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         # Deprecations inside the libraries are for their maintainers; python -W default shows them.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
+        # bitsandbytes asks for an optional package of CPU kernels at import, in runs that do not quantise too.
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     streams = (sys.stdout, sys.stderr)
     for stream in streams:
         if hasattr(stream, "reconfigure"):  # a terminal of another encoding must not turn a message into a crash

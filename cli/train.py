@@ -76,7 +76,7 @@ def print_summary(summary: TrainSummary) -> None:
         ]
     say(metrics_table(heads, columns))
     if any(_equals_reference(column) for column in columns):
-        say("All rewards are 0 because the policy still equals its reference: ties, which accuracies count as wrong.")
+        say("Before training all rewards are 0: the policy equals its reference, and accuracies count ties as wrong.")
     if summary.evaluation:
         if line := accuracy_line(summary.evaluation):
             say(line)

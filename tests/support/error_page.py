@@ -171,6 +171,8 @@ MEANINGS: dict[str, str] = {
 
 # The usual remedy of codes that are raised in several places, or whose remedy depends on the input.
 REMEDIES: dict[str, str] = {
+    "data-bad-csv": "write the file with a CSV library, column names first",
+    "lora-no-target": "name modules of this model",
     "usage": "`--help` behind the command lists its options",
     "config-value": "correct the value, or leave the field out",
     "config-unknown": "write the name that the message proposes, or take the field out",
