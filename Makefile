@@ -5,6 +5,7 @@
 #   make lint        ruff, format, mypy                make test-peers  parity with TRL, in an environment of its own
 #   make test-oldest the suite with the lowest accepted versions, in an environment of its own
 #   make test-gpu    what only a GPU can show: kernels, attention, both phases, memory
+#   make gpu-evidence the first minutes on a GPU: kernels, attention, steps, tests; results stage by stage
 #   make site        the documents as a site, in site/        make docs-errors   docs/errors.md anew
 #   make bench       throughput and memory here        make coverage    the test suite with line coverage
 #   make figures     README and docs from bench/results/
@@ -38,7 +39,7 @@ define pip_install
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo mutants attacks test test-slow test-peers test-gpu test-oldest coverage lint format site docs-errors figures \
+.PHONY: help setup demo mutants attacks test test-slow test-peers test-gpu gpu-evidence test-oldest coverage lint format site docs-errors figures \
 	bench dist clean distclean
 
 help:
@@ -82,6 +83,11 @@ test-peers: $(PEERS)/.installed
 
 test-gpu: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -m gpu
+
+# Each stage's result is written when it is there. EVIDENCE names the folder.
+EVIDENCE ?= gpu-evidence
+gpu-evidence: $(VENV)/.installed
+	$(VENV)/bin/python -m dpoeng.bench.evidence --output $(EVIDENCE)
 
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest $(WORKERS)

@@ -1,0 +1,89 @@
+"""Runs the stages one after the other, writes each result when it is there, and a page of all at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from dpoeng.bench.evidence.stages import STAGES, Place
+from dpoeng.bench.measuring.records import stamp
+
+_RESULTS, _PAGE = "evidence.jsonl", "evidence.md"
+
+
+def run_stage(name: str, device: str, small: bool) -> dict[str, Any]:
+    """A stage in a process of its own: what it saw, or how it ended."""
+    _, limit = STAGES[name]
+    command = [sys.executable, "-m", "dpoeng.bench.evidence", "--stage", name, "--device", device]
+    began = time.perf_counter()
+    try:
+        done = subprocess.run(
+            [*command, *(["--small"] if small else [])], capture_output=True, text=True, timeout=limit, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {"stage": name, "ok": False, "ended": f"not done after {limit} s"}
+    took = round(time.perf_counter() - began, 1)
+    if done.returncode:
+        words = done.stderr.strip().splitlines()
+        return {"stage": name, "ok": False, "ended": f"status {done.returncode}", "said": words[-12:], "took_s": took}
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return {"stage": name, **found, "took_s": took}
+
+
+def page_of(record: dict[str, Any], results: list[dict[str, Any]]) -> str:
+    """The results as Markdown: a line a stage, then everything that was seen."""
+    small = ", with tiny sizes: figures mean nothing" if record["settings"]["small"] else ""
+    lines = [f"# Evidence from {record['device']}{small}", "", "| stage | as it should be | seconds |", "|---|---|---|"]
+    lines += [f"| {r['stage']} | {'yes' if r['ok'] else 'NO'} | {r.get('took_s', '')} |" for r in results]
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    lines += ["", f"Commit {record['commit']}, {record['date']}; {versions}.", ""]
+    for result in results:
+        shown = {name: value for name, value in result.items() if name not in ("stage", "took_s")}
+        lines += [f"## {result['stage']}", "", "```json", json.dumps(shown, indent=1), "```", ""]
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--output", type=click.Path(path_type=Path), help="A folder for evidence.jsonl and evidence.md.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--small", is_flag=True, help="Tiny sizes, to try the script on a CPU.")
+@click.option("--stage", type=click.Choice(sorted(STAGES)), help="One stage in this process, as JSON.")
+def main(output: Path | None, device: str, small: bool, stage: str | None) -> None:
+    """Everything that only a GPU can show, in ten minutes; each result is written when it is there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if stage is not None:
+        click.echo(json.dumps(STAGES[stage][0](Place(torch.device(device), small))))
+        return
+    if output is None:
+        raise click.UsageError("name a folder with --output")
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / _RESULTS
+    if file.exists():
+        raise click.UsageError(f"{file} is there already: name a new folder")
+    record = stamp("gpu-evidence", torch.device(device), {"small": small, "device": device})
+    results: list[dict[str, Any]] = []
+    with file.open("x", encoding="utf-8") as stream:
+        for line in (record, *(run_stage(name, device, small) for name in STAGES)):
+            stream.write(json.dumps(line) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+            if "stage" in line:
+                results.append(line)
+                (output / _PAGE).write_text(page_of(record, results), encoding="utf-8")
+                click.echo(f"{line['stage']}: {'ok' if line['ok'] else 'NOT as it should be'}")
+    failed = [result["stage"] for result in results if not result["ok"]]
+    click.echo(f"results in {output / _PAGE}")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
