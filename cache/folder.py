@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 from pathlib import Path
+from shlex import quote
 from typing import Final
 
 from dpoeng.cache.errors import CacheError
@@ -140,7 +141,8 @@ def _check_format(found: bytes, path: Path) -> None:
         where=str(path),
         expected=repr(FORMAT_BYTES),
         found=repr(found[:40]),
-        remedy=f"if dpoeng wrote this folder, put the line back: echo {FORMAT_BYTES.decode().strip()} > {path}",
+        remedy="if dpoeng wrote this folder, put the line back: "
+        f"echo {FORMAT_BYTES.decode().strip()} > {quote(str(path))}",
     )
 
 
