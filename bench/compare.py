@@ -28,7 +28,7 @@ import torch
 
 from dpoeng.bench.job import IN_TURNS, TURN, Figures, Job, Program
 from dpoeng.bench.measuring.measure import Spent
-from dpoeng.bench.measuring.records import commit, stamp, told
+from dpoeng.bench.measuring.records import commit, named_settings, stamp
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.engine.config.fields import Dtype
@@ -116,7 +116,7 @@ def bench_compare(settings: CompareSettings, progress: Progress = QUIET) -> dict
             device=str(device),
             max_prompt_length=settings.max_prompt_length,
         )
-        record = stamp("compare", device, told(settings))
+        record = stamp("compare", device, named_settings(settings))
         rounds: list[Round] = []
         on_cpu = device.type == "cpu"
         runs = 1 + settings.repeats * len(settings.peers) + (2 + len(settings.peers) if on_cpu else 0)

@@ -130,7 +130,7 @@ def accuracy(results: Path) -> str:
     settings = record["settings"]
     ours, theirs = record["after"].values()
 
-    def told(found: Record) -> str:
+    def with_interval(found: Record) -> str:
         low, high = found["interval"]
         return f"{found['mean']:.3f} ({low:.3f} to {high:.3f})"
 
@@ -144,8 +144,8 @@ def accuracy(results: Path) -> str:
         *(
             [
                 shown,
-                told(record["before"][name]) if name in record["before"] else "0",
-                *(told(found[name]) for found in (ours, theirs, record["difference"])),
+                with_interval(record["before"][name]) if name in record["before"] else "0",
+                *(with_interval(found[name]) for found in (ours, theirs, record["difference"])),
             ]
             for name, shown in names.items()
         ),

@@ -20,7 +20,7 @@ import torch
 
 from dpoeng.bench.measuring.allocator import trace_allocator
 from dpoeng.bench.measuring.measure import PeakMemory, held_bytes, release_memory, touch
-from dpoeng.bench.measuring.records import stamp, told
+from dpoeng.bench.measuring.records import named_settings, stamp
 from dpoeng.bench.measuring.workload import first_pairs_of, model_or_embedded
 from dpoeng.cache.schema import PairIds, ScoredPair
 from dpoeng.engine.config.fields import Dtype, Quantization, TrainConfig
@@ -106,7 +106,7 @@ def bench_memory(settings: MemorySettings, progress: Progress = QUIET) -> dict[s
         UserError: the model or the pairs cannot be used.
     """
     device = pick_device(settings.device)
-    record = stamp("memory", device, told(settings))
+    record = stamp("memory", device, named_settings(settings))
     with tempfile.TemporaryDirectory(prefix="dpoeng-bench-") as scratch:
         source = model_or_embedded(settings.model, Path(scratch), settings.pairs)
 

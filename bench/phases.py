@@ -33,7 +33,7 @@ from dpoeng.bench.measuring.measure import (
     synchronize,
     touch,
 )
-from dpoeng.bench.measuring.records import stamp, told
+from dpoeng.bench.measuring.records import named_settings, stamp
 from dpoeng.bench.measuring.workload import (
     VIEW,
     first_pairs_of,
@@ -181,7 +181,7 @@ def bench_phases(settings: PhaseSettings, progress: Progress = QUIET, trace: Pat
             vocabulary=lm.vocab_size,
             max_length=settings.max_length,
         )
-        record = stamp("phases", device, told(settings))
+        record = stamp("phases", device, named_settings(settings))
         record["versions"]["dtype"] = str(lm.dtype).removeprefix("torch.")
         layers = linear_shapes(lm)
         rows = min(1024, unique_tokens(pairs[: settings.batch_size]))

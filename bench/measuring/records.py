@@ -39,7 +39,7 @@ def stamp(kind: str, device: torch.device, settings: dict[str, Any]) -> dict[str
     }
 
 
-def told(settings: Any) -> dict[str, Any]:
+def named_settings(settings: Any) -> dict[str, Any]:
     """Return settings (a dataclass) for a record, with file names in place of this machine's paths."""
     fields = asdict(settings)
     fields |= dict.fromkeys({"peer_python", "work"} & fields.keys())

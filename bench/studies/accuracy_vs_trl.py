@@ -27,7 +27,7 @@ import torch
 from dpoeng.bench.compare import check_peer, in_folder, relative, run_process
 from dpoeng.bench.job import Figures, Job, Program, adapter_folder
 from dpoeng.bench.measuring.measure import Spent
-from dpoeng.bench.measuring.records import show, stamp, told
+from dpoeng.bench.measuring.records import named_settings, show, stamp
 from dpoeng.bench.studies.quality import longer_by, look_at, split_pairs, with_intervals
 from dpoeng.cache.reader import View
 from dpoeng.engine.config.fields import Quantization, TrainConfig
@@ -85,7 +85,7 @@ def accuracy_vs_trl(settings: AccuracySettings) -> dict[str, Any]:
     work = settings.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     train_file, held_out_file = split_pairs(settings.pairs, settings.pairs_count, settings.held_out, work)
-    record = stamp("accuracy-vs-trl", device, told(settings))
+    record = stamp("accuracy-vs-trl", device, named_settings(settings))
 
     job = _reference_job(settings, source.folder.resolve(), train_file, work / "train-cache", device)
     reference = run_process(sys.executable, in_folder(job, work / "reference"))

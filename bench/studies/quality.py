@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dpoeng.bench.compare import first_pairs, run_module
-from dpoeng.bench.measuring.records import commit, stamp, told
+from dpoeng.bench.measuring.records import commit, named_settings, stamp
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
@@ -97,7 +97,7 @@ def bench_quality(settings: QualitySettings, progress: Progress = QUIET) -> dict
     """
     device = pick_device(settings.device)
     source = find_model(settings.model)
-    record = stamp("quality", device, told(settings))
+    record = stamp("quality", device, named_settings(settings))
     settings.work.mkdir(parents=True, exist_ok=True)
     files = split_pairs(settings.pairs, settings.pairs_count, settings.held_out, settings.work)
     base = {

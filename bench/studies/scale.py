@@ -25,7 +25,7 @@ from dpoeng.bench.cache import measure_size
 from dpoeng.bench.kernels import Shape, head_problem, head_step
 from dpoeng.bench.measuring.allocator import trace_allocator
 from dpoeng.bench.measuring.measure import Stopwatch
-from dpoeng.bench.measuring.records import stamp, told
+from dpoeng.bench.measuring.records import named_settings, stamp
 from dpoeng.bench.measuring.workload import save_small_model
 from dpoeng.bench.memory import training_run
 from dpoeng.bench.studies.ranks import (
@@ -169,7 +169,7 @@ def bench_scale(settings: ScaleSettings, progress: Progress = QUIET) -> dict[str
     """
     device = pick_device(settings.device)
     ranks = default_ranks(device) if settings.ranks is None else settings.ranks
-    record = stamp("scale", device, {**told(settings), "ranks": ranks})
+    record = stamp("scale", device, {**named_settings(settings), "ranks": ranks})
     curves: list[Curve | RankCurve] = []
     with tempfile.TemporaryDirectory(prefix="dpoeng-bench-") as scratch:
         folder = Path(scratch)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dpoeng.bench.measuring.measure import TimeSplit
-from dpoeng.bench.measuring.records import stamp, told
+from dpoeng.bench.measuring.records import named_settings, stamp
 from dpoeng.bench.measuring.workload import model_or_embedded
 from dpoeng.bench.phases import Limits, PhaseSettings, measure_phases
 from dpoeng.cache.schema import PairIds, as_ids
@@ -61,7 +61,7 @@ def bench_sharing(settings: SharingSettings, progress: Progress = QUIET) -> dict
         UserError: the model cannot be used.
     """
     device = pick_device(settings.device)
-    record = stamp("sharing", device, told(settings))
+    record = stamp("sharing", device, named_settings(settings))
     with tempfile.TemporaryDirectory(prefix="dpoeng-bench-") as scratch:
         folder = Path(scratch)
         source = model_or_embedded(settings.model, folder)

@@ -154,8 +154,8 @@ class TextCheck:
             for kind in others:
                 self._tally.count("mixed-types", kinds[kind].count)
                 for where, shown in kinds[kind].first:
-                    told = f"{column} is {kind}, {shown}; in {counted(kinds[most].count, 'pair')} it is {most}"
-                    self._tally.example("mixed-types", where, told)
+                    remark = f"{column} is {kind}, {shown}; in {counted(kinds[most].count, 'pair')} it is {most}"
+                    self._tally.example("mixed-types", where, remark)
 
     def _endings(self) -> None:
         """Words that end most responses of one side, such as END: on both sides, and of all?"""
@@ -232,9 +232,9 @@ def _message_faults(sides: Mapping[str, list[Message]]) -> Iterator[tuple[str, s
         yield "system-twice", f"messages {', '.join(str(k + 1) for k in systems)} are system prompts"
     for name, messages in sides.items():
         for message in messages:
-            held = [marker for marker in TEMPLATE_TEXTS if marker in message["content"]]
-            if held:
-                yield "template-in-messages", f"{name}: {', '.join(held)} in {snippet(message['content'])}"
+            markers = [marker for marker in TEMPLATE_TEXTS if marker in message["content"]]
+            if markers:
+                yield "template-in-messages", f"{name}: {', '.join(markers)} in {snippet(message['content'])}"
                 return
 
 

@@ -109,17 +109,17 @@ def fitting_releases(given: Sequence[Given], imported: Collection[str] = ()) -> 
     if not _plain_arguments(given):
         return _together(trl, transformers)
     # Seen with every release (docs/trl.md): from 0.9 on DPOTrainer reads fields of args that only DPOConfig has.
-    found = _together([version for version in trl if version.startswith(("0.7.", "0.8."))], transformers)
-    if found.trl:
-        return found
+    as_written = _together([version for version in trl if version.startswith(("0.7.", "0.8."))], transformers)
+    if as_written.trl:
+        return as_written
     corrected = _together(trl, transformers)
     return Releases(corrected.trl, corrected.transformers, without_plain_arguments=bool(corrected.trl))
 
 
 def _together(trl: Sequence[str], transformers: Sequence[str]) -> Releases:
     """Releases of TRL that leave a transformers which their metadata accept."""
-    fitting = [(v, tuple(t for t in transformers if Version(t) >= _least_transformers(v))) for v in trl]
-    fitting = [(version, found) for version, found in fitting if found]
+    accepted = [(v, tuple(t for t in transformers if Version(t) >= _least_transformers(v))) for v in trl]
+    fitting = [(version, newer) for version, newer in accepted if newer]
     if not fitting:
         return Releases((), ())
     # The newest TRL asks for the newest transformers, so its releases are right for all of them.
@@ -183,8 +183,8 @@ def defaults_of(names: Sequence[str], trl: str, *, config: bool) -> dict[str, An
 
     `config`: the settings are those of a DPOConfig; otherwise of plain TrainingArguments.
     """
-    found = {name: _default(name, trl, config=config) for name in names}
-    return {name: value for name, value in found.items() if value is not None}
+    defaults = {name: _default(name, trl, config=config) for name in names}
+    return {name: value for name, value in defaults.items() if value is not None}
 
 
 def _default(name: str, trl: str, *, config: bool) -> Any:
