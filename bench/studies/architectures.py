@@ -350,10 +350,14 @@ def page(outcomes: Sequence[Outcome]) -> str:
         "are the same. **refused**: dpoeng stops with a message. **not made**: this study found no small config "
         "for it, so nothing is known. **failed**: a stage did not end.",
         "",
-        "| model type | prompt | training, evaluation, merge, forecast |",
-        "|---|---|---|",
     ]
-    for outcome in sorted(outcomes, key=lambda one: one.model_type):
+    ordered = sorted(outcomes, key=lambda one: one.model_type)
+    plain = [one.model_type for one in ordered if one.prompt == "shared" and one.stages.get("forecast") == OK and
+             all(text == OK for text in one.stages.values())]  # fmt: skip
+    if plain:
+        lines += [f"Shared, and every stage ends right: {', '.join(plain)}.", ""]
+    lines += ["| model type | prompt | training, evaluation, merge, forecast |", "|---|---|---|"]
+    for outcome in (one for one in ordered if one.model_type not in plain):
         said = {stage: _PLACE.sub("", told) for stage, told in outcome.stages.items() if told != OK}
         stopped = [f"{stage}: {told}" for stage, told in said.items() if not outcome.prompt.startswith("refused")]
         rest = "; ".join(stopped) if stopped else (OK if outcome.stages.get("forecast") == OK else "-")
