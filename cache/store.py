@@ -78,7 +78,7 @@ class Store:
     # -- specs --------------------------------------------------------------------------------------------------------
 
     def put_spec(self, spec: ReferenceSpec) -> str:
-        """Writes a spec, mending a damaged copy, and returns its digest."""
+        """Write a spec, replacing a damaged copy, and return its digest."""
         self._put(spec_name(spec.digest), spec.canonical)
         return spec.digest
 

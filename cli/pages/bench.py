@@ -11,7 +11,7 @@ from dpoeng.cli.bench.tables import tables_of
 from dpoeng.cli.pages.charts import Curve, bars, line_chart
 from dpoeng.cli.pages.html import Html, cards, heading, page, paragraph, plots, table
 
-# Kinds of memory that are drawn as one, since more colours than these cannot be told apart.
+# Kinds of memory drawn as one: readers cannot distinguish more colours.
 _MEMORY_PARTS = (
     ("policy", ("weights",)),
     ("reference model", ("reference model",)),

@@ -55,7 +55,7 @@ def _pieces(prompt: IdArray, response: IdArray, start: int, gaps: Gaps, tokenize
     pieces = []
     shown = ""
     for end, scored in _runs(len(prompt), len(response), start, gaps):
-        # Not each run by itself: some tokenizers drop the space in front of a first token.
+        # Decode all runs together: some tokenizers drop the space before a first token.
         text = str(tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False))
         pieces.append(Piece(text[len(shown) :], scored))
         shown = text

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from dpoeng.engine.config.fields import PrecomputeConfig, SweepConfig, TrainConfig, bare_type
 from dpoeng.engine.config.plan import PlanConfig
 
-# A command is typed in a shell, from Python too. It stands in backticks, or goes on to the end of its clause.
+# Commands are typed in a shell, also by users of Python. They end at a backtick or at the end of their clause.
 _COMMAND = r"`[^`\n]*`|\b(?:dpoeng|torchrun|pip|make) (?:(?![;:,)](?:\s|$))[^\n])*"
 _QUOTED = r"(?<!\w)'[^'\n]*'(?!\w)|(?<!\w)\"[^\"\n]*\"(?!\w)"  # what was found in a file, for example
 _OPTION = r"(?<![^\s(])--(?P<name>[a-z][a-z0-9_-]*)(?=[\s,;:.)=]|$)(?:[ =](?P<word>'[^'\n]*'|\"[^\"\n]*\"|[^\s]+))?"

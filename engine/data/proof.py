@@ -21,7 +21,7 @@ Kind = Literal["text", "thought", "call", "tool"]
 
 _TAG = "dpoengpart{}end"
 _ANY_TAG = re.compile(r"dpoengpart\d+end")
-# What parts a written thought from the answer; the markers themselves are the template's, which may write them anew.
+# Separates a written thought from the answer. The markers belong to the template, which may rewrite them.
 _MARKERS = re.compile(r"(</?think(?:ing)?>|\[/?THINK\])")
 
 

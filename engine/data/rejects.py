@@ -12,7 +12,7 @@ from dpoeng.cache.errors import UserError
 from dpoeng.cache.words import counted
 from dpoeng.engine.data.in_memory import place
 
-# Every reason -> what is wrong with the row, and what mends it.
+# Every reason -> what is wrong with the row, and how to fix it.
 _SYNTAX = "write the file with a JSON (or CSV) library, not by hand"
 _MESSAGES = "write messages as objects with `role` and text `content`; begin each response with the assistant's message"
 _PROMPT = "add a `prompt` column, or begin both texts with the same conversation"

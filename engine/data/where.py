@@ -34,7 +34,7 @@ Row = Mapping[str, Any]
 Evaluator = Callable[[Row], Any]
 
 _CONSTANTS = {"true": True, "false": False, "null": None}
-# Texts are passed over; a name in backticks becomes a word that stands for it.
+# Skips quoted texts; replaces a name in backticks by a placeholder word.
 _BACKTICKS = re.compile(r"""(?P<text>'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|`(?P<name>[^`]+)`""")
 _STAND_IN = "dpoeng_quoted_{}"
 

@@ -43,7 +43,7 @@ def check_fsdp(config: TrainConfig, group: Group, quantization: Quantization) ->
             remedy="start it that way, or leave --fsdp out",
         )
     if not config.use_peft and not config.optim.startswith("adamw_torch"):
-        # Its blocks of 256 numbers would begin anew in each process's rows.
+        # bitsandbytes rounds its state in blocks of 256 numbers; a divided weight starts new blocks in each process.
         raise UserError(
             "the state of bitsandbytes' AdamW is rounded in blocks, and those of divided weights would be other blocks "
             "than those of whole ones: no run with another number of processes could go on with it",
@@ -54,7 +54,7 @@ def check_fsdp(config: TrainConfig, group: Group, quantization: Quantization) ->
             remedy="take adamw_torch, whose state is divided too; or leave --fsdp out",
         )
     if quantization == "8bit":
-        # The layer holds its weight a second time, in a state of its own that its products read.
+        # The layer keeps a second copy of its weight for its products, and FSDP2 divides only parameters.
         raise UserError(
             "an 8-bit bitsandbytes base cannot be divided over processes",
             code="fsdp-unavailable",
@@ -115,6 +115,7 @@ def shard_base(lm: CausalLM, group: Group, device: torch.device, *, trained: boo
     mesh = _mesh(group, device)
     for module in quantized_layers(lm.model):
         _as_plain_bytes(module, device)
+    # Embedding, head and adapters stay whole: they are used outside the layers' gathers, and small next to the layers.
     whole = set(lm.model.parameters()) - _divide(lm.backbone, mesh, trained=trained)
     for parameter in whole:
         parameter.data = parameter.data.to(device)
@@ -136,9 +137,9 @@ def _mesh(group: Group, device: torch.device) -> Any:
 
 
 def _divide(backbone: Any, mesh: Any, *, trained: bool) -> set[torch.nn.Parameter]:
-    """Divides what a decoder's layers hold beside adapters; returns the parts.
+    """Divide the decoder's layers without their adapters -> the divided parameters.
 
-    Where they are `trained` they will be float32, and are gathered in the dtype that they have now.
+    `trained` parameters become float32 later and are gathered in their present dtype.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -150,6 +151,7 @@ def _divide(backbone: Any, mesh: Any, *, trained: bool) -> set[torch.nn.Paramete
     assert layers, "transformers' decoder layers are GradientCheckpointingLayers"
     divided: set[torch.nn.Parameter] = set()
     for layer in layers:
+        # A LoRA's gradient is summed once a step over all processes, which needs the same whole matrices everywhere.
         whole = set(layer.parameters()) - set(divided_parameters(layer))
         fully_shard(layer, ignored_params=whole, **settings)
         if trained:

@@ -147,6 +147,6 @@ def save_model(
     lm.base.save_pretrained(str(folder), state_dict=None if weights is None else dict(weights))
     if named_class(source, lm.base) is not None:
         add_left_out(source, folder)
-    # What stands in the loaded model's own config.json was changed for scoring.
+    # The loaded model's own config was changed for scoring, so take the stored one.
     write_config(source, folder, str(lm.dtype).removeprefix("torch."))
     copy_beside(source, folder)

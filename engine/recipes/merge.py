@@ -112,7 +112,7 @@ def merge(
     names = stored_names(base)
     tokenizer = choose_tokenizer(base, str(adapters[-1].folder), None)  # what the last adapter was trained with
     with contextlib.ExitStack() as stack:
-        # Under the names of the model that is loaded, whatever class they were made on.
+        # Names of the loaded model's class: the adapter may have been trained on another class of the same model.
         own = [stack.enter_context(as_peft_reads(adapter, names.model)) for adapter in adapters]
         updates: dict[str, list[Update]] = {}
         replaced: dict[str, torch.Tensor] = {}

@@ -41,7 +41,7 @@ _SIZES: Final = {
     "n_routed_experts": (0, 1 << 16),
 }
 
-# An embedding of so few numbers is allocated whatever the files hold: loading says best what is wrong with cut ones.
+# Small embeddings are allocated without a check: loading explains cut files best.
 _SMALL: Final = 1 << 27
 
 
