@@ -126,9 +126,10 @@ def _others_table(found: Plan, two_models: int) -> Table:
 
 def advice(found: Plan) -> str:
     """Name the changes that would make it fit on the largest card asked about."""
+    if not found.request.compare:
+        return "Other settings were not tried: leave out --no-compare to see which would fit."
     room = max(card.gpu.n_bytes for card in found.cards)
-    over = sum(found.estimates.values())
-    helps = [o.name for o in found.options if o.peak_bytes + over < room and o.peak_bytes < found.step.n_bytes]
+    helps = [o.name for o in found.options if found.needed(o.peak) <= room and o.peak_bytes < found.step.n_bytes]
     return ("What would fit: " + "; ".join(helps)) if helps else "No single option is enough: use a larger card."
 
 
@@ -174,10 +175,13 @@ def picture(found: Plan) -> str:
 
 
 def _fits(found: Plan, card: CardPlan) -> tuple[str, str]:
-    one, two = found.phase1[card.batch_tokens].peak, found.phase2[card.micro_batch].peak
+    from dpoeng.engine.recipes.plan import SMALL_OPTIMIZER
+
+    one, two = found.phase1[card.batch_tokens].peak, card.small or found.phase2[card.micro_batch].peak
     return (
         f"{'yes' if card.phase1_fits else 'no'}, {found.needed(one) / GIB:.1f}",
-        f"{'yes' if card.phase2_fits else 'no'}, {found.needed(two) / GIB:.1f}",
+        f"{'yes' if card.phase2_fits else 'no'}, {found.needed(two) / GIB:.1f}"
+        + (f" with {SMALL_OPTIMIZER}" if card.small else ""),
     )
 
 

@@ -21,7 +21,7 @@ from dpoeng.engine.memory.overhead import (
     model_fields,
     needed_bytes,
 )
-from dpoeng.engine.memory.simulate import Pair, Setup
+from dpoeng.engine.memory.simulate import OPTIMIZER, Pair, Setup
 from dpoeng.engine.memory.tracker import Peak
 from dpoeng.engine.models.model import DTYPES
 from dpoeng.engine.runtime.distributed import BUCKET_BYTES
@@ -30,18 +30,29 @@ BATCH_TOKENS = (16384, 4096, 1024)
 
 MICRO_BATCHES = (1, 2, 4)
 
+SMALL_OPTIMIZER = "adamw_8bit"
+"""Tried on cards that are too small for the optimizer that nobody chose."""
+
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A change and the peak of phase two with it, in bytes."""
+    """A change, and the peak of phase two with it."""
 
     name: str
-    peak_bytes: int
+    peak: Peak
+
+    @property
+    def peak_bytes(self) -> int:
+        """The peak of tensors."""
+        return self.peak.n_bytes
 
 
 @dataclass(slots=True)
 class CardPlan:
-    """One card: bytes it has, whether each phase fits, and with what."""
+    """One card: bytes it has, whether each phase fits, and with what.
+
+    `small`: phase two with `SMALL_OPTIMIZER`, where it fits with that alone.
+    """
 
     gpu: Gpu
     phase1_fits: bool
@@ -49,6 +60,7 @@ class CardPlan:
     batch_tokens: int
     micro_batch: int
     times: list[PhaseTime] = field(default_factory=list)
+    small: Peak | None = None
 
     @property
     def fits(self) -> bool:
@@ -143,7 +155,23 @@ def make_plan(request: PlanConfig) -> Plan:
         cards=[],
     )
     plan.cards = [_card(plan, setup, pair, parts, gpu) for gpu in cards]
+    _try_small_optimizer(plan, setup, pair)
     return plan
+
+
+def _try_small_optimizer(plan: Plan, setup: Setup, pair: Pair) -> None:
+    """Has cards on which phase two does not fit try an optimizer of fewer bytes, unless one was named."""
+    if "optim" in plan.request.model_fields_set:
+        return
+    least = plan.needed(plan.step) - plan.step.by_kind.get(OPTIMIZER, 0)
+    room = [card for card in plan.cards if not card.phase2_fits and least <= card.gpu.n_bytes]
+    if not room:
+        return
+    config = setup.config.model_copy(update={"optim": SMALL_OPTIMIZER})
+    peak = step_memory(replace(setup, config=config), [pair]).peak
+    for card in room:
+        if max(plan.needed(peak), plan.needed(plan.evaluation.peak)) <= card.gpu.n_bytes:
+            card.phase2_fits, card.micro_batch, card.small = True, 1, peak
 
 
 def pair_tokens(pair: Pair, layout: str) -> int:
@@ -180,7 +208,7 @@ def _options(setup: Setup, pair: Pair) -> list[Option]:
         ("without gradient checkpointing", without, pair),
         ("whole logits", replace(setup, full_logits=True), pair),
     ]
-    return [Option(name, step_memory(changed, [some]).peak.n_bytes) for name, changed, some in changes]
+    return [Option(name, step_memory(changed, [some]).peak) for name, changed, some in changes]
 
 
 def _card(plan: Plan, setup: Setup, pair: Pair, parts: Mapping[str, int], gpu: Gpu) -> CardPlan:
@@ -296,5 +324,5 @@ def suggested(plan: Plan, card: CardPlan) -> dict[str, Any]:
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": -(-request.batch // micro),
         "per_device_eval_batch_size": micro,
-        "optim": request.optim,
+        "optim": request.optim if card.small is None else SMALL_OPTIMIZER,
     }
