@@ -10,6 +10,7 @@ import pytest
 from dpoeng.bench.cache import SPEC, synthetic_rows
 from dpoeng.cache.files import Files
 from dpoeng.cache.framing import BLOCK, FramingError, check_plain
+from dpoeng.cache.schema import PairIds, as_ids, pair_key
 from dpoeng.cache.shard import encode_shard
 from dpoeng.cache.store import Store
 
@@ -51,3 +52,11 @@ def test_a_batch_may_not_reach_into_the_footer(more: int) -> None:
 def _is_block(data: bytearray, at: int, start: int) -> bool:
     offset, metadata_size, body_size = BLOCK.unpack_from(data, at)
     return 0 < offset < start and 8 <= metadata_size < start and 0 < body_size < start and offset % 8 == 0
+
+
+def test_a_key_tells_where_prompt_and_responses_end() -> None:
+    """The ids of all of these are 1, 2, 3, 4 in this order."""
+    cuts = [(1, 2), (1, 3), (2, 3), (0, 2)]
+    pairs = [PairIds(as_ids([1, 2, 3, 4][:a]), as_ids([1, 2, 3, 4][a:b]), as_ids([1, 2, 3, 4][b:])) for a, b in cuts]
+    pairs += [PairIds(as_ids([1]), as_ids([2, 3]), as_ids([4]), chosen_start=1)]
+    assert len({pair_key(ids) for ids in pairs}) == len(pairs)
