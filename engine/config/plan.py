@@ -55,8 +55,6 @@ class PlanConfig(BaseModel):
     def _divided(self) -> PlanConfig:
         if self.fsdp and (self.gpus == 1 or not self.use_peft):
             raise ValueError("fsdp divides a frozen base over several cards: add --gpus 2 or more, and train a LoRA")
-        if self.fsdp and self.quantization == "8bit":
-            raise ValueError("an 8-bit base cannot be divided over cards: add --quantization 4bit, or none")
         return self
 
     @model_validator(mode="after")

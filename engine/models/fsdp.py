@@ -3,8 +3,8 @@
 With a LoRA only what is frozen in the decoder layers is divided. The adapter, its gradients and the optimizer's state
 are small beside the base and stay whole in every process: gradients are summed as in `step`, and optimizer, clipping,
 checkpoints and the saved adapter are those of a run without FSDP, byte for byte. Embedding and head stay whole too: the
-log-prob kernel reads the head as one tensor. Of a base in 4 bits the packed bytes are divided; their scales, a 32nd of
-them with double quantisation, stay whole.
+log-prob kernel reads the head as one tensor. Of a quantised base the codes are divided and gathered, never 16-bit
+weights; their scales (8 bits: one a row; 4 bits: a 32nd of the codes with double quantisation) stay whole.
 
 With full fine-tuning the layers' gradients and the optimizer's state of them are divided too: see `fsdp_rows`. Here
 FSDP2 sums the gradients, in float32, at the end of each layer's backward pass. What lies outside the layers (embedding,
@@ -25,12 +25,12 @@ from dpoeng.engine.config.fields import Quantization, TrainConfig
 from dpoeng.engine.models.experts.stacks import held_tensors
 from dpoeng.engine.models.fsdp_loading import whole_because
 from dpoeng.engine.models.model import CausalLM, decoder_layers, decoder_of
-from dpoeng.engine.models.quantized import quantized_layers
+from dpoeng.engine.models.quantized import holds_8_bits, int8_scales_of, quantized_layers
 from dpoeng.engine.models.sources import ModelSource, adapter_config
 from dpoeng.engine.runtime.distributed import Group
 
 
-def check_fsdp(config: TrainConfig, group: Group, quantization: Quantization) -> None:
+def check_fsdp(config: TrainConfig, group: Group) -> None:
     """Raises UserError where FSDP is asked for and cannot be had."""
     if not config.fsdp:
         return
@@ -53,25 +53,14 @@ def check_fsdp(config: TrainConfig, group: Group, quantization: Quantization) ->
             found=f"--optim {config.optim}",
             remedy="take adamw_torch, whose state is divided too; or leave --fsdp out",
         )
-    if quantization == "8bit":
-        # The layer keeps a second copy of its weight for its products, and FSDP2 divides only parameters.
-        raise UserError(
-            "an 8-bit bitsandbytes base cannot be divided over processes",
-            code="fsdp-unavailable",
-            where="--fsdp",
-            expected="a base in 4 bits, or one that is not quantised",
-            found=f"quantization {quantization}",
-            remedy="leave --fsdp out: every process then holds the quantised base whole; or, if that is too large for "
-            "one card, add --quantization 4bit, or --quantization none --dtype bfloat16",
-        )
 
 
 def loads_whole_because(
     config: TrainConfig, group: Group, quantization: Quantization, source: ModelSource, adapter: ModelSource | None
 ) -> str:
     """Why each process has to load the whole base before it is divided, in words; empty where a share is enough."""
-    if quantization == "4bit":
-        return "bitsandbytes makes 4 bits of whole tensors"
+    if quantization != "none":
+        return f"bitsandbytes makes {quantization.removesuffix('bit')} bits of whole tensors"
     held = adapter_config(adapter) if adapter is not None else {}
     if config.use_dora or held.get("use_dora"):
         return "DoRA begins with the norms of whole weights"
@@ -166,10 +155,16 @@ def _divide(backbone: Any, mesh: Any, *, trained: bool) -> set[torch.nn.Paramete
 
 
 def _as_plain_bytes(layer: Any, device: torch.device) -> None:
-    """Makes a 4-bit layer's weight a plain tensor, which can be divided. bitsandbytes' own carries its scales along.
+    """Makes a quantised layer's weight a plain tensor, which can be divided. bitsandbytes' own carries its scales.
 
-    Its forward then looks for them on the layer (`fix_4bit_weight_quant_state_from_module`, made for FSDP).
+    A 4-bit layer's forward then looks for them on the layer (`fix_4bit_weight_quant_state_from_module`, made for FSDP).
+    An 8-bit one's, which is `int8_linear`, finds them in the layer's state, and needs no codes but the weight's.
     """
-    layer.quant_state = layer.weight.quant_state
-    layer.quant_state.to(device)
+    if holds_8_bits(layer):
+        scales = int8_scales_of(layer)
+        assert scales is not None, "an 8-bit layer of a model that is trained multiplies by int8_linear"
+        layer.state.SCB, layer.state.CB = scales.to(device), None
+    else:
+        layer.quant_state = layer.weight.quant_state
+        layer.quant_state.to(device)
     layer.weight = torch.nn.Parameter(layer.weight.data, requires_grad=False)

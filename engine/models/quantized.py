@@ -124,7 +124,9 @@ def int8_scales_of(module: Any) -> torch.Tensor | None:
     if "forward" not in module.__dict__:
         return None
     # A forward of bitsandbytes' own would move the scales from the weight to the layer's state.
-    scales: torch.Tensor = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
+    # A weight that FSDP2 divides is a plain tensor, without any.
+    own = getattr(module.weight, "SCB", None)
+    scales: torch.Tensor = own if own is not None else module.state.SCB
     return scales
 
 

@@ -190,7 +190,7 @@ def _options(setup: Setup, pair: Pair) -> list[Option]:
     changes: list[tuple[str, Setup, Pair]] = [
         (f"quantization {name}", replace(setup, quantization=name), pair)
         for name in ("none", "8bit", "4bit")
-        if name != setup.quantization and config.use_peft and not (name == "8bit" and setup.shards > 1)
+        if name != setup.quantization and config.use_peft
     ]
     as_lora = config.model_copy(update={"use_peft": True})
     without = replace(setup, config=config.model_copy(update={"gradient_checkpointing": False}))

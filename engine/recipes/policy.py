@@ -94,7 +94,7 @@ def choose_policy(config: TrainConfig, inputs: Inputs, group: Group, note: Calla
     """
     reference = inputs.reference
     quantization = config.quantization or reference["quantization"]
-    check_fsdp(config, group, quantization)
+    check_fsdp(config, group)
     require_bitsandbytes(quantization)
     if not config.optim.startswith("adamw_torch"):
         import_bitsandbytes(f"--optim {config.optim}", "use --optim adamw_torch")

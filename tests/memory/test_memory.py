@@ -345,8 +345,7 @@ def test_the_plan_in_tables_and_as_a_picture(tmp_path: Path) -> None:
 
 def test_what_cannot_be_divided_over_cards_is_refused(tmp_path: Path) -> None:
     line = ["--model", small_folder(tmp_path), "--gpu", "a100-80gb"]
-    for wrong in (["--fsdp"], ["--gpus", "2", "--fsdp", "--quantization", "8bit"]):
-        assert CliRunner().invoke(plan_command, [*line, *wrong]).exit_code == 2
+    assert CliRunner().invoke(plan_command, [*line, "--fsdp"]).exit_code == 2
 
 
 @pytest.mark.slow

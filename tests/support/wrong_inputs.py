@@ -723,20 +723,12 @@ def one_card(desk: Desk) -> None:
     refuse_shared_gpu(Group(rank=0, size=2), "node1, GPU 5f1a")
 
 
-def divided_8bit(desk: Desk) -> None:
-    from dpoeng.engine.config.fields import TrainConfig
-    from dpoeng.engine.models.fsdp import check_fsdp
-    from dpoeng.engine.runtime.distributed import Group
-
-    check_fsdp(TrainConfig(fsdp=True), Group(rank=0, size=2), "8bit")
-
-
 def divided_8bit_adamw(desk: Desk) -> None:
     from dpoeng.engine.config.fields import TrainConfig
     from dpoeng.engine.models.fsdp import check_fsdp
     from dpoeng.engine.runtime.distributed import Group
 
-    check_fsdp(TrainConfig(fsdp=True, use_peft=False, optim="adamw_8bit"), Group(rank=0, size=2), "none")
+    check_fsdp(TrainConfig(fsdp=True, use_peft=False, optim="adamw_8bit"), Group(rank=0, size=2))
 
 
 def _all_weights(quantization: Any = "none", **reference: str) -> None:
@@ -834,7 +826,6 @@ CACHES = (
     Wrong("a merge without an adapter", "full-finetuning", 2, "merge out --into merged", ("out/model",),
           lambda d: d.write("out/model/config.json", "{}")),
     Wrong("fsdp in one process", "fsdp-unavailable", 2, TRAIN + " --fsdp", ("torchrun",)),
-    Wrong("fsdp of a quantised base", "fsdp-unavailable", 2, "", ("--quantization none",), act=divided_8bit),
     Wrong("fsdp of all weights in 8-bit AdamW", "fsdp-unavailable", 2, "", ("adamw_torch",), act=divided_8bit_adamw),
     Wrong("work divided twice", "shard-and-ranks", 2, "", ("--shard 1/4",), act=shard_and_ranks),
     Wrong("a part that is none", "config-value", 2, SCORE + " --shard 5/4", ("--shard",)),
