@@ -340,7 +340,8 @@ def test_fsdp_divides_a_quantised_base(
     assert ours == theirs
     assert (out / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
     before, after = json.loads((tmp_path / "held.json").read_text())
-    assert after == pytest.approx(before / size, rel=0.02)
+    # Three processes share 32 rows as 11, 11 and 10; this is the last one.
+    assert after == pytest.approx(before / size, rel=0.02 if size == 2 else 0.1)
 
 
 def measured_by_the_last() -> None:
