@@ -23,6 +23,7 @@ COMMANDS = {
     "kernels": ("dpoeng.cli.bench.kernels:kernels", "The fused head against its alternatives."),
     "sharing": ("dpoeng.cli.bench.commands:sharing", "What running each prompt once brings: two curves."),
     "checks": ("dpoeng.cli.bench.checks:checks", "A few ratios with wide limits: slower, larger, leaking?"),
+    "offload": ("dpoeng.cli.bench.offload:offload", "Both phases over a model larger than the memory they take."),
     "step": ("dpoeng.cli.bench.step:step", "What a step asks of a GPU: launches, bytes, FLOPs, counted without one."),
     "quality": ("dpoeng.cli.bench.studies:quality", "The same training in each precision: accuracy and margin."),
     "scale": ("dpoeng.cli.bench.studies:scale", "How cost grows, with the exponent fitted."),

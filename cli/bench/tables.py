@@ -361,6 +361,27 @@ def _ranks_table(record: dict[str, Any], curves: list[dict[str, Any]]) -> Table:
     )
 
 
+def offload_tables(record: dict[str, Any]) -> list[Table]:
+    """A row a phase."""
+    rows = [
+        (
+            phase["phase"] if "steps" not in phase else f"{phase['phase']}, {counted(phase['steps'], 'step')}",
+            gib(phase["anonymous_bytes"]),
+            f"{phase['layer_reads']:.2f}",
+            f"{phase['seconds']:,.0f}",
+            f"{phase['cpu_s']:,.0f}",
+        )
+        for phase in record["phases"]
+    ]
+    heads = ("", "anonymous memory, highest", "layers read, times", "seconds", "CPU-s")
+    settings = record["settings"]
+    title = (
+        f"{settings['model']}, random, {settings['dtype']}, {gib(record['file_bytes'])} of files; "
+        f"{counted(settings['pairs'], 'pair')} a step"
+    )
+    return [machine_table(record), Table(rows, heads, title, ["Layers are read for a trial too, before each phase."])]
+
+
 _TABLES: dict[str, Callable[[dict[str, Any]], list[Table]]] = {
     "phases": phases_tables,
     "memory": memory_tables,
@@ -372,6 +393,7 @@ _TABLES: dict[str, Callable[[dict[str, Any]], list[Table]]] = {
     "scale": scale_tables,
     "cache": cache_tables,
     "step": step_tables,
+    "offload": offload_tables,
 }
 
 

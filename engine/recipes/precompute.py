@@ -65,6 +65,7 @@ VISIBLE_WITHIN_S: Final = 60.0
 class PrecomputeSummary:
     """Result of phase one. `pairs` counts rows of the view; `computed` and `reused` count distinct pairs.
 
+    `layers_read_bytes` is told where layers were loaded one at a time.
     `pending` pairs belong to other parts that are not done; while there are any, the view is not written. `views`
     counts those of the cache then. `trunk_texts` and `trunk_bytes` are the hidden states that this process stored.
     """
@@ -92,6 +93,7 @@ class PrecomputeSummary:
     device: str = ""
     peak_bytes: int | None = None
     predicted_bytes: int | None = None
+    layers_read_bytes: int | None = None
     reference_accuracy: float = 0.0
     trunk_layer: int | None = None
     trunk_texts: int = 0
@@ -289,6 +291,7 @@ def compute(work: Work, summary: PrecomputeSummary, progress: Progress) -> None:
     if trunk is not None and writer is not None:
         _store_states(lm, trunk, config.batch_tokens, writer, progress)
         summary.trunk_texts, summary.trunk_bytes = trunk.texts, writer.stored_bytes
+    summary.layers_read_bytes = lm.by_layer.bytes_read() if lm.by_layer is not None else None
     summary.seconds = time.perf_counter() - began
 
 

@@ -331,6 +331,7 @@ def summarise(
         seconds=seconds,
         peak_bytes=torch.cuda.max_memory_allocated(policy.device) if on_gpu else None,
         predicted_bytes=policy.predicted_bytes,
+        layers_read_bytes=run.lm.by_layer.bytes_read() if run.lm.by_layer is not None else None,
     )
     if run.group.is_first:
         add_results(summary, run.log, config)

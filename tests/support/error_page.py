@@ -164,6 +164,7 @@ MEANINGS: dict[str, str] = {
     "system-warning": "Libraries warn of what is to change in them; PYTHONWARNINGS=error makes each an error.",
     "internal-error": "A mistake in dpoeng.",
     "bench-no-peer": "Comparing with TRL needs a Python that has it.",
+    "bench-disk-small": "The model that is measured is made on the disk first. Nothing was written yet.",
     "bench-peer-failed": "The compared process failed; its last lines are shown.",
     "bench-losses-differ": "A figure of several processes is told only if they compute what one does.",
     "demo-model": "The demo needs a small model from the hub or a package index.",

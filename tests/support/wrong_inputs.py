@@ -974,6 +974,8 @@ RUNS = (
     Wrong("a run over folders of others", "output-foreign", 2, TRAIN + " --output-dir mine --max-steps 1", ("adapter",),
           lambda d: d.write("mine/adapter/adapter_config.json", "{}")),
     Wrong("a page where nothing can be", "page-unwritable", 5, "report RUN --html none/page.html", ("none/page.html",)),
+    Wrong("no room for a model that is measured", "bench-disk-small", 5, "bench offload", ("--layers",),
+          lambda d: d.patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=9))),
     Wrong("no TRL to compare with", "bench-no-peer", 5,
           "bench compare --model MODEL --pairs pairs.jsonl --peer-python ./python", ("TRL",),
           of_peer(1, "No module named trl")),

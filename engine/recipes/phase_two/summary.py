@@ -50,6 +50,7 @@ class TrainSummary:
     seconds: float = 0.0
     peak_bytes: int | None = None
     predicted_bytes: int | None = None
+    layers_read_bytes: int | None = None
     already_complete: bool = False
     planned_steps: int = 0
     best: Best = field(default_factory=Best)
