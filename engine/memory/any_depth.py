@@ -62,6 +62,8 @@ def _as_laid_out(setup: Setup, trace: Callable[[Setup], MemoryTracker], whole: b
 def _memory(setup: Setup, trace: Callable[[Setup], MemoryTracker], whole: bool) -> Memory:
     # With a LoRA in some of the layers these are not equal.
     period = None if whole or names_layers(setup.config) else layer_period(setup.model)
+    if setup.by_layer:
+        return _by_layer(setup, trace, period)
     if period is not None and setup.layers % period == 0 and setup.layers > 5 * period:
         extended = _from_two_shallow(setup, trace, period)
         if extended is not None:
@@ -69,6 +71,26 @@ def _memory(setup: Setup, trace: Callable[[Setup], MemoryTracker], whole: bool) 
     tracker = trace(setup)
     stretches = _in_words(_by_place(tracker, setup.layers, period or 1))
     return Memory(tracker.peak(), stretches, list(zip(tracker.samples, tracker.phases, strict=True)))
+
+
+def _by_layer(setup: Setup, trace: Callable[[Setup], MemoryTracker], period: int | None) -> Memory:
+    """Of layers that are loaded one at a time: only what is trained of them grows with their number, in every phase."""
+
+    def by_phase(some: Setup) -> Stretches:
+        found: Stretches = {}
+        for (phase, _), peak in trace(some).stretches().items():
+            before = found.get((phase, "all"))
+            if before is None or peak.n_bytes > before.n_bytes:
+                found[phase, "all"] = peak
+        return found
+
+    extended = None
+    if period is not None and setup.layers % period == 0 and setup.layers > 4 * period:
+        few, more = (by_phase(setup.with_layers(depth * period)) for depth in (2, 3))
+        extended = _extend(few, more, (setup.layers - 2 * period) // period)
+    if extended is None:
+        extended = by_phase(setup)
+    return Memory(max(extended.values(), key=lambda peak: peak.n_bytes), _in_words(extended))
 
 
 def _from_two_shallow(setup: Setup, trace: Callable[[Setup], MemoryTracker], period: int) -> Stretches | None:

@@ -71,13 +71,14 @@ def check_step(
     shards: int = 1,
     held_bytes: int = 0,
     trunk_layer: int = 0,
+    by_layer: bool = False,
     note: Note = ignore,
 ) -> StepForecast | None:
     """Refuses phase two where its longest pairs would not fit; `held_bytes` are taken, and there for this run.
 
     With `shards` above 1 the frozen layers are divided over so many processes, each on a device of its own. On a GPU
     whose memory takes more, only some layers are recomputed, unless `gradient_checkpointing` was set. With
-    `trunk_layer` the model begins at that layer.
+    `trunk_layer` the model begins at that layer; `by_layer` layers are loaded one at a time.
 
     Returns:
         the forecast; None where it was plain without a simulation that all fits, or where it cannot be
@@ -98,6 +99,7 @@ def check_step(
             shards=shards,
             held_bytes=held_bytes,
             trunk_layer=trunk_layer,
+            by_layer=by_layer,
         ),
     )
 
@@ -108,10 +110,11 @@ def check_forward(
     pairs: Iterable[PairIds],
     device: torch.device,
     *,
+    by_layer: bool = False,
     note: Note = ignore,
 ) -> int | None:
     """The same for phase one, whose longest pairs come first."""
-    return _advised(note, lambda: _check_forward(config, source, _longest(pairs), device))
+    return _advised(note, lambda: _check_forward(config, source, _longest(pairs), device, by_layer))
 
 
 def _advised(note: Note, predict: Callable[[], Forecast | None]) -> Forecast | None:
@@ -139,12 +142,13 @@ def _check_step(
     shards: int,
     held_bytes: int,
     trunk_layer: int,
+    by_layer: bool,
 ) -> StepForecast | None:
     longest = list(islice(ordered, config.per_device_train_batch_size))
     if _is_small(source, longest, device, not config.use_peft):
         return None
     setup = _setup(config, source, device, quantization, dtype, config.checkpoints_on(device.type))
-    setup = from_trunk(replace(setup, shards=shards), trunk_layer)
+    setup = from_trunk(replace(setup, shards=shards, by_layer=by_layer), trunk_layer)
     memory = step_memory(setup, longest)
     peak = memory.peak
     room = available_bytes(device) + held_bytes
@@ -203,7 +207,7 @@ def from_trunk(setup: Setup, layer: int) -> Setup:
 
 
 def _check_forward(
-    config: PrecomputeConfig, source: ModelSource, ordered: Iterator[Pair], device: torch.device
+    config: PrecomputeConfig, source: ModelSource, ordered: Iterator[Pair], device: torch.device, by_layer: bool
 ) -> int | None:
     longest: list[Pair] = []
     tokens = 0
@@ -216,6 +220,7 @@ def _check_forward(
     if _is_small(source, longest, device):
         return None
     setup = _setup(TrainConfig.model_validate({}), source, device, config.quantization, config.dtype, False)
+    setup = replace(setup, by_layer=by_layer)
     peak = forward_memory(setup, longest, policy=config.adapter is not None).peak
     room = available_bytes(device)
     if _needed(setup, longest, peak, device) > room:

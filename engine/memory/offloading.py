@@ -27,8 +27,12 @@ def decide_forward(
     Raises:
         UserError: it does not fit, and would not with a pair in a forward; layer offloading is off, or cannot be had.
     """
+
+    def by_layer() -> tuple[bool, int | None]:
+        return True, check_forward(config, source, chain.from_iterable(shards), device, by_layer=True, note=note)
+
     if config.layer_offloading == "on":
-        return True, None
+        return by_layer()
     try:
         return False, check_forward(config, source, chain.from_iterable(shards), device, note=note)
     except UserError as error:
@@ -38,7 +42,7 @@ def decide_forward(
         if _fits(one, source, shards, device):
             raise  # the base fits: what does not is the batch
         note(_turned_on(error))
-    return True, None
+    return by_layer()
 
 
 def decide_step(
@@ -64,13 +68,16 @@ def decide_step(
     Raises:
         UserError: as there.
     """
+
+    def check(some: TrainConfig, note: Note = ignore, *, by_layer: bool = False) -> StepForecast | None:
+        settings: Any = {"quantization": quantization, "dtype": dtype, "shards": shards, "held_bytes": held_bytes}
+        return check_step(
+            some, source, pairs, device, by_layer=by_layer, note=note, trunk_layer=trunk_layer, **settings
+        )
+
     if config.layer_offloading == "on":
         check_adapter_by_layer(adapter)
-        return True, None
-
-    def check(some: TrainConfig, note: Note = ignore) -> StepForecast | None:
-        settings: Any = {"quantization": quantization, "dtype": dtype, "shards": shards, "held_bytes": held_bytes}
-        return check_step(some, source, pairs, device, note=note, trunk_layer=trunk_layer, **settings)
+        return True, check(config, note, by_layer=True)
 
     try:
         return False, check(config, note)
@@ -85,7 +92,7 @@ def decide_step(
         except UserError:
             check_adapter_by_layer(adapter)
             note(_turned_on(error))
-            return True, None
+            return True, check(config, note, by_layer=True)
         raise
 
 

@@ -7,6 +7,7 @@ attention kernel is called, and what the log-prob kernels and bitsandbytes' prod
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,17 +23,20 @@ from dpoeng.engine.memory.stand_ins import handlers, head_of, kernels_of
 from dpoeng.engine.memory.tracker import MemoryTracker
 from dpoeng.engine.models.adapters import make_trainable
 from dpoeng.engine.models.fsdp import divided_parameters
+from dpoeng.engine.models.layers.by_layer import ByLayer
+from dpoeng.engine.models.layers.gates import Gates
 from dpoeng.engine.models.loading import embedding_on_host, empty_model
 from dpoeng.engine.models.lora_product import use_peft_product
 from dpoeng.engine.models.model import CausalLM, Layout, decoder_layers, enable_gradient_checkpointing, set_mode
 from dpoeng.engine.models.model_config import config_of, sizes
-from dpoeng.engine.models.quantized import quantized_tensors
+from dpoeng.engine.models.quantized import quantized_layers, quantized_tensors
 from dpoeng.engine.models.trunk.stand_ins import cut_below
 from dpoeng.engine.runs.metrics import MetricsLog
 from dpoeng.engine.runtime.progress import QUIET
 from dpoeng.engine.scoring.attention import use_layout
 from dpoeng.engine.scoring.forward import score_groups
 from dpoeng.engine.scoring.layout import pair_group
+from dpoeng.engine.scoring.passes import in_passes
 from dpoeng.engine.training.optimizer import Named, build_optimizer, build_scheduler, optimizer_on
 from dpoeng.engine.training.order import plan_schedule
 from dpoeng.engine.training.rows import HeldOut
@@ -83,6 +87,7 @@ class Setup:
         depth: only so many of the first layers; None for all.
         trunk_layer: the model begins at this layer, from stored states; those below are not there.
         recompute: of layers that are recomputed, only the first so many; None for all.
+        by_layer: the layers' weights are loaded one at a time; two layers are there at once.
     """
 
     model: Mapping[str, Any]
@@ -100,6 +105,7 @@ class Setup:
     depth: int | None = None
     trunk_layer: int = 0
     recompute: int | None = None
+    by_layer: bool = False
 
     @property
     def layers(self) -> int:
@@ -128,12 +134,22 @@ def build(setup: Setup, *, policy: bool = True) -> CausalLM:
         lm.states = lambda prompt, response: one.expand(len(prompt if response is None else response), width)
     if policy:
         lm = make_trainable(lm, setup.config, "new" if setup.config.use_peft else "full")
-        if setup.config.gradient_checkpointing:
+        if setup.config.gradient_checkpointing and not setup.by_layer:
             enable_gradient_checkpointing(lm, inputs_on_host=setup.config.activation_offloading, layers=setup.recompute)
     if setup.stock:
         use_peft_product(lm.model)
+    if setup.by_layer:
+        lm.by_layer = _by_layer(lm)
     use_layout(lm, setup.layout)
     return lm
+
+
+def _by_layer(lm: CausalLM) -> ByLayer:
+    """What runs a model without values layer by layer: nothing is loaded, and what waits on the host is not kept."""
+    gates = Gates(decoder_layers(lm.backbone), lm.base.get_input_embeddings(), lm.device)
+    with gates.observing(), torch.no_grad(), MemoryTracker("meta"):  # which answers where a value is asked for
+        lm.backbone(input_ids=torch.zeros(1, 4, dtype=torch.int64, device="meta"), use_cache=False)
+    return ByLayer(gates, contextlib.nullcontext, lambda: 0)
 
 
 # --------------------------------------------------------------------------- what is run
@@ -212,7 +228,11 @@ def trace_forward(setup: Setup, pairs: Sequence[Pair], *, policy: bool) -> Memor
         tracker.hold_bytes(state_bytes, OPTIMIZER)
         optimizer.zero_grad(set_to_none=True)
     with torch.no_grad(), kernels_of(setup.kernels), head_of(full_logits=setup.full_logits), tracker:
-        score_groups(lm, [pair_group(pair.scored().ids) for pair in pairs])
+        groups = [pair_group(pair.scored().ids) for pair in pairs]
+        if lm.by_layer is None:
+            score_groups(lm, groups)
+        else:
+            list(in_passes(lm, 1, lambda _: groups, lambda _: score_groups(lm, groups)))
     return tracker
 
 
@@ -226,7 +246,8 @@ def model_bytes(setup: Setup, lm: CausalLM) -> dict[str, int]:
 def _tracker(setup: Setup, lm: CausalLM) -> MemoryTracker:
     tracker = MemoryTracker("meta", handlers=handlers(setup.kernels), vocabulary=lm.vocab_size)
     _hold_model(tracker, setup, lm)
-    tracker.watch_layers(decoder_layers(lm.backbone))
+    if not setup.by_layer:
+        tracker.watch_layers(decoder_layers(lm.backbone))
     if setup.shards > 1:
         gather_layers(tracker, decoder_layers(lm.backbone), setup.shards, through_gloo=setup.kernels == "cpu")
     if setup.second_model:
@@ -239,10 +260,30 @@ def _hold_model(tracker: MemoryTracker, setup: Setup, lm: CausalLM) -> None:
     for layer in decoder_layers(lm.backbone) if setup.shards > 1 else ():
         for parameter in divided_parameters(layer):
             tracker.see(parameter, WEIGHTS, part_bytes(parameter, setup.shards))
+    if setup.by_layer:
+        _hold_two_layers(tracker, setup, lm)
     on_host = setup.kernels == "cuda" and not setup.stock and setup.shards == 1
-    elsewhere = on_host and embedding_on_host(lm.base, lm.quantization)
+    quantization = "8bit" if setup.by_layer else lm.quantization  # then it is on the host whenever it can be
+    elsewhere = on_host and embedding_on_host(lm.base, quantization)
     for name, tensor in [*lm.model.named_parameters(), *lm.model.named_buffers()]:
         if not (elsewhere and tensor is embedding):
             tracker.hold([tensor], ADAPTERS if ".lora_" in name else WEIGHTS)
     tracker.hold(lm.masters.values(), MASTERS)
     tracker.hold(quantized_tensors(lm.model), WEIGHTS)
+
+
+def _hold_two_layers(tracker: MemoryTracker, setup: Setup, lm: CausalLM) -> None:
+    """The layer at work and the one that is copied meanwhile, in place of all; beside it a tensor that is quantised."""
+    sizes, arriving = [], 0
+    for layer in decoder_layers(lm.backbone):
+        held = [p for name, p in layer.named_parameters() if ".lora_" not in name]
+        for tensor in [*held, *quantized_tensors(layer)]:
+            tracker.see(tensor, WEIGHTS, 0)
+        storages = {
+            t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (*held, *quantized_tensors(layer))
+        }
+        sizes.append(sum(storages.values()))
+        if setup.quantization != "none":
+            wide = [linear.in_features * linear.out_features for linear in quantized_layers(layer)]
+            arriving = max(arriving, 2 * max(wide, default=0))
+    tracker.hold_bytes(2 * max(sizes) + arriving, WEIGHTS)
