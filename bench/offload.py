@@ -82,14 +82,16 @@ def bench_offload(settings: OffloadSettings, progress: Progress = QUIET) -> dict
 
 
 def _phase_one(settings: OffloadSettings, folder: Path, progress: Progress) -> dict[str, Any]:
-    config = PrecomputeConfig(
-        pairs=(folder / "pairs.jsonl",),
-        model=str(folder / "model"),
-        cache=folder / "cache",
-        dtype=settings.dtype,
-        quantization=settings.quantization,
-        device="cpu",
-        layer_offloading="on",
+    config = PrecomputeConfig.model_validate(
+        {
+            "pairs": (folder / "pairs.jsonl",),
+            "model": str(folder / "model"),
+            "cache": folder / "cache",
+            "dtype": settings.dtype,
+            "quantization": settings.quantization,
+            "device": "cpu",
+            "layer_offloading": "on",
+        }
     )
     with anonymous_memory() as found:
         summary = precompute_reference(config, progress)
@@ -97,16 +99,18 @@ def _phase_one(settings: OffloadSettings, folder: Path, progress: Progress) -> d
 
 
 def _phase_two(settings: OffloadSettings, folder: Path, progress: Progress) -> dict[str, Any]:
-    config = TrainConfig(
-        cache=folder / "cache",
-        output_dir=folder / "out",
-        device="cpu",
-        eval_share=0.0,
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=-(-settings.pairs // settings.batch_size),
-        parity_pairs=settings.batch_size,
-        layer_offloading="on",
+    config = TrainConfig.model_validate(
+        {
+            "cache": folder / "cache",
+            "output_dir": folder / "out",
+            "device": "cpu",
+            "eval_share": 0.0,
+            "max_steps": settings.steps,
+            "per_device_train_batch_size": settings.batch_size,
+            "gradient_accumulation_steps": -(-settings.pairs // settings.batch_size),
+            "parity_pairs": settings.batch_size,
+            "layer_offloading": "on",
+        }
     )
     with anonymous_memory() as found:
         summary = train(config, progress)
@@ -174,7 +178,8 @@ def save_random_model(settings: OffloadSettings, folder: Path, progress: Progres
     whole = sum(sizes.values())
     folder.mkdir(parents=True)
     _refuse_small_disk(folder, whole)
-    draw, index = _drawer(dtype), {}
+    draw = _drawer(dtype)
+    index: dict[str, str] = {}
     with progress.task("writing random weights", whole, "B") as advance:
         for at, (part, of) in enumerate(parts.items()):
             file = f"model-{at + 1:05}-of-{len(parts):05}.safetensors"

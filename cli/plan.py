@@ -91,7 +91,7 @@ def _cards_table(found: Plan) -> Table:
         (
             f"{gpus} x {card.gpu.name}" if gpus > 1 else card.gpu.name,
             f"{card.gpu.n_bytes / GIB:.1f}",
-            *_fits(found, card),
+            *_fits(card),
             str(card.micro_batch) if card.phase2_fits else "-",
             *_hours(found, card),
         )
@@ -174,15 +174,15 @@ def picture(found: Plan) -> str:
     )
 
 
-def _fits(found: Plan, card: CardPlan) -> tuple[str, str]:
+def _fits(card: CardPlan) -> tuple[str, str]:
     from dpoeng.engine.recipes.plan import SMALL_OPTIMIZER
 
-    one, two = found.phase1[card.batch_tokens].peak, card.small or found.phase2[card.micro_batch].peak
-    return (
-        f"{'yes' if card.phase1_fits else 'no'}, {found.needed(one) / GIB:.1f}",
-        f"{'yes' if card.phase2_fits else 'no'}, {found.needed(two) / GIB:.1f}"
-        + (f" with {SMALL_OPTIMIZER}" if card.small else ""),
+    fits = (card.phase1_fits, card.phase2_fits)
+    one, two = (
+        f"{'yes' if fit else 'no'}, {needed / GIB:.1f}{', by layer' if by_layer else ''}"
+        for fit, needed, by_layer in zip(fits, card.needed_bytes, card.by_layer, strict=True)
     )
+    return one, two + (f" with {SMALL_OPTIMIZER}" if card.small else "")
 
 
 def _hours(found: Plan, card: CardPlan) -> tuple[str, str]:

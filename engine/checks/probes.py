@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,7 @@ def torch_probe() -> dict[str, Any]:
                     "total_bytes": total,
                     "free_bytes": free,
                     "bfloat16": torch.cuda.is_bf16_supported(including_emulation=False),
+                    "bus_gb_per_s": bus_speed(torch.device("cuda", index)),
                 }
             )
             devices.append(f"cuda:{index}")
@@ -42,6 +44,23 @@ def torch_probe() -> dict[str, Any]:
             product = (a.to(device, dtype) @ b.to(device, dtype)).double().cpu()
             _near(product, a @ b, tolerance, f"{dtype} product on {device}")
     return found
+
+
+def bus_speed(device: Any, n_bytes: int = 1 << 28, repeats: int = 4) -> float:
+    """GB/s at which pinned host memory reaches a device, the first copy left out: what holds layer offloading back."""
+    import torch
+
+    on_gpu = device.type == "cuda"
+    host = torch.zeros(n_bytes, dtype=torch.uint8, pin_memory=on_gpu)
+    there = torch.empty_like(host, device=device)
+    seconds = []
+    for _ in range(1 + repeats):
+        began = time.perf_counter()
+        there.copy_(host, non_blocking=True)
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return n_bytes / min(seconds[1:]) / 1e9
 
 
 def bitsandbytes_probe() -> dict[str, Any]:

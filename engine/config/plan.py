@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dpoeng.engine.config.fields import Dtype, Optimizer, Quantization, TrainConfig, why_not_trained
+from dpoeng.engine.config.fields import Dtype, LayerOffloading, Optimizer, Quantization, TrainConfig, why_not_trained
 
 
 class PlanConfig(BaseModel):
@@ -32,6 +32,15 @@ class PlanConfig(BaseModel):
     optim: Optimizer = Field("adamw_torch", description="As in dpoeng train.")
     gradient_checkpointing: bool = Field(True, description="Recompute layers in the backward pass.")
     layout: Literal["shared", "separate"] = Field("shared", description="Whether a prompt is run once for both.")
+    layer_offloading: LayerOffloading = Field(
+        "auto", description="Load the base's layers one at a time; auto: on the cards where it does not fit otherwise."
+    )
+    load_gb_per_s: float = Field(
+        25.0,
+        gt=0,
+        description="GB/s at which layers reach the card then: of its bus, or of the disk if that is slower.",
+    )
+    offload_gib: float = Field(16.0, gt=0, description="GiB of hidden states that may wait on the host then.")
     batch: int = Field(8, ge=1, description="Pairs in an optimizer step.")
     pairs: int = Field(1000, ge=1, description="Number of pairs, for the time.")
     epochs: float = Field(3.0, gt=0, description="Passes over them.")
@@ -55,6 +64,12 @@ class PlanConfig(BaseModel):
     def _divided(self) -> PlanConfig:
         if self.fsdp and (self.gpus == 1 or not self.use_peft):
             raise ValueError("fsdp divides a frozen base over several cards: add --gpus 2 or more, and train a LoRA")
+        return self
+
+    @model_validator(mode="after")
+    def _layers_stay_frozen(self) -> PlanConfig:
+        if self.layer_offloading == "on" and (self.fsdp or not self.use_peft):
+            raise ValueError("layer_offloading loads frozen layers one at a time: train a LoRA, without fsdp")
         return self
 
     @model_validator(mode="after")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dpoeng.cache.errors import UserError
@@ -126,3 +126,14 @@ def phase_times(
         one("phase two with a reference forward a step", step + 1, head + 1, shared, epochs),
         one("phase two without shared prompts", step, head, False, epochs),
     ]
+
+
+def loading_seconds(parameters: Mapping[str, int], quantization: str, times: float, gb_per_s: float) -> float:
+    """Seconds in which the layers reach the card so often; quantised ones from files that hold them so."""
+    bytes_each = {"none": 2.0, "8bit": 1.0, "4bit": 0.5}[quantization]
+    return times * parameters["layers"] * bytes_each / (gb_per_s * 1e9)
+
+
+def beside_loading(time: PhaseTime, seconds: float) -> PhaseTime:
+    """The time of a phase while layers are copied for so long: the longer of the two, since one hides the other."""
+    return time if time.hours is None else replace(time, hours=max(time.hours, seconds / 3600))

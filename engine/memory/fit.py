@@ -165,7 +165,8 @@ def _check_step(
         if not changes:
             changes = ["phase one again with fewer bits (--quantization) or a shorter --max-length", "a larger device"]
         raise _no_room("phase two", peak, _needed(setup, longest, peak, device), room, longest, changes)
-    if device.type == "cuda" and config.gradient_checkpointing is None and not config.activation_offloading:
+    chooses = config.gradient_checkpointing is None and not config.activation_offloading and not by_layer
+    if device.type == "cuda" and chooses:
         return _with_fewest_recomputed(setup, longest, memory, room, device)
     return StepForecast(peak.n_bytes)
 

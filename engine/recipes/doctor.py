@@ -180,6 +180,8 @@ def _torch(found: Mapping[str, Any]) -> Iterator[Check]:
     for index, gpu in enumerate(found["gpus"]):
         free, total = gpu["free_bytes"] / GIB, gpu["total_bytes"] / GIB
         words = f"{gpu['name']}, compute capability {gpu['capability']}, {free:.1f} of {total:.1f} GiB free"
+        if "bus_gb_per_s" in gpu:  # what plan's --load-gb-per-s asks for
+            words += f", {gpu['bus_gb_per_s']:.1f} GB/s from host memory"
         if free < 0.9 * total:
             yield Check(
                 f"gpu {index}", "warning", words, "run nvidia-smi to see which process holds the memory, and end it"

@@ -95,6 +95,8 @@ def _lines(plan: Plan) -> dict[str, Line]:
         reason += "; this will not fit"
     lines = {"quantization": Line(plan.request.quantization, (reason,))}
     values = suggested(plan, card)
+    if "layer_offloading" in values:
+        lines["layer_offloading"] = Line("on", ("the base does not fit whole: its layers are loaded one at a time",))
     for cls, names in (
         (PrecomputeConfig, ("batch_tokens",)),
         (

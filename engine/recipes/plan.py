@@ -6,14 +6,15 @@ cannot see is added as estimates, each under its name. Nothing here was measured
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dpoeng.cache.words import GIB
 from dpoeng.engine.config.plan import PlanConfig
 from dpoeng.engine.memory.any_depth import Memory, forward_memory, step_memory
-from dpoeng.engine.memory.cards import Gpu, PhaseTime, find_gpu, phase_times
+from dpoeng.engine.memory.cards import Gpu, PhaseTime, beside_loading, find_gpu, loading_seconds, phase_times
 from dpoeng.engine.memory.overhead import (
     FRAGMENTATION,
     count_parameters,
@@ -24,6 +25,7 @@ from dpoeng.engine.memory.overhead import (
 from dpoeng.engine.memory.simulate import OPTIMIZER, Pair, Setup
 from dpoeng.engine.memory.tracker import Peak
 from dpoeng.engine.models.model import DTYPES
+from dpoeng.engine.models.model_config import config_of, sizes
 from dpoeng.engine.runtime.distributed import BUCKET_BYTES
 
 BATCH_TOKENS = (16384, 4096, 1024)
@@ -52,6 +54,7 @@ class CardPlan:
     """One card: bytes it has, whether each phase fits, and with what.
 
     `small`: phase two with `SMALL_OPTIMIZER`, where it fits with that alone.
+    `by_layer` tells of each phase whether layers are loaded one at a time; `needed_bytes` what it needs.
     """
 
     gpu: Gpu
@@ -59,6 +62,8 @@ class CardPlan:
     phase2_fits: bool
     batch_tokens: int
     micro_batch: int
+    by_layer: tuple[bool, bool] = (False, False)
+    needed_bytes: tuple[int, int] = (0, 0)
     times: list[PhaseTime] = field(default_factory=list)
     small: Peak | None = None
 
@@ -82,6 +87,8 @@ class Plan:
         estimates: what the simulation cannot see, bytes by name.
         options: other settings and their peaks.
         cards: an answer a card.
+        phase1_by_layer: as `phase1`, with layers loaded one at a time; empty where that is not asked for or needed.
+        phase2_by_layer: the same of `phase2`.
     """
 
     request: PlanConfig
@@ -93,6 +100,8 @@ class Plan:
     estimates: dict[str, int]
     options: list[Option]
     cards: list[CardPlan]
+    phase1_by_layer: dict[int, Memory] = field(default_factory=dict)
+    phase2_by_layer: dict[int, Memory] = field(default_factory=dict)
 
     @property
     def step(self) -> Peak:
@@ -131,18 +140,14 @@ def make_plan(request: PlanConfig) -> Plan:
         estimates["gradients of all cards"] = BUCKET_BYTES
     largest = max(card.n_bytes for card in cards)
 
-    phase2: dict[int, Memory] = {}
-    for micro_batch in MICRO_BATCHES:
-        phase2[micro_batch] = step_memory(setup, [pair] * micro_batch, whole=request.whole)
-        if needed_bytes(phase2[micro_batch].peak, estimates) > largest:
-            break
+    def room_left(memory: Memory) -> bool:
+        return needed_bytes(memory.peak, estimates) <= largest
+
+    phase2 = _by_micro_batch(setup, pair, room_left, whole=request.whole)
     evaluation = forward_memory(setup, [pair], policy=True)
     # Phase one holds the base whole on every card.
     reference = replace(setup, quantization=request.reference_quantization or request.quantization, shards=1)
-    phase1: dict[int, Memory] = {}
-    tokens = pair_tokens(pair, request.layout)
-    for pairs in sorted({max(1, budget // tokens) for budget in BATCH_TOKENS}):
-        phase1[pairs * tokens] = forward_memory(reference, [pair] * pairs, policy=False)
+    phase1 = _by_tokens(reference, pair)
     plan = Plan(
         request=request,
         parameters=sum(parts.values()),
@@ -155,7 +160,17 @@ def make_plan(request: PlanConfig) -> Plan:
         cards=[],
     )
     plan.cards = [_card(plan, setup, pair, parts, gpu) for gpu in cards]
-    _try_small_optimizer(plan, setup, pair)
+    if request.layer_offloading != "on":
+        _try_small_optimizer(plan, setup, pair)
+    short = not all(card.fits for card in plan.cards)
+    able = request.use_peft and not request.fsdp
+    if able and (request.layer_offloading == "on" or (request.layer_offloading == "auto" and short)):
+        plan.phase1_by_layer = _by_tokens(replace(reference, by_layer=True), pair)
+        plan.phase2_by_layer = _by_micro_batch(replace(setup, by_layer=True), pair, room_left)
+        plan.cards = [
+            card if card.fits and request.layer_offloading == "auto" else _card(plan, setup, pair, parts, card.gpu)
+            for card in plan.cards
+        ]
     return plan
 
 
@@ -172,6 +187,26 @@ def _try_small_optimizer(plan: Plan, setup: Setup, pair: Pair) -> None:
     for card in room:
         if max(plan.needed(peak), plan.needed(plan.evaluation.peak)) <= card.gpu.n_bytes:
             card.phase2_fits, card.micro_batch, card.small = True, 1, peak
+            card.needed_bytes = card.needed_bytes[0], plan.needed(peak)
+
+
+def _by_micro_batch(
+    setup: Setup, pair: Pair, room_left: Callable[[Memory], bool], *, whole: bool = False
+) -> dict[int, Memory]:
+    """Pairs in a forward -> memory of a step, up to the first that leaves no room."""
+    found: dict[int, Memory] = {}
+    for micro_batch in MICRO_BATCHES:
+        found[micro_batch] = step_memory(setup, [pair] * micro_batch, whole=whole)
+        if not room_left(found[micro_batch]):
+            break
+    return found
+
+
+def _by_tokens(setup: Setup, pair: Pair) -> dict[int, Memory]:
+    """Positions in a forward -> memory of one of phase one."""
+    tokens = pair_tokens(pair, setup.layout)
+    counts = sorted({max(1, budget // tokens) for budget in BATCH_TOKENS})
+    return {count * tokens: forward_memory(setup, [pair] * count, policy=False) for count in counts}
 
 
 def pair_tokens(pair: Pair, layout: str) -> int:
@@ -213,32 +248,63 @@ def _options(setup: Setup, pair: Pair) -> list[Option]:
 
 def _card(plan: Plan, setup: Setup, pair: Pair, parts: Mapping[str, int], gpu: Gpu) -> CardPlan:
     request = plan.request
-    micro = [n for n, memory in plan.phase2.items() if plan.needed(memory.peak) <= gpu.n_bytes]
-    step = plan.phase2[max(micro, default=1)].peak.n_bytes
+
+    def fitting(memories: Mapping[int, Memory]) -> list[int]:
+        return [n for n, memory in memories.items() if plan.needed(memory.peak) <= gpu.n_bytes]
+
+    always = request.layer_offloading == "on"
+    evaluates = plan.needed(plan.evaluation.peak) <= gpu.n_bytes
+    micro = fitting(plan.phase2) if evaluates and not always else []
+    tokens = [] if always else fitting(plan.phase1)
+    two, one = bool(plan.phase2_by_layer) and not micro, bool(plan.phase1_by_layer) and not tokens
+    phase2, phase1 = plan.phase2_by_layer if two else plan.phase2, plan.phase1_by_layer if one else plan.phase1
+    micro, tokens = fitting(phase2) if two else micro, fitting(phase1) if one else tokens
+    micro_batch = max(micro, default=1)
     # The parity check of phase two scores batches of phase one's size: they should not be what decides there.
-    tokens = [n for n, memory in plan.phase1.items() if plan.needed(memory.peak) <= gpu.n_bytes]
-    quiet = [n for n in tokens if plan.phase1[n].peak.n_bytes <= step]
-    card = CardPlan(
+    quiet = [n for n in tokens if phase1[n].peak.n_bytes <= phase2[micro_batch].peak.n_bytes]
+    batch_tokens = max(quiet, default=min(phase1))
+    return CardPlan(
         gpu=gpu,
         phase1_fits=bool(tokens),
-        phase2_fits=bool(micro) and plan.needed(plan.evaluation.peak) <= gpu.n_bytes,
-        batch_tokens=max(quiet, default=min(plan.phase1)),
-        micro_batch=max(micro, default=1),
+        phase2_fits=bool(micro),
+        batch_tokens=batch_tokens,
+        micro_batch=micro_batch,
+        by_layer=(one, two),
+        needed_bytes=(plan.needed(phase1[batch_tokens].peak), plan.needed(phase2[micro_batch].peak)),
+        times=_times(request, setup, pair, parts, gpu, (one, two)),
     )
-    card.times = phase_times(
+
+
+def _times(
+    request: PlanConfig,
+    setup: Setup,
+    pair: Pair,
+    parts: Mapping[str, int],
+    gpu: Gpu,
+    by_layer: tuple[bool, bool],
+) -> list[PhaseTime]:
+    one, two, *others = phase_times(
         parts,
         setup.model,
         pair=(pair.prompt, pair.chosen, pair.rejected),
         pairs=request.pairs,
         epochs=request.epochs,
-        checkpointing=bool(setup.config.gradient_checkpointing),
+        checkpointing=bool(setup.config.gradient_checkpointing) or by_layer[1],
         full=not setup.config.use_peft,
         shared=request.layout == "shared",
         gpu=gpu,
         gpus=request.gpus,
         utilisation=request.utilisation,
     )
-    return card
+    if by_layer[0]:
+        waiting = request.pairs * pair_tokens(pair, request.layout) * 2 * sizes(config_of(setup.model)).hidden
+        passes = math.ceil(waiting / (request.offload_gib * GIB))
+        held = request.reference_quantization or request.quantization
+        one = beside_loading(one, loading_seconds(parts, held, passes, request.load_gb_per_s))
+    if by_layer[1]:
+        steps = math.ceil(request.epochs * request.pairs / request.batch)
+        two = beside_loading(two, loading_seconds(parts, request.quantization, 2 * steps, request.load_gb_per_s))
+    return [one, two, *others]
 
 
 # --------------------------------------------------------------------------- for scripts
@@ -256,7 +322,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "fragmentation": FRAGMENTATION,
         "phase1": {
             "fits": first.phase1_fits,
-            **_peak_json(plan, plan.phase1[first.batch_tokens].peak),
+            **_peak_json(plan, _of_card(plan, first)[0]),
             "batch_tokens": first.batch_tokens,
         },
         "phase2": {
@@ -268,10 +334,17 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "two_model_peak_gib": _gib(plan.two_models.peak.n_bytes) if plan.two_models else None,
             "options_gib": {option.name: _gib(option.peak_bytes) for option in plan.options},
             "suggested": suggested(plan, first),
-            "suggested_peak_gib": _gib(plan.phase2[first.micro_batch].peak.n_bytes),
+            "suggested_peak_gib": _gib(_of_card(plan, first)[1].n_bytes),
         },
         "cards": [_card_json(plan, card) for card in plan.cards],
     }
+
+
+def _of_card(plan: Plan, card: CardPlan) -> tuple[Peak, Peak]:
+    """The peaks of both phases in the way that a card gets."""
+    phase1 = plan.phase1_by_layer if card.by_layer[0] else plan.phase1
+    phase2 = plan.phase2_by_layer if card.by_layer[1] else plan.phase2
+    return phase1[card.batch_tokens].peak, phase2[card.micro_batch].peak
 
 
 def _gib(n_bytes: int) -> float:
@@ -294,6 +367,8 @@ def _card_json(plan: Plan, card: CardPlan) -> dict[str, Any]:
         "fits": card.fits,
         "phase1_fits": card.phase1_fits,
         "phase2_fits": card.phase2_fits,
+        "layer_offloading": {"phase1": card.by_layer[0], "phase2": card.by_layer[1]},
+        "needed_gib": {"phase1": _gib(card.needed_bytes[0]), "phase2": _gib(card.needed_bytes[1])},
         "suggested": suggested(plan, card),
         "time": [
             {
@@ -316,6 +391,7 @@ def suggested(plan: Plan, card: CardPlan) -> dict[str, Any]:
     return {
         **({} if request.use_peft else {"use_peft": False}),
         **({"fsdp": True} if request.fsdp else {}),
+        **({"layer_offloading": "on"} if any(card.by_layer) else {}),
         "quantization": request.quantization,
         "dtype": request.dtype,
         "max_length": request.max_length,

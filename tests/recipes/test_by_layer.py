@@ -58,7 +58,9 @@ def test_auto_turns_it_on_where_the_base_does_not_fit(
 ) -> None:
     ordinary = cached(tmp_path / "a", pairs_file, tiny_model)
     monkeypatch.setattr("dpoeng.engine.memory.fit._is_small", lambda *_: False)
-    monkeypatch.setattr("dpoeng.engine.memory.fit.available_bytes", lambda _: 10**5)
+    # Neither the batch nor a pair fits with all layers; what is simulated layer by layer does.
+    rooms = iter([10**5, 10**5, 10**12])
+    monkeypatch.setattr("dpoeng.engine.memory.fit.available_bytes", lambda _: next(rooms))
     read: list[int] = []
     from dpoeng.engine.models.layers.files import LayerFiles
 

@@ -271,3 +271,10 @@ def test_the_command(
     assert report["dpoeng"] == metadata.version("dpoeng")
     assert str(Path.home()) + "/" not in out
     assert not (tmp_path / "refcache").exists()
+
+
+def test_the_speed_of_the_bus_is_measured_and_shown(tmp_path: Path) -> None:
+    # The host's own memory stands in for a card.
+    assert 0.05 < probes.bus_speed(torch.device("cpu"), 1 << 20) < 5000
+    found = look(tmp_path, torch={"gpus": [{**GPU, "bus_gb_per_s": 24.26}]})
+    assert "24.3 GB/s from host memory" in found["gpu 0"].found

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from families import SHARED_FAMILIES, make
+from safetensors.torch import load_file, save_file
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import PairIds, ScoredPair
+from dpoeng.engine.memory.tracker import MemoryTracker
 from dpoeng.engine.models.loading import load_model
 from dpoeng.engine.models.model import CausalLM, set_mode
 from dpoeng.engine.models.sources import find_model
@@ -152,3 +154,18 @@ def test_passes_end_where_something_is_stored() -> None:
     assert plan_passes([3, 3, 3, 3], 7) == [range(2), range(2, 4)]
     assert plan_passes([3, 3, 3, 3], 10, ends={1, 3}) == [range(2), range(2, 4)]
     assert plan_passes([30, 3, 3], 5, ends={0, 2}) == [range(1), range(1, 2), range(2, 3)]
+
+
+def test_memory_does_not_grow_with_the_depth(tmp_path: Path) -> None:
+    peaks = []
+    for depth in (4, 8):
+        folder = saved(tmp_path / f"model{depth}", "LlamaConfig", num_hidden_layers=depth)
+        tensors = next(folder.glob("*.safetensors"))
+        save_file({name: tensor.bfloat16() for name, tensor in load_file(tensors).items()}, tensors, {"format": "pt"})
+        lm = loaded(folder, by_layer=True)  # in float32: what is read is converted, and so is memory of this process
+        with MemoryTracker("cpu") as tracker:
+            scored(lm)
+        peaks.append(tracker.peak().n_bytes)
+    layer = 4 * sum(parameter.numel() for parameter in lm.backbone.layers[0].parameters())
+    assert layer > 10_000
+    assert abs(peaks[1] - peaks[0]) < layer / 10
