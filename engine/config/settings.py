@@ -200,6 +200,9 @@ class PlanSettings(TypedDict, total=False):
     optim: Optimizer
     gradient_checkpointing: bool
     layout: Literal["shared", "separate"]
+    layer_offloading: LayerOffloading
+    load_gb_per_s: float
+    offload_gib: float
     batch: int
     pairs: int
     epochs: float

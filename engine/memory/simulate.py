@@ -284,6 +284,7 @@ def _hold_two_layers(tracker: MemoryTracker, setup: Setup, lm: CausalLM) -> None
         }
         sizes.append(sum(storages.values()))
         if setup.quantization != "none":
-            wide = [linear.in_features * linear.out_features for linear in quantized_layers(layer)]
+            quantised: list[Any] = quantized_layers(layer)
+            wide = [linear.in_features * linear.out_features for linear in quantised]
             arriving = max(arriving, 2 * max(wide, default=0))
-    tracker.hold_bytes(2 * max(sizes) + arriving, WEIGHTS)
+    tracker.hold_bytes(sum(sorted(sizes)[-2:]) + arriving, WEIGHTS)

@@ -75,11 +75,13 @@ def _what_fits(model: str, gpu: str, progress: Progress) -> dict[str, Line]:
                     break
             advance(1, quantization)
     roomy, fitting = _share(plans[-1]) <= HEADROOM, [plan for plan in plans if plan.cards[0].fits]
-    return _lines(plans[-1] if roomy or not fitting else fitting[-1])
+    whole = [plan for plan in fitting if not any(plan.cards[0].by_layer)]
+    # Layer by layer the most exact weights cost no memory; whole is faster.
+    return _lines(plans[-1] if roomy or not fitting else whole[-1] if whole else fitting[0])
 
 
 def _share(plan: Plan) -> float:
-    """Return the share of the card that both phases need with one pair a forward."""
+    """Return the share of the card that both phases need with one pair a forward, the base whole."""
     peaks = (plan.step, plan.evaluation.peak, plan.phase1[min(plan.phase1)].peak)
     return max(map(plan.needed, peaks)) / plan.cards[0].gpu.n_bytes
 
@@ -91,7 +93,10 @@ def _lines(plan: Plan) -> dict[str, Line]:
         f"calculated by dpoeng plan: at least {_share(plan) * card.gpu.n_bytes / GIB:.3g} of the "
         f"{card.gpu.n_bytes / GIB:.3g} GiB of {card.gpu.name}, for pairs of 2 x {plan.request.max_length} tokens"
     )
-    if not card.fits:
+    if any(card.by_layer) and card.fits:
+        needed = max(card.needed_bytes) / GIB
+        reason = f"calculated by dpoeng plan: {needed:.3g} of the {card.gpu.n_bytes / GIB:.3g} GiB, layer by layer"
+    elif not card.fits:
         reason += "; this will not fit"
     lines = {"quantization": Line(plan.request.quantization, (reason,))}
     values = suggested(plan, card)
