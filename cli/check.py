@@ -35,8 +35,8 @@ Conditions of --where, over the columns of a row:
 )
 
 _USED = frozenset(
-    "model adapter tokenizer columns prompt_format where max_reject_share max_length max_prompt_length truncation_mode "
-    "append_eos train_on".split()
+    "model adapter tokenizer columns prompt_format ranked_pairs where max_reject_share max_length max_prompt_length "
+    "truncation_mode append_eos train_on".split()
 )
 EXIT_FOUND = 3
 _MARKS = ("[[", "]]")

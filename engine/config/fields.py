@@ -29,6 +29,7 @@ from pydantic import (
 
 from dpoeng.engine.config.problems import Problem, as_error, unknown_field
 from dpoeng.engine.data.in_memory import RowsInMemory
+from dpoeng.engine.data.kinds.ranked import RankedPairs
 from dpoeng.engine.losses.names import FDivergence, LossType, check_combination, check_names
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -193,6 +194,11 @@ class PrecomputeConfig(_Config):
         None, description="How SFT wrapped a prompt given as text, e.g. 'Instruction: {prompt}\\nResponse:'."
     )
     where: str | None = Field(None, description="Use only rows for which this holds, e.g. 'confident'.")
+    ranked_pairs: RankedPairs = Field(
+        "best",
+        description="Which pairs a row of several scored responses becomes: best, the best one against each of the "
+        "others; all, each against each that is worse.",
+    )
     max_reject_share: float = Field(0.05, ge=0, le=1, description="Stop if more than this share of rows is unusable.")
     batch_tokens: int | None = Field(
         None, ge=1, description="Positions computed in one forward. Default: 16384 on a GPU, 2048 on a CPU."

@@ -11,6 +11,7 @@ from os import PathLike
 from typing import Literal, TypedDict
 
 from dpoeng.engine.config.fields import Attention, Dtype, LayerOffloading, Optimizer, Quantization, Schedule
+from dpoeng.engine.data.kinds.ranked import RankedPairs
 from dpoeng.engine.losses.names import FDivergence, LossType
 
 
@@ -33,6 +34,7 @@ class PrecomputeSettings(TypedDict, total=False):
     train_on: Literal["assistant", "last", "all"]
     columns: Mapping[str, str]
     prompt_format: str | None
+    ranked_pairs: RankedPairs
     where: str | None
     max_reject_share: float
     batch_tokens: int | None
@@ -56,6 +58,7 @@ class CheckSettings(TypedDict, total=False):
     train_on: Literal["assistant", "last", "all"]
     columns: Mapping[str, str]
     prompt_format: str | None
+    ranked_pairs: RankedPairs
     where: str | None
     max_reject_share: float
 

@@ -22,6 +22,7 @@ from dpoeng.cache.foreign.tables import unreadable
 from dpoeng.cache.words import counted
 from dpoeng.engine.data import readers
 from dpoeng.engine.data.in_memory import RowsInMemory, is_in_memory, place
+from dpoeng.engine.data.kinds.ranked import RankedPairs, is_ranked, to_pairs
 from dpoeng.engine.data.kinds.unpaired import Mismatcher
 from dpoeng.engine.data.messages import essence
 from dpoeng.engine.data.prompts import PROMPT_COLUMNS, QUESTIONS
@@ -76,6 +77,7 @@ class PromptOrigins:
         conversations: column -> pairs in which it became a message beside a question that was a text.
         transcripts: pairs whose prompt is what both texts have in common.
         repeated: pairs whose responses repeated the prompt, which stands once now.
+        ranked, of_ranked: rows of several responses, and the pairs that they became.
         example: (file:row, end of the prompt) of the first transcript.
     """
 
@@ -83,6 +85,8 @@ class PromptOrigins:
     conversations: int = 0
     transcripts: int = 0
     repeated: int = 0
+    ranked: int = 0
+    of_ranked: int = 0
     example: tuple[str, str] | None = None
 
     def add(self, pair: PreferencePair, *, formatted: bool) -> None:
@@ -110,6 +114,8 @@ class PromptOrigins:
                 f"prompt guessed from the common beginning of both texts in {counted(self.transcripts, 'pair')}, e.g. "
                 f"{where} ends {end}"
             )
+        if self.ranked:
+            told.append(f"{counted(self.ranked, 'row')} of several responses became {counted(self.of_ranked, 'pair')}")
         if self.repeated:
             told.append(f"responses repeated their prompt in {counted(self.repeated, 'pair')}; dpoeng keeps it once")
         return told
@@ -159,6 +165,7 @@ def read_pairs(
     where: str | None = None,
     max_reject_share: float = 0.05,
     prompt_format: str | None = None,
+    ranked_pairs: RankedPairs = "best",
 ) -> PairFile:
     """Read all pairs of the given files and directories.
 
@@ -168,12 +175,18 @@ def read_pairs(
         where: a filter, see `where`; rows that it leaves out are counted, not rejected.
         max_reject_share: the largest share of rejected rows, of those that pass the filter.
         prompt_format: a text with `{prompt}` in it to put around prompts given as texts, where the SFT data had one.
+        ranked_pairs: which pairs a row of several responses becomes: the `best` one against the others, or `all`.
 
     Raises:
         UserError: a file cannot be read, is empty or changes meanwhile; columns are missing; too many rejects.
     """
     found, pairs = stream_pairs(
-        paths, columns=columns, where=where, max_reject_share=max_reject_share, prompt_format=prompt_format
+        paths,
+        columns=columns,
+        where=where,
+        max_reject_share=max_reject_share,
+        prompt_format=prompt_format,
+        ranked_pairs=ranked_pairs,
     )
     found.pairs = list(pairs)
     return found
@@ -186,6 +199,7 @@ def stream_pairs(
     where: str | None = None,
     max_reject_share: float = 0.05,
     prompt_format: str | None = None,
+    ranked_pairs: RankedPairs = "best",
 ) -> tuple[PairFile, Iterator[PreferencePair]]:
     """Read pairs one by one, without keeping them.
 
@@ -194,7 +208,7 @@ def stream_pairs(
     Returns:
         What is found, complete once the iterator has ended; and the iterator, to be gone through once.
     """
-    stream = PairStream(paths, columns=columns, where=where, prompt_format=prompt_format)
+    stream = PairStream(paths, columns=columns, where=where, prompt_format=prompt_format, ranked_pairs=ranked_pairs)
     found = PairFile(files=stream.files, prompts=stream.prompts)
     return found, _passing(stream, found, where, max_reject_share)
 
@@ -267,6 +281,7 @@ class PairStream:
         columns: Mapping[str, str] | None = None,
         where: str | None = None,
         prompt_format: str | None = None,
+        ranked_pairs: RankedPairs = "best",
     ) -> None:
         """See `read_pairs` for the arguments.
 
@@ -285,7 +300,7 @@ class PairStream:
                 remedy="write {prompt} where the prompt goes, e.g. 'Instruction: {prompt}\\nResponse:'",
             )
         self._condition = parse_condition(where) if where and where.strip() else None
-        self._prompt_format = prompt_format
+        self._prompt_format, self._ranked_pairs = prompt_format, ranked_pairs
         self._paths: list[Path | RowsInMemory] = [*readers.expand([path for path in paths if isinstance(path, Path)])]
         self._paths += [path for path in paths if isinstance(path, RowsInMemory)]
         # Key of a pair -> the row where it stood first: its number, and above that the number of its file. One number
@@ -332,12 +347,13 @@ class PairStream:
                 if isinstance(row, RowFault):
                     raise row
                 names.update(dict.fromkeys(row))
-                pair = self._pair(path, number, row, shape)
+                pairs = self._pairs(path, number, row, shape)
             except RowFault as fault:
                 self.rejected += 1
                 yield Reject(str(path), number, fault.reason, fault.detail)
             else:
-                yield from self._complete(pair) if pair is not None else ()
+                for pair in pairs:
+                    yield from self._complete(pair)
         if isinstance(path, Path) and before is not None and _identity(path.stat()) != _identity(before):
             raise _changed(path)
         if rows == 0:
@@ -363,17 +379,27 @@ class PairStream:
         for pair in self._mismatcher.add(row.pair):
             yield replace(self._held.popleft(), pair=pair)
 
-    def _pair(self, path: Path | RowsInMemory, number: int, row: dict[str, Any], shape: Shape) -> ReadPair | None:
+    def _pairs(self, path: Path | RowsInMemory, number: int, row: dict[str, Any], shape: Shape) -> list[ReadPair]:
+        """The pair of a row; of a ranked row several; none of one that the filter leaves out."""
         kind = shape.kind_of(row)
         if shape.untyped:
             texts = {shape.column(name) for name in (*fields_of(kind), *PROMPT_COLUMNS)}
             row = {name: (value or None) if name in texts else csv_value(value) for name, value in row.items()}
         if self._condition is not None and not self._condition.holds(row):
             self.filtered += 1
-            return None
-        self.kind = self.kind or kind
-        check_kind(kind, self.kind)
-        pair = (to_unpaired if kind == "unpaired" else to_pair)(row, shape, str(path), number)
+            return []
+        made = "unpaired" if kind == "unpaired" else "pairs"
+        self.kind = self.kind or made
+        check_kind(made, self.kind)
+        if is_ranked(row, shape):
+            pairs = to_pairs(row, shape, str(path), number, self._ranked_pairs)
+            self.prompts.ranked += 1
+            self.prompts.of_ranked += len(pairs)
+        else:
+            pairs = [(to_unpaired if kind == "unpaired" else to_pair)(row, shape, str(path), number)]
+        return [self._read_pair(path, number, pair, shape) for pair in pairs]
+
+    def _read_pair(self, path: Path | RowsInMemory, number: int, pair: PreferencePair, shape: Shape) -> ReadPair:
         self.prompts.add(pair, formatted=shape.prompt_format is not None)
         key, opposite = content_key(pair), content_key(pair, swapped=True)
         same, other = (self._repeat(path, number, earlier) for earlier in (key, opposite))
@@ -388,7 +414,8 @@ class PairStream:
 
     def _check_columns(self, path: Path | RowsInMemory, names: Mapping[str, None], kind: str) -> None:
         """Raise where a column that is needed, mapped or filtered by occurs in no row of a file."""
-        required = {name: name for name in KIND_FIELDS[kind]} | self._columns
+        # Of a ranked row one column of two will do, which is seen row by row.
+        required = {name: name for name in KIND_FIELDS[kind] if kind != "ranked"} | self._columns
         for target, column in required.items():
             if column and column not in names:
                 raise _no_column(path, column, names, f"--columns {target}=NAME names the column that holds `{target}`")

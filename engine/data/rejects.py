@@ -29,6 +29,10 @@ REASONS: dict[str, tuple[str, str]] = {
     "not-an-object": ("no JSON object", "write one object with prompt, chosen and rejected a line"),
     "bad-value": ("a table value that cannot be written as JSON", "convert the column to text or numbers"),
     "mixed-rows": ("of another kind than the first row", "give each kind of rows a file and a run of its own"),
+    "bad-ranking": (
+        "several responses without a score or rank each, or none of them better than another",
+        "give `responses` and `scores` (or `ranks`, 1 the best) of the same length",
+    ),
     "bad-label": ("a label that is neither true nor false", "write true or false, or 1 or 0"),
     "missing-field": ("a response is missing or null", "fill it in, or name the column with --columns"),
     "wrong-type": ("a column that is neither text nor messages", "give a text or a list of messages"),

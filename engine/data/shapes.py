@@ -26,8 +26,13 @@ from dpoeng.engine.data.structured import parse_structure
 Turns = str | list[Message]
 
 _OF_ALL = ("prompt", "tools", "chat_template_kwargs")
-KIND_FIELDS = {"pairs": ("chosen", "rejected"), "unpaired": ("completion", "label")}
-"""The fields that rows of each kind have beside those of all; the first of them tells the kinds apart."""
+KIND_FIELDS = {
+    "pairs": ("chosen", "rejected"),
+    "unpaired": ("completion", "label"),
+    "ranked": ("responses", "completions", "scores", "ranks"),
+}
+"""The fields that rows of each kind have beside those of all. Ranked rows become pairs, see `kinds.ranked`."""
+_TELLING = {"unpaired": ("completion",), "ranked": ("responses", "completions")}
 COLUMN_FIELDS = (*_OF_ALL, *(name for names in KIND_FIELDS.values() for name in names), *PROMPT_COLUMNS)
 """What `--columns` maps."""
 
@@ -138,7 +143,8 @@ class Shape:
         """Which of KIND_FIELDS a file's columns make: pairs, unless they lack what all pairs have and others do not."""
         if any(self.column(name) in names for name in KIND_FIELDS["pairs"]):
             return "pairs"
-        return next((kind for kind, fields in KIND_FIELDS.items() if self.column(fields[0]) in names), "pairs")
+        told = (kind for kind, fields in _TELLING.items() if any(self.column(name) in names for name in fields))
+        return next(told, "pairs")
 
 
 def check_kind(kind: str, first: str) -> None:

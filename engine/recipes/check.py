@@ -334,9 +334,10 @@ class _Run:
         self.rejected += len(data.rejects)
         for reject in data.rejects:
             self.tally.add(reject.reason, reject, reject.detail)
-        pairs = {(pair.source_file, pair.source_row): pair for pair in self._chunk}
+        # A ranked row is several pairs, which their number in the row tells apart.
+        pairs = {(pair.source_file, pair.source_row, pair.extra.get("pair_of_row")): pair for pair in self._chunk}
         for tokens in data.pairs:
-            pair = pairs[tokens.source_file, tokens.source_row]
+            pair = pairs[tokens.source_file, tokens.source_row, tokens.extra.get("pair_of_row")]
             for code, shown in self._token_faults(pair, tokens):
                 self.tally.add(code, pair, shown)
             self.needed = max(self.needed, tokens.needed)
@@ -435,7 +436,13 @@ def prompt_key(prompt: Turns) -> int:
 
 
 def _stream(config: PrecomputeConfig, paths: Sequence[Path | RowsInMemory]) -> PairStream:
-    return PairStream(paths, columns=config.columns, where=config.where, prompt_format=config.prompt_format)
+    return PairStream(
+        paths,
+        columns=config.columns,
+        where=config.where,
+        prompt_format=config.prompt_format,
+        ranked_pairs=config.ranked_pairs,
+    )
 
 
 def _messages(prompt: Turns) -> list[dict[str, Any]]:

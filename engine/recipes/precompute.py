@@ -373,6 +373,7 @@ def _read(config: PrecomputeConfig, choice: TokenizerChoice, progress: Progress)
         where=config.where,
         max_reject_share=config.max_reject_share,
         prompt_format=config.prompt_format,
+        ranked_pairs=config.ranked_pairs,
     )
     data = tokenize_pairs(
         pairs,

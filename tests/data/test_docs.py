@@ -16,7 +16,7 @@ TEXT = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 DATA = ROOT / "engine" / "data"
 MODULES = (
     *("strict_json", "readers", "tables", "where", "messages", "prompts", "shapes"),
-    *("rendering", "proof", "chat", "encoding", "tokenization"),
+    *("kinds/ranked", "rendering", "proof", "chat", "encoding", "tokenization"),
 )
 
 
@@ -26,13 +26,14 @@ def blocks(language: str) -> list[str]:
 
 def test_every_example_is_read_without_a_reject(tmp_path: Path) -> None:
     examples = blocks("jsonl")
-    assert len(examples) == 7
+    assert len(examples) == 8
     for example in examples:
         path = tmp_path / "pairs.jsonl"
         path.write_text(example, encoding="utf-8")
         found = read_pairs([path])
         assert found.rejects == []
-        assert len(found.pairs) == example.count("\n")
+        ranked = {1: 2, 2: 1} if '"responses"' in example else {}  # row -> its pairs
+        assert len(found.pairs) == (sum(ranked.values()) or example.count("\n"))
         assert not set(found.pairs[0].extra) & {"prompt", "chosen", "rejected"}
 
 

@@ -1,1 +1,1 @@
-"""Rows that are no pairs: what is done with them beside what `shapes` and `pairs` do with every row."""
+"""Rows that are no pairs: one response with a label, or several with scores."""

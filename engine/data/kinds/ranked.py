@@ -1,0 +1,113 @@
+"""Rows of several responses with scores or ranks, brought to pairs: the best against the others, or all against all.
+
+Knows nothing of files or tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from dpoeng.engine.data.shapes import PreferencePair, Shape, fields_of, to_pair
+from dpoeng.engine.data.strict_json import RowFault, json_type
+from dpoeng.engine.data.structured import parse_structure
+
+RankedPairs = Literal["best", "all"]
+
+COLUMNS = ("score_chosen", "score_rejected", "score_margin", "pair_share", "pair_of_row")
+"""What each pair of a ranked row has beside the row's own columns."""
+
+_SCORES_OF_COMPLETIONS = ("overall_score", "score", "rating")
+
+
+def is_ranked(row: Mapping[str, Any], shape: Shape) -> bool:
+    """Whether a row holds several responses: in `responses` or `completions`, or as a list of texts in `chosen`."""
+    chosen = row.get(shape.column("chosen"))
+    if isinstance(chosen, list) and chosen and all(isinstance(text, str) for text in chosen):
+        return True
+    return shape.kind_of(row) == "ranked"
+
+
+def to_pairs(
+    row: Mapping[str, Any], shape: Shape, source_file: str, source_row: int, wanted: RankedPairs
+) -> list[PreferencePair]:
+    """The pairs of one row, from the best response down; responses of equal score make none.
+
+    Args:
+        row: column -> value.
+        shape: how its columns are to be read.
+        source_file: as the user named it.
+        source_row: from 1.
+        wanted: `best`: the best response against each that is worse; `all`: each against each that is worse.
+
+    Raises:
+        RowFault: `bad-ranking`, there are not two responses with a number each, or none is better; and those of
+            `to_pair`.
+    """
+    responses, scores, used = _ranking(row, shape)
+    order = sorted(range(len(responses)), key=lambda i: -scores[i])
+    better = [i for i in order if scores[i] == scores[order[0]]][:1] if wanted == "best" else order
+    places = [(i, j) for i in better for j in order if scores[i] > scores[j]]
+    if not places:
+        raise RowFault("bad-ranking", f"no response is better than another: all scores are {scores[0]:g}")
+    rest = {name: value for name, value in row.items() if name not in used}
+    if taken := [name for name in COLUMNS if name in rest]:
+        raise RowFault("unused-column", f"`{taken[0]}` is a column that pairs of ranked rows get: rename yours")
+    plain = replace(shape, columns={k: v for k, v in shape.columns.items() if k not in ("chosen", "rejected")})
+    pairs = []
+    for place, (i, j) in enumerate(places):
+        pair = to_pair({**rest, "chosen": responses[i], "rejected": responses[j]}, plain, source_file, source_row)
+        numbers = (scores[i], scores[j], scores[i] - scores[j], 1 / len(places), place)
+        pairs.append(replace(pair, extra=pair.extra | dict(zip(COLUMNS, numbers, strict=True))))
+    return pairs
+
+
+def _ranking(row: Mapping[str, Any], shape: Shape) -> tuple[list[Any], list[float], set[str]]:
+    """The responses, a score for each (more is better), and the columns that they were taken from."""
+    columns = {name: shape.column(name) for name in (*fields_of("ranked"), "chosen", "rejected")}
+    chosen = row.get(columns["chosen"])
+    if isinstance(chosen, list):
+        rejected = row.get(columns["rejected"])
+        others = [rejected] if isinstance(rejected, str) else rejected
+        if not isinstance(others, list) or not all(isinstance(text, str) for text in others):
+            raise RowFault(
+                "bad-ranking", f"`{columns['chosen']}` is a list of texts, and `{columns['rejected']}` is not"
+            )
+        scores = [1.0] * len(chosen) + [0.0] * len(others)
+        return [*chosen, *others], scores, {columns["chosen"], columns["rejected"]}
+    name = columns["responses"] if columns["responses"] in row else columns["completions"]
+    responses = _listed(row.get(name), name)
+    if len(responses) < 2:
+        raise RowFault("bad-ranking", f"`{name}` holds {len(responses)} responses")
+    if all(isinstance(one, dict) and "response" in one for one in responses):
+        numbers = [next((one[key] for key in _SCORES_OF_COMPLETIONS if key in one), None) for one in responses]
+        return [one["response"] for one in responses], list(_numbers(numbers, f"{name}, scores")), {name}
+    kept = next((one for one in ("scores", "ranks") if row.get(columns[one]) is not None), None)
+    if kept is None:
+        raise RowFault("bad-ranking", f"there are neither `{columns['scores']}` nor `{columns['ranks']}`")
+    numbers = _listed(row[columns[kept]], columns[kept])
+    if len(numbers) != len(responses):
+        raise RowFault("bad-ranking", f"{len(responses)} responses, and `{columns[kept]}` holds {len(numbers)} numbers")
+    sign = -1.0 if kept == "ranks" else 1.0  # rank 1 is the best
+    return responses, [sign * value for value in _numbers(numbers, columns[kept])], {name, columns[kept]}
+
+
+def _listed(value: Any, column: str) -> list[Any]:
+    """A list, which some files store as text."""
+    value = parse_structure(value) if isinstance(value, str) else value
+    if not isinstance(value, list):
+        raise RowFault("bad-ranking", f"`{column}` must be a list, it is {json_type(value)}")
+    return value
+
+
+def _numbers(values: Sequence[Any], column: str) -> Iterator[float]:
+    for value in values:
+        try:
+            number = math.nan if isinstance(value, bool) or value is None else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise RowFault("bad-ranking", f"`{column}` must hold numbers, it holds {value!r:.80}")
+        yield number
