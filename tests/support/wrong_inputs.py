@@ -116,9 +116,10 @@ def changed_meanwhile(desk: Desk) -> None:
     real = precompute.tokenize_pairs
 
     def tokenize(*arguments: Any, **settings: Any) -> Any:
+        tokenized = real(*arguments, **settings)  # reads the file, row by row
         with (desk.folder / "pairs.jsonl").open("a") as file:
             file.write("\n")
-        return real(*arguments, **settings)
+        return tokenized
 
     desk.patch.setattr(precompute, "tokenize_pairs", tokenize)
 
@@ -778,8 +779,8 @@ CACHES = (
     Wrong("a folder that is no cache", "cache-not-found", 4, "train --cache folder", (), lambda d: d.write("folder/a")),
     Wrong("a folder that holds other things", "cache-not-empty", 4, SCORE + " --cache folder", (),
           lambda d: d.write("folder/a")),
-    Wrong("a cache of the future", "cache-future", 4, "train", ("3",),
-          bend(lambda f, d: (f / "FORMAT").write_text("dpoeng-refcache 4\n"))),
+    Wrong("a cache of the future", "cache-future", 4, "train", ("99",),
+          bend(lambda f, d: (f / "FORMAT").write_text("dpoeng-refcache 99\n"))),
     Wrong("a damaged FORMAT", "cache-format", 4, "train", (), bend(lambda f, d: (f / "FORMAT").write_text("dpoeng-"))),
     Wrong("a trunk of another precision", "trunk-unsupported", 2,
           "train --train-last-layers 1 --trunk-layer 1 --dtype bfloat16", ("--trunk-layer 0",), bend(with_trunk)),
