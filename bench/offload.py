@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from dpoeng.bench.measuring.records import stamp, told
+from dpoeng.bench.measuring.records import named_settings, stamp
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.words import GIB
 from dpoeng.engine.config.fields import Dtype, PrecomputeConfig, Quantization, TrainConfig
@@ -67,7 +67,7 @@ def bench_offload(settings: OffloadSettings, progress: Progress = QUIET) -> dict
     Raises:
         UserError: the shape is not known, or the disk has no room for the files.
     """
-    record = stamp("offload", torch.device("cpu"), {**told(settings), "folder": None})
+    record = stamp("offload", torch.device("cpu"), {**named_settings(settings), "folder": None})
     with tempfile.TemporaryDirectory(prefix="dpoeng-offload-", dir=settings.folder) as scratch:
         folder = Path(scratch)
         file_bytes, layer_bytes = save_random_model(settings, folder / "model", progress)
