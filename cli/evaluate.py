@@ -12,6 +12,7 @@ from dpoeng.cli.options import ConfigCommand, config_options, given
 from dpoeng.cli.tables import Marked, facts_table, json_option, say, say_json
 from dpoeng.engine.config.fields import LOSS_FIELDS, TrainConfig
 from dpoeng.engine.config.files import load_config
+from dpoeng.engine.losses.own import OwnLoss
 
 if TYPE_CHECKING:
     from dpoeng.engine.recipes.evaluate import EvaluationSummary, Trained
@@ -78,7 +79,10 @@ def run_config(trained: Trained, overrides: dict[str, Any]) -> TrainConfig:
 def run_settings(run: Mapping[str, Any] | None) -> dict[str, Any]:
     """The fields of a run's config that are not the default; none where there is no run."""
     defaults = TrainConfig.model_validate({}).model_dump(mode="json")
-    return {name: value for name, value in (run or {}).items() if value != defaults.get(name, value)}
+    found = {name: value for name, value in (run or {}).items() if value != defaults.get(name, value)}
+    if "loss_type" in found:
+        found["loss_type"] = [OwnLoss(str(n), recorded=True) if ":" in str(n) else n for n in found["loss_type"]]
+    return found
 
 
 def print_evaluation(summary: EvaluationSummary) -> None:

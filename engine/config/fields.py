@@ -23,6 +23,7 @@ from pydantic import (
     PlainSerializer,
     ValidationInfo,
     WithJsonSchema,
+    WrapValidator,
     field_validator,
     model_validator,
 )
@@ -31,6 +32,7 @@ from dpoeng.engine.config.problems import Problem, as_error, unknown_field
 from dpoeng.engine.data.in_memory import RowsInMemory
 from dpoeng.engine.data.kinds.ranked import RankedPairs
 from dpoeng.engine.losses.names import FDivergence, LossType, check_combination, check_names
+from dpoeng.engine.losses.own import OwnLoss, as_own_loss
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -72,6 +74,14 @@ Source = Annotated[
     WithJsonSchema({"type": "string", "format": "path"}),
 ]
 
+
+# A loss of dpoeng's, or one of the user's: `my_loss.py:my_loss`, `my_module:my_loss`, in Python the function itself.
+Loss = Annotated[
+    LossType,
+    WrapValidator(lambda value, known: value if isinstance(value, OwnLoss) else known(value)),
+    PlainSerializer(str, when_used="json"),
+    WithJsonSchema({"anyOf": [{"enum": [*typing.get_args(LossType)]}, {"type": "string", "pattern": ":"}]}),
+]
 
 # The fields that make the loss, all of TrainConfig.
 LOSS_FIELDS = (
@@ -317,12 +327,13 @@ class TrainConfig(_Config):
         True, description="LoRA's start; all of these leave the first policy equal to the reference."
     )
 
-    loss_type: tuple[LossType, ...] = Field(
+    loss_type: tuple[Loss, ...] = Field(
         ("sigmoid",),
         min_length=1,
         description="One loss, or several that are added: sigmoid (DPO), sigmoid_norm, robust, ipo, hinge, exo_pair, "
         "nca_pair, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down, discopop, dpop, beta_dpo, simpo, cpo, "
-        "orpo, sft; of rows with one response and a label kto, apo_zero_unpaired, bco; see docs/losses.md.",
+        "orpo, sft; of rows with one response and a label kto, apo_zero_unpaired, bco; or a function of yours, "
+        "my_loss.py:my_loss; see docs/losses.md.",
     )
     loss_weights: tuple[float, ...] | None = Field(
         None, description="A weight for each loss of loss_type, e.g. sigmoid,sft with 1,0.2. Default: 1 each."
@@ -535,9 +546,11 @@ class TrainConfig(_Config):
     @classmethod
     def _loss_names(cls, value: Any) -> Any:
         """One name, several, or several with commas between them."""
+        value = as_own_loss(value) if callable(value) else value
         names = [word.strip() for word in value.split(",")] if isinstance(value, str) else value
         if isinstance(names, list | tuple):
-            check_names(names)
+            names = [as_own_loss(name) for name in names]
+            check_names([name for name in names if not isinstance(name, OwnLoss)])
         return names
 
     @model_validator(mode="after")

@@ -6,13 +6,16 @@ compares every line with its field.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 from dpoeng.engine.config.fields import Attention, Dtype, LayerOffloading, Optimizer, Quantization, Schedule
 from dpoeng.engine.data.kinds.ranked import RankedPairs
 from dpoeng.engine.losses.names import FDivergence, LossType
+
+LossName = LossType | str | Callable[..., Any]
+"""A loss of dpoeng's by name, one of yours by its place (`my_loss.py:my_loss`), or your function itself."""
 
 
 class PrecomputeSettings(TypedDict, total=False):
@@ -66,7 +69,7 @@ class CheckSettings(TypedDict, total=False):
 class LossFields(TypedDict, total=False):
     """The fields that make the loss: of `dpoeng.train` and `dpoeng.evaluate`."""
 
-    loss_type: LossType | Sequence[LossType]
+    loss_type: LossName | Sequence[LossName]
     loss_weights: Sequence[float] | None
     beta: float
     label_smoothing: float

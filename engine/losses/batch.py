@@ -14,7 +14,8 @@ import torch
 
 from dpoeng.engine.losses import likelihood, unpaired
 from dpoeng.engine.losses import pairwise as pair
-from dpoeng.engine.losses.names import LOSS_FACTS, LossSettings
+from dpoeng.engine.losses.names import LossSettings, facts_of
+from dpoeng.engine.losses.own import OwnLoss
 from dpoeng.engine.losses.sums import PairSums as PairSums
 from dpoeng.engine.losses.sums import PreferenceBatch as PreferenceBatch
 from dpoeng.engine.losses.sums import PreferenceLoss as PreferenceLoss
@@ -76,7 +77,7 @@ def preference_loss(
     weights = settings.loss_weights or (1.0,) * len(settings.loss_type)
     losses = torch.zeros_like(terms.delta)
     for name, weight in zip(settings.loss_type, weights, strict=True):
-        losses = losses + weight * LOSSES[name](terms)
+        losses = losses + weight * (_own(terms, name) if isinstance(name, OwnLoss) else LOSSES[name](terms))
     if settings.rpo_alpha is not None:
         losses = losses + settings.rpo_alpha * likelihood.rpo_term(terms.means[0])
     chosen_rewards, rejected_rewards = rewards(sums, settings)
@@ -89,6 +90,12 @@ def preference_loss(
         sums=sums.detached(),
         threshold=None if sums.desirable is None else _threshold(terms),
     )
+
+
+def _own(terms: _Terms, name: OwnLoss) -> torch.Tensor:
+    """What the forward has left of a loss of the user's, [B]."""
+    assert terms.sums.own is not None
+    return terms.sums.own[:, terms.settings.own.index(name)]
 
 
 def _label_weights(sums: PairSums, settings: LossSettings) -> torch.Tensor:
@@ -111,7 +118,7 @@ def rewards(sums: PairSums, settings: LossSettings) -> tuple[torch.Tensor, torch
     """beta times the log-ratio, DPO's implicit reward; for losses without a reference beta times what they compare."""
     compared = [name for name in settings.loss_type if name != "sft"]
     chosen, rejected = sums.chosen_ratio, sums.rejected_ratio
-    if compared and not any(LOSS_FACTS[name].reference for name in compared):
+    if compared and not any(facts_of(name).reference for name in compared):
         chosen, rejected = sums.chosen_logps, sums.rejected_logps
         if compared[0] in ("simpo", "orpo"):
             chosen, rejected = chosen / sums.chosen_tokens, rejected / sums.rejected_tokens

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from dpoeng.engine.losses.own import OwnLoss
+
 LossType = Literal[
     "sigmoid",
     "sigmoid_norm",
@@ -177,6 +179,14 @@ LOSS_FACTS: dict[str, LossFacts] = {
 }
 
 
+_OWN = LossFacts("a loss of your own", "", "")
+
+
+def facts_of(name: str) -> LossFacts:
+    """Facts about a loss, one of the user's too."""
+    return _OWN if isinstance(name, OwnLoss) else LOSS_FACTS[name]
+
+
 @dataclass(frozen=True, slots=True)
 class LossSettings:
     """All that makes the loss; names and meaning as in TrainConfig."""
@@ -209,12 +219,17 @@ class LossSettings:
     @property
     def whole_batch(self) -> bool:
         """Whether a pair's loss depends on the other pairs of its optimizer step."""
-        return any(LOSS_FACTS[name].whole_batch for name in self.loss_type)
+        return any(facts_of(name).whole_batch for name in self.loss_type)
+
+    @property
+    def own(self) -> tuple[OwnLoss, ...]:
+        """Those among the losses that users wrote."""
+        return tuple(name for name in self.loss_type if isinstance(name, OwnLoss))
 
     @property
     def rows(self) -> str:
         """The kind of rows that these are losses of; see `LossFacts.rows`."""
-        return LOSS_FACTS[self.loss_type[0]].rows
+        return facts_of(self.loss_type[0]).rows
 
     @property
     def reads_mismatched(self) -> bool:
@@ -272,7 +287,7 @@ def check_combination(settings: Mapping[str, Any], changed: Sequence[str]) -> No
         ValueError: what does not fit, and why.
     """
     types: tuple[str, ...] = settings["loss_type"]
-    facts = {name: LOSS_FACTS[name] for name in types}
+    facts = {name: facts_of(name) for name in types}
     listed = " + ".join(types)
     if len(facts) < len(types):
         raise ValueError(f"loss_type names a loss twice ({listed}); give it one weight in loss_weights")
@@ -297,8 +312,10 @@ def check_combination(settings: Mapping[str, Any], changed: Sequence[str]) -> No
         raise ValueError("exo_pair needs label_smoothing above 0, since it contains its logarithm; the paper uses 1e-3")
     if settings["rpo_alpha"] is not None and "sft" in types:
         raise ValueError("rpo_alpha and loss_type sft add the same kind of term; use one of them")
-    if set(types) <= {"sft", "cpo"} and settings["ld_alpha"] is not None:
-        raise ValueError(f"ld_alpha has no effect with loss_type {listed}: it acts on ratios to the reference")
+    if all(name in ("sft", "cpo") or isinstance(name, OwnLoss) for name in types) and settings["ld_alpha"] is not None:
+        raise ValueError(
+            f"ld_alpha has no effect with loss_type {listed}: it acts on ratios to the reference of dpoeng's losses"
+        )
     _check_scores(settings, changed, listed, facts)
     whole = [name for name, known in facts.items() if known.whole_batch and name != "beta_dpo"]
     for field in ("use_weighting", "pair_weight_column"):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 
 from dpoeng.engine.losses.names import LossSettings
+from dpoeng.engine.losses.own import LossInputs
 from dpoeng.engine.losses.pairwise import MAX_EXPONENT
 
 
@@ -56,7 +57,7 @@ class PreferenceBatch:
         return by_side[:, 0], by_side[:, 1]
 
 
-_GRADIENT = ("chosen_ratio", "rejected_ratio", "chosen_logps", "rejected_logps")
+_GRADIENT = ("chosen_ratio", "rejected_ratio", "chosen_logps", "rejected_logps", "own")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,6 +67,8 @@ class PairSums:
     `_ratio` is log pi/ref and `ref_` log ref, both with LD-DPO's weights on the tokens; `_logps` are plain sums of the
     policy's log-probs; `_tokens` counts the scored tokens; `_kl` estimates the KL per token, or is NaN where that is
     not known; `weights` multiplies a pair's loss. Ratios and logps carry the gradient.
+
+    `own` holds what the user's own losses gave for each pair, [B, number of them], with gradient; None without any.
 
     Of unpaired rows `desirable` holds the labels (None of pairs), `chosen_` is the response, whatever its label, and
     `rejected_` the mismatched one.
@@ -83,19 +86,23 @@ class PairSums:
     rejected_kl: torch.Tensor
     weights: torch.Tensor
     desirable: torch.Tensor | None = None
+    own: torch.Tensor | None = None
 
     @property
     def with_gradient(self) -> tuple[torch.Tensor, ...]:
         """The tensors that the losses are differentiated by."""
-        return tuple(getattr(self, name) for name in _GRADIENT)
+        return tuple(self._gradient().values())
+
+    def _gradient(self) -> dict[str, torch.Tensor]:
+        return {name: getattr(self, name) for name in _GRADIENT if getattr(self, name) is not None}
 
     def leaves(self) -> PairSums:
         """The same numbers as leaves of a new graph: `backward` on a loss of them leaves the gradient in `.grad`."""
-        return replace(self, **{name: getattr(self, name).detach().clone().requires_grad_() for name in _GRADIENT})
+        return replace(self, **{name: x.detach().clone().requires_grad_() for name, x in self._gradient().items()})
 
     def detached(self) -> PairSums:
         """The same numbers without the graph, and so without the activations that it holds."""
-        return replace(self, **{name: getattr(self, name).detach() for name in _GRADIENT})
+        return replace(self, **{name: x.detach() for name, x in self._gradient().items()})
 
     def on_host(self) -> PairSums:
         """The same numbers in the host's memory, without the graph, as they are sent to other processes."""
@@ -167,7 +174,39 @@ def pair_sums(batch: PreferenceBatch, settings: LossSettings) -> PairSums:
         rejected_kl=rejected_kl / tokens[:, 1],
         weights=weights,
         desirable=batch.desirable,
+        own=_own_losses(batch, settings) if settings.own else None,
     )
+
+
+def _own_losses(batch: PreferenceBatch, settings: LossSettings) -> torch.Tensor:
+    """What each of the user's losses gives for each pair, [B, number of them] float64."""
+    inputs = loss_inputs(batch, settings.beta)
+    return torch.stack([own.function(inputs).double() for own in settings.own], 1)
+
+
+def loss_inputs(batch: PreferenceBatch, beta: float) -> LossInputs:
+    """A forward as a user's loss sees it: sums and padded tokens of each side."""
+    lengths = batch.lengths()
+    position = torch.arange(len(batch.branch), device=batch.branch.device) - (lengths.cumsum(0) - lengths)[batch.branch]
+    # The longest is asked for on the device once for each side; built-in losses never wait for it.
+    longest = lengths.view(-1, 2).amax(0).tolist()
+    known = batch.reference if batch.per_token else torch.full_like(batch.reference, torch.nan)
+    sides: dict[str, torch.Tensor] = {}
+    (chosen, rejected), (ref_chosen, ref_rejected) = batch.sums(batch.policy), batch.sums(batch.reference)
+    sums = {"chosen": (chosen, ref_chosen), "rejected": (rejected, ref_rejected)}
+    for number, side in enumerate(sums):
+        own = batch.branch % 2 == number
+        where = (batch.branch[own] // 2, position[own])
+        padded = torch.zeros(batch.pairs, longest[number], dtype=torch.float64, device=batch.policy.device)
+        sides |= {
+            f"{side}_logps": sums[side][0],
+            f"ref_{side}_logps": sums[side][1],
+            f"{side}_token_logps": padded.index_put(where, batch.policy[own].double()),
+            f"ref_{side}_token_logps": padded.index_put(where, known[own].double()),
+            f"{side}_mask": padded.index_put(where, torch.ones_like(known[own]).double()) > 0,
+            f"{side}_tokens": lengths[number::2].double(),
+        }
+    return LossInputs(**sides, beta=beta)
 
 
 def ld_weights(branch: torch.Tensor, lengths: torch.Tensor, alpha: float) -> torch.Tensor:

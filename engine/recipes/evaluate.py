@@ -13,6 +13,7 @@ from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import Mode, TrainConfig
 from dpoeng.engine.losses.batch import PreferenceLoss
 from dpoeng.engine.losses.names import LossSettings
+from dpoeng.engine.losses.own_check import check_own_losses
 from dpoeng.engine.models.adapters import (
     before_training,
     load_reference_adapter,
@@ -186,6 +187,7 @@ def evaluate_trained(
     which = which or ("all" if trained.run is None else "held-out")
     view, rows = _open_rows(trained, config, which)
     weights, labels = rows.weights(config.pair_weight_column), rows.labels(config.eval_group_by)
+    check_own_losses(config.loss_type, config.beta, per_token=not view.spec.holds_sums)
     settings = LossSettings.of(config)
 
     def compare(lm: CausalLM) -> tuple[ParityReport, str]:

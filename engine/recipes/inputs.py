@@ -17,7 +17,7 @@ from dpoeng.cache.records import ROW_KINDS
 from dpoeng.cache.schema import pair_key
 from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import TrainConfig
-from dpoeng.engine.losses.names import LOSS_FACTS
+from dpoeng.engine.losses.names import LOSS_FACTS, facts_of
 from dpoeng.engine.training.order import Schedule, hold_out, plan_schedule
 from dpoeng.engine.training.rows import HeldOut, Rows, WeightArray
 
@@ -98,7 +98,7 @@ def open_views(config: TrainConfig, open_view: Callable[..., View] = View.open) 
 
 
 def _check_loss(config: TrainConfig, view: View) -> None:
-    wanted = LOSS_FACTS[config.loss_type[0]].rows
+    wanted = facts_of(config.loss_type[0]).rows
     if view.rows != wanted:
         fitting = [name for name, known in LOSS_FACTS.items() if known.rows == view.rows]
         raise UserError(

@@ -26,6 +26,7 @@ from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import LOSS_FIELDS, SweepConfig, TrainConfig, bare_type, unknown
 from dpoeng.engine.config.files import load_config
 from dpoeng.engine.config.problems import as_error
+from dpoeng.engine.losses.own_check import check_own_losses
 from dpoeng.engine.models.full_finetuning import check_full
 from dpoeng.engine.recipes.inputs import Split, open_inputs, open_split
 from dpoeng.engine.recipes.phase_two.mode import resolve_mode
@@ -221,6 +222,7 @@ class _Looker:
         """The point with its number of pairs, and a hash over its held-out pairs; empty where there are none."""
         config = point.config
         inputs = open_inputs(config, lambda config: self._split(config)[0])
+        check_own_losses(config.loss_type, config.beta, per_token=not inputs.view.spec.holds_sums)
         reference = inputs.reference
         check_full(config, reference, quantization=config.quantization or reference["quantization"])
         resolve_mode(config, has_adapter=bool(config.adapter or reference.get("adapter")))

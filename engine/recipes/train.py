@@ -12,6 +12,7 @@ import torch
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config.fields import Mode, TrainConfig
+from dpoeng.engine.losses.own_check import check_own_losses
 from dpoeng.engine.models.checkpoint_names import class_to_load
 from dpoeng.engine.models.full_finetuning import whole_weights
 from dpoeng.engine.models.model import device_name, library_versions
@@ -97,6 +98,7 @@ def _train(
         check_trackers(config.report_to)
     inputs = open_inputs(config)
     check_held_out(config, len(inputs.held_out.rows))
+    check_own_losses(config.loss_type, config.beta, per_token=not inputs.view.spec.holds_sums)
     if inputs.split.overlap:
         progress.note(inputs.split.overlap)
     choice = choose_policy(config, inputs, group, progress.note)

@@ -9,6 +9,7 @@ import xxhash
 
 from dpoeng.cache.reader import View
 from dpoeng.engine.config.fields import Mode, TrainConfig
+from dpoeng.engine.losses.own import OwnLoss
 
 # Fields that may differ between a run and its continuation: none of them moves a weight.
 FREE_TO_CHANGE = frozenset(
@@ -41,6 +42,8 @@ def run_identity(
     if view.rows != "pairs":
         identity["scores"] = scores_digest(view)
         identity["eval_scores"] = scores_digest(eval_view) if eval_view is not None else None
+    if own := [name for name in config.loss_type if isinstance(name, OwnLoss)]:
+        identity["own_loss"] = {name: name.digest for name in own}
     if config.pair_weight_column is not None:
         identity["weights"] = _column_digest(view, config.pair_weight_column)
     return identity

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dpoeng.cache.words import counted
-from dpoeng.engine.losses.names import LOSS_FACTS
+from dpoeng.engine.losses.names import facts_of
 from dpoeng.engine.training.intervals import FEW, wilson
 
 _ENOUGH_PAIRS = 20
@@ -55,7 +55,7 @@ def advise(
         held_out_pairs: how many pairs the evaluations are over.
     """
     # What is said of log-probs is about the two responses of a pair.
-    reference = any(LOSS_FACTS[name].reference and LOSS_FACTS[name].rows == "pairs" for name in loss_type)
+    reference = any(facts_of(name).reference and facts_of(name).rows == "pairs" for name in loss_type)
     few = _few_pairs(held_out_pairs) if evaluations and held_out_pairs < FEW else None
     if held_out_pairs < _ENOUGH_PAIRS:
         evaluations = []

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         TrainSettings,
     )
     from dpoeng.engine.data.in_memory import RowsInMemory
+    from dpoeng.engine.losses.own import LossInputs
     from dpoeng.engine.recipes.cache_rows import CacheRows
     from dpoeng.engine.recipes.check import CheckReport
     from dpoeng.engine.recipes.compare import Generation
@@ -161,6 +162,7 @@ def train(
     *,
     cache: StrPath = "refcache",
     output_dir: StrPath = "out",
+    loss: Callable[[LossInputs], Tensor] | None = None,
     on_metrics: Callable[[Mapping[str, float]], None] | None = None,
     progress: bool | Progress = False,
     **settings: Unpack[TrainSettings],
@@ -176,6 +178,7 @@ def train(
     Args:
         cache: the folder that phase one wrote; it names the model, adapter and precision.
         output_dir: where the adapter, the log and the checkpoints go.
+        loss: a loss of your own in place of `loss_type`: LossInputs of B pairs to [B], see docs/losses.md.
         on_metrics: called with every line of metrics, a dict of `step`, `loss`, `rewards/margins`, `eval_loss` ...
         progress: as for `precompute_reference`.
         settings: fields of `dpoeng train`, e.g. beta, learning_rate, lora_r, eval_view.
@@ -187,7 +190,7 @@ def train(
     from dpoeng.engine.config.files import config_of
     from dpoeng.engine.recipes.phase_two.finished import finished_run
 
-    config = config_of(TrainConfig, {"cache": cache, "output_dir": output_dir, **settings})
+    config = config_of(TrainConfig, {"cache": cache, "output_dir": output_dir, **settings, **_own(loss, settings)})
     if (finished := finished_run(config)) is not None:
         return finished
 
@@ -342,6 +345,25 @@ def token_logps(
 def _given(**values: Any) -> dict[str, Any]:
     """Without what is None: the default decides."""
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _own(loss: Callable[[LossInputs], Tensor] | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A function of the user's as `loss_type`."""
+    from dpoeng.cache.errors import UserError
+    from dpoeng.engine.losses.own import as_own_loss
+
+    if loss is None:
+        return {}
+    if "loss_type" in settings or not callable(loss):
+        raise UserError(
+            "loss takes a function, in place of loss_type",
+            code="config-value",
+            where="train(loss=...)",
+            expected="a function, and no loss_type beside it",
+            found=f"loss {loss!r}" + (f", loss_type {settings['loss_type']}" if "loss_type" in settings else ""),
+            remedy="leave one of them out; loss_type takes the name of a loss, of several, or functions among them",
+        )
+    return {"loss_type": (as_own_loss(loss),)}
 
 
 def _sources(pairs: Any) -> tuple[Path | RowsInMemory, ...]:

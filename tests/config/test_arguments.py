@@ -108,6 +108,8 @@ def test_keyword_arguments_are_the_fields(taken: Any, config: type[BaseModel], n
         expected = accepted(config.model_fields[name].annotation)
         if name in ("model", "adapter", "tokenizer"):
             expected |= PathLike[str]
+        if name == "loss_type":  # a name, or a function of the user's
+            expected = settings.LossName | Sequence[settings.LossName]
         assert hints[name] == expected, f"{taken.__name__}.{name}: {expected}"
 
 

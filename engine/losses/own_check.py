@@ -1,0 +1,153 @@
+"""A look at a user's loss before it is trained with: what would spoil a run is said by name, and before the first step.
+
+The made-up pairs are the same each time. Their gradients are compared with differences of the loss itself.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from dpoeng.cache.errors import UserError
+from dpoeng.engine.losses.own import OwnLoss
+from dpoeng.engine.losses.sums import PreferenceBatch, loss_inputs
+
+CONSTANT_PARTS = "holds_parts_constant"
+"""Set to True on a loss that detaches a part on purpose: its gradient is then not that of its value."""
+
+# Tokens of the chosen and the rejected response of each made-up pair.
+_LENGTHS = ((3, 5), (1, 2), (6, 1), (4, 4))
+_STEP = 1e-5
+_TOLERANCE = 1e-5
+
+
+def check_own_losses(names: Sequence[str], beta: float, *, per_token: bool = True) -> None:
+    """Tries each loss of the user's among `names` on made-up pairs, in float64 on the CPU.
+
+    Args:
+        names: `loss_type`.
+        beta: as in the run.
+        per_token: whether the cache holds the reference's log-probs token by token; else they are NaN, as in the run.
+
+    Raises:
+        UserError: a loss cannot be found; it fails, gives anything but one finite number a pair, has no gradient or
+            another than differences of its value show, changes from call to call, or with a pair's neighbours.
+    """
+    for name in names:
+        if isinstance(name, OwnLoss):
+            _ = name.digest  # where there is no source, a later resume could not know the loss again
+            _check(name, beta, per_token)
+
+
+def _check(own: OwnLoss, beta: float, per_token: bool) -> None:
+    pairs = _made_up_pairs(per_token)
+    at_the_start = replace(pairs, policy=pairs.reference.clone().requires_grad_())
+    for batch, when in ((at_the_start, "where the policy is still the reference"), (pairs, "after some training")):
+        batch.policy.grad = None
+        losses = _losses(own, batch, beta, when)
+        if not losses.requires_grad:
+            raise _unfit(own, "a loss with a gradient", "a constant: it was detached, or made of the reference alone")
+        (gradient,) = torch.autograd.grad(losses.sum(), batch.policy)
+        if not bool(gradient.isfinite().all()):
+            raise _unfit(own, "a finite gradient", f"NaN or infinity, {when}")
+    _check_neighbours(own, pairs, beta)
+    if not getattr(own.function, CONSTANT_PARTS, False):
+        _check_gradient(own, pairs, beta)
+
+
+def _made_up_pairs(per_token: bool) -> PreferenceBatch:
+    lengths = torch.tensor(_LENGTHS).reshape(-1)
+    draw = partial(torch.rand, int(lengths.sum()), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    reference = -3 * draw() - 0.05
+    return PreferenceBatch(
+        policy=(reference + draw() - 0.5).clamp(max=-0.01).requires_grad_(),
+        reference=reference,
+        branch=torch.repeat_interleave(torch.arange(len(lengths)), lengths),
+        pairs=len(_LENGTHS),
+        per_token=per_token,
+    )
+
+
+def _losses(own: OwnLoss, batch: PreferenceBatch, beta: float, when: str) -> torch.Tensor:
+    """The loss of a batch, [B] float64, found fit in shape and value."""
+    try:
+        losses = own.function(loss_inputs(batch, beta))
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        found = f"{type(error).__name__}: {error}, at {frame.filename}:{frame.lineno}"
+        raise _unfit(own, "a function that runs", found) from error
+    expected = f"a tensor [B], one loss a pair, here [{batch.pairs}]"
+    if not isinstance(losses, torch.Tensor):
+        raise _unfit(own, expected, f"{type(losses).__name__}")
+    if losses.shape != (batch.pairs,) or not losses.dtype.is_floating_point:
+        mean = "; do not take the mean, dpoeng does" if losses.dim() == 0 else ""
+        raise _unfit(own, expected, f"{losses.dtype} {list(losses.shape)}{mean}")
+    if not bool(losses.isfinite().all()):
+        sums = "" if batch.per_token else "; this cache holds sums over responses, so the reference's tokens are NaN"
+        raise _unfit(own, "finite numbers", f"{_shown(losses)}, {when}{sums}")
+    return losses.double()
+
+
+@torch.no_grad()
+def _check_neighbours(own: OwnLoss, pairs: PreferenceBatch, beta: float) -> None:
+    """A step may be cut into any forwards, so that a pair's loss may not depend on which pairs are beside it."""
+    together = _losses(own, pairs, beta, "after some training")
+    again = _losses(own, pairs, beta, "when called again")
+    if not torch.equal(together, again):
+        raise _unfit(own, "the same losses at each call", f"{_shown(together)}, then {_shown(again)}")
+    for chosen in ([3, 2, 1, 0], [0], [1], [2], [3]):
+        apart = _losses(own, _some(pairs, chosen), beta, f"with {len(chosen)} pairs")
+        if not torch.allclose(apart, together[chosen], rtol=1e-9, atol=1e-12):
+            found = f"{_shown(together[chosen])} beside others, {_shown(apart)} for pairs {chosen} alone in this order"
+            raise _unfit(own, "a loss that does not change with a pair's neighbours", found)
+
+
+def _check_gradient(own: OwnLoss, pairs: PreferenceBatch, beta: float) -> None:
+    """The derivative by every token against the difference of the losses on both sides of it."""
+    (gradient,) = torch.autograd.grad(_losses(own, pairs, beta, "").sum(), pairs.policy)
+    with torch.no_grad():
+        for token in range(len(gradient)):
+            step = torch.zeros_like(gradient)
+            step[token] = _STEP
+            up, down = (
+                _losses(own, replace(pairs, policy=pairs.policy.detach() + sign * step), beta, "near it").sum()
+                for sign in (1, -1)
+            )
+            slope = float((up - down) / (2 * _STEP))
+            # Rounding of the losses themselves, divided by the step.
+            noise = 1e-12 * (1 + float(up.abs())) / _STEP
+            if abs(slope - float(gradient[token])) > _TOLERANCE * max(1.0, abs(slope)) + noise:
+                raise _unfit(
+                    own,
+                    f"a gradient that is the slope of the loss, or my_loss.{CONSTANT_PARTS} = True where parts are "
+                    "detached on purpose",
+                    f"gradient {float(gradient[token]):.6g}, slope {slope:.6g} at a token",
+                )
+
+
+def _some(batch: PreferenceBatch, pairs: Sequence[int]) -> PreferenceBatch:
+    """Some pairs of a batch, in this order."""
+    tokens = [torch.nonzero(batch.branch == 2 * pair + side).squeeze(1) for pair in pairs for side in (0, 1)]
+    at = torch.cat(tokens)
+    branch = torch.repeat_interleave(torch.arange(len(tokens)), torch.tensor([len(each) for each in tokens]))
+    policy, reference = batch.policy.detach()[at], batch.reference[at]
+    return replace(batch, policy=policy, reference=reference, branch=branch, pairs=len(pairs))
+
+
+def _shown(losses: torch.Tensor) -> str:
+    return "[" + ", ".join(f"{loss:.6g}" for loss in losses.tolist()) + "]"
+
+
+def _unfit(own: OwnLoss, expected: str, found: str) -> UserError:
+    return UserError(
+        "your loss cannot be trained with",
+        code="loss-own-unfit",
+        where=f"--loss-type {own}, tried on {len(_LENGTHS)} made-up pairs before the run",
+        expected=expected,
+        found=found,
+        remedy="correct the function; docs/losses.md shows one, and what it is given",
+    )
