@@ -38,6 +38,9 @@ class Job:
         lr_scheduler_type: as transformers names it; without warm-up.
         quantization: of the frozen weights, the head excepted, with dpoeng's settings for both.
         max_prompt_length: most tokens of a prompt, the last ones; None for no limit of its own.
+        train_last_layers: only so many of the last layers get a LoRA, in both programs; None for all.
+        trunk_layer: the states that enter this layer are stored by `dpoeng reference`, and begun from by `dpoeng`; 0
+            for none.
         tensors: memory is that of tensors alone, on a CPU, and the time means nothing; else that of the process.
     """
 
@@ -58,6 +61,8 @@ class Job:
     lr_scheduler_type: str = "constant"
     quantization: Quantization = "none"
     max_prompt_length: int | None = None
+    train_last_layers: int | None = None
+    trunk_layer: int = 0
     tensors: bool = False
 
 

@@ -29,7 +29,7 @@ from dpoeng.bench.measuring.measure import PeakMemory, Spent, Stopwatch, held_by
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import PairIds
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
-from dpoeng.engine.models.adapters import lora_arguments
+from dpoeng.engine.models.adapters import linear_names, lora_arguments
 from dpoeng.engine.models.model import DTYPES
 from dpoeng.engine.models.quantized import quantization_config
 from dpoeng.engine.training.order import plan_schedule
@@ -55,9 +55,7 @@ def run_trl(job: Job) -> Figures:
         args=_arguments(job),
         train_dataset=rows,
         processing_class=AutoTokenizer.from_pretrained(job.model),
-        peft_config=LoraConfig(
-            task_type="CAUSAL_LM", **lora_arguments(TrainConfig.model_validate({"lora_r": job.lora_r}))
-        ),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **_lora(job, policy)),
         callbacks=[meter],
     )
     trainer.train()
@@ -66,6 +64,16 @@ def run_trl(job: Job) -> Figures:
     meter.figures.losses = [float(line["loss"]) for line in lines]
     meter.figures.grad_norms = [float(line["grad_norm"]) for line in lines]
     return meter.figures
+
+
+def _lora(job: Job, policy: Any) -> dict[str, Any]:
+    """peft's arguments; with some layers only, the linear layers by name, as peft asks for."""
+    lora = lora_arguments(TrainConfig.model_validate({"lora_r": job.lora_r}))
+    if job.train_last_layers is None:
+        return lora
+    depth = int(policy.config.num_hidden_layers)
+    chosen = list(range(depth - job.train_last_layers, depth))
+    return {**lora, "target_modules": linear_names(policy), "layers_to_transform": chosen}
 
 
 class _Meter(TrainerCallback):  # type: ignore[misc]

@@ -103,6 +103,7 @@ def _dpoeng_reference(job: Job) -> Figures:
                 "device": job.device,
                 "max_length": job.max_length,
                 "max_prompt_length": job.max_prompt_length,
+                "trunk_layer": job.trunk_layer,
             }
         ),
         meter,
@@ -133,6 +134,8 @@ def _dpoeng_train(job: Job) -> Figures:
                 "eval_share": 0,
                 "parity_pairs": 1,
                 "lora_r": job.lora_r,
+                "train_last_layers": job.train_last_layers,
+                "trunk_layer": job.trunk_layer,
                 "learning_rate": job.learning_rate,
                 "lr_scheduler_type": job.lr_scheduler_type,
                 "warmup_ratio": 0,

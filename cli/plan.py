@@ -73,6 +73,11 @@ def show(found: Plan) -> None:
         f"one pair of 2 x {request.max_length} tokens, {request.prompt_length} of them a shared prompt. ",
         Marked("Calculated, not measured.", "bold"),
     )
+    if found.trunk_layer:
+        say(
+            f"phase two begins at layer {found.trunk_layer}, and trains from there on; the hidden states that enter it "
+            f"take {found.trunk_bytes / GIB:.1f} GiB on disk for {request.pairs:,} such pairs"
+        )
     say(_cards_table(found), _parts_table(found))
     say(f"\nmemory through a step, GiB\n{sparkline(found)}")
     if found.two_models is not None:

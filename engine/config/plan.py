@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from dpoeng.engine.config.fields import Dtype, LayerOffloading, Optimizer, Quantization, TrainConfig, why_not_trained
+from dpoeng.engine.config.fields import (
+    Dtype,
+    LayerOffloading,
+    Optimizer,
+    Quantization,
+    TrainConfig,
+    whole_layer,
+    why_not_trained,
+)
 
 
 class PlanConfig(BaseModel):
@@ -31,6 +39,12 @@ class PlanConfig(BaseModel):
     lora_r: int = Field(16, ge=1, description="LoRA rank, on all linear layers.")
     optim: Optimizer = Field("adamw_torch", description="As in dpoeng train.")
     gradient_checkpointing: bool = Field(True, description="Recompute layers in the backward pass.")
+    trunk_layer: float | None = Field(
+        None,
+        gt=0,
+        description="Begin phase two at this layer, from hidden states that phase one stores, and train the "
+        "layers from there on; below 1 it is a share of the depth.",
+    )
     layout: Literal["shared", "separate"] = Field("shared", description="Whether a prompt is run once for both.")
     layer_offloading: LayerOffloading = Field(
         "auto", description="Load the base's layers one at a time; auto: on the cards where it does not fit otherwise."
@@ -48,6 +62,8 @@ class PlanConfig(BaseModel):
     price_per_hour: float | None = Field(None, ge=0, description="Of one card, in any currency: shows the cost.")
     compare: bool = Field(True, description="Tell what other options and two models would take.")
     whole: bool = Field(False, description="Simulate every layer, in place of a few: the same result, slower.")
+
+    _whole_layer = field_validator("trunk_layer")(whole_layer)
 
     @model_validator(mode="before")
     @classmethod
@@ -70,6 +86,10 @@ class PlanConfig(BaseModel):
     def _layers_stay_frozen(self) -> PlanConfig:
         if self.layer_offloading == "on" and (self.fsdp or not self.use_peft):
             raise ValueError("layer_offloading loads frozen layers one at a time: train a LoRA, without fsdp")
+        if self.trunk_layer is not None and (self.fsdp or not self.use_peft):
+            raise ValueError("trunk_layer leaves out frozen layers: it goes with a LoRA, and without fsdp")
+        if self.trunk_layer is not None and self.layer_offloading == "on":
+            raise ValueError("trunk_layer keeps the layers above it in memory: leave layer_offloading out")
         return self
 
     @model_validator(mode="after")

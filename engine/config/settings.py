@@ -205,6 +205,7 @@ class PlanSettings(TypedDict, total=False):
     lora_r: int
     optim: Optimizer
     gradient_checkpointing: bool
+    trunk_layer: float | None
     layout: Literal["shared", "separate"]
     layer_offloading: LayerOffloading
     load_gb_per_s: float

@@ -90,6 +90,7 @@ def phase_times(
     gpu: Gpu,
     gpus: int = 1,
     utilisation: float,
+    share: float = 1.0,
 ) -> list[PhaseTime]:
     """Both phases as asked for, and what they would take without the cache and without shared prompts.
 
@@ -97,7 +98,7 @@ def phase_times(
     masked. With a frozen base, backward costs another forward (no gradient of weights), and checkpointing one more; the
     head's two products are one forward and one gradient. With `full` fine-tuning the gradient of the weights is one
     forward more, and the head is computed again in the backward, for two gradients. Kaplan et al. 2020,
-    https://arxiv.org/abs/2001.08361, section 2.1.
+    https://arxiv.org/abs/2001.08361, section 2.1. `share`: of the layers, those that phase two runs.
     """
     decoder = sizes(config_of(model))
 
@@ -118,7 +119,7 @@ def phase_times(
         flops = times * pairs * (body_forwards * body + head_forwards * head)
         return PhaseTime(name, flops, hours(flops))
 
-    step = (3.0 if checkpointing else 2.0) + full
+    step = ((3.0 if checkpointing else 2.0) + full) * share
     head = 4.0 if full else 2.0
     return [
         one("phase one", 1, 1, shared, 1),

@@ -26,6 +26,7 @@ from dpoeng.engine.memory.simulate import OPTIMIZER, Pair, Setup
 from dpoeng.engine.memory.tracker import Peak
 from dpoeng.engine.models.model import DTYPES
 from dpoeng.engine.models.model_config import config_of, sizes
+from dpoeng.engine.models.trunk.layers import trunk_layer
 from dpoeng.engine.runtime.distributed import BUCKET_BYTES
 
 BATCH_TOKENS = (16384, 4096, 1024)
@@ -89,6 +90,8 @@ class Plan:
         cards: an answer a card.
         phase1_by_layer: as `phase1`, with layers loaded one at a time; empty where that is not asked for or needed.
         phase2_by_layer: the same of `phase2`.
+        trunk_layer: where phase two begins; 0 for all layers.
+        trunk_bytes: what the stored hidden states of all pairs take on disk.
     """
 
     request: PlanConfig
@@ -102,6 +105,8 @@ class Plan:
     cards: list[CardPlan]
     phase1_by_layer: dict[int, Memory] = field(default_factory=dict)
     phase2_by_layer: dict[int, Memory] = field(default_factory=dict)
+    trunk_layer: int = 0
+    trunk_bytes: int = 0
 
     @property
     def step(self) -> Peak:
@@ -133,6 +138,8 @@ def make_plan(request: PlanConfig) -> Plan:
         accumulates=request.batch > 1,
         shards=request.gpus if request.fsdp else 1,
     )
+    if request.trunk_layer is not None:
+        setup = replace(setup, trunk_layer=trunk_layer(request.trunk_layer, setup.layers))
     answers = request.max_length - request.prompt_length
     pair = Pair(request.prompt_length, answers, answers)
     estimates, parts = estimate_overhead(setup, pair), count_parameters(fields)
@@ -146,7 +153,8 @@ def make_plan(request: PlanConfig) -> Plan:
     phase2 = _by_micro_batch(setup, pair, room_left, whole=request.whole)
     evaluation = forward_memory(setup, [pair], policy=True)
     # Phase one holds the base whole on every card.
-    reference = replace(setup, quantization=request.reference_quantization or request.quantization, shards=1)
+    bits = request.reference_quantization or request.quantization
+    reference = replace(setup, quantization=bits, shards=1, trunk_layer=0)
     phase1 = _by_tokens(reference, pair)
     plan = Plan(
         request=request,
@@ -158,12 +166,14 @@ def make_plan(request: PlanConfig) -> Plan:
         estimates=estimates,
         options=_options(setup, pair) if request.compare else [],
         cards=[],
+        trunk_layer=setup.trunk_layer,
+        trunk_bytes=_trunk_bytes(request, setup, pair),
     )
     plan.cards = [_card(plan, setup, pair, parts, gpu) for gpu in cards]
     if request.layer_offloading != "on":
         _try_small_optimizer(plan, setup, pair)
     short = not all(card.fits for card in plan.cards)
-    able = request.use_peft and not request.fsdp
+    able = request.use_peft and not request.fsdp and not setup.trunk_layer
     if able and (request.layer_offloading == "on" or (request.layer_offloading == "auto" and short)):
         plan.phase1_by_layer = _by_tokens(replace(reference, by_layer=True), pair)
         plan.phase2_by_layer = _by_micro_batch(replace(setup, by_layer=True), pair, room_left)
@@ -209,13 +219,21 @@ def _by_tokens(setup: Setup, pair: Pair) -> dict[int, Memory]:
     return {count * tokens: forward_memory(setup, [pair] * count, policy=False) for count in counts}
 
 
+def _trunk_bytes(request: PlanConfig, setup: Setup, pair: Pair) -> int:
+    """The hidden states of all pairs, each with a prompt of its own; 0 without a trunk."""
+    if not setup.trunk_layer:
+        return 0
+    tokens = request.pairs * (pair.prompt + pair.chosen + pair.rejected)
+    return tokens * sizes(config_of(setup.model)).hidden * setup.dtype.itemsize
+
+
 def pair_tokens(pair: Pair, layout: str) -> int:
     """Positions computed for a pair."""
     return pair.prompt * (1 if layout == "shared" else 2) + pair.chosen + pair.rejected
 
 
 def _two_models(setup: Setup) -> Setup:
-    return replace(setup, second_model=True, full_logits=True, stock=True, layout="separate")
+    return replace(setup, second_model=True, full_logits=True, stock=True, layout="separate", trunk_layer=0)
 
 
 def _options(setup: Setup, pair: Pair) -> list[Option]:
@@ -239,11 +257,20 @@ def _options(setup: Setup, pair: Pair) -> list[Option]:
             for name in ("adamw_torch_fused", "adamw_8bit")
             if name != config.optim and (name != "adamw_torch_fused" or not config.use_peft)
         ),
+        *_trunk_option(setup, pair),
         ("activation_offloading", replace(setup, config=offloading), pair),
         ("without gradient checkpointing", without, pair),
         ("whole logits", replace(setup, full_logits=True), pair),
     ]
     return [Option(name, step_memory(changed, [some]).peak) for name, changed, some in changes]
+
+
+def _trunk_option(setup: Setup, pair: Pair) -> list[tuple[str, Setup, Pair]]:
+    """The upper third alone, from a trunk."""
+    layer = 2 * setup.layers // 3
+    if setup.trunk_layer or not layer or not setup.config.use_peft or setup.shards > 1:
+        return []
+    return [(f"trunk_layer {layer}, the upper third trained", replace(setup, trunk_layer=layer), pair)]
 
 
 def _card(plan: Plan, setup: Setup, pair: Pair, parts: Mapping[str, int], gpu: Gpu) -> CardPlan:
@@ -295,6 +322,7 @@ def _times(
         gpu=gpu,
         gpus=request.gpus,
         utilisation=request.utilisation,
+        share=setup.layers / (setup.layers + setup.trunk_layer),
     )
     if by_layer[0]:
         waiting = request.pairs * pair_tokens(pair, request.layout) * 2 * sizes(config_of(setup.model)).hidden
@@ -320,6 +348,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "fits": first.fits,
         "estimates_gib": {name: _gib(n) for name, n in plan.estimates.items()},
         "fragmentation": FRAGMENTATION,
+        **({"trunk": {"layer": plan.trunk_layer, "gib": _gib(plan.trunk_bytes)}} if plan.trunk_layer else {}),
         "phase1": {
             "fits": first.phase1_fits,
             **_peak_json(plan, _of_card(plan, first)[0]),
@@ -384,6 +413,13 @@ def _card_json(plan: Plan, card: CardPlan) -> dict[str, Any]:
     }
 
 
+def _trunk_fields(plan: Plan) -> dict[str, Any]:
+    if not plan.trunk_layer:
+        return {}
+    depth = sizes(config_of(model_fields(plan.request.model))).layers
+    return {"trunk_layer": plan.trunk_layer, "train_last_layers": depth - plan.trunk_layer}
+
+
 def suggested(plan: Plan, card: CardPlan) -> dict[str, Any]:
     """Fields of dpoeng.yaml for a card, with the number of pairs a step that was asked for."""
     request = plan.request
@@ -391,7 +427,11 @@ def suggested(plan: Plan, card: CardPlan) -> dict[str, Any]:
     return {
         **({} if request.use_peft else {"use_peft": False}),
         **({"fsdp": True} if request.fsdp else {}),
+<<<<<<< HEAD
         **({"layer_offloading": "on"} if any(card.by_layer) else {}),
+=======
+        **_trunk_fields(plan),
+>>>>>>> cc6cf1e (A study of what a trunk saves and loses; plan knows trunks)
         "quantization": request.quantization,
         "dtype": request.dtype,
         "max_length": request.max_length,
