@@ -32,7 +32,6 @@ from dpoeng.cache.words import MIB
 from dpoeng.engine.config.fields import Dtype, PrecomputeConfig, TrainConfig
 from dpoeng.engine.models.model_config import config_of, sizes
 from dpoeng.engine.models.sources import find_model, read_fields
-from dpoeng.engine.models.trunk.stand_ins import shares_embedding
 from dpoeng.engine.recipes.precompute import precompute_reference
 from dpoeng.engine.recipes.train import train
 from dpoeng.engine.runs.metrics import HELD_OUT_FILE, read_lines
@@ -165,10 +164,7 @@ def weights_bytes(model: str, dtype: Dtype, trunk_layer: int) -> int:
     lm = empty_model(read_fields(find_model(model)), quantization="none", dtype=DTYPES[dtype])
     if trunk_layer:
         cut_below(lm.base, trunk_layer)
-    held = {id(parameter): parameter for parameter in lm.base.parameters()}
-    if shares_embedding(lm.base):  # on the meta device the two are not tied
-        held.pop(id(lm.base.get_output_embeddings().weight), None)
-    return sum(parameter.numel() * DTYPES[dtype].itemsize for parameter in held.values())
+    return sum(parameter.numel() * DTYPES[dtype].itemsize for parameter in lm.base.parameters())  # a tied one once
 
 
 # --------------------------------------------------------------------------- quality
