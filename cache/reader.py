@@ -79,6 +79,11 @@ class View:
             shards = list(pool.map(lambda reference: store.open_shard(reference, check=full), record.objects))
         return cls(store, record, store.spec(record.spec), open_table(store, record, check=full), shards)
 
+    @property
+    def root(self) -> Path:
+        """The cache folder."""
+        return self._store.root
+
     def __len__(self) -> int:
         return self._length
 

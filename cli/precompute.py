@@ -89,6 +89,9 @@ def print_summary(summary: PrecomputeSummary) -> None:
             )
         )
         facts.append(("layout", f"{summary.layout}: {summary.layout_reason}"))
+    if summary.trunk_layer is not None:
+        stored = f"{counted(summary.trunk_texts, 'text')} stored, {summary.trunk_bytes / 1e6:,.1f} MB"
+        facts.append(("trunk", f"states that enter layer {summary.trunk_layer}: {stored}"))
     if summary.peak_bytes is not None:
         facts.append(("peak memory", f"{gib(summary.peak_bytes)} allocated on the device"))
     if summary.source.kind == "unpaired":

@@ -38,6 +38,7 @@ from dpoeng.engine.runs.metrics import HELD_OUT_FILE, read_lines
 from dpoeng.engine.runtime.progress import Advance
 
 SHARES: Final = {"all layers": 1, "top half": 2, "top third": 3, "top sixth": 6}
+_OF_QUALITY: Final = {"steps", "seeds", "dtype"}
 METRICS: Final = ("rewards/accuracies", "rewards/margins")
 
 
@@ -88,10 +89,11 @@ def trunk_study(settings: TrunkSettings) -> dict[str, Any]:
     train_file, held_out_file = split_pairs(settings.pairs, settings.pairs_count, settings.held_out, work)
     record = stamp("trunk", torch.device("cpu"), told(settings))
     depth = sizes(config_of(read_fields(find_model(settings.model)))).layers
+    asked = {name: value for name, value in record["settings"].items() if name not in _OF_QUALITY}
     return {
         **record,
         "layers": depth,
-        "cost": kept(work / "cost", record["settings"], lambda: _costs(settings, depth, train_file, work / "cost")),
+        "cost": kept(work / "cost", asked, lambda: _costs(settings, depth, train_file, work / "cost")),
         "quality": _quality(settings, depth, train_file, held_out_file, work),
     }
 
@@ -187,9 +189,13 @@ def _quality(settings: TrunkSettings, depth: int, train_file: Path, held_out: Pa
                 "trunk_layer": depth - depth // share,
             }
             precompute_reference(PrecomputeConfig.model_validate(options), Told())
+    all_runs: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in SHARES}
+    for seed in range(settings.seeds):  # a study that is stopped has whole seeds
+        for name, share in SHARES.items():
+            all_runs[name].append(_run(settings, cache, depth // share, seed, work))
     found: dict[str, Any] = {}
     for name, share in SHARES.items():
-        runs = [_run(settings, cache, depth // share, seed, work) for seed in range(settings.seeds)]
+        runs = all_runs[name]
         found[name] = {
             "layers": depth // share,
             "seeds": [{name: float(np.mean([line[name] for line in run])) for name in METRICS} for run in runs],

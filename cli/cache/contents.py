@@ -146,6 +146,11 @@ def _print_recomputed(found: ParityReport) -> None:
         f"{counted(found.pairs, 'pair')} scored again: mean difference {found.mean_diff:.2g}, largest "
         f"{found.max_diff:.2g} nats a token (allowed mean: {found.tolerance:g})"
     )
+    for layer, one in found.trunks.items():
+        say(
+            f"{counted(one.pairs, 'pair')} run from the states that enter layer {layer}: mean difference "
+            f"{one.mean_diff:.2g}, largest {one.max_diff:.2g} nats a token"
+        )
     if found.ok:
         say(Marked("the model's own", "ok"))
     else:

@@ -26,17 +26,19 @@ _OF_A_REFERENCE = frozenset(
 @click.argument("folder", type=FOLDER)
 @click.argument("file", type=FILE)
 @click.option("--view", help="Which view.  [default: the only one]")
+@click.option("--trunk-layer", type=int, help="Write the hidden states that enter this layer in place of log-probs.")
 @force_option
 @json_option
-def export(folder: Path, file: Path, view: str | None, force: bool, as_json: bool) -> None:
+def export(folder: Path, file: Path, view: str | None, trunk_layer: int | None, force: bool, as_json: bool) -> None:
     """Write token ids and reference log-probs of a view to FILE (.jsonl or .parquet), in the order of its source."""
     from dpoeng.cache.exchange import export_view, is_export
     from dpoeng.cache.reader import View
+    from dpoeng.cache.trunk.export import export_states
     from dpoeng.engine.runtime.outputs import Kind, refuse_output
 
     opened = View.open(folder, view)
     refuse_output(file, Kind("the export", is_export), inputs=sources_of(opened), force=force)
-    count = export_view(opened, file)
+    count = export_view(opened, file) if trunk_layer is None else export_states(opened, trunk_layer, file)
     if as_json:
         say_json({"file": file, "view": opened.name, "rows": count})
         return

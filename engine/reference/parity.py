@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import ScoredPair
+from dpoeng.cache.store import Store
+from dpoeng.cache.trunk.index import TrunkIndex, trunks_of
 from dpoeng.engine.config.fields import PrecomputeConfig
 from dpoeng.engine.models.loading import pick_device
 from dpoeng.engine.models.model import CausalLM
 from dpoeng.engine.models.sources import find_adapter, find_model
+from dpoeng.engine.models.trunk.stand_ins import rehearsing
 from dpoeng.engine.reference.loading import load_reference
+from dpoeng.engine.reference.trunk_choice import stored_states
 from dpoeng.engine.scoring.layout import batches_of_pairs
 from dpoeng.engine.scoring.passes import Batches, score_batches
 
@@ -32,6 +37,7 @@ class ParityReport:
         reward_noise: root mean square of beta times the difference of a pair's margin: the spurious reward margin that
             training starts with.
         tolerance: largest `mean_diff` that is accepted.
+        trunks: of `recompute`, by layer: the same pairs run from the stored hidden states.
     """
 
     pairs: int
@@ -40,6 +46,7 @@ class ParityReport:
     max_diff: float
     reward_noise: float
     tolerance: float
+    trunks: Mapping[int, ParityReport] = field(default_factory=dict)
 
     def record(self) -> dict[str, float]:
         """For run.json."""
@@ -49,7 +56,7 @@ class ParityReport:
     @property
     def ok(self) -> bool:
         """Whether the cached values are this model's (false for NaN)."""
-        return self.mean_diff <= self.tolerance
+        return self.mean_diff <= self.tolerance and all(found.ok for found in self.trunks.values())
 
 
 def parity_tolerance(lm: CausalLM, reference_quantization: str, reference_dtype: str) -> float:
@@ -117,6 +124,8 @@ def recompute(
 ) -> ParityReport:
     """The fourth depth of verification: scores some rows of a view anew with its reference and compares.
 
+    Where the view has trunks, the rows that they hold are also run from their stored states.
+
     Args:
         view: an open view.
         count: rows to score, spread over the view.
@@ -141,11 +150,22 @@ def recompute(
     lm = load_reference(
         config, source, find_adapter(config.adapter) if config.adapter else None, pick_device(config.device)
     )
-    return compare_with_cache(
-        lm,
-        view,
-        spread(range(len(view)), count),
-        beta=0.1,
-        batch_tokens=reference["batch_tokens"],
-        tolerance=parity_tolerance(lm, reference["quantization"], reference["dtype"]),
-    )
+    rows = spread(range(len(view)), count)
+    tolerance = parity_tolerance(lm, reference["quantization"], reference["dtype"])
+    compare = partial(compare_with_cache, beta=0.1, batch_tokens=reference["batch_tokens"], tolerance=tolerance)
+    return replace(compare(lm, view, rows), trunks=_from_trunks(lm, view, rows, compare))
+
+
+def _from_trunks(
+    lm: CausalLM, view: View, rows: Sequence[int], compare: Callable[..., ParityReport]
+) -> dict[int, ParityReport]:
+    """By layer: some rows of a view run from the states of each of its trunks, with a whole model."""
+    store, found = Store.open(view.root), {}
+    for layer, spec in trunks_of(store, view.spec.digest).items():
+        index = TrunkIndex.open(store, spec.digest)
+        held = [row for row in rows if index.holds(view[row].ids)]
+        if held:
+            lm.states = stored_states(index, lm)
+            with rehearsing(lm, layer):
+                found[layer] = compare(lm, view, held)
+    return found

@@ -17,19 +17,26 @@ from safetensors.torch import load_file
 from dpoeng.bench.measuring.allocator import trace_allocator
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.folder import FORMAT_BYTES
+from dpoeng.cache.reader import View
 from dpoeng.cache.store import Store
-from dpoeng.cache.trunk.index import TrunkIndex, trunks_of
+from dpoeng.cache.trunk.index import TrunkIndex, commit_states, trunks_of
+from dpoeng.cache.trunk.objects import as_float32
+from dpoeng.cache.trunk.texts import text_key
 from dpoeng.cache.verify import verify
+from dpoeng.cli.main import main
 from dpoeng.engine.config.fields import PrecomputeConfig, SweepConfig, TrainConfig
+from dpoeng.engine.config.plan import PlanConfig
 from dpoeng.engine.memory import fit
 from dpoeng.engine.models.loading import load_model
 from dpoeng.engine.models.quantized import quantized_tensors
 from dpoeng.engine.models.sources import find_model
 from dpoeng.engine.recipes import policy as policy_module
+from dpoeng.engine.recipes.plan import make_plan, suggested
 from dpoeng.engine.recipes.precompute import PrecomputeSummary, precompute_reference
 from dpoeng.engine.recipes.sweep import plan_sweep, run_sweep
 from dpoeng.engine.recipes.train import train
 from dpoeng.engine.reference import limits, trunk_pass
+from dpoeng.engine.reference.parity import recompute
 
 DEPTH, LAYER = 4, 2
 QUICK: dict[str, Any] = {
@@ -375,6 +382,78 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(
             PrecomputeConfig(pairs=(pairs,), model=str(model), cache=tmp_path / "c", trunk_layer=LAYER)
         )
     assert caught.value.code == "cache-disk-small"
+
+
+def test_states_are_exported_as_the_model_gives_them(stored: Path, tmp_path: Path, model: Path) -> None:
+    """Against transformers' own hidden states, text by text."""
+    import pyarrow.parquet
+    from transformers import AutoModelForCausalLM
+
+    assert main(["cache", "export", str(stored), str(tmp_path / "states.parquet"), "--trunk-layer", str(LAYER)]) == 0
+    table = pyarrow.parquet.read_table(tmp_path / "states.parquet")
+    assert table.schema.metadata[b"dpoeng.trunk.width"] == b"64"
+    plain = AutoModelForCausalLM.from_pretrained(model)
+    rows = table.to_pylist()
+    assert len(rows) == 12
+    for row in rows[::4]:
+        for side in ("chosen", "rejected"):
+            ids = torch.tensor([[*row["prompt_ids"], *row[f"{side}_ids"]]])
+            with torch.no_grad():
+                own = plain(ids, output_hidden_states=True).hidden_states[LAYER][0]
+            found = torch.tensor([*row["prompt_states"], *row[f"{side}_states"]]).view(-1, 64)
+            assert torch.allclose(found, own, atol=1e-5)
+
+
+def test_stored_states_are_checked_against_the_model(stored: Path, tmp_path: Path) -> None:
+    """The deepest verification: the stored states give the cached log-probs; wrong ones do not."""
+    cache = tmp_path / "cache"
+    shutil.copytree(stored, cache)
+    report = recompute(View.open(cache), 4)
+    assert report.trunks[LAYER].pairs == 4
+    assert report.trunks[LAYER].max_diff < 1e-5
+    store = Store.open(cache)
+    (spec,) = trunks_of(store, store.reference_digests()[0]).values()
+    wrong = TrunkIndex.open(store, spec.digest)
+    texts = {
+        key: 2.0 * as_float32(wrong.states(*ids), "float32") for key, ids in texts_of_view(View.open(cache)).items()
+    }
+    shutil.rmtree(cache / "runs" / spec.digest)
+    commit_states(store, spec, [(key, states.astype("<f4").view("u1")) for key, states in texts.items()], {})
+    report = recompute(View.open(cache), 4)
+    assert report.mean_diff < 1e-5
+    assert not report.trunks[LAYER].ok
+    assert not report.ok
+
+
+def texts_of_view(view: View) -> dict[bytes, tuple[Any, ...]]:
+    found: dict[bytes, tuple[Any, ...]] = {}
+    for i in range(len(view)):
+        ids = view[i].ids
+        for response in (None, ids.chosen_ids, ids.rejected_ids):
+            found[text_key(ids.prompt_ids, response)] = (ids.prompt_ids, response)
+    return found
+
+
+def test_the_plan_knows_what_lies_above_a_trunk(model: Path) -> None:
+    """Peaks are those of `train`'s own forecast; the disk is tokens x width x bytes."""
+    asked = {"model": str(model), "gpu": ("24gb",), "max_length": 64, "prompt_length": 16, "compare": False}
+    whole, above = (make_plan(PlanConfig(**asked, **more)) for more in ({}, {"trunk_layer": 0.5}))
+    assert (above.trunk_layer, above.trunk_bytes) == (LAYER, 1000 * (16 + 2 * 48) * 64 * 2)
+    layers = sum(parameter.numel() for parameter in empty_layers(model))
+    embedding = 400 * 64 * 2
+    saved = whole.step.by_kind["weights"] - above.step.by_kind["weights"]
+    assert saved == pytest.approx(layers / 2, rel=0.1, abs=1.2 * embedding)
+    assert above.cards[0].times[1].flops < 0.75 * whole.cards[0].times[1].flops
+    assert above.cards[0].times[0].flops == whole.cards[0].times[0].flops
+    assert suggested(above, above.cards[0])["train_last_layers"] == 2
+
+
+def empty_layers(model: Path) -> list[Any]:
+    from dpoeng.engine.models.loading import empty_model
+    from dpoeng.engine.models.sources import read_fields
+
+    lm = empty_model(read_fields(find_model(str(model))), quantization="none", dtype=torch.bfloat16)
+    return list(lm.backbone.layers.parameters())
 
 
 # --------------------------------------------------------------------------- refusals and notes
