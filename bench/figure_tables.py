@@ -233,3 +233,56 @@ def _head(way: Record) -> list[str]:
 
 def _count(repeats: int) -> str:
     return "one counted round" if repeats == 1 else f"{repeats} counted rounds"
+
+
+def trunk(results: Path) -> str:
+    """What a trunk saves, and what training fewer layers loses."""
+    record = read("trunk", results)[-1]
+    settings, cost, quality = record["settings"], record["cost"], record["quality"]
+    mib = lambda n: f"{n / MIB:,.0f}"  # noqa: E731
+    base = cost["programs"]["from the trunk"]["step_cpu_s"]
+    costs = [
+        [
+            f"last {cost['last_layers']} of {record['layers']} layers",
+            "CPU s a step",
+            "times",
+            "peak MiB",
+            "losses differ",
+        ],
+        *(
+            [
+                name,
+                f"{one['step_cpu_s']:.2f}",
+                f"{one['step_cpu_s'] / base:.1f}",
+                f"{mib(one['peak_bytes'])}, {mib(one['weights_bytes'])} of it weights",
+                f"{cost['loss_difference'][name]:.0e}" if cost["loss_difference"][name] else "0",
+            ]
+            for name, one in cost["programs"].items()
+        ),
+    ]
+    shares = [
+        ["trained", "layers", "accuracy", "margin", "accuracy of each seed"],
+        *(
+            [
+                name,
+                str(one["layers"]),
+                *(_with_interval(one[metric]) for metric in ("rewards/accuracies", "rewards/margins")),
+                ", ".join(f"{seed['rewards/accuracies']:.2f}" for seed in one["seeds"]),
+            ]
+            for name, one in quality["shares"].items()
+        ),
+    ]
+    return (
+        f"{settings['model']}, steps of {settings['batch_size']} pairs of at most {settings['max_length']} tokens a "
+        f"side, {settings['cost_dtype']}; peaks are of tensors. {where(record)}:\n\n{table(costs)}\n\n"
+        f"{settings['steps']} steps at {settings['learning_rate']:g} in {settings['dtype']}, "
+        f"{quality['held_out_pairs']} held-out pairs, {settings['seeds']} seeds; intervals are over prompts, of "
+        f"the mean of the seeds:\n\n{table(shares)}"
+    )
+
+
+def _with_interval(found: Record) -> str:
+    if not found["interval"]:
+        return f"{found['mean']:.3f}"
+    low, high = found["interval"]
+    return f"{found['mean']:.3f} ({low:.3f} to {high:.3f})"

@@ -427,11 +427,8 @@ def suggested(plan: Plan, card: CardPlan) -> dict[str, Any]:
     return {
         **({} if request.use_peft else {"use_peft": False}),
         **({"fsdp": True} if request.fsdp else {}),
-<<<<<<< HEAD
         **({"layer_offloading": "on"} if any(card.by_layer) else {}),
-=======
         **_trunk_fields(plan),
->>>>>>> cc6cf1e (A study of what a trunk saves and loses; plan knows trunks)
         "quantization": request.quantization,
         "dtype": request.dtype,
         "max_length": request.max_length,
