@@ -260,6 +260,12 @@ def trunk(results: Path) -> str:
             for name, one in cost["programs"].items()
         ),
     ]
+    text = (
+        f"{settings['model']}, steps of {settings['batch_size']} pairs of at most {settings['max_length']} tokens a "
+        f"side, {settings['cost_dtype']}; peaks are of tensors. {where(record)}:\n\n{table(costs)}"
+    )
+    if quality is None:
+        return text
     shares = [
         ["trained", "layers", "accuracy", "margin", "accuracy of each seed"],
         *(
@@ -273,9 +279,7 @@ def trunk(results: Path) -> str:
         ),
     ]
     return (
-        f"{settings['model']}, steps of {settings['batch_size']} pairs of at most {settings['max_length']} tokens a "
-        f"side, {settings['cost_dtype']}; peaks are of tensors. {where(record)}:\n\n{table(costs)}\n\n"
-        f"{settings['steps']} steps at {settings['learning_rate']:g} in {settings['dtype']}, "
+        f"{text}\n\n{settings['steps']} steps at {settings['learning_rate']:g} in {settings['dtype']}, "
         f"{quality['held_out_pairs']} held-out pairs, {settings['seeds']} seeds; intervals are over prompts, of "
         f"the mean of the seeds:\n\n{table(shares)}"
     )

@@ -49,7 +49,7 @@ class TrunkSettings:
     Attributes:
         pairs_count: the first so many pairs of the files are used.
         held_out: share of their prompts that are not trained on.
-        steps: of each run of the quality part.
+        steps: of each run of the quality part; 0 leaves it out.
         cost_steps: of each program of the cost part; the first one, which warms up, is left out of the mean.
         seeds: runs of each share.
         work: keeps caches and finished runs.
@@ -94,7 +94,7 @@ def trunk_study(settings: TrunkSettings) -> dict[str, Any]:
         **record,
         "layers": depth,
         "cost": kept(work / "cost", asked, lambda: _costs(settings, depth, train_file, work / "cost")),
-        "quality": _quality(settings, depth, train_file, held_out_file, work),
+        "quality": _quality(settings, depth, train_file, held_out_file, work) if settings.steps else None,
     }
 
 
@@ -270,6 +270,8 @@ def table(record: Mapping[str, Any]) -> Any:
         times = one["step_cpu_s"] / first["step_cpu_s"]
         costs.add_row(name, f"{one['step_cpu_s']:.2f}", f"{times:.1f}", *shown, f"{cost['loss_difference'][name]:.1g}")
     costs.caption = f"trunk: {cost['trunk_bytes'] / MIB:,.0f} MiB"
+    if quality is None:
+        return costs
     found = Table(title=f"{quality['held_out_pairs']} held-out pairs, {record['settings']['seeds']} seeds")
     for heading in ("trained", "layers", "accuracy", "margin", "accuracies of the seeds"):
         found.add_column(heading)
@@ -290,7 +292,7 @@ def table(record: Mapping[str, Any]) -> Any:
 @click.option("--work", default="trunk-study", show_default=True, type=click.Path(path_type=Path))
 @click.option("--pairs-count", default=300, show_default=True, help="The first so many pairs are used.")
 @click.option("--held-out", default=0.33, show_default=True, help="Share of the prompts that are not trained on.")
-@click.option("--steps", default=50, show_default=True, help="Of each run of the quality part.")
+@click.option("--steps", default=50, show_default=True, help="Of each run of the quality part; 0 leaves it out.")
 @click.option("--cost-steps", default=9, show_default=True, help="Of each program of the cost part.")
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--learning-rate", default=2e-4, show_default=True)
