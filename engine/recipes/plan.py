@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dpoeng.cache.errors import UserError
 from dpoeng.cache.words import GIB
 from dpoeng.engine.config.plan import PlanConfig
 from dpoeng.engine.memory.any_depth import Memory, forward_memory, step_memory
@@ -257,20 +258,26 @@ def _options(setup: Setup, pair: Pair) -> list[Option]:
             for name in ("adamw_torch_fused", "adamw_8bit")
             if name != config.optim and (name != "adamw_torch_fused" or not config.use_peft)
         ),
-        *_trunk_option(setup, pair),
         ("activation_offloading", replace(setup, config=offloading), pair),
         ("without gradient checkpointing", without, pair),
         ("whole logits", replace(setup, full_logits=True), pair),
     ]
-    return [Option(name, step_memory(changed, [some]).peak) for name, changed, some in changes]
+    return [
+        *(Option(name, step_memory(changed, [some]).peak) for name, changed, some in changes),
+        *_trunk_option(setup, pair),
+    ]
 
 
-def _trunk_option(setup: Setup, pair: Pair) -> list[tuple[str, Setup, Pair]]:
-    """The upper third alone, from a trunk."""
+def _trunk_option(setup: Setup, pair: Pair) -> list[Option]:
+    """The upper third alone, from a trunk; none where the architecture's layers cannot be told apart by number."""
     layer = 2 * setup.layers // 3
     if setup.trunk_layer or not layer or not setup.config.use_peft or setup.shards > 1:
         return []
-    return [(f"trunk_layer {layer}, the upper third trained", replace(setup, trunk_layer=layer), pair)]
+    try:
+        peak = step_memory(replace(setup, trunk_layer=layer), [pair]).peak
+    except UserError:
+        return []
+    return [Option(f"trunk_layer {layer}, the upper third trained", peak)]
 
 
 def _card(plan: Plan, setup: Setup, pair: Pair, parts: Mapping[str, int], gpu: Gpu) -> CardPlan:
