@@ -239,7 +239,6 @@ def trunk(results: Path) -> str:
     """What a trunk saves, and what training fewer layers loses."""
     record = read("trunk", results)[-1]
     settings, cost, quality = record["settings"], record["cost"], record["quality"]
-    mib = lambda n: f"{n / MIB:,.0f}"  # noqa: E731
     base = cost["programs"]["from the trunk"]["step_cpu_s"]
     costs = [
         [
@@ -254,7 +253,7 @@ def trunk(results: Path) -> str:
                 name,
                 f"{one['step_cpu_s']:.2f}",
                 f"{one['step_cpu_s'] / base:.1f}",
-                f"{mib(one['peak_bytes'])}, {mib(one['weights_bytes'])} of it weights",
+                f"{one['peak_bytes'] / MIB:,.0f}, {one['weights_bytes'] / MIB:,.0f} of it weights",
                 f"{cost['loss_difference'][name]:.0e}" if cost["loss_difference"][name] else "0",
             ]
             for name, one in cost["programs"].items()

@@ -25,7 +25,7 @@ import torch
 
 from dpoeng.bench.compare import check_peer, in_folder, kept, relative, run_process
 from dpoeng.bench.job import Figures, Job, Program
-from dpoeng.bench.measuring.records import show, stamp, told
+from dpoeng.bench.measuring.records import named_settings, show, stamp
 from dpoeng.bench.studies.quality import split_pairs, with_intervals
 from dpoeng.cache.info import cache_info
 from dpoeng.cache.words import MIB
@@ -87,7 +87,7 @@ def trunk_study(settings: TrunkSettings) -> dict[str, Any]:
     work = settings.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     train_file, held_out_file = split_pairs(settings.pairs, settings.pairs_count, settings.held_out, work)
-    record = stamp("trunk", torch.device("cpu"), told(settings))
+    record = stamp("trunk", torch.device("cpu"), named_settings(settings))
     depth = sizes(config_of(read_fields(find_model(settings.model)))).layers
     asked = {name: value for name, value in record["settings"].items() if name not in _OF_QUALITY}
     return {

@@ -389,7 +389,9 @@ def test_states_are_exported_as_the_model_gives_them(stored: Path, tmp_path: Pat
     import pyarrow.parquet
     from transformers import AutoModelForCausalLM
 
-    assert main(["cache", "export", str(stored), str(tmp_path / "states.parquet"), "--trunk-layer", str(LAYER)]) == 0
+    with pytest.raises(SystemExit) as ended:
+        main(["cache", "export", str(stored), str(tmp_path / "states.parquet"), "--trunk-layer", str(LAYER)])
+    assert ended.value.code == 0
     table = pyarrow.parquet.read_table(tmp_path / "states.parquet")
     assert table.schema.metadata[b"dpoeng.trunk.width"] == b"64"
     plain = AutoModelForCausalLM.from_pretrained(model)
