@@ -152,17 +152,15 @@ def make_plan(request: PlanConfig) -> Plan:
         return needed_bytes(memory.peak, estimates) <= largest
 
     phase2 = _by_micro_batch(setup, pair, room_left, whole=request.whole)
-    evaluation = forward_memory(setup, [pair], policy=True)
     # Phase one holds the base whole on every card.
     bits = request.reference_quantization or request.quantization
     reference = replace(setup, quantization=bits, shards=1, trunk_layer=0)
-    phase1 = _by_tokens(reference, pair)
     plan = Plan(
         request=request,
         parameters=sum(parts.values()),
-        phase1=phase1,
+        phase1=_by_tokens(reference, pair),
         phase2=phase2,
-        evaluation=evaluation,
+        evaluation=forward_memory(setup, [pair], policy=True),
         two_models=step_memory(_two_models(setup), [pair]) if request.compare else None,
         estimates=estimates,
         options=_options(setup, pair) if request.compare else [],
