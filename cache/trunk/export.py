@@ -43,7 +43,7 @@ def export_states(view: View, layer: int, path: Path) -> int:
             where=str(path),
             expected=".parquet, for hidden states",
             found=path.suffix or "no ending",
-            remedy="give the file this ending",
+            remedy="rename the file to one of these endings",
         )
     index = _open(view, layer)
     from pyarrow import parquet
