@@ -110,7 +110,7 @@ def reference_stats(view: View, *, notes: int = 10) -> ReferenceStats:
     return ReferenceStats(
         rows=len(view),
         pairs=len(first),
-        contradictions=_contradictions(view, first),
+        contradictions=contradictions(view, first),
         prompt_tokens=_distribution(numbers.prompt_tokens),
         chosen_tokens=_distribution(numbers.chosen_tokens),
         rejected_tokens=_distribution(numbers.rejected_tokens),
@@ -125,7 +125,8 @@ def reference_stats(view: View, *, notes: int = 10) -> ReferenceStats:
     )
 
 
-def _contradictions(view: View, first: npt.NDArray[np.int64]) -> tuple[tuple[int, int], ...]:
+def contradictions(view: View, first: npt.NDArray[np.int64]) -> tuple[tuple[int, int], ...]:
+    """(row, row) of two pairs among `first` that are each other with chosen and rejected swapped."""
     seen: dict[bytes, int] = {}
     found = []
     for row in first.tolist():

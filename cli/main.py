@@ -29,6 +29,7 @@ COMMANDS = {
     "eval": ("dpoeng.cli.evaluate:evaluate", "Evaluate a trained adapter on cached pairs."),
     "compare": ("dpoeng.cli.compare:compare", "Show answers before and after training, side by side."),
     "check": ("dpoeng.cli.check:check", "Check preference pairs for anything that could spoil a run."),
+    "select": ("dpoeng.cli.select:select", "Choose pairs by what the cache knows of them, as a new view."),
     "report": ("dpoeng.cli.runs.report:report", "Write a run as one HTML page: curves, tables, configuration."),
     "watch": ("dpoeng.cli.runs.watch:watch", "Show a run in the terminal while it trains, from any shell."),
     "doctor": ("dpoeng.cli.doctor:doctor", "Check that this machine is ready: versions, GPU, disk, folders."),

@@ -1,0 +1,75 @@
+"""Writes some rows of a view as a view of its own: its table is new, the objects are those that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from dpoeng.cache.errors import CacheError
+from dpoeng.cache.folder import view_name
+from dpoeng.cache.reader import View
+from dpoeng.cache.records import ObjectRef, ViewRecord
+from dpoeng.cache.selection.rules import Rows
+from dpoeng.cache.store import Store
+from dpoeng.cache.table import Entries, ViewEntry, encode_table
+from dpoeng.cache.words import counted
+
+
+def write_rows(
+    root: Path, view: View, rows: Rows, name: str, about: Mapping[str, Any], *, force: bool = False
+) -> ViewRecord:
+    """Writes rows of `view`, in their order, as the view `name` of the same cache.
+
+    Args:
+        root: the cache.
+        view: of it.
+        rows: [n], at least one.
+        name: of the new view.
+        about: how the rows were chosen; goes to `meta` under `selection`.
+        force: whether a view of that name may be replaced. One that has the same bytes always may.
+
+    Raises:
+        CacheError: the name cannot be one, or is another view's.
+    """
+    view_name(name)
+    store = Store.open(root)
+    source = store.view_record(view.name)
+    entries = Entries(ViewEntry(*view.source(row), view.key(row), view.extra(row)) for row in rows.tolist())
+    places = np.array([view.place(row) for row in rows.tolist()], np.int64)  # [n, 2]
+    used = np.unique(places[:, 0])
+    objects = np.searchsorted(used, places[:, 0]).astype(np.int32)
+    data = encode_table(entries, objects, places[:, 1].astype(np.int32))
+    record = ViewRecord(
+        name,
+        source.spec,
+        ObjectRef(xxhash.xxh3_128_hexdigest(data), len(entries), len(data)),
+        tuple(source.objects[k] for k in used.tolist()),
+        tuple(entries.files),
+        {**source.meta, "selection": {"view": view.name, "table": source.table.name, **about}},
+    )
+    if name in store.views() and not force and store.view_record(name).encode() != record.encode():
+        raise CacheError(
+            "the cache has a view of this name, with other rows",
+            code="select-exists",
+            where=f"--output {name}",
+            expected="a new name",
+            found=f"view {name}, {counted(store.view_record(name).table.rows, 'row')}",
+            remedy="choose another name, or add --force to replace that view",
+            exit_status=2,
+        )
+    if name == view.name:
+        raise CacheError(
+            "a selection cannot take the place of the view that it is of",
+            code="select-exists",
+            where=f"--output {name}",
+            expected="a new name",
+            found="the name of the view itself",
+            remedy="choose another name: the whole view stays for other selections",
+            exit_status=2,
+        )
+    store.put_view(record, data)
+    return record

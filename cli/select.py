@@ -1,0 +1,115 @@
+"""`dpoeng select`: a view of the pairs that the cache itself marks as worth training on."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dpoeng.cache.words import counted
+from dpoeng.cli.cache.words import FOLDER, example
+from dpoeng.cli.options import force_option
+from dpoeng.cli.tables import Table, facts_table, json_option, say, say_json
+
+if TYPE_CHECKING:
+    from dpoeng.cache.selection.rules import Chosen
+
+_MEASURES = "margin, margin_per_token, length_difference"
+
+
+@click.command(
+    epilog=example(
+        "dpoeng select --cache refcache --output large --rule large --share 0.5",
+        "dpoeng select --cache refcache --output small --rule small --share 0.1 --against trained",
+        "dpoeng select --cache refcache --output clean --drop-duplicates --drop-contradictions --max-tokens 2048",
+    )
+)
+@click.option("--cache", "folder", type=FOLDER, default=Path("refcache"), show_default=True, help="The cache.")
+@click.option("--view", help="Which view to choose from.  [default: the only one]")
+@click.option("--output", required=True, help="Name of the new view.")
+@click.option("--by", default="margin", show_default=True,
+              help=f"The score of a pair: {_MEASURES}, or column:NAME for a number of yours. Margins are those of the "
+                   "reference, in nats.")  # fmt: skip
+@click.option("--against", help="A view of the same pairs by another model, e.g. after training: margins are then "
+                                "DPO's implicit reward gaps (policy less reference).")  # fmt: skip
+@click.option("--rule", type=click.Choice(["large", "small", "random"]),
+              help="Which scores to take first: the largest (arXiv 2502.14560), those nearest to 0 (2508.04149), or "
+                   "any. [default: all that the filters leave]")  # fmt: skip
+@click.option("--share", type=click.FloatRange(0, 1, min_open=True), help="Share of what the filters leave.")
+@click.option("--count", type=click.IntRange(1), help="The same as a number of pairs.")
+@click.option("--group-by", help="A column, e.g. category: the rule works within each of its values, and each keeps "
+                                 "its share of the whole.")  # fmt: skip
+@click.option("--balanced", is_flag=True, help="Take equally many of each value of --group-by, as far as there are.")
+@click.option("--min-score", type=float, help="Leave out pairs below.")
+@click.option("--max-score", type=float, help="Leave out pairs above.")
+@click.option("--max-tokens", type=click.IntRange(1), help="Leave out longer pairs: prompt and both responses.")
+@click.option("--drop-duplicates", is_flag=True, help="Keep the first of equal pairs.")
+@click.option("--drop-contradictions", is_flag=True, help="Leave out pairs that are another one swapped, and that one.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of --rule random.")
+@force_option
+@json_option
+def select(folder: Path, view: str | None, output: str, against: str | None, force: bool, as_json: bool,
+           **options: Any) -> None:  # fmt: skip
+    """Choose pairs by what the cache knows of them, as a new view. No number is copied, and no model is loaded."""
+    _check(options)
+    from dpoeng.cache.reader import View
+    from dpoeng.cache.selection.rules import Rules, choose
+    from dpoeng.cache.selection.views import write_rows
+
+    rules = Rules(least=options.pop("min_score"), most=options.pop("max_score"), **options)
+    opened = View.open(folder, view, beside=output if view is None else None)
+    other = View.open(folder, against) if against is not None else None
+    chosen = choose(opened, rules, other)
+    about = {**rules.record(), **({"against": against, "against_spec": other.spec.digest} if other else {})}
+    write_rows(folder, opened, chosen.rows, output, about, force=force)
+    if as_json:
+        say_json(_record(opened.name, output, chosen))
+        return
+    _print(opened.name, output, chosen, rules.by)
+    say(f"\nNext: {shlex.join(['dpoeng', 'train', '--cache', str(folder), '--view', output])}")
+
+
+def _check(options: dict[str, Any]) -> None:
+    """Raises click.UsageError for options that do not go together: one that does nothing is refused."""
+    by, rule, sized = options["by"], options["rule"], [n for n in ("share", "count") if options[n] is not None]
+    if by not in _MEASURES.split(", ") and not by.startswith("column:"):
+        raise click.UsageError(f"--by {by} is none of {_MEASURES}, column:NAME")
+    if len(sized) > 1 or (rule is None) != (not sized):
+        raise click.UsageError("--rule says which pairs, --share or --count how many: give --rule and one of these two")
+    if options["balanced"] and options["group_by"] is None:
+        raise click.UsageError("--balanced needs --group-by, the column whose values get equally many pairs")
+    if rule is None and options["group_by"] is not None:
+        raise click.UsageError("--group-by has no effect without --rule")
+
+
+def _record(source: str, output: str, chosen: Chosen) -> dict[str, Any]:
+    return {
+        "view": output,
+        "of": source,
+        "rows": len(chosen.rows),
+        "rows_before": len(chosen.scores),
+        "left_out": chosen.left_out,
+        "groups": {value: {"rows": kept, "rows_before": held} for value, (kept, held) in chosen.groups.items()},
+        "score": {"mean": float(chosen.scores[chosen.rows].mean()), "mean_before": float(chosen.scores.mean())},
+    }
+
+
+def _print(source: str, output: str, chosen: Chosen, by: str) -> None:
+    kept, everything = chosen.scores[chosen.rows], chosen.scores
+    say(
+        facts_table(
+            [
+                ("view", f"{output}, {counted(len(kept), 'row')} of {len(everything):,} of {source}"),
+                (f"mean {by}", f"{kept.mean():.4g}, before {everything.mean():.4g}"),
+                (f"{by} from, to", f"{kept.min():.4g} to {kept.max():.4g}, before {everything.min():.4g} to "
+                                   f"{everything.max():.4g}"),
+            ]
+        )
+    )  # fmt: skip
+    if chosen.left_out:
+        say(Table([(reason, f"{count:,}") for reason, count in chosen.left_out.items()], ("left out", "rows")))
+    if chosen.groups:
+        rows = [(value, f"{kept:,}", f"{held:,}") for value, (kept, held) in chosen.groups.items()]
+        say(Table(rows, ("group", "kept", "rows")))

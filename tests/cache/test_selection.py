@@ -1,0 +1,213 @@
+"""`dpoeng select`: which rows are kept, worked by hand; the view that it writes; what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from dpoeng.cache.errors import UserError
+from dpoeng.cache.reader import View
+from dpoeng.cache.schema import PairIds, ScoredPair, as_ids, pair_key
+from dpoeng.cache.selection.rules import Rules, choose, quotas
+from dpoeng.cache.spec import ReferenceSpec
+from dpoeng.cache.store import Store
+from dpoeng.cache.table import ViewEntry
+from dpoeng.cache.verify import verify
+from dpoeng.cli.select import select
+
+# Sums of chosen and rejected, and a category. Margins 3, -1, 0.5, -4, 2, 0.5; row 5 is row 2 again.
+SUMS = [(-1.0, -4.0), (-3.0, -2.0), (-1.5, -2.0), (-6.0, -2.0), (-2.0, -4.0), (-1.5, -2.0)]
+KINDS = ["a", "a", "b", "a", "b", "b"]
+
+
+def pair(number: int, chosen: float, rejected: float) -> ScoredPair:
+    """Prompt of 1 token, chosen of 2, rejected of 1 + `number` tokens."""
+    ids = PairIds(as_ids([number]), as_ids([1, 2]), as_ids(range(3, 4 + number)))
+    return ScoredPair(ids, np.full(2, chosen / 2, np.float32), np.full(1 + number, rejected / (1 + number), np.float32))
+
+
+def made(root: Path, sums: Sequence[tuple[float, float]], name: str = "pairs", spec: str = "reference") -> View:
+    rows = [pair(2 if i == 5 else i, *both) for i, both in enumerate(sums)]
+    store = Store.open(root, create=True)
+    digest = store.put_spec(ReferenceSpec.from_fields({"model": spec}))
+    store.commit_shard(digest, [*rows[:3], *rows[3:5]], {})
+    store.seal(digest)
+    entries = [
+        ViewEntry("pairs.jsonl", i + 1, pair_key(row.ids), {"kind": kind, "score": i / 2})
+        for i, (row, kind) in enumerate(zip(rows, KINDS, strict=False))
+    ]
+    store.write_view(digest, name, entries, {"max_length": 64})
+    return View.open(root, name)
+
+
+@pytest.fixture
+def view(tmp_path: Path) -> View:
+    return made(tmp_path / "refcache", SUMS)
+
+
+@pytest.mark.parametrize(
+    ("rules", "rows", "left_out"),
+    [
+        (Rules(rule="large", count=2), [0, 4], {"not among the largest scores": 4}),
+        (Rules(rule="small", count=3), [1, 2, 5], {"not among the scores nearest to 0": 3}),
+        (Rules(rule="small", count=1), [2], {"not among the scores nearest to 0": 5}),  # of two equals the earlier
+        # A third of 6 is 2, one of each group: half of 2 in proportion to 3 and 3.
+        (Rules(rule="large", share=1 / 3, group_by="kind"), [0, 4], {"not among the largest scores": 4}),
+        (Rules(rule="large", count=1, by="length_difference"), [0], {"not among the largest scores": 5}),
+        (Rules(rule="large", count=2, by="column:score"), [4, 5], {"not among the largest scores": 4}),
+        # Per token: -0.5 + 4, -1.5 + 1, -0.75 + 2/3, -3 + 0.5, -1 + 0.8, as row 2.
+        (Rules(rule="small", count=2, by="margin_per_token"), [2, 5], {"not among the scores nearest to 0": 4}),
+        (Rules(least=0, most=2.5), [2, 4, 5], {"margin below 0": 2, "margin above 2.5": 1}),
+        (Rules(drop_duplicates=True), [0, 1, 2, 3, 4], {"equal to an earlier pair": 1}),
+        # Tokens 4, 5, 6, 7, 8, 6; the duplicate counts under its first reason.
+        (Rules(drop_duplicates=True, max_tokens=5), [0, 1],
+         {"equal to an earlier pair": 1, "longer than 5 tokens": 3}),
+        # The filters leave 0, 2, 4 and 5; half of these are two.
+        (Rules(rule="large", share=0.5, least=0), [0, 4], {"margin below 0": 2, "not among the largest scores": 2}),
+    ],
+)  # fmt: skip
+def test_which_rows_are_kept(view: View, rules: Rules, rows: list[int], left_out: dict[str, int]) -> None:
+    chosen = choose(view, rules)
+    assert (chosen.rows.tolist(), chosen.left_out) == (rows, left_out)
+    assert len(rows) + sum(left_out.values()) == len(view)
+
+
+def test_random_rows_are_those_of_the_seed(view: View) -> None:
+    drawn = {tuple(choose(view, Rules(rule="random", count=3, seed=seed)).rows.tolist()) for seed in range(20)}
+    assert len(drawn) > 5
+    again = choose(view, Rules(rule="random", count=3, seed=4)).rows.tolist()
+    assert choose(view, Rules(rule="random", count=3, seed=4)).rows.tolist() == again
+
+
+def test_gaps_against_another_model(view: View, tmp_path: Path) -> None:
+    """The policy raised row 3's chosen response by 5 nats, and nothing else: gaps 0, 0, 0, 5, 0, 0."""
+    sums = [(c + 5 * (i == 3), r) for i, (c, r) in enumerate(SUMS)]
+    policy = made(tmp_path / "refcache", sums, "trained", "policy")
+    chosen = choose(view, Rules(rule="large", count=1), policy)
+    assert chosen.rows.tolist() == [3]
+    assert chosen.scores.tolist() == pytest.approx([0, 0, 0, 5, 0, 0], abs=1e-6)
+    few = made(tmp_path / "refcache", SUMS[:2], "few", "policy")
+    with pytest.raises(UserError, match="missing") as caught:
+        choose(view, Rules(rule="large", count=1), few)
+    assert caught.value.code == "select-against"
+
+
+def test_swapped_pairs_are_both_left_out(tmp_path: Path) -> None:
+    one = pair(1, -1.0, -2.0)
+    other = ScoredPair(one.ids.swapped(), one.rejected_logps, one.chosen_logps)
+    store = Store.open(tmp_path / "refcache", create=True)
+    digest = store.put_spec(ReferenceSpec.from_fields({"model": "m"}))
+    rows = [one, pair(2, -1.0, -2.0), other]
+    store.commit_shard(digest, rows, {})
+    entries = [ViewEntry("p.jsonl", i + 1, pair_key(row.ids)) for i, row in enumerate([*rows, one])]
+    store.write_view(digest, "pairs", entries, {})
+    chosen = choose(View.open(tmp_path / "refcache"), Rules(drop_contradictions=True))
+    assert (chosen.rows.tolist(), chosen.left_out) == ([1], {"swapped in another pair": 3})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "total", "balanced", "expected"),
+    [
+        ([6, 3, 1], 5, False, [3, 2, 0]),  # 3, 1.5 and 0.5: the earlier of two equal fractions is rounded up
+        ([6, 3, 1], 10, False, [6, 3, 1]),
+        ([6, 3, 1], 99, True, [6, 3, 1]),
+        ([6, 3, 1], 5, True, [2, 2, 1]),
+        ([6, 1, 1], 6, True, [4, 1, 1]),
+        ([6, 3, 1], 2, True, [1, 1, 0]),
+    ],
+)
+def test_quotas(sizes: list[int], total: int, balanced: bool, expected: list[int]) -> None:
+    found = quotas(sizes, total, balanced=balanced)
+    assert sum(found) == min(total, sum(sizes))
+    assert found == expected
+
+
+@pytest.fixture
+def run() -> Callable[..., dict[str, Any]]:
+    def invoke(*arguments: object) -> dict[str, Any]:
+        result = CliRunner().invoke(select, [str(argument) for argument in arguments])
+        if isinstance(result.exception, UserError):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return json.loads(result.output) if "--json" in arguments else {"text": result.output}
+
+    return invoke
+
+
+def test_the_view_that_is_written(view: View, tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:
+    root = tmp_path / "refcache"
+    objects = sorted(path.name for path in root.glob("objects/*/*"))
+    line = (
+        "--cache",
+        root,
+        "--view",
+        "pairs",
+        "--output",
+        "best",
+        "--rule",
+        "large",
+        "--count",
+        3,
+        "--group-by",
+        "kind",
+    )
+    found = run(*line, "--balanced", "--json")
+    assert found["groups"] == {"a": {"rows": 2, "rows_before": 3}, "b": {"rows": 1, "rows_before": 3}}
+    assert (found["rows"], found["left_out"]) == (3, {"not among the largest scores": 3})
+    written = View.open(root, "best")
+    assert [written.source(i)[1] for i in range(3)] == [1, 2, 5]
+    for i, row in enumerate((0, 1, 4)):
+        assert written.key(i) == view.key(row)
+        assert written[i].chosen_logps.tolist() == view[row].chosen_logps.tolist()
+        assert written.extra(i) == view.extra(row)
+    assert written.spec.digest == view.spec.digest
+    assert written.meta["selection"]["view"] == "pairs"
+    assert sorted(path.name for path in root.glob("objects/*/*")) == objects  # no copy
+    assert verify(root, depth="all").ok
+    before = (root / "views" / "best.json").read_bytes()
+    assert "6 of pairs" in run(*line, "--balanced")["text"]  # the same again is the same
+    assert (root / "views" / "best.json").read_bytes() == before
+    with pytest.raises(UserError) as caught:
+        run(*line)
+    assert caught.value.code == "select-exists"
+    run(*line, "--force")
+    with pytest.raises(UserError, match="the view itself"):
+        run("--cache", root, "--view", "pairs", "--output", "pairs", "--min-score", 0, "--force")
+
+
+@pytest.mark.parametrize(
+    ("more", "code"),
+    [
+        (("--by", "column:none", "--rule", "large", "--count", 1), "select-column"),
+        (("--by", "column:kind", "--rule", "large", "--count", 1), "select-column"),
+        (("--group-by", "none", "--rule", "large", "--count", 1), "select-column"),
+        (("--min-score", 9), "select-nothing"),
+    ],
+)
+def test_what_is_refused(view: View, tmp_path: Path, run: Any, more: tuple[object, ...], code: str) -> None:
+    with pytest.raises(UserError) as caught:
+        run("--cache", tmp_path / "refcache", "--output", "new", *more)
+    assert caught.value.code == code
+    assert Store.open(tmp_path / "refcache").views() == ["pairs"]
+
+
+@pytest.mark.parametrize(
+    "more", [("--rule", "large"), ("--share", 0.5), ("--rule", "large", "--share", 0.5, "--count", 1), ("--by", "x"),
+             ("--balanced",), ("--group-by", "kind")],
+)  # fmt: skip
+def test_an_option_without_effect_is_refused(view: View, tmp_path: Path, more: tuple[object, ...]) -> None:
+    arguments = ("--cache", tmp_path / "refcache", "--output", "new", *more)
+    assert CliRunner().invoke(select, [str(argument) for argument in arguments]).exit_code == 2
+
+
+def test_no_torch_is_imported() -> None:
+    program = "import sys, dpoeng.cli.select, dpoeng.cache.selection.views; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "False"
