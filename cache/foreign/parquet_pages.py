@@ -64,7 +64,7 @@ def _chunk(file: IO[bytes], size: int, chunk: Any, left: int) -> tuple[int, int,
         expanded, stored = header.get(_EXPANDED, -1), header.get(_STORED, -1)
         data = header.get(_DATA, header.get(_DATA_V2, {}))
         count = data.get(_VALUES, 0) if isinstance(data, dict) else -1
-        if min(expanded, stored, count) < 0:
+        if not all(isinstance(size, int) and size >= 0 for size in (expanded, stored, count)):
             raise FramingError("a page of less than no bytes")
         largest, values, pages = max(largest, expanded), values + count, pages + 1
         at = behind + stored

@@ -114,12 +114,19 @@ def parquet_batches(path: Path) -> Iterator[Batch]:
 
 
 def _repeating(metadata: Any) -> list[str]:
-    """Columns of texts with a dictionary. They stay one: written out, 64 MiB times 256 rows would be in memory."""
+    """Columns of texts with a dictionary. They stay one: written out, 64 MiB times 256 rows would be in memory.
+
+    Raises:
+        FramingError: a row group names a column that the schema does not have.
+    """
     found = set()
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for chunk in map(group.column, range(metadata.num_columns)):
             if chunk.physical_type == "BYTE_ARRAY" and chunk.has_dictionary_page:
                 found.add(chunk.path_in_schema)
+    unknown = found - {metadata.schema.column(i).path for i in range(metadata.num_columns)}
+    if unknown:
+        raise FramingError(f"a row group has the column {min(unknown)!r}, which the schema has not")
     return sorted(found)
 
 

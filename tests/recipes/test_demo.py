@@ -92,13 +92,15 @@ def test_the_printed_commands_give_the_configs_that_are_run(quantization: str, c
     assert (program, name) == ("dpoeng", "precompute-ref")
     options = parsed(precompute_ref, words)
     pairs = options.pop("pairs")
-    options.pop("config_file", None)
+    for name in ("config_file", "as_json"):
+        options.pop(name, None)
     assert load_config(PrecomputeConfig, {**given(options), "pairs": pairs}) == first
 
     program, name, *words = shlex.split(cli.command("train", second))
     assert (program, name) == ("dpoeng", "train")
     options = parsed(train, words)
-    options.pop("config_file", None)
+    for name in ("config_file", "as_json"):
+        options.pop(name, None)
     assert load_config(TrainConfig, given(options)) == second
 
 

@@ -605,8 +605,8 @@ def test_an_adapter_left_on_while_scoring_is_refused(
     """Fault 60: the cache says "base alone", its numbers are those of base + adapter."""
     real = precompute_module.load_reference
 
-    def adapter_left_on(config: Any, source: Any, _: Any, *more: Any) -> Any:
-        return real(config, source, find_adapter(str(adapter)), *more)
+    def adapter_left_on(config: Any, source: Any, _: Any, *more: Any, **named: Any) -> Any:
+        return real(config, source, find_adapter(str(adapter)), *more, **named)
 
     monkeypatch.setattr(precompute_module, "load_reference", adapter_left_on)
     precompute(write_jsonl(tmp_path / "pairs.jsonl", pair_rows(12)), tiny_model, tmp_path / "cache")
