@@ -33,7 +33,8 @@ def output_options(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def with_outputs(*args: Any, **options: Any) -> None:
         outputs = Outputs(*(options.pop(name) for name in Outputs._fields))
-        refuse_outputs(outputs, options.get("pairs") or ())  # a measurement may take hours
+        files = options.get("pairs")  # in two commands a number
+        refuse_outputs(outputs, files if isinstance(files, tuple) else ())  # a measurement may take hours
         command(*args, outputs=outputs, **options)
 
     path = click.Path(path_type=Path)

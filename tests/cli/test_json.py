@@ -80,10 +80,14 @@ CASES: dict[str, Check] = {
     "cache import rows.jsonl --model model --cache d": lambda v: (v["rows"], v["added"]) == (12, 12),
     "cache merge e c": lambda v: v[0]["source"] == "c" and len(v[0]["views"]) == 1,
     "cache gc c": lambda v: v["removed"] is False,
+    "select --cache c --output some --rule large --count 4": lambda v: v["rows"] == 4 and v["rows_before"] == 12,
     "bench checks": lambda v: all(check["ok"] is (check["value"] <= check["limit"]) for check in v),
     "bench cache --pairs 200 --weight-bytes 100000": lambda v: v[0]["kind"] == "cache",
-    "bench step --model model --pairs 1 --prompt 8 --chosen 8 --rejected 8": lambda v: v[0]["kind"] == "step",
+    "bench step --model model --batch-size 1 --prompt 8 --chosen 8 --rejected 8": lambda v: v[0]["kind"] == "step",
     "plan --model model --gpu 24gb --max-length 64 --no-compare": lambda v: v["cards"][0]["fits"] is True,
+    "bench offload --model model --pairs 2 --tokens 4 --steps 1 --record steps.jsonl": lambda v: (
+        v[0]["kind"] == "offload"
+    ),
     "bench phases --repeats 1 --steps 1 --layers 1 --width 64 --batch-size 1": lambda v: v[0]["kind"] == "phases",
 }
 SLOW = {"bench", "plan", "doctor", "quantize", "sweep"}
