@@ -75,7 +75,7 @@ def compare(
     trained = find_trained(path)
     overrides = given(options)
     if "view" in overrides:  # prompts of this view, not of the one that the run was evaluated on
-        overrides["eval_view"] = None
+        overrides |= {"eval_view": None, "mix_with": (), "mix": None}
     found = compare_prompts(
         trained,
         run_config(trained, overrides),

@@ -64,6 +64,8 @@ def evaluate(path: Path, pairs: Literal["held-out", "all"] | None, as_json: bool
         pairs = "all"
     if pairs == "all" and "view" in overrides:  # that view, which may be the one that the run was evaluated on
         overrides.setdefault("eval_view", None)
+    if "view" in overrides:  # and no other beside it
+        overrides |= {"mix_with": (), "mix": None}
     found = evaluate_trained(trained, run_config(trained, overrides), pairs, TerminalProgress())
     if as_json:
         say_json(found.record())

@@ -14,6 +14,7 @@ from dpoeng.cache.analytics import contradictions
 from dpoeng.cache.errors import CacheError
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import first_of_each
+from dpoeng.cache.selection.mixed import AnyView
 from dpoeng.cache.words import counted
 
 Floats = npt.NDArray[np.float64]
@@ -144,7 +145,7 @@ def _filter(view: View, rules: Rules, scores: Floats, drop: Any) -> None:
         drop(f"{rules.by} above {rules.most:g}", scores > rules.most)
 
 
-def pair_scores(view: View, by: str, against: View | None = None) -> Floats:
+def pair_scores(view: AnyView, by: str, against: View | None = None) -> Floats:
     """The score of every row, [N]; see `Rules.by` and `choose`. Margins are in nats. Raises CacheError as `choose`."""
     if by.startswith(COLUMN):
         return np.array([_number(view, row, by.removeprefix(COLUMN)) for row in range(len(view))], np.float64)
@@ -161,7 +162,7 @@ def pair_scores(view: View, by: str, against: View | None = None) -> Floats:
     return chosen - rejected
 
 
-def _number(view: View, row: int, column: str) -> float:
+def _number(view: AnyView, row: int, column: str) -> float:
     value = view.extra(row).get(column)
     if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
         file, line = view.source(row)
@@ -177,7 +178,7 @@ def _number(view: View, row: int, column: str) -> float:
     return float(value)
 
 
-def _same_pairs(view: View, against: View) -> Rows:
+def _same_pairs(view: AnyView, against: View) -> Rows:
     """The row of `against` with the same pair, for every row."""
     place = {against.key(row): row for row in range(len(against))}
     found = np.array([place.get(view.key(row), -1) for row in range(len(view))], np.int64)

@@ -273,6 +273,26 @@ class TrainConfig(_Config):
 
     cache: Path = Field(Path("refcache"), description="The reference cache that precompute-ref wrote.")
     view: str | None = Field(None, description="Which set of pairs in the cache. Default: the only one.")
+    mix_with: tuple[str, ...] = Field(
+        (),
+        description="Further sets of pairs to train on: views of the cache, or FOLDER:VIEW of another one with the "
+        "same reference.",
+    )
+    mix: tuple[float, ...] | None = Field(
+        None,
+        min_length=2,
+        description="How often pairs of each set are trained on, the one of view first, e.g. 0.7,0.3; an epoch has as "
+        "many pairs as there are. Default: each pair once an epoch.",
+    )
+    order: Literal["random", "easy_first", "hard_first"] = Field(
+        "random", description="Order of the pairs within each epoch; easy ones have the largest order_by."
+    )
+    order_by: str = Field(
+        "margin",
+        pattern="^(margin|margin_per_token|column:.+)$",
+        description="With order: the reference's margin or margin_per_token in nats, or column:NAME, a number of "
+        "yours.",
+    )
     eval_view: str | None = Field(None, description="A set of pairs in the cache to evaluate on.")
     eval_share: float = Field(
         0.1, ge=0, lt=1, description="Without eval_view: share of prompts held out for evaluation; 0 for none."
@@ -610,6 +630,22 @@ class TrainConfig(_Config):
             raise ValueError(f"cache and output_dir are the same folder, {self.cache}; a run cannot write into a cache")
         if self.eval_view is not None and self.eval_view == self.view:
             raise ValueError(f"view and eval_view are both {self.view}; name other pairs to evaluate on")
+        return self
+
+    @model_validator(mode="after")
+    def _mixture_fits(self) -> TrainConfig:
+        if self.mix is not None and len(self.mix) != 1 + len(self.mix_with):
+            raise ValueError(
+                f"mix has {len(self.mix)} numbers for {1 + len(self.mix_with)} sets of pairs (view, then mix_with); "
+                "give one each"
+            )
+        if self.mix is not None and min(self.mix) <= 0:
+            raise ValueError("mix takes numbers above 0; leave a set out that is not to be trained on")
+        named = [name for name in (self.view, self.eval_view, *self.mix_with) if name is not None]
+        if twice := {name for name in self.mix_with if named.count(name) > 1}:
+            raise ValueError(f"{', '.join(sorted(twice))} is named twice among view, mix_with and eval_view")
+        if self.order == "random" and self.order_by != type(self).model_fields["order_by"].default:
+            raise ValueError("order_by has no effect with order random")
         return self
 
     @model_validator(mode="after")

@@ -95,6 +95,10 @@ class TrainSettings(LossFields, total=False):
     """Of `dpoeng.train`."""
 
     view: str | None
+    mix_with: str | Sequence[str]
+    mix: Sequence[float] | None
+    order: Literal["random", "easy_first", "hard_first"]
+    order_by: str
     eval_view: str | None
     eval_share: float
     resume: bool | None

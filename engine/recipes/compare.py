@@ -9,6 +9,7 @@ from typing import Any
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import IdArray, as_ids
+from dpoeng.cache.selection.mixed import AnyView
 from dpoeng.engine.config.fields import TrainConfig
 from dpoeng.engine.data.chat import to_sides
 from dpoeng.engine.data.encoding import encode
@@ -34,7 +35,7 @@ class Generation:
 def compare_generations(
     trained: Trained,
     config: TrainConfig,
-    view: View,
+    view: AnyView,
     prompts_of: Callable[[Any], Sequence[IdArray]],
     *,
     special: bool = False,
@@ -106,7 +107,7 @@ def compare_prompts(
     return found
 
 
-def held_out_prompts(view: View, eval_view: View | None, config: TrainConfig, count: int) -> list[IdArray]:
+def held_out_prompts(view: AnyView, eval_view: View | None, config: TrainConfig, count: int) -> list[IdArray]:
     """The first `count` different prompts that a run held out, or of the view where it held out none."""
     held_out = Rows(eval_view or view, split(view, eval_view, config)[1])
     first: dict[bytes, IdArray] = {}

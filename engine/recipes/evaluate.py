@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from dpoeng.cache.errors import UserError
-from dpoeng.cache.reader import View
+from dpoeng.cache.selection.mixed import AnyView
 from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import Mode, TrainConfig
 from dpoeng.engine.losses.batch import PreferenceLoss
@@ -78,7 +78,7 @@ def find_trained(path: Path) -> Trained:
     return Trained(folder, record["config"], record["adapter_mode"])
 
 
-def load_trained(trained: Trained, config: TrainConfig, view: View, *, tokenizer: bool = False) -> CausalLM:
+def load_trained(trained: Trained, config: TrainConfig, view: AnyView, *, tokenizer: bool = False) -> CausalLM:
     """The policy after training, ready to score: the base with its adapters, or the checkpoint that was trained whole.
 
     Where the reference has an adapter it is loaded too, so that `before_training` can go back to it.
@@ -103,7 +103,7 @@ def load_trained(trained: Trained, config: TrainConfig, view: View, *, tokenizer
 def before_and_after(
     trained: Trained,
     config: TrainConfig,
-    view: View,
+    view: AnyView,
     before: Callable[[CausalLM], Before],
     after: Callable[[CausalLM], After],
     *,
@@ -137,7 +137,7 @@ def before_and_after(
     return earlier, after(load_trained(trained, config, view, tokenizer=tokenizer))
 
 
-def _ready(lm: CausalLM, config: TrainConfig, view: View) -> CausalLM:
+def _ready(lm: CausalLM, config: TrainConfig, view: AnyView) -> CausalLM:
     set_mode(lm, training=False)
     choose_layout(lm, config.layout, config.attention, longest_text(view[row].ids for row in range(len(view))))
     return lm
@@ -220,7 +220,7 @@ def evaluate_trained(
     )
 
 
-def _open_rows(trained: Trained, config: TrainConfig, which: Which) -> tuple[View, Rows]:
+def _open_rows(trained: Trained, config: TrainConfig, which: Which) -> tuple[AnyView, Rows]:
     """The training view, which the model before training is compared with, and the rows to evaluate.
 
     Raises:
@@ -245,7 +245,7 @@ def _open_rows(trained: Trained, config: TrainConfig, which: Which) -> tuple[Vie
     return view, rows
 
 
-def _check_pairs_of_run(trained: Trained, view: View) -> None:
+def _check_pairs_of_run(trained: Trained, view: AnyView) -> None:
     """Raise if the view changed since training: a new split would hold out pairs that the run trained on."""
     file = trained.folder.parent / RUN_FILE
     trained_on = read_json(file, dict, ("identity",))["identity"].get("pairs") if trained.run is not None else None

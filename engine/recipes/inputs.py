@@ -15,9 +15,11 @@ from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.cache.records import ROW_KINDS
 from dpoeng.cache.schema import pair_key
+from dpoeng.cache.selection.mixed import AnyView
 from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import TrainConfig
 from dpoeng.engine.losses.names import LOSS_FACTS, facts_of
+from dpoeng.engine.recipes.phase_two.mixing import arrangement_of, with_others
 from dpoeng.engine.training.order import Schedule, hold_out, plan_schedule
 from dpoeng.engine.training.rows import HeldOut, Rows, WeightArray
 
@@ -27,14 +29,14 @@ class Split:
     """Opened views, and their rows on both sides of the held-out split.
 
     Attributes:
-        view: the training view.
+        view: the training view, or several as one.
         eval_view: the evaluation view, where one is named; otherwise rows of `view` are held out.
         train: rows to train on.
         held_out: rows to evaluate on.
         overlap: a sentence about pairs or prompts on both sides; empty if there are none.
     """
 
-    view: View
+    view: AnyView
     eval_view: View | None
     train: Rows
     held_out: Rows
@@ -58,7 +60,7 @@ class Inputs:
     schedule: Schedule
 
     @property
-    def view(self) -> View:
+    def view(self) -> AnyView:
         """The training view."""
         return self.split.view
 
@@ -79,25 +81,26 @@ class Inputs:
         return self.schedule.total_steps * min(self.schedule.batch, len(self.train_rows))
 
 
-def open_views(config: TrainConfig, open_view: Callable[..., View] = View.open) -> tuple[View, View | None]:
+def open_views(config: TrainConfig, open_view: Callable[..., View] = View.open) -> tuple[AnyView, View | None]:
     """Opens the training view and, where one is named, the evaluation view.
 
     Args:
-        config: `cache`, `view` and `eval_view` are read.
+        config: `cache`, `view`, `mix_with` and `eval_view` are read.
         open_view: `View.open`, or a function that keeps what it has opened.
 
     Raises:
         CacheError: no such view, or a damaged one.
         UserError: the loss is not one of such rows.
     """
-    view = open_view(config.cache, config.view, beside=config.eval_view, rows=ROW_KINDS)
+    one = open_view(config.cache, config.view, beside=config.eval_view, rows=ROW_KINDS)
+    view = with_others(config, one, open_view)
     eval_view = open_view(config.cache, config.eval_view, rows=ROW_KINDS) if config.eval_view else None
     for opened in (view, *([eval_view] if eval_view else [])):
         _check_loss(config, opened)
     return view, eval_view
 
 
-def _check_loss(config: TrainConfig, view: View) -> None:
+def _check_loss(config: TrainConfig, view: AnyView) -> None:
     wanted = facts_of(config.loss_type[0]).rows
     if view.rows != wanted:
         fitting = [name for name, known in LOSS_FACTS.items() if known.rows == view.rows]
@@ -152,11 +155,12 @@ def open_inputs(config: TrainConfig, open_split: Callable[[TrainConfig], Split] 
             epochs=config.num_train_epochs,
             max_steps=config.max_steps,
             seed=config.seed,
+            arrangement=arrangement_of(config, opened.view, opened.train.indices),
         ),
     )
 
 
-def refuse_sums_for_tokens(ld_alpha: float | None, view: View) -> None:
+def refuse_sums_for_tokens(ld_alpha: float | None, view: AnyView) -> None:
     """Raises UserError where the loss weighs single tokens and the cache holds sums only."""
     if view.spec.holds_sums and ld_alpha is not None:
         raise UserError(
@@ -169,7 +173,7 @@ def refuse_sums_for_tokens(ld_alpha: float | None, view: View) -> None:
         )
 
 
-def split(view: View, eval_view: View | None, config: TrainConfig) -> tuple[list[int], list[int]]:
+def split(view: AnyView, eval_view: View | None, config: TrainConfig) -> tuple[list[int], list[int]]:
     """Rows to train on and rows to evaluate on. With `eval_view`, all of each."""
     if eval_view is not None:
         if eval_view.spec.digest != view.spec.digest:
@@ -213,12 +217,12 @@ def check_held_out(config: TrainConfig, count: int) -> None:
         )
 
 
-def _response_key(view: View, row: int) -> tuple[bytes, bytes]:
+def _response_key(view: AnyView, row: int) -> tuple[bytes, bytes]:
     ids = view[row].ids
     return ids.prompt_ids.tobytes(), ids.chosen_ids.tobytes()
 
 
-def check_apart(view: View, eval_view: View) -> str:
+def check_apart(view: AnyView, eval_view: View) -> str:
     """Describe pairs and prompts that are both trained and evaluated on; empty where there are none.
 
     As in `dpoeng check --eval` a pair is the same either way round; texts are compared by their token ids.

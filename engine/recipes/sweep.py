@@ -230,7 +230,7 @@ class _Looker:
 
     def _split(self, config: TrainConfig) -> tuple[Split, str]:
         """The split of a run, and the hash over its held-out pairs."""
-        key = (config.cache, config.view, config.eval_view, config.eval_share, config.seed)
+        key = (config.cache, config.view, config.mix_with, config.eval_view, config.eval_share, config.seed)
         if key not in self._splits:
             split = open_split(config, self._open_view)
             held_out = split.held_out

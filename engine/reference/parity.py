@@ -12,6 +12,7 @@ import numpy as np
 
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import ScoredPair
+from dpoeng.cache.selection.mixed import AnyView
 from dpoeng.cache.store import Store
 from dpoeng.cache.trunk.index import TrunkIndex, trunks_of
 from dpoeng.engine.config.fields import PrecomputeConfig
@@ -82,7 +83,7 @@ def spread(rows: Sequence[int], count: int) -> list[int]:
 
 def compare_with_cache(
     lm: CausalLM,
-    view: View | Sequence[ScoredPair],
+    view: AnyView | Sequence[ScoredPair],
     rows: Sequence[int],
     *,
     beta: float,
@@ -93,7 +94,7 @@ def compare_with_cache(
 
     Where the view holds sums only, a response's difference is spread evenly over its tokens.
     """
-    sums = isinstance(view, View) and view.spec.holds_sums
+    sums = isinstance(view, AnyView) and view.spec.holds_sums
     cached = [view[row] for row in rows]
     diffs: list[np.ndarray[Any, np.dtype[np.float64]]] = []
     margins: list[float] = []

@@ -8,6 +8,8 @@ from typing import Any
 import xxhash
 
 from dpoeng.cache.reader import View
+from dpoeng.cache.selection.mixed import AnyView, MixedView
+from dpoeng.cache.selection.rules import pair_scores
 from dpoeng.engine.config.fields import Mode, TrainConfig
 from dpoeng.engine.losses.own import OwnLoss
 
@@ -15,12 +17,12 @@ from dpoeng.engine.losses.own import OwnLoss
 FREE_TO_CHANGE = frozenset(
     "cache output_dir resume model adapter device logging_steps eval_steps save_steps save_total_limit "
     "fsdp per_device_eval_batch_size parity_pairs parity_tolerance eval_group_by report_to run_name "
-    "activation_offloading layer_offloading offload_gib offload_folder".split()
+    "activation_offloading layer_offloading offload_gib offload_folder mix_with".split()
 )
 
 
 def run_identity(
-    config: TrainConfig, view: View, eval_view: View | None, mode: Mode, trunk_layer: int | None = None
+    config: TrainConfig, view: AnyView, eval_view: View | None, mode: Mode, trunk_layer: int | None = None
 ) -> dict[str, Any]:
     """All that determines the result of a run: what a continuation must have in common with its beginning.
 
@@ -31,9 +33,11 @@ def run_identity(
     del settings["trunk_layer"]
     if trunk_layer is not None:
         settings["trunk_layer"] = trunk_layer
+    if config.order == "random":  # as before there was another order
+        del settings["order"], settings["order_by"]
     if config.watches_a_metric:
         settings["eval_steps"] = config.eval_steps
-    identity = {
+    identity: dict[str, Any] = {
         "settings": settings,
         "reference": view.spec.digest,
         "pairs": rows_digest(view),
@@ -42,6 +46,10 @@ def run_identity(
     if view.rows != "pairs":
         identity["scores"] = scores_digest(view)
         identity["eval_scores"] = scores_digest(eval_view) if eval_view is not None else None
+    if isinstance(view, MixedView):
+        identity["mixed"] = [len(part) for part in view.parts]
+    if config.order != "random":
+        identity["order_scores"] = xxhash.xxh3_128_hexdigest(pair_scores(view, config.order_by).tobytes())
     if own := [name for name in config.loss_type if isinstance(name, OwnLoss)]:
         identity["own_loss"] = {name: name.digest for name in own}
     if config.pair_weight_column is not None:
@@ -49,7 +57,7 @@ def run_identity(
     return identity
 
 
-def rows_digest(view: View) -> str:
+def rows_digest(view: AnyView) -> str:
     """One hash over the pair keys of a view, in order."""
     digest = xxhash.xxh3_128()
     for row in range(len(view)):
@@ -57,7 +65,7 @@ def rows_digest(view: View) -> str:
     return digest.hexdigest()
 
 
-def scores_digest(view: View) -> str:
+def scores_digest(view: AnyView) -> str:
     """One hash over what the data set says of the responses of each row."""
     digest = xxhash.xxh3_128()
     for row in range(len(view)):
@@ -65,7 +73,7 @@ def scores_digest(view: View) -> str:
     return digest.hexdigest()
 
 
-def _column_digest(view: View, column: str) -> str:
+def _column_digest(view: AnyView, column: str) -> str:
     """One hash over what a column of the user's holds, in the order of the rows."""
     digest = xxhash.xxh3_128()
     for row in range(len(view)):

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import xxhash
 
 from dpoeng.cache.schema import as_keys
+from dpoeng.engine.training.arrangement import Arrangement, arranged_order
 
 
 def hold_out(prompts: Iterable[bytes], share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -47,6 +48,7 @@ class Schedule:
     batch: int
     total_steps: int
     seed: int
+    arrangement: Arrangement | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -60,7 +62,10 @@ class Schedule:
     def rows_of_step(self, step: int) -> list[int]:
         """Indices in [0, rows) of the pairs of optimizer step `step` (from 0)."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = epoch_order(self.seed, epoch, self.rows)
+        if self.arrangement is None:
+            order = epoch_order(self.seed, epoch, self.rows)
+        else:
+            order = arranged_order(self.arrangement, self.seed, epoch)
         return [int(row) for row in order[within * self.batch : (within + 1) * self.batch]]
 
 
@@ -72,8 +77,10 @@ def epoch_order(seed: int, epoch: int, rows: int) -> npt.NDArray[np.int64]:
     return order
 
 
-def plan_schedule(rows: int, *, batch: int, epochs: float, max_steps: int, seed: int) -> Schedule:
+def plan_schedule(
+    rows: int, *, batch: int, epochs: float, max_steps: int, seed: int, arrangement: Arrangement | None = None
+) -> Schedule:
     """The schedule for `epochs` passes, or for `max_steps` steps if that is above 0."""
     per_epoch = math.ceil(rows / batch)
     total = max_steps if max_steps > 0 else max(1, math.ceil(epochs * per_epoch))
-    return Schedule(rows=rows, batch=batch, total_steps=total, seed=seed)
+    return Schedule(rows=rows, batch=batch, total_steps=total, seed=seed, arrangement=arrangement)

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dpoeng.cache.errors import UserError
-from dpoeng.cache.reader import View
 from dpoeng.cache.schema import ScoredPair
+from dpoeng.cache.selection.mixed import AnyView
 
 WeightArray = npt.NDArray[np.float64]
 
@@ -21,7 +21,7 @@ WeightArray = npt.NDArray[np.float64]
 class Rows(Sequence[ScoredPair]):
     """Some rows of a view, read from the mapped file when they are asked for."""
 
-    view: View
+    view: AnyView
     indices: Sequence[int]
 
     def __len__(self) -> int:

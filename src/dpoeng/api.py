@@ -227,7 +227,9 @@ def evaluate(
     found = find_trained(Path(trained))
     which = "all" if pairs is None and "view" in settings else pairs
     # All pairs of the view that is named, which may be the one that the run was evaluated on.
-    others = {"eval_view": None} if which == "all" and "view" in settings else {}
+    others: dict[str, Any] = {"eval_view": None} if which == "all" and "view" in settings else {}
+    if "view" in settings:
+        others |= {"mix_with": (), "mix": None}
     return evaluate_trained(found, _config_of_run(found.run, {**others, **settings}), which, _shown(progress))
 
 
@@ -271,7 +273,7 @@ def compare(
     _refuse_others("compare", CompareSettings, settings)
     found = find_trained(Path(trained))
     # Prompts of the view that is named, not of the one that the run was evaluated on.
-    others = {"eval_view": None} if "view" in settings else {}
+    others = {"eval_view": None, "mix_with": (), "mix": None} if "view" in settings else {}
     return compare_prompts(
         found,
         _config_of_run(found.run, {**settings, **others}),

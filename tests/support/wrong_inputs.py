@@ -534,6 +534,16 @@ def unpaired_view(folder: Path, _: Desk) -> None:
     Store.open(folder).write_view(view.spec.digest, "labels", entries, {**view.meta, "rows": "unpaired"})
 
 
+def nothing_to_mix(_: Desk) -> None:
+    from dpoeng.engine.config.fields import TrainConfig
+    from dpoeng.engine.recipes.inputs import open_views
+    from dpoeng.engine.recipes.phase_two.mixing import arrangement_of
+
+    config = TrainConfig(cache=Path("refcache"), view="pairs", mix_with=("second",), mix=(1.0, 1.0))
+    view, _ = open_views(config)
+    arrangement_of(config, view, range(len(view) - 5))
+
+
 def other_reference(folder: Path, desk: Desk) -> None:
     """A second view by another reference."""
     from dpoeng.cache.exchange import merge
@@ -802,6 +812,9 @@ CACHES = (
     Wrong("another model than the cache's", "parity-failed", 4, TRAIN + " --model other", ("nats",),
           lambda d: save_tiny_model(d.folder / "other", d.tokenizer, seed=9)),
     Wrong("a release that moved the numbers", "reference-drifted", 4, SCORE, ("transformers 5.0.0",), drifted),
+    Wrong("a mixture of two references", "mix-reference", 2, "train --view pairs --mix-with sft --mix 0.7,0.3",
+          ("view sft",), bend(other_reference)),
+    Wrong("a mixture with nothing", "mix-empty", 2, "", ("second", "held out"), bend(second_view), nothing_to_mix),
     Wrong("a loss in no file", "loss-own-missing", 2, TRAIN + " --loss-type mine.py:mine", ("mine.py", "No such file")),
     Wrong("a file without the loss", "loss-own-missing", 2, TRAIN + " --loss-type mine.py:mine", ("yours",),
           lambda d: d.write("mine.py", "def yours(inputs):\n    return inputs.chosen_logps\n")),
