@@ -120,6 +120,10 @@ class ConfigCommand(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Explain an unknown option: another phase or another trainer may have it."""
         given = list(args)
+        if sum(word == "--cache" or word.startswith("--cache=") for word in args) > 1:  # click would take the last
+            beside = "; --mix-with FOLDER:VIEW trains on pairs of another cache too"
+            taken = any(parameter.name == "mix_with" for parameter in self.params)
+            raise click.UsageError(f"--cache is given twice{beside if taken else ''}", ctx)
         try:
             return super().parse_args(ctx, [_as_option(word) for word in args])
         except click.NoSuchOption as error:

@@ -53,7 +53,7 @@ def _check(own: OwnLoss, beta: float, per_token: bool) -> None:
             raise _unfit(own, "a loss with a gradient", "a constant: it was detached, or made of the reference alone")
         (gradient,) = torch.autograd.grad(losses.sum(), batch.policy)
         if not bool(gradient.isfinite().all()):
-            raise _unfit(own, "a finite gradient", f"NaN or infinity, {when}")
+            raise _unfit(own, "a loss with a finite gradient", f"NaN or infinity, {when}")
     _check_neighbours(own, pairs, beta)
     if not getattr(own.function, CONSTANT_PARTS, False):
         _check_gradient(own, pairs, beta)
@@ -88,7 +88,7 @@ def _losses(own: OwnLoss, batch: PreferenceBatch, beta: float, when: str) -> tor
         raise _unfit(own, expected, f"{losses.dtype} {list(losses.shape)}{mean}")
     if not bool(losses.isfinite().all()):
         sums = "" if batch.per_token else "; this cache holds sums over responses, so the reference's tokens are NaN"
-        raise _unfit(own, "finite numbers", f"{_shown(losses)}, {when}{sums}")
+        raise _unfit(own, "a loss of finite numbers", f"{_shown(losses)}, {when}{sums}")
     return losses.double()
 
 
@@ -98,7 +98,7 @@ def _check_neighbours(own: OwnLoss, pairs: PreferenceBatch, beta: float) -> None
     together = _losses(own, pairs, beta, "after some training")
     again = _losses(own, pairs, beta, "when called again")
     if not torch.equal(together, again):
-        raise _unfit(own, "the same losses at each call", f"{_shown(together)}, then {_shown(again)}")
+        raise _unfit(own, "a loss that is the same at each call", f"{_shown(together)}, then {_shown(again)}")
     for chosen in ([3, 2, 1, 0], [0], [1], [2], [3]):
         apart = _losses(own, _some(pairs, chosen), beta, f"with {len(chosen)} pairs")
         if not torch.allclose(apart, together[chosen], rtol=1e-9, atol=1e-12):
@@ -123,8 +123,8 @@ def _check_gradient(own: OwnLoss, pairs: PreferenceBatch, beta: float) -> None:
             if abs(slope - float(gradient[token])) > _TOLERANCE * max(1.0, abs(slope)) + noise:
                 raise _unfit(
                     own,
-                    f"a gradient that is the slope of the loss, or my_loss.{CONSTANT_PARTS} = True where parts are "
-                    "detached on purpose",
+                    f"a loss whose gradient is the slope of its value (or my_loss.{CONSTANT_PARTS} = True where parts "
+                    "are detached on purpose)",
                     f"gradient {float(gradient[token]):.6g}, slope {slope:.6g} at a token",
                 )
 
@@ -144,10 +144,9 @@ def _shown(losses: torch.Tensor) -> str:
 
 def _unfit(own: OwnLoss, expected: str, found: str) -> UserError:
     return UserError(
-        "your loss cannot be trained with",
+        f"your loss cannot be trained with: it must be {expected}",
         code="loss-own-unfit",
         where=f"--loss-type {own}, tried on {len(_LENGTHS)} made-up pairs before the run",
-        expected=expected,
         found=found,
         remedy="correct the function; docs/losses.md shows one, and what it is given",
     )

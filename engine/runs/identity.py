@@ -51,7 +51,7 @@ def run_identity(
     if config.order != "random":
         identity["order_scores"] = xxhash.xxh3_128_hexdigest(pair_scores(view, config.order_by).tobytes())
     if own := [name for name in config.loss_type if isinstance(name, OwnLoss)]:
-        identity["own_loss"] = {name: name.digest for name in own}
+        identity["own_loss"] = {str(name): name.digest for name in own}
     if config.pair_weight_column is not None:
         identity["weights"] = _column_digest(view, config.pair_weight_column)
     return identity

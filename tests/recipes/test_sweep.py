@@ -114,6 +114,19 @@ def test_each_run_leaves_the_bytes_of_a_run_alone(
     assert len(adapters) == len(plan.points), "the settings make no difference, so nothing was shown"
 
 
+def test_losses_of_the_users_are_looked_at_before_the_first_run(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def mine(x):\n    return -(x.chosen_logps - x.rejected_logps)\n\n\ndef wrong(x):\n    return mine(x).mean()\n"
+    )
+    vary = {"loss_type": ["sigmoid", f"{tmp_path}/mine.py:mine"]}
+    results = run_sweep(planned(cache, tmp_path / "sweep", vary))
+    assert [result.state for result in results] == ["complete"] * 2
+    vary["loss_type"][1] = f"{tmp_path}/mine.py:wrong"
+    with pytest.raises(UserError, match="one loss a pair"):
+        planned(cache, tmp_path / "other", vary)
+    assert not (tmp_path / "other").exists()
+
+
 def test_another_base_is_loaded_anew_and_the_old_one_let_go(cache: Path, tmp_path: Path) -> None:
     plan = planned(cache, tmp_path, {"dtype": ["float32", "bfloat16"]}, parity_tolerance=1.0)
     kept = KeptBase()

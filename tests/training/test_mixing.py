@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.cache.selection.mixed import MixedView
+from dpoeng.cli.main import main
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
 from dpoeng.engine.recipes.evaluate import evaluate_trained, find_trained
 from dpoeng.engine.recipes.inputs import open_inputs
@@ -140,6 +141,13 @@ def test_a_killed_mixture_ends_in_the_same_bytes(caches: Path, tmp_path: Path, m
         with pytest.raises(UserError) as caught:
             run(caches, tmp_path / "whole", **{**fields, **changed})
         assert caught.value.code == "resume-changed"
+
+
+def test_a_second_cache_is_not_dropped_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--cache", "a", "--cache=b", "--mix", "0.7,0.3"])
+    assert stop.value.code == 2
+    assert "--mix-with FOLDER:VIEW" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
