@@ -82,7 +82,10 @@ def _column_digest(view: AnyView, column: str) -> str:
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    flat_old = {**old["settings"], **{k: v for k, v in old.items() if k != "settings"}}
+    """What differs between two identities: (name, old, new). A field that is newer than the run had its default."""
+    defaults = TrainConfig.model_validate({}).model_dump(mode="json")
+    newer = {name: defaults[name] for name in new["settings"] if name in defaults}
+    flat_old = {**newer, **old["settings"], **{k: v for k, v in old.items() if k != "settings"}}
     flat_new = {**new["settings"], **{k: v for k, v in new.items() if k != "settings"}}
     return [
         (name, flat_old.get(name), flat_new.get(name))
