@@ -34,6 +34,7 @@ from dpoeng.engine.config.fields import Quantization, TrainConfig
 from dpoeng.engine.losses.metrics import pair_values
 from dpoeng.engine.models.loading import pick_device
 from dpoeng.engine.models.sources import find_model
+from dpoeng.engine.runtime.outputs import scratch_folder
 from dpoeng.engine.training.rows import Rows
 
 Values = dict[str, npt.NDArray[np.float64]]
@@ -83,7 +84,7 @@ def accuracy_vs_trl(settings: AccuracySettings) -> dict[str, Any]:
     check_peer(settings.peer_python)
     source = find_model(settings.model)
     work = settings.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
+    scratch_folder(work, "accuracy_vs_trl")
     train_file, held_out_file = split_pairs(settings.pairs, settings.pairs_count, settings.held_out, work)
     record = stamp("accuracy-vs-trl", device, named_settings(settings))
 

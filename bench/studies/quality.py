@@ -34,6 +34,7 @@ from dpoeng.engine.recipes.precompute import precompute_reference
 from dpoeng.engine.recipes.train import train
 from dpoeng.engine.runs.folder import ADAPTER_FOLDER
 from dpoeng.engine.runs.reading import read_run
+from dpoeng.engine.runtime.outputs import scratch_folder
 from dpoeng.engine.runtime.progress import QUIET, Progress
 from dpoeng.engine.training.batch_loss import evaluate
 from dpoeng.engine.training.intervals import ACCURACY, Floats, bootstrap, intervals
@@ -98,7 +99,7 @@ def bench_quality(settings: QualitySettings, progress: Progress = QUIET) -> dict
     device = pick_device(settings.device)
     source = find_model(settings.model)
     record = stamp("quality", device, named_settings(settings))
-    settings.work.mkdir(parents=True, exist_ok=True)
+    scratch_folder(settings.work, "bench quality")
     files = split_pairs(settings.pairs, settings.pairs_count, settings.held_out, settings.work)
     base = {
         **asdict(settings),

@@ -35,6 +35,7 @@ from dpoeng.engine.models.sources import find_model, read_fields
 from dpoeng.engine.recipes.precompute import precompute_reference
 from dpoeng.engine.recipes.train import train
 from dpoeng.engine.runs.metrics import HELD_OUT_FILE, read_lines
+from dpoeng.engine.runtime.outputs import scratch_folder
 from dpoeng.engine.runtime.progress import Advance
 
 SHARES: Final = {"all layers": 1, "top half": 2, "top third": 3, "top sixth": 6}
@@ -85,7 +86,7 @@ def trunk_study(settings: TrunkSettings) -> dict[str, Any]:
     if settings.peer_python is not None:
         check_peer(settings.peer_python)
     work = settings.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
+    scratch_folder(work, "trunk")
     train_file, held_out_file = split_pairs(settings.pairs, settings.pairs_count, settings.held_out, work)
     record = stamp("trunk", torch.device("cpu"), named_settings(settings))
     depth = sizes(config_of(read_fields(find_model(settings.model)))).layers

@@ -124,6 +124,33 @@ def writing(path: Path, kind: Kind, *, inputs: Iterable[Path] = (), force: bool 
         raise kind.unwritable(path, kind.name, error.strerror or str(error)) from error
 
 
+_MARKER = ".dpoeng-study"
+
+
+def scratch_folder(path: Path, study: str) -> None:
+    """Make a folder for a study's caches and runs, or take one that the same study made before.
+
+    Raises:
+        UserError: it holds something else, or cannot be made.
+    """
+    marker = path / _MARKER
+    try:
+        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        if taken and not (marker.is_file() and marker.read_text(encoding="utf-8").strip() == study):
+            raise UserError(
+                f"{path} already holds something else",
+                code="output-exists",
+                where=str(path),
+                expected=f"a free name, an empty folder, or one of an earlier {study}",
+                found="other files" if path.is_dir() else "a file",
+                remedy="name another folder",
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        marker.write_text(f"{study}\n", encoding="utf-8")
+    except OSError as error:
+        raise _unwritable(path, f"the folder of {study}", error.strerror or str(error)) from error
+
+
 def is_page(path: Path) -> bool:
     """Whether a file is a page of dpoeng."""
     with path.open("rb") as file:

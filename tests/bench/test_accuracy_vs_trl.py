@@ -50,7 +50,8 @@ def test_means_differences_and_verdicts_by_hand() -> None:
 def test_a_missing_peer_is_an_error_that_says_so(tmp_path: Path, tiny_model: Path) -> None:
     pairs = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(8))
     nowhere = str(tmp_path / "nowhere")
-    command = ["--model", str(tiny_model), "--pairs", str(pairs), "--peer-python", nowhere, "--work", str(tmp_path)]
+    command = ["--model", str(tiny_model), "--pairs", str(pairs), "--peer-python", nowhere]
+    command += ["--work", str(tmp_path / "work")]
     done = CliRunner().invoke(bench.main, command)
     assert done.exit_code == 1
     assert "TRL is missing" in done.output

@@ -17,7 +17,7 @@ from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
 from dpoeng.engine.recipes.precompute import precompute_reference
 from dpoeng.engine.recipes.train import train
 from dpoeng.engine.runs import folder, metrics
-from dpoeng.engine.runtime.outputs import PAGE, RUN_FILES, refuse_output
+from dpoeng.engine.runtime.outputs import PAGE, RUN_FILES, refuse_output, scratch_folder
 
 # The option that names an output, behind the command; {} is the victim.
 COMMANDS = {
@@ -121,6 +121,22 @@ def test_rules_of_one_file(tmp_path: Path) -> None:
             refuse_output(name, PAGE, force=True)
         assert found in str(error.value.found)
     assert (tmp_path / "link").read_text() == "mine"
+
+
+def test_a_studys_folder_is_its_own(tmp_path: Path) -> None:
+    """Free, empty, or made by the same study; nothing else's, and no file's."""
+    scratch_folder(tmp_path / "a" / "new", "quality")
+    scratch_folder(tmp_path / "a" / "new", "quality")
+    (tmp_path / "empty").mkdir()
+    scratch_folder(tmp_path / "empty", "quality")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    for taken, study in ((tmp_path / "a" / "new", "trunk"), (tmp_path / "mine", "quality"),
+                         (tmp_path / "mine" / "notes.txt", "quality")):  # fmt: skip
+        with pytest.raises(UserError) as caught:
+            scratch_folder(taken, study)
+        assert caught.value.code == "output-exists"
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 
 def test_a_page_appears_whole_or_not_at_all(tmp_path: Path) -> None:
