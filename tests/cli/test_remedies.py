@@ -57,6 +57,14 @@ def fill_the_page() -> None:
     Path("page.html").write_text("mine")
 
 
+def damage_an_object() -> None:
+    path = one_object()
+    path.chmod(0o644)
+    body = bytearray(path.read_bytes())
+    body[len(body) // 2] ^= 0xFF
+    path.write_bytes(body)
+
+
 # What is broken; what fails then; what its remedy says, as it is to be found there; what that means as a command.
 CASES: dict[str, tuple[Break, str, str, str]] = {
     "no cache": (
@@ -72,6 +80,24 @@ CASES: dict[str, tuple[Break, str, str, str]] = {
         "report out --html page.html",
         "--force",
         "report out --html page.html --force",
+    ),
+    "a damaged object": (
+        damage_an_object,
+        TRAIN + " --output-dir new",
+        "`dpoeng precompute-ref`",
+        SCORE,
+    ),
+    "the rows of a view are not stored": (
+        lambda: None,
+        TRAIN + " --trunk-layer 1 --train-last-layers 1 --output-dir new",
+        "--trunk-layer 1",
+        SCORE + " --trunk-layer 1",
+    ),
+    "no cache to compare with": (
+        lambda: None,
+        "cache diff refcache elsewhere",
+        "precompute-ref",
+        SCORE + " --cache elsewhere",
     ),
     "a damaged run.json": (
         lambda: Path("out/run.json").write_text("{"),  # type: ignore[func-returns-value]
