@@ -311,7 +311,8 @@ def merge(target: Store, source: Store) -> tuple[int, list[str]]:
                 "both caches have a view of this name",
                 code="cache-view-exists",
                 where=f"{target.root / view_name(record.name)} and {source.root / view_name(record.name)}",
-                remedy="run `dpoeng precompute-ref` on one of the two data sets with another --name, then merge again",
+                remedy="run `dpoeng precompute-ref` on one of the two data sets with another --name and a new --cache, "
+                "then merge that one",
                 exit_status=2,
             )
     for digest, spec in source.specs().items():

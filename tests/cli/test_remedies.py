@@ -129,3 +129,47 @@ def test_the_line_of_a_damaged_format_is_put_back_by_its_remedy(call: Callable[[
     assert command is not None, said
     subprocess.run(["bash", "-c", command[0]], check=True)
     assert call("cache info refcache")[0] == 0
+
+
+# What fails; what its remedy says; the commands that it means, which work; what works then.
+CHAINS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
+    "two caches with one name for other pairs": (
+        "cache merge refcache other",
+        "with another --name and a new --cache",
+        ("precompute-ref other.jsonl --model model --cache third --name other",),
+        "cache merge refcache third",
+    ),
+    "a field that does not exist": (
+        "train --config wrong.yaml",
+        "`dpoeng config show`",
+        ("config show",),
+        TRAIN + " --beta 0.1",
+    ),
+    "too many pairs left out": (
+        "precompute-ref long.jsonl --model model --max-length 6 --cache short",
+        "`dpoeng check",
+        ("check long.jsonl --model model",),
+        "precompute-ref long.jsonl --model model --max-length 1024 --cache short",
+    ),
+    "a view of a name that is not there": (
+        TRAIN + " --view other",
+        "name one of these: pairs",
+        ("cache info refcache",),
+        TRAIN + " --view pairs --output-dir new",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHAINS)
+def test_commands_that_a_remedy_names_lead_on(case: str, call: Callable[[str], tuple[int, str]]) -> None:
+    write_jsonl(Path("long.jsonl"), pair_rows(12))
+    write_jsonl(Path("other.jsonl"), pair_rows(20)[12:])
+    assert call("precompute-ref other.jsonl --model model --cache other --name pairs")[0] == 0
+    Path("wrong.yaml").write_text("zzz: 0.2\nyyy: 1\n")
+    fails, words, remedies, works = CHAINS[case]
+    status, said = call(fails)
+    assert status != 0
+    assert words in re.sub(r"\s+", " ", said[said.index("remedy:") :])
+    for line in (*remedies, works):
+        status, said = call(line)
+        assert status == 0, said
