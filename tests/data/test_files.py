@@ -503,6 +503,17 @@ def test_columns_are_mapped_and_missing_ones_explained(tmp_path: Path) -> None:
         read_pairs([path], columns={"chosn": "response_a"})
 
 
+def test_a_duplicate_names_the_file_of_the_first_of_its_kind(tmp_path: Path) -> None:
+    """In the second file of three, not the first."""
+    paths = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
+    for path, answers in zip(paths, ("xy", "vw", "w"), strict=True):
+        rows = ({"prompt": "p", "chosen": answer, "rejected": "z"} for answer in answers)
+        path.write_bytes(b"".join(map(line, rows)))
+    (repeat,) = read_pairs(paths).duplicates
+    assert (repeat.source_file, repeat.source_row) == (str(paths[2]), 1)
+    assert (repeat.first_file, repeat.first_row) == (str(paths[1]), 2)
+
+
 def test_duplicates_and_contradictions_are_listed(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     rows = [("p", "a", "b"), ("p", "a", "c"), ("p", "a", "b"), ("p", "b", "a"), ("q", "b", "a")]
