@@ -66,9 +66,10 @@ def main(output: Path | None, device: str, small: bool, stage: str | None) -> No
     if output is None:
         raise click.UsageError("name a folder with --output")
     output.mkdir(parents=True, exist_ok=True)
-    file = output / _RESULTS
-    if file.exists():
-        raise click.UsageError(f"{file} is there already: name a new folder")
+    file, page = output / _RESULTS, output / _PAGE
+    for path in (file, page):
+        if path.exists():
+            raise click.UsageError(f"{path} is there already: name a new folder")
     record = stamp("gpu-evidence", torch.device(device), {"small": small, "device": device})
     results: list[dict[str, Any]] = []
     with file.open("x", encoding="utf-8") as stream:
@@ -78,10 +79,10 @@ def main(output: Path | None, device: str, small: bool, stage: str | None) -> No
             os.fsync(stream.fileno())
             if "stage" in line:
                 results.append(line)
-                (output / _PAGE).write_text(page_of(record, results), encoding="utf-8")
+                page.write_text(page_of(record, results), encoding="utf-8")
                 click.echo(f"{line['stage']}: {'ok' if line['ok'] else 'NOT as it should be'}")
     failed = [result["stage"] for result in results if not result["ok"]]
-    click.echo(f"results in {output / _PAGE}")
+    click.echo(f"results in {page}")
     sys.exit(1 if failed else 0)
 
 
