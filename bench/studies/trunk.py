@@ -37,6 +37,7 @@ from dpoeng.engine.recipes.train import train
 from dpoeng.engine.runs.metrics import HELD_OUT_FILE, read_lines
 from dpoeng.engine.runtime.outputs import scratch_folder
 from dpoeng.engine.runtime.progress import Advance
+from dpoeng.engine.training.intervals import Floats
 
 SHARES: Final = {"all layers": 1, "top half": 2, "top third": 3, "top sixth": 6}
 _OF_QUALITY: Final = {"steps", "seeds", "dtype"}
@@ -199,8 +200,8 @@ def _quality(settings: TrunkSettings, depth: int, train_file: Path, held_out: Pa
         runs = all_runs[name]
         found[name] = {
             "layers": depth // share,
-            "seeds": [{name: float(np.mean([line[name] for line in run])) for name in METRICS} for run in runs],
-            **_over_seeds(runs),
+            "seeds": [seed_means(run) for run in runs],
+            **over_seeds(runs),
         }
     return {"held_out_pairs": len(runs[0]), "shares": found}
 
@@ -230,11 +231,34 @@ def _run(settings: TrunkSettings, cache: Path, last: int, seed: int, work: Path)
     return read_lines(out / HELD_OUT_FILE)
 
 
-def _over_seeds(runs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+def seed_means(run: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Metric -> its mean over the held-out pairs of one run."""
+    return {name: float(np.mean([line[name] for line in run])) for name in METRICS}
+
+
+def over_seeds(runs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """The mean over seeds of each pair's values, with the interval that other held-out prompts would give."""
-    means = {name: np.mean([[line[name] for line in run] for run in runs], axis=0) for name in METRICS}
-    longer = np.array([line["chosen_tokens"] - line["rejected_tokens"] for line in runs[0]], dtype=np.float64)
-    return with_intervals(means, longer=longer, prompts=[str(line["prompt"]).encode() for line in runs[0]])
+    return _over_prompts(_pair_means(runs), runs[0])
+
+
+def paired_difference(
+    runs: Sequence[Sequence[Mapping[str, Any]]], others: Sequence[Sequence[Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """The same of the differences from `others`, pair by pair."""
+    own, theirs = _pair_means(runs), _pair_means(others)
+    return _over_prompts({name: own[name] - theirs[name] for name in METRICS}, runs[0], paired=True)
+
+
+def _pair_means(runs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Floats]:
+    return {name: np.mean([[line[name] for line in run] for run in runs], axis=0) for name in METRICS}
+
+
+def _over_prompts(
+    values: Mapping[str, Floats], lines: Sequence[Mapping[str, Any]], *, paired: bool = False
+) -> dict[str, Any]:
+    longer = np.array([line["chosen_tokens"] - line["rejected_tokens"] for line in lines], dtype=np.float64)
+    prompts = [str(line["prompt"]).encode() for line in lines]
+    return with_intervals(values, longer=longer, prompts=prompts, paired=paired)
 
 
 class Told:

@@ -16,7 +16,9 @@ from dpoeng_testing import pair_rows, write_jsonl
 from dpoeng.bench.studies import quality
 from dpoeng.bench.studies.quality import QualitySettings, bench_quality, run_way, split_pairs, summarise, with_intervals
 from dpoeng.bench.studies.scale import power_law
+from dpoeng.bench.studies.selection import SelectionSettings, selection_study, table
 from dpoeng.cache.errors import UserError
+from dpoeng.cache.reader import View
 from dpoeng.cli.bench.commands import bench
 from dpoeng.cli.bench.tables import quality_tables
 from dpoeng.cli.pages.bench import bench_page
@@ -212,3 +214,29 @@ def test_the_quality_command_takes_the_demos_model_and_pairs(tmp_path: Path, mon
     assert told.ways == tuple(quality.WAYS)
     assert told.pairs[0].name == "demo_pairs.jsonl"
     assert told.seeds == 2
+
+
+# --------------------------------------------------------------------------- selection
+
+
+@pytest.mark.slow
+def test_the_selection_study(tmp_path: Path, tiny_model: Path) -> None:
+    """Every choice trains on as many pairs, over the same held-out ones; a second start trains nothing."""
+    file = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(40))
+    settings = SelectionSettings(str(tiny_model), (file,), tmp_path / "work", pairs_count=40, seeds=2, lora_r=4)
+    record = selection_study(settings)
+    assert list(record["choices"]) == ["random", "large margin", "small margin", "large gap", "small gap"]
+    assert (record["pairs_all"], record["pairs_chosen"], record["held_out_pairs"]) == (28, 11, 12)
+    cache = tmp_path / "work" / "cache"
+    rows = {
+        name: {View.open(cache, name).key(i) for i in range(11)} for name in ("random-0", "random-1", "large-gap-0")
+    }
+    assert len({frozenset(keys) for keys in rows.values()}) == 3
+    for choice in record["choices"].values():
+        mean = np.mean([seed["rewards/margins"] for seed in choice["seeds"]])
+        assert choice["rewards/margins"]["mean"] == pytest.approx(mean)
+        away = mean - record["choices"]["random"]["rewards/margins"]["mean"]
+        assert choice["difference"]["rewards/margins"]["mean"] == pytest.approx(away)
+    assert table(record).row_count == 5
+    again = selection_study(settings)
+    assert again["choices"] == record["choices"]
