@@ -1,1 +1,1 @@
-"""The reference cache: content-hashed, memory-mapped Arrow files. Knows nothing of models or of DPO."""
+"""The reference cache: content-hashed, memory-mapped Arrow files. Independent of models and of DPO."""

@@ -1,4 +1,4 @@
-"""Analyses a data set by its reference: margins, lengths, pairs that look mislabelled. Reads a view; no model."""
+"""Statistics of a data set under its reference: margins, lengths, pairs that look mislabelled. Needs no model."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ BINS = 40
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """One number over all distinct pairs.
+    """Statistics of one number over all distinct pairs.
 
     Attributes:
-        mean, std: of all values (population).
-        quantiles: at `QUANTILES`, so least, median and greatest are among them.
-        edges: [n + 1] of a histogram from about the 0.5 to the 99.5 percentile, see `histogram`.
-        counts: [n].
+        mean, std: of all values (population standard deviation).
+        quantiles: at the probabilities `QUANTILES`, which include the minimum, the median and the maximum.
+        edges: [n + 1], the histogram's edges, from about the 0.5 to the 99.5 percentile; see `histogram`.
+        counts: [n], values in each bar.
     """
 
     mean: float
@@ -38,13 +38,13 @@ class Distribution:
 
 @dataclass(frozen=True, slots=True)
 class PairNote:
-    """A pair worth a look.
+    """A pair that may deserve a look.
 
     Attributes:
-        row: in the view.
-        source_file, source_row: where it came from.
+        row: its row in the view.
+        source_file, source_row: where the pair was read.
         margin: log p_ref(chosen) - log p_ref(rejected), in nats.
-        margin_per_token: the difference of the means per token, in nats.
+        margin_per_token: difference of the mean log-probs per token, in nats.
     """
 
     row: int
@@ -56,20 +56,20 @@ class PairNote:
 
 @dataclass(frozen=True, slots=True)
 class ReferenceStats:
-    """A data set as its reference sees it. Duplicates count once, except in `rows`.
+    """Statistics of a data set under its reference. Duplicates count once, except in `rows`.
 
     Attributes:
         rows: rows of the view.
         pairs: distinct pairs among them.
-        contradictions: (row, row) of two pairs that are each other with chosen and rejected swapped.
-        prompt_tokens, chosen_tokens, rejected_tokens: lengths; of the responses, the scored tokens.
+        contradictions: (row, row) of two pairs that are equal but for chosen and rejected being swapped.
+        prompt_tokens, chosen_tokens, rejected_tokens: lengths in tokens; of a response, its scored tokens.
         length_difference: chosen - rejected tokens.
-        margin: log p_ref(chosen) - log p_ref(rejected), in nats. The loss at step one of a policy that has learnt
-            nothing is ln 2 whatever this is; what it shows is how far the data lies from the reference.
-        margin_per_token: difference of the mean log-probs, which length does not drown.
+        margin: log p_ref(chosen) - log p_ref(rejected), in nats. It shows how far the data lies from the reference. The
+            loss at step one does not depend on it: an untrained policy starts at ln 2.
+        margin_per_token: difference of the mean log-probs, so that long responses do not dominate.
         accuracy: share of pairs with margin > 0; `accuracy_per_token` likewise.
-        length_correlation: Pearson's r of `margin` and `length_difference`; 0 where one of them does not vary.
-        strongly_right, strongly_wrong: the pairs with the greatest and the least margin.
+        length_correlation: Pearson's r of `margin` and `length_difference`; 0 if one of them is constant.
+        strongly_right, strongly_wrong: the pairs with the largest and the smallest margins.
     """
 
     rows: int
@@ -89,11 +89,11 @@ class ReferenceStats:
 
 
 def reference_stats(view: View, *, notes: int = 10) -> ReferenceStats:
-    """Computes the above.
+    """Computes the statistics of a view.
 
     Args:
         view: at least one row.
-        notes: how many pairs to name at either end.
+        notes: how many pairs to list at each end.
     """
     first = first_of_each(view.keys())
     numbers = view.numbers().at(first)
@@ -126,15 +126,15 @@ def reference_stats(view: View, *, notes: int = 10) -> ReferenceStats:
 
 
 def contradictions(view: View, first: npt.NDArray[np.int64]) -> tuple[tuple[int, int], ...]:
-    """(row, row) of two pairs among `first` that are each other with chosen and rejected swapped."""
+    """(row, row) of pairs among the rows `first` that are equal but for chosen and rejected being swapped."""
     seen: dict[bytes, int] = {}
-    found = []
+    contradictory = []
     for row in first.tolist():
         ids = view[row].ids
         if (other := seen.get(pair_key(ids.swapped()))) is not None:
-            found.append((other, row))
+            contradictory.append((other, row))
         seen[view.key(row)] = row
-    return tuple(found)
+    return tuple(contradictory)
 
 
 def _distribution(values: npt.NDArray[Any]) -> Distribution:
@@ -154,13 +154,13 @@ def _distribution(values: npt.NDArray[Any]) -> Distribution:
 def histogram(
     values: npt.NDArray[Any], low: float, high: float, *, whole: bool
 ) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    """Counts between round edges, of at most `BINS` bars.
+    """Counts values between round edges, in at most `BINS` bars.
 
     Args:
-        values: [n], any of which may lie outside; those count in the end bars.
-        low: the bars begin at or below this.
-        high: the bars end at or above this; with `whole` above it.
-        whole: the values are whole numbers, and so are the edges; a value on an edge belongs to the bar above.
+        values: [n]; values outside the edges count in the first and last bar.
+        low: the first edge is at or below this.
+        high: the last edge is at or above this; above it with `whole`.
+        whole: values and edges are whole numbers; a value on an edge counts in the bar above it.
 
     Returns:
         edges [bars + 1], multiples of 1, 2, 2.5 or 5 times a power of ten; and counts [bars].
@@ -179,7 +179,7 @@ def histogram(
 
 
 def correlation(left: Floats, right: Floats) -> float | None:
-    """Pearson's r; None where a side does not vary, and of fewer than three values, for which it is 1 or -1."""
+    """Pearson's r; None if one side is constant, or with fewer than three values (r would be 1 or -1)."""
     if len(left) < 3 or np.ptp(left) == 0 or np.ptp(right) == 0:
         return None
     value = float(np.corrcoef(left, right)[0, 1])

@@ -1,7 +1,7 @@
 """The one exception type for mistakes that a user can fix.
 
-It stands in the lowest layer because that is where a user's mistake may first be met (a damaged file, a full disk). The
-command line prints it without a traceback. docs/errors.md lists every code.
+It is defined in the lowest layer because mistakes can appear there first (a damaged file, a full disk). The command
+line prints it without a traceback. docs/errors.md lists every code.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ class UserError(Exception):
     """A mistake in data, configuration, cache or environment that the user can fix.
 
     Args:
-        message: what is wrong: one sentence, beginning small and without a full stop.
+        message: what is wrong: one sentence that starts in lower case and has no full stop.
         code: a stable short name, `area-problem`, e.g. `cache-corrupt`, for scripts and searches.
         where: file, line, field or option.
-        expected: what would have been right.
+        expected: what would have been correct.
         found: what was there instead.
-        remedy: what to do now; every mistake has one.
+        remedy: what to do now; required for every mistake.
         exit_status: process exit status; 2 for usage and configuration, 3 for data, 4 for the cache, 5 for the machine;
-            1 is left to our own mistakes.
+            1 is reserved for bugs in dpoeng.
 
-    Fields are written as options (`--eval-view`, `--beta 0.1`) in all of these, since an option cannot be mistaken for
-    a word. The command line prints `text()`. `str(error)`, which Python shows, names the fields: `eval_view`,
-    `beta=0.1`. `dpoeng/__init__.py` sets the translation, because this layer knows no fields.
+    All texts write fields as options (`--eval-view`, `--beta 0.1`), which cannot be confused with ordinary words. The
+    command line prints `text()`. `str(error)`, which Python shows, replaces options by field names: `eval_view`,
+    `beta=0.1`. `dpoeng/__init__.py` installs that translation, because this layer does not know the fields.
     """
 
     name_fields: ClassVar[Callable[[str], str]] = staticmethod(str)
@@ -54,7 +54,7 @@ class UserError(Exception):
         return type(self).name_fields(self.text())
 
     def text(self) -> str:
-        """The whole message as the command line prints it, with options."""
+        """The whole message, with options, as the command line prints it."""
         lines = [f"{self.message} [{self.code}]"]
         for label in ("where", "expected", "found", "remedy"):
             value = getattr(self, label)
@@ -64,7 +64,7 @@ class UserError(Exception):
 
 
 class CacheError(UserError):
-    """A cache that cannot be used as it is: damaged, foreign, of the future, or not a cache at all."""
+    """A cache that cannot be used: damaged, not a cache at all, or written by a later version."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Rows out of a cache and into one: columns in JSON Lines or Parquet, and whole caches merged."""
+"""Exports a cache's rows, imports rows, and merges caches: columns in JSON Lines or Parquet, or a whole cache."""
 
 from __future__ import annotations
 
@@ -41,26 +41,26 @@ EXPORT_SCHEMA: Final = pa.schema(
         ("source_row", pa.int64()),
     ]
 )
-_GAPS: Final = ("chosen_gaps", "rejected_gaps")  # of conversations; where a row has them
-_MAX_LISTS: Final = 1 << 20  # of a line: an export has seven; empty ones take 64 bytes of memory for 3 of the file
+_GAPS: Final = ("chosen_gaps", "rejected_gaps")  # written only for rows that have gaps
+_MAX_LISTS: Final = 1 << 20  # per line; an export has seven. An empty list of 3 bytes takes 64 bytes of memory
 _IDS: Final = ("prompt_ids", "chosen_ids", "rejected_ids")
 _TOKENS: Final = ("ref_chosen_token_logps", "ref_rejected_token_logps")
-# Names under which a sum is written: TRL's (and ours), and those of older TRL and open-instruct.
+# Column names for summed log-probs: TRL's (and ours), then those of older TRL and open-instruct.
 _SUMS: Final = (("ref_chosen_logps", "ref_rejected_logps"), ("reference_chosen_logps", "reference_rejected_logps"))
 
 
 def export_view(view: View, path: Path) -> int:
-    """Writes the columns of `EXPORT_SCHEMA`, a row for every row of the source, in its order.
+    """Writes the columns of `EXPORT_SCHEMA`, one row for each row of the source, in its order.
 
     Args:
         view: what to write.
-        path: ends in `.jsonl` or `.parquet`. It appears when it is complete.
+        path: ends in `.jsonl` or `.parquet`. The file appears once it is complete.
 
     Returns:
         The number of rows.
 
     Raises:
-        UserError: another ending.
+        UserError: the path has another ending.
     """
     write = {".jsonl": _write_jsonl, ".parquet": _write_parquet}.get(path.suffix)
     if write is None:
@@ -72,7 +72,7 @@ def export_view(view: View, path: Path) -> int:
 
 
 def is_export(path: Path) -> bool:
-    """Whether `export_view` wrote this file. Raises ValueError where it is not what its name says."""
+    """Whether `export_view` wrote this file. Raises ValueError if the file does not have the format of its name."""
     if path.suffix == ".parquet":
         from pyarrow import parquet
 
@@ -136,7 +136,7 @@ def _write_parquet(path: Path, batches: Iterable[list[dict[str, Any]]]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """What an import did: rows read, how many of them the cache lacked, and the view, if the rows named a source."""
+    """Result of an import: rows read, rows that were new to the cache, and the view if the rows named a source."""
 
     rows: int
     added: int
@@ -144,10 +144,10 @@ class Imported:
 
 
 def file_holds_sums(path: Path) -> bool:
-    """Whether a file to import has sums only, as TRL writes them; its first row decides.
+    """Whether a file to import has only sums, as TRL writes them. The first row decides.
 
     Raises:
-        UserError: neither sums nor log-probs of tokens, or a file that cannot be read.
+        UserError: the file has neither sums nor log-probs of tokens, or cannot be read.
     """
     for columns in _read_columns(path):
         if all(columns.get(name) is not None for name in _TOKENS):
@@ -167,22 +167,21 @@ def file_holds_sums(path: Path) -> bool:
 def import_rows(
     store: Store, spec: ReferenceSpec, path: Path, view: str | None = None, meta: Mapping[str, Any] | None = None
 ) -> Imported:
-    """Takes rows that somebody else computed into a cache, under a reference that the caller vouches for.
+    """Imports rows that another program computed, under a reference that the caller vouches for.
 
-    The file has the columns that `export_view` writes; sources may be absent, and so may sums, or the log-probs of
-    tokens where the spec says that it holds sums. Nothing in it can prove which model its numbers come from. So the
-    records say that they were imported, and the parity check before training, or `verify --recompute`, is what finds a
-    wrong claim.
+    The file has the columns that `export_view` writes. Sources are optional. So are sums, or log-probs of tokens if the
+    spec is one of sums. Nothing in the file proves which model computed its numbers. Therefore the records say that
+    they were imported; the parity check before training, or `verify --recompute`, finds a wrong claim.
 
     Args:
         store: the cache.
         spec: the reference; `spec.of_sums()` for a file with sums only.
         path: `.jsonl`, `.parquet` or `.arrow`.
-        view: name of a view to write over all rows of the file, in their order.
-        meta: what the view says besides that it was imported.
+        view: name for a view over all rows of the file, in their order.
+        meta: what the view's record states, besides that its rows were imported.
 
     Raises:
-        UserError: columns are missing, or the numbers of a row cannot be right; it names the row.
+        UserError: columns are missing, or a row's numbers cannot be correct; the message names the row.
     """
     pairs = list(_read(path, sums=spec.holds_sums))
     digest = store.put_spec(spec)
@@ -200,13 +199,13 @@ def import_rows(
 
 
 def _read(path: Path, *, sums: bool) -> Iterator[tuple[ScoredPair, tuple[str, int]]]:
-    """Rows of a file, each with its source: the one it names, or else this file and the row's number."""
+    """Rows of a file with their sources: the source in the row, or else this file and the row's number."""
     for number, columns in enumerate(_read_columns(path), 1):
         values = _sum_columns(columns) if sums else _TOKENS
         if not values or any(columns.get(name) is None for name in (*_IDS, *values)):
             raise _lacking(path, number, columns)
         try:
-            with np.errstate(over="ignore"):  # what overflows is infinite, which the row's check finds
+            with np.errstate(over="ignore"):  # overflow gives infinity, which the check of the row reports
                 row = _row(columns, values)
         except (ValueError, TypeError, OverflowError) as error:
             raise _bad_row(path, number, str(error)) from None
@@ -214,7 +213,7 @@ def _read(path: Path, *, sums: bool) -> Iterator[tuple[ScoredPair, tuple[str, in
 
 
 def _sum_columns(columns: Mapping[str, Any]) -> Sequence[str]:
-    """The names under which a row has the sums of both sides; empty where it has none."""
+    """Names of the columns that have the sums of both responses; empty if there are none."""
     return next((names for names in _SUMS if all(columns.get(name) is not None for name in names)), ())
 
 
@@ -257,12 +256,12 @@ def _table_columns(batches: Iterable[Batch], path: Path) -> Iterator[dict[str, A
                 yield {
                     name: column[index].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)
                 }
-            except (ValueError, OverflowError) as error:  # a date that Python cannot hold
+            except (ValueError, OverflowError) as error:  # a date outside Python's range
                 raise _bad_row(path, number, str(error)) from None
 
 
 def _too_long(path: Path, number: int) -> UserError:
-    return _bad_row(path, number, f"a row of more than {MAX_ROW_BYTES >> 20} MiB, the limit of one")
+    return _bad_row(path, number, f"a row larger than the limit of {MAX_ROW_BYTES >> 20} MiB")
 
 
 def _row(columns: Mapping[str, Any], values: Sequence[str]) -> ScoredPair:
@@ -272,14 +271,14 @@ def _row(columns: Mapping[str, Any], values: Sequence[str]) -> ScoredPair:
         logps = [np.asarray(columns[name], np.float32) for name in values]
     else:
         logps = [
-            np.zeros(len(ids) - gap_tokens(of_side), np.float32)
-            for ids, of_side in zip((chosen, rejected), gaps, strict=True)
+            np.zeros(len(ids) - gap_tokens(side_gaps), np.float32)
+            for ids, side_gaps in zip((chosen, rejected), gaps, strict=True)
         ]
-        for of_side, name in zip(logps, values, strict=True):
-            of_side[:1] = columns[name]
+        for side_logps, name in zip(logps, values, strict=True):
+            side_logps[:1] = columns[name]
     starts = [
-        len(ids) - len(of_side) - gap_tokens(between)
-        for ids, of_side, between in zip((chosen, rejected), logps, gaps, strict=True)
+        len(ids) - len(side_logps) - gap_tokens(between)
+        for ids, side_logps, between in zip((chosen, rejected), logps, gaps, strict=True)
     ]
     row = ScoredPair(PairIds(prompt, chosen, rejected, starts[0], starts[1], gaps[0], gaps[1]), logps[0], logps[1])
     row.check()
@@ -288,19 +287,19 @@ def _row(columns: Mapping[str, Any], values: Sequence[str]) -> ScoredPair:
 
 def _pairs_of(edges: Sequence[int]) -> Gaps:
     if len(edges) % 2:
-        raise ValueError("gaps are pairs of a beginning and an end")
+        raise ValueError("each gap needs a beginning and an end")
     return tuple(zip(edges[::2], edges[1::2], strict=True))
 
 
 def merge(target: Store, source: Store) -> tuple[int, list[str]]:
-    """Copies everything sound of another cache: specs, objects, trunks, records, views. Nothing in the target changes.
+    """Copies everything undamaged from another cache: specs, objects, trunks, records, views. Changes nothing else.
 
     Returns:
-        (number of objects that were new, names of the views that were copied).
+        (number of new objects, names of the copied views).
 
     Raises:
-        CacheError: the target has another view of the same name; or something in the source is damaged. What was
-            copied before stays, and the same call goes on from there.
+        CacheError: the target has a different view of the same name, or the source is damaged. Copied parts stay, and
+            a second call continues from there.
     """
     copied = 0
     target.raise_format(source.format)
@@ -362,7 +361,7 @@ def _bad_row(path: Path, number: int, found: str) -> UserError:
 
 def _lacking(path: Path, number: int, columns: Mapping[str, Any]) -> UserError:
     return UserError(
-        "the import lacks columns",
+        "the file to import lacks columns",
         code="import-columns",
         where=f"{path}:{number}",
         expected=", ".join(_IDS) + f"; and {' and '.join(_TOKENS)}, or sums: {' and '.join(_SUMS[0])}",

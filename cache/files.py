@@ -1,8 +1,8 @@
-"""Durable file operations: what is published is whole, on the disk, and never overwritten.
+"""Durable file operations: a published file is complete, on disk, and never overwritten.
 
-Everything that changes the file system goes through `Disk`, one thin seam where tests put a full disk, a failing fsync,
-a kill or a power loss. Everything that is read goes through `Files.read` and `Files.map`, which follow no link.
-Knows nothing of what the files mean.
+Every change to the file system goes through `Disk`, where tests simulate a full disk, a failing fsync, a kill or a
+power loss. Every read goes through `Files.read` and `Files.map`, which do not follow links. Independent of the files'
+contents.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Disk:
 
 
 class Files:
-    """The files under one root, addressed by relative names that the cache itself has made (never read from a file)."""
+    """Files below one root. Names are relative and built by the cache itself, never read from a file."""
 
     def __init__(self, root: Path, disk: Disk) -> None:
         self.root = root
@@ -83,21 +83,21 @@ class Files:
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def read(self, name: str) -> bytes:
-        """All bytes. Raises FileNotFoundError; CacheError for a link, a device or a directory."""
+        """All bytes. Raises FileNotFoundError; CacheError if it is a link, a device or a directory."""
         descriptor = self._open(name)
         with self._explained(name), os.fdopen(descriptor, "rb") as file:
             return file.read()
 
     def map(self, name: str, size: int, *, copy_on_write: bool = False) -> mmap.mmap:
-        """Maps a file of exactly `size` bytes for reading. Raises as `read`, and CacheError for another size.
+        """Maps a file of exactly `size` bytes for reading. Raises like `read`, and CacheError if the size differs.
 
-        With `copy_on_write` the map may be written to: the pages that are then belong to this process alone.
+        `copy_on_write` makes the map writable: changed pages are private to this process and never reach the file.
         """
         descriptor = self._open(name)
         try:
-            found = os.fstat(descriptor).st_size
-            if found != size:
-                raise damaged(str(self.root / name), f"{size} bytes", f"{found} bytes")
+            actual = os.fstat(descriptor).st_size
+            if actual != size:
+                raise damaged(str(self.root / name), f"{size} bytes", f"{actual} bytes")
             if copy_on_write:
                 return mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
             return mmap.mmap(descriptor, size, prot=mmap.PROT_READ)
@@ -120,21 +120,21 @@ class Files:
             return descriptor
 
     def names(self, folder: str, suffix: str = "") -> list[str]:
-        """The names in a folder that end in `suffix`, sorted, without it. A missing folder is empty."""
+        """Names in a folder that end in `suffix`, sorted, without the suffix. A missing folder counts as empty."""
         try:
             with self._explained(folder):
-                found = [path.name for path in (self.root / folder).iterdir()]
+                names = [path.name for path in (self.root / folder).iterdir()]
         except FileNotFoundError:
             return []
-        return sorted(name.removesuffix(suffix) for name in found if name.endswith(suffix))
+        return sorted(name.removesuffix(suffix) for name in names if name.endswith(suffix))
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def publish(self, name: str, data: bytes | memoryview) -> bool:
-        """Makes `data` appear under `name`, whole and durable, unless the name is taken.
+        """Publishes `data` under `name`, whole and durable, unless that file exists.
 
         Returns:
-            True if this call created it; False if something already stands there (durable too now, unread).
+            True if this call created the file; False if it exists (it is durable then, too; its content is not read).
         """
         target = self.root / name
         with self._explained(name):
@@ -143,7 +143,7 @@ class Files:
                 with self._temporary(target.name, data) as temporary:
                     if self._link(temporary, target):
                         return True
-            # Another writer may have died between its link and its fsync of the folder.
+            # Another writer may have died after its link and before it synced the folder.
             self.disk.sync_dir(target.parent)
         return False
 
@@ -157,9 +157,9 @@ class Files:
                 self.disk.sync_dir(target.parent)
 
     def set_aside(self, name: str) -> Path | None:
-        """Moves a damaged file to the quarantine; None if it is gone already, or the cache is read-only.
+        """Moves a damaged file to quarantine. Returns None if it is gone already or the cache is read-only.
 
-        Nothing is synced: a power loss can only bring the file back, to be found damaged again.
+        Nothing is synced: a power loss can only bring the file back, and it would be found damaged again.
         """
         flat = name.replace("/", "-")
         folder = self.root / QUARANTINE
@@ -176,7 +176,7 @@ class Files:
         return target
 
     def touch(self, name: str) -> None:
-        """Makes a file young, where the cache may be written."""
+        """Sets a file's modification time to now, if the cache is writable."""
         with contextlib.suppress(OSError):
             self.disk.touch(self.root / name)
 
@@ -187,15 +187,15 @@ class Files:
 
     @contextlib.contextmanager
     def _temporary(self, name: str, data: bytes | memoryview) -> Iterator[Path]:
-        """A new file in tmp/ with `data`, synced; gone afterwards. The lock tells `gc` that its writer lives."""
+        """A new synced file in tmp/ with `data`; removed on exit. Its lock tells `gc` that the writer is alive."""
         folder = self.root / TMP
         self._durable_dir(folder)
         path = folder / f"{name}.{os.getpid()}.{secrets.token_hex(4)}"
         descriptor = self.disk.create(path)
         try:
-            lock(descriptor)  # on a file system without locks gc goes by age alone
+            lock(descriptor)  # without locks in the file system, gc decides by age alone
             self.disk.write(descriptor, data)
-            # A failed fsync is never tried again on this file: the kernel may have dropped the pages and forgotten.
+            # Never retry a failed fsync: the kernel may have dropped the dirty pages, and the retry would succeed.
             self.disk.fsync(descriptor)
             yield path
         finally:
@@ -217,14 +217,14 @@ class Files:
         try:
             self.disk.sync_dir(target.parent)
         except OSError:
-            # What is not known to be on the disk may not be seen either, or a later run would trust it.
+            # The name may not stay visible if it is not known to be durable: a later run would trust it.
             with contextlib.suppress(OSError):
                 self.disk.unlink(target)
             raise
         return True
 
     def _durable_dir(self, path: Path) -> None:
-        """Makes a folder, and syncs the entry of every folder down from the root that this object has not synced."""
+        """Creates a folder, and syncs each directory entry from the root down that this object has not synced yet."""
         if path in self._durable_dirs or path == self.root:
             return
         self._durable_dir(path.parent)
@@ -246,9 +246,9 @@ class Files:
 
 
 def lock(descriptor: int) -> bool | None:
-    """Whether this process holds an open file from now on: False where another one does, None where nobody can.
+    """Locks an open file. True if this process has the lock, False if another has it, None if locks are unsupported.
 
-    The system lets go of it when the descriptor is closed, and when the process ends, in whatever way.
+    The system releases the lock when the descriptor is closed or the process ends, however it ends.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -260,17 +260,17 @@ def lock(descriptor: int) -> bool | None:
 
 
 def hash_file(path: Path) -> str:
-    """xxh3_128 of a file's bytes in hex, read block by block. Raises OSError."""
+    """xxh3_128 of a file's bytes in hex, read in blocks. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; the block done, that file takes the place of `path`, whole.
+    """Yields a temporary path beside `path`; when the block succeeds, that file replaces `path` atomically.
 
-    Where the block fails, `path` stays as it was. For files that a user names and for logs: nothing here is synced, and
-    no lock tells other writers apart, as `Files` does for the cache.
+    If the block fails, `path` is unchanged. For files that a user names and for logs: unlike `Files`, nothing is synced
+    and no lock keeps other writers away.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -282,15 +282,15 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def disk_error(error: OSError, path: Path) -> CacheError:
-    """The user's words for what the operating system refused."""
-    found = error.strerror or str(error)
+    """Explains what the operating system refused."""
+    reason = error.strerror or str(error)
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
             return CacheError(
                 "the disk is full",
                 code="cache-disk-full",
                 where=str(path),
-                found=found,
+                found=reason,
                 remedy="free some space and run the same command again: committed work is reused",
                 exit_status=5,
             )
@@ -299,17 +299,17 @@ def disk_error(error: OSError, path: Path) -> CacheError:
                 "cannot write to the cache",
                 code="cache-read-only",
                 where=str(path),
-                found=found,
+                found=reason,
                 remedy="make the folder writable, or choose another with --cache",
                 exit_status=5,
             )
         case errno.ELOOP | errno.ENOTDIR | errno.EISDIR | errno.ENXIO:
             return CacheError(
-                "the cache holds something other than plain files and folders",
+                "the cache contains something other than plain files and folders",
                 code="cache-not-plain",
                 where=str(path),
                 expected="no symbolic links, devices or pipes below the cache folder",
-                found=found,
+                found=reason,
                 remedy="remove it, or move the whole cache and name its real folder",
             )
         case errno.EMFILE | errno.ENFILE:
@@ -317,7 +317,7 @@ def disk_error(error: OSError, path: Path) -> CacheError:
                 "too many open files",
                 code="cache-too-many-files",
                 where=str(path),
-                found=found,
+                found=reason,
                 remedy="raise the limit (`ulimit -n 4096`) and run the same command again",
                 exit_status=5,
             )
@@ -325,7 +325,7 @@ def disk_error(error: OSError, path: Path) -> CacheError:
         "the disk reported an error",
         code="cache-disk-error",
         where=str(path),
-        found=found,
+        found=reason,
         remedy="check the disk, then run the same command again: committed work is reused",
         exit_status=5,
     )

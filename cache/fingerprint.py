@@ -1,6 +1,6 @@
-"""Hashes of model weights by tensor: how a checkpoint is cut into files does not count, and one flipped bit does.
+"""Hashes of model weights, tensor by tensor: independent of how files are split, sensitive to a single flipped bit.
 
-Reads safetensors by its header and GGUF through the `gguf` package; never torch, never pickle.
+Reads safetensors through its header and GGUF through the `gguf` package; never torch, never pickle.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dpoeng.cache.records import canonical_json, seal, unseal
 
 Progress = Callable[[int, int], None]
 
-_HEADER_LIMIT: Final = 100_000_000  # safetensors' own
+_HEADER_LIMIT: Final = 100_000_000  # safetensors' own limit
 _BITS: Final = {
     "F64": 64, "I64": 64, "U64": 64, "C64": 64,
     "F32": 32, "I32": 32, "U32": 32,
@@ -36,7 +36,7 @@ _BITS: Final = {
 }  # fmt: skip
 _THREADS: Final = min(8, os.cpu_count() or 1)
 _SETTLED_NS: Final = 2_000_000_000
-# GGUF metadata that moves no number: names and licences, and the tokenizer, which acts through token ids.
+# GGUF metadata that changes no log-prob: names, licences, and the tokenizer, which acts only through token ids.
 _GGUF_IGNORED: Final = ("general.", "tokenizer.", "GGUF.", "split.")
 
 
@@ -68,27 +68,27 @@ def weight_digests(
     """Hashes every byte of every tensor in the files.
 
     Args:
-        files: safetensors or GGUF, whole or in shards.
-        progress: called with (bytes done, bytes in all) after each tensor, from one thread at a time.
-        memo: a folder in which digests are remembered by (device, inode, size, mtime, ctime) of the file; a file that
-            changed less than two seconds ago is not remembered, since it could change again within one tick.
+        files: safetensors or GGUF, single files or shards.
+        progress: called with (bytes done, total bytes) after each tensor, from one thread at a time.
+        memo: folder that stores digests by (device, inode, size, mtime, ctime) of a file. A file that changed less than
+            two seconds ago is not stored, since it could change again within one tick of the clock.
 
     Returns:
         Digests by tensor name, sorted. GGUF files add the entry `gguf:metadata` for the settings in their header.
 
     Raises:
-        CacheError: a file that is missing, not of these formats, damaged, or changed while it was read; a tensor that
-            two of the files hold.
+        CacheError: a file is missing, damaged, in another format, or changed while it was read; or two files contain
+            the same tensor.
     """
     meter = _Meter(progress, sum(_stat(file).st_size for file in files))
-    found: dict[str, TensorDigest] = {}
+    all_digests: dict[str, TensorDigest] = {}
     for file in files:
         digests = _file_digests(file, meter, memo)
-        for name in digests.keys() & found.keys():
-            if name != _GGUF_METADATA or digests[name] != found[name]:
+        for name in digests.keys() & all_digests.keys():
+            if name != _GGUF_METADATA or digests[name] != all_digests[name]:
                 raise _bad_weights(file, "each tensor in one file", f"{name} in a second one")
-        found |= digests
-    return dict(sorted(found.items()))
+        all_digests |= digests
+    return dict(sorted(all_digests.items()))
 
 
 def combined_digest(digests: Mapping[str, TensorDigest]) -> str:
@@ -132,11 +132,11 @@ def _safetensors_spans(file: Path, data: memoryview) -> dict[str, _Span]:
     """Parses and checks a header: https://huggingface.co/docs/safetensors/index#format."""
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or not 2 <= length <= min(_HEADER_LIMIT, len(data) - 8):
-        raise _bad_weights(file, "a safetensors or GGUF file", "neither header")
+        raise _bad_weights(file, "a safetensors or GGUF file", "another kind of header")
     try:
         header = json.loads(bytes(data[8 : 8 + length]), object_pairs_hook=_unique)
         if not isinstance(header, dict):
-            raise ValueError("the header is no object")
+            raise ValueError("the header is not a JSON object")
         spans = {
             name: _Span(
                 str(item["dtype"]),
@@ -159,7 +159,7 @@ def _safetensors_spans(file: Path, data: memoryview) -> dict[str, _Span]:
             or (span.end - span.start) * 8 != math.prod(span.shape) * bits
             or min(span.shape, default=0) < 0
         ):
-            raise _bad_weights(file, f"{name} right after the tensor before it, as long as its shape", f"{span}")
+            raise _bad_weights(file, f"{name} right after the previous tensor, as long as its shape", f"{span}")
         position = span.end
     if position != len(data):
         raise _bad_weights(file, f"{position} bytes", f"{len(data)} bytes")
@@ -174,7 +174,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _gguf_spans(file: Path, size: int) -> tuple[dict[str, _Span], dict[str, TensorDigest]]:
-    """Spans of the tensors, and one digest for all settings of the header that can move a number."""
+    """Spans of the tensors, and one digest over all header settings that can change a log-prob."""
     try:
         from gguf import GGUFReader
     except ImportError:
@@ -204,7 +204,7 @@ def _gguf_spans(file: Path, size: int) -> tuple[dict[str, _Span], dict[str, Tens
     except (ValueError, KeyError, IndexError, UnicodeDecodeError, OverflowError, MemoryError) as error:
         raise _bad_weights(file, "a GGUF file", f"{type(error).__name__}: {error}"[:200]) from None
     if len(spans) != len(reader.tensors) or any(span.end > size for span in spans.values()):
-        raise _bad_weights(file, "tensors of different names inside the file", "others")
+        raise _bad_weights(file, "tensors with distinct names inside the file", "repeated names, or a tensor outside")
     digest = xxhash.xxh3_128_hexdigest(canonical_json(settings))
     return spans, {_GGUF_METADATA: TensorDigest("metadata", (), digest)}
 
@@ -236,7 +236,7 @@ def _recall(memo: Path, status: os.stat_result) -> dict[str, TensorDigest] | Non
 
 
 def _remember(memo: Path, status: os.stat_result, digests: Mapping[str, TensorDigest]) -> None:
-    """Best effort: a folder that cannot be written only costs the next run its time."""
+    """Best effort: if the folder cannot be written, the next run only hashes again."""
     identity = _identity(status)
     with contextlib.suppress(OSError):
         memo.mkdir(parents=True, exist_ok=True)
@@ -248,7 +248,7 @@ def _remember(memo: Path, status: os.stat_result, digests: Mapping[str, TensorDi
 
 
 class _Meter:
-    """Adds up bytes from several threads for one progress function."""
+    """Adds up bytes from several threads and reports them to one progress function."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
         self._progress = progress
@@ -272,7 +272,7 @@ def _stat(file: Path) -> os.stat_result:
 
 @contextlib.contextmanager
 def _mapped(file: Path) -> Iterator[memoryview]:
-    """The bytes of a file, mapped (hashing a mapping is twice as fast as reading into a buffer)."""
+    """The bytes of a file, mapped; hashing a map is twice as fast as reading into a buffer."""
     with file.open("rb") as handle:
         try:
             mapping = mmap.mmap(handle.fileno(), 0, prot=mmap.PROT_READ)

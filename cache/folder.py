@@ -1,6 +1,6 @@
-"""The layout of a cache folder: the name of every file in it, and the FORMAT file that makes a folder a cache.
+"""The layout of a cache folder: the name of every file in it, and the FORMAT file that marks a folder as a cache.
 
-Names are built from digests and from checked names of views only, so that nothing read from a file becomes a path.
+Names are built only from digests and checked view names, so that nothing read from a file becomes a path.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from dpoeng.cache.records import DIGEST, VIEW_NAME
 FORMAT_NAME: Final = "FORMAT"
 FORMAT_BYTES: Final = b"dpoeng-refcache 1\n"
 FORMAT_WITH_GAPS: Final = b"dpoeng-refcache 2\n"
-"""Of a cache with rows in which tokens between scored ones are not: readers of version 1 must leave it alone."""
+"""For a cache with rows that have gaps (unscored tokens between scored ones): version 1 readers must refuse it."""
 FORMAT_WITH_TRUNK: Final = b"dpoeng-refcache 3\n"
-"""Of a cache with stored hidden states: readers of version 2 would take them for rows of log-probs."""
+"""For a cache with stored hidden states: version 2 readers would take them for rows of log-probs."""
 FORMAT_WITH_ROWS: Final = b"dpoeng-refcache 4\n"
-"""Of a cache with rows that are no pairs (`records.ROW_KINDS`): readers of version 3 would take them for pairs."""
+"""For a cache with rows other than pairs (`records.ROW_KINDS`): version 3 readers would take them for pairs."""
 FORMATS: Final = (FORMAT_BYTES, FORMAT_WITH_GAPS, FORMAT_WITH_TRUNK, FORMAT_WITH_ROWS)
 
 
@@ -68,17 +68,17 @@ def table_name(name: str) -> str:
 
 
 def _digest(text: str) -> str:
-    """Lets nothing but a digest into a path."""
+    """Allows only a digest as part of a path."""
     if not DIGEST.fullmatch(text):
         raise ValueError(f"not 32 hex digits: {text[:200]!r}")
     return text
 
 
 def open_folder(files: Files, *, create: bool) -> None:
-    """Checks that a folder is a cache of this version, or makes it one.
+    """Checks that a folder is a cache of this version, or creates one.
 
     Raises:
-        CacheError: no cache there, one of a later version, or (with `create`) a folder with other things in it.
+        CacheError: no cache there, one of a later version, or (with `create`) a folder with other files in it.
     """
     if files.root.is_file():
         raise CacheError(
@@ -89,18 +89,18 @@ def open_folder(files: Files, *, create: bool) -> None:
             remedy="name that folder with --cache",
         )
     try:
-        found = files.read(FORMAT_NAME)
+        content = files.read(FORMAT_NAME)
     except FileNotFoundError:
         if not create:
             raise CacheError(
                 "no reference cache in this folder",
                 code="cache-not-found",
                 where=str(files.root),
-                remedy="make one with `dpoeng precompute-ref PAIRS --model MODEL --cache FOLDER`",
+                remedy="create one with `dpoeng precompute-ref PAIRS --model MODEL --cache FOLDER`",
             ) from None
         _create(files)
-        found = files.read(FORMAT_NAME)
-    _check_format(found, files.root / FORMAT_NAME)
+        content = files.read(FORMAT_NAME)
+    _check_format(content, files.root / FORMAT_NAME)
 
 
 def _create(files: Files) -> None:
@@ -110,7 +110,7 @@ def _create(files: Files) -> None:
         others = {path.name for path in root.iterdir()} - {TMP}  # a kill may have left tmp/ behind
     except OSError as error:
         raise disk_error(error, root) from error
-    # Another process may be creating it too. FORMAT comes first, so where there is more, it must be there by now.
+    # Another process may be creating it too. It writes FORMAT first, so if other files exist, FORMAT must exist.
     if others and not (root / FORMAT_NAME).exists():
         raise CacheError(
             "this folder is not empty and not a cache",
@@ -147,10 +147,10 @@ def _check_format(found: bytes, path: Path) -> None:
 
 
 def _make_durable(root: Path, disk: Disk) -> None:
-    """Makes the root and its missing parents, each entry synced."""
+    """Creates the root and its missing parents, and syncs each directory entry."""
     missing = [path for path in (root, *root.parents) if not path.exists()]
     for path in reversed(missing):
         with contextlib.suppress(FileExistsError):
             disk.mkdir(path)
-    for path in missing or [root]:  # a kill may have come between making the root and syncing its entry
+    for path in missing or [root]:  # a kill may have come after mkdir and before the sync
         disk.sync_dir(path.parent)

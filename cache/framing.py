@@ -1,12 +1,12 @@
-"""Walks the Arrow IPC format with bounds checks before pyarrow is let loose on a file.
+"""Walks the Arrow IPC format with bounds checks before pyarrow reads a file.
 
-pyarrow trusts what a footer or a message states: it decompresses without asking how much will come out, and takes 2^40
-rows from a file of 352 bytes. `check_plain` refuses everything that the cache itself does not write: compression,
-dictionaries, batches that lie outside the file. `check_arrow` takes any file or stream of somebody else's, and refuses
-one that points outside its body or stands for far more than it holds. Values are for `validate(full=True)` to judge.
+pyarrow trusts what a footer or a message claims: it decompresses without a limit on the output, and accepts 2^40 rows
+from a file of 352 bytes. `check_plain` refuses everything that the cache itself does not write: compression,
+dictionaries, batches outside the file. `check_arrow` accepts any file or stream of another program, unless it points
+outside its body or expands far beyond its size. `validate(full=True)` judges the values.
 
-Format: https://arrow.apache.org/docs/format/Columnar.html#serialization-and-interprocess-communication-ipc; the field
-numbers are those of File.fbs, Message.fbs and Schema.fbs, the encoding is that of https://flatbuffers.dev/internals.
+Format: https://arrow.apache.org/docs/format/Columnar.html#serialization-and-interprocess-communication-ipc. Field
+numbers are those of File.fbs, Message.fbs and Schema.fbs; the encoding is https://flatbuffers.dev/internals.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ BUFFER = struct.Struct("<qq")  # Buffer: offset into the body, length
 
 
 class FramingError(ValueError):
-    """The file is not the plain Arrow file that the cache writes."""
+    """The file is not a plain Arrow file as the cache writes them."""
 
 
 def check_plain(data: memoryview) -> None:
     """Checks the framing of an IPC file.
 
     Raises:
-        FramingError: for compressed buffers, dictionaries, or anything that points outside the file.
+        FramingError: compressed buffers, dictionaries, or something that points outside the file.
     """
     try:
         _check(data)
@@ -50,7 +50,7 @@ def _check(data: memoryview) -> None:
     end_before = len(MAGIC) + 2
     for index in range(footer.vector_length(3, BLOCK.size)):
         offset, metadata_size, body_size = BLOCK.unpack(footer.vector_item(3, BLOCK.size, index))
-        if offset < end_before:  # or a small file could list one batch a million times
+        if offset < end_before:  # otherwise a small file could list one batch a million times
             raise FramingError("record batches overlap")
         end_before = offset + metadata_size + body_size
         if metadata_size < 8 or body_size < 0 or end_before > start:
@@ -65,7 +65,7 @@ def _check(data: memoryview) -> None:
 
 def _check_batch(message: Table, body_size: int) -> None:
     if message.scalar(1, "<B") != _RECORD_BATCH:
-        raise FramingError("a message that is no record batch")
+        raise FramingError("a message that is not a record batch")
     if message.scalar(3, "<q") != body_size:
         raise FramingError("header and footer differ on the size of a record batch")
     batch = message.table(2)
@@ -78,7 +78,7 @@ def _check_batch(message: Table, body_size: int) -> None:
 
 
 class Table:
-    """A flatbuffer table: fields are found through a vtable of 16-bit offsets; every access is bounds-checked."""
+    """A flatbuffer table: a vtable of 16-bit offsets locates its fields; every access is bounds-checked."""
 
     def __init__(self, data: memoryview, position: int) -> None:
         self._data = data
@@ -92,13 +92,13 @@ class Table:
         return cls(data, position)
 
     def _read(self, kind: str, position: int) -> int:
-        if position < 0:  # struct would count from the end
+        if position < 0:  # struct would count a negative position from the end
             raise FramingError("a structure reaches before its start")
         value: int = struct.unpack_from(kind, self._data, position)[0]
         return value
 
     def offset_of(self, field: int) -> int:
-        """Return a field's offset from its table; 0 if it is absent."""
+        """A field's offset from its table; 0 if the field is absent."""
         return self._read("<H", self._vtable + 4 + 2 * field) if field < self._fields else 0
 
     def scalar(self, field: int, kind: str) -> int:
@@ -130,13 +130,13 @@ class Table:
         return item
 
 
-# --------------------------------------------------------------------------- files of somebody else
+# --------------------------------------------------------------------------- files of other programs
 
 MAX_COLUMNS: Final = 10_000
 MAX_EXPANDED_BYTES: Final = 512 << 20  # of the compressed buffers of one batch
 MAX_HEADER_BYTES: Final = 64 << 20
 MAX_BATCH_ROWS: Final = 1 << 24
-# Rows without bytes are free to claim: a batch may have so many, and one more for each bit that it holds.
+# Rows without bytes cost nothing to claim: a batch may have this many, plus one for each bit it contains.
 MAX_EMPTY_ROWS: Final = 1024
 
 _SCHEMA, _DICTIONARY, _RECORDS = 1, 2, 3  # MessageHeader
@@ -145,19 +145,19 @@ _CONTINUATION: Final = 0xFFFFFFFF
 
 
 class LimitError(ValueError):
-    """A sound file that stands for more than is read at once; the message names the limit."""
+    """A valid file that expands to more than is read at once; the message names the limit."""
 
 
 def check_arrow(file: IO[bytes], size: int) -> None:
     """Checks all messages of an Arrow file or stream.
 
     Args:
-        file: opened for reading, seekable; left wherever reading ended.
+        file: opened for reading, seekable; its position afterwards is unspecified.
         size: of the file, in bytes.
 
     Raises:
-        FramingError: the file is cut, or a message points outside what holds it.
-        LimitError: it claims more columns, rows or expanded bytes than are allowed.
+        FramingError: the file is cut off, or a message points outside its container.
+        LimitError: the file claims more columns, rows or expanded bytes than allowed.
     """
     file.seek(0)
     try:
@@ -205,14 +205,14 @@ def _check_file(file: IO[bytes], size: int) -> None:
         if message is None or (stated, start) != (body_size, offset + header_size):
             raise FramingError("header and footer differ on the size of a batch")
         if _check_message(file, message, start, body_size) != kind:
-            raise FramingError("header and footer differ on what a batch is")
+            raise FramingError("header and footer differ on the kind of a batch")
 
 
 def _message(file: IO[bytes], position: int, size: int) -> tuple[Table | None, int, int]:
-    """The header of a message at a position, the bytes of its body, and where that starts; None at a stream's end."""
+    """Header of the message at a position, size of its body, and the body's start; None at the end of a stream."""
     (header_size,) = struct.unpack("<I", _exactly(file, position, 4))
     start = position + 4
-    if header_size == _CONTINUATION:  # absent in files of before Arrow 0.15
+    if header_size == _CONTINUATION:  # absent before Arrow 0.15
         (header_size,) = struct.unpack("<I", _exactly(file, start, 4))
         start += 4
     if header_size == 0:
@@ -253,7 +253,7 @@ def _check_foreign_batch(file: IO[bytes], batch: Table, start: int, body_size: i
         offset, length = BUFFER.unpack(batch.vector_item(2, BUFFER.size, index))
         if offset < 0 or length < 0 or offset + length > body_size:
             raise FramingError("a buffer reaches past its batch")
-        if compressed and length >= 8:  # each states its expanded size first; -1 says that it is stored as it is
+        if compressed and length >= 8:  # starts with its expanded size; -1 means uncompressed
             (stated,) = struct.unpack("<q", _exactly(file, start + offset, 8))
             if stated < -1:
                 raise FramingError("a buffer of negative size")
@@ -267,20 +267,20 @@ def _check_foreign_batch(file: IO[bytes], batch: Table, start: int, body_size: i
 def _check_nodes(batch: Table, most: int) -> None:
     rows = batch.scalar(0, "<q")
     if rows < 0:
-        raise FramingError("a batch of less than no rows")
+        raise FramingError("a batch with a negative number of rows")
     if rows > min(most, MAX_BATCH_ROWS):
         raise LimitError(f"a batch of {rows} rows; the limit for its bytes is {min(most, MAX_BATCH_ROWS)}")
     for index in range(batch.vector_length(1, _NODE.size)):
         length, nulls = _NODE.unpack(batch.vector_item(1, _NODE.size, index))
         if not 0 <= nulls <= length:
             raise FramingError("a column with more nulls than values")
-        if length > most:  # lists of nothing: their items take no bytes either
+        if length > most:  # empty lists take no bytes either
             raise LimitError(f"a column of {length} values; the limit for its bytes is {most}")
 
 
 def _exactly(file: IO[bytes], position: int, length: int) -> bytes:
     file.seek(position)
-    found = file.read(length)
-    if len(found) != length:
+    data = file.read(length)
+    if len(data) != length:
         raise FramingError("the file is cut off")
-    return found
+    return data

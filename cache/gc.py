@@ -1,4 +1,4 @@
-"""Removes files that nothing refers to. Only lists them, unless told to remove."""
+"""Removes files that nothing refers to. Only lists them by default."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Kind = Literal["temporary", "orphan", "table", "manifest", "spec", "quarantine"]
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """A file that may go: its name in the cache, why, and its size in bytes."""
+    """A file that can be removed: its name in the cache, the reason, and its size in bytes."""
 
     name: str
     kind: Kind
@@ -38,30 +38,30 @@ def collect(
     quarantine: bool = False,
     grace_s: float = 3600.0,
 ) -> list[Garbage]:
-    """Finds garbage, and removes it unless this is a dry run.
+    """Finds garbage, and removes it unless `dry_run` is set.
 
-    Kept: what a commit record, a view or one of the two newest manifests of a spec names; a temporary file whose
-    writer lives; and anything younger than `grace_s`, because its record may be on the way. Readers are not disturbed:
-    a removed file stays until the last process that maps it has ended.
+    Keeps everything that a commit record, a view or one of the two newest manifests of a spec names; temporary files of
+    live writers; and anything younger than `grace_s`, whose record may not be written yet. Readers are not disturbed: a
+    removed file stays readable until the last process that maps it ends.
 
     Args:
         root: the cache folder.
-        dry_run: only say what would go.
-        drop_specs: references to remove with all their rows and trunks, none of which may have a view; or trunks.
-        quarantine: also what damage was set aside.
-        grace_s: age below which nothing goes; a file from the future counts as young.
+        dry_run: only list what would be removed.
+        drop_specs: references to remove with all their rows and trunks (none may have a view), or single trunks.
+        quarantine: also remove damaged files that were set aside.
+        grace_s: keep files younger than this, in seconds; a modification time in the future counts as young.
 
     Returns:
-        What goes, in the order of removal: records before the objects they name.
+        The files to remove, in the order of removal: records before the objects they name.
 
     Raises:
-        CacheError: a spec to drop is in use or unknown, or a record is damaged (so that nobody knows what it names).
+        CacheError: a spec to drop is in use or unknown, or a record is damaged (its objects would be unknown).
     """
     store = Store.open(root)
     garbage = list(_find(store, drop_specs, quarantine, grace_s))
     if not dry_run:
         for item in garbage:
-            # A writer may have come upon it meanwhile, and made it young again.
+            # A writer may have touched the file in the meantime.
             if item.kind == "spec" or _is_old(store.root / item.name, grace_s):
                 with contextlib.suppress(FileNotFoundError):
                     store.files.remove(item.name)
@@ -71,11 +71,11 @@ def collect(
 def _find(store: Store, drop_specs: Collection[str], quarantine: bool, grace_s: float) -> Iterator[Garbage]:
     records = {name: store.view_record(name) for name in store.views()}
     _refuse_in_use(store, drop_specs, {record.spec: name for name, record in records.items()})
-    # A trunk is of no use without its reference.
+    # A trunk is useless without its reference.
     orphaned = [digest for digest, spec in store.trunks().items() if spec.fields["reference"] in drop_specs]
     drop_specs = [*dict.fromkeys([*drop_specs, *orphaned])]
     tables = {record.table.name for record in records.values()}
-    kept = {reference.name for record in records.values() for reference in record.objects}
+    referenced = {reference.name for record in records.values() for reference in record.objects}
     names: list[tuple[str, Kind]] = []
     for digest in (name for name in store.files.names("runs") if DIGEST.fullmatch(name)):
         commits = store.files.names(commits_folder(digest), ".json")
@@ -84,10 +84,10 @@ def _find(store: Store, drop_specs: Collection[str], quarantine: bool, grace_s: 
             names += [(manifest_name(digest, generation), "spec") for generation in generations]
             names += [(commit_name(digest, name), "spec") for name in commits]
         else:
-            kept.update(commits)
+            referenced.update(commits)
             names += [(manifest_name(digest, generation), "manifest") for generation in generations[:-KEPT_GENERATIONS]]
     names += [(spec_name(digest), "spec") for digest in drop_specs]
-    names += [(object_name(name), "orphan") for name in object_names(store) if name not in kept]
+    names += [(object_name(name), "orphan") for name in object_names(store) if name not in referenced]
     names += [(table_name(name), "table") for name in store.files.names("views", ".arrow") if name not in tables]
     names += [(f"{TMP}/{name}", "temporary") for name in store.files.names(TMP) if _is_abandoned(store, name)]
     if quarantine:
@@ -119,7 +119,7 @@ def _is_old(path: Path, grace_s: float) -> bool:
 
 
 def _is_abandoned(store: Store, name: str) -> bool:
-    """Whether the writer of a temporary file is dead: a living one holds its lock."""
+    """Whether the writer of a temporary file is dead. A live one holds the file's lock."""
     try:
         descriptor = os.open(store.root / TMP / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:

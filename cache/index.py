@@ -1,4 +1,4 @@
-"""Finds a pair among the shards of one reference. A key only nominates a row; the token ids decide."""
+"""Finds a pair among the shards of one reference. A key only suggests a row; the token ids decide."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from dpoeng.cache.shard import Shard
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """A file that was found damaged or missing.
+    """A file that is damaged or missing.
 
     Attributes:
         where: the file.
         problem: what is wrong with it.
-        moved_to: where it lies now; None if it is gone, or if the cache is read-only.
-        rows: how many rows must be computed again; None where the damage hides that.
+        moved_to: its place in quarantine; None if it is gone or the cache is read-only.
+        rows: how many rows must be recomputed; None if the damage hides that.
     """
 
     where: str
@@ -37,11 +37,11 @@ class Damage:
 
 
 class KeyIndex:
-    """All rows of one reference that are on the disk and sound.
+    """All undamaged rows of one reference that are on disk.
 
     Args:
-        shards: each with its name, in the order that decides between equal rows (two writers may have raced).
-        quarantined: what was found damaged on the way.
+        shards: each with its name, in the order that decides between equal rows (two writers may race).
+        quarantined: the damage found while opening them.
 
     Attributes:
         objects: the names, in that order.
@@ -55,23 +55,23 @@ class KeyIndex:
         self._starts = [0, *np.cumsum([len(shard) for shard in self._shards], dtype=np.int64).tolist()]
         self._keys = np.concatenate([np.empty((0, 16), np.uint8), *(shard.keys() for shard in self._shards)])  # [N, 16]
         heads = _heads(self._keys)
-        self._order = np.argsort(heads, kind="stable")  # equal heads stay in row order: the first one wins
+        self._order = np.argsort(heads, kind="stable")  # stable: among equal heads the first row wins
         self._heads = heads[self._order]
-        self._head_at = self._heads.data  # its items are plain ints, which makes one look-up much faster
+        self._head_at = self._heads.data  # a memoryview's items are plain ints: faster single look-ups
 
     def shards(self) -> dict[ObjectRef, Shard]:
         """The open objects by name."""
         return dict(zip(self.objects, self._shards, strict=True))
 
     def __len__(self) -> int:
-        """Rows, equal ones counted as often as they stand there."""
+        """Number of rows; equal rows count separately."""
         return len(self._keys)
 
     def __contains__(self, ids: PairIds) -> bool:
         return self.get(ids) is not None
 
     def get(self, ids: PairIds) -> ScoredPair | None:
-        """The row with exactly these ids (zero-copy), or None. A colliding key does not make a hit."""
+        """The row with exactly these ids (zero-copy), or None. An equal key alone is not a hit."""
         for place in self._places(pair_key(ids)):
             row = self._row(place)
             if row.ids.same_as(ids):
@@ -79,16 +79,16 @@ class KeyIndex:
         return None
 
     def locate(self, keys: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """Return the places of the rows with these keys.
+        """Finds the rows with these keys.
 
         Args:
             keys: [N, 16].
 
         Returns:
-            number of the object in `objects` [N] and row in it [N]; object -1 where there is no such row.
+            index into `objects` [N] and row in that object [N]; object -1 if there is no such row.
 
         Raises:
-            CacheError: two pairs of different ids share a key (chance: 2^-128 a pair), so the key names neither.
+            CacheError: two pairs with different ids share a key (chance: 2^-128 a pair).
         """
         heads = _heads(keys)
         left = np.searchsorted(self._heads, heads, side="left")
@@ -131,5 +131,5 @@ class KeyIndex:
 
 
 def _heads(keys: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
-    """The first 8 bytes of each key [N] as numbers: sorting them is a hundred times faster than sorting bytes."""
+    """The first 8 bytes of each key [N] as integers: sorting these is a hundred times faster than sorting bytes."""
     return np.ascontiguousarray(keys).view("<u8").reshape(-1, 2)[:, 0].copy()

@@ -1,4 +1,4 @@
-"""Counts what a cache holds. Reads only records, so it is fast for any size of cache."""
+"""Counts what a cache contains. Reads only records, so it is fast for any size of cache."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class ReferenceInfo:
 
     Attributes:
         digest: of its spec.
-        summary: the spec's fields; of a list of tensors, only how many there are.
-        rows, objects, bytes: committed.
-        generation: of the last finished run; 0 if none finished yet.
-        changed: when its newest record was written, by the file system's clock.
-        provenance: the distinct provenances of its records: versions, device, imports.
+        summary: the spec's fields, with lists of tensors reduced to their number.
+        rows, objects, bytes: committed totals.
+        generation: number of the last finished run; 0 if none has finished.
+        changed: time of its newest record, by the file system's clock.
+        provenance: the distinct provenances in its records: versions, device, imports.
     """
 
     digest: str
@@ -39,7 +39,7 @@ class ReferenceInfo:
 
 @dataclass(frozen=True, slots=True)
 class ViewInfo:
-    """One view: its rows, its reference and how its pairs were made."""
+    """One view: its rows, its reference, and how its pairs were built."""
 
     name: str
     rows: int
@@ -49,16 +49,16 @@ class ViewInfo:
 
 @dataclass(frozen=True, slots=True)
 class TrunkInfo:
-    """Stored hidden states.
+    """Stored hidden states of one layer.
 
     Attributes:
         digest: of the trunk's spec.
-        reference: digest of the reference that they come from.
-        layer: the decoder layer that they enter, counted from 0.
-        dtype: of the states.
-        width: numbers a token.
-        texts, objects, bytes: committed.
-        generation: of the last finished run; 0 if none finished yet.
+        reference: digest of the reference that computed them.
+        layer: the decoder layer whose input they are, counted from 0.
+        dtype: dtype of the states.
+        width: numbers per token.
+        texts, objects, bytes: committed totals.
+        generation: number of the last finished run; 0 if none has finished.
     """
 
     digest: str
@@ -74,7 +74,7 @@ class TrunkInfo:
 
 @dataclass
 class CacheInfo:
-    """A cache. `problems` lists records that could not be read; `verify` looks deeper."""
+    """A cache. `problems` lists records that cannot be read; `verify` checks more."""
 
     references: list[ReferenceInfo] = field(default_factory=list)
     trunks: list[TrunkInfo] = field(default_factory=list)
@@ -85,32 +85,32 @@ class CacheInfo:
 def cache_info(root: Path | str) -> CacheInfo:
     """Reads all records of a cache. Raises CacheError if there is none."""
     store = Store.open(root)
-    found = CacheInfo()
+    info = CacheInfo()
     trunks = store.trunks()
     for digest, spec in trunks.items():
-        found.trunks.append(_trunk(store, digest, spec, found.problems))
+        info.trunks.append(_trunk(store, digest, spec, info.problems))
     for digest in store.spec_digests():
         if digest in trunks:
             continue
         try:
-            found.references.append(_reference(store, digest, found.problems))
+            info.references.append(_reference(store, digest, info.problems))
         except CacheError as error:
-            found.problems.append(_said(error))
+            info.problems.append(_said(error))
     for name in store.views():
         try:
             record = store.view_record(name)
-            found.views.append(ViewInfo(name, record.table.rows, record.spec, dict(record.meta)))
+            info.views.append(ViewInfo(name, record.table.rows, record.spec, dict(record.meta)))
         except CacheError as error:
-            found.problems.append(_said(error))
-    return found
+            info.problems.append(_said(error))
+    return info
 
 
 def newest_spec(store: Store) -> str:
-    """The reference whose spec was written last, by the file system's clock. Raises CacheError if there is none."""
+    """Digest of the spec that was written last, by the file system's clock. Raises CacheError if there is none."""
     digests = store.reference_digests()
     if not digests:
         raise CacheError(
-            "the cache holds no reference yet",
+            "the cache contains no reference yet",
             code="cache-no-spec",
             where=str(store.root),
             remedy="run `dpoeng precompute-ref` into it first",

@@ -24,13 +24,13 @@ from dpoeng.cache.words import counted
 
 
 class View:
-    """The rows of one data set with their reference log-probs. Make it with `open`; it may be pickled and forked.
+    """The rows of one data set with their reference log-probs. Create it with `open`; it can be pickled and forked.
 
     Attributes:
-        name: of the view.
-        meta: how the pairs were made.
-        rows: what its rows are: one of `records.ROW_KINDS`.
-        spec: the reference that the numbers come from.
+        name: name of the view.
+        meta: how the pairs were built.
+        rows: kind of its rows, one of `records.ROW_KINDS`.
+        spec: the reference that computed the numbers.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class View:
         self._table = table
         self._shards = shards
         self._length = len(table)
-        self._object_at, self._row_at = table.object.data, table.row.data  # plain ints, read fast
+        self._object_at, self._row_at = table.object.data, table.row.data  # items are plain ints: fast to read
 
     @classmethod
     def open(
@@ -61,14 +61,14 @@ class View:
 
         Args:
             root: the cache folder.
-            name: the view; None where there is only one, or one beside another.
-            beside: the name of a view that has its use already, and is not meant where none is named.
-            rows: the kinds of rows that the caller can deal with: nothing may take other rows for pairs.
+            name: the view; None if there is only one, or one besides `beside`.
+            beside: a view that is in use already and is not chosen when `name` is None.
+            rows: the kinds of rows that the caller can handle; another kind is refused.
             verify: "open" checks records, sizes, schema and offsets; "full" also hashes every byte of the objects in
-                use and looks at every log-prob (some 0.1 s/GB from a warm cache).
+                use and checks every log-prob (about 0.1 s/GB with the files in the page cache).
 
         Raises:
-            CacheError: no such view, several where none was named, a file that is missing or damaged, or other rows.
+            CacheError: no such view; several views and no name; a missing or damaged file; or other kinds of rows.
         """
         store = Store.open(root)
         name = _choose(store, name, beside)
@@ -88,8 +88,8 @@ class View:
         return self._length
 
     def __getitem__(self, i: SupportsIndex) -> ScoredPair:
-        """Row i of the source. The arrays are read-only views of the file; copy what is to be changed."""
-        if type(i) is not int or not 0 <= i < self._length:  # else what a loop asks for, without a call
+        """Row i of the source. The arrays are read-only views of the file: copy them before you change them."""
+        if type(i) is not int or not 0 <= i < self._length:  # the common case needs no call
             i = self._position(i)
         row = self._shards[self._object_at[i]][self._row_at[i]]
         if self.rows != "pairs":
@@ -97,7 +97,7 @@ class View:
         return row
 
     def scores(self, i: SupportsIndex) -> tuple[float, ...]:
-        """What the data set says of the responses of row i, see `ScoredPair.scores`; empty for a pair."""
+        """The data set's scores or labels of row i's responses, see `ScoredPair.scores`; empty for a pair."""
         if self.rows == "pairs":
             return ()
         label = self.extra(i).get("label")
@@ -106,14 +106,14 @@ class View:
         return (float(label),)
 
     def place(self, i: SupportsIndex) -> tuple[int, int]:
-        """(number of the object, row in it) where the numbers of row i are stored."""
+        """(index of the object, row in it) where the numbers of row i are stored."""
         i = self._position(i)
         return self._object_at[i], self._row_at[i]
 
     def writable_shards(self) -> list[Shard]:
-        """The objects, mapped once more and without a copy; what is written to `Shard.data` stays in this process.
+        """The objects, mapped again copy-on-write: changes to `Shard.data` stay in this process.
 
-        For libraries whose arrays cannot be read-only, as torch's: writing to the view's own map ends the process.
+        For libraries such as torch without read-only arrays: writing to the view's own map would crash the process.
         """
         maps = (self._store.files.map(object_name(o.name), o.bytes, copy_on_write=True) for o in self._record.objects)
         return [Shard(memoryview(data), shard.where) for data, shard in zip(maps, self._shards, strict=True)]
@@ -124,7 +124,7 @@ class View:
         return self._record.files[self._table.file[i]], int(self._table.source_row[i])
 
     def extra(self, i: SupportsIndex) -> dict[str, Any]:
-        """The user's other columns of row i."""
+        """The user's other columns in row i."""
         return self._table.extra(self._position(i))
 
     def key(self, i: SupportsIndex) -> bytes:
@@ -133,7 +133,7 @@ class View:
         return key
 
     def numbers(self) -> Numbers:
-        """Lengths and sums of all rows at once, in source order."""
+        """Lengths and sums of all rows, in source order."""
         starts = np.cumsum([0, *(len(shard) for shard in self._shards)])
         places = starts[self._table.object] + self._table.row
         return Numbers.join([shard.numbers() for shard in self._shards]).at(places)
@@ -153,7 +153,7 @@ class View:
 
 
 def open_table(store: Store, record: ViewRecord, *, check: bool) -> Table:
-    """Maps a view's table; with `check`, every byte of it is hashed. Raises CacheError where it is damaged."""
+    """Maps a view's table; `check` hashes every byte of it. Raises CacheError if it is damaged."""
     name = table_name(record.table.name)
     where = str(store.root / name)
     data = store.map(name, record.table.bytes)
@@ -166,7 +166,7 @@ def open_table(store: Store, record: ViewRecord, *, check: bool) -> Table:
 
 
 def _reopen(kind: type[View], root: Path, name: str, fingerprint: str) -> View:
-    """Called by unpickling. The process that pickled has verified the bytes, so a worker only opens them."""
+    """Called by unpickling. The process that pickled the view verified the bytes, so a worker only opens them."""
     view = kind.open(root, name, rows=ROW_KINDS, verify="open")
     if _fingerprint(view._record) != fingerprint:
         raise CacheError(
@@ -195,7 +195,7 @@ def _choose(store: Store, name: str | None, beside: str | None) -> str:
             "the cache holds several views",
             code="cache-view-unnamed",
             where=str(store.root),
-            expected="the name of one",
+            expected="one view, named with --view",
             found=listed,
             remedy=f"choose one, e.g. --view {free[0]}",
             exit_status=2,
@@ -217,12 +217,12 @@ def _check_rows(record: ViewRecord, wanted: Collection[str]) -> None:
         raise damaged(f"{record.name}: meta.rows", ", ".join(ROW_KINDS), repr(kind)[:200])
     if kind not in wanted:
         raise CacheError(
-            "the rows of this view are of another kind than this command works on",
+            "this command does not work on this view's kind of rows",
             code="cache-rows",
             where=f"view {record.name}",
             expected=" or ".join(wanted),
             found=kind,
-            remedy="name another view, or run `dpoeng precompute-ref` on such rows; docs/data.md has the kinds",
+            remedy="name another view, or run `dpoeng precompute-ref` on such rows; docs/data.md explains the kinds",
             exit_status=2,
         )
 
@@ -230,5 +230,5 @@ def _check_rows(record: ViewRecord, wanted: Collection[str]) -> None:
 def _record(store: Store, name: str) -> ViewRecord:
     try:
         return store.view_record(name)
-    except FileNotFoundError:  # removed a moment ago
+    except FileNotFoundError:  # another process has just removed it
         raise damaged(str(store.root / view_name(name)), "the record of a view", "no file") from None

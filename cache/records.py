@@ -1,8 +1,9 @@
-"""The small JSON files of a cache: canonical, carrying their own checksum, and strict about what they hold.
+"""The small JSON files of a cache: canonical, with their own checksum, and strictly checked.
 
-A sealed record is two lines. The first is the body as canonical JSON; the second is `{"xxh3_128":"<hex>"}`, the hash of
-the first line's bytes with its newline. So one reads it with any JSON Lines tool, and a cut or flipped file is noticed.
-No record holds a time, a host or a path: the same work gives the same bytes, whenever and wherever it is done.
+A sealed record has two lines: the body as canonical JSON, and `{"xxh3_128":"<hex>"}`, the hash of the first line's
+bytes with its newline. Any JSON Lines tool can read it, and truncation or a flipped bit is noticed. No record contains
+a time,
+host or path: the same work gives the same bytes, whenever and wherever it is done.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from dpoeng.cache.errors import CacheError
 DIGEST = re.compile(r"[0-9a-f]{32}")
 VIEW_NAME = re.compile(r"[A-Za-z0-9._-]{1,200}")
 ROW_KINDS = ("pairs", "unpaired")
-"""What a view's rows are, `rows` in its `meta`; pairs where it says nothing. See docs/cache-format.md."""
+"""The kinds of a view's rows: `rows` in its `meta`, pairs if absent. See docs/cache-format.md."""
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one spelling of a JSON value: ASCII, keys sorted, no spaces, a whole number never written with a point.
+    """The one spelling of a JSON value: ASCII, sorted keys, no spaces, whole numbers without a decimal point.
 
     Raises:
-        TypeError: for what JSON cannot hold, and for keys that are not strings (json would convert them silently).
-        ValueError: for NaN and infinities.
+        TypeError: a value that JSON has no form for, or a key that is not a string (json would convert it silently).
+        ValueError: NaN or infinity.
     """
     return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
@@ -41,7 +42,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        return int(value)  # 16 and 16.0 are one value of lora_alpha, and must be one identity
+        return int(value)  # lora_alpha 16 and 16.0 are the same value, so they must hash alike
     return value
 
 
@@ -55,7 +56,7 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
     """The body of a sealed record.
 
     Raises:
-        CacheError: for any byte that `seal` would not have written.
+        CacheError: any byte differs from what `seal` writes.
     """
     body = parse_canonical(data.partition(b"\n")[0], where)
     if seal(body) != data:
@@ -64,7 +65,7 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
 
 
 def parse_canonical(data: bytes, where: str) -> dict[str, Any]:
-    """A JSON object that is spelled canonically (so without duplicate keys, NaN or spaces)."""
+    """Parses a JSON object in canonical form (so without duplicate keys, NaN or spaces)."""
     try:
         body = json.loads(data)
         canonical = canonical_json(body)
@@ -76,7 +77,7 @@ def parse_canonical(data: bytes, where: str) -> dict[str, Any]:
 
 
 def damaged(where: str, expected: str, found: str) -> CacheError:
-    """The error for a file whose bytes are not what they must be."""
+    """The error for a file whose bytes are not what they should be."""
     return CacheError(
         "a cache file is damaged",
         where=where,
@@ -88,7 +89,7 @@ def damaged(where: str, expected: str, found: str) -> CacheError:
 
 @dataclass(frozen=True, slots=True, order=True)
 class ObjectRef:
-    """An object as a record names it: 32 hex digits, its number of rows and its size in bytes."""
+    """A record's reference to an object: its name (32 hex digits), number of rows and size in bytes."""
 
     name: str
     rows: int
@@ -100,7 +101,7 @@ class ObjectRef:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """`runs/<spec>/commits/<object>.json`: this object's rows belong to this spec."""
+    """`runs/<spec>/commits/<object>.json`: states that this object's rows belong to this spec."""
 
     spec: str
     object: ObjectRef
@@ -128,7 +129,7 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """`runs/<spec>/manifest-<generation>.json`: all objects of a spec when a run had ended, sorted by name."""
+    """`runs/<spec>/manifest-<generation>.json`: all objects of a spec when a run finished, sorted by name."""
 
     spec: str
     generation: int
@@ -154,15 +155,15 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class ViewRecord:
-    """`views/<name>.json`: a data set as rows of the cache; which rows, says the table `views/<hash>.arrow`.
+    """`views/<name>.json`: a data set as rows of the cache. The table `views/<hash>.arrow` lists the rows.
 
     Attributes:
-        name: the view.
-        spec: the reference that its numbers come from.
+        name: name of the view.
+        spec: digest of the reference that computed its numbers.
         table: one row for every row of the source, in its order.
-        objects: the shards in use; the table's column `object` counts in this list.
-        files: the source files; the table's column `file` counts in this list.
-        meta: how the pairs were made.
+        objects: the objects in use; the table's column `object` is an index into this list.
+        files: the source files; the table's column `file` is an index into this list.
+        meta: how the pairs were built.
     """
 
     name: str
@@ -203,7 +204,7 @@ class ViewRecord:
 
 
 class Fields:
-    """Takes the members of a record, each with its type checked, so that no wrong record gets past the door."""
+    """Reads the members of a record and checks each one's type."""
 
     def __init__(self, body: dict[str, Any], where: str, kind: str) -> None:
         self._body = body
@@ -212,13 +213,13 @@ class Fields:
 
     def get(self, name: str, kind: type) -> Any:
         value = self._body.get(name)
-        if type(value) is not kind:  # a bool is an int to isinstance
+        if type(value) is not kind:  # not isinstance: a bool is an int to it
             raise damaged(f"{self._where}: {name}", kind.__name__, type(value).__name__)
         return value
 
     def expect(self, name: str, value: str | int) -> None:
-        if (found := self.get(name, type(value))) != value:
-            raise damaged(f"{self._where}: {name}", str(value), str(found)[:200])
+        if (actual := self.get(name, type(value))) != value:
+            raise damaged(f"{self._where}: {name}", str(value), str(actual)[:200])
 
     def digest(self, name: str) -> str:
         value: str = self.get(name, str)
@@ -230,14 +231,14 @@ class Fields:
         return self._reference(name, self.get(name, list))
 
     def references(self, name: str) -> tuple[ObjectRef, ...]:
-        found = tuple(self._reference(name, item) for item in self.get(name, list))
-        if list(found) != sorted(found, key=lambda item: item.name) or len({item.name for item in found}) != len(found):
+        refs = tuple(self._reference(name, item) for item in self.get(name, list))
+        if list(refs) != sorted(refs, key=lambda item: item.name) or len({item.name for item in refs}) != len(refs):
             raise damaged(f"{self._where}: {name}", "objects sorted by name, each once", "another order")
-        return found
+        return refs
 
     def _reference(self, name: str, item: Any) -> ObjectRef:
         match item:
             case [str(digest), int(rows), int(size)] if DIGEST.fullmatch(digest) and rows >= 0 and size > 0:
-                if not isinstance(rows, bool) and not isinstance(size, bool):  # to Python, true is an int
+                if not isinstance(rows, bool) and not isinstance(size, bool):  # a bool is an int in Python
                     return ObjectRef(digest, rows, size)
         raise damaged(f"{self._where}: {name}", "[object name, rows, bytes]", repr(item)[:200])

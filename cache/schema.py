@@ -1,6 +1,6 @@
-"""Defines a row of the cache and the key that finds it again.
+"""Defines a row of the cache and the key that identifies it.
 
-Knows nothing of files: see `writer` and `reader`.
+Independent of files: see `writer` and `reader`.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ PAIR_KEY_TAG_WITH_GAPS = b"dpoeng.pair.v2"
 _COUNTS = struct.Struct("<5q")
 
 
-# Neither class is frozen: that would take thrice as long to make, and every row that is read is one of each.
+# Neither class is frozen: each row that is read creates one of each, and frozen ones take three times as long.
 @dataclass(slots=True, eq=False)
 class PairIds:
-    """The token ids of one preference pair: two continuations of one shared prompt.
+    """The token ids of one preference pair: two responses to one shared prompt.
 
-    A tokenizer may merge the last characters of the prompt with the first of a response. The tokens from where the two
-    sides differ then belong to the responses, but those among them that hold prompt characters only are not scored:
-    `chosen_ids[:chosen_start]` and `rejected_ids[:rejected_start]` are such tokens (usually none). Nor are tokens that
-    others say in a response of several turns (results of tools, further questions).
+    A tokenizer may merge the last characters of the prompt with the first of a response. Tokens from where the two
+    sides differ belong to the responses, but those that contain only prompt characters are not scored:
+    `chosen_ids[:chosen_start]` and `rejected_ids[:rejected_start]` (usually empty). Tokens that others say within a
+    response of several turns (tool results, further questions) are not scored either: they are the gaps.
 
     Attributes:
-        prompt_ids: [P] int32, common to both sides; may be empty only if both starts are > 0.
+        prompt_ids: [P] int32, common to both responses; empty only if both starts are > 0.
         chosen_ids: [C] int32.
         rejected_ids: [R] int32.
-        chosen_start: the first scored token of `chosen_ids`; 0 <= chosen_start < C.
-        rejected_start: the first scored token of `rejected_ids`.
-        chosen_gaps: [begin, end) in `chosen_ids` of tokens behind the start that are not scored: ascending, apart from
-            each other, before the last token.
-        rejected_gaps: the same of `rejected_ids`.
+        chosen_start: index of the first scored token in `chosen_ids`; 0 <= chosen_start < C.
+        rejected_start: the same in `rejected_ids`.
+        chosen_gaps: [begin, end) of unscored tokens in `chosen_ids` behind the start: ascending, not adjacent, before
+            the last token.
+        rejected_gaps: the same in `rejected_ids`.
     """
 
     prompt_ids: IdArray
@@ -53,13 +53,13 @@ class PairIds:
     rejected_gaps: Gaps = ()
 
     def swapped(self) -> PairIds:
-        """The same pair the other way round."""
+        """The same pair with chosen and rejected exchanged."""
         starts, gaps = (self.rejected_start, self.chosen_start), (self.rejected_gaps, self.chosen_gaps)
         return PairIds(self.prompt_ids, self.rejected_ids, self.chosen_ids, *starts, *gaps)
 
     @property
     def total_tokens(self) -> int:
-        """Tokens computed when the prompt is run once: P + C + R."""
+        """Tokens to compute when the prompt is computed once: P + C + R."""
         return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
 
     def same_as(self, other: PairIds) -> bool:
@@ -69,15 +69,15 @@ class PairIds:
 
 @dataclass(slots=True, eq=False)
 class ScoredPair:
-    """A pair with the reference's log-probability of every scored token.
+    """A pair with the reference's log-prob of every scored token.
 
     Attributes:
         ids: the tokens.
-        chosen_logps: float32, of each scored token: log p_ref(token | what precedes it), in nats, each <= 0.
-            [C - chosen_start] where there are no gaps.
+        chosen_logps: float32, log p_ref(token | previous tokens) of each scored token, in nats, each <= 0.
+            [C - chosen_start] if there are no gaps.
         rejected_logps: float32, the same.
-        scores: what the data set says of the responses; empty for a pair, whose first response is preferred. Of an
-            unpaired row 1 or 0: its first response is desirable or not, and the second is the mismatched one.
+        scores: the data set's scores of the responses; empty for a pair, whose first response is preferred. For an
+            unpaired row 1 (desirable) or 0 (undesirable); its second response is then the mismatched one.
     """
 
     ids: PairIds
@@ -86,7 +86,7 @@ class ScoredPair:
     scores: tuple[float, ...] = ()
 
     def check(self) -> None:
-        """Raises ValueError where lengths do not fit, an id is negative, or a number cannot be a log-probability."""
+        """Raises ValueError if lengths do not fit, an id is negative, or a value cannot be a log-prob."""
         ids = self.ids
         for side, tokens, start, gaps, logps in (
             ("chosen", ids.chosen_ids, ids.chosen_start, ids.chosen_gaps, self.chosen_logps),
@@ -97,7 +97,7 @@ class ScoredPair:
             unscored = start + gap_tokens(gaps)
             if not 0 <= start < len(tokens) or len(logps) != len(tokens) - unscored:
                 raise ValueError(f"{len(logps)} {side} log-probs for {len(tokens)} tokens, {unscored} of them unscored")
-            if not (logps.max() <= 0 and logps.min() > -np.inf):  # NaN fails the first
+            if not (logps.max() <= 0 and logps.min() > -np.inf):  # NaN fails the first comparison
                 raise ValueError(f"a {side} log-prob is NaN, infinite or positive")
         if any(len(part) and part.min() < 0 for part in (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids)):
             raise ValueError("a token id is negative")
@@ -114,45 +114,45 @@ class ScoredPair:
 
 
 def as_ids(values: Any) -> IdArray:
-    """Any sequence of token ids as a contiguous little-endian int32 array."""
+    """A sequence of token ids as a contiguous little-endian int32 array."""
     return np.ascontiguousarray(values, dtype=np.dtype("<i4"))
 
 
 def pair_key(ids: PairIds) -> bytes:
-    """16 bytes that identify a pair by its token ids alone: xxh3_128 over a tag, five counts and the ids.
+    """16 bytes that identify a pair by its token ids: xxh3_128 over a tag, five counts and the ids.
 
-    The counts keep `ab|c` and `a|bc` apart. Text, template and source do not enter: they act only through the ids.
+    The counts distinguish `ab|c` from `a|bc`. Text, template and source matter only through the ids.
     """
     tag = PAIR_KEY_TAG_WITH_GAPS if ids.chosen_gaps or ids.rejected_gaps else PAIR_KEY_TAG
     return xxhash.xxh3_128_digest(tag + _content(ids))
 
 
 def as_keys(keys: Iterable[bytes]) -> npt.NDArray[np.uint8]:
-    """[N, 16] keys as an array."""
+    """Keys as one array [N, 16]."""
     return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16)
 
 
 def first_of_each(keys: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    """The first row of each distinct key, ascending; `keys`: [N, 16]."""
+    """The first row of each distinct key, ascending. `keys`: [N, 16]."""
     _, first = np.unique(np.ascontiguousarray(keys).view("V16").ravel(), return_index=True)
     return np.sort(first)
 
 
 def gap_tokens(gaps: Gaps) -> int:
-    """How many tokens lie in gaps."""
+    """Number of tokens in gaps."""
     return sum(end - begin for begin, end in gaps)
 
 
 def gaps_fit(gaps: Gaps, start: int, length: int) -> bool:
-    """Whether every gap lies between scored tokens: behind `start`, before the last of `length`, none at another."""
+    """Whether every gap lies between scored tokens: behind `start`, before the last of `length`, not adjacent."""
     edges = [edge for gap in gaps for edge in gap]
     return all(a < b for a, b in zip([start, *edges], [*edges, length], strict=True))
 
 
 def _content(ids: PairIds) -> bytes:
-    """All that makes a pair, as bytes: five counts as little-endian int64, then the ids as little-endian int32.
+    """Everything that defines a pair, as bytes: five counts as little-endian int64, then the ids as int32.
 
-    Gaps follow, where there are any: their numbers in chosen and rejected, then all their ends.
+    If there are gaps, their numbers in chosen and rejected follow, then all their ends.
     """
     parts = [as_ids(part) for part in (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids)]
     counts = _COUNTS.pack(*map(len, parts), ids.chosen_start, ids.rejected_start)

@@ -1,6 +1,6 @@
 """A shard: scored pairs as one immutable, uncompressed Arrow IPC file, read in place.
 
-Knows the bytes of a shard, not where shards lie (`store`) nor which rows a data set uses (`reader`).
+Knows the bytes of a shard, not where shards are stored (`store`) nor which rows a data set uses (`reader`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from dpoeng.cache.records import damaged
 from dpoeng.cache.schema import Gaps, IdArray, LogpArray, PairIds, ScoredPair, as_ids, gap_tokens, gaps_fit, pair_key
 
 BATCH_ROWS: Final = 4096
-_BATCH_IDS = 1 << 26  # keeps the 32-bit offsets of a batch far from their end, however long the rows
-SUM_TOLERANCE: Final = 1e-9  # relative; the order of a float64 sum is the writer's
+_BATCH_IDS = 1 << 26  # keeps a batch's 32-bit offsets far from overflow, however long the rows
+SUM_TOLERANCE: Final = 1e-9  # relative; another order of summation gives slightly different float64 sums
 
 
 def _list(kind: pa.DataType) -> pa.DataType:
@@ -43,7 +43,7 @@ SHARD_SCHEMA: Final = pa.schema(
 )
 
 
-# Version 2 is written only where a row has gaps, so that all other shards keep their bytes and their names.
+# Version 2 is written only if a row has gaps: all other shards keep their bytes, and so their names.
 SHARD_SCHEMA_WITH_GAPS: Final = pa.schema(
     [
         *SHARD_SCHEMA,
@@ -55,10 +55,10 @@ SHARD_SCHEMA_WITH_GAPS: Final = pa.schema(
 
 
 def encode_shard(rows: Sequence[ScoredPair]) -> memoryview:
-    """The bytes of a shard: they depend on the rows and their order alone.
+    """The bytes of a shard. They depend only on the rows and their order.
 
     Raises:
-        ValueError: no rows, a row twice, or a row whose numbers cannot be log-probabilities; it names the row.
+        ValueError: no rows, a duplicate row, or a row whose numbers cannot be log-probs; the message names the row.
     """
     if not rows:
         raise ValueError("a shard needs at least one row")
@@ -116,10 +116,10 @@ def _encode_batch(rows: Sequence[ScoredPair], keys: Sequence[bytes], schema: pa.
 
 
 def read_batches(data: memoryview, schemas: Sequence[pa.Schema], where: str) -> list[pa.RecordBatch]:
-    """The record batches of an IPC file of exactly one of these schemas, as views of `data`, structurally sound.
+    """The record batches of an IPC file with exactly one of these schemas, as checked views of `data`.
 
     Raises:
-        CacheError: for another schema, compression, dictionaries, nulls, bad offsets, or no Arrow file at all.
+        CacheError: another schema, compression, dictionaries, nulls, bad offsets, or not an Arrow file.
     """
     try:
         check_plain(data)
@@ -130,7 +130,7 @@ def read_batches(data: memoryview, schemas: Sequence[pa.Schema], where: str) -> 
         for batch in batches:
             batch.validate(full=True)
     except (FramingError, pa.ArrowException, OSError) as error:
-        raise damaged(where, "a sound, uncompressed Arrow file", str(error).splitlines()[0][:200]) from None
+        raise damaged(where, "a valid, uncompressed Arrow file", str(error).splitlines()[0][:200]) from None
     if any(_null_count(column) for batch in batches for column in batch.columns):
         raise damaged(where, "no nulls", "nulls")
     return batches
@@ -149,7 +149,7 @@ class Lists(NamedTuple):
 
     values: npt.NDArray[Any]
     offsets: npt.NDArray[np.int32]
-    at: memoryview  # the offsets again; its items are plain ints, which makes reading one row much faster
+    at: memoryview  # the offsets again; items are plain ints: faster for single rows
 
 
 class _Batch(NamedTuple):
@@ -160,11 +160,11 @@ class _Batch(NamedTuple):
     chosen_logps: Lists
     rejected_logps: Lists
     sums: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]  # chosen, rejected
-    gaps: tuple[Lists, Lists] | None  # chosen, rejected; each list the ends of gaps one after the other
+    gaps: tuple[Lists, Lists] | None  # chosen, rejected; a list alternates beginnings and ends
 
 
 class Numbers(NamedTuple):
-    """One number a row, [N] each: tokens of the prompt, scored tokens of either side, sums of log-probs in nats."""
+    """Values for each row, [N] each: prompt tokens, scored tokens of both responses, sums of log-probs in nats."""
 
     prompt_tokens: npt.NDArray[np.int32]
     chosen_tokens: npt.NDArray[np.int32]
@@ -174,23 +174,23 @@ class Numbers(NamedTuple):
 
     @classmethod
     def join(cls, parts: Sequence[Numbers]) -> Numbers:
-        """One after the other; at least one."""
+        """Concatenates at least one."""
         return cls(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
     def at(self, rows: npt.NDArray[np.signedinteger[Any]]) -> Numbers:
-        """Only these rows, in this order."""
+        """The values of these rows, in this order."""
         return Numbers(*(column[rows] for column in self))
 
 
 class Shard:
-    """A shard in memory that somebody else owns (usually a mapped file); every array it hands out is a view of it.
+    """A shard in memory that the caller owns (usually a mapped file); all arrays are views of that memory.
 
     Args:
         data: the whole file.
-        where: what errors call it.
+        where: name of the file in error messages.
 
     Raises:
-        CacheError: where the structure is not exactly right. The values are checked by `check_values`.
+        CacheError: the structure is not exactly right. `check_values` checks the values.
     """
 
     def __init__(self, data: memoryview, where: str) -> None:
@@ -204,11 +204,11 @@ class Shard:
         return self._starts[-1]
 
     def __getitem__(self, row: int) -> ScoredPair:
-        """The pair in this row, without a copy (the arrays are read-only)."""
+        """The pair in this row, zero-copy (the arrays are read-only)."""
         k = bisect_right(self._starts, row) - 1
         j = row - self._starts[k]
         after = j + 1
-        # Training reads rows in a loop: spelled out, this takes two thirds of what it takes as a method of `Lists`.
+        # Training reads rows in a loop: written out here, this takes two thirds of the time of a method of `Lists`.
         _, prompts, chosens, rejecteds, chosen_logps, rejected_logps, _, gaps = self._batches[k]
         values, _, at = prompts
         prompt = values[at[j] : at[after]]
@@ -231,14 +231,14 @@ class Shard:
         return ScoredPair(ids, chosen_logp, values[first:last])
 
     def release(self) -> None:
-        """Give the mapped pages back to the system, which reads them again when they are asked for.
+        """Returns the mapped pages to the system, which reads them again when they are needed.
 
-        A cache of many gigabytes that was looked over would else count as this process's memory.
+        Otherwise a scan of a cache of many gigabytes would count as this process's memory.
         """
         release(self.data)
 
     def numbers(self) -> Numbers:
-        """Lengths and sums of all rows, without a look at the tokens."""
+        """Lengths and sums of all rows, without reading the tokens."""
         return Numbers.join(
             [
                 Numbers(
@@ -256,10 +256,10 @@ class Shard:
         return np.concatenate([np.empty((0, 16), np.uint8), *(batch.keys for batch in self._batches)])
 
     def check_values(self) -> None:
-        """Every value, at the speed of memory: counts, ids, finite log-probs <= 0.
+        """Checks every value, at memory speed: counts, ids, finite log-probs <= 0.
 
         Raises:
-            CacheError: naming the shard and the first batch at fault.
+            CacheError: names the shard and the first bad batch.
         """
         for k, batch in enumerate(self._batches):
             where = f"{self.where}, rows {self._starts[k]} to {self._starts[k + 1] - 1}"
@@ -269,7 +269,7 @@ class Shard:
             ):
                 scored, tokens = np.diff(logps.offsets), np.diff(ids.offsets)
                 if len(tokens) and not (scored.min() >= 1 and (scored <= tokens).all()):
-                    raise damaged(where, f"1 to all of the {side} tokens scored", "another number of log-probs")
+                    raise damaged(where, f"a log-prob for each scored {side} token", "another number")
                 if len(logps.values) and not (logps.values.max() <= 0 and logps.values.min() > -np.inf):
                     raise damaged(where, f"finite {side} log-probs, none above 0", "NaN, an infinity or one above 0")
             for row in range(self._starts[k], self._starts[k + 1] if batch.gaps is not None else self._starts[k]):
@@ -285,10 +285,10 @@ class Shard:
                     raise damaged(where, "token ids of at least 0", f"{lists.values.min()}")
 
     def check_sums_and_keys(self) -> None:
-        """Every stored sum against its log-probs, and every key against its ids, row by row.
+        """Checks every stored sum against its log-probs and every key against its ids, row by row.
 
         Raises:
-            CacheError: naming the shard and the first row at fault.
+            CacheError: names the shard and the first bad row.
         """
         for k, batch in enumerate(self._batches):
             for name, lists, sums in zip(
@@ -297,7 +297,7 @@ class Shard:
                 if not len(sums):
                     continue
                 again = np.add.reduceat(lists.values.astype(np.float64), lists.offsets[:-1])
-                wrong = ~(np.abs(again - sums) <= SUM_TOLERANCE * np.abs(again))  # NaN is wrong
+                wrong = ~(np.abs(again - sums) <= SUM_TOLERANCE * np.abs(again))  # so that NaN counts as wrong
                 if wrong.any():
                     j = int(wrong.argmax())
                     where = f"{self.where}, row {self._starts[k] + j}"
@@ -308,16 +308,16 @@ class Shard:
 
 
 def release(data: memoryview) -> None:
-    """Gives the pages of a mapped file back to the system; see `Shard.release`."""
+    """Returns a mapped file's pages to the system; see `Shard.release`."""
     mapped = data.obj
     if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def check_hash(data: memoryview, name: str, where: str) -> None:
-    """Raises CacheError unless the bytes are the object that carries this name."""
-    if (found := xxhash.xxh3_128_hexdigest(data)) != name:
-        raise damaged(where, f"bytes with hash {name}", f"hash {found}")
+    """Raises CacheError unless the bytes are those of the object with this name."""
+    if (digest := xxhash.xxh3_128_hexdigest(data)) != name:
+        raise damaged(where, f"bytes with hash {name}", f"hash {digest}")
 
 
 def _decode_batch(batch: pa.RecordBatch, where: str) -> _Batch:
@@ -329,7 +329,7 @@ def _decode_batch(batch: pa.RecordBatch, where: str) -> _Batch:
         raise damaged(where, "lists that use all of their values", "values outside the lists")
     prompt, chosen, rejected, chosen_logps, rejected_logps, *between = lists
     if any((item.offsets % 2).any() for item in between):
-        raise damaged(where, "gaps as pairs of a beginning and an end", "an odd number of ends")
+        raise damaged(where, "a beginning and an end for each gap", "an odd number of ends")
     sums = _numpy(chosen_sum), _numpy(rejected_sum)
     return _Batch(
         fixed_binary(keys),
@@ -349,7 +349,7 @@ def _gaps(lists: Lists, row: int) -> Gaps:
 
 
 def fixed_binary(array: pa.Array) -> npt.NDArray[np.uint8]:
-    """[N, 16] bytes of a column of keys, without a copy."""
+    """[N, 16] bytes of a key column, zero-copy."""
     return np.frombuffer(array.buffers()[1] or b"", np.uint8)[: 16 * len(array)].reshape(-1, 16)
 
 

@@ -1,9 +1,9 @@
-"""A cache folder: specs, objects, commit records, manifests and views, written so that nothing committed is ever lost.
+"""A cache folder: specs, objects, commit records, manifests and views, written so that no committed row is ever lost.
 
-The commit protocol, for any number of writers at once and without locks: an object is published under the hash of its
-bytes, then its record, each whole and durable before the next; a manifest of all records goes last. A record is the
-truth; a manifest says what a finished run left, so that a later loss is noticed. Whatever is found damaged is moved to
-quarantine/ together with its record, and its rows are simply missing until they are computed again.
+The commit protocol needs no locks, for any number of writers: an object is published under the hash of its bytes, then
+its record; each is whole and durable before the next. A manifest of all records comes last. Records are the truth. A
+manifest states what a finished run left, so that a later loss is noticed. A damaged file is moved to quarantine/ with
+its record; its rows are then missing until they are recomputed.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ _MANIFEST = re.compile(r"manifest-([0-9]{6})\.json")
 
 
 class Store:
-    """A cache folder. Make it with `open`.
+    """A cache folder. Create it with `open`.
 
     Attributes:
-        root: the folder.
-        files: the files in it.
+        root: the cache folder.
+        files: access to the files in it.
     """
 
     def __init__(self, root: Path, disk: Disk) -> None:
@@ -66,10 +66,10 @@ class Store:
 
     @classmethod
     def open(cls, root: Path | str, *, create: bool = False, disk: Disk | None = None) -> Self:
-        """Opens a cache, and writes nothing unless it is to be created.
+        """Opens a cache. Writes nothing unless `create` is set.
 
         Raises:
-            CacheError: no cache there, one of a later version, or (with `create`) a folder with other things in it.
+            CacheError: no cache there, one of a later version, or (with `create`) a folder with other files in it.
         """
         store = cls(Path(root), disk or Disk())
         open_folder(store.files, create=create)
@@ -78,7 +78,7 @@ class Store:
     # -- specs --------------------------------------------------------------------------------------------------------
 
     def put_spec(self, spec: ReferenceSpec) -> str:
-        """Write a spec, replacing a damaged copy, and return its digest."""
+        """Writes a spec, replaces a damaged copy, and returns its digest."""
         self._put(spec_name(spec.digest), spec.canonical)
         return spec.digest
 
@@ -95,55 +95,55 @@ class Store:
         return spec
 
     def spec_digests(self) -> list[str]:
-        """The digests of all specs, damaged ones among them."""
+        """The digests of all specs, including damaged ones."""
         return [name for name in self.files.names("specs", ".json") if DIGEST.fullmatch(name)]
 
     def specs(self) -> dict[str, ReferenceSpec]:
-        """All specs by digest, those of trunks too. Raises CacheError for a damaged one."""
+        """All specs by digest, including trunks. Raises CacheError for a damaged one."""
         return {digest: self.spec(digest) for digest in self.spec_digests()}
 
     def trunks(self) -> dict[str, ReferenceSpec]:
-        """The specs of stored hidden states by digest; damaged specs are none."""
-        found = {}
+        """The specs of stored hidden states by digest; damaged specs are left out."""
+        specs_by_digest = {}
         for digest in self.spec_digests():
             with contextlib.suppress(CacheError):
                 if (spec := self.spec(digest)).holds_states:
-                    found[digest] = spec
-        return found
+                    specs_by_digest[digest] = spec
+        return specs_by_digest
 
     def reference_digests(self) -> list[str]:
-        """The digests of all specs that are no trunks, damaged ones among them."""
+        """The digests of all specs except trunks, including damaged ones."""
         trunks = self.trunks()
         return [digest for digest in self.spec_digests() if digest not in trunks]
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
     def lookup(self, spec_digest: str, *, sealed: bool = False, known: KeyIndex | None = None) -> KeyIndex:
-        """All sound rows of a spec; every byte of them is hashed, every value checked.
+        """All undamaged rows of a spec; hashes every byte and checks every value.
 
-        Damaged or missing objects, records and manifests are moved to quarantine/ (where the folder can be written)
-        and listed in the result; their rows are missing from it.
+        Moves damaged objects, records and manifests to quarantine/ (if the folder is writable) and lists them, and
+        missing ones, in the result, which lacks their rows.
 
         Args:
             spec_digest: the reference.
-            sealed: only rows that the last finished run left. A plan made from these comes out the same however often
-                the run that follows it is killed and started again.
-            known: an earlier result; objects that it holds are taken from it and not hashed once more.
+            sealed: only rows that the last finished run left. A plan made from these is the same however often the
+                following run is killed and restarted.
+            known: an earlier result; its objects are reused without hashing them again.
 
         Raises:
-            CacheError: something is there that no accident makes: a link, a device, a record of the future.
+            CacheError: something that no accident causes: a link, a device, a record of a later version.
         """
-        held = known.shards() if known is not None else {}
-        return KeyIndex(*self.sound_objects(spec_digest, self.open_shard, sealed=sealed, held=held))
+        open_shards = known.shards() if known is not None else {}
+        return KeyIndex(*self.sound_objects(spec_digest, self.open_shard, sealed=sealed, held=open_shards))
 
     def sound_objects(
         self, spec_digest: str, open_object: Callable[[ObjectRef], T], *, sealed: bool, held: Mapping[ObjectRef, T]
     ) -> tuple[list[tuple[ObjectRef, T]], list[Damage]]:
-        """The objects of a spec, each opened and checked, and what was found damaged; see `lookup`.
+        """The objects of a spec, opened and checked, and the damage; see `lookup`.
 
         Args:
-            spec_digest: of a reference or a trunk.
-            open_object: maps and checks one; raises CacheError.
+            spec_digest: digest of a reference or a trunk.
+            open_object: maps and checks one object; raises CacheError.
             sealed: as in `lookup`.
             held: objects that are open already.
         """
@@ -165,10 +165,10 @@ class Store:
         with ThreadPoolExecutor(THREADS) as pool:
             outcomes = list(pool.map(lambda commit: attempt(commit.object), commits))
         opened = []
-        for commit, (one, error) in zip(commits, outcomes, strict=True):
+        for commit, (opened_object, error) in zip(commits, outcomes, strict=True):
             if error is None:
-                assert one is not None
-                opened.append((commit.object, one))
+                assert opened_object is not None
+                opened.append((commit.object, opened_object))
             else:
                 damage.append(self._set_aside(object_name(commit.object.name), error, commit.object.rows))
                 self.files.set_aside(commit_name(spec_digest, commit.object.name))
@@ -178,11 +178,11 @@ class Store:
         """Maps an object.
 
         Args:
-            reference: which, and of what size.
-            check: hash every byte and look at every value, besides the structure.
+            reference: name and size of the object.
+            check: hash every byte and check every value, besides the structure.
 
         Raises:
-            CacheError: it is missing or not what the reference says.
+            CacheError: it is missing or does not match the reference.
         """
         name = object_name(reference.name)
         where = str(self.root / name)
@@ -198,26 +198,26 @@ class Store:
         return shard
 
     def map(self, name: str, size: int) -> memoryview:
-        """Maps a file of the cache. Raises CacheError if it is missing or of another size."""
+        """Maps a file of the cache. Raises CacheError if it is missing or has another size."""
         try:
             return memoryview(self.files.map(name, size))
         except FileNotFoundError:
             raise damaged(str(self.root / name), f"{size} bytes", "no file") from None
 
     def commit_shard(self, spec_digest: str, rows: Sequence[ScoredPair], provenance: Mapping[str, Any]) -> str:
-        """Writes rows for good: when this returns, they survive a kill and a power loss.
+        """Writes rows durably: when this returns, they survive a kill and a power loss.
 
         Args:
-            spec_digest: the reference whose numbers these are; its spec has been put.
-            rows: no pair twice. The same rows in the same order give the same bytes and so the same name.
-            provenance: JSON: library versions, device. Nothing of time, host or path. The first writer's is kept.
+            spec_digest: the reference that computed the numbers; its spec must be written already.
+            rows: no duplicates. The same rows in the same order give the same bytes and so the same name.
+            provenance: JSON: library versions, device. No time, host or path. The first writer's record stays.
 
         Returns:
             The object's name.
 
         Raises:
-            ValueError: rows that cannot be right (see `shard.encode_shard`).
-            CacheError: the disk is full, read-only or broken. What was committed before is untouched.
+            ValueError: rows that cannot be correct (see `shard.encode_shard`).
+            CacheError: the disk is full, read-only or broken. Rows committed before are untouched.
         """
         data = encode_shard(rows)
         if any(row.ids.chosen_gaps or row.ids.rejected_gaps for row in rows):
@@ -225,7 +225,7 @@ class Store:
         return self.commit_object(spec_digest, data, len(rows), provenance)
 
     def commit_object(self, spec_digest: str, data: memoryview, rows: int, provenance: Mapping[str, Any]) -> str:
-        """Publishes the bytes of an object of so many rows, then its record; returns its name."""
+        """Publishes an object's bytes, then its record; returns its name."""
         reference = ObjectRef(xxhash.xxh3_128_hexdigest(data), rows, len(data))
         self._put(object_name(reference.name), data)
         self.put_commit(Commit(spec_digest, reference, provenance))
@@ -233,43 +233,43 @@ class Store:
 
     @property
     def format(self) -> bytes:
-        """The line in FORMAT: what readers must know to read all that may be here."""
+        """The line in FORMAT: the version that readers must know to read this cache."""
         return self.files.read(FORMAT_NAME)
 
     def raise_format(self, wanted: bytes) -> None:
-        """Writes a later version into FORMAT, before anything that readers of an earlier one would misread."""
+        """Writes a later version into FORMAT, before anything that earlier readers would misread."""
         if FORMATS.index(self.format) < FORMATS.index(wanted):
             self.files.replace(FORMAT_NAME, wanted)
 
     def put_trunk_spec(self, spec: ReferenceSpec) -> str:
-        """As `put_spec`, of a trunk; FORMAT says first that there is one."""
+        """Like `put_spec`, for a trunk; first raises the version in FORMAT."""
         self.raise_format(FORMAT_WITH_TRUNK)
         return self.put_spec(spec)
 
     def put_commit(self, commit: Commit) -> None:
-        """Publishes a record, unless a sound one is there. Its object must be durable already."""
+        """Publishes a record, unless an undamaged one exists. Its object must be durable already."""
         name = commit_name(commit.spec, commit.object.name)
         data = commit.encode()
         if self.files.publish(name, data):
             return
         try:
-            found = Commit.decode(self.files.read(name), name, spec=commit.spec, name=commit.object.name)
+            existing = Commit.decode(self.files.read(name), name, spec=commit.spec, name=commit.object.name)
         except (CacheError, FileNotFoundError):
-            found = None
-        if found is None or found.object != commit.object:
+            existing = None
+        if existing is None or existing.object != commit.object:
             self.files.set_aside(name)
             self.files.replace(name, data)
 
     def put_object(self, name: str, data: memoryview) -> None:
-        """Publishes an object that already has a name. Raises CacheError if the bytes do not hash to it."""
+        """Publishes an object under an existing name. Raises CacheError if the bytes do not hash to it."""
         check_hash(data, name, object_name(name))
         self._put(object_name(name), data)
 
     def _put(self, name: str, data: bytes | memoryview) -> None:
         """Publishes bytes under a name that is their hash.
 
-        A sound file that already exists is made young, or `gc` might take it for what a dead writer left just before
-        its record appears.
+        An existing undamaged file is touched. Otherwise `gc` could take it for the leftover of a dead writer just
+        before its record appears.
         """
         if self.files.publish(name, data):
             return
@@ -288,22 +288,22 @@ class Store:
     # -- records and manifests ----------------------------------------------------------------------------------------
 
     def read_commits(self, spec_digest: str) -> list[tuple[str, Commit | CacheError]]:
-        """The name of every record of a spec, by object, and what is in it, or what is wrong with it."""
+        """The object name of every record of a spec, with the record or the error in it."""
         folder = commits_folder(spec_digest)
-        found: list[tuple[str, Commit | CacheError]] = []
+        records: list[tuple[str, Commit | CacheError]] = []
         for name in self.files.names(folder, ".json"):
             path = f"{folder}/{name}.json"
             where = str(self.root / path)
             try:
-                found.append((path, Commit.decode(self.files.read(path), where, spec=spec_digest, name=name)))
+                records.append((path, Commit.decode(self.files.read(path), where, spec=spec_digest, name=name)))
             except FileNotFoundError:
-                continue  # another process has just set it aside
+                continue  # another process has just moved it to quarantine
             except CacheError as error:
-                found.append((path, error))
-        return found
+                records.append((path, error))
+        return records
 
     def commits(self, spec_digest: str, damage: list[Damage]) -> list[Commit]:
-        """All sound records of a spec, by object. Damaged ones are moved to quarantine/ and added to `damage`."""
+        """All undamaged records of a spec, by object. Moves damaged ones to quarantine/ and adds them to `damage`."""
         sound = []
         for path, outcome in self.read_commits(spec_digest):
             if isinstance(outcome, Commit):
@@ -313,7 +313,7 @@ class Store:
         return sound
 
     def generations(self, spec_digest: str) -> list[int]:
-        """The numbers of the manifests of a spec, ascending."""
+        """The numbers of a spec's manifests, ascending."""
         names = self.files.names(run_folder(spec_digest))
         return [int(match[1]) for name in names if (match := _MANIFEST.fullmatch(name))]
 
@@ -323,7 +323,7 @@ class Store:
         return Manifest.decode(self.files.read(name), str(self.root / name), spec=spec_digest, generation=generation)
 
     def latest_manifest(self, spec_digest: str, damage: list[Damage]) -> Manifest | None:
-        """The newest sound manifest. Damaged ones are moved to quarantine/ and added to `damage`."""
+        """The newest undamaged manifest. Moves damaged ones to quarantine/ and adds them to `damage`."""
         for generation in reversed(self.generations(spec_digest)):
             try:
                 return self.manifest(spec_digest, generation)
@@ -334,7 +334,7 @@ class Store:
         return None
 
     def seal(self, spec_digest: str) -> Path:
-        """Ends a run: writes the next manifest if the records differ from the last one's. Returns the newest one."""
+        """Ends a run: writes the next manifest if the records changed since the last one. Returns the newest one."""
         while True:
             objects = tuple(sorted(commit.object for commit in self.commits(spec_digest, [])))
             latest = self.latest_manifest(spec_digest, [])
@@ -342,7 +342,7 @@ class Store:
             if latest and latest.objects == objects:
                 break
             generation += 1
-            # Where another process has taken this generation, what it wrote is looked at next.
+            # If another process took this generation, the next round reads what it wrote.
             self.files.publish(
                 manifest_name(spec_digest, generation), Manifest(spec_digest, generation, objects).encode()
             )
@@ -370,9 +370,8 @@ class Store:
         Args:
             spec_digest: the reference.
             name: letters, digits, `.`, `_`, `-`.
-            entries: the rows of the source, in its order, at least one; the pair of each has been committed. Gone
-                through once, and not kept.
-            meta: JSON: how the pairs were made.
+            entries: the source's rows in order, at least one; every pair must be committed. Read once, in a stream.
+            meta: JSON: how the pairs were built.
             known: as in `lookup`.
 
         Raises:
@@ -382,25 +381,25 @@ class Store:
             self.raise_format(FORMAT_WITH_ROWS)
         view_name(name)  # before the work
         index = self.lookup(spec_digest, known=known)
-        held = Entries(entries)
-        shards, rows = index.locate(held.keys)
+        columns = Entries(entries)
+        shards, rows = index.locate(columns.keys)
         if missing := np.flatnonzero(shards < 0).tolist():
             raise CacheError(
                 "the cache lacks pairs of this view",
                 code="cache-incomplete",
-                where=held.place(missing[0]) + (" and others" if len(missing) > 1 else ""),
-                expected=counted(len(held), "pair"),
+                where=columns.place(missing[0]) + (" and others" if len(missing) > 1 else ""),
+                expected=counted(len(columns), "pair"),
                 found=f"{len(missing)} of them missing",
                 remedy="run the same `dpoeng precompute-ref` again: it computes what is missing",
             )
         used = np.unique(shards)
-        data = encode_table(held, np.searchsorted(used, shards).astype(np.int32), rows)
-        table = ObjectRef(xxhash.xxh3_128_hexdigest(data), len(held), len(data))
+        data = encode_table(columns, np.searchsorted(used, shards).astype(np.int32), rows)
+        table = ObjectRef(xxhash.xxh3_128_hexdigest(data), len(columns), len(data))
         objects = tuple(index.objects[k] for k in used)
-        self.put_view(ViewRecord(name, spec_digest, table, objects, tuple(held.files), meta), data)
+        self.put_view(ViewRecord(name, spec_digest, table, objects, tuple(columns.files), meta), data)
 
     def put_view(self, record: ViewRecord, table: memoryview) -> None:
-        """Publishes a view's table, then its record in the place of any other. Raises CacheError as `write_view`."""
+        """Publishes a view's table, then its record, replacing any other. Raises CacheError as `write_view`."""
         path = view_name(record.name)
         check_hash(table, record.table.name, path)
         self._put(table_name(record.table.name), table)

@@ -1,4 +1,4 @@
-"""The table of a view: for every row of the source, in its order, the cache row that holds its numbers."""
+"""The table of a view: for each row of the source, in its order, the cache row with its numbers."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ TABLE_SCHEMA: Final = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class ViewEntry:
-    """One row of the source and the pair that it became. Equal pairs share a row of the cache.
+    """One row of the source and its pair. Equal pairs share a row of the cache.
 
     Attributes:
         source_file: as the user named it.
         source_row: 1-based line or row in that file.
         pair_key: `schema.pair_key` of the pair's ids.
-        extra: the user's other columns; what JSON cannot hold is kept as its str().
+        extra: the user's other columns; values that JSON has no form for are stored as their str().
     """
 
     source_file: str
@@ -46,17 +46,17 @@ class ViewEntry:
 
 
 class Entries:
-    """Entries column by column: a million of them take little more than their bytes.
+    """Entries stored by column: a million of them take little more than their bytes.
 
     Attributes:
-        files: number of each source file, in the order of their first rows.
-        file: [N] number of each row's file.
-        source_row: [N].
-        keys: [N, 16].
+        files: index of each source file, in the order of their first rows.
+        file: [N] index of each row's file.
+        source_row: [N] row in that file.
+        keys: [N, 16] pair keys.
     """
 
     def __init__(self, entries: Iterable[ViewEntry]) -> None:
-        """Goes through the entries once."""
+        """Reads the entries once, in a stream."""
         self.files: dict[str, int] = {}
         file, source_row, keys = array("i"), array("q"), bytearray()
         self._extra, ends = bytearray(), array("q", [0])
@@ -73,11 +73,11 @@ class Entries:
         return len(self.file)
 
     def place(self, i: int) -> str:
-        """File and row of an entry."""
+        """File and row of an entry, for messages."""
         return f"{list(self.files)[self.file[i]]}:{self.source_row[i]}"
 
     def extra(self) -> pa.Array:
-        """The users' other columns, as JSON."""
+        """The user's other columns, as JSON."""
         buffers = [None, pa.py_buffer(self._ends), pa.py_buffer(self._extra)]
         return pa.Array.from_buffers(pa.large_binary(), len(self), buffers)
 
@@ -87,8 +87,8 @@ def encode_table(entries: Entries, objects: npt.NDArray[np.int32], rows: npt.NDA
 
     Args:
         entries: N rows of the source.
-        objects: [N] which object of the view's record.
-        rows: [N] which row of it.
+        objects: [N] index of the object in the view's record.
+        rows: [N] row in that object.
     """
     keys = pa.py_buffer(np.ascontiguousarray(entries.keys))
     batch = pa.RecordBatch.from_arrays(
@@ -109,16 +109,16 @@ def encode_table(entries: Entries, objects: npt.NDArray[np.int32], rows: npt.NDA
 
 
 class Table:
-    """A table in memory that somebody else owns; its columns are views of it.
+    """A table in memory that the caller owns; its columns are views of that memory.
 
     Args:
         data: the whole file.
-        where: what errors call it.
-        shard_rows: rows of each object of the view's record.
+        where: name of the file in error messages.
+        shard_rows: rows of each object in the view's record.
         file_count: number of source files in that record.
 
     Raises:
-        CacheError: where the structure is not exactly right, or a row points outside the objects.
+        CacheError: the structure is not exactly right, or a row points outside the objects.
     """
 
     def __init__(self, data: memoryview, where: str, shard_rows: Sequence[int], file_count: int) -> None:

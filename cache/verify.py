@@ -1,10 +1,10 @@
-"""Looks over a whole cache and says what is wrong, changing nothing.
+"""Verifies a whole cache and reports what is wrong. Changes nothing.
 
-Four depths. `open`: every record's checksum, every file's presence, size, framing, schema and offsets. `full` adds the
-hash of every byte and a look at every log-prob: the bytes are those that were written. `semantic` adds, instead, every
-sum, every key and every entry of every view: the rows make sense, whoever wrote them. `all` is both. Of hidden states
-`semantic` looks at every number. The fifth, a
-comparison with the model itself, needs a model and so lives in `dpoeng.engine`.
+There are four depths. `open` checks every record's checksum and every file's presence, size, framing, schema and
+offsets. `full` also hashes every byte and checks every log-prob: the bytes are those that were written. `semantic`
+instead checks every sum, every key and every entry of every view, and every number of hidden states: the rows make
+sense, whoever wrote them. `all` does both. The comparison with the model itself needs a model, so `dpoeng.engine` has
+it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Opener = Callable[[ObjectRef], Shard | StatesObject]
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong."""
+    """One problem."""
 
     where: str
     expected: str
@@ -51,12 +51,12 @@ class VerifyReport:
     """Result of a verification.
 
     Attributes:
-        depth: how deep it looked.
-        problems: empty for a sound cache.
-        counts: specs, trunks, objects, rows, texts (of trunks), manifests, views; and what harms nothing: orphans
+        depth: depth of the verification.
+        problems: empty if the cache is undamaged.
+        counts: specs, trunks, objects, rows, texts (of trunks), manifests, views; and three harmless kinds: orphans
             (objects without a record), temporary, quarantined.
-        bytes: size of all objects and tables.
-        seconds: how long it took.
+        bytes: total size of all objects and tables.
+        seconds: duration.
     """
 
     depth: Depth
@@ -75,11 +75,11 @@ def verify(root: Path | str, *, depth: Depth = "full", progress: Progress | None
 
     Args:
         root: the cache folder.
-        depth: see above.
-        progress: called with (bytes done, bytes in all) after each object.
+        depth: see the module.
+        progress: called with (bytes done, total bytes) after each object.
 
     Raises:
-        CacheError: there is no cache of this version at all. Everything else is a problem in the report.
+        CacheError: there is no cache of this version. Everything else is a problem in the report.
     """
     started = time.perf_counter()
     store = Store.open(root)
@@ -110,7 +110,7 @@ def verify(root: Path | str, *, depth: Depth = "full", progress: Progress | None
 
 
 def object_names(store: Store) -> list[str]:
-    """The names of all objects in the folder, whether a record names them or not."""
+    """The names of all objects in the folder, with or without a record."""
     folders = [name for name in store.files.names("objects") if len(name) == 2]
     names = [name for folder in folders for name in store.files.names(f"objects/{folder}", ".arrow")]
     return [name for name in names if DIGEST.fullmatch(name)]
@@ -118,7 +118,7 @@ def object_names(store: Store) -> list[str]:
 
 @contextlib.contextmanager
 def _noting(report: VerifyReport, where: Path | str) -> Iterator[None]:
-    """Turns what is raised into a problem of the report."""
+    """Adds exceptions to the report as problems."""
     try:
         yield
     except CacheError as error:
@@ -130,13 +130,13 @@ def _noting(report: VerifyReport, where: Path | str) -> Iterator[None]:
 
 
 def _records(store: Store, report: VerifyReport) -> tuple[list[Commit], list[Manifest]]:
-    """All sound records; what is wrong with the others goes into the report."""
+    """All undamaged records; problems of the others go into the report."""
     commits: list[Commit] = []
     manifests: list[Manifest] = []
     for digest in sorted({*store.spec_digests(), *filter(DIGEST.fullmatch, store.files.names("runs"))}):
         outcomes = store.read_commits(digest)
         generations = store.generations(digest)
-        if digest in store.spec_digests() or outcomes or generations:  # else an empty folder, which `gc` may leave
+        if digest in store.spec_digests() or outcomes or generations:  # an empty folder is fine: `gc` may leave one
             with _noting(report, store.root / "specs"):
                 store.spec(digest)
         for path, outcome in outcomes:
@@ -151,7 +151,7 @@ def _records(store: Store, report: VerifyReport) -> tuple[list[Commit], list[Man
 
 
 def _check_manifests(store: Store, commits: list[Commit], manifests: list[Manifest], report: VerifyReport) -> None:
-    """Check that everything the last finished run of a spec left still has its records."""
+    """Checks that everything that the last finished run left still has its record."""
     recorded = {(commit.spec, commit.object) for commit in commits}
     for manifest in {manifest.spec: manifest for manifest in manifests}.values():
         for reference in manifest.objects:
@@ -167,23 +167,23 @@ def _check_manifests(store: Store, commits: list[Commit], manifests: list[Manife
 
 
 def _opener(store: Store, trunk: ReferenceSpec | None, depth: Depth) -> Opener:
-    """What opens and checks an object of a spec; `trunk` is the spec where it is one of hidden states."""
+    """Returns the function that opens and checks an object; `trunk` is the spec if it has hidden states."""
 
     def states(reference: ObjectRef) -> Shard | StatesObject:
         assert trunk is not None
-        found = open_states(store, trunk, reference, check=depth in ("full", "all"))
+        states_object = open_states(store, trunk, reference, check=depth in ("full", "all"))
         if depth == "semantic":
-            found.check_values()
-        found.release()
-        return found
+            states_object.check_values()
+        states_object.release()
+        return states_object
 
     def shard(reference: ObjectRef) -> Shard | StatesObject:
-        found = store.open_shard(reference, check=depth in ("full", "all"))
+        opened = store.open_shard(reference, check=depth in ("full", "all"))
         if depth in ("semantic", "all"):
-            found.check_values()
-            found.check_sums_and_keys()
-            found.release()
-        return found
+            opened.check_values()
+            opened.check_sums_and_keys()
+            opened.release()
+        return opened
 
     return shard if trunk is None else states
 
@@ -191,7 +191,7 @@ def _opener(store: Store, trunk: ReferenceSpec | None, depth: Depth) -> Opener:
 def _check_objects(
     openers: Mapping[ObjectRef, Opener], report: VerifyReport, progress: Progress | None
 ) -> dict[ObjectRef, Shard]:
-    """Opens and checks every object, in parallel; returns the sound ones that hold log-probs."""
+    """Opens and checks every object, in parallel; returns the undamaged ones that contain log-probs."""
     references = sorted(openers)
     total = sum(reference.bytes for reference in references)
     done = 0
@@ -199,14 +199,14 @@ def _check_objects(
 
     def check(reference: ObjectRef) -> Shard | StatesObject | None:
         nonlocal done
-        found = None
+        opened = None
         with _noting(report, reference.name):
-            found = openers[reference](reference)
+            opened = openers[reference](reference)
         with lock:
             done += reference.bytes
             if progress:
                 progress(done, total)
-        return found
+        return opened
 
     with ThreadPoolExecutor(THREADS) as pool:
         opened = list(pool.map(check, references))
@@ -223,7 +223,7 @@ def _check_views(store: Store, shards: dict[ObjectRef, Shard], report: VerifyRep
             report.bytes += record.table.bytes
             for k, reference in enumerate(record.objects):
                 if (shard := shards.get(reference)) is None:
-                    raise damaged(str(store.root / view_name(name)), f"object {reference.name}", "none that is sound")
+                    raise damaged(str(store.root / view_name(name)), f"object {reference.name}", "none undamaged")
                 mine = np.flatnonzero(table.object == k)
                 if report.depth in ("semantic", "all") and (table.keys[mine] != shard.keys()[table.row[mine]]).any():
-                    raise damaged(str(store.root / view_name(name)), "rows with the keys that the view names", "others")
+                    raise damaged(str(store.root / view_name(name)), "rows with the view's keys", "other keys")

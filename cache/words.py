@@ -1,4 +1,4 @@
-"""Numbers and sizes in sentences."""
+"""Formats numbers and sizes for sentences."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ def gib(n_bytes: float) -> str:
 
 
 def counted(count: int, word: str, many: str = "") -> str:
-    """`1 pair`, `2 pairs`, `1,000 pairs`; `many` where the plural is not the word with an s."""
+    """`1 pair`, `2 pairs`, `1,000 pairs`; `many` is an irregular plural."""
     return f"{count:,} {word if count == 1 else many or word + 's'}"
 
 
 def number(value: float, digits: int = 4) -> str:
-    """A figure with so many digits: `0.01234`, `12.34`, `12,340`; powers of ten only below 0.0001."""
+    """A number with this many digits: `0.01234`, `12.34`, `12,340`; powers of ten only below 0.0001."""
     if abs(value) >= 10 ** (digits - 1):
         return f"{value:,.0f}"
     if value and abs(value) < 1e-4:
@@ -27,7 +27,7 @@ def number(value: float, digits: int = 4) -> str:
 
 
 def speed(done: float, seconds: float, unit: str) -> str:
-    """`250 pairs/s`, `2.5 pairs/s`, or `25.0 s/pair` where that says more than a share of one."""
+    """`250 pairs/s`, `2.5 pairs/s`, or `25.0 s/pair` below one a second."""
     rate = done / max(seconds, 1e-9)
     return (
         f"{number(rate, 3)} {unit}/s" if rate >= 1 or not done else f"{number(1 / rate, 3)} s/{unit.removesuffix('s')}"

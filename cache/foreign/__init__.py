@@ -1,1 +1,1 @@
-"""Files that somebody else wrote: what they claim is checked before a library believes it."""
+"""Files that other programs wrote: checks their claims before a library trusts them."""

@@ -1,7 +1,7 @@
-"""Walks the page headers of a Parquet file: how much each page expands to, before a decoder believes it.
+"""Walks a Parquet file's page headers: finds how much each page expands to, before a decoder trusts it.
 
-A page of 34 kB may say that it is 2 GiB once decompressed, and decoders allocate by what it says. Only the headers are
-read, no page. Format: https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift (PageHeader),
+A page of 34 kB may claim that it is 2 GiB decompressed, and decoders allocate what it claims. Only headers are read.
+Format: https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift (PageHeader),
 written in https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md.
 """
 
@@ -12,34 +12,34 @@ from typing import IO, Any, Final, TypeAlias
 from dpoeng.cache.framing import MAX_BATCH_ROWS, MAX_EXPANDED_BYTES, FramingError, LimitError
 
 Fields: TypeAlias = dict[int, Any]
-"""A struct of Thrift: number of a field -> its value; of texts and lists nothing is kept."""
+"""A struct of Thrift: field number -> value; the contents of texts and lists are skipped."""
 
-_HEADER_BYTES: Final = (4096, 1 << 24)  # read at first, and at most: statistics stand in the header
+_HEADER_BYTES: Final = (4096, 1 << 24)  # first read, and limit: a header may contain statistics
 _DEPTH: Final = 8
 _EXPANDED, _STORED, _DATA, _DATA_V2 = 2, 3, 5, 8  # PageHeader
 _VALUES: Final = 1  # DataPageHeader, DataPageHeaderV2
 
 
 def check_pages(file: IO[bytes], size: int, metadata: Any) -> None:
-    """Check what all pages of a file expand to.
+    """Checks what all pages of a file expand to.
 
     Args:
         file: opened for reading.
         size: of the file, in bytes.
-        metadata: pyarrow's `FileMetaData` of it.
+        metadata: pyarrow's `FileMetaData` of the file.
 
     Raises:
-        FramingError: a page lies outside of the file, or pages overlap.
-        LimitError: the pages that are decoded at once, one of each column, expand to more than is allowed.
+        FramingError: a page lies outside the file, or pages overlap.
+        LimitError: the pages that are decoded together, one of each column, expand to more than allowed.
     """
-    left = 1000 + size // 8  # headers: none is shorter, so more of them would be read twice
+    left = 1000 + size // 8  # headers at most: each takes 8 bytes or more, so more would overlap
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         together = 0
         for number in range(metadata.num_columns):
             chunk = group.column(number)
             largest, values, pages = _chunk(file, size, chunk, left)
             together, left = together + largest, left - pages
-            # A list may repeat one value in no bytes at all; a row of it is made whole.
+            # A list can repeat one value in no bytes at all, and a decoder writes out a whole row.
             repeated = metadata.schema.column(number).max_repetition_level > 0
             if repeated and values > (most := MAX_BATCH_ROWS + 8 * size):
                 raise LimitError(f"a column of lists of {values} values; the limit for this file is {most}")
@@ -48,8 +48,8 @@ def check_pages(file: IO[bytes], size: int, metadata: Any) -> None:
 
 
 def _chunk(file: IO[bytes], size: int, chunk: Any, left: int) -> tuple[int, int, int]:
-    """Bytes of the largest page of a column chunk, its values, and how many pages it has."""
-    if chunk.num_values == 0:  # of a file without rows some writers place no page at all
+    """Bytes of the largest page of a column chunk, its number of values, and its number of pages."""
+    if chunk.num_values == 0:  # some writers write no page at all for a file without rows
         return 0, 0, 0
     begins = [at for at in (chunk.dictionary_page_offset, chunk.data_page_offset) if at is not None]
     at = min(begins, default=0)
@@ -65,7 +65,7 @@ def _chunk(file: IO[bytes], size: int, chunk: Any, left: int) -> tuple[int, int,
         data = header.get(_DATA, header.get(_DATA_V2, {}))
         count = data.get(_VALUES, 0) if isinstance(data, dict) else -1
         if not all(isinstance(size, int) and size >= 0 for size in (expanded, stored, count)):
-            raise FramingError("a page of less than no bytes")
+            raise FramingError("a page of negative size")
         largest, values, pages = max(largest, expanded), values + count, pages + 1
         at = behind + stored
         if values >= chunk.num_values:
@@ -74,7 +74,7 @@ def _chunk(file: IO[bytes], size: int, chunk: Any, left: int) -> tuple[int, int,
 
 
 def _header(file: IO[bytes], at: int, end: int) -> tuple[Fields, int]:
-    """The page header at a place, and where it ends."""
+    """The page header at a position, and its end."""
     file.seek(at)
     for length in _HEADER_BYTES:
         file.seek(at)
@@ -84,7 +84,7 @@ def _header(file: IO[bytes], at: int, end: int) -> tuple[Fields, int]:
         except IndexError:
             continue
         return fields, at + used
-    raise FramingError("a page header is cut off, or longer than any")
+    raise FramingError("a page header is cut off or too long")
 
 
 def _struct(data: bytes, at: int, depth: int) -> tuple[Fields, int]:
@@ -119,7 +119,7 @@ def _value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
         if count == 15:
             count, at = _varint(data, at)
         for _ in range(count):
-            if inner in (1, 2):  # in a list a truth is a byte
+            if inner in (1, 2):  # in a list a boolean is a byte
                 at = _within(data, at + 1)
             else:
                 _, at = _value(data, at, inner, depth - 1)

@@ -1,7 +1,7 @@
-"""Arrow and Parquet that somebody else wrote, in batches that are safe to read: bounded, validated, never mapped.
+"""Arrow and Parquet files of other programs, in batches that are safe to read: bounded, validated, never mapped.
 
-A mapped file that is cut while it is read ends the process, and so do offsets that nobody checked. One that is damaged
-or claims too much is a `UserError` here, which names the limit. Knows nothing of what the columns mean.
+A mapped file that is truncated while it is read crashes the process, and so do unchecked offsets. A file that is
+damaged or claims too much raises a `UserError` that names the limit. Independent of the columns' meaning.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from dpoeng.cache.framing import MAX_COLUMNS, MAX_EMPTY_ROWS, FramingError, Limi
 
 MAX_ROW_BYTES: Final = 16 << 20
 BATCH_ROWS: Final = 256
-# A file may stand for so many times its own bytes once dictionaries and runs are written out, and for 1 GiB anyhow.
+# Once dictionaries and runs are written out, a file may be this many times its size; 1 GiB is always allowed.
 MAX_EXPANSION: Final = 1000
 _FREE_BYTES: Final = 1 << 30
-_VALUE_BYTES: Final = 8  # what a number counts for
+_VALUE_BYTES: Final = 8  # counted for each number
 
 Sizes: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 Mask: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
 Batch: TypeAlias = tuple[pa.RecordBatch, Mask]
-"""Rows, and for each whether it has more than `MAX_ROW_BYTES`: then it must not be made a Python object."""
+"""Rows, and whether each has more than `MAX_ROW_BYTES`: such a row must not become a Python object."""
 
 
 @contextmanager
 def reading(path: Path, kind: str) -> Iterator[None]:
-    """Says what pyarrow finds wrong with a file.
+    """Turns pyarrow's complaints about a file into a `UserError`.
 
     Raises:
         UserError: `data-damaged`, `data-too-large` or `data-unreadable`.
@@ -52,7 +52,7 @@ def reading(path: Path, kind: str) -> Iterator[None]:
             remedy="write it in smaller batches with fewer columns, or as JSON Lines: one object a line",
             exit_status=3,
         ) from None
-    except (pa.ArrowException, FramingError, UnicodeDecodeError, OSError) as error:  # damaged streams are an OSError
+    except (pa.ArrowException, FramingError, UnicodeDecodeError, OSError) as error:  # damaged streams raise OSError
         if isinstance(error, OSError) and error.errno is not None:
             raise unreadable(path, error) from None
         raise UserError(
@@ -67,7 +67,7 @@ def reading(path: Path, kind: str) -> Iterator[None]:
 
 
 def unreadable(path: Path, error: OSError) -> UserError:
-    """Return the error for a file that the system does not let us read."""
+    """The error for a file that the system does not let us read."""
     return UserError(
         "the file cannot be read",
         code="data-unreadable",
@@ -79,7 +79,7 @@ def unreadable(path: Path, error: OSError) -> UserError:
 
 
 def arrow_batches(path: Path) -> Iterator[Batch]:
-    """Batches of an Arrow file or stream, of at most `BATCH_ROWS` rows, and which rows are longer than allowed.
+    """Batches of an Arrow file or stream, at most `BATCH_ROWS` rows each, and which rows exceed the limit.
 
     Raises:
         FramingError, LimitError, pa.ArrowException: see `reading`.
@@ -95,7 +95,7 @@ def arrow_batches(path: Path) -> Iterator[Batch]:
 
 
 def parquet_batches(path: Path) -> Iterator[Batch]:
-    """Batches of a Parquet file, of at most `BATCH_ROWS` rows, and which rows are longer than allowed.
+    """Batches of a Parquet file, at most `BATCH_ROWS` rows each, and which rows exceed the limit.
 
     Raises:
         LimitError, pa.ArrowException: see `reading`.
@@ -110,24 +110,24 @@ def parquet_batches(path: Path) -> Iterator[Batch]:
     with path.open("rb") as file:
         check_pages(file, size, metadata)
     with pq.ParquetFile(path, metadata=metadata, read_dictionary=_repeating(metadata)) as table:
-        yield from _bounded(table.iter_batches(batch_size=BATCH_ROWS), size)  # built here: its offsets are sound
+        yield from _bounded(table.iter_batches(batch_size=BATCH_ROWS), size)  # built by pyarrow: valid offsets
 
 
 def _repeating(metadata: Any) -> list[str]:
-    """Columns of texts with a dictionary. They stay one: written out, 64 MiB times 256 rows would be in memory.
+    """Text columns with a dictionary. They stay dictionaries: 64 MiB values in 256 rows would fill the memory.
 
     Raises:
-        FramingError: a row group names a column that the schema does not have.
+        FramingError: a row group names a column that is not in the schema.
     """
-    found = set()
+    columns = set()
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for chunk in map(group.column, range(metadata.num_columns)):
             if chunk.physical_type == "BYTE_ARRAY" and chunk.has_dictionary_page:
-                found.add(chunk.path_in_schema)
-    unknown = found - {metadata.schema.column(i).path for i in range(metadata.num_columns)}
+                columns.add(chunk.path_in_schema)
+    unknown = columns - {metadata.schema.column(i).path for i in range(metadata.num_columns)}
     if unknown:
-        raise FramingError(f"a row group has the column {min(unknown)!r}, which the schema has not")
-    return sorted(found)
+        raise FramingError(f"a row group has the column {min(unknown)!r}, which is not in the schema")
+    return sorted(columns)
 
 
 def _file_batches(source: Any) -> Iterator[pa.RecordBatch]:
@@ -136,7 +136,7 @@ def _file_batches(source: Any) -> Iterator[pa.RecordBatch]:
 
 
 def _validated(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Batches whose offsets, indices and texts were checked: pyarrow itself follows them wherever they lead."""
+    """Batches whose offsets, indices and texts are checked: pyarrow itself follows them without a check."""
     known: dict[tuple[object, ...], pa.Array] = {}
     for batch in batches:
         batch.validate()
@@ -149,29 +149,29 @@ def _validated(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 
 def _validate_dictionary(column: Any, known: dict[tuple[object, ...], pa.Array]) -> None:
-    """Validates the values once, however many batches refer to them: else a file of 64 MiB could take hours."""
+    """Validates each dictionary's values once, not per batch: otherwise a file of 64 MiB could take hours."""
     values = column.dictionary
     place = (*(None if buffer is None else (buffer.address, buffer.size) for buffer in values.buffers()), len(values))
     if place not in known:
         values.validate(full=True)
-        known.clear()  # a stream has few at a time, and a place is only told apart while its values are held
+        known.clear()  # streams have few; an address identifies values only while they are alive
         known[place] = values
     column.indices.validate(full=True)
     bounds = pc.min_max(column.indices).as_py()
     if bounds["min"] is not None and not 0 <= bounds["min"] <= bounds["max"] < len(values):
-        raise pa.ArrowInvalid(f"an index outside of the {len(values)} values of a dictionary")
+        raise pa.ArrowInvalid(f"an index outside the {len(values)} values of a dictionary")
 
 
 def _bounded(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[Batch]:
-    """Slices of batches whose rows, written out, stay within the limit of the file."""
+    """Slices of batches whose rows stay within the file's limit once written out."""
     most, total = _FREE_BYTES + MAX_EXPANSION * size, 0
     for batch in batches:
-        held = row_bytes(batch)
-        total += int(held[held <= MAX_ROW_BYTES].sum())
+        sizes = row_bytes(batch)
+        total += int(sizes[sizes <= MAX_ROW_BYTES].sum())
         if total > most:
             raise LimitError(f"values that are {total} bytes once written out; the limit is {most} for this file")
         for start in range(0, batch.num_rows, BATCH_ROWS):
-            yield batch.slice(start, BATCH_ROWS), held[start : start + BATCH_ROWS] > MAX_ROW_BYTES
+            yield batch.slice(start, BATCH_ROWS), sizes[start : start + BATCH_ROWS] > MAX_ROW_BYTES
 
 
 def row_bytes(batch: pa.RecordBatch) -> Sizes:
@@ -187,9 +187,9 @@ def _sizes(array: Any) -> Sizes:
     if isinstance(array, pa.ExtensionArray):
         return _sizes(array.storage)
     if pa.types.is_dictionary(kind):
-        held = _sizes(array.dictionary)
+        value_sizes = _sizes(array.dictionary)
         chosen = np.asarray(pc.fill_null(array.indices, 0), np.int64)
-        return held[chosen] if len(held) else np.full(count, _VALUE_BYTES, np.int64)
+        return value_sizes[chosen] if len(value_sizes) else np.full(count, _VALUE_BYTES, np.int64)
     if pa.types.is_run_end_encoded(kind):
         ends = np.asarray(array.run_ends)
         runs: Sizes = np.searchsorted(ends, array.offset + np.arange(count), side="right")
@@ -230,11 +230,11 @@ def _width(kind: pa.DataType) -> int:
 
 
 def _spans(values: Any, starts: Any, lengths: Any) -> Sizes:
-    """Bytes of lists: what their items take, from each one's start."""
+    """Bytes of lists: the sum of their items."""
     starts, lengths = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
     if pa.types.is_primitive(values.type) or pa.types.is_null(values.type):
-        numbers: Sizes = _VALUE_BYTES * (lengths + 1)  # long lists of ids: no need to look at each
+        numbers: Sizes = _VALUE_BYTES * (lengths + 1)  # long lists of ids: no need to visit each item
         return numbers
     before = np.concatenate([[0], np.cumsum(_sizes(values))])
-    held: Sizes = before[starts + lengths] - before[starts] + _VALUE_BYTES
-    return held
+    list_sizes: Sizes = before[starts + lengths] - before[starts] + _VALUE_BYTES
+    return list_sizes

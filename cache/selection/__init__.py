@@ -1,1 +1,1 @@
-"""Chooses pairs by what the cache knows of them, as a new view of the same objects. Knows no model."""
+"""Selects pairs by their reference log-probs, as a new view of the same objects. Needs no model."""

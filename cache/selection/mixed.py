@@ -1,4 +1,4 @@
-"""Several views as one: of one cache or of several, all with numbers of the same reference."""
+"""Reads several views as one: from one or several caches, all with numbers of the same reference."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from dpoeng.cache.shard import Numbers
 
 
 class MixedView:
-    """The rows of some views, one view after the other; it is read as a `View` is.
+    """The rows of several views, one view after the other; read like a `View`.
 
     Attributes:
         parts: the views.
         name: their names, joined by +.
-        meta: of the first view, with the source files of all.
-        rows, spec: what all have in common.
+        meta: the first view's, with the source files of all.
+        rows, spec: the same in all views.
     """
 
     def __init__(self, parts: Sequence[View]) -> None:
-        """Joins views. Raises CacheError where their references or their kinds of rows differ."""
+        """Joins views. Raises CacheError if their references or kinds of rows differ."""
         first = parts[0]
         for other in parts[1:]:
             if (other.spec.digest, other.rows) != (first.spec.digest, first.rows):
@@ -64,22 +64,22 @@ class MixedView:
         return part[row]
 
     def scores(self, i: SupportsIndex) -> tuple[float, ...]:
-        """As `View.scores`."""
+        """Like `View.scores`."""
         part, row = self._part(i)
         return part.scores(row)
 
     def source(self, i: SupportsIndex) -> tuple[str, int]:
-        """As `View.source`."""
+        """Like `View.source`."""
         part, row = self._part(i)
         return part.source(row)
 
     def extra(self, i: SupportsIndex) -> dict[str, Any]:
-        """As `View.extra`."""
+        """Like `View.extra`."""
         part, row = self._part(i)
         return part.extra(row)
 
     def key(self, i: SupportsIndex) -> bytes:
-        """As `View.key`."""
+        """Like `View.key`."""
         part, row = self._part(i)
         return part.key(row)
 
@@ -88,7 +88,7 @@ class MixedView:
         return np.concatenate([part.keys() for part in self.parts])
 
     def numbers(self) -> Numbers:
-        """As `View.numbers`."""
+        """Like `View.numbers`."""
         return Numbers.join([part.numbers() for part in self.parts])
 
 

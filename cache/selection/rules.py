@@ -1,4 +1,4 @@
-"""Which rows of a view to keep: filters first, then a rule that ranks what is left, group by group. Pure arithmetic."""
+"""Selects rows of a view: filters first, then a rule that ranks the rest, group by group. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ COLUMN = "column:"
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What is kept.
+    """Which rows to keep.
 
     Attributes:
-        by: the score of a pair: one of `MEASURES`, or `column:NAME` for a column of the user's.
-        rule: "large" takes the largest scores first, "small" those nearest to 0, "random" any. None: what the filters
-            leave. Large margins are what Deng et al. 2025 choose, https://arxiv.org/abs/2502.14560; small gaps what Qi
-            et al. 2025 choose, https://arxiv.org/abs/2508.04149.
-        share, count: how many of those that the filters leave; one of the two with a rule, none without.
-        group_by: a column; groups keep their shares of the whole, or with `balanced` get equally many rows as far as
-            they have them.
+        by: the score of a pair: one of `MEASURES`, or `column:NAME` for one of the user's columns.
+        rule: "large" takes the largest scores first, "small" those nearest to 0, "random" any; None keeps all that pass
+            the filters. Deng et al. 2025 take large margins, https://arxiv.org/abs/2502.14560; Qi et al. 2025 small
+            gaps, https://arxiv.org/abs/2508.04149.
+        share, count: how many of the rows that pass the filters; give one of the two with a rule, none without.
+        group_by: a column; groups keep their shares of the whole. With `balanced` all groups get equally many rows, as
+            far as they have them.
         least, most: bounds of the score, both inclusive.
-        max_tokens: of prompt and both responses together.
+        max_tokens: limit for prompt and both responses together.
         drop_duplicates: keep the first of equal pairs.
-        drop_contradictions: leave out both of two pairs that are each other with chosen and rejected swapped.
-        seed: of "random".
+        drop_contradictions: drop both of two pairs that are equal but for chosen and rejected being swapped.
+        seed: for "random".
     """
 
     by: str = "margin"
@@ -57,19 +57,19 @@ class Rules:
     seed: int = 0
 
     def record(self) -> dict[str, Any]:
-        """Those that were given, as JSON."""
+        """The rules that are set, as JSON."""
         values = {name: getattr(self, name) for name in self.__slots__}
         return {name: value for name, value in values.items() if value not in (None, False)}
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The rows that are kept.
+    """The selected rows.
 
     Attributes:
-        rows: ascending, so in the order of the source.
-        scores: [N] of all rows of the view.
-        left_out: reason -> number of rows; a row counts under its first reason.
+        rows: ascending, in the order of the source.
+        scores: [N], of all rows of the view.
+        left_out: reason -> number of rows; a row counts under the first reason that applies.
         groups: value of `group_by` -> (rows kept, rows of the view).
     """
 
@@ -80,16 +80,16 @@ class Chosen:
 
 
 def choose(view: View, rules: Rules, against: View | None = None) -> Chosen:
-    """The rows of `view` that `rules` keep.
+    """Selects the rows of `view` that fit `rules`.
 
     Args:
         view: pairs.
-        rules: see there.
-        against: a view of the same pairs scored by another model, such as the policy after training. Margins are then
-            log pi/ref of chosen less that of rejected: DPO's implicit reward gap, but for its factor beta.
+        rules: filters, rule and size.
+        against: a view of the same pairs scored by another model, such as the trained policy. Margins are then
+            log pi/ref of chosen minus that of rejected: DPO's implicit reward gap without its factor beta.
 
     Raises:
-        CacheError: a column is not there or holds no number; `against` lacks a pair; or nothing is left.
+        CacheError: a column is missing or has no number; `against` lacks a pair; or no row is left.
     """
     scores = pair_scores(view, rules.by, against)
     open_rows = np.ones(len(view), bool)
@@ -104,15 +104,15 @@ def choose(view: View, rules: Rules, against: View | None = None) -> Chosen:
     _filter(view, rules, scores, drop)
     groups = _groups(view, rules.group_by)
     if rules.rule is not None:
-        kept = _ranked(rules, scores, groups, np.flatnonzero(open_rows))
-        drop(f"not among the {_in_words(rules.rule)}", ~np.isin(np.arange(len(view)), kept))
+        taken = _ranked(rules, scores, groups, np.flatnonzero(open_rows))
+        drop(f"not among the {_in_words(rules.rule)}", ~np.isin(np.arange(len(view)), taken))
     rows = np.flatnonzero(open_rows)
     if not len(rows):
         raise CacheError(
             "no pair is left",
             code="select-nothing",
             where=f"view {view.name}",
-            expected="one pair or more",
+            expected="at least one pair",
             found="; ".join(f"{count} {reason}" for reason, count in left_out.items()),
             remedy="widen the bounds, or keep a larger share",
             exit_status=2,
@@ -132,7 +132,7 @@ def _filter(view: View, rules: Rules, scores: Floats, drop: Any) -> None:
     if rules.drop_duplicates:
         drop("equal to an earlier pair", ~np.isin(count, first_of_each(view.keys())))
     if rules.drop_contradictions:
-        both = {row for found in contradictions(view, first_of_each(view.keys())) for row in found}
+        both = {row for swapped in contradictions(view, first_of_each(view.keys())) for row in swapped}
         keys = {view.key(row) for row in both}
         drop("swapped in another pair", np.array([view.key(row) in keys for row in range(len(view))]))
     numbers = view.numbers()
@@ -146,7 +146,7 @@ def _filter(view: View, rules: Rules, scores: Floats, drop: Any) -> None:
 
 
 def pair_scores(view: AnyView, by: str, against: View | None = None) -> Floats:
-    """The score of every row, [N]; see `Rules.by` and `choose`. Margins are in nats. Raises CacheError as `choose`."""
+    """The score of every row, [N]; see `Rules.by` and `choose`. Margins in nats. Raises CacheError like `choose`."""
     if by.startswith(COLUMN):
         return np.array([_number(view, row, by.removeprefix(COLUMN)) for row in range(len(view))], np.float64)
     numbers = view.numbers()
@@ -167,7 +167,7 @@ def _number(view: AnyView, row: int, column: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
         file, line = view.source(row)
         raise CacheError(
-            "a column to choose by needs a number in every row",
+            "a column to select by needs a number in every row",
             code="select-column",
             where=f"{file}:{line}",
             expected=f"a number under {column!r}",
@@ -179,10 +179,10 @@ def _number(view: AnyView, row: int, column: str) -> float:
 
 
 def _same_pairs(view: AnyView, against: View) -> Rows:
-    """The row of `against` with the same pair, for every row."""
+    """For every row, the row of `against` with the same pair."""
     place = {against.key(row): row for row in range(len(against))}
-    found = np.array([place.get(view.key(row), -1) for row in range(len(view))], np.int64)
-    if (missing := np.flatnonzero(found < 0)).size:
+    places = np.array([place.get(view.key(row), -1) for row in range(len(view))], np.int64)
+    if (missing := np.flatnonzero(places < 0)).size:
         file, line = view.source(int(missing[0]))
         raise CacheError(
             "the other view lacks pairs of this one",
@@ -193,19 +193,19 @@ def _same_pairs(view: AnyView, against: View) -> Rows:
             remedy="run phase one with the other model on the same pairs, tokenizer, template and lengths",
             exit_status=2,
         )
-    return found
+    return places
 
 
 def _groups(view: View, column: str | None) -> dict[str, Rows]:
-    """Value of a column -> its rows; the values in the order in which they come, all rows as one without a column."""
+    """Value of a column -> its rows, in order of first appearance; without a column all rows are one group."""
     if column is None:
         return {"": np.arange(len(view))}
-    found: dict[str, list[int]] = {}
+    rows_of_value: dict[str, list[int]] = {}
     for row in range(len(view)):
         extra = view.extra(row)
         value = extra.get(column)
-        found.setdefault(value if isinstance(value, str) else json.dumps(value), []).append(row)
-    if found.keys() == {"null"}:
+        rows_of_value.setdefault(value if isinstance(value, str) else json.dumps(value), []).append(row)
+    if rows_of_value.keys() == {"null"}:
         raise CacheError(
             "no row has the column to group by",
             code="select-column",
@@ -215,7 +215,7 @@ def _groups(view: View, column: str | None) -> dict[str, Rows]:
             remedy="name another column",
             exit_status=2,
         )
-    return {value: np.array(rows, np.int64) for value, rows in found.items()}
+    return {value: np.array(rows, np.int64) for value, rows in rows_of_value.items()}
 
 
 def _ranked(rules: Rules, scores: Floats, groups: dict[str, Rows], left: Rows) -> Rows:
@@ -225,30 +225,31 @@ def _ranked(rules: Rules, scores: Floats, groups: dict[str, Rows], left: Rows) -
     sizes = [len(rows) for rows in members]
     draw = np.random.default_rng(rules.seed).random(len(scores))
     rank = {"large": -scores, "small": np.abs(scores), "random": draw}[rules.rule or "large"]
-    kept = [
+    taken = [
         rows[np.argsort(rank[rows], kind="stable")][:quota]
         for rows, quota in zip(members, quotas(sizes, max(1, total), balanced=rules.balanced), strict=True)
     ]
-    return np.concatenate(kept)
+    return np.concatenate(taken)
 
 
 def quotas(sizes: Sequence[int], total: int, *, balanced: bool) -> list[int]:
-    """How many rows of each group make `total`, or all rows where there are not so many.
+    """How many rows to take from each group so that they add up to `total`, or all rows if there are fewer.
 
-    Balanced: equally many of each; what a small group lacks the others give, the earlier ones one more where it does
-    not divide. Else in proportion to the sizes, what is left over going to the largest fractions, earlier ones first.
+    Balanced: equally many from each group. What a small group lacks comes from the others; a remainder goes to earlier
+    groups. Otherwise in proportion to the sizes, with the remainder going to the largest fractions, earlier groups
+    first.
     """
     total = min(total, sum(sizes))
     if not balanced:
         exact = [total * size / max(1, sum(sizes)) for size in sizes]
-        found = [int(value) for value in exact]
-        order = sorted(range(len(sizes)), key=lambda k: found[k] - exact[k])
-        for k in order[: total - sum(found)]:
-            found[k] += 1
-        return found
-    found = [0] * len(sizes)
-    while (left := total - sum(found)) > 0:
-        with_room = [k for k, size in enumerate(sizes) if found[k] < size]
+        quota = [int(value) for value in exact]
+        order = sorted(range(len(sizes)), key=lambda k: quota[k] - exact[k])
+        for k in order[: total - sum(quota)]:
+            quota[k] += 1
+        return quota
+    quota = [0] * len(sizes)
+    while (left := total - sum(quota)) > 0:
+        with_room = [k for k, size in enumerate(sizes) if quota[k] < size]
         for k in with_room[:left]:
-            found[k] += min(max(1, left // len(with_room)), sizes[k] - found[k])
-    return found
+            quota[k] += min(max(1, left // len(with_room)), sizes[k] - quota[k])
+    return quota

@@ -1,4 +1,4 @@
-"""Writes some rows of a view as a view of its own: its table is new, the objects are those that are there."""
+"""Writes selected rows of a view as a new view: the table is new, the objects are shared."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def write_rows(
 
     Args:
         root: the cache.
-        view: of it.
+        view: a view of it.
         rows: [n], at least one.
-        name: of the new view.
-        about: how the rows were chosen; goes to `meta` under `selection`.
-        force: whether a view of that name may be replaced. One that has the same bytes always may.
+        name: name of the new view.
+        about: how the rows were selected; stored in `meta` under `selection`.
+        force: replace another view of that name. A view with the same bytes is always replaced.
 
     Raises:
-        CacheError: the name cannot be one, or is another view's.
+        CacheError: the name is invalid, or another view has it.
     """
     view_name(name)
     store = Store.open(root)
@@ -63,12 +63,12 @@ def write_rows(
         )
     if name == view.name:
         raise CacheError(
-            "a selection cannot take the place of the view that it is of",
+            "a selection cannot replace the view that it selects from",
             code="select-exists",
             where=f"--output {name}",
             expected="a new name",
-            found="the name of the view itself",
-            remedy="choose another name: the whole view stays for other selections",
+            found="the name of that view",
+            remedy="choose another name, so that the whole view stays available",
             exit_status=2,
         )
     store.put_view(record, data)

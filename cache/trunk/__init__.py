@@ -1,5 +1,5 @@
-"""The trunk: hidden states that enter one decoder layer, stored like log-probs. Knows bytes and texts, no models.
+"""The trunk: hidden states that enter one decoder layer, stored like log-probs. Knows bytes and texts, not models.
 
-Where the layers below some layer L are frozen, the states that enter L are constants of the data. A trunk is a spec
-whose rows hold them, one row for each prompt and one for each response under its prompt.
+If the layers below layer L are frozen, the states that enter L are constants of the data. A trunk is a spec whose rows
+are these states: one row for each prompt, and one for each response after its prompt.
 """

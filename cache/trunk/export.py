@@ -20,25 +20,25 @@ _STATES: Final = ("prompt_states", "chosen_states", "rejected_states")
 
 
 def export_states(view: View, layer: int, path: Path) -> int:
-    """Writes token ids, states and sources, a row for every row of the source, in its order.
+    """Writes token ids, states and sources, one row for each row of the source, in its order.
 
-    States are float32, token after token, which holds the other dtypes exactly; the file's metadata
-    `dpoeng.trunk` says the layer, the dtype in which they were computed and the width of a token.
+    States are float32, token after token, which represents the other dtypes exactly. The file's metadata `dpoeng.trunk`
+    gives the layer, the dtype in which they were computed, and the width of a token.
 
     Args:
         view: of the pairs.
-        layer: that the states enter.
-        path: ends in `.parquet`. It appears when it is complete.
+        layer: the layer whose input the states are.
+        path: ends in `.parquet`. The file appears once it is complete.
 
     Returns:
         The number of rows.
 
     Raises:
-        UserError: another ending, no such trunk, or one that lacks pairs of the view.
+        UserError: another ending, no such trunk, or the trunk lacks pairs of the view.
     """
     if path.suffix != ".parquet":
         raise UserError(
-            "the ending of the file says no format that is known here",
+            "unknown file ending",
             code="export-format",
             where=str(path),
             expected=".parquet, for hidden states",
@@ -48,11 +48,11 @@ def export_states(view: View, layer: int, path: Path) -> int:
     index = _open(view, layer)
     from pyarrow import parquet
 
-    told = {name: index.spec.fields[name] for name in ("layer", "dtype", "width")}
+    trunk = {name: index.spec.fields[name] for name in ("layer", "dtype", "width")}
     fields = [pa.field(name, pa.list_(pa.int32())) for name in _IDS]
     fields += [pa.field(name, pa.large_list(pa.float32())) for name in _STATES]
     fields += [pa.field("source_file", pa.string()), pa.field("source_row", pa.int64())]
-    schema = pa.schema(fields, metadata={f"dpoeng.trunk.{name}": str(value) for name, value in told.items()})
+    schema = pa.schema(fields, metadata={f"dpoeng.trunk.{name}": str(value) for name, value in trunk.items()})
     with replacing(path) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
         rows: list[dict[str, Any]] = []
         size = 0

@@ -19,12 +19,12 @@ from dpoeng.cache.words import counted
 
 
 class TrunkIndex:
-    """The texts of one trunk that are on the disk.
+    """The texts of one trunk that are on disk.
 
     Args:
-        spec: of the trunk.
+        spec: the trunk's spec.
         objects: each with its name.
-        quarantined: what was found damaged on the way.
+        quarantined: the damage found while opening them.
     """
 
     def __init__(
@@ -44,17 +44,17 @@ class TrunkIndex:
 
     @classmethod
     def look_up(cls, store: Store, digest: str, *, sealed: bool = False, known: Self | None = None) -> Self:
-        """All sound texts of a trunk, every byte hashed; see `Store.lookup`. Damaged objects are set aside."""
+        """All undamaged texts of a trunk, every byte hashed; see `Store.lookup`. Damaged objects go to quarantine."""
         spec = store.spec(digest)
-        held = dict(known._objects) if known is not None else {}
-        found = store.sound_objects(
-            digest, lambda reference: open_states(store, spec, reference), sealed=sealed, held=held
+        open_objects = dict(known._objects) if known is not None else {}
+        lookup = store.sound_objects(
+            digest, lambda reference: open_states(store, spec, reference), sealed=sealed, held=open_objects
         )
-        return cls(spec, *found)
+        return cls(spec, *lookup)
 
     @classmethod
     def open(cls, store: Store, digest: str) -> Self:
-        """The texts of a trunk for a reader, which moves nothing; `check` looks at the bytes of those in use.
+        """The texts of a trunk for a reader, which moves no files; `check` hashes the objects in use.
 
         Raises:
             CacheError: a record or an object is missing or damaged.
@@ -68,7 +68,7 @@ class TrunkIndex:
 
     @property
     def layer(self) -> int:
-        """The decoder layer that the states enter, counted from 0."""
+        """The decoder layer whose input the states are, counted from 0."""
         return int(self.spec.fields["layer"])
 
     @property
@@ -83,14 +83,14 @@ class TrunkIndex:
         return key in self._places
 
     def holds(self, ids: PairIds) -> bool:
-        """Whether all texts of a pair are there."""
+        """Whether the trunk has all texts of a pair."""
         return all(key in self._places for key in texts_of(ids))
 
     def states(self, prompt_ids: IdArray, response_ids: IdArray | None = None) -> ByteArray:
-        """States [tokens, token_bytes] of a prompt, or of a response under it; a read-only view of the mapped file.
+        """States [tokens, token_bytes] of a prompt, or of a response after it; a read-only view of the mapped file.
 
         Raises:
-            CacheError: the trunk does not hold this text.
+            CacheError: the trunk does not have this text.
         """
         place = self._places.get(text_key(prompt_ids, response_ids))
         if place is None:
@@ -104,7 +104,7 @@ class TrunkIndex:
         return self._objects[number][1][row]
 
     def check(self, pairs: Iterable[PairIds]) -> int:
-        """Hash every byte of the objects that some pairs use, and look at every number; returns these bytes.
+        """Hashes every byte of the objects that these pairs use, and checks every number; returns the number of bytes.
 
         Raises:
             CacheError: one of them is damaged.
@@ -119,32 +119,32 @@ class TrunkIndex:
 
 
 def open_states(store: Store, spec: ReferenceSpec, reference: ObjectRef, *, check: bool = True) -> StatesObject:
-    """Maps an object of a trunk; with `check`, every byte is hashed and every number looked at.
+    """Maps an object of a trunk; `check` hashes every byte and checks every number.
 
     Raises:
-        CacheError: it is missing or not what the reference says.
+        CacheError: it is missing or does not match the reference.
     """
     name = object_name(reference.name)
     where = str(store.root / name)
     data = store.map(name, reference.bytes)
     if check:
         check_hash(data, reference.name, where)
-    found = StatesObject(data, where, spec)
-    if len(found) != reference.rows:
-        raise damaged(where, counted(reference.rows, "text"), counted(len(found), "text"))
+    states = StatesObject(data, where, spec)
+    if len(states) != reference.rows:
+        raise damaged(where, counted(reference.rows, "text"), counted(len(states), "text"))
     if check:
-        found.check_values()
-    return found
+        states.check_values()
+    return states
 
 
 def commit_states(
     store: Store, spec: ReferenceSpec, texts: Sequence[tuple[bytes, ByteArray]], provenance: Mapping[str, Any]
 ) -> str:
-    """Writes texts for good; see `Store.commit_shard`. The trunk's spec has been put. Returns the object's name."""
+    """Writes texts durably; see `Store.commit_shard`. The trunk's spec must be written. Returns the object's name."""
     return store.commit_object(spec.digest, encode_states(spec, texts), len(texts), provenance)
 
 
 def trunks_of(store: Store, reference: str) -> dict[int, ReferenceSpec]:
-    """The trunks of a reference by layer, ascending; it has one a layer, since its precision is part of it."""
-    found = [spec for spec in store.trunks().values() if spec.fields.get("reference") == reference]
-    return {spec.fields["layer"]: spec for spec in sorted(found, key=lambda spec: spec.fields["layer"])}
+    """The trunks of a reference by layer, ascending; one per layer, since the reference fixes the precision."""
+    specs = [spec for spec in store.trunks().values() if spec.fields.get("reference") == reference]
+    return {spec.fields["layer"]: spec for spec in sorted(specs, key=lambda spec: spec.fields["layer"])}

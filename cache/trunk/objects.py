@@ -1,4 +1,4 @@
-"""One object of a trunk: texts with their hidden states, as an immutable, uncompressed Arrow file that is mapped."""
+"""One object of a trunk: texts with their hidden states, as an immutable, uncompressed, mapped Arrow file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def token_bytes(spec: ReferenceSpec) -> int:
 
 
 def states_schema(spec: ReferenceSpec) -> pa.Schema:
-    """The schema of a trunk's objects. numpy and Arrow have no bfloat16, so a token's states are plain bytes."""
+    """The schema of a trunk's objects. A token's states are plain bytes: numpy and Arrow have no bfloat16."""
     item = pa.field("item", pa.binary(token_bytes(spec)), nullable=False)
     return pa.schema(
         [
@@ -41,18 +41,18 @@ def states_schema(spec: ReferenceSpec) -> pa.Schema:
 
 
 def encode_states(spec: ReferenceSpec, texts: Sequence[tuple[bytes, ByteArray]]) -> memoryview:
-    """The bytes of an object: they depend on the texts and their order alone.
+    """The bytes of an object. They depend only on the texts and their order.
 
     Args:
         spec: of the trunk.
-        texts: key and states [tokens, token_bytes] of each, little-endian; no key twice.
+        texts: key and states [tokens, token_bytes] of each, little-endian; no duplicate keys.
 
     Raises:
-        ValueError: no texts, a key twice, or states of another width.
+        ValueError: no texts, a duplicate key, or states of another width.
     """
     width = token_bytes(spec)
     if not texts or len({key for key, _ in texts}) != len(texts):
-        raise ValueError("an object needs at least one text, and none twice")
+        raise ValueError("an object needs at least one text and no duplicates")
     if any(states.dtype != np.uint8 or states.ndim != 2 or states.shape[1] != width for _, states in texts):
         raise ValueError(f"states are [tokens, {width}] bytes")
     offsets = np.zeros(len(texts) + 1, dtype=np.int32)
@@ -76,15 +76,15 @@ def encode_states(spec: ReferenceSpec, texts: Sequence[tuple[bytes, ByteArray]])
 
 
 class StatesObject:
-    """An object in memory that somebody else owns (usually a mapped file); its arrays are views of it.
+    """An object in memory that the caller owns (usually a mapped file); its arrays are views of that memory.
 
     Args:
         data: the whole file.
-        where: what errors call it.
-        spec: of the trunk.
+        where: name of the file in error messages.
+        spec: the trunk's spec.
 
     Raises:
-        CacheError: where the structure is not exactly right. The values are checked by `check_values`.
+        CacheError: the structure is not exactly right. `check_values` checks the values.
     """
 
     def __init__(self, data: memoryview, where: str, spec: ReferenceSpec) -> None:
@@ -106,18 +106,18 @@ class StatesObject:
         return len(self.keys)
 
     def __getitem__(self, row: int) -> ByteArray:
-        """States [tokens, token_bytes] of a text, without a copy (the array is read-only)."""
+        """States [tokens, token_bytes] of a text, zero-copy (the array is read-only)."""
         return self._states[self._at[row] : self._at[row + 1]]
 
     def release(self) -> None:
-        """Give the mapped pages back to the system; see `Shard.release`."""
+        """Returns the mapped pages to the system; see `Shard.release`."""
         release(self.data)
 
     def check_values(self) -> None:
-        """Look at every number, at the speed of memory.
+        """Checks every number, at memory speed.
 
         Raises:
-            CacheError: one is NaN or infinite, or a text stands there twice.
+            CacheError: a number is NaN or infinite, or a text appears twice.
         """
         flat = self._states.reshape(-1)
         for begin in range(0, len(flat), _CHECKED_AT_ONCE):
@@ -128,7 +128,7 @@ class StatesObject:
 
 
 def _finite(values: ByteArray, dtype: str) -> bool:
-    if dtype == "bfloat16":  # float32's upper half: all ones in the exponent are NaN and the infinities
+    if dtype == "bfloat16":  # the upper half of float32: an exponent of all ones is NaN or infinity
         return bool(((values.view("<u2") & 0x7F80) != 0x7F80).all())
     return bool(np.isfinite(values.view("<f4" if dtype == "float32" else "<f2")).all())
 

@@ -437,9 +437,7 @@ def test_a_view_whose_entry_names_another_row_is_found(root: Path, names: dict[s
     body = unseal(record.encode(), "") | {"table": reference.to_json()}
     (root / names["view"]).write_bytes(seal(body))
     assert verify(root, depth="full").ok  # every byte is what the record says it is
-    assert [problem.expected for problem in verify(root, depth=depth).problems] == [
-        "rows with the keys that the view names"
-    ]
+    assert [problem.expected for problem in verify(root, depth=depth).problems] == ["rows with the view's keys"]
 
 
 def test_framing_says_what_is_wrong() -> None:

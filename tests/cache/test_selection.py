@@ -179,7 +179,7 @@ def test_the_view_that_is_written(view: View, tmp_path: Path, run: Callable[...,
         run(*line)
     assert caught.value.code == "select-exists"
     run(*line, "--force")
-    with pytest.raises(UserError, match="the view itself"):
+    with pytest.raises(UserError, match="that view"):
         run("--cache", root, "--view", "pairs", "--output", "pairs", "--min-score", 0, "--force")
 
 
