@@ -1,10 +1,10 @@
-"""Compile the kernels ahead of time for every GPU of the table, on a machine without any, and read what came out.
+"""Compiles the kernels ahead of time for every GPU in the table, on a machine without one, and inspects the code.
 
     python -m dpoeng.kernels.aot --gpu sm_80 gfx942       # a JSON list of reports on stdout
 
-The compilers are those of triton's wheel, so the machine code is that of a real launch. What it shows: registers,
-spills, shared memory, occupancy, which matrix instructions were chosen, how wide the loads are. What it does not show:
-time. Needs a process in which triton was imported without TRITON_INTERPRET.
+It uses the compilers in triton's wheel, so the machine code is that of a real launch. It shows registers, spills,
+shared memory, occupancy, the chosen matrix instructions and the width of loads. It does not show time. It needs a
+process in which triton was imported without TRITON_INTERPRET.
 """
 
 import argparse
@@ -33,11 +33,11 @@ from dpoeng.kernels.tiles import (
 
 
 class Build(NamedTuple):
-    """One kernel as one launch would specialise it."""
+    """One kernel, specialised as one launch would specialise it."""
 
     kernel: str
     variant: str
-    dtype: str  # of hidden, weight or logits, in triton's words: bf16, fp16, fp32
+    dtype: str  # of hidden, weight or logits, as triton names it: bf16, fp16, fp32
     types: dict[str, str]  # arguments that are not pointers to `dtype` or int32
     constants: dict[str, Any]
     warps: int
@@ -47,11 +47,11 @@ class Build(NamedTuple):
 class Code(NamedTuple):
     """Properties of compiled machine code."""
 
-    registers: int  # a thread
-    spill_bytes: int  # a thread: its stack frame
+    registers: int  # per thread
+    spill_bytes: int  # per thread: its stack frame
     loop_spills: int  # instructions inside loops that store or load spilled registers
-    matrix: tuple[str, ...]  # matrix instructions found: HMMA (mma), HGMMA (wgmma), UTC*MMA (tcgen05), v_mfma
-    load_bytes: int  # the widest load from global memory, a thread
+    matrix: tuple[str, ...]  # matrix instructions in the code: HMMA (mma), HGMMA (wgmma), UTC*MMA (tcgen05), v_mfma
+    load_bytes: int  # the widest load from global memory, per thread
 
 
 class Report(NamedTuple):
@@ -60,23 +60,23 @@ class Report(NamedTuple):
     dtype: str
     gpu: str
     code: Code
-    shared_bytes: int  # a block
+    shared_bytes: int  # per block
     shared_limit: int
     warps: int
     occupancy: float  # resident warps over the multiprocessor's warps
 
     def problems(self) -> list[str]:
-        """Return the reasons not to ship this build."""
-        found = []
+        """The reasons not to ship this build."""
+        reasons = []
         if self.code.loop_spills:
-            found.append(f"{self.code.loop_spills} instructions inside loops move spilled registers")
+            reasons.append(f"{self.code.loop_spills} instructions inside loops move spilled registers")
         if self.shared_bytes > self.shared_limit:
-            found.append(f"needs {self.shared_bytes} bytes of shared memory, the limit is {self.shared_limit}")
+            reasons.append(f"needs {self.shared_bytes} bytes of shared memory, the limit is {self.shared_limit}")
         if self.code.load_bytes < 16 and self.kernel != "merge_partials":
-            found.append(f"loads {self.code.load_bytes} bytes at a time instead of 16")
+            reasons.append(f"loads {self.code.load_bytes} bytes at a time instead of 16")
         if self.kernel == "linear_partials" and self.dtype != "fp32" and not self.code.matrix:
-            found.append("no matrix instructions")
-        return found
+            reasons.append("no matrix instructions")
+        return reasons
 
     def as_dict(self) -> dict[str, Any]:
         flat = {name: value for name, value in self._asdict().items() if name != "code"}
@@ -84,7 +84,7 @@ class Report(NamedTuple):
 
 
 def builds(gpu: str, linear: LinearTile | None = None) -> list[Build]:
-    """Every configuration that is shipped for one GPU. `linear` replaces the table's tile for 16-bit inputs."""
+    """Every configuration that ships for one GPU. `linear` replaces the table's tile for 16-bit inputs."""
     f32, i64 = "*fp32", "*i64"
     row = row_tile()
     row_types = {
@@ -128,7 +128,7 @@ def builds(gpu: str, linear: LinearTile | None = None) -> list[Build]:
 
 
 def _layer_builds(gpu: str) -> list[Build]:
-    """A layer's own operations and LoRA's products over bfloat16, for the shapes of a Qwen2.5 of 7B."""
+    """A layer's own operations and LoRA's products over bfloat16, for the shapes of Qwen2.5-7B."""
     from dpoeng.kernels.fused.kernels import GATED_BLOCK, norm_warps
 
     norm = {"ROWS": 1, "COLS": 4096, "OFFSET": 0.0}
@@ -154,10 +154,10 @@ def _layer_builds(gpu: str) -> list[Build]:
 
 
 def compile_for(build: Build, gpu_name: str) -> Report:
-    """Compile one build for one GPU and read the machine code.
+    """Compiles one build for one GPU and reads the machine code.
 
     Raises:
-        RuntimeError: Triton was imported under TRITON_INTERPRET, where there is nothing to compile.
+        RuntimeError: Triton was imported under TRITON_INTERPRET, so there is nothing to compile.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -170,7 +170,7 @@ def compile_for(build: Build, gpu_name: str) -> Report:
     constants = {"ignore_index": -100, **build.constants}
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     signature = {name: "constexpr" if name in constants else _type_of(name, build) for name in function.arg_names}
-    # As a launch on torch's allocations has it: pointers, strides, V and H divisible by 16. N is not.
+    # As in a launch on torch's allocations: pointers, strides, V and H are divisible by 16, N is not.
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(function.arg_names)
@@ -191,10 +191,10 @@ def compile_for(build: Build, gpu_name: str) -> Report:
 
 
 def occupancy(gpu: Gpu, registers: int, shared: int, warps: int) -> float:
-    """Resident warps over possible warps, by registers and shared memory."""
-    step = 8  # registers are handed out in eights
+    """Resident warps divided by possible warps, limited by registers and shared memory."""
+    step = 8  # registers are allocated in units of eight
     per_warp = -(-registers // step) * step * gpu.warp
-    # NVIDIA keeps 1 KiB of shared memory a block for itself.
+    # NVIDIA reserves 1 KiB of shared memory per block.
     by_shared = gpu.shared // (shared + (1024 if gpu.backend == "cuda" else 0)) if shared else gpu.warps
     blocks = min(gpu.registers // max(1, per_warp * warps), by_shared, gpu.warps // warps)
     return blocks * warps / gpu.warps
@@ -228,7 +228,7 @@ def _type_of(name: str, build: Build) -> str:
 
 
 def _read_nvidia(asm: Mapping[str, Any]) -> Code:
-    """From the cubin itself: ptxas run again by hand would use other flags and report other registers."""
+    """Reads the cubin itself: running ptxas again would use other flags and report other registers."""
     import triton
 
     with tempfile.TemporaryDirectory() as folder:
@@ -248,8 +248,8 @@ def _read_nvidia(asm: Mapping[str, Any]) -> Code:
 
 
 def _inside_loops(code: list[tuple[int, str]], wanted: str, branch: str) -> int:
-    """Instructions that match `wanted` between a backward branch and where it goes."""
-    loops = [(int(found.group(1), 16), at) for at, text in code if (found := re.search(branch, text)) is not None]
+    """Number of instructions that match `wanted` between a backward branch and its target."""
+    loops = [(int(match.group(1), 16), at) for at, text in code if (match := re.search(branch, text)) is not None]
     return sum(1 for at, text in code if re.search(wanted, text) and any(start <= at < end for start, end in loops))
 
 
@@ -260,17 +260,17 @@ def _read_amd(asm: Mapping[str, Any]) -> Code:
     return Code(
         registers=_number(r"\.vgpr_count:\s+(\d+)", text),
         spill_bytes=4 * spilled,
-        loop_spills=spilled,  # not told apart: any spill counts
+        loop_spills=spilled,  # the report does not separate loops: any spill counts
         matrix=("v_mfma",) if "v_mfma" in text else (),
         load_bytes=4 * max(words, default=1),
     )
 
 
 def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    if found is None:
+    match = re.search(pattern, text)
+    if match is None:
         raise RuntimeError(f"the compiler's report has changed: nothing matches {pattern!r} in {text[:500]!r}")
-    return int(found.group(1))
+    return int(match.group(1))
 
 
 def main(arguments: Iterable[str] | None = None) -> int:

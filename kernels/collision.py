@@ -3,8 +3,8 @@
     z = map(hidden @ weight.T)                                # [N, V], never built here
     log_collision = logsumexp(2 z, -1) - 2 logsumexp(z, -1)
 
-One walk over tiles of the vocabulary in plain PyTorch on any device, with a running maximum and two running sums, as in
-`tiled_logps`. Never more than `ROWS x TILE` logits. No gradient.
+One pass over tiles of the vocabulary in plain PyTorch on any device, with a running maximum and two running sums, as in
+`tiled_logps`. At most `ROWS x TILE` logits exist at a time. No gradient.
 """
 
 import torch

@@ -1,10 +1,10 @@
-"""Linear layers in 16 bits on a CPU without units for them: products in float32, of weights widened a tile at a time.
+"""16-bit linear layers for CPUs without 16-bit units: products in float32, with weights widened tile by tile.
 
-torch emulates such products: on a CPU with AVX2 alone, 8 times slower than in float32, and 40 times in the backward. A
-tile widened to float32 is read by many rows, so widening costs next to nothing; the weights themselves stay in 16 bits.
-Sums are float32 and rounded once, as units for bfloat16 have it.
+torch emulates such products: on a CPU with only AVX2, 8 times slower than float32, and 40 times in the backward. Many
+rows share a tile widened to float32, so widening costs little, and the weights stay in 16 bits. Sums are float32 and
+rounded once, as in bfloat16 hardware.
 
-Knows nothing of models.
+Independent of models.
 """
 
 import contextlib
@@ -18,39 +18,39 @@ from torch import Tensor
 from dpoeng.kernels.head import sum_dtype
 
 ROWS = 1024  # rows that share a widened tile
-TILE_BYTES = 32 * 2**20  # of a widened tile, and at most so many of the rows' part and of the result's
+TILE_BYTES = 32 * 2**20  # limit of a widened tile, and of its part of the rows and of the result
 
-# Devices whose products are multiplied as a CPU multiplies them: with the meta device while a CPU's step is simulated.
+# Devices that multiply as a CPU does: also the meta device while a step on a CPU is simulated.
 _devices = {"cpu"}
 
 
 def native_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 itself (AVX512-BF16 or AMX).
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX).
 
-    Its products then come back rounded to bfloat16, as eager's do. Elsewhere tiles are widened to float32, which is
-    faster there and keeps every product exact.
+    Products are then rounded to bfloat16, as in eager PyTorch. Other CPUs widen tiles to float32, which is faster there
+    and keeps every product exact.
     """
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which this CPU multiplies tensors of some dtype."""
+    """The dtype in which this CPU multiplies tensors of the given dtype."""
     return torch.bfloat16 if dtype == torch.bfloat16 and native_bf16() else sum_dtype(dtype)
 
 
 def dtype_of_products(x: Tensor) -> torch.dtype:
-    """The dtype in which a tensor is multiplied where it is: on a GPU its own."""
+    """The dtype in which a tensor is multiplied on its device; on a GPU its own dtype."""
     return product_dtype(x.dtype) if x.device.type in _devices else x.dtype
 
 
 def multiplies_as_cpu(x: Tensor) -> bool:
-    """Whether a tensor is multiplied as on a CPU; false on a GPU, and on the meta device, which stands for one."""
+    """Whether a tensor is multiplied as on a CPU; False on a GPU, and on the meta device when it stands for one."""
     return x.device.type in _devices
 
 
 @contextlib.contextmanager
 def as_on_cpu() -> Iterator[None]:
-    """Products on the meta device that take the memory which they take on a CPU."""
+    """Makes products on the meta device take as much memory as on a CPU."""
     _devices.add("meta")
     try:
         yield
@@ -67,9 +67,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def owned_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`linear` within an autograd function: without gradient, and what is returned is no view.
+    """`linear` for use inside an autograd function: without gradients, and the result is not a view.
 
-    torch's own is one where there is a bias, and autograd lets nothing be added in place to a view of a function's.
+    torch's result is a view if there is a bias, and autograd forbids in-place additions to a view from a function.
     """
     if dtype_of_products(x) != x.dtype:
         return _wide(x, weight, bias)
@@ -86,7 +86,7 @@ class _WideLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         wants_x, wants_weight, _ = ctx.needs_input_grad
-        # A frozen weight needs no input in the backward: under a LoRA no layer keeps one.
+        # The backward of a frozen weight needs no input: with LoRA no layer saves one.
         ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
         return _wide(x, weight, bias)
 
@@ -101,9 +101,9 @@ class _WideLinear(torch.autograd.Function):
 
 
 def _wide(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`a b^T + bias` for a [..., K], b [N, K] -> [..., N], summed in `product_dtype` and rounded once; no view."""
+    """`a b^T + bias` for a [..., K], b [N, K] -> [..., N], summed in `product_dtype`, rounded once; not a view."""
     wide = dtype_of_products(a)
-    # At least 256 rows or columns at a time: below that, BLAS spends its time on moving operands.
+    # At least 256 rows or columns at a time: with fewer, BLAS spends its time moving operands.
     width = a.shape[-1] * wide.itemsize
     step = min(ROWS, max(256, TILE_BYTES // width))
     tile = max(256, TILE_BYTES // max(width, step * wide.itemsize))

@@ -8,7 +8,7 @@
 `softcap` is Gemma's `final_logit_softcapping`, `scale` is Cohere's `logit_scale` or one over Granite's
 `logits_scaling`. A tied head is the embedding's own tensor and needs nothing special; autograd adds its two gradients.
 
-This module knows nothing of devices, tiles or gradients; it holds the checks that every backend relies on.
+Independent of devices, tiles and gradients; it contains the checks that every backend relies on.
 """
 
 from typing import NamedTuple
@@ -34,25 +34,25 @@ class Head(NamedTuple):
 
     @property
     def inner(self) -> float:
-        """Factor on the raw product before the tanh; with no softcap there is nothing before it."""
+        """Factor on the raw product before the tanh; 1 without a softcap."""
         return self.scale / self.softcap if self.softcap else 1.0
 
     @property
     def outer(self) -> float:
-        """Factor that ends the map: `z = outer * tanh(inner * raw)`, or `outer * raw` with no softcap."""
+        """Last factor of the map: `z = outer * tanh(inner * raw)`, or `outer * raw` without a softcap."""
         return (self.softcap or self.scale) / self.temperature
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums and log-probs: float32 at least, float64 for float64 inputs."""
+    """The dtype of sums and log-probs: at least float32; float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check(hidden: Tensor, head: Head, targets: Tensor) -> None:
-    """Refuse by name what the kernels cannot do.
+    """Refuses inputs that the kernels cannot handle.
 
     Raises:
-        ValueError: Shapes, dtypes or devices that do not fit together; a softcap or temperature that is not positive.
+        ValueError: Shapes, dtypes or devices do not fit together, or a softcap or temperature is not positive.
         NotImplementedError: A quantised head.
     """
     weight, bias = head.weight, head.bias

@@ -1,14 +1,14 @@
-"""A head that is trained: gradients of log p(target) by hidden states, weight and bias, from logits computed again.
+"""Gradients for a trained head: of log p(target) by hidden states, weight and bias, from recomputed logits.
 
-With `d = (one_hot(y) - softmax(z)) * dz/draw * upstream` [N, V], one row a token, never whole in memory:
+With `d = (one_hot(y) - softmax(z)) * dz/draw * upstream` [N, V], one row per token, never whole in memory:
 
     d hidden = d @ weight        d weight = d.T @ hidden        d bias = d.sum(0)
 
-A unit gradient that the forward stores, as for a frozen head, would not help: the weight's gradient needs `d` when the
-upstream is known. So the backward computes the logits again: four products with the forward's, where autograd over
-whole logits has three. Sums over tokens are float32 at least and rounded once.
+A unit gradient stored by the forward, as for a frozen head, would not help: the weight's gradient needs `d` once the
+upstream gradient is known. So the backward recomputes the logits: four products with the forward's, where autograd over
+whole logits needs three. Sums over tokens are at least float32 and rounded once.
 
-Knows nothing of autograd.
+Independent of autograd.
 """
 
 import torch
@@ -19,20 +19,20 @@ from dpoeng.kernels.head import Head, sum_dtype
 from dpoeng.kernels.tiled_logps import ROW_STEP, ROWS, map_logits, raw_logits, tile_size
 
 Gradients = tuple[Tensor, Tensor, Tensor]
-"""By hidden states [N, H], weight [V, H] and bias [V], or [0] without one."""
+"""Gradients by hidden states [N, H], weight [V, H] and bias ([V], or [0] without one)."""
 
 SLICE = 16384
-"""Vocabulary entries whose part of the weight's gradient is one product on a GPU, float32 beside the sum."""
+"""Vocabulary entries per product of the weight's gradient on a GPU; its float32 copy lies beside the sum."""
 
 
 def tiled_gradients(hidden: Tensor, head: Head, targets: Tensor, sums: Tensor, upstream: Tensor) -> Gradients:
-    """In tiles of the vocabulary, in plain PyTorch: the backend of CPUs.
+    """Gradients in tiles of the vocabulary, in plain PyTorch: the backend of CPUs.
 
     Args:
         hidden: `[N, H]`.
         head: weight `[V, H]` of the same dtype.
         targets: `[N]` int64, each in `[0, V)`.
-        sums: `[3, N]` that `tiled_logps` filled for the same arguments.
+        sums: `[3, N]`, as `tiled_logps` filled it for the same arguments.
         upstream: `[N]`, the derivative of the loss by each log-prob.
     """
     n = hidden.shape[0]
@@ -60,7 +60,7 @@ def tiled_gradients(hidden: Tensor, head: Head, targets: Tensor, sums: Tensor, u
                 by_rows.addmm_(d, weight)
                 total_weight.addmm_(d.T, rows)
             else:
-                # Widened by name: `add_` would make the same float32 copy unseen, and a simulated step would lack it.
+                # An explicit copy: `add_` makes the same float32 copy internally, but a simulated step would miss it.
                 small = d.to(narrow)
                 by_rows.add_((small @ weight).to(wide))
                 total_weight.add_((small.T @ rows).to(wide))
@@ -72,26 +72,26 @@ def tiled_gradients(hidden: Tensor, head: Head, targets: Tensor, sums: Tensor, u
 
 
 def _padded(rows: Tensor) -> Tensor:
-    """Zeros up to a whole number of `ROW_STEP` rows, as the forward has them: then logits are the same to the bit."""
+    """Pads with zeros to a multiple of `ROW_STEP` rows, as the forward does: then logits are bitwise equal."""
     pad = -len(rows) % ROW_STEP
     return torch.cat([rows, rows.new_zeros((pad, rows.shape[1]))]) if pad else rows
 
 
 def _derivatives(z: Tensor, head: Head, low: int, targets: Tensor, sums: Tensor, upstream: Tensor) -> None:
-    """Raw products `[R, T]` of a tile to `d`, in place."""
+    """Turns raw products `[R, T]` of a tile into `d`, in place."""
     slopes = map_logits(z, head, low)
     peak, rest, total = sums
     factor = upstream.to(z.dtype) / total
     inside = ((targets >= low) & (targets < low + z.shape[1])).unsqueeze(1)
     column = torch.where(inside, targets.unsqueeze(1) - low, 0)
     z.sub_(torch.where(peak == -torch.inf, 0.0, peak).unsqueeze(1)).exp_().mul_(-factor.unsqueeze(1))
-    # The target's entry from the sum of the others: 1 - p has lost the digits where p is close to 1.
+    # The target's entry comes from the sum of the others: if p is close to 1, computing 1 - p cancels its digits.
     z.scatter_(1, column, torch.where(inside, (rest * factor).unsqueeze(1), z.gather(1, column)))
     z.mul_(head.outer if slopes is None else slopes)
 
 
 def chunked_gradients(hidden: Tensor, head: Head, targets: Tensor, ignore_index: int, upstream: Tensor) -> Gradients:
-    """In chunks of rows around the Triton pass that training with a frozen head uses: the backend of GPUs.
+    """Gradients in chunks of rows, around the Triton pass that a frozen head uses: the backend of GPUs.
 
     Args:
         hidden: `[N, H]` bfloat16, float16 or float32.

@@ -1,14 +1,14 @@
-"""A frozen linear layer with its weight in 8 bits: widened for the product, with activations as they are.
+"""A frozen linear layer with 8-bit weights: the weight is widened for the product, activations stay as they are.
 
-LLM.int8(), bitsandbytes' product on a GPU, rounds activations to 8 bits too, but for columns with outliers, which it
-looks for over all rows of a forward. So a text's log-probs depend on what else is in its batch, by as much as the 8
-bits themselves cost (docs/memory.md), and a cached reference could not be met again in batches of another size. Here
-nothing is read off other rows or back from the device, and the backward needs the weight alone. What still moves with
-the number of rows is the order of a sum, as in any 16-bit layer: cuBLAS chooses its kernel by it.
-It costs a pass over the weight in 16 bits in each product.
+LLM.int8(), bitsandbytes' product on a GPU, also rounds activations to 8 bits, except for outlier columns that it looks
+for over all rows of a forward. A text's log-probs then depend on the rest of its batch, by as much as the 8 bits
+themselves cost (docs/memory.md), and batches of another size could not reproduce a cached reference. Here a row's
+result does not read other rows or wait for the device, and the backward needs only the weight. Only the order of sums
+still depends on the number of rows, as in any 16-bit layer, because cuBLAS chooses its kernel by it.
+It costs one pass over the weight in 16 bits per product.
 (Dettmers et al. 2022, LLM.int8(), https://arxiv.org/abs/2208.07339)
 
-Knows nothing of models.
+Independent of models.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ from dpoeng.kernels.cpu_linear import linear, multiplies_as_cpu, owned_linear
 def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x W^T + bias` for x [..., I] -> [..., O], W = codes [O, I] int8 * scales [O] / 127, in the dtype of x.
 
-    The gradient of x alone: codes have none. What is returned is no view, so that it may be added to in place.
+    Only x has a gradient: codes have none. The result is not a view, so that it can be added to in place.
     """
     out: Tensor = _Int8Linear.apply(x, codes, scales, bias)  # type: ignore[no-untyped-call]
     return out
@@ -31,7 +31,7 @@ def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = 
 class _Int8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        """Save the weight in its stored form, and nothing of x."""
+        """Saves the weight in its stored form, and nothing of x."""
         ctx.save_for_backward(codes, scales)
         return owned_linear(x, widened(codes, scales, x.dtype), bias)
 
@@ -43,7 +43,7 @@ class _Int8Linear(torch.autograd.Function):
 
 
 def widened(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight [O, I] that 8-bit codes stand for, each entry rounded once; on a GPU in one pass."""
+    """The weight [O, I] of these 8-bit codes, each entry rounded once; a single pass on a GPU."""
     if not multiplies_as_cpu(codes) and dtype != torch.float64:
         weight: Tensor = _widen_op(codes, scales, dtype)
         return weight

@@ -1,16 +1,16 @@
-"""GPU scoring: log p(target) from hidden states and head in one fused Triton kernel, and a small merge. No gradient.
+"""GPU scoring: log p(target) from hidden states and head in one fused Triton kernel and a small merge. No gradient.
 
     logps = log_softmax(map(hidden @ weight.T).float(), -1).gather(-1, targets)
 
-A program multiplies one tile of rows with one tile of the vocabulary in float32 and leaves three numbers a row behind:
-peak and sum of exp(z - peak) of the tile without the target, and the target's logit if it lies there. The merge folds
-the tiles in their order. No atomics: the result repeats bit for bit, and since neither the tile nor the order of any
-sum depends on N, a row's log-prob does not depend on what else is in the batch.
+A program multiplies one tile of rows with one tile of the vocabulary in float32 and stores three numbers per row: the
+peak and the sum of exp(z - peak) over the tile without the target, and the target's logit if the tile contains it. The
+merge combines the tiles in order. There are no atomics, so the result repeats bit for bit. Neither tile nor order of
+sums depends on N, so a row's log-prob does not depend on the rest of the batch.
 
-Not allocated: logits. Allocated: two float32 `[V / tile, N]` (19 MB for 4096 tokens of a vocabulary of 152k).
+Logits are never allocated, only two float32 `[V / tile, N]` (19 MB for 4096 tokens of a vocabulary of 152k).
 """
 
-# Triton reads these signatures itself and its decorator carries no types.
+# Triton parses these signatures itself, and its decorator has no types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 import torch
@@ -30,7 +30,7 @@ def linear_partials(
     inner, outer, SOFTCAP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
     GROUP: tl.constexpr, RAGGED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    # Neighbouring programs share GROUP row tiles and walk the vocabulary together, so both operands stay in L2.
+    # Neighbouring programs share GROUP row tiles and go through the vocabulary together, so both operands stay in L2.
     program = tl.program_id(0)
     row_tiles = tl.cdiv(n, ROWS)
     per_group = GROUP * tl.cdiv(size, COLS)
@@ -44,8 +44,8 @@ def linear_partials(
     rows = first_row + tl.arange(0, ROWS)
     cols = first_col + tl.arange(0, COLS)
     depth = tl.arange(0, DEPTH)
-    # 64-bit once for the tile, 32-bit within it, to save registers. Rows and columns beyond the end read the last one
-    # instead of masking every load; they are dropped below.
+    # 64-bit offsets once for the tile, 32-bit ones within it, to save registers. Rows and columns past the end read the
+    # last one instead of masking every load; their results are dropped below.
     a = hidden + first_row.to(tl.int64) * hidden_stride
     b = weight + first_col.to(tl.int64) * weight_stride
     a_offsets = tl.minimum(tl.arange(0, ROWS), n - 1 - first_row)[:, None] * hidden_stride + depth[None, :]
@@ -67,10 +67,10 @@ def linear_partials(
     target = tl.load(targets + rows, mask=rows < n, other=-1)
     local = tl.arange(0, COLS)[None, :]
     here = (target >= first_col) & (target < tl.minimum(first_col + COLS, size))
-    own = tl.where(here, target - first_col, -1).to(tl.int32)
-    is_target = local == own[:, None]
+    target_in_tile = tl.where(here, target - first_col, -1).to(tl.int32)
+    is_target = local == target_in_tile[:, None]
     target_logit = tl.sum(tl.where(is_target, z, 0.0), 1)
-    # Peak and sum of all but the target: one tile of registers is then live at a time, not two.
+    # Peak and sum exclude the target: this way only one tile of registers is live at a time, not two.
     z = tl.where(is_target | (local >= size - first_col), -float("inf"), z)
     peak = tl.max(z, 1)
     anchor = tl.where(peak == -float("inf"), 0.0, peak)
@@ -83,7 +83,7 @@ def linear_partials(
 
 @triton.jit
 def multiply(a, b, total, UPCAST: tl.constexpr):
-    if UPCAST:  # the interpreter's dot multiplies the raw bits of bfloat16 (triton-lang/triton#11584)
+    if UPCAST:  # the interpreter multiplies the raw bits of bfloat16 (triton-lang/triton#11584)
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
@@ -113,7 +113,7 @@ def merge_partials(
 def fused_logps(
     hidden: Tensor, head: Head, targets: Tensor, ignore_index: int, *, tile: LinearTile | None = None
 ) -> Tensor:
-    """Log-probs `[N]` float32 of `hidden` `[N, H]`. `tile` is for tests and tuning."""
+    """Log-probs `[N]` float32 for `hidden` `[N, H]`. `tile` is for tests and tuning."""
     n = hidden.shape[0]
     logps = hidden.new_empty(n, dtype=torch.float32)
     if n == 0:
@@ -122,7 +122,7 @@ def fused_logps(
     hidden, weight, targets = _unit_stride(hidden), _unit_stride(head.weight), targets.contiguous()
     tiles = triton.cdiv(head.vocabulary, tile.cols)
     peaks, rests = (hidden.new_empty((tiles, n), dtype=torch.float32) for _ in range(2))
-    target_logits = torch.full_like(logps, torch.nan)  # stays NaN for a target that no tile holds
+    target_logits = torch.full_like(logps, torch.nan)  # stays NaN for a target outside every tile
     with launching_on(hidden):
         linear_partials[(triton.cdiv(n, tile.rows) * tiles,)](
             hidden, weight, head.bias, targets, peaks, rests, target_logits, n, head.vocabulary, hidden.shape[1],

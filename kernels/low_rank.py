@@ -3,11 +3,11 @@
     add_update   out + scale * (x A^T) B^T, in out
     gradients    of A, B and x, from the gradient of out and what `add_update` returned
 
-float32 factors keep 16 of their 24 bits in two parts, and sums are float32, rounded once where they meet bfloat16.
-Chunks of float32 products, as on a CPU, would cost as much as the rest of the layer: the matrix units do not multiply
-float32. The kernels are in `low_rank_kernels`.
+Two bfloat16 parts keep 16 of a float32 factor's 24 bits. Sums are float32 and rounded once where they are added to
+bfloat16. Chunks of float32 products, as on a CPU, would cost as much as the rest of the layer, because the matrix units
+do not multiply float32. The kernels are in `low_rank_kernels`.
 
-Knows nothing of models.
+Independent of models.
 """
 
 import torch
@@ -18,9 +18,9 @@ from dpoeng.kernels.tiles import SPAN
 
 
 def splits(x: Tensor, a: Tensor) -> bool:
-    """Whether a product of x with float32 factors is made of bfloat16 parts: on a GPU, over a bfloat16 base.
+    """Whether a product of x with float32 factors uses bfloat16 parts: on a GPU, over a bfloat16 base.
 
-    float16 has no room for the second part: it would be below its smallest numbers.
+    float16 cannot represent the second part, which would be below its smallest number.
     """
     return x.dtype == torch.bfloat16 and a.dtype == torch.float32 and not multiplies_as_cpu(x)
 
@@ -41,9 +41,9 @@ def gradients(
     *,
     add: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of A and B, each if what it needs is given: x [T, I], and low [T, r] of `add_update`.
+    """Gradients of A (needs x [T, I]) and B (needs low [T, r] from `add_update`).
 
-    With `x_grad` [T, I], that of x is put there, or added to what is there. `grads` [T, O] is the gradient of out.
+    With `x_grad` [T, I], writes the gradient of x there, or adds to it. `grads` [T, O] is the gradient of out.
     """
     b_grad = _factor_gradient(low, grads, scale, False) if low is not None else None
     if x is None and x_grad is None:
@@ -53,9 +53,9 @@ def gradients(
     return (_factor_gradient(low_grad, x, 1.0, True) if x is not None else None), b_grad
 
 
-# Each calls its kernel on a GPU. Elsewhere it is an operation: on the meta device, where a step is simulated, one that
-# can be counted; on a CPU, where only tests come, the kernel's arithmetic in plain PyTorch. The kernels are not behind
-# the operations, whose dispatch would cost as much time as a launch.
+# Each calls its kernel on a GPU. Elsewhere it is a custom operation: on the meta device, where steps are simulated, one
+# that can be counted; on a CPU, which only tests use, the kernel's arithmetic in plain PyTorch. The kernels are not
+# wrapped in operations, because dispatch would cost as much time as a launch.
 
 
 def _rows_times_factor(x: Tensor, factor: Tensor, scale: float, by_rank: bool) -> Tensor:
@@ -129,6 +129,6 @@ def _(low: Tensor, y: Tensor, scale: float, by_rank: bool) -> Tensor:
 
 
 def _parts(factor: Tensor) -> tuple[Tensor, Tensor]:
-    """hi and lo with hi + lo = factor to 16 bits, both bfloat16 numbers in float32."""
+    """hi and lo with hi + lo = factor to 16 bits; both are bfloat16 numbers stored as float32."""
     high = factor.bfloat16().float()
     return high, (factor - high).bfloat16().float()

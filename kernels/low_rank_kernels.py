@@ -1,19 +1,19 @@
-"""GPU: the three products of a LoRA layer, whose float32 factors are multiplied as two bfloat16 parts each.
+"""GPU: the three products of a LoRA layer; float32 factors are multiplied as two bfloat16 parts each.
 
-    low_rank_rows       low  = scale * x F^T           [T, W] x [r, W] -> [T, r], a sum for each span of columns
+    low_rank_rows       low  = scale * x F^T           [T, W] x [r, W] -> [T, r], one sum per span of columns
     add_low_rank        out += scale * low F           [T, r] x [r, W] -> [T, W]
     low_rank_gradient   grad = scale * low^T y         [T, r] x [T, W] -> [r, W]
 
-A factor is split where it is read, in registers: hi = bfloat16(F), lo = bfloat16(F - hi). The products of the parts are
-added up in float32 by the matrix units; lo lo is below float32's own rounding of the sum and is left out. So a layer
-takes two launches forward and four backward. With plain products it took seven and eighteen, most of them to split.
+A factor is split as it is read, in registers: hi = bfloat16(F), lo = bfloat16(F - hi). The matrix units add the
+products of the parts in float32; lo * lo is below float32's rounding of the sum and is left out. A layer takes two
+launches forward and four backward. Plain products took seven and eighteen, most of them to split.
 
-The columns of `low_rank_rows` are divided into spans of a fixed width, so that few rows fill a GPU too; the next kernel
-adds the spans up in their order. A row's numbers depend on that row alone, and every sum has one order.
-The tiles were chosen by what the compilers say of them (`python -m dpoeng.kernels.aot`) and not timed.
+`low_rank_rows` divides the columns into spans of fixed width, so that few rows also fill a GPU; the next kernel adds
+the spans in order. A row's numbers depend on that row alone, and every sum has one order. The tiles were chosen by the
+compilers' reports (`python -m dpoeng.kernels.aot`); they were not timed.
 """
 
-# Triton reads these signatures itself and its decorator carries no types.
+# Triton parses these signatures itself, and its decorator has no types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 import torch
@@ -28,7 +28,7 @@ from dpoeng.kernels.tiles import SPAN, low_rank_tile
 
 @triton.jit
 def _load_factor(factor, ranks, cols, width, rank, BY_RANK: tl.constexpr):
-    """[ranks, cols] of a float32 factor that lies as [r, W] (BY_RANK) or [W, r]."""
+    """[ranks, cols] of a float32 factor stored as [r, W] (BY_RANK) or [W, r]."""
     inside = (ranks < rank) & (cols < width)
     at = ranks * width + cols if BY_RANK else cols * rank + ranks
     return tl.load(factor + at, mask=inside, other=0.0)
@@ -99,7 +99,7 @@ def add_low_rank(
         for span in range(spans):
             at = (span * n + wide_rows[:, None]) * rank + ranks[None, :]
             some += tl.load(sums + at, mask=inside, other=0.0)
-        if tl.program_id(1) == 0:  # kept for the gradients
+        if tl.program_id(1) == 0:  # saved for the gradients
             tl.store(low + wide_rows[:, None] * rank + ranks[None, :], some, mask=inside)
         f = _load_factor(factor, ranks[:, None], cols[None, :], width, rank, BY_RANK)
         high, f_high = some.to(tl.bfloat16), f.to(tl.bfloat16)
@@ -153,7 +153,7 @@ def low_rank_gradient(
 
 
 def rows_times_factor(x: Tensor, factor: Tensor, scale: float, *, by_rank: bool) -> Tensor:
-    """`scale * x F^T` for x [T, W] bfloat16, F [r, W] or [W, r] float32 -> [S, T, r], to be summed over the S spans."""
+    """`scale * x F^T` for x [T, W] bfloat16, F [r, W] or [W, r] float32 -> [S, T, r], to be summed over S spans."""
     x, factor = x.contiguous(), factor.contiguous()
     (n, width), rank = x.shape, factor.shape[0 if by_rank else 1]
     spans = triton.cdiv(width, SPAN)
@@ -168,10 +168,10 @@ def rows_times_factor(x: Tensor, factor: Tensor, scale: float, *, by_rank: bool)
 
 
 def add_product(out: Tensor, sums: Tensor, factor: Tensor, scale: float, *, by_rank: bool, add: bool) -> Tensor:
-    """Adds `scale * low F` to out [T, W] (or writes it there); returns low = sums over spans, [T, r] float32.
+    """Adds `scale * low F` to out [T, W], or writes it there; returns low = sum over spans, [T, r] float32.
 
     Raises:
-        ValueError: `out` is not contiguous: a copy would take the result instead.
+        ValueError: `out` is not contiguous: the result would go to a copy.
     """
     if not out.is_contiguous():
         raise ValueError("the output of a LoRA layer must be contiguous")

@@ -1,12 +1,12 @@
-"""Triton row kernels: log p(target) from logits `[N, V]`, forward and backward. One program a row, two reads in all.
+"""Triton row kernels: log p(target) from logits `[N, V]`, forward and backward. One program per row, two reads.
 
     forward:   logps = log_softmax(logits.float(), -1).gather(-1, targets)
     backward:  grad  = upstream * (one_hot(targets) - softmax(logits))     # may overwrite the logits
 
-Not allocated: float32 copies of the logits, their log_softmax or softmax. Kept for the backward: 2 numbers a row.
+Never allocated: float32 copies of the logits, log_softmax or softmax. Saved for the backward: 2 numbers per row.
 """
 
-# Triton reads these signatures itself and its decorator carries no types.
+# Triton parses these signatures itself, and its decorator has no types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 import torch
@@ -43,8 +43,8 @@ def row_backward(
     source = logits + row * stride
     below = target_logit(source, None, target, size, 1.0, 1.0, False) - peak
     total = rest + tl.exp(below)
-    tl.debug_barrier()  # in place, no warp may write the target's entry before every warp has read it
-    # An ignored row must be 0 even where its logits or its upstream are not finite.
+    tl.debug_barrier()  # in place: every warp must read the target's entry before one overwrites it
+    # An ignored row must be 0 even if its logits or its upstream gradient are not finite.
     counts = target != ignore_index
     scale = tl.load(upstream + row).to(tl.float32)
     for low in range(0, size, BLOCK):
@@ -57,7 +57,7 @@ def row_backward(
 
 
 def forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs, and the two numbers a row that the backward needs. All `[N]` float32."""
+    """Log-probs, and two numbers per row for the backward. All `[N]` float32."""
     n, size = logits.shape
     logps, peaks, rests = (logits.new_empty(n, dtype=torch.float32) for _ in range(3))
     if n:
@@ -73,7 +73,7 @@ def forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor,
 def backward(
     logits: Tensor, targets: Tensor, upstream: Tensor, sums: tuple[Tensor, Tensor], grad: Tensor, ignore_index: int
 ) -> None:
-    """Fill `grad` `[N, V]`, which may be `logits` itself: every program reads an entry before it writes it."""
+    """Fills `grad` `[N, V]`, which may be `logits` itself: every program reads an entry before it writes it."""
     n, size = logits.shape
     if n:
         tile = row_tile()

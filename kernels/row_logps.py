@@ -3,9 +3,8 @@
     token_logps = log_softmax(logits.float(), -1).gather(-1, targets)
 
 Forward and backward are one fused pass each (kernels/row_kernels.py on a GPU, blocks of rows in PyTorch elsewhere).
-Kept for the backward: the logits themselves and two numbers a row.
-
-Not allocated: float32 copies, log_softmax or softmax of the logits; with `inplace=True` not their gradient either.
+Saved for the backward: the logits themselves and two numbers per row. Never allocated: float32 copies, log_softmax or
+softmax of the logits; with `inplace=True` not even their gradient.
 """
 
 from typing import Any
@@ -27,15 +26,14 @@ def token_logps_from_logits(
         logits: `[N, V]`, bfloat16, float16, float32 or float64; the last dimension contiguous.
         targets: `[N]` int64 in `[0, V)` or `ignore_index`.
         ignore_index: Rows with this target get 0.0 and no gradient.
-        inplace: Let the backward write the gradient over the logits. For logits that nobody reads afterwards; who does
-            (another loss, a second backward) is stopped by autograd's version check.
+        inplace: Let the backward overwrite the logits with their gradient. Nothing else may read them afterwards;
+            another loss or a second backward stops at autograd's version check.
 
     Returns:
         `[N]` log-probs in nats, float32 (float64 for float64 logits), at most 0.
 
-    Raises:
-        ValueError: Shapes, dtypes or strides that do not fit.
-        IndexError: A target outside the vocabulary, on a CPU. On a GPU that row is NaN.
+    ValueError: Shapes, dtypes or strides do not fit.
+    IndexError: A target is outside the vocabulary, on a CPU. On a GPU that row is NaN.
         NotImplementedError: A second backward.
     """
     if logits.ndim != 2 or logits.dtype not in FLOATS or logits.shape[1] == 0:
@@ -54,11 +52,11 @@ def token_logps_from_logits(
 
 
 def plain_token_logps_from_logits(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
-    """The same in plain PyTorch: the readable truth."""
-    kept = targets != ignore_index
-    columns = torch.where(kept, targets, 0).unsqueeze(1)
+    """The same in plain PyTorch: the readable specification."""
+    scored = targets != ignore_index
+    columns = torch.where(scored, targets, 0).unsqueeze(1)
     picked = torch.log_softmax(logits.to(sum_dtype(logits.dtype)), -1).gather(1, columns).squeeze(1)
-    return torch.where(kept, picked, 0.0)
+    return torch.where(scored, picked, 0.0)
 
 
 # --- outside the GPU: blocks of rows in PyTorch ---
@@ -69,10 +67,10 @@ def _blocks(logits: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, logits.shape[0], step)]
 
 
-def _exponentials(logits: Tensor, targets: Tensor, kept: Tensor, peak: Tensor | None) -> tuple[Tensor, ...]:
+def _exponentials(logits: Tensor, targets: Tensor, scored: Tensor, peak: Tensor | None) -> tuple[Tensor, ...]:
     """`exp(z - peak)` without the target `[R, V]`, and per row the target's column, `z_target - peak` and `peak`."""
     z = logits.to(sum_dtype(logits.dtype), copy=True)
-    column = torch.where(kept, targets, 0).unsqueeze(1)
+    column = torch.where(scored, targets, 0).unsqueeze(1)
     if peak is None:
         peak = z.amax(1)
     below = z.gather(1, column).squeeze(1) - peak
@@ -81,30 +79,30 @@ def _exponentials(logits: Tensor, targets: Tensor, kept: Tensor, peak: Tensor | 
 
 
 def _blocked_forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    kept = targets != ignore_index
-    wrong = kept & ((targets < 0) | (targets >= logits.shape[1]))
+    scored = targets != ignore_index
+    wrong = scored & ((targets < 0) | (targets >= logits.shape[1]))
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise IndexError(f"target {int(targets[row])} in row {row} is outside the vocabulary of {logits.shape[1]}")
     logps, peaks, rests = (logits.new_empty(logits.shape[0], dtype=sum_dtype(logits.dtype)) for _ in range(3))
     for rows in _blocks(logits):
-        z, _, below, peaks[rows] = _exponentials(logits[rows], targets[rows], kept[rows], None)
+        z, _, below, peaks[rows] = _exponentials(logits[rows], targets[rows], scored[rows], None)
         rests[rows] = rest = z.sum(1)
         picked = torch.where(below == 0, -torch.log1p(rest), below - (rest + below.exp()).log())
-        logps[rows] = torch.where(kept[rows], picked, 0.0)
+        logps[rows] = torch.where(scored[rows], picked, 0.0)
     return logps, peaks, rests
 
 
 def _blocked_backward(
     logits: Tensor, targets: Tensor, upstream: Tensor, sums: tuple[Tensor, Tensor], grad: Tensor, ignore_index: int
 ) -> None:
-    kept = targets != ignore_index
+    scored = targets != ignore_index
     for rows in _blocks(logits):
         peak, rest = sums[0][rows], sums[1][rows]
-        z, column, below, _ = _exponentials(logits[rows], targets[rows], kept[rows], peak)
+        z, column, below, _ = _exponentials(logits[rows], targets[rows], scored[rows], peak)
         factor = upstream[rows] / (rest + below.exp())
         z.mul_(-factor.unsqueeze(1)).scatter_(1, column, (rest * factor).unsqueeze(1))
-        grad[rows] = torch.where(kept[rows].unsqueeze(1), z, 0.0)
+        grad[rows] = torch.where(scored[rows].unsqueeze(1), z, 0.0)
 
 
 # --- registration ---

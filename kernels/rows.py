@@ -1,18 +1,18 @@
-"""Building blocks of the row kernels: one row of logits in, sums and gradient out.
+"""Building blocks of the row kernels: from one row of logits to its sums and gradient.
 
 For target y, with `peak = max_v z_v`:
 
     rest  = sum_{v != y} exp(z_v - peak)         total = rest + exp(z_y - peak)
     logp  = (z_y - peak) - log(total)            1 - p_y = rest / total
 
-`rest` leaves the target out on purpose: where p_y is close to 1, `1 - p_y` and `log p_y` have lost the digits that the
-sum of the others still has.
+`rest` excludes the target on purpose: if p_y is close to 1, computing `1 - p_y` or `log p_y` directly cancels the
+digits that the sum of the others still has.
 
-Exceptional values follow torch.log_softmax: -inf closes an entry, a row of nothing but -inf and a row with NaN or +inf
-give NaN. A target outside [0, V) gives NaN. Triton's max skips NaN, so NaN travels through the sums.
+Exceptional values follow torch.log_softmax: -inf excludes an entry; a row of only -inf, or with NaN or +inf, gives NaN.
+A target outside [0, V) gives NaN. Triton's max skips NaN, so NaN propagates through the sums.
 """
 
-# Triton reads these signatures itself and its decorator carries no types.
+# Triton parses these signatures itself, and its decorator has no types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 import triton
@@ -21,9 +21,9 @@ import triton.language as tl
 
 @triton.jit
 def tanh(x):
-    """Rational approximation, a few units in the last place (the coefficients of Eigen's and XLA's float32 tanh).
+    """Rational approximation, accurate to a few ulps (the coefficients of Eigen's and XLA's float32 tanh).
 
-    `1 - 2 / (exp(2x) + 1)` loses the digits of small x, and libdevice is not there under the interpreter.
+    `1 - 2 / (exp(2x) + 1)` loses the digits of small x, and the interpreter has no libdevice.
     """
     x = tl.where(
         x > 7.90531110763549805, 7.90531110763549805, tl.where(x < -7.90531110763549805, -7.90531110763549805, x)
@@ -45,7 +45,7 @@ def tanh(x):
 
 @triton.jit
 def map_logits(raw, inner, outer, SOFTCAP: tl.constexpr):
-    """Raw products to logits, and the slope dz/draw. `inner` and `outer` are those of dpoeng.kernels.head.Head."""
+    """Maps raw products to logits and the slope dz/draw. `inner` and `outer` are those of `kernels.head.Head`."""
     if SOFTCAP:
         t = tanh(raw * inner)
         return t * outer, (1.0 - t * t) * (inner * outer)
@@ -55,7 +55,7 @@ def map_logits(raw, inner, outer, SOFTCAP: tl.constexpr):
 @triton.jit
 def logp_of(below, rest):
     """log p from `below = z_y - peak` and `rest`; at most 0, or NaN."""
-    # The hardware logarithm is good to 1e-7 absolute; where the target is nearly certain a series is good to 1e-8
+    # The hardware logarithm is accurate to 1e-7 absolute; if the target is nearly certain, a series is accurate to 1e-8
     # relative.
     series = rest * (1.0 - rest * (0.5 - rest * (1.0 / 3 - rest * (0.25 - rest * 0.2))))
     logp = tl.where((below == 0.0) & (rest < 0.03), -series, below - tl.log(rest + tl.exp(below)))
@@ -64,7 +64,7 @@ def logp_of(below, rest):
 
 @triton.jit
 def load_raw(row, bias, cols, mask):
-    """Logits as float32, with the bias added where there is one."""
+    """Logits as float32, plus the bias if there is one."""
     raw = tl.load(row + cols, mask=mask, other=0.0).to(tl.float32)
     if bias is not None:
         raw += tl.load(bias + cols, mask=mask, other=0.0).to(tl.float32)
@@ -73,7 +73,7 @@ def load_raw(row, bias, cols, mask):
 
 @triton.jit
 def row_sums(row, bias, target, size, inner, outer, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr):
-    """One walk over a row: `peak`, `rest` and `below = z_target - peak`."""
+    """One pass over a row: `peak`, `rest` and `below = z_target - peak`."""
     peak = -float("inf")
     rest = 0.0
     for low in range(0, size, BLOCK):
@@ -89,7 +89,7 @@ def row_sums(row, bias, target, size, inner, outer, BLOCK: tl.constexpr, SOFTCAP
 
 @triton.jit
 def target_logit(row, bias, target, size, inner, outer, SOFTCAP: tl.constexpr):
-    """z of the target, computed as the walk computes it, bit for bit; NaN for a target outside the vocabulary."""
+    """z of the target, bit for bit as the pass computes it; NaN for a target outside the vocabulary."""
     inside = (target >= 0) & (target < size)
     z, _ = map_logits(load_raw(row, bias, target, inside), inner, outer, SOFTCAP)
     return tl.where(inside, z, float("nan"))
@@ -97,6 +97,6 @@ def target_logit(row, bias, target, size, inner, outer, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def gradient_entries(z, slope, cols, target, peak, rest, total):
-    """(1[v = y] - p_v) dz/draw, the target's entry from `rest` rather than from 1 - p."""
+    """(1[v = y] - p_v) dz/draw; the target's entry comes from `rest`, not from 1 - p."""
     anchor = tl.where(peak == -float("inf"), 0.0, peak)
     return tl.where(cols == target, rest, -tl.exp(z - anchor)) * slope / total

@@ -1,16 +1,16 @@
 """Token log-probs and their unit gradient in tiles of the vocabulary, in plain PyTorch: the backend of CPUs.
 
-The derivative of log p(y) by the hidden state is `W_y - sum_v p_v W_v` (with no softcap): attention of one query over
-the vocabulary, keys and values both being the head. So it can be done as FlashAttention does it (Dao et al. 2022,
-https://arxiv.org/abs/2205.14135, section 3.1): one walk over tiles of the vocabulary that carries a running maximum, a
-running sum and a running weighted sum of head rows, rescaled whenever the maximum grows. Two matrix products in all,
-and never more than `ROWS x TILE` logits in memory, in training as in scoring.
+The derivative of log p(y) by the hidden state is `W_y - sum_v p_v W_v` (without a softcap): attention of one query over
+the vocabulary, with the head as keys and values. So it can be computed as in FlashAttention (Dao et al. 2022,
+https://arxiv.org/abs/2205.14135, section 3.1): one pass over tiles of the vocabulary with a running maximum, a running
+sum and a running weighted sum of head rows, rescaled whenever the maximum grows. It takes two matrix products and at
+most `ROWS x TILE` logits of memory, in training as in scoring.
 
-A row's result must not depend on its neighbours. Rows only meet in the matrix products, where BLAS picks other code
-for a handful of rows; blocks are therefore padded to a multiple of `ROW_STEP` rows, from where on MKL's results were
-bitwise the same whatever the row count (tests/kernels/test_token_logps.py checks it where it runs).
+A row's result must not depend on its neighbours. Rows interact only in the matrix products, where BLAS uses other code
+for few rows. Blocks are therefore padded to a multiple of `ROW_STEP` rows; from there on MKL's results were bitwise
+independent of the row count (tests/kernels/test_token_logps.py checks this on the machine where it runs).
 
-Knows nothing of autograd or of ignored targets.
+Independent of autograd and of ignored targets.
 """
 
 import torch
@@ -22,16 +22,16 @@ from dpoeng.kernels.head import Head, sum_dtype
 ROWS = 1024  # rows that share one pass over the head
 ROW_STEP = 16
 TILE = 1024  # vocabulary entries; ROWS x TILE float32 is 4 MiB
-TILE_BF16 = 4096  # where the CPU multiplies bfloat16 itself: fewer, larger products
+TILE_BF16 = 4096  # if the CPU multiplies bfloat16 in hardware: fewer, larger products
 
 
 def tile_size(dtype: torch.dtype) -> int:
-    """Vocabulary entries of a tile."""
+    """Vocabulary entries per tile."""
     return TILE_BF16 if product_dtype(dtype) == torch.bfloat16 else TILE
 
 
 def raw_logits(rows: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Rows `[R, H]` times a tile of the head `[T, H]`, both in `product_dtype`, into `out` `[R, T]`."""
+    """Writes rows `[R, H]` times a tile of the head `[T, H]`, both in `product_dtype`, to `out` `[R, T]`."""
     if out.dtype == rows.dtype:
         torch.mm(rows, weight.T, out=out)
     else:
@@ -49,7 +49,7 @@ def tiled_logps(
         targets: `[N]` int64, each in `[0, V)`.
         unit_gradient: `[N, H]`, overwritten with d logp / d hidden.
         sums: `[3, N]`, overwritten with the peak of the logits, the sum of exp(z - peak) over all but the target, and
-            over all.
+            the sum over all.
 
     Returns:
         `[N]` float32 (float64 for float64 inputs).
@@ -85,7 +85,7 @@ def _block(hidden: Tensor, head: Head, targets: Tensor, unit_gradient: Tensor | 
     others = None if unit_gradient is None else h.new_zeros((n + pad, width), dtype=dtype)  # the same sum of head rows
 
     for low in range(0, head.vocabulary, tile):
-        weight = head.weight[low : low + tile].to(narrow)  # a view, unless it must be widened
+        weight = head.weight[low : low + tile].to(narrow)  # a view unless it is widened
         z = scratch[: (n + pad) * weight.shape[0]].view(n + pad, weight.shape[0])
         raw_logits(h, weight, z)
         slopes = map_logits(z, head, low)
@@ -95,12 +95,12 @@ def _block(hidden: Tensor, head: Head, targets: Tensor, unit_gradient: Tensor | 
         z_target = torch.where(inside, z.gather(1, column).squeeze(1), z_target)
 
         new_peak = torch.maximum(peak, z.amax(1))
-        # While all is -inf, subtract 0: exp(-inf + inf) would be NaN where the tile has just nothing to add.
+        # If all logits so far are -inf, subtract 0: exp(-inf + inf) would be NaN, but the tile only adds nothing.
         anchor = torch.where(new_peak == -torch.inf, 0.0, new_peak)
         shrink = torch.exp(peak - anchor)
         peak = new_peak
         z.sub_(anchor.unsqueeze(1)).exp_()
-        # Without the target: where p is close to 1, 1 - p has lost the digits that the sum of the others still has.
+        # Excludes the target: if p is close to 1, computing 1 - p cancels the digits that the others' sum still has.
         z.scatter_(1, column, torch.where(inside.unsqueeze(1), 0.0, z.gather(1, column)))
         rest.mul_(shrink).add_(z.sum(1))
 
@@ -112,9 +112,9 @@ def _block(hidden: Tensor, head: Head, targets: Tensor, unit_gradient: Tensor | 
             if narrow == dtype:
                 others.addmm_(z, weight)
             else:
-                others.add_((z.to(narrow) @ weight).to(dtype))  # by name, so that a simulated step has the copy too
+                others.add_((z.to(narrow) @ weight).to(dtype))  # an explicit copy, which a simulated step sees
 
-    below = z_target - peak  # NaN if all is -inf, as log_softmax has it
+    below = z_target - peak  # NaN if all are -inf, as in log_softmax
     total = rest + below.exp()
     logps = torch.where(below == 0, -torch.log1p(rest), below - total.log())
     if sums is not None:
@@ -127,7 +127,7 @@ def _block(hidden: Tensor, head: Head, targets: Tensor, unit_gradient: Tensor | 
 
 
 def map_logits(z: Tensor, head: Head, low: int) -> Tensor | None:
-    """Turn raw products `[R, T]` into logits in place; returns dz/draw `[R, T]` where a softcap makes it vary."""
+    """Turns raw products `[R, T]` into logits in place; returns dz/draw `[R, T]` if a softcap makes it vary."""
     if head.bias is not None:
         z.add_(head.bias[low : low + z.shape[1]])
     slopes = None

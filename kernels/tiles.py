@@ -1,11 +1,11 @@
 """Chooses each kernel's tile by GPU, and lists the GPUs' limits.
 
-The tiles were chosen by a model of the hardware and by what the compiler says of them (`python -m dpoeng.kernels.aot`):
-the largest tile whose float32 sums fit the registers without spilling, as deep a pipeline as shared memory takes. They
-have not been timed on the GPUs. `dpoeng bench kernels --tune` times the candidates on the GPU at hand and remembers the
-best in a file that `linear_tile` then reads.
+The tiles were chosen by a model of the hardware and the compiler's reports (`python -m dpoeng.kernels.aot`): the
+largest tile whose float32 sums fit the registers without spilling, with a pipeline as deep as shared memory allows.
+They were not timed on these GPUs. `dpoeng bench kernels --tune` times the candidates on your GPU and saves the best to
+a file that `linear_tile` then reads.
 
-A tile depends on the GPU and the dtype only, never on the batch: that keeps log-probs independent of the batch.
+A tile depends only on the GPU and the dtype, never on the batch, so log-probs do not depend on the batch.
 """
 
 import functools
@@ -22,12 +22,12 @@ MAX_CHUNK = 4096
 
 
 class Gpu(NamedTuple):
-    """GPU limits behind occupancy and compilation. Bytes and counts are per multiprocessor unless named otherwise."""
+    """A GPU's limits for occupancy and compilation. Bytes and counts are per multiprocessor unless named otherwise."""
 
     backend: str
     arch: int | str
     warp: int  # threads
-    block_shared: int  # bytes one block may have
+    block_shared: int  # bytes one block may use
     shared: int
     registers: int  # 32-bit
     warps: int
@@ -46,7 +46,7 @@ GPUS = {
 
 
 class RowTile(NamedTuple):
-    """Row kernels: entries a program reads at once, and its warps."""
+    """Row kernels: entries that a program reads at once, and its warps."""
 
     block: int
     warps: int
@@ -57,7 +57,7 @@ class RowTile(NamedTuple):
 
 
 class LinearTile(NamedTuple):
-    """Fused linear kernel: rows x cols of logits, depth of one step along H, row tiles that share an L2 window."""
+    """Fused linear kernel: rows x cols of logits, step depth along H, and row tiles that share an L2 window."""
 
     rows: int
     cols: int
@@ -72,7 +72,7 @@ class LinearTile(NamedTuple):
 
 
 class LowRankTile(NamedTuple):
-    """LoRA's products: rows and columns that a program takes at once."""
+    """LoRA's products: rows and columns that a program processes at once."""
 
     rows: int
     cols: int
@@ -85,11 +85,11 @@ class LowRankTile(NamedTuple):
 
 
 MERGE_ROWS = 128
-SPAN = 2048  # columns of a LoRA layer's input that one program adds up
+SPAN = 2048  # columns of a LoRA layer's input that one program sums
 
 
 def launch_options(warps: int, stages: int = 2) -> dict[str, int | bool]:
-    """Compiler options of a launch. Fused multiply-add is asked for, because triton 3.10 changes the default."""
+    """Compiler options of a launch. Fused multiply-add is set explicitly, because triton 3.10 changes the default."""
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
@@ -105,11 +105,11 @@ LINEAR_16 = {
     "sm_100": LinearTile(128, 256, 64, 8, 4),
     "gfx942": LinearTile(128, 128, 64, 8, 2),
 }
-# float32 inputs are multiplied exactly, on the ordinary cores: a smaller tile, one for all.
+# float32 inputs are multiplied exactly, on the ordinary cores: one smaller tile for all.
 LINEAR_32 = LinearTile(64, 64, 32, 8, 2)
 
 
-# Bound by memory: enough programs to fill a GPU at a thousand tokens, and sums that stay in registers.
+# Memory-bound: enough programs to fill a GPU at a thousand tokens, and sums that stay in registers.
 LOW_RANK = {
     "rows": LowRankTile(32, 64, 4, 3),
     "add": LowRankTile(32, 128, 4, 1),
@@ -118,9 +118,9 @@ LOW_RANK = {
 
 
 def low_rank_tile(kernel: str, rank: int) -> tuple[LowRankTile, int]:
-    """The tile of `rows`, `add` or `gradient` on every GPU, and how many ranks it takes at a time.
+    """The tile of `rows`, `add` or `gradient` on every GPU, and how many ranks it processes at a time.
 
-    Matrix units multiply 16 at least; `add` takes more ranks in turn, since their sums share its registers.
+    Matrix units multiply at least 16; `add` loops over more ranks, since their sums share its registers.
     """
     block = 16
     while block < min(rank, 32 if kernel == "add" else 64):
@@ -134,7 +134,7 @@ def row_tile() -> RowTile:
 
 
 def architecture(device: torch.device) -> str:
-    """The table's name for a GPU."""
+    """The table's name for the GPU."""
     if torch.version.hip:
         return "gfx942"
     major, minor = torch.cuda.get_device_capability(device)
@@ -142,8 +142,8 @@ def architecture(device: torch.device) -> str:
 
 
 def nearest(capability: int) -> str:
-    """The listed architecture whose tiles fit: the next older one (8.7 -> sm_86, 10.3 -> sm_100)."""
-    if capability >= 120:  # consumer Blackwell: a new number, the shared memory of Ada
+    """The listed architecture to use: the next older one (8.7 -> sm_86, 10.3 -> sm_100)."""
+    if capability >= 120:  # consumer Blackwell: a new number, but Ada's shared memory
         return "sm_89"
     listed = [int(name[3:]) for name in LINEAR_16 if name.startswith("sm_")]
     return f"sm_{max((n for n in listed if n <= capability), default=min(listed))}"
@@ -157,8 +157,8 @@ def has_linear_tile(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def linear_tile(device: torch.device, dtype: torch.dtype) -> LinearTile:
-    """The fused linear kernel's tile: the remembered one if this GPU was tuned, else the table's."""
-    if device.type != "cuda":  # the interpreter: small enough to run through, large enough to be ragged
+    """The fused linear kernel's tile: the tuned one if this GPU was tuned, else the table's."""
+    if device.type != "cuda":  # the interpreter: small enough to be fast, large enough to have a ragged edge
         return LinearTile(16, 32, 16, 1, 1, 2)
     tuned = remembered(tuned_file()).get(tuned_key(device, dtype))
     if tuned is not None:
@@ -170,7 +170,7 @@ def linear_tile(device: torch.device, dtype: torch.dtype) -> LinearTile:
 
 
 def candidates(table_tile: LinearTile) -> list[LinearTile]:
-    """The table's tile and its neighbours: half the columns, half or twice the depth, one stage more or less."""
+    """The table's tile and its neighbours: half the columns, half or double the depth, one stage more or less."""
     t = table_tile
     near = [
         t,
@@ -186,7 +186,7 @@ def candidates(table_tile: LinearTile) -> list[LinearTile]:
 
 
 def tune(tiles: Iterable[LinearTile], seconds: Callable[[LinearTile], float]) -> LinearTile:
-    """The fastest of `tiles`; one that the GPU refuses (shared memory, registers) is passed over.
+    """The fastest of `tiles`; skips those that the GPU refuses (shared memory, registers).
 
     Raises:
         RuntimeError: No tile ran; the last refusal is the cause.
@@ -196,7 +196,7 @@ def tune(tiles: Iterable[LinearTile], seconds: Callable[[LinearTile], float]) ->
     for tile in tiles:
         try:
             took = seconds(tile)
-        except Exception as error:  # triton's OutOfResources has moved between releases
+        except Exception as error:  # triton has moved OutOfResources between releases
             refusal = error
             continue
         if best is None or took < best[0]:
@@ -219,21 +219,21 @@ def tuned_key(device: torch.device, dtype: torch.dtype) -> str:
 
 @functools.cache
 def remembered(path: Path) -> dict[str, LinearTile]:
-    """Tuned tiles by device and dtype. Read once a process: a tile that changed under a run would change its numbers.
+    """Tuned tiles by device and dtype. Read once per process: a tile that changes during a run would change numbers.
 
     Raises:
-        ValueError: The file is not what `remember` writes.
+        ValueError: `remember` did not write this file.
     """
     if not path.exists():
         return {}
     try:
         return {key: LinearTile(**fields) for key, fields in json.loads(path.read_text()).items()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} does not hold tuned tiles ({error}); delete it and tune again") from error
+        raise ValueError(f"{path} does not contain tuned tiles ({error}); delete it and tune again") from error
 
 
 def remember(path: Path, key: str, tile: LinearTile) -> None:
-    """Add one tile to the file, replacing it whole."""
+    """Adds one tile to the file and replaces the file atomically."""
     tiles = {**remembered(path), key: tile}
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".new")
@@ -243,11 +243,11 @@ def remember(path: Path, key: str, tile: LinearTile) -> None:
 
 
 def chunk_rows(vocabulary: int) -> int:
-    """Rows per chunk: as many as `CHUNK_BYTES` of float32 logits hold, in steps of 256, for whole GEMM tiles."""
+    """Rows per chunk: as many as fit in `CHUNK_BYTES` of float32 logits, in steps of 256, for whole GEMM tiles."""
     return max(256, min(MAX_CHUNK, CHUNK_BYTES // (4 * vocabulary) // 256 * 256))
 
 
 def chunk_shape(n: int, vocabulary: int) -> tuple[int, int]:
-    """Rows and columns of the one chunk of logits that `n` tokens are worked through in."""
-    # Rows start on 16 bytes: wide loads, and cuBLAS's fast paths.
+    """Rows and columns of the chunk of logits in which `n` tokens are processed."""
+    # Rows start at multiples of 16 bytes, for wide loads and cuBLAS's fast paths.
     return max(1, min(n, chunk_rows(vocabulary))), -(-vocabulary // 16) * 16

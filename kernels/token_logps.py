@@ -3,15 +3,15 @@
     logits = hidden @ weight.T                                       # [N, V], never built here
     token_logps = log_softmax(logits.float(), -1).gather(-1, targets)
 
-One public function. With a frozen head its forward stores the *unit gradient* `G_t = d log p(y_t) / d hidden_t`
-(`[N, H]`, in place of the hidden states that autograd would otherwise keep), its backward is `upstream_t * G_t`. This
-is exact for every loss that is a function of the log-probs, because scaling a row commutes with a product that acts on
-rows. It costs two matrix products where recomputing costs three, and needs a frozen head and no double backward. Where
-the head is trained, the backward computes the logits again (kernels/head_gradient.py).
+There is one public function. With a frozen head, its forward stores the *unit gradient* `G_t = d log p(y_t) / d
+hidden_t` (`[N, H]`, in place of the hidden states that autograd would save), and its backward is `upstream_t * G_t`.
+This is exact for every loss that is a function of the log-probs, because scaling a row commutes with a product that
+acts on rows. It costs two matrix products where recomputation costs three; it needs a frozen head and no double
+backward. If the head is trained, the backward recomputes the logits (kernels/head_gradient.py).
 
-Not allocated: `[N, V]` logits, `[N, V]` probabilities; and for a frozen head `[V, H]` gradients.
+Never allocated: `[N, V]` logits or probabilities, and for a frozen head `[V, H]` gradients.
 
-Knows nothing of DPO, models or batches.
+Independent of DPO, models and batches.
 """
 
 from typing import Any
@@ -47,17 +47,17 @@ def token_logps(
         scale: Factor on the logits before the softcap (Cohere's `logit_scale`, one over Granite's `logits_scaling`).
         temperature: Divisor after the softcap.
         ignore_index: Rows with this target get 0.0 and no gradient.
-        narrow_logits: With a frozen head, GPU training holds its chunk of logits in float32; True holds it in the
-            inputs' 16 bits. That halves the chunk (0.6 to 0.3 GB at V = 152k) and costs 7e-3 nats a log-prob in
+        narrow_logits: With a frozen head, GPU training keeps its chunk of logits in float32; True keeps it in the
+            inputs' 16 bits. That halves the chunk (0.6 to 0.3 GB at V = 152k) and costs 7e-3 nats per log-prob in
             bfloat16 instead of 5e-7.
 
     Returns:
         `[N]` log-probs in nats, float32 (float64 for float64 inputs), at most 0.
 
     Raises:
-        ValueError: Shapes, dtypes or devices that do not fit together.
-        IndexError: A target outside the vocabulary, on a CPU. On a GPU, where looking would stall the device, that row
-            is NaN.
+        ValueError: Shapes, dtypes or devices do not fit together.
+        IndexError: A target is outside the vocabulary, on a CPU. On a GPU, where a check would stall the device, that
+            row is NaN.
         NotImplementedError: A quantised head, or a second backward.
     """
     if hasattr(weight, "full_tensor"):
@@ -88,28 +88,28 @@ def plain_token_logps(
     temperature: float = 1.0,
     ignore_index: int = -100,
 ) -> Tensor:
-    """The same in plain PyTorch, `[N, V]` logits and all: the readable truth. Differentiable in everything."""
+    """The same in plain PyTorch, with `[N, V]` logits: the readable specification. Differentiable in everything."""
     z = hidden @ weight.T
     if bias is not None:
         z = z + bias
     z = z.to(sum_dtype(hidden.dtype)) * scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    kept = targets != ignore_index
-    picked = torch.log_softmax(z / temperature, -1).gather(1, torch.where(kept, targets, 0).unsqueeze(1)).squeeze(1)
-    return torch.where(kept, picked, 0.0)
+    scored = targets != ignore_index
+    picked = torch.log_softmax(z / temperature, -1).gather(1, torch.where(scored, targets, 0).unsqueeze(1)).squeeze(1)
+    return torch.where(scored, picked, 0.0)
 
 
 # --- the backends ---
 
 
 def _has_kernels(hidden: Tensor) -> bool:
-    """Whether the Triton kernels take these hidden states; tiles in PyTorch take all others."""
+    """Whether the Triton kernels handle these hidden states; PyTorch tiles handle all others."""
     return hidden.is_cuda and hidden.dtype != torch.float64
 
 
 def _kernel_logps(hidden: Tensor, head: Head, targets: Tensor, ignore_index: int) -> Tensor:
-    """Log-probs alone on a GPU: the fused kernel; before Ampere, whose tile there is none of, cuBLAS and row passes."""
+    """Log-probs without gradient on a GPU: the fused kernel, or cuBLAS and row passes before Ampere (no tile)."""
     from dpoeng.kernels.tiles import has_linear_tile
 
     if not has_linear_tile(hidden.device, hidden.dtype):
@@ -129,15 +129,15 @@ def _tiled(
     unit_gradient: Tensor | None = None,
     sums: Tensor | None = None,
 ) -> Tensor:
-    """Tiles in PyTorch over the rows that count; the others get 0.0 and a zero gradient."""
-    kept = targets != ignore_index
-    wrong = kept & ((targets < 0) | (targets >= head.vocabulary))
+    """PyTorch tiles over the scored rows; the others get 0.0 and a zero gradient."""
+    scored = targets != ignore_index
+    wrong = scored & ((targets < 0) | (targets >= head.vocabulary))
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise IndexError(f"target {int(targets[row])} in row {row} is outside the vocabulary of {head.vocabulary}")
-    if kept.all():
+    if scored.all():
         return tiled_logps(hidden, head, targets, unit_gradient, sums)
-    rows = kept.nonzero().squeeze(1)
+    rows = scored.nonzero().squeeze(1)
     gradient = None if unit_gradient is None else unit_gradient.new_empty((rows.numel(), hidden.shape[1]))
     some_sums = None if sums is None else sums.new_empty((3, rows.numel()))
     logps = hidden.new_zeros(hidden.shape[0], dtype=sum_dtype(hidden.dtype))
@@ -149,7 +149,7 @@ def _tiled(
     return logps
 
 
-# Custom ops take tensors and plain numbers, so a Head travels in parts.
+# Custom ops accept only tensors and plain numbers, so a Head is passed in parts.
 
 
 @torch.library.custom_op("dpoeng::token_logps_score", mutates_args=())
@@ -246,7 +246,7 @@ def _head_op(
     temperature: float,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs `[N]`, and what the backward needs of each row beside its inputs: `[3, N]`, on a GPU nothing."""
+    """Log-probs `[N]`, and what the backward needs per row besides its inputs: `[3, N]`, on a GPU nothing."""
     head = Head(weight, bias, softcap, scale, temperature)
     if _has_kernels(hidden):
         return _kernel_logps(hidden, head, targets, ignore_index), hidden.new_empty((3, 0), dtype=torch.float32)
@@ -271,10 +271,10 @@ def _head_backward_op(
     head = Head(weight, bias, softcap, scale, temperature)
     if _has_kernels(hidden):
         return chunked_gradients(hidden, head, targets, ignore_index, upstream)
-    kept = targets != ignore_index
-    if kept.all():
+    scored = targets != ignore_index
+    if scored.all():
         return tiled_gradients(hidden, head, targets, sums, upstream)
-    rows = kept.nonzero().squeeze(1)
+    rows = scored.nonzero().squeeze(1)
     some, by_weight, by_bias = tiled_gradients(hidden[rows], head, targets[rows], sums[:, rows], upstream[rows])
     by_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
     by_hidden[rows] = some
@@ -284,8 +284,8 @@ def _head_backward_op(
 @_head_op.register_fake
 def _(hidden: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     logps = hidden.new_empty(hidden.shape[0], dtype=sum_dtype(hidden.dtype))
-    kept = 0 if _has_kernels(hidden) else hidden.shape[0]
-    return logps, logps.new_empty((3, kept))
+    saved_rows = 0 if _has_kernels(hidden) else hidden.shape[0]
+    return logps, logps.new_empty((3, saved_rows))
 
 
 @_head_backward_op.register_fake

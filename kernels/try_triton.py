@@ -1,6 +1,6 @@
-"""Whether Triton works here: the smallest kernel, compiled and launched."""
+"""Tests whether Triton works here: compiles and launches the smallest kernel."""
 
-# Triton reads these signatures itself and its decorator carries no types.
+# Triton parses these signatures itself, and its decorator has no types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 import torch
@@ -16,13 +16,13 @@ def write_one(out):
 
 
 def try_triton(device: torch.device) -> None:
-    """Launch a kernel, with the imports and the C compiler that Triton needs for any.
+    """Launches a kernel, which exercises the imports and the C compiler that Triton always needs.
 
     Raises:
-        Exception: whatever Triton says: no C compiler, no Python headers, a driver that is too old, an unknown GPU.
+        Exception: any error of Triton: no C compiler, no Python headers, an old driver, an unknown GPU.
     """
     out = torch.zeros(1, device=device)
     with launching_on(out):
         write_one[(1,)](out)
     if float(out) != 1.0:
-        raise RuntimeError("a kernel that writes 1 did not")
+        raise RuntimeError("a kernel that should write 1 did not")

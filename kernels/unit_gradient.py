@@ -1,17 +1,17 @@
 """GPU training: log-probs and their unit gradient, in chunks of rows, around one fused Triton pass.
 
-Per chunk of C rows: product `raw = h @ W.T` (cuBLAS, float32 out) -> one pass over each row that gathers the log-prob
-and turns `raw` into `d logp / d raw` in place -> product `G = d @ W` (cuBLAS). Two products in all, as many as plain
-autograd needs for a frozen head, and one chunk of logits instead of all of them.
+For each chunk of C rows: product `raw = h @ W.T` (cuBLAS, float32 out); one pass over each row that gathers the
+log-prob and turns `raw` into `d logp / d raw` in place; product `G = d @ W` (cuBLAS). That is two products, as many as
+plain autograd needs for a frozen head, and one chunk of logits instead of all of them.
 
 The plain PyTorch twin of the pass:
 
     logp = log_softmax(map(raw), -1).gather(-1, y);   d = (one_hot(y) - softmax(map(raw))) * dmap/draw
 
-Not allocated: `[N, V]` of anything. The chunk is `tiles.CHUNK_BYTES` at most.
+Never allocated: anything of `[N, V]`. The chunk takes at most `tiles.CHUNK_BYTES`.
 """
 
-# Triton reads these signatures itself and its decorator carries no types.
+# Triton parses these signatures itself, and its decorator has no types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 import torch
@@ -42,9 +42,9 @@ def unit_gradient_rows(
         mask = cols < size
         z, slope = map_logits(load_raw(source, bias, cols, mask), inner, outer, SOFTCAP)
         entries = tl.where(counts, gradient_entries(z, slope, cols, target, peak, rest, total), 0.0)
-        # `grad` may be `raw` seen as a 16-bit type: entry v is then written over bytes of entry v // 2, which another
-        # warp may not have read yet. The barrier puts all of a block's reads before its writes; earlier blocks are
-        # read already, and a write never reaches beyond the block being read.
+        # `grad` may be `raw` reinterpreted as a 16-bit type: entry v is then written over bytes of entry v // 2, which
+        # another warp may not have read yet. The barrier puts all reads of a block before its writes. Earlier blocks
+        # are read already, and a write never reaches beyond the block being read.
         tl.debug_barrier()
         tl.store(grad + row * grad_stride + cols, entries.to(grad.dtype.element_ty), mask=mask)
 
@@ -65,15 +65,15 @@ def chunked_logps(
         head: weight of the same dtype.
         targets: `[N]` int64.
         ignore_index: Rows with this target get 0.0 and a zero gradient.
-        unit_gradient: `[N, H]`, overwritten; None for log-probs alone, without the second product.
-        narrow: Hold the logits in the inputs' dtype: half the chunk's memory, for an error of 7e-3 a log-prob in
-            bfloat16 (what rounded logits cost any head) against 5e-7.
+        unit_gradient: `[N, H]`, overwritten; None for log-probs only, without the second product.
+        narrow: Keep the logits in the inputs' dtype: half the chunk's memory, with an error of 7e-3 per log-prob in
+            bfloat16 (what rounded logits cost any head) instead of 5e-7.
     """
     n, size = hidden.shape[0], head.vocabulary
     rows, padded = chunk_shape(n, size)
     buffer = hidden.new_empty((rows, padded), dtype=hidden.dtype if narrow else torch.float32)
     raw = buffer[:, :size]
-    grad = buffer.view(hidden.dtype)[:, :size]  # the same memory: row r starts where row r of the logits starts
+    grad = buffer.view(hidden.dtype)[:, :size]  # shares memory: row r starts where row r of the logits starts
     logps = hidden.new_empty(n, dtype=torch.float32)
     for start in range(0, n, rows):
         some = slice(start, min(n, start + rows))
@@ -86,7 +86,7 @@ def chunked_logps(
 
 
 def fused_pass(raw: Tensor, head: Head, targets: Tensor, ignore_index: int, logps: Tensor, grad: Tensor) -> None:
-    """Launch the pass over `raw` `[C, V]`; fills `logps` `[C]` and `grad` `[C, V]`, which may share raw's memory."""
+    """Launches the pass over `raw` `[C, V]`; fills `logps` `[C]` and `grad` `[C, V]`, which may share raw's memory."""
     tile = row_tile()
     with launching_on(raw):
         unit_gradient_rows[(raw.shape[0],)](
@@ -96,10 +96,10 @@ def fused_pass(raw: Tensor, head: Head, targets: Tensor, ignore_index: int, logp
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """`a @ b` into `out`, which may be wider than both."""
+    """Writes `a @ b` to `out`, whose dtype may be wider than theirs."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     elif a.is_cuda:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:  # the CPU has no product that widens; only the interpreter's tests come here
+    else:  # CPUs have no widening product; only the interpreter's tests come here
         torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)

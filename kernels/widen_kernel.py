@@ -1,11 +1,11 @@
-"""GPU: int8 codes to a 16-bit or float32 weight in one pass.
+"""GPU: widens int8 codes to a 16-bit or float32 weight in one pass.
 
     weight = codes.float() * (scales / 127)[:, None], rounded once
 
-Reads a byte a weight and writes its result: 3 bytes in 16 bits, where a cast and a product in place move 7.
+It moves 3 bytes per 16-bit weight (reads one, writes two); a cast and an in-place product move 7.
 """
 
-# Triton reads these signatures itself and its decorator carries no types.
+# Triton parses these signatures itself, and its decorator has no types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 import torch

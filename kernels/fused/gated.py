@@ -60,7 +60,7 @@ def _(gate: Tensor, up: Tensor, tanh: bool) -> Tensor:
 def _backward_op(upstream: Tensor, gate: Tensor, up: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(gate.dtype, torch.float32)
     x, above, pull = (tensor.to(wide) for tensor in (gate, up, upstream))
-    # act(x) = x sigmoid(u): u = x for SiLU, and 2 sqrt(2/pi) (x + 0.044715 x^3) for GELU's tanh form.
+    # act(x) = x sigmoid(u): u = x for SiLU, u = 2 sqrt(2/pi) (x + 0.044715 x^3) for GELU's tanh form.
     factor = 2 * math.sqrt(2 / math.pi)
     inner = factor * (x + 0.044715 * x**3) if tanh else x
     slope = factor * (1 + 3 * 0.044715 * x**2) if tanh else torch.ones_like(x)

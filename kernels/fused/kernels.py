@@ -1,9 +1,9 @@
 """The Triton kernels of `rms_norm`, `rotary` and `gated`, forward and backward.
 
-Rows are read once and stay in registers. Every row's numbers depend on that row alone, and every sum has one order.
+Each row is read once and stays in registers. Its numbers depend on that row alone, and every sum has one order.
 """
 
-# Triton reads these signatures itself and its decorator carries no types.
+# Triton parses these signatures itself, and its decorator has no types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from dpoeng.kernels.device import launching_on
 from dpoeng.kernels.tiles import launch_options
 
-ELEMENTS = 4096  # that a program holds at a time
+ELEMENTS = 4096  # per program
 GATED_BLOCK = {"cuda": 1024, "hip": 2048}  # 16 bytes a thread; AMD's warps have twice as many
 
 
@@ -55,7 +55,7 @@ def _rotate_heads(x, out, token, cos, cos_2, sin, sin_2, cols, heads, half, INVE
     inside = (rows < heads)[:, None] & (cols < half)[None, :]
     first = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(x + at + half, mask=inside, other=0.0).to(tl.float32)
-    if INVERSE:  # the transposed rotation: what the gradient takes
+    if INVERSE:  # the transposed rotation, for the gradient
         new_first = first * cos[None, :] + second * sin_2[None, :]
         new_second = second * cos_2[None, :] - first * sin[None, :]
     else:
@@ -95,7 +95,7 @@ def rotate(
 
 @triton.jit
 def _gate(x, TANH: tl.constexpr):
-    """x sigmoid(u) and its derivative; u = x is SiLU, u = 2 sqrt(2/pi) (x + 0.044715 x^3) GELU's tanh form."""
+    """x sigmoid(u) and its derivative; u = x for SiLU, u = 2 sqrt(2/pi) (x + 0.044715 x^3) for GELU's tanh form."""
     if TANH:
         inner, slope = 1.5957691216057308 * (x + 0.044715 * x * x * x), 1.5957691216057308 * (1 + 0.134145 * x * x)
     else:
@@ -123,7 +123,7 @@ def gated_backward(upstream, gate, up, gate_grad, up_grad, size, TANH: tl.conste
 
 
 def normalize(x: Tensor, weight: Tensor, eps: float, offset: float, upstream: Tensor | None = None) -> Tensor:
-    """RMSNorm of x [..., H], or with `upstream` the gradient of x."""
+    """RMSNorm of x [..., H], or the gradient of x if `upstream` is given."""
     x, weight = x.contiguous(), weight.contiguous()
     width = x.shape[-1]
     n, columns = x.numel() // width, triton.next_power_of_2(width)
@@ -139,7 +139,7 @@ def normalize(x: Tensor, weight: Tensor, eps: float, offset: float, upstream: Te
 
 
 def norm_warps(elements: int) -> int:
-    """16 entries a thread, so that a row of any width stays in registers."""
+    """Warps for 16 entries a thread, so that a row of any width stays in registers."""
     return min(16, max(1, elements // 512))
 
 

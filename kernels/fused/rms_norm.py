@@ -1,6 +1,6 @@
 """RMSNorm with a frozen weight: `x / sqrt(mean(x^2) + eps) * (weight + offset)`, in float32, rounded once.
 
-Keeps x alone for the backward, where torch's operations keep three tensors of its size in float32.
+Saves only x for the backward, where torch's operations save three tensors of its size in float32.
 (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467; the offset of 1 is Gemma's)
 """
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-    """RMSNorm of x [..., H], weight [H] -> [..., H] in the dtype of x, with the gradient of x and not of the weight."""
+    """RMSNorm of x [..., H], weight [H] -> [..., H] in the dtype of x. Only x has a gradient."""
     out: Tensor = _RmsNorm.apply(x, weight, eps, offset)  # type: ignore[no-untyped-call]
     return out
 
@@ -42,8 +42,8 @@ def _normalize(x: Tensor, weight: Tensor, eps: float, offset: float, upstream: T
         from dpoeng.kernels.fused.kernels import normalize
 
         return normalize(x, weight, eps, offset, upstream)
-    given = (x, weight, eps, offset)
-    out: Tensor = _forward_op(*given) if upstream is None else _backward_op(upstream, *given)
+    arguments = (x, weight, eps, offset)
+    out: Tensor = _forward_op(*arguments) if upstream is None else _backward_op(upstream, *arguments)
     return out
 
 

@@ -1,6 +1,6 @@
-"""Rotary positions of queries and keys, both in one launch: `x cos + rotate_half(x) sin`, in float32, rounded once.
+"""Rotary positions of queries and keys in one launch: `x cos + rotate_half(x) sin`, in float32, rounded once.
 
-(Su et al. 2021, RoFormer, https://arxiv.org/abs/2104.09864, in the halves' order of GPT-NeoX and transformers)
+(Su et al. 2021, RoFormer, https://arxiv.org/abs/2104.09864; halves in the order of GPT-NeoX and transformers)
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotated q [B, Hq, T, D] and k [B, Hk, T, D]; cos and sin [1 or B, T, D] get no gradient.
 
-    The results lie in memory as [B, T, H, D], which is how the projections' outputs and FlashAttention's inputs lie.
+    The memory layout of the results is [B, T, H, D], as in the projections' outputs and FlashAttention's inputs.
     """
     turned: tuple[Tensor, Tensor] = _Rotary.apply(q.transpose(1, 2), k.transpose(1, 2), cos, sin)  # type: ignore[no-untyped-call]
     return turned[0].transpose(1, 2), turned[1].transpose(1, 2)

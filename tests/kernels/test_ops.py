@@ -406,5 +406,5 @@ def test_tuned_tiles_are_remembered(tmp_path: Path) -> None:
     for text in ("{", json.dumps({"GPU": {"rows": 1}}), "[]"):
         broken.write_text(text)
         tiles.remembered.cache_clear()
-        with pytest.raises(ValueError, match="does not hold tuned tiles"):
+        with pytest.raises(ValueError, match="does not contain tuned tiles"):
             tiles.remembered(broken)
