@@ -4,16 +4,16 @@ The step is the real one: model, adapters, checkpointing and loss, run on the me
 operation that reaches the device is a launch; its bytes are those of the tensors it reads and writes, each once, and
 its FLOPs those of its matrix products. Caches are not modelled, so bytes are what would move without any.
 
-One layer is the difference between a model with three layers and one with two. The optimizer is torch's fused AdamW.
+One layer is the difference between a model with three layers and one with two; what the last one leaves out, since no
+token is scored there, is taken off what lies outside. The optimizer is torch's fused AdamW.
 A time is an estimate from these counts and a card's data sheet, never a measurement.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,9 +26,9 @@ from dpoeng.engine.memory.cards import Gpu
 from dpoeng.engine.memory.overhead import model_fields
 from dpoeng.engine.memory.simulate import Pair, Setup, build
 from dpoeng.engine.memory.stand_ins import kernels_of
-from dpoeng.engine.models import lora_product
-from dpoeng.engine.models.model import decoder_layers, set_mode
+from dpoeng.engine.models.model import enable_gradient_checkpointing, set_mode
 from dpoeng.engine.models.model_config import config_of, sizes
+from dpoeng.engine.scoring.scored_end import end_at_scored
 from dpoeng.engine.training.batch_loss import batch_loss
 from dpoeng.kernels.tiles import chunk_rows
 
@@ -87,7 +87,8 @@ class Counts:
 class StepCounts:
     """Counts of a decoder layer (forward, recomputation, backward) and of everything outside the layers.
 
-    The first layer forms no gradient of its input: what it does less than the others is taken off `outside`.
+    The first layer forms no gradient of its input, and the last one computes scored positions only: what they do less
+    than the others is taken off `outside`.
     """
 
     layer: Counts
@@ -158,15 +159,19 @@ def _count_optimizer(setup: Setup) -> Counts:
 
 
 def _count(setup: Setup, pairs: Sequence[Pair]) -> Counts:
-    lm = build(setup)
+    # Layers are recomputed around what the last one leaves out, as in a run.
+    lm = build(replace(setup, config=setup.config.model_copy(update={"gradient_checkpointing": False})))
     lm.attention = "varlen"
     set_mode(lm, training=True)
-    assert decoder_layers(lm.backbone), "a model without layers"
     rows = [pair.scored() for pair in pairs]
     counter = _Counter(sizes(config_of(setup.model)).inner)
-    with kernels_of("cuda"), _lora_noted(counter), counter:
-        losses = batch_loss(lm, rows, LossSettings.of(setup.config)).losses
-        torch.autograd.backward(losses.sum() / len(rows))
+    with kernels_of("cuda"):
+        end_at_scored(lm, lambda: batch_loss(lm, rows, LossSettings.of(setup.config)))
+        if setup.config.gradient_checkpointing:
+            enable_gradient_checkpointing(lm)
+        with counter:
+            losses = batch_loss(lm, rows, LossSettings.of(setup.config)).losses
+            torch.autograd.backward(losses.sum() / len(rows))
     return counter.counts
 
 
@@ -175,7 +180,6 @@ class _Counter(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts = Counts()
         self.inner = inner  # width of the MLP, which tells its products from attention's
-        self.in_lora = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -199,7 +203,7 @@ class _Counter(TorchDispatchMode):
         return result
 
     def _part(self, name: str, inputs: list[torch.Tensor]) -> str:
-        if self.in_lora or "low_rank" in name:
+        if "low_rank" in name:
             return LORA
         if name == "widen_int8" or name.startswith(("dequantize", "gemm_4bit")):
             return WIDENING
@@ -245,28 +249,3 @@ def _held(tensor: torch.Tensor) -> int:
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         count *= size if stride else 1
     return count * tensor.element_size()
-
-
-@contextlib.contextmanager
-def _lora_noted(counter: _Counter) -> Iterator[None]:
-    """Says which operations are of LoRA's product, in forward, recomputation and backward."""
-    names = ("_add_update", "_gradients")
-    ours = {name: getattr(lora_product, name) for name in names}
-
-    def noted(function: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            counter.in_lora = True
-            try:
-                return function(*args, **kwargs)
-            finally:
-                counter.in_lora = False
-
-        return call
-
-    for name, function in ours.items():
-        setattr(lora_product, name, noted(function))
-    try:
-        yield
-    finally:
-        for name, function in ours.items():
-            setattr(lora_product, name, function)

@@ -46,6 +46,7 @@ class CausalLM:
         native_attention: the attention that transformers chose for this architecture.
         layout: whether branches share their prompt, and why if they do not.
         attention: how attention over shared prompts is computed; see `engine/scoring/attention`.
+        scored_end: whether the last layer computes scored positions only; see `engine/scoring/scored_end`.
         source: the files that it was loaded from.
         remarks: what users are to be told of how it was loaded.
         padding: whether separate texts of several lengths go through one forward, padded; else each goes alone.
@@ -71,6 +72,7 @@ class CausalLM:
     layout: Layout = "separate"
     layout_reason: str = ""
     attention: Attention = "segments"
+    scored_end: bool = False
     source: ModelSource | None = None
     remarks: tuple[str, ...] = ()
     padding: bool = True

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from dpoeng.engine.config.fields import Attention
 from dpoeng.engine.models.model import CausalLM, Layout, register_attention
 from dpoeng.engine.scoring.forks import Forks, fork_states, forks
-from dpoeng.engine.scoring.layout import GroupSpan
+from dpoeng.engine.scoring.layout import GroupSpan, IndexArray
 from dpoeng.engine.scoring.varlen import Texts, texts, varlen
 from dpoeng.kernels.cpu_linear import dtype_of_products
 
@@ -36,6 +36,9 @@ class AttentionPlan:
 
     groups: tuple[GroupSpan, ...]
     way: Attention = "segments"
+    # Of the last layer, where that is run for some positions only (`scored_end`): the plan with these.
+    last: AttentionPlan | None = None
+    queries: IndexArray | None = None
     # Made at the first layer's request, since only a layer knows its window, dtype and device; kept for all others.
     masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
     row_texts: list[Texts] = field(default_factory=list)
@@ -44,8 +47,14 @@ class AttentionPlan:
     def texts(self, like: torch.Tensor) -> Texts:
         """The row as texts for FlashAttention."""
         if not self.row_texts:
-            self.row_texts.append(texts(self.groups, like.device))
+            self.row_texts.append(texts(self.groups, like.device, self.queries))
         return self.row_texts[0]
+
+    def rows_of(self, like: torch.Tensor) -> torch.Tensor:
+        """The positions of `queries` [M], on the device."""
+        rows = self.texts(like).query_rows
+        assert rows is not None
+        return rows
 
     def forks(self, like: torch.Tensor) -> Forks:
         """The row as prompts and branches for layers that keep a state."""

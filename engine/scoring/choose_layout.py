@@ -19,6 +19,7 @@ from dpoeng.engine.scoring.attention import use_layout
 from dpoeng.engine.scoring.forks import fork_states, told_of_forks
 from dpoeng.engine.scoring.forward import on_device, position_limit, rotary_limit, score_groups
 from dpoeng.engine.scoring.layout import Branch, PromptGroup, pair_group, separate
+from dpoeng.engine.scoring.scored_end import end_at_scored
 from dpoeng.engine.scoring.texts import places_apart, put_states
 
 # --------------------------------------------------------------------------- the probe
@@ -207,9 +208,23 @@ def _try_shared(lm: CausalLM, probe: _Probe, attention: Attention) -> str:
             error_of_way = float("inf")
             reason = f"its attention cannot be replaced ({type(error).__name__}: {str(error).splitlines()[0]})"
         if error_of_way <= probe.tolerance:
+            _try_scored_end(lm, probe)
             return ""
         without = f" ({way}: {reason})"
     return reason
+
+
+def _try_scored_end(lm: CausalLM, probe: _Probe) -> None:
+    """Through varlen, run the last layer for scored positions only, where that gives the model's own numbers."""
+    lm.scored_end = False
+    if lm.attention != "varlen" or lm.by_layer is not None:
+        return
+    try:
+        lm.scored_end = end_at_scored(lm, lambda: probe.difference(lm)) and probe.difference(lm) <= probe.tolerance
+    except _CANNOT as error:
+        if is_out_of_memory(error):
+            raise
+        lm.scored_end = False
 
 
 def _refused(lm: CausalLM, error: Exception) -> UserError | Exception:

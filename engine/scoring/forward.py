@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ from dpoeng.engine.models.model_config import text_config
 from dpoeng.engine.models.trunk.stand_ins import Reached
 from dpoeng.engine.runtime.to_device import to_device
 from dpoeng.engine.scoring.attention import AttentionPlan
-from dpoeng.engine.scoring.layout import IndexArray, PackedRow, PromptGroup, pack, pad, separate
+from dpoeng.engine.scoring.layout import IndexArray, PackedRow, PromptGroup, pack, pad, queries_of, separate
 from dpoeng.engine.scoring.texts import Place, places_apart, places_packed, put_states
 from dpoeng.kernels.collision import log_collision
 from dpoeng.kernels.head import Head
@@ -46,8 +47,11 @@ def predict_groups(lm: CausalLM, groups: Sequence[PromptGroup]) -> tuple[torch.T
     """
     if lm.layout == "shared":
         row = pack(groups)
-        plan = AttentionPlan(row.groups, lm.attention)
-        shape = (1, len(row.input_ids))
+        shape, plan = (1, len(row.input_ids)), AttentionPlan(row.groups, lm.attention)
+        if lm.scored_end and lm.attention == "varlen":
+            queries = queries_of(row)
+            plan = replace(plan, last=replace(plan, queries=queries, row_texts=[]))
+            row = replace(row, gather=np.searchsorted(queries, row.gather))
         hidden = _last_hidden(lm, row, shape, partial(places_packed, groups), dpoeng_plan=plan)
     else:
         if not lm.padding:

@@ -65,8 +65,13 @@ class GroupSpan:
     @property
     def text_sizes(self) -> list[int]:
         """Positions of `[prompt | first branch]`, and of each further branch: they follow each other without a gap."""
+        return [end - begin for begin, end in self.text_ranges]
+
+    @property
+    def text_ranges(self) -> list[tuple[int, int]]:
+        """`[begin, end)` of the same."""
         (_, first), *others = self.branches
-        return [first - self.prompt_begin, *(end - begin for begin, end in others)]
+        return [(self.prompt_begin, first), *others]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -225,6 +230,18 @@ def pad(groups: Sequence[PromptGroup], pad_id: int) -> tuple[PackedRow, tuple[in
         branch_offsets=packed.branch_offsets,
     )
     return row, (len(branches), length), mask.reshape(-1)
+
+
+def queries_of(row: PackedRow) -> IndexArray:
+    """The positions [M] that predict scored tokens, ascending, with those between them in the same text."""
+    wanted = np.unique(row.gather)
+    parts = [queries_within(wanted, begin, end) for group in row.groups for begin, end in group.text_ranges]
+    return np.concatenate([np.arange(part[0], part[-1] + 1) for part in parts if len(part)])
+
+
+def queries_within(positions: IndexArray, begin: int, end: int) -> IndexArray:
+    """Those of some ascending positions that lie in `[begin, end)`."""
+    return positions[slice(*np.searchsorted(positions, (begin, end)))]
 
 
 def batches_by_tokens(lengths: Sequence[int], budget: int) -> list[range]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from dpoeng.engine.runtime.to_device import to_device
-from dpoeng.engine.scoring.layout import GroupSpan
+from dpoeng.engine.scoring.layout import GroupSpan, IndexArray, queries_within
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,6 +31,7 @@ class Texts:
         key_rows: [K] the positions of the row that are keys, text after text; None where these are the row as it is.
         longest_query: of all texts.
         longest_key: of all texts.
+        query_rows: [M] the positions of the row that are queries; None for all.
     """
 
     query_offsets: torch.Tensor
@@ -38,28 +39,35 @@ class Texts:
     key_rows: torch.Tensor | None
     longest_query: int
     longest_key: int
+    query_rows: torch.Tensor | None = None
 
 
-def texts(groups: Sequence[GroupSpan], device: torch.device) -> Texts:
-    """Spans of a row -> its texts."""
-    queries = [size for group in groups for size in group.text_sizes]
+def texts(groups: Sequence[GroupSpan], device: torch.device, asked: IndexArray | None = None) -> Texts:
+    """Spans of a row -> its texts; with `asked`, from `queries_of`, these positions are the queries."""
     keys = [
         np.concatenate([np.arange(group.prompt_begin, group.prompt_end), np.arange(begin, end)])
         for group in groups
         for begin, end in group.branches
     ]
+    queries = [size for group in groups for size in group.text_sizes]
+    if asked is not None:
+        # The mask is aligned at the last query, so keys behind it are left out, and texts without one.
+        of_texts = [queries_within(asked, begin, end) for group in groups for begin, end in group.text_ranges]
+        keys = [rows[rows <= own[-1]] for rows, own in zip(keys, of_texts, strict=True) if len(own)]
+        queries = [len(own) for own in of_texts if len(own)]
     lengths = [len(rows) for rows in keys]
 
     def offsets(counts: Sequence[int]) -> torch.Tensor:
         return to_device(np.cumsum([0, *counts], dtype=np.int32), device)
 
-    again = lengths != queries
+    again = asked is not None or lengths != queries
     return Texts(
         offsets(queries),
         offsets(lengths),
         to_device(np.concatenate(keys), device) if again else None,
         max(queries),
         max(lengths),
+        None if asked is None else to_device(asked, device),
     )
 
 
@@ -76,6 +84,8 @@ def varlen(
 ) -> torch.Tensor:
     """Attention of a packed row. Shapes: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D].
 
+    Where only some rows are asked for, the others are 0.
+
     Raises:
         ValueError: soft-capped scores or attention sinks, which this kernel does not have.
     """
@@ -83,6 +93,8 @@ def varlen(
         raise ValueError("FlashAttention's kernel has neither soft-capped scores nor attention sinks")
     from torch.nn.attention.varlen import varlen_attn
 
+    if rows.query_rows is not None:
+        query = query.index_select(2, rows.query_rows)
     # `squeeze` and not an index, whose backward would fill and copy a tensor.
     q, k, v = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
     if rows.key_rows is not None:
@@ -102,4 +114,7 @@ def varlen(
         window_size=(-1 if window is None else window - 1, 0),
         **grouped,
     )
-    return torch.as_tensor(found)[None]
+    attended = torch.as_tensor(found)[None]
+    if rows.query_rows is None:
+        return attended
+    return attended.new_zeros(1, value.shape[2], *attended.shape[2:]).index_copy(1, rows.query_rows, attended)

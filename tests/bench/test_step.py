@@ -65,8 +65,11 @@ def test_products_are_those_of_the_formula() -> None:
     assert found.layer.launches[LORA] == 7 * (2 + 2 + 4)
     assert found.layer.launches[ATTENTION] == 3
     assert found.outside.flop[HEAD] == 2 * 2 * 800 * h * vocabulary  # the responses' tokens
-    # The first layer forms no gradient of its input.
-    assert found.outside.flop[ATTENTION_PRODUCTS] == -2 * tokens * h * (heads + 2 * kv)
+    # The first layer forms no gradient of its input. In the last one no token is predicted by 99 of 100 positions of a
+    # prompt, nor by a response's last: behind the attention they are not run, three times.
+    unscored = 2 * (99 + 2)
+    assert found.outside.flop[ATTENTION_PRODUCTS] == -2 * tokens * h * (heads + 2 * kv) - 3 * 2 * unscored * h * heads
+    assert found.outside.flop[MLP_PRODUCTS] == -3 * 2 * unscored * 3 * h * inner
 
 
 def test_widening_reads_a_byte_and_writes_two() -> None:

@@ -6,11 +6,10 @@ so that what dpoeng hands it (offsets, gathered keys, windows, grouped heads) is
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from families import SHARED_FAMILIES, make, own_logps, some_groups
+from plain_varlen import use_plain_arithmetic
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.scoring.attention import use_layout
@@ -19,60 +18,12 @@ from dpoeng.engine.scoring.forward import score_groups
 from dpoeng.engine.scoring.layout import GroupSpan
 from dpoeng.engine.scoring.varlen import texts
 
-torch_varlen = pytest.importorskip("torch.nn.attention.varlen", reason="not in the oldest torch that is accepted")
-
-
-def plain(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_at: Any, k_at: Any, causal: bool, scale: Any, window: Any,
-    grad: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """What the operator's documentation says, text by text, in float64: the output, or the gradients of q, k and v."""
-    outputs, grads = [], [torch.zeros_like(x, dtype=torch.float64) for x in (q, k, v)]
-    repeats, scale = q.shape[1] // k.shape[1], scale or q.shape[-1] ** -0.5
-    for i in range(len(q_at) - 1):
-        rows, seen = slice(int(q_at[i]), int(q_at[i + 1])), slice(int(k_at[i]), int(k_at[i + 1]))
-        a, (c, d) = q[rows].double(), (x[seen].double().repeat_interleave(repeats, 1) for x in (k, v))
-        late = torch.arange(len(c))[None, :] - (torch.arange(len(a))[:, None] + len(c) - len(a))
-        left, right = window
-        hidden = torch.zeros_like(late, dtype=torch.bool)
-        if causal or right >= 0:
-            hidden |= late > (0 if causal else right)
-        if left >= 0:
-            hidden |= -late > left
-        weights = (torch.einsum("qhd,khd->hqk", a, c) * scale).masked_fill(hidden, float("-inf")).softmax(-1)
-        outputs.append(torch.einsum("hqk,khd->qhd", weights, d).to(q.dtype))
-        if grad is not None:
-            pull = grad[rows].double()
-            of_weights = torch.einsum("qhd,khd->hqk", pull, d)
-            of_scores = scale * weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True))
-            grads[0][rows] = torch.einsum("hqk,khd->qhd", of_scores, c)
-            for x, one in ((1, (of_scores, a)), (2, (weights, pull))):
-                grads[x][seen] = torch.einsum("hqk,qhd->khd", *one).unflatten(1, (-1, repeats)).sum(2)
-    return tuple(x.to(q.dtype) for x in grads) if grad is not None else (torch.cat(outputs),)
+pytest.importorskip("torch.nn.attention.varlen", reason="not in the oldest torch that is accepted")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _arithmetic_for_the_kernel() -> None:
-    """The operator's two kernels for a CPU, where PyTorch has none."""
-
-    def forward(
-        q: Any, k: Any, v: Any, q_at: Any, k_at: Any, most_q: int, most_k: int, causal: bool = False,
-        scale: Any = None, window_size: Any = None, *_: Any, **__: Any,
-    ) -> Any:  # fmt: skip
-        assert most_q == int(q_at.diff().max())
-        assert most_k == int(k_at.diff().max())
-        assert q_at.dtype == k_at.dtype == torch.int32
-        sums = torch.empty(q.shape[1], q.shape[0])
-        return *plain(q, k, v, q_at, k_at, causal, scale, window_size), sums, torch.zeros(2, dtype=torch.uint64)
-
-    def backward(
-        grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, q_at: Any, k_at: Any, most_q: int, most_k: int,
-        causal: bool, state: Any, scale: Any = None, window_size: Any = None,
-    ) -> Any:  # fmt: skip
-        return plain(q, k, v, q_at, k_at, causal, scale, window_size, grad)
-
-    torch_varlen._varlen_attn.register_kernel("cpu")(forward)
-    torch_varlen._varlen_attn_backward.register_kernel("cpu")(backward)
+    use_plain_arithmetic()
 
 
 def test_the_texts_of_a_row() -> None:
