@@ -19,7 +19,7 @@ from dpoeng.cache.schema import IdArray
 from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import Attention, Quantization
 from dpoeng.engine.models.layers.by_layer import ByLayer
-from dpoeng.engine.models.offload import checkpoint_on_host
+from dpoeng.engine.models.offload import HostInputs
 from dpoeng.engine.models.sources import ModelSource
 
 Layout = Literal["shared", "separate"]
@@ -182,7 +182,7 @@ def enable_gradient_checkpointing(lm: CausalLM, *, inputs_on_host: bool = False,
     """
     draws = adapter_draws(lm)  # without it no state of generators is read off the device
     on_device = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
-    checkpoint = partial(checkpoint_on_host if inputs_on_host else on_device, preserve_rng_state=draws)
+    checkpoint = partial(HostInputs().checkpoint if inputs_on_host else on_device, preserve_rng_state=draws)
     for layer in decoder_layers(lm.backbone)[:layers]:
         layer.forward = partial(_recomputed, checkpoint, layer.forward)
 
