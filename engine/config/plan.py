@@ -88,8 +88,6 @@ class PlanConfig(BaseModel):
             raise ValueError("layer_offloading loads frozen layers one at a time: train a LoRA, without fsdp")
         if self.trunk_layer is not None and (self.fsdp or not self.use_peft):
             raise ValueError("trunk_layer leaves out frozen layers: it goes with a LoRA, and without fsdp")
-        if self.trunk_layer is not None and self.layer_offloading == "on":
-            raise ValueError("trunk_layer keeps the layers above it in memory: leave layer_offloading out")
         return self
 
     @model_validator(mode="after")

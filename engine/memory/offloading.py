@@ -61,9 +61,8 @@ def decide_step(
 ) -> tuple[bool, StepForecast | None]:
     """Phase two: whether it is run layer by layer, and the forecast of a step where there is one.
 
-    Arguments as of `check_step`; `adapter` is the SFT adapter, or None.
-
-    A run that begins from a trunk keeps the layers above it in memory.
+    Arguments as of `check_step`; `adapter` is the SFT adapter, or None. Of a run that begins from a trunk, the layers
+    above it are loaded one at a time.
 
     Raises:
         UserError: as there.
@@ -82,7 +81,7 @@ def decide_step(
     try:
         return False, check(config, note)
     except UserError as error:
-        able = config.use_peft and not (config.fsdp or config.use_dora or source.gguf or trunk_layer)
+        able = config.use_peft and not (config.fsdp or config.use_dora or source.gguf)
         if error.code != "memory-short" or config.layer_offloading == "off" or not able:
             raise
         # A pair in a forward, and layers recomputed: what does not fit then is the base.

@@ -147,6 +147,9 @@ def build(setup: Setup, *, policy: bool = True) -> CausalLM:
 def _by_layer(lm: CausalLM) -> ByLayer:
     """What runs a model without values layer by layer: nothing is loaded, and what waits on the host is not kept."""
     gates = Gates(decoder_layers(lm.backbone), lm.base.get_input_embeddings(), lm.device)
+    if lm.entry is not None:
+        width = sizes(lm.base.config).hidden
+        lm.entry.states = torch.empty(1, 4, width, dtype=lm.dtype, device="meta")
     with gates.observing(), torch.no_grad(), MemoryTracker("meta"):  # which answers where a value is asked for
         lm.backbone(input_ids=torch.zeros(1, 4, dtype=torch.int64, device="meta"), use_cache=False)
     return ByLayer(gates, contextlib.nullcontext, lambda: 0)

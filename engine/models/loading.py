@@ -226,12 +226,12 @@ def _load_safetensors(
     ):
         kwargs["device_map"] = {"": str(device)}  # tensor by tensor, never whole in the host's memory
     try:
-        loader = auto_class_of(source.folder)
+        loader, prepared = auto_class_of(source.folder), None
         if prepare is not None:
             assert bits is None or not divided, "bitsandbytes quantises whole tensors"
-            loader, kwargs["config"] = prepared_class(source, prepare)
+            loader, kwargs["config"] = prepared = prepared_class(source, prepare)
         if layer_files is not None:
-            loader, kwargs["config"] = layered_class(source, layer_files)
+            loader, kwargs["config"] = layered_class(source, layer_files, prepared)
         with _quiet_loading(), quantizing_experts(bits):
             base, loaded = loader.from_pretrained(
                 source.folder, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs

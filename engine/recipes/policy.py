@@ -174,6 +174,7 @@ def load_policy(
     loaded = f"whole by each process, then divided: {whole}" if whole else "in parts" if in_parts else ""
     if choice.trunk is not None:
         loaded = f"from layer {choice.trunk.layer} on; what enters it is read from the cache"
+        loaded += "; these layers one at a time" if by_layer else ""
     return Policy(lm, source, device, parity, loaded, forecast.peak_bytes if forecast is not None else None)
 
 

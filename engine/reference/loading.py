@@ -48,7 +48,9 @@ class KeptBase:
         """As `load_policy_base`, which it calls where it has to."""
         if config.fsdp or not config.use_peft or by_layer:
             self.release()
-            return load_policy_base(config, reference, device, on_host=on_host, shard=shard, by_layer=by_layer)
+            return load_policy_base(
+                config, reference, device, on_host=on_host, shard=shard, by_layer=by_layer, trunk_layer=trunk_layer
+            )
         named = (config.model, config.quantization, config.dtype, str(device), trunk_layer)
         wanted = (*named, sorted(reference.items()))
         if self._lm is None or self._wanted != wanted:

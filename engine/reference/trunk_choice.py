@@ -142,8 +142,6 @@ def _differs(wanted: Wanted, layer: int) -> str:
             return f"--{name} {value} is not the reference's ({reference[name]})"
     if config.fsdp:
         return "--fsdp divides a whole base over the processes"
-    if config.layer_offloading == "on":
-        return "--layer-offloading on leaves all layers in the files"
     if wanted.adapter is not None:
         held = layers_of_adapter(wanted.adapter)
         if not held:

@@ -69,7 +69,10 @@ def _last_hidden(
 ) -> torch.Tensor:
     """The decoder's last hidden states [B * T, H]; of a model that begins at a trunk, from its stored states."""
     if lm.entry is not None:
-        put_states(lm, places(), shape)
+        if lm.by_layer is None or lm.by_layer.gates.enters:
+            put_states(lm, places(), shape)
+        else:  # only their shape is used
+            lm.entry.states = lm.entry.states[:1, :1].expand(*shape, -1)
     if lm.watch is not None:
         lm.watch.told = places()
     try:

@@ -23,7 +23,7 @@ from dpoeng.engine.runtime.progress import QUIET, Advance
 from dpoeng.engine.scoring.attention import use_layout
 from dpoeng.engine.scoring.choose_layout import choose_layout
 from dpoeng.engine.scoring.forward import on_device, predict_groups
-from dpoeng.engine.scoring.layout import Branch, PromptGroup, separate, share_prompts
+from dpoeng.engine.scoring.layout import Branch, PromptGroup, pair_group, separate, share_prompts
 from dpoeng.engine.scoring.pairs import score_pairs, score_within_memory
 
 Batch = Sequence[PairIds]
@@ -234,7 +234,7 @@ def choose_how_to_score(
 ) -> None:
     """`choose_layout`; of a model that is run by layer, over a few of its layers, and then whether it can be run so.
 
-    `known`: of a model that begins at a trunk, pairs whose states are stored; see there.
+    `known`: of a model that begins at a trunk, pairs whose states are stored; see there, and `_probe`.
 
     Raises:
         UserError: as there; or layers hand each other more than hidden states.
@@ -242,20 +242,26 @@ def choose_how_to_score(
     if lm.by_layer is None:
         choose_layout(lm, wanted, attention, longest, known)
         return
-    by_layer, probe = lm.by_layer, _probe(lm)
+    by_layer, probe = lm.by_layer, _probe(lm, known)
     use_layout(lm, "separate")
     with by_layer.standing_in(), torch.no_grad():
-        ids = on_device(lm, np.arange(4, dtype=np.int64) % lm.vocab_size)
         with by_layer.gates.observing():
-            lm.backbone(input_ids=ids[None], use_cache=False)
+            if lm.entry is None:
+                ids = on_device(lm, np.arange(4, dtype=np.int64) % lm.vocab_size)
+                lm.backbone(input_ids=ids[None], use_cache=False)
+            else:
+                predict_groups(lm, probe)
         with by_layer.gates.only_first(_with_all_kinds(lm)):
-            choose_layout(lm, wanted, attention, longest)
+            choose_layout(lm, wanted, attention, longest, known)
     states = try_by_layers(by_layer.gates, by_layer.standing_in, lambda: predict_groups(lm, probe)[0])
     pairs_positions = sum(state.shape[0] * state.shape[1] for state in states)
     by_layer.bytes_per_position = -(-sum(state.nbytes for state in states) // pairs_positions)
 
 
-def _probe(lm: CausalLM) -> list[PromptGroup]:
+def _probe(lm: CausalLM, known: Sequence[PairIds]) -> list[PromptGroup]:
+    """A few random tokens; of a model that begins at a trunk, the two shortest pairs whose states are stored."""
+    if lm.entry is not None:
+        return [pair_group(ids) for ids in sorted(known, key=lambda ids: ids.total_tokens)[:2]]
     generator = np.random.default_rng(1)
 
     def draw(count: int) -> Any:
@@ -273,7 +279,7 @@ _MOST_LAYERS = 12
 def _with_all_kinds(lm: CausalLM) -> int:
     """So many first layers that every kind of layer is among them: by type and by the lists of the config."""
     assert lm.by_layer is not None
-    lists = layer_lists(lm.base.config)
+    lists = layer_lists(lm.base.config)[lm.entry.number if lm.entry is not None else 0 :]
     kinds = lists if len(lists) == lm.by_layer.gates.count else [()] * lm.by_layer.gates.count
     last = max(kinds.index(kind) for kind in set(kinds))
     return min(max(last + 1, 2), _MOST_LAYERS)

@@ -296,6 +296,27 @@ def test_it_is_added_to_a_cache_that_has_the_log_probs(stored: Path, tmp_path: P
     assert (again.computed, again.trunk_texts) == (0, 0)
 
 
+@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.0, "gradient_accumulation_steps": 3}])
+def test_the_layers_above_are_loaded_one_at_a_time(
+    stored: Path, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes; the files of the layers below are not read."""
+    read: list[str] = []
+    from dpoeng.engine.models.layers.files import LayerFiles
+
+    one = LayerFiles.read
+    monkeypatch.setattr(LayerFiles, "read", lambda self, n: (read.append(self.prefixes[n]), one(self, n))[1])
+    whole, above = both(stored, tmp_path, **options)
+    assert not read
+    settings = {**QUICK, **options, "layer_offloading": "on"}
+    summary = train(TrainConfig(cache=stored, output_dir=tmp_path / "layers", **settings))
+    assert summary.loaded.startswith(f"from layer {LAYER}")
+    assert "one at a time" in summary.loaded
+    assert {*read} == {f"model.layers.{number}" for number in range(LAYER, DEPTH)}
+    assert adapter_bytes(tmp_path / "layers") == adapter_bytes(above) == adapter_bytes(whole)
+    assert (tmp_path / "layers/metrics.jsonl").read_text() == (above / "metrics.jsonl").read_text()
+
+
 @pytest.mark.parametrize("first_without", [False, True])
 def test_layer_offloading_stores_the_same_bytes(
     stored: Path, tmp_path: Path, model: Path, pairs: Path, first_without: bool
@@ -473,7 +494,6 @@ def test_what_a_run_cannot_begin_from_is_refused(stored: Path, tmp_path: Path) -
     assert refused(trunk_layer=3, train_last_layers=1) == "cache-no-trunk"
     assert refused(trunk_layer=LAYER, quantization="4bit") == "trunk-unsupported"
     assert refused(trunk_layer=LAYER, dtype="bfloat16") == "trunk-unsupported"
-    assert refused(trunk_layer=LAYER, layer_offloading="on") == "trunk-unsupported"
     assert refused(trunk_layer=4) == "config-value"
     assert refused(train_last_layers=5) == "config-value"
     assert refused(train_last_layers=None, layers_to_transform=(4,)) == "config-value"

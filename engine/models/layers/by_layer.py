@@ -63,9 +63,10 @@ def through_layers(
         of each job, where its hidden states after the last layer wait.
     """
     slots: list[list[Slot]] = [[] for _ in jobs]
-    for number in range(by_layer.gates.count if end is None else end):
+    first = by_layer.gates.first
+    for number in range(first, by_layer.gates.count if end is None else end):
         for at, job in enumerate(jobs):
-            states = [waiting.get(slot) for slot in slots[at]] if number else None
+            states = [waiting.get(slot) for slot in slots[at]] if number > first else None
             made = by_layer.gates.run_layer(number, states, job)
             before: Sequence[Slot | None] = slots[at] or [None] * len(made)
             slots[at] = [waiting.put(state, slot) for state, slot in zip(made, before, strict=True)]

@@ -122,13 +122,19 @@ class LayerFiles:
         self.bytes_read += n_bytes
 
 
-def layered_class(source: ModelSource, made: list[LayerFiles]) -> tuple[Any, Any]:
+def layered_class(
+    source: ModelSource, made: list[LayerFiles], prepared: tuple[Any, Any] | None = None
+) -> tuple[Any, Any]:
     """A checkpoint's model class, which loads everything but the decoder's layers; and its config.
 
-    When a model has been loaded by the class, `made` holds the files of its layers.
+    When a model has been loaded by the class, `made` holds the files of its layers. `prepared`: class and config of a
+    model that is changed first (`fsdp_loading.prepared_class`), as one that begins at a trunk is.
     """
-    config, model = empty_model_of(source)
-    parent = type(model)
+    if prepared is None:
+        config, model = empty_model_of(source)
+        parent = type(model)
+    else:
+        parent, config = prepared
 
     def load(
         model: Any, state_dict: Any, checkpoint_files: Sequence[str], load_config: Any, expected_keys: Any = None

@@ -60,6 +60,8 @@ class Gates:
         self.device = device
         self.need = need
         self.count = len(layers)
+        # The first layer that is run: another than 0 where stand-ins take the place of those below (a rehearsed trunk).
+        self.first = 0
         self._limit = self.count
         self._stretch: _Stretch | None = None
         self._order: list[int] | None = None
@@ -127,6 +129,11 @@ class Gates:
         """Whether the forward at work runs this layer, and does not pass hidden states by it."""
         return self._stretch is None or self._stretch.begin <= number < self._stretch.end
 
+    @property
+    def enters(self) -> bool:
+        """Whether the forward at work begins at the bottom, and so uses what enters the first layer."""
+        return self._stretch is None or self._stretch.begin <= self.first
+
     @contextlib.contextmanager
     def _within(self, stretch: _Stretch) -> Iterator[None]:
         before, self._stretch = self._stretch, stretch
@@ -170,8 +177,8 @@ class Gates:
         return (hidden, *[None] * (entries - 1)) if entries else hidden
 
     def _embed(self, words: Any, forward: Callable[..., torch.Tensor], ids: torch.Tensor, *more: Any) -> torch.Tensor:
-        """Looks tokens up; but zeros where what comes of them is not used."""
-        if self._stretch is not None and self._stretch.begin > 0:
+        """Looks tokens up; but zeros where what comes of them is not used (a stand-in without columns looks none up)."""
+        if self._stretch is not None and self._stretch.begin > 0 and words.weight.shape[-1]:
             return torch.zeros((*ids.shape, words.weight.shape[-1]), dtype=words.weight.dtype, device=self.device)
         return forward(ids.to(words.weight.device), *more).to(self.device)
 

@@ -146,9 +146,14 @@ def rehearsing(lm: CausalLM, number: int) -> Iterator[Entry]:
     _, layers = layer_list(lm.backbone)
     below, embedding, before = list(layers[:number]), lm.base.get_input_embeddings(), lm.entry
     lm.entry = cut_below(lm.base, number, as_tuple=returns_tuples(lm.backbone))
+    gates: Any = lm.by_layer.gates if lm.by_layer is not None else None
+    if gates is not None:
+        gates.first = number
     try:
         yield lm.entry
     finally:
+        if gates is not None:
+            gates.first = 0
         lm.base.set_input_embeddings(embedding)
         for place, layer in enumerate(below):
             layers[place] = layer
