@@ -47,23 +47,46 @@ def small_cards(results: Path) -> str:
     """What each model needs on each card. Calculated."""
     record = lines_of(results / "small-cards-calculated.jsonl")[-1]
     cards = [card["name"] for card in record["results"][0]["cards"]]
-    asked = record["settings"]
     parts = []
     for phase, title in (("phase1", "Phase one"), ("phase2", "Phase two")):
         rows = [[title, *cards]]
-        for result in record["results"]:
-            name = f"{result['model'].split('/')[-1]}, {BASES[result['quantization']]}"
-            rows.append([name, *(_cell(card, phase) for card in result["cards"])])
+        rows += [[_model(result), *(_cell(card, phase) for card in result["cards"])] for result in record["results"]]
         parts.append(table(rows))
     return (
-        f"GiB needed for 2 x {asked['max_length']} tokens, LoRA r = {asked['lora_r']}, context and fragmentation "
-        f"included; **bold**: layer by layer; –: not at all. **Calculated**, commit {record['commit']}.\n\n"
-        + "\n\n".join(parts)
+        f"{_asked(record)}; **bold**: layer by layer; a: 8-bit AdamW; r: 8-bit AdamW and a smaller LoRA; t: from a "
+        f"trunk; –: not at all. **Calculated**, commit {record['commit']}.\n\n" + "\n\n".join(parts)
     )
+
+
+def small_cards_trunk(results: Path) -> str:
+    """What phase two needs from a trunk at two thirds of the depth. Calculated."""
+    record = lines_of(results / "small-cards-calculated.jsonl")[-1]
+    rows = [["trained layers", "on disk", *(card["name"] for card in record["results"][0]["cards"])]]
+    for result in record["results"]:
+        trunk = result["trunk"]
+        name = f"{_model(result)}, from {trunk['layer']} on"
+        rows.append([name, f"{trunk['gib']:.0f} GiB", *(_cell(card, "phase2") for card in trunk["cards"])])
+    return (
+        f"{_asked(record)}; on disk: the hidden states of {record['settings']['pairs']:,} such pairs; **bold**: the "
+        f"layers above the trunk one at a time; a: 8-bit AdamW; r: 8-bit AdamW and a smaller LoRA; –: not at all. "
+        f"**Calculated**, commit {record['commit']}.\n\n{table(rows)}"
+    )
+
+
+def _asked(record: Record) -> str:
+    length, rank = record["settings"]["max_length"], record["settings"]["lora_r"]
+    return f"GiB needed for 2 x {length} tokens, LoRA r = {rank}, context and fragmentation included"
+
+
+def _model(result: Record) -> str:
+    return f"{result['model'].split('/')[-1]}, {BASES[result['quantization']]}"
 
 
 def _cell(card: Record, phase: str) -> str:
     if not card[f"{phase}_fits"]:
         return "–"
     needed = f"{card['needed_gib'][phase]:.1f}"
-    return f"**{needed}**" if card["layer_offloading"][phase] else needed
+    shown = f"**{needed}**" if card["layer_offloading"][phase] else needed
+    changes = card.get("changes", {}) if phase == "phase2" else {}
+    marks = ["t" if "trunk_layer" in changes else "", "r" if "lora_r" in changes else "a" if "optim" in changes else ""]
+    return " ".join([shown, *filter(None, marks)])

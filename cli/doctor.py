@@ -14,6 +14,7 @@ EPILOG = """\b
 Examples:
   dpoeng doctor
   dpoeng doctor --cache refcache --output-dir out --online
+  dpoeng doctor --model sft-model
   dpoeng doctor --json
 """
 
@@ -25,18 +26,24 @@ EXIT_FOUND = 5
     "--cache", type=click.Path(path_type=Path), default=Path("refcache"), help="The reference cache's folder."
 )
 @click.option("--output-dir", type=click.Path(path_type=Path), default=Path("out"), help="Where training will write.")
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A model's folder: measure how fast its files are read.",
+)
 @click.option("--online", is_flag=True, help="Also try to reach the model hub.")
 @json_option
 @click.option("--strict", is_flag=True, help="Exit with status 3 on warnings too.")
-def doctor(cache: Path, output_dir: Path, online: bool, as_json: bool, strict: bool) -> None:
+def doctor(cache: Path, output_dir: Path, model: Path | None, online: bool, as_json: bool, strict: bool) -> None:
     """Look whether this machine is ready: versions, GPU, libraries at work, memory, disk, folders.
 
-    bitsandbytes and Triton compute something small, each in a process of its own. No network is used without --online.
+    bitsandbytes and Triton compute something small, each in a process of its own. How fast a GPU gets bytes from host
+    memory, and files are read, is measured for `dpoeng plan`. No network is used without --online.
     The exit status is 5 if something would fail, with --strict also if something is only not as it should be.
     """
     from dpoeng.engine.recipes.doctor import diagnose
 
-    found = diagnose(cache, output_dir, online=online)
+    found = diagnose(cache, output_dir, model=model, online=online)
     if as_json:
         say_json(found.as_dict())
     else:

@@ -79,6 +79,11 @@ def show(found: Plan) -> None:
             f"take {found.trunk_bytes / GIB:.1f} GiB on disk for {request.pairs:,} such pairs"
         )
     say(_cards_table(found), _parts_table(found))
+    if any(card.fits and "trunk_layer" in card.way.changes for card in found.cards):
+        say(
+            "\nFrom a trunk only the layers above it are trained, which is another model (docs/trunk-cache.md). Its "
+            f"hidden states take {found.trunk_bytes / GIB:.1f} GiB on disk for {found.request.pairs:,} such pairs."
+        )
     say(f"\nmemory through a step, GiB\n{sparkline(found)}")
     if found.two_models is not None:
         say(_others_table(found, found.two_models.peak.n_bytes))
@@ -180,14 +185,16 @@ def picture(found: Plan) -> str:
 
 
 def _fits(card: CardPlan) -> tuple[str, str]:
-    from dpoeng.engine.recipes.plan import SMALL_OPTIMIZER
-
     fits = (card.phase1_fits, card.phase2_fits)
     one, two = (
         f"{'yes' if fit else 'no'}, {needed / GIB:.1f}{', by layer' if by_layer else ''}"
         for fit, needed, by_layer in zip(fits, card.needed_bytes, card.by_layer, strict=True)
     )
-    return one, two + (f" with {SMALL_OPTIMIZER}" if card.small else "")
+    changes = card.way.changes
+    two += f", from layer {changes['trunk_layer']} on" if "trunk_layer" in changes else ""
+    smaller = [str(changes["optim"])] if "optim" in changes else []
+    smaller += [f"lora_r {changes['lora_r']}"] if "lora_r" in changes else []
+    return one, two + (f" with {', '.join(smaller)}" if smaller else "")
 
 
 def _hours(found: Plan, card: CardPlan) -> tuple[str, str]:

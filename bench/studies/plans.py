@@ -49,8 +49,8 @@ def _kept(found: Plan) -> dict[str, Any]:
         "cards": [
             {
                 "name": card.gpu.name,
-                "phase1_fits": card.phase1_fits,
-                "phase2_fits": card.phase2_fits,
+                "phase1_fits": card.phase1_fits and not card.by_layer[0],
+                "phase2_fits": card.phase2_fits and not card.way.changes,
                 "pairs_a_forward": card.micro_batch,
             }
             for card in found.cards

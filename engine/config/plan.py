@@ -50,9 +50,13 @@ class PlanConfig(BaseModel):
         "auto", description="Load the base's layers one at a time; auto: on the cards where it does not fit otherwise."
     )
     load_gb_per_s: float = Field(
-        25.0,
-        gt=0,
-        description="GB/s at which layers reach the card then: of its bus, or of the disk if that is slower.",
+        25.0, gt=0, description="GB/s from host memory to the card, for its time then; dpoeng doctor measures it."
+    )
+    disk_gb_per_s: float = Field(
+        3.0, gt=0, description="GB/s at which files are read, for the same; dpoeng doctor --model measures it."
+    )
+    host_gib: float = Field(
+        64.0, ge=0, description="GiB of host memory. Files that it holds are read from the disk once, others each time."
     )
     offload_gib: float = Field(16.0, gt=0, description="GiB of hidden states that may wait on the host then.")
     batch: int = Field(8, ge=1, description="Pairs in an optimizer step.")

@@ -213,6 +213,8 @@ class PlanSettings(TypedDict, total=False):
     layout: Literal["shared", "separate"]
     layer_offloading: LayerOffloading
     load_gb_per_s: float
+    disk_gb_per_s: float
+    host_gib: float
     offload_gib: float
     batch: int
     pairs: int

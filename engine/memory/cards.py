@@ -129,12 +129,39 @@ def phase_times(
     ]
 
 
-def loading_seconds(parameters: Mapping[str, int], quantization: str, times: float, gb_per_s: float) -> float:
-    """Seconds in which the layers reach the card so often; quantised ones from files that hold them so."""
-    bytes_each = {"none": 2.0, "8bit": 1.0, "4bit": 0.5}[quantization]
-    return times * parameters["layers"] * bytes_each / (gb_per_s * 1e9)
+@dataclass(frozen=True, slots=True)
+class Roads:
+    """How bytes reach a card.
+
+    Attributes:
+        bus_gb_per_s: from host memory.
+        disk_gb_per_s: from files into host memory.
+        host_bytes: host memory that can hold files.
+    """
+
+    bus_gb_per_s: float
+    disk_gb_per_s: float
+    host_bytes: float
+
+    def from_files(self, n_bytes: float, times: float) -> float:
+        """Seconds in which files reach the card so often: first from the disk, then from host memory if it holds them.
+
+        Disk and bus work at the same time, so the slower one counts.
+        """
+        first = n_bytes / (min(self.bus_gb_per_s, self.disk_gb_per_s) * 1e9)
+        again = self.over_bus(n_bytes) if n_bytes <= self.host_bytes else first
+        return min(times, 1.0) * first + max(0.0, times - 1.0) * again
+
+    def over_bus(self, n_bytes: float) -> float:
+        """Seconds in which bytes cross between host memory and card."""
+        return n_bytes / (self.bus_gb_per_s * 1e9)
+
+
+def layer_bytes(parameters: Mapping[str, int], quantization: str) -> float:
+    """Bytes of all layers in files of 16 bits, or in files that hold them quantised (`dpoeng quantize`)."""
+    return parameters["layers"] * {"none": 2.0, "8bit": 1.0, "4bit": 0.5}[quantization]
 
 
 def beside_loading(time: PhaseTime, seconds: float) -> PhaseTime:
-    """The time of a phase while layers are copied for so long: the longer of the two, since one hides the other."""
+    """The time of a phase while bytes are copied for so long: the longer of the two, since one hides the other."""
     return time if time.hours is None else replace(time, hours=max(time.hours, seconds / 3600))

@@ -162,6 +162,8 @@ def _check_step(
         if not config.use_peft:
             changes += [] if "8bit" in config.optim else ["--optim adamw_8bit (or adamw_torch_fused)"]
             changes += ["a LoRA, without --no-use-peft"]
+        if config.use_peft and shards == 1:
+            changes += _less_of_the_base(config, by_layer=by_layer, trunk_layer=trunk_layer)
         if not changes:
             changes = ["phase one again with fewer bits (--quantization) or a shorter --max-length", "a larger device"]
         raise _no_room("phase two", peak, _needed(setup, longest, peak, device), room, longest, changes)
@@ -169,6 +171,16 @@ def _check_step(
     if device.type == "cuda" and chooses:
         return _with_fewest_recomputed(setup, longest, memory, room, device)
     return StepForecast(peak.n_bytes)
+
+
+def _less_of_the_base(config: TrainConfig, *, by_layer: bool, trunk_layer: int) -> list[str]:
+    """What leaves less of a frozen base, or of what is trained, in memory."""
+    found = ["--layer-offloading auto"] if config.layer_offloading == "off" else []
+    if by_layer:  # then what is trained is most of what is left
+        found += [] if "8bit" in config.optim else ["--optim adamw_8bit"]
+        found += ["a smaller --lora-r"]
+    trunk = "--train-last-layers with a trunk (precompute-ref --trunk-layer), which trains the upper layers alone"
+    return found + ([] if trunk_layer else [trunk])
 
 
 def _with_fewest_recomputed(
@@ -226,7 +238,8 @@ def _check_forward(
     room = available_bytes(device)
     if _needed(setup, longest, peak, device) > room:
         fewer = ["--batch-tokens with a smaller number"] if len(longest) > 1 else []
-        changes = [*fewer, "--quantization 8bit or 4bit", "a shorter --max-length"]
+        off = ["--layer-offloading auto"] if config.layer_offloading == "off" else []
+        changes = [*fewer, *off, "--quantization 8bit or 4bit", "a shorter --max-length"]
         raise _no_room("phase one", peak, _needed(setup, longest, peak, device), room, longest, changes)
     return peak.n_bytes
 

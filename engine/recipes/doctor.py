@@ -30,6 +30,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from dpoeng.cache.words import GIB, counted
+from dpoeng.engine.checks.disk import disk_speed, read_speed
 from dpoeng.engine.checks.driver import OLDER, oldest_driver, too_old
 from dpoeng.engine.runtime.host import available_memory
 
@@ -85,12 +86,15 @@ class Diagnosis:
 Probe = Callable[[str], dict[str, Any]]
 
 
-def diagnose(cache: Path, output_dir: Path, *, online: bool = False, probe: Probe | None = None) -> Diagnosis:
+def diagnose(
+    cache: Path, output_dir: Path, *, model: Path | None = None, online: bool = False, probe: Probe | None = None
+) -> Diagnosis:
     """Looks at everything.
 
     Args:
         cache: where the reference cache is or will be.
         output_dir: where training will write.
+        model: a model's folder, whose files are read to see how fast that is; default: a file beside the cache.
         online: try to reach the hub.
         probe: runs one of `probes.PROBES` by name; default: in a process of its own.
     """
@@ -105,7 +109,8 @@ def diagnose(cache: Path, output_dir: Path, *, online: bool = False, probe: Prob
     torch_found = of_torch.result()
     checks += [*_torch(torch_found), *_processor(bool(torch_found.get("gpus")), cpu_flags())]
     checks += map(_library, others, rest)
-    checks += [*_environment(os.environ), *_memory(), *_folders(cache, output_dir), *_hub(os.environ, online)]
+    checks += [*_environment(os.environ), *_memory(), *_folders(cache, output_dir), _disk(cache, model)]
+    checks += _hub(os.environ, online)
     return Diagnosis(checks)
 
 
@@ -180,8 +185,8 @@ def _torch(found: Mapping[str, Any]) -> Iterator[Check]:
     for index, gpu in enumerate(found["gpus"]):
         free, total = gpu["free_bytes"] / GIB, gpu["total_bytes"] / GIB
         words = f"{gpu['name']}, compute capability {gpu['capability']}, {free:.1f} of {total:.1f} GiB free"
-        if "bus_gb_per_s" in gpu:  # what plan's --load-gb-per-s asks for
-            words += f", {gpu['bus_gb_per_s']:.1f} GB/s from host memory"
+        if "bus_gb_per_s" in gpu:
+            words += f", {gpu['bus_gb_per_s']:.1f} GB/s from host memory (plan --load-gb-per-s)"
         if free < 0.9 * total:
             yield Check(
                 f"gpu {index}", "warning", words, "run nvidia-smi to see which process holds the memory, and end it"
@@ -284,9 +289,7 @@ def _folders(cache: Path, output_dir: Path) -> Iterator[Check]:
 
 def _folder(name: str, folder: Path) -> Check:
     """Really writes a file where the folder is, or in the nearest one above it that exists."""
-    there = folder
-    while not there.exists() and there != there.parent:
-        there = there.parent
+    there = _existing(folder)
     shown = f"{folder}" + ("" if there == folder else f" (to be made in {there.resolve()})")
     if not there.is_dir():
         return Check(name, "error", f"{there} is a file", "name another folder")
@@ -307,6 +310,42 @@ def _folder(name: str, folder: Path) -> Check:
     if free < _FREE_DISK:
         return Check(name, "warning", words, "free some space, or name a folder on another disk")
     return Check(name, "ok", words)
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(there for there in (folder, *folder.resolve().parents) if there.exists())
+
+
+def _disk(cache: Path, model: Path | None) -> Check:
+    """How fast files are read: the model's, or one that is written where the cache is."""
+    if model is not None:
+        return _model_files(model)
+    there = _existing(cache)
+    try:
+        speed = disk_speed(there) if shutil.disk_usage(there).free > _FREE_DISK else None
+    except OSError as error:
+        return Check("disk", "info", f"not measured: {error.strerror or error}", "see the reference cache's folder")
+    if speed is None:
+        return Check("disk", "info", "not measured", "name a model's folder with --model, to read its files")
+    return Check("disk", "ok", f"files beside the cache are read at {speed:.1f} GB/s (plan --disk-gb-per-s)")
+
+
+def _model_files(model: Path) -> Check:
+    files = sorted(model.glob("*.safetensors"))
+    if not files:
+        return Check("disk", "warning", f"no *.safetensors in {model}", "name a folder with a model's files")
+    try:
+        speed = read_speed(files)
+    except OSError as error:
+        return Check("disk", "error", f"{model}: {error.strerror or error}", "make its files readable")
+    size, memory = sum(file.stat().st_size for file in files), available_memory()
+    words = f"{model}: {size / GIB:.1f} GiB of files"
+    words += f", read at {speed:.1f} GB/s (plan --disk-gb-per-s)" if speed is not None else ""
+    if memory is not None and size > memory:
+        words += "; host memory does not hold them, so layer offloading reads them from the disk in each pass"
+        return Check("disk", "info", words, f"give plan --host-gib {memory / GIB:.0f}; --trunk-layer reads fewer")
+    return Check("disk", "ok", words)
 
 
 def _hub(variables: Mapping[str, str], online: bool) -> Iterator[Check]:

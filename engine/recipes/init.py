@@ -75,9 +75,10 @@ def _what_fits(model: str, gpu: str, progress: Progress) -> dict[str, Line]:
                     break
             advance(1, quantization)
     roomy, fitting = _share(plans[-1]) <= HEADROOM, [plan for plan in plans if plan.cards[0].fits]
-    whole = [plan for plan in fitting if not any(plan.cards[0].by_layer)]
-    # Layer by layer the most exact weights cost no memory; whole is faster.
-    return _lines(plans[-1] if roomy or not fitting else whole[-1] if whole else fitting[0])
+    as_asked = [plan for plan in fitting if not plan.cards[0].way.trains_less]
+    whole = [plan for plan in as_asked if not any(plan.cards[0].by_layer)]
+    # Layer by layer the most exact weights cost no memory; whole is faster. Training less is the last resort.
+    return _lines(plans[-1] if roomy or not fitting else whole[-1] if whole else [*as_asked, *fitting][0])
 
 
 def _share(plan: Plan) -> float:
@@ -96,12 +97,24 @@ def _lines(plan: Plan) -> dict[str, Line]:
     if any(card.by_layer) and card.fits:
         needed = max(card.needed_bytes) / GIB
         reason = f"calculated by dpoeng plan: {needed:.3g} of the {card.gpu.n_bytes / GIB:.3g} GiB, layer by layer"
+    elif card.fits and card.way.changes:
+        needed = max(card.needed_bytes) / GIB
+        reason = f"calculated by dpoeng plan: {needed:.3g} of the {card.gpu.n_bytes / GIB:.3g} GiB, with what follows"
     elif not card.fits:
         reason += "; this will not fit"
     lines = {"quantization": Line(plan.request.quantization, (reason,))}
     values = suggested(plan, card)
     if "layer_offloading" in values:
         lines["layer_offloading"] = Line("on", ("the base does not fit whole: its layers are loaded one at a time",))
+    for name, why in (
+        ("trunk_layer", "no way of training all layers fits: phase one stores what enters this layer"),
+        ("train_last_layers", "only these are trained, which is another model: see docs/trunk-cache.md"),
+        ("optim", "moments in 8 bits: those in 32 bits do not fit"),
+        ("lora_r", "a larger LoRA does not fit"),
+        ("lora_alpha", "lora_alpha / lora_r is what it was"),
+    ):
+        if card.fits and name in card.way.changes:
+            lines[name] = Line(values[name], (why,))
     for cls, names in (
         (PrecomputeConfig, ("batch_tokens",)),
         (

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.words import GIB
 from dpoeng.engine.config.plan import PlanConfig
 from dpoeng.engine.memory.any_depth import Memory, forward_memory, step_memory
-from dpoeng.engine.memory.cards import Gpu, PhaseTime, beside_loading, find_gpu, loading_seconds, phase_times
+from dpoeng.engine.memory.cards import Gpu, PhaseTime, Roads, beside_loading, find_gpu, layer_bytes, phase_times
 from dpoeng.engine.memory.overhead import (
     FRAGMENTATION,
     count_parameters,
@@ -23,19 +24,15 @@ from dpoeng.engine.memory.overhead import (
     model_fields,
     needed_bytes,
 )
-from dpoeng.engine.memory.simulate import OPTIMIZER, Pair, Setup
+from dpoeng.engine.memory.simulate import Pair, Setup
 from dpoeng.engine.memory.tracker import Peak
+from dpoeng.engine.memory.ways import Way, find_ways
 from dpoeng.engine.models.model import DTYPES
 from dpoeng.engine.models.model_config import config_of, sizes
 from dpoeng.engine.models.trunk.layers import trunk_layer
 from dpoeng.engine.runtime.distributed import BUCKET_BYTES
 
 BATCH_TOKENS = (16384, 4096, 1024)
-
-MICRO_BATCHES = (1, 2, 4)
-
-SMALL_OPTIMIZER = "adamw_8bit"
-"""Tried on cards that are too small for the optimizer that nobody chose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +50,18 @@ class Option:
 
 @dataclass(slots=True)
 class CardPlan:
-    """One card: bytes it has, whether each phase fits, and with what.
+    """One card: whether each phase fits, and with what.
 
-    `small`: phase two with `SMALL_OPTIMIZER`, where it fits with that alone.
-    `by_layer` tells of each phase whether layers are loaded one at a time; `needed_bytes` what it needs.
+    Attributes:
+        gpu: the card.
+        phase1_fits: phase one, with `batch_tokens` positions a forward.
+        phase2_fits: phase two, in the way `way` and with `micro_batch` pairs a forward.
+        batch_tokens: positions in a forward of phase one.
+        micro_batch: pairs in a forward of phase two.
+        way: the first one that fits; of a card that has none, the one that needs least.
+        by_layer: of each phase, whether layers are loaded one at a time.
+        needed_bytes: of each phase, with estimates and fragmentation.
+        times: of both phases, and of what they are compared with.
     """
 
     gpu: Gpu
@@ -64,10 +69,10 @@ class CardPlan:
     phase2_fits: bool
     batch_tokens: int
     micro_batch: int
-    by_layer: tuple[bool, bool] = (False, False)
-    needed_bytes: tuple[int, int] = (0, 0)
+    way: Way
+    by_layer: tuple[bool, bool]
+    needed_bytes: tuple[int, int]
     times: list[PhaseTime] = field(default_factory=list)
-    small: Peak | None = None
 
     @property
     def fits(self) -> bool:
@@ -90,9 +95,9 @@ class Plan:
         options: other settings and their peaks.
         cards: an answer a card.
         phase1_by_layer: as `phase1`, with layers loaded one at a time; empty where that is not asked for or needed.
-        phase2_by_layer: the same of `phase2`.
-        trunk_layer: where phase two begins; 0 for all layers.
-        trunk_bytes: what the stored hidden states of all pairs take on disk.
+        ways: phase two in the ways that were tried, the fastest first.
+        trunk_layer: where phase two was asked to begin; 0 for all layers.
+        trunk_bytes: what the stored hidden states of all pairs take on disk, of any trunk.
     """
 
     request: PlanConfig
@@ -105,7 +110,7 @@ class Plan:
     options: list[Option]
     cards: list[CardPlan]
     phase1_by_layer: dict[int, Memory] = field(default_factory=dict)
-    phase2_by_layer: dict[int, Memory] = field(default_factory=dict)
+    ways: list[Way] = field(default_factory=list)
     trunk_layer: int = 0
     trunk_bytes: int = 0
 
@@ -146,69 +151,36 @@ def make_plan(request: PlanConfig) -> Plan:
     estimates, parts = estimate_overhead(setup, pair), count_parameters(fields)
     if request.gpus > 1:
         estimates["gradients of all cards"] = BUCKET_BYTES
-    largest = max(card.n_bytes for card in cards)
-
-    def room_left(memory: Memory) -> bool:
-        return needed_bytes(memory.peak, estimates) <= largest
-
-    phase2 = _by_micro_batch(setup, pair, room_left, whole=request.whole)
     # Phase one holds the base whole on every card.
     bits = request.reference_quantization or request.quantization
     reference = replace(setup, quantization=bits, shards=1, trunk_layer=0)
+    rooms = {card.name: partial(_has_room, card.n_bytes, estimates) for card in cards}
+    found = find_ways(request, setup, pair, rooms)
+    as_asked = found[0] if not found[0].by_layer else None
     plan = Plan(
         request=request,
         parameters=sum(parts.values()),
         phase1=_by_tokens(reference, pair),
-        phase2=phase2,
-        evaluation=forward_memory(setup, [pair], policy=True),
+        phase2=dict(as_asked.steps) if as_asked else {1: step_memory(setup, [pair])},
+        evaluation=as_asked.evaluation if as_asked else forward_memory(setup, [pair], policy=True),
         two_models=step_memory(_two_models(setup), [pair]) if request.compare else None,
         estimates=estimates,
         options=_options(setup, pair) if request.compare else [],
         cards=[],
+        ways=found,
         trunk_layer=setup.trunk_layer,
         trunk_bytes=_trunk_bytes(request, setup, pair),
     )
-    plan.cards = [_card(plan, setup, pair, parts, gpu) for gpu in cards]
-    if request.layer_offloading != "on":
-        _try_small_optimizer(plan, setup, pair)
-    short = not all(card.fits for card in plan.cards)
-    able = request.use_peft and not request.fsdp and not setup.trunk_layer
-    if able and (request.layer_offloading == "on" or (request.layer_offloading == "auto" and short)):
+    least = plan.needed(plan.phase1[min(plan.phase1)].peak)
+    able = request.use_peft and not request.fsdp and request.layer_offloading != "off"
+    if able and (request.layer_offloading == "on" or any(least > card.n_bytes for card in cards)):
         plan.phase1_by_layer = _by_tokens(replace(reference, by_layer=True), pair)
-        plan.phase2_by_layer = _by_micro_batch(replace(setup, by_layer=True), pair, room_left)
-        plan.cards = [
-            card if card.fits and request.layer_offloading == "auto" else _card(plan, setup, pair, parts, card.gpu)
-            for card in plan.cards
-        ]
+    plan.cards = [_card(plan, pair, parts, gpu, rooms[gpu.name]) for gpu in cards]
     return plan
 
 
-def _try_small_optimizer(plan: Plan, setup: Setup, pair: Pair) -> None:
-    """Has cards on which phase two does not fit try an optimizer of fewer bytes, unless one was named."""
-    if "optim" in plan.request.model_fields_set:
-        return
-    least = plan.needed(plan.step) - plan.step.by_kind.get(OPTIMIZER, 0)
-    room = [card for card in plan.cards if not card.phase2_fits and least <= card.gpu.n_bytes]
-    if not room:
-        return
-    config = setup.config.model_copy(update={"optim": SMALL_OPTIMIZER})
-    peak = step_memory(replace(setup, config=config), [pair]).peak
-    for card in room:
-        if max(plan.needed(peak), plan.needed(plan.evaluation.peak)) <= card.gpu.n_bytes:
-            card.phase2_fits, card.micro_batch, card.small = True, 1, peak
-            card.needed_bytes = card.needed_bytes[0], plan.needed(peak)
-
-
-def _by_micro_batch(
-    setup: Setup, pair: Pair, room_left: Callable[[Memory], bool], *, whole: bool = False
-) -> dict[int, Memory]:
-    """Pairs in a forward -> memory of a step, up to the first that leaves no room."""
-    found: dict[int, Memory] = {}
-    for micro_batch in MICRO_BATCHES:
-        found[micro_batch] = step_memory(setup, [pair] * micro_batch, whole=whole)
-        if not room_left(found[micro_batch]):
-            break
-    return found
+def _has_room(n_bytes: int, estimates: Mapping[str, int], memory: Memory) -> bool:
+    return needed_bytes(memory.peak, estimates) <= n_bytes
 
 
 def _by_tokens(setup: Setup, pair: Pair) -> dict[int, Memory]:
@@ -219,9 +191,7 @@ def _by_tokens(setup: Setup, pair: Pair) -> dict[int, Memory]:
 
 
 def _trunk_bytes(request: PlanConfig, setup: Setup, pair: Pair) -> int:
-    """The hidden states of all pairs, each with a prompt of its own; 0 without a trunk."""
-    if not setup.trunk_layer:
-        return 0
+    """The hidden states of all pairs, each with a prompt of its own."""
     tokens = request.pairs * (pair.prompt + pair.chosen + pair.rejected)
     return tokens * sizes(config_of(setup.model)).hidden * setup.dtype.itemsize
 
@@ -278,22 +248,18 @@ def _trunk_option(setup: Setup, pair: Pair) -> list[Option]:
     return [Option(f"trunk_layer {layer}, the upper third trained", peak)]
 
 
-def _card(plan: Plan, setup: Setup, pair: Pair, parts: Mapping[str, int], gpu: Gpu) -> CardPlan:
-    request = plan.request
-
-    def fitting(memories: Mapping[int, Memory]) -> list[int]:
-        return [n for n, memory in memories.items() if plan.needed(memory.peak) <= gpu.n_bytes]
-
-    always = request.layer_offloading == "on"
-    evaluates = plan.needed(plan.evaluation.peak) <= gpu.n_bytes
-    micro = fitting(plan.phase2) if evaluates and not always else []
-    tokens = [] if always else fitting(plan.phase1)
-    two, one = bool(plan.phase2_by_layer) and not micro, bool(plan.phase1_by_layer) and not tokens
-    phase2, phase1 = plan.phase2_by_layer if two else plan.phase2, plan.phase1_by_layer if one else plan.phase1
-    micro, tokens = fitting(phase2) if two else micro, fitting(phase1) if one else tokens
+def _card(plan: Plan, pair: Pair, parts: Mapping[str, int], gpu: Gpu, has_room: Callable[[Memory], bool]) -> CardPlan:
+    way = next((way for way in plan.ways if way.fitting(has_room)), None)
+    micro = way.fitting(has_room) if way else []
+    if way is None:
+        way = min(plan.ways, key=lambda way: plan.needed(way.steps[1].peak))
     micro_batch = max(micro, default=1)
+    tokens = [n for n, memory in plan.phase1.items() if has_room(memory)]
+    one = bool(plan.phase1_by_layer) and (not tokens or plan.request.layer_offloading == "on")
+    phase1 = plan.phase1_by_layer if one else plan.phase1
+    tokens = [n for n, memory in phase1.items() if has_room(memory)]
     # The parity check of phase two scores batches of phase one's size: they should not be what decides there.
-    quiet = [n for n in tokens if phase1[n].peak.n_bytes <= phase2[micro_batch].peak.n_bytes]
+    quiet = [n for n in tokens if phase1[n].peak.n_bytes <= way.steps[micro_batch].peak.n_bytes]
     batch_tokens = max(quiet, default=min(phase1))
     return CardPlan(
         gpu=gpu,
@@ -301,43 +267,48 @@ def _card(plan: Plan, setup: Setup, pair: Pair, parts: Mapping[str, int], gpu: G
         phase2_fits=bool(micro),
         batch_tokens=batch_tokens,
         micro_batch=micro_batch,
-        by_layer=(one, two),
-        needed_bytes=(plan.needed(phase1[batch_tokens].peak), plan.needed(phase2[micro_batch].peak)),
-        times=_times(request, setup, pair, parts, gpu, (one, two)),
+        way=way,
+        by_layer=(one, way.by_layer),
+        needed_bytes=(plan.needed(phase1[batch_tokens].peak), plan.needed(way.steps[micro_batch].peak)),
+        times=_times(plan, way, pair, parts, gpu, one),
     )
 
 
 def _times(
-    request: PlanConfig,
-    setup: Setup,
-    pair: Pair,
-    parts: Mapping[str, int],
-    gpu: Gpu,
-    by_layer: tuple[bool, bool],
+    plan: Plan, way: Way, pair: Pair, parts: Mapping[str, int], gpu: Gpu, phase1_by_layer: bool
 ) -> list[PhaseTime]:
+    request, setup = plan.request, way.setup
+    share = setup.layers / (setup.layers + setup.trunk_layer)
     one, two, *others = phase_times(
         parts,
         setup.model,
         pair=(pair.prompt, pair.chosen, pair.rejected),
         pairs=request.pairs,
         epochs=request.epochs,
-        checkpointing=bool(setup.config.gradient_checkpointing) or by_layer[1],
+        checkpointing=bool(setup.config.gradient_checkpointing) or way.by_layer,
         full=not setup.config.use_peft,
         shared=request.layout == "shared",
         gpu=gpu,
         gpus=request.gpus,
         utilisation=request.utilisation,
-        share=setup.layers / (setup.layers + setup.trunk_layer),
+        share=share,
     )
-    if by_layer[0]:
-        waiting = request.pairs * pair_tokens(pair, request.layout) * 2 * sizes(config_of(setup.model)).hidden
+    roads = Roads(request.load_gb_per_s, request.disk_gb_per_s, (request.host_gib - request.offload_gib) * GIB)
+    # What waits on the host for its next layer: all positions of all pairs, once.
+    waiting = request.pairs * pair_tokens(pair, request.layout) * 2 * sizes(config_of(setup.model)).hidden
+    if phase1_by_layer:
         passes = math.ceil(waiting / (request.offload_gib * GIB))
-        held = request.reference_quantization or request.quantization
-        one = beside_loading(one, loading_seconds(parts, held, passes, request.load_gb_per_s))
-    if by_layer[1]:
+        held = layer_bytes(parts, request.reference_quantization or request.quantization)
+        states = 2.0 * (setup.layers + setup.trunk_layer) * waiting  # each layer's go there and come back
+        one = beside_loading(one, roads.from_files(held, passes) + roads.over_bus(states))
+    seconds = roads.from_files(plan.trunk_bytes, request.epochs) if setup.trunk_layer else 0.0
+    if way.by_layer:
         steps = math.ceil(request.epochs * request.pairs / request.batch)
-        two = beside_loading(two, loading_seconds(parts, request.quantization, 2 * steps, request.load_gb_per_s))
-    return [one, two, *others]
+        held = share * layer_bytes(parts, request.quantization)
+        # There, and back for the next layer and again for the backward, whose gradients go there and come back.
+        states = request.epochs * 5 * setup.layers * waiting
+        seconds += roads.from_files(held, 2 * steps) + roads.over_bus(states)
+    return [one, beside_loading(two, seconds), *others]
 
 
 # --------------------------------------------------------------------------- for scripts
@@ -377,8 +348,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 def _of_card(plan: Plan, card: CardPlan) -> tuple[Peak, Peak]:
     """The peaks of both phases in the way that a card gets."""
     phase1 = plan.phase1_by_layer if card.by_layer[0] else plan.phase1
-    phase2 = plan.phase2_by_layer if card.by_layer[1] else plan.phase2
-    return phase1[card.batch_tokens].peak, phase2[card.micro_batch].peak
+    return phase1[card.batch_tokens].peak, card.way.steps[card.micro_batch].peak
 
 
 def _gib(n_bytes: int) -> float:
@@ -402,6 +372,7 @@ def _card_json(plan: Plan, card: CardPlan) -> dict[str, Any]:
         "phase1_fits": card.phase1_fits,
         "phase2_fits": card.phase2_fits,
         "layer_offloading": {"phase1": card.by_layer[0], "phase2": card.by_layer[1]},
+        "changes": dict(card.way.changes),
         "needed_gib": {"phase1": _gib(card.needed_bytes[0]), "phase2": _gib(card.needed_bytes[1])},
         "suggested": suggested(plan, card),
         "time": [
@@ -434,6 +405,7 @@ def suggested(plan: Plan, card: CardPlan) -> dict[str, Any]:
         **({"fsdp": True} if request.fsdp else {}),
         **({"layer_offloading": "on"} if any(card.by_layer) else {}),
         **_trunk_fields(plan),
+        **({"lora_r": request.lora_r} if "lora_r" in request.model_fields_set and request.use_peft else {}),
         "quantization": request.quantization,
         "dtype": request.dtype,
         "max_length": request.max_length,
@@ -442,5 +414,6 @@ def suggested(plan: Plan, card: CardPlan) -> dict[str, Any]:
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": -(-request.batch // micro),
         "per_device_eval_batch_size": micro,
-        "optim": request.optim if card.small is None else SMALL_OPTIMIZER,
+        "optim": request.optim,
+        **card.way.changes,
     }

@@ -278,3 +278,43 @@ def test_the_speed_of_the_bus_is_measured_and_shown(tmp_path: Path) -> None:
     assert 0.05 < probes.bus_speed(torch.device("cpu"), 1 << 20) < 5000
     found = look(tmp_path, torch={"gpus": [{**GPU, "bus_gb_per_s": 24.26}]})
     assert "24.3 GB/s from host memory" in found["gpu 0"].found
+
+
+def test_how_fast_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the model that is named, without a byte written; else of a file that is gone afterwards."""
+    assert "GB/s" in look(tmp_path)["disk"].found
+    assert not list(tmp_path.iterdir())
+    model = tmp_path / "model"
+    model.mkdir()
+    probe = FINE.__getitem__
+
+    def disk() -> Check:
+        return next(
+            c for c in diagnose(tmp_path / "c", tmp_path / "o", model=model, probe=probe).checks if c.name == "disk"
+        )
+
+    assert "no *.safetensors" in disk().found
+    for name in "ab":
+        (model / f"{name}.safetensors").write_bytes(os.urandom(3 << 20))
+    asked: list[list[Path]] = []
+    real = module.read_speed
+    monkeypatch.setattr(module, "read_speed", lambda files: (asked.append(list(files)), real(files))[1])
+    assert disk().status == "ok"
+    assert asked == [[model / "a.safetensors", model / "b.safetensors"]]
+    monkeypatch.setattr(module, "available_memory", lambda: 1 << 20)
+    found = disk()
+    assert "host memory does not hold them" in found.found
+    assert "--host-gib" in found.remedy
+
+
+def test_the_speed_is_bytes_over_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """5 MB in half a second; and no more is read than is asked for."""
+    from dpoeng.engine.checks import disk
+
+    file = tmp_path / "file"
+    file.write_bytes(bytes(5_000_000))
+    ticks = iter([10.0, 10.5, 20.0, 20.5])
+    monkeypatch.setattr(disk.time, "perf_counter", lambda: next(ticks))
+    assert disk.read_speed([file]) == pytest.approx(0.01)
+    monkeypatch.setattr(disk, "_CHUNK", 1_000_000)
+    assert disk.read_speed([file], 2_000_000) == pytest.approx(0.004)

@@ -177,7 +177,7 @@ class Gates:
         return (hidden, *[None] * (entries - 1)) if entries else hidden
 
     def _embed(self, words: Any, forward: Callable[..., torch.Tensor], ids: torch.Tensor, *more: Any) -> torch.Tensor:
-        """Looks tokens up; but zeros where what comes of them is not used (a stand-in without columns looks none up)."""
+        """Looks tokens up; but zeros where what comes of them is not used. A stand-in for it looks none up."""
         if self._stretch is not None and self._stretch.begin > 0 and words.weight.shape[-1]:
             return torch.zeros((*ids.shape, words.weight.shape[-1]), dtype=words.weight.dtype, device=self.device)
         return forward(ids.to(words.weight.device), *more).to(self.device)
