@@ -236,9 +236,15 @@ def _count(repeats: int) -> str:
 
 
 def trunk(results: Path) -> str:
-    """What a trunk saves, and what training fewer layers loses."""
-    record = read("trunk", results)[-1]
-    settings, cost, quality = record["settings"], record["cost"], record["quality"]
+    """What a trunk saves, and what training fewer layers loses: the newest record of each."""
+    records = read("trunk", results)
+    costs = [record for record in records if record["cost"] is not None]
+    qualities = [record for record in records if record["quality"] is not None]
+    return "\n\n".join([*map(_trunk_cost, costs[-1:]), *map(_trunk_quality, qualities[-1:])])
+
+
+def _trunk_cost(record: Record) -> str:
+    settings, cost = record["settings"], record["cost"]
     base = cost["programs"]["from the trunk"]["step_cpu_s"]
     costs = [
         [
@@ -259,12 +265,14 @@ def trunk(results: Path) -> str:
             for name, one in cost["programs"].items()
         ),
     ]
-    text = (
+    return (
         f"{settings['model']}, steps of {settings['batch_size']} pairs of at most {settings['max_length']} tokens a "
         f"side, {settings['cost_dtype']}; peaks are of tensors. {where(record)}:\n\n{table(costs)}"
     )
-    if quality is None:
-        return text
+
+
+def _trunk_quality(record: Record) -> str:
+    settings, quality = record["settings"], record["quality"]
     shares = [
         ["trained", "layers", "accuracy", "margin", "accuracy of each seed"],
         *(
@@ -278,9 +286,10 @@ def trunk(results: Path) -> str:
         ),
     ]
     return (
-        f"{text}\n\n{settings['steps']} steps at {settings['learning_rate']:g} in {settings['dtype']}, "
-        f"{quality['held_out_pairs']} held-out pairs, {settings['seeds']} seeds; intervals are over prompts, of "
-        f"the mean of the seeds:\n\n{table(shares)}"
+        f"{settings['model']}, {settings['steps']} steps of {settings['batch_size']} pairs at "
+        f"{settings['learning_rate']:g} in {settings['dtype']}, {quality['held_out_pairs']} held-out pairs, "
+        f"{settings['seeds']} seeds; intervals are over prompts, of the mean of the seeds. {where(record)}:"
+        f"\n\n{table(shares)}"
     )
 
 

@@ -36,7 +36,7 @@ _USUAL = {
     "precompute-ref": "model adapter tokenizer cache name quantization dtype max_length truncation_mode columns "
     "prompt_format where batch_tokens shard",
     "train": _USUAL_TRAIN,
-    "sweep": f"vary rank_by max_runs {_USUAL_TRAIN}",
+    "sweep": f"vary rank_by halving_factor devices {_USUAL_TRAIN}",
     "eval": "cache view eval_group_by model quantization device per_device_eval_batch_size",
     "check": "model adapter tokenizer max_length columns prompt_format where",
     "show": "",
@@ -61,6 +61,7 @@ _METAVARS = {
     "pair_weight_column": "COLUMN",
     "metric_for_best_model": "METRIC",
     "rank_by": "METRIC",
+    "devices": "DEVICE[,DEVICE...]",
 }
 _ON_DISK = ("model", "adapter", "tokenizer")
 _MOST_NAMES = 6  # more would hide the option's description

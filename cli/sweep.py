@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,14 @@ import click
 
 from dpoeng.cache.words import counted
 from dpoeng.cli.options import ConfigCommand, config_options, given
-from dpoeng.cli.tables import Marked, json_option, say, say_json
+from dpoeng.cli.tables import Marked, json_option, say, say_json, visible
 from dpoeng.engine.config.fields import SweepConfig, TrainConfig
 from dpoeng.engine.config.files import load_config
 
 if TYPE_CHECKING:
-    from dpoeng.engine.recipes.sweep import SweepPlan
-    from dpoeng.engine.recipes.sweep_ranking import RunResult
+    from dpoeng.engine.recipes.sweeps.plan import SweepPlan
+    from dpoeng.engine.recipes.sweeps.ranking import RunResult
+    from dpoeng.engine.runtime.progress import Advance
 
 PAGE_FILE = "sweep.html"
 
@@ -26,6 +28,8 @@ Examples:
   dpoeng sweep --cache refcache --vary beta=0.05,0.1,0.3 --vary learning_rate=5e-6,2e-5
   dpoeng sweep --cache refcache --vary loss_type=sigmoid,ipo,sigmoid+sft --num-train-epochs 1 --output-dir sweep
   dpoeng sweep --config sweep.yaml --rank-by rewards/accuracies_length_controlled
+  dpoeng sweep --cache refcache --vary beta=0.05,0.1,0.3 --vary learning_rate=5e-6,1e-5,2e-5 --halving-factor 3
+  dpoeng sweep --cache refcache --vary beta=0.05,0.1,0.3,0.5 --devices cuda:0,cuda:1
 
 \b
 The same in a file:
@@ -49,17 +53,21 @@ def sweep(config_file: Path | None, as_json: bool, **options: Any) -> None:
     Each run is what `dpoeng train` alone would leave, byte for byte, and is judged on the same held-out pairs. All
     combinations are looked through before the first run starts. Started again, the command skips complete runs and goes
     on with the one that was stopped. Ends with the runs ranked, with intervals, in a table, sweep.json and sweep.html.
+
+    With --halving-factor 3 all runs train a part of the way, and only the best third of them trains on, each time.
     """
     from dpoeng.cli.progress import TerminalProgress, importing
 
     with importing():
-        from dpoeng.engine.recipes.sweep import plan_sweep, run_sweep
-    from dpoeng.engine.recipes.sweep_ranking import SWEEP, SWEEP_FILE, verdict
+        from dpoeng.engine.recipes.sweeps.plan import plan_sweep
+        from dpoeng.engine.recipes.sweeps.run import forget_failures, run_sweep
+    from dpoeng.engine.recipes.sweeps.ranking import SWEEP, SWEEP_FILE, verdict
     from dpoeng.engine.runtime.outputs import PAGE, refuse_output
 
     taken = given(options)
     own = {name: taken.pop(name) for name in SweepConfig.model_fields if name in taken}
-    plan = plan_sweep(load_config(SweepConfig, own, config_file), taken, config_file)
+    config = load_config(SweepConfig, own, config_file)
+    plan = plan_sweep(config, taken, config_file)
     if plan.root.is_dir():  # before the first run, not after the last
         refuse_output(plan.root / PAGE_FILE, replace(PAGE, forced=False))
         refuse_output(plan.root / SWEEP_FILE, SWEEP)
@@ -70,7 +78,11 @@ def sweep(config_file: Path | None, as_json: bool, **options: Any) -> None:
 
         write_page(plan.root / PAGE_FILE, sweep_page(plan, results))
 
-    results = run_sweep(plan, TerminalProgress(), show)
+    if config.devices:
+        forget_failures(plan)
+        train_on_devices(find_devices(config.devices), config, taken, config_file, len(plan.points))
+    # Whatever a process has left when it was killed is done here.
+    results = run_sweep(plan, TerminalProgress(), show, alone=not config.devices)
     if as_json:
         say_json({"rank_by": plan.rank_by, "verdict": verdict(results), "runs": results, "page": plan.root / PAGE_FILE})
     else:
@@ -78,10 +90,89 @@ def sweep(config_file: Path | None, as_json: bool, **options: Any) -> None:
     _report_failures(results)
 
 
+def find_devices(names: Sequence[str]) -> list[str]:
+    """The devices of --devices; `all` is every GPU.
+
+    Raises:
+        UserError: there is no GPU, or no device of a name.
+    """
+    import torch
+
+    from dpoeng.cache.errors import UserError
+    from dpoeng.engine.models.loading import pick_device
+
+    found = list(names)
+    if found == ["all"]:
+        found = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+        if not found:
+            raise UserError(
+                "this machine has no GPU that torch can use",
+                code="config-value",
+                where="--devices all",
+                expected="one GPU or more",
+                found="none",
+                remedy="leave --devices out; dpoeng doctor says what torch finds",
+            )
+    for name in found:
+        pick_device(name)
+    return found
+
+
+def train_on_devices(
+    devices: Sequence[str], config: SweepConfig, options: dict[str, Any], file: Path | None, runs: int
+) -> None:
+    """Trains the runs of a sweep in a process for each device; each takes runs that no other one is training."""
+    import multiprocessing
+
+    spawn = multiprocessing.get_context("spawn")
+    arguments = [(device, config, {**options, "device": device}, file) for device in devices[:runs]]
+    processes = [spawn.Process(target=_train_on, args=one, name=one[0]) for one in arguments]
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.terminate()  # it saves a checkpoint first
+        for process in processes:
+            if process.pid is not None:
+                process.join()
+    for process in processes:
+        if process.exitcode:
+            click.echo(f"note: the process on {process.name} has ended with exit status {process.exitcode}", err=True)
+
+
+def _train_on(device: str, config: SweepConfig, options: dict[str, Any], file: Path | None) -> None:
+    from dpoeng.cache.errors import UserError
+    from dpoeng.engine.recipes.sweeps.plan import plan_sweep
+    from dpoeng.engine.recipes.sweeps.run import run_sweep
+
+    with contextlib.suppress(UserError):  # the process that has started this one meets and shows the same error
+        run_sweep(plan_sweep(config, options, file), _Lines(device), alone=False)
+
+
+class _Lines:
+    """Progress of one process among several: its notes, each with its device."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+
+    def task(self, title: str, total: int, unit: str, done: int = 0) -> contextlib.AbstractContextManager[Advance]:
+        """See `Progress.task`."""
+        del title, total, unit, done
+        return contextlib.nullcontext(lambda amount, shown: None)
+
+    def note(self, text: str) -> None:
+        """See `Progress.note`."""
+        click.echo(f"{self._device}: {visible(text)}", err=True)
+
+
 def print_results(plan: SweepPlan, results: Sequence[RunResult]) -> None:
     """Print the runs, best first, and whether the held-out pairs can separate them."""
     from dpoeng.cli.pages.sweep import ranking_table
-    from dpoeng.engine.recipes.sweep_ranking import verdict
+    from dpoeng.engine.recipes.sweeps.ranking import verdict
 
     say(
         ranking_table(plan, results, f"{counted(len(results), 'run')} by held-out {plan.rank_by}"),

@@ -52,7 +52,8 @@ class TrunkSettings:
         pairs_count: the first so many pairs of the files are used.
         held_out: share of their prompts that are not trained on.
         steps: of each run of the quality part; 0 leaves it out.
-        cost_steps: of each program of the cost part; the first one, which warms up, is left out of the mean.
+        cost_steps: of each program of the cost part; the first one, which warms up, is left out of the mean; 0 leaves
+            the part out.
         seeds: runs of each share.
         work: keeps caches and finished runs.
     """
@@ -92,10 +93,14 @@ def trunk_study(settings: TrunkSettings) -> dict[str, Any]:
     record = stamp("trunk", torch.device("cpu"), named_settings(settings))
     depth = sizes(config_of(read_fields(find_model(settings.model)))).layers
     asked = {name: value for name, value in record["settings"].items() if name not in _OF_QUALITY}
+
+    def costs() -> dict[str, Any]:
+        return _costs(settings, depth, train_file, work / "cost")
+
     return {
         **record,
         "layers": depth,
-        "cost": kept(work / "cost", asked, lambda: _costs(settings, depth, train_file, work / "cost")),
+        "cost": kept(work / "cost", asked, costs) if settings.cost_steps else None,
         "quality": _quality(settings, depth, train_file, held_out_file, work) if settings.steps else None,
     }
 
@@ -281,9 +286,16 @@ class Told:
 def table(record: Mapping[str, Any]) -> Any:
     """The record for a terminal."""
     from rich.console import Group
+
+    return Group(
+        *([_cost_table(record)] if record["cost"] else []), *([_quality_table(record)] if record["quality"] else [])
+    )
+
+
+def _cost_table(record: Mapping[str, Any]) -> Any:
     from rich.table import Table
 
-    cost, quality = record["cost"], record["quality"]
+    cost = record["cost"]
     first = next(iter(cost["programs"].values()))
     costs = Table(
         title=f"a step of {record['settings']['batch_size']} pairs, last {cost['last_layers']} layers trained"
@@ -295,8 +307,13 @@ def table(record: Mapping[str, Any]) -> Any:
         times = one["step_cpu_s"] / first["step_cpu_s"]
         costs.add_row(name, f"{one['step_cpu_s']:.2f}", f"{times:.1f}", *shown, f"{cost['loss_difference'][name]:.1g}")
     costs.caption = f"trunk: {cost['trunk_bytes'] / MIB:,.0f} MiB"
-    if quality is None:
-        return costs
+    return costs
+
+
+def _quality_table(record: Mapping[str, Any]) -> Any:
+    from rich.table import Table
+
+    quality = record["quality"]
     found = Table(title=f"{quality['held_out_pairs']} held-out pairs, {record['settings']['seeds']} seeds")
     for heading in ("trained", "layers", "accuracy", "margin", "accuracies of the seeds"):
         found.add_column(heading)
@@ -307,7 +324,7 @@ def table(record: Mapping[str, Any]) -> Any:
             cells.append(f"{one[metric]['mean']:.3f} ({low:.3f} to {high:.3f})")
         each = ", ".join(f"{seed['rewards/accuracies']:.2f}" for seed in one["seeds"])
         found.add_row(name, str(one["layers"]), *cells, each)
-    return Group(costs, found)
+    return found
 
 
 @click.command()
@@ -318,7 +335,7 @@ def table(record: Mapping[str, Any]) -> Any:
 @click.option("--pairs-count", default=300, show_default=True, help="The first so many pairs are used.")
 @click.option("--held-out", default=0.33, show_default=True, help="Share of the prompts that are not trained on.")
 @click.option("--steps", default=50, show_default=True, help="Of each run of the quality part; 0 leaves it out.")
-@click.option("--cost-steps", default=9, show_default=True, help="Of each program of the cost part.")
+@click.option("--cost-steps", default=9, show_default=True, help="Of each program of the cost part; 0 leaves it out.")
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--learning-rate", default=2e-4, show_default=True)
 @click.option("--max-length", default=128, show_default=True, help="Most tokens of prompt + response.")

@@ -9,8 +9,8 @@ from dpoeng.cli.pages.charts import Curve, interval_chart, line_chart
 from dpoeng.cli.pages.html import Html, cards, heading, page, paragraph, plots, pre, table, tag, text
 from dpoeng.cli.pages.run import configuration
 from dpoeng.cli.tables import Table, interval
-from dpoeng.engine.recipes.sweep import SweepPlan
-from dpoeng.engine.recipes.sweep_ranking import RunResult, verdict
+from dpoeng.engine.recipes.sweeps.plan import SweepPlan
+from dpoeng.engine.recipes.sweeps.ranking import RunResult, verdict
 from dpoeng.engine.runs.reading import EVAL, read_run
 
 CURVES = 6  # as many as there are colours
@@ -52,7 +52,11 @@ def ranking_table(plan: SweepPlan, results: Sequence[RunResult], title: str = ""
     for place, result in enumerate(results):
         values = tuple(result.values[field] for field in plan.vary)
         if result.value is None:
-            rows.append((*values, "", "", "", "", result.state))
+            early, metrics = result.state == "ended early", result.metrics or {}
+            at_rung = number(metrics[plan.rank_by]) if early and plan.rank_by in metrics else ""
+            bounds = interval((result.intervals or {}).get(plan.rank_by), ".3g") if early else ""
+            state = f"ended early, after step {result.step}" if early else result.state
+            rows.append((*values, at_rung, bounds, "", "", state))
             continue
         word = "best" if place == 0 else "differs" if result.differs else "no difference found"
         rows.append(
@@ -73,6 +77,8 @@ def ranking_table(plan: SweepPlan, results: Sequence[RunResult], title: str = ""
 def _cards(plan: SweepPlan, results: Sequence[RunResult]) -> Html:
     states = [result.state for result in results]
     facts = [("complete", f"{states.count('complete')} of {len(results)}")]
+    if states.count("ended early"):
+        facts.append(("ended early", str(states.count("ended early"))))
     if states.count("failed"):
         facts.append(("failed", str(states.count("failed"))))
     if results and results[0].value is not None:

@@ -680,6 +680,17 @@ class SweepConfig(_Config):
         description="Held-out metric by which runs are ranked. Losses and rewards can be compared only between runs "
         "with the same loss.",
     )
+    halving_factor: int | None = Field(
+        None,
+        ge=2,
+        description="Successive halving: all runs train a part of the way, the best one in so many train on, and so "
+        "on; the others end early. 3 trains ten runs for about the steps of three.  [default: no run ends early]",
+    )
+    devices: tuple[str, ...] = Field(
+        (),
+        description="Train one run on each of these at a time, as in cuda:0,cuda:1; `all` takes every GPU.  "
+        "[default: one run at a time, on --device]",
+    )
     max_runs: int = Field(64, ge=1, description="Refuse larger sweeps, so that a typo cannot start hundreds of runs.")
 
     @field_validator("rank_by")

@@ -56,6 +56,7 @@ def train(
     kept_base: KeptBase | None = None,
     *,
     may_extend: bool = True,
+    pause_at: int | None = None,
 ) -> TrainSummary:
     """Runs phase two, or goes on with it where `output_dir` holds an unfinished run of the same configuration.
 
@@ -71,6 +72,8 @@ def train(
             raises ends the run, which can then be gone on with.
         kept_base: holds the base between the runs of one process, so that it is loaded once; see `sweep`.
         may_extend: whether a shorter run in the folder is extended; else it is a run of another configuration.
+        pause_at: an optimizer step after which the run is evaluated, saved and left; without it the run continues from
+            there later, to the same bytes. A run that has such an evaluation already is left as it is.
 
     Raises:
         UserError: cache, model, configuration or output folder is not usable as it is; or another run is writing to
@@ -82,7 +85,7 @@ def train(
         holding(config.output_dir) if group.is_first else contextlib.nullcontext(),
         full_determinism(config.full_determinism),
     ):
-        return _train(config, group, progress if group.is_first else QUIET, on_metrics, kept_base, may_extend)
+        return _train(config, group, progress if group.is_first else QUIET, on_metrics, kept_base, may_extend, pause_at)
 
 
 def _train(
@@ -92,6 +95,7 @@ def _train(
     on_metrics: OnMetrics | None,
     kept_base: KeptBase | None,
     may_extend: bool,
+    pause_at: int | None,
 ) -> TrainSummary:
     began = time.perf_counter()
     if group.is_first:
@@ -105,7 +109,8 @@ def _train(
     identity, checkpoint = find_beginning(config, inputs, choice, group, progress, may_extend)
     extension = find_extension(config, inputs.schedule, identity, checkpoint) if checkpoint is not None else None
     has_result = group.from_first(result_folder(config.output_dir, choice.mode).is_dir())
-    if checkpoint is not None and checkpoint.state["complete"] and has_result and extension is None:
+    complete = checkpoint is not None and checkpoint.state["complete"] and has_result and extension is None
+    if checkpoint is not None and (complete or _has_paused(config, checkpoint, pause_at)):
         finished = Finished(checkpoint.step, checkpoint.trained, checkpoint.state)
         return finished_summary(config, inputs, choice.mode, finished, processes=group.size, reports=group.is_first)
 
@@ -123,8 +128,10 @@ def _train(
         write_run_file(config.output_dir, record, library_versions(), loading_lines(loading, config.output_dir))
     if policy.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(policy.device)
-    done = _run_steps_tracked(run, first_step, identity)
-    write_results(run, done, identity, choice, policy, inputs.reference)
+    pause = None if pause_at is None else max(pause_at, first_step + 1)
+    done = _run_steps_tracked(run, first_step, identity, pause)
+    if done != pause or done == run.schedule.total_steps:
+        write_results(run, done, identity, choice, policy, inputs.reference)
     return summarise(run, inputs, policy, choice.mode, first_step, done, time.perf_counter() - began)
 
 
@@ -256,7 +263,14 @@ def _go_on_from(run: Run, checkpoint: Checkpoint | None, extension: Extension | 
     return first_step
 
 
-def _run_steps_tracked(run: Run, first_step: int, identity: dict[str, Any]) -> int:
+def _has_paused(config: TrainConfig, checkpoint: Checkpoint, pause_at: int | None) -> bool:
+    """Whether the run is in a checkpoint at or after `pause_at`, and was evaluated there."""
+    if pause_at is None or checkpoint.step < pause_at:
+        return False
+    return any(pause_at <= line["step"] <= checkpoint.step for line in MetricsLog(config.output_dir).read_evaluations())
+
+
+def _run_steps_tracked(run: Run, first_step: int, identity: dict[str, Any], pause: int | None) -> int:
     """`run_steps`, with every line of metrics sent to the trackers too; returns the steps done."""
     config = run.config
     trackers = open_trackers(
@@ -269,7 +283,7 @@ def _run_steps_tracked(run: Run, first_step: int, identity: dict[str, Any]) -> i
     )
     run.log.also = trackers.log
     try:
-        return run_steps(run, first_step, identity)
+        return run_steps(run, first_step, identity, pause)
     finally:
         trackers.finish()
 

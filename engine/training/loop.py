@@ -22,8 +22,10 @@ from dpoeng.engine.training.run import Run, save_run
 from dpoeng.engine.training.step import train_step
 
 
-def run_steps(run: Run, first_step: int, identity: dict[str, Any]) -> int:
+def run_steps(run: Run, first_step: int, identity: dict[str, Any], pause: int | None = None) -> int:
     """Trains from `first_step` on, with evaluations, log lines and checkpoints on the way; returns the steps done.
+
+    After the step `pause` the run is evaluated and saved, and no further step is done.
 
     A checkpoint follows every evaluation that is the best so far, where the best is asked for. A signal to end is
     obeyed after the step and evaluation in progress, with a checkpoint; see `runtime/stopping`.
@@ -39,7 +41,7 @@ def run_steps(run: Run, first_step: int, identity: dict[str, Any]) -> int:
         keeping_signals() as kept,
     ):
         run.tell = lambda shown: advance(0, shown)
-        while done < schedule.total_steps and not run.waited_enough:
+        while done < schedule.total_steps and done != pause and not run.waited_enough:
             began = time.perf_counter()
             metrics = train_step(run, done)
             done += 1
@@ -48,20 +50,20 @@ def run_steps(run: Run, first_step: int, identity: dict[str, Any]) -> int:
             seconds = time.perf_counter() - began
             run.log.write_timing(done, {"step_ms": 1e3 * seconds, "peak_bytes": _peak_bytes(run)})
             advance(1, live_figures(metrics, len(schedule.rows_of_step(done - 1)) / seconds))
-            _after_step(run, done, identity, kept)
+            _after_step(run, done, identity, kept, pauses=done == pause)
     return done
 
 
-def _after_step(run: Run, done: int, identity: dict[str, Any], kept: Kept) -> None:
+def _after_step(run: Run, done: int, identity: dict[str, Any], kept: Kept, *, pauses: bool) -> None:
     """Evaluate and save where it is time to; then obey a signal that has come to any of the processes."""
     config, total = run.config, run.schedule.total_steps
     save_every = config.save_steps or max(1, math.ceil(total / 10))
     eval_every = config.eval_steps or run.schedule.steps_per_epoch
-    if run.held_out.rows and (done % eval_every == 0 or done == total):
+    if run.held_out.rows and (done % eval_every == 0 or done == total or pauses):
         _evaluate(run, done)
     best = config.load_best_model_at_end and run.best.step == done
     stop = max(run.group.gather(kept.number))  # all of them end after the same step
-    if stop or ((best or done % save_every == 0) and done < total):
+    if stop or ((best or done % save_every == 0 or pauses) and done < total):
         save_run(run, done, identity, complete=False)
     if stop:
         run.progress.note(f"{signal.Signals(stop).name} has come: step {done} of {total} is done and in a checkpoint")

@@ -30,7 +30,7 @@ from dpoeng.engine.recipes import precompute as precompute_module
 from dpoeng.engine.recipes.inputs import check_apart, split
 from dpoeng.engine.recipes.policy import parity_text
 from dpoeng.engine.recipes.precompute import PrecomputeSummary, precompute_reference
-from dpoeng.engine.recipes.sweep import plan_sweep
+from dpoeng.engine.recipes.sweeps.plan import plan_sweep
 from dpoeng.engine.recipes.train import train
 from dpoeng.engine.reference import parity
 from dpoeng.engine.runtime.progress import QUIET

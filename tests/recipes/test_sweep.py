@@ -16,15 +16,17 @@ import torch
 from dpoeng_testing import pair_rows, save_tiny_model, tree, write_jsonl
 
 from dpoeng.cache.errors import UserError
+from dpoeng.cache.reader import View
 from dpoeng.cli.main import main
 from dpoeng.engine.config.fields import PrecomputeConfig, SweepConfig, TrainConfig
 from dpoeng.engine.config.files import load_config
 from dpoeng.engine.memory import fit
 from dpoeng.engine.models.sources import find_model
-from dpoeng.engine.recipes import sweep as sweep_module
 from dpoeng.engine.recipes.precompute import precompute_reference
-from dpoeng.engine.recipes.sweep import SweepPlan, folder_name, plan_sweep, run_sweep
-from dpoeng.engine.recipes.sweep_ranking import compare_runs, verdict
+from dpoeng.engine.recipes.sweeps import run as sweep_module
+from dpoeng.engine.recipes.sweeps.plan import SweepPlan, folder_name, plan_sweep
+from dpoeng.engine.recipes.sweeps.ranking import compare_runs, verdict
+from dpoeng.engine.recipes.sweeps.run import run_sweep
 from dpoeng.engine.recipes.train import train
 from dpoeng.engine.reference import loading as kept_base
 from dpoeng.engine.reference.loading import KeptBase, over_same_weights
@@ -164,7 +166,7 @@ def test_a_base_that_is_held_counts_as_room(
     cache: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     point = planned(cache, tmp_path, {"beta": [0.1]}).points[0]
-    pairs = sweep_module.View.open(cache, "pairs")
+    pairs = View.open(cache, "pairs")
     rows = [pairs[i].ids for i in range(4)]
     monkeypatch.setattr(fit, "_is_small", lambda *_: False)
     for room, held, fits in ((10_000, 0, False), (10_000, 10**9, True)):

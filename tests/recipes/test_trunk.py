@@ -33,7 +33,8 @@ from dpoeng.engine.models.sources import find_model
 from dpoeng.engine.recipes import policy as policy_module
 from dpoeng.engine.recipes.plan import make_plan, suggested
 from dpoeng.engine.recipes.precompute import PrecomputeSummary, precompute_reference
-from dpoeng.engine.recipes.sweep import plan_sweep, run_sweep
+from dpoeng.engine.recipes.sweeps.plan import plan_sweep
+from dpoeng.engine.recipes.sweeps.run import run_sweep
 from dpoeng.engine.recipes.train import train
 from dpoeng.engine.reference import limits, trunk_pass
 from dpoeng.engine.reference.parity import recompute

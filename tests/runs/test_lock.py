@@ -14,7 +14,8 @@ from dpoeng_testing import pair_rows, write_jsonl
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config.fields import PrecomputeConfig, SweepConfig, TrainConfig
 from dpoeng.engine.recipes.precompute import precompute_reference
-from dpoeng.engine.recipes.sweep import plan_sweep, run_sweep
+from dpoeng.engine.recipes.sweeps.plan import plan_sweep
+from dpoeng.engine.recipes.sweeps.run import run_sweep
 from dpoeng.engine.recipes.train import train
 from dpoeng.engine.runs.lock import LOCK_FILE, holding
 

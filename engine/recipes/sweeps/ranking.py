@@ -17,6 +17,7 @@ import numpy as np
 
 from dpoeng.cache.words import counted
 from dpoeng.engine.runs.folder import RUN_FILE, has_result
+from dpoeng.engine.runs.metrics import EVALUATIONS_FILE, read_lines
 from dpoeng.engine.runs.reading import read_held_out, read_run
 from dpoeng.engine.runtime.folders import write_durably
 from dpoeng.engine.runtime.outputs import Kind, writing
@@ -48,7 +49,8 @@ class RunResult:
 
     Attributes:
         values: field -> value of what is varied.
-        state: `stopped` is one that is not complete and has not failed, or was not begun.
+        state: `stopped` is one that is not complete and has not failed, or was not begun; `ended early` one that
+            successive halving did not promote.
         error: what ended a run that failed.
         step: of the evaluation that is told: the adapter that was saved has it.
         pairs: held-out pairs of that evaluation.
@@ -61,7 +63,7 @@ class RunResult:
     name: str
     values: Mapping[str, str]
     folder: Path
-    state: Literal["complete", "failed", "stopped"]
+    state: Literal["complete", "failed", "stopped", "ended early"]
     error: str = ""
     step: int = 0
     metrics: Mapping[str, float] | None = None
@@ -83,7 +85,10 @@ class _HeldOut:
 
 
 def compare_runs(
-    runs: Sequence[tuple[str, Mapping[str, str], Path]], rank_by: str, failed: Mapping[str, str]
+    runs: Sequence[tuple[str, Mapping[str, str], Path]],
+    rank_by: str,
+    failed: Mapping[str, str],
+    early: Mapping[str, int] | None = None,
 ) -> list[RunResult]:
     """Reads the folders of some runs and ranks those that are complete.
 
@@ -91,9 +96,11 @@ def compare_runs(
         runs: name, values and folder of each.
         rank_by: one of `PER_PAIR`.
         failed: name -> what ended it.
+        early: name -> the step of the rung where successive halving ended it.
 
     Returns:
-        complete runs, best first and equal ones in their order; then the others.
+        complete runs, best first and equal ones in their order; then those that ended early, the longest ones first;
+        then the others.
 
     Raises:
         UserError: a record is damaged.
@@ -103,7 +110,7 @@ def compare_runs(
         if run in failed:
             results.append(RunResult(run, values, folder, "failed", failed[run]))
         elif not has_result(folder) or not (folder / RUN_FILE).is_file():
-            results.append(RunResult(run, values, folder, "stopped"))
+            results.append(_incomplete(run, values, folder, (early or {}).get(run)))
         else:
             lines = read_held_out(folder)
             step = int(lines[0]["step"])
@@ -119,7 +126,27 @@ def compare_runs(
     ranked = [result for result in results if result.value is not None]
     ranked.sort(key=lambda result: -sign * (result.value or 0.0))
     compared = ranked[:1] + [_against(result, ranked[0], held_out, rank_by) for result in ranked[1:]]
-    return compared + [result for result in results if result.value is None]
+    others = [result for result in results if result.value is None]
+    return compared + sorted(others, key=lambda result: (result.state != "ended early", -result.step))
+
+
+def _incomplete(run: str, values: Mapping[str, str], folder: Path, step: int | None) -> RunResult:
+    """A run that has no result; `step`: of the rung where it ended, if it did."""
+    line = evaluation_from(folder, step) if step is not None else None
+    if line is None:
+        return RunResult(run, values, folder, "stopped")
+    bounds = {name: (low, high) for name, (low, high) in line["intervals"].items()}
+    return RunResult(run, values, folder, "ended early", step=line["step"], metrics=line["metrics"], intervals=bounds)
+
+
+def evaluation_from(folder: Path, step: int) -> dict[str, Any] | None:
+    """The first evaluation of a run at a step or after it; None if there is none yet.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    lines = (line for line in read_lines(folder / EVALUATIONS_FILE) if line["step"] >= step)
+    return min(lines, key=lambda line: int(line["step"]), default=None)
 
 
 def _pairs(lines: Sequence[Mapping[str, Any]]) -> _HeldOut:
@@ -150,6 +177,10 @@ def _against(result: RunResult, best: RunResult, held_out: Mapping[str, _HeldOut
 def verdict(results: Sequence[RunResult]) -> str:
     """Say in a sentence or two which runs differ from the best one on the held-out pairs."""
     ranked = [result for result in results if result.value is not None]
+    early = sum(result.state == "ended early" for result in results)
+    if early:
+        left = [result for result in results if result.state != "ended early"]
+        return f"{verdict(left)} {counted(early, 'run')} ended early, behind others at a rung."
     if not ranked:
         complete = any(result.state == "complete" for result in results)
         return "No complete run has this metric." if complete else "No run is complete."
@@ -179,11 +210,18 @@ def is_sweep(path: Path) -> bool:
 SWEEP = Kind("the sweep's record", is_sweep, forced=False)
 
 
-def write_sweep(root: Path, vary: Mapping[str, Sequence[str]], rank_by: str, results: Sequence[RunResult]) -> None:
+def write_sweep(
+    root: Path,
+    vary: Mapping[str, Sequence[str]],
+    rank_by: str,
+    results: Sequence[RunResult],
+    halving_factor: int | None = None,
+) -> None:
     """Writes sweep.json."""
     record = {
         "vary": {name: list(values) for name, values in vary.items()},
         "rank_by": rank_by,
+        **({"halving_factor": halving_factor} if halving_factor is not None else {}),
         "confidence": CONFIDENCE,
         "verdict": verdict(results),
         "runs": [{**asdict(result), "folder": result.folder.name} for result in results],

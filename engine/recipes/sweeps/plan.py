@@ -1,16 +1,10 @@
-"""Many runs of phase two over one cache: every combination of some fields, each an ordinary run in its own folder.
-
-What can be known to be wrong with any combination is said before the first run. The base is loaded once. Started again,
-a sweep skips the runs that are complete, goes on with the one that was stopped, and tries failed ones again.
-"""
+"""Every combination of some fields as a run of its own; what is wrong with any of them is said before the first run."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import re
-import time
-import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,24 +16,17 @@ import xxhash
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
-from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import LOSS_FIELDS, SweepConfig, TrainConfig, bare_type, unknown
 from dpoeng.engine.config.files import load_config
 from dpoeng.engine.config.problems import as_error
 from dpoeng.engine.losses.own_check import check_own_losses
 from dpoeng.engine.models.full_finetuning import check_full
-from dpoeng.engine.recipes.inputs import Split, open_inputs, open_split
+from dpoeng.engine.recipes.inputs import Inputs, Split, open_inputs, open_split
 from dpoeng.engine.recipes.phase_two.mode import resolve_mode
-from dpoeng.engine.recipes.sweep_ranking import PER_PAIR, RunResult, compare_runs, write_sweep
-from dpoeng.engine.recipes.train import train
-from dpoeng.engine.reference.loading import KeptBase
-from dpoeng.engine.runs.folder import has_result
-from dpoeng.engine.runtime.host import group_size
-from dpoeng.engine.runtime.out_of_memory import release_memory
-from dpoeng.engine.runtime.progress import QUIET, Progress
+from dpoeng.engine.recipes.sweeps.halving import rung_count, rung_steps
+from dpoeng.engine.recipes.sweeps.ranking import PER_PAIR
 
 DEFAULT_FOLDER = Path("sweep")
-ERROR_FILE = "error.txt"
 
 # What belongs to a run's place and not to what it does.
 _NOT_VARIED = frozenset({"output_dir", "resume", "run_name"})
@@ -56,12 +43,14 @@ class Point:
         values: field -> its value as text.
         config: of the run.
         pairs: that training will see, each as often as it does.
+        rungs: optimizer steps after which it is compared with the others; the last is the end of training.
     """
 
     name: str
     values: Mapping[str, str]
     config: TrainConfig
     pairs: int = 0
+    rungs: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +61,14 @@ class SweepPlan:
         root: the folder of the sweep.
         vary: field -> its values as text.
         rank_by: held-out metric.
+        halving_factor: one run in so many goes on at each rung; None trains all to the end.
     """
 
     root: Path
     vary: Mapping[str, Sequence[str]]
     rank_by: str
     points: Sequence[Point]
-
-
-OnResults = Callable[[Sequence[RunResult]], None]
+    halving_factor: int | None = None
 
 
 # --------------------------------------------------------------------------- before the first run
@@ -112,7 +100,10 @@ def plan_sweep(sweep: SweepConfig, options: Mapping[str, Any], file: Path | None
             remedy=f"vary fewer values, or add --max-runs {count}; timings.jsonl of a run shows its time",
         )
     built, wrong = _attempt(_combinations(sweep.vary), lambda values: _point(values, options, file))
-    looked, unfit = _attempt(((point.name, point) for point in built), _Looker()) if not wrong else ([], wrong)
+    factor = sweep.halving_factor
+    rungs = rung_count(count, factor) if factor is not None else 1
+    looker = _Looker(factor or 1, rungs)
+    looked, unfit = _attempt(((point.name, point) for point in built), looker) if not wrong else ([], wrong)
     if unfit:
         raise _wrong_combinations(unfit, count)
     points = [point for point, _ in looked]
@@ -122,7 +113,7 @@ def plan_sweep(sweep: SweepConfig, options: Mapping[str, Any], file: Path | None
     for name, distinct in vary.items():
         if len(distinct) < len(sweep.vary[name]):
             raise _unfit_field(name, f"{len(sweep.vary[name])} different values", in_words(sweep.vary[name]))
-    return SweepPlan(points[0].config.output_dir.parent, vary, sweep.rank_by, points)
+    return SweepPlan(points[0].config.output_dir.parent, vary, sweep.rank_by, points, factor)
 
 
 def _check_fields(sweep: SweepConfig) -> None:
@@ -214,19 +205,26 @@ class _Looker:
     Views are hashed when they are opened, and splits read every row, so each is opened or made once for all points.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, factor: int, rungs: int) -> None:
+        self._factor, self._rungs = factor, rungs
         self._open_view = functools.cache(View.open)
         self._splits: dict[tuple[Any, ...], tuple[Split, str]] = {}
 
     def __call__(self, point: Point) -> tuple[Point, str]:
-        """The point with its number of pairs, and a hash over its held-out pairs; empty where there are none."""
+        """The point with its pairs and rungs, and a hash over its held-out pairs; empty where there are none."""
         config = point.config
         inputs = open_inputs(config, lambda config: self._split(config)[0])
         check_own_losses(config.loss_type, config.beta, per_token=not inputs.view.spec.holds_sums)
         reference = inputs.reference
         check_full(config, reference, quantization=config.quantization or reference["quantization"])
         resolve_mode(config, has_adapter=bool(config.adapter or reference.get("adapter")))
-        return replace(point, pairs=inputs.pairs_seen), self._split(config)[1]
+        return replace(point, pairs=inputs.pairs_seen, rungs=self._steps(config, inputs)), self._split(config)[1]
+
+    def _steps(self, config: TrainConfig, inputs: Inputs) -> list[int]:
+        """The steps of each rung: evaluations that a run has anyway, where it looks for its best one."""
+        schedule = inputs.schedule
+        every = (config.eval_steps or schedule.steps_per_epoch) if config.watches_a_metric else 1
+        return rung_steps(schedule.total_steps, self._factor, self._rungs, every)
 
     def _split(self, config: TrainConfig) -> tuple[Split, str]:
         """The split of a run, and the hash over its held-out pairs."""
@@ -321,83 +319,3 @@ def _check_metric(sweep: SweepConfig) -> None:
         found=sweep.rank_by,
         remedy="rank by rewards/accuracies",
     )
-
-
-# --------------------------------------------------------------------------- the runs
-
-
-def run_sweep(plan: SweepPlan, progress: Progress = QUIET, on_results: OnResults = lambda _: None) -> list[RunResult]:
-    """Does every run of the plan that is not complete, one after the other, and compares them.
-
-    Args:
-        plan: from `plan_sweep`.
-        progress: where bars and notes go.
-        on_results: called after each run with what all have shown so far, best first.
-
-    Returns:
-        a result for each run, best first, those that failed at the end.
-
-    Raises:
-        UserError: it was started by torchrun; or a folder holds a run of other settings.
-    """
-    _refuse_ranks()
-    kept = KeptBase()
-    failed: dict[str, str] = {}
-    results: list[RunResult] = []
-    seconds, pairs = 0.0, 0
-    for number, point in enumerate(plan.points, 1):
-        progress.note(f"run {number} of {len(plan.points)}: {point.name}")
-        began = time.perf_counter()
-        try:
-            summary = train(point.config, progress, kept_base=kept, may_extend=False)
-        except Exception as error:
-            if isinstance(error, UserError) and error.code == "resume-changed":
-                raise
-            failed[point.name] = error.text() if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            if not (isinstance(error, UserError) and error.code == "output-in-use"):  # that folder is another's
-                _keep_error(point, failed[point.name])
-            progress.note(f"{point.name} failed; the other runs go on: {failed[point.name].splitlines()[0]}")
-        else:
-            (point.config.output_dir / ERROR_FILE).unlink(missing_ok=True)
-            if not summary.already_complete:
-                seconds += time.perf_counter() - began
-                pairs += round(point.pairs * (summary.steps - summary.resumed_from) / max(1, summary.planned_steps))
-        release_memory()  # a run's modules hold each other in cycles, and the next run is promised the memory
-        results = compare_runs([(p.name, p.values, p.config.output_dir) for p in plan.points], plan.rank_by, failed)
-        write_sweep(plan.root, plan.vary, plan.rank_by, results)
-        on_results(results)
-        left = [later for later in plan.points[number:] if not has_result(later.config.output_dir)]
-        if left and pairs:
-            about = in_time(sum(later.pairs for later in left) * seconds / pairs)
-            progress.note(f"{counted(len(left), 'run')} left, about {about} at this speed")
-    return results
-
-
-def in_time(seconds: float) -> str:
-    """`40 s`, `12 min` or `3.5 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _refuse_ranks() -> None:
-    size = group_size()
-    if size > 1:
-        raise UserError(
-            "a sweep is one process and runs its trainings one after another",
-            code="sweep-ranks",
-            where="torchrun",
-            expected="dpoeng sweep, started as it is",
-            found=f"WORLD_SIZE {size}",
-            remedy="start it without torchrun; on several GPUs, start a sweep with other values on each (--device "
-            "cuda:1): sweeps over the same fields may share a folder",
-        )
-
-
-def _keep_error(point: Point, message: str) -> None:
-    """Leaves what ended a run in its folder, with the traceback; the folder may be what cannot be written."""
-    try:
-        point.config.output_dir.mkdir(parents=True, exist_ok=True)
-        (point.config.output_dir / ERROR_FILE).write_text(f"{message}\n\n{traceback.format_exc()}", encoding="utf-8")
-    except OSError:
-        return

@@ -1,0 +1,174 @@
+"""Successive halving: which run of a sweep is trained next, and how far. Knows names and scores, no model.
+
+All runs train to the first rung. The best one in `factor` of them go on to the next rung, and so on: Jamieson and
+Talwalkar 2016, https://arxiv.org/abs/1502.07943. Where several processes share a sweep and one of them would have to
+wait, the best run of a rung goes on as soon as it is among the best one in `factor` of those that are there: Li et al.
+2020, https://arxiv.org/abs/1810.05934. One process never waits, so its promotions are those of the first paper.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dpoeng.cache.errors import UserError
+from dpoeng.cache.files import replacing
+from dpoeng.engine.runs.metrics import read_lines
+from dpoeng.engine.runtime.folders import write_durably
+
+PROMOTIONS_FILE = "promotions.jsonl"
+
+Score = tuple[float, ...]
+"""Compared from the first number on; a larger one is better."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How far one run is.
+
+    Attributes:
+        scores: of the rungs that it has reached, the first rung first.
+        busy: a process is training it.
+        failed: an error has ended it.
+    """
+
+    name: str
+    scores: Sequence[Score]
+    busy: bool = False
+    failed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Promotion:
+    """A decision: `run` goes on to `rung`, by its `score` at the rung below, which `among` runs had reached."""
+
+    run: str
+    rung: int
+    score: Score
+    among: int
+
+
+def rung_count(runs: int, factor: int) -> int:
+    """Rungs of a sweep, the end of training included: one more for each time that `runs` can be divided by `factor`.
+
+    Raises:
+        UserError: there are fewer runs than `factor`, so none could end early.
+    """
+    if runs < factor:
+        raise UserError(
+            "too few runs for successive halving",
+            code="config-value",
+            where="--halving-factor",
+            expected=f"at least {factor} runs, of which one in {factor} goes on",
+            found=f"{runs}",
+            remedy="vary more values, or leave --halving-factor out: every run is then trained to its end",
+        )
+    count = 1
+    while runs >= factor:
+        runs //= factor
+        count += 1
+    return count
+
+
+def rung_steps(total: int, factor: int, rungs: int, every: int = 1) -> list[int]:
+    """Optimizer steps at each rung; the last is `total`, each one before a `factor`-th of the next.
+
+    Args:
+        total: steps of the whole run.
+        factor: see `rung_count`.
+        rungs: how many.
+        every: rungs are multiples of it, where they are below `total`.
+    """
+    shares = [total / factor ** (rungs - 1 - rung) for rung in range(rungs)]
+    return [min(total, every * math.ceil(share / every)) for share in shares]
+
+
+def next_job(
+    standings: Sequence[Standing], promotions: Sequence[Promotion], rungs: int, done: Iterable[tuple[str, int]]
+) -> tuple[str, int] | None:
+    """The run that is trained next and the rung that it is trained to; the highest rung first.
+
+    Args:
+        standings: of all runs, in the order in which they are begun.
+        promotions: all of them so far.
+        rungs: how many there are; with 1, every run is trained to its end.
+        done: what this process has trained already; each run is looked at once, even where its scores are there.
+    """
+    done = set(done)
+    looked_at = {name for name, _ in done}
+    for rung in reversed(range(rungs)):
+        for standing in _members(standings, promotions, rung):
+            missing = len(standing.scores) <= rung or standing.name not in looked_at
+            if missing and not standing.busy and (standing.name, rung) not in done:
+                return standing.name, rung
+    return None
+
+
+def promote(standings: Sequence[Standing], promotions: Sequence[Promotion], rungs: int, factor: int) -> list[Promotion]:
+    """Decides which runs go on, when no run is left that could be trained: those of the highest rung that has some."""
+    for rung in reversed(range(rungs - 1)):
+        members = _members(standings, promotions, rung)
+        there = [standing for standing in members if len(standing.scores) > rung]
+        everyone = len(there) == len(members)
+        places = max(1, len(there) // factor) if everyone else len(there) // factor
+        best = sorted(there, key=lambda standing: standing.scores[rung], reverse=True)[:places]
+        gone_on = {promotion.run for promotion in promotions if promotion.rung == rung + 1}
+        new = [standing for standing in best if standing.name not in gone_on]
+        if new:
+            return [Promotion(one.name, rung + 1, one.scores[rung], len(there)) for one in new]
+    return []
+
+
+def ended_early(standings: Sequence[Standing], promotions: Sequence[Promotion], rungs: int) -> dict[str, int]:
+    """Name -> the rung where it ended, of the runs that were not promoted although their rung has promoted some."""
+    ended = {}
+    for rung in range(rungs - 1):
+        gone_on = {promotion.run for promotion in promotions if promotion.rung == rung + 1}
+        for standing in _members(standings, promotions, rung):
+            if gone_on and standing.name not in gone_on and len(standing.scores) > rung:
+                ended[standing.name] = rung
+    return ended
+
+
+def _members(standings: Sequence[Standing], promotions: Sequence[Promotion], rung: int) -> list[Standing]:
+    """The runs that are to reach a rung, without those that have failed."""
+    names = {promotion.run for promotion in promotions if promotion.rung == rung}
+    return [standing for standing in standings if not standing.failed and (rung == 0 or standing.name in names)]
+
+
+# --------------------------------------------------------------------------- the record of the decisions
+
+
+def read_promotions(root: Path, ladder: dict[str, object]) -> list[Promotion]:
+    """The decisions of this sweep so far.
+
+    Args:
+        root: the folder of the sweep.
+        ladder: what decisions depend on: runs, factor, metric.
+
+    Raises:
+        UserError: the decisions there were made for another ladder, or the file is damaged.
+    """
+    lines = read_lines(root / PROMOTIONS_FILE)
+    if lines and lines[0] != ladder:
+        changed = [name for name in ladder if lines[0].get(name) != ladder[name]]
+        raise UserError(
+            "this sweep has ended runs early by other settings",
+            code="resume-changed",
+            where=str(root / PROMOTIONS_FILE),
+            expected="; ".join(f"{name} = {lines[0].get(name)}" for name in changed),
+            found="; ".join(f"{name} = {ladder[name]}" for name in changed),
+            remedy=f"use the same values to continue, or another --output-dir; or delete {PROMOTIONS_FILE}: runs keep "
+            "their checkpoints, and are promoted anew",
+        )
+    return [Promotion(line["run"], line["rung"], tuple(line["score"]), line["among"]) for line in lines[1:]]
+
+
+def write_promotions(root: Path, ladder: dict[str, object], promotions: Sequence[Promotion]) -> None:
+    """Writes all decisions, whole or not at all."""
+    lines = [ladder, *map(asdict, promotions)]
+    with replacing(root / PROMOTIONS_FILE) as temporary:
+        write_durably(temporary, "".join(json.dumps(line) + "\n" for line in lines).encode())
