@@ -211,7 +211,9 @@ class PrecomputeConfig(_Config):
     )
     max_reject_share: float = Field(0.05, ge=0, le=1, description="Stop if more than this share of rows is unusable.")
     batch_tokens: int | None = Field(
-        None, ge=1, description="Positions computed in one forward. Default: 16384 on a GPU, 2048 on a CPU."
+        None,
+        ge=1,
+        description="Positions computed in one forward. Default: 2048 on a CPU, 16384 on a GPU, or as many as fit.",
     )
     layer_offloading: LayerOffloading = Field(
         "auto",
@@ -440,7 +442,12 @@ class TrainConfig(_Config):
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0 turns clipping off.")
     num_train_epochs: float = Field(3.0, gt=0, le=1e6, description="Passes over the pairs.")
     max_steps: int = Field(-1, ge=-1, le=10**12, description="Optimizer steps; if > 0 it replaces num_train_epochs.")
-    per_device_train_batch_size: int = Field(2, ge=1, description="Pairs in one forward.")
+    per_device_train_batch_size: int = Field(
+        2,
+        ge=1,
+        description="Pairs in one forward. Left out, a GPU takes more of a step's pairs at once if they are short and "
+        "fit, or fewer.",
+    )
     gradient_accumulation_steps: int = Field(
         4, ge=1, description="Forwards in one optimizer step, of all processes together."
     )

@@ -42,10 +42,12 @@ class StepForecast:
     Attributes:
         peak_bytes: the predicted peak of tensors.
         recompute: how many of the first layers are recomputed in the backward pass; None: as configured.
+        pairs: in one forward; None: as configured.
     """
 
     peak_bytes: int
     recompute: int | None = None
+    pairs: int | None = None
 
 
 def ignore(_: str) -> None:
@@ -72,13 +74,15 @@ def check_step(
     held_bytes: int = 0,
     trunk_layer: int = 0,
     by_layer: bool = False,
+    advises: bool = True,
     note: Note = ignore,
 ) -> StepForecast | None:
     """Refuses phase two where its longest pairs would not fit; `held_bytes` are taken, and there for this run.
 
     With `shards` above 1 the frozen layers are divided over so many processes, each on a device of its own. On a GPU
     whose memory takes more, only some layers are recomputed, unless `gradient_checkpointing` was set. With
-    `trunk_layer` the model begins at that layer; `by_layer` layers are loaded one at a time.
+    `trunk_layer` the model begins at that layer; `by_layer` layers are loaded one at a time. Unless it `advises`, the
+    refusal does not look for a batch that fits.
 
     Returns:
         the forecast; None where it was plain without a simulation that all fits, or where it cannot be
@@ -100,6 +104,7 @@ def check_step(
             held_bytes=held_bytes,
             trunk_layer=trunk_layer,
             by_layer=by_layer,
+            advises=advises,
         ),
     )
 
@@ -143,6 +148,7 @@ def _check_step(
     held_bytes: int,
     trunk_layer: int,
     by_layer: bool,
+    advises: bool,
 ) -> StepForecast | None:
     longest = list(islice(ordered, config.per_device_train_batch_size))
     if _is_small(source, longest, device, not config.use_peft):
@@ -153,7 +159,7 @@ def _check_step(
     peak = memory.peak
     room = available_bytes(device) + held_bytes
     if _needed(setup, longest, peak, device) > room:
-        fewer = [n for n in (1, 2, 4) if n < len(longest)]
+        fewer = [n for n in (1, 2, 4) if advises and n < len(longest)]
         fits = [n for n in fewer if _needed(setup, longest[:n], step_memory(setup, longest[:n]).peak, device) <= room]
         changes = (
             [f"--per-device-train-batch-size {fits[-1]} (with more --gradient-accumulation-steps)"] if fits else []

@@ -1,8 +1,13 @@
-"""Whether a phase is run layer by layer: as asked for, or where the base does not fit otherwise."""
+"""How a phase is run in the memory that is there: how much in one forward, and whether layer by layer.
+
+As asked for; else as much in a forward as is worth it and fits, and layer by layer where the base does not fit.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -11,7 +16,8 @@ import torch
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import PairIds
 from dpoeng.engine.config.fields import PrecomputeConfig, Quantization, TrainConfig
-from dpoeng.engine.memory.fit import Note, StepForecast, check_forward, check_step, ignore
+from dpoeng.engine.memory.fit import Note, StepForecast, check_forward, check_step
+from dpoeng.engine.memory.forwards import batches_to_try, pairs_to_try
 from dpoeng.engine.models.layers.setting_up import check_adapter_by_layer
 from dpoeng.engine.models.sources import ModelSource
 
@@ -20,26 +26,50 @@ Shards = Sequence[Sequence[PairIds]]
 
 
 def decide_forward(
-    config: PrecomputeConfig, source: ModelSource, shards: Shards, device: torch.device, note: Note
-) -> tuple[bool, int | None]:
-    """Phase one: whether it is run layer by layer, and the predicted peak of tensors where there is one.
+    config: PrecomputeConfig,
+    source: ModelSource,
+    shards: Shards,
+    device: torch.device,
+    note: Note,
+    *,
+    everything: Sequence[PairIds] | None = None,
+) -> tuple[bool, int | None, int | None]:
+    """Phase one: whether it is run layer by layer, the predicted peak of tensors where there is one, `batch_tokens`.
+
+    Args:
+        config: of phase one, with `batch_tokens`.
+        source: the base.
+        shards: the pairs that are to be scored.
+        device: where.
+        note: told of what was decided.
+        everything: all pairs, where nobody asked for these `batch_tokens`: they are lowered if they do not fit. For all
+            pairs, so that a run that goes on with the last of them cuts its batches as it began.
 
     Raises:
         UserError: it does not fit, and would not with a pair in a forward; layer offloading is off, or cannot be had.
     """
 
-    def by_layer() -> tuple[bool, int | None]:
-        return True, check_forward(config, source, chain.from_iterable(shards), device, by_layer=True, note=note)
+    def by_layer() -> tuple[bool, int | None, int | None]:
+        peak = check_forward(config, source, chain.from_iterable(shards), device, by_layer=True, note=note)
+        return True, peak, config.batch_tokens
 
     if config.layer_offloading == "on":
         return by_layer()
+    pairs: Iterable[PairIds] = chain.from_iterable(shards) if everything is None else everything
     try:
-        return False, check_forward(config, source, chain.from_iterable(shards), device, note=note)
+        return False, check_forward(config, source, pairs, device, note=note), config.batch_tokens
     except UserError as error:
-        if error.code != "memory-short" or config.layer_offloading == "off" or source.gguf:
+        if error.code != "memory-short":
+            raise
+        for tokens in batches_to_try(config.batch_tokens or 1) if everything is not None else ():
+            fewer = config.model_copy(update={"batch_tokens": tokens})
+            if (peak := _peak(fewer, source, pairs, device)) is not None:
+                note(f"{tokens} tokens in one forward, since more do not fit (--batch-tokens)")
+                return False, peak, tokens
+        if config.layer_offloading == "off" or source.gguf:
             raise
         one = config.model_copy(update={"batch_tokens": 1})
-        if _fits(one, source, shards, device):
+        if _peak(one, source, chain.from_iterable(shards), device) is not None:
             raise  # the base fits: what does not is the batch
         note(_turned_on(error))
     return by_layer()
@@ -57,29 +87,30 @@ def decide_step(
     shards: int,
     held_bytes: int,
     trunk_layer: int,
+    processes: int = 1,
+    begun_with: int | None = None,
     note: Note,
 ) -> tuple[bool, StepForecast | None]:
     """Phase two: whether it is run layer by layer, and the forecast of a step where there is one.
 
-    Arguments as of `check_step`; `adapter` is the SFT adapter, or None. Of a run that begins from a trunk, the layers
-    above it are loaded one at a time.
+    Arguments as of `check_step` and `pairs_to_try`; `adapter` is the SFT adapter, or None. Of a run that begins from a
+    trunk, the layers above it are loaded one at a time.
 
     Raises:
         UserError: as there.
     """
 
-    def check(some: TrainConfig, note: Note = ignore, *, by_layer: bool = False) -> StepForecast | None:
+    def check(some: TrainConfig, **how: Any) -> StepForecast | None:
         settings: Any = {"quantization": quantization, "dtype": dtype, "shards": shards, "held_bytes": held_bytes}
-        return check_step(
-            some, source, pairs, device, by_layer=by_layer, note=note, trunk_layer=trunk_layer, **settings
-        )
+        return check_step(some, source, pairs, device, trunk_layer=trunk_layer, **settings, **how)
 
     if config.layer_offloading == "on":
         check_adapter_by_layer(adapter)
-        return True, check(config, note, by_layer=True)
+        return True, check(config, note=note, by_layer=True)
 
+    sizes = pairs_to_try(config, pairs, device.type, processes=processes, begun_with=begun_with)
     try:
-        return False, check(config, note)
+        return False, _first_that_fits(config, sizes, partial(check, note=note))
     except UserError as error:
         able = config.use_peft and not (config.fsdp or config.use_dora or source.gguf)
         if error.code != "memory-short" or config.layer_offloading == "off" or not able:
@@ -91,16 +122,40 @@ def decide_step(
         except UserError:
             check_adapter_by_layer(adapter)
             note(_turned_on(error))
-            return True, check(config, note, by_layer=True)
+            return True, check(config, note=note, by_layer=True)
         raise
 
 
-def _fits(config: PrecomputeConfig, source: ModelSource, shards: Shards, device: torch.device) -> bool:
+def _first_that_fits(
+    config: TrainConfig, sizes: Sequence[int], check: Callable[..., StepForecast | None]
+) -> StepForecast | None:
+    """The forecast with the first number of pairs in a forward that fits.
+
+    Raises:
+        UserError: none does.
+    """
+    for pairs in sizes[:-1]:
+        try:
+            found = check(_with_pairs(config, pairs), advises=False)
+        except UserError as error:
+            if error.code != "memory-short":
+                raise
+        else:
+            return found and replace(found, pairs=pairs)
+    found = check(_with_pairs(config, sizes[-1]))
+    return found and replace(found, pairs=sizes[-1])
+
+
+def _with_pairs(config: TrainConfig, pairs: int) -> TrainConfig:
+    return config.model_copy(update={"per_device_train_batch_size": pairs})
+
+
+def _peak(config: PrecomputeConfig, source: ModelSource, pairs: Iterable[PairIds], device: torch.device) -> int | None:
+    """The predicted peak of tensors, 0 where it is plainly small; None where it does not fit."""
     try:
-        check_forward(config, source, chain.from_iterable(shards), device)
+        return check_forward(config, source, pairs, device) or 0
     except UserError:
-        return False
-    return True
+        return None
 
 
 def _turned_on(error: UserError) -> str:

@@ -75,6 +75,7 @@ class Policy:
         parity: the comparison with the cache.
         loaded: with `fsdp`: whether each process read its part of the base only, in words.
         predicted_bytes: simulated peak of a step; None where it was not simulated.
+        pairs: in one forward.
     """
 
     lm: CausalLM
@@ -83,6 +84,7 @@ class Policy:
     parity: ParityReport
     loaded: str
     predicted_bytes: int | None
+    pairs: int
 
 
 def choose_policy(config: TrainConfig, inputs: Inputs, group: Group, note: Callable[[str], None]) -> Choice:
@@ -119,7 +121,13 @@ def choose_policy(config: TrainConfig, inputs: Inputs, group: Group, note: Calla
 
 
 def load_policy(
-    config: TrainConfig, inputs: Inputs, choice: Choice, group: Group, progress: Progress, kept_base: KeptBase | None
+    config: TrainConfig,
+    inputs: Inputs,
+    choice: Choice,
+    group: Group,
+    progress: Progress,
+    kept_base: KeptBase | None,
+    begun_with: int | None = None,
 ) -> Policy:
     """Load the policy, make it trainable and compare it with the cache.
 
@@ -130,6 +138,7 @@ def load_policy(
         group: the processes of the run; all get the first one's trained weights.
         progress: where bars and notes go.
         kept_base: holds the base between the runs of a sweep.
+        begun_with: pairs in a forward of the run that is gone on with, or None.
 
     Raises:
         UserError: it cannot be loaded, would not fit into memory, or is not the cache's reference.
@@ -140,7 +149,9 @@ def load_policy(
     refuse_attention_on_cpu(config, device)
     note_idle(config, group, progress)
     held_bytes = kept_base.n_bytes if kept_base is not None else 0
-    by_layer, forecast = _check_memory(config, inputs, choice, source, device, group, held_bytes, progress.note)
+    by_layer, forecast, pairs = _check_memory(
+        config, inputs, choice, source, device, group, held_bytes, begun_with, progress.note
+    )
     whole = loads_whole_because(config, group, choice.quantization, source, choice.adapter) if config.fsdp else ""
     if whole:
         progress.note(f"each process loads the whole base into the host's memory before it is divided: {whole}")
@@ -175,7 +186,7 @@ def load_policy(
     if choice.trunk is not None:
         loaded = f"from layer {choice.trunk.layer} on; what enters it is read from the cache"
         loaded += "; these layers one at a time" if by_layer else ""
-    return Policy(lm, source, device, parity, loaded, forecast.peak_bytes if forecast is not None else None)
+    return Policy(lm, source, device, parity, loaded, forecast.peak_bytes if forecast is not None else None, pairs)
 
 
 def _recompute_layers(
@@ -204,17 +215,19 @@ def _check_memory(
     device: torch.device,
     group: Group,
     held_bytes: int,
+    begun_with: int | None,
     note: Callable[[str], None],
-) -> tuple[bool, StepForecast | None]:
-    """Whether layers are loaded one at a time, and the forecast of a step.
+) -> tuple[bool, StepForecast | None, int]:
+    """Whether layers are loaded one at a time, the forecast of a step, and the pairs of one forward.
 
     `held_bytes`: memory that a kept base already occupies, which this run uses again.
 
     Raises:
         UserError: the device has no room for it.
     """
+    configured = config.per_device_train_batch_size
     if config.fsdp and choice.mode == "full":  # the simulation divides frozen layers only
-        return False, None
+        return False, None, begun_with or configured
     by_layer, predicted = decide_step(
         config,
         source,
@@ -226,10 +239,18 @@ def _check_memory(
         shards=group.size if config.fsdp else 1,
         held_bytes=held_bytes,
         trunk_layer=choice.trunk.layer if choice.trunk else 0,
+        processes=group.size,
+        begun_with=begun_with,
         note=note,
     )
     # Processes on cards of which some are fuller than others take one way.
-    return any(group.gather(by_layer)), predicted
+    pairs = min(group.gather((predicted and predicted.pairs) or begun_with or configured))
+    if pairs not in (configured, begun_with):
+        note(
+            f"{counted(pairs, 'pair')} in one forward, as this GPU's memory takes them; a step keeps its pairs. "
+            f"--per-device-train-batch-size {configured} sets the usual number, with the same result up to rounding"
+        )
+    return any(group.gather(by_layer)), predicted, pairs
 
 
 def _make_trainable(

@@ -6,7 +6,7 @@ import re
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -136,7 +136,7 @@ def _precompute(config: PrecomputeConfig, group: Group, progress: Progress) -> P
         trunk_layer=work.trunk.layer if work.trunk else None,
     )
     if work.mine or (work.trunk and work.trunk.mine):
-        compute(work, summary, progress)
+        work = compute(work, summary, progress)
     group.wait()  # until all have committed their shards
     if group.is_first:
         # A network file system shows other machines' files late.
@@ -150,6 +150,7 @@ class Work:
 
     Attributes:
         config: with the stored quantization of the base and with `batch_tokens` set.
+        asked_batch: whether the user named `batch_tokens`.
         source: the base.
         adapter: the SFT adapter, or None.
         device: of this process.
@@ -167,6 +168,7 @@ class Work:
     """
 
     config: PrecomputeConfig
+    asked_batch: bool
     source: ModelSource
     adapter: ModelSource | None
     device: torch.device
@@ -202,6 +204,7 @@ def plan_work(config: PrecomputeConfig, group: Group, progress: Progress) -> Wor
     adapter = find_adapter(config.adapter) if config.adapter else None
     device = pick_device(config.device, group.local_rank)
     require_bitsandbytes(config.quantization)
+    asked_batch = config.batch_tokens is not None
     config = config.model_copy(update={"batch_tokens": config.batch_tokens or default_batch_tokens(device)})
     view_name = config.name or default_view_name(config.pairs[0])
     part = _part(config.shard, group)
@@ -224,7 +227,8 @@ def plan_work(config: PrecomputeConfig, group: Group, progress: Progress) -> Wor
         of_trunk = put_trunk(store, spec, source, config.trunk_layer)
         trunk = plan_trunk(store, of_trunk, distinct, keys, missing, config.shard_tokens, part, progress.note)
     return Work(
-        config, source, adapter, device, view_name, file, data, distinct, reused, store, spec, index, part, mine, trunk
+        config, asked_batch, source, adapter, device, view_name, file, data, distinct, reused, store, spec, index, part,
+        mine, trunk,
     )  # fmt: skip
 
 
@@ -252,25 +256,32 @@ def _look_up(
     return index, np.flatnonzero(held), [shard[~held[shard]] for shard in shards]
 
 
-def compute(work: Work, summary: PrecomputeSummary, progress: Progress) -> None:
+def compute(work: Work, summary: PrecomputeSummary, progress: Progress) -> Work:
     """Score this process's pairs with the reference and commit them, shard by shard; `summary` gets the figures.
+
+    Returns:
+        the work, with the `batch_tokens` that fitted.
 
     Raises:
         UserError: no room on the disk or in memory; ids or lengths that the model does not take; or older values that
             it does not repeat.
     """
-    config, pairs, trunk = work.config, work.distinct, work.trunk
+    pairs, trunk = work.distinct, work.trunk
     check_disk(work.store.root, work.mine, trunk.n_bytes if trunk else 0)
     began = time.perf_counter()
     shards = [*work.mine, *(trunk.mine if trunk else ())]
-    by_layer, summary.predicted_bytes = decide_forward(config, work.source, shards, work.device, progress.note)
+    chooses = work.device.type == "cuda" and not work.asked_batch
+    by_layer, summary.predicted_bytes, batch_tokens = decide_forward(
+        work.config, work.source, shards, work.device, progress.note, everything=pairs if chooses else None
+    )
+    assert batch_tokens is not None
+    config = work.config.model_copy(update={"batch_tokens": batch_tokens})
     lm = load_reference(config, work.source, work.adapter, work.device, longest_text(pairs), by_layer=by_layer)
     for remark in lm.remarks:
         progress.note(remark)
     summary.layout, summary.layout_reason = lm.layout, lm.layout_reason
     check_ids(pairs, lm, work.source.name)
     check_positions(pairs, lm)
-    assert config.batch_tokens is not None
     check_drift(
         lm,
         work.store,
@@ -279,7 +290,7 @@ def compute(work: Work, summary: PrecomputeSummary, progress: Progress) -> None:
         work.distinct.at(work.reused),
         work.data.keys[work.distinct.places[work.reused]],
         quantization=config.quantization,
-        batch_tokens=config.batch_tokens,
+        batch_tokens=batch_tokens,
         progress=progress,
     )
     writer = None
@@ -287,12 +298,13 @@ def compute(work: Work, summary: PrecomputeSummary, progress: Progress) -> None:
     if trunk is not None:
         rehearse(lm, trunk.layer, rehearsal_pairs(lm, shards))
         writer = TrunkWriter(work.store, trunk, provenance)
-    _score(lm, work, config.batch_tokens, summary, provenance, writer, progress)
+    _score(lm, work, batch_tokens, summary, provenance, writer, progress)
     if trunk is not None and writer is not None:
-        _store_states(lm, trunk, config.batch_tokens, writer, progress)
+        _store_states(lm, trunk, batch_tokens, writer, progress)
         summary.trunk_texts, summary.trunk_bytes = trunk.texts, writer.stored_bytes
     summary.layers_read_bytes = lm.by_layer.bytes_read() if lm.by_layer is not None else None
     summary.seconds = time.perf_counter() - began
+    return replace(work, config=config)
 
 
 def finish(work: Work, summary: PrecomputeSummary, progress: Progress, *, patience_s: float) -> None:

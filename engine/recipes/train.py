@@ -116,7 +116,8 @@ def _train(
 
     if group.is_first:
         refuse_foreign(config.output_dir, _models(choice))
-    policy = load_policy(config, inputs, choice, group, progress, kept_base)
+    begun_with = group.from_first(_pairs_of_begun(config, identity, checkpoint) if group.is_first else None)
+    policy = load_policy(config, inputs, choice, group, progress, kept_base, begun_with)
     group.wait()  # until every process has found its policy right
     if group.is_first and config.resume is False:  # only now, when nothing can refuse the new run any more
         clear_output(config.output_dir)
@@ -166,6 +167,19 @@ def find_beginning(
     return identity, own if group.is_first else others
 
 
+def _pairs_of_begun(config: TrainConfig, identity: Mapping[str, Any], checkpoint: Checkpoint | None) -> int | None:
+    """Pairs in a forward of the run that is gone on with, or that was killed before its first checkpoint."""
+    if checkpoint is not None:
+        return checkpoint.state.get("micro_batch")
+    file = config.output_dir / RUN_FILE
+    if config.resume is False or not file.is_file():
+        return None
+    with contextlib.suppress(UserError):  # a damaged record is written anew
+        record = read_json(file, dict)
+        return record.get("micro_batch") if record.get("identity") == identity else None
+    return None
+
+
 def make_run(
     config: TrainConfig,
     inputs: Inputs,
@@ -189,6 +203,7 @@ def make_run(
         progress=progress,
         per_token=not inputs.view.spec.holds_sums,
         source_of=inputs.train_rows.source,
+        micro_batch=policy.pairs,
         starts_within=policy.parity.tolerance if config.lora_dropout == 0 or not config.use_peft else None,
         group=group,
     )
@@ -245,6 +260,7 @@ def _record(run: Run, identity: dict[str, Any], inputs: Inputs, choice: Choice, 
         "processes": run.group.size,
         "extensions": run.extensions,
         "total_steps": run.schedule.total_steps,
+        "micro_batch": run.micro_batch,
     }
 
 

@@ -46,8 +46,8 @@ class Run:
     `starts_within` is how far, in nats a token, the first step's log-probs may lie from the cache: what the comparison
     before training allows; None where the policy does not start as the reference (dropout).
     `extensions` are the records of earlier lengths of this run, if it was made longer.
-    `micro_batch` is the number of pairs in a forward: the configured one, until memory runs out. The processes of
-    `group` share a step's forwards; all hold the same adapter and optimizer.
+    `micro_batch` is the number of pairs in a forward: the configured one, or on a GPU a chosen one, until memory runs
+    out. The processes of `group` share a step's forwards; all hold the same adapter and optimizer.
     `tell` shows what a long step is at.
     """
 
@@ -138,7 +138,8 @@ def restore_run(run: Run, checkpoint: Checkpoint) -> int:
     run.loss_state = checkpoint.state.get("losses", {})
     run.best = Best(**checkpoint.state.get("best", {}))
     run.extensions = [*checkpoint.state.get("extensions", [])]
-    run.micro_batch = checkpoint.state.get("micro_batch", run.config.per_device_train_batch_size)
+    # Fewer than it was saved with where this machine has less memory.
+    run.micro_batch = min(run.micro_batch, checkpoint.state.get("micro_batch", run.micro_batch))
     return checkpoint.step
 
 
