@@ -121,14 +121,9 @@ def choose_policy(config: TrainConfig, inputs: Inputs, group: Group, note: Calla
 
 
 def load_policy(
-    config: TrainConfig,
-    inputs: Inputs,
-    choice: Choice,
-    group: Group,
-    progress: Progress,
-    kept_base: KeptBase | None,
-    begun_with: int | None = None,
-) -> Policy:
+    config: TrainConfig, inputs: Inputs, choice: Choice, group: Group, progress: Progress,
+    kept_base: KeptBase | None, begun_with: int | None = None,
+) -> Policy:  # fmt: skip
     """Load the policy, make it trainable and compare it with the cache.
 
     Args:
@@ -149,9 +144,8 @@ def load_policy(
     refuse_attention_on_cpu(config, device)
     note_idle(config, group, progress)
     held_bytes = kept_base.n_bytes if kept_base is not None else 0
-    by_layer, forecast, pairs = _check_memory(
-        config, inputs, choice, source, device, group, held_bytes, begun_with, progress.note
-    )
+    checked = (config, inputs, choice, source, device, group, held_bytes, begun_with, progress.note)
+    by_layer, forecast, pairs = _check_memory(*checked)
     whole = loads_whole_because(config, group, choice.quantization, source, choice.adapter) if config.fsdp else ""
     if whole:
         progress.note(f"each process loads the whole base into the host's memory before it is divided: {whole}")
@@ -184,9 +178,13 @@ def load_policy(
     set_mode(lm, training=True)
     loaded = f"whole by each process, then divided: {whole}" if whole else "in parts" if in_parts else ""
     if choice.trunk is not None:
-        loaded = f"from layer {choice.trunk.layer} on; what enters it is read from the cache"
-        loaded += "; these layers one at a time" if by_layer else ""
-    return Policy(lm, source, device, parity, loaded, forecast.peak_bytes if forecast is not None else None, pairs)
+        loaded = _from_trunk_in_words(choice.trunk, by_layer)
+    return Policy(lm, source, device, parity, loaded, forecast and forecast.peak_bytes, pairs)
+
+
+def _from_trunk_in_words(trunk: TrunkIndex, by_layer: bool) -> str:
+    loaded = f"from layer {trunk.layer} on; what enters it is read from the cache"
+    return loaded + "; these layers one at a time" * by_layer
 
 
 def _recompute_layers(
