@@ -13,7 +13,8 @@ import pytest
 from click.testing import CliRunner
 from dpoeng_testing import pair_rows, write_jsonl
 
-from dpoeng.bench.studies import quality
+from dpoeng.bench.studies import halving, quality
+from dpoeng.bench.studies.halving import HalvingSettings
 from dpoeng.bench.studies.quality import QualitySettings, bench_quality, run_way, split_pairs, summarise, with_intervals
 from dpoeng.bench.studies.scale import power_law
 from dpoeng.bench.studies.selection import SelectionSettings, selection_study, table
@@ -240,3 +241,30 @@ def test_the_selection_study(tmp_path: Path, tiny_model: Path) -> None:
     assert table(record).row_count == 5
     again = selection_study(settings)
     assert again["choices"] == record["choices"]
+
+
+# --------------------------------------------------------------------------- halving
+
+
+def test_halving_is_replayed_by_hand() -> None:
+    """Four runs, factor 2: a and b lead at the first rung, b at the second; d would have won at the end."""
+    scores = {"a": [(3.0,), (1.0,), (1.0,)], "b": [(2.0,), (2.0,), (3.0,)], "c": [(1.0,), (9.0,), (2.0,)],
+              "d": [(0.0,), (9.0,), (4.0,)]}  # fmt: skip
+    # 4 runs to a quarter, 2 of them to a half, 1 to the end: (2 * 1/4 + 1/2 + 1) / 4
+    assert halving.replay(scores, 2) == {"run": "b", "found": False, "regret": 1.0, "share": 0.5}
+    del scores["d"]  # three runs have two rungs, the last two: c leads there, and one in two of three is one
+    assert halving.replay(scores, 2) == {"run": "c", "found": False, "regret": 1.0, "share": (2 * 0.5 + 1) / 3}
+
+
+@pytest.mark.slow
+def test_the_halving_study(tmp_path: Path, tiny_model: Path) -> None:
+    file = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(24))
+    settings = HalvingSettings(
+        str(tiny_model), (file,), tmp_path / "work", pairs_count=24, steps=4, learning_rates=(1e-4, 1e-3), seeds=1,
+        factor=2, part=3, parts=4, lora_r=4,
+    )  # fmt: skip
+    record = halving.halving_study(settings)
+    assert [len(values) for values in record["grids"][0].values()] == [3] * 4
+    assert record["whole"][0]["share"] == 0.5
+    assert record["parts"]["cases"] == 4
+    assert halving.table(record).row_count == 3

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dpoeng.cache.words import counted
+from dpoeng.engine.recipes.sweeps.halving import Score
 from dpoeng.engine.runs.folder import RUN_FILE, has_result
 from dpoeng.engine.runs.metrics import EVALUATIONS_FILE, read_lines
 from dpoeng.engine.runs.reading import read_held_out, read_run
@@ -147,6 +148,23 @@ def evaluation_from(folder: Path, step: int) -> dict[str, Any] | None:
     """
     lines = (line for line in read_lines(folder / EVALUATIONS_FILE) if line["step"] >= step)
     return min(lines, key=lambda line: int(line["step"]), default=None)
+
+
+def score_at(folder: Path, step: int, rank_by: str) -> Score | None:
+    """What a run is compared by at a rung; None before its evaluation there.
+
+    That is the metric; of equal ones the margin in units of its interval, which does not depend on beta.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    line = evaluation_from(folder, step)
+    if line is None:
+        return None
+    sign = 1.0 if more_is_better(rank_by, None) else -1.0
+    margin, bounds = line["metrics"].get("rewards/margins", 0.0), line["intervals"].get("rewards/margins")
+    noise = bounds[1] - bounds[0] if bounds else 0.0
+    return sign * line["metrics"][rank_by], margin / noise if noise > 0 else 0.0
 
 
 def _pairs(lines: Sequence[Mapping[str, Any]]) -> _HeldOut:

@@ -27,7 +27,7 @@ from dpoeng.engine.recipes.sweeps.halving import (
     write_promotions,
 )
 from dpoeng.engine.recipes.sweeps.plan import Point, SweepPlan
-from dpoeng.engine.recipes.sweeps.ranking import RunResult, compare_runs, evaluation_from, write_sweep
+from dpoeng.engine.recipes.sweeps.ranking import RunResult, compare_runs, score_at, write_sweep
 from dpoeng.engine.recipes.train import train
 from dpoeng.engine.reference.loading import KeptBase
 from dpoeng.engine.runs.folder import has_result
@@ -35,7 +35,6 @@ from dpoeng.engine.runs.lock import is_held
 from dpoeng.engine.runtime.host import group_size
 from dpoeng.engine.runtime.out_of_memory import release_memory
 from dpoeng.engine.runtime.progress import QUIET, Progress
-from dpoeng.engine.training.early_stopping import more_is_better
 
 ERROR_FILE = "error.txt"
 _POLL_S = 1.0
@@ -117,19 +116,13 @@ class _Worker:
         return Standing(point.name, scores, busy=not self._alone and is_held(folder), failed=failed)
 
     def _score(self, point: Point, step: int) -> Score | None:
-        """At a rung: the metric by which runs are ranked; of equal ones the margin in units of its noise decides."""
         folder = point.config.output_dir
         if step >= point.rungs[-1] or self._rungs == 1:
             return (0.0,) if has_result(folder) else None
-        line = evaluation_from(folder, step)
-        if line is None and has_result(folder):  # early stopping has ended it before the rung
-            line = evaluation_from(folder, 1)
-        if line is None:
-            return None
-        sign = 1.0 if more_is_better(self._plan.rank_by, None) else -1.0
-        margin, bounds = line["metrics"].get("rewards/margins", 0.0), line["intervals"].get("rewards/margins")
-        noise = bounds[1] - bounds[0] if bounds else 0.0
-        return sign * line["metrics"][self._plan.rank_by], margin / noise if noise > 0 else 0.0
+        score = score_at(folder, step, self._plan.rank_by)
+        if score is None and has_result(folder):  # early stopping has ended it before the rung
+            return score_at(folder, 1, self._plan.rank_by)
+        return score
 
     # ----------------------------------------------------------------------- decisions
 
