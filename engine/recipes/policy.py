@@ -179,7 +179,7 @@ def load_policy(
     loaded = f"whole by each process, then divided: {whole}" if whole else "in parts" if in_parts else ""
     if choice.trunk is not None:
         loaded = _from_trunk_in_words(choice.trunk, by_layer)
-    return Policy(lm, source, device, parity, loaded, forecast and forecast.peak_bytes, pairs)
+    return Policy(lm, source, device, parity, loaded, forecast.peak_bytes if forecast else None, pairs)
 
 
 def _from_trunk_in_words(trunk: TrunkIndex, by_layer: bool) -> str:
