@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dpoeng.bench.compare import PEERS, CompareSettings
-from dpoeng.bench.figure_offload import offload, offload_cost, small_cards
+from dpoeng.bench.figure_offload import offload, offload_cost, small_cards, small_cards_trunk
 from dpoeng.bench.figure_tables import cache, kernels, memory, plan, scale, sharing, step, trunk
 from dpoeng.bench.figure_text import BASES, RESULTS, ROOT, Record, ranged, read, table, threads, where
 from dpoeng.cache.words import gib
@@ -246,6 +246,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "offload": offload,
     "offload-cost": offload_cost,
     "small-cards": small_cards,
+    "small-cards-trunk": small_cards_trunk,
     "trunk": trunk,
 }
 
