@@ -28,6 +28,7 @@ COMMANDS = {
     "sweep": ("dpoeng.cli.sweep:sweep", "Train every combination of some settings on one cache, and rank the runs."),
     "eval": ("dpoeng.cli.evaluate:evaluate", "Evaluate a trained adapter on cached pairs."),
     "compare": ("dpoeng.cli.compare:compare", "Show answers before and after training, side by side."),
+    "judge": ("dpoeng.cli.rounds.judge:judge", "Let a judge compare answers before and after training."),
     "check": ("dpoeng.cli.check:check", "Check preference pairs for anything that could spoil a run."),
     "select": ("dpoeng.cli.select:select", "Choose pairs by what the cache knows of them, as a new view."),
     "report": ("dpoeng.cli.runs.report:report", "Write a run as one HTML page: curves, tables, configuration."),

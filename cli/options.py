@@ -44,7 +44,7 @@ _USUAL = {
 
 # What a field takes, where its type does not say it.
 _METAVARS = {
-    **dict.fromkeys(("model", "adapter", "tokenizer"), "FOLDER|HUB_ID"),
+    **dict.fromkeys(("model", "adapter", "tokenizer", "init_adapter"), "FOLDER|HUB_ID"),
     "device": "auto|cpu|cuda|cuda:N",
     "where": "CONDITION",
     "prompt_format": "TEXT",
@@ -63,7 +63,7 @@ _METAVARS = {
     "rank_by": "METRIC",
     "devices": "DEVICE[,DEVICE...]",
 }
-_ON_DISK = ("model", "adapter", "tokenizer")
+_ON_DISK = ("model", "adapter", "tokenizer", "init_adapter")
 _MOST_NAMES = 6  # more would hide the option's description
 
 

@@ -311,6 +311,10 @@ class TrainConfig(_Config):
         description="new: a fresh LoRA on the base; stack: a fresh LoRA on base + frozen SFT adapter; continue: the "
         "SFT adapter trained further; auto: continue if the reference has an adapter, else new.",
     )
+    init_adapter: str | None = Field(
+        None,
+        description="Begin with the weights of this trained adapter, of the same shape. The reference stays as it is.",
+    )
     quantization: Quantization | None = Field(None, description="Overrides the reference's quantisation.")
     dtype: Dtype | None = Field(None, description="Overrides the reference's compute dtype.")
     device: Device = Field("auto", description="auto, cpu, cuda or cuda:N.")
@@ -558,7 +562,8 @@ class TrainConfig(_Config):
     def _all_weights_are_no_adapter(self) -> TrainConfig:
         if self.use_peft:
             return self
-        named = sorted({*self.lora_shape_given(), *({"lora_dropout", "adapter"} & self.model_fields_set)})
+        of_adapters = {"lora_dropout", "adapter", "init_adapter"} & self.model_fields_set
+        named = sorted({*self.lora_shape_given(), *of_adapters})
         named += ["adapter_mode"] if self.adapter_mode != "auto" else []
         if named:
             raise ValueError(

@@ -105,6 +105,7 @@ class TrainSettings(LossFields, total=False):
     model: str | PathLike[str] | None
     adapter: str | PathLike[str] | None
     adapter_mode: Literal["auto", "new", "stack", "continue"]
+    init_adapter: str | PathLike[str] | None
     quantization: Quantization | None
     dtype: Dtype | None
     device: str

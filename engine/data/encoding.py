@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dpoeng.cache.errors import UserError
-from dpoeng.engine.data.chat import Side
+from dpoeng.engine.data.chat import Side, to_sides
 from dpoeng.engine.data.rendering import Spans
+from dpoeng.engine.data.shapes import PreferencePair
 from dpoeng.engine.data.strict_json import RowFault
 
 if TYPE_CHECKING:
@@ -68,6 +69,17 @@ def _is_given(side: Side, encoded: Encoded, tokenizer: PreTrainedTokenizerBase) 
     if not encoded.ids or bos is None or encoded.ids[0] != tokenizer.bos_token_id:
         return False
     return side.from_template or not side.text.startswith(bos) or encoded.ids[:2] == [encoded.ids[0]] * 2
+
+
+def encode_response(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """The prompt of a pair with its chosen response, as phase one tokenises them.
+
+    Raises:
+        UserError: the pair is messages and the tokenizer has no chat template.
+        RowFault: the template refuses the messages.
+    """
+    (encoded,) = encode(to_sides(pair, tokenizer)[:1], tokenizer)
+    return encoded
 
 
 @contextmanager

@@ -324,6 +324,51 @@ def _check_weights(model: Any, adapter: ModelSource, name: str) -> None:
         raise ValueError(f"the base has no place for {over[0]}" + (f" and {len(over) - 1} more" if over[1:] else ""))
 
 
+@torch.no_grad()
+def begin_with(lm: CausalLM, start: ModelSource) -> None:
+    """Give the adapter that is to be trained the weights of another one of its shape.
+
+    Raises:
+        UserError: the other one has another shape, or other weights.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    wanted = lm.model.peft_config[POLICY_ADAPTER].to_dict()
+    fields = read_adapter_fields(start)
+    other = [
+        f"{name} {_plain(fields.get(name))}, not {_plain(wanted.get(name))}"
+        for name in _SHAPE
+        if _plain(fields.get(name)) != _plain(wanted.get(name))
+    ]
+    with as_peft_reads(start, lm.base) as read:
+        tensors = load_file(read.weight_files[0])
+    own = get_peft_model_state_dict(lm.model, adapter_name=POLICY_ADAPTER, save_embedding_layers=False)
+    sizes = {name: tensor.shape for name, tensor in tensors.items()}
+    if not other and sizes != {name: tensor.shape for name, tensor in own.items()}:
+        odd = sorted(name for name in {*sizes, *own} if name not in own or sizes.get(name) != own[name].shape)
+        other = [f"other weights, among them {odd[0]}"]
+    if other:
+        raise UserError(
+            "the policy cannot begin with this adapter: it has another shape",
+            code="adapter-mismatch",
+            where=f"--init-adapter {start.name}",
+            expected="an adapter of the shape that is trained",
+            found="; ".join(other),
+            remedy="give the LoRA settings that it was trained with, and the same --adapter-mode",
+        )
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+
+
+_SHAPE = "r lora_alpha use_rslora use_dora bias target_modules target_parameters rank_pattern alpha_pattern".split()
+
+
+def _plain(value: Any) -> Any:
+    """A field of peft's config as it stands in JSON, sets in order and what is empty as none."""
+    return sorted(value) if isinstance(value, set | frozenset | list) and value else value or None
+
+
 def linear_names(base: nn.Module) -> list[str]:
     """Distinct last names of the linear layers, the head left out: what LoRA can target."""
     head = getattr(base, "get_output_embeddings", lambda: None)()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,14 @@ import torch
 from dpoeng.engine.models.model import CausalLM
 
 
-@torch.no_grad()
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A continuation, without special tokens; `ended` if the model ended it, and no limit of tokens did."""
+
+    text: str
+    ended: bool
+
+
 def generate(
     lm: CausalLM,
     prompts: Sequence[npt.NDArray[np.int32]],
@@ -28,20 +36,48 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: int = 0,
 ) -> list[str]:
+    """One continuation of each prompt as text, in the order of the prompts; arguments as of `sample`."""
+    found = sample(
+        lm,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        temperature=temperature,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    return [answer.text for (answer,) in found]
+
+
+@torch.no_grad()
+def sample(
+    lm: CausalLM,
+    prompts: Sequence[npt.NDArray[np.int32]],
+    *,
+    count: int = 1,
+    max_new_tokens: int = 64,
+    stop: Sequence[str] = (),
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+) -> list[list[Answer]]:
     """Continue prompts, all in one batch.
 
     Args:
         lm: a model with its tokenizer, in whatever adapter state the caller has put it.
         prompts: token ids, [P] each, not empty.
+        count: continuations of each prompt; more than one are drawn, so `temperature` must be above 0.
         max_new_tokens: most tokens of a continuation.
         stop: texts at which a continuation ends; they are cut off. End-of-sequence ends it in any case.
         temperature: 0 takes the likeliest token each time; above, tokens are drawn.
+        top_p: draw among the likeliest tokens that together have this probability.
         repetition_penalty: divides the scores of tokens that already occurred, https://arxiv.org/abs/1909.05858; 1 is
             none. Small models that take the likeliest token each time run in circles without.
         seed: of the draws; torch's own generator is left as it was.
 
     Returns:
-        The continuations as text, without special tokens, in the order of the prompts.
+        `count` continuations of each prompt, in the order of the prompts.
     """
     if lm.tokenizer is None:
         raise ValueError("generating needs the tokenizer: load the model with tokenizer=True")
@@ -51,21 +87,34 @@ def generate(
     ids, mask = _pad_left(prompts, pad_id=_pad_id(lm), device=lm.base.device)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     with _ordinary_attention(lm), torch.random.fork_rng():
         torch.manual_seed(seed)
         output = lm.base.generate(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
+            num_return_sequences=count,
             use_cache=True,
             repetition_penalty=repetition_penalty,
             pad_token_id=_pad_id(lm),
             stopping_criteria=[_StopAt(lm.tokenizer, stop, ids.shape[1])] if stop else None,
             **sampling,
-        )
-    texts = lm.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-    return [cut_at(text, stop) for text in texts]
+        )[:, ids.shape[1] :]
+    texts = lm.tokenizer.batch_decode(output, skip_special_tokens=True)
+    ends = torch.tensor(_end_ids(lm), device=output.device, dtype=output.dtype)
+    ended = torch.isin(output, ends).any(dim=1).tolist()
+    answers = [
+        Answer(cut_at(text, stop), done or any(word in text for word in stop))
+        for text, done in zip(texts, ended, strict=True)
+    ]
+    return [answers[first : first + count] for first in range(0, len(answers), count)]
+
+
+def _end_ids(lm: CausalLM) -> list[int]:
+    """The tokens at which transformers ends a continuation."""
+    found = lm.base.generation_config.eos_token_id
+    return [] if found is None else [found] if isinstance(found, int) else list(found)
 
 
 def cut_at(text: str, stop: Sequence[str]) -> str:

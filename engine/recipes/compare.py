@@ -11,8 +11,7 @@ from dpoeng.cache.reader import View
 from dpoeng.cache.schema import IdArray, as_ids
 from dpoeng.cache.selection.mixed import AnyView
 from dpoeng.engine.config.fields import TrainConfig
-from dpoeng.engine.data.chat import to_sides
-from dpoeng.engine.data.encoding import encode
+from dpoeng.engine.data.encoding import encode_response
 from dpoeng.engine.data.shapes import PreferencePair
 from dpoeng.engine.models.generate import generate
 from dpoeng.engine.models.model import CausalLM
@@ -20,7 +19,6 @@ from dpoeng.engine.recipes.evaluate import Trained, before_and_after
 from dpoeng.engine.recipes.inputs import open_views, split
 from dpoeng.engine.runs.folder import write_samples
 from dpoeng.engine.runtime.progress import QUIET, Progress
-from dpoeng.engine.training.rows import Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +96,8 @@ def compare_prompts(
         if not prompts:
             return held_out_prompts(view, eval_view, config, count)
         wrapped = view.meta.get("prompt_format")
-        as_chat = bool(getattr(tokenizer, "chat_template", None)) and not wrapped if chat is None else chat
-        return [encode_prompt(tokenizer, text, chat=as_chat, prompt_format=wrapped) for text in prompts]
+        templated = as_chat(tokenizer, wrapped) if chat is None else chat
+        return [encode_prompt(tokenizer, text, chat=templated, prompt_format=wrapped) for text in prompts]
 
     found = compare_generations(trained, config, view, prompts_of, **settings)
     if prompts:  # as they were given, not as the template has them
@@ -109,13 +107,22 @@ def compare_prompts(
 
 def held_out_prompts(view: AnyView, eval_view: View | None, config: TrainConfig, count: int) -> list[IdArray]:
     """The first `count` different prompts that a run held out, or of the view where it held out none."""
-    held_out = Rows(eval_view or view, split(view, eval_view, config)[1])
-    first: dict[bytes, IdArray] = {}
-    for pair in held_out or Rows(view, range(len(view))):
+    of_view, rows, _ = held_out_rows(view, eval_view, config, count)
+    return [of_view[row].ids.prompt_ids for row in rows]
+
+
+def held_out_rows(
+    view: AnyView, eval_view: View | None, config: TrainConfig, count: int | None
+) -> tuple[AnyView, list[int], bool]:
+    """A view, its first rows with `count` different prompts (None: all), and whether the run held them out."""
+    held_out = split(view, eval_view, config)[1]
+    of_view = (eval_view or view) if held_out else view
+    first: dict[bytes, int] = {}
+    for row in held_out or range(len(view)):
         if len(first) == count:
             break
-        first.setdefault(pair.ids.prompt_ids.tobytes(), pair.ids.prompt_ids)
-    return list(first.values())
+        first.setdefault(of_view[row].ids.prompt_ids.tobytes(), row)
+    return of_view, list(first.values()), bool(held_out)
 
 
 def keep_samples(trained: Trained, generations: Sequence[Generation], progress: Progress = QUIET) -> None:
@@ -134,6 +141,11 @@ def keep_samples(trained: Trained, generations: Sequence[Generation], progress: 
         progress.note(f"{path} holds these answers; `dpoeng report` shows them")
 
 
+def as_chat(tokenizer: Any, prompt_format: str | None) -> bool:
+    """Whether a text is a user's message if nobody says so: if there is a template, and no format around texts."""
+    return bool(getattr(tokenizer, "chat_template", None)) and not prompt_format
+
+
 def encode_prompt(tokenizer: Any, text: str, *, chat: bool, prompt_format: str | None) -> IdArray:
     """A prompt as phase one would tokenise it: a user's message for the chat template, or a text.
 
@@ -145,5 +157,5 @@ def encode_prompt(tokenizer: Any, text: str, *, chat: bool, prompt_format: str |
         pair = PreferencePair([{"role": "user", "content": text}], turn, turn)
     else:
         pair = PreferencePair((prompt_format or "{prompt}").replace("{prompt}", text), ".", ".")
-    (encoded,) = encode(to_sides(pair, tokenizer)[:1], tokenizer)
+    encoded = encode_response(pair, tokenizer)
     return as_ids(encoded.ids[: encoded.start])

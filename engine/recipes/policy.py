@@ -14,7 +14,7 @@ from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import Mode, Quantization, TrainConfig
 from dpoeng.engine.memory.fit import StepForecast
 from dpoeng.engine.memory.offloading import decide_step
-from dpoeng.engine.models.adapters import as_reference, check_savable, make_trainable
+from dpoeng.engine.models.adapters import as_reference, begin_with, check_savable, make_trainable
 from dpoeng.engine.models.fsdp import check_fsdp, layer_sharding, loads_whole_because, shard_base
 from dpoeng.engine.models.fsdp_rows import whole_parameters
 from dpoeng.engine.models.full_finetuning import check_full
@@ -270,7 +270,7 @@ def _make_trainable(
 
 
 def _compare(lm: CausalLM, config: TrainConfig, inputs: Inputs, mode: Mode, progress: Progress) -> ParityReport:
-    """Choose the layout, then compare the policy with the cache as it is before its first step."""
+    """Choose the layout, compare the policy with the cache as the reference, then give it the weights to begin with."""
     set_mode(lm, training=False)
     sample = min(config.parity_pairs, len(inputs.train_rows))
     with as_reference(lm, mode):
@@ -281,6 +281,9 @@ def _compare(lm: CausalLM, config: TrainConfig, inputs: Inputs, mode: Mode, prog
             parity = check_parity(config, lm, inputs.train_rows)
             advance(sample, "")
     progress.note(parity_text(parity))
+    if config.init_adapter is not None:  # only now: the policy was compared as the reference
+        begin_with(lm, find_adapter(config.init_adapter))
+        progress.note(f"the policy begins with the weights of {config.init_adapter}, not as the reference")
     return parity
 
 

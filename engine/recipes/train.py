@@ -115,7 +115,7 @@ def _train(
         return finished_summary(config, inputs, choice.mode, finished, processes=group.size, reports=group.is_first)
 
     if group.is_first:
-        refuse_foreign(config.output_dir, _models(choice))
+        refuse_foreign(config.output_dir, _models(config, choice))
     begun_with = group.from_first(_pairs_of_begun(config, identity, checkpoint) if group.is_first else None)
     policy = load_policy(config, inputs, choice, group, progress, kept_base, begun_with)
     group.wait()  # until every process has found its policy right
@@ -136,9 +136,10 @@ def _train(
     return summarise(run, inputs, policy, choice.mode, first_step, done, time.perf_counter() - began)
 
 
-def _models(choice: Choice) -> list[Path]:
+def _models(config: TrainConfig, choice: Choice) -> list[Path]:
     """Return the local folders of the models that a run reads."""
-    return [Path(choice.model), *([choice.adapter.folder] if choice.adapter else [])]
+    start = [Path(config.init_adapter)] if config.init_adapter else []
+    return [Path(choice.model), *([choice.adapter.folder] if choice.adapter else []), *start]
 
 
 def find_beginning(
@@ -204,12 +205,17 @@ def make_run(
         per_token=not inputs.view.spec.holds_sums,
         source_of=inputs.train_rows.source,
         micro_batch=policy.pairs,
-        starts_within=policy.parity.tolerance if config.lora_dropout == 0 or not config.use_peft else None,
+        starts_within=policy.parity.tolerance if _starts_at_reference(config) else None,
         group=group,
     )
     if on_metrics is not None:
         run.on_metrics = on_metrics
     return run
+
+
+def _starts_at_reference(config: TrainConfig) -> bool:
+    """Whether the first step's forward must give the numbers of the cache."""
+    return config.init_adapter is None and (config.lora_dropout == 0 or not config.use_peft)
 
 
 def how_to_load(choice: Choice, policy: Policy, reference: Mapping[str, Any]) -> Loading:

@@ -7,6 +7,7 @@ from typing import Any
 
 import xxhash
 
+from dpoeng.cache.files import hash_file
 from dpoeng.cache.reader import View
 from dpoeng.cache.selection.mixed import AnyView, MixedView
 from dpoeng.cache.selection.rules import pair_scores
@@ -15,7 +16,7 @@ from dpoeng.engine.losses.own import OwnLoss
 
 # Fields that may differ between a run and its continuation: none of them moves a weight.
 FREE_TO_CHANGE = frozenset(
-    "cache output_dir resume model adapter device logging_steps eval_steps save_steps save_total_limit "
+    "cache output_dir resume model adapter init_adapter device logging_steps eval_steps save_steps save_total_limit "
     "fsdp per_device_eval_batch_size parity_pairs parity_tolerance eval_group_by report_to run_name "
     "activation_offloading layer_offloading offload_gib offload_folder mix_with".split()
 )
@@ -43,6 +44,10 @@ def run_identity(
         "pairs": rows_digest(view),
         "eval_pairs": rows_digest(eval_view) if eval_view is not None else None,
     }
+    if config.init_adapter is not None:
+        from dpoeng.engine.models.sources import find_adapter
+
+        identity["init_adapter"] = hash_file(find_adapter(config.init_adapter).weight_files[0])
     if view.rows != "pairs":
         identity["scores"] = scores_digest(view)
         identity["eval_scores"] = scores_digest(eval_view) if eval_view is not None else None

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dpoeng.engine.recipes.phase_two.summary import TrainSummary
     from dpoeng.engine.recipes.plan import Plan
     from dpoeng.engine.recipes.precompute import PrecomputeSummary
+    from dpoeng.engine.recipes.rounds.judge import Judgement
     from dpoeng.engine.runtime.progress import Progress
 
 StrPath = str | PathLike[str]
@@ -285,6 +286,104 @@ def compare(
         repetition_penalty=repetition_penalty,
         stop=stop,
         seed=seed,
+    )
+
+
+def judge(
+    trained: StrPath,
+    *,
+    judge: StrPath | Callable[[str, str], float | None],
+    prompts: Sequence[str] = (),
+    count: int | None = None,
+    chat: bool | None = None,
+    judge_model: str = "",
+    api_key_env: str = "OPENAI_API_KEY",
+    template: str | None = None,
+    judge_max_tokens: int = 512,
+    timeout: float = 300.0,
+    retries: int = 6,
+    concurrency: int = 8,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    batch_size: int = 8,
+    output_dir: StrPath | None = None,
+    progress: bool | Progress = False,
+    **settings: Unpack[CompareSettings],
+) -> Judgement:
+    """Let a judge compare answers before and after training, in both orders, and count wins with an interval.
+
+    Answers and verdicts are kept by their content: call it again after an interruption and it goes on, call it once
+    more and nobody is asked.
+
+    >>> found = dpoeng.judge("out", judge="http://gpu1:8000/v1")
+    >>> found.win_rate, found.win_rate_interval, found.length_controlled, found.unjudged
+
+    Args:
+        trained: as for `evaluate`.
+        judge: an OpenAI-compatible server, up to /v1; your function (prompt, answer) -> number, or its place
+            `my_rule.py:score`; or a model here, a reward model or one that compares.
+        prompts: texts; without any, the prompts that the run held out.
+        count: how many of these; None for all.
+        chat: as for `compare`.
+        judge_model: the model's name on the server; its only one by default.
+        api_key_env: the environment variable that holds the server's key.
+        template: what a model is asked: a text with {prompt}, {first} and {second}.
+        judge_max_tokens: most tokens of a reply.
+        timeout: seconds until a request is sent again.
+        retries: how often it is.
+        concurrency: requests at a time.
+        max_new_tokens: most tokens of an answer.
+        temperature: 0 takes the likeliest token each time.
+        repetition_penalty: above 1 keeps small models from circling.
+        stop: texts at which an answer ends.
+        seed: of the draws.
+        batch_size: prompts answered at once.
+        output_dir: where answers and verdicts are kept; None: `judge` in the run's folder.
+        progress: as for `precompute_reference`.
+        settings: in place of what the run had, e.g. cache, view, device.
+
+    Raises:
+        UserError: the cache or the model cannot be used, or the judge not be asked.
+    """
+    from dpoeng.engine.config.settings import CompareSettings
+    from dpoeng.engine.recipes.evaluate import find_trained
+    from dpoeng.engine.recipes.rounds.answers import Sampling
+    from dpoeng.engine.recipes.rounds.judge import judge_folder, judge_trained
+    from dpoeng.engine.recipes.rounds.judges import TEMPLATE, JudgeSettings, find_judge
+
+    _refuse_others("judge", CompareSettings, settings)
+    shown, found = _shown(progress), find_trained(Path(trained))
+    asking = JudgeSettings(
+        server_model=judge_model,
+        key_variable=api_key_env,
+        template=TEMPLATE if template is None else template,
+        max_tokens=judge_max_tokens,
+        timeout_s=timeout,
+        retries=retries,
+        concurrency=concurrency,
+        device=settings.get("device", "auto"),
+    )
+    others = {"eval_view": None, "mix_with": (), "mix": None} if "view" in settings else {}
+    return judge_trained(
+        found,
+        _config_of_run(found.run, {**settings, **others}),
+        find_judge(judge, asking, shown),
+        Path(output_dir) if output_dir is not None else judge_folder(found),
+        prompts=[prompts] if isinstance(prompts, str) else prompts,
+        count=count,
+        chat=chat,
+        sampling=Sampling(
+            max_new_tokens=max_new_tokens,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            temperature=temperature,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            batch_size=batch_size,
+        ),
+        progress=shown,
     )
 
 

@@ -30,6 +30,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     root = tmp_path_factory.mktemp("desk")
     write_jsonl(root / "pairs.jsonl", [*pair_rows(12), {"prompt": "p", "chosen": "same", "rejected": "same"}])
     (root / "model").symlink_to(tiny_model)
+    (root / "rule.py").write_text("def score(prompt, answer):\n    return len(answer)\n")
     (root / "train.py").write_text("DPOTrainer('m', args=DPOConfig(beta=0.2, learning_rate=1e-5))")
     score = f"precompute-ref {root}/pairs.jsonl --model {root}/model --cache {root}/c --max-reject-share 0.2"
     for command in (score, f"train --cache {root}/c --output-dir {root}/out --max-steps 2 --eval-share 0.3"):
@@ -56,6 +57,9 @@ CASES: dict[str, Check] = {
     ),
     "eval --cache c --adapter out": lambda v: v["pairs"] > 0 and v["metrics"],
     "compare out --count 1 --max-new-tokens 2": lambda v: {*v[0]} >= {"prompt", "before", "after"},
+    "judge out --judge rule.py:score --count 2 --max-new-tokens 2": lambda v: (
+        v["prompts"] == 2 and v["wins"] + v["losses"] + v["ties"] == 2 and v["folder"] == "out/judge"
+    ),
     "check pairs.jsonl --max-reject-share 0.2": lambda v: v["pairs"] == 12 and v["findings"],
     "doctor": lambda v: {check["status"] for check in v["checks"]} <= {"ok", "info", "warning", "error"},
     "merge out --into merged": lambda v: v["merged"] > 0 and v["folder"] == "merged",

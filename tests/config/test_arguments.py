@@ -106,7 +106,7 @@ def test_keyword_arguments_are_the_fields(taken: Any, config: type[BaseModel], n
     assert set(hints) == names
     for name in names:
         expected = accepted(config.model_fields[name].annotation)
-        if name in ("model", "adapter", "tokenizer"):
+        if name in ("model", "adapter", "tokenizer", "init_adapter"):
             expected |= PathLike[str]
         if name == "loss_type":  # a name, or a function of the user's
             expected = settings.LossName | Sequence[settings.LossName]

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from dpoeng_testing import pair_rows, save_tiny_model, write_jsonl
+from stub_server import stub_server
 
 
 @dataclass(frozen=True, slots=True)
@@ -1112,4 +1113,69 @@ OTHERS = (
     Wrong("a mistake of ours", "internal-error", 1, "", ("KeyError", "report it"), act=of_ours),
 )
 
-ALL = (*DATA, *COMMANDS, *MODELS, *ADAPTERS, *CACHES, *RUNS, *OTHERS)
+
+def asked(judge: Any, folder: Path) -> None:
+    """A judge is asked of two pairs of answers."""
+    from dpoeng.engine.recipes.rounds.judges import JudgeSettings, find_judge
+    from dpoeng.engine.recipes.rounds.outcomes import compare_answers
+    from dpoeng.engine.runs.kept import Kept
+    from dpoeng.engine.runtime.progress import QUIET
+
+    items = [("p", "x", "y"), ("q", "x", "y")]
+    compare_answers(find_judge(judge, JudgeSettings()), items, Kept(folder / "kept.jsonl"), QUIET)
+
+
+def answering(status: int, words: str, *models: str) -> Callable[[Desk], None]:
+    """A server that gives this answer to every request judges."""
+
+    def act(desk: Desk) -> None:
+        from dpoeng.engine.runtime import endpoint
+
+        desk.patch.setattr(endpoint, "LONGEST_PAUSE_S", 0.0)
+        with stub_server(lambda path, body: words if status == 200 else (status, {"error": words}, {}), models) as stub:
+            asked(stub.url, desk.folder)
+
+    return act
+
+
+def with_two_labels(desk: Desk) -> None:
+    """A classifier in place of a reward model."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    model = LlamaForSequenceClassification(LlamaConfig(**sizes, num_attention_heads=1, num_labels=2))
+    model.save_pretrained(desk.folder / "classifier")
+    asked(desk.folder / "classifier", desk.folder)
+
+
+def gone_pairs(desk: Desk) -> None:
+    from dpoeng.cache.reader import View
+    from dpoeng.engine.recipes.rounds.source_pairs import source_pairs
+
+    desk.rows(*pair_rows(3))
+    view = View.open(desk.cache, "pairs")
+    view.meta["files"] = {"pairs.jsonl": "0" * 32}
+    source_pairs(view, [0])
+
+
+JUDGE = "judge RUN --output-dir judge --judge"
+JUDGES = (
+    Wrong("a rule that is not there", "judge-rule", 2, JUDGE + " rule.py:score", ("rule.py:score", "scor"),
+          lambda desk: desk.write("rule.py", "def scor(prompt, answer):\n    return 1\n")),
+    Wrong("a reward model of two labels", "judge-model", 2, "", ("num_labels 2",), act=with_two_labels),
+    Wrong("a template without its parts", "judge-template", 2, JUDGE + " rule.py:score --template text", ("{second}",),
+          lambda desk: desk.write("text", "{prompt} {first}")),
+    Wrong("a judge that says neither", "judge-verdicts", 2, "", ("Both are fine",),
+          act=answering(200, "Both are fine.", "stub")),
+    Wrong("pairs that have changed", "round-pairs", 3, "", ("pairs.jsonl",), act=gone_pairs),
+    Wrong("an address with a secret", "endpoint-address", 2, JUDGE + " https://h/v1?key=1", ("OPENAI_API_KEY",)),
+    Wrong("a server with two models", "endpoint-model", 2, "", ("one, two", "--judge-model"),
+          act=answering(200, "", "one", "two")),
+    Wrong("a server that wants a key", "endpoint-key", 5, "", ("HTTP 401", "no key was sent"),
+          act=answering(401, "who?", "stub")),
+    Wrong("a server without chat", "endpoint-refused", 5, "", ("HTTP 404",), act=answering(404, "none", "stub")),
+    Wrong("a server that fails", "endpoint-failed", 5, "", ("HTTP 503", "busy"), act=answering(503, "busy", "stub")),
+)  # fmt: skip
+
+
+ALL = (*DATA, *COMMANDS, *MODELS, *ADAPTERS, *CACHES, *RUNS, *JUDGES, *OTHERS)

@@ -1,0 +1,1 @@
+"""dpoeng judge and round: answers that are judged, and trained on."""

@@ -1,0 +1,214 @@
+"""`dpoeng judge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dpoeng.cache.words import counted
+from dpoeng.cli.compare import read_prompts
+from dpoeng.cli.evaluate import run_config
+from dpoeng.cli.options import Command, config_options, given
+from dpoeng.cli.tables import Cell, Table, facts_table, interval, json_option, say, say_json
+from dpoeng.engine.config.fields import TrainConfig
+
+if TYPE_CHECKING:
+    from dpoeng.engine.recipes.rounds.judge import Judgement
+    from dpoeng.engine.recipes.rounds.judges import Judge
+    from dpoeng.engine.runtime.progress import Progress
+
+EPILOG = """\b
+Examples:
+  dpoeng judge out --judge http://gpu1:8000/v1
+  dpoeng judge out --judge https://api.openai.com/v1 --judge-model gpt-5-mini --count 200
+  dpoeng judge out --judge my_rule.py:score --prompts prompts.txt
+"""
+
+_FIELDS = frozenset("cache view model quantization dtype device".split())
+
+
+def judge_options(command: Command) -> Command:
+    """The options that say who judges, and how a server is asked."""
+    options = (
+        click.option(
+            "--judge",
+            "judge_name",
+            required=True,
+            metavar="URL|FILE:FUNCTION|MODEL",
+            help="An OpenAI-compatible server, up to /v1; a function (prompt, answer) -> number, my_rule.py:score; or "
+            "a model here, a reward model (one number an answer) or one that compares.",
+        ),
+        click.option("--judge-model", default="", help="The model's name on the server.  [default: its only one]"),
+        click.option(
+            "--api-key-env",
+            default="OPENAI_API_KEY",
+            show_default=True,
+            help="The environment variable that holds the server's key.",
+        ),
+        click.option(
+            "--template",
+            type=click.Path(path_type=Path),
+            help="A file with what a model is asked: a text with {prompt}, {first} and {second}, for a reply that ends "
+            "with Verdict: A, B or tie.",
+        ),
+        click.option("--judge-max-tokens", default=512, show_default=True, help="Most tokens of a reply."),
+        click.option("--timeout", default=300.0, show_default=True, help="Seconds until a request is sent again."),
+        click.option("--retries", default=6, show_default=True, help="How often it is, after growing pauses."),
+        click.option("--concurrency", type=click.IntRange(1), default=8, show_default=True, help="Requests at a time."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def judge_of(options: dict[str, Any], device: str | None, progress: Progress) -> Judge:
+    """The judge that `judge_options` name; they are taken out of `options`."""
+    from dpoeng.engine.recipes.rounds.judges import TEMPLATE, JudgeSettings, find_judge
+
+    template = options.pop("template")
+    settings = JudgeSettings(
+        server_model=options.pop("judge_model"),
+        key_variable=options.pop("api_key_env"),
+        template=read_template(template) if template else TEMPLATE,
+        max_tokens=options.pop("judge_max_tokens"),
+        timeout_s=options.pop("timeout"),
+        retries=options.pop("retries"),
+        concurrency=options.pop("concurrency"),
+        device=device or "auto",
+    )
+    return find_judge(options.pop("judge_name"), settings, progress)
+
+
+def read_template(file: Path) -> str:
+    """The text of a template; raises UserError where it cannot be read."""
+    from dpoeng.cache.errors import UserError
+
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            "cannot read the judge's template",
+            code="judge-template",
+            where=f"--template {file}",
+            expected="a text file with {prompt}, {first} and {second}",
+            found=str(error),
+            remedy="name another file, or leave --template out",
+        ) from error
+
+
+@click.command("judge", epilog=EPILOG)
+@click.argument("path", metavar="TRAINED", type=click.Path(path_type=Path))
+@judge_options
+@click.option("--prompt", "prompts", multiple=True, help="A prompt; may be given several times.")
+@click.option("--prompts", "file", type=click.Path(path_type=Path), help="A text file with a prompt a line.")
+@click.option("--count", type=click.IntRange(1), help="Without prompts: how many held-out prompts.  [default: all]")
+@click.option(
+    "--chat/--text", default=None, help="Whether given prompts are a user's messages, or texts; as dpoeng compare."
+)
+@click.option("--max-new-tokens", default=256, show_default=True, help="Most tokens of an answer.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token; above 0 samples.")
+@click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1 keeps small models from circling.")
+@click.option("--stop", multiple=True, help="A text at which an answer ends; may be given several times.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of the sampling.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Prompts answered at once.")
+@click.option(
+    "--output-dir",
+    type=click.Path(path_type=Path),
+    help="Where answers and verdicts are kept.  [default: judge in the run's folder]",
+)
+@json_option
+@config_options(TrainConfig, skip=frozenset(TrainConfig.model_fields) - _FIELDS)
+def judge(
+    path: Path,
+    prompts: tuple[str, ...],
+    file: Path | None,
+    count: int | None,
+    chat: bool | None,
+    max_new_tokens: int,
+    temperature: float,
+    repetition_penalty: float,
+    stop: tuple[str, ...],
+    seed: int,
+    batch_size: int,
+    output_dir: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Let a judge compare answers before and after training, in both orders, and count wins with an interval.
+
+    TRAINED is a run's folder, an adapter's, or that of a checkpoint trained whole. Without prompts, those that the run
+    held out are answered. Answers and verdicts are kept by their content: interrupt the command and run it again, and
+    it goes on; run it once more, and nobody is asked.
+    """
+    from dpoeng.cli.progress import TerminalProgress, importing
+
+    with importing():
+        from dpoeng.engine.recipes.evaluate import find_trained
+        from dpoeng.engine.recipes.rounds.answers import Sampling
+        from dpoeng.engine.recipes.rounds.judge import judge_folder, judge_trained
+
+    progress = TerminalProgress()
+    given_prompts = [*prompts, *(read_prompts(file) if file else [])]
+    trained = find_trained(path)
+    who = judge_of(options, options.get("device"), progress)
+    overrides = given(options)
+    if "view" in overrides:  # prompts of this view, not of the one that the run was evaluated on
+        overrides |= {"eval_view": None, "mix_with": (), "mix": None}
+    found = judge_trained(
+        trained,
+        run_config(trained, overrides),
+        who,
+        output_dir or judge_folder(trained),
+        prompts=given_prompts,
+        count=count,
+        chat=chat,
+        sampling=Sampling(
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            temperature=temperature,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            batch_size=batch_size,
+        ),
+        progress=progress,
+    )
+    if as_json:
+        say_json(found)
+    else:
+        print_judgement(found)
+
+
+def print_judgement(found: Judgement) -> None:
+    """Show the win rate, what it is made of, and what was not judged."""
+    judged = found.wins + found.losses + found.ties
+    facts: list[tuple[str, Cell]] = [("trained", str(found.trained)), ("judge", found.judge)]
+    if found.win_rate is not None:
+        facts.append(("win rate", f"{_rate(found.win_rate, found.win_rate_interval)} (n = {judged:,})"))
+    if found.length_controlled is not None:
+        facts.append(("length-controlled", _rate(found.length_controlled, found.length_controlled_interval)))
+    ties = [f"{found.same:,} equal answers"] if found.same else []
+    ties += [f"{found.contradictions:,} by place: each order named another answer"] if found.contradictions else []
+    facts += [
+        ("after training", f"{found.wins:,} better, {found.losses:,} worse, {counted(found.ties, 'tie')}"),
+        *([("of the ties", ", ".join(ties))] if ties else []),
+        ("tokens", f"{found.before_tokens:.0f} before, {found.after_tokens:.0f} after, in the mean"),
+    ]
+    if any(found.cut):
+        facts.append(("cut off", f"by --max-new-tokens: {found.cut[0]:,} before, {found.cut[1]:,} after"))
+    if found.first_share is not None:
+        facts.append(("shown first", f"{found.first_share:.0%} of the verdicts for one answer"))
+    facts.append(("questions", f"{found.asked:,} asked, {found.kept:,} answered before"))
+    say(facts_table(facts))
+    if found.unjudged:
+        rows = [(line.prompt[:200].strip(), line.why) for line in found.unjudged[:10]]
+        say(
+            f"\n{counted(len(found.unjudged), 'prompt')} without a verdict; no rate counts them:",
+            Table(rows, ("prompt", "instead of a verdict"), words=2, ruled=True),
+        )
+    say(f"\nEvery answer and verdict: {found.folder / 'judged.jsonl'}")
+
+
+def _rate(value: float, bounds: tuple[float, float] | None) -> str:
+    return f"{value:.3f}" + (f", 95 % interval {interval(bounds, '.3f')}" if bounds else "")

@@ -1,0 +1,223 @@
+"""Asks a server that speaks OpenAI's HTTP API (vLLM, SGLang, llama.cpp, OpenAI and others): many requests at once.
+
+A request that fails for a time (429, 5xx, no connection, no answer in time) is sent again after a growing pause. The
+key comes from the environment and goes into one header: it is in no record, message or log. Redirects are not followed,
+which would send it elsewhere. Knows nothing of what is asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import itertools
+import json
+import os
+import queue
+import random
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from dpoeng.cache.errors import UserError
+
+LONGEST_PAUSE_S = 60.0
+_LONGEST_ANSWER = 64 << 20  # bytes
+
+
+class Refused(NamedTuple):
+    """The server refuses this request, and would again: a text that is too long, for example."""
+
+    why: str
+
+
+class _AgainError(Exception):
+    """A failure that may pass; `after_s` is the pause that the server asks for."""
+
+    def __init__(self, why: str, after_s: float = 0.0) -> None:
+        super().__init__(why)
+        self.after_s = after_s
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A server.
+
+    Attributes:
+        url: up to `/v1`, without a slash behind it.
+        key: for the Authorization header; empty for none.
+        timeout_s: a request that has no answer after these seconds is sent again.
+        retries: how often one is.
+        concurrency: requests at a time.
+    """
+
+    url: str
+    key: str = field(default="", repr=False)
+    timeout_s: float = 300.0
+    retries: int = 6
+    concurrency: int = 8
+
+    @staticmethod
+    def of(url: str, key_variable: str, option: str, **settings: Any) -> Endpoint:
+        """The server of an address that the user gave.
+
+        Args:
+            url: the address.
+            key_variable: the environment variable that holds the key; an unset one means no key.
+            option: that named the address, for messages.
+            settings: `timeout_s`, `retries`, `concurrency`.
+
+        Raises:
+            UserError: it is no address, or holds a secret, which would get into records.
+        """
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+            secret = parts.username or parts.query
+            raise UserError(
+                "this address cannot be used",
+                code="endpoint-address",
+                where=option,
+                expected="http(s)://HOST[:PORT]/v1" + (", without a name, a key or a ? in it" if secret else ""),
+                found=f"{parts.scheme}://{parts.hostname}" if secret else url,
+                remedy=f"give the address alone; put the key into the environment variable {key_variable}",
+            )
+        return Endpoint(url.rstrip("/"), os.environ.get(key_variable, "").strip(), **settings)
+
+    def models(self) -> list[str]:
+        """The names of the models that the server has; asked once, without a pause.
+
+        Raises:
+            UserError: it cannot be reached, or refuses the key.
+        """
+        try:
+            found = self._send("/models", None)
+        except _AgainError as error:
+            raise self._failed(str(error), "/models") from error
+        data = found.get("data") if isinstance(found, dict) else None
+        return [str(one["id"]) for one in data or () if isinstance(one, dict) and "id" in one]
+
+    def post(self, path: str, body: Mapping[str, Any], stopped: threading.Event | None = None) -> Any:
+        """The answer to one request as JSON, or `Refused`.
+
+        Args:
+            path: behind the address, `/chat/completions`.
+            body: of the request.
+            stopped: ends the pauses, and with them the attempts.
+
+        Raises:
+            UserError: the server fails again and again, or refuses the key or the path.
+        """
+        stopped = stopped or threading.Event()
+        for attempt in itertools.count():
+            try:
+                return self._send(path, body)
+            except _AgainError as error:
+                if attempt >= self.retries or stopped.is_set():
+                    raise self._failed(str(error), path) from error
+                # Of a random length, so that requests that failed together do not come back together.
+                pause = min(LONGEST_PAUSE_S, 2.0**attempt) * random.uniform(0.5, 1.0)
+                stopped.wait(min(max(pause, error.after_s), 5 * LONGEST_PAUSE_S))
+        raise AssertionError
+
+    def post_all(self, path: str, bodies: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Any]]:
+        """Yield (place, answer) of many requests as the answers come; see `post`.
+
+        The threads end with the iterator. They are daemons, so that an interrupted program need not wait for answers.
+        """
+        stopped, todo, done = threading.Event(), iter(range(len(bodies))), queue.SimpleQueue[tuple[int, Any]]()
+        taking = threading.Lock()
+
+        def work() -> None:
+            while not stopped.is_set():
+                with taking:
+                    number = next(todo, None)
+                if number is None:
+                    return
+                try:
+                    done.put((number, self.post(path, bodies[number], stopped)))
+                except BaseException as error:
+                    done.put((number, error))
+
+        for _ in range(min(self.concurrency, len(bodies))):
+            threading.Thread(target=work, daemon=True).start()
+        try:
+            for _ in bodies:
+                number, answer = done.get()
+                if isinstance(answer, BaseException):
+                    raise answer
+                yield number, answer
+        finally:
+            stopped.set()
+
+    def _send(self, path: str, body: Mapping[str, Any] | None) -> Any:
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "dpoeng"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, headers)
+        try:
+            with urllib.request.build_opener(_NoRedirect).open(request, timeout=self.timeout_s) as answer:
+                text = answer.read(_LONGEST_ANSWER)
+        except urllib.error.HTTPError as error:
+            return self._refused(error, path)
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", None) or error
+            raise _AgainError(f"{type(reason).__name__}: {reason}") from error
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise _AgainError(f"an answer that is no JSON: {self._shown(text)}") from error
+
+    def _refused(self, error: urllib.error.HTTPError, path: str) -> Refused:
+        """A request that this server will never answer; raises where it may, or where no request will be answered."""
+        with error:
+            text = b""
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                text = error.read(1 << 16)
+        said = f"HTTP {error.code}: {self._shown(text)}"
+        if error.code in (408, 409, 425, 429) or error.code >= 500:
+            after = error.headers.get("Retry-After") or ""
+            raise _AgainError(said, float(after) if after.isdecimal() else 0.0)
+        if error.code in (400, 413, 422):
+            return Refused(said)
+        if error.code in (401, 403):
+            raise UserError(
+                "the server refuses the key",
+                code="endpoint-key",
+                where=self.url,
+                found=said + ("" if self.key else "; no key was sent"),
+                remedy="put the key into the environment variable, and name another variable with --api-key-env",
+                exit_status=5,
+            )
+        raise UserError(
+            "the server does not know this request",
+            code="endpoint-refused",
+            where=self.url + path,
+            expected="an OpenAI-compatible server and the name of one of its models",
+            found=said,
+            remedy="check the address (it mostly ends in /v1) and the model's name",
+            exit_status=5,
+        )
+
+    def _failed(self, why: str, path: str) -> UserError:
+        return UserError(
+            "the server does not answer",
+            code="endpoint-failed",
+            where=self.url + path,
+            found=why,
+            remedy="start it or wait, then run the same command again: answers that came are kept",
+            exit_status=5,
+        )
+
+    def _shown(self, text: bytes) -> str:
+        """The beginning of an answer, without the key, which some servers repeat."""
+        shown = " ".join(text.decode(errors="replace").split())
+        return (shown.replace(self.key, "***") if self.key else shown)[:300]
