@@ -36,7 +36,7 @@ from dpoeng.engine.losses.own import OwnLoss, as_own_loss
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-Quantization = Literal["none", "8bit", "4bit"]
+Quantization = Literal["none", "8bit", "4bit", "stored"]
 
 Attention = Literal["auto", "segments", "varlen"]
 
@@ -174,7 +174,10 @@ class PrecomputeConfig(_Config):
     name: str | None = Field(
         None, description="Name of this set of pairs in the cache. Default: the first file's name without endings."
     )
-    quantization: Quantization = Field("none", description="How the base is held: none, 8bit or 4bit (bitsandbytes).")
+    quantization: Quantization = Field(
+        "none",
+        description="How the base is held: none, 8bit or 4bit (bitsandbytes); stored: as its files are quantised.",
+    )
     dtype: Dtype = Field(
         "auto", description="Compute dtype; auto is the checkpoint's own, or float32 on a CPU without bfloat16 units."
     )

@@ -66,7 +66,7 @@ def decide_forward(
             if (peak := _peak(fewer, source, pairs, device)) is not None:
                 note(f"{tokens} tokens in one forward, since more do not fit (--batch-tokens)")
                 return False, peak, tokens
-        if config.layer_offloading == "off" or source.gguf:
+        if config.layer_offloading == "off" or source.gguf or config.quantization == "stored":
             raise
         one = config.model_copy(update={"batch_tokens": 1})
         if _peak(one, source, chain.from_iterable(shards), device) is not None:
@@ -113,6 +113,7 @@ def decide_step(
         return False, _first_that_fits(config, sizes, partial(check, note=note))
     except UserError as error:
         able = config.use_peft and not (config.fsdp or config.use_dora or source.gguf)
+        able = able and quantization != "stored"
         if error.code != "memory-short" or config.layer_offloading == "off" or not able:
             raise
         # A pair in a forward, and layers recomputed: what does not fit then is the base.

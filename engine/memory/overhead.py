@@ -55,8 +55,11 @@ def model_fields(name: str) -> dict[str, Any]:
 
 
 def weights_bytes(parts: Mapping[str, int], quantization: Quantization) -> int:
-    """At least what the base's weights take, by `count_parameters`; embedding and head stay in 16 bits."""
-    return int(parts["layers"] * {"none": 2.0, "8bit": 1.0, "4bit": 0.5}[quantization]) + 2 * (
+    """At least what the base's weights take, by `count_parameters`; embedding and head stay in 16 bits.
+
+    Of weights that are stored quantised, a quarter of that: how many bits they have is simulated.
+    """
+    return int(parts["layers"] * {"none": 2.0, "8bit": 1.0}.get(quantization, 0.5)) + 2 * (
         parts["head"] + parts["embedding"]
     )
 

@@ -286,7 +286,7 @@ def _hold_two_layers(tracker: MemoryTracker, setup: Setup, lm: CausalLM) -> None
             t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (*held, *quantized_tensors(layer))
         }
         sizes.append(sum(storages.values()))
-        if setup.quantization != "none":
+        if setup.quantization in ("8bit", "4bit"):
             quantised: list[Any] = quantized_layers(layer)
             wide = [linear.in_features * linear.out_features for linear in quantised]
             arriving = max(arriving, 2 * max(wide, default=0))

@@ -92,6 +92,7 @@ def add_policy_adapter(
     Raises:
         UserError: a target matches nothing, or the adapter does not fit the base.
     """
+    _check_over_stored(lm, "the new LoRA", lora if mode != "continue" else {})
     if mode == "continue":
         assert adapter is not None, "mode continue needs an adapter"
         lm.model = _peft_from_pretrained(lm, adapter, POLICY_ADAPTER, trainable=True)
@@ -167,6 +168,24 @@ def _add_new_adapter(
         raise _no_target(lora, names, f"nothing is called {', '.join(missed)}")
 
 
+def _check_over_stored(lm: CausalLM, name: str, fields: Mapping[str, Any]) -> None:
+    """Refuses LoRAs that read or change the base's weights, where these are codes.
+
+    Raises:
+        UserError: with the setting.
+    """
+    found = "use_dora" if fields.get("use_dora") else "init_lora_weights" if start_changes_base(fields) else None
+    if lm.quantization == "stored" and found is not None:
+        raise UserError(
+            "this LoRA begins with the base's own weights, and those of this base stay the codes of its files",
+            code="adapter-mode",
+            where=f"{name}, {found}",
+            expected="a plain LoRA over a base that is quantised in its files",
+            found=f"{found} {fields[found]}",
+            remedy="train a plain LoRA, or name the full-precision checkpoint with --model",
+        )
+
+
 def _no_target(lora: dict[str, Any], names: list[str], why: str) -> UserError:
     return UserError(
         "the LoRA's targets name what this model lacks or peft cannot adapt",
@@ -238,6 +257,7 @@ def _set_dropout(lm: CausalLM, probability: float) -> None:
 def _peft_from_pretrained(lm: CausalLM, adapter: ModelSource, name: str, *, trainable: bool) -> Any:
     from peft import PeftModel
 
+    _check_over_stored(lm, adapter.name, read_adapter_fields(adapter))
     with _fitting(adapter), warnings.catch_warnings(), as_peft_reads(adapter, lm.base) as own:
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below, with a remedy
         warnings.filterwarnings("ignore", message=_PATTERNS_OF_STACKS)

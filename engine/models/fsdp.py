@@ -30,10 +30,19 @@ from dpoeng.engine.models.sources import ModelSource, adapter_config
 from dpoeng.engine.runtime.distributed import Group
 
 
-def check_fsdp(config: TrainConfig, group: Group) -> None:
+def check_fsdp(config: TrainConfig, group: Group, quantization: Quantization = "none") -> None:
     """Raises UserError where FSDP is asked for and cannot be had."""
     if not config.fsdp:
         return
+    if quantization == "stored":
+        raise UserError(
+            "a base that is quantised in its files cannot be divided over processes",
+            code="fsdp-unavailable",
+            where="--fsdp",
+            expected="a base in full precision, or in bitsandbytes' 8 or 4 bits",
+            remedy="leave --fsdp out: every process then holds the codes of the whole base; or name the full-precision "
+            "checkpoint with --model, and --quantization 4bit",
+        )
     if group.size == 1:
         raise UserError(
             "fsdp needs several processes, and there is only one",

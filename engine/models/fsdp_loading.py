@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dpoeng.engine.models.model_config import auto_class
+from dpoeng.engine.models.model_config import auto_class, without_quantization
 from dpoeng.engine.models.sources import ModelSource
 
 
@@ -44,7 +44,7 @@ def empty_model_of(source: ModelSource, kind: Any = None) -> tuple[Any, Any]:
     """A checkpoint's config, and its model without weights: of the class `kind`, or the one that is loaded."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(source.folder)
+    config = without_quantization(AutoConfig.from_pretrained(source.folder))
     with torch.device("meta"):
         return config, auto_class(config).from_config(config) if kind is None else kind(config)
 

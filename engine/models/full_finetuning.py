@@ -49,7 +49,9 @@ def check_full(config: TrainConfig, reference: Mapping[str, Any], *, quantizatio
             where="--no-use-peft",
             expected="quantization none, and bfloat16 or float32",
             found=f"quantization {quantization}, dtype {dtype}; not given, they are those of the cache's reference",
-            remedy="add --quantization none --dtype bfloat16: the policy then starts a little beside the reference, by "
+            remedy="name the full-precision checkpoint with --model, here and in precompute-ref"
+            if quantization == "stored"
+            else "add --quantization none --dtype bfloat16: the policy then starts a little beside the reference, by "
             "what the parity check says; or run precompute-ref so",
         )
     model = str(config.model or reference["model"])

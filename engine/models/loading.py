@@ -31,9 +31,13 @@ from dpoeng.engine.models.quantized import compute_in, multiply_exactly, quantiz
 from dpoeng.engine.models.sources import (
     ModelSource,
     has_stored_quantization,
+    quantization_record,
     quantized_otherwise,
+    read_format,
+    stored_format,
     stored_quantization,
 )
+from dpoeng.engine.models.stored.loading import Found, store_empty, stored_class
 from dpoeng.engine.models.tokenizer import load_tokenizer
 from dpoeng.engine.models.trunk.stand_ins import NoEmbedding, cut_below, entry_of, without_stand_ins
 from dpoeng.kernels.cpu_linear import linear, native_bf16, product_dtype
@@ -111,6 +115,8 @@ def load_model(
         base = _load_gguf(source, quantization, compute, device)
     else:
         bits = _bits(source, quantization, compute, quant_type, double_quant)
+        if quantization == "stored" and (by_layer or shard is not None):
+            raise stored_whole(source.name, "--layer-offloading on" if by_layer else "--fsdp")
         prepare = shard if trunk_layer is None else partial(cut_below, number=trunk_layer)
         layers = files if by_layer else None
         base, remarks = _load_safetensors(source, bits, compute, device, prepare, layers, divided=shard is not None)
@@ -190,6 +196,8 @@ def _bits(
     stored = stored_quantization(source)
     if stored is not None and stored["quantization"] != quantization:
         raise quantized_otherwise(source, "quantization", stored["quantization"], quantization)
+    if stored is None and quantization == "stored":
+        raise not_stored(source.name, str(source.folder / "config.json"))
     refuse_unrecorded_quantization(source)
     if quantization == "none" or stored is not None:
         return None
@@ -225,9 +233,12 @@ def _load_safetensors(
         or layer_files is not None
     ):
         kwargs["device_map"] = {"": str(device)}  # tensor by tensor, never whole in the host's memory
+    codes, found = stored_quantization(source) == {"quantization": "stored"}, Found()
     try:
         loader, prepared = auto_class_of(source.folder), None
-        if prepare is not None:
+        if codes:
+            loader, kwargs["config"] = stored_class(source, stored_format(source), found, prepare)
+        elif prepare is not None:
             assert bits is None or not divided, "bitsandbytes quantises whole tensors"
             loader, kwargs["config"] = prepared = prepared_class(source, prepare)
         if layer_files is not None:
@@ -239,6 +250,7 @@ def _load_safetensors(
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise _unloadable(source, error) from error
     remarks = check_loaded(base, without_stand_ins(base, loaded), source)
+    remarks += found.remarks(stored_format(source)) if codes else ()
     left = unreached_stacks(base) if bits is not None else []
     if left:
         remarks += (
@@ -294,11 +306,38 @@ def empty_model(
             found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
             remedy="check model_type, or install a newer transformers",
         ) from error
-    if quantization != "none":
+    if quantization == "stored":
+        record = quantization_record(fields)
+        if record is None:
+            raise not_stored("the model", "--model")
+        store_empty(base, read_format("the model", "--model", record))
+    elif quantization != "none":
         settings = quantization_config(quantization, dtype, quant_type, double_quant)
         quantize_empty(base, settings)
         quantize_experts(base, settings)
     return _frozen(base, None, torch.device("meta"), dtype, quantization)
+
+
+def not_stored(name: str, where: str) -> UserError:
+    """Return the error for `stored` where the files are in full precision."""
+    return UserError(
+        f"{name} is not quantised in its files",
+        code="quantization-stored",
+        where=where,
+        expected="a quantization_config, which --quantization stored leaves as it is",
+        remedy="use --quantization none, 8bit or 4bit",
+    )
+
+
+def stored_whole(name: str, option: str) -> UserError:
+    """Return the error for a way to load that does not know stored codes."""
+    return UserError(
+        f"{name} is quantised in its files, and such a base is loaded whole by every process",
+        code="quantization-stored",
+        where=option,
+        expected="a base in full precision, or one in bitsandbytes' 8 or 4 bits",
+        remedy=f"leave {option} out, or name the full-precision checkpoint with --quantization 4bit",
+    )
 
 
 MAX_PERIOD = 8

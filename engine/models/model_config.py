@@ -81,6 +81,13 @@ def auto_class_of(folder: Path) -> Any:
     return auto_class(AutoConfig.from_pretrained(folder))
 
 
+def without_quantization(config: Any) -> Any:
+    """A config, itself changed, that does not tell transformers how the files are quantised: dpoeng reads that."""
+    for part in (config, text_config(config)):
+        part.__dict__.pop("quantization_config", None)
+    return config
+
+
 def text_config(config: Any) -> Any:
     """The part of a config that describes the decoder of text; the config itself where there is but one part."""
     return config.get_text_config(decoder=True)

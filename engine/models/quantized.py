@@ -25,7 +25,7 @@ def require_bitsandbytes(quantization: Quantization) -> None:
     Raises:
         UserError: it cannot be imported.
     """
-    if quantization != "none":
+    if quantization in ("8bit", "4bit"):
         import_bitsandbytes(f"--quantization {quantization}", "use --quantization none")
 
 
@@ -152,8 +152,8 @@ def scales_of(weight: Any) -> list[torch.Tensor]:
     state = getattr(weight, "quant_state", None)
     for level in (state, getattr(state, "state2", None)):
         found += [getattr(level, name, None) for name in ("absmax", "code", "offset")]
-    stack = held_by(weight)
-    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)] + (stack.tensors() if stack else [])
+    held = held_by(weight)
+    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)] + (held.tensors() if held else [])
 
 
 def same_weights(parameter: nn.Parameter) -> nn.Parameter:

@@ -14,8 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from dpoeng.cache.errors import UserError
-from dpoeng.engine.models.foreign.checkpoints import check_adapter_ranges, check_headers, check_sizes, shard_files
+from dpoeng.engine.models.foreign.checkpoints import (
+    check_adapter_ranges,
+    check_headers,
+    check_pattern,
+    check_sizes,
+    shard_files,
+)
 from dpoeng.engine.models.lora_fields import check_lora_fields
+from dpoeng.engine.models.stored.formats import Format, NotWidenedError, format_of
 
 MAX_JSON_BYTES = 64 << 20  # an index of 100,000 tensors has 10 MB
 
@@ -148,7 +155,11 @@ def has_stored_quantization(source: ModelSource) -> bool:
 
 def _quantization_record(source: ModelSource) -> dict[str, Any] | None:
     file = source.folder / "config.json"
-    fields = {} if source.gguf or not file.is_file() else _read_json(file)
+    return quantization_record({} if source.gguf or not file.is_file() else _read_json(file))
+
+
+def quantization_record(fields: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the fields of a config.json say of how the weights are quantised."""
     found: dict[str, Any] | None = fields.get("quantization_config")
     text = fields.get("text_config")
     return found or (text.get("quantization_config") if isinstance(text, dict) else None) or fields.get("quantization")
@@ -172,14 +183,40 @@ def stored_quantization(source: ModelSource) -> dict[str, Any] | None:
             "bnb_4bit_quant_type": held.get("bnb_4bit_quant_type", "fp4"),
             "bnb_4bit_use_double_quant": bool(held.get("bnb_4bit_use_double_quant", False)),
         }
-    mlx = "group_size" in held and "quant_method" not in held
-    raise UserError(
-        f"{source.name} is quantised by {'MLX' if mlx else held.get('quant_method', 'a method without a name')}",
-        code="quantization-stored",
-        where=str(file),
-        expected="full precision, or bitsandbytes in 8 or 4 bits",
-        remedy="name the full-precision checkpoint; --quantization 8bit or 4bit quantises it while it is loaded",
-    )
+    read_format(source.name, str(file), held)
+    return {"quantization": "stored"}
+
+
+def read_format(name: str, where: str, record: Mapping[str, Any]) -> Format:
+    """How the weights of files are to be widened, by what config.json says.
+
+    Raises:
+        UserError: in a way that dpoeng does not run.
+    """
+    mlx = "group_size" in record and "quant_method" not in record
+    try:
+        stored = format_of(record)
+    except (NotWidenedError, TypeError, ValueError, AttributeError) as error:
+        instead = getattr(error, "instead", "")
+        raise UserError(
+            f"{name} is quantised by {'MLX' if mlx else record.get('quant_method', 'a method without a name')}",
+            code="quantization-stored",
+            where=where,
+            expected="full precision, bitsandbytes in 8 or 4 bits, FP8, MXFP4, GPTQ, AWQ, or compressed-tensors",
+            found=str(error),
+            remedy=f"name {instead + ', or ' if instead else ''}the full-precision checkpoint; --quantization 8bit or "
+            "4bit quantises it while it is loaded",
+        ) from error
+    for pattern in (*stored.targets, *stored.ignored):
+        check_pattern(where, "quantization_config", pattern.removeprefix("re:"))
+    return stored
+
+
+def stored_format(source: ModelSource) -> Format:
+    """The same of a checkpoint whose `stored_quantization` is `stored`."""
+    record = _quantization_record(source)
+    assert record is not None
+    return read_format(source.name, str(source.folder / "config.json"), record)
 
 
 def quantized_otherwise(source: ModelSource, field: str, stored: Any, asked: Any) -> UserError:

@@ -12,6 +12,7 @@ from dpoeng.engine.config.plan import PlanConfig
 from dpoeng.engine.config.template import Line
 from dpoeng.engine.memory.cards import find_gpu
 from dpoeng.engine.memory.overhead import count_parameters, model_fields, weights_bytes
+from dpoeng.engine.models.sources import quantization_record
 from dpoeng.engine.recipes.plan import Plan, make_plan, suggested
 from dpoeng.engine.runtime.progress import QUIET, Progress
 
@@ -67,10 +68,11 @@ def _what_fits(model: str, gpu: str, progress: Progress) -> dict[str, Line]:
     plans: list[Plan] = []
     max_length = PrecomputeConfig.model_fields["max_length"].default
     with progress.task(f"simulating {model}", 3, "ways") as advance:
-        for quantization in ("none", "8bit", "4bit"):
-            if quantization == "4bit" or weights_bytes(parts, quantization) < find_gpu(gpu).n_bytes:
-                request = {"model": model, "gpu": (gpu,), "quantization": quantization, "compare": False}
-                plans.append(make_plan(PlanConfig.model_validate({**request, "max_length": max_length})))
+        for quantization in ("none", "8bit", "4bit") if quantization_record(fields) is None else ("stored",):
+            if quantization in ("4bit", "stored") or weights_bytes(parts, quantization) < find_gpu(gpu).n_bytes:
+                request = {"model": model, "gpu": (gpu,), "compare": False, "max_length": max_length}
+                request |= {} if quantization == "stored" else {"quantization": quantization}
+                plans.append(make_plan(PlanConfig.model_validate(request)))
                 if _share(plans[-1]) <= HEADROOM:
                     break
             advance(1, quantization)

@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,16 @@ from dpoeng.cache.errors import UserError
 from dpoeng.engine.models.checkpoint_names import PREFIX, as_peft_reads, stored_names
 from dpoeng.engine.models.lora_fields import start_changes_base
 from dpoeng.engine.models.model import DTYPES
-from dpoeng.engine.models.sources import ModelSource, find_adapter, find_model, read_adapter_fields
+from dpoeng.engine.models.sources import (
+    ModelSource,
+    find_adapter,
+    find_model,
+    read_adapter_fields,
+    read_fields,
+    stored_format,
+    stored_quantization,
+)
+from dpoeng.engine.models.stored.widening import write_widened
 from dpoeng.engine.models.tokenizer import choose_tokenizer, copy_tokenizer
 from dpoeng.engine.recipes.merge_whole import MergeSummary, copy_rest, merge_whole
 from dpoeng.engine.runs.folder import ADAPTER_FOLDER, MODEL_FOLDER, RUN_FILE
@@ -101,6 +111,8 @@ def merge(
             cannot be merged.
     """
     refuse_filled(into)
+    if not base.gguf and stored_quantization(base) == {"quantization": "stored"}:
+        return _merge_widened(base, adapters, into, dtype=dtype, progress=progress)
     config = {} if base.gguf else json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
     if base.gguf or config.get("quantization_config"):
         raise UserError(
@@ -138,6 +150,23 @@ def merge(
 
     write_new(into, fill)
     return MergeSummary(into, base.name, [adapter.name for adapter in adapters], len(updates), tensors, dtype)
+
+
+def _merge_widened(
+    base: ModelSource, adapters: Sequence[ModelSource], into: Path, *, dtype: str, progress: Progress
+) -> MergeSummary:
+    """The same over a base whose files are quantised: its codes are widened first, into a folder that goes again."""
+    held = read_fields(base).get("dtype") or read_fields(base).get("torch_dtype")
+    wide = DTYPES.get(str(held) if dtype == "auto" else dtype, torch.bfloat16)
+    named = str(wide).removeprefix("torch.")
+    progress.note(
+        f"the base's codes ({stored_format(base).words}) are widened to {named}: the result is a {named} checkpoint, "
+        f"and as much room again is needed while it is made"
+    )
+    into.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{into.name}-", dir=into.parent) as folder:
+        plain = write_widened(base, Path(folder), wide, progress)
+        return merge(plain, adapters, into, dtype=dtype, progress=progress)
 
 
 def _write_merged(

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from dpoeng.cache.errors import UserError
@@ -27,8 +28,10 @@ from dpoeng.engine.memory.overhead import (
 from dpoeng.engine.memory.simulate import Pair, Setup
 from dpoeng.engine.memory.tracker import Peak
 from dpoeng.engine.memory.ways import Way, find_ways
+from dpoeng.engine.models.loading import stored_whole
 from dpoeng.engine.models.model import DTYPES
 from dpoeng.engine.models.model_config import config_of, sizes
+from dpoeng.engine.models.sources import quantization_record, read_format
 from dpoeng.engine.models.trunk.layers import trunk_layer
 from dpoeng.engine.runtime.distributed import BUCKET_BYTES
 
@@ -134,6 +137,7 @@ def make_plan(request: PlanConfig) -> Plan:
         UserError: the model is not known, or cannot be made.
     """
     fields = model_fields(request.model)
+    request = with_stored(request, fields)
     cards = [find_gpu(name) for name in request.gpu]
     setup = Setup(
         model=fields,
@@ -183,6 +187,40 @@ def _has_room(n_bytes: int, estimates: Mapping[str, int], memory: Memory) -> boo
     return needed_bytes(memory.peak, estimates) <= n_bytes
 
 
+def with_stored(request: PlanConfig, fields: Mapping[str, Any]) -> PlanConfig:
+    """The request for a model whose files are quantised already: they are loaded as they are.
+
+    Raises:
+        UserError: something else was asked for, or they are quantised in a way that dpoeng does not run.
+    """
+    record = quantization_record(fields)
+    if record is None:
+        return request
+    held = {"quantization": "8bit" if record.get("load_in_8bit") else "4bit"}
+    if record.get("quant_method") != "bitsandbytes":
+        read_format(request.model, "--model", record)
+        held = {"quantization": "stored", "layer_offloading": "off"}
+        if request.layer_offloading == "on":
+            raise stored_whole(request.model, "--layer-offloading on")
+    fields_set = request.model_fields_set & {"quantization", "reference_quantization"}
+    asked = next(
+        (value for name in fields_set if (value := getattr(request, name)) not in (None, *held.values())), None
+    )
+    if asked is not None and not Path(request.model).exists():
+        return request  # a known name: somebody may have the same model in full precision
+    if asked is not None:
+        raise UserError(
+            f"{request.model} is already quantised in another way",
+            code="quantization-stored",
+            where="--quantization",
+            expected=f"{held['quantization']}, as its config.json says, or nothing",
+            found=asked,
+            remedy=("leave the option out" if request.use_peft else "train a LoRA")
+            + ", or name the full-precision model with --model",
+        )
+    return request.model_copy(update=held)
+
+
 def _by_tokens(setup: Setup, pair: Pair) -> dict[int, Memory]:
     """Positions in a forward -> memory of one of phase one."""
     tokens = pair_tokens(pair, setup.layout)
@@ -212,7 +250,7 @@ def _options(setup: Setup, pair: Pair) -> list[Option]:
     changes: list[tuple[str, Setup, Pair]] = [
         (f"quantization {name}", replace(setup, quantization=name), pair)
         for name in ("none", "8bit", "4bit")
-        if name != setup.quantization and config.use_peft
+        if name != setup.quantization and config.use_peft and setup.quantization != "stored"
     ]
     as_lora = config.model_copy(update={"use_peft": True})
     without = replace(setup, config=config.model_copy(update={"gradient_checkpointing": False}))

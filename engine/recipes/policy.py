@@ -96,7 +96,7 @@ def choose_policy(config: TrainConfig, inputs: Inputs, group: Group, note: Calla
     """
     reference = inputs.reference
     quantization = config.quantization or reference["quantization"]
-    check_fsdp(config, group)
+    check_fsdp(config, group, quantization)
     require_bitsandbytes(quantization)
     if not config.optim.startswith("adamw_torch"):
         import_bitsandbytes(f"--optim {config.optim}", "use --optim adamw_torch")

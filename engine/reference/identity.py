@@ -11,7 +11,13 @@ from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.engine.config.fields import PrecomputeConfig
 from dpoeng.engine.models.experts.targets import has_routed_experts
 from dpoeng.engine.models.loading import pick_device, resolve_dtype
-from dpoeng.engine.models.sources import ModelSource, adapter_config, forward_config, stored_quantization
+from dpoeng.engine.models.sources import (
+    ModelSource,
+    adapter_config,
+    forward_config,
+    stored_format,
+    stored_quantization,
+)
 from dpoeng.engine.runtime.progress import QUIET, Progress
 
 SCORING_VERSION = 1
@@ -55,6 +61,8 @@ def reference_spec(
             "double_quant": config.bnb_4bit_use_double_quant,
             "skip": ["lm_head"],
         }
+    elif config.quantization == "stored":
+        quantization = {"method": f"stored-{stored_format(source).method}", "activations": "exact"}
     if quantization is not None and stored_quantization(source) is None and has_routed_experts(source):
         quantization["experts"] = "stacked"  # their weights are quantised too, which they were not in older caches
     return ReferenceSpec.from_fields(

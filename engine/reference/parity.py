@@ -69,7 +69,7 @@ def parity_tolerance(lm: CausalLM, reference_quantization: str, reference_dtype:
     """
     dtype = str(lm.dtype).removeprefix("torch.")
     if lm.quantization != reference_quantization:
-        return 1.0 if "4bit" in (lm.quantization, reference_quantization) else 0.3
+        return 1.0 if {"4bit", "stored"} & {lm.quantization, reference_quantization} else 0.3
     if dtype != reference_dtype:
         return 0.1
     return {"float32": 2e-3, "bfloat16": 6e-2, "float16": 2e-2}[dtype]

@@ -242,7 +242,7 @@ def test_several_unknown_options_are_told_at_once(refused: Run) -> None:
         ("lr_scheduler_type: reduce_lr_on_plateau", ["must be one of 'linear'"]),
         ("loss_type: sigmod", ["was sigmoid meant?"]),
         ("adapter_mode: merge", ["must be one of 'auto', 'new', 'stack' or 'continue'"]),
-        ("quantization: 8", ["must be one of 'none', '8bit' or '4bit'"]),
+        ("quantization: 8", ["must be one of 'none', '8bit', '4bit' or 'stored'"]),
         ("quantization: int8", ["'8bit'"]),
         ("quantization: no", ["in YAML a bare yes, no, on or off is true or false", "here none"]),
         ("dtype: bf16", ["was bfloat16 meant?"]),

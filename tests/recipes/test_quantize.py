@@ -92,9 +92,9 @@ def test_a_full_disk_leaves_no_checkpoint(tmp_path: Path, tiny_model: Path) -> N
 
 
 def test_a_method_that_dpoeng_does_not_run_is_named(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "hqq", "bits": 4}}))
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError) as caught:
         stored_quantization(find_model(str(tmp_path)))
     assert caught.value.code == "quantization-stored"
-    assert "gptq" in str(caught.value)
+    assert "hqq" in str(caught.value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -124,7 +124,25 @@ class Stack4bit:
         return self
 
 
-Stack = PlainStack | Stack8bit | Stack4bit
+class Stack(Protocol):
+    """The matrices of a layer's experts, however they are held."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(E, O, I)."""
+
+    def widened(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+        """The matrices [n, O, I] of some experts that follow each other."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What is in memory beside the model's parameters."""
+
+
+class Held(Protocol):
+    """What a placeholder stands for: a quantised stack, or one matrix as its files have it."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What is in memory beside the model's parameters."""
 
 
 def _shape(stored: tuple[int, ...], transposed: bool) -> tuple[int, int, int]:
@@ -171,27 +189,28 @@ def fits(weight: torch.Tensor, *, bits: int) -> bool:
 def stack_of(module: Any, name: str) -> Stack:
     """A stack of an experts module, as it is held."""
     weight = getattr(module, name)
-    return held_by(weight) or PlainStack(weight, bool(module.is_transposed))
+    held: Any = held_by(weight)
+    return held or PlainStack(weight, bool(module.is_transposed))
 
 
-def held_by(parameter: torch.Tensor) -> Stack8bit | Stack4bit | None:
-    """The quantised stack that a placeholder stands for."""
-    found: Stack8bit | Stack4bit | None = getattr(parameter, _HELD, None)
+def held_by(parameter: torch.Tensor) -> Held | None:
+    """The quantised stack, or the stored matrix, that a placeholder stands for."""
+    found: Held | None = getattr(parameter, _HELD, None)
     return found
 
 
-def placeholder(stack: Stack8bit | Stack4bit, like: torch.Tensor) -> nn.Parameter:
-    """A parameter that stands for a quantised stack, of a tensor's shape, dtype and device."""
-    nothing = torch.full((1, 1, 1), float("nan"), dtype=like.dtype, device=like.device)
+def placeholder(held: Held, like: torch.Tensor) -> nn.Parameter:
+    """A parameter that stands for quantised weights, of a tensor's shape, dtype and device."""
+    nothing = torch.full((1,) * like.dim(), float("nan"), dtype=like.dtype, device=like.device)
     parameter = nn.Parameter(nothing.expand(like.shape), requires_grad=False)
-    setattr(parameter, _HELD, stack)
+    setattr(parameter, _HELD, held)
     return parameter
 
 
 def held_tensors(model: nn.Module) -> list[torch.Tensor]:
-    """All tensors of quantised stacks."""
-    held = [stack for parameter in model.parameters() if (stack := held_by(parameter)) is not None]
-    return [tensor for stack in held for tensor in stack.tensors()]
+    """All tensors that placeholders stand for."""
+    found = [held for parameter in model.parameters() if (held := held_by(parameter)) is not None]
+    return [tensor for held in found for tensor in held.tensors()]
 
 
 @torch.no_grad()
