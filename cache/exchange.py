@@ -41,6 +41,8 @@ EXPORT_SCHEMA: Final = pa.schema(
         ("source_row", pa.int64()),
     ]
 )
+TRL_SCHEMA: Final = pa.schema([EXPORT_SCHEMA.field(i) for i in range(5)])
+"""The columns of TRL's data set once it has precomputed its reference."""
 _GAPS: Final = ("chosen_gaps", "rejected_gaps")  # written only for rows that have gaps
 _MAX_LISTS: Final = 1 << 20  # per line; an export has seven. An empty list of 3 bytes takes 64 bytes of memory
 _IDS: Final = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -62,27 +64,47 @@ def export_view(view: View, path: Path) -> int:
     Raises:
         UserError: the path has another ending.
     """
-    write = {".jsonl": _write_jsonl, ".parquet": _write_parquet}.get(path.suffix)
-    if write is None:
-        raise _bad_suffix(path)
     gaps = any(row.ids.chosen_gaps or row.ids.rejected_gaps for row in (view[i] for i in range(len(view))))
-    with replacing(path) as temporary:
-        write(temporary, _batched(_columns(view, gaps=gaps)))
+    _write(path, _columns(view, gaps=gaps), EXPORT_SCHEMA)
     return len(view)
+
+
+def export_sums(view: View, path: Path) -> int:
+    """Writes the columns of `TRL_SCHEMA`; else as `export_view`."""
+    rows = _columns(view, gaps=False)
+    _write(path, ({name: row[name] for name in TRL_SCHEMA.names} for row in rows), TRL_SCHEMA)
+    return len(view)
+
+
+def _write(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> None:
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise _bad_suffix(path)
+    with replacing(path) as temporary:
+        if path.suffix == ".jsonl":
+            _write_jsonl(temporary, _batched(rows))
+        else:
+            _write_parquet(temporary, _batched(rows), schema)
 
 
 def is_export(path: Path) -> bool:
     """Whether `export_view` wrote this file. Raises ValueError if the file does not have the format of its name."""
+    return [name for name in _names(path) if name not in _GAPS] == list(EXPORT_SCHEMA.names)
+
+
+def is_sums_export(path: Path) -> bool:
+    """Whether `export_sums` wrote this file; as `is_export`."""
+    return _names(path) == list(TRL_SCHEMA.names)
+
+
+def _names(path: Path) -> list[str]:
+    """The columns of a file, in their order; of JSON Lines those of the first line."""
     if path.suffix == ".parquet":
         from pyarrow import parquet
 
-        names = parquet.read_schema(path).names
-        return names[: len(EXPORT_SCHEMA)] == EXPORT_SCHEMA.names and set(names) - set(EXPORT_SCHEMA.names) <= set(
-            _GAPS
-        )
+        return list(parquet.read_schema(path).names)
     with path.open("rb") as file:
         line = file.readline()
-    return bool(line) and [name for name in json.loads(line) if name not in _GAPS] == EXPORT_SCHEMA.names
+    return list(json.loads(line)) if line else []
 
 
 def _columns(view: View, *, gaps: bool) -> Iterator[dict[str, Any]]:
@@ -120,12 +142,11 @@ def _write_jsonl(path: Path, batches: Iterable[list[dict[str, Any]]]) -> None:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in batch)
 
 
-def _write_parquet(path: Path, batches: Iterable[list[dict[str, Any]]]) -> None:
+def _write_parquet(path: Path, batches: Iterable[list[dict[str, Any]]], schema: pa.Schema) -> None:
     from pyarrow import parquet
 
     batches = iter(batches)
     first = next(batches, [])
-    schema = EXPORT_SCHEMA
     for name in _GAPS:
         if first and name in first[0]:
             schema = schema.append(pa.field(name, pa.list_(pa.int32())))

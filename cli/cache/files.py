@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +15,10 @@ from dpoeng.cli.options import config_options, force_option, given
 from dpoeng.cli.tables import json_option, say, say_json
 from dpoeng.engine.config.fields import PrecomputeConfig
 from dpoeng.engine.config.files import load_config
+from dpoeng.engine.config.other_trainers import OTHER_TRAINERS, OtherTrainer
+
+if TYPE_CHECKING:
+    from dpoeng.cache.reader import View
 
 _OF_A_REFERENCE = frozenset(
     "model adapter cache name quantization dtype bnb_4bit_quant_type bnb_4bit_use_double_quant batch_tokens".split()
@@ -21,28 +26,76 @@ _OF_A_REFERENCE = frozenset(
 
 
 @click.command(
-    epilog=example("dpoeng cache export refcache pairs.parquet", "dpoeng cache export refcache out.jsonl --view eval")
+    epilog=example(
+        "dpoeng cache export refcache pairs.parquet",
+        "dpoeng cache export refcache out.jsonl --view eval",
+        "dpoeng cache export refcache trl.parquet --for trl",
+        "dpoeng cache export refcache 5d2f.pt --for open-instruct --rows local_dataset_cache/9b1c",
+    )
 )
 @click.argument("folder", type=FOLDER)
 @click.argument("file", type=FILE)
 @click.option("--view", help="Which view.  [default: the only one]")
 @click.option("--trunk-layer", type=int, help="Write the hidden states that enter this layer in place of log-probs.")
+@click.option(
+    "--for", "trainer", type=click.Choice(OTHER_TRAINERS), help="Write what this trainer reads, or say why not."
+)
+@click.option("--rows", type=FOLDER, help="--for open-instruct: the folder of its tokenised rows.")
 @force_option
 @json_option
-def export(folder: Path, file: Path, view: str | None, trunk_layer: int | None, force: bool, as_json: bool) -> None:
-    """Write token ids and reference log-probs of a view to FILE (.jsonl or .parquet), in the order of its source."""
+def export(
+    folder: Path,
+    file: Path,
+    view: str | None,
+    trunk_layer: int | None,
+    trainer: OtherTrainer | None,
+    rows: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write token ids and reference log-probs of a view to FILE (.jsonl or .parquet), in the order of its source.
+
+    docs/other-trainers.md says what other trainers read, and how TRL takes a cache without a file.
+    """
     from dpoeng.cache.exchange import export_view, is_export
     from dpoeng.cache.reader import View
     from dpoeng.cache.trunk.export import export_states
     from dpoeng.engine.runtime.outputs import Kind, refuse_output
 
+    if trainer is None and rows is not None:
+        raise click.UsageError("--rows goes with --for open-instruct")
+    if trainer is not None and trunk_layer is not None:
+        raise click.UsageError("--for writes log-probs, --trunk-layer hidden states: choose one")
     opened = View.open(folder, view)
-    refuse_output(file, Kind("the export", is_export), inputs=sources_of(opened), force=force)
-    count = export_view(opened, file) if trunk_layer is None else export_states(opened, trunk_layer, file)
+    told = ""
+    if trainer is not None:
+        from dpoeng.engine.recipes.elsewhere.reference_files import export_for, is_file_for
+
+        made = partial(is_file_for, trainer)
+        refuse_output(file, Kind("the export", made), inputs=[*sources_of(opened), folder], force=force)
+        count = export_for(trainer, opened, file, rows)
+        told = _how_to_read(trainer, file, opened)
+    else:
+        refuse_output(file, Kind("the export", is_export), inputs=sources_of(opened), force=force)
+        count = export_view(opened, file) if trunk_layer is None else export_states(opened, trunk_layer, file)
     if as_json:
         say_json({"file": file, "view": opened.name, "rows": count})
         return
-    say(f"{counted(count, 'row')} written to {file}")
+    say(f"{counted(count, 'row')} written to {file}{told}")
+
+
+def _how_to_read(trainer: OtherTrainer, file: Path, view: View) -> str:
+    """What to type now."""
+    from dpoeng.engine.recipes.elsewhere.reference_files import longest_of
+
+    if trainer == "open-instruct":
+        return f"\n\nopen-instruct says 'Loading reference logprobs cache from ...{file.name}' when it takes them."
+    kind = "from_parquet" if file.suffix == ".parquet" else "from_json"
+    return (
+        "\n\nTRL takes it once its trainer is constructed; max_length must be None, or "
+        f"{longest_of(view)} or more, and ld_alpha None:\n"
+        f"  trainer.train_dataset = Dataset.{kind}({str(file)!r})\n  trainer.precompute_ref_logps = True"
+    )
 
 
 @click.command(

@@ -11,9 +11,13 @@ import json
 from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal, get_args
 
 import yaml
+
+OtherTrainer = Literal["trl", "axolotl", "ms-swift", "open-instruct"]
+OTHER_TRAINERS: Final[tuple[OtherTrainer, ...]] = get_args(OtherTrainer)
+"""Trainers that `dpoeng cache export` writes for, or says why not."""
 
 # The classes whose names are known from their signatures, and how they are called in a message.
 OWNERS = {

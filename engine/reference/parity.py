@@ -68,8 +68,13 @@ def parity_tolerance(lm: CausalLM, reference_quantization: str, reference_dtype:
     gap between these is expected, and reported.
     """
     dtype = str(lm.dtype).removeprefix("torch.")
-    if lm.quantization != reference_quantization:
-        return 1.0 if {"4bit", "stored"} & {lm.quantization, reference_quantization} else 0.3
+    return tolerated(lm.quantization, dtype, reference_quantization, reference_dtype)
+
+
+def tolerated(quantization: str, dtype: str, reference_quantization: str, reference_dtype: str) -> float:
+    """`parity_tolerance` of a model that is given by its precision."""
+    if quantization != reference_quantization:
+        return 1.0 if {"4bit", "stored"} & {quantization, reference_quantization} else 0.3
     if dtype != reference_dtype:
         return 0.1
     return {"float32": 2e-3, "bfloat16": 6e-2, "float16": 2e-2}[dtype]

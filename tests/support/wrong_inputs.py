@@ -698,6 +698,20 @@ def imported_sums(desk: Desk) -> None:
     import_reference(PrecomputeConfig(model=str(desk.model)), path)
 
 
+def other_trainer(*, wrong: float = 0.0, cut: int = 99, **settings: Any) -> Callable[[Desk], None]:
+    """A stand-in for TRL's trainer, of which `test_other_trainers.py` has the makers."""
+
+    def act(desk: Desk) -> None:
+        from trainer_stand_in import stand_in
+
+        from dpoeng.cache.reader import View
+        from dpoeng.trl import with_cached_reference
+
+        with_cached_reference(stand_in(View.open(desk.cache), wrong=wrong, length=cut, **settings), desk.cache)
+
+    return act
+
+
 def different_ranks(desk: Desk) -> None:
     import torch
 
@@ -825,6 +839,14 @@ CACHES = (
     Wrong("an export of labels", "cache-rows", 2, "cache export refcache rows.jsonl --view labels", ("unpaired",),
           bend(unpaired_view)),
     Wrong("an export that is no format", "export-format", 2, "cache export CACHE rows.txt", (".jsonl",)),
+    Wrong("an export for who reads none", "export-trainer", 2, "cache export CACHE x.parquet --for axolotl",
+          ("post_trainer_create",)),
+    Wrong("an export for rows that are not named", "export-trainer", 2, "cache export CACHE x.pt --for open-instruct",
+          ("--cache_dataset_only",)),
+    Wrong("a trainer that truncates", "reference-tokens", 3, "", ("row 1",), act=other_trainer(cut=30)),
+    Wrong("a trainer of another model", "reference-mismatch", 3, "", ("nats",), act=other_trainer(wrong=2.0)),
+    Wrong("a trainer that moves its reference", "reference-trainer", 2, "", ("sync_ref_model",),
+          act=other_trainer(sync_ref_model=True)),
     Wrong("a loss of tokens on sums", "cache-sums-only", 2, "train --ld-alpha 0.5", ("--ld-alpha",), imported_sums),
     Wrong("a selection of nothing", "select-nothing", 2, "select --cache CACHE --output few --min-score 1e9",
           ("below",)),
