@@ -13,12 +13,12 @@ Level = Literal["error", "warning", "info"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "info")
 
 SNIPPET = 90
-"""Characters of a text that an example shows."""
+"""Characters of a text in an example."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One thing that can be found."""
+    """A kind of finding: its level, meaning, consequence and remedy."""
 
     level: Level
     what: str
@@ -35,7 +35,7 @@ KINDS: dict[str, Kind] = {
     ),
     "template-in-messages": Kind(
         "error",
-        "messages that already hold a chat template's markers",
+        "messages that already contain a chat template's markers",
         "the tokenizer's template is applied again, so the model sees headers inside a message",
         "remove the markers, or give the finished texts as plain prompt, chosen and rejected",
     ),
@@ -314,7 +314,7 @@ KINDS: dict[str, Kind] = {
 
 
 def kind(code: str) -> Kind:
-    """The kind of a finding; a reason for which rows are left out is one too."""
+    """The kind of a finding with this code. Reasons for leaving rows out are kinds, too."""
     if code in KINDS:
         return KINDS[code]
     what, remedy = REASONS[code]
@@ -323,13 +323,13 @@ def kind(code: str) -> Kind:
 
 @dataclass(slots=True)
 class Finding:
-    """One kind, as often as it was found.
+    """A kind and how often it occurred.
 
     Attributes:
-        count: how many pairs (rows, for what is left out).
-        of: out of how many.
-        detail: figures, where a count alone does not tell it.
-        examples: (file:line, what stands there), the first ones.
+        count: number of pairs (of rows, if they are left out).
+        of: number of pairs looked at.
+        detail: figures, if the count alone does not tell enough.
+        examples: (file:line, text) of the first ones.
     """
 
     code: str
@@ -344,12 +344,12 @@ class Finding:
 
     @property
     def share(self) -> float:
-        """`count` of `of`."""
+        """`count` divided by `of`."""
         return self.count / self.of if self.of else 0.0
 
 
 class Tally:
-    """Counts findings while rows go by, and keeps the first examples of each."""
+    """Counts findings row by row, and keeps the first examples of each."""
 
     def __init__(self, examples: int) -> None:
         self._examples = examples
@@ -357,29 +357,29 @@ class Tally:
         self._details: dict[str, str] = {}
         self._shown: dict[str, list[tuple[str, str]]] = {}
 
-    def add(self, code: str, row: PreferencePair | Reject, shown: str) -> None:
-        """One more row; `shown` is what an example tells."""
+    def add(self, code: str, row: PreferencePair | Reject, example: str) -> None:
+        """Counts one row; `shown` is the text of its example."""
         self.count(code, 1)
-        self.example(code, place(row.source_file, row.source_row), shown)
+        self.example(code, place(row.source_file, row.source_row), example)
 
     def count(self, code: str, count: int, detail: str = "") -> None:
-        """So many more, without an example."""
+        """Adds `count` without an example."""
         self._counts[code] = self._counts.get(code, 0) + count
         if detail:
             self._details[code] = detail
 
-    def example(self, code: str, where: str, shown: str) -> None:
-        """An example alone; only the first ones are kept."""
-        kept = self._shown.setdefault(code, [])
-        if len(kept) < self._examples:
-            kept.append((where, shown))
+    def example(self, code: str, where: str, example: str) -> None:
+        """Adds an example without counting; only the first ones are kept."""
+        examples = self._shown.setdefault(code, [])
+        if len(examples) < self._examples:
+            examples.append((where, example))
 
     def findings(self, rows: int) -> list[Finding]:
-        """All that was found, errors first, then the most frequent."""
-        found = []
+        """All findings: errors first, then by frequency."""
+        findings = []
         for code, count in self._counts.items():
             this = kind(code)
-            found.append(
+            findings.append(
                 Finding(
                     code=code,
                     level=this.level,
@@ -392,11 +392,11 @@ class Tally:
                     examples=self._shown.get(code, []),
                 )
             )
-        return sorted(found, key=lambda one: (LEVELS.index(one.level), -one.count, one.code))
+        return sorted(findings, key=lambda one: (LEVELS.index(one.level), -one.count, one.code))
 
 
 def snippet(text: str, *, end: bool = False) -> str:
-    """The beginning (or end) of a text on one line, as Python would quote it."""
+    """The beginning (or end) of a text in one line, quoted as in Python."""
     if len(text) <= SNIPPET:
         return repr(text)
     return "…" + repr(text[-SNIPPET:]) if end else repr(text[:SNIPPET]) + "…"

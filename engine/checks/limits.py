@@ -1,4 +1,4 @@
-"""Reads the largest token id and length that a checkpoint takes from its files, without loading it."""
+"""Reads from a checkpoint's files how many token ids and positions the model has, without loading it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _EMBEDDINGS = (
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """How many token ids and positions a model has; None where its files do not say."""
+    """How many token ids and positions a model has; None if its files do not say."""
 
     vocabulary: int | None
     positions: int | None
 
 
 def read_limits(folder: Path, adapter: Path | None = None) -> ModelLimits:
-    """Return the limits of a folder with config.json; an adapter's embedding overrides the number of ids."""
+    """Reads the limits from a folder with config.json; an adapter's embedding overrides the number of ids."""
     config = _json(folder / "config.json")
     fields = {**config, **(config.get("text_config") or {})}
     rows = [_embedding_rows(place) for place in (folder, adapter) if place is not None]
@@ -43,12 +43,12 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}  # what is wrong with the model's files is said where it is loaded
+        return {}  # loading the model reports damaged files
     return value if isinstance(value, dict) else {}
 
 
 def _embedding_rows(folder: Path) -> int | None:
-    """Rows of the input embedding, by the headers of the safetensors files."""
+    """Rows of the input embedding, from the headers of the safetensors files."""
     index = _json(folder / "model.safetensors.index.json").get("weight_map")
     names = set(index.values()) if isinstance(index, Mapping) else {"model.safetensors", "adapter_model.safetensors"}
     for name in sorted(names):

@@ -1,6 +1,6 @@
-"""Tiny computations that really use a library: `python -m dpoeng.engine.checks.probes NAME` prints one line of JSON.
+"""Small computations that exercise a library: `python -m dpoeng.engine.checks.probes NAME` prints one line of JSON.
 
-Each runs in a process of its own (see `doctor`): a library that crashes the interpreter or hangs is then a finding.
+Each runs in its own process (see `doctor`): a library that crashes the interpreter or hangs is then a finding.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 
 def torch_probe() -> dict[str, Any]:
-    """A product of matrices on every device, in float32 and bfloat16, against float64."""
+    """Matrix products on every device, in float32 and bfloat16, compared with float64."""
     import torch
 
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "version": torch.__version__,
         "cuda_build": torch.version.cuda,
         "threads": torch.get_num_threads(),
@@ -27,7 +27,7 @@ def torch_probe() -> dict[str, Any]:
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             free, total = torch.cuda.mem_get_info(index)
-            found["gpus"].append(
+            report["gpus"].append(
                 {
                     "name": properties.name,
                     "capability": f"{properties.major}.{properties.minor}",
@@ -43,20 +43,20 @@ def torch_probe() -> dict[str, Any]:
         for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 0.5)):
             product = (a.to(device, dtype) @ b.to(device, dtype)).double().cpu()
             _near(product, a @ b, tolerance, f"{dtype} product on {device}")
-    return found
+    return report
 
 
 def bus_speed(device: Any, n_bytes: int = 1 << 28, repeats: int = 4) -> float:
-    """GB/s at which pinned host memory reaches a device, the first copy left out: what holds layer offloading back."""
+    """GB/s from pinned host memory to a device, without the first copy: the limit of layer offloading."""
     import torch
 
     on_gpu = device.type == "cuda"
     host = torch.zeros(n_bytes, dtype=torch.uint8, pin_memory=on_gpu)
-    there = torch.empty_like(host, device=device)
+    on_device = torch.empty_like(host, device=device)
     seconds = []
     for _ in range(1 + repeats):
         began = time.perf_counter()
-        there.copy_(host, non_blocking=True)
+        on_device.copy_(host, non_blocking=True)
         if on_gpu:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - began)
@@ -64,7 +64,7 @@ def bus_speed(device: Any, n_bytes: int = 1 << 28, repeats: int = 4) -> float:
 
 
 def bitsandbytes_probe() -> dict[str, Any]:
-    """A linear layer in 8 bit and in NF4, forward and backward, against the same layer unquantised."""
+    """A linear layer in 8 bit and in NF4, forward and backward, compared with the unquantised layer."""
     import bitsandbytes as bnb
     import torch
     from torch import nn
@@ -84,23 +84,23 @@ def bitsandbytes_probe() -> dict[str, Any]:
         layer = layer.to(device).train()
         multiply_exactly(layer)
         inputs = x.to(device).requires_grad_()
-        found = layer(inputs)
-        _near(found.float().cpu(), want, tolerance, f"{name} layer on {device}")
-        torch.autograd.backward(found.float().sum())
+        output = layer(inputs)
+        _near(output.float().cpu(), want, tolerance, f"{name} layer on {device}")
+        torch.autograd.backward(output.float().sum())
         if inputs.grad is None or not bool(inputs.grad.abs().sum() > 0):
             raise ArithmeticError(f"no gradient flows through the {name} layer on {device}")
     return {"version": bnb.__version__, "device": device}
 
 
 def triton_probe() -> dict[str, Any]:
-    """dpoeng's kernels for a GPU against plain PyTorch; without a GPU nothing runs, since nothing uses Triton."""
+    """dpoeng's kernels on a GPU, compared with plain PyTorch. Without a GPU nothing runs, since nothing uses Triton."""
     import torch
 
     if not torch.cuda.is_available():
         return {"used": False}
     import triton
 
-    found: dict[str, Any] = {"version": triton.__version__, "used": True}
+    report: dict[str, Any] = {"version": triton.__version__, "used": True}
     from dpoeng.kernels.token_logps import plain_token_logps, token_logps
 
     torch.manual_seed(0)
@@ -114,11 +114,11 @@ def triton_probe() -> dict[str, Any]:
     _near(scored.detach().double(), want, 0.05, "training kernel")
     torch.autograd.backward(scored.sum())
     assert leaf.grad is not None
-    return found
+    return report
 
 
 def transformers_probe() -> dict[str, Any]:
-    """The model libraries are imported together, as both phases import them, and a tiny model runs."""
+    """Imports the model libraries together, as both phases do, and runs a tiny model."""
     import accelerate
     import peft
     import torch
@@ -149,12 +149,12 @@ def _near(found: Any, want: Any, tolerance: float, what: str) -> None:
 
 
 def main() -> None:
-    """Runs the probe that is named; what goes wrong is printed too."""
+    """Runs the probe named on the command line; prints errors too."""
     try:
-        found = {"ok": True, **PROBES[sys.argv[1]]()}
+        result = {"ok": True, **PROBES[sys.argv[1]]()}
     except Exception as error:
-        found = {"ok": False, "problem": f"{type(error).__name__}: {error}"[:500]}
-    print(json.dumps(found))
+        result = {"ok": False, "problem": f"{type(error).__name__}: {error}"[:500]}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

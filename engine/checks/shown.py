@@ -1,6 +1,6 @@
-"""The text of a pair as the model is given it, cut where what is scored begins and ends, for a person to read.
+"""Shows the text of a pair as the model sees it, split where scoring begins and ends, for a person to read.
 
-Decodes token ids, so that whatever tokenisation adds, swallows or cuts is seen. Knows nothing of findings.
+Decodes token ids, so that everything that tokenisation adds, drops or cuts is visible. Independent of findings.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PAIR = ("chosen", "rejected")
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a text, scored as a whole or not at all."""
+    """A part of a text, either scored or not."""
 
     text: str
     scored: bool
@@ -26,7 +26,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class ShownPair:
-    """Both texts of a pair, in pieces. `where` is file and row, `names` are what the two texts are called."""
+    """Both texts of a pair, in pieces. `where` is file and row; `names` are the labels of the two texts."""
 
     where: str
     chosen: list[Piece]
@@ -35,14 +35,14 @@ class ShownPair:
 
 
 def show_tokens(where: str, ids: PairIds, tokenizer: Any, names: tuple[str, str] = PAIR) -> ShownPair:
-    """The texts of token ids."""
+    """Decodes token ids to texts."""
     chosen = _pieces(ids.prompt_ids, ids.chosen_ids, ids.chosen_start, ids.chosen_gaps, tokenizer)
     rejected = _pieces(ids.prompt_ids, ids.rejected_ids, ids.rejected_start, ids.rejected_gaps, tokenizer)
     return ShownPair(where, chosen, rejected, names)
 
 
 def show_texts(pair: PreferencePair, names: tuple[str, str] = PAIR) -> ShownPair | None:
-    """The texts of a pair without a tokenizer; None for messages, which no template has written yet."""
+    """The texts of a pair without a tokenizer; None for messages, which need a chat template."""
     if not (isinstance(pair.prompt, str) and isinstance(pair.chosen, str) and isinstance(pair.rejected, str)):
         return None
     prompt = Piece(pair.prompt, False)
@@ -53,17 +53,17 @@ def show_texts(pair: PreferencePair, names: tuple[str, str] = PAIR) -> ShownPair
 def _pieces(prompt: IdArray, response: IdArray, start: int, gaps: Gaps, tokenizer: Any) -> list[Piece]:
     ids = [*prompt.tolist(), *response.tolist()]
     pieces = []
-    shown = ""
+    decoded = ""
     for end, scored in _runs(len(prompt), len(response), start, gaps):
         # Decode all runs together: some tokenizers drop the space before a first token.
         text = str(tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        pieces.append(Piece(text[len(shown) :], scored))
-        shown = text
+        pieces.append(Piece(text[len(decoded) :], scored))
+        decoded = text
     return [piece for piece in pieces if piece.text]
 
 
 def _runs(prompt: int, response: int, start: int, gaps: Gaps) -> Iterator[tuple[int, bool]]:
-    """Behind which token each run ends, and whether it is scored."""
+    """The end of each run of tokens, and whether it is scored."""
     edges: Sequence[tuple[int, bool]] = [
         (start, False),
         *((edge, scored) for gap in gaps for edge, scored in zip(gap, (True, False), strict=True)),

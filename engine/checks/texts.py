@@ -1,4 +1,4 @@
-"""Finds problems in pairs from their texts alone: template markers, boundaries, endings, damage, categories."""
+"""Finds problems in pairs from their texts: template markers, boundaries, endings, damage, categories."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dpoeng.engine.data.where import truth
 
 BOS_TEXTS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
 SYSTEM_TEXTS = ("<|im_start|>system", "<|start_header_id|>system", "<<SYS>>", "<|system|>")
-# Headers of turns. Beginning and end tokens are not among them: they have findings of their own.
+# Headers of turns. Beginning and end tokens have separate findings.
 TEMPLATE_TEXTS = (
     *("<|im_start|>", "<|start_header_id|>", "[INST]", "[/INST]", "<<SYS>>", "<start_of_turn>"),
     *("<|user|>", "<|assistant|>", "<|system|>"),
@@ -30,7 +30,7 @@ TEMPLATE_TEXTS = (
 
 # Replacement and control characters; UTF-8 that was read as Windows-1252 or Latin-1 ("Ã©", "â€™").
 _DAMAGE = re.compile("\ufffd|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|Ã[\x80-\xbf©¨¤¶¼«]|â€[™œ\x9d“”˜¦]")
-_TAIL = 24  # characters: an ending that is longer is a sentence
+_TAIL = 24  # characters: a longer ending is a sentence
 _TAILS_KEPT = 5_000
 _SCORE_WORDS = ("score", "rating", "reward", "grade", "elo", "quality", "points")
 _WINNERS = ("winner", "preferred", "preference", "better", "label", "choice")
@@ -51,24 +51,24 @@ class Category:
     chosen_longer: int = 0
 
     def row(self, of: int) -> tuple[str, str, str, str, str]:
-        """As cells of a table."""
+        """The cells of a table row."""
         longer = f"{self.chosen_longer / self.count:.0%}"
         return self.column, self.value, f"{self.count:,}", f"{self.count / max(of, 1):.1%}", longer
 
 
 @dataclass(slots=True)
 class _Values:
-    """Values of one type in one column: how many, and (file:line, value) of the first."""
+    """Values of one type in one column: their number, and (file:line, value) of the first."""
 
     count: int = 0
     first: list[tuple[str, str]] = field(default_factory=list)
 
 
 class TextCheck:
-    """Looks at each pair once, and at the whole at the end."""
+    """Looks at each pair once, and at the whole data set at the end."""
 
     def __init__(self, tally: Tally, known_markers: frozenset[str] | None) -> None:
-        """`known_markers`: the special tokens of the tokenizer, or None where none was given."""
+        """`known_markers`: the tokenizer's special tokens, or None without a tokenizer."""
         self._tally = tally
         self._known = known_markers
         self._pairs = 0
@@ -80,10 +80,10 @@ class TextCheck:
         self._types: dict[str, dict[str, _Values]] = {}
 
     def add(self, pair: PreferencePair, longer: int) -> None:
-        """One pair; `longer` is 1 where chosen is the longer response, -1 where rejected is, else 0."""
+        """Adds a pair; `longer` is 1 if chosen is the longer response, -1 if rejected is, else 0."""
         self._pairs += 1
-        for code, shown in _faults(pair, self._known):
-            self._tally.add(code, pair, shown)
+        for code, example in _faults(pair, self._known):
+            self._tally.add(code, pair, example)
         self._of_pairs = pair.kind == "pairs"
         for side, tails in zip(pair.responses.values(), self._tails, strict=False):
             written = content(side)
@@ -99,19 +99,19 @@ class TextCheck:
         self._note_types(pair)
 
     def finish(self) -> list[Category]:
-        """The findings about the whole, and the table of categories."""
+        """Adds findings about the whole data set; returns the table of categories."""
         self._endings()
         self._mixed_types()
         often = [(count, key) for key, count in self._responses.items() if count >= max(5, self._pairs / 20)]
         for count, key in sorted(often, reverse=True)[:20]:
-            where, shown = self._often[key]
+            where, snippet_text = self._often[key]
             self._tally.count("one-response-often", count)
-            self._tally.example("one-response-often", where, f"{count:,} times {shown}")
-        found = []
+            self._tally.example("one-response-often", where, f"{count:,} times {snippet_text}")
+        categories = []
         for column, values in self._categories.items():
             if values is None or sum(one.count for one in values.values()) < 0.2 * self._pairs:
                 continue
-            found += sorted(values.values(), key=lambda one: -one.count)
+            categories += sorted(values.values(), key=lambda one: -one.count)
             without = self._pairs - sum(one.count for one in values.values())
             if 0 < without <= self._pairs / 2:
                 self._tally.count("no-category", without)
@@ -122,7 +122,7 @@ class TextCheck:
                     self._tally.example(
                         "rare-category", f"column {column}", f"{one.value}: {counted(one.count, 'pair')}"
                     )
-        return found
+        return categories
 
     def _categorise(self, pair: PreferencePair, longer: int) -> None:
         for column, value in pair.extra.items():
@@ -133,9 +133,9 @@ class TextCheck:
                 self._categories[column] = None
                 continue
             name = str(value).lower() if isinstance(value, bool) else value
-            one = values.setdefault(name, Category(column, name))
-            one.count += 1
-            one.chosen_longer += longer > 0
+            category = values.setdefault(name, Category(column, name))
+            category.count += 1
+            category.chosen_longer += longer > 0
             if len(values) > _CATEGORY_VALUES:
                 self._categories[column] = None
 
@@ -153,12 +153,12 @@ class TextCheck:
             most, *others = sorted(kinds, key=lambda kind: -kinds[kind].count)
             for kind in others:
                 self._tally.count("mixed-types", kinds[kind].count)
-                for where, shown in kinds[kind].first:
-                    remark = f"{column} is {kind}, {shown}; in {counted(kinds[most].count, 'pair')} it is {most}"
+                for where, example in kinds[kind].first:
+                    remark = f"{column} is {kind}, {example}; in {counted(kinds[most].count, 'pair')} it is {most}"
                     self._tally.example("mixed-types", where, remark)
 
     def _endings(self) -> None:
-        """Words that end most responses of one side, such as END: on both sides, and of all?"""
+        """Looks for words that end most responses of one side, such as END: on both sides, and in all responses?"""
         if self._pairs < 10 or not self._of_pairs:
             return
         candidates = {word for tails in self._tails for word, count in tails.most_common(5) if count >= self._pairs / 2}
@@ -172,12 +172,12 @@ class TextCheck:
 
 
 def content(turns: Turns) -> str:
-    """The text of a side, without roles."""
+    """The text of one side, without roles."""
     return turns if isinstance(turns, str) else "\n".join(message["content"] for message in turns)
 
 
 def tail(written: str) -> str:
-    """How a response ends, if it is by a marker: an end token, or a short last line that is one word."""
+    """The marker at a response's end, if there is one: an end token, or a short last line of one word."""
     last = written.rstrip()
     for end in END_TEXTS:
         if last.endswith(end):
@@ -187,7 +187,7 @@ def tail(written: str) -> str:
 
 
 def _faults(pair: PreferencePair, known: frozenset[str] | None) -> Iterator[tuple[str, str]]:
-    """Return every finding about one pair: (code, example)."""
+    """Every finding about one pair: (code, example)."""
     sides = {"prompt": pair.prompt, **pair.responses}
     if isinstance(pair.prompt, str):
         texts = {name: side for name, side in sides.items() if isinstance(side, str)}
@@ -239,7 +239,7 @@ def _message_faults(sides: Mapping[str, list[Message]]) -> Iterator[tuple[str, s
 
 
 def _token_texts(texts: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Beginning and end tokens that are written out."""
+    """Beginning and end tokens that are written out in the text."""
     whole = texts["prompt"]
     if whole.startswith(BOS_TEXTS):
         yield "bos-in-text", snippet(whole)
@@ -255,7 +255,7 @@ def _token_texts(texts: Mapping[str, str]) -> Iterator[tuple[str, str]]:
         inner[name] = stripped
     if ended:
         yield "end-token-in-text", snippet(texts[responses[0]], end=True)
-    # In a prompt that is one text, end tokens close its turns; in a response they stand in the way.
+    # In a prompt given as one text, end tokens close its turns; in a response they cut it.
     for name, written in inner.items():
         marks = BOS_TEXTS[1:] if name == "prompt" else (*BOS_TEXTS[1:], *END_TEXTS)
         if hit := next((mark for mark in marks if mark in written), None):
@@ -265,15 +265,15 @@ def _token_texts(texts: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 
 def _scores(extra: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     confident = extra.get("confident")
-    if confident is not None and not truth(confident):  # as --where has it
+    if confident is not None and not truth(confident):  # as --where reads it
         yield "not-confident", f"confident: {json.dumps(confident, default=str)}"
     for name, value in extra.items():
         if name.casefold() in _WINNERS and isinstance(value, str):
-            said = value.strip().casefold()
-            if said in _TIES:
+            answer = value.strip().casefold()
+            if answer in _TIES:
                 yield "tie", f"{name}: {value}"
                 return
-            if said in _REJECTED:
+            if answer in _REJECTED:
                 yield "score-against-preference", f"{name}: {value}"
                 return
     for chosen, rejected in _score_columns(extra):
@@ -290,7 +290,7 @@ def _scores(extra: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _score_columns(extra: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Columns that differ in chosen and rejected alone, and whose name says that they hold a score."""
+    """Score columns: they differ only in containing chosen or rejected, and their names suggest a score."""
     for name in extra:
         folded = name.casefold()
         if "chosen" in folded and any(word in folded for word in _SCORE_WORDS):
@@ -301,7 +301,7 @@ def _score_columns(extra: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _number(value: Any) -> float | None:
-    """A number, also one that is written as text."""
+    """The value as a number, even if it is written as text."""
     if isinstance(value, str):
         try:
             value = float(value)
@@ -315,7 +315,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _runs_together(last: str, first: str) -> bool:
-    """Whether two characters would stand apart in a text; scripts without spaces are left alone."""
+    """Whether two characters need a space between them; scripts without spaces are left alone."""
     return last.isascii() and first.isascii() and first.isalnum() and (last.isalnum() or last in ".,:;!?")
 
 

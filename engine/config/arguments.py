@@ -1,8 +1,8 @@
-"""Turn the options in a message into the arguments of the Python functions: `--beta 0.1` -> `beta=0.1`.
+"""Turns the options in a message into arguments of the Python functions: `--beta 0.1` -> `beta=0.1`.
 
-Messages are written once, as the command line prints them, because there a field cannot be mistaken for a word:
-`--model` is a field, "model" may be prose. `str(error)` sends them through here; `dpoeng.cli` prints them as they are.
-Whole commands, quoted texts, and options that are no field (`--force`, torchrun's `--nproc-per-node`) stay as they are.
+Messages are written once, as the command line prints them, where a field differs from ordinary words: `--model` is a
+field, "model" may be prose. `str(error)` translates them here; `dpoeng.cli` prints them as they are. Whole commands,
+quoted texts, and options that are not fields (`--force`, torchrun's `--nproc-per-node`) stay as they are.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any, Literal
 from dpoeng.engine.config.fields import PrecomputeConfig, SweepConfig, TrainConfig, bare_type
 from dpoeng.engine.config.plan import PlanConfig
 
-# Commands are typed in a shell, also by users of Python. They end at a backtick or at the end of their clause.
+# Python users type commands in a shell, too. A command ends at a backtick or at the end of its clause.
 _COMMAND = r"`[^`\n]*`|\b(?:dpoeng|torchrun|pip|make) (?:(?![;:,)](?:\s|$))[^\n])*"
-_QUOTED = r"(?<!\w)'[^'\n]*'(?!\w)|(?<!\w)\"[^\"\n]*\"(?!\w)"  # what was found in a file, for example
+_QUOTED = r"(?<!\w)'[^'\n]*'(?!\w)|(?<!\w)\"[^\"\n]*\"(?!\w)"  # for example a text from the user's file
 _OPTION = r"(?<![^\s(])--(?P<name>[a-z][a-z0-9_-]*)(?=[\s,;:.)=]|$)(?:[ =](?P<word>'[^'\n]*'|\"[^\"\n]*\"|[^\s]+))?"
 _TOKEN = re.compile(f"{_COMMAND}|{_QUOTED}|{_OPTION}")
 
@@ -30,11 +30,11 @@ def _kinds() -> dict[str, Any]:
         for cls in (PlanConfig, SweepConfig, PrecomputeConfig, TrainConfig)
         for name, field in cls.model_fields.items()
     }
-    return {**kinds, "pairs": Literal["held-out", "all"]}  # of `evaluate`; files are never given as an option
+    return {**kinds, "pairs": Literal["held-out", "all"]}  # of `evaluate`; there files are not an option
 
 
 def as_arguments(text: str) -> str:
-    """Writes a message as a user of the Python functions reads it.
+    """Translates a message for users of the Python functions.
 
     >>> as_arguments("leave --eval-view out, or add --quantization none --no-use-peft")
     'leave `eval_view` out, or add quantization="none" use_peft=False'
@@ -46,7 +46,7 @@ def _argument(match: re.Match[str]) -> str:
     if match["name"] is None:
         return match[0]
     name, word, kinds = match["name"].replace("-", "_"), match["word"] or "", _kinds()
-    behind = match[0][len(match["name"]) + 2 :]  # the next word, which may be an option too
+    behind = match[0][len(match["name"]) + 2 :]  # the next word, which may also be an option
     if name.startswith("no_") and kinds.get(name[3:]) is bool:
         return f"{name[3:]}=False{as_arguments(behind)}"
     if name not in kinds:
@@ -62,10 +62,10 @@ def _argument(match: re.Match[str]) -> str:
 
 
 def _is_value(kind: Any, word: str, *, last: bool) -> bool:
-    """Whether the word behind an option is its value, and not the sentence going on.
+    """Whether the word after an option is its value, not the continuation of the sentence.
 
-    The field's type tells choices and numbers. A bare text is a value if it does not look like a word (`1/4`, `DIR`),
-    or if the line ends with it, as in "choose one, e.g. --view second".
+    The field's type decides for choices and numbers. Other text is a value if it does not look like a word (`1/4`,
+    `DIR`), or if it ends the line, as in "choose one, e.g. --view second".
     """
     if word.startswith("--"):
         return False
@@ -79,7 +79,7 @@ def _is_value(kind: Any, word: str, *, last: bool) -> bool:
 
 
 def _literal(kind: Any, word: str) -> str:
-    """A value as Python has it; `DIR` stands for something and is no text."""
+    """A value in Python syntax; `DIR` is a placeholder, not text."""
     if kind in (int, float) or word[0] in "'\"" or re.fullmatch(r"[A-Z][A-Z_]*", word):
         return word
     if typing.get_origin(kind) is dict:

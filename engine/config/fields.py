@@ -1,8 +1,8 @@
-"""Typed configuration: the fields of `dpoeng.yaml`, of the command line and of the Python API are these, once.
+"""Typed configuration: defines every field of `dpoeng.yaml`, the command line and the Python API once.
 
-A file may hold the fields of both phases side by side; each command takes its own. Precedence: command line, then
-file, then default; `config_files` reads and explains. A field that means the same as in TRL's DPOConfig, transformers'
-TrainingArguments or peft's LoraConfig carries the same name.
+One file may contain the fields of both phases; each command reads its own. Precedence: command line, then file, then
+default; `config.files` reads and explains. A field with the same meaning as in TRL's DPOConfig, transformers'
+TrainingArguments or peft's LoraConfig has the same name.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Optimizer = Literal[
     "paged_adamw_8bit",
     "paged_adamw_32bit",
 ]
-# transformers' schedules that need nothing but the number of steps.
+# transformers' schedules that need only the number of steps.
 Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
@@ -65,9 +65,9 @@ def _device(name: str) -> str:
 Device = Annotated[str, AfterValidator(_device)]
 
 Mode = Literal["new", "stack", "continue", "full"]
-"""What is trained: a LoRA on the base, one on the SFT adapter, the SFT adapter itself, or all weights."""
+"""What to train: a LoRA on the base, one on top of the SFT adapter, the SFT adapter itself, or all weights."""
 
-# Rows in memory are for Python alone: a file and its schema know paths.
+# Only Python can pass rows in memory: the file and its schema know paths.
 Source = Annotated[
     Path | InstanceOf[RowsInMemory],
     PlainSerializer(str, when_used="json"),
@@ -75,7 +75,7 @@ Source = Annotated[
 ]
 
 
-# A loss of dpoeng's, or one of the user's: `my_loss.py:my_loss`, `my_module:my_loss`, in Python the function itself.
+# A loss of dpoeng, or the user's: `my_loss.py:my_loss`, `my_module:my_loss`, in Python also the function itself.
 Loss = Annotated[
     LossType,
     WrapValidator(lambda value, known: value if isinstance(value, OwnLoss) else known(value)),
@@ -83,14 +83,14 @@ Loss = Annotated[
     WithJsonSchema({"anyOf": [{"enum": [*typing.get_args(LossType)]}, {"type": "string", "pattern": ":"}]}),
 ]
 
-# The fields that make the loss, all of TrainConfig.
+# The fields of TrainConfig that define the loss.
 LOSS_FIELDS = (
     "loss_type loss_weights beta label_smoothing ld_alpha f_divergence_type f_alpha_divergence_coef rpo_alpha "
     "use_weighting pair_weight_column discopop_tau dpop_lambda bco_reward_shift beta_dpo_alpha beta_dpo_momentum "
     "beta_dpo_keep simpo_gamma cpo_alpha desirable_weight undesirable_weight"
 ).split()
 
-# The field that a group begins with -> its heading, in --help, `dpoeng config show` and the file that init writes.
+# First field of a group -> the group's heading, in --help, `dpoeng config show` and the file that init writes.
 SECTIONS = {
     "precompute-ref": {
         "pairs": "Pairs and model",
@@ -114,7 +114,7 @@ SECTIONS = {
 
 
 def bare_type(annotation: Any) -> Any:
-    """`X | None` -> X; a union of a flag and names is text."""
+    """`X | None` -> X; a union of a flag and names -> text."""
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
         return kinds[0] if len(kinds) == 1 else str
@@ -132,7 +132,7 @@ class _Config(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _as_meant(cls, value: Any, info: ValidationInfo) -> Any:
-        """A list may be written as words with commas; true and false are no numbers, though Python counts with them."""
+        """Accepts a list as words with commas; refuses true and false as numbers, which Python would accept."""
         kind = bare_type(cls.model_fields[info.field_name or ""].annotation)
         if typing.get_origin(kind) is tuple and isinstance(value, str):
             return tuple(word.strip() for word in value.split(",") if word.strip())
@@ -154,9 +154,9 @@ class _Config(BaseModel):
 
 
 def whole_layer(value: float | None) -> float | None:
-    """Refuse layers between two layers."""
+    """Refuses a fractional layer number."""
     if value is not None and value > 1 and value != int(value):
-        raise ValueError("must be the number of a layer, or a share of the depth below 1")
+        raise ValueError("must be a layer's number, or a share of the depth below 1")
     return value
 
 
@@ -170,16 +170,16 @@ class PrecomputeConfig(_Config):
         None,
         description="Folder or hub id of tokenizer and chat template. Default: beside the adapter, or the model's.",
     )
-    cache: Path = Field(Path("refcache"), description="The reference cache's folder; made if it is not there.")
+    cache: Path = Field(Path("refcache"), description="The reference cache's folder; created if missing.")
     name: str | None = Field(
         None, description="Name of this set of pairs in the cache. Default: the first file's name without endings."
     )
     quantization: Quantization = Field(
         "none",
-        description="How the base is held: none, 8bit or 4bit (bitsandbytes); stored: as its files are quantised.",
+        description="Precision of the base: none, 8bit or 4bit (bitsandbytes); stored: as its files are quantised.",
     )
     dtype: Dtype = Field(
-        "auto", description="Compute dtype; auto is the checkpoint's own, or float32 on a CPU without bfloat16 units."
+        "auto", description="Compute dtype; auto takes the checkpoint's, or float32 on a CPU without bfloat16 units."
     )
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4bit: the number format.")
     bnb_4bit_use_double_quant: bool = Field(True, description="4bit: quantise the scales too.")
@@ -192,25 +192,27 @@ class PrecomputeConfig(_Config):
         description="Over shared prompts: segments calls scaled_dot_product_attention on each; varlen makes one "
         "FlashAttention call a layer. auto tries varlen on a GPU, and checks.",
     )
-    max_length: int = Field(1024, ge=2, description="Most tokens of prompt + response; what is longer is truncated.")
-    max_prompt_length: int | None = Field(None, ge=1, description="Most tokens of a prompt. Default: no own limit.")
+    max_length: int = Field(1024, ge=2, description="Maximum tokens of prompt + response; longer texts are truncated.")
+    max_prompt_length: int | None = Field(
+        None, ge=1, description="Maximum tokens of a prompt. Default: no separate limit."
+    )
     truncation_mode: Literal["keep_start", "keep_end"] = Field(
-        "keep_start", description="Which end of a text that is too long is kept; see docs/data.md."
+        "keep_start", description="Which end of a too long text to keep; see docs/data.md."
     )
     append_eos: bool = Field(True, description="End each text response with the end-of-sequence token, once.")
     train_on: Literal["assistant", "last", "all"] = Field(
         "assistant",
-        description="What of a response of messages is scored: the assistant's turns, its last one, or all.",
+        description="What to score in a response of several messages: the assistant's turns, its last turn, or all.",
     )
     columns: dict[str, str] = Field({}, description="Other names of fields, e.g. chosen=response_a.")
     prompt_format: str | None = Field(
         None, description="How SFT wrapped a prompt given as text, e.g. 'Instruction: {prompt}\\nResponse:'."
     )
-    where: str | None = Field(None, description="Use only rows for which this holds, e.g. 'confident'.")
+    where: str | None = Field(None, description="Use only rows for which this is true, e.g. 'confident'.")
     ranked_pairs: RankedPairs = Field(
         "best",
-        description="Which pairs a row of several scored responses becomes: best, the best one against each of the "
-        "others; all, each against each that is worse.",
+        description="Pairs to make from a row of several scored responses: best, the best one against each of the "
+        "others; all, each one against every worse one.",
     )
     max_reject_share: float = Field(0.05, ge=0, le=1, description="Stop if more than this share of rows is unusable.")
     batch_tokens: int | None = Field(
@@ -220,14 +222,14 @@ class PrecomputeConfig(_Config):
     )
     layer_offloading: LayerOffloading = Field(
         "auto",
-        description="on: leave the base's layers in its files and load one at a time, all pairs of a pass through "
-        "each: the same bytes in the memory of two layers. auto: only where the base does not fit.",
+        description="on: leave the base's layers in its files and load one at a time, for all pairs of a pass "
+        "together: the same bytes in the memory of two layers. auto: only if the base does not fit.",
     )
     offload_gib: float | None = Field(
         None,
         gt=0,
-        description="With layer offloading: most GiB of hidden states that wait; it sets how many pairs a pass has. "
-        "Default: half of what is free.",
+        description="With layer offloading: GiB of hidden states to keep at most; this limits the pairs of a pass. "
+        "Default: half of the free memory.",
     )
     offload_folder: Path | None = Field(
         None,
@@ -237,13 +239,15 @@ class PrecomputeConfig(_Config):
         None,
         ge=0,
         description="Also store the hidden states that enter this decoder layer, counted from 0; below 1 it is a share "
-        "of the depth. Training of the layers from there on then needs no layer below.",
+        "of the depth. Training the layers from there on then needs no layer below.",
     )
     shard: str | None = Field(
-        None, description="Do one part of the work, e.g. 1/4 to 4/4 in four jobs that share the cache folder."
+        None, description="Do one part of the work, e.g. 1/4 to 4/4 in four jobs on one cache folder."
     )
     shard_tokens: int = Field(
-        65536, ge=1, description="Positions stored in one file of the cache: what an interruption can cost at most."
+        65536,
+        ge=1,
+        description="Positions stored in one file of the cache: the most work that an interruption can lose.",
     )
 
     _whole_layer = field_validator("trunk_layer")(whole_layer)
@@ -251,7 +255,7 @@ class PrecomputeConfig(_Config):
     @field_validator("prompt_format")
     @classmethod
     def _newlines(cls, value: str | None) -> str | None:
-        """A shell hands `\\n` over as two characters; it means a new line."""
+        """Turns the two characters `\\n` from a shell into a newline."""
         return value.replace("\\n", "\n") if value is not None else None
 
     @model_validator(mode="after")
@@ -265,19 +269,19 @@ class PrecomputeConfig(_Config):
 
 
 def why_not_trained(quantization: str | None, dtype: str | None) -> str:
-    """Return why weights in this precision cannot be trained; empty if they can."""
+    """Why weights in this precision cannot be trained; empty if they can."""
     if quantization not in (None, "none"):
         return f"quantised weights cannot be trained (quantization {quantization})"
     if dtype == "float16":
-        return "float16 is too small for the gradients of all weights: use bfloat16 or float32"
+        return "float16 cannot represent the gradients of all weights: use bfloat16 or float32"
     return ""
 
 
 class TrainConfig(_Config):
-    """Phase two: train the policy against the cached numbers."""
+    """Phase two: train the policy against the cached log-probs."""
 
     cache: Path = Field(Path("refcache"), description="The reference cache that precompute-ref wrote.")
-    view: str | None = Field(None, description="Which set of pairs in the cache. Default: the only one.")
+    view: str | None = Field(None, description="Which set of pairs of the cache. Default: the only one.")
     mix_with: tuple[str, ...] = Field(
         (),
         description="Further sets of pairs to train on: views of the cache, or FOLDER:VIEW of another one with the "
@@ -286,7 +290,7 @@ class TrainConfig(_Config):
     mix: tuple[float, ...] | None = Field(
         None,
         min_length=2,
-        description="How often pairs of each set are trained on, the one of view first, e.g. 0.7,0.3; an epoch has as "
+        description="Share of each set in training, view's first, e.g. 0.7,0.3; an epoch has as "
         "many pairs as there are. Default: each pair once an epoch.",
     )
     order: Literal["random", "easy_first", "hard_first"] = Field(
@@ -295,28 +299,28 @@ class TrainConfig(_Config):
     order_by: str = Field(
         "margin",
         pattern="^(margin|margin_per_token|column:.+)$",
-        description="With order: the reference's margin or margin_per_token in nats, or column:NAME, a number of "
+        description="With order: the reference's margin or margin_per_token in nats, or column:NAME, a number in "
         "yours.",
     )
     eval_view: str | None = Field(None, description="A set of pairs in the cache to evaluate on.")
     eval_share: float = Field(
         0.1, ge=0, lt=1, description="Without eval_view: share of prompts held out for evaluation; 0 for none."
     )
-    output_dir: Path = Field(Path("out"), description="Where the adapter, the log and the checkpoints go.")
+    output_dir: Path = Field(Path("out"), description="Folder for the adapter, the log and the checkpoints.")
     resume: bool | None = Field(
-        None, description="true: there must be a checkpoint; false: start anew; default: go on if there is one."
+        None, description="true: require a checkpoint; false: start anew; default: continue if there is one."
     )
 
-    model: str | None = Field(None, description="Overrides the base that the cache names (it moved, for example).")
+    model: str | None = Field(None, description="Overrides the base that the cache names, for example if it moved.")
     adapter: str | None = Field(None, description="Overrides the SFT adapter that the cache names.")
     adapter_mode: Literal["auto", "new", "stack", "continue"] = Field(
         "auto",
         description="new: a fresh LoRA on the base; stack: a fresh LoRA on base + frozen SFT adapter; continue: the "
-        "SFT adapter trained further; auto: continue if the reference has an adapter, else new.",
+        "SFT adapter, trained further; auto: continue if the reference has an adapter, else new.",
     )
     init_adapter: str | None = Field(
         None,
-        description="Begin with the weights of this trained adapter, of the same shape. The reference stays as it is.",
+        description="Start with the weights of this trained adapter, of the same shape. The reference does not change.",
     )
     quantization: Quantization | None = Field(None, description="Overrides the reference's quantisation.")
     dtype: Dtype | None = Field(None, description="Overrides the reference's compute dtype.")
@@ -332,8 +336,8 @@ class TrainConfig(_Config):
 
     use_peft: bool = Field(
         True,
-        description="Train a LoRA on the frozen base. false: full fine-tuning of all weights, without an adapter; it "
-        "wants a learning rate of 1e-6 or less, and a base that is not quantised.",
+        description="Train a LoRA on the frozen base. false: full fine-tuning of all weights, without an adapter; "
+        "use a learning rate of 1e-6 or less and an unquantised base.",
     )
     lora_r: int = Field(16, ge=1, le=65_536, description="LoRA rank.")
     lora_alpha: float = Field(32, gt=0, le=1e6, description="LoRA scale: the update is alpha / r times B A x.")
@@ -341,25 +345,25 @@ class TrainConfig(_Config):
     lora_target_modules: tuple[str, ...] = Field(("all-linear",), description="Modules that get a LoRA.")
     lora_target_parameters: tuple[str, ...] = Field(
         (),
-        description="Parameters that get a LoRA beside the modules: the stacked experts of a mixture of experts, "
+        description="Parameters that get a LoRA besides the modules: the stacked experts of a mixture of experts, "
         "e.g. gate_up_proj,down_proj; gate.weight is its router.",
     )
     layers_to_transform: tuple[int, ...] | None = Field(
         None, min_length=1, description="Decoder layers that get a LoRA, counted from 0, e.g. 20,21,22. Default: all."
     )
     train_last_layers: int | None = Field(
-        None, ge=1, description="The same as a number: only so many of the last decoder layers get a LoRA."
+        None, ge=1, description="Give only this many of the last decoder layers a LoRA."
     )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r), https://arxiv.org/abs/2312.03732")
     use_dora: bool = Field(False, description="Weight-decomposed LoRA, https://arxiv.org/abs/2402.09353")
     init_lora_weights: bool | Literal["gaussian", "orthogonal"] = Field(
-        True, description="LoRA's start; all of these leave the first policy equal to the reference."
+        True, description="How LoRA weights start; with each of these the first policy equals the reference."
     )
 
     loss_type: tuple[Loss, ...] = Field(
         ("sigmoid",),
         min_length=1,
-        description="One loss, or several that are added: sigmoid (DPO), sigmoid_norm, robust, ipo, hinge, exo_pair, "
+        description="One loss, or several to add up: sigmoid (DPO), sigmoid_norm, robust, ipo, hinge, exo_pair, "
         "nca_pair, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down, discopop, dpop, beta_dpo, simpo, cpo, "
         "orpo, sft; of rows with one response and a label kto, apo_zero_unpaired, bco; or a function of yours, "
         "my_loss.py:my_loss; see docs/losses.md.",
@@ -370,14 +374,14 @@ class TrainConfig(_Config):
     beta: float = Field(
         0.1,
         gt=0,
-        description="How strongly the policy is held to the reference. ipo: the paper's tau; orpo: its lambda; simpo "
-        "wants 2 to 2.5, ipo and sigmoid_norm more than DPO too, since they divide by the length.",
+        description="How strongly the policy is kept near the reference. ipo: the paper's tau; orpo: its lambda; simpo "
+        "needs 2 to 2.5; ipo and sigmoid_norm need more than DPO, since they divide by the length.",
     )
     label_smoothing: float = Field(
         0.0,
         ge=0,
         lt=0.5,
-        description="Assumed share of pairs whose labels are the wrong way round. With sigmoid this is cDPO; robust "
+        description="Assumed share of pairs with swapped labels. With sigmoid this is cDPO; robust "
         "corrects for it without bias; exo_pair needs some, e.g. 1e-3.",
     )
     ld_alpha: float | None = Field(
@@ -389,42 +393,42 @@ class TrainConfig(_Config):
     )
     f_divergence_type: FDivergence = Field(
         "reverse_kl",
-        description="What holds the policy to the reference: reverse_kl is DPO's. https://arxiv.org/abs/2309.16240",
+        description="Divergence that keeps the policy near the reference: reverse_kl is DPO's. https://arxiv.org/abs/2309.16240",
     )
     f_alpha_divergence_coef: float = Field(0.5, description="alpha_divergence: its alpha; 1 is reverse_kl.")
     rpo_alpha: float | None = Field(
         None,
         gt=0,
-        description="Adds rpo_alpha times the mean negative log-prob of the chosen response's tokens, against chosen "
-        "responses growing less likely. https://arxiv.org/abs/2404.19733",
+        description="Adds rpo_alpha times the chosen response's mean negative log-prob per token, which keeps chosen "
+        "responses likely. https://arxiv.org/abs/2404.19733",
     )
     use_weighting: bool = Field(
         False,
-        description="WPO: pairs that the policy would hardly write itself count less. https://arxiv.org/abs/2406.11827",
+        description="WPO: give pairs that the policy would rarely write less weight. https://arxiv.org/abs/2406.11827",
     )
     pair_weight_column: str | None = Field(
-        None, description="A column of numbers >= 0 in the pairs, e.g. margin: each pair's loss is multiplied by it."
+        None, description="A column of numbers >= 0 in the pairs, e.g. margin, by which each pair's loss is multiplied."
     )
     discopop_tau: float = Field(0.05, gt=0, lt=1, description="discopop: temperature of the blend.")
     dpop_lambda: float = Field(
         50.0,
         ge=0,
-        description="dpop: penalty, times beta, on a chosen response that the policy likes less than before.",
+        description="dpop: penalty, times beta, if the policy gives the chosen response less than the reference does.",
     )
     bco_reward_shift: bool = Field(
-        False, description="bco_pair: subtract the mean reward of the steps before, as the paper does and TRL does not."
+        False, description="bco_pair: subtract the mean reward of previous steps, as in the paper and unlike TRL."
     )
-    beta_dpo_alpha: float = Field(0.6, ge=0, description="beta_dpo: how far beta follows the batch's mean margin.")
+    beta_dpo_alpha: float = Field(0.6, ge=0, description="beta_dpo: how strongly beta follows the batch's mean margin.")
     beta_dpo_momentum: float = Field(0.9, ge=0, lt=1, description="beta_dpo: decay of the mean margin's average.")
     beta_dpo_keep: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="beta_dpo: share of a step's pairs that train, drawn with those of usual margins likelier; the "
-        "paper keeps 0.8.",
+        description="beta_dpo: share of a step's pairs to train on; pairs with usual margins are drawn more often. The "
+        "paper uses 0.8.",
     )
-    simpo_gamma: float = Field(0.5, ge=0, description="simpo: the margin to be reached, in units of the reward.")
-    cpo_alpha: float = Field(1.0, ge=0, description="cpo: weight of its likelihood term; 0 leaves it out.")
+    simpo_gamma: float = Field(0.5, ge=0, description="simpo: target margin, in units of the reward.")
+    cpo_alpha: float = Field(1.0, ge=0, description="cpo: weight of its likelihood term; 0 turns it off.")
     desirable_weight: float = Field(
         1.0,
         ge=0,
@@ -435,14 +439,18 @@ class TrainConfig(_Config):
 
     optim: Optimizer = Field(
         "adamw_torch",
-        description="AdamW: of torch (adamw_torch_fused: one kernel a step, used on a GPU where optim is left out), or "
-        "of bitsandbytes with its state in 8 bits or paged out to the CPU's memory.",
+        description="AdamW from torch (adamw_torch_fused: one kernel per step, the default on a GPU), or "
+        "from bitsandbytes, with its state in 8 bits or paged out to the CPU's memory.",
     )
     learning_rate: float = Field(1e-5, gt=0, lt=1, description="Peak learning rate of AdamW.")
-    lr_scheduler_type: Schedule = Field("linear", description="How the learning rate falls; transformers' schedules.")
-    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps over which the rate rises.")
-    warmup_steps: int = Field(0, ge=0, le=10**12, description="Number of such steps; if > 0 it replaces warmup_ratio.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay; on matrices, not on vectors.")
+    lr_scheduler_type: Schedule = Field(
+        "linear", description="How the learning rate falls: one of transformers' schedules."
+    )
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps over which the learning rate rises.")
+    warmup_steps: int = Field(
+        0, ge=0, le=10**12, description="Number of warm-up steps; if > 0 it replaces warmup_ratio."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay, for matrices only.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the variance.")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
@@ -461,27 +469,27 @@ class TrainConfig(_Config):
     per_device_eval_batch_size: int = Field(4, ge=1, description="Pairs in one forward of the evaluation.")
     fsdp: bool = Field(
         False,
-        description="Under torchrun: divide the base's layers over the processes (FSDP2), for a base that no one card "
-        "holds; with use_peft false also their gradients, float32 masters and moments. Without it each process holds "
-        "all of it, and they share a step's forwards.",
+        description="Under torchrun: shard the base's layers over the processes (FSDP2), if the base does not fit one "
+        "card; with use_peft false also their gradients, float32 masters and moments. Otherwise each process has "
+        "a full copy, and they share a step's forwards.",
     )
     gradient_checkpointing: bool | None = Field(
         None,
-        description="Recompute layers in the backward pass: less memory, more time. Default: on a CPU none, on a GPU "
-        "as many as its memory asks for.",
+        description="Recompute layers in the backward pass: less memory, more time. Default: none on a CPU; on a GPU "
+        "as many as its memory requires.",
     )
     activation_offloading: bool = Field(
-        False, description="Keep what gradient checkpointing keeps, each layer's input, in host memory: slower steps."
+        False, description="Keep the inputs that gradient checkpointing saves in host memory: slower steps."
     )
     layer_offloading: LayerOffloading = Field(
         "auto",
-        description="on: leave the base's layers in its files and load one at a time, all forwards of a step through "
-        "each: the same bytes in the memory of two layers. auto: only where the base does not fit.",
+        description="on: leave the base's layers in its files and load one at a time, for all forwards of a step "
+        "together: the same bytes in the memory of two layers. auto: only if the base does not fit.",
     )
     offload_gib: float | None = Field(
         None,
         gt=0,
-        description="With layer offloading: most GiB of hidden states that wait in a step. Default: half of what is "
+        description="With layer offloading: GiB of hidden states to keep at most in a step. Default: half of what is "
         "free.",
     )
     offload_folder: Path | None = Field(
@@ -491,26 +499,26 @@ class TrainConfig(_Config):
     seed: int = Field(42, ge=0, description="Seeds the LoRA, the order of the pairs, the held-out share and dropout.")
     full_determinism: bool = Field(
         False,
-        description="On a GPU, sum in a fixed order: a run that is repeated or resumed then leaves the same bytes, as "
-        "on a CPU it always does. Somewhat slower.",
+        description="On a GPU, sum in a fixed order: a repeated or resumed run then gives the same bytes, as it "
+        "always does on a CPU. Slightly slower.",
     )
 
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
-        (), description="Trackers that get the metrics too, beside metrics.jsonl."
+        (), description="Trackers that also receive the metrics, besides metrics.jsonl."
     )
-    run_name: str | None = Field(None, description="What trackers call the run. Default: the output folder's name.")
+    run_name: str | None = Field(None, description="Name of the run in trackers. Default: the output folder's name.")
     logging_steps: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
     eval_steps: int | None = Field(None, ge=1, description="Steps between evaluations. Default: once an epoch.")
     eval_group_by: tuple[str, ...] | None = Field(
         None,
-        description="Columns by whose values held-out results are also given. Default: those of text or yes/no with 2 "
-        "to 12 values.",
+        description="Columns to group held-out results by. Default: columns of text or yes/no with 2 to 12 values.",
     )
     metric_for_best_model: str | None = Field(
         None, description="Held-out metric to watch, e.g. rewards/accuracies. Default: loss."
     )
     greater_is_better: bool | None = Field(
-        None, description="Whether more of that metric is better. Default: not for a loss or a KL, else yes."
+        None,
+        description="Whether a larger value of that metric is better. Default: false for a loss or a KL, else true.",
     )
     load_best_model_at_end: bool = Field(
         False, description="Save the adapter of the best evaluation, not of the last step."
@@ -518,19 +526,19 @@ class TrainConfig(_Config):
     early_stopping_patience: int | None = Field(
         None, ge=1, description="Stop after this many evaluations without a better value."
     )
-    early_stopping_threshold: float = Field(0.0, ge=0, description="By how much a value must be better to count.")
+    early_stopping_threshold: float = Field(0.0, ge=0, description="How much better a value must be to count.")
     save_steps: int | None = Field(None, ge=1, description="Steps between checkpoints. Default: a tenth of the run.")
-    save_total_limit: int = Field(2, ge=1, description="Checkpoints kept.")
+    save_total_limit: int = Field(2, ge=1, description="Number of checkpoints to keep.")
 
     trunk_layer: float | None = Field(
         None,
         ge=0,
         description="Start each forward from the hidden states that phase one stored at this layer; 0: compute all "
-        "layers. Default: from the highest stored layer that no trained layer lies below.",
+        "layers. Default: the highest stored layer with no trained layer below it.",
     )
-    parity_pairs: int = Field(32, ge=1, description="Pairs on which policy and cache are compared before step one.")
+    parity_pairs: int = Field(32, ge=1, description="Pairs for comparing policy and cache before step one.")
     parity_tolerance: float | None = Field(
-        None, gt=0, description="Largest allowed mean difference per token, nats. Default: by precision."
+        None, gt=0, description="Largest allowed mean difference per token, in nats. Default: depends on the precision."
     )
 
     _whole_layer = field_validator("trunk_layer")(whole_layer)
@@ -538,12 +546,12 @@ class TrainConfig(_Config):
     @field_validator("report_to", mode="before")
     @classmethod
     def _no_tracker(cls, value: Any) -> Any:
-        """transformers says "none" for none, and one name may stand without a list."""
+        """Accepts transformers' "none", and one name without a list."""
         names = [value] if isinstance(value, str) else value
         return () if names in (None, ["none"], ("none",)) else names
 
     def lora_shape_given(self) -> list[str]:
-        """Return the fields of a new LoRA's shape that were set explicitly."""
+        """The fields of a new LoRA's shape that were set explicitly."""
         shape = (
             "lora_r lora_alpha lora_target_modules lora_target_parameters layers_to_transform train_last_layers "
             "use_rslora use_dora init_lora_weights"
@@ -580,7 +588,7 @@ class TrainConfig(_Config):
     @field_validator("loss_type", mode="before")
     @classmethod
     def _loss_names(cls, value: Any) -> Any:
-        """One name, several, or several with commas between them."""
+        """Accepts one name, several, or several separated by commas."""
         value = as_own_loss(value) if callable(value) else value
         names = [word.strip() for word in value.split(",")] if isinstance(value, str) else value
         if isinstance(names, list | tuple):
@@ -596,14 +604,14 @@ class TrainConfig(_Config):
         return self
 
     def checkpoints_on(self, device_type: str) -> bool:
-        """Whether layers are recomputed: as asked for, else on a GPU, and where their inputs go to the host."""
+        """Whether layers are recomputed: as set; by default on a GPU, and if their inputs go to the host."""
         if self.gradient_checkpointing is None:
             return device_type == "cuda" or self.activation_offloading
         return self.gradient_checkpointing
 
     @property
     def watches_a_metric(self) -> bool:
-        """Whether evaluations decide on what is saved or when training ends."""
+        """Whether evaluations decide what is saved or when training ends."""
         return self.load_best_model_at_end or self.early_stopping_patience is not None
 
     @model_validator(mode="after")
@@ -629,9 +637,9 @@ class TrainConfig(_Config):
         if self.layer_offloading != "on":
             return self
         for name, why in (
-            ("fsdp", "fsdp divides the layers that layer_offloading leaves in the files"),
-            ("use_dora", "DoRA begins with the norms of whole weights"),
-            ("activation_offloading", "layer_offloading keeps what activation_offloading keeps by itself"),
+            ("fsdp", "fsdp shards the layers that layer_offloading leaves in the files"),
+            ("use_dora", "DoRA needs the norms of whole weights"),
+            ("activation_offloading", "layer_offloading already keeps these inputs"),
         ):
             if getattr(self, name):
                 raise ValueError(f"layer_offloading on cannot be combined with {name}: {why}")
@@ -655,7 +663,7 @@ class TrainConfig(_Config):
                 "give one each"
             )
         if self.mix is not None and min(self.mix) <= 0:
-            raise ValueError("mix takes numbers above 0; leave a set out that is not to be trained on")
+            raise ValueError("mix takes numbers above 0; leave out a set that you do not want to train on")
         named = [name for name in (self.view, self.eval_view, *self.mix_with) if name is not None]
         if twice := {name for name in self.mix_with if named.count(name) > 1}:
             raise ValueError(f"{', '.join(sorted(twice))} is named twice among view, mix_with and eval_view")
@@ -683,16 +691,16 @@ class TrainConfig(_Config):
 
 
 class SweepConfig(_Config):
-    """Many runs of phase two over one cache; everything that is not varied is as in TrainConfig."""
+    """Many runs of phase two over one cache. Fields that do not vary are as in TrainConfig."""
 
     vary: dict[str, tuple[Any, ...]] = Field(
         {},
-        description="A field of train and its values; every combination of all varied fields is a run. Several losses "
-        "or modules that belong together are joined by +, as in loss_type=sigmoid,sigmoid+sft.",
+        description="A field of train and its values; every combination is a run. Several losses "
+        "or modules that belong together are joined with +, as in loss_type=sigmoid,sigmoid+sft.",
     )
     rank_by: str = Field(
         "rewards/accuracies",
-        description="Held-out metric by which runs are ranked. Losses and rewards can be compared only between runs "
+        description="Held-out metric to rank runs by. Losses and rewards are comparable only between runs "
         "with the same loss.",
     )
     halving_factor: int | None = Field(
@@ -711,13 +719,13 @@ class SweepConfig(_Config):
     @field_validator("rank_by")
     @classmethod
     def _held_out_name(cls, value: str) -> str:
-        """Metrics of evaluations stand in metrics.jsonl as `eval_...`, and may be named so."""
+        """Accepts a metric with the prefix `eval_`, as metrics.jsonl writes it."""
         return value.removeprefix("eval_")
 
     @field_validator("vary", mode="before")
     @classmethod
     def _values(cls, value: Any) -> Any:
-        """Values are a list, or words with commas between them, or one alone."""
+        """Accepts a list, words separated by commas, or one value."""
         if not isinstance(value, dict):
             return value
 
@@ -738,7 +746,7 @@ COMMANDS: dict[str, type[PrecomputeConfig] | type[TrainConfig] | type[SweepConfi
 
 @functools.cache
 def known_fields() -> dict[str, list[str]]:
-    """Every field of dpoeng -> the commands that take it."""
+    """Every field of dpoeng -> the commands that have it."""
     fields: dict[str, list[str]] = {}
     for command, cls in COMMANDS.items():
         for name in cls.model_fields:
@@ -747,6 +755,6 @@ def known_fields() -> dict[str, list[str]]:
 
 
 def unknown(cls: type[BaseModel] | None, name: str, *, where: str) -> Problem:
-    """Explain a name that is no field of this command's config; see `problems.unknown_field`."""
+    """Explains a name that is not a field of this command; see `problems.unknown_field`."""
     command = next((command for command, config in COMMANDS.items() if config is cls), None)
     return unknown_field(name, where=where, fields=known_fields(), command=command)

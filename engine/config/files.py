@@ -1,6 +1,6 @@
-"""dpoeng.yaml, options and Python arguments to a typed config; every mistake of a file is reported at once.
+"""Combines dpoeng.yaml, options and Python arguments to a typed config; reports all mistakes of a file at once.
 
-A file may hold the fields of both phases; each command takes its own. Precedence: option, then file, then default.
+A file may contain the fields of both phases; each command reads its own. Precedence: option, then file, then default.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One field of one command: its value, and where that comes from (`default`, `dpoeng.yaml:3`, `--beta`)."""
+    """One field of one command: its value, and its origin (`default`, `dpoeng.yaml:3`, `--beta`)."""
 
     command: str
     name: str
@@ -36,12 +36,12 @@ class Setting:
 
 
 def load_config(cls: type[Config], overrides: Mapping[str, Any], file: Path | None = None) -> Config:
-    """Builds a config from a file and what was given on the command line.
+    """Builds a config from a file and the command line's options.
 
     Args:
         cls: PrecomputeConfig, TrainConfig or SweepConfig.
-        overrides: fields that were given explicitly; they win over the file.
-        file: a YAML file; None reads ./dpoeng.yaml if it is there.
+        overrides: fields that were set explicitly; they take precedence over the file.
+        file: a YAML file; None reads ./dpoeng.yaml if it exists.
 
     Raises:
         UserError: the file cannot be read, a name is unknown, or values are wrong; it lists all of them.
@@ -64,7 +64,7 @@ def load_config(cls: type[Config], overrides: Mapping[str, Any], file: Path | No
                 config = made
         except ValidationError as error:
             for problem in value_problems(error, overrides if each is cls else {}, entries, path):
-                # Contradictions between fields are those of the command that is run: its options may resolve them.
+                # Report contradictions between fields only for the command that runs: its options may resolve them.
                 if problem.where not in {p.where for p in problems} and (each is cls or problem.where != TOGETHER):
                     problems.append(problem)
     if problems:
@@ -75,11 +75,11 @@ def load_config(cls: type[Config], overrides: Mapping[str, Any], file: Path | No
 
 
 def config_of(cls: type[Model], values: Mapping[str, Any]) -> Model:
-    """Builds a config from Python arguments alone; no file is read.
+    """Builds a config from Python arguments only; reads no file.
 
     Args:
         cls: one of the configs, PlanConfig too.
-        values: fields by name; a path may be given for a text.
+        values: fields by name; a path is accepted where text is expected.
 
     Raises:
         UserError: a name is unknown, or values are wrong; it lists all of them.
@@ -110,13 +110,13 @@ def resolve(overrides: Mapping[str, Any], file: Path | None = None) -> list[Sett
 
 
 def config_schema() -> dict[str, Any]:
-    """The JSON Schema of dpoeng.yaml: pydantic's of both phases, in one object."""
+    """The JSON Schema of dpoeng.yaml: pydantic's schemas of both phases in one object."""
     properties: dict[str, Any] = {}
     for command, cls in COMMANDS.items():
         for name, shape in cls.model_json_schema()["properties"].items():
             text = f"{command}: {shape.pop('description', '')}"
             shape.pop("title", None)
-            if shape.get("type") == "array":  # words with commas are a list too
+            if shape.get("type") == "array":  # also accepts words with commas
                 shape = {"anyOf": [{k: v for k, v in shape.items() if k != "default"}, {"type": "string"}]}
             if name in properties:
                 properties[name]["description"] += "\n" + text
@@ -138,28 +138,30 @@ _MAX_BYTES = 1 << 20
 
 
 def _text(path: Path) -> str:
-    """A configuration file's text.
+    """The text of a configuration file.
 
     Raises:
-        ValueError: it is a pipe or a device, which may never end, or longer than any configuration.
+        ValueError: it is a pipe or a device, which may never end, or too large for a configuration.
     """
-    if path.exists() and not path.is_file() and not path.is_dir():  # of a folder the system says it better
+    if path.exists() and not path.is_file() and not path.is_dir():  # for a folder the system's own error is clearer
         raise ValueError("not a regular file; write a pipe's output to a file first")
     with path.open("rb") as file:
         content = file.read(_MAX_BYTES + 1)
     if len(content) > _MAX_BYTES:
-        raise ValueError(f"more than {_MAX_BYTES >> 20} MiB, the limit of a configuration")
+        raise ValueError(f"larger than {_MAX_BYTES >> 20} MiB, the limit for a configuration")
     return content.decode("utf-8-sig")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's idea of a number: 5e-6 is one, and a date is text. Without aliases: nested, they never end."""
+    """YAML 1.2 numbers: 5e-6 is a number and a date is text. No aliases, because nested ones expand without limit."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """As PyYAML does it; an alias is refused."""
+        """Refuses aliases; otherwise PyYAML's own."""
         if self.check_event(yaml.AliasEvent):
             mark = self.current_event.start_mark
-            raise yaml.MarkedYAMLError(problem="an alias (*name): write the value out", problem_mark=mark)
+            raise yaml.MarkedYAMLError(
+                problem="aliases (*name) are not supported: write the value out", problem_mark=mark
+            )
         return super().compose_node(parent, index)
 
 
@@ -175,15 +177,15 @@ _Loader.add_implicit_resolver(
     re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
     list("-+.0123456789"),
 )
-# PyYAML's own constructor reads 010 as eight.
+# PyYAML's own constructor would read 010 as eight.
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
 
 
 def load_yaml(path: Path, text: str | None = None) -> dict[str, Entry]:
-    """The mapping in a YAML file, with line numbers. A key without a value is left out: it means the default.
+    """The mapping in a YAML file, with line numbers. Keys without a value are left out, so they get the default.
 
     Raises:
-        UserError: no such file, no YAML, no mapping, or a key that stands twice.
+        UserError: no such file, not YAML, not a mapping, or a repeated key.
     """
     try:
         text = _text(path) if text is None else text

@@ -1,7 +1,7 @@
-"""The argument names of other trainers, and what each is in dpoeng.
+"""Argument names of other trainers, and their meaning in dpoeng.
 
-Which release has which name was read from the signatures (`trl_names.json`, made by docs/make_trl_versions.py); what a
-name means here was written by hand (`foreign_names.yaml`). Used by messages about unknown fields and by migration.
+The names of each release come from the signatures (`trl_names.json`, made by docs/make_trl_versions.py). Their meaning
+here is written by hand (`foreign_names.yaml`). Used by messages about unknown fields and by migration.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import yaml
 
 OtherTrainer = Literal["trl", "axolotl", "ms-swift", "open-instruct"]
 OTHER_TRAINERS: Final[tuple[OtherTrainer, ...]] = get_args(OtherTrainer)
-"""Trainers that `dpoeng cache export` writes for, or says why not."""
+"""Trainers that `dpoeng cache export` supports, or explains why it does not."""
 
-# The classes whose names are known from their signatures, and how they are called in a message.
+# Classes whose argument names are known from their signatures, and the classes' names in messages.
 OWNERS = {
     "DPOConfig": ("TRL's DPOConfig", "trl"),
     "DPOTrainer": ("TRL's DPOTrainer", "trl"),
@@ -31,14 +31,14 @@ OWNERS = {
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """A foreign name's meaning here. At most one of `field`, `instead` and `needless` is set.
+    """The meaning of a foreign name here. At most one of `field`, `instead` and `needless` is set.
 
     Attributes:
-        field: a field of dpoeng that takes the same value.
+        field: the field of dpoeng that takes the same value.
         instead: what to do in dpoeng.
-        needless: why nothing is to be done.
-        note: how a field of the same name differs.
-        renamed: the name that took its place where it came from, and the release in which it did.
+        needless: why nothing needs to be done.
+        note: how the field of the same name differs.
+        renamed: its newer name in the other trainer, and the release that renamed it.
     """
 
     field: str | None = None
@@ -49,9 +49,9 @@ class Meaning:
 
 
 def meaning(name: str, source: str = "trl", *, fields: Container[str]) -> Meaning | None:
-    """Return the meaning of a name of `source` (trl, peft, bitsandbytes, axolotl, llama_factory); None: unknown there.
+    """The meaning of a name from `source` (trl, peft, bitsandbytes, axolotl, llama_factory); None if unknown there.
 
-    `fields` are dpoeng's own: one that is named as TRL's means the same, unless `foreign_names.yaml` says more.
+    `fields` are dpoeng's: a field with TRL's name has TRL's meaning, unless `foreign_names.yaml` says otherwise.
     """
     entry = _meanings().get(source, {}).get(name)
     says_more = entry is not None and ("needless" in entry or "instead" in entry)
@@ -71,7 +71,7 @@ def meaning(name: str, source: str = "trl", *, fields: Container[str]) -> Meanin
 
 
 def releases(name: str) -> str:
-    """Return the classes and releases that have a name, e.g. `TRL's DPOConfig 0.9 to 0.25`."""
+    """The classes and releases that have a name, e.g. `TRL's DPOConfig 0.9 to 0.25`."""
     known = signatures()
     places = []
     for owner, entry in known["names"].get(name, {}).items():
@@ -86,7 +86,7 @@ def releases(name: str) -> str:
 
 
 def remedy(name: str, found: Meaning) -> str:
-    """One sentence: what to write instead of `name`."""
+    """What to write instead of `name`, in one sentence."""
     if found.field:
         return f"write {found.field}"
     if found.instead:
@@ -97,8 +97,8 @@ def remedy(name: str, found: Meaning) -> str:
 
 @functools.cache
 def signatures() -> dict[str, Any]:
-    """trl_names.json: `versions`, package -> releases read; `requires`, [since which TRL, oldest transformers that it
-    accepts]; `names`, name -> owner -> releases and defaults.
+    """trl_names.json: `versions`, package -> releases read; `requires`, [first TRL release, oldest transformers that
+    it accepts]; `names`, name -> owner -> releases and defaults.
     """
     text = Path(__file__).with_name("trl_names.json").read_text(encoding="utf-8")
     known: dict[str, Any] = json.loads(text)
@@ -108,7 +108,7 @@ def signatures() -> dict[str, Any]:
 @functools.cache
 def _meanings() -> dict[str, dict[str, dict[str, Any]]]:
     text = Path(__file__).with_name("foreign_names.yaml").read_text(encoding="utf-8")
-    # The pure-Python safe loader: what is read is ours, and an error path need not be fast.
+    # The pure-Python safe loader is enough: the file is ours, and an error path need not be fast.
     meanings: dict[str, dict[str, dict[str, Any]]] = yaml.safe_load(text)
     return meanings
 

@@ -18,54 +18,61 @@ from dpoeng.engine.config.fields import (
 
 
 class PlanConfig(BaseModel):
-    """A model, some cards, and the longest pair there will be."""
+    """A model, some cards, and the longest pair."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field(description="A folder with config.json (no weights needed), or a name: Qwen/Qwen2.5-32B.")
-    gpu: tuple[str, ...] = Field(("a100-80gb",), description="Cards by name, or by their memory: 24gb.")
-    gpus: int = Field(1, ge=1, description="How many such cards share the work, under torchrun.")
-    fsdp: bool = Field(False, description="Divide the frozen layers over these cards in phase two.")
+    gpu: tuple[str, ...] = Field(("a100-80gb",), description="Cards, by name or by memory: 24gb.")
+    gpus: int = Field(1, ge=1, description="Number of cards that share the work, under torchrun.")
+    fsdp: bool = Field(False, description="Shard the frozen layers over these cards in phase two.")
     use_peft: bool = Field(True, description="Train a LoRA; false: full fine-tuning of all weights.")
     quantization: Quantization = Field(
-        "8bit", description="How the policy's base is held. Default with full fine-tuning: none."
+        "8bit", description="Precision of the policy's base. Default with full fine-tuning: none."
     )
     reference_quantization: Quantization | None = Field(
-        None, description="The same of the reference in phase one. Default: as the policy's."
+        None, description="Precision of the reference in phase one. Default: the policy's."
     )
-    dtype: Dtype = Field("bfloat16", description="Compute dtype; auto is bfloat16 here.")
+    dtype: Dtype = Field("bfloat16", description="Compute dtype; auto means bfloat16 here.")
     max_length: int = Field(2048, ge=2, description="Tokens of prompt + response, for each of the two responses.")
-    prompt_length: int = Field(1, ge=1, description="Of these, the prompt's; it is run once, so 1 is the worst case.")
+    prompt_length: int = Field(
+        1, ge=1, description="Tokens of the prompt among these. The prompt is computed once, so 1 is the worst case."
+    )
     lora_r: int = Field(16, ge=1, description="LoRA rank, on all linear layers.")
     optim: Optimizer = Field("adamw_torch", description="As in dpoeng train.")
     gradient_checkpointing: bool = Field(True, description="Recompute layers in the backward pass.")
     trunk_layer: float | None = Field(
         None,
         gt=0,
-        description="Begin phase two at this layer, from hidden states that phase one stores, and train the "
+        description="Begin phase two at this layer, with hidden states that phase one stores, and train the "
         "layers from there on; below 1 it is a share of the depth.",
     )
-    layout: Literal["shared", "separate"] = Field("shared", description="Whether a prompt is run once for both.")
+    layout: Literal["shared", "separate"] = Field(
+        "shared", description="shared: compute a prompt once for both responses."
+    )
     layer_offloading: LayerOffloading = Field(
-        "auto", description="Load the base's layers one at a time; auto: on the cards where it does not fit otherwise."
+        "auto",
+        description="Load the base's layers one at a time; auto: on cards where the base does not fit otherwise.",
     )
     load_gb_per_s: float = Field(
-        25.0, gt=0, description="GB/s from host memory to the card, for its time then; dpoeng doctor measures it."
+        25.0, gt=0, description="GB/s from host memory to the card, for the time by layer; dpoeng doctor measures it."
     )
     disk_gb_per_s: float = Field(
-        3.0, gt=0, description="GB/s at which files are read, for the same; dpoeng doctor --model measures it."
+        3.0, gt=0, description="GB/s at which files are read, likewise; dpoeng doctor --model measures it."
     )
     host_gib: float = Field(
-        64.0, ge=0, description="GiB of host memory. Files that it holds are read from the disk once, others each time."
+        64.0, ge=0, description="GiB of host memory. Files that fit into it are read from disk once, others every time."
     )
-    offload_gib: float = Field(16.0, gt=0, description="GiB of hidden states that may wait on the host then.")
+    offload_gib: float = Field(16.0, gt=0, description="GiB of hidden states to keep on the host then.")
     batch: int = Field(8, ge=1, description="Pairs in an optimizer step.")
     pairs: int = Field(1000, ge=1, description="Number of pairs, for the time.")
     epochs: float = Field(3.0, gt=0, description="Passes over them.")
-    utilisation: float = Field(0.4, gt=0, le=1, description="Share of the card's peak arithmetic that is reached.")
-    price_per_hour: float | None = Field(None, ge=0, description="Of one card, in any currency: shows the cost.")
-    compare: bool = Field(True, description="Tell what other options and two models would take.")
-    whole: bool = Field(False, description="Simulate every layer, in place of a few: the same result, slower.")
+    utilisation: float = Field(0.4, gt=0, le=1, description="Share of the card's peak speed that is reached.")
+    price_per_hour: float | None = Field(
+        None, ge=0, description="Price of one card per hour, in any currency: shows the cost."
+    )
+    compare: bool = Field(True, description="Also show what other options and two models would need.")
+    whole: bool = Field(False, description="Simulate every layer instead of a few: the same result, slower.")
 
     _whole_layer = field_validator("trunk_layer")(whole_layer)
 
@@ -83,7 +90,7 @@ class PlanConfig(BaseModel):
     @model_validator(mode="after")
     def _divided(self) -> PlanConfig:
         if self.fsdp and (self.gpus == 1 or not self.use_peft):
-            raise ValueError("fsdp divides a frozen base over several cards: add --gpus 2 or more, and train a LoRA")
+            raise ValueError("fsdp shards a frozen base over several cards: add --gpus 2 or more, and train a LoRA")
         return self
 
     @model_validator(mode="after")
@@ -91,7 +98,7 @@ class PlanConfig(BaseModel):
         if self.layer_offloading == "on" and (self.fsdp or not self.use_peft):
             raise ValueError("layer_offloading loads frozen layers one at a time: train a LoRA, without fsdp")
         if self.trunk_layer is not None and (self.fsdp or not self.use_peft):
-            raise ValueError("trunk_layer leaves out frozen layers: it goes with a LoRA, and without fsdp")
+            raise ValueError("trunk_layer leaves out frozen layers: use it with a LoRA, and without fsdp")
         return self
 
     @model_validator(mode="after")
@@ -101,7 +108,7 @@ class PlanConfig(BaseModel):
         return self
 
     def train_config(self) -> TrainConfig:
-        """The part that phase two reads."""
+        """The fields that phase two reads."""
         values = {
             **({"lora_r": self.lora_r} if self.use_peft else {"use_peft": False}),
             "optim": self.optim,

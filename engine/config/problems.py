@@ -1,6 +1,6 @@
 """Explains wrong fields: unknown names, values out of range, and one error for all of them.
 
-Takes the field lists as arguments, so it depends on no config.
+Takes the field lists as arguments, so it does not depend on a config.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dpoeng.engine.config.other_trainers import meaning, releases, remedy
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A value in a file, and the line where it stands."""
+    """A value in a file, and its line."""
 
     value: Any
     line: int
@@ -43,7 +43,7 @@ def option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-# Fields and values that dpoeng itself took once: what to do now. A dpoeng.yaml from then gets a clear message.
+# Former fields and values of dpoeng: what to do now. An old dpoeng.yaml gets a clear message.
 _REMOVED_FIELDS = {
     "samples": "remove it, and run `dpoeng compare OUT` after training: the report shows its answers",
     "async_save": "remove it: checkpoints are small and are written between two steps",
@@ -56,13 +56,13 @@ TOGETHER = "the combination of fields"
 
 
 def unknown_field(name: str, *, where: str, fields: Mapping[str, Sequence[str]], command: str | None = None) -> Problem:
-    """Explain a name that is no field here: it belongs to another command or another trainer, or is misspelt.
+    """Explains a name that is not a field here: it belongs to another command or trainer, or is misspelt.
 
     Args:
-        name: the name as it was given.
-        where: the place in a file, or the option.
-        fields: every field of dpoeng and the commands that take it.
-        command: the command it was given to; None in a file, which serves all.
+        name: the name as the user wrote it.
+        where: place in a file, or the option.
+        fields: every field of dpoeng and the commands that have it.
+        command: the command it was given to; None for a file, which serves all.
     """
     plain = name.strip("-").replace("-", "_")
     commands = fields.get(plain, ())
@@ -70,11 +70,11 @@ def unknown_field(name: str, *, where: str, fields: Mapping[str, Sequence[str]],
         message = f"{plain} is no longer a field of dpoeng"
         return Problem("config-unknown", where, message, "nothing", name, _REMOVED_FIELDS[plain])
     if commands:
-        own = command or "this command"
+        this_command = command or "this command"
         return Problem(
             "config-unknown",
             where,
-            f"{plain} is a field of {' and '.join(commands)}, not of {own}",
+            f"{plain} is a field of {' and '.join(commands)}, not of {this_command}",
             f"{plain} with dpoeng {commands[0]}",
             name,
             f"pass it to dpoeng {commands[0]}, or write it into dpoeng.yaml, which serves both phases",
@@ -111,7 +111,7 @@ def unknown_field(name: str, *, where: str, fields: Mapping[str, Sequence[str]],
 def value_problems(
     error: ValidationError, overrides: Mapping[str, Any], entries: Mapping[str, Entry], path: Path | None
 ) -> list[Problem]:
-    """One problem a field; of a union's alternatives the first speaks for all."""
+    """One problem per field; of a union's alternatives only the first is reported."""
     problems: dict[str, Problem] = {}
     for detail in error.errors(include_url=False):
         name = str(detail["loc"][0]) if detail["loc"] else ""
@@ -167,7 +167,7 @@ _STEPS = {"warmup_steps", "eval_steps", "save_steps", "logging_steps"}
 
 
 def _hint(name: str, value: Any, allowed: str) -> str:
-    """Guess the intended value: another unit, another spelling."""
+    """Guesses the intended value: another unit, another spelling."""
     if gone := _REMOVED_VALUES.get((name, str(value))):
         return gone
     number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
@@ -189,7 +189,7 @@ def _hint(name: str, value: Any, allowed: str) -> str:
 
 
 def as_error(problems: list[Problem]) -> UserError:
-    """One exception for one or many problems."""
+    """Combines one or many problems in one exception."""
     first = problems[0]
     if len(problems) == 1:
         message, where, expected, found, mend = first.message, first.where, first.expected, first.found, first.remedy

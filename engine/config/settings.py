@@ -1,7 +1,7 @@
-"""The keyword arguments of the Python functions, typed so that editors and type checkers know them.
+"""The keyword arguments of the Python functions, typed for editors and type checkers.
 
-Each is a field of a config, with the types that it accepts; `fields` and `plan` describe them. All are optional. A test
-compares every line with its field.
+Each is a field of a config, with the types that it accepts; `fields` and `plan` describe them. All are optional. A
+test compares every line with its field.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from dpoeng.engine.data.kinds.ranked import RankedPairs
 from dpoeng.engine.losses.names import FDivergence, LossType
 
 LossName = LossType | str | Callable[..., Any]
-"""A loss of dpoeng's by name, one of yours by its place (`my_loss.py:my_loss`), or your function itself."""
+"""A loss of dpoeng by name, your own by its place (`my_loss.py:my_loss`), or your function itself."""
 
 
 class PrecomputeSettings(TypedDict, total=False):
-    """Of `dpoeng.precompute_reference`."""
+    """Arguments of `dpoeng.precompute_reference`."""
 
     name: str | None
     tokenizer: str | PathLike[str] | None
@@ -50,7 +50,7 @@ class PrecomputeSettings(TypedDict, total=False):
 
 
 class CheckSettings(TypedDict, total=False):
-    """Of `dpoeng.check`."""
+    """Arguments of `dpoeng.check`."""
 
     adapter: str | PathLike[str] | None
     tokenizer: str | PathLike[str] | None
@@ -67,7 +67,7 @@ class CheckSettings(TypedDict, total=False):
 
 
 class LossFields(TypedDict, total=False):
-    """The fields that make the loss: of `dpoeng.train` and `dpoeng.evaluate`."""
+    """The fields that define the loss, in `dpoeng.train` and `dpoeng.evaluate`."""
 
     loss_type: LossName | Sequence[LossName]
     loss_weights: Sequence[float] | None
@@ -92,7 +92,7 @@ class LossFields(TypedDict, total=False):
 
 
 class TrainSettings(LossFields, total=False):
-    """Of `dpoeng.train`."""
+    """Arguments of `dpoeng.train`."""
 
     view: str | None
     mix_with: str | Sequence[str]
@@ -166,7 +166,7 @@ class TrainSettings(LossFields, total=False):
 
 
 class EvaluateSettings(LossFields, total=False):
-    """Of `dpoeng.evaluate`: in place of what the run had."""
+    """Arguments of `dpoeng.evaluate`; they replace the run's."""
 
     cache: str | PathLike[str]
     view: str | None
@@ -185,7 +185,7 @@ class EvaluateSettings(LossFields, total=False):
 
 
 class CompareSettings(TypedDict, total=False):
-    """Of `dpoeng.compare`: in place of what the run had."""
+    """Arguments of `dpoeng.compare`; they replace the run's."""
 
     cache: str | PathLike[str]
     view: str | None
@@ -196,7 +196,7 @@ class CompareSettings(TypedDict, total=False):
 
 
 class PlanSettings(TypedDict, total=False):
-    """Of `dpoeng.plan`."""
+    """Arguments of `dpoeng.plan`."""
 
     gpu: str | Sequence[str]
     gpus: int

@@ -1,4 +1,4 @@
-"""Writes a dpoeng.yaml with comments: every field, or only those that have a value."""
+"""Writes a dpoeng.yaml with comments: every field, or only those with a value."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def config_text(values: Mapping[str, Line], *, header: Sequence[str] = (), every
 
     Args:
         values: fields with a value.
-        header: comment lines on top; an empty one separates.
-        every_field: also write the others, as comments with their description and default.
+        header: comment lines at the top; an empty string separates them.
+        every_field: also write the other fields, as comments with description and default.
     """
     lines = [line for text in header for line in _comment(text)]
     written: set[str] = set()
@@ -41,7 +41,7 @@ def config_text(values: Mapping[str, Line], *, header: Sequence[str] = (), every
             block: list[str] = []
             for name in names:
                 if name in written:
-                    continue  # a field of both phases stands once, with phase one
+                    continue  # write a field of both phases once, under phase one
                 if name in values:
                     described = [cls.model_fields[name].description or ""] if every_field else []
                     block += [c for text in (*described, *values[name].comments) for c in _comment(text)]
@@ -61,7 +61,7 @@ def config_text(values: Mapping[str, Line], *, header: Sequence[str] = (), every
 
 
 def sections(command: str) -> list[tuple[str, list[str]]]:
-    """The fields of a command under their headings."""
+    """The fields of a command, under their headings."""
     found: list[tuple[str, list[str]]] = []
     for name in COMMANDS[command].model_fields:
         if name in SECTIONS[command]:
@@ -77,7 +77,7 @@ def yaml_line(name: str, value: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Paths as text and tuples as lists, which YAML and JSON have."""
+    """Paths as text and tuples as lists, since YAML and JSON have neither."""
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, (tuple, list)):
@@ -86,7 +86,7 @@ def plain(value: Any) -> Any:
 
 
 def write_config(path: Path, text: str, *, inputs: Iterable[Path] = (), force: bool) -> None:
-    """Writes the file whole or not at all, over another only with `force`, and never over one of `inputs`.
+    """Writes the file atomically; replaces another only with `force`, and never one of `inputs`.
 
     Raises:
         UserError: the file exists, is an input, or cannot be written.

@@ -1,4 +1,4 @@
 """Services for long work: progress, processes, memory, atomic files and folders.
 
-Knows nothing of pairs or models.
+Independent of pairs and models.
 """

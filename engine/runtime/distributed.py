@@ -1,6 +1,6 @@
-"""Several processes at one piece of work, as torchrun (or accelerate, or Slurm with the same variables) starts them.
+"""Several processes that share one run, started by torchrun (or by accelerate or Slurm with the same variables).
 
-Started alone, a process is a group of one and nothing here touches torch.distributed.
+A process started alone is a group of one and does not touch torch.distributed.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from dpoeng.engine.runtime.out_of_memory import attempt, is_out_of_memory
 
 Value = TypeVar("Value")
 
-# How long the others may compute before a rank that waits gives up. A rank that dies is noticed at once, by its
-# connection; this limit is for one that hangs.
+# How long a waiting rank waits while the others compute. A rank that dies is noticed at once, because its connection
+# closes; this limit is for a rank that hangs.
 _TIMEOUT = datetime.timedelta(hours=24)
 
-# gloo raises plain RuntimeErrors; these words are in them.
+# gloo raises plain RuntimeErrors; they contain these words.
 _LOSS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 BUCKET_BYTES = 64 * 2**20
-"""Gradients are summed in pieces of about this size: few calls, and little memory beside the gradients."""
+"""Gradients are summed in pieces of about this size: few calls, and little memory besides the gradients."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The processes that work together.
+    """The processes of a run.
 
     Attributes:
         rank: this process's number, from 0.
-        size: how many there are.
-        local_rank: its number on this machine; also that of its GPU.
+        size: number of processes.
+        local_rank: its number on this machine, and the number of its GPU.
     """
 
     rank: int = 0
@@ -50,20 +50,20 @@ class Group:
         """Whether this process is the one that reports."""
         return self.rank == 0
 
-    # ------------------------------------------------------------------ who does what
+    # ------------------------------------------------------------------ shares of work
 
     def mine(self, count: int) -> range:
-        """Which of `count` pieces of work this process does: in turn, so that shares differ by one at most."""
+        """Indices of this process's pieces of work: every `size`-th, so that shares differ by at most one."""
         return range(self.rank, count, self.size)
 
     def idle(self, count: int) -> int:
-        """How many of `count` pieces this process has fewer than the first one: 0 or 1."""
+        """How many pieces fewer than the first process this process has: 0 or 1."""
         return -(-count // self.size) - len(self.mine(count))
 
-    # ------------------------------------------------------------------ what they tell each other
+    # ------------------------------------------------------------------ messages
 
     def gather(self, value: Value) -> list[Value]:
-        """The value of every process, by rank. For small values on the host: they travel as pickles."""
+        """The value of every process, by rank. For small values on the host: they are pickled."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -78,36 +78,37 @@ class Group:
         values: list[Any] = [value]
         with self._meeting():
             torch.distributed.broadcast_object_list(values, src=0)
-        found: Value = values[0]
-        return found
+        value_of_first: Value = values[0]
+        return value_of_first
 
     def each(self, work: Callable[[], Value], *, in_step: bool = False) -> list[Value]:
-        """Return the work's result in every process, by rank.
+        """Runs `work` in every process; returns the results by rank.
 
         Args:
-            work: waits for no other process, or is done `in_step` with them.
-            in_step: whoever then runs out of memory raises that alone, since nobody can tell the others.
+            work: must not wait for other processes, unless all run it `in_step`.
+            in_step: the work has collectives. A process that runs out of memory then raises alone: it cannot tell the
+            others.
 
         Raises:
-            MemoryError: one of them ran out of memory. All raise it, so that all do the same next.
+            MemoryError: one process ran out of memory. All raise it, so that all take the same next step.
         """
         if self.size == 1 or in_step:
             return self.gather(work())
         outcomes = self.gather(attempt(work, tries=1))
-        for rank, (_, said) in enumerate(outcomes):
-            if said:
-                raise MemoryError(f"rank {rank}: {said}")
+        for rank, (_, problem) in enumerate(outcomes):
+            if problem:
+                raise MemoryError(f"rank {rank}: {problem}")
         return [result for result, _ in outcomes if result is not None]
 
     def agree(self, what: str, value: Any, remedy: str) -> None:
-        """Raises UserError in every process unless all of them have the same value; of mappings, says where."""
+        """Raises UserError in every process unless all have the same value; for mappings, names the differences."""
         values = self.gather(value)
         different = [rank for rank in range(self.size) if values[rank] != values[0]]
         if not different:
             return
         if isinstance(value, Mapping):
             names = {name for rank in different for name in value if values[rank].get(name) != values[0].get(name)}
-            values = [", ".join(f"{name} = {found.get(name)}" for name in sorted(names)) for found in values]
+            values = [", ".join(f"{name} = {fields.get(name)}" for name in sorted(names)) for fields in values]
         raise UserError(
             f"the processes of this run have different {what}",
             code="ranks-differ",
@@ -118,31 +119,31 @@ class Group:
         )
 
     def wait(self) -> None:
-        """Returns when every process has come here. Raises UserError where one has ended before."""
+        """Waits until every process calls this. Raises UserError if one has ended before."""
         if self.size > 1:
             with self._meeting():
                 torch.distributed.barrier()
 
     @contextlib.contextmanager
     def first_on_machine(self) -> Iterator[None]:
-        """Runs a block in one process of each machine first, so that the others find what it left (a memo, a file)."""
+        """Runs a block in one process of each machine first, so that the others find its files (a memo, a download)."""
         if self.local_rank != 0:
             self.wait()
         yield
         if self.local_rank == 0:
             self.wait()
 
-    # ------------------------------------------------------------------ tensors, on the device where they are
+    # ------------------------------------------------------------------ tensors, on their device
 
     def copy_first(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Gives each tensor the first process's values."""
+        """Overwrites each tensor with the first process's values."""
         if self.size > 1:
             with self._meeting():
                 for tensor in tensors:
                     torch.distributed.broadcast(tensor, src=0)
 
     def add(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Replaces each tensor by its sum over the processes: the same bits in all of them."""
+        """Replaces each tensor by its sum over the processes, with the same bits in all of them."""
         if self.size == 1:
             return
         for bucket in _buckets(tensors):
@@ -154,7 +155,7 @@ class Group:
 
     @contextlib.contextmanager
     def _meeting(self) -> Iterator[None]:
-        """A call in which all processes meet: what goes wrong there is another process, or the way to it."""
+        """Wraps a call in which all processes meet: an error there means that another process or the network failed."""
         try:
             yield
         except RuntimeError as error:
@@ -164,7 +165,7 @@ class Group:
 
     @contextlib.contextmanager
     def noticing_loss(self) -> Iterator[None]:
-        """The same for a block that does other things too: only what names the connection is taken for its loss."""
+        """The same for a block that does other work too: only errors that name the connection mean a lost process."""
         try:
             yield
         except RuntimeError as error:
@@ -185,14 +186,14 @@ class Group:
 
 
 ALONE = Group()
-"""One process that was started alone."""
+"""The group of a process that runs alone."""
 
 
 def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Tensors of one dtype that follow each other, `BUCKET_BYTES` together or one alone."""
+    """Groups of consecutive tensors of one dtype with at most `BUCKET_BYTES` together, or a single larger tensor."""
     bucket: list[torch.Tensor] = []
     for tensor in tensors:
-        full = sum(held.nbytes for held in bucket) + tensor.nbytes > BUCKET_BYTES
+        full = sum(queued.nbytes for queued in bucket) + tensor.nbytes > BUCKET_BYTES
         if bucket and (full or tensor.dtype != bucket[0].dtype):
             yield bucket
             bucket = []
@@ -205,7 +206,7 @@ def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 def process_group(environment: Mapping[str, str] = os.environ) -> Iterator[Group]:
     """The group that the environment names, for as long as the context lasts.
 
-    Messages go through gloo, on the CPU, with and without GPUs; tensors on GPUs go through NCCL.
+    Messages go through gloo on the CPU, even with GPUs; tensors on GPUs go through NCCL.
     """
     size = group_size(environment)
     if size == 1:

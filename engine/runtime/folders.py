@@ -1,4 +1,4 @@
-"""A new folder that a command fills with a whole checkpoint: complete, or not there."""
+"""Output folders that appear complete or not at all, such as a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dpoeng.cache.errors import UserError
 
 
 def refuse_filled(into: Path) -> None:
-    """Raises UserError unless `into` is free: not there, or an empty folder."""
+    """Raises UserError unless `into` is missing or an empty folder."""
     if into.exists() and (not into.is_dir() or any(into.iterdir())):
         raise UserError(
             "the target folder is not empty" if into.is_dir() else "the target is a file, not a folder",
@@ -26,10 +26,10 @@ def refuse_filled(into: Path) -> None:
 
 
 def write_new(into: Path, fill: Callable[[Path], None]) -> None:
-    """Makes `into` of what `fill` writes into the folder that it is given.
+    """Creates `into` with the files that `fill` writes; `fill` receives a temporary folder.
 
     Raises:
-        UserError: the disk is full or may not be written; then nothing is left of it.
+        UserError: the disk is full or not writable; then nothing is left behind.
     """
 
     def fill_and_sync(temporary: Path) -> None:
@@ -52,10 +52,10 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Replace a folder by one with these files, atomically and durably.
+    """Replaces a folder by one with these files, atomically and durably.
 
     Raises:
-        UserError: the disk is full or may not be written.
+        UserError: the disk is full or not writable.
     """
 
     def fill(temporary: Path) -> None:
@@ -68,9 +68,9 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 def place_folder(
     folder: Path, fill: Callable[[Path], None], refused: Callable[[Path, OSError], UserError] | None = None
 ) -> None:
-    """The same of files that `fill` writes, each durably, into the folder that it is given.
+    """Like `write_folder`, for files that `fill` writes durably to the temporary folder that it receives.
 
-    `refused` is what is said where the system refuses it; by default `unwritable`.
+    `refused` makes the error if the system refuses; the default is `unwritable`.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
@@ -93,7 +93,7 @@ def place_folder(
 
 @contextlib.contextmanager
 def saving_tensors() -> Iterator[None]:
-    """Turn safetensors' write errors into OSError, like those of other files."""
+    """Turns safetensors' write errors into OSError, like those of other files."""
     try:
         yield
     except SafetensorError as error:
@@ -101,13 +101,13 @@ def saving_tensors() -> Iterator[None]:
 
 
 def unwritable(path: Path, error: OSError) -> UserError:
-    """Return the error for an output folder that cannot be written."""
+    """The error for an output folder that cannot be written."""
     if isinstance(error, FileExistsError | NotADirectoryError):
         return UserError(
-            "the output folder's name belongs to a file",
+            "the output folder is a file",
             code="output-unwritable",
             where=str(path),
-            expected="a folder, or nothing yet",
+            expected="a folder, or a new name",
             found=error.strerror or str(error),
             remedy="name another folder with --output-dir, or move that file",
             exit_status=5,
@@ -123,7 +123,7 @@ def unwritable(path: Path, error: OSError) -> UserError:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Writes a file and waits until it is on the disk."""
+    """Writes a file and waits until it is on disk."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
@@ -131,7 +131,7 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Waits until a file that a library has written is on the disk."""
+    """Waits until a file that a library wrote is on disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 

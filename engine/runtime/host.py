@@ -1,4 +1,4 @@
-"""Reports this machine's resources. Imports nothing heavy, so that a command can ask before loading anything."""
+"""Reports this machine's resources. Imports nothing heavy, so that commands can ask before they load anything."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def available_memory() -> int | None:
-    """Bytes left for this process: by the kernel, and by the limit of its container; None where nothing tells."""
+    """Bytes available to this process, by the kernel and its container's limit; None if neither is known."""
     try:
         text = Path("/proc/meminfo").read_text(encoding="utf-8")
     except OSError:
@@ -25,10 +25,10 @@ def available_memory() -> int | None:
 
 
 def peak_resident() -> int:
-    """The most bytes of memory that this process has held at once."""
+    """The peak resident memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def group_size(environment: Mapping[str, str] = os.environ) -> int:
-    """How many processes the environment names: 1 without a launcher."""
+    """Number of processes in the environment; 1 without a launcher."""
     return int(environment.get("WORLD_SIZE", "1"))

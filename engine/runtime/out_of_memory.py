@@ -1,7 +1,7 @@
-"""Running out of memory: noticed, released, done again; first as it was, then in halves.
+"""Recovery from running out of memory: release, retry once unchanged, then in halves.
 
-The second try of the same work is for memory that was only badly cut up, or held by what has ended since: its result is
-the same, bit for bit. Halving moves the order of sums and so the last bits; who calls decides whether that may be.
+The unchanged retry helps if memory was fragmented or used by something that has ended; its result is identical, bit for
+bit. Halving changes the order of sums and so the last bits; the caller decides whether that is acceptable.
 """
 
 from __future__ import annotations
@@ -19,41 +19,41 @@ from dpoeng.cache.schema import PairIds
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# What torch's CPU allocator, cuBLAS and older CUDA paths say, as plain RuntimeErrors.
+# Messages of torch's CPU allocator, cuBLAS and older CUDA paths, which are plain RuntimeErrors.
 _SIGNS = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on a device or on the host."""
+    """Whether an exception means that memory ran out, on a device or on the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 def release_memory() -> None:
-    """Gives back what nothing holds any more. Call it outside the `except`, whose traceback holds the tensors."""
+    """Releases unused memory. Call it outside the `except`, because the traceback keeps tensors alive."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def attempt(work: Callable[[], Result], tries: int = 2) -> tuple[Result | None, str]:
-    """Does some work, and again after an out-of-memory error: (its result, "") or (None, what the error said)."""
-    said = ""
+    """Runs `work`, again after an out-of-memory error. Returns (result, "") or (None, the error's first line)."""
+    problem = ""
     for _ in range(tries):
         try:
             return work(), ""
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            problem = str(error).splitlines()[0] if str(error) else type(error).__name__
         release_memory()
-    return None, said
+    return None, problem
 
 
 @contextlib.contextmanager
 def no_way_back(message: str, where: str, remedy: str) -> Iterator[None]:
-    """For work that cannot be done again: an update done half, or a forward in which other processes take part.
+    """For work that cannot be repeated: a half-done update, or a forward with collectives.
 
     Raises:
         UserError: memory ran out.
@@ -80,24 +80,24 @@ def in_parts(
     note: Callable[[str], None],
     describe: Callable[[Sequence[Item], str], UserError],
 ) -> list[Result]:
-    """`work(items)`, in halves where memory does not suffice for all at once; the cut moves results in their last bits.
+    """Runs `work(items)`, in halves if memory is too small; halving changes the last bits of results.
 
     Args:
         work: items -> results.
         items: at least one.
-        note: told of a cut.
-        describe: the error for items that cannot be cut further, with what torch said.
+        note: receives a message when the work is split.
+        describe: the error for items that cannot be split further, given torch's message.
 
     Raises:
         UserError: one item alone does not fit.
     """
-    results, said = attempt(lambda: work(items))
+    results, problem = attempt(lambda: work(items))
     if results is not None:
         return list(results)
     if len(items) == 1:
-        raise describe(items, said)
+        raise describe(items, problem)
     middle = (len(items) + 1) // 2
-    note(f"out of memory with {len(items)} pairs in one forward: they are done in halves from here")
+    note(f"out of memory with {len(items)} pairs in one forward: computing them in halves")
     return [
         result
         for half in (items[:middle], items[middle:])
@@ -105,8 +105,8 @@ def in_parts(
     ]
 
 
-def too_large(pairs: Sequence[PairIds], said: str, *, phase: str, helps: str) -> UserError:
-    """The error for pairs that do not fit, naming them and what would help."""
+def too_large(pairs: Sequence[PairIds], problem: str, *, phase: str, helps: str) -> UserError:
+    """The error for pairs that do not fit: names them and a remedy."""
     longest = max(pairs, key=lambda ids: ids.total_tokens)
     count = "one pair alone does" if len(pairs) == 1 else f"{len(pairs)} pairs do"
     return UserError(
@@ -114,7 +114,7 @@ def too_large(pairs: Sequence[PairIds], said: str, *, phase: str, helps: str) ->
         code="memory-full",
         where=f"{phase}, the longest pair has {longest.total_tokens} tokens: prompt {len(longest.prompt_ids)}, chosen "
         f"{len(longest.chosen_ids)}, rejected {len(longest.rejected_ids)}",
-        found=said,
-        remedy=f"{helps}; `dpoeng plan` shows beforehand what fits",
+        found=problem,
+        remedy=f"{helps}; `dpoeng plan` shows what fits",
         exit_status=5,
     )

@@ -1,8 +1,8 @@
-"""The one rule for files that a user names as an output: what may stand there already, and how it is replaced.
+"""The one rule for output files that a user names: what may be replaced, and how.
 
-A file that the command reads, and a file of a cache or a run, are never written over, not even with `--force`. Any
-other file is replaced with `--force`, or if dpoeng made it for the same purpose; its content says so. The new file
-appears whole or not at all. Knows the names in a run's folder, but nothing of what is in the files.
+Files that the command reads, and files of a cache or a run, are never overwritten, not even with `--force`. Any other
+file is replaced with `--force`, or if dpoeng wrote it for the same purpose; its content shows that. The new file
+appears whole or not at all. Knows file names in a run's folder, not their contents.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from dpoeng.cache.errors import UserError
 from dpoeng.cache.files import replacing
 
 GENERATOR = '<meta name="generator" content="dpoeng">'
-"""Marks the pages of dpoeng; within their first bytes."""
+"""Marks dpoeng's pages, within their first bytes."""
 
 RUN_FILES = frozenset(
     "run.json metrics.jsonl timings.jsonl evaluations.jsonl held_out.jsonl advice.json samples.jsonl sweep.json".split()
 )
-"""Files in the folder of a run or a sweep. A test compares them with the names in engine/runs."""
+"""Files in the folder of a run or a sweep. A test compares this list with engine/runs."""
 
 _RUN_FOLDERS = ("adapter", "model", "checkpoint-*")
 _HEAD_BYTES = 4096
@@ -60,9 +60,9 @@ class Kind:
     """A kind of output.
 
     Attributes:
-        name: as messages have it, with its article.
-        made: whether a file was made by dpoeng for this purpose; may raise ValueError for "no".
-        unwritable: the error where the system refuses to write it, of path, name and what was found.
+        name: its name in messages, with an article.
+        made: whether dpoeng wrote a file for this purpose; may raise ValueError for "no".
+        unwritable: makes the error if the system refuses to write, from path, name and the problem.
         forced: whether the command has `--force`.
     """
 
@@ -73,13 +73,13 @@ class Kind:
 
 
 def refuse_output(path: Path, kind: Kind, *, inputs: Iterable[Path] = (), force: bool = False) -> None:
-    """Raise UserError where `path` may not be written; call it before the work, too.
+    """Raises UserError if `path` may not be written. Call it before the work begins, too.
 
     Args:
         path: the file to write.
-        kind: of it.
-        inputs: files and folders that the command reads; those that are not there do not matter.
-        force: the user allows to replace another file.
+        kind: the kind of output.
+        inputs: files and folders that the command reads; missing ones are ignored.
+        force: the user allows replacing another file.
     """
     try:
         if not path.parent.is_dir():
@@ -111,10 +111,10 @@ def refuse_output(path: Path, kind: Kind, *, inputs: Iterable[Path] = (), force:
 
 @contextlib.contextmanager
 def writing(path: Path, kind: Kind, *, inputs: Iterable[Path] = (), force: bool = False) -> Iterator[Path]:
-    """Yield a name to write to; at the end of the block the file takes the place of `path`, whole.
+    """Yields a temporary name; when the block ends, that file replaces `path` atomically.
 
     Raises:
-        UserError: as `refuse_output`, or the system refuses; then `path` stays as it was.
+        UserError: as `refuse_output`, or the system refuses; then `path` is unchanged.
     """
     refuse_output(path, kind, inputs=inputs, force=force)
     try:
@@ -128,17 +128,17 @@ _MARKER = ".dpoeng-study"
 
 
 def scratch_folder(path: Path, study: str) -> None:
-    """Make a folder for a study's caches and runs, or take one that the same study made before.
+    """Creates a folder for a study's caches and runs, or accepts one that the same study made before.
 
     Raises:
-        UserError: it holds something else, or cannot be made.
+        UserError: it contains something else, or cannot be created.
     """
     marker = path / _MARKER
     try:
         taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
         if taken and not (marker.is_file() and marker.read_text(encoding="utf-8").strip() == study):
             raise UserError(
-                f"{path} already holds something else",
+                f"{path} already contains something else",
                 code="output-exists",
                 where=str(path),
                 expected=f"a free name, an empty folder, or one of an earlier {study}",
@@ -152,13 +152,13 @@ def scratch_folder(path: Path, study: str) -> None:
 
 
 def is_page(path: Path) -> bool:
-    """Whether a file is a page of dpoeng."""
+    """Whether a file is one of dpoeng's HTML pages."""
     with path.open("rb") as file:
         return GENERATOR.encode() in file.read(_HEAD_BYTES)
 
 
 def has_json_lines(path: Path, fits: Callable[[dict[str, Any]], bool]) -> bool:
-    """Whether a file is empty, or its first line is a JSON object that `fits`."""
+    """Whether a file is empty or starts with a line that is a JSON object that `fits`."""
     with path.open("rb") as file:
         line = file.readline()
     value = json.loads(line) if line else None
@@ -180,7 +180,7 @@ def _inside(path: Path, folder: Path) -> bool:
 
 
 def _owner(path: Path) -> str:
-    """The cache or run that a file belongs to, in words; empty if there is none."""
+    """Describes the cache or run that a file belongs to; empty if there is none."""
     real = path.resolve()
     for folder in real.parents:
         record = folder / "FORMAT"
@@ -197,7 +197,7 @@ def _owner(path: Path) -> str:
 
 
 def _missing(folder: Path) -> str:
-    """Names the first folder above that is not there."""
+    """Describes the first missing parent folder."""
     missing = folder
     while not missing.parent.exists():
         missing = missing.parent
@@ -209,6 +209,6 @@ def _protected(path: Path, message: str) -> UserError:
         message,
         code="output-protected",
         where=str(path),
-        expected="a file that nothing else needs",
+        expected="a file that belongs to nothing else",
         remedy="name another file",
     )

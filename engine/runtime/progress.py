@@ -1,4 +1,4 @@
-"""How long work reports on itself. The engine prints nothing: a caller that wants to see hands in a `Progress`."""
+"""Progress reports of long work. The engine prints nothing: callers pass a `Progress` to see them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Advance = Callable[[int, str], None]
 
 
 class Progress(Protocol):
-    """Interface for progress. The command line draws bars; tests collect; a notebook may do either."""
+    """Interface for progress. The command line draws bars, tests collect events, a notebook may do either."""
 
     def task(self, title: str, total: int, unit: str, done: int = 0) -> AbstractContextManager[Advance]:
-        """Begins a piece of work of `total` units, `done` of them by an earlier run; it ends with the context."""
+        """Begins a task of `total` units, of which an earlier run did `done`; the task ends with the context."""
         ...
 
     def note(self, text: str) -> None:
-        """Something that the user should read, one sentence."""
+        """Reports one sentence that the user should read."""
         ...
 
 

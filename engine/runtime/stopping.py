@@ -1,7 +1,7 @@
-"""Signals that ask a process to end (SIGTERM, and SIGUSR1 of Slurm's `--signal`), kept until a clean point of the work.
+"""Delays signals that ask the process to end (SIGTERM, Slurm's SIGUSR1) until the work reaches a safe point.
 
-There the work first saves what it has, then the signal is handed to whoever handled it before: the command line ends
-with a message, a program of the user's with what it does itself. The same signal once more is handed on at once.
+There the work saves its state, then passes the signal to the previous handler: the command line exits with a message,
+a user's program does what it would do. A second signal of the same kind is passed on at once.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 @dataclass(slots=True)
 class Kept:
-    """A signal that has come; 0 if none has.
+    """The pending signal; 0 if there is none.
 
-    `hand_on` gives it to its former handler, which usually does not return.
+    `hand_on` passes it to its previous handler, which usually does not return.
     """
 
     number: int = 0
@@ -28,36 +28,36 @@ class Kept:
 
 @contextlib.contextmanager
 def keeping_signals() -> Iterator[Kept]:
-    """Keep the signals for as long as the block lasts; one that is left over is handed on at its end.
+    """Delays signals while the block runs; a pending one is passed on at its end.
 
-    A signal that is ignored stays so. In another thread than the main one nothing is kept: Python handles them there.
+    Ignored signals stay ignored. Only the main thread delays signals, because Python runs handlers only there.
     """
-    kept = Kept()
+    pending = Kept()
     if threading.current_thread() is not threading.main_thread():
-        yield kept
+        yield pending
         return
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     handlers = {number: handler for number, handler in handlers.items() if handler not in (None, signal.SIG_IGN)}
 
     def keep(number: int, _: object) -> None:
-        if kept.number == number:
+        if pending.number == number:
             hand_on(number)
         else:
-            kept.number = kept.number or number
+            pending.number = pending.number or number
 
     def hand_on(number: int) -> None:
-        kept.number = 0
+        pending.number = 0
         signal.signal(number, handlers.get(signal.Signals(number), signal.SIG_DFL))
         signal.raise_signal(number)
-        signal.signal(number, keep)  # its handler has returned, so the work goes on
+        signal.signal(number, keep)  # the handler returned, so the work continues
 
-    kept.hand_on = hand_on
+    pending.hand_on = hand_on
     for number in handlers:
         signal.signal(number, keep)
     try:
-        yield kept
+        yield pending
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        if kept.number:
-            signal.raise_signal(kept.number)
+        if pending.number:
+            signal.raise_signal(pending.number)

@@ -269,7 +269,7 @@ REMEDIES: dict[str, str] = {
     "judge-rule": "correct the name or the code of the function",
     "judge-model": "name a reward model with --judge",
     "judge-template": "write {prompt}, {first} and {second} into the file of --template",
-    "memory-full": "use smaller batches; `dpoeng plan` shows beforehand what fits",
+    "memory-full": "use smaller batches; `dpoeng plan` shows what fits",
     "memory-short": "use one of the changes in the message; `dpoeng plan` shows what each saves",
     "bench-peer-failed": "read the last lines of the peer's output",
 }

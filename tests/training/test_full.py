@@ -358,7 +358,7 @@ def test_a_reference_with_an_adapter_or_in_eight_bits_is_refused(
         ({"adapter_mode": "stack"}, "adapter_mode cannot be set"),
         ({"adapter": "sft"}, "adapter cannot be set"),
         ({"quantization": "4bit"}, "quantised weights cannot be trained"),
-        ({"dtype": "float16"}, "float16 is too small"),
+        ({"dtype": "float16"}, "float16 cannot represent"),
     ],
 )
 def test_settings_of_an_adapter_are_refused(values: dict[str, Any], said: str) -> None:
