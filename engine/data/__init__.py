@@ -1,4 +1,4 @@
-"""Files of preference pairs to token ids: read, filter, render with the template, tokenise, truncate.
+"""Turns files of preference pairs into token ids: read, filter, render with the template, tokenise, truncate.
 
-Decides what text is scored. Imports no torch, and knows nothing of models beyond their tokenizer.
+Decides which text is scored. Imports no torch, and knows only the tokenizer of a model.
 """

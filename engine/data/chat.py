@@ -1,8 +1,8 @@
-"""A pair as the two texts that are tokenised, each with the place where its response begins and with what is scored.
+"""Renders a pair as the two texts to tokenise, with the start of each response and the parts to score.
 
-Messages go through the tokenizer's chat template, always with the response in place, so that whatever the template adds
-(a system prompt, a beginning token) stands there once; texts are joined as they are. What the template leaves out, and
-where the assistant speaks, is proved on what it writes. Knows nothing of token ids.
+Messages go through the tokenizer's chat template, always together with the response, so that what the template adds (a
+system prompt, a beginning token) appears once. Texts are joined unchanged. The template's output is checked for what it
+leaves out and for where the assistant speaks. Independent of token ids.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 TrainOn = Literal["assistant", "last", "all"]
 
-# Tokens that end a turn in published templates; they end a text too, where the tokenizer knows them.
+# Tokens that end a turn in published templates. They also end a text if the tokenizer knows them.
 END_TEXTS = (
     *("</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<eos>", "<|end|>", "<|end_of_text|>"),
     *("<|eom_id|>", "<|return|>", "<|eot|>", "<|END_OF_TURN_TOKEN|>"),
@@ -42,11 +42,11 @@ class Side:
     """Prompt and one response as one text.
 
     Attributes:
-        text: what is tokenised.
-        boundary: the response's first character.
-        from_template: whether a chat template made it, which then also wrote all special tokens.
-        scored: [begin, end) of what the assistant says in the response, in characters; None where that is all of it.
-        thoughts: thoughts of earlier turns that the template leaves out, as it is meant to.
+        text: the text to tokenise.
+        boundary: index of the response's first character.
+        from_template: whether a chat template wrote the text, including all special tokens.
+        scored: [begin, end) of the assistant's parts of the response, in characters; None for all of it.
+        thoughts: number of thoughts of earlier turns that the template leaves out by design.
     """
 
     text: str
@@ -62,10 +62,10 @@ def to_sides(
     """The chosen and the rejected text of a pair.
 
     Raises:
-        UserError: the pair is messages and the tokenizer has no chat template, or one that does not end.
+        UserError: the pair is messages and the tokenizer has no chat template, or the template does not end.
         RowFault: `template-error`, the template refuses the messages; `template-drops`, it leaves out a part of them;
-            `template-boundary`, the response's beginning cannot be found; `template-turns`, nor where the assistant
-            speaks.
+            `template-boundary`, the response's start cannot be found; `template-turns`, the assistant's parts cannot
+            be found.
     """
     if isinstance(pair.prompt, str):
         assert isinstance(pair.chosen, str)
@@ -81,15 +81,15 @@ def to_sides(
 
 @dataclass(frozen=True, slots=True)
 class _Writer:
-    """The template with one prompt.
+    """The chat template applied to one prompt.
 
     Attributes:
         render: the template.
-        prompt: messages before the response, without a message that the response goes on with.
-        prefill: what the prompt has of the assistant's message, or empty.
-        opened: the prompt with the template's opening for an answer; None where it has none.
-        end: what the template writes behind an answer.
-        ends: what counts as that end where it is written out in a message.
+        prompt: messages before the response, without a message that the response continues.
+        prefill: the prompt's part of the assistant's message, or empty.
+        opened: the prompt with the template's opening for an answer; None if the template has none.
+        end: the text that the template writes after an answer.
+        ends: texts that count as that end if a message contains them.
     """
 
     render: Renderer
@@ -101,11 +101,11 @@ class _Writer:
 
     @staticmethod
     def of(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> _Writer:
-        """The template of a tokenizer with the prompt of a pair.
+        """The template of a tokenizer, applied to the prompt of a pair.
 
         Raises:
             UserError: the tokenizer has no template.
-            RowFault: the template refuses the prompt, or does not read an argument.
+            RowFault: the template refuses the prompt, or ignores an argument.
         """
         assert isinstance(pair.prompt, list)
         try:
@@ -140,7 +140,7 @@ class _Writer:
         return Side(written.text, boundary, True, self._scored(written, response, boundary, train_on), thoughts)
 
     def _write(self, messages: list[Message]) -> tuple[list[Message], list[Part], Rendered]:
-        """Render with the form of call arguments (object or text) that the template writes whole."""
+        """Renders with the form of call arguments (object or text) that the template writes completely."""
         forms = [[_unquoted_arguments(message) for message in messages]]
         if any("arguments" in _inner(call) for message in messages for call in message.get("tool_calls") or []):
             forms.append([_other_arguments(message) for message in forms[0]])
@@ -166,10 +166,10 @@ class _Writer:
         return self.render(tagged.messages, tools=tagged.tools)
 
     def _judge(self, lost: list[Part], messages: list[Message], name: str) -> int:
-        """How many thoughts of earlier turns are left out.
+        """Counts thoughts of earlier turns that are left out.
 
         Raises:
-            RowFault: `template-drops`, something else is.
+            RowFault: `template-drops`, something else is left out.
         """
         last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
         thoughts = 0
@@ -186,20 +186,20 @@ class _Writer:
         return thoughts
 
     def _start(self, text: str, response: list[Message], turn: int) -> int | None:
-        """The first character of a turn of the response, behind all that the template writes before an answer."""
+        """The first character of a response's turn, after everything that the template writes before an answer."""
         before = [*self.prompt, *response[:turn]]
         opened = self.opened if turn == 0 else _opening(self.render, before)
         if opened is not None and text.startswith(opened):
             return len(opened)
-        # The opening for an answer is not how answers are written, e.g. it begins a thought that is later left out, or
-        # the template has none. A stand-in for the answer shows what the template writes before one.
+        # The opening for an answer can differ from how answers are written, e.g. it begins a thought that is later left
+        # out, or the template has none. A stand-in for the answer shows what the template writes before one.
         prefill = self.prefill if turn == 0 else ""
         stand_in: Message = {"role": "assistant", "content": prefill + _ANSWER}
         for behind in ((), response[turn + 1 :]):
             written = self.render([*before, stand_in, *behind])
             header = written[: max(written.rfind(_ANSWER), 0)]
             if opened is None and not prefill:
-                # No header but white space, as in Mistral's templates: the model writes it before an answer in words.
+                # Only white space, as in Mistral's templates: the model itself writes it before an answer in words.
                 plain = _plain(self.render, before)
                 if plain and text.startswith(plain) and header.startswith(plain) and not header[len(plain) :].strip():
                     return len(plain)
@@ -208,10 +208,10 @@ class _Writer:
         return None
 
     def _scored(self, written: Rendered, response: list[Message], boundary: int, train_on: TrainOn) -> Spans | None:
-        """Return the assistant's parts of the response; None for all of it.
+        """The assistant's parts of the response; None for all of it.
 
         Raises:
-            RowFault: `template-turns`, that cannot be proved.
+            RowFault: `template-turns`, the parts cannot be determined reliably.
         """
         text = written.text
         turns = [i for i, message in enumerate(response) if message["role"] == "assistant"]
@@ -235,14 +235,14 @@ class _Writer:
     def _turn_start(self, text: str, response: list[Message], turn: int, boundary: int) -> int:
         start = boundary if turn == 0 else self._start(text, response, turn)
         if start is None:
-            raise RowFault("template-turns", f"message {turn + 1} begins nowhere in the template's output")
+            raise RowFault("template-turns", f"the beginning of message {turn + 1} is not in the template's output")
         return start
 
     def _turn(self, text: str, response: list[Message], turn: int, boundary: int) -> tuple[int, int]:
-        """Locate an assistant turn by rendering the conversation up to it.
+        """Locates an assistant's turn by rendering the conversation up to it.
 
         Raises:
-            RowFault: `template-turns`, the pieces do not add up.
+            RowFault: `template-turns`, the pieces do not add up to the whole text.
         """
         begin = self._turn_start(text, response, turn, boundary)
         if turn == len(response) - 1:
@@ -250,16 +250,16 @@ class _Writer:
         until = self.render([*self.prompt, *response[: turn + 1]])
         if len(until) > begin and text.startswith(until):
             return begin, len(until)
-        # Written otherwise while it is the last, e.g. with an empty thought: then the beginning of the next message
-        # is looked for, and the turn ends at the one end that stands before it.
+        # The template writes the last message differently, e.g. with an empty thought. Then find the beginning of the
+        # next message; the turn ends at the only end marker before it.
         follower = {**response[turn + 1], "content": _ANSWER}
         follower.pop("tool_calls", None)
-        shown = self.render([*self.prompt, *response[: turn + 1], follower, *response[turn + 2 :]])
-        shown = shown[: max(shown.rfind(_ANSWER), 0)]
-        piece = shown[begin:]
-        if text.startswith(shown) and self.end and piece.count(self.end) == 1:
+        rendered = self.render([*self.prompt, *response[: turn + 1], follower, *response[turn + 2 :]])
+        rendered = rendered[: max(rendered.rfind(_ANSWER), 0)]
+        piece = rendered[begin:]
+        if text.startswith(rendered) and self.end and piece.count(self.end) == 1:
             return begin, begin + piece.index(self.end) + len(self.end)
-        raise RowFault("template-turns", f"message {turn + 1} ends nowhere in the template's output")
+        raise RowFault("template-turns", f"the end of message {turn + 1} is not in the template's output")
 
 
 def _plain(render: Renderer, messages: Sequence[Message]) -> str:
@@ -270,11 +270,11 @@ def _plain(render: Renderer, messages: Sequence[Message]) -> str:
 
 
 def _opening(render: Renderer, messages: Sequence[Message]) -> str | None:
-    """The messages with the template's opening for an answer; None where it has no such opening."""
+    """The messages with the template's opening for an answer; None if the template has no opening."""
     try:
         opened, plain = render(messages, opened=True), render(messages)
     except RowFault:
-        return None  # e.g. a template that wants an answer behind every question
+        return None  # e.g. a template that requires an answer after every question
     return opened if opened != plain else None
 
 
@@ -292,7 +292,7 @@ def _no_template(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> Us
 
 
 def _check_arguments(render: Renderer) -> None:
-    """Raise where the template reads nothing of what `chat_template_kwargs` sets."""
+    """Raises if the template does not read an argument that `chat_template_kwargs` sets."""
     if not render.arguments:
         return
     known = names_read(render.template)
@@ -304,9 +304,9 @@ def _check_arguments(render: Renderer) -> None:
 
 
 def _written_ends(end: str, tokenizer: PreTrainedTokenizerBase, turns: Sequence[Any]) -> tuple[str, ...]:
-    """How the end of a turn may be written out in a message; the template writes it once more.
+    """Texts that mark the end of a turn if a message contains them; the template writes the end again.
 
-    Besides the template's own these are other end tokens that the tokenizer knows, such as the base model's.
+    They are the template's own end and other end tokens that the tokenizer knows, such as the base model's.
     """
     if not end.strip():
         return ()
@@ -314,14 +314,14 @@ def _written_ends(end: str, tokenizer: PreTrainedTokenizerBase, turns: Sequence[
     closing = (message["content"].rstrip() for messages in turns for message in messages)
     if any(content.endswith(END_TEXTS) for content in closing):
         texts |= set(map(str, tokenizer.get_added_vocab())) & set(END_TEXTS)
-    found = {text for text in texts if text and not text.isalnum()}
+    endings = {text for text in texts if text and not text.isalnum()}
     if end[0].isspace():
-        found.add(end.rstrip())  # a word such as END is the end of a turn where it stands on a line of its own
-    return tuple(found)
+        endings.add(end.rstrip())  # a word such as END ends a turn only on a separate line
+    return tuple(endings)
 
 
 def _without_end(message: Message, ends: Sequence[str]) -> Message:
-    """An assistant's message without the end of a turn at its end."""
+    """An assistant's message without a trailing end of turn."""
     content = message["content"]
     if message["role"] != "assistant" or not any(content.rstrip().endswith(end) for end in ends):
         return message
@@ -337,9 +337,9 @@ def _inner(call: Any) -> dict[str, Any]:
 
 
 def _other_arguments(message: Message) -> Message:
-    """The message with the arguments of its calls as objects where they are texts, and the other way round.
+    """The message with the arguments of its calls as objects instead of texts, or texts instead of objects.
 
-    OpenAI's form is a text, which templates with `tojson` would write as a text within a text.
+    OpenAI stores them as text, which templates with `tojson` would write as a text within a text.
     """
     if not message.get("tool_calls"):
         return message
@@ -356,7 +356,7 @@ def _other_arguments(message: Message) -> Message:
 
 
 def _unquoted_arguments(message: Message) -> Message:
-    """The message with the arguments of its calls encoded at most once: some files hold JSON of JSON."""
+    """The message with call arguments encoded at most once: some files contain JSON of JSON."""
     if not message.get("tool_calls"):
         return message
     message = copy.deepcopy(message)

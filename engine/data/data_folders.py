@@ -1,8 +1,8 @@
-"""Finds the data files of a folder: those that `datasets` wrote, or the parts of the hub's layout.
+"""Finds the data files in a folder: those that `datasets` wrote, or the shards of the hub's layout.
 
-`save_to_disk` lists its files in `state.json`; beside them may lie what `map` and `filter` left
-(`cache-*.arrow`), which holds other rows or none. Splits are not mixed: training on the test split must be meant. Knows
-nothing of rows.
+`save_to_disk` lists its files in `state.json`. Leftovers of `map` and `filter` (`cache-*.arrow`) may lie next to them
+and contain other rows. Splits are not mixed, so that nobody trains on the test split by accident. Independent of the
+rows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from dpoeng.cache.errors import UserError
 
-# The words by which the hub finds splits in names of files and folders.
+# Words that mark splits in the names of files and folders on the hub.
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -23,19 +23,19 @@ _SPLITS = {
 }
 _SPLIT_WORD = re.compile(rf"(?:^|[-_. ])({'|'.join(_SPLITS)})(?:$|[-_. \d])", re.IGNORECASE)
 _HUB_PART = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(-[0-9a-f]{8,})?(\..*)?")
-"""`train_prefs-00000-of-00003.parquet`: the split's name, whatever it is, and its parts."""
+"""`train_prefs-00000-of-00003.parquet`: the name of the split and the number of its shard."""
 _LEFT_BY_MAP = re.compile(r"(cache-[0-9a-f]+|tmp\w*)(_\d+_of_\d+)?\.arrow")
 
 
 def data_files(folder: Path, is_data: Callable[[Path], bool]) -> list[Path]:
-    """The data files of a folder, by name.
+    """The data files of a folder, sorted by name.
 
     Args:
-        folder: one that exists.
-        is_data: whether a file is of a kind that is read.
+        folder: an existing folder.
+        is_data: whether a file has a format that dpoeng reads.
 
     Raises:
-        UserError: there are none, one that `state.json` names is missing, or they belong to several splits.
+        UserError: there are no data files, a file in `state.json` is missing, or they belong to several splits.
     """
     if (folder / "state.json").is_file() and "_data_files" in _read(folder / "state.json"):
         return _saved_files(folder)
@@ -50,21 +50,21 @@ def data_files(folder: Path, is_data: Callable[[Path], bool]) -> list[Path]:
         return data_files(folder / "data", is_data)
     if not files:
         raise UserError(
-            "the directory holds no data file",
+            "the directory contains no data file",
             code="data-no-files",
             where=str(folder),
             expected="files ending in .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, .feather, or one of the "
             "text kinds + .gz or .zst",
             found=", ".join(file.name for file in names[:5]) or "no files (subdirectories are not searched)",
-            remedy="name the folder that holds the files, or the files",
+            remedy="name the files, or the folder with the files",
             exit_status=3,
         )
     _check_parts(folder, files)
     splits_of = {file: _split(file) for file in files}
-    found = {split for split in splits_of.values() if split is not None}
-    if len(found) > 1 or (found - {"train"} and None in splits_of.values()):
+    named_splits = {split for split in splits_of.values() if split is not None}
+    if len(named_splits) > 1 or (named_splits - {"train"} and None in splits_of.values()):
         raise _several(folder, {split or "no split": str(file) for file, split in splits_of.items()})
-    # The hub's own names are exact: `train_prefs` and `train_sft` hold the same prompts for different trainings.
+    # The hub's names are exact: `train_prefs` and `train_sft` contain the same prompts for different trainings.
     named = {match["split"]: str(file) for file in files if (match := _HUB_PART.fullmatch(file.name))}
     if len(named) > 1:
         raise _several(folder, named)
@@ -99,13 +99,13 @@ def _saved_files(folder: Path) -> list[Path]:
 
 
 def _check_parts(folder: Path, files: list[Path]) -> None:
-    """See that of files named `NAME-00000-of-00003` all are there: a broken download is no smaller data set."""
-    there: dict[tuple[str, int], set[int]] = {}
+    """Checks that all files `NAME-00000-of-00003` are there: a broken download must not pass as a smaller data set."""
+    numbers_of: dict[tuple[str, int], set[int]] = {}
     for match in filter(None, (_HUB_PART.fullmatch(file.name) for file in files)):
-        there.setdefault((match["split"], int(match["count"])), set()).add(int(match["number"]))
+        numbers_of.setdefault((match["split"], int(match["count"])), set()).add(int(match["number"]))
     missing = [
         f"{split}-{number:05}-of-{count:05}"
-        for (split, count), numbers in there.items()
+        for (split, count), numbers in numbers_of.items()
         for number in range(count)
         if number not in numbers
     ]
@@ -121,14 +121,14 @@ def _check_parts(folder: Path, files: list[Path]) -> None:
 
 
 def _split(file: Path) -> str | None:
-    found = _SPLIT_WORD.search(file.name.split(".")[0])
-    return _SPLITS[found[1].lower()] if found else None
+    match = _SPLIT_WORD.search(file.name.split(".")[0])
+    return _SPLITS[match[1].lower()] if match else None
 
 
 def _several(folder: Path, examples: dict[str, str]) -> UserError:
     first = next(iter(examples.values()), str(folder))
     return UserError(
-        "the directory holds several splits of a data set",
+        "the directory contains several splits of a data set",
         code="data-splits",
         where=str(folder),
         expected="the files of one split, so that you do not train on test data",

@@ -1,8 +1,7 @@
-"""Text with a boundary to token ids with a boundary, by any tokenizer of transformers.
+"""Tokenises text with a known response start, with any transformers tokenizer.
 
-Prompt and response are tokenised together, as they were in SFT; the response begins at the first token that holds one
-of its characters, and a token is scored if it holds a character that is. Knows nothing of pairs, end tokens or
-truncation.
+Prompt and response are tokenised together, as in SFT. The response starts at the first token that contains one of its
+characters; a token is scored if it contains a scored character. Independent of pairs, end tokens and truncation.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ class Encoded:
     """The tokens of one side.
 
     Attributes:
-        ids: token ids, special tokens at the beginning as the model wants them, none added at the end.
-        start: index of the first scored token, mostly the first with a character of the response; len(ids) if none is.
-        merged: whether the prompt by itself has other tokens than the beginning of `ids`.
+        ids: token ids, with special tokens at the beginning as the model expects them and none added at the end.
+        start: index of the first scored token, usually the first with a character of the response; len(ids) if none is.
+        merged: whether the prompt alone has other tokens than the beginning of `ids`.
         joint: whether prompt and response were tokenised together.
-        unscored: [begin, end) of tokens behind `start` that are not scored: others speak there.
-        swallowed: whether a special token took white space of the response.
-        bos: whether a beginning token stands in front that tokenizer or template put there, not the data.
+        unscored: [begin, end) of unscored tokens after `start`, where others speak.
+        swallowed: whether a special token absorbed white space of the response.
+        bos: whether the tokenizer or the template, not the data, added a beginning token.
         fault: why the row cannot be used, if so.
     """
 
@@ -50,7 +49,7 @@ class Encoded:
 
 
 def encode(sides: Sequence[Side], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
-    """Tokenise sides; the result does not depend on what the tokenizer was used for before, nor is it left changed."""
+    """Tokenises sides. Earlier uses of the tokenizer do not affect the result, and it is left unchanged."""
     backend = getattr(tokenizer, "backend_tokenizer", None) if getattr(tokenizer, "is_fast", False) else None
     if backend is None:
         encoded = [_encode_without_offsets(side, tokenizer) for side in sides]
@@ -64,7 +63,7 @@ def encode(sides: Sequence[Side], tokenizer: PreTrainedTokenizerBase) -> list[En
 
 
 def _is_given(side: Side, encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the beginning token was put in front by tokenizer or template: written in the data, it may be cut off."""
+    """Whether tokenizer or template added the beginning token. One that the data contains may be cut off."""
     bos = getattr(tokenizer, "bos_token", None)
     if not encoded.ids or bos is None or encoded.ids[0] != tokenizer.bos_token_id:
         return False
@@ -84,10 +83,10 @@ def encode_response(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) ->
 
 @contextmanager
 def _pristine(backend: Any, *, split_special_tokens: bool) -> Iterator[None]:
-    """Without the padding and truncation that earlier calls leave switched on in a `tokenizers.Tokenizer`.
+    """Switches off padding and truncation that earlier calls left enabled in a `tokenizers.Tokenizer`.
 
-    Byte-level tokenizers mostly trim spaces off their offsets; a token that ends with a space would then seem to end
-    before it. That, too, is off for the time.
+    Byte-level tokenizers usually exclude spaces from their offsets; a token that ends with a space would then seem to
+    end before it. This is also switched off in the block.
     """
     padding, truncation, split = backend.padding, backend.truncation, backend.encode_special_tokens
     processor = backend.post_processor
@@ -117,8 +116,8 @@ def _encode_with_offsets(sides: Sequence[Side], backend: Any) -> list[Encoded]:
     results: list[Any] = [None] * len(sides)
     added = {number for number, token in backend.get_added_tokens_decoder().items() if token.rstrip}
     for from_template in (False, True):
-        of_kind = [text for text, kind in prompts if kind == from_template]
-        for text, encoding in zip(of_kind, _encode_batch(backend, of_kind, from_template), strict=True):
+        texts_of_kind = [text for text, kind in prompts if kind == from_template]
+        for text, encoding in zip(texts_of_kind, _encode_batch(backend, texts_of_kind, from_template), strict=True):
             prompts[text, from_template] = _ids_and_places(encoding)[0]
         numbers = [i for i, side in enumerate(sides) if side.from_template == from_template]
         encodings = _encode_batch(backend, [sides[i].text for i in numbers], from_template)
@@ -126,8 +125,8 @@ def _encode_with_offsets(sides: Sequence[Side], backend: Any) -> list[Encoded]:
             boundary = sides[i].boundary
             ids, places = _ids_and_places(encoding)
             start = next((at for at, (_, end) in enumerate(places) if end > boundary), len(ids))
-            # A special token may take the white space behind it (`rstrip`): it belongs to the prompt all the same, and
-            # the white space is in no token.
+            # A special token may absorb the white space after it (`rstrip`). The token still belongs to the prompt, and
+            # no token contains the white space.
             swallowed = start < len(ids) and places[start][0] < boundary and ids[start] in added
             start += swallowed
             merged = ids[:start] != prompts[sides[i].text[:boundary], from_template]
@@ -137,7 +136,7 @@ def _encode_with_offsets(sides: Sequence[Side], backend: Any) -> list[Encoded]:
 
 
 def _mark_unscored(encoded: Encoded, places: Sequence[tuple[int, int]], side: Side) -> None:
-    """Moves `start` to the first scored token, cuts what stands behind the last, and notes the gaps between them."""
+    """Moves `start` to the first scored token, drops tokens after the last one, and records the gaps between them."""
     if side.scored is None:
         return
     scored = [
@@ -157,12 +156,12 @@ def _encode_batch(backend: Any, texts: list[str], from_template: bool) -> list[A
     try:
         return list(backend.encode_batch(texts, add_special_tokens=not from_template)) if texts else []
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # what a panic in Rust becomes; it is no Exception
+        if type(error).__name__ != "PanicException":  # the class for a panic in Rust; it does not derive from Exception
             raise
-        if len(texts) > 1:  # which of them is it?
+        if len(texts) > 1:  # find out which text it is
             return [encoding for text in texts for encoding in _encode_batch(backend, [text], from_template)]
         raise UserError(
-            "the tokenizer failed at a text",
+            "the tokenizer failed on a text",
             code="tokenizer-failed",
             where=f"{texts[0][:80]!r}, {len(texts[0])} characters",
             expected="a pattern that splits any text",
@@ -173,7 +172,7 @@ def _encode_batch(backend: Any, texts: list[str], from_template: bool) -> list[A
 
 
 def _ids_and_places(encoding: Any) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids, and the characters of each token; tokens added before the text have none, those after it go."""
+    """Ids, and the characters of each token; drops tokens added after the text, and tokens added before have none."""
     added = [sequence is None for sequence in encoding.sequence_ids]
     length = len(added)
     while length and added[length - 1] and not all(added[:length]):
@@ -183,9 +182,10 @@ def _ids_and_places(encoding: Any) -> tuple[list[int], list[tuple[int, int]]]:
 
 
 def _encode_without_offsets(side: Side, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """Together if the prompt's tokens then stand at the beginning; otherwise prompt and response one by one.
+    """Tokenises both together if the prompt's tokens are then at the beginning, otherwise prompt and response
+    separately.
 
-    Where others speak in the response, every piece must have the tokens that it has in the whole; else the row is
+    If others speak in the response, every piece must have the same tokens alone as in the whole; otherwise the row is
     refused.
     """
     prompt = _encode_plain(side.text[: side.boundary], tokenizer, side.from_template)
@@ -221,7 +221,7 @@ def _encode_plain(text: str, tokenizer: PreTrainedTokenizerBase, from_template: 
 
 
 def _keep_one_beginning(encoded: Encoded, bos: int | None) -> None:
-    """Drop repeated beginning tokens, which arise where text or template already holds the one that is added."""
+    """Drops repeated beginning tokens, which appear if text or template already contains the one that is added."""
     while bos is not None and encoded.start > 1 and encoded.ids[:2] == [bos, bos]:
         del encoded.ids[0]
         encoded.start -= 1

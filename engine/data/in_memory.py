@@ -1,6 +1,6 @@
-"""Rows that a program holds, read by the rules of a file: lists of dicts, and tables of pandas, pyarrow or datasets.
+"""Reads rows from a program by the rules for files: lists of dicts, and tables of pandas, pyarrow or datasets.
 
-Knows none of these libraries: a table is known by its methods. Knows nothing of what a pair is.
+Imports none of these libraries: methods identify a table. Independent of the definition of a pair.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from dpoeng.engine.data.strict_json import MAX_DEPTH, RowFault, as_row
 if TYPE_CHECKING:
     from dpoeng.engine.data.tables import NumberedRow
 
-_NAME = re.compile(r"rows-[0-9a-f]{8}")  # no file that is read has such a name: it has no ending
+_NAME = re.compile(r"rows-[0-9a-f]{8}")  # no data file has such a name, because it has no ending
 
 
 class RowsInMemory:
-    """Rows in place of a file.
+    """Rows used instead of a file.
 
-    A list of dicts is read like a JSON Lines file with these objects, a table like a Parquet file with these columns:
-    the same rows are left out, for the same reasons.
+    A list of dicts is read like a JSON Lines file with these objects, a table like a Parquet file with these columns,
+    with the same rejects for the same reasons.
 
     Attributes:
-        digest: xxh3_128 (hex) of the rows; of a list, that of the file which json.dumps would write, a row a line.
-        name: `rows-` and the digest's beginning, so that other rows never take the place of these in a cache.
+        digest: xxh3_128 (hex) of the rows; for a list, that of the file that json.dumps would write, one row per line.
+        name: `rows-` and the beginning of the digest, so that different rows never share a name in a cache.
     """
 
     def __init__(self, rows: Any) -> None:
@@ -42,9 +42,9 @@ class RowsInMemory:
                 `datasets.Dataset`.
 
         Raises:
-            UserError: there are no rows, or these are columns or splits.
+            UserError: there are no rows, or the object contains columns or splits instead.
         """
-        for method in ("to_arrow", "read_all"):  # a DataFrame of polars, pyarrow's RecordBatchReader
+        for method in ("to_arrow", "read_all"):  # polars' DataFrame, pyarrow's RecordBatchReader
             rows = getattr(rows, method)() if hasattr(rows, method) else rows
         if isinstance(rows, Mapping) or not (isinstance(rows, Iterable) or hasattr(rows, "schema")):
             raise UserError(
@@ -56,7 +56,7 @@ class RowsInMemory:
                 remedy='choose one, e.g. pairs["train"]' if isinstance(rows, Mapping) else "give one of these",
                 exit_status=3,
             )
-        # A generator could not be read again.
+        # Read a generator into a list: it could not be read twice.
         self._rows = list(rows) if isinstance(rows, Iterable) and iter(rows) is rows else rows
         digest, count = xxhash.xxh3_128(), 0
         for _, row in self.read():
@@ -75,7 +75,7 @@ class RowsInMemory:
         self.name = f"rows-{self.digest[:8]}"
 
     def read(self) -> Iterator[NumberedRow]:
-        """Every row with its position, from 1."""
+        """Every row with its position, counted from 1."""
         from dpoeng.engine.data.tables import table_rows
 
         rows, place = self._rows, Path("pairs")
@@ -97,17 +97,17 @@ class RowsInMemory:
 
 
 def is_in_memory(source_file: str) -> bool:
-    """Whether rows came from memory, by what they name as their file."""
+    """Whether rows came from memory, judged by the name of their source."""
     return _NAME.fullmatch(source_file) is not None
 
 
 def place(source_file: str, source_row: int) -> str:
-    """Name a row in a message: `pairs.jsonl:7`, or `row 7` of rows in memory."""
+    """A row's place for messages: `pairs.jsonl:7`, or `row 7` of rows in memory."""
     return f"row {source_row}" if is_in_memory(source_file) else f"{source_file}:{source_row}"
 
 
 def _pandas_rows(frame: Any, place: Path) -> Iterator[dict[str, Any]]:
-    """Rows in parts, since all of them as dicts take several times the table's memory."""
+    """Rows in chunks, since all rows as dicts take several times the table's memory."""
     from dpoeng.cache.foreign.tables import BATCH_ROWS
     from dpoeng.engine.data.tables import check_names
 
@@ -117,10 +117,10 @@ def _pandas_rows(frame: Any, place: Path) -> Iterator[dict[str, Any]]:
 
 
 def _json(value: Any, *, is_table: bool, depth: int = 1) -> Any:
-    """A value as JSON holds it. In a table a missing number is null, and a struct lacks what it has not, as in Parquet.
+    """A value in JSON form. As in Parquet, a table's missing number is null, and structs leave out missing fields.
 
     Raises:
-        RowFault: `not-finite`, `json-too-deep`, or `bad-value` for an object of some other kind.
+        RowFault: `not-finite`, `json-too-deep`, or `bad-value` for an object of another kind.
     """
     if value is None or isinstance(value, str | bool | int):
         return value
@@ -129,12 +129,12 @@ def _json(value: Any, *, is_table: bool, depth: int = 1) -> Any:
             return float(value)
         if is_table:
             return None
-        raise RowFault("not-finite", f"{json.dumps(float(value))} is no JSON number")
+        raise RowFault("not-finite", f"{json.dumps(float(value))} is not a JSON number")
     if depth > MAX_DEPTH:
         raise RowFault("json-too-deep", f"nested more than {MAX_DEPTH} levels deep")
     if isinstance(value, Mapping):
-        kept = {key: item for key, item in value.items() if not (is_table and depth > 1 and item is None)}
-        return {str(key): _json(item, is_table=is_table, depth=depth + 1) for key, item in kept.items()}
+        items = {key: item for key, item in value.items() if not (is_table and depth > 1 and item is None)}
+        return {str(key): _json(item, is_table=is_table, depth=depth + 1) for key, item in items.items()}
     if isinstance(value, list | tuple):
         return [_json(item, is_table=is_table, depth=depth + 1) for item in value]
     if hasattr(value, "tolist"):  # numpy's arrays and numbers
@@ -143,7 +143,7 @@ def _json(value: Any, *, is_table: bool, depth: int = 1) -> Any:
 
 
 def _is_missing(value: Any) -> bool:
-    """Whether this is pandas' NaT or NA: the one differs from itself, the other does not say."""
+    """Whether this is pandas' NaT or NA: NaT differs from itself, and NA has no truth value."""
     try:
         return bool(value != value)
     except TypeError:

@@ -1,7 +1,7 @@
-"""Messages as data sets write them, brought to one form: `role`, `content`, and what a chat template may read besides.
+"""Normalises messages of data sets: `role`, `content`, and the other fields that a chat template may read.
 
-Roles are translated under `role` and `from` alike; a role that no chat template has heard of is refused. Knows nothing
-of files, columns or templates.
+Roles are translated under `role` and under `from`; a role that no chat template knows is refused. Independent of files,
+columns and templates.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dpoeng.engine.data.structured import Base64, parse_structure
 
 Message = dict[str, Any]
 
-# Names of the speakers in public data sets (ShareGPT, OASST, Anthropic, Vicuna, Gemma, LLaMA-Factory, OpenAI) -> the
-# names that chat templates know.
+# Speaker names in public data sets (ShareGPT, OASST, Anthropic, Vicuna, Gemma, LLaMA-Factory, OpenAI) -> the names that
+# chat templates know.
 ROLES: dict[str, str] = {
     "user": "user",
     **dict.fromkeys(("human", "prompter", "customer", "client", "questioner", "instruction", "human_0"), "user"),
@@ -34,30 +34,30 @@ ROLES: dict[str, str] = {
 CALL_ROLES = frozenset({"function_call", "tool_call", "tool_calls"})
 
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-"""Where a message keeps its thought. transformers hands each of them to the template under all names."""
+"""Fields with a message's thought. transformers passes each to the template under all names."""
 LOSS_KEYS = ("weight", "train", "training", "loss")
-"""Where a message says whether it is trained on (OpenAI, Mistral, Axolotl, ms-swift): 0 and false say no."""
+"""Fields that say whether to train on a message (OpenAI, Mistral, Axolotl, ms-swift): 0 and false mean no."""
 
-# What a chat template could write. Ids, time stamps and the like say nothing: messages are compared without them.
+# Fields that a chat template could write. Messages are compared without others, such as ids and time stamps.
 _MEANT = ("role", "content", "name", "tool_calls", *REASONING_KEYS)
 _LOOKS_LIKE_MESSAGES = re.compile(r"""\s*(array\()?\[?\s*\{\s*["'](role|from|content|value)["']\s*:""")
 
 
 def messages_of(value: Any, column: str) -> list[Message] | None:
-    """Return the messages in a column's value, in any stored form; None if it is plain text.
+    """The messages in a column's value, in any stored form; None if it is plain text.
 
     Raises:
-        RowFault: `messages-as-text`, a text that begins as messages do and cannot be parsed; `bad-messages`,
+        RowFault: `messages-as-text`, a text that looks like messages but cannot be parsed; `bad-messages`,
             `not-text`, `unknown-role`, `wrong-type`, `bad-utf8`.
     """
     if isinstance(value, Base64):
-        raise RowFault("bad-utf8", f"`{column}` holds bytes that are not UTF-8")
+        raise RowFault("bad-utf8", f"`{column}` contains bytes that are not UTF-8")
     if isinstance(value, str):
         parsed = parse_structure(value)
         if not _are_messages(parsed):
             if parsed is None and _LOOKS_LIKE_MESSAGES.match(value):
                 raise RowFault(
-                    "messages-as-text", f"`{column}` holds messages as a text that is neither JSON nor a repr"
+                    "messages-as-text", f"`{column}` contains messages as a text that is neither JSON nor a repr"
                 )
             return None
         value = parsed
@@ -77,8 +77,8 @@ def as_message(value: Any, column: str) -> Message:
     if isinstance(value, str):
         value = parse_structure(value) or value
     if not isinstance(value, dict):
-        raise RowFault("bad-messages", f"`{column}` holds {json_type(value)} where a message should be")
-    # A key without a value is no key: tables give every message the keys of all messages.
+        raise RowFault("bad-messages", f"`{column}` contains {json_type(value)} instead of a message")
+    # Ignore keys without a value: tables give every message the keys of all messages.
     message = {name: item for name, item in value.items() if item is not None}
     if "role" not in message and "from" in message:
         message["role"] = message.pop("from")
@@ -107,32 +107,32 @@ def as_message(value: Any, column: str) -> Message:
 
 
 def essence(message: Mapping[str, Any]) -> Message:
-    """Return the parts of a message that a template can write, without ids and time stamps."""
+    """The parts of a message that a template can write, without ids and time stamps."""
     return {name: message[name] for name in _MEANT if message.get(name) not in (None, "", [])}
 
 
 def same_message(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two messages say the same."""
+    """Whether two messages have the same meaning."""
     return essence(a) == essence(b)
 
 
 def _content(content: Any, column: str) -> str | None:
-    """The text of a message; parts without text (`text: null`) are nothing."""
+    """The text of a message; parts without text (`text: null`) are ignored."""
     if isinstance(content, Base64):
-        raise RowFault("bad-utf8", f"a message of `{column}` holds bytes that are not UTF-8")
+        raise RowFault("bad-utf8", f"a message of `{column}` contains bytes that are not UTF-8")
     if isinstance(content, list):
         parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
         if any(not isinstance(part, dict) or part.get("type", "text") != "text" for part in parts):
-            raise RowFault("not-text", f"a message of `{column}` holds parts that are not text")
+            raise RowFault("not-text", f"a message of `{column}` contains parts that are not text")
         texts = [part["text"] for part in parts if part.get("text") is not None]
         if not all(isinstance(text, str) for text in texts):
-            raise RowFault("not-text", f"a message of `{column}` holds parts that are not text")
+            raise RowFault("not-text", f"a message of `{column}` contains parts that are not text")
         return "".join(texts) if texts or not parts else None
     return content if isinstance(content, str) else None
 
 
 def _calls(content: str | None, column: str) -> list[dict[str, Any]]:
-    """Return tool calls stored as JSON in a turn's content (LLaMA-Factory's `function_call`)."""
+    """Tool calls stored as JSON in a turn's content (LLaMA-Factory's `function_call`)."""
     parsed = parse_structure(content) if content is not None else None
     calls = parsed if isinstance(parsed, list) else [parsed]
     if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):

@@ -1,6 +1,6 @@
-"""Files to preference pairs: filter, shapes, rejects with file and row, duplicates and contradictions.
+"""Reads files into preference pairs: filters, shapes, rejects with file and row, duplicates and contradictions.
 
-Knows nothing of tokens: two pairs are the same here where their texts are.
+Independent of tokens: here two pairs are equal if their texts are.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from dpoeng.engine.data.strict_json import RowFault
 from dpoeng.engine.data.tables import csv_value
 from dpoeng.engine.data.where import parse_condition
 
-# A large file that is mostly unusable is given up early, lest the list of its rejects fill the memory.
+# Give up early on a large file that is mostly unusable, before the list of rejects fills the memory.
 GIVE_UP_EVERY = 10_000
 _ROW_BITS = 40
 
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
-    """A row that says the same as an earlier one (a duplicate), or the opposite (a contradiction)."""
+    """A row that equals an earlier one (a duplicate) or contradicts it (swapped responses)."""
 
     source_file: str
     source_row: int
@@ -61,7 +61,7 @@ class Repeat:
 
 @dataclass(frozen=True, slots=True)
 class ReadPair:
-    """A row that can be used, and the earlier rows that say the same or the opposite."""
+    """A usable row, and the earlier rows that it repeats or contradicts."""
 
     pair: PreferencePair
     duplicate: Repeat | None
@@ -73,11 +73,11 @@ class PromptOrigins:
     """Counts of pairs without a plain `prompt` column, and an example of a guessed prompt.
 
     Attributes:
-        columns: column that was taken for the prompt -> pairs.
-        conversations: column -> pairs in which it became a message beside a question that was a text.
-        transcripts: pairs whose prompt is what both texts have in common.
-        repeated: pairs whose responses repeated the prompt, which stands once now.
-        ranked, of_ranked: rows of several responses, and the pairs that they became.
+        columns: column used as the prompt -> pairs.
+        conversations: pairs in which a column became a message next to a question given as text.
+        transcripts: pairs whose prompt is the common beginning of both texts.
+        repeated: pairs whose responses repeated the prompt, which is now kept once.
+        ranked, of_ranked: rows of several responses, and the pairs made from them.
         example: (file:row, end of the prompt) of the first transcript.
     """
 
@@ -90,7 +90,7 @@ class PromptOrigins:
     example: tuple[str, str] | None = None
 
     def add(self, pair: PreferencePair, *, formatted: bool) -> None:
-        """One more pair; `formatted` where the user has said what stands around prompts, and so meant the column."""
+        """Counts a pair; `formatted` if the user gave a format for prompts, and so chose the column on purpose."""
         if pair.origin in QUESTIONS and isinstance(pair.prompt, str) and not formatted:
             self.columns[pair.origin] = self.columns.get(pair.origin, 0) + 1
         self.conversations += pair.origin in QUESTIONS and isinstance(pair.prompt, list)
@@ -102,23 +102,25 @@ class PromptOrigins:
                 self.example = (place(pair.source_file, pair.source_row), repr(pair.prompt[-60:]))
 
     def remarks(self) -> list[str]:
-        """Return the remarks, a line each."""
-        told = [f"prompt taken from `{name}` in {counted(count, 'pair')}" for name, count in self.columns.items()]
+        """One line for each remark."""
+        remarks = [f"prompt taken from `{name}` in {counted(count, 'pair')}" for name, count in self.columns.items()]
         if self.conversations:
-            told.append(
+            remarks.append(
                 f"question, system prompt and history became a conversation in {counted(self.conversations, 'pair')}"
             )
         if self.example is not None:
             where, end = self.example
-            told.append(
+            remarks.append(
                 f"prompt guessed from the common beginning of both texts in {counted(self.transcripts, 'pair')}, e.g. "
                 f"{where} ends {end}"
             )
         if self.ranked:
-            told.append(f"{counted(self.ranked, 'row')} of several responses became {counted(self.of_ranked, 'pair')}")
+            remarks.append(
+                f"{counted(self.ranked, 'row')} of several responses became {counted(self.of_ranked, 'pair')}"
+            )
         if self.repeated:
-            told.append(f"responses repeated their prompt in {counted(self.repeated, 'pair')}; dpoeng keeps it once")
-        return told
+            remarks.append(f"responses repeated their prompt in {counted(self.repeated, 'pair')}; dpoeng keeps it once")
+        return remarks
 
 
 @dataclass(slots=True)
@@ -126,18 +128,18 @@ class PairFile:
     """The pairs of a file, and how they were read.
 
     Attributes:
-        pairs: in the order of the files and their rows; duplicates are all there. Empty where they went by.
-        count: how many pairs there were.
+        pairs: in the order of the files and their rows, including duplicates. Empty if the pairs were streamed.
+        count: number of pairs.
         rejects: rows left out, in the same order.
-        filtered: rows that the filter left out.
+        filtered: number of rows that the filter left out.
         files: path as given -> xxh3_128 (hex) of the file's bytes.
         duplicates: rows equal to an earlier one in prompt, responses, tools and template arguments.
-        contradictions: rows whose responses stand the other way round in an earlier one.
+        contradictions: rows whose responses are swapped in an earlier row.
         multi_turn: pairs of texts with a further human turn inside a response; in messages such turns are not scored.
-        columns: every column name that was seen.
-        prompts: where the prompts come from, as far as that is to be told.
-        misspelt: unused column -> the field that no column has and whose name is close.
-        kind: of the rows, one of `shapes.KIND_FIELDS`.
+        columns: the names of all columns.
+        prompts: where the prompts come from, as far as it is unusual.
+        misspelt: unused column -> the field with a similar name that no column has.
+        kind: kind of the rows, one of `shapes.KIND_FIELDS`.
     """
 
     pairs: list[PreferencePair] = field(default_factory=list)
@@ -154,7 +156,7 @@ class PairFile:
     kind: str = "pairs"
 
     def column_remark(self) -> str:
-        """See the function of the same name."""
+        """See the function `column_remark`."""
         return column_remark(self.prompts, self.misspelt)
 
 
@@ -167,20 +169,20 @@ def read_pairs(
     prompt_format: str | None = None,
     ranked_pairs: RankedPairs = "best",
 ) -> PairFile:
-    """Read all pairs of the given files and directories.
+    """Reads all pairs of the given files and directories.
 
     Args:
         paths: JSON Lines, JSON, CSV, Parquet or Arrow files, or directories of them; or rows in memory.
         columns: field -> column of the file, for `prompt`, `chosen`, `rejected`, `tools`, `chat_template_kwargs`.
-        where: a filter, see `where`; rows that it leaves out are counted, not rejected.
-        max_reject_share: the largest share of rejected rows, of those that pass the filter.
-        prompt_format: a text with `{prompt}` in it to put around prompts given as texts, where the SFT data had one.
-        ranked_pairs: which pairs a row of several responses becomes: the `best` one against the others, or `all`.
+        where: a filter, see `where`; rows that do not match are counted, not rejected.
+        max_reject_share: the largest allowed share of rejects among rows that pass the filter.
+        prompt_format: a text with `{prompt}` to put around prompts given as texts, as the SFT data had it.
+        ranked_pairs: which pairs to make from a row of several responses: the `best` against the others, or `all`.
 
     Raises:
-        UserError: a file cannot be read, is empty or changes meanwhile; columns are missing; too many rejects.
+        UserError: a file cannot be read, is empty or changes during reading; columns are missing; too many rejects.
     """
-    found, pairs = stream_pairs(
+    pair_file, pairs = stream_pairs(
         paths,
         columns=columns,
         where=where,
@@ -188,8 +190,8 @@ def read_pairs(
         prompt_format=prompt_format,
         ranked_pairs=ranked_pairs,
     )
-    found.pairs = list(pairs)
-    return found
+    pair_file.pairs = list(pairs)
+    return pair_file
 
 
 def stream_pairs(
@@ -201,61 +203,63 @@ def stream_pairs(
     prompt_format: str | None = None,
     ranked_pairs: RankedPairs = "best",
 ) -> tuple[PairFile, Iterator[PreferencePair]]:
-    """Read pairs one by one, without keeping them.
+    """Reads pairs one by one, without keeping them.
 
-    Args and errors are those of `read_pairs`; errors of a file arise where the iterator meets them.
+    Args and errors are those of `read_pairs`; the iterator raises a file's errors when it reaches them.
 
     Returns:
-        What is found, complete once the iterator has ended; and the iterator, to be gone through once.
+        The counts, complete once the iterator has ended; and the iterator, which can be used once.
     """
     stream = PairStream(paths, columns=columns, where=where, prompt_format=prompt_format, ranked_pairs=ranked_pairs)
-    found = PairFile(files=stream.files, prompts=stream.prompts)
-    return found, _passing(stream, found, where, max_reject_share)
+    pair_file = PairFile(files=stream.files, prompts=stream.prompts)
+    return pair_file, _passing(stream, pair_file, where, max_reject_share)
 
 
 def _passing(
-    stream: PairStream, found: PairFile, where: str | None, max_reject_share: float
+    stream: PairStream, pair_file: PairFile, where: str | None, max_reject_share: float
 ) -> Iterator[PreferencePair]:
     for row in stream:
         if isinstance(row, Reject):
-            found.rejects.append(row)
-            if len(found.rejects) % GIVE_UP_EVERY == 0:
-                check_reject_share(found.rejects, found.count + len(found.rejects), max(max_reject_share, 0.5))
+            pair_file.rejects.append(row)
+            if len(pair_file.rejects) % GIVE_UP_EVERY == 0:
+                check_reject_share(
+                    pair_file.rejects, pair_file.count + len(pair_file.rejects), max(max_reject_share, 0.5)
+                )
             continue
-        found.count += 1
-        found.multi_turn += isinstance(row.pair.prompt, str) and holds_human_turn(row.pair)
+        pair_file.count += 1
+        pair_file.multi_turn += isinstance(row.pair.prompt, str) and holds_human_turn(row.pair)
         if row.duplicate is not None:
-            found.duplicates.append(row.duplicate)
+            pair_file.duplicates.append(row.duplicate)
         if row.contradiction is not None:
-            found.contradictions.append(row.contradiction)
+            pair_file.contradictions.append(row.contradiction)
         yield row.pair
-    found.filtered, found.columns, found.misspelt = stream.filtered, stream.columns, stream.misspelt
-    found.kind = stream.kind or "pairs"
-    check_reject_share(found.rejects, found.count + len(found.rejects), max_reject_share)
-    if not found.count:
-        raise _no_pair(found, where)
+    pair_file.filtered, pair_file.columns, pair_file.misspelt = stream.filtered, stream.columns, stream.misspelt
+    pair_file.kind = stream.kind or "pairs"
+    check_reject_share(pair_file.rejects, pair_file.count + len(pair_file.rejects), max_reject_share)
+    if not pair_file.count:
+        raise _no_pair(pair_file, where)
 
 
-def _no_pair(found: PairFile, where: str | None) -> UserError:
+def _no_pair(pair_file: PairFile, where: str | None) -> UserError:
     return UserError(
         "no pair is left",
         code="data-empty",
-        where=", ".join(found.files),
-        expected="at least one row that can be used" + (f" and passes the filter {where!r}" if where else ""),
-        found=f"{counted(found.filtered, 'row')} left out by the filter, {len(found.rejects)} rejected",
-        remedy="use a wider --where" if found.filtered and not found.rejects else "read the rejects file",
+        where=", ".join(pair_file.files),
+        expected="at least one usable row" + (f" and passes the filter {where!r}" if where else ""),
+        found=f"{counted(pair_file.filtered, 'row')} left out by the filter, {len(pair_file.rejects)} rejected",
+        remedy="use a wider --where" if pair_file.filtered and not pair_file.rejects else "read the rejects file",
         exit_status=3,
     )
 
 
 def ensure_unchanged(files: Mapping[str, str]) -> None:
-    """Check that files still hold the bytes that were read.
+    """Checks that files still have the bytes that were read.
 
     Args:
         files: `PairFile.files`.
 
     Raises:
-        UserError: one of them was changed or removed.
+        UserError: a file was changed or removed.
     """
     for name, digest in files.items():
         if not is_in_memory(name) and (not Path(name).is_file() or _digest(Path(name)) != digest):
@@ -263,15 +267,15 @@ def ensure_unchanged(files: Mapping[str, str]) -> None:
 
 
 class PairStream:
-    """Reads the pairs of files one by one: iterate once, then look at what was counted on the way.
+    """Reads the pairs of files one by one: iterate once, then look at the counts.
 
-    Memory grows by a hash and a row number a pair, whatever the texts.
+    Memory grows by a hash and a row number per pair, independent of the texts.
 
     Attributes:
-        rejected, filtered: rows left out so far.
+        rejected, filtered: numbers of rows left out so far.
         files, prompts, misspelt: as in `PairFile`.
         columns: as in `PairFile`.
-        kind: of the rows, one of `shapes.KIND_FIELDS`, as the first of them says; None before there is one.
+        kind: kind of the rows, one of `shapes.KIND_FIELDS`, decided by the first row; None before it.
     """
 
     def __init__(
@@ -286,7 +290,7 @@ class PairStream:
         """See `read_pairs` for the arguments.
 
         Raises:
-            UserError: a column, the filter or the format is not understood, or no such file.
+            UserError: a column, the filter or the format is invalid, or a file does not exist.
         """
         self._columns = dict(columns or {})
         _check_targets(self._columns)
@@ -303,8 +307,8 @@ class PairStream:
         self._prompt_format, self._ranked_pairs = prompt_format, ranked_pairs
         self._paths: list[Path | RowsInMemory] = [*readers.expand([path for path in paths if isinstance(path, Path)])]
         self._paths += [path for path in paths if isinstance(path, RowsInMemory)]
-        # Key of a pair -> the row where it stood first: its number, and above that the number of its file. One number
-        # takes half of the memory of a tuple.
+        # Key of a pair -> its first row: the row number, and in the higher bits the number of its file. One integer
+        # takes half the memory of a tuple.
         self._seen: dict[bytes, int] = {}
         self._held: deque[ReadPair] = deque()
         self._names: dict[str, None] = {}
@@ -318,14 +322,14 @@ class PairStream:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Every column name that was seen."""
+        """The names of all columns."""
         return tuple(self._names)
 
     def __iter__(self) -> Iterator[ReadPair | Reject]:
         """Every row that passes the filter, in the order of the files.
 
         Raises:
-            UserError: a file cannot be read, is empty, lacks a column, or changes meanwhile.
+            UserError: a file cannot be read, is empty, lacks a column, or changes during reading.
         """
         for path in self._paths:
             yield from self._read(path)
@@ -371,7 +375,7 @@ class PairStream:
         self._names.update(names)
 
     def _complete(self, row: ReadPair) -> Iterator[ReadPair]:
-        """The row; of unpaired ones those that have got their mismatched response with it."""
+        """The row; for unpaired rows, those that are now complete with a mismatched response."""
         if row.pair.kind != "unpaired":
             yield row
             return
@@ -380,7 +384,7 @@ class PairStream:
             yield replace(self._held.popleft(), pair=pair)
 
     def _pairs(self, path: Path | RowsInMemory, number: int, row: dict[str, Any], shape: Shape) -> list[ReadPair]:
-        """The pair of a row; of a ranked row several; none of one that the filter leaves out."""
+        """The pairs of a row: one, several for a ranked row, none if the filter leaves it out."""
         kind = shape.kind_of(row)
         if shape.untyped:
             texts = {shape.column(name) for name in (*fields_of(kind), *PROMPT_COLUMNS)}
@@ -413,12 +417,12 @@ class PairStream:
         return Repeat(str(path), number, list(self.files)[first >> _ROW_BITS], first & (1 << _ROW_BITS) - 1)
 
     def _check_columns(self, path: Path | RowsInMemory, names: Mapping[str, None], kind: str) -> None:
-        """Raise where a column that is needed, mapped or filtered by occurs in no row of a file."""
-        # Of a ranked row one column of two will do, which is seen row by row.
+        """Raises if no row of the file has a column that is needed, mapped or filtered by."""
+        # A ranked row needs only one of two columns, which is checked row by row.
         required = {name: name for name in KIND_FIELDS[kind] if kind != "ranked"} | self._columns
         for target, column in required.items():
             if column and column not in names:
-                raise _no_column(path, column, names, f"--columns {target}=NAME names the column that holds `{target}`")
+                raise _no_column(path, column, names, f"name the column for `{target}` with --columns {target}=NAME")
         if self._condition is not None:
             for column in sorted(self._condition.missing(names)):
                 raise _no_column(path, column, names, f"correct the filter {self._condition.text!r}")
@@ -429,7 +433,7 @@ def _check_targets(columns: Mapping[str, str]) -> None:
         if target not in COLUMN_FIELDS:
             nearest = difflib.get_close_matches(target, COLUMN_FIELDS, n=1)
             raise UserError(
-                f"there is no field {target!r} to take from a column",
+                f"--columns cannot set a field {target!r}",
                 code="data-columns",
                 where=f"--columns {target}={columns[target]}",
                 expected=f"one of {', '.join(COLUMN_FIELDS)}, then = and the name of the file's column",
@@ -438,23 +442,23 @@ def _check_targets(columns: Mapping[str, str]) -> None:
 
 
 def _misspelt(names: Mapping[str, None], columns: Mapping[str, str], kind: str) -> dict[str, str]:
-    """Column -> the field whose name is close, of fields that no column has and columns that are no field."""
+    """Column -> field with a similar name, for fields that no column has and columns that are not fields."""
     lacking = [name for name in fields_of(kind) if name not in names and name not in columns]
     if "prompt" in lacking:
         lacking.append("input" if "instruction" in names else "instruction")
     lacking += [name for name in ("system", "history") if name not in names and name not in columns]
-    found: dict[str, str] = {}
+    similar: dict[str, str] = {}
     for name in names:
         known = name in COLUMN_FIELDS or name in columns.values()
-        # `promt`, `prompts` and `Prompt` are close, `prompt_id` and `instruction_type` are not.
+        # `promt`, `prompts` and `Prompt` are similar; `prompt_id` and `instruction_type` are not.
         nearest = difflib.get_close_matches(name.casefold(), lacking, n=1, cutoff=0.83)
         if nearest and not known:
-            found[name] = nearest[0]
-    return found
+            similar[name] = nearest[0]
+    return similar
 
 
 def column_remark(prompts: PromptOrigins, misspelt: Mapping[str, str]) -> str:
-    """Return a remark on the columns in one line, or an empty text. The arguments are as in `PairFile`."""
+    """A remark on the columns in one line, or an empty text. The arguments are as in `PairFile`."""
     return "; ".join([*prompts.remarks(), *([misspelt_remark(misspelt)] if misspelt else [])])
 
 
@@ -462,23 +466,23 @@ _MAPPED = frozenset(name for kind in KIND_FIELDS for name in fields_of(kind))
 
 
 def misspelt_remark(misspelt: Mapping[str, str]) -> str:
-    """Unused columns whose name is close to a field's."""
-    told = []
+    """A remark on unused columns whose name is similar to a field's."""
+    remarks = []
     for column, target in misspelt.items():
         how = f" (--columns {target}={column})" if target in _MAPPED else ""
-        told.append(f"unused column `{column}`: did you mean `{target}`?{how}")
-    return "; ".join(told)
+        remarks.append(f"unused column `{column}`: did you mean `{target}`?{how}")
+    return "; ".join(remarks)
 
 
 def _no_column(path: Path | RowsInMemory, column: str, names: Mapping[str, None], remedy: str) -> UserError:
     nearest = difflib.get_close_matches(column, names, n=1)
-    shown = list(names)[:30]
+    listed = list(names)[:30]
     return UserError(
         f"the file has no column {column!r}",
         code="data-columns",
         where=str(path),
         expected=f"a column {column!r}",
-        found=", ".join(shown) + (f" and {len(names) - 30} more" if len(names) > 30 else ""),
+        found=", ".join(listed) + (f" and {len(names) - 30} more" if len(names) > 30 else ""),
         remedy=(f"did you mean {nearest[0]!r}? " if nearest else "") + remedy,
         exit_status=3,
     )
@@ -507,9 +511,9 @@ def _digest(path: Path) -> str:
 
 
 def content_key(pair: PreferencePair, *, swapped: bool = False) -> bytes:
-    """A hash of all that a pair is made of; with `swapped`, of the pair the other way round.
+    """A hash of everything that defines a pair; with `swapped`, of the pair with its responses exchanged.
 
-    An unpaired row is the same whichever mismatched response it has, and the other way round with the other label.
+    An unpaired row's hash does not include its mismatched response; `swapped` changes its label.
     """
     if pair.kind == "unpaired":
         label = pair.scores[0] != float(swapped)

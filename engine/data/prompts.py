@@ -1,7 +1,7 @@
-"""The columns beside `prompt` that belong to it: question, instruction and input, system prompt, earlier turns, images.
+"""Columns that belong to the prompt: question, instruction and input, system prompt, earlier turns, images.
 
-Each is used as its convention has it (Alpaca, ShareGPT, orca pairs), or the row is refused by the column's name: a
-model that was trained with a system prompt is another one without it. Knows nothing of responses or files.
+Each is used by its convention (Alpaca, ShareGPT, orca pairs), or the row is refused and the column named: a model that
+was trained with a system prompt behaves differently without it. Independent of responses and files.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from dpoeng.engine.data.strict_json import RowFault, json_type
 from dpoeng.engine.data.structured import Base64, parse_structure
 
 QUESTIONS = ("instruction", "question", "query", "input")
-"""Columns that are the prompt where there is no `prompt`, the first that holds something."""
+"""Columns used as the prompt if there is no `prompt`; the first with a value is taken."""
 CONVERSATIONS = ("conversations", "conversation", "messages")
-"""Columns of messages that are the prompt where there is no `prompt`, and the responses are single answers."""
+"""Columns of messages used as the prompt if there is no `prompt` and the responses are single answers."""
 SYSTEMS = ("system", "system_prompt")
 
 _MISSING = frozenset(("nan", "none", "null", "<na>", "n/a"))
-"""Texts that pandas and others leave where a value was missing; no system prompt is one of them."""
+"""Texts that pandas and others write for a missing value; none of them is a system prompt."""
 HISTORY = "history"
 CONTEXTS = ("context", "passage", "document", "documents")
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 PROMPT_COLUMNS = (*QUESTIONS, *CONVERSATIONS, *SYSTEMS, HISTORY, *CONTEXTS, *MEDIA)
-"""`--columns NAME=COLUMN` maps these too; with nothing behind the `=`, the column is no part of the prompt."""
+"""`--columns NAME=COLUMN` maps these, too; with nothing after the `=`, the column is not part of the prompt."""
 
 
 @dataclass(slots=True)
@@ -34,13 +34,13 @@ class PromptColumns:
     """The prompt columns of one row.
 
     Attributes:
-        prompt: a text, messages, or None where no column holds it.
+        prompt: a text, messages, or None if no column has it.
         origin: the field that it was taken from.
         system: the system prompt, or empty.
         history: earlier turns.
-        converses: whether the file has columns for what only a conversation has (system prompt, earlier turns, tools),
-            empty or not: then a question is a user's message in every row.
-        others: column -> its text, of those that must occur in the prompt.
+        converses: whether the file has columns that only conversations have (system prompt, earlier turns, tools), even
+            if empty: then a question is a user's message in every row.
+        others: column -> its text, for columns that the prompt must contain.
         used: columns that the pair is made of.
     """
 
@@ -54,15 +54,15 @@ class PromptColumns:
 
 
 def read_prompt(row: Mapping[str, Any], columns: Mapping[str, str], *, single_answers: bool) -> PromptColumns:
-    """The prompt of a row and what belongs to it.
+    """Reads a row's prompt and the columns that belong to it.
 
     Args:
         row: column -> value.
-        columns: field -> column, where they differ; an empty column means that the field is not there.
-        single_answers: whether the responses are answers, so that a conversation beside them is their prompt.
+        columns: field -> column, if the names differ; an empty name means that the field is absent.
+        single_answers: whether the responses are single answers, so that a conversation column is their prompt.
 
     Raises:
-        RowFault: a column cannot be read as what its name says.
+        RowFault: a column's value does not fit its name.
     """
 
     def value(name: str) -> Any:
@@ -73,16 +73,16 @@ def read_prompt(row: Mapping[str, Any], columns: Mapping[str, str], *, single_an
 
     found = PromptColumns(None, "", used={column("prompt")})
     found.converses = any(column(name) in row for name in (*SYSTEMS, HISTORY, "tools"))
-    given = row.get(column("prompt"))
-    if given is not None and (given != "" or single_answers):
-        found.prompt, found.origin = _turns(given, column("prompt")), "prompt"
+    prompt_value = row.get(column("prompt"))
+    if prompt_value is not None and (prompt_value != "" or single_answers):
+        found.prompt, found.origin = _turns(prompt_value, column("prompt")), "prompt"
     else:
-        asked = [name for name in QUESTIONS if isinstance(value(name), str)]
+        questions = [name for name in QUESTIONS if isinstance(value(name), str)]
         talks = [name for name in CONVERSATIONS if single_answers and isinstance(value(name), str | list)]
-        if asked:
-            found.prompt, found.origin = _turns(value(asked[0]), column(asked[0])), asked[0]
-            found.used.add(column(asked[0]))
-            if asked[:1] == ["instruction"] and "input" in asked:  # Alpaca: `input` continues `instruction`
+        if questions:
+            found.prompt, found.origin = _turns(value(questions[0]), column(questions[0])), questions[0]
+            found.used.add(column(questions[0]))
+            if questions[:1] == ["instruction"] and "input" in questions:  # Alpaca: `input` continues `instruction`
                 found.used.add(column("input"))
                 if isinstance(found.prompt, str):
                     found.prompt = f"{found.prompt}\n{value('input')}"
@@ -98,7 +98,7 @@ def read_prompt(row: Mapping[str, Any], columns: Mapping[str, str], *, single_an
         if text.strip().lower() in _MISSING:
             raise RowFault(
                 "wrong-type",
-                f"`{column(name)}` holds the text {text.strip()!r}, by which programs write a missing value",
+                f"`{column(name)}` contains the text {text.strip()!r}, which programs write for a missing value",
             )
         found.system = text
         found.used.add(column(name))
@@ -116,28 +116,28 @@ def place_prompt(found: PromptColumns, prompt: str | list[Message], prompt_forma
     """The prompt with its system prompt and earlier turns; a question with either becomes a conversation.
 
     Args:
-        found: of `read_prompt`.
-        prompt: what the responses follow, by itself.
-        prompt_format: what SFT put around texts; with it, no conversation is made.
+        found: the result of `read_prompt`.
+        prompt: the prompt alone.
+        prompt_format: the text that SFT put around prompts; with it, no conversation is made.
 
     Raises:
-        RowFault: `unused-column`, a column has no place in the prompt.
+        RowFault: `unused-column`, a column does not fit into the prompt.
     """
     whole = plain(prompt)
     for column, value in found.others.items():
         if not isinstance(value, str) or " ".join(value.split()) not in whole:
             raise _unused(column, "the prompt contains none of it")
-    asked = found.origin in QUESTIONS and isinstance(prompt, str) and prompt_format is None
-    if not found.system and not found.history and not (asked and found.converses):
+    is_question = found.origin in QUESTIONS and isinstance(prompt, str) and prompt_format is None
+    if not found.system and not found.history and not (is_question and found.converses):
         return prompt
     if isinstance(prompt, str):
-        if not asked:
+        if not is_question:
             if " ".join(found.system.split()) in whole and plain(found.history) in whole:
                 return prompt
             name = "system" if found.system else HISTORY
             raise _unused(
                 name,
-                "a prompt that is a text has no place for it: give the prompt as messages, or say that it is a "
+                "a prompt given as text cannot include it: give the prompt as messages, or declare it a "
                 "question with --columns prompt= --columns question=prompt",
             )
         prompt = [{"role": "user", "content": prompt}]
@@ -157,10 +157,10 @@ def place_prompt(found: PromptColumns, prompt: str | list[Message], prompt_forma
 
 
 def without_answer(prompt: list[Message], origin: str, *answers: Sequence[Message]) -> list[Message]:
-    """A conversation beside its answers, without the answer that it may end with.
+    """A conversation column without a final answer that equals a response.
 
     Raises:
-        RowFault: `prompt-mismatch`, it ends with another: either side may be meant to follow it, or to replace it.
+        RowFault: `prompt-mismatch`, it ends with another answer: the responses may follow it or replace it.
     """
     if origin not in CONVERSATIONS or not prompt or prompt[-1]["role"] != "assistant" or prompt[-1].get("tool_calls"):
         return prompt
@@ -168,19 +168,19 @@ def without_answer(prompt: list[Message], origin: str, *answers: Sequence[Messag
         return prompt[:-1]
     raise RowFault(
         "prompt-mismatch",
-        f"`{origin}` ends with an answer that is none of the row's; --columns prompt={origin} lets these go on in that "
-        "message",
+        f"`{origin}` ends with an answer that is not in this row; --columns prompt={origin} lets the responses "
+        "continue that message",
     )
 
 
 def check_conversations(row: Mapping[str, Any], columns: Mapping[str, str], used: set[str], texts: str) -> None:
-    """Reject a row whose unused conversation holds a question of its own.
+    """Rejects a row if an unused conversation column contains a different question.
 
     Args:
         row: column -> value.
-        columns: field -> column, where they differ.
+        columns: field -> column, if the names differ.
         used: columns that the pair is made of.
-        texts: prompt and responses, as `plain` has them.
+        texts: prompt and responses, normalised by `plain`.
 
     Raises:
         RowFault: `unused-column`, earlier turns or a system prompt would be lost.
@@ -193,8 +193,10 @@ def check_conversations(row: Mapping[str, Any], columns: Mapping[str, str], used
         try:
             messages = messages_of(value, column) or []
         except RowFault:
-            continue  # it is no conversation
-        lost = next((one for one in messages if one["role"] != "assistant" and plain([one]) not in texts), None)
+            continue  # not a conversation
+        lost = next(
+            (message for message in messages if message["role"] != "assistant" and plain([message]) not in texts), None
+        )
         if lost is not None:
             raise _unused(column, f"it has turns that are missing from the prompt ({lost['content']!r:.60})")
 
@@ -207,7 +209,7 @@ def _turns(value: Any, column: str) -> str | list[Message]:
 
 
 def _history(value: Any, column: str) -> list[Message]:
-    """Earlier turns: pairs of a question and its answer, or messages."""
+    """Earlier turns: pairs of question and answer, or messages."""
     if isinstance(value, str):
         value = parse_structure(value)
     if isinstance(value, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in value):
@@ -221,7 +223,7 @@ def _history(value: Any, column: str) -> list[Message]:
 
 
 def plain(turns: str | Sequence[Message]) -> str:
-    """The texts of a prompt, white space made alike."""
+    """The texts of a prompt, with normalised white space."""
     texts = [turns] if isinstance(turns, str) else [turn["content"] for turn in turns]
     return " ".join(" ".join(texts).split())
 

@@ -1,7 +1,7 @@
-"""Proof that a text holds every part of the messages that it was rendered from: contents, thoughts, calls and tools.
+"""Proves that a rendered text contains every part of its messages: contents, thoughts, calls and tools.
 
-The messages are rendered a second time with a tag in the place of every part. Where filling the parts into that
-skeleton gives the text back, nothing is missing; else each part is looked for by itself. Knows no tokens.
+The messages are rendered a second time with a tag instead of each part. If filling the parts into that skeleton
+gives the original text, nothing is missing; otherwise each part is searched for. Independent of tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Kind = Literal["text", "thought", "call", "tool"]
 
 _TAG = "dpoengpart{}end"
 _ANY_TAG = re.compile(r"dpoengpart\d+end")
-# Separates a written thought from the answer. The markers belong to the template, which may rewrite them.
+# Separates a thought from the answer in a text. The template may rewrite these markers.
 _MARKERS = re.compile(r"(</?think(?:ing)?>|\[/?THINK\])")
 
 
@@ -30,9 +30,9 @@ class Part:
     """One piece of a conversation.
 
     Attributes:
-        text: as the data has it, without white space at its ends.
-        where: in words.
-        kind: what it is.
+        text: the data's text, stripped of white space at both ends.
+        where: its place, in words.
+        kind: the kind of part.
         message: index of its message; -1 for a tool.
     """
 
@@ -44,7 +44,7 @@ class Part:
 
 @dataclass(slots=True)
 class Tagged:
-    """Messages and tools with tags in the place of their parts: tag -> part."""
+    """Messages and tools with tags instead of their parts: tag -> part."""
 
     messages: list[Message]
     tools: list[Any] | None
@@ -54,23 +54,23 @@ class Tagged:
 def prove(
     text: str, messages: Sequence[Message], tools: list[Any] | None, render: Callable[[Tagged], str], place: str
 ) -> list[Part]:
-    """The parts of messages and tools that a text lacks.
+    """Finds the parts of messages and tools that are missing from a text.
 
     Args:
-        text: what the template wrote.
-        messages: of which.
-        tools: the JSON schemas that the template was given.
+        text: the template's output.
+        messages: the messages that were rendered.
+        tools: the JSON schemas passed to the template.
         render: renders tagged messages in the same way.
-        place: what the row calls these messages, for words.
+        place: the row's name for these messages, for error messages.
 
     Raises:
-        RowFault: `template-drops`, the arguments of a tool call are written as source code.
+        RowFault: `template-drops`, the template writes the arguments of a tool call as source code.
     """
     tagged = _tag(messages, tools, place)
     try:
         skeleton: str | None = render(tagged)
     except RowFault:
-        skeleton = None  # the template looks at what the parts say
+        skeleton = None  # the template's output depends on the parts' texts
     missing: list[Part] = []
     if skeleton is not None:
         _refuse_source_code(skeleton, tagged)
@@ -87,23 +87,23 @@ def prove(
 
 
 def _tag(messages: Sequence[Message], tools: list[Any] | None, place: str) -> Tagged:
-    found = Tagged([], None)
+    tagged = Tagged([], None)
 
     def tag(text: str, where: str, kind: Kind, message: int) -> str:
         core = text.strip()
         if not core:
             return text
-        name = _TAG.format(len(found.parts))
-        found.parts[name] = Part(core, where, kind, message)
+        name = _TAG.format(len(tagged.parts))
+        tagged.parts[name] = Part(core, where, kind, message)
         before = len(text) - len(text.lstrip())
         return text[:before] + name + text[before + len(core) :]
 
     for number, message in enumerate(messages):
         where = f"{place}, message {number + 1}"
-        found.messages.append(_tag_message(message, number, where, tag))
+        tagged.messages.append(_tag_message(message, number, where, tag))
     if tools is not None:
-        found.tools = [_tag_tool(tool, tag) for tool in tools]
-    return found
+        tagged.tools = [_tag_tool(tool, tag) for tool in tools]
+    return tagged
 
 
 _Tagger = Callable[[str, str, Kind, int], str]
@@ -117,7 +117,7 @@ def _tag_message(message: Message, number: int, where: str, tag: _Tagger) -> Mes
         if i % 2:
             thinking = "/" not in piece
         else:
-            # a thought may lack its beginning, which the prompt has
+            # a thought may lack its opening marker, which is in the prompt
             thought = thinking or (i + 1 < len(pieces) and "/" in pieces[i + 1])
             pieces[i] = tag(
                 piece, f"{where}, {'thought' if thought else 'content'}", "thought" if thought else "text", number
@@ -173,7 +173,7 @@ def _tag_tool(tool: Any, tag: _Tagger) -> Any:
 
 
 def _refuse_source_code(skeleton: str, tagged: Tagged) -> None:
-    """Arguments that are written as text in text, or as Python writes a dict, are not what a model was trained on."""
+    """Refuses call arguments written as text in text or as a Python dict: models are not trained on these."""
     for tag, part in tagged.parts.items():
         if part.kind != "call" or "arguments" not in part.where:
             continue
@@ -185,14 +185,14 @@ def _refuse_source_code(skeleton: str, tagged: Tagged) -> None:
 
 
 def _fills(skeleton: str, text: str, parts: dict[str, Part]) -> bool:
-    """Whether the text is the skeleton with each part in the place of its tag, white space at its ends aside."""
+    """Whether the text is the skeleton with each part in place of its tag, ignoring white space at a part's ends."""
     at, place = 0, 0
     for match in _ANY_TAG.finditer(skeleton):
         fixed = skeleton[place : match.start()]
         if not text.startswith(fixed, at):
             return False
         at += len(fixed)
-        written = next((way for way in _ways(parts[match[0]].text) if text.startswith(way, at)), None)
+        written = next((form for form in _ways(parts[match[0]].text) if text.startswith(form, at)), None)
         if written is None:
             return False
         at += len(written)
@@ -201,17 +201,17 @@ def _fills(skeleton: str, text: str, parts: dict[str, Part]) -> bool:
 
 
 def _ways(text: str) -> Iterator[str]:
-    """How a template may write a text: as it is, or within JSON."""
+    """The forms in which a template may write a text: unchanged, or within JSON."""
     yield text
     for ascii_only in (False, True):
         yield json.dumps(text, ensure_ascii=ascii_only)[1:-1]
 
 
 def _not_found(text: str, parts: Sequence[Part]) -> list[Part]:
-    """Parts that do not occur in a text, each occurrence counted once, the longest first."""
+    """Parts that do not occur in a text; each occurrence counts once, longest parts first."""
     lost = []
-    for part in sorted(parts, key=lambda one: -len(one.text)):
-        written = next((way for way in _ways(part.text) if way in text), None)
+    for part in sorted(parts, key=lambda item: -len(item.text)):
+        written = next((form for form in _ways(part.text) if form in text), None)
         if written is None:
             lost.append(part)
         else:

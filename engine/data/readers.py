@@ -1,7 +1,7 @@
-"""Files to numbered rows: JSON Lines, JSON, CSV, Parquet, Arrow, the text formats also as gzip or zstd.
+"""Reads files into numbered rows: JSON Lines, JSON, CSV, Parquet, Arrow; text formats also as gzip or zstd.
 
-A row that cannot be read comes out as a `RowFault` with its number, and reading goes on behind it; a file that cannot
-be read at all is a `UserError`. Memory is bounded by the longest line allowed. Knows nothing of what a pair is.
+An unreadable row becomes a `RowFault` with its number, and reading continues after it; an unreadable file raises a
+`UserError`. Memory is bounded by the longest allowed line. Independent of the definition of a pair.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dpoeng.engine.data.tables import NumberedRow, csv_rows, table_rows
 MAX_LINE_BYTES = MAX_ROW_BYTES
 MAX_DOCUMENT_BYTES = 256 << 20  # a JSON document is parsed whole
 MAX_DOCUMENT_VALUES = 16 << 20
-MAX_ROW_VALUES = 2 << 20  # of a line: 16 MiB of empty lists would take 400 MB
+MAX_ROW_VALUES = 2 << 20  # per line: 16 MiB of empty lists would take 400 MB of memory
 
 FORMATS = {
     ".jsonl": "jsonl",
@@ -36,17 +36,17 @@ FORMATS = {
     ".arrow": "arrow",
     ".feather": "arrow",
 }
-# What `datasets` writes beside the data when it saves to a directory.
+# Files that `datasets` writes next to the data when it saves to a directory.
 NOT_DATA = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 
 
 def expand(paths: Sequence[Path]) -> list[Path]:
-    """The files to read, in order and each once; a directory stands for the data files in it (see `data_folders`).
+    """The files to read, in order, each once; a directory means the data files in it (see `data_folders`).
 
     Raises:
-        UserError: nothing is there, a directory holds no data file or several splits, a file is a pipe or of an unknown
-            kind.
+        UserError: a path does not exist, a directory contains no data file or several splits, or a file is a pipe or
+            has an unknown format.
     """
     files: dict[Path, Path] = {}
     for path in paths:
@@ -60,12 +60,12 @@ def expand(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_rows(path: Path) -> Iterator[NumberedRow]:
-    """Every row of a file with its number: the line (from 1) in JSON Lines, else the position (from 1) among the rows.
+    """Every row of a file with its number: in JSON Lines the line, otherwise the position, both counted from 1.
 
-    Blank lines of JSON Lines are counted as lines but are no rows.
+    Blank lines of JSON Lines count as lines but are not rows.
 
     Raises:
-        UserError: the file cannot be read as the kind that its name says.
+        UserError: the file cannot be read in the format of its name.
     """
     kind, compression = _kind(path)
     with reading(path, compression or kind):
@@ -85,7 +85,7 @@ def read_rows(path: Path) -> Iterator[NumberedRow]:
 
 
 def is_untyped(path: Path) -> bool:
-    """Whether all values of the file are texts: `csv_value` says what they mean."""
+    """Whether all values of the file are texts, whose meaning `csv_value` decides."""
     return _suffixes(path)[0] in (".csv", ".tsv")
 
 
@@ -101,7 +101,7 @@ def _suffixes(path: Path) -> tuple[str, str | None]:
 
 
 def _kind(path: Path) -> tuple[str, str | None]:
-    """`(format, compression or None)` by the name of the file, which must be a regular one."""
+    """`(format, compression or None)` from the name of a file, which must be a regular one."""
     if not path.exists():
         raise UserError("no such file", code="data-missing", where=str(path), remedy="check the path", exit_status=3)
     if not path.is_file():
@@ -129,9 +129,9 @@ def _kind(path: Path) -> tuple[str, str | None]:
 
 @contextmanager
 def _open(path: Path, compression: str | None) -> Iterator[IO[bytes]]:
-    """The decompressed bytes, past a byte-order mark."""
+    """The decompressed bytes after a byte-order mark."""
     with pa.input_stream(str(path), compression=compression) as source:
-        # cast: pyarrow's streams have all that a BufferedReader asks of a raw file
+        # cast: pyarrow's streams have all methods that BufferedReader needs
         stream = io.BufferedReader(cast(io.RawIOBase, source), 1 << 20)
         head = stream.peek(4)[:4]
         if head.startswith(b"\xef\xbb\xbf"):
@@ -149,7 +149,7 @@ def _open(path: Path, compression: str | None) -> Iterator[IO[bytes]]:
 
 
 def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes | RowFault]]:
-    """Lines ended by LF (a CR before it stays), none longer than MAX_LINE_BYTES; longer ones are skipped in pieces."""
+    """Lines that end with LF (a CR before it stays), at most MAX_LINE_BYTES long; longer ones are skipped in pieces."""
     number = 0
     while line := stream.readline(MAX_LINE_BYTES + 1):
         number += 1
@@ -158,7 +158,7 @@ def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes | RowFault]]:
             continue
         while line and not line.endswith(b"\n"):
             line = stream.readline(1 << 20)
-        yield number, RowFault("line-too-long", f"a line of more than {MAX_LINE_BYTES >> 20} MiB")
+        yield number, RowFault("line-too-long", f"a line longer than {MAX_LINE_BYTES >> 20} MiB")
 
 
 def _decode(line: bytes) -> str:
@@ -173,7 +173,7 @@ def _line_rows(stream: IO[bytes]) -> Iterator[NumberedRow]:
         if isinstance(line, RowFault):
             yield number, line
         elif len(line) > MAX_ROW_VALUES and _values(line) > MAX_ROW_VALUES:
-            yield number, RowFault("line-too-long", f"a line of more than {MAX_ROW_VALUES >> 20} million values")
+            yield number, RowFault("line-too-long", f"a line with more than {MAX_ROW_VALUES >> 20} million values")
         elif not line.isspace():
             try:
                 row = as_row(strict_json.parse(_decode(line).rstrip("\r\n"), is_line=True))
@@ -184,7 +184,7 @@ def _line_rows(stream: IO[bytes]) -> Iterator[NumberedRow]:
 
 
 def _starts_with_a_row(path: Path, compression: str | None) -> bool:
-    """Whether a `.json` file is really JSON Lines: its first line is a whole object."""
+    """Whether a `.json` file is really JSON Lines: its first line is a complete object."""
     with _open(path, compression) as stream:
         try:
             first = strict_json.parse(_decode(stream.readline(MAX_LINE_BYTES)))
@@ -194,7 +194,7 @@ def _starts_with_a_row(path: Path, compression: str | None) -> bool:
 
 
 def _values(content: bytes) -> int:
-    """At most so many values: lists, objects and what commas part. Empty lists take 3 bytes here and 64 in memory."""
+    """Upper bound for the number of values: lists, objects and commas. Empty lists take 3 bytes here, 64 in memory."""
     return sum(content.count(mark) for mark in b",[{")
 
 
@@ -203,18 +203,18 @@ def _document_rows(stream: IO[bytes], path: Path) -> Iterator[NumberedRow]:
     content = stream.read(MAX_DOCUMENT_BYTES + 1)
     if len(content) > MAX_DOCUMENT_BYTES:
         raise UserError(
-            f"a JSON document of more than {MAX_DOCUMENT_BYTES >> 20} MiB is not read whole",
+            f"the JSON document is larger than {MAX_DOCUMENT_BYTES >> 20} MiB",
             code="data-too-large",
             where=str(path),
-            remedy="make it JSON Lines, one object a line, e.g. with `jq -c '.[]'`",
+            remedy="convert it to JSON Lines, one object a line, e.g. with `jq -c '.[]'`",
             exit_status=3,
         )
     if _values(content) > MAX_DOCUMENT_VALUES:
         raise UserError(
-            f"a JSON document of more than {MAX_DOCUMENT_VALUES >> 20} million values is not read whole",
+            f"the JSON document has more than {MAX_DOCUMENT_VALUES >> 20} million values",
             code="data-too-large",
             where=str(path),
-            remedy="make it JSON Lines, one object a line, e.g. with `jq -c '.[]'`",
+            remedy="convert it to JSON Lines, one object a line, e.g. with `jq -c '.[]'`",
             exit_status=3,
         )
     if not content.strip():
@@ -229,13 +229,13 @@ def _document_rows(stream: IO[bytes], path: Path) -> Iterator[NumberedRow]:
             code="data-bad-json",
             where=str(path),
             found=f"{fault.reason}: {fault.detail}",
-            remedy="fix it, or write one object a line and name the file .jsonl: then only the bad row is lost",
+            remedy="fix it, or write one object a line and name the file .jsonl: then only the bad row is rejected",
             exit_status=3,
         ) from None
     rows = document.get("data", [document]) if isinstance(document, dict) else document
     if not isinstance(rows, list):
         raise UserError(
-            "the JSON file holds no rows",
+            "the JSON file contains no rows",
             code="data-bad-json",
             where=str(path),
             expected='an array of objects, or {"data": [...]}',

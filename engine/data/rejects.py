@@ -1,4 +1,4 @@
-"""Rejected rows: always listed, and never more than the user allows."""
+"""Rejected rows: always listed, and limited to the share that the user allows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dpoeng.cache.errors import UserError
 from dpoeng.cache.words import counted
 from dpoeng.engine.data.in_memory import place
 
-# Every reason -> what is wrong with the row, and how to fix it.
+# Reason -> what is wrong with the row, and how to fix it.
 _SYNTAX = "write the file with a JSON (or CSV) library, not by hand"
 _MESSAGES = "write messages as objects with `role` and text `content`; begin each response with the assistant's message"
 _PROMPT = "add a `prompt` column, or begin both texts with the same conversation"
@@ -26,9 +26,9 @@ REASONS: dict[str, tuple[str, str]] = {
     "duplicate-key": ("a key twice in one object", _SYNTAX),
     "json-too-deep": ("nested more than 64 levels deep", "give texts or messages, not nested objects"),
     "line-too-long": ("more than 16 MiB in one row", "split the row, or leave it out"),
-    "not-an-object": ("no JSON object", "write one object with prompt, chosen and rejected a line"),
+    "not-an-object": ("not a JSON object", "write one object with prompt, chosen and rejected a line"),
     "bad-value": ("a table value that cannot be written as JSON", "convert the column to text or numbers"),
-    "mixed-rows": ("of another kind than the first row", "give each kind of rows a file and a run of its own"),
+    "mixed-rows": ("another kind of row than the first", "put each kind of rows in a separate file and run"),
     "bad-ranking": (
         "several responses without a score or rank each, or none of them better than another",
         "give `responses` and `scores` (or `ranks`, 1 the best) of the same length",
@@ -43,10 +43,10 @@ REASONS: dict[str, tuple[str, str]] = {
     "unknown-role": ("a role that no chat template knows", "use the roles system, user, assistant or tool"),
     "messages-as-text": ("messages stored as unreadable text", "write lists, or JSON text"),
     "unused-column": (
-        "a prompt column that this shape of prompt cannot hold",
+        "a prompt column that this shape of prompt cannot include",
         "give the prompt as messages, or leave the column out with --columns NAME=",
     ),
-    "not-text": ("a message holds images or other parts that are not text", "dpoeng trains on text only"),
+    "not-text": ("a message contains images or other parts that are not text", "dpoeng trains on text only"),
     "mixed-shapes": ("one response is text, the other is messages", "give both in the same form"),
     "no-common-prompt": ("no prompt, and the two sides share no beginning", _PROMPT),
     "prompt-mismatch": ("a prompt that differs from the conversations' beginning", _PROMPT),
@@ -71,11 +71,11 @@ REASONS: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A row that was left out, and why.
+    """A row that was left out, and the reason.
 
     Attributes:
         reason: stable short code; docs/data.md explains each.
-        detail: what exactly was found.
+        detail: the exact problem in this row.
     """
 
     source_file: str
@@ -85,15 +85,15 @@ class Reject:
 
 
 def check_reject_share(rejects: Sequence[Reject], rows: int, limit: float) -> None:
-    """Raise if too many rows were rejected.
+    """Raises if too many rows were rejected.
 
     Args:
         rejects: the rows left out.
-        rows: how many there were in all, good and bad.
-        limit: the largest share allowed, 0 to 1.
+        rows: total number of rows, good and bad.
+        limit: the largest allowed share, 0 to 1.
 
     Raises:
-        UserError: with the most frequent reasons and the first example of each.
+        UserError: lists the most frequent reasons with the first example of each.
     """
     if len(rejects) <= limit * rows:
         return
@@ -118,16 +118,16 @@ def check_reject_share(rejects: Sequence[Reject], rows: int, limit: float) -> No
 
 
 def is_rejects(path: Path) -> bool:
-    """Whether `write_rejects` wrote this file. Raises ValueError where it is no JSON."""
+    """Whether `write_rejects` wrote this file. Raises ValueError if it is not JSON."""
     with path.open("rb") as stream:
         line = stream.readline()
     return not line or list(json.loads(line)) == list(Reject.__slots__)
 
 
 def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
-    """Write rejects as JSON Lines: `source_file`, `source_row`, `reason`, `detail`."""
+    """Writes rejects as JSON Lines: `source_file`, `source_row`, `reason`, `detail`."""
     with path.open("w", encoding="utf-8", newline="\n") as stream:
         for reject in rejects:
             record = {name: getattr(reject, name) for name in Reject.__slots__}
-            # ASCII, so that halves of characters in a detail can be written too
+            # ASCII, so that lone surrogates in a detail can be written
             stream.write(json.dumps(record) + "\n")

@@ -1,6 +1,6 @@
-"""A tokenizer's chat template as a function of messages: what it writes, which parts it marks as the assistant's.
+"""A tokenizer's chat template as a function: messages to text, and the parts that it marks as the assistant's.
 
-The template is rendered by transformers, with one difference: it never sees today's date. Knows nothing of pairs.
+transformers renders the template, except that it never sees today's date. Independent of pairs.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from dpoeng.engine.data.strict_json import RowFault
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Some templates print today's date; then every pair would be another one tomorrow. This is the date that Llama's own
-# templates fall back on. `chat_template_kwargs` may set `date_string` where the template asks for it.
+# Some templates print today's date, so pairs would differ from day to day. This is the default date of Llama's own
+# templates. `chat_template_kwargs` may set `date_string` if the template reads it.
 PINNED_DATE = datetime.date(2024, 7, 26)
 
-# Limits of a pair: real templates take milliseconds, and write about what they are given.
+# Limits for a pair: real templates take milliseconds, and write about as much as they read.
 MAX_SECONDS: Final = 10.0
 MAX_BYTES: Final = 2 << 30
 MAX_TEXT: Final = 64 << 20
@@ -45,8 +45,8 @@ class Rendered:
     """A template's output.
 
     Attributes:
-        text: all of it.
-        marked: [begin, end) of what stands in `{% generation %}` blocks, in characters.
+        text: the whole output.
+        marked: [begin, end) of the `{% generation %}` blocks, in characters.
     """
 
     text: str
@@ -55,14 +55,14 @@ class Rendered:
 
 @dataclass(frozen=True, slots=True)
 class Renderer:
-    """A template with everything but the messages.
+    """A template with all its inputs except the messages.
 
     Attributes:
-        tokenizer: renders it.
+        tokenizer: renders the template.
         template: its source.
         tools: JSON schemas, or None.
-        arguments: of `chat_template_kwargs`.
-        marks: whether the template marks what the assistant says.
+        arguments: the `chat_template_kwargs`.
+        marks: whether the template marks the assistant's parts.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -72,7 +72,7 @@ class Renderer:
     marks: bool = False
 
     def __call__(self, messages: Sequence[Message], *, opened: bool = False, tools: list[Any] | None = None) -> str:
-        """The text of a conversation; with `opened`, with the template's opening for an answer behind it.
+        """The text of a conversation; with `opened`, followed by the template's opening for an answer.
 
         Raises:
             RowFault: `template-error`, the template refuses the messages.
@@ -80,7 +80,7 @@ class Renderer:
         return self._render(self.template, messages, opened, tools if tools is not None else self.tools)
 
     def with_marks(self, messages: Sequence[Message]) -> Rendered:
-        """The text of a conversation, and what of it the template marks.
+        """The text of a conversation, and the parts that the template marks.
 
         Raises:
             RowFault: `template-error`; `template-turns`, the marks cannot be read.
@@ -118,7 +118,7 @@ class Renderer:
             )
         except (ImportError, MemoryError):
             raise
-        except Exception as error:  # a template is a program: what it raises is about the messages that it was given
+        except Exception as error:  # a template is a program: it may raise anything about its messages
             raise RowFault("template-error", f"{type(error).__name__}: {error}"[:300]) from None
         if len(text) > MAX_TEXT:
             raise MemoryError
@@ -126,21 +126,21 @@ class Renderer:
 
 
 class _TooLong(BaseException):
-    """Raised amid a template, past every handler of exceptions."""
+    """Raised inside a template; derives from BaseException so that no handler in it catches it."""
 
 
 @contextmanager
 def within_limits(where: str) -> Iterator[None]:
-    """Lets templates run for `MAX_SECONDS` of this process's CPU time and take `MAX_BYTES`.
+    """Limits templates to `MAX_SECONDS` of this process's CPU time and `MAX_BYTES` of memory.
 
-    A template is a program. In a process of its own it could be ended from outside, but that process would have to
-    import transformers, which takes longer than all templates of most runs; or be a copy of this one, which threads
-    forbid. Templates are Python, which a signal ends at any step, and the system refuses it memory in this process as
-    in another. So they run here, at some microseconds a pair. Signals reach the main thread alone: in others there is
-    no limit of time, and on Windows none at all.
+    A template is a program. A separate process could be stopped from outside, but it would have to import transformers,
+    which takes longer than all templates of most runs, or be a fork, which threads rule out. Templates are Python,
+    which a signal can stop at any step, and the system can refuse it memory in this process, too. So they run here, for
+    some microseconds a pair. Only the main thread receives signals: other threads have no time limit, and Windows has
+    none at all.
 
     Args:
-        where: the pair, for the message.
+        where: name of the pair, for the message.
 
     Raises:
         UserError: a limit was reached.
@@ -183,7 +183,7 @@ def _limited_memory() -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = int(pages.read_text().split()[0]) * resource.getpagesize() + MAX_BYTES
     if soft != resource.RLIM_INFINITY and most >= soft:
-        yield  # whoever started this process allows less
+        yield  # this process already has a lower limit
         return
     resource.setrlimit(resource.RLIMIT_AS, (most, hard))
     try:
@@ -194,7 +194,7 @@ def _limited_memory() -> Iterator[None]:
 
 def _runaway(where: str, found: str) -> UserError:
     return UserError(
-        "the chat template does not end, or builds more than it may",
+        "the chat template does not end, or its output is too large",
         code="tokenizer-template-limits",
         where=where,
         expected=f"one pair within {MAX_SECONDS:g} s, {MAX_BYTES >> 30} GiB and {MAX_TEXT >> 20} million characters",
@@ -207,7 +207,7 @@ def _runaway(where: str, found: str) -> UserError:
 def make_renderer(
     tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None, arguments: Mapping[str, Any] | None
 ) -> Renderer:
-    """The tokenizer's template for conversations with these tools and arguments.
+    """The tokenizer's template, with these tools and arguments.
 
     Raises:
         ValueError: the tokenizer has no template.
@@ -222,10 +222,10 @@ def make_renderer(
 
 @functools.lru_cache(maxsize=64)
 def _with_visible_marks(template: str) -> str:
-    """The template with characters of no language where its `{% generation %}` blocks begin and end.
+    """The template with private-use characters at the beginnings and ends of its `{% generation %}` blocks.
 
-    `with` is a block with a scope of its own, as `generation` is. White space around the tags is taken as Jinja takes
-    it from the tags that stood there (`-`, and the settings trim_blocks and lstrip_blocks).
+    `with` has its own scope, like `generation`. White space around the tags is handled as Jinja handles it for the
+    original tags (`-`, and the settings trim_blocks and lstrip_blocks).
     """
 
     def visible(match: re.Match[str]) -> str:
@@ -256,9 +256,9 @@ _DIRECTIVES = "aAbBdeHIjmMpSyY"
 
 @functools.lru_cache(maxsize=64)
 def _without_clock(template: str) -> str:
-    """Put a macro before the template that replaces transformers' clock, for each way of passing the format.
+    """Prepends a macro that replaces transformers' clock, for each way of passing the format.
 
-    The line break behind the macro is taken by `trim_blocks`, so that the template begins as it did.
+    `trim_blocks` removes the line break after the macro, so that the template's output begins as before.
     """
     if "strftime_now" not in template:
         return template

@@ -1,7 +1,7 @@
-"""The shapes in which a pair is written, brought to one: prompt, chosen, rejected; all texts or all messages.
+"""Normalises the shapes in which pairs are written: prompt, chosen, rejected; all texts or all messages.
 
-Texts: explicit prompt, or two transcripts whose common beginning is the prompt (as in hh-rlhf). Messages: explicit
-prompt, or two conversations whose common beginning is the prompt. docs/data.md shows each. Knows nothing of files.
+Texts: a prompt column, or two transcripts whose common beginning is the prompt (as in hh-rlhf). Messages: a prompt
+column, or two conversations whose common beginning is the prompt. See docs/data.md. Independent of files.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ KIND_FIELDS = {
     "unpaired": ("completion", "label"),
     "ranked": ("responses", "completions", "scores", "ranks"),
 }
-"""The fields that rows of each kind have beside those of all. Ranked rows become pairs, see `kinds.ranked`."""
+"""The fields of each kind of rows, besides the common ones. Ranked rows become pairs, see `kinds.ranked`."""
 _TELLING = {"unpaired": ("completion",), "ranked": ("responses", "completions")}
 COLUMN_FIELDS = (*_OF_ALL, *(name for names in KIND_FIELDS.values() for name in names), *PROMPT_COLUMNS)
-"""What `--columns` maps."""
+"""The fields that `--columns` maps."""
 
 TRANSCRIPT = "transcript"
-"""`PreferencePair.origin` where the prompt is what two texts have in common."""
+"""`PreferencePair.origin` if the prompt is the common beginning of two texts."""
 
-# Further names of columns that may hold a prompt: beside one of them, a common beginning proves nothing.
+# More column names for a prompt: if one exists, the common beginning of the texts may not be the prompt.
 _MAY_BE_PROMPTS = (
     *("problem", "task", "request", "text", "post", "title", "body", "user", "user_prompt", "user_input"),
     *("prompt_text", "source", "src", "dialogue", "dialog", "conversations", "conversation", "messages"),
 )
 
-# What stands before an answer in the transcripts and prompts of common data sets; the answer starts behind it.
+# Headers before an answer in the transcripts and prompts of common data sets; the answer starts after them.
 ASSISTANT_HEADERS = (
     "\n\nAssistant:",
     "<|im_start|>assistant\n",
@@ -64,7 +64,7 @@ ASSISTANT_HEADERS = (
     "\nASSISTANT:",
     "\nResponse:",
 )
-# A human turn inside a response: the two sides differ in an earlier turn than the last.
+# A human turn inside a response: the two sides differ before the last turn.
 HUMAN_HEADERS = (
     *("\n\nHuman:", "<|im_start|>user", "<|start_header_id|>user", "<|user|>", "<start_of_turn>user"),
     *("<|header_start|>user", "<|start_of_role|>user", "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>", "<|start|>user"),
@@ -80,20 +80,20 @@ _OURS_IN_TEMPLATES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """Two responses to one prompt, the first preferred; or, of an unpaired row, its response and a mismatched one.
+    """Two responses to one prompt, the first preferred; for an unpaired row, its response and a mismatched one.
 
     Attributes:
-        prompt: a text, or messages with `role` and `content`; the responses are of the same kind.
-        chosen: the response alone, without the prompt.
+        prompt: a text, or messages with `role` and `content`; the responses have the same form.
+        chosen: the response without the prompt.
         rejected: the same.
         source_file: as the user named it.
-        source_row: from 1: the line in JSON Lines, else the position among the file's rows.
-        extra: the row's other columns, values that JSON can hold.
+        source_row: from 1: the line in JSON Lines, otherwise the position among the file's rows.
+        extra: the row's other columns, as JSON values.
         tools: JSON schemas for the chat template, or None.
         chat_template_kwargs: further arguments of the chat template, or None.
-        origin: the field that the prompt was taken from, or `transcript`; empty for messages that begin alike.
-        repeated: whether both responses repeated the prompt, and stand here without it.
-        scores: of an unpaired row 1 if its response is desirable and 0 if not; else empty. See `ScoredPair.scores`.
+        origin: the field that the prompt was taken from, or `transcript`; empty for messages with a common beginning.
+        repeated: whether both responses repeated the prompt, which was removed from them.
+        scores: for an unpaired row 1 if its response is desirable and 0 if not; else empty. See `ScoredPair.scores`.
     """
 
     prompt: Turns
@@ -115,7 +115,7 @@ class PreferencePair:
 
     @property
     def responses(self) -> dict[str, Turns]:
-        """What the row itself holds: field -> response; the mismatched one of an unpaired row is another row's."""
+        """The row's own responses: field -> response, without the mismatched one of an unpaired row."""
         if self.kind == "unpaired":
             return {"completion": self.chosen}
         return {"chosen": self.chosen, "rejected": self.rejected}
@@ -123,12 +123,12 @@ class PreferencePair:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How the columns of a file are to be read.
+    """How to read the columns of a file.
 
     Attributes:
-        columns: field -> column of the file, where they differ; an empty one where a field is not to be read.
+        columns: field -> column of the file, if the names differ; an empty name if a field is not to be read.
         untyped: whether all values are texts (CSV).
-        prompt_format: a text with `{prompt}` in it, put around prompts given as texts (not around transcripts).
+        prompt_format: a text with `{prompt}` to put around prompts given as texts (not around transcripts).
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -140,26 +140,26 @@ class Shape:
         return self.columns.get(name, name)
 
     def kind_of(self, names: Collection[str]) -> str:
-        """Which of KIND_FIELDS a file's columns make: pairs, unless they lack what all pairs have and others do not."""
+        """The kind of rows, one of KIND_FIELDS, with these columns: pairs, unless only another kind's are there."""
         if any(self.column(name) in names for name in KIND_FIELDS["pairs"]):
             return "pairs"
-        told = (kind for kind, fields in _TELLING.items() if any(self.column(name) in names for name in fields))
-        return next(told, "pairs")
+        kinds = (kind for kind, fields in _TELLING.items() if any(self.column(name) in names for name in fields))
+        return next(kinds, "pairs")
 
 
 def check_kind(kind: str, first: str) -> None:
-    """Raises RowFault where a row is of another kind than the first one."""
+    """Raises RowFault if a row's kind differs from the first one's."""
     if kind != first:
         raise RowFault("mixed-rows", f"the first row is one of {first} rows, this one of {kind} rows")
 
 
 def fields_of(kind: str) -> tuple[str, ...]:
-    """The fields that a row of a kind is made of."""
+    """The fields of a kind of rows."""
     return (*_OF_ALL, *KIND_FIELDS[kind])
 
 
 def to_pair(row: Mapping[str, Any], shape: Shape, source_file: str, source_row: int) -> PreferencePair:
-    """Turn one row into a pair; unused columns become `extra`.
+    """Turns one row into a pair; unused columns become `extra`.
 
     Raises:
         RowFault: `missing-field`, `wrong-type`, `bad-messages`, `mixed-shapes`, `no-common-prompt`, `prompt-mismatch`,
@@ -174,21 +174,25 @@ def to_pair(row: Mapping[str, Any], shape: Shape, source_file: str, source_row: 
 
 
 def to_unpaired(row: Mapping[str, Any], shape: Shape, source_file: str, source_row: int) -> PreferencePair:
-    """One row of a response and a label, as a pair that still lacks its mismatched response: see `mismatch`.
+    """Turns a row of a response and a label into a pair that still lacks its mismatched response: see `Mismatcher`.
 
     Raises:
-        RowFault: as `to_pair`; `bad-label`.
+        RowFault: as `to_pair`, and `bad-label`.
     """
     column = shape.column("label")
-    given = row.get(column)
-    label = _LABELS.get(given.strip().lower() if isinstance(given, str) else given) if _is_plain(given) else None
+    raw_label = row.get(column)
+    label = (
+        _LABELS.get(raw_label.strip().lower() if isinstance(raw_label, str) else raw_label)
+        if _is_plain(raw_label)
+        else None
+    )
     if label is None:
-        raise RowFault("bad-label", f"`{column}` must be true or false, it is {given!r:.80}")
+        raise RowFault("bad-label", f"`{column}` must be true or false, it is {raw_label!r:.80}")
     response = _turns(row, shape.column("completion"))
     pair = _to_row(row, shape, {"completion": response}, source_file, source_row)
     if "label" in pair.extra:
         raise RowFault("unused-column", f"`label` is taken from `{column}`, and there is another column of this name")
-    # The label is kept among the columns too, where the cache's view finds it.
+    # Also keep the label among the columns, where the cache's view reads it.
     return replace(pair, scores=(float(label),), extra=pair.extra | {"label": label})
 
 
@@ -203,27 +207,32 @@ def _is_plain(value: Any) -> bool:
 def _to_row(
     row: Mapping[str, Any], shape: Shape, responses: Mapping[str, Turns], source_file: str, source_row: int
 ) -> PreferencePair:
-    """Prompt and responses of a row, by the names of their fields; of one alone, `rejected` is empty."""
+    """Prompt and responses of a row, by field; for a single response, `rejected` is empty."""
     sides = list(responses.values())
-    given = read_prompt(row, shape.columns, single_answers=_are_answers(sides))
+    prompt_columns = read_prompt(row, shape.columns, single_answers=_are_answers(sides))
     texts = [side for side in sides if isinstance(side, str)]
     conversations = [side for side in sides if isinstance(side, list)]
     if not conversations:
-        parts = _split_texts(given, texts, row)
-        if isinstance(parts.prompt, str) and given.prompt is not None and not parts.formatted and shape.prompt_format:
+        parts = _split_texts(prompt_columns, texts, row)
+        if (
+            isinstance(parts.prompt, str)
+            and prompt_columns.prompt is not None
+            and not parts.formatted
+            and shape.prompt_format
+        ):
             parts.prompt = shape.prompt_format.replace("{prompt}", parts.prompt)
     elif not texts:
-        parts = _split_conversations(given, conversations)
+        parts = _split_conversations(prompt_columns, conversations)
     else:
         raise RowFault("mixed-shapes", "one response is text, the other is messages")
-    parts.prompt = place_prompt(given, parts.prompt, shape.prompt_format)
+    parts.prompt = place_prompt(prompt_columns, parts.prompt, shape.prompt_format)
     if isinstance(parts.prompt, list):
         answers = [_as_answer(side) for side in parts.sides]
         parts.sides = list(answers)
         parts.prompt = without_answer(parts.prompt, parts.origin, *answers)
     _check_responses(dict(zip(responses, parts.sides, strict=True)))
     kind = next(kind for kind, names in KIND_FIELDS.items() if set(responses) <= set(names))
-    used = {shape.column(name) for name in fields_of(kind)} | given.used
+    used = {shape.column(name) for name in fields_of(kind)} | prompt_columns.used
     check_conversations(row, shape.columns, used, " ".join(map(plain, (parts.prompt, *parts.sides))))
     tools = _tools(row, shape)
     kwargs = _template_kwargs(row.get(shape.column("chat_template_kwargs")))
@@ -245,7 +254,7 @@ def _to_row(
 
 
 def holds_human_turn(pair: PreferencePair) -> bool:
-    """Whether a response holds a further turn of the human, which would be scored as if the model had said it."""
+    """Whether a response contains a further turn of the human, which would be scored as the model's text."""
     for side in pair.responses.values():
         if isinstance(side, list):
             if any(message["role"] == "user" for message in side):
@@ -256,13 +265,13 @@ def holds_human_turn(pair: PreferencePair) -> bool:
 
 
 def common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many leading elements two sequences have in common."""
+    """The number of equal leading elements of two sequences."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 @dataclass(slots=True)
 class _Parts:
-    """A row's prompt and responses; `formatted` where the prompt is a transcript, which has its wrapping already."""
+    """A row's prompt and responses; `formatted` if the prompt is a transcript, which needs no format."""
 
     prompt: Turns
     sides: list[Turns]
@@ -283,7 +292,7 @@ def _turns(row: Mapping[str, Any], column: str) -> Turns:
 
 
 def _are_answers(sides: Sequence[Turns]) -> bool:
-    """Whether the responses are answers alone, and no conversations or transcripts that hold their prompt."""
+    """Whether the responses are single answers, not conversations or transcripts that include their prompt."""
     return all(
         not any(header in side for header in ASSISTANT_HEADERS)
         if isinstance(side, str)
@@ -296,19 +305,21 @@ def _as_answer(response: Turns) -> list[Message]:
     return [{"role": "assistant", "content": response}] if isinstance(response, str) else response
 
 
-def _split_texts(given: PromptColumns, sides: Sequence[str], row: Mapping[str, Any]) -> _Parts:
-    """Prompt and responses of texts: the prompt as given, or what several transcripts have in common."""
+def _split_texts(prompt_columns: PromptColumns, sides: Sequence[str], row: Mapping[str, Any]) -> _Parts:
+    """Prompt and responses of texts: the given prompt, or the common beginning of transcripts."""
     common = sides[0]
     for side in sides[1:]:
         common = common[: common_length(common, side)]
-    if given.prompt is None:
+    if prompt_columns.prompt is None:
         if len(sides) == 1:
-            raise RowFault("no-common-prompt", "there is no prompt column, and one text alone does not show its prompt")
+            raise RowFault(
+                "no-common-prompt", "there is no prompt column, and a single text does not show where its prompt ends"
+            )
         ends = _header_ends(common)
         cut = max(ends) if ends else _line_cut(common)
         equal = len(set(sides)) == 1
         if equal or cut is None:
-            problem = "are equal" if equal else "do not begin as transcripts of one conversation do"
+            problem = "are equal" if equal else "do not begin like transcripts of one conversation"
             raise RowFault(
                 "same-response" if equal else "no-common-prompt",
                 f"no prompt column, and the two texts {problem}",
@@ -317,78 +328,80 @@ def _split_texts(given: PromptColumns, sides: Sequence[str], row: Mapping[str, A
         if not ends and other is not None and not (isinstance(row[other], str) and row[other] in common):
             raise RowFault(
                 "unused-column",
-                f"`{other}` may be the prompt, and the texts merely begin alike: name it with --columns prompt={other}",
+                f"`{other}` may be the prompt, since the texts only begin alike: name it with --columns prompt={other}",
             )
         return _Parts(common[:cut], [side[cut:] for side in sides], TRANSCRIPT, formatted=True)
-    prompt = given.prompt
+    prompt = prompt_columns.prompt
     if isinstance(prompt, str):
         if prompt and common.startswith(prompt) and _is_repetition(prompt):
-            parts = _Parts(prompt, [side[len(prompt) :] for side in sides], given.origin, repeated=True)
+            parts = _Parts(prompt, [side[len(prompt) :] for side in sides], prompt_columns.origin, repeated=True)
             parts.formatted = any(header in prompt for header in ASSISTANT_HEADERS)
             return parts
-        # The question in the prompt column, and whole transcripts of it as responses.
+        # The prompt column has the question, and the responses are whole transcripts with it.
         ends = _header_ends(common)
         if ends and prompt.strip() and prompt.strip() in common[: max(ends)]:
             cut = max(ends)
-            return _Parts(common[:cut], [side[cut:] for side in sides], given.origin, repeated=True, formatted=True)
-    return _Parts(prompt, list(sides), given.origin)
+            return _Parts(
+                common[:cut], [side[cut:] for side in sides], prompt_columns.origin, repeated=True, formatted=True
+            )
+    return _Parts(prompt, list(sides), prompt_columns.origin)
 
 
 def _is_repetition(prompt: str) -> bool:
-    """Whether two responses that both begin with this prompt repeat it; one or two words may well begin both."""
+    """Whether two responses that begin with this prompt repeat it; one or two words may be a coincidence."""
     return (
         len(prompt.split()) > 2 or "\n" in prompt.strip() or prompt.rstrip().endswith(":") or bool(_header_ends(prompt))
     )
 
 
 def _header_ends(text: str) -> list[int]:
-    """Behind which characters answers may begin: the end of the last header of each kind."""
+    """Positions where answers may begin: the end of the last header of each kind."""
     return [text.rfind(header) + len(header) for header in ASSISTANT_HEADERS if header in text]
 
 
 def _line_cut(common: str) -> int | None:
-    """Return where the prompt ends in the common beginning of two texts without a header, or None.
+    """The end of the prompt in the common beginning of two texts without headers, or None.
 
-    Before the last white space, if at least one whole line is in common: less is two answers that merely begin alike.
+    It is before the last white space if at least one whole line is common; with less, two answers only begin alike.
     """
     if "\n" not in common.lstrip():
         return None
     return len(common.rstrip()) if common[-1].isspace() else max(common.rfind(" "), common.rfind("\n"))
 
 
-def _split_conversations(given: PromptColumns, sides: Sequence[list[Message]]) -> _Parts:
-    """Prompt and responses of lists of messages, which may or may not repeat the prompt."""
+def _split_conversations(prompt_columns: PromptColumns, sides: Sequence[list[Message]]) -> _Parts:
+    """Prompt and responses of lists of messages, which may repeat the prompt."""
     if not all(sides):
         raise RowFault("empty-response", "a response has no messages")
-    if given.prompt == []:
+    if prompt_columns.prompt == []:
         raise RowFault("empty-prompt", "the prompt has no messages")
-    prompt = given.prompt
+    prompt = prompt_columns.prompt
     if prompt is not None and any(side[0]["role"] == "assistant" for side in sides):
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
-        return _Parts(prompt, list(sides), given.origin)
+        return _Parts(prompt, list(sides), prompt_columns.origin)
     first, shortest = sides[0], min(map(len, sides))
     shared = next(
         (i for i in range(shortest) if not all(same_message(first[i], side[i]) for side in sides[1:])), shortest
     )
-    if len(sides) == 1:  # a whole conversation: the answer is what goes on from the prompt
+    if len(sides) == 1:  # a whole conversation: the answer follows the prompt
         shared -= 1
     elif all(len(side) == shared for side in sides):
         raise RowFault("same-response", "the two conversations are equal")
     if shared == 0:
         raise RowFault("no-common-prompt", "the two conversations begin with different messages")
     least = _given_length(prompt, first[:shared])
-    # Both sides go on with the assistant; a differing turn of the user belongs to the responses.
+    # Both sides continue with the assistant; if user turns differ, they belong to the responses.
     while shared > least and any(len(side) > shared and side[shared]["role"] != "assistant" for side in sides):
         shared -= 1
-    return _Parts(first[:shared], [side[shared:] for side in sides], given.origin)
+    return _Parts(first[:shared], [side[shared:] for side in sides], prompt_columns.origin)
 
 
 def _given_length(prompt: Turns | None, shared: list[Message]) -> int:
-    """How many of the shared messages the prompt column names.
+    """How many of the common messages the prompt column contains.
 
     Raises:
-        RowFault: `prompt-mismatch`, it names others.
+        RowFault: `prompt-mismatch`, it contains others.
     """
     if isinstance(prompt, list):
         if len(prompt) <= len(shared) and all(map(_alike, prompt, shared)):
@@ -406,7 +419,7 @@ def _given_length(prompt: Turns | None, shared: list[Message]) -> int:
 
 
 def _alike(a: Message, b: Message) -> bool:
-    """Whether two messages say the same, white space at the ends aside."""
+    """Whether two messages are equal, ignoring white space at both ends."""
     return same_message({**a, "content": a["content"].strip()}, {**b, "content": b["content"].strip()})
 
 
@@ -417,13 +430,13 @@ def _check_responses(sides: Mapping[str, Turns]) -> None:
         else:
             empty = not any(message["content"].strip() or message.get("tool_calls") for message in side)
         if empty:
-            raise RowFault("empty-response", f"`{name}` holds nothing after the prompt")
+            raise RowFault("empty-response", f"`{name}` has nothing after the prompt")
         if isinstance(side, list) and side[0]["role"] != "assistant":
             raise RowFault("bad-messages", f"`{name}` continues the prompt with a {side[0]['role']!r} message")
 
 
 def _tools(row: Mapping[str, Any], shape: Shape) -> list[Any] | None:
-    """The tools of a row, which OpenAI's preference format keeps with the messages of the prompt."""
+    """The tools of a row; OpenAI's preference format stores them with the messages of the prompt."""
     value = row.get(shape.column("tools"))
     prompt = row.get(shape.column("prompt"))
     if value is None and isinstance(prompt, dict):
@@ -447,7 +460,7 @@ def _template_kwargs(value: Any) -> dict[str, Any] | None:
 
 
 def _structure(value: Any, column: str) -> Any:
-    """A value that some files store as text."""
+    """Parses a value that some files store as text."""
     if not isinstance(value, str):
         return value
     if not value.strip():

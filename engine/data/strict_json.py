@@ -1,7 +1,7 @@
-"""JSON as RFC 8259 has it, and no more: what Python's `json` lets through is refused.
+"""JSON exactly as in RFC 8259: refuses what Python's `json` additionally accepts.
 
-Duplicate keys, `NaN` and `Infinity`, numbers that overflow, lone surrogates and nesting too deep for later code are
-faults of the row that holds them. Knows nothing of files or pairs.
+Duplicate keys, `NaN` and `Infinity`, numbers that overflow, lone surrogates, and nesting too deep for later code are
+faults of the row that contains them. Independent of files and pairs.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 MAX_DEPTH = 64
 
 
-class RowFault(Exception):  # noqa: N818 - it is a finding about the data, counted and listed, not a failure of a call
-    """Why one row cannot be used.
+class RowFault(Exception):  # noqa: N818 - a finding about the data, counted and listed, not a failed call
+    """The reason why one row cannot be used.
 
     Args:
         reason: stable short code, e.g. `bad-json`; docs/data.md lists them.
-        detail: what exactly, for the reader of the rejects file.
+        detail: the exact problem, for the reader of the rejects file.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -28,14 +28,14 @@ class RowFault(Exception):  # noqa: N818 - it is a finding about the data, count
 
 
 def parse(text: str, *, is_line: bool = False) -> Any:
-    """The value of a JSON text, with a `RowFault` standing wherever a duplicate key or a non-finite number stood.
+    """Parses a JSON text, with a `RowFault` in place of every duplicate key and every non-finite number.
 
-    What `is_line` of a file has its place told as a column: which line it is, the reader knows.
+    Positions in a line of a file (`is_line`) are columns: the reader knows the number of the line.
 
-    Leaving the fault in place lets a file that is one large array lose single rows: call `check` on each.
+    Leaving faults in place lets a file that is one large array lose single rows: call `check` on each.
 
     Raises:
-        RowFault: `bad-json` or `json-too-deep`, where there is no value at all.
+        RowFault: `bad-json` or `json-too-deep`, if there is no value at all.
     """
     try:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
@@ -44,12 +44,12 @@ def parse(text: str, *, is_line: bool = False) -> Any:
     except json.JSONDecodeError as error:
         place = f"column {error.pos + 1}" if is_line else f"line {error.lineno}, column {error.colno}"
         raise RowFault("bad-json", f"{error.msg} ({place})") from None
-    except ValueError as error:  # an integer of more digits than Python converts
+    except ValueError as error:  # an integer with more digits than Python converts
         raise RowFault("bad-json", str(error)) from None
 
 
 def check(value: Any) -> None:
-    """Raise the first fault in a parsed value: one that `parse` left there, a lone surrogate, or too deep a nest."""
+    """Raises the first fault in a parsed value: one left by `parse`, a lone surrogate, or too deep nesting."""
     stack = [(value, 1)]
     while stack:
         item, depth = stack.pop()
@@ -67,7 +67,7 @@ def check(value: Any) -> None:
 
 
 def as_row(value: Any) -> dict[str, Any] | RowFault:
-    """A parsed value as a row, or what keeps it from being one."""
+    """A parsed value as a row, or the fault that prevents it."""
     try:
         check(value)
     except RowFault as fault:
@@ -78,7 +78,7 @@ def as_row(value: Any) -> dict[str, Any] | RowFault:
 
 
 def json_type(value: Any) -> str:
-    """Name the JSON type of a value with its article, for messages."""
+    """The JSON type of a value with its article, for messages."""
     if value is None:
         return "null"
     for types, name in ((bool, "a boolean"), (int | float, "a number"), (str, "a string"), (list, "an array")):
@@ -107,7 +107,7 @@ def _object(items: list[tuple[str, Any]]) -> dict[str, Any] | RowFault:
 
 
 def _constant(name: str) -> RowFault:
-    return RowFault("not-finite", f"{name} is no JSON number")
+    return RowFault("not-finite", f"{name} is not a JSON number")
 
 
 def _float(digits: str) -> float | RowFault:

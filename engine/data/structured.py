@@ -1,6 +1,6 @@
-"""Lists and objects that a file stores as text: JSON, Python's repr, and numpy's repr as pandas writes it to CSV.
+"""Parses lists and objects that a file stores as text: JSON, Python's repr, and numpy's repr in pandas' CSV files.
 
-What a text means does not depend on the kind of file that holds it. Knows nothing of messages or files.
+The meaning of a text does not depend on the kind of file. Independent of messages and files.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from dpoeng.engine.data import strict_json
 from dpoeng.engine.data.strict_json import RowFault
 
-# Python's string literals are passed over whole, so that a brace inside a text is never taken for structure.
+# Skip Python's string literals as a whole, so that a brace inside a text is never taken for structure.
 _LITERAL = r"""(?P<text>[rRuU]?(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"))"""
 _REPR = re.compile(
     _LITERAL + r"""|(?P<gap>(?<=[}\]])\s+(?=[{\[]))|(?P<open>array\()|(?P<close>(?:,\s*dtype=[\w<>.]+)?\s*\))""",
@@ -22,16 +22,16 @@ _JOINED_TEXTS = re.compile(_LITERAL + r"""\s+(?=['"])|""" + _LITERAL.replace("te
 
 
 class Base64(str):
-    """Bytes of a table that are no UTF-8, as JSON can hold them: never a text to train on."""
+    """Bytes of a table that are not UTF-8, in a JSON form; never a text to train on."""
 
     __slots__ = ()
 
 
 def parse_structure(text: str) -> Any:
-    """The list or object that a text holds, or None where it is a text like any other.
+    """The list or object in a text, or None if it is an ordinary text.
 
     Raises:
-        RowFault: it is JSON that RFC 8259 does not allow (a key twice, half a character, ...).
+        RowFault: it is JSON that RFC 8259 forbids (a duplicate key, a lone surrogate, ...).
     """
     begin = text.lstrip()[:6]
     if not begin.startswith(("[", "{", "array(")):
@@ -47,7 +47,7 @@ def parse_structure(text: str) -> Any:
 
 
 def _parse_repr(text: str) -> Any:
-    """The value of Python's or numpy's repr; numpy puts no commas between the items of an array."""
+    """Parses Python's or numpy's repr; numpy writes no commas between the items of an array."""
     for candidate in (text.strip(), _REPR.sub(_as_python, text.strip())):
         if _joins_texts(candidate):
             return None  # Python would read ['a' 'b'] as one text

@@ -1,6 +1,6 @@
-"""CSV, Parquet and Arrow to numbered rows of JSON values.
+"""Reads CSV, Parquet and Arrow into numbered rows of JSON values.
 
-Knows nothing of where bytes come from or what a pair is.
+Independent of where the bytes come from and of the definition of a pair.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ NumberedRow = tuple[int, dict[str, Any] | RowFault]
 
 
 def csv_rows(lines: Iterable[tuple[int, bytes | RowFault]], path: Path, max_cell: int) -> Iterator[NumberedRow]:
-    """CSV with a header. A cell that reads as a number, true or false is that; an empty one is null."""
-    previous_limit = csv.field_size_limit(max_cell)  # process-wide, and 128 KiB unless told
+    """CSV with a header. A cell that reads as a number, true or false has that value; an empty cell is null."""
+    previous_limit = csv.field_size_limit(max_cell)  # process-wide; 128 KiB by default
     try:
         source = _csv_lines(lines)
         first = next(source, "")
@@ -59,13 +59,13 @@ def csv_rows(lines: Iterable[tuple[int, bytes | RowFault]], path: Path, max_cell
 
 
 def _open_quote(path: Path, number: int, max_cell: int) -> UserError:
-    """Of a cell over many lines: which row any of those behind it belongs to, nothing tells."""
+    """The error for a cell that spans too many lines: it is unclear which row the lines after it belong to."""
     return UserError(
         "a quote of the CSV file is not closed",
         code="data-bad-csv",
         where=f"{path}, row {number}",
         expected=f"the end of a quoted cell within {max_cell >> 20} MiB",
-        remedy='close it, and write quotes inside of cells twice (""); a CSV library does both',
+        remedy='close it, and double the quotes inside cells (""); a CSV library does both',
         exit_status=3,
     )
 
@@ -89,11 +89,11 @@ def _csv_header(reader: Iterator[list[str]], path: Path) -> list[str]:
     return names
 
 
-_TOO_LONG = "\udc00"  # stands for a line that was skipped; no decoded byte gives this character
+_TOO_LONG = "\udc00"  # marks a skipped line; no decoded byte gives this character
 
 
 def _csv_lines(lines: Iterable[tuple[int, bytes | RowFault]]) -> Iterator[str]:
-    # Bytes that are no UTF-8 become U+DC80 to U+DCFF, and are found in the cell that holds them.
+    # Bytes that are not UTF-8 become U+DC80 to U+DCFF, and are reported for the cell that contains them.
     for _, line in lines:
         yield _TOO_LONG + "\n" if isinstance(line, RowFault) else line.decode(errors="surrogateescape")
 
@@ -102,7 +102,7 @@ def _csv_row(names: Sequence[str], cells: Sequence[str]) -> dict[str, Any]:
     for cell in cells:
         if not cell.isascii() and any("\udc00" <= character <= "\udcff" for character in cell):
             if _TOO_LONG in cell:
-                raise RowFault("line-too-long", "a line in it is longer than any row may be")
+                raise RowFault("line-too-long", "it contains a line longer than the limit for a row")
             raise RowFault("bad-utf8", "a cell is not UTF-8")
     if len(cells) != len(names):
         raise RowFault("bad-csv", f"{len(cells)} cells where the header has {len(names)}")
@@ -110,12 +110,12 @@ def _csv_row(names: Sequence[str], cells: Sequence[str]) -> dict[str, Any]:
 
 
 def csv_value(cell: str) -> Any:
-    """Parse an extra CSV cell, since CSV has no types: a number, true, false, null (empty) or text."""
+    """Parses an extra CSV cell, since CSV has no types: a number, true, false, null (empty) or text."""
     if cell == "":
         return None
     if cell.lower() in ("true", "false"):
         return cell.lower() == "true"
-    if "_" in cell:  # which Python would read as 1_000
+    if "_" in cell:  # Python would read 1_000 as a number
         return cell
     for number in (int, float):
         try:
@@ -127,7 +127,7 @@ def csv_value(cell: str) -> Any:
 
 
 def check_names(names: Sequence[str], path: Path) -> None:
-    """Raise UserError where two columns have one name."""
+    """Raises UserError if two columns have the same name."""
     repeated = sorted(name for name, times in Counter(names).items() if times > 1)
     if repeated:
         raise UserError(
@@ -141,7 +141,7 @@ def check_names(names: Sequence[str], path: Path) -> None:
 
 
 def check_width(names: Sized, path: Path) -> None:
-    """Raise UserError where there are more columns than are read: each row would hold all of them."""
+    """Raises UserError if there are too many columns: each row would contain all of them."""
     if len(names) > MAX_COLUMNS:
         raise UserError(
             f"there are more than {MAX_COLUMNS} columns",
@@ -162,7 +162,7 @@ def table_rows(batches: Iterable[tuple[pa.RecordBatch, Sequence[bool] | Mask]], 
         for index in range(batch.num_rows):
             number += 1
             if too_long[index]:
-                yield number, RowFault("line-too-long", f"a row of more than {MAX_ROW_BYTES >> 20} MiB")
+                yield number, RowFault("line-too-long", f"a row larger than {MAX_ROW_BYTES >> 20} MiB")
                 continue
             try:
                 row = {
@@ -173,23 +173,23 @@ def table_rows(batches: Iterable[tuple[pa.RecordBatch, Sequence[bool] | Mask]], 
                 yield number, RowFault("bad-utf8", f"{error.reason} at byte {error.start} of a value")
             except RowFault as fault:
                 yield number, fault
-            except (ValueError, OverflowError) as error:  # e.g. a date that Python cannot hold
+            except (ValueError, OverflowError) as error:  # e.g. a date outside Python's range
                 yield number, RowFault("bad-value", str(error)[:200])
             else:
                 yield number, as_row(row)
 
 
 def plain(value: Any) -> Any:
-    """A value of a table as JSON can hold it: dates as ISO 8601, NaN (a missing number) as null, bytes as UTF-8.
+    """A table's value in JSON form: dates as ISO 8601, NaN (a missing number) as null, bytes as UTF-8.
 
-    Bytes that are no UTF-8 become base64 that no text is made of.
+    Bytes that are not UTF-8 become base64, which is never used as text.
     """
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        # A struct column gives every row the keys of all rows; those that a row did not have are null.
+        # A struct column gives every row the keys of all rows; missing ones are null.
         return {str(key): plain(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
         return [plain(item) for item in value]
@@ -204,7 +204,7 @@ def plain(value: Any) -> Any:
 
 
 def _holds_json(kind: pa.DataType) -> bool:
-    """Whether a column's values, or the items of its lists, are JSON by their type (`datasets`' `Json()` feature)."""
+    """Whether a column's values, or the items of its lists, have a JSON type (`datasets`' `Json()` feature)."""
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return _holds_json(kind.value_type)
     return getattr(kind, "extension_name", "") == "arrow.json"

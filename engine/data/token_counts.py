@@ -1,4 +1,4 @@
-"""Counts what tokenisation did to many pairs, and keeps each pair's key. Holds 48 bytes a pair."""
+"""Counts the effects of tokenisation over many pairs, and keeps each pair's key. Takes 48 bytes a pair."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class TokenCounts:
 
     Attributes:
         truncated: something was cut off.
-        merged: the prompt has other tokens before a response than by itself.
+        merged: the prompt has other tokens before a response than alone.
         unshared: the sides' last prompt tokens differ and were moved, unscored, to the responses.
-        duplicates: equal in all ids to an earlier pair.
-        contradictions: an earlier pair with the responses the other way round.
-        separate: responses (not pairs) tokenised apart from their prompt, for want of offsets.
-        turns: pairs with tokens of others inside a response, which are not scored.
-        swallowed: a special token took the white space that a response begins with.
-        thoughts: the template left out thoughts of earlier turns, as it is meant to.
+        duplicates: all ids equal an earlier pair's.
+        contradictions: an earlier pair has the responses swapped.
+        separate: responses (not pairs) tokenised apart from their prompt, because the tokenizer gives no offsets.
+        turns: pairs with other speakers' tokens inside a response, which are not scored.
+        swallowed: a special token absorbed the white space at a response's beginning.
+        thoughts: the template left out thoughts of earlier turns, by design.
         lengths: `prompt`, `chosen`, `rejected`, `total` (prompt once), after truncation.
     """
 
@@ -56,10 +56,10 @@ class TokenCounts:
 
 
 class Counter:
-    """Counts pairs as they go by.
+    """Counts pairs one by one.
 
     Attributes:
-        counts: complete once `finish` was called.
+        counts: complete after `finish`.
     """
 
     def __init__(self) -> None:
@@ -70,11 +70,11 @@ class Counter:
 
     @property
     def keys(self) -> npt.NDArray[np.uint8]:
-        """[N, 16] the pairs' keys."""
+        """[N, 16], the pairs' keys."""
         return _as_keys(self._keys)
 
     def add(self, pair: TokenizedPair, kind: str) -> None:
-        """One more row, of a kind of `shapes.KIND_FIELDS`."""
+        """Counts a row of one of `shapes.KIND_FIELDS`."""
         self._names = _NAMES[kind]
         ids, counts = pair.ids, self.counts
         counts.truncated += pair.truncated
@@ -84,14 +84,14 @@ class Counter:
         counts.swallowed += pair.swallowed
         counts.thoughts += pair.thoughts > 0
         self._keys += pair_key(ids)
-        self._swapped += pair_key(ids.swapped()) if kind == "pairs" else bytes(16)  # which is no pair's key
+        self._swapped += pair_key(ids.swapped()) if kind == "pairs" else bytes(16)  # matches no pair's key
         for lengths, part in zip(
             self._lengths.values(), (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids), strict=True
         ):
             lengths.append(len(part))
 
     def finish(self) -> TokenCounts:
-        """The counts that need all pairs: repeats and lengths."""
+        """The counts that need all pairs: duplicates and lengths."""
         keys = self.keys
         if not len(keys):
             return self.counts
@@ -99,7 +99,7 @@ class Counter:
         which = np.unique(both, return_inverse=True)[1]
         rows = np.arange(len(keys))
         first = np.full(len(both), len(keys))
-        first[which[: len(keys)][::-1]] = rows[::-1]  # of equal ones, what is written last stays: the first row
+        first[which[: len(keys)][::-1]] = rows[::-1]  # of equal rows the last write stays, which is the first row
         self.counts.duplicates = int((first[which[: len(keys)]] < rows).sum())
         self.counts.contradictions = int((first[which[len(keys) :]] < rows).sum())
         parts = {name: np.asarray(lengths) for name, lengths in zip(self._names, self._lengths.values(), strict=True)}

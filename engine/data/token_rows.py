@@ -1,6 +1,6 @@
-"""Tokenised pairs, as many as there are: their tokens lie in a temporary file, and memory holds some bytes a pair.
+"""Stores any number of tokenised pairs: tokens in a temporary file, and some bytes per pair in memory.
 
-A million pairs of 300 tokens are 1.2 GB of ids, and several times that as Python objects. Knows no tokenizer.
+A million pairs of 300 tokens have 1.2 GB of ids, and several times that as Python objects. Needs no tokenizer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import Gaps, IdArray, PairIds, as_ids
 
 IN_MEMORY_BYTES: Final = 16 << 20
-"""So much stays in memory; more goes to a file without a name in the system's temporary folder (TMPDIR)."""
+"""Bytes kept in memory; the rest goes to an unnamed file in the system's temporary folder (TMPDIR)."""
 
 # row, file, lengths of prompt, chosen and rejected, both starts, gaps of either side, needed, thoughts, flags
 _HEAD: Final = struct.Struct("<q11i")
@@ -36,10 +36,10 @@ class TokenizedPair:
         ids: shared prompt and both responses, after truncation.
         extra: the row's other columns.
         truncated: whether anything was cut off.
-        merged: whether the prompt by itself has other tokens than it has before a response.
+        merged: whether the prompt alone has other tokens than before a response.
         needed: positions of prompt + longer response before truncation: the `max_length` that cuts nothing.
-        swallowed: whether a special token took the white space that a response begins with.
-        thoughts: thoughts of earlier turns that the template leaves out.
+        swallowed: whether a special token absorbed the white space at a response's beginning.
+        thoughts: number of thoughts of earlier turns that the template leaves out.
     """
 
     ids: PairIds
@@ -54,7 +54,7 @@ class TokenizedPair:
 
 
 class TokenRows(Sequence[TokenizedPair]):
-    """Pairs appended one by one and read back in any order; each read builds a new object."""
+    """Pairs appended one by one and read in any order; each read builds a new object."""
 
     def __init__(self) -> None:
         self._file = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES, prefix="dpoeng-pairs-")  # noqa: SIM115 - see below
@@ -64,10 +64,10 @@ class TokenRows(Sequence[TokenizedPair]):
         self._files: list[str] = []
 
     def append(self, pair: TokenizedPair) -> None:
-        """Keep one more pair.
+        """Stores a pair.
 
         Raises:
-            UserError: the temporary folder has no room.
+            UserError: the temporary folder is full.
         """
         file = self._names.setdefault(pair.source_file, len(self._names))
         if file == len(self._files):
@@ -88,7 +88,7 @@ class TokenRows(Sequence[TokenizedPair]):
             pair.truncated | pair.merged << 1 | pair.swallowed << 2,
         )
         gaps = as_ids([edge for gap in (*ids.chosen_gaps, *ids.rejected_gaps) for edge in gap])
-        # What JSON cannot hold is kept as its str(), as the view will keep it.
+        # Values that JSON has no form for are stored as str(), as in the view.
         extra = json.dumps(pair.extra, default=str).encode("ascii")
         parts = (head, ids.prompt_ids, ids.chosen_ids, ids.rejected_ids, gaps, extra)
         try:
@@ -114,7 +114,7 @@ class TokenRows(Sequence[TokenizedPair]):
         return TokenizedPair(ids, self._files[file], row, extra, truncated, merged, needed, swallowed, thoughts)
 
     def ids(self, i: int) -> PairIds:
-        """The tokens of a pair alone; the arrays are read-only."""
+        """The tokens of a pair; the arrays are read-only."""
         return self._read(i)[2]
 
     def _read(self, i: int) -> tuple[bytes, tuple[int, ...], PairIds]:
@@ -137,11 +137,11 @@ class TokenRows(Sequence[TokenizedPair]):
 
 @dataclass(frozen=True, slots=True)
 class SomeIds(Sequence[PairIds]):
-    """The tokens of some pairs in some order, read when they are asked for. Nothing is copied up front.
+    """The tokens of selected pairs in a given order, read on demand. Copies nothing up front.
 
     Attributes:
-        rows: where they lie.
-        places: [N] which of these.
+        rows: all pairs.
+        places: [N] indices into `rows`.
     """
 
     rows: TokenRows
@@ -160,7 +160,7 @@ class SomeIds(Sequence[PairIds]):
         return self.rows.ids(int(self.places[i]))
 
     def at(self, chosen: npt.NDArray[np.int64]) -> SomeIds:
-        """Only these, in this order."""
+        """The tokens of these items, in this order."""
         return SomeIds(self.rows, self.places[chosen])
 
 

@@ -1,4 +1,4 @@
-"""Preference pairs to token ids: shared prompt, end token, truncation. The only place where any of them is decided."""
+"""Turns preference pairs into token ids: shared prompt, end token, truncation. The only place that decides on these."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ CHUNK_PAIRS = 128
 
 @dataclass(frozen=True, slots=True)
 class TokenizedData:
-    """All pairs that can be used, in the order of their rows, and those that cannot.
+    """All usable pairs, in the order of their rows, and the rejects.
 
     Attributes:
-        pairs: N of them, kept as `TokenRows` keeps them.
+        pairs: N pairs, stored as `TokenRows`.
         rejects: rows that cannot be used.
-        counts: what tokenisation did.
-        keys: [N, 16] the key of each pair.
+        counts: the effects of tokenisation.
+        keys: [N, 16] key of each pair.
     """
 
     pairs: TokenRows
@@ -57,18 +57,18 @@ def tokenize_pairs(
     append_eos: bool = True,
     train_on: TrainOn = "assistant",
 ) -> TokenizedData:
-    """Tokenise pairs; the outcome depends on the arguments alone, not on what the tokenizer was used for before.
+    """Tokenises pairs. The result depends only on the arguments, not on earlier uses of the tokenizer.
 
     Args:
-        pairs: texts, or messages for the tokenizer's chat template; gone through once, and not kept.
-        tokenizer: any of transformers'; one without offsets is used with less exact boundaries.
-        max_length: most tokens of prompt + response, for each side; None for no limit.
-        max_prompt_length: most tokens of the prompt, whose end (and beginning token) is kept; None for no limit.
-        truncation_mode: what gives way to `max_length`: with `keep_start` the end of a response, with `keep_end` the
-            beginning of the prompt, for both sides alike. Pairs with no room left for the other part are rejected.
-        append_eos: whether texts end with the end token; one that already exists is not doubled. Messages end as the
-            chat template has it.
-        train_on: what of a response that is messages is scored: the assistant's turns, its `last` one alone, or `all`.
+        pairs: texts, or messages for the tokenizer's chat template; read once and not kept.
+        tokenizer: any transformers tokenizer; one without offsets gives less exact boundaries.
+        max_length: maximum tokens of prompt + response, for each side; None for no limit.
+        max_prompt_length: maximum tokens of the prompt, which keeps its end (and beginning token); None for no limit.
+        truncation_mode: what `max_length` cuts: with `keep_start` the end of a response, with `keep_end` the beginning
+            of the prompt, for both sides alike. Pairs with no room left for the other part are rejected.
+        append_eos: whether texts end with the end token; an existing one is not doubled. Messages end as the chat
+            template ends them.
+        train_on: what to score in a response of messages: the assistant's turns, its `last` turn, or `all`.
 
     Raises:
         UserError: the tokenizer has no end token to append, or no chat template for messages.
@@ -76,7 +76,7 @@ def tokenize_pairs(
     _check_limits(max_length, max_prompt_length)
     limits = _Limits(max_length, max_prompt_length, truncation_mode)
     ends = _end_tokens(tokenizer)
-    done, rejects, counter = TokenRows(), list[Reject](), Counter()
+    token_rows, rejects, counter = TokenRows(), list[Reject](), Counter()
     rest = iter(pairs)
     while chunk := list(itertools.islice(rest, CHUNK_PAIRS)):
         if append_eos:
@@ -88,7 +88,7 @@ def tokenize_pairs(
             try:
                 if isinstance(sides, RowFault):
                     raise sides
-                chosen, rejected = next(both)  # both at once, whatever is wrong with either
+                chosen, rejected = next(both)  # consume both, even if one is a fault
                 for side, tokens in zip(sides, (chosen, rejected), strict=True):
                     _close(tokens, side, tokenizer, append_eos, ends)
                 counter.counts.separate += (not chosen.joint) + (not rejected.joint)
@@ -104,16 +104,16 @@ def tokenize_pairs(
             swallowed, thoughts = chosen.swallowed or rejected.swallowed, max(side.thoughts for side in sides)
             tokenized = TokenizedPair(ids, *source, truncated, merged, needed, swallowed, thoughts)
             counter.add(tokenized, pair.kind)
-            done.append(tokenized)
-    return TokenizedData(done, rejects, counter.finish(), counter.keys)
+            token_rows.append(tokenized)
+    return TokenizedData(token_rows, rejects, counter.finish(), counter.keys)
 
 
 def _check_limits(max_length: int | None, max_prompt_length: int | None) -> None:
-    """Raise UserError where a limit leaves no token."""
+    """Raises UserError if a limit leaves no token."""
     for name, limit in (("max_length", max_length), ("max_prompt_length", max_prompt_length)):
         if limit is not None and limit < 1:
             raise UserError(
-                "a length limit must be positive",
+                "a length limit must be at least 1",
                 code="config-value",
                 where=name,
                 expected="1 or more",
@@ -123,7 +123,7 @@ def _check_limits(max_length: int | None, max_prompt_length: int | None) -> None
 
 
 def _check_end_token(pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError where there is no end token to append to texts."""
+    """Raises UserError if there is no end token to append to texts."""
     if tokenizer.eos_token_id is None and any(isinstance(pair.prompt, str) for pair in pairs):
         raise UserError(
             "the tokenizer has no end token to append to responses",
@@ -155,7 +155,7 @@ class _Parts:
 
 
 def _end_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """How an end may be written out in a text: the end token, or one that ends a turn of a template."""
+    """Texts that count as a written-out end: the end token, or one that ends a template's turn."""
     known = map(str, getattr(tokenizer, "get_added_vocab", dict)())
     return tuple({text for text in (tokenizer.eos_token, *known) if text and text in (tokenizer.eos_token, *END_TEXTS)})
 
@@ -172,11 +172,11 @@ def _sides_or_fault(
 def _close(
     encoded: Encoded, side: Side, tokenizer: PreTrainedTokenizerBase, append_eos: bool, ends: tuple[str, ...]
 ) -> None:
-    """See that a side has its end token: exactly one for texts, as the template has it for messages.
+    """Makes a side end with its end token: exactly one for texts; messages end as the template ends them.
 
     Raises:
-        RowFault: `empty-response`, the response has no tokens; `no-context`, nothing stands before its first; and what
-            the encoding found.
+        RowFault: `empty-response`, the response has no tokens; `no-context`, no token comes before it; or the fault
+            from encoding.
     """
     if encoded.fault is not None:
         raise encoded.fault
@@ -193,7 +193,7 @@ def _close(
 
 
 def _share_prompt(chosen: Encoded, rejected: Encoded) -> _Parts:
-    """The common beginning of both sides before the responses is the prompt; what differs goes to the responses."""
+    """The prompt is the common beginning of both sides before the responses; the rest goes to the responses."""
     shared = common_length(chosen.ids[: chosen.start], rejected.ids[: rejected.start])
     return _Parts(
         chosen.ids[:shared],
@@ -208,10 +208,10 @@ def _share_prompt(chosen: Encoded, rejected: Encoded) -> _Parts:
 
 
 def _truncate(parts: _Parts, limits: _Limits) -> tuple[PairIds, bool]:
-    """The pair within its limits, and whether anything was cut.
+    """Truncates the pair to its limits; also returns whether anything was cut.
 
     Raises:
-        RowFault: `prompt-too-long` or `response-too-long`, no room is left for the other.
+        RowFault: `prompt-too-long` or `response-too-long`, no room is left for the other part.
     """
     before = len(parts.prompt) + len(parts.chosen) + len(parts.rejected)
     if limits.max_prompt_length is not None:
@@ -251,13 +251,13 @@ def _are_equal(ids: PairIds) -> bool:
 
 
 def _cut(response: list[int], unscored: list[tuple[int, int]], room: int) -> tuple[list[int], list[tuple[int, int]]]:
-    """The first tokens of a response, so that the last of them is scored."""
+    """The first tokens of a response, cut so that the last one is scored."""
     last = next((first for first, behind in unscored if first < room <= behind), room)
     return response[:last], [gap for gap in unscored if gap[1] < last]
 
 
 def _tail(prompt: list[int], length: int, bos: bool) -> list[int]:
-    """The last tokens of a prompt, behind its beginning token if tokenizer or template gave it one."""
+    """The last tokens of a prompt, after its beginning token if tokenizer or template added one."""
     if len(prompt) <= length:
         return prompt
     if length and bos:

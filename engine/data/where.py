@@ -1,4 +1,4 @@
-"""The filter of `--where`: a small language over a row's columns, read by Python's parser, but never run as Python.
+"""The filter of `--where`: a small language over a row's columns. Python parses it but never runs it.
 
 `GRAMMAR` has its rules.
 """
@@ -19,22 +19,22 @@ from dpoeng.engine.data.strict_json import RowFault
 MAX_CHARACTERS = 1000
 
 GRAMMAR = """\
-  confident                       the column is there and true
+  confident                       the column exists and is true
   not confident and margin >= 0.5
   kind in ('qa', 'chat') or topic == "law"
   meta.score != null              a field inside an object, or a column of this name
-  `score-chosen` > 8              a column whose name is no word
+  `score-chosen` > 8              a column whose name is not a word
   and, or, not, ( ); == != < <= > >=; in, not in a list in ( ); true, false, null.
   A missing column is null. Null is false, equals only null, and every order
   comparison with it is false. Texts that read as numbers are compared as numbers.
 """
-"""For help texts: conditions, each with what it means, and the rules."""
+"""For help texts: examples with their meaning, and the rules."""
 
 Row = Mapping[str, Any]
 Evaluator = Callable[[Row], Any]
 
 _CONSTANTS = {"true": True, "false": False, "null": None}
-# Skips quoted texts; replaces a name in backticks by a placeholder word.
+# Skips quoted texts; replaces a name in backticks with a placeholder word.
 _BACKTICKS = re.compile(r"""(?P<text>'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|`(?P<name>[^`]+)`""")
 _STAND_IN = "dpoeng_quoted_{}"
 
@@ -53,7 +53,7 @@ class Condition:
 
     Attributes:
         text: as the user wrote it.
-        columns: the columns that it names, with their fields.
+        columns: the columns in it, with their fields.
     """
 
     text: str
@@ -61,23 +61,23 @@ class Condition:
     evaluate: Evaluator
 
     def missing(self, names: Collection[str]) -> set[str]:
-        """Columns that are not among `names`; `meta.score` is there if `meta` is, or a column of that whole name."""
+        """Columns that are not in `names`; `meta.score` exists if `meta` does, or a column with that whole name."""
         return {column for column in self.columns if column not in names and column.split(".")[0] not in names}
 
     def holds(self, row: Row) -> bool:
-        """Whether the row is kept.
+        """Whether to keep the row.
 
         Raises:
-            RowFault: `filter-type`, where values of different types are put in order.
+            RowFault: `filter-type`, values of different types are compared for order.
         """
         return truth(self.evaluate(row))
 
 
 def parse_condition(text: str) -> Condition:
-    """Parse a filter.
+    """Parses a filter.
 
     Raises:
-        UserError: it is not in the language.
+        UserError: it does not follow the grammar.
     """
     if len(text) > MAX_CHARACTERS:
         raise _not_understood(text[:60] + "...", f"more than {MAX_CHARACTERS} characters")
@@ -94,7 +94,7 @@ def parse_condition(text: str) -> Condition:
 
 
 def truth(value: Any) -> bool:
-    """Whether a value counts as true; texts such as "false", "no" and "0" do not, since files write booleans so."""
+    """Whether a value counts as true. Texts such as "false", "no" and "0" do not, since files write booleans so."""
     if isinstance(value, str):
         return value.strip().lower() not in _FALSE_WORDS
     return bool(value)
@@ -120,7 +120,7 @@ def _stand_in(match: re.Match[str], quoted: dict[str, str]) -> str:
 
 
 def _compile(node: ast.expr, columns: set[str], quoted: Mapping[str, str]) -> Evaluator:
-    """One node as a function of the row. Only the kinds of node that are named here are in the language."""
+    """Compiles a node to a function of the row. Only the node types named here belong to the language."""
     match node:
         case ast.Name(id=name) if name in _CONSTANTS:
             return _constant(_CONSTANTS[name])
@@ -156,7 +156,7 @@ def _compile(node: ast.expr, columns: set[str], quoted: Mapping[str, str]) -> Ev
 
 
 def _not_constant(node: ast.expr) -> ast.expr:
-    """A part of `and` or `or`: a constant there is a comparison that was forgotten, as in `kind == 'a' or 'b'`."""
+    """A part of `and` or `or`. A constant there is a forgotten comparison, as in `kind == 'a' or 'b'`."""
     if isinstance(node, ast.Constant | ast.Tuple | ast.List) or (isinstance(node, ast.Name) and node.id in _CONSTANTS):
         raise ValueError(f"`{ast.unparse(node)}` is the same for every row: compare it with a column, or use `in`")
     return node
@@ -173,7 +173,7 @@ def _path(node: ast.expr, quoted: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _at(row: Row, path: tuple[str, ...]) -> Any:
-    """A column by its whole name, dots and all, or else a field inside an object."""
+    """A column with this whole name, dots included, or else a field inside an object."""
     whole = ".".join(path)
     if whole in row or len(path) == 1:
         return row.get(whole)
@@ -206,7 +206,7 @@ def _comparison(op: ast.cmpop) -> Callable[[Any, Any], bool]:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    # Python holds True == 1; the data's author does not.
+    # To Python True == 1, but not to the author of the data.
     if isinstance(a, bool) != isinstance(b, bool):
         return False
     if isinstance(a, str) != isinstance(b, str):
@@ -222,7 +222,7 @@ def _contains(member: Any, container: Any) -> bool:
 
 
 def _number(value: Any) -> float | None:
-    """A number, or a text that is one."""
+    """The value as a number, even if it is written as text."""
     if isinstance(value, str):
         try:
             value = float(value) if "_" not in value else None
@@ -233,14 +233,14 @@ def _number(value: Any) -> float | None:
 
 
 def _alike(a: Any, b: Any) -> tuple[Any, Any]:
-    """Two values that can be put in order: both as numbers if both are, else both as texts if neither is.
+    """Makes two values comparable: as numbers if both are, as texts if neither is.
 
     Raises:
-        RowFault: `filter-type`, one is a number and the other is not.
+        RowFault: `filter-type`, only one of them is a number.
     """
     first, second = _number(a), _number(b)
     if first is not None and second is not None:
         return first, second
     if isinstance(a, str) and isinstance(b, str) and first is None and second is None:
         return a, b
-    raise RowFault("filter-type", f"the filter puts {a!r:.60} and {b!r:.60} in order, which are of different types")
+    raise RowFault("filter-type", f"the filter compares {a!r:.60} with {b!r:.60}, which has another type")

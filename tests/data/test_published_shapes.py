@@ -116,7 +116,7 @@ def test_a_prompt_beside_a_system_prompt_may_be_declared_a_question(tmp_path: Pa
             "`messages`",
         ),
         ({"prompt": [USER], "conversations": [message("system", "Rhyme."), USER]}, "unused-column", "`conversations`"),
-        ({"messages": [USER, message("assistant", "Blue.")]}, "prompt-mismatch", "none of the row's"),
+        ({"messages": [USER, message("assistant", "Blue.")]}, "prompt-mismatch", "not in this row"),
     ],
 )
 def test_what_would_be_lost_is_refused_by_name(tmp_path: Path, row: dict[str, Any], reason: str, word: str) -> None:

@@ -1,1 +1,1 @@
-"""Rows that are no pairs: one response with a label, or several with scores."""
+"""Rows that are not pairs: one response with a label, or several responses with scores."""

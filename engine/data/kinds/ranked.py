@@ -1,6 +1,6 @@
-"""Rows of several responses with scores or ranks, brought to pairs: the best against the others, or all against all.
+"""Turns rows of several scored or ranked responses into pairs: the best against the others, or all against all.
 
-Knows nothing of files or tokens.
+Independent of files and tokens.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from dpoeng.engine.data.structured import parse_structure
 RankedPairs = Literal["best", "all"]
 
 COLUMNS = ("score_chosen", "score_rejected", "score_margin", "pair_share", "pair_of_row")
-"""What each pair of a ranked row has beside the row's own columns."""
+"""Columns that each pair of a ranked row gets, besides the row's own."""
 
 _SCORES_OF_COMPLETIONS = ("overall_score", "score", "rating")
 
 
 def is_ranked(row: Mapping[str, Any], shape: Shape) -> bool:
-    """Whether a row holds several responses: in `responses` or `completions`, or as a list of texts in `chosen`."""
+    """Whether a row has several responses: in `responses` or `completions`, or as a list of texts in `chosen`."""
     chosen = row.get(shape.column("chosen"))
     if isinstance(chosen, list) and chosen and all(isinstance(text, str) for text in chosen):
         return True
@@ -33,17 +33,17 @@ def is_ranked(row: Mapping[str, Any], shape: Shape) -> bool:
 def to_pairs(
     row: Mapping[str, Any], shape: Shape, source_file: str, source_row: int, wanted: RankedPairs
 ) -> list[PreferencePair]:
-    """The pairs of one row, from the best response down; responses of equal score make none.
+    """The pairs of one row, best responses first; responses of equal score make no pair.
 
     Args:
         row: column -> value.
-        shape: how its columns are to be read.
+        shape: how to read its columns.
         source_file: as the user named it.
         source_row: from 1.
-        wanted: `best`: the best response against each that is worse; `all`: each against each that is worse.
+        wanted: `best`: the best response against every worse one; `all`: each response against every worse one.
 
     Raises:
-        RowFault: `bad-ranking`, there are not two responses with a number each, or none is better; and those of
+        RowFault: `bad-ranking`, fewer than two responses have a number, or none is better; and the faults of
             `to_pair`.
     """
     responses, scores, used = _ranking(row, shape)
@@ -54,7 +54,7 @@ def to_pairs(
         raise RowFault("bad-ranking", f"no response is better than another: all scores are {scores[0]:g}")
     rest = {name: value for name, value in row.items() if name not in used}
     if taken := [name for name in COLUMNS if name in rest]:
-        raise RowFault("unused-column", f"`{taken[0]}` is a column that pairs of ranked rows get: rename yours")
+        raise RowFault("unused-column", f"pairs of ranked rows get a column `{taken[0]}`: rename yours")
     plain = replace(shape, columns={k: v for k, v in shape.columns.items() if k not in ("chosen", "rejected")})
     pairs = []
     for place, (i, j) in enumerate(places):
@@ -65,7 +65,7 @@ def to_pairs(
 
 
 def _ranking(row: Mapping[str, Any], shape: Shape) -> tuple[list[Any], list[float], set[str]]:
-    """The responses, a score for each (more is better), and the columns that they were taken from."""
+    """The responses, a score for each (higher is better), and the columns that they came from."""
     columns = {name: shape.column(name) for name in (*fields_of("ranked"), "chosen", "rejected")}
     chosen = row.get(columns["chosen"])
     if isinstance(chosen, list):
@@ -80,7 +80,7 @@ def _ranking(row: Mapping[str, Any], shape: Shape) -> tuple[list[Any], list[floa
     name = columns["responses"] if columns["responses"] in row else columns["completions"]
     responses = _listed(row.get(name), name)
     if len(responses) < 2:
-        raise RowFault("bad-ranking", f"`{name}` holds {len(responses)} responses")
+        raise RowFault("bad-ranking", f"`{name}` has {len(responses)} responses, but two are needed")
     if all(isinstance(one, dict) and "response" in one for one in responses):
         numbers = [next((one[key] for key in _SCORES_OF_COMPLETIONS if key in one), None) for one in responses]
         return [one["response"] for one in responses], list(_numbers(numbers, f"{name}, scores")), {name}
@@ -89,13 +89,13 @@ def _ranking(row: Mapping[str, Any], shape: Shape) -> tuple[list[Any], list[floa
         raise RowFault("bad-ranking", f"there are neither `{columns['scores']}` nor `{columns['ranks']}`")
     numbers = _listed(row[columns[kept]], columns[kept])
     if len(numbers) != len(responses):
-        raise RowFault("bad-ranking", f"{len(responses)} responses, and `{columns[kept]}` holds {len(numbers)} numbers")
+        raise RowFault("bad-ranking", f"{len(responses)} responses, but `{columns[kept]}` has {len(numbers)} numbers")
     sign = -1.0 if kept == "ranks" else 1.0  # rank 1 is the best
     return responses, [sign * value for value in _numbers(numbers, columns[kept])], {name, columns[kept]}
 
 
 def _listed(value: Any, column: str) -> list[Any]:
-    """A list, which some files store as text."""
+    """A list; some files store it as text."""
     value = parse_structure(value) if isinstance(value, str) else value
     if not isinstance(value, list):
         raise RowFault("bad-ranking", f"`{column}` must be a list, it is {json_type(value)}")
@@ -109,5 +109,5 @@ def _numbers(values: Sequence[Any], column: str) -> Iterator[float]:
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):
-            raise RowFault("bad-ranking", f"`{column}` must hold numbers, it holds {value!r:.80}")
+            raise RowFault("bad-ranking", f"`{column}` must contain numbers, it contains {value!r:.80}")
         yield number

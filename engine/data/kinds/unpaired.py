@@ -1,6 +1,6 @@
-"""Rows of one response and a label: each gets the response of another prompt, from which KTO estimates its KL.
+"""Rows of one response and a label: each gets another prompt's response, from which KTO estimates its KL.
 
-Knows nothing of files or tokens.
+Independent of files and tokens.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dpoeng.engine.data.shapes import PreferencePair, Turns
 
 
 class Mismatcher:
-    """Gives each row the response of the nearest earlier row with another prompt; the first rows, of the nearest later.
+    """Gives each row the response of the nearest earlier row with another prompt, or for the first rows of a later one.
 
-    So rows that are appended to a file leave all others, and their numbers in the cache, as they were. TRL rotates the
-    responses within a batch instead: the mismatched response then depends on the batch size, and is one of the same
-    prompt where two of its rows follow each other.
+    Rows appended to a file therefore leave all others, and their cached numbers, unchanged. TRL instead rotates the
+    responses within a batch: the mismatched response then depends on the batch size, and belongs to the same prompt if
+    two of its rows are adjacent.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Mismatcher:
         self._before: PreferencePair | None = None  # the nearest row before `_last` with another prompt than its
 
     def add(self, row: PreferencePair) -> list[PreferencePair]:
-        """One more row -> the rows that are complete with it, in their order."""
+        """Adds a row; returns the rows that are complete with it, in order."""
         if self._last is not None and self._last.prompt != row.prompt:
             self._before = self._last
         self._last = row
@@ -38,13 +38,13 @@ class Mismatcher:
         return [*complete, _with(row, self._before.chosen)]
 
     def finish(self, where: str) -> None:
-        """Raises UserError where all rows have one prompt, so that no response is another prompt's."""
+        """Raises UserError if all rows have the same prompt, so that no row can get a mismatched response."""
         if self._waiting:
             raise UserError(
                 "all rows have the same prompt",
                 code="data-one-prompt",
                 where=where,
-                expected="two prompts or more: KTO's reference point is taken from responses to other prompts",
+                expected="at least two prompts: KTO's reference point comes from responses to other prompts",
                 found=f"{len(self._waiting)} rows of one prompt",
                 remedy="add rows of other prompts",
                 exit_status=3,
@@ -52,7 +52,7 @@ class Mismatcher:
 
 
 def _with(row: PreferencePair, response: Turns) -> PreferencePair:
-    """The row with a mismatched response, a text or messages as its own is."""
+    """The row with a mismatched response, in the form (text or messages) of its own."""
     if isinstance(row.chosen, str) and not isinstance(response, str):
         response = "\n".join(message["content"] for message in response if message["role"] == "assistant")
     elif isinstance(response, str) and not isinstance(row.chosen, str):
