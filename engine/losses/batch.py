@@ -1,7 +1,7 @@
-"""Preference losses of a batch: sums of pairs to one loss a pair. Knows no model and no cache.
+"""Preference losses of a batch: from sums per pair to one loss per pair. Independent of models and caches.
 
-Two steps, so that an optimizer step may be cut into any number of forwards: `pair_sums` reduces what one forward gave,
-and `preference_loss` looks at pairs. The loss functions themselves are in `pairwise`, `likelihood` and `unpaired`.
+There are two steps, so that an optimizer step can be split into any number of forwards: `pair_sums` reduces the output
+of one forward, and `preference_loss` works on pairs. The loss functions are in `pairwise`, `likelihood` and `unpaired`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from dpoeng.engine.losses.sums import kl_per_token as kl_per_token
 from dpoeng.engine.losses.sums import pair_sums as pair_sums
 
 LossState = Mapping[str, float]
-"""What some losses remember from one optimizer step to the next; part of every checkpoint. Empty for most."""
+"""State that some losses carry from one optimizer step to the next; part of every checkpoint. Usually empty."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Terms:
-    """Values derived once from the sums and shared by the losses of a mixture."""
+    """Values computed once from the sums and shared by the losses of a mixture."""
 
     sums: PairSums
     settings: LossSettings
@@ -51,14 +51,14 @@ def preference_loss(
     mean_tokens: float | None = None,
     gumbel: torch.Tensor | None = None,
 ) -> PreferenceLoss:
-    """Losses of pairs.
+    """Computes the losses of pairs.
 
     Args:
-        sums: the pairs. Where `settings.whole_batch`, all of the optimizer step's; else any part of them.
-        settings: which losses, and their parameters.
-        state: what the steps before have left, see `next_state`.
-        mean_tokens: mean number of chosen tokens over the optimizer step; None where `sums` is the whole step.
-        gumbel: [B], independent draws for losses that choose pairs at random; None where all pairs count, as in an
+        sums: the pairs: the whole optimizer step if `settings.whole_batch`, otherwise any part of it.
+        settings: the losses and their parameters.
+        state: the state left by the previous steps, see `next_state`.
+        mean_tokens: mean number of chosen tokens over the optimizer step; None if `sums` is the whole step.
+        gumbel: [B], independent draws for losses that select pairs at random; None if all pairs count, as in an
             evaluation.
     """
     scores = [
@@ -93,19 +93,19 @@ def preference_loss(
 
 
 def _own(terms: _Terms, name: OwnLoss) -> torch.Tensor:
-    """What the forward has left of a loss of the user's, [B]."""
+    """The values that the forward computed with a user's loss, [B]."""
     assert terms.sums.own is not None
     return terms.sums.own[:, terms.settings.own.index(name)]
 
 
 def _label_weights(sums: PairSums, settings: LossSettings) -> torch.Tensor:
-    """The weight of each unpaired row by its label, [B]."""
+    """The weight of each unpaired row, by its label, [B]."""
     assert sums.desirable is not None
     return torch.where(sums.desirable > 0, settings.desirable_weight, settings.undesirable_weight)
 
 
 def _threshold(terms: _Terms) -> torch.Tensor:
-    """The reward above which an unpaired response counts as desirable, [B], by the first of the losses."""
+    """The reward above which an unpaired response counts as desirable, [B], from the first of the losses."""
     zero = torch.zeros_like(terms.sums.chosen_ratio.detach())
     if terms.settings.loss_type[0] == "kto":
         return zero + terms.settings.beta * unpaired.reference_point(terms.sums.rejected_ratio)
@@ -115,7 +115,7 @@ def _threshold(terms: _Terms) -> torch.Tensor:
 
 
 def rewards(sums: PairSums, settings: LossSettings) -> tuple[torch.Tensor, torch.Tensor]:
-    """beta times the log-ratio, DPO's implicit reward; for losses without a reference beta times what they compare."""
+    """DPO's implicit reward: beta times the log-ratio, or for losses without a reference beta times their own score."""
     compared = [name for name in settings.loss_type if name != "sft"]
     chosen, rejected = sums.chosen_ratio, sums.rejected_ratio
     if compared and not any(facts_of(name).reference for name in compared):
@@ -126,7 +126,7 @@ def rewards(sums: PairSums, settings: LossSettings) -> tuple[torch.Tensor, torch
 
 
 def next_state(state: LossState, sums: PairSums, settings: LossSettings) -> dict[str, float]:
-    """Return the losses' state after an optimizer step over all of `sums`; the step itself used `state`."""
+    """The losses' state after an optimizer step over all of `sums`; the step itself used `state`."""
     after = dict(state)
     chosen, rejected = (settings.beta * ratio.detach() for ratio in (sums.chosen_ratio, sums.rejected_ratio))
     if "bco_pair" in settings.loss_type and settings.bco_reward_shift:
@@ -146,18 +146,18 @@ def next_state(state: LossState, sums: PairSums, settings: LossSettings) -> dict
 
 
 def _reward_shift(state: LossState, sums: PairSums, settings: LossSettings) -> dict[str, float]:
-    """The mean of all rewards so far, those of this step among them, and their number: BCO's shift."""
+    """BCO's shift: the mean of all rewards so far, including this step, and their number."""
     before, rewards = state.get("bco_rewards", 0.0), settings.beta * sums.chosen_ratio.detach()
     count = before + len(rewards)
     return {"bco_rewards": count, "bco_mean": (state.get("bco_mean", 0.0) * before + float(rewards.sum())) / count}
 
 
 def _unpaired(loss: Callable[..., torch.Tensor], *more: Callable[[_Terms], Any]) -> Callable[[_Terms], torch.Tensor]:
-    """A loss of the ratio of single responses, their labels, beta and what `more` gives."""
+    """A loss of single responses' ratios, their labels, beta and the values of `more`."""
 
     def of(terms: _Terms) -> torch.Tensor:
-        found = [one(terms) for one in more]
-        return loss(terms.sums.chosen_ratio, terms.sums.desirable, terms.settings.beta, *found)
+        extra = [one(terms) for one in more]
+        return loss(terms.sums.chosen_ratio, terms.sums.desirable, terms.settings.beta, *extra)
 
     return of
 
@@ -169,11 +169,11 @@ def _beta_dpo(terms: _Terms) -> torch.Tensor:
         beta = pair.dynamic_beta(margins, settings.beta, settings.beta_dpo_alpha, average)
         return pair.sigmoid_loss(terms.delta, beta)
     deviation = terms.state.get("beta_dpo_deviation", 0.0)
-    kept = pair.usual_pairs(margins, settings.beta_dpo_keep, average, deviation, terms.gumbel)
-    beta = pair.dynamic_beta(margins[kept], settings.beta, settings.beta_dpo_alpha, average)
-    # Scaled so that the mean over all pairs is that over the kept ones.
-    losses = len(margins) / len(kept) * pair.sigmoid_loss(terms.delta[kept], beta)
-    return torch.zeros_like(margins).index_add(0, kept, losses)
+    selected = pair.usual_pairs(margins, settings.beta_dpo_keep, average, deviation, terms.gumbel)
+    beta = pair.dynamic_beta(margins[selected], settings.beta, settings.beta_dpo_alpha, average)
+    # Scaled so that the mean over all pairs equals the mean over the selected ones.
+    losses = len(margins) / len(selected) * pair.sigmoid_loss(terms.delta[selected], beta)
+    return torch.zeros_like(margins).index_add(0, selected, losses)
 
 
 def _aot(terms: _Terms) -> torch.Tensor:
@@ -193,7 +193,7 @@ def _ratios(loss: Callable[..., torch.Tensor], *names: str) -> Callable[[_Terms]
 
 
 def _delta(loss: Callable[..., torch.Tensor], *names: str, mean: bool = False) -> Callable[[_Terms], torch.Tensor]:
-    """A loss of the difference of scores, or of scores per token; beta and some settings."""
+    """A loss of the difference of scores (or of scores per token), beta and some settings."""
 
     def of(terms: _Terms) -> torch.Tensor:
         settings = (getattr(terms.settings, name) for name in ("beta", *names))

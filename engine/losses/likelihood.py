@@ -1,7 +1,7 @@
 """Losses without a reference, and likelihood terms: pure functions, [B] float64 -> [B] losses.
 
-They read the pairs from the cache like all others; the cached log-probs are not used. `chosen_logps` and
-`rejected_logps` are sums over a response's tokens in nats, `chosen_mean` and `rejected_mean` means over them; [B].
+They take their pairs from the cache like all others, but do not use its log-probs. `chosen_logps` and `rejected_logps`
+are sums over a response's tokens in nats, `chosen_mean` and `rejected_mean` means over them; [B].
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ import torch.nn.functional as F
 
 from dpoeng.engine.losses.pairwise import sigmoid_loss
 
-_LOG_P_MAX = -1e-15  # log p nearer to 0 than this gives odds that float64 cannot hold
+_LOG_P_MAX = -1e-15  # log p closer to 0 than this gives odds beyond float64
 
 
 def sft_loss(chosen_logps: torch.Tensor, mean_tokens: float | torch.Tensor) -> torch.Tensor:
-    """-chosen_logps / mean_tokens: its mean over a batch is the cross-entropy per chosen token of the batch, as in TRL.
+    """-chosen_logps / mean_tokens: its batch mean is the cross-entropy per chosen token of the batch, as in TRL.
 
-    `mean_tokens` is the mean number of tokens of the chosen responses of the whole optimizer step.
+    `mean_tokens` is the mean number of chosen tokens in the whole optimizer step.
     """
     return -chosen_logps / mean_tokens
 
 
 def rpo_term(chosen_mean: torch.Tensor) -> torch.Tensor:
-    """-log pi(chosen) / |chosen|, every pair counting alike.
+    """-log pi(chosen) / |chosen|; every pair has the same weight.
 
-    Pang et al. 2024, equation 1, https://arxiv.org/abs/2404.19733, on the response alone.
+    Pang et al. 2024, equation 1, https://arxiv.org/abs/2404.19733, for the response alone.
     """
     return -chosen_mean
 
@@ -67,8 +67,8 @@ def orpo_loss(
 ) -> torch.Tensor:
     """sft - beta log sigmoid(log odds(chosen) - log odds(rejected)), odds = p / (1 - p), p = exp(mean log-prob).
 
-    Hong et al. 2024, equations 4 to 7, https://arxiv.org/abs/2403.07691; `beta` is their lambda. The likelihood term is
-    over the response; TRL's runs over the prompt too.
+    Hong et al. 2024, equations 4 to 7, https://arxiv.org/abs/2403.07691; `beta` is their lambda. The likelihood term
+    covers the response; TRL's includes the prompt.
     """
     log_odds = _log_odds(chosen_mean) - _log_odds(rejected_mean)
     return sft_loss(chosen_logps, mean_tokens) - beta * F.logsigmoid(log_odds)
@@ -78,7 +78,7 @@ def _log_odds(log_p: torch.Tensor) -> torch.Tensor:
     """log(p / (1 - p)) from log p <= 0: log p - log(1 - e^log p), in the form that is exact on each side of ln 1/2."""
     log_p = torch.clamp(log_p, max=_LOG_P_MAX)
     near_one = log_p > -0.6931471805599453
-    # Each branch gets an argument at which it and its gradient are finite, wherever the other one is taken.
+    # Give each branch an argument with finite value and gradient, even where `where` selects the other branch.
     high = torch.log(-torch.expm1(torch.where(near_one, log_p, -1.0)))
     low = torch.log1p(-torch.exp(torch.where(near_one, -1.0, log_p)))
     return log_p - torch.where(near_one, high, low)

@@ -1,4 +1,4 @@
-"""Metrics of a loss over pairs, by the field's names: a number a pair, or the mean."""
+"""Metrics of a loss over pairs, under the field's standard names: one value per pair, or the mean."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dpoeng.engine.losses.batch import PreferenceLoss
 
 
 def pair_values(part: PreferenceLoss) -> dict[str, torch.Tensor]:
-    """Name -> a number a pair, [B], under the names that TRL gave them; `kl/` is per token, see `kl_per_token`."""
+    """Name -> one value per pair, [B], under TRL's names; `kl/` is per token, see `kl_per_token`."""
     values = _all_values(part)
     if part.threshold is not None:
         return values
-    if part.sums.chosen_kl.isnan().any():  # the cache holds sums over whole responses
+    if part.sums.chosen_kl.isnan().any():  # the cache has only sums over whole responses
         del values["kl/chosen"], values["kl/rejected"]
     return values
 
@@ -37,35 +37,39 @@ def _all_values(part: PreferenceLoss) -> dict[str, torch.Tensor]:
 
 
 def _unpaired_values(part: PreferenceLoss, threshold: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The same of unpaired rows: `chosen` are the desirable responses, `rejected` the others; NaN elsewhere."""
+    """The same for unpaired rows: `chosen` are the desirable responses, `rejected` the others; NaN elsewhere."""
     assert part.sums.desirable is not None
     desirable = part.sums.desirable > 0
     values = {"loss": part.losses.detach()}
-    for name, of_all in (("rewards", part.chosen_rewards), ("logps", part.chosen_logps), ("kl", part.sums.chosen_kl)):
-        values[f"{name}/chosen"] = torch.where(desirable, of_all, torch.nan)
-        values[f"{name}/rejected"] = torch.where(desirable, torch.nan, of_all)
+    for name, values_of_all in (
+        ("rewards", part.chosen_rewards),
+        ("logps", part.chosen_logps),
+        ("kl", part.sums.chosen_kl),
+    ):
+        values[f"{name}/chosen"] = torch.where(desirable, values_of_all, torch.nan)
+        values[f"{name}/rejected"] = torch.where(desirable, torch.nan, values_of_all)
     values["rewards/accuracies"] = ((part.chosen_rewards > threshold) == desirable).double()
     return {**values, "rewards/threshold": threshold}
 
 
 def with_margin(means: Mapping[str, float]) -> dict[str, float]:
-    """Means of unpaired rows without those that no row has, and with the difference of the rewards of both labels."""
-    found = {name: value for name, value in means.items() if not math.isnan(value)}
-    if "rewards/chosen" in found and "rewards/rejected" in found:
-        found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
-    return found
+    """Means of unpaired rows, without those that no row has, plus the difference between the labels' mean rewards."""
+    finite = {name: value for name, value in means.items() if not math.isnan(value)}
+    if "rewards/chosen" in finite and "rewards/rejected" in finite:
+        finite["rewards/margins"] = finite["rewards/chosen"] - finite["rewards/rejected"]
+    return finite
 
 
 def preference_metrics(parts: Sequence[PreferenceLoss]) -> dict[str, float]:
-    """Means over the pairs of several forwards, read from the device at once: each read waits for all it has to do."""
+    """Means over the pairs of several forwards, in a single transfer: each read waits for all of the device's work."""
     values = [_all_values(part) for part in parts]
     unpaired = parts[0].threshold is not None
     mean = torch.nanmean if unpaired else torch.mean
     means = torch.stack([mean(torch.cat([value[name] for value in values])) for name in values[0]])
-    found = dict(zip(values[0], means.cpu().tolist(), strict=True))
+    averages = dict(zip(values[0], means.cpu().tolist(), strict=True))
     if unpaired:
-        # A loss that is no number is looked for by its name, and must not go missing here.
-        return {**with_margin(found), "loss": found["loss"]}
-    if math.isnan(found["kl/chosen"]):  # the cache holds sums over whole responses
-        del found["kl/chosen"], found["kl/rejected"]
-    return found
+        # Keep a NaN loss: callers look for it by name.
+        return {**with_margin(averages), "loss": averages["loss"]}
+    if math.isnan(averages["kl/chosen"]):  # the cache has only sums over whole responses
+        del averages["kl/chosen"], averages["kl/rejected"]
+    return averages

@@ -1,7 +1,7 @@
-"""The losses by the names that users know, where each comes from, and which settings it takes. Imports no torch.
+"""The losses by name, with their source and their settings. Imports no torch.
 
-Names are TRL's where TRL has the loss. The functions are in `pair_losses` and `likelihood_losses`, joined to these
-names in `losses`; docs/losses.md explains when to use which.
+Names are TRL's if TRL has the loss. `pairwise`, `likelihood` and `unpaired` contain the functions, and `batch` maps the
+names to them; docs/losses.md explains when to use which.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_diverg
 
 @dataclass(frozen=True, slots=True)
 class LossFacts:
-    """Facts about a loss: source, settings, whether it needs a reference.
+    """Facts about a loss: its source, its settings, and whether it needs a reference.
 
     Attributes:
         paper: authors, year and name.
-        equation: where in the paper.
-        url: of the paper.
-        reference: whether it reads the cached log-probs. Losses that do not still take their pairs from the cache.
-        f_divergence: whether it depends on the difference of the two scores alone, so that the normaliser of f-DPO
-            cancels and `f_divergence_type` may be another than reverse_kl.
+        equation: place in the paper.
+        url: the paper's address.
+        reference: whether it reads the cached log-probs. Other losses still take their pairs from the cache.
+        f_divergence: whether it depends only on the difference of the two scores. Then f-DPO's normaliser cancels, and
+            `f_divergence_type` may be other than reverse_kl.
         whole_batch: whether a pair's loss depends on the other pairs of its optimizer step.
-        rows: the kind of rows that it is a loss of, see `cache.records.ROW_KINDS`.
-        settings: the fields that it takes beside `beta`.
+        rows: the kind of rows it needs, see `cache.records.ROW_KINDS`.
+        settings: the fields that it reads besides `beta`.
     """
 
     paper: str
@@ -183,13 +183,13 @@ _OWN = LossFacts("a loss of your own", "", "")
 
 
 def facts_of(name: str) -> LossFacts:
-    """Facts about a loss, one of the user's too."""
+    """Facts about a loss; also for a user's loss."""
     return _OWN if isinstance(name, OwnLoss) else LOSS_FACTS[name]
 
 
 @dataclass(frozen=True, slots=True)
 class LossSettings:
-    """All that makes the loss; names and meaning as in TrainConfig."""
+    """Everything that defines the loss; names and meaning as in TrainConfig."""
 
     loss_type: tuple[str, ...] = ("sigmoid",)
     loss_weights: tuple[float, ...] | None = None
@@ -213,7 +213,7 @@ class LossSettings:
 
     @classmethod
     def of(cls, config: Any) -> LossSettings:
-        """The same fields of a TrainConfig."""
+        """The loss fields of a TrainConfig."""
         return cls(**{known.name: getattr(config, known.name) for known in fields(cls)})
 
     @property
@@ -223,26 +223,26 @@ class LossSettings:
 
     @property
     def own(self) -> tuple[OwnLoss, ...]:
-        """Those among the losses that users wrote."""
+        """The user-written losses among these."""
         return tuple(name for name in self.loss_type if isinstance(name, OwnLoss))
 
     @property
     def rows(self) -> str:
-        """The kind of rows that these are losses of; see `LossFacts.rows`."""
+        """The kind of rows that these losses need; see `LossFacts.rows`."""
         return facts_of(self.loss_type[0]).rows
 
     @property
     def reads_mismatched(self) -> bool:
-        """Whether an unpaired row's mismatched response is looked at; if not, it need not be run."""
+        """Whether a loss reads an unpaired row's mismatched response; if not, it need not be computed."""
         return "kto" in self.loss_type
 
     @property
     def sorts_pairs(self) -> bool:
-        """Whether the i-th loss belongs to a quantile and not to the i-th pair."""
+        """Whether the i-th loss belongs to the i-th quantile instead of the i-th pair."""
         return any(name.startswith("aot") for name in self.loss_type)
 
 
-# Names that somebody will try, and what to do instead.
+# Names that users will try, and what to use instead.
 OTHER_NAMES: dict[str, str] = {
     "dpo": "DPO is loss_type sigmoid",
     "cdpo": "cDPO is loss_type sigmoid with label_smoothing above 0",
@@ -261,7 +261,7 @@ OTHER_NAMES: dict[str, str] = {
 }
 _TDPO = (
     "TDPO needs the reference's whole distribution at every position, for a KL divergence over the vocabulary; the "
-    "cache holds only the observed token's log-prob, so it cannot compute TDPO exactly"
+    "cache stores only the observed token's log-prob, so TDPO cannot be computed exactly"
 )
 OTHER_NAMES |= dict.fromkeys(("tdpo", "tdpo1", "tdpo2"), _TDPO)
 
@@ -269,7 +269,7 @@ _ONLY_SETTINGS = tuple(dict.fromkeys(name for facts in LOSS_FACTS.values() for n
 
 
 def check_names(names: Sequence[object]) -> None:
-    """Raises ValueError where a name is that of a loss under another name, or of one that cannot be had."""
+    """Raises ValueError for a name that belongs to another loss here, or to one that cannot be supported."""
     for name in names:
         key = str(name).strip().lower().replace("-", "_")
         if key in OTHER_NAMES:
@@ -277,14 +277,14 @@ def check_names(names: Sequence[object]) -> None:
 
 
 def check_combination(settings: Mapping[str, Any], changed: Sequence[str]) -> None:
-    """Refuses losses and settings that do not make sense together.
+    """Refuses combinations of losses and settings that make no sense.
 
     Args:
         settings: the loss fields of TrainConfig by name.
-        changed: those among them whose value is not the default: a setting that nothing reads is refused, not ignored.
+        changed: fields whose value is not the default: a setting without effect is refused, not ignored.
 
     Raises:
-        ValueError: what does not fit, and why.
+        ValueError: the conflict and its reason.
     """
     types: tuple[str, ...] = settings["loss_type"]
     facts = {name: facts_of(name) for name in types}
@@ -300,7 +300,7 @@ def check_combination(settings: Mapping[str, Any], changed: Sequence[str]) -> No
     if kinds == {"unpaired"}:
         for name in ("ld_alpha", "rpo_alpha", "use_weighting"):
             if settings[name]:
-                raise ValueError(f"{name} cannot be used with loss_type {listed}: it is made for pairs")
+                raise ValueError(f"{name} cannot be used with loss_type {listed}: it needs pairs")
     weights = settings["loss_weights"]
     if weights is not None and len(weights) != len(types):
         raise ValueError(f"loss_weights has {len(weights)} numbers for the {len(types)} losses {listed}; give one each")
@@ -309,12 +309,12 @@ def check_combination(settings: Mapping[str, Any], changed: Sequence[str]) -> No
         if name in changed and not set(takers) & set(types):
             raise ValueError(f"{name} has no effect with loss_type {listed}; it belongs to {', '.join(takers)}")
     if "exo_pair" in types and settings["label_smoothing"] == 0:
-        raise ValueError("exo_pair needs label_smoothing above 0, since it contains its logarithm; the paper uses 1e-3")
+        raise ValueError("exo_pair needs label_smoothing above 0, since it takes its logarithm; the paper uses 1e-3")
     if settings["rpo_alpha"] is not None and "sft" in types:
         raise ValueError("rpo_alpha and loss_type sft add the same kind of term; use one of them")
     if all(name in ("sft", "cpo") or isinstance(name, OwnLoss) for name in types) and settings["ld_alpha"] is not None:
         raise ValueError(
-            f"ld_alpha has no effect with loss_type {listed}: it acts on ratios to the reference of dpoeng's losses"
+            f"ld_alpha has no effect with loss_type {listed}: it needs a loss of dpoeng with ratios to the reference"
         )
     _check_scores(settings, changed, listed, facts)
     whole = [name for name, known in facts.items() if known.whole_batch and name != "beta_dpo"]

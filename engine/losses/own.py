@@ -1,4 +1,4 @@
-"""Losses that users write: found by name, and known again by what they compute. Imports no torch."""
+"""User-written losses: found by name, and identified across runs by a hash of their code. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LossInputs:
-    """What a loss of your own gets: B pairs, all log-probs in nats, float64, on the device of the policy.
+    """The arguments of a user's loss: B pairs, all log-probs in nats, float64, on the policy's device.
 
-    Token by token, the arrays are padded with 0 behind a response's end, so that a sum over the last axis is the
-    response's. A mean is that sum divided by `chosen_tokens`.
+    Per-token arrays are padded with 0 after a response's end, so a sum over the last axis is the response's sum, and
+    that sum divided by `chosen_tokens` is its mean.
 
     Attributes:
-        chosen_logps: [B] log pi of the chosen responses, with gradient; so is `rejected_logps`.
-        ref_chosen_logps: [B] the same under the reference, without gradient; so is `ref_rejected_logps`.
+        chosen_logps: [B] log pi of the chosen responses, with gradient; likewise `rejected_logps`.
+        ref_chosen_logps: [B] the same under the reference, without gradient; likewise `ref_rejected_logps`.
         chosen_token_logps: [B, C] log pi of each token, with gradient; rejected [B, R].
-        ref_chosen_token_logps: [B, C] the same under the reference; rejected [B, R]. NaN where the cache was imported
-            as sums over whole responses.
+        ref_chosen_token_logps: [B, C] the same under the reference; rejected [B, R]. NaN if the cache was imported as
+            sums over whole responses.
         chosen_mask: [B, C] bool, true where a response has a token; rejected [B, R].
-        chosen_tokens: [B] number of tokens; so is `rejected_tokens`.
+        chosen_tokens: [B] number of tokens; likewise `rejected_tokens`.
         beta: the setting.
     """
 
@@ -55,10 +55,10 @@ class LossInputs:
 
 
 class OwnLoss(str):
-    """The name of a user's loss, `module:function` or `file.py:function`, which stands in `loss_type` as others do.
+    """The name of a user's loss, `module:function` or `file.py:function`, for `loss_type`.
 
-    It is text, so that configs, records and messages hold it as they hold any name. The function behind it is looked
-    for at its first use: to read a config runs no code of anybody's.
+    It is a str, so configs, records and messages treat it like other names. The function is loaded at first use:
+    reading a config runs no foreign code.
     """
 
     __slots__ = ("_found", "_recorded")
@@ -68,28 +68,28 @@ class OwnLoss(str):
     def __new__(
         cls, name: str, function: Callable[[LossInputs], Tensor] | None = None, *, recorded: bool = False
     ) -> OwnLoss:
-        """A loss by its name.
+        """Creates a loss from its name.
 
         Args:
-            name: of the loss.
-            function: where it was handed over in Python and need not be looked for.
-            recorded: whether a file of a run names it, and no user: its code is then not run.
+            name: name of the loss.
+            function: the function, if it was passed in Python and need not be loaded.
+            recorded: whether only a run's file names it, not the user: then its code is not run.
         """
-        own = super().__new__(cls, name)
-        own._found, own._recorded = function, recorded
-        return own
+        loss = super().__new__(cls, name)
+        loss._found, loss._recorded = function, recorded
+        return loss
 
     @property
     def function(self) -> Callable[[LossInputs], Tensor]:
-        """The function; raises UserError where it is not found, or was named by a run's record alone."""
+        """The function. Raises UserError if it is missing, or if only a run's record names it."""
         if self._recorded:
             raise UserError(
-                "the run was trained with a loss of its maker's, whose code a record does not start",
+                "the run was trained with a user-written loss, and dpoeng does not run code that only a file names",
                 code="loss-own-missing",
                 where=f"run.json, loss_type {self}",
-                expected="the loss, named by you",
-                found="its name in a file alone",
-                remedy=f"look at the code, then add --loss-type {self}",
+                expected="the loss, named by you on the command line",
+                found="its name in the run's file",
+                remedy=f"read the code, then add --loss-type {self}",
             )
         if self._found is None:
             self._found = find_function(self)
@@ -97,12 +97,12 @@ class OwnLoss(str):
 
     @property
     def digest(self) -> str:
-        """Of what the function computes, see `code_digest`."""
+        """Hash of what the function computes, see `code_digest`."""
         return code_digest(self.function, str(self))
 
 
 def as_own_loss(value: Any) -> Any:
-    """`value` as an OwnLoss where it names or is a function of the user's, else as it came."""
+    """`value` as an OwnLoss if it is or names a user's function, otherwise unchanged."""
     if isinstance(value, OwnLoss):
         return value
     if isinstance(value, str) and ":" in value:
@@ -114,10 +114,10 @@ def as_own_loss(value: Any) -> Any:
 
 
 def find_function(name: str) -> Callable[[LossInputs], Tensor]:
-    """Imports the module, or runs the file, that `name` begins with, and returns its function.
+    """Imports the module or runs the file in `name`, and returns its function.
 
     Raises:
-        UserError: there is none, or its code fails.
+        UserError: it does not exist, or its code fails.
     """
     place, _, attribute = name.rpartition(":")
     try:
@@ -125,15 +125,15 @@ def find_function(name: str) -> Callable[[LossInputs], Tensor]:
     except UserError:
         raise
     except Exception as error:
-        raise _missing(name, f"{type(error).__name__}: {error}", "the code around your loss cannot be run") from error
-    found: Any = module
+        raise _missing(name, f"{type(error).__name__}: {error}", "the file or module with your loss failed") from error
+    target: Any = module
     for part in attribute.split("."):
-        found = getattr(found, part, None)
-    if not callable(found):
+        target = getattr(target, part, None)
+    if not callable(target):
         functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        there = f"functions there: {', '.join(functions) or 'none'}"
-        raise _missing(name, f"no function {attribute} in {place}; {there}", "your loss is not there")
-    return found  # type: ignore[no-any-return]
+        listed = f"functions there: {', '.join(functions) or 'none'}"
+        raise _missing(name, f"no function {attribute} in {place}; {listed}", "your loss was not found")
+    return target  # type: ignore[no-any-return]
 
 
 def _missing(name: str, found: str, message: str) -> UserError:
@@ -149,14 +149,14 @@ def _missing(name: str, found: str, message: str) -> UserError:
 
 
 def _run_file(path: Path) -> types.ModuleType:
-    """A module of a file, made without leaving bytecode beside it, which could be older than the text."""
+    """Loads a module from a file without writing bytecode next to it, which could be older than the source."""
     try:
         text = path.read_bytes()
     except OSError as error:
         raise _missing(str(path), error.strerror or str(error), "the file with your loss cannot be read") from error
     module = types.ModuleType(path.stem)
     module.__file__ = str(path.resolve())
-    # Under the path, as no import statement can name it: dataclasses in the file look for their module there.
+    # Register it under its path, which no import statement can name: dataclasses in the file look up their module.
     module.__name__ = module.__file__
     sys.modules[module.__name__] = module
     exec(compile(text, module.__file__, "exec"), module.__dict__)
@@ -164,7 +164,7 @@ def _run_file(path: Path) -> types.ModuleType:
 
 
 def _import(name: str) -> types.ModuleType:
-    """A module, looked for in the current folder too, where a console script does not look."""
+    """Imports a module, also from the current folder, where console scripts do not look."""
     here = str(Path.cwd())
     sys.path.append(here)
     try:
@@ -177,10 +177,10 @@ def _import(name: str) -> types.ModuleType:
 
 
 def code_digest(function: Callable[..., Any], name: str) -> str:
-    """A hash of what a function computes: its code, what it closes over, and what it names outside itself.
+    """A hash of what a function computes: its code, its closure, and the names outside that it uses.
 
-    Functions and classes of the user's that it uses count, in whatever module, and so do plain values. Comments and
-    the layout of lines do not; nor do libraries, which the run records by version.
+    It covers functions, classes and plain values of the user, in any module. It ignores comments, the layout of lines,
+    and libraries, whose versions the run records.
 
     Raises:
         UserError: there is no source to read.
@@ -190,12 +190,14 @@ def code_digest(function: Callable[..., Any], name: str) -> str:
         for part in _parts(function, set()):
             digest.update(part.encode() + b"\0")
     except (OSError, TypeError) as error:
-        raise _missing(name, f"no source: {error}", "your loss cannot be known again after an interruption") from error
+        raise _missing(
+            name, f"no source: {error}", "your loss could not be recognised after an interruption"
+        ) from error
     return digest.hexdigest()[:32]
 
 
 def _parts(value: Any, seen: set[int]) -> Iterator[str]:
-    """What makes a function or a value, as texts in a fixed order."""
+    """The parts of a function or value, as texts in a fixed order."""
     if id(value) in seen:
         return
     seen.add(id(value))
@@ -206,9 +208,9 @@ def _parts(value: Any, seen: set[int]) -> Iterator[str]:
         yield from _used(names, value.__globals__, seen)
         closed = inspect.getclosurevars(value).nonlocals
         defaults = [*enumerate(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).items()]
-        for key, held in [*sorted(closed.items()), *defaults]:
+        for key, value_ in [*sorted(closed.items()), *defaults]:
             yield str(key)
-            yield from _parts(held, seen)
+            yield from _parts(value_, seen)
     elif inspect.isclass(value):
         yield _code(value)
         for method in vars(value).values():
@@ -221,20 +223,20 @@ def _parts(value: Any, seen: set[int]) -> Iterator[str]:
         yield from _parts(value.func, seen)
         yield repr((value.args, sorted(value.keywords.items())))
     elif isinstance(value, set | frozenset) and _is_plain(list(value)):
-        yield repr(sorted(map(repr, value)))  # their own order changes from process to process
+        yield repr(sorted(map(repr, value)))  # a set's order changes from process to process
     elif _is_plain(value):
         yield repr(value)
-    elif hasattr(value, "__dict__") and _is_users(type(value)):  # an object that is called as a function
+    elif hasattr(value, "__dict__") and _is_users(type(value)):  # a callable object
         yield from _parts(type(value), seen)
-        for key, held in sorted(vars(value).items()):
+        for key, value_ in sorted(vars(value).items()):
             yield key
-            yield from _parts(held, seen)
-    else:  # an object of a library, such as a tensor: as it shows itself
+            yield from _parts(value_, seen)
+    else:  # an object of a library, such as a tensor: its repr
         yield f"{type(value).__qualname__} {value!r}" if not _has_address(value) else type(value).__qualname__
 
 
 def _used(names: list[str], place: dict[str, Any], seen: set[int]) -> Iterator[str]:
-    """What of `names` is the user's own: in the module itself, or in modules of the user's that are named too."""
+    """The user's own objects among `names`: in the module itself, or in the user's modules that are also named."""
     modules = [place[name] for name in names if isinstance(place.get(name), types.ModuleType)]
     for name in names:
         for holder in (place, *(vars(module) for module in modules if _is_users(module))):
@@ -250,7 +252,7 @@ def _names(code: types.CodeType) -> set[str]:
 
 
 def _code(value: Any) -> str:
-    """The source without comments and layout; a lambda inside a call is kept as its lines are."""
+    """The source without comments and layout; a lambda inside a call is kept line by line."""
     text = textwrap.dedent(inspect.getsource(value))
     try:
         return ast.unparse(ast.parse(text))
@@ -262,7 +264,7 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple | set | frozenset):
         return all(map(_is_plain, value))
     if isinstance(value, dict):
-        return all(_is_plain(held) for held in (*value, *value.values()))
+        return all(_is_plain(part) for part in (*value, *value.values()))
     return value is None or isinstance(value, bool | int | float | complex | str | bytes)
 
 
@@ -271,7 +273,7 @@ def _has_address(value: Any) -> bool:
 
 
 def _is_users(value: Any) -> bool:
-    """Whether something comes from a file that is no library's."""
+    """Whether something comes from a file that does not belong to a library."""
     if not (inspect.ismodule(value) or inspect.isclass(value) or inspect.isroutine(value)):
         return _is_users(type(value))
     try:

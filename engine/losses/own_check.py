@@ -1,6 +1,6 @@
-"""A look at a user's loss before it is trained with: what would spoil a run is said by name, and before the first step.
+"""Checks a user's loss before training: names everything that would spoil a run, before the first step.
 
-The made-up pairs are the same each time. Their gradients are compared with differences of the loss itself.
+The made-up pairs are the same each time. Gradients are compared with finite differences of the loss.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dpoeng.engine.losses.own import OwnLoss
 from dpoeng.engine.losses.sums import PreferenceBatch, loss_inputs
 
 CONSTANT_PARTS = "holds_parts_constant"
-"""Set to True on a loss that detaches a part on purpose: its gradient is then not that of its value."""
+"""Set to True on a loss that detaches a part on purpose: its gradient then differs from its slope."""
 
 # Tokens of the chosen and the rejected response of each made-up pair.
 _LENGTHS = ((3, 5), (1, 2), (6, 1), (4, 4))
@@ -26,31 +26,31 @@ _TOLERANCE = 1e-5
 
 
 def check_own_losses(names: Sequence[str], beta: float, *, per_token: bool = True) -> None:
-    """Tries each loss of the user's among `names` on made-up pairs, in float64 on the CPU.
+    """Tries each user-written loss in `names` on made-up pairs, in float64 on the CPU.
 
     Args:
         names: `loss_type`.
         beta: as in the run.
-        per_token: whether the cache holds the reference's log-probs token by token; else they are NaN, as in the run.
+        per_token: whether the cache has the reference's log-probs per token; otherwise they are NaN, as in the run.
 
     Raises:
-        UserError: a loss cannot be found; it fails, gives anything but one finite number a pair, has no gradient or
-            another than differences of its value show, changes from call to call, or with a pair's neighbours.
+        UserError: a loss cannot be found; fails; returns anything but one finite number per pair; has no gradient or
+            one that differs from finite differences; or changes between calls or with a pair's neighbours.
     """
     for name in names:
         if isinstance(name, OwnLoss):
-            _ = name.digest  # where there is no source, a later resume could not know the loss again
+            _ = name.digest  # raises if there is no source: a resumed run could not recognise the loss
             _check(name, beta, per_token)
 
 
 def _check(own: OwnLoss, beta: float, per_token: bool) -> None:
     pairs = _made_up_pairs(per_token)
     at_the_start = replace(pairs, policy=pairs.reference.clone().requires_grad_())
-    for batch, when in ((at_the_start, "where the policy is still the reference"), (pairs, "after some training")):
+    for batch, when in ((at_the_start, "while the policy still equals the reference"), (pairs, "after some training")):
         batch.policy.grad = None
         losses = _losses(own, batch, beta, when)
         if not losses.requires_grad:
-            raise _unfit(own, "a loss with a gradient", "a constant: it was detached, or made of the reference alone")
+            raise _unfit(own, "a loss with a gradient", "a constant: it was detached, or uses only the reference")
         (gradient,) = torch.autograd.grad(losses.sum(), batch.policy)
         if not bool(gradient.isfinite().all()):
             raise _unfit(own, "a loss with a finite gradient", f"NaN or infinity, {when}")
@@ -73,28 +73,28 @@ def _made_up_pairs(per_token: bool) -> PreferenceBatch:
 
 
 def _losses(own: OwnLoss, batch: PreferenceBatch, beta: float, when: str) -> torch.Tensor:
-    """The loss of a batch, [B] float64, found fit in shape and value."""
+    """The loss of a batch, [B] float64, after checks of shape and value."""
     try:
         losses = own.function(loss_inputs(batch, beta))
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        found = f"{type(error).__name__}: {error}, at {frame.filename}:{frame.lineno}"
-        raise _unfit(own, "a function that runs", found) from error
-    expected = f"a tensor [B], one loss a pair, here [{batch.pairs}]"
+        failure = f"{type(error).__name__}: {error}, at {frame.filename}:{frame.lineno}"
+        raise _unfit(own, "a function that runs", failure) from error
+    expected = f"a tensor [B], one loss per pair, here [{batch.pairs}]"
     if not isinstance(losses, torch.Tensor):
         raise _unfit(own, expected, f"{type(losses).__name__}")
     if losses.shape != (batch.pairs,) or not losses.dtype.is_floating_point:
         mean = "; do not take the mean, dpoeng does" if losses.dim() == 0 else ""
         raise _unfit(own, expected, f"{losses.dtype} {list(losses.shape)}{mean}")
     if not bool(losses.isfinite().all()):
-        sums = "" if batch.per_token else "; this cache holds sums over responses, so the reference's tokens are NaN"
+        sums = "" if batch.per_token else "; this cache has only sums over responses, so the reference's tokens are NaN"
         raise _unfit(own, "a loss of finite numbers", f"{_shown(losses)}, {when}{sums}")
     return losses.double()
 
 
 @torch.no_grad()
 def _check_neighbours(own: OwnLoss, pairs: PreferenceBatch, beta: float) -> None:
-    """A step may be cut into any forwards, so that a pair's loss may not depend on which pairs are beside it."""
+    """A step can be split into any forwards, so a pair's loss may not depend on the pairs next to it."""
     together = _losses(own, pairs, beta, "after some training")
     again = _losses(own, pairs, beta, "when called again")
     if not torch.equal(together, again):
@@ -102,12 +102,14 @@ def _check_neighbours(own: OwnLoss, pairs: PreferenceBatch, beta: float) -> None
     for chosen in ([3, 2, 1, 0], [0], [1], [2], [3]):
         apart = _losses(own, _some(pairs, chosen), beta, f"with {len(chosen)} pairs")
         if not torch.allclose(apart, together[chosen], rtol=1e-9, atol=1e-12):
-            found = f"{_shown(together[chosen])} beside others, {_shown(apart)} for pairs {chosen} alone in this order"
-            raise _unfit(own, "a loss that does not change with a pair's neighbours", found)
+            difference = (
+                f"{_shown(together[chosen])} next to others, {_shown(apart)} for pairs {chosen} alone, in this order"
+            )
+            raise _unfit(own, "a loss that does not change with a pair's neighbours", difference)
 
 
 def _check_gradient(own: OwnLoss, pairs: PreferenceBatch, beta: float) -> None:
-    """The derivative by every token against the difference of the losses on both sides of it."""
+    """Compares the derivative by every token with the difference of the losses on both sides of it."""
     (gradient,) = torch.autograd.grad(_losses(own, pairs, beta, "").sum(), pairs.policy)
     with torch.no_grad():
         for token in range(len(gradient)):
@@ -118,7 +120,7 @@ def _check_gradient(own: OwnLoss, pairs: PreferenceBatch, beta: float) -> None:
                 for sign in (1, -1)
             )
             slope = float((up - down) / (2 * _STEP))
-            # Rounding of the losses themselves, divided by the step.
+            # Rounding error of the losses, divided by the step.
             noise = 1e-12 * (1 + float(up.abs())) / _STEP
             if abs(slope - float(gradient[token])) > _TOLERANCE * max(1.0, abs(slope)) + noise:
                 raise _unfit(
@@ -130,7 +132,7 @@ def _check_gradient(own: OwnLoss, pairs: PreferenceBatch, beta: float) -> None:
 
 
 def _some(batch: PreferenceBatch, pairs: Sequence[int]) -> PreferenceBatch:
-    """Some pairs of a batch, in this order."""
+    """Selected pairs of a batch, in this order."""
     tokens = [torch.nonzero(batch.branch == 2 * pair + side).squeeze(1) for pair in pairs for side in (0, 1)]
     at = torch.cat(tokens)
     branch = torch.repeat_interleave(torch.arange(len(tokens)), torch.tensor([len(each) for each in tokens]))
@@ -144,9 +146,9 @@ def _shown(losses: torch.Tensor) -> str:
 
 def _unfit(own: OwnLoss, expected: str, found: str) -> UserError:
     return UserError(
-        f"your loss cannot be trained with: it must be {expected}",
+        f"your loss is not usable for training: it must be {expected}",
         code="loss-own-unfit",
         where=f"--loss-type {own}, tried on {len(_LENGTHS)} made-up pairs before the run",
         found=found,
-        remedy="correct the function; docs/losses.md shows one, and what it is given",
+        remedy="correct the function; docs/losses.md shows an example and its arguments",
     )

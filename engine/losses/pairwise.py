@@ -1,12 +1,12 @@
-"""DPO and its relatives that read the reference: pure functions, [B] float64 -> [B] losses. They know no batch.
+"""DPO and related losses that read the reference: pure functions, [B] float64 -> [B] losses.
 
-Arguments are named alike everywhere:
+Arguments have the same names everywhere:
 
-- `delta`: chosen score less rejected score, [B]. A score is log pi/ref of a response, or another f-divergence's form.
+- `delta`: chosen score minus rejected score, [B]. A score is log pi/ref of a response, or another f-divergence's form.
 - `chosen_ratio`, `rejected_ratio`: log pi/ref of the responses in nats, [B].
-- `beta`: how strongly the policy is held to the reference, > 0.
+- `beta`: how strongly the policy is kept near the reference, > 0.
 
-All are finite, with finite gradients, for arguments of at least +-1e4.
+All are finite, with finite gradients, for arguments up to at least +-1e4.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 
 MAX_EXPONENT = 80.0
-"""Exponents are cut here, as TRL does: e^80 and its square are finite; beyond it the gradient is zero."""
+"""Exponents are clamped here, as in TRL: e^80 and its square are finite; beyond it the gradient is zero."""
 
 
 def f_divergence_scores(ratio: torch.Tensor, kind: str, alpha: float) -> torch.Tensor:
-    """f'(pi/ref) from log pi/ref, up to a constant: what takes the place of the log-ratio.
+    """f'(pi/ref) from log pi/ref, up to a constant: it replaces the log-ratio.
 
     Wang et al. 2023, "Beyond Reverse KL", table 1, https://arxiv.org/abs/2309.16240. The alpha
     divergence is scaled as in TRL, ((pi/ref)^(alpha - 1) - 1) / (alpha - 1), so that alpha = 1 is the reverse KL.
@@ -49,7 +49,7 @@ def sigmoid_loss(delta: torch.Tensor, beta: float, label_smoothing: float = 0.0)
 
 
 def robust_loss(delta: torch.Tensor, beta: float, label_smoothing: float) -> torch.Tensor:
-    """DPO without bias where a share e < 1/2 of the labels is flipped; it may be negative.
+    """DPO that is unbiased if a share e < 1/2 of the labels is flipped; it may be negative.
 
     (-(1 - e) log sigmoid(beta delta) + e log sigmoid(-beta delta)) / (1 - 2 e)
     Chowdhury et al. 2024, section 3.1, https://arxiv.org/abs/2403.00409
@@ -68,9 +68,9 @@ def hinge_loss(delta: torch.Tensor, beta: float) -> torch.Tensor:
 
 
 def ipo_loss(mean_delta: torch.Tensor, tau: float) -> torch.Tensor:
-    """(mean_delta - 1 / (2 tau))^2; `mean_delta` is the difference of scores per token, as TRL has it.
+    """(mean_delta - 1 / (2 tau))^2; `mean_delta` is the difference of scores per token, as in TRL.
 
-    Azar et al. 2023, equation 17, https://arxiv.org/abs/2310.12036; its authors told TRL's that they divide by the
+    Azar et al. 2023, equation 17, https://arxiv.org/abs/2310.12036; its authors told TRL that they divide by the
     length.
     """
     return (mean_delta - 1 / (2 * tau)) ** 2
@@ -90,8 +90,8 @@ def exo_pair_loss(delta: torch.Tensor, beta: float, label_smoothing: float) -> t
 def discopop_loss(delta: torch.Tensor, beta: float, tau: float) -> torch.Tensor:
     """Log-ratio modulated loss: m e^-x + (1 - m) (-log sigmoid(x)) with x = beta delta and m = sigmoid(x / tau).
 
-    Lu et al. 2024, equation 5, https://arxiv.org/abs/2406.08414. The product m e^-x is taken in the exponent: its
-    factors alone overflow, and TRL's loss is NaN there.
+    Lu et al. 2024, equation 5, https://arxiv.org/abs/2406.08414. The product m e^-x is computed in the exponent: its
+    factors overflow separately, and TRL's loss is NaN there.
     """
     x = beta * delta
     return torch.exp(F.logsigmoid(x / tau) - x) - torch.sigmoid(-x / tau) * F.logsigmoid(x)
@@ -112,7 +112,7 @@ def bco_pair_loss(
     """-log sigmoid(r_c - shift) - log sigmoid(shift - r_r) with r = beta ratio: a classifier's loss on both responses.
 
     Jung et al. 2024, section 4, https://arxiv.org/abs/2404.04656. `shift` is their reward shift, a mean of earlier
-    rewards; TRL leaves it out.
+    rewards; TRL omits it.
     """
     return -F.logsigmoid(beta * chosen_ratio - shift) - F.logsigmoid(shift - beta * rejected_ratio)
 
@@ -151,11 +151,11 @@ def dpop_loss(chosen_ratio: torch.Tensor, rejected_ratio: torch.Tensor, beta: fl
 
 
 def aot_loss(better: torch.Tensor, worse: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
-    """DPO's loss between equal quantiles of two samples, [B] each: both are sorted, then subtracted.
+    """DPO's loss between equal quantiles of two samples, [B] each: sorts both, then subtracts.
 
-    Melnyk et al. 2024, https://arxiv.org/abs/2406.05882. Paired: `better` is log pi(chosen) - log pi(rejected) and
-    `worse` the same of the reference. Unpaired: the log-ratios of the chosen and of the rejected responses. The i-th
-    loss belongs to the i-th quantile, not to a pair, and depends on all that is in the batch.
+    Melnyk et al. 2024, https://arxiv.org/abs/2406.05882. Paired: `better` is log pi(chosen) - log pi(rejected), `worse`
+    the same under the reference. Unpaired: the log-ratios of the chosen and of the rejected responses. The i-th loss
+    belongs to the i-th quantile, not to a pair, and depends on the whole batch.
     """
     return sigmoid_loss(better.sort().values - worse.sort().values, beta, label_smoothing)
 
@@ -163,8 +163,8 @@ def aot_loss(better: torch.Tensor, worse: torch.Tensor, beta: float, label_smoot
 def dynamic_beta(margins: torch.Tensor, beta: float, alpha: float, average: float) -> float:
     """beta (1 + alpha (mean(margins) - average)), at least 1e-3: the beta of one batch.
 
-    Wu et al. 2024, section 4.2, https://arxiv.org/abs/2407.08639. `margins` are rewards of chosen less rejected at the
-    fixed beta, [B]; `average` is the moving average of their mean over the steps before.
+    Wu et al. 2024, section 4.2, https://arxiv.org/abs/2407.08639. `margins` are rewards of chosen minus rejected at the
+    fixed beta, [B]; `average` is the moving average of their mean over previous steps.
     """
     return max(beta * (1 + alpha * (float(margins.detach().mean()) - average)), 1e-3)
 
@@ -172,12 +172,12 @@ def dynamic_beta(margins: torch.Tensor, beta: float, alpha: float, average: floa
 def usual_pairs(
     margins: torch.Tensor, share: float, average: float, deviation: float, gumbel: torch.Tensor
 ) -> torch.Tensor:
-    """Draws `share` of the pairs, at least one: those whose margin is near the average are likelier; their numbers [K].
+    """Draws `share` of the pairs, at least one, preferring margins near the average; returns their indices [K].
 
-    Wu et al. 2024, section 4.3, https://arxiv.org/abs/2407.08639: without replacement, with weights
-    exp(-(margin - average)^2 / (2 deviation^2)). Adding independent Gumbel noise to the logarithms of the weights and
-    taking the largest draws just so (Kool et al. 2019, https://arxiv.org/abs/1903.06059). Without a deviation, as at
-    the first step, all pairs are equally likely.
+    Wu et al. 2024, section 4.3, https://arxiv.org/abs/2407.08639: without replacement, with weights exp(-(margin -
+    average)^2 / (2 deviation^2)). Adding independent Gumbel noise to the log-weights and taking the largest is such a
+    draw (Kool et al. 2019, https://arxiv.org/abs/1903.06059). Without a deviation, as at the first step, all pairs are
+    equally likely.
     """
     score = gumbel
     if deviation > 0:

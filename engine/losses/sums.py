@@ -1,6 +1,6 @@
-"""What a forward gives, reduced to sums: per-token log-probs of branches to a few numbers a pair, and a loss of these.
+"""Reduces a forward's output to sums: from per-token log-probs of branches to a few numbers per pair, and a loss.
 
-Knows no model, no cache, and none of the losses.
+Independent of models, caches and the loss functions.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from dpoeng.engine.losses.pairwise import MAX_EXPONENT
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PreferenceBatch:
-    """Output of one forward: per-token log-probs of B pairs, chosen and rejected branches alternating.
+    """Output of one forward: per-token log-probs of B pairs, alternating chosen and rejected branches.
 
-    Branch 2i is pair i's chosen response and branch 2i + 1 its rejected one. Per-token values and not sums, since
-    length-normalised and LD-DPO losses need them. Of an unpaired row, branch 2i is its response and branch 2i + 1 the
-    mismatched one, which has no tokens where the loss does not read it.
+    Branch 2i is pair i's chosen response and branch 2i + 1 its rejected one. Values are per token, because
+    length-normalised and LD-DPO losses need them. For an unpaired row, branch 2i is its response and branch 2i + 1 the
+    mismatched one, which has no tokens if the loss does not read it.
 
     Attributes:
         policy: [N] float32, with gradient.
         reference: [N] float32, from the cache.
-        branch: [N] int64, ascending, the branch that each token belongs to.
+        branch: [N] int64, ascending: the branch of each token.
         pairs: B.
         log_collision: [N] float32, log sum_v pi(v)^2 at each position, for `use_weighting`; else None.
         weights: [B] float64, the user's weight of each pair, or None.
-        desirable: [B] float64, of unpaired rows 1 for a desirable response and 0 for another; None of pairs.
-        per_token: whether `reference` is known token by token; else a response's first token carries its sum, the
-            others hold 0, and there is no KL.
+        desirable: [B] float64, 1 for a desirable response of an unpaired row, else 0; None for pairs.
+        per_token: whether `reference` is known per token; otherwise a response's first token carries its sum, the
+            others are 0, and there is no KL.
     """
 
     policy: torch.Tensor
@@ -45,7 +45,7 @@ class PreferenceBatch:
     per_token: bool = True
 
     def lengths(self) -> torch.Tensor:
-        """Tokens of each branch, [2B] int64; no synchronisation with the device."""
+        """Tokens of each branch, [2B] int64, without synchronising with the device."""
         total = torch.zeros(2 * self.pairs, dtype=torch.int64, device=self.branch.device)
         return total.index_add(0, self.branch, torch.ones_like(self.branch))
 
@@ -62,15 +62,15 @@ _GRADIENT = ("chosen_ratio", "rejected_ratio", "chosen_logps", "rejected_logps",
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PairSums:
-    """Inputs of the losses, a number a pair: all [B], float64.
+    """Inputs of the losses, one number per pair: all [B], float64.
 
     `_ratio` is log pi/ref and `ref_` log ref, both with LD-DPO's weights on the tokens; `_logps` are plain sums of the
-    policy's log-probs; `_tokens` counts the scored tokens; `_kl` estimates the KL per token, or is NaN where that is
-    not known; `weights` multiplies a pair's loss. Ratios and logps carry the gradient.
+    policy's log-probs; `_tokens` counts the scored tokens; `_kl` estimates the KL per token, NaN if unknown; `weights`
+    multiplies a pair's loss. Ratios and logps carry the gradient.
 
-    `own` holds what the user's own losses gave for each pair, [B, number of them], with gradient; None without any.
+    `own` has the values of the user's losses for each pair, [B, number of them], with gradient; None without any.
 
-    Of unpaired rows `desirable` holds the labels (None of pairs), `chosen_` is the response, whatever its label, and
+    For unpaired rows `desirable` has the labels (None for pairs), `chosen_` is the response, whatever its label, and
     `rejected_` the mismatched one.
     """
 
@@ -90,22 +90,22 @@ class PairSums:
 
     @property
     def with_gradient(self) -> tuple[torch.Tensor, ...]:
-        """The tensors that the losses are differentiated by."""
+        """The tensors to differentiate the losses by."""
         return tuple(self._gradient().values())
 
     def _gradient(self) -> dict[str, torch.Tensor]:
         return {name: getattr(self, name) for name in _GRADIENT if getattr(self, name) is not None}
 
     def leaves(self) -> PairSums:
-        """The same numbers as leaves of a new graph: `backward` on a loss of them leaves the gradient in `.grad`."""
+        """The same numbers as leaves of a new graph: `backward` on their loss leaves the gradient in `.grad`."""
         return replace(self, **{name: x.detach().clone().requires_grad_() for name, x in self._gradient().items()})
 
     def detached(self) -> PairSums:
-        """The same numbers without the graph, and so without the activations that it holds."""
+        """The same numbers without the graph, and so without its activations."""
         return replace(self, **{name: x.detach() for name, x in self._gradient().items()})
 
     def on_host(self) -> PairSums:
-        """The same numbers in the host's memory, without the graph, as they are sent to other processes."""
+        """The same numbers in host memory without the graph, ready to be sent to other processes."""
         return PairSums(**_on_host(self))
 
     @staticmethod
@@ -116,16 +116,16 @@ class PairSums:
 
 
 def _on_host(of: PairSums | PreferenceLoss) -> dict[str, torch.Tensor]:
-    """Field -> its tensor in the host's memory, without the graph."""
+    """Field -> its tensor in host memory, without the graph."""
     values = {f.name: getattr(of, f.name) for f in fields(of)}
     return {name: x.detach().cpu() for name, x in values.items() if isinstance(x, torch.Tensor)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PreferenceLoss:
-    """Losses and the quantities that are reported; all [B], float64; all but `losses` detached.
+    """Losses and reported quantities; all [B], float64; all but `losses` detached.
 
-    `threshold` is what an unpaired loss compares rewards with (None of pairs): above it a response counts as desirable.
+    `threshold` is the reward above which an unpaired response counts as desirable (None for pairs).
     """
 
     losses: torch.Tensor
@@ -137,13 +137,13 @@ class PreferenceLoss:
     threshold: torch.Tensor | None = None
 
     def on_host(self) -> PreferenceLoss:
-        """As `PairSums.on_host`."""
+        """Like `PairSums.on_host`."""
         return PreferenceLoss(**_on_host(self), sums=self.sums.on_host())
 
 
 def pair_sums(batch: PreferenceBatch, settings: LossSettings) -> PairSums:
-    """Reduces a forward to its pairs."""
-    # Log-ratios are formed token by token, so that two large sums are never subtracted from each other.
+    """Reduces a forward's output to sums per pair."""
+    # Log-ratios are formed per token, so that two large sums are never subtracted from each other.
     ratio, reference = batch.policy - batch.reference, batch.reference
     lengths = batch.lengths()
     if settings.ld_alpha is not None:
@@ -179,38 +179,38 @@ def pair_sums(batch: PreferenceBatch, settings: LossSettings) -> PairSums:
 
 
 def _own_losses(batch: PreferenceBatch, settings: LossSettings) -> torch.Tensor:
-    """What each of the user's losses gives for each pair, [B, number of them] float64."""
+    """Values of each user-written loss for each pair, [B, number of them] float64."""
     inputs = loss_inputs(batch, settings.beta)
     return torch.stack([own.function(inputs).double() for own in settings.own], 1)
 
 
 def loss_inputs(batch: PreferenceBatch, beta: float) -> LossInputs:
-    """A forward as a user's loss sees it: sums and padded tokens of each side."""
+    """A forward's output for a user's loss: sums and padded tokens of both sides."""
     lengths = batch.lengths()
     position = torch.arange(len(batch.branch), device=batch.branch.device) - (lengths.cumsum(0) - lengths)[batch.branch]
-    # The longest is asked for on the device once for each side; built-in losses never wait for it.
+    # Reading the longest length waits for the device once per side; built-in losses never wait.
     longest = lengths.view(-1, 2).amax(0).tolist()
-    known = batch.reference if batch.per_token else torch.full_like(batch.reference, torch.nan)
+    reference = batch.reference if batch.per_token else torch.full_like(batch.reference, torch.nan)
     sides: dict[str, torch.Tensor] = {}
     (chosen, rejected), (ref_chosen, ref_rejected) = batch.sums(batch.policy), batch.sums(batch.reference)
     sums = {"chosen": (chosen, ref_chosen), "rejected": (rejected, ref_rejected)}
     for number, side in enumerate(sums):
-        own = batch.branch % 2 == number
-        where = (batch.branch[own] // 2, position[own])
+        of_this_side = batch.branch % 2 == number
+        where = (batch.branch[of_this_side] // 2, position[of_this_side])
         padded = torch.zeros(batch.pairs, longest[number], dtype=torch.float64, device=batch.policy.device)
         sides |= {
             f"{side}_logps": sums[side][0],
             f"ref_{side}_logps": sums[side][1],
-            f"{side}_token_logps": padded.index_put(where, batch.policy[own].double()),
-            f"ref_{side}_token_logps": padded.index_put(where, known[own].double()),
-            f"{side}_mask": padded.index_put(where, torch.ones_like(known[own]).double()) > 0,
+            f"{side}_token_logps": padded.index_put(where, batch.policy[of_this_side].double()),
+            f"ref_{side}_token_logps": padded.index_put(where, reference[of_this_side].double()),
+            f"{side}_mask": padded.index_put(where, torch.ones_like(reference[of_this_side]).double()) > 0,
             f"{side}_tokens": lengths[number::2].double(),
         }
     return LossInputs(**sides, beta=beta)
 
 
 def ld_weights(branch: torch.Tensor, lengths: torch.Tensor, alpha: float) -> torch.Tensor:
-    """1 for tokens up to the length of the shorter response of a pair, `alpha` for those beyond it; [N] float32.
+    """1 for tokens up to the length of the pair's shorter response, `alpha` for the others; [N] float32.
 
     Liu et al. 2024, LD-DPO, https://arxiv.org/abs/2409.06411
     """
@@ -220,7 +220,7 @@ def ld_weights(branch: torch.Tensor, lengths: torch.Tensor, alpha: float) -> tor
 
 
 def wpo_weights(batch: PreferenceBatch) -> torch.Tensor:
-    """How likely the policy itself would write both responses: a weight a pair, [B] float64, without gradient.
+    """How likely the policy itself would write both responses: one weight per pair, [B] float64, without gradient.
 
     exp of the mean over tokens of log pi(token) - log sum_v pi(v)^2, chosen times rejected. Zhou et al. 2024,
     equation 2 with sampled alignment, https://arxiv.org/abs/2406.11827
@@ -234,8 +234,8 @@ def wpo_weights(batch: PreferenceBatch) -> torch.Tensor:
 def kl_per_token(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """x - log x - 1 with x = ref/pi: never negative, and 0 only where both agree.
 
-    Schulman 2020, http://joschu.net/blog/kl-approx.html, estimator k3 of KL(pi || ref). It would be unbiased on tokens
-    drawn from the policy; on the tokens of given responses it measures how far the policy has moved there.
+    Schulman 2020, http://joschu.net/blog/kl-approx.html, estimator k3 of KL(pi || ref). It is unbiased on tokens drawn
+    from the policy; on tokens of given responses it measures how far the policy has moved there.
     """
     log_x = torch.clamp(reference - policy, max=MAX_EXPONENT)
     return torch.expm1(log_x) - log_x

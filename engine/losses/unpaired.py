@@ -1,12 +1,12 @@
-"""Losses of single responses that are desirable or not: pure functions, [B] float64 -> [B] losses. They know no batch.
+"""Losses of single responses with a label, desirable or not: pure functions, [B] float64 -> [B] losses.
 
-Arguments are named alike everywhere:
+Arguments have the same names everywhere:
 
 - `ratio`: log pi/ref of the responses in nats, [B].
-- `desirable`: 1 for a desirable response, 0 for another, [B].
-- `beta`: how strongly the policy is held to the reference, > 0.
+- `desirable`: 1 for a desirable response, 0 for others, [B].
+- `beta`: how strongly the policy is kept near the reference, > 0.
 
-All are finite, with finite gradients, for ratios of at least +-1e4.
+All are finite, with finite gradients, for ratios up to at least +-1e4.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import torch.nn.functional as F
 
 
 def reference_point(mismatched_ratio: torch.Tensor) -> torch.Tensor:
-    """max(0, mean of log pi/ref over responses that belong to other prompts), a scalar in nats without gradient.
+    """max(0, mean of log pi/ref over mismatched responses), a scalar in nats without gradient.
 
     Ethayarajh et al. 2024, KTO, section 4.1, https://arxiv.org/abs/2402.01306: a biased estimate of KL(pi || ref) from
-    mismatched responses [B], clamped at 0.
+    responses of other prompts [B], clamped at 0.
     """
     return mismatched_ratio.detach().mean().clamp(min=0.0)
 
 
 def kto_loss(ratio: torch.Tensor, desirable: torch.Tensor, beta: float, point: torch.Tensor) -> torch.Tensor:
-    """1 - sigmoid(beta (ratio - point)) of a desirable response, 1 - sigmoid(beta (point - ratio)) of another.
+    """1 - sigmoid(beta (ratio - point)) for a desirable response, 1 - sigmoid(beta (point - ratio)) for others.
 
     Ethayarajh et al. 2024, KTO, equation 8 without its weights, https://arxiv.org/abs/2402.01306
     """
@@ -33,7 +33,7 @@ def kto_loss(ratio: torch.Tensor, desirable: torch.Tensor, beta: float, point: t
 
 
 def apo_zero_unpaired_loss(ratio: torch.Tensor, desirable: torch.Tensor, beta: float) -> torch.Tensor:
-    """1 - sigmoid(beta ratio) of a desirable response, sigmoid(beta ratio) of another: KTO with 0 as its point.
+    """1 - sigmoid(beta ratio) for a desirable response, sigmoid(beta ratio) for others: KTO with 0 as its point.
 
     D'Oosterlinck et al. 2024, APO, equation 7 response by response, https://arxiv.org/abs/2408.06266
     """
@@ -41,10 +41,10 @@ def apo_zero_unpaired_loss(ratio: torch.Tensor, desirable: torch.Tensor, beta: f
 
 
 def bco_loss(ratio: torch.Tensor, desirable: torch.Tensor, beta: float, shift: torch.Tensor | float) -> torch.Tensor:
-    """-log sigmoid(beta ratio - shift) of a desirable response, -log sigmoid(shift - beta ratio) of another.
+    """-log sigmoid(beta ratio - shift) for a desirable response, -log sigmoid(shift - beta ratio) for others.
 
-    Jung et al. 2024, BCO, section 4, https://arxiv.org/abs/2404.04656: a classifier's cross-entropy, whose logit is the
-    reward less `shift`, the mean reward so far.
+    Jung et al. 2024, BCO, section 4, https://arxiv.org/abs/2404.04656: a classifier's cross-entropy whose logit is the
+    reward minus `shift`, the mean reward so far.
     """
     return -F.logsigmoid(_sign(desirable) * (beta * ratio - shift))
 

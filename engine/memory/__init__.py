@@ -1,5 +1,5 @@
-"""How much memory a phase needs, found by running it on the meta device; and what a card has.
+"""Predicts a phase's memory by running it on the meta device, and lists the cards' memory.
 
-Knows the real forward and the real step, which it runs without data. Measures nothing on a GPU: every figure from here
-is a simulation or an estimate, and is labelled so.
+Runs the real forward and the real step, without data. Measures nothing on a GPU: every figure from here is simulated or
+estimated, and labelled so.
 """

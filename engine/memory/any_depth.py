@@ -1,12 +1,12 @@
-"""The memory of a step or a forward of a model of any depth: simulated whole, or from two shallow models, exactly.
+"""Memory of a step or forward for a model of any depth: simulated whole, or derived exactly from two shallow models.
 
-Equal layers add equal bytes. So what is alive at one operation of one layer grows by the same amount with each layer
-more that the model has, and from a layer to the next; and the highest point of the work inside of one layer is at the
-same operation in all of them. Only the first layer and the last differ, since something else comes before and after. A
-model with a first layer, a last one and one between has them all: from that, and from one with a layer more, all others
-follow. The highest of the layers between is the second or the last but one, as a straight line is highest at an end.
-Tests compare with whole models, kind by kind and byte by byte. Models of unlike layers are simulated whole; where kinds
-take turns, what repeats is what one layer is here.
+Equal layers add equal bytes. With each additional layer of the model, the memory alive at an operation of one layer
+grows by the same amount, as it does from one layer to the next; and every layer's peak is at the same operation. Only
+the first and last layer differ, because other work comes before and after them. A model with a first layer, a last one
+and one in between has all of these; together with one that has a layer more, it determines all others. The highest of
+the layers in between is the second or the second last, as a straight line is highest at an end. Tests compare with
+whole models, kind by kind and byte by byte. Models with unlike layers are simulated whole; if kinds alternate, one
+period counts as a layer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dpoeng.engine.models.loading import layer_period
 from dpoeng.engine.models.trunk.layers import names_layers
 
 Stretches = dict[tuple[str, str], Peak]
-"""(phase, place) -> the highest point there."""
+"""(phase, place) -> the peak there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,9 @@ class Memory:
     """Memory of a piece of work.
 
     Attributes:
-        peak: its highest point.
-        stretches: the highest point before, in and after the layers of each phase.
-        timeline: (bytes, phase) after each operation, where the whole model was simulated; else empty.
+        peak: the peak of the whole work.
+        stretches: the peak before, in and after the layers of each phase.
+        timeline: (bytes, phase) after each operation if the whole model was simulated; else empty.
     """
 
     peak: Peak
@@ -45,12 +45,12 @@ def step_memory(setup: Setup, pairs: Sequence[Pair], *, whole: bool = False) -> 
 
 
 def forward_memory(setup: Setup, pairs: Sequence[Pair], *, policy: bool, whole: bool = False) -> Memory:
-    """One forward without gradient over some pairs: of the policy in training, or of the reference."""
+    """One forward without gradient over some pairs: the policy in training, or the reference."""
     return _as_laid_out(setup, lambda some: trace_forward(some, pairs, policy=policy), whole)
 
 
 def _as_laid_out(setup: Setup, trace: Callable[[Setup], MemoryTracker], whole: bool) -> Memory:
-    """With separate prompts where the model's attention cannot be replaced, as `choose_layout` decides it then."""
+    """Uses separate prompts if the model's attention cannot be replaced, as `choose_layout` does."""
     try:
         return _memory(setup, trace, whole)
     except (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError):
@@ -60,7 +60,7 @@ def _as_laid_out(setup: Setup, trace: Callable[[Setup], MemoryTracker], whole: b
 
 
 def _memory(setup: Setup, trace: Callable[[Setup], MemoryTracker], whole: bool) -> Memory:
-    # With a LoRA in some of the layers these are not equal.
+    # With a LoRA in only some layers, layers are not equal.
     period = None if whole or names_layers(setup.config) else layer_period(setup.model)
     if setup.by_layer:
         return _by_layer(setup, trace, period)
@@ -74,15 +74,15 @@ def _memory(setup: Setup, trace: Callable[[Setup], MemoryTracker], whole: bool) 
 
 
 def _by_layer(setup: Setup, trace: Callable[[Setup], MemoryTracker], period: int | None) -> Memory:
-    """Of layers that are loaded one at a time: only what is trained of them grows with their number, in every phase."""
+    """For layers that are loaded one at a time: per layer only its trained weights add memory, in every phase."""
 
     def by_phase(some: Setup) -> Stretches:
-        found: Stretches = {}
+        peaks: Stretches = {}
         for (phase, _), peak in trace(some).stretches().items():
-            before = found.get((phase, "all"))
+            before = peaks.get((phase, "all"))
             if before is None or peak.n_bytes > before.n_bytes:
-                found[phase, "all"] = peak
-        return found
+                peaks[phase, "all"] = peak
+        return peaks
 
     extended = None
     if period is not None and setup.layers % period == 0 and setup.layers > 4 * period:
@@ -94,26 +94,26 @@ def _by_layer(setup: Setup, trace: Callable[[Setup], MemoryTracker], period: int
 
 
 def _from_two_shallow(setup: Setup, trace: Callable[[Setup], MemoryTracker], period: int) -> Stretches | None:
-    """The places of the whole model; None where its config cannot be cut, or the two do not fit together."""
+    """The places of the whole model; None if its config cannot be cut, or the two models do not fit together."""
     depths = (3 * period, 4 * period)
     try:
         few, more = (_by_place(trace(setup.with_layers(depth)), depth, period) for depth in depths)
     except (UserError, ValueError, IndexError, AttributeError, TypeError):
-        return None  # layers that refer to others by number: the whole model says what is wrong, if anything is
+        return None  # layers refer to others by number: the whole model reports an error, if there is one
     return _extend(few, more, (setup.layers - depths[0]) // period)
 
 
 def _by_place(tracker: MemoryTracker, depth: int, period: int) -> Stretches:
-    """The highest points of the places that models of all depths have."""
-    found: Stretches = {}
+    """The peaks at the places that models of every depth have."""
+    peaks: Stretches = {}
     for (phase, layer), peak in tracker.stretches().items():
         for place in _places(phase, layer, depth, period):
-            found[phase, place] = peak
-    return found
+            peaks[phase, place] = peak
+    return peaks
 
 
 def _places(phase: str, layer: int, depth: int, period: int) -> Iterator[str]:
-    """What a layer is, counted from either end; one of a model with three is the second and the last but one."""
+    """A layer's names, counted from either end; the middle layer of three is the second and the second last."""
     if phase == "optimizer":
         yield "all"
     elif layer < 0:
@@ -128,7 +128,7 @@ def _places(phase: str, layer: int, depth: int, period: int) -> Iterator[str]:
 
 
 def _extend(few: Stretches, more: Stretches, steps: int) -> Stretches | None:
-    """The places of a deeper model, or None where the two shallow ones do not fit together."""
+    """The places of a deeper model, or None if the two shallow ones do not fit together."""
     if few.keys() != more.keys():
         return None
     extended = {}
@@ -144,10 +144,10 @@ def _extend(few: Stretches, more: Stretches, steps: int) -> Stretches | None:
 
 
 def _in_words(stretches: Stretches) -> dict[str, Peak]:
-    """`forward, layers` and so on: the highest of the layers as one."""
-    found: dict[str, Peak] = {}
+    """`forward, layers` and so on: the highest of all layers under one name."""
+    peaks: dict[str, Peak] = {}
     for (phase, place), peak in stretches.items():
         name = phase if place == "all" else f"{phase}, {'layers' if place.startswith('layer ') else place}"
-        if name not in found or peak.n_bytes > found[name].n_bytes:
-            found[name] = peak
-    return found
+        if name not in peaks or peak.n_bytes > peaks[name].n_bytes:
+            peaks[name] = peak
+    return peaks

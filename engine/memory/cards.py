@@ -1,4 +1,4 @@
-"""Arithmetic of both phases, and the hours it takes at a stated share of a card's peak. Calculated, never measured."""
+"""Operations of both phases, and their hours at a given share of a card's peak. Calculated, never measured."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from dpoeng.engine.models.model_config import config_of, sizes
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A card: bytes that programs can have, dense bfloat16 operations a second, and bytes a second of its memory.
+    """A card: bytes available to programs, dense bfloat16 operations per second, and memory bandwidth in bytes per
+    second.
 
-    The rates are 0 where they are not known.
+    Unknown rates are 0.
     """
 
     name: str
@@ -24,8 +25,8 @@ class Gpu:
     bytes_per_s: float = 0.0
 
 
-# Usable memory is a little less than the name says. Rates: NVIDIA's and AMD's data sheets, of the SXM
-# form where there are several, without sparsity.
+# Usable memory is slightly less than the name says. Rates come from NVIDIA's and AMD's data sheets, for the SXM form if
+# there are several, without sparsity.
 _CARDS = {
     "rtx-3090-24gb": (23.6, 71e12, 936e9),
     "rtx-4090-24gb": (23.5, 165e12, 1008e9),
@@ -43,15 +44,15 @@ GPUS = {name: Gpu(name, int(gib * GIB), flops, rate) for name, (gib, flops, rate
 
 
 def find_gpu(name: str) -> Gpu:
-    """A card by name, or one of which only the size is known: `80` or `80gb` as sold, `79.1gib` as it has to give.
+    """Finds a card by name, or makes one from its size: `80` or `80gb` as sold, `79.1gib` as available.
 
     Raises:
         UserError: no such card.
     """
     key = name.lower().replace(" ", "-")
-    found = [gpu for known, gpu in GPUS.items() if known == key or known.startswith(f"{key}-")]
-    if found:
-        return found[0]
+    matches = [gpu for known, gpu in GPUS.items() if known == key or known.startswith(f"{key}-")]
+    if matches:
+        return matches[0]
     try:
         exact = key.endswith("gib")
         size = float(key.removesuffix("gib").removesuffix("gb"))
@@ -64,13 +65,13 @@ def find_gpu(name: str) -> Gpu:
             found=name,
             remedy="name one of these, or the memory that nvidia-smi shows",
         ) from error
-    # A card sold as 80 GB has about 79 GiB to give.
+    # A card sold as 80 GB has about 79 GiB available.
     return Gpu(f"{size:g} {'GiB' if exact else 'GB'}", int(size * (1.0 if exact else 0.985) * GIB))
 
 
 @dataclass(frozen=True, slots=True)
 class PhaseTime:
-    """Operations of a phase over all pairs, and hours; None where the card's rate is not known."""
+    """Operations of a phase over all pairs, and hours; None if the card's rate is unknown."""
 
     name: str
     flops: float
@@ -92,13 +93,13 @@ def phase_times(
     utilisation: float,
     share: float = 1.0,
 ) -> list[PhaseTime]:
-    """Both phases as asked for, and what they would take without the cache and without shared prompts.
+    """Time of both phases as configured, and without the cache or without shared prompts.
 
-    A forward costs 2 operations a weight and token, and attention 4 a pair of positions and channel, half of them
+    A forward costs 2 operations per weight and token; attention costs 4 per pair of positions and channel, half of them
     masked. With a frozen base, backward costs another forward (no gradient of weights), and checkpointing one more; the
-    head's two products are one forward and one gradient. With `full` fine-tuning the gradient of the weights is one
-    forward more, and the head is computed again in the backward, for two gradients. Kaplan et al. 2020,
-    https://arxiv.org/abs/2001.08361, section 2.1. `share`: of the layers, those that phase two runs.
+    head's two products are one forward and one gradient. `full` fine-tuning adds one forward for the gradient of the
+    weights, and the backward recomputes the head for two gradients. Kaplan et al. 2020,
+    https://arxiv.org/abs/2001.08361, section 2.1. `share`: share of the layers that phase two runs.
     """
     decoder = sizes(config_of(model))
 
@@ -136,7 +137,7 @@ class Roads:
     Attributes:
         bus_gb_per_s: from host memory.
         disk_gb_per_s: from files into host memory.
-        host_bytes: host memory that can hold files.
+        host_bytes: host memory for files.
     """
 
     bus_gb_per_s: float
@@ -144,7 +145,7 @@ class Roads:
     host_bytes: float
 
     def from_files(self, n_bytes: float, times: float) -> float:
-        """Seconds in which files reach the card so often: first from the disk, then from host memory if it holds them.
+        """Seconds to bring files to the card this many times: first from disk, then from host memory if they fit.
 
         Disk and bus work at the same time, so the slower one counts.
         """
@@ -153,15 +154,15 @@ class Roads:
         return min(times, 1.0) * first + max(0.0, times - 1.0) * again
 
     def over_bus(self, n_bytes: float) -> float:
-        """Seconds in which bytes cross between host memory and card."""
+        """Seconds to copy bytes between host memory and card."""
         return n_bytes / (self.bus_gb_per_s * 1e9)
 
 
 def layer_bytes(parameters: Mapping[str, int], quantization: str) -> float:
-    """Bytes of all layers in files of 16 bits, or in files that hold them quantised (`dpoeng quantize`)."""
+    """Bytes of all layers in 16-bit files, or in quantised files (`dpoeng quantize`)."""
     return parameters["layers"] * {"none": 2.0, "8bit": 1.0, "4bit": 0.5}[quantization]
 
 
 def beside_loading(time: PhaseTime, seconds: float) -> PhaseTime:
-    """The time of a phase while bytes are copied for so long: the longer of the two, since one hides the other."""
+    """A phase's time while bytes are copied: the longer of the two, since one hides the other."""
     return time if time.hours is None else replace(time, hours=max(time.hours, seconds / 3600))

@@ -1,7 +1,7 @@
-"""Simulates the memory that FSDP2 holds in one process of a divided base.
+"""Simulates the memory of one FSDP2 process with a sharded base.
 
-FSDP itself needs other processes and values. So the layers here stay whole on the `meta` device, count as the part that
-one process has, and take beside it what FSDP takes to run them.
+FSDP itself needs other processes and values. So the layers stay whole on the `meta` device, count only as one process's
+share, and add the memory that FSDP uses to run them.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ GATHERED = "gathered layers"
 
 
 def part_bytes(parameter: nn.Parameter, shards: int) -> int:
-    """The part of one process: whole rows, as many as any of them has."""
+    """The share of one process in whole rows; the largest of all shares."""
     rows = parameter.shape[0]
     return -(-rows // shards) * (parameter.nbytes // rows)
 
 
 def gather_layers(tracker: MemoryTracker, layers: Sequence[nn.Module], shards: int, *, through_gloo: bool) -> None:
-    """Add the gathered layers: nearly always two are alive while one runs.
+    """Adds gathered layers: nearly always two are alive while one runs.
 
-    Forward: a layer as it is run, and the buffer that it was gathered into, which is kept until the next one is to be
-    copied out of its own. Backward: a layer, and the buffer of the one that comes next. What is gathered is the frozen
-    part, in the dtype it is held in. (torch 2.13: FSDPParamGroup.wait_for_unshard, _backward_prefetch)
+    Forward: the running layer, and the buffer it was gathered into, which stays until the next layer is copied out of
+    its buffer. Backward: a layer, and the buffer of the next one. Only the frozen part is gathered, in its storage
+    dtype. (torch 2.13: FSDPParamGroup.wait_for_unshard, _backward_prefetch)
 
-    NCCL writes into that buffer. Gloo, on a CPU, gathers into a tensor of its own first.
+    NCCL writes into that buffer. Gloo, on a CPU, first gathers into its own tensor.
     """
     parts = [sum(part_bytes(parameter, shards) for parameter in divided_parameters(layer)) for layer in layers]
     whole: dict[int, torch.Tensor] = {}
@@ -46,7 +46,7 @@ def gather_layers(tracker: MemoryTracker, layers: Sequence[nn.Module], shards: i
                 tracker.scratch(shards * parts[number], kind=GATHERED)
 
     def before(number: int) -> None:
-        if in_backward():  # checkpointing runs the layer again, which is whole already
+        if in_backward():  # checkpointing reruns the layer, which is gathered already
             return
         take(buffers, number)
         for other in [other for other in buffers if other != number]:

@@ -1,6 +1,6 @@
-"""Before a model is loaded: will this phase fit where it is to run? And afterwards: was that right?
+"""Predicts before loading whether a phase fits into memory, and compares afterwards.
 
-The answer is `dpoeng plan`'s, for the pairs and the device at hand.
+It makes the same prediction as `dpoeng plan`, for the actual pairs and device.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from dpoeng.engine.runtime.host import available_memory
 Forecast = TypeVar("Forecast")
 
 Note = Callable[[str], None]
-"""Told what users should read."""
+"""Receives messages for the user."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepForecast:
-    """What a step of phase two will take.
+    """Predicted memory of a step of phase two.
 
     Attributes:
         peak_bytes: the predicted peak of tensors.
-        recompute: how many of the first layers are recomputed in the backward pass; None: as configured.
-        pairs: in one forward; None: as configured.
+        recompute: how many of the first layers to recompute in the backward pass; None: as configured.
+        pairs: pairs per forward; None: as configured.
     """
 
     peak_bytes: int
@@ -55,11 +55,11 @@ def ignore(_: str) -> None:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can be had now: of the GPU, or of this machine within its container's limit."""
+    """Memory available now: on the GPU, or on this machine within its container's limit."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     host = available_memory()
-    return host if host is not None else sys.maxsize  # what nothing tells of cannot refuse a run
+    return host if host is not None else sys.maxsize  # an unknown limit must not refuse a run
 
 
 def check_step(
@@ -77,16 +77,15 @@ def check_step(
     advises: bool = True,
     note: Note = ignore,
 ) -> StepForecast | None:
-    """Refuses phase two where its longest pairs would not fit; `held_bytes` are taken, and there for this run.
+    """Raises if phase two's longest pairs would not fit; `held_bytes`: memory in use that this run will reuse.
 
-    With `shards` above 1 the frozen layers are divided over so many processes, each on a device of its own. On a GPU
-    whose memory takes more, only some layers are recomputed, unless `gradient_checkpointing` was set. With
-    `trunk_layer` the model begins at that layer; `by_layer` layers are loaded one at a time. Unless it `advises`, the
-    refusal does not look for a batch that fits.
+    With `shards` above 1 the frozen layers are sharded over that many processes, each with its own device. On a GPU with
+    memory to spare only some layers are recomputed, unless `gradient_checkpointing` was set. With `trunk_layer` the
+    model begins at that layer; with `by_layer` layers are loaded one at a time. Without `advises`, the error does not
+    suggest a batch that fits.
 
     Returns:
-        the forecast; None where it was plain without a simulation that all fits, or where it cannot be
-        predicted, which `note` is told.
+        the forecast; None if everything obviously fits, or if it cannot be predicted, which `note` reports.
 
     Raises:
         UserError: it would not fit.
@@ -123,7 +122,7 @@ def check_forward(
 
 
 def _advised(note: Note, predict: Callable[[], Forecast | None]) -> Forecast | None:
-    """A forecast is advice: it may say that something does not fit, and may end a run for no other reason."""
+    """Makes a forecast, which is advice: it may refuse a run that does not fit, but its failure must not end one."""
     try:
         return predict()
     except UserError as error:
@@ -192,10 +191,10 @@ def _less_of_the_base(config: TrainConfig, *, by_layer: bool, trunk_layer: int) 
 def _with_fewest_recomputed(
     setup: Setup, pairs: Sequence[Pair], recomputing: Memory, room: int, device: torch.device
 ) -> StepForecast:
-    """As few layers recomputed as memory allows: each costs a forward of its own in every step.
+    """Recomputes as few layers as memory allows: each costs another forward in every step.
 
-    A layer that is not recomputed adds what the two simulations differ by a layer, at whatever place they differ most;
-    a bound, since the last layers have freed theirs when the first are recomputed.
+    A layer that is not recomputed adds the difference of the two simulations per layer, taken where it is largest. That
+    is an upper bound, since the last layers have freed theirs when the first are recomputed.
     """
     period = layer_period(setup.model)
     if period is None:
@@ -215,7 +214,7 @@ def _with_fewest_recomputed(
 
 
 def from_trunk(setup: Setup, layer: int) -> Setup:
-    """The same from a trunk at a layer; where all layers from there on are trained, they are equal to each other."""
+    """The setup from a trunk at a layer; if all layers from there on are trained, they are equal to each other."""
     if not layer:
         return setup
     chosen = chosen_layers(setup.config, setup.layers)
@@ -269,7 +268,7 @@ def _setup(
 
 
 def _longest(pairs: Iterable[PairIds]) -> Iterator[Pair]:
-    """The lengths of all pairs, the longest first, each made when it is asked for: only a batch of them is."""
+    """The lengths of all pairs, the longest first, lazily: only one batch of them is read."""
     lengths = array("i")
     for ids in pairs:
         lengths.extend((len(ids.prompt_ids), len(ids.chosen_ids), len(ids.rejected_ids)))
@@ -278,22 +277,22 @@ def _longest(pairs: Iterable[PairIds]) -> Iterator[Pair]:
 
 
 def _is_small(source: ModelSource, pairs: Sequence[Pair], device: torch.device, full: bool = False) -> bool:
-    """Whether a bound that no run can reach leaves half of the machine free; a GGUF's sizes are not known here."""
+    """Whether an upper bound leaves half of the machine free; the sizes of a GGUF are not known here."""
     if source.gguf or not (source.folder / "config.json").is_file():
         return True
     if device.type == "cuda":
-        return False  # there the prediction is also compared with what was allocated
+        return False  # on a GPU the prediction is also compared with the allocation afterwards
     model = sizes(config_of(read_fields(source)))
     tokens = sum(2 * pair.prompt + pair.chosen + pair.rejected for pair in pairs)
-    # Of files in 16 bits, full fine-tuning makes 18 bytes a weight and transients.
+    # From 16-bit files, full fine-tuning takes 18 bytes per weight, plus temporaries.
     weights = (12 if full else 3) * sum(path.stat().st_size for path in source.weight_files)
-    kept = 4 * tokens * (model.layers * (24 * model.hidden + 10 * model.inner) + model.vocabulary)
-    return 2 * (weights + kept) < available_bytes(device)
+    activations = 4 * tokens * (model.layers * (24 * model.hidden + 10 * model.inner) + model.vocabulary)
+    return 2 * (weights + activations) < available_bytes(device)
 
 
 def _needed(setup: Setup, pairs: Sequence[Pair], peak: Peak, device: torch.device) -> int:
     estimates = estimate_overhead(setup, pairs[0])
-    if device.type == "cuda":  # mem_get_info has taken this process's context off already
+    if device.type == "cuda":  # mem_get_info already excludes this process's context
         return needed_bytes(peak, {name: n for name, n in estimates.items() if name != "CUDA context"})
     return needed_bytes(peak, {})
 

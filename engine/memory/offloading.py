@@ -1,6 +1,6 @@
-"""How a phase is run in the memory that is there: how much in one forward, and whether layer by layer.
+"""Decides how a phase uses the available memory: the size of a forward, and whether to run layer by layer.
 
-As asked for; else as much in a forward as is worth it and fits, and layer by layer where the base does not fit.
+As configured; otherwise the largest useful forward that fits, and layer by layer if the base does not fit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dpoeng.engine.models.layers.setting_up import check_adapter_by_layer
 from dpoeng.engine.models.sources import ModelSource
 
 Shards = Sequence[Sequence[PairIds]]
-"""Pairs that are stored together; read from a file whenever they are asked for."""
+"""Pairs that are stored together; read from a file on access."""
 
 
 def decide_forward(
@@ -34,19 +34,19 @@ def decide_forward(
     *,
     everything: Sequence[PairIds] | None = None,
 ) -> tuple[bool, int | None, int | None]:
-    """Phase one: whether it is run layer by layer, the predicted peak of tensors where there is one, `batch_tokens`.
+    """Phase one: whether to run layer by layer, the predicted peak of tensors (or None), and `batch_tokens`.
 
     Args:
-        config: of phase one, with `batch_tokens`.
+        config: phase one's settings, with `batch_tokens`.
         source: the base.
-        shards: the pairs that are to be scored.
-        device: where.
-        note: told of what was decided.
-        everything: all pairs, where nobody asked for these `batch_tokens`: they are lowered if they do not fit. For all
-            pairs, so that a run that goes on with the last of them cuts its batches as it began.
+        shards: the pairs to score.
+        device: the device to score on.
+        note: receives a message about the decision.
+        everything: all pairs, if the user set no `batch_tokens`: then it is lowered until they fit. All of them, not
+            only the ones still to score, so that a resumed run batches as it began.
 
     Raises:
-        UserError: it does not fit, and would not with a pair in a forward; layer offloading is off, or cannot be had.
+        UserError: it does not fit even with one pair per forward, and layer offloading is off or impossible.
     """
 
     def by_layer() -> tuple[bool, int | None, int | None]:
@@ -70,7 +70,7 @@ def decide_forward(
             raise
         one = config.model_copy(update={"batch_tokens": 1})
         if _peak(one, source, chain.from_iterable(shards), device) is not None:
-            raise  # the base fits: what does not is the batch
+            raise  # the base fits, only the batch does not
         note(_turned_on(error))
     return by_layer()
 
@@ -91,13 +91,13 @@ def decide_step(
     begun_with: int | None = None,
     note: Note,
 ) -> tuple[bool, StepForecast | None]:
-    """Phase two: whether it is run layer by layer, and the forecast of a step where there is one.
+    """Phase two: whether to run layer by layer, and the forecast of a step if there is one.
 
-    Arguments as of `check_step` and `pairs_to_try`; `adapter` is the SFT adapter, or None. Of a run that begins from a
+    Arguments as in `check_step` and `pairs_to_try`; `adapter` is the SFT adapter, or None. If the run begins from a
     trunk, the layers above it are loaded one at a time.
 
     Raises:
-        UserError: as there.
+        UserError: as in `check_step`.
     """
 
     def check(some: TrainConfig, **how: Any) -> StepForecast | None:
@@ -116,7 +116,7 @@ def decide_step(
         able = able and quantization != "stored"
         if error.code != "memory-short" or config.layer_offloading == "off" or not able:
             raise
-        # A pair in a forward, and layers recomputed: what does not fit then is the base.
+        # With one pair per forward and all layers recomputed, only the base can be too large.
         least = {"per_device_train_batch_size": 1, "gradient_checkpointing": True}
         try:
             check(config.model_copy(update=least))
@@ -130,21 +130,21 @@ def decide_step(
 def _first_that_fits(
     config: TrainConfig, sizes: Sequence[int], check: Callable[..., StepForecast | None]
 ) -> StepForecast | None:
-    """The forecast with the first number of pairs in a forward that fits.
+    """The forecast for the first number of pairs per forward that fits.
 
     Raises:
-        UserError: none does.
+        UserError: none fits.
     """
     for pairs in sizes[:-1]:
         try:
-            found = check(_with_pairs(config, pairs), advises=False)
+            forecast = check(_with_pairs(config, pairs), advises=False)
         except UserError as error:
             if error.code != "memory-short":
                 raise
         else:
-            return found and replace(found, pairs=pairs)
-    found = check(_with_pairs(config, sizes[-1]))
-    return found and replace(found, pairs=sizes[-1])
+            return forecast and replace(forecast, pairs=pairs)
+    forecast = check(_with_pairs(config, sizes[-1]))
+    return forecast and replace(forecast, pairs=sizes[-1])
 
 
 def _with_pairs(config: TrainConfig, pairs: int) -> TrainConfig:
@@ -152,7 +152,7 @@ def _with_pairs(config: TrainConfig, pairs: int) -> TrainConfig:
 
 
 def _peak(config: PrecomputeConfig, source: ModelSource, pairs: Iterable[PairIds], device: torch.device) -> int | None:
-    """The predicted peak of tensors, 0 where it is plainly small; None where it does not fit."""
+    """The predicted peak of tensors, 0 if it is obviously small; None if it does not fit."""
     try:
         return check_forward(config, source, pairs, device) or 0
     except UserError:
@@ -161,6 +161,6 @@ def _peak(config: PrecomputeConfig, source: ModelSource, pairs: Iterable[PairIds
 
 def _turned_on(error: UserError) -> str:
     return (
-        f"the base does not fit ({error.expected}, {error.found} there): its layers stay in the files and are loaded "
-        "one at a time (layer_offloading auto); the numbers are the same"
+        f"the base does not fit ({error.expected}, {error.found} available): its layers stay in the files and are "
+        "loaded one at a time (layer_offloading auto); the numbers are the same"
     )

@@ -24,16 +24,16 @@ KNOWN_MODELS = Path(__file__).with_name("known_models.jsonl")
 
 
 def known_models() -> dict[str, dict[str, Any]]:
-    """Name -> fields of config.json, for families that dpoeng knows without a network."""
+    """Name -> fields of config.json, for models that dpoeng knows without a network."""
     lines = KNOWN_MODELS.read_text(encoding="utf-8").splitlines()
     return {record["name"]: record["config"] for record in map(json.loads, lines)}
 
 
 def model_fields(name: str) -> dict[str, Any]:
-    """The fields of config.json of a folder, or of a known model by its full or its short name.
+    """The fields of config.json in a folder, or of a known model by its full or short name.
 
     Raises:
-        UserError: there is no such folder, and the name is not known.
+        UserError: there is no such folder, and the name is unknown.
     """
     folder = Path(name).expanduser()
     file = folder if folder.name == "config.json" else folder / "config.json"
@@ -45,7 +45,7 @@ def model_fields(name: str) -> dict[str, Any]:
         if wanted in (known.lower(), known.lower().split("/")[1]):
             return fields
     raise UserError(
-        f"the size of {name} is not known",
+        f"dpoeng does not know the size of {name}",
         code="model-not-found",
         where="--model",
         expected="a folder with config.json, or one of: " + ", ".join(known_models()),
@@ -55,9 +55,9 @@ def model_fields(name: str) -> dict[str, Any]:
 
 
 def weights_bytes(parts: Mapping[str, int], quantization: Quantization) -> int:
-    """At least what the base's weights take, by `count_parameters`; embedding and head stay in 16 bits.
+    """A lower bound of the base's weights in bytes, from `count_parameters`; embedding and head stay in 16 bits.
 
-    Of weights that are stored quantised, a quarter of that: how many bits they have is simulated.
+    Weights that are stored quantised count as 4 bits; the simulation uses their real number of bits.
     """
     return int(parts["layers"] * {"none": 2.0, "8bit": 1.0}.get(quantization, 0.5)) + 2 * (
         parts["head"] + parts["embedding"]
@@ -65,10 +65,10 @@ def weights_bytes(parts: Mapping[str, int], quantization: Quantization) -> int:
 
 
 def estimate_overhead(setup: Setup, pair: Pair) -> dict[str, int]:
-    """Estimate the GPU memory held beside live tensors; not simulated.
+    """Estimates GPU memory besides live tensors, which is not simulated.
 
     - The CUDA context with the kernels of torch, triton and bitsandbytes: 0.5 to 0.6 GiB on recent cards.
-    - cuBLAS's and cuBLASLt's workspaces: 32 MiB each on Hopper, less before.
+    - cuBLAS's and cuBLASLt's workspaces: 32 MiB each on Hopper, less on older cards.
     - FlashAttention's backward sums dQ in float32.
     """
     return {
@@ -79,11 +79,11 @@ def estimate_overhead(setup: Setup, pair: Pair) -> dict[str, int]:
 
 
 FRAGMENTATION = 0.05
-"""Share of what is allocated and freed within a step that the allocator's blocks add."""
+"""Fragmentation: share that the allocator's blocks add to what is allocated and freed within a step."""
 
 
 def needed_bytes(peak: Peak, estimates: Mapping[str, int]) -> int:
-    """Peak of tensors, plus estimates, plus fragmentation of all that does not stay for the whole run."""
+    """Peak of tensors, plus estimates, plus fragmentation of everything that does not stay for the whole run."""
     staying = sum(n for kind, n in peak.by_kind.items() if kind in STAYING)
     return peak.n_bytes + sum(estimates.values()) + int(FRAGMENTATION * (peak.n_bytes - staying))
 

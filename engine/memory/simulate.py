@@ -1,8 +1,8 @@
-"""One forward of phase one, one step of phase two, on the `meta` device: the memory they would take, without taking it.
+"""One forward of phase one, or one step of phase two, on the `meta` device: gives their memory without using it.
 
-What runs is the real thing: the model's own modules, bitsandbytes' layers, peft's adapters, `scoring.forward`,
-the loop's step with its checkpointing and optimizer. Replaced are only what cannot run without a device: which
-attention kernel is called, and what the log-prob kernels and bitsandbytes' products take for themselves.
+The real code runs: the model's own modules, bitsandbytes' layers, peft's adapters, `scoring.forward`, and the loop's
+step with its checkpointing and optimizer. Only what needs a device is replaced: the choice of attention kernel, and the
+internal memory of the log-prob kernels and bitsandbytes' products.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ WEIGHTS, MASTERS, ADAPTERS = "weights", "master weights", "adapters"
 GRADIENTS, OPTIMIZER, REFERENCE = "gradients", "optimizer", "reference model"
 
 STAYING = (WEIGHTS, MASTERS, ADAPTERS, OPTIMIZER)
-"""What is there for the whole run."""
+"""Kinds of memory that stay for the whole run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Pair:
     rejected: int
 
     def scored(self) -> ScoredPair:
-        """A pair of these lengths."""
+        """A pair with these lengths."""
         prompt, chosen, rejected = (np.zeros(n, dtype=np.int32) for n in (self.prompt, self.chosen, self.rejected))
         ids = PairIds(prompt, chosen, rejected)
         return ScoredPair(ids, np.zeros(self.chosen, np.float32), np.zeros(self.rejected, np.float32))
@@ -68,26 +68,26 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """All that the memory of a step depends on.
+    """Everything that the memory of a step depends on.
 
     Attributes:
         model: the fields of config.json.
         dtype: compute dtype.
-        quantization: how the base is held.
+        quantization: precision of the base.
         double_quant: 4bit: whether the scales are quantised.
         config: what is trained, the optimizer, and whether layers are recomputed (`gradient_checkpointing` True or
             False).
-        layout: whether a prompt is run once for both branches.
-        kernels: whose kernels: a GPU's or a CPU's.
-        accumulates: whether gradients of an earlier forward are there already.
-        full_logits: log-probs from whole logits in float32, as plain PyTorch has it.
-        second_model: a reference model of the same precision beside the policy.
-        stock: as peft and transformers have it: their LoRA product, the embedding on the device.
-        shards: over how many devices the frozen layers are divided (FSDP2); what one of them holds is told.
-        depth: only so many of the first layers; None for all.
-        trunk_layer: the model begins at this layer, from stored states; those below are not there.
-        recompute: of layers that are recomputed, only the first so many; None for all.
-        by_layer: the layers' weights are loaded one at a time; two layers are there at once.
+        layout: whether a prompt is computed once for both branches.
+        kernels: the kernels of a GPU or of a CPU.
+        accumulates: whether gradients of an earlier forward exist already.
+        full_logits: log-probs from whole float32 logits, as in plain PyTorch.
+        second_model: a reference model of the same precision next to the policy.
+        stock: peft's and transformers' defaults: their LoRA product, the embedding on the device.
+        shards: number of devices that share the frozen layers (FSDP2); the result is one device's memory.
+        depth: use only this many of the first layers; None for all.
+        trunk_layer: the model begins at this layer, from stored states, without the layers below.
+        recompute: recompute only this many of the first layers; None for all.
+        by_layer: load the layers' weights one at a time; two layers are in memory at once.
     """
 
     model: Mapping[str, Any]
@@ -109,17 +109,17 @@ class Setup:
 
     @property
     def layers(self) -> int:
-        """Decoder layers that are run."""
+        """Decoder layers that run."""
         return (self.depth or sizes(config_of(self.model)).layers) - self.trunk_layer
 
     def with_layers(self, count: int) -> Setup:
-        """The same with only so many of the layers that are run."""
-        below = min(1, self.trunk_layer)  # stand-ins are all equal, and hold nothing
+        """The same setup with only this many of the layers that run."""
+        below = min(1, self.trunk_layer)  # stand-ins are all equal and have no weights
         return replace(self, depth=count + below, trunk_layer=below)
 
 
 def build(setup: Setup, *, policy: bool = True) -> CausalLM:
-    """The model of a setup on the meta device, as phase two trains it, or as the reference."""
+    """The model of a setup on the meta device, as phase two trains it or as the reference."""
     lm = empty_model(
         setup.model,
         quantization=setup.quantization,
@@ -130,8 +130,8 @@ def build(setup: Setup, *, policy: bool = True) -> CausalLM:
     if setup.trunk_layer:
         lm.entry = cut_below(lm.base, setup.trunk_layer)
         width = sizes(config_of(setup.model)).hidden
-        one = torch.empty(1, width, dtype=setup.dtype, device="meta")  # states wait in the host's memory
-        lm.states = lambda prompt, response: one.expand(len(prompt if response is None else response), width)
+        state = torch.empty(1, width, dtype=setup.dtype, device="meta")  # states are kept in host memory
+        lm.states = lambda prompt, response: state.expand(len(prompt if response is None else response), width)
     if policy:
         lm = make_trainable(lm, setup.config, "new" if setup.config.use_peft else "full")
         if setup.config.gradient_checkpointing and not setup.by_layer:
@@ -145,12 +145,12 @@ def build(setup: Setup, *, policy: bool = True) -> CausalLM:
 
 
 def _by_layer(lm: CausalLM) -> ByLayer:
-    """What runs a model without values layer by layer: nothing is loaded, and what waits on the host is not kept."""
+    """Runs a model without values layer by layer: loads nothing, and does not keep the states on the host."""
     gates = Gates(decoder_layers(lm.backbone), lm.base.get_input_embeddings(), lm.device)
     if lm.entry is not None:
         width = sizes(lm.base.config).hidden
         lm.entry.states = torch.empty(1, 4, width, dtype=lm.dtype, device="meta")
-    with gates.observing(), torch.no_grad(), MemoryTracker("meta"):  # which answers where a value is asked for
+    with gates.observing(), torch.no_grad(), MemoryTracker("meta"):  # the tracker answers requests for values
         lm.backbone(input_ids=torch.zeros(1, 4, dtype=torch.int64, device="meta"), use_cache=False)
     return ByLayer(gates, contextlib.nullcontext, lambda: 0)
 
@@ -168,7 +168,7 @@ def trace_step(setup: Setup, pairs: Sequence[Pair]) -> MemoryTracker:
     )
     optimizer, state_bytes = _optimizer(setup, config, trainable)
     if setup.accumulates:
-        # As if an earlier forward of the step had left them.
+        # As if left by an earlier forward of the step.
         optimizer.zero_grad = lambda set_to_none=True: None  # type: ignore[method-assign]
     else:
         optimizer.zero_grad(set_to_none=True)
@@ -201,13 +201,13 @@ def trace_step(setup: Setup, pairs: Sequence[Pair]) -> MemoryTracker:
 
 
 def _optimizer(setup: Setup, config: TrainConfig, trainable: Named) -> tuple[torch.optim.Optimizer, int]:
-    """The optimizer with its moments made, and bytes of moments that are no tensors here."""
+    """The optimizer with its moments, and the bytes of moments that are not tensors here."""
     for _, parameter in trainable:
         parameter.grad = torch.zeros_like(parameter)
     name = optimizer_on(config, on_gpu=setup.kernels == "cuda")
     if name != "adamw_torch":
-        # bitsandbytes and torch's fused kernel update in place: two moments of 8 bits and a float32 a block of 256
-        # each, or of 32; paged ones can leave the device.
+        # bitsandbytes and torch's fused kernel update in place: two 8-bit moments with a float32 for each block of 256,
+        # or two of 32 bits; paged ones can leave the device.
         paged, narrow = "paged" in name, "8bit" in name
         sizes = [0 if paged else parameter.numel() for _, parameter in trainable]
         moments = sum(2 * (n + n // 64 if narrow and n >= 4096 else 4 * n) for n in sizes)
@@ -215,17 +215,17 @@ def _optimizer(setup: Setup, config: TrainConfig, trainable: Named) -> tuple[tor
     optimizer = build_optimizer(config, trainable)
     if setup.kernels == "cuda":
         for group in optimizer.param_groups:
-            group["foreach"] = True  # what AdamW chooses on a GPU
+            group["foreach"] = True  # AdamW's default on a GPU
     optimizer.step()
     return optimizer, 0
 
 
 def trace_forward(setup: Setup, pairs: Sequence[Pair], *, policy: bool) -> MemoryTracker:
-    """One forward without gradient: phase one's, or the evaluation's of the policy in training."""
+    """One forward without gradient: phase one's, or the policy's in an evaluation during training."""
     lm = build(setup, policy=policy)
     set_mode(lm, training=False)
     tracker = _tracker(setup, lm)
-    if policy and not setup.config.use_peft:  # an adapter's moments are little beside it
+    if policy and not setup.config.use_peft:  # an adapter's moments are negligible
         optimizer, state_bytes = _optimizer(setup, setup.config, lm.trainable_parameters())
         tracker.hold((t for state in optimizer.state.values() for t in state.values()), OPTIMIZER)
         tracker.hold_bytes(state_bytes, OPTIMIZER)
@@ -240,7 +240,7 @@ def trace_forward(setup: Setup, pairs: Sequence[Pair], *, policy: bool) -> Memor
 
 
 def model_bytes(setup: Setup, lm: CausalLM) -> dict[str, int]:
-    """Bytes of the base, of its masters and of all adapters on the device, each storage once."""
+    """Bytes of the base, its masters and all adapters on the device, each storage once."""
     tracker = MemoryTracker(lm.device.type)
     _hold_model(tracker, setup, lm)
     return dict(tracker.peak().by_kind)
@@ -266,7 +266,7 @@ def _hold_model(tracker: MemoryTracker, setup: Setup, lm: CausalLM) -> None:
     if setup.by_layer:
         _hold_two_layers(tracker, setup, lm)
     on_host = setup.kernels == "cuda" and not setup.stock and setup.shards == 1
-    quantization = "8bit" if setup.by_layer else lm.quantization  # then it is on the host whenever it can be
+    quantization = "8bit" if setup.by_layer else lm.quantization  # it is then on the host if possible
     elsewhere = on_host and embedding_on_host(lm.base, quantization)
     for name, tensor in [*lm.model.named_parameters(), *lm.model.named_buffers()]:
         if not (elsewhere and tensor is embedding):
@@ -276,14 +276,14 @@ def _hold_model(tracker: MemoryTracker, setup: Setup, lm: CausalLM) -> None:
 
 
 def _hold_two_layers(tracker: MemoryTracker, setup: Setup, lm: CausalLM) -> None:
-    """The layer at work and the one that is copied meanwhile, in place of all; beside it a tensor that is quantised."""
+    """Two layers in place of all: the running one and the one being copied; plus a tensor that is quantised."""
     sizes, arriving = [], 0
     for layer in decoder_layers(lm.backbone):
-        held = [p for name, p in layer.named_parameters() if ".lora_" not in name]
-        for tensor in [*held, *quantized_tensors(layer)]:
+        frozen = [p for name, p in layer.named_parameters() if ".lora_" not in name]
+        for tensor in [*frozen, *quantized_tensors(layer)]:
             tracker.see(tensor, WEIGHTS, 0)
         storages = {
-            t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (*held, *quantized_tensors(layer))
+            t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (*frozen, *quantized_tensors(layer))
         }
         sizes.append(sum(storages.values()))
         if setup.quantization in ("8bit", "4bit"):

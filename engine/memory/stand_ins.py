@@ -1,4 +1,4 @@
-"""Stands in for the kernels of a device while a step runs on the meta device: their shapes, and what they allocate."""
+"""Replaces a device's kernels while a step runs on the meta device: same shapes, and the memory they allocate."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dpoeng.kernels.head import Head, sum_dtype
 from dpoeng.kernels.head_gradient import tiled_gradients
 from dpoeng.kernels.tiled_logps import tiled_logps
 
-# --------------------------------------------------------------------------- what stands in for a device
+# --------------------------------------------------------------------------- replacements for a device
 
 
 def _attention(
@@ -35,17 +35,17 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """The kernel that torch would choose on a device; on the meta device it would choose the one of all scores."""
+    """The attention kernel that torch chooses on the device; for meta tensors it would choose one with all scores."""
     attended: torch.Tensor
     if not query.is_meta:
         attended = original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         return attended
     aten = torch.ops.aten
-    if attn_mask is not None and attn_mask.dtype == torch.bool:  # as `convert_boolean_attn_mask` of torch does
+    if attn_mask is not None and attn_mask.dtype == torch.bool:  # as torch's `convert_boolean_attn_mask` does
         hidden, attn_mask = attn_mask.logical_not(), torch.zeros_like(attn_mask, dtype=query.dtype)
         attn_mask.masked_fill_(hidden, float("-inf"))
         del hidden
-    narrow_values = query.shape[-1] != value.shape[-1]  # latent attention: FlashAttention takes none of these
+    narrow_values = query.shape[-1] != value.shape[-1]  # latent attention, which FlashAttention does not support
     if device_type == "cpu" and narrow_values:
         attended = original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         return attended
@@ -56,7 +56,7 @@ def _attention(
     elif attn_mask is None and query.dtype != torch.float32 and query.shape[-1] <= 256 and not narrow_values:
         out = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)
     else:
-        if enable_gqa:  # dpoeng.engine.scoring.attention repeats them on a GPU
+        if enable_gqa:  # dpoeng.engine.scoring.attention repeats keys and values on a GPU
             repeats = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
         wants_gradient = torch.is_grad_enabled() and query.requires_grad
@@ -72,7 +72,7 @@ def kernels_of(device_type: str) -> Iterator[None]:
     original, autocast = F.scaled_dot_product_attention, torch.autocast
 
     def cast(device_type: str, *arguments: Any, **settings: Any) -> Any:
-        # peft and some models switch autocast off for a while; the meta device has none.
+        # peft and some models switch autocast off in places; the meta device has no autocast.
         return contextlib.nullcontext() if device_type == "meta" else autocast(device_type, *arguments, **settings)
 
     F.scaled_dot_product_attention = functools.partial(_attention, device_type, original)
@@ -86,7 +86,7 @@ def kernels_of(device_type: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def head_of(*, full_logits: bool) -> Iterator[None]:
-    """With `full_logits`, log-probs as plain PyTorch computes them, on any device."""
+    """With `full_logits`, computes log-probs as plain PyTorch does, on any device."""
     ours = scoring.head_logps
     if full_logits:
         batch.head_logps = scoring.head_logps = _full_logits  # type: ignore[attr-defined]
@@ -101,7 +101,7 @@ def _full_logits(lm: CausalLM, hidden: torch.Tensor, targets: torch.Tensor) -> t
     return logps.gather(1, targets[:, None]).squeeze(1)
 
 
-# Each takes (tracker, operation, args, kwargs), adds what the operation holds inside, and returns its result.
+# Each takes (tracker, operation, args, kwargs), adds the operation's internal memory, and returns its result.
 
 
 def _gpu_train_logps(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -130,15 +130,15 @@ def _gpu_head_gradients(tracker: MemoryTracker, func: Any, args: tuple[Any, ...]
     weight = args[1]
     rows, columns = chunk_shape(args[0].shape[0], weight.shape[0])
     result = func(*args, **kwargs)
-    # Beside the results: the chunk, the sum in float32 where that is not the result, and the part that is added to it.
+    # Besides the results: the chunk, the float32 sum if it is not the result, and the part added to it.
     total = 0 if weight.dtype == torch.float32 else 4 * weight.numel()
     part = 4 * min(SLICE, weight.shape[0]) * weight.shape[1]
-    tracker.scratch(4 * rows * columns, total, part, *(one.nbytes for one in result))
+    tracker.scratch(4 * rows * columns, total, part, *(tensor.nbytes for tensor in result))
     return result
 
 
 def _product_4bit(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    # The weight is written out in the dtype of the input; its scales before it.
+    # The weight is dequantised to the input's dtype, its scales before it.
     shape = args[2]
     result = func(*args, **kwargs)
     elements = int(np.prod(shape))
@@ -162,7 +162,7 @@ def _cpu_head_logps(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kw
 
 
 def _bincount(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    # How long it is depends on values; dpoeng always asks for a length that is enough.
+    # The length depends on values; dpoeng always passes a sufficient minimum length.
     return args[0].new_empty(args[2] if len(args) > 2 else kwargs["minlength"], dtype=torch.int64)
 
 
@@ -173,7 +173,7 @@ def _cpu_head_gradients(tracker: MemoryTracker, func: Any, args: tuple[Any, ...]
 
 
 def _cpu_add(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    # A CPU copies what is added into the dtype of the sum first; a GPU widens it on the way.
+    # A CPU first copies the addend to the sum's dtype; a GPU widens it while adding.
     result = func(*args, **kwargs)
     if isinstance(args[1], torch.Tensor) and args[1].dtype != args[0].dtype:
         tracker.scratch(args[1].numel() * args[0].element_size())
@@ -203,10 +203,10 @@ _INSIDE: dict[str, dict[str, Any]] = {
 
 def handlers(device_type: str) -> dict[Any, Any]:
     """Operation -> handler, for the libraries that are loaded."""
-    found = {}
+    handler_of = {}
     for name, handler in _INSIDE[device_type].items():
         library, operation = name.split("::")
         operation, _, overload = operation.partition(".")
         with contextlib.suppress(AttributeError):
-            found[getattr(getattr(getattr(torch.ops, library), operation), overload or "default")] = handler
-    return found
+            handler_of[getattr(getattr(getattr(torch.ops, library), operation), overload or "default")] = handler
+    return handler_of

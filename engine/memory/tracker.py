@@ -1,11 +1,11 @@
-"""Live tensor storage through a piece of work, operation by operation: how high it rises, when, and what it is made of.
+"""Tracks live tensor storage, operation by operation: its peak, when it occurs, and what it consists of.
 
-A dispatch mode sees every operation that makes a tensor, in forward, backward and optimizer alike, and a weak reference
-tells when a storage is freed. A storage counts once, however many views it has. It works on real tensors and on the
-`meta` device, where nothing is allocated: that is how `dpoeng plan` knows a step that would not fit where it is asked.
+A dispatch mode sees every operation that creates a tensor, in forward, backward and optimizer, and a weak reference
+tells when a storage is freed. A storage counts once, however many views it has. This works on real tensors and on the
+`meta` device, where nothing is allocated: so `dpoeng plan` can simulate a step that would not fit on this machine.
 
-Not seen: memory that a library takes for itself inside an operation (`scratch` adds what is known of that), and the
-allocator's rounding and fragmentation.
+Not visible: memory that a library uses inside an operation (`scratch` adds the known part of it), and the allocator's
+rounding and fragmentation.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ITEM = torch.ops.aten._local_scalar_dense.default
 
 @dataclass(slots=True)
 class _Storage:
-    """One storage: bytes, the samples between which it lived (both included), and what it is if that was said."""
+    """One storage: its bytes, the first and last sample of its life, and its kind if known."""
 
     n_bytes: int
     born: int
@@ -45,28 +45,28 @@ class _Storage:
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """The highest point of a stretch of work: bytes alive in all, and by kind."""
+    """A peak: bytes alive, in total and by kind."""
 
     n_bytes: int
     by_kind: Mapping[str, int]
 
 
 class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the storages on one kind of device while it is entered.
+    """Counts the storages on one type of device while the context is active.
 
     Args:
-        device_type: `meta`, `cpu` or `cuda`; what lies elsewhere is not counted.
-        handlers: for these operations, `handler(tracker, operation, args, kwargs)` is called instead.
-        vocabulary: width by which logits are recognised; 0 for none.
+        device_type: `meta`, `cpu` or `cuda`; other devices are not counted.
+        handlers: operation -> `handler(tracker, operation, args, kwargs)`, called instead of it.
+        vocabulary: width that identifies logits; 0 for none.
 
     Attributes:
         samples: bytes alive after each change.
         phases: the phase of each sample.
-        layers: the decoder layer at work at each sample: -1 before the first, their number after the last, one more
+        layers: the running decoder layer at each sample: -1 before the first, their number after the last, one more
             after the backward.
         live_bytes: bytes alive now.
-        in_optimizer: set it while the optimizer works.
-        layer: the decoder layer at work; `watch_layers` keeps it.
+        in_optimizer: set it while the optimizer runs.
+        layer: the running decoder layer, updated by `watch_layers`.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             value = self._values.get(args[0])
             if value is not None:
                 return value.item()
-            # Where there are no values, a step only asks whether its numbers are finite.
+            # Without values, a step only asks whether its numbers are finite.
             return 1.0 if args[0].is_floating_point() else 1
         if func is _COPY and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
             return torch.ones(args[0].shape, dtype=args[0].dtype)  # a step's metrics
@@ -110,9 +110,9 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _follow(self, result: torch.Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keeps the values of whole numbers that come from the host, and of what is made of nothing else.
+        """Keeps the values of integers that come from the host, and of tensors computed only from them.
 
-        A program asks them how to go on: rows that are padded need a mask, others do not.
+        Programs branch on them: padded rows need a mask, others do not.
         """
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if func._schema.is_mutable:
@@ -124,18 +124,18 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             and all(t.device.type == "cpu" or t in self._values for t in inputs)
         ):
             on_host = {**kwargs, "device": torch.device("cpu")} if "device" in kwargs else kwargs
-            own, named = tree_map_only(torch.Tensor, lambda t: self._values.get(t, t), (args, on_host))
-            self._values[result] = func(*own, **named)
+            values, named = tree_map_only(torch.Tensor, lambda t: self._values.get(t, t), (args, on_host))
+            self._values[result] = func(*values, **named)
 
     def hold(self, tensors: Iterable[torch.Tensor], kind: str) -> None:
-        """Counts tensors that are there already, or says what they are."""
+        """Counts tensors that exist already, or sets their kind."""
         for tensor in tensors:
             self.see(tensor, kind)
 
     def see(self, tensor: torch.Tensor, kind: str | None = None, n_bytes: int | None = None) -> None:
-        """Counts a tensor's storage if it is new, and names its kind if one is given.
+        """Counts a tensor's storage if it is new, and sets its kind if given.
 
-        `n_bytes` is what counts where this device holds a part only.
+        `n_bytes` is the size to count if this device has only a part.
         """
         if tensor.device.type != self.device_type:
             return
@@ -154,13 +154,13 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._sample(0)
 
     def hold_bytes(self, n_bytes: int, kind: str) -> None:
-        """Counts memory that stays to the end and is no tensor here."""
+        """Counts memory that stays until the end and is not a tensor here."""
         self._storages.append(_Storage(n_bytes, len(self.samples), self._phase(), kind))
         self.live_bytes += n_bytes
         self._sample(0)
 
     def scratch(self, *n_bytes: int, kind: str = TRANSIENT) -> None:
-        """Memory that one operation takes and gives back before it ends, beside its result."""
+        """Memory that one operation uses and frees before it ends, besides its result."""
         now = len(self.samples)
         self._storages.append(_Storage(sum(n_bytes), now, self._phase(), kind, died=now))
         self._sample(sum(n_bytes))
@@ -176,14 +176,14 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.layers.append(self.layer)
 
     def watch_layers(self, layers: Sequence[nn.Module]) -> None:
-        """Notes which of these modules, run one after the other, is at work: forward, and backward the other way."""
+        """Records which of these modules is running; they run in order in the forward, in reverse in the backward."""
         self._count = len(layers)
         for number, layer in enumerate(layers):
             layer.register_forward_pre_hook(lambda *_, number=number: self._at(number))
             layer.register_forward_hook(lambda _layer, _inputs, output, number=number: self._after(number, output))
 
     def _at(self, number: int) -> None:
-        if self._phase() == "forward":  # a layer that checkpointing runs again is at work already
+        if self._phase() == "forward":  # in the backward, a layer rerun by checkpointing is already set
             self.layer = number
 
     def _after(self, number: int, output: Any) -> None:
@@ -203,7 +203,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live_bytes -= record.n_bytes
 
     def stretches(self) -> dict[tuple[Phase, int], Peak]:
-        """The highest point of each phase in each layer."""
+        """The peak of each phase in each layer."""
         tops: dict[tuple[Phase, int], int] = {}
         for i, place in enumerate(zip(self.phases, self.layers, strict=True)):
             if place not in tops or self.samples[i] > self.samples[tops[place]]:
@@ -211,7 +211,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return {place: self.peak(i, i + 1) for place, i in tops.items()}
 
     def peak(self, first: int = 0, last: int | None = None) -> Peak:
-        """The highest of the samples `[first, last)`, with what was alive then."""
+        """The highest of the samples `[first, last)`, with everything alive then."""
         window = self.samples[first:last]
         top = max(window)
         at = first + window.index(top)
@@ -227,12 +227,12 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def in_backward() -> bool:
-    """Whether autograd is at work."""
+    """Whether autograd is running a backward."""
     return bool(torch._C._current_graph_task_id() >= 0)
 
 
 def _kept_for_backward(storage: _Storage, backward_begins: list[int]) -> bool:
-    """Made in a forward, and alive when the backward after it begins."""
+    """Created in a forward, and alive when the following backward begins."""
     if storage.phase != "forward":
         return False
     i = bisect.bisect_right(backward_begins, storage.born)

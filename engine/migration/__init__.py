@@ -1,4 +1,4 @@
-"""Another trainer's settings, read from its configuration or script, as fields of dpoeng.
+"""Reads another trainer's settings from its configuration or script, as fields of dpoeng.
 
 Scripts are parsed, never run.
 """

@@ -1,4 +1,4 @@
-"""Maps one setting of another trainer to dpoeng's fields, by the tables of `foreign_names` or by a special rule."""
+"""Maps a setting of another trainer to dpoeng's fields, with the tables of `foreign_names` or a special rule."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Migration:
     Attributes:
         kind: a key of KINDS.
         lines: field -> value and comments, for dpoeng.yaml.
-        lost: what has no equivalent, or was computed: said one by one.
-        needless: names of what dpoeng does not need.
-        notes: what to know beside single settings.
+        lost: settings without an equivalent, or computed ones: one message each.
+        needless: names of settings that dpoeng does not need.
+        notes: remarks beyond single settings.
         refused: why the newest releases refuse the set-up as it is.
-        fits: the releases that it was made for.
+        fits: the releases that it was written for.
     """
 
     kind: str
@@ -46,7 +46,7 @@ class Migration:
     eval_pairs: list[str] = field(default_factory=list)
 
     def put(self, name: str, value: Any, *comments: str) -> None:
-        """Sets a field, if it takes the value; else it is lost, with the reason."""
+        """Sets a field if it accepts the value; otherwise adds it to `lost`, with the reason."""
         for cls in COMMANDS.values():
             if name not in cls.model_fields:
                 continue
@@ -54,18 +54,18 @@ class Migration:
                 cls(**{name: value})
             except ValidationError as error:
                 problems = value_problems(error, {name: value}, {}, None)
-                # Only what is wrong with the value itself; what does not fit other fields is asked at the end.
+                # Only check the value itself; conflicts between fields are checked at the end.
                 for problem in problems:
                     if problem.where == option(name):
                         rule = problem.message.removeprefix(f"{name}: ")
                         self.lost.append(f"{name} {value!r}: {rule}; {problem.remedy}")
                         return
-        said = self.lines[name].comments if name in self.lines else ()
-        self.lines[name] = Line(value, (*said, *(c for c in comments if c and c not in said)))
+        comments_before = self.lines[name].comments if name in self.lines else ()
+        self.lines[name] = Line(value, (*comments_before, *(c for c in comments if c and c not in comments_before)))
 
 
 def carry_over(item: Given, by_name: dict[str, Given], result: Migration) -> None:
-    """Puts one setting where it belongs; `by_name` are all settings, where two belong together."""
+    """Carries one setting over; `by_name` has all settings, since some depend on others."""
     known = meaning(item.name, item.source, fields=known_fields())
     if isinstance(item.value, Unread) and known is not None and known.needless:
         result.needless.append(item.name)
@@ -78,26 +78,26 @@ def carry_over(item: Given, by_name: dict[str, Given], result: Migration) -> Non
             result.put(*_SWITCHES[item.name])
     elif item.name in _BY_HAND:
         result.lost.append(f"{at(item)}{item.name}: {item.value!r}; {_BY_HAND[item.name]}")
-    elif item.name != "args":  # TrainingArguments handed to DPOTrainer are told in `refused`
+    elif item.name != "args":  # TrainingArguments passed to DPOTrainer are reported in `refused`
         _translate(item, result)
 
 
 def at(item: Given) -> str:
-    """`line 7, `, where the line is known."""
+    """`line 7, ` if the line is known."""
     return f"line {item.line}, " if item.line else ""
 
 
 def _off(value: Any) -> bool:
-    """A value that asks for nothing."""
+    """Whether a value means "off"."""
     return value is None or value is False or value in ("", "no", "none", "off", 0, [], {}, ["none"])
 
 
 def _translate(item: Given, result: Migration) -> None:
-    """By the tables of foreign_names."""
+    """Uses the tables of foreign_names."""
     known = meaning(item.name, item.source, fields=known_fields())
     if known is None:
         if not _off(item.value):
-            result.lost.append(f"{at(item)}{item.name}: not known; see `dpoeng config show` for what there is")
+            result.lost.append(f"{at(item)}{item.name}: unknown; `dpoeng config show` lists all fields")
         return
     if known.field is None:
         if known.needless or _off(item.value):
@@ -129,7 +129,7 @@ _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "fl
 
 
 def _value(name: str, value: Any) -> Any:
-    """The value in dpoeng's spelling."""
+    """The value in dpoeng's notation."""
     if name == "dtype" and isinstance(value, str):
         return _DTYPES.get(value.removeprefix("torch."), value.removeprefix("torch."))
     if name in ("lora_target_modules", "lora_target_parameters"):
@@ -156,7 +156,7 @@ def _evaluation(item: Given, by_name: dict[str, Given], result: Migration) -> No
 
 
 def _eval_steps(item: Given, by_name: dict[str, Given], result: Migration) -> None:
-    """Axolotl evaluates where eval_steps is set; transformers only with eval_strategy: steps."""
+    """Axolotl evaluates if eval_steps is set; transformers only with eval_strategy: steps."""
     unset = "steps" if result.kind == "axolotl" else "no"
     strategy = next((by_name[n].value for n in ("eval_strategy", "evaluation_strategy") if n in by_name), unset)
     if strategy == "steps" and item.value is not None:
@@ -168,7 +168,7 @@ def _eval_steps(item: Given, by_name: dict[str, Given], result: Migration) -> No
 def _quantize(item: Given, _: dict[str, Given], result: Migration) -> None:
     bits = {"load_in_8bit": "8bit", "load_in_4bit": "4bit"}.get(item.name) or f"{item.value}bit"
     if item.value in (8, 4, True, "8", "4"):
-        result.put("quantization", bits, "of the reference and the policy alike, so that the first loss is ln 2")
+        result.put("quantization", bits, "for reference and policy alike, so that the first loss is ln 2")
 
 
 def _half(item: Given, by_name: dict[str, Given], result: Migration) -> None:
@@ -177,7 +177,7 @@ def _half(item: Given, by_name: dict[str, Given], result: Migration) -> None:
         return
     if "torch_dtype" in by_name or "dtype" in by_name:
         return
-    result.put("dtype", wanted, f"{item.name}: the frozen base is held in {wanted}, the LoRA in float32")
+    result.put("dtype", wanted, f"{item.name}: the frozen base is in {wanted}, the LoRA in float32")
 
 
 def _warmup(item: Given, _: dict[str, Given], result: Migration) -> None:
@@ -209,11 +209,11 @@ def _eval_pairs(item: Given, _: dict[str, Given], result: Migration) -> None:
     if "pairs" in result.lines and files == result.lines["pairs"].value:
         result.lost.append(
             f"{at(item)}eval_dataset: from the same file as the training pairs; set eval_share to its share of them, "
-            "or write it to a file of its own and set eval_view"
+            "or write it to a separate file and set eval_view"
         )
         return
     result.eval_pairs = files
-    result.put("eval_view", "eval", "the pairs that are evaluated on and not trained on")
+    result.put("eval_view", "eval", "pairs for evaluation only")
 
 
 def _hub_data(item: Given, _: dict[str, Given], result: Migration) -> None:
@@ -235,7 +235,7 @@ def _data_code(item: Given, _: dict[str, Given], result: Migration) -> None:
         f"{at(item)}the data set is changed in code, {item.value.text}: use where, columns or prompt_format for it, or "
         "save the changed data set with .to_json('pairs.jsonl')."
     )
-    if note not in result.notes:  # the training and the evaluation pairs may both come from there
+    if note not in result.notes:  # training and evaluation pairs may both come from there
         result.notes.append(note)
 
 
@@ -277,7 +277,7 @@ def _ref_model(item: Given, by_name: dict[str, Given], result: Migration) -> Non
         )
     else:
         result.lost.append(
-            f"{at(item)}ref_model: {item.value!r} is not the policy's own start; dpoeng's reference is `model` with "
+            f"{at(item)}ref_model: {item.value!r} is not where the policy starts; dpoeng's reference is `model` with "
             "`adapter`, and the policy starts there"
         )
 
@@ -294,7 +294,7 @@ def _method(item: Given, _: dict[str, Given], result: Migration) -> None:
 
 
 def _adapter_kind(item: Given, by_name: dict[str, Given], result: Migration) -> None:
-    """`adapter` is lora or qlora in Axolotl, and a path in what was found in a script."""
+    """`adapter` is lora or qlora in Axolotl, but a path in a script's settings."""
     if item.source != "axolotl":
         result.put("adapter", item.value)
     elif item.value and item.value not in ("lora", "qlora"):
@@ -312,14 +312,14 @@ def _max_length(item: Given, _: dict[str, Given], result: Migration) -> None:
         result.put("max_length", item.value, "" if item.name == "max_length" else f"{item.name} there")
 
 
-# name -> field, value and comment, where the name is switched on
+# name -> field, value and comment, if the setting is on
 _SWITCHES: dict[str, tuple[str, Any, str]] = {
     "use_cpu": ("device", "cpu", ""),
     "no_cuda": ("device", "cpu", ""),
     "resume_from_checkpoint": (
         "resume",
         True,
-        "there must be a checkpoint; without this a run goes on if there is one",
+        "requires a checkpoint; without this a run continues if there is one",
     ),
     "create_new_adapter": ("adapter_mode", "stack", "a new LoRA on base + frozen SFT adapter"),
     "disable_gradient_checkpointing": ("gradient_checkpointing", False, ""),

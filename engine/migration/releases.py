@@ -1,7 +1,7 @@
-"""Derives the releases of TRL and transformers that take a script's calls, and their defaults.
+"""Derives the releases of TRL and transformers that accept a script's calls, and their defaults.
 
-Three sources: the arguments of every release read (`trl_names.json`), the classes that the script imports or calls, and
-the transformers that TRL's own metadata ask for. docs/trl.md shows the same for the three errors that most people meet.
+There are three sources: the arguments of every release read (`trl_names.json`), the classes that the script imports or
+calls, and the transformers versions in TRL's own metadata. docs/trl.md shows the same for the three most common errors.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ TRIED = (
 
 @dataclass(frozen=True, slots=True)
 class Releases:
-    """The releases that take a set-up.
+    """The releases that accept a set-up.
 
     Attributes:
         trl: releases of TRL, oldest first. Only the first of each minor version was read.
-        transformers: those that fit the newest of them.
-        without_plain_arguments: true if they fit only once DPOConfig replaces a TrainingArguments.
+        transformers: releases that fit the newest of them.
+        without_plain_arguments: true if they fit only after DPOConfig replaces TrainingArguments.
     """
 
     trl: tuple[str, ...]
@@ -61,10 +61,10 @@ class Releases:
 
     def __str__(self) -> str:
         if not self.trl:
-            return "no release takes all of it"
+            return "no release accepts all of it"
         text = f"it fits TRL {_range(self.trl)} with transformers {_range(self.transformers)}"
         if self.without_plain_arguments:
-            text = f"no release takes all of it; with DPOConfig in place of TrainingArguments {text}"
+            text = f"no release accepts all of it; with DPOConfig instead of TrainingArguments {text}"
         pair = self.tried()
         return text + (f"; TRL {pair[0]} was tried with transformers {pair[1]}" if pair else "")
 
@@ -79,7 +79,7 @@ class Releases:
 
 
 def imported_from_trl(text: str) -> frozenset[str]:
-    """The names that a script imports from TRL: `DPOConfig` of `from trl import DPOConfig`."""
+    """The names that a script imports from TRL: `DPOConfig` in `from trl import DPOConfig`."""
     return frozenset(
         alias.name
         for node in ast.walk(ast.parse(textwrap.dedent(text)))
@@ -99,16 +99,20 @@ def fitting_releases(given: Sequence[Given], imported: Collection[str] = ()) -> 
         owners = names.get(item.name, {})
         if item.owner not in SIGNED or item.source != "trl" or not owners:
             continue
-        own, inherited = owners.get(item.owner), owners.get("TrainingArguments")
-        if item.owner != "TrainingArguments" and own is not None and not (item.owner == "DPOConfig" and inherited):
-            trl = [version for version in trl if _within(version, own["in"], versions["trl"])]
+        owner_releases, inherited = owners.get(item.owner), owners.get("TrainingArguments")
+        if (
+            item.owner != "TrainingArguments"
+            and owner_releases is not None
+            and not (item.owner == "DPOConfig" and inherited)
+        ):
+            trl = [version for version in trl if _within(version, owner_releases["in"], versions["trl"])]
         elif inherited is not None and item.owner != "DPOTrainer":
             transformers = [v for v in transformers if _within(v, inherited["in"], versions["transformers"])]
         else:
             trl = []
     if not _plain_arguments(given):
         return _together(trl, transformers)
-    # Seen with every release (docs/trl.md): from 0.9 on DPOTrainer reads fields of args that only DPOConfig has.
+    # Tried with every release (docs/trl.md): from 0.9 on DPOTrainer reads fields of args that only DPOConfig has.
     as_written = _together([version for version in trl if version.startswith(("0.7.", "0.8."))], transformers)
     if as_written.trl:
         return as_written
@@ -117,17 +121,17 @@ def fitting_releases(given: Sequence[Given], imported: Collection[str] = ()) -> 
 
 
 def _together(trl: Sequence[str], transformers: Sequence[str]) -> Releases:
-    """Releases of TRL that leave a transformers which their metadata accept."""
+    """Releases of TRL with at least one transformers that their metadata accept."""
     accepted = [(v, tuple(t for t in transformers if Version(t) >= _least_transformers(v))) for v in trl]
     fitting = [(version, newer) for version, newer in accepted if newer]
     if not fitting:
         return Releases((), ())
-    # The newest TRL asks for the newest transformers, so its releases are right for all of them.
+    # The newest TRL requires the newest transformers, so those releases fit all of them.
     return Releases(tuple(version for version, _ in fitting), fitting[-1][1])
 
 
 def _plain_arguments(given: Sequence[Given]) -> bool:
-    """Whether TrainingArguments are handed to DPOTrainer as `args`."""
+    """Whether TrainingArguments are passed to DPOTrainer as `args`."""
     return any(item.name == "args" and item.source == "script" for item in given)
 
 
@@ -152,34 +156,34 @@ def _range(versions: Sequence[str]) -> str:
     return versions[0] if len(versions) == 1 else f"{versions[0]} to {versions[-1]}"
 
 
-# --------------------------------------------------------------------------- what a release does by itself
+# --------------------------------------------------------------------------- defaults of a release
 
 
 def release_read(version: str) -> str:
-    """The release read that stands for `version`: the newest one that is not newer.
+    """The release read that represents `version`: the newest one that is not newer.
 
     Raises:
-        UserError: no version, or one older or newer than what was read.
+        UserError: not a version, or older or newer than the releases read.
     """
     known = signatures()["versions"]["trl"]
     try:
-        asked = Version(version)
+        wanted = Version(version)
     except InvalidVersion:
-        asked = Version("0")
-    if not Version(known[0]) <= asked <= Version(known[-1]):
+        wanted = Version("0")
+    if not Version(known[0]) <= wanted <= Version(known[-1]):
         raise UserError(
-            "the defaults of this release of TRL are not known",
+            "dpoeng does not know the defaults of this release of TRL",
             code="usage",
             where="--trl-version",
             expected=f"a release from {known[0]} to {known[-1]}",
             found=version,
             remedy="name the release that the script was written for, as `pip show trl` prints it",
         )
-    return str(max((v for v in known if Version(v) <= asked), key=Version))
+    return str(max((v for v in known if Version(v) <= wanted), key=Version))
 
 
 def defaults_of(names: Sequence[str], trl: str, *, config: bool) -> dict[str, Any]:
-    """Name -> default in a release of TRL, for names that have a constant one.
+    """Name -> default in a release of TRL, for names with a constant one.
 
     `config`: the settings are those of a DPOConfig; otherwise of plain TrainingArguments.
     """
@@ -194,7 +198,7 @@ def _default(name: str, trl: str, *, config: bool) -> Any:
         entry = owners.get(owner)
         if entry is None or (owner != "TrainingArguments" and not _within(trl, entry["in"], versions)):
             continue
-        # transformers' defaults of the names that migration asks for never changed but for None in place of 0.
+        # transformers' defaults for these names never changed, except for None instead of 0.
         since = [text for first, text in entry["defaults"] if owner == "TrainingArguments"
                  or versions.index(first) <= versions.index(trl)]  # fmt: skip
         try:
@@ -206,10 +210,10 @@ def _default(name: str, trl: str, *, config: bool) -> Any:
 
 
 def assumed_release(fits: Releases) -> str:
-    """The release that a script was written for, as far as its calls tell.
+    """The release that a script was written for, judged by its calls.
 
-    One that the newest TRL takes is a script of today. Any other is an old one: of the releases that fit, the oldest is
-    taken, since defaults that differ changed towards the newer ones.
+    A script that the newest TRL accepts is a current one. For any other, the oldest release that fits is taken, because
+    defaults that differ changed in newer ones.
     """
     newest = str(signatures()["versions"]["trl"][-1])
     return newest if not fits.trl or newest in fits.trl else fits.trl[0]

@@ -1,8 +1,8 @@
-"""Reads what a TRL training script sets, by its syntax tree: nothing of it is run or imported.
+"""Reads the settings of a TRL training script from its syntax tree, without running or importing it.
 
-Constants are followed through variables, dictionaries, and the defaults of command-line arguments. Computed values are
-not guessed but handed on as text. Public scripts were the measure of what is read: calls with literals and constants at
-the top of the file, one in three with `args.beta` from argparse or a dataclass.
+Constants are followed through variables, dictionaries, and defaults of command-line arguments. Computed values are not
+guessed but passed on as text. Public scripts set the scope: calls with literals and constants at the top of the file,
+and in one of three `args.beta` from argparse or a dataclass.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from dpoeng.cache.errors import UserError
 
-# class -> the source under which `foreign_names` knows its arguments
+# class -> the source that `foreign_names` uses for its arguments
 CLASSES = {
     "DPOTrainer": "trl",
     "DPOConfig": "trl",
@@ -26,9 +26,9 @@ CLASSES = {
     "LoraConfig": "peft",
     "BitsAndBytesConfig": "bitsandbytes",
 }
-# Arguments of DPOTrainer that are objects: followed to where they are made, or read there by themselves.
+# Arguments of DPOTrainer that are objects: followed to where they are made, or read separately.
 _OBJECTS = frozenset("model ref_model args train_dataset eval_dataset peft_config".split())
-# Arguments of from_pretrained that say nothing of the model, or are read elsewhere.
+# Arguments of from_pretrained that do not describe the model, or are read elsewhere.
 _LOADING = frozenset(
     "pretrained_model_name_or_path model_name quantization_config device_map token low_cpu_mem_usage is_trainable "
     "cache_dir local_files_only max_seq_length".split()
@@ -38,7 +38,7 @@ _FILE_KINDS = ("json", "csv", "parquet", "arrow")
 
 @dataclass(frozen=True, slots=True)
 class Unread:
-    """A value that is computed when the script runs; `text` is its expression."""
+    """A value computed when the script runs; `text` is its expression."""
 
     text: str
 
@@ -48,11 +48,11 @@ class Given:
     """One setting.
 
     Attributes:
-        name, value: as they stand there.
+        name, value: as in the script.
         owner: a class, an argument of DPOTrainer, or a kind of file.
         source: the table of `foreign_names` that explains the name.
-        line: where it stands.
-        default: whether the value is the default of a command-line argument, which may have been set otherwise.
+        line: its line.
+        default: whether the value is the default of a command-line argument, which the user may have overridden.
     """
 
     name: str
@@ -70,7 +70,7 @@ class _Script:
 
 
 def read_script(text: str, path: Path) -> list[Given]:
-    """Everything a script sets that matters for DPO, in the order of its lines.
+    """Everything in a script that matters for DPO, in the order of its lines.
 
     Raises:
         UserError: not Python.
@@ -85,7 +85,7 @@ def read_script(text: str, path: Path) -> list[Given]:
             where=f"{path}:{line}" if line else str(path),
             expected="Python",
             found=str(getattr(error, "msg", error)),
-            remedy="give the whole script, or only its calls of DPOConfig, TrainingArguments and DPOTrainer",
+            remedy="pass the whole script, or only its calls of DPOConfig, TrainingArguments and DPOTrainer",
         ) from error
     script = _collect(tree)
     given: list[Given] = []
@@ -160,7 +160,7 @@ def _called(call: ast.Call) -> str:
 
 
 def _arguments(call: ast.Call, owner: str, script: _Script) -> Iterator[tuple[str, ast.expr]]:
-    """Names and expressions of a call; `**settings` is unfolded where it is a dictionary in sight."""
+    """Names and expressions of a call; unfolds `**settings` if it is a dictionary in the script."""
     positions = {"DPOTrainer": ("model", "ref_model", "args"), "DPOConfig": ("output_dir",)}
     positions["TrainingArguments"] = positions["DPOConfig"]
     yield from zip(positions.get(owner, ()), call.args, strict=False)
@@ -180,12 +180,12 @@ def _arguments(call: ast.Call, owner: str, script: _Script) -> Iterator[tuple[st
 
 
 def _values(node: ast.expr, script: _Script) -> list[ast.expr]:
-    """The expressions assigned to a variable; another expression is itself."""
+    """The expressions assigned to a variable; other expressions are returned as they are."""
     return script.assigned.get(node.id, [node]) if isinstance(node, ast.Name) else [node]
 
 
 def _made_by(node: ast.expr | None, script: _Script, seen: frozenset[str] = frozenset()) -> list[ast.Call]:
-    """The calls that an object goes back to: through variables, subscripts, and methods that return it changed."""
+    """The calls that created an object: followed through variables, subscripts, and methods that return it changed."""
     if isinstance(node, ast.Name):
         if node.id in seen:
             return []
@@ -206,7 +206,7 @@ def _made_by(node: ast.expr | None, script: _Script, seen: frozenset[str] = froz
 
 
 def _evaluate(node: ast.expr, script: _Script, depth: int = 0) -> Any:
-    """The constant that an expression is, or Unread."""
+    """The constant value of an expression, or Unread."""
     try:
         return _constant(node, script, depth)
     except (LookupError, TypeError, ValueError):
@@ -278,8 +278,8 @@ def _model(node: ast.expr | None, script: _Script) -> list[Given]:
             for name, part in keywords.items()
             if name not in _LOADING
         ]
-    for name, found in (("model", bases), ("adapter", adapters)):
-        for part in found:
+    for name, paths in (("model", bases), ("adapter", adapters)):
+        for part in paths:
             if part is not None:
                 given.append(_setting(name, part, "from_pretrained", "script", script))
     if not bases and not adapters:
@@ -288,7 +288,7 @@ def _model(node: ast.expr | None, script: _Script) -> list[Given]:
 
 
 def _peft(node: ast.expr | None, script: _Script) -> list[Given]:
-    """peft_config where it is computed; a LoraConfig is read by itself."""
+    """peft_config if it is computed; a LoraConfig is read separately."""
     value = _evaluate(node, script) if node is not None else None
     if node is None or value is None or any(_called(made) == "LoraConfig" for made in _made_by(node, script)):
         return []
@@ -309,13 +309,13 @@ def _reference(node: ast.expr | None, script: _Script) -> list[Given]:
 
 
 def _data(name: str, node: ast.expr | None, script: _Script) -> list[Given]:
-    """The files of a data set, or its name on the hub, and the changes that the script makes to it."""
+    """The files of a data set, or its name on the hub, and the script's changes to it."""
     if node is None or (isinstance(node, ast.Constant) and node.value is None):
         return []
     field_name = "pairs" if name == "train_dataset" else "eval_pairs"
     calls = list(dict.fromkeys(_made_by(node, script)))
     cut = next((call for call in calls if _called(call) == "train_test_split"), None)
-    if cut is not None and name == "eval_dataset":  # a part of the training pairs, and no file of its own
+    if cut is not None and name == "eval_dataset":  # a part of the training pairs, without its own file
         share = next((k.value for k in cut.keywords if k.arg == "test_size"), cut.args[0] if cut.args else None)
         value = _evaluate(share, script) if share is not None else 0.25  # the default of `datasets`
         return [Given("eval_share", value, name, "script", cut.lineno)]

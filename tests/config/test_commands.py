@@ -304,7 +304,7 @@ def test_the_releases_follow_what_is_imported(run: Run, tmp_path: Path, argument
         "it fits TRL 0.9.2 to 0.11.0 with transformers 4.40.0 to 4.50.0; TRL 0.11.4 was tried with transformers 4.45.2"
     )
     assert fits in out
-    assert ("no release takes all of it; with DPOConfig in place" in out) == (arguments == "TrainingArguments")
+    assert ("no release accepts all of it; with DPOConfig instead" in out) == (arguments == "TrainingArguments")
     assert written["learning_rate"] == 5e-5, "1e-6 came with TRL 0.12"
     assert written["truncation_mode"] == "keep_end", "keep_start came with 0.29"
     assert "max_length: not set there, and TRL 0.9 has no fixed default" in out
@@ -396,7 +396,7 @@ def migrated(run: Run, tmp_path: Path, name: str, text: str) -> tuple[dict[str, 
         # 0.25 asks for transformers 4.56.1 or newer; eval_strategy was there from 4.41, evaluation_strategy to 4.50
         ("DPOConfig(padding_value=0, loss_weights=[1])", {}, ["it fits TRL 0.20.0 to 0.25.0 with transformers 4.57.1"]),
         ("DPOConfig(evaluation_strategy='no', ld_alpha=1)", {}, ["it fits TRL 0.18.0 with transformers 4.50.0)"]),
-        ("DPOConfig(evaluation_strategy='no', loss_weights=[1])", {}, ["no release takes all of it"]),
+        ("DPOConfig(evaluation_strategy='no', loss_weights=[1])", {}, ["no release accepts all of it"]),
         ("DPOTrainer(m, beta=0.1, processing_class=t, label_smoothing=0)", {}, ["it fits TRL 0.12.0 with"]),
         ("DPOTrainer(m, beta=0.1, args=DPOConfig(eval_strategy='no', loss_weights=[1]))", {}, ["no release takes"]),
         # no equivalent
@@ -410,7 +410,7 @@ def migrated(run: Run, tmp_path: Path, name: str, text: str) -> tuple[dict[str, 
         ("DPOConfig(max_length=None)", {}, ["always has a limit"]),
         ("DPOConfig(save_total_limit=0)", {}, ["save_total_limit 0: must be at least 1"]),
         ("DPOConfig(nonsense=1)", {}, ["nonsense: not known", "DPOConfig never took it"]),
-        ("DPOTrainer(m, ref_model='other', args=DPOConfig())", {}, ["is not the policy's own start"]),
+        ("DPOTrainer(m, ref_model='other', args=DPOConfig())", {}, ["is not where the policy starts"]),
         ("DPOTrainer('m', ref_model='m')", {"model": "m"}, ["Not needed here: ref_model"]),
         # what is trained
         ("DPOTrainer('m')", {"use_peft": False}, []),

@@ -134,7 +134,7 @@ def drawn(x: LossInputs) -> torch.Tensor:
 WRONG = {
     "a function that runs": lambda x: x.no_such_field,
     "a tensor": lambda x: 1.0,
-    "one loss a pair": lambda x: -ratio(x).mean(),
+    "one loss per pair": lambda x: -ratio(x).mean(),
     "finite numbers": lambda x: torch.log(ratio(x)),  # of 0 at the start
     "a loss with a gradient": lambda x: -ratio(x).detach(),
     "with a finite gradient": lambda x: torch.sqrt(ratio(x) ** 2),  # 0 / 0 at the start

@@ -124,7 +124,7 @@ def test_losses_of_the_users_are_looked_at_before_the_first_run(cache: Path, tmp
     results = run_sweep(planned(cache, tmp_path / "sweep", vary))
     assert [result.state for result in results] == ["complete"] * 2
     vary["loss_type"][1] = f"{tmp_path}/mine.py:wrong"
-    with pytest.raises(UserError, match="one loss a pair"):
+    with pytest.raises(UserError, match="one loss per pair"):
         planned(cache, tmp_path / "other", vary)
     assert not (tmp_path / "other").exists()
 
