@@ -1,4 +1,4 @@
-"""Checkpoints to models that can be scored and trained: loading, quantisation, LoRA, FSDP2, offloading.
+"""Turns checkpoints into models for scoring and training: loading, quantisation, LoRA, FSDP2, offloading.
 
-The only wing that imports transformers, peft and bitsandbytes. Knows nothing of pairs, losses or the cache's files.
+The only wing that imports transformers, peft and bitsandbytes. Independent of pairs, losses and the cache's files.
 """

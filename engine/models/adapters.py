@@ -1,4 +1,4 @@
-"""LoRA adapters on a loaded base: the reference's frozen one, and the one that is trained. The importer of peft."""
+"""LoRA adapters on a loaded base: the reference's frozen one, and the trained one. Imports peft."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ AdapterMode = Literal["new", "stack", "continue"]
 REFERENCE_ADAPTER = "reference"
 
 _PATTERNS_OF_STACKS = "The following (rank|alpha)_pattern keys did not match"
-"""What peft says of ranks that it has itself given to experts that transformers stacks: these are no modules."""
+"""peft's warning about ranks that it set itself for experts that transformers stacks: these are not modules."""
 
 
 def load_reference_adapter(lm: CausalLM, adapter: ModelSource) -> CausalLM:
@@ -63,7 +63,7 @@ def lora_arguments(config: TrainConfig) -> dict[str, Any]:
 
 
 def make_trainable(lm: CausalLM, config: TrainConfig, mode: Mode, adapter: ModelSource | None = None) -> CausalLM:
-    """Makes of a loaded base the policy that `config` trains; arguments and errors as of `add_policy_adapter`."""
+    """Turns a loaded base into the policy that `config` trains; arguments and errors as in `add_policy_adapter`."""
     if mode == "full":
         return train_all(lm)
     layers = (
@@ -84,10 +84,10 @@ def add_policy_adapter(
     Args:
         lm: the base, without adapters.
         mode: `new`, a fresh LoRA on the base; `stack`, a fresh LoRA on base + frozen `adapter`, unmerged; `continue`,
-            `adapter` itself trained further.
+            `adapter` itself, trained further.
         adapter: the SFT adapter for `stack` and `continue`.
-        lora: arguments of peft's LoraConfig; `continue` takes only `lora_dropout` from them.
-        layers: the decoder layers that a fresh LoRA lies in, from 0; None for all.
+        lora: arguments of peft's LoraConfig; `continue` uses only their `lora_dropout`.
+        layers: decoder layers that get a fresh LoRA, counted from 0; None for all.
 
     Raises:
         UserError: a target matches nothing, or the adapter does not fit the base.
@@ -101,7 +101,7 @@ def add_policy_adapter(
         _add_new_adapter(lm, adapter if mode == "stack" else None, lora, layers)
         if layers is not None:
             check_trained_layers(lm, layers)
-    # fp32 adapters over a half-precision base: 8-bit Adam and bf16 rounding can lose small updates otherwise.
+    # Adapters are float32 even over a half-precision base: 8-bit Adam and bf16 rounding can lose small updates.
     for _, parameter in lm.trainable_parameters():
         parameter.data = parameter.data.float()
     use_lora_product(lm.model)
@@ -111,10 +111,10 @@ def add_policy_adapter(
 def _add_new_adapter(
     lm: CausalLM, below: ModelSource | None, lora: dict[str, Any], layers: Sequence[int] | None
 ) -> None:
-    """A fresh LoRA on the base, or on the base with a frozen adapter `below` it.
+    """Adds a fresh LoRA to the base, or to the base with a frozen adapter `below` it.
 
     Raises:
-        UserError: one of the targets matches nothing, or peft refuses it.
+        UserError: a target matches nothing, or peft refuses it.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -126,11 +126,11 @@ def _add_new_adapter(
         lm.remarks += (f"all-linear leaves out {', '.join(refused)}: peft's LoRA does not fit this kind of layer",)
     linear = [name for name in names if name not in refused]
     if lora.get("target_modules") == "all-linear":
-        beside, told = beside_experts(lm.base, linear)
+        beside, remark = beside_experts(lm.base, linear)
         if beside:
             linear = beside
             arguments |= {"target_modules": beside} if layers is None else {}
-            lm.remarks += (told,)
+            lm.remarks += (remark,)
     if layers is not None:
         arguments.pop("exclude_modules", None)
         arguments = limit_to_layers(arguments, lm, layers, linear)
@@ -141,8 +141,8 @@ def _add_new_adapter(
             if below is None:
                 lm.model = get_peft_model(lm.base, config, adapter_name=POLICY_ADAPTER)
             else:
-                # Its layers draw numbers before they are loaded, fewer where some are below a trunk: the new adapter on
-                # some of the layers begins as it would without them.
+                # Its layers draw random numbers before they are loaded, and fewer if some are below a trunk. Without
+                # this the new adapter on some of the layers would start differently.
                 with torch.random.fork_rng(enabled=layers is not None):
                     lm.model = _peft_from_pretrained(lm, below, REFERENCE_ADAPTER, trainable=False)
                 lm.model.add_adapter(POLICY_ADAPTER, config)
@@ -165,19 +165,19 @@ def _add_new_adapter(
         raise _no_target(lora, names, str(error).splitlines()[0]) from error
     missed = _unmatched(lm.model, named=lora.get("target_modules") != "all-linear")
     if missed:
-        raise _no_target(lora, names, f"nothing is called {', '.join(missed)}")
+        raise _no_target(lora, names, f"nothing is named {', '.join(missed)}")
 
 
 def _check_over_stored(lm: CausalLM, name: str, fields: Mapping[str, Any]) -> None:
-    """Refuses LoRAs that read or change the base's weights, where these are codes.
+    """Refuses LoRAs that read or change the base's weights if these are quantised codes.
 
     Raises:
-        UserError: with the setting.
+        UserError: names the setting.
     """
     found = "use_dora" if fields.get("use_dora") else "init_lora_weights" if start_changes_base(fields) else None
     if lm.quantization == "stored" and found is not None:
         raise UserError(
-            "this LoRA begins with the base's own weights, and those of this base stay the codes of its files",
+            "this LoRA starts from the base's weights, which are quantised codes here",
             code="adapter-mode",
             where=f"{name}, {found}",
             expected="a plain LoRA over a base that is quantised in its files",
@@ -188,7 +188,7 @@ def _check_over_stored(lm: CausalLM, name: str, fields: Mapping[str, Any]) -> No
 
 def _no_target(lora: dict[str, Any], names: list[str], why: str) -> UserError:
     return UserError(
-        "the LoRA's targets name what this model lacks or peft cannot adapt",
+        "some of the LoRA's targets are missing in this model, or peft cannot adapt them",
         code="lora-no-target",
         where="--lora-target-modules and --lora-target-parameters",
         expected="all-linear, or some of: " + ", ".join(names),
@@ -199,23 +199,23 @@ def _no_target(lora: dict[str, Any], names: list[str], why: str) -> UserError:
 
 @torch.no_grad()
 def _linear_in_name(base: nn.Module) -> set[str]:
-    """Last names of modules that are linear layers by inheritance and return something else: the router of Llama 4."""
-    found: set[str] = set()
+    """Last names of modules that inherit from linear layers but return something else, such as Llama 4's router."""
+    odd_names: set[str] = set()
     for name, module in base.named_modules():
         if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
             continue
         last = name.rsplit(".", 1)[-1]
-        if last not in found and not type(module).__module__.startswith("bitsandbytes"):
+        if last not in odd_names and not type(module).__module__.startswith("bitsandbytes"):
             try:
                 output = module(module.weight.new_zeros(1, module.in_features))
             except (RuntimeError, ValueError, TypeError, IndexError):
-                output = None  # it wants more than rows of numbers: DeepSeek V4's grouped layers
-            found |= set() if isinstance(output, torch.Tensor) else {last}
-    return found
+                output = None  # it needs other inputs, such as DeepSeek V4's grouped layers
+            odd_names |= set() if isinstance(output, torch.Tensor) else {last}
+    return odd_names
 
 
 def _mamba_refuses(base: Any, name: str) -> bool:
-    """Whether peft takes no LoRA on modules of this name in this model: Mamba's kernels read their weights directly."""
+    """Whether peft refuses LoRA on modules with this name here: Mamba's kernels read their weights directly."""
     from peft import LoraConfig
     from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 
@@ -227,11 +227,11 @@ def _mamba_refuses(base: Any, name: str) -> bool:
 
 
 def _unmatched(model: Any, *, named: bool) -> list[str]:
-    """The targets of the new adapter that match nothing; peft is content where one of them does.
+    """The new adapter's targets that match nothing; peft itself accepts targets if one of them matches.
 
-    Modules count where the user has `named` them.
+    Modules count only if the user `named` them.
 
-    Names of experts that transformers keeps as stacked parameters are not among them: peft has turned these into
+    Names of experts that transformers keeps as stacked parameters are excluded: peft has turned these into
     `target_parameters`.
     """
     config = model.peft_config[POLICY_ADAPTER]
@@ -240,13 +240,13 @@ def _unmatched(model: Any, *, named: bool) -> list[str]:
         *((target, model.base_model.targeted_module_names) for target in modules or ()),
         *((target, model.base_model.targeted_parameter_names) for target in config.target_parameters or ()),
     ]
-    return sorted(t for t, found in wanted if not any(name == t or name.endswith(f".{t}") for name in found))
+    return sorted(t for t, candidates in wanted if not any(name == t or name.endswith(f".{t}") for name in candidates))
 
 
 def _set_dropout(lm: CausalLM, probability: float) -> None:
-    """Replaces the dropout that the adapter was trained with in SFT: DPO's is this run's own choice.
+    """Replaces the dropout that SFT trained the adapter with: DPO's dropout is this run's own setting.
 
-    Left as it was, the first policy would differ from the reference by noise, and the first loss from ln 2.
+    With SFT's dropout the first policy would differ from the reference by noise, and the first loss from ln 2.
     """
     for module in lm.model.modules():
         dropouts = getattr(module, "lora_dropout", None)
@@ -258,19 +258,19 @@ def _peft_from_pretrained(lm: CausalLM, adapter: ModelSource, name: str, *, trai
     from peft import PeftModel
 
     _check_over_stored(lm, adapter.name, read_adapter_fields(adapter))
-    with _fitting(adapter), warnings.catch_warnings(), as_peft_reads(adapter, lm.base) as own:
+    with _fitting(adapter), warnings.catch_warnings(), as_peft_reads(adapter, lm.base) as renamed:
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below, with a remedy
         warnings.filterwarnings("ignore", message=_PATTERNS_OF_STACKS)
         model = PeftModel.from_pretrained(
-            lm.base, str(own.folder), adapter_name=name, is_trainable=trainable, torch_device=str(lm.device)
+            lm.base, str(renamed.folder), adapter_name=name, is_trainable=trainable, torch_device=str(lm.device)
         )
-        _check_weights(model, own, name)
+        _check_weights(model, renamed, name)
     return model
 
 
 @contextlib.contextmanager
 def _fitting(adapter: ModelSource) -> Iterator[None]:
-    """Turn peft's error about a mismatched adapter into a message to the user."""
+    """Turns peft's error about a mismatched adapter into a message for the user."""
     try:
         yield
     except (ValueError, RuntimeError, KeyError) as error:
@@ -289,29 +289,29 @@ def _is_of_size(error: Exception) -> bool:
 
 
 def _line_of_interest(error: Exception) -> str:
-    """torch names the tensors behind a first line that only says that there are some."""
+    """The line that names the tensors: torch's first line only says that there are some."""
     lines = str(error).splitlines() or [type(error).__name__]
     return next((line.strip() for line in lines if "size mismatch" in line), lines[0])
 
 
 @torch.no_grad()
 def _put_in_place(model: Any, tensors: Mapping[str, torch.Tensor], name: str) -> None:
-    """Gives an adapter the tensors that are named as the model names them.
+    """Sets an adapter's tensors, which have the model's own names.
 
-    peft has done so too, except where its conversion of older names also takes newer ones for old (Laguna's experts).
+    peft has done so already, except where its conversion of old names mistakes new names for old (Laguna's experts).
     """
-    own = {key.replace(f".{name}.", ".").removesuffix(f".{name}"): p for key, p in model.named_parameters()}
+    parameters = {key.replace(f".{name}.", ".").removesuffix(f".{name}"): p for key, p in model.named_parameters()}
     for key, tensor in tensors.items():
-        place = own.get(key)
+        place = parameters.get(key)
         if place is not None and place.shape == tensor.shape:
             place.copy_(tensor)
 
 
 def _check_weights(model: Any, adapter: ModelSource, name: str) -> None:
-    """peft loads what fits and leaves the rest as it was: half an adapter, or one of another depth.
+    """Checks that the file fits exactly: peft loads what fits and ignores the rest, such as half an adapter.
 
     Raises:
-        ValueError: the file lacks weights that the adapter has in this model, or holds others.
+        ValueError: the file lacks weights of this adapter in this model, or has others.
     """
     from peft import get_peft_model_state_dict
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
@@ -321,8 +321,8 @@ def _check_weights(model: Any, adapter: ModelSource, name: str) -> None:
     wanted = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
     if wanted <= set(tensors):
         _put_in_place(model, {key: tensors[key] for key in wanted}, name)
-    # As peft itself converts them: experts that were adapted one by one are stacked.
-    held = (
+    # As peft converts them: separately adapted experts become stacks.
+    adapter_weights = (
         set(tensors)
         if wanted <= set(tensors)
         else set(
@@ -334,22 +334,22 @@ def _check_weights(model: Any, adapter: ModelSource, name: str) -> None:
             )
         )
     )
-    held = {key.replace(f".{name}.", ".").removesuffix(f".{name}") for key in held}
-    lacking = sorted(wanted - held)
+    adapter_weights = {key.replace(f".{name}.", ".").removesuffix(f".{name}") for key in adapter_weights}
+    lacking = sorted(wanted - adapter_weights)
     if lacking:
         raise ValueError(f"its file lacks {lacking[0]}" + (f" and {len(lacking) - 1} more" if lacking[1:] else ""))
-    # Saved embeddings are no part of the adapter's own state.
-    over = sorted(key for key in held - wanted if "lora_" in key)
+    # Saved embeddings are not part of the adapter's state.
+    over = sorted(key for key in adapter_weights - wanted if "lora_" in key)
     if over:
         raise ValueError(f"the base has no place for {over[0]}" + (f" and {len(over) - 1} more" if over[1:] else ""))
 
 
 @torch.no_grad()
 def begin_with(lm: CausalLM, start: ModelSource) -> None:
-    """Give the adapter that is to be trained the weights of another one of its shape.
+    """Copies the weights of an adapter of the same shape into the adapter to train.
 
     Raises:
-        UserError: the other one has another shape, or other weights.
+        UserError: the two adapters differ in shape or weights.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import load_file
@@ -370,12 +370,12 @@ def begin_with(lm: CausalLM, start: ModelSource) -> None:
         other = [f"other weights, among them {odd[0]}"]
     if other:
         raise UserError(
-            "the policy cannot begin with this adapter: it has another shape",
+            "the policy cannot start from this adapter: it has another shape",
             code="adapter-mismatch",
             where=f"--init-adapter {start.name}",
-            expected="an adapter of the shape that is trained",
+            expected="an adapter of the trained one's shape",
             found="; ".join(other),
-            remedy="give the LoRA settings that it was trained with, and the same --adapter-mode",
+            remedy="use the LoRA settings and --adapter-mode of that adapter's training",
         )
     for name, tensor in own.items():
         tensor.copy_(tensors[name])
@@ -385,12 +385,12 @@ _SHAPE = "r lora_alpha use_rslora use_dora bias target_modules target_parameters
 
 
 def _plain(value: Any) -> Any:
-    """A field of peft's config as it stands in JSON, sets in order and what is empty as none."""
+    """A field of peft's config as in JSON: sets sorted, and empty values as None."""
     return sorted(value) if isinstance(value, set | frozenset | list) and value else value or None
 
 
 def linear_names(base: nn.Module) -> list[str]:
-    """Distinct last names of the linear layers, the head left out: what LoRA can target."""
+    """Distinct last names of linear layers without the head: possible LoRA targets."""
     head = getattr(base, "get_output_embeddings", lambda: None)()
     return sorted(
         {name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear) and m is not head}
@@ -399,7 +399,7 @@ def linear_names(base: nn.Module) -> list[str]:
 
 @contextlib.contextmanager
 def as_reference(lm: CausalLM, mode: Mode) -> Iterator[None]:
-    """The policy before its first step as the reference: without its new adapter, or as it is (`continue`, `full`)."""
+    """Makes the untrained policy act as the reference: without its new adapter, or as it is (`continue`, `full`)."""
     if mode == "new":
         with lm.model.disable_adapter():
             yield
@@ -417,7 +417,7 @@ def as_reference(lm: CausalLM, mode: Mode) -> Iterator[None]:
 
 
 def stands_alone(adapter: ModelSource) -> bool:
-    """Whether no second adapter can be loaded beside it: it has changed the base, or trained the base's biases."""
+    """Whether no second adapter can be loaded next to it: it changed the base, or trained the base's biases."""
     fields = read_adapter_fields(adapter)
     return start_changes_base(fields) or fields.get("bias", "none") != "none"
 
@@ -425,7 +425,7 @@ def stands_alone(adapter: ModelSource) -> bool:
 def load_trained_adapter(
     lm: CausalLM, mode: AdapterMode, trained: ModelSource, reference: ModelSource | None
 ) -> CausalLM:
-    """The base with a finished adapter, as it stood in training, and the reference's adapter beside or under it.
+    """The base with a finished adapter, as in training, and the reference's adapter next to or below it.
 
     Raises:
         UserError: an adapter does not fit the base.
@@ -435,9 +435,9 @@ def load_trained_adapter(
         use_stack_product(lm.model)
         return lm
     lm.model = _peft_from_pretrained(lm, reference, REFERENCE_ADAPTER, trainable=False)
-    with _fitting(trained), as_peft_reads(trained, lm.base) as own:
-        lm.model.load_adapter(str(own.folder), adapter_name=POLICY_ADAPTER, torch_device=str(lm.device))
-        _check_weights(lm.model, own, POLICY_ADAPTER)
+    with _fitting(trained), as_peft_reads(trained, lm.base) as renamed:
+        lm.model.load_adapter(str(renamed.folder), adapter_name=POLICY_ADAPTER, torch_device=str(lm.device))
+        _check_weights(lm.model, renamed, POLICY_ADAPTER)
     lm.model.base_model.set_adapter([REFERENCE_ADAPTER, POLICY_ADAPTER] if mode == "stack" else POLICY_ADAPTER)
     use_stack_product(lm.model)
     return lm
@@ -445,7 +445,7 @@ def load_trained_adapter(
 
 @contextlib.contextmanager
 def before_training(lm: CausalLM) -> Iterator[None]:
-    """A model from `load_trained_adapter` as the reference: the base, with the reference's adapter if it has one."""
+    """Makes a model from `load_trained_adapter` act as the reference: the base, with the reference's adapter if any."""
     if REFERENCE_ADAPTER not in lm.model.peft_config:
         with lm.model.disable_adapter():
             yield
@@ -459,7 +459,7 @@ def before_training(lm: CausalLM) -> Iterator[None]:
 
 
 def check_savable(lm: CausalLM) -> None:
-    """Saves the untrained adapter once, in a folder that is gone afterwards: what fails then would fail at the end.
+    """Saves the untrained adapter once to a temporary folder, so that an error appears now, not at the end.
 
     Raises:
         UserError: peft cannot save it.
@@ -470,7 +470,7 @@ def check_savable(lm: CausalLM) -> None:
         try:
             save_policy_adapter(lm, Path(folder))
         except (OSError, SafetensorError):
-            return  # a full disk, and not the adapter: saving in earnest says so, in the user's folder
+            return  # a full disk, not the adapter: the real save reports it for the user's folder
         except Exception as error:
             raise UserError(
                 "peft cannot save this adapter",
@@ -483,16 +483,16 @@ def check_savable(lm: CausalLM) -> None:
 
 
 def save_policy_adapter(lm: CausalLM, folder: Path) -> None:
-    """Writes the trained adapter in peft's own format: adapter_config.json and adapter_model.safetensors."""
+    """Writes the trained adapter in peft's format: adapter_config.json and adapter_model.safetensors."""
     lm.model.save_pretrained(str(folder), selected_adapters=[POLICY_ADAPTER], safe_serialization=True)
     _sort_sets(folder / "adapter_config.json", lm.model.peft_config[POLICY_ADAPTER])
     if lm.source is not None:
         save_for_whole(lm.source, lm.base, folder)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's model card is an empty form; run.json tells more
+    (folder / "README.md").unlink(missing_ok=True)  # peft's model card is an empty form; run.json contains more
 
 
 def _sort_sets(file: Path, config: Any) -> None:
-    """Write the sets of a saved peft config in order: peft writes them as they come, by the process's hash seed."""
+    """Sorts the sets in a saved peft config: peft writes them in an order that depends on the hash seed."""
     fields = json.loads(file.read_text(encoding="utf-8"))
     fields.update({name: sorted(fields[name]) for name in fields if isinstance(getattr(config, name, None), set)})
     file.write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")

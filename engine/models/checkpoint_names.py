@@ -1,7 +1,7 @@
-"""Names of weights: on disk, in memory and in an adapter are three things, and they are converted here.
+"""Converts names of weights between three forms: on disk, in memory, and in an adapter.
 
-A multimodal checkpoint that is loaded as its text part, experts that are stacked while they are loaded, layers that a
-release has renamed: the file keeps its names. Knows names; reads no tensor but those of an adapter to be renamed.
+They differ for the text part of a multimodal checkpoint, for experts that are stacked on loading, and for layers
+renamed in a newer release. Knows names; the only tensors it reads are those of an adapter to rename.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dpoeng.engine.models.sources import ModelSource
 from dpoeng.engine.models.trunk.stand_ins import stood_for
 
 PREFIX = "base_model.model."
-"""What peft writes before every name."""
+"""peft's prefix of every name."""
 
 _MODULE = re.compile(
     r"^(.*?)\.(lora_\w+|base_layer|modules_to_save|token_adapter|trainable_tokens_delta|weight|bias)(\.|$)"
@@ -34,12 +34,12 @@ _OTHER_TOWERS = re.compile(r"(^|\.)(vision\w*|visual|image\w*|audio\w*|\w*projec
 
 @dataclass(frozen=True, slots=True)
 class StoredNames:
-    """How the names in a checkpoint's files stand to those of the loaded model.
+    """How names in a checkpoint's files relate to those of the loaded model.
 
     Attributes:
         model: the model, without weights.
-        in_memory: name on disk -> the model's own; only what the model has.
-        converted: names in memory of weights that are made of several on disk, or by more than a copy.
+        in_memory: name on disk -> name in the model; only for weights that the model has.
+        converted: names in memory of weights made from several on disk, or changed in another way.
     """
 
     model: Any
@@ -47,12 +47,12 @@ class StoredNames:
     converted: frozenset[str]
 
     def on_disk(self) -> dict[str, str]:
-        """Name in memory -> the one on disk, for weights that are copied as they are."""
+        """Name in memory -> name on disk, for weights that are copied unchanged."""
         return {name: stored for stored, name in self.in_memory.items() if name not in self.converted}
 
 
 def stored_names(source: ModelSource) -> StoredNames:
-    """The names in a checkpoint's files, and those of the model that `load_model` makes of them."""
+    """The names in a checkpoint's files, and those of the model that `load_model` builds from them."""
     from safetensors import safe_open
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -77,14 +77,14 @@ def stored_names(source: ModelSource) -> StoredNames:
 
 @contextlib.contextmanager
 def as_peft_reads(adapter: ModelSource, base: Any) -> Iterator[ModelSource]:
-    """An adapter as peft can load it onto this model: itself, or a copy with its names changed.
+    """Yields an adapter that peft can load onto this model: the adapter itself, or a copy with renamed weights.
 
-    Adapters carry the names of the class they were made on, which may hold the decoder elsewhere (`language_model`),
-    and of a compiled model (`_orig_mod`). Of a model that begins at a trunk, what lies in layers that are not there is
-    left out.
+    Adapters carry the names of the class they were trained on, which may nest the decoder differently
+    (`language_model`) or be a compiled model (`_orig_mod`). For a model that begins at a trunk, weights of missing
+    layers are left out.
 
     Raises:
-        UserError: the adapter holds empty tensors, as DeepSpeed's ZeRO-3 leaves them.
+        UserError: the adapter has empty tensors, as DeepSpeed's ZeRO-3 leaves them.
     """
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
@@ -94,7 +94,7 @@ def as_peft_reads(adapter: ModelSource, base: Any) -> Iterator[ModelSource]:
         empty = [key for key in keys if 0 in file.get_slice(key).get_shape()]
     if empty:
         raise UserError(
-            "the adapter holds empty tensors",
+            "the adapter contains empty tensors",
             code="adapter-mismatch",
             where=f"{adapter.name}, {empty[0]}",
             expected="the trained matrices",
@@ -104,17 +104,17 @@ def as_peft_reads(adapter: ModelSource, base: Any) -> Iterator[ModelSource]:
     modules = [name for name, _ in base.named_modules() if ".base_layer" not in name]
     renamed = {key: _key_in_model(key, modules) for key in keys}
     places = tuple(f".{place}" for place in stood_for(base))
-    kept = {key: new for key, new in renamed.items() if not any(place in f".{new}" for place in places)}
+    selected = {key: new for key, new in renamed.items() if not any(place in f".{new}" for place in places)}
     fields = json.loads((adapter.folder / "adapter_config.json").read_text(encoding="utf-8"))
     targets = fields.get("target_modules")
     if isinstance(targets, list):
         fields["target_modules"] = [_in_model(target, modules) if "." in target else target for target in targets]
-    if kept == {key: key for key in keys} and fields.get("target_modules") == targets:
+    if selected == {key: key for key in keys} and fields.get("target_modules") == targets:
         yield adapter
         return
     with tempfile.TemporaryDirectory() as folder:
         tensors = load_file(adapter.weight_files[0])
-        changed = {kept[key]: tensor for key, tensor in tensors.items() if key in kept}
+        changed = {selected[key]: tensor for key, tensor in tensors.items() if key in selected}
         weights = Path(folder, "adapter_model.safetensors")
         save_file(changed, weights, metadata={"format": "pt"})
         Path(folder, "adapter_config.json").write_text(json.dumps(fields), encoding="utf-8")
@@ -122,7 +122,7 @@ def as_peft_reads(adapter: ModelSource, base: Any) -> Iterator[ModelSource]:
 
 
 def named_class(source: ModelSource, base: Any) -> Any:
-    """The class that config.json names, where it is the whole of which `base` is the text part; else None."""
+    """The class that config.json names if `base` is only its text part; else None."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(source.folder)
@@ -132,7 +132,7 @@ def named_class(source: ModelSource, base: Any) -> Any:
 
 
 def class_to_load(source: ModelSource, base: Any) -> str:
-    """The name of the class of transformers that what is trained on `base` is saved for."""
+    """Name of the transformers class that results trained on `base` are saved for."""
     if source.gguf:
         return "AutoModelForCausalLM"
     whole = named_class(source, base)
@@ -140,11 +140,12 @@ def class_to_load(source: ModelSource, base: Any) -> str:
 
 
 def save_for_whole(source: ModelSource, base: Any, folder: Path) -> None:
-    """Gives a saved adapter the names and the base that the user's own loading of it asks for.
+    """Renames a saved adapter for the way in which the user will load it.
 
-    - The class that config.json names keeps the decoder elsewhere than the text class that was trained: peft takes
-      names that it does not find for none at all, and only warns.
-    - What was named (a hub id, not the snapshot's folder on this machine) is what adapter_config.json names.
+    - The class in config.json nests the decoder differently from the trained text class: peft ignores names that it
+    does
+      not find, with only a warning.
+    - adapter_config.json names the base as the user did (a hub id, not the snapshot's folder on this machine).
     """
     from safetensors.torch import load_file, save_file
 
@@ -162,25 +163,25 @@ def save_for_whole(source: ModelSource, base: Any, folder: Path) -> None:
 
 
 def _targets_in(targets: Any, modules: Collection[str], base: Any) -> Any:
-    """Targets by which the whole class adapts the decoder alone, and no tower that has layers of these names."""
+    """Targets with which the whole class adapts only the decoder, not a tower with equally named layers."""
     if not isinstance(targets, list):
         return targets
-    own = [name for name, _ in base.named_modules() if ".base_layer" not in name]
+    module_names = [name for name, _ in base.named_modules() if ".base_layer" not in name]
     ends = tuple(f".{target}" for target in targets)
-    return sorted({_in_model(name, modules) for name in own if f".{name}".endswith(ends)})
+    return sorted({_in_model(name, modules) for name in module_names if f".{name}".endswith(ends)})
 
 
 def _key_in_model(key: str, modules: Collection[str]) -> str:
     bare = key.replace("_orig_mod.", "").removeprefix(PREFIX)
-    found = _MODULE.match(bare)
-    if found is None:
+    match = _MODULE.match(bare)
+    if match is None:
         return PREFIX + bare
-    path = found.group(1)
+    path = match.group(1)
     return PREFIX + _in_model(path, modules) + bare[len(path) :]
 
 
 def _in_model(path: str, modules: Collection[str]) -> str:
-    """The model's own name of a module that another class keeps elsewhere; the name itself where that is not plain."""
+    """The model's name for a module that another class nests differently; unchanged if that is ambiguous."""
     tail = _TAIL.search(path) or _ENDS.search(path)
     if path in modules or tail is None or _OTHER_TOWERS.search(path):
         return path

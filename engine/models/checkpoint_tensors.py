@@ -1,8 +1,7 @@
-"""Whether a checkpoint's files hold the tensors that the model has: no more, no fewer, in the same shapes and kinds.
+"""Checks that a checkpoint's files have exactly the model's tensors, in the same shapes and number types.
 
-transformers only warns of differences, and a model that is loaded in spite of them computes other numbers: weights that
-the files lack are random, and a bias or a scale that the model has no place for is left out. Knows names, shapes and
-kinds of numbers; not what they compute.
+transformers only warns about differences, and then computes other numbers: missing weights are random, and an unknown
+bias or scale is dropped. Knows names, shapes and number types; not what they compute.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ _SCALES = re.compile(
     r"(^|[._])(weight_scale(_inv|_2)?|input_scale|activation_scale|weight_packed|weight_shape|qweight|qzeros|g_idx|SCB"
     r"|absmax|quant_map|k_scale|v_scale|weight_zero_point)$"
 )
-"""Names under which quantised checkpoints keep what their weights have to be multiplied by."""
+"""Names under which quantised checkpoints store the scales of their weights."""
 
 _NARROW = re.compile(r"F[468]_|F4$|[IU](8|16|32)$")
-"""safetensors' names of numbers that stand for weights only together with scales."""
+"""safetensors' names of number types that are meaningless without scales."""
 
 _LAYER = re.compile(r"(^|\.)(layers|layer|h|blocks|block)\.(\d+)\.")
 
@@ -31,19 +30,19 @@ _OTHER_PARTS = re.compile(
     r"(^|\.)(vision\w*|visual|image\w*|patch\w*|audio\w*|speech\w*|video\w*|encoder|\w*projector|mm_\w+|mtp\w*|nextn\w*|eagle\w*"
     r"|medusa\w*|draft\w*|talker|code2wav|embed_vision|embed_audio)(\.|$)"
 )
-"""Parts of a checkpoint that text alone does not pass through: other senses, and heads that draft tokens ahead."""
+"""Parts of a checkpoint that text does not use: other modalities, and heads that draft tokens ahead."""
 
 _HARMLESS = re.compile(
     r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias|position_ids)$"
 )
-"""Buffers that older releases saved and newer ones compute: rotary frequencies, causal masks, counted positions."""
+"""Buffers that older releases saved and newer ones compute: rotary frequencies, causal masks, positions."""
 
 
 def refuse_unrecorded_quantization(source: ModelSource) -> None:
-    """Refuses files whose numbers need scales where config.json does not say how: they would be taken as they are.
+    """Refuses files whose numbers need scales if config.json does not explain them: they would be used unscaled.
 
     Raises:
-        UserError: a weight is in float8 or in whole numbers, and no quantization_config says what it stands for.
+        UserError: a weight is float8 or integer, and no quantization_config says how to scale it.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -58,15 +57,15 @@ def refuse_unrecorded_quantization(source: ModelSource) -> None:
                     if _NARROW.match(kind) and not _HARMLESS.search(name):
                         narrow[name] = kind
         except (OSError, SafetensorError):
-            return  # loading says what is wrong with the file
-    wide = ("weight", "packed")  # other whole numbers are counters
+            return  # loading reports the damaged file
+    wide = ("weight", "packed")  # other integers are counters
     weights = [f"{name} ({kind})" for name, kind in narrow.items() if kind.startswith("F") or name.endswith(wide)]
     if weights:
         raise _quantized(source, weights)
 
 
 def check_loaded(model: Any, loaded: Mapping[str, Any], source: ModelSource) -> tuple[str, ...]:
-    """Compares what transformers found in the files with what the model has.
+    """Compares what transformers found in the files with the model's tensors.
 
     Args:
         model: the loaded model.
@@ -74,11 +73,11 @@ def check_loaded(model: Any, loaded: Mapping[str, Any], source: ModelSource) -> 
         source: the checkpoint.
 
     Returns:
-        remarks on parts that were left out rightly: the vision tower of a checkpoint that is trained on text.
+        remarks on parts that were left out on purpose, such as the vision tower of a checkpoint trained on text.
 
     Raises:
-        UserError: weights are missing or have other shapes; or the files hold tensors of the language model that it
-            has no place for.
+        UserError: weights are missing or have other shapes, or the files have tensors of the language model that are
+            not in the model.
     """
     refuse_missing(loaded["missing_keys"], source)
     refuse_mismatched(loaded["mismatched_keys"], source)
@@ -89,28 +88,28 @@ def check_loaded(model: Any, loaded: Mapping[str, Any], source: ModelSource) -> 
     wrong = [name for name in unexpected if _is_of_language_model(name, model)]
     if wrong:
         raise UserError(
-            f"the checkpoint holds {counted(len(wrong), 'tensor')} that its config.json does not describe",
+            f"the checkpoint contains {counted(len(wrong), 'tensor')} that its config.json does not describe",
             code="model-unexpected-tensors",
             where=str(source.folder),
             expected="only tensors of this model: leaving others out would change its outputs",
             found=_some(wrong),
-            remedy="use the config.json that belongs to these weights (it may deny a bias or layers); if the model is "
-            "right without these tensors, load it with transformers and save_pretrained() it into a new folder",
+            remedy="use the config.json that belongs to these weights (it may disable a bias or layers); if the model "
+            "is right without these tensors, load it with transformers and save_pretrained() it into a new folder",
         )
     parts = Counter(_part(name) for name in unexpected)
     if not parts:
         return ()
     named = ", ".join(f"{part} ({counted(count, 'tensor')})" for part, count in parts.most_common(5))
-    return (f"parts of {source.name} that text does not pass through are not loaded: {named}",)
+    return (f"parts of {source.name} that text does not use are not loaded: {named}",)
 
 
 def _is_of_language_model(name: str, model: Any) -> bool:
-    """Whether a tensor that has no place is part of what the model computes, as far as its name tells."""
+    """Whether a surplus tensor belongs to the language model's computation, judged by its name."""
     if _OTHER_PARTS.search(name):
         return False
     text = model.config.get_text_config(decoder=True)
     layer = _LAYER.search(name)
-    if layer:  # layers beyond the last draft tokens ahead in DeepSeek's kind of checkpoint, and else are too many
+    if layer:  # extra layers draft tokens ahead in DeepSeek's checkpoints; elsewhere they are an error
         depth = int(getattr(text, "num_hidden_layers", 0) or 0)
         return not depth <= int(layer.group(3)) < depth + int(getattr(text, "num_nextn_predict_layers", 0) or 0)
     holder = name.rpartition(".")[0]
@@ -120,8 +119,8 @@ def _is_of_language_model(name: str, model: Any) -> bool:
 
 def _part(name: str) -> str:
     """The part of a checkpoint that a tensor belongs to, in one or two words."""
-    found = _OTHER_PARTS.search(name)
-    return found.group(2) if found else name.rpartition(".")[0] or name
+    match = _OTHER_PARTS.search(name)
+    return match.group(2) if match else name.rpartition(".")[0] or name
 
 
 def _some(names: Collection[str]) -> str:
@@ -142,7 +141,7 @@ def _quantized(source: ModelSource, names: Collection[str]) -> UserError:
 
 
 def refuse_missing(names: Collection[str], source: ModelSource) -> None:
-    """Weights that the files lack would be random numbers: transformers only warns of them."""
+    """Raises if weights are missing: they would be random numbers, and transformers only warns."""
     if names:
         raise UserError(
             "the checkpoint lacks weights of its model",
@@ -154,13 +153,13 @@ def refuse_missing(names: Collection[str], source: ModelSource) -> None:
 
 
 def refuse_mismatched(weights: Collection[tuple[str, Any, Any]], source: ModelSource) -> None:
-    """Weights of another shape than config.json says would be random numbers too."""
-    for name, held, wanted in sorted(weights, key=lambda one: one[0]):
+    """Raises if shapes differ from config.json: such weights would be random numbers, too."""
+    for name, stored, wanted in sorted(weights, key=lambda one: one[0]):
         raise UserError(
             "the checkpoint's shapes contradict its config.json",
             code="model-unloadable",
             where=f"{source.folder}, {name}",
             expected=str(tuple(wanted)),
-            found=str(tuple(held)),
+            found=str(tuple(stored)),
             remedy="use the config.json that belongs to these weights",
         )

@@ -1,8 +1,8 @@
-"""A checkpoint read in parts: each process of several only the rows that it will hold. Imports transformers.
+"""Reads a checkpoint in shares: each process reads only the rows that it keeps. Imports transformers.
 
-transformers reads of every tensor that FSDP has divided this process's rows alone, by safetensors' slices, and converts
-only these. So the layers are divided while the model has no weights yet, between its making and its loading. Buffers,
-tied weights and names are then what they are in any other load.
+For a tensor that FSDP has sharded, transformers reads only this process's rows, with safetensors' slices, and converts
+only these. Therefore the layers are sharded while the model has no weights yet, after its creation and before loading.
+Buffers, tied weights and names are then the same as in any other load.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from dpoeng.engine.models.sources import ModelSource
 
 
 def whole_because(source: ModelSource, processes: int) -> str:
-    """Why a checkpoint cannot be read in parts by so many processes, in words; empty where it can.
+    """Why a checkpoint cannot be read in shares by this many processes, in words; empty if it can.
 
-    Where transformers makes one tensor of several it does so with the rows that each process has read, which is right
-    only if rows stay what they are: experts that are stacked, or set side by side.
+    If transformers builds one tensor from several, it uses the rows that each process has read. That is correct only if
+    rows stay rows: for experts that are stacked or concatenated.
     """
     if source.gguf:
         return "a GGUF file is decoded whole"
@@ -30,7 +30,7 @@ def whole_because(source: ModelSource, processes: int) -> str:
     try:
         _, model = empty_model_of(source)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError):
-        return ""  # the load that follows says what is wrong
+        return ""  # the load that follows reports the error
     converters = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightConverter)]
     if not all(_keeps_rows(converter) for converter in converters):
         return f"transformers changes tensors of a {model.config.model_type} checkpoint while it loads them"
@@ -41,7 +41,7 @@ def whole_because(source: ModelSource, processes: int) -> str:
 
 
 def empty_model_of(source: ModelSource, kind: Any = None) -> tuple[Any, Any]:
-    """A checkpoint's config, and its model without weights: of the class `kind`, or the one that is loaded."""
+    """A checkpoint's config, and its model without weights: of class `kind`, or of the class that is loaded."""
     from transformers import AutoConfig
 
     config = without_quantization(AutoConfig.from_pretrained(source.folder))
@@ -59,9 +59,9 @@ def _keeps_rows(converter: Any) -> bool:
 
 
 def prepared_class(source: ModelSource, prepare: Callable[[Any], Any]) -> tuple[Any, Any]:
-    """A checkpoint's model class, which calls `prepare` with each model before it is loaded; and its config.
+    """A checkpoint's model class that calls `prepare` with each model before loading; and its config.
 
-    transformers offers no hook there. The class passes for its parent, by whose name conversions are looked up.
+    transformers has no hook there. The subclass uses its parent's name, by which conversions are looked up.
     """
     config, model = empty_model_of(source)
     parent = type(model)

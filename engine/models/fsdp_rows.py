@@ -1,9 +1,8 @@
-"""Weights that are trained in parts: of every tensor of the decoder layers each process moves its rows alone.
+"""Weights trained in shares: each process updates only its rows of every tensor in the decoder layers.
 
-FSDP2 holds the rows in float32, gathers a layer in the dtype that it computes in, and leaves each process its rows of
-the summed gradient. What is here sees to the other direction: rows as plain tensors for the optimizer; and, for
-checkpoints and the result, tensors made whole in the first process, one after the other, so that the files are those
-of a run that has divided nothing.
+FSDP2 keeps the rows in float32, gathers a layer in its compute dtype, and leaves each process its rows of the summed
+gradient. This module does the other direction: rows as plain tensors for the optimizer; and, for checkpoints and the
+result, whole tensors in the first process, one after the other, so that the files equal those of an unsharded run.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from dpoeng.engine.runtime.distributed import Group
 
 
 def train_parts(lm: CausalLM) -> None:
-    """Makes the divided weights float32, and of this process's rows of each a tensor that an optimizer can move.
+    """Makes the sharded weights float32, and makes an optimizer tensor from this process's rows of each.
 
     Raises:
-        UserError: they are of several dtypes.
+        UserError: they have several dtypes.
     """
     from torch.distributed.tensor import DTensor
 
@@ -40,28 +39,28 @@ def train_parts(lm: CausalLM) -> None:
         )
     layers: list[Any] = [*decoder_layers(lm.backbone)]
     for layer in layers:
-        # A copy also where all are float32 already: what was read may be a view of a whole tensor. FSDP2 then pads
-        # rows that do not divide evenly, which moves them; the tensors below have to be over the memory that it reads.
+        # Copy even if all are float32 already: the loaded tensor may be a view of a whole one. FSDP2 then pads rows
+        # that do not divide evenly, which moves them; the tensors below must share the memory that it reads.
         layer._apply(lambda tensor: tensor.to(torch.float32, copy=True) if isinstance(tensor, DTensor) else tensor)
     divided: list[Any] = [weight for weight in lm.base.parameters() if isinstance(weight, DTensor)]
     lm.parts.update({weight: nn.Parameter(local(weight)) for weight in divided})
 
 
 def local(weight: Any) -> torch.Tensor:
-    """This process's rows of a divided weight, over the same memory."""
+    """This process's rows of a sharded weight, sharing its memory."""
     with torch.no_grad():
         rows: torch.Tensor = weight.to_local()
     return rows.detach()
 
 
 def whole_parameters(lm: CausalLM) -> list[nn.Parameter]:
-    """Return the parameters that every process trains whole. Walks all modules: call it once a run, not once a step."""
+    """The parameters that every process trains whole. Walks all modules: call it once per run, not per step."""
     parts = set(lm.parts.values())
     return [parameter for _, parameter in lm.trainable_parameters() if parameter not in parts]
 
 
 def take_gradients(lm: CausalLM) -> None:
-    """Hands the rows of the gradients, which are summed over the processes already, to what the optimizer moves."""
+    """Passes the rows of the gradients, already summed over the processes, to the tensors that the optimizer moves."""
     for weight, part in lm.parts.items():
         assert local(weight).data_ptr() == part.data_ptr(), "FSDP2 has moved its rows elsewhere"
         if weight.grad is not None:
@@ -69,9 +68,9 @@ def take_gradients(lm: CausalLM) -> None:
 
 
 def clip_gradients(lm: CausalLM, whole: Sequence[nn.Parameter], group: Group, limit: float) -> float:
-    """Scales the gradient to a norm of at most `limit`; returns the norm that it had, over the parts of all processes.
+    """Scales the gradient to a norm of at most `limit`; returns its former norm over all processes' shares.
 
-    `whole` is what `whole_parameters` found.
+    `whole` is the result of `whole_parameters`.
 
     Pascanu et al. 2013, https://arxiv.org/abs/1211.5063, section 3.2
     """
@@ -91,10 +90,10 @@ def _norm(parameters: Sequence[nn.Parameter]) -> float:
 
 
 def make_whole(lm: CausalLM, group: Group, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """In the first process: tensors in host memory, of which each process had its rows; in the others nothing.
+    """Gathers tensors that are sharded by rows: in the first process whole, in host memory; in the others nothing.
 
-    All call this together, with the same names. They meet once for each tensor that is divided, and no process but the
-    first ever holds more than one of them whole.
+    All processes call this together, with the same names. They communicate once per sharded tensor, and only the first
+    process ever has more than one of them whole.
 
     Args:
         lm: the policy.
@@ -106,7 +105,7 @@ def make_whole(lm: CausalLM, group: Group, tensors: Mapping[str, torch.Tensor]) 
     from torch.distributed.tensor import DTensor
 
     weights = _divided(lm)
-    found = {}
+    whole_tensors = {}
     for key, tensor in tensors.items():
         weight = weights.get(_parameter(key)) if tensor.dim() else None
         if weight is not None:
@@ -115,29 +114,29 @@ def make_whole(lm: CausalLM, group: Group, tensors: Mapping[str, torch.Tensor]) 
                 stride=weight.stride(),
             ).full_tensor()  # fmt: skip
         if group.is_first:
-            found[key] = tensor.cpu().contiguous()
-    return found
+            whole_tensors[key] = tensor.cpu().contiguous()
+    return whole_tensors
 
 
 def own_rows(lm: CausalLM, group: Group, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The reverse of `make_whole`: this process's rows of the tensors that the first one has; all call it together."""
+    """The reverse of `make_whole`: this process's rows of the first process's tensors; all call it together."""
     if not lm.parts:
         return dict(tensors)
     from torch.distributed.tensor import distribute_tensor
 
     weights = _divided(lm)
-    found = {}
+    rows_by_name = {}
     for key, shape, dtype in group.from_first([(key, value.shape, value.dtype) for key, value in tensors.items()]):
         weight = weights.get(_parameter(key)) if shape else None
         whole = tensors[key] if group.is_first else torch.empty(shape, dtype=dtype)
-        # A cast makes sure of a copy: what is sent is not what a checkpoint holds.
+        # The cast makes a copy, so that the tensor to send does not share a checkpoint's memory.
         whole = whole.to(lm.device, copy=True)
         group.copy_first([whole])
         if weight is not None:
             rows = distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None)
-            whole = local(rows).clone()  # of the rows alone, not a view of all
-        found[key] = whole.cpu()
-    return found
+            whole = local(rows).clone()  # only the rows, not a view of the whole
+        rows_by_name[key] = whole.cpu()
+    return rows_by_name
 
 
 def _divided(lm: CausalLM) -> dict[str, Any]:

@@ -1,14 +1,14 @@
-"""Full fine-tuning: every weight of the base is trained, and no adapter is made.
+"""Full fine-tuning: trains every weight of the base, without an adapter.
 
 AdamW moves a weight by about the learning rate. In bfloat16 the next number after 0.02 is 1.2e-4 away, so at 1e-6 every
-update would be rounded off again. So what the optimizer moves is float32 in any case. A model that computes in bfloat16
-stays as both phases run it and has a float32 master beside each weight, which takes its gradients over and gives it its
-value, rounded, after each step (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740, section 3.1). float32
-weights under autocast would need as much memory, with the casts that autocast keeps, and would be another forward than
-the one whose numbers are cached.
+update would be rounded away. Therefore the optimizer always updates float32. A model that computes in bfloat16 stays as
+both phases run it, and each weight has a float32 master that takes over its gradients and after each step gives it its
+rounded value (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740, section 3.1). float32 weights under autocast
+would need as much memory, counting autocast's casts, and would be another forward than the one whose numbers are
+cached.
 
-Over layers that FSDP divides, the float32 rows are what FSDP holds, and it gathers them rounded to what the model
-computes in: the same numbers, without a second copy of the rows (`engine/models/fsdp_rows`).
+With layers sharded by FSDP, FSDP itself keeps the float32 rows and gathers them rounded to the compute dtype: the same
+numbers, without a second copy of the rows (`engine/models/fsdp_rows`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dpoeng.engine.runtime.distributed import Group
 
 
 def check_full(config: TrainConfig, reference: Mapping[str, Any], *, quantization: Quantization) -> None:
-    """Raises UserError where all weights are to be trained and cannot be."""
+    """Raises UserError if all weights are to be trained but cannot be."""
     if config.use_peft:
         return
     if reference.get("adapter"):
@@ -48,16 +48,16 @@ def check_full(config: TrainConfig, reference: Mapping[str, Any], *, quantizatio
             why,
             where="--no-use-peft",
             expected="quantization none, and bfloat16 or float32",
-            found=f"quantization {quantization}, dtype {dtype}; not given, they are those of the cache's reference",
+            found=f"quantization {quantization}, dtype {dtype} (by default those of the cache's reference)",
             remedy="name the full-precision checkpoint with --model, here and in precompute-ref"
             if quantization == "stored"
-            else "add --quantization none --dtype bfloat16: the policy then starts a little beside the reference, by "
-            "what the parity check says; or run precompute-ref so",
+            else "add --quantization none --dtype bfloat16: the policy then starts slightly off the reference, by the "
+            "difference that the parity check reports; or run precompute-ref with these options",
         )
     model = str(config.model or reference["model"])
     if model.endswith(".gguf"):
         raise _refused(
-            "a GGUF file holds rounded weights and cannot be trained whole",
+            "a GGUF file has rounded weights, which full fine-tuning cannot train",
             where="--no-use-peft",
             expected="a directory with config.json and *.safetensors",
             found=model,
@@ -70,9 +70,9 @@ def _refused(message: str, *, where: str, expected: str, remedy: str, found: str
 
 
 def train_all(lm: CausalLM) -> CausalLM:
-    """Makes every weight trainable; one that is not float32 gets a master that is.
+    """Makes every weight trainable; a weight that is not float32 gets a float32 master.
 
-    Over layers that are divided, this process trains its part of them; they are divided before this is called.
+    If layers are sharded, which must happen before this call, this process trains its share of them.
     """
     lm.base.requires_grad_(True)
     if lm.sharded:
@@ -86,9 +86,9 @@ def train_all(lm: CausalLM) -> CausalLM:
 
 
 def add_left_out(source: ModelSource, folder: Path) -> None:
-    """Copies what the trained text class has no place for (a vision tower) from the base's files.
+    """Copies weights that the trained text class does not have (such as a vision tower) from the base's files.
 
-    The trained weights have been saved under the names of the base's files; what is copied comes in a file of its own.
+    The trained weights are saved already, under the names of the base's files; the copies go into a separate file.
     """
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -98,7 +98,7 @@ def add_left_out(source: ModelSource, folder: Path) -> None:
         places: dict[str, str] = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
     else:
         trained = folder / "model-trained.safetensors"
-        (folder / "model.safetensors").rename(trained)  # a file of that name would be all that is loaded
+        (folder / "model.safetensors").rename(trained)  # if this file existed, it alone would be loaded
         with safe_open(trained, framework="pt") as tensors:
             places = dict.fromkeys(tensors.keys(), trained.name)
     left_out: dict[str, torch.Tensor] = {}
@@ -113,7 +113,7 @@ def add_left_out(source: ModelSource, folder: Path) -> None:
 
 
 def _hand_over(master: nn.Parameter) -> Callable[[torch.Tensor], None]:
-    """A hook that adds a weight's gradient to its master's, so that the forwards of a step add up in float32."""
+    """A hook that adds a weight's gradient to its master's, so that a step's forwards accumulate in float32."""
 
     def hand_over(weight: torch.Tensor) -> None:
         gradient = weight.grad
@@ -128,7 +128,7 @@ def _hand_over(master: nn.Parameter) -> Callable[[torch.Tensor], None]:
 
 
 def whole_weights(lm: CausalLM, group: Group) -> dict[str, torch.Tensor] | None:
-    """With divided layers: return the whole weights for the first process to save, in host memory; else None.
+    """With sharded layers: the whole weights in host memory, for the first process to save; else None.
 
     All processes call this together.
     """
@@ -142,9 +142,9 @@ def whole_weights(lm: CausalLM, group: Group) -> dict[str, torch.Tensor] | None:
 def save_model(
     lm: CausalLM, source: ModelSource, folder: Path, weights: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Writes a checkpoint that plain transformers loads: the weights as they compute, the rest as `source` has it.
+    """Writes a checkpoint that plain transformers loads: weights in the compute dtype, the rest as in `source`.
 
-    `weights` are those of `whole_weights`.
+    `weights` is the result of `whole_weights`.
     """
     lm.base.save_pretrained(str(folder), state_dict=None if weights is None else dict(weights))
     if named_class(source, lm.base) is not None:

@@ -1,7 +1,7 @@
-"""Text from a loaded model: what the demo shows side by side, and what a comparison of adapters needs.
+"""Generates text from a loaded model, for the demo and for comparisons of adapters.
 
-Prompts come as token ids, so that a model is asked exactly what it was trained on. Knows nothing of templates, files or
-of where prompts come from.
+Prompts are token ids, so that the model gets exactly what it was trained on. Independent of templates, files and the
+origin of prompts.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: int = 0,
 ) -> list[str]:
-    """One continuation of each prompt as text, in the order of the prompts; arguments as of `sample`."""
+    """One continuation of each prompt as text, in the order of the prompts; arguments as in `sample`."""
     found = sample(
         lm,
         prompts,
@@ -62,19 +62,19 @@ def sample(
     repetition_penalty: float = 1.0,
     seed: int = 0,
 ) -> list[list[Answer]]:
-    """Continue prompts, all in one batch.
+    """Continues prompts, all in one batch.
 
     Args:
-        lm: a model with its tokenizer, in whatever adapter state the caller has put it.
+        lm: a model with its tokenizer, in the adapter state that the caller has set.
         prompts: token ids, [P] each, not empty.
-        count: continuations of each prompt; more than one are drawn, so `temperature` must be above 0.
-        max_new_tokens: most tokens of a continuation.
-        stop: texts at which a continuation ends; they are cut off. End-of-sequence ends it in any case.
-        temperature: 0 takes the likeliest token each time; above, tokens are drawn.
-        top_p: draw among the likeliest tokens that together have this probability.
-        repetition_penalty: divides the scores of tokens that already occurred, https://arxiv.org/abs/1909.05858; 1 is
-            none. Small models that take the likeliest token each time run in circles without.
-        seed: of the draws; torch's own generator is left as it was.
+        count: continuations per prompt; more than one are sampled, so `temperature` must be above 0.
+        max_new_tokens: maximum number of new tokens.
+        stop: texts that end a continuation; they are cut off. End-of-sequence always ends it.
+        temperature: 0 takes the most likely token each time; above 0, tokens are sampled.
+        top_p: sample from the most likely tokens that together have this probability.
+        repetition_penalty: divides the scores of tokens that already occurred, https://arxiv.org/abs/1909.05858; 1
+            turns it off. Without it, small models repeat themselves at temperature 0.
+        seed: seed of the sampling; torch's global generator is left unchanged.
 
     Returns:
         `count` continuations of each prompt, in the order of the prompts.
@@ -83,7 +83,7 @@ def sample(
         raise ValueError("generating needs the tokenizer: load the model with tokenizer=True")
     if not prompts:
         return []
-    # Where transformers looks for the model: on the host if its embedding is kept there, with each token's logits.
+    # The device that transformers takes for the model's: the host, if the embedding is kept there.
     ids, mask = _pad_left(prompts, pad_id=_pad_id(lm), device=lm.base.device)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
@@ -118,12 +118,12 @@ def _end_ids(lm: CausalLM) -> list[int]:
 
 
 def cut_at(text: str, stop: Sequence[str]) -> str:
-    """The text before the first of the stop texts, or all of it."""
+    """The text before the first stop text, or all of it."""
     return text[: min((position for word in stop if (position := text.find(word)) >= 0), default=len(text))]
 
 
 class _StopAt:
-    """Tells for each row whether its continuation holds one of some texts. Called by transformers after each token."""
+    """Tells for each row whether its continuation contains a stop text. transformers calls it after each token."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], prompt_length: int) -> None:
         self._tokenizer = tokenizer
@@ -137,7 +137,7 @@ class _StopAt:
 
 @contextlib.contextmanager
 def _ordinary_attention(lm: CausalLM) -> Iterator[None]:
-    """The architecture's own attention, which knows a key-value cache; the scoring layout's comes back afterwards."""
+    """Switches to the architecture's own attention, which has a key-value cache; restores the layout's afterwards."""
     before = lm.base.config._attn_implementation
     lm.base.set_attn_implementation(lm.native_attention)
     try:
@@ -149,7 +149,7 @@ def _ordinary_attention(lm: CausalLM) -> Iterator[None]:
 def _pad_left(
     prompts: Sequence[npt.NDArray[np.int32]], *, pad_id: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and attention mask, both [B, longest], aligned at the end, where generation goes on."""
+    """Ids and attention mask, both [B, longest], aligned at the end, where generation continues."""
     longest = max(len(prompt) for prompt in prompts)
     ids = np.full((len(prompts), longest), pad_id, dtype=np.int64)
     mask = np.zeros_like(ids)
@@ -162,7 +162,7 @@ def _pad_left(
 
 
 def _pad_id(lm: CausalLM) -> int:
-    """Any id will do: padded positions are masked."""
+    """Any id will do, since padded positions are masked."""
     for candidate in (lm.tokenizer.pad_token_id, lm.tokenizer.eos_token_id):
         if candidate is not None:
             return int(candidate)

@@ -1,14 +1,14 @@
 """A GGUF file as an ordinary transformers model and tokenizer, which can be saved, quantised and trained.
 
-transformers reads GGUF, but what it returns cannot be used as it is (seen with 5.23):
+transformers reads GGUF, but its result cannot be used directly (as of 5.23):
 
 - the model counts as quantised by a method that cannot be saved, so `save_pretrained` and quantisers refuse it;
-- numbers that GGUF keeps in float32 arrive as their nearest double (`rms_norm_eps` 9.999999747378752e-06, not 1e-5),
+- numbers that GGUF stores as float32 arrive as the nearest double (`rms_norm_eps` 9.999999747378752e-06, not 1e-5),
   so the config differs from that of the same model in safetensors;
-- of the ways to split text before byte-pair encoding it knows some and takes GPT-2's for all others: SmolLM2's newlines
-  and spaces before digits then get other ids than they had in training.
+- it knows only some ways to split text before byte-pair encoding and uses GPT-2's for all others: SmolLM2's newlines
+  and spaces before digits then get other ids than in training.
 
-This module mends these three and knows nothing of preference data or of the cache. The format is described in
+This module fixes these three. It is independent of preference data and of the cache. The format is described in
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     import torch
 
 CONVERTED_FROM = "converted_from.json"
-"""File in a converted checkpoint that says which GGUF file it was made of."""
+"""File in a converted checkpoint that names the GGUF file it was made from."""
 
-# Text splitters by `tokenizer.ggml.pre` for which transformers' own choice was checked or is replaced here. Others that
-# transformers handles itself are left to it; where it has none either, `UntestedTokenizerWarning` says so.
+# Text splitters by `tokenizer.ggml.pre` for which transformers' choice was checked or is replaced here. Others are left
+# to transformers; if it does not know them either, `UntestedTokenizerWarning` says so.
 _SAME_AS_GPT2 = frozenset({"gpt-2"})
 _SINGLE_DIGITS = frozenset({"smollm"})
 
@@ -47,11 +47,11 @@ _STRING, _ARRAY = 8, 9
 
 
 class UntestedTokenizerWarning(UserWarning):
-    """The GGUF file names a way of splitting text that nobody checked; token ids may differ from the original's."""
+    """The GGUF file names an untested way of splitting text; token ids may differ from the original's."""
 
 
 def load_gguf(path: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Load a GGUF file, dequantised, as an ordinary causal LM in evaluation mode and its tokenizer.
+    """Loads a GGUF file, dequantised, as an ordinary causal LM in evaluation mode and its tokenizer.
 
     Args:
         path: the `.gguf` file.
@@ -68,7 +68,7 @@ def load_gguf(path: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 def load_gguf_model(path: str | Path, dtype: torch.dtype) -> Any:
-    """The model half of `load_gguf`."""
+    """Loads only the model; see `load_gguf`."""
     path = Path(path)
     read_metadata(path)
     _require_gguf_package(path)
@@ -77,7 +77,7 @@ def load_gguf_model(path: str | Path, dtype: torch.dtype) -> Any:
 
 
 def load_gguf_tokenizer(path: str | Path) -> Any:
-    """The tokenizer half of `load_gguf`; takes about a second, because no weights are read."""
+    """Loads only the tokenizer; takes about a second, because no weights are read."""
     path = Path(path)
     metadata = read_metadata(path)
     with _loading(path):
@@ -85,10 +85,10 @@ def load_gguf_tokenizer(path: str | Path) -> Any:
 
 
 def convert_gguf(path: str | Path, out_dir: str | Path, dtype: torch.dtype) -> Path:
-    """Write a GGUF file as a normal checkpoint: config, safetensors, tokenizer, chat template.
+    """Writes a GGUF file as a normal checkpoint: config, safetensors, tokenizer, chat template.
 
     The bytes depend only on the file, the dtype and the library versions. The folder appears whole or not at all. A
-    folder that was converted from the same bytes to the same dtype is left as it is.
+    folder converted from the same bytes to the same dtype is left unchanged.
 
     Args:
         path: the `.gguf` file.
@@ -99,10 +99,10 @@ def convert_gguf(path: str | Path, out_dir: str | Path, dtype: torch.dtype) -> P
         `out_dir`.
 
     Raises:
-        UserError: as `load_gguf`, or `out_dir` holds something else.
+        UserError: as `load_gguf`, or `out_dir` contains something else.
     """
     path, out_dir = Path(path), Path(out_dir)
-    read_metadata(path)  # complain about a wrong file before hashing it
+    read_metadata(path)  # report a wrong file before hashing it
     origin = {"xxh3_128": hash_file(path), "dtype": str(dtype).removeprefix("torch.")}
     if out_dir.exists():
         if _read_origin(out_dir) == origin:
@@ -132,7 +132,7 @@ def convert_gguf(path: str | Path, out_dir: str | Path, dtype: torch.dtype) -> P
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The scalar key-value pairs at the head of a GGUF file; arrays appear as their length.
+    """The scalar key-value pairs in the header of a GGUF file; arrays appear as their length.
 
     Raises:
         UserError: the file is missing, is not GGUF version 2 or 3, or ends too early.
@@ -167,10 +167,10 @@ def _load_model(path: Path, dtype: torch.dtype) -> Any:
     import transformers
 
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    # The config is handed in because each reading of a large vocabulary by the `gguf` package takes seconds.
+    # Pass the config, because the `gguf` package takes seconds for each read of a large vocabulary.
     config = transformers.AutoConfig.from_pretrained(**source)
     options: dict[str, Any] = {}
-    if hasattr(transformers, "GgufConfig"):  # else some architectures keep their weights in GGUF's blocks
+    if hasattr(transformers, "GgufConfig"):  # otherwise some architectures keep their weights in GGUF's blocks
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(**source, config=config, dtype=dtype, **options)
     clean = type(config).from_dict(_clean_config(config.to_dict()))
@@ -181,15 +181,15 @@ def _load_model(path: Path, dtype: torch.dtype) -> Any:
 
 
 def _clean_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The config of the same model in safetensors: no trace of GGUF, and decimals as somebody once wrote them."""
+    """The config of the same model in safetensors: without traces of GGUF, and with the original decimals."""
     dropped = ("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version")
     return {key: _shortest_decimals(value) for key, value in config.items() if key not in dropped}
 
 
 def _shortest_decimals(value: Any) -> Any:
-    """Doubles that are exactly a float32 become the shortest decimal of that float32: 9.999999747378752e-06 -> 1e-05.
+    """Turns doubles that equal a float32 into its shortest decimal: 9.999999747378752e-06 -> 1e-05.
 
-    A float32 forward is the same with either, because the scalar is rounded to float32 there.
+    A float32 forward is the same with either, because it rounds the scalar to float32.
     """
     if isinstance(value, dict):
         return {key: _shortest_decimals(inner) for key, inner in value.items()}
@@ -204,7 +204,7 @@ def _load_tokenizer(path: Path, metadata: dict[str, Any]) -> Any:
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
     backend = tokenizer.backend_tokenizer
-    if metadata.get("tokenizer.ggml.model") == "gpt2":  # byte-level BPE; sentencepiece has no splitter to name
+    if metadata.get("tokenizer.ggml.model") == "gpt2":  # byte-level BPE; sentencepiece has no splitter
         splitter = metadata.get("tokenizer.ggml.pre")
         if splitter in _SINGLE_DIGITS:
             backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -212,7 +212,7 @@ def _load_tokenizer(path: Path, metadata: dict[str, Any]) -> Any:
             )
         elif splitter not in _SAME_AS_GPT2 and _splits_as_gpt2(backend):
             warnings.warn(
-                f"{path.name}: the text splitter {splitter!r} is not known to dpoeng or transformers; GPT-2's is used. "
+                f"{path.name}: dpoeng and transformers do not know the text splitter {splitter!r}, so GPT-2's is used. "
                 "Token ids may differ from those the model was trained with. Compare with the original tokenizer, "
                 "or use the model's safetensors checkpoint.",
                 UntestedTokenizerWarning,
@@ -225,7 +225,7 @@ def _load_tokenizer(path: Path, metadata: dict[str, Any]) -> Any:
 
 
 def _splits_as_gpt2(backend: Any) -> bool:
-    """Whether transformers left the splitter that it gives to files it knows nothing special about."""
+    """Whether transformers used its default splitter, which it uses for files that it does not know."""
     splitter = json.loads(backend.to_str())["pre_tokenizer"]
     return splitter is not None and splitter["type"] == "ByteLevel" and bool(splitter["use_regex"])
 
@@ -243,7 +243,7 @@ def _require_gguf_package(path: Path) -> None:
 
 @contextmanager
 def _loading(path: Path) -> Iterator[None]:
-    """Load without progress bars, and turn what is raised about a file's content into an error that names the file."""
+    """Loads without progress bars; turns errors about a file's content into one that names the file."""
     try:
         with _no_bars():
             yield
@@ -259,23 +259,23 @@ def _loading(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """Silence transformers' progress bars. Its GGUF reader draws one that no setting turns off, so that is replaced."""
+    """Hides transformers' progress bars. Its GGUF reader draws one that no setting turns off, so that is replaced."""
     from transformers import modeling_gguf_pytorch_utils as reader
     from transformers.utils import logging
 
-    shown, bar = logging.is_progress_bar_enabled(), getattr(reader, "tqdm", None)
+    bars_enabled, bar = logging.is_progress_bar_enabled(), getattr(reader, "tqdm", None)
     logging.disable_progress_bar()
     reader.tqdm = lambda iterable, **_: iterable
     try:
         yield
     finally:
         reader.tqdm = bar
-        if shown:
+        if bars_enabled:
             logging.enable_progress_bar()
 
 
 def _read_value(file: IO[bytes]) -> Any:
-    """One value, by the type that stands before it."""
+    """Reads one value; its type comes before it."""
     (kind,) = struct.unpack("<I", _read(file, 4))
     if kind == _STRING:
         return _read_string(file)
@@ -285,7 +285,7 @@ def _read_value(file: IO[bytes]) -> Any:
 
 
 def _skip_array(file: IO[bytes], depth: int = 8) -> int:
-    """Pass over an array of scalars or strings and return its length."""
+    """Skips an array of scalars or strings, and returns its length."""
     kind, length = struct.unpack("<IQ", _read(file, 12))
     if kind == _STRING:
         for _ in range(length):
@@ -293,7 +293,7 @@ def _skip_array(file: IO[bytes], depth: int = 8) -> int:
             _skip(file, size)
     elif kind == _ARRAY:
         if not depth:
-            raise EOFError("arrays within arrays, deeper than any")
+            raise EOFError("arrays nested too deeply")
         for _ in range(length):
             _skip_array(file, depth - 1)
     else:
@@ -302,7 +302,7 @@ def _skip_array(file: IO[bytes], depth: int = 8) -> int:
 
 
 def _skip(file: IO[bytes], size: int) -> None:
-    """Pass over `size` bytes, which must be there: a length of 2^63 is one that no file has."""
+    """Skips `size` bytes, which must exist: a length of 2^63 is no file's."""
     _require(file, size)
     file.seek(size, os.SEEK_CUR)
 
@@ -313,7 +313,7 @@ def _read_string(file: IO[bytes]) -> str:
 
 
 def _read(file: IO[bytes], size: int) -> bytes:
-    """Exactly `size` bytes; a length that runs past the end of the file is never allocated."""
+    """Reads exactly `size` bytes; never allocates a length beyond the end of the file."""
     _require(file, size)
     return file.read(size)
 
@@ -321,7 +321,7 @@ def _read(file: IO[bytes], size: int) -> bytes:
 def _require(file: IO[bytes], size: int) -> None:
     remaining = os.fstat(file.fileno()).st_size - file.tell()
     if size > remaining:
-        raise EOFError(f"{size} bytes wanted, {max(remaining, 0)} left")
+        raise EOFError(f"{size} bytes expected, {max(remaining, 0)} left")
 
 
 def _read_origin(folder: Path) -> Any:

@@ -1,4 +1,4 @@
-"""A checkpoint to a frozen `CausalLM` on a device, in the precision asked for; or an empty one on the meta device."""
+"""Loads a checkpoint as a frozen `CausalLM` on a device in the requested precision, or as an empty one on meta."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ from dpoeng.kernels.cpu_linear import linear, native_bf16, product_dtype
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto` -> cuda where there is one, else cpu; of several processes on a machine each gets a GPU of its own.
+    """`auto` -> cuda if there is one, else cpu; each of several processes on a machine gets its own GPU.
 
     Raises:
-        UserError: a device was named that this machine does not have.
+        UserError: this machine does not have the named device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,7 +65,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "no CUDA device is usable here",
+            "no usable CUDA device on this machine",
             code="no-gpu",
             where="--device cuda",
             found=f"torch {torch.__version__}, CUDA build {torch.version.cuda or 'none'}",
@@ -73,7 +73,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
             exit_status=5,
         )
     if device.type == "cuda" and device.index is None:
-        # Where each process sees only its own GPU, as Slurm can arrange, that is the first one.
+        # If each process sees only its own GPU, as Slurm can arrange, that is the first one.
         index = local_rank % torch.cuda.device_count() if local_rank else torch.cuda.current_device()
         return torch.device("cuda", index)
     return device
@@ -92,17 +92,17 @@ def load_model(
     by_layer: bool = False,
     trunk_layer: int | None = None,
 ) -> CausalLM:
-    """The base model, frozen, on `device`, which becomes the current one; adapters are added by the functions below.
+    """Loads the base model, frozen, on `device`, which becomes the current one; other functions add adapters.
 
-    With `shard` (of `fsdp`) this process reads only its share of what that divides. Only for a checkpoint that
-    can be read so: see `whole_because`. With `by_layer` the decoder's layers are left in the files; see `layers`. With
-    `trunk_layer` nothing below that layer is read; see `trunk`.
+    With `shard` (from `fsdp`) this process reads only its share of the sharded weights; only for checkpoints that allow
+    it: see `whole_because`. With `by_layer` the decoder's layers stay in the files; see `layers`. With `trunk_layer`
+    nothing below that layer is read; see `trunk`.
 
     Raises:
         UserError: the files cannot be loaded, or bitsandbytes does not work here.
     """
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # for callers' own kernels; ours are launched where their tensors are
+        torch.cuda.set_device(device)  # for the kernels of others; ours are launched on their tensors' device
         require_triton(device)
     compute = resolve_dtype(source, dtype, device)
     ready = exact_float32_products() if device.type == "cuda" else ()
@@ -134,23 +134,23 @@ def load_model(
 
 
 def require_triton(device: torch.device) -> None:
-    """Try Triton on this GPU before anything is loaded, so that a missing compiler is one message.
+    """Tries Triton on this GPU before loading anything, so that a missing compiler gives one clear message.
 
     Raises:
-        UserError: it cannot be imported, cannot compile, or its kernel does not run.
+        UserError: Triton cannot be imported or cannot compile, or its kernel does not run.
     """
     try:
         from dpoeng.kernels.try_triton import try_triton
 
         try_triton(device)
     except Exception as error:
-        said = str(error).strip().splitlines()
+        problem = str(error).strip().splitlines()
         raise UserError(
             "no Triton kernel compiles and runs on this GPU",
             code="triton-unusable",
             where=f"--device {device}",
             expected="a C compiler (gcc or clang), Python's headers, a driver as new as this torch, and its own triton",
-            found=f"{type(error).__name__}: {said[0] if said else ''}",
+            found=f"{type(error).__name__}: {problem[0] if problem else ''}",
             remedy="install gcc and python3-dev, or name a compiler in CC; for others see `dpoeng doctor`, or use "
             "--device cpu",
             exit_status=5,
@@ -158,12 +158,12 @@ def require_triton(device: torch.device) -> None:
 
 
 def exact_float32_products() -> tuple[str, ...]:
-    """Turn TF32 off for float32 products on a GPU; return what to tell the user if it was on.
+    """Turns TF32 off for float32 products on a GPU; returns a remark for the user if it was on.
 
-    TF32 keeps 10 bits of each factor: a float32 reference would be one of bfloat16's precision, and LoRA's too.
+    TF32 keeps 10 bits of each factor: a float32 reference, and LoRA, would only have bfloat16's precision.
     """
     products: Any = torch.backends.cuda.matmul
-    # Before torch 2.9 there was only the older name; reading that one raises where the newer one was set.
+    # torch before 2.9 has only the older name; reading it raises if the newer one was set.
     on = products.fp32_precision not in ("none", "ieee") if hasattr(products, "fp32_precision") else products.allow_tf32
     if not on:
         return ()
@@ -188,10 +188,10 @@ def _load_gguf(source: ModelSource, quantization: Quantization, dtype: torch.dty
 def _bits(
     source: ModelSource, quantization: Quantization, compute: torch.dtype, quant_type: str, double_quant: bool
 ) -> Any:
-    """How bitsandbytes is to quantise while it loads; None where the files are as they are to be.
+    """bitsandbytes' settings for quantising on load; None to leave the files' precision.
 
     Raises:
-        UserError: the files are quantised, and otherwise; or in a way that config.json does not tell.
+        UserError: the files are quantised differently, or in a way that config.json does not describe.
     """
     stored = stored_quantization(source)
     if stored is not None and stored["quantization"] != quantization:
@@ -214,10 +214,10 @@ def _load_safetensors(
     *,
     divided: bool,
 ) -> tuple[Any, tuple[str, ...]]:
-    """transformers' model of a folder, and remarks on parts that were left out.
+    """Loads transformers' model from a folder; also returns remarks on parts that were left out.
 
-    `prepare` changes the model before it is given weights; it may be `divided` over processes then. With `layer_files`
-    the decoder's layers are not loaded, and where they are is put into it.
+    `prepare` changes the model before it gets weights; it may then be `divided` over processes. With `layer_files` the
+    decoder's layers are not loaded, and the locations of their weights are added to it.
     """
     import transformers
 
@@ -232,7 +232,7 @@ def _load_safetensors(
         or divided
         or layer_files is not None
     ):
-        kwargs["device_map"] = {"": str(device)}  # tensor by tensor, never whole in the host's memory
+        kwargs["device_map"] = {"": str(device)}  # tensor by tensor, never the whole model in host memory
     codes, found = stored_quantization(source) == {"quantization": "stored"}, Found()
     try:
         loader, prepared = auto_class_of(source.folder), None
@@ -254,7 +254,7 @@ def _load_safetensors(
     left = unreached_stacks(base) if bits is not None else []
     if left:
         remarks += (
-            f"{counted(len(left), 'stack')} of experts stay in {dtype}, since nothing quantises them: {left[0]}",
+            f"{counted(len(left), 'stack')} of experts stay in {dtype}, because they cannot be quantised: {left[0]}",
         )
     return base, remarks
 
@@ -278,15 +278,15 @@ def empty_model(
     double_quant: bool = True,
     layers: int | None = None,
 ) -> CausalLM:
-    """The model of a config.json without its weights, on the `meta` device, in the same modules as `load_model`'s.
+    """Builds the model of a config.json without weights, on the `meta` device, with the modules of `load_model`.
 
     Args:
-        fields: what config.json holds.
+        fields: contents of config.json.
         quantization: as in `load_model`.
         dtype: compute dtype.
         quant_type: 4bit: the number format.
         double_quant: 4bit: whether the scales are quantised too.
-        layers: only so many of its first layers.
+        layers: use only this many of its first layers.
 
     Raises:
         UserError: transformers does not know the architecture.
@@ -344,9 +344,9 @@ MAX_PERIOD = 8
 
 
 def layer_period(fields: Mapping[str, Any]) -> int | None:
-    """After how many decoder layers their kinds repeat: 1 where all are equal; None if they do not.
+    """The number of decoder layers after which their kinds repeat: 1 if all are equal; None if they do not repeat.
 
-    Layers are equal that have the same parameters, and the same entries in the config's lists.
+    Layers are equal if they have the same parameters and the same entries in the config's lists.
     """
     return _layer_period(json.dumps(fields, sort_keys=True, default=str))
 
@@ -378,7 +378,7 @@ def _frozen(
     base.requires_grad_(False)
     base.config.use_cache = False
     for module in base.modules():
-        # Attention dropout is a plain float on the attention module; dropout would make policy and reference differ.
+        # Attention dropout is a plain float on the attention module, so eval() does not turn it off.
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
     if quantization == "8bit":
@@ -403,7 +403,7 @@ def _frozen(
 
 
 def _multiply_wide(base: nn.Module) -> None:
-    """Makes linear layers multiply in the dtype that this CPU has units for (on the meta device, where it is one's)."""
+    """Makes linear layers multiply in a dtype that this CPU has units for (also on meta, if it stands for a CPU)."""
 
     def forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
@@ -414,9 +414,9 @@ def _multiply_wide(base: nn.Module) -> None:
 
 
 def embedding_on_host(base: Any, quantization: Quantization) -> bool:
-    """Whether the input embedding stays in the host's memory when the rest is on a GPU.
+    """Whether the input embedding stays in host memory when the rest is on a GPU.
 
-    Where the base is quantised, since memory is then what is short; not where the head is the same tensor.
+    It does if the base is quantised, because memory is then scarce; not if the head is the same tensor.
     """
     head = base.get_output_embeddings()
     if isinstance(base.get_input_embeddings(), NoEmbedding):
@@ -425,10 +425,10 @@ def embedding_on_host(base: Any, quantization: Quantization) -> bool:
 
 
 def keep_embedding_on_host(base: Any, device: torch.device) -> None:
-    """Looks tokens up in the host's memory and copies the rows to `device`: 1.4 GiB of a 32B model need not be there.
+    """Looks tokens up in host memory and copies the rows to `device`: saves 1.4 GiB of GPU memory for a 32B model.
 
-    transformers takes the first parameter's device, now the host, for the model's, and `generate` moves masks and
-    positions to it: what the model is given is brought to `device`.
+    transformers takes the first parameter's device, now the host, as the model's, and `generate` moves masks and
+    positions there: the model's inputs are moved to `device`.
     """
     embedding = base.get_input_embeddings().to("cpu")
     embedding.register_forward_pre_hook(lambda _module, inputs: (inputs[0].cpu(), *inputs[1:]))
@@ -443,12 +443,12 @@ def keep_embedding_on_host(base: Any, device: torch.device) -> None:
 def resolve_dtype(source: ModelSource, dtype: str, device: torch.device) -> torch.dtype:
     """`auto` -> the checkpoint's own dtype (float32 for a GGUF).
 
-    On a CPU that does not multiply bfloat16 itself, `auto` is float32: it would be widened for each product.
+    On a CPU that does not multiply bfloat16 in hardware, `auto` is float32: bfloat16 would be widened for each product.
 
     Raises:
-        UserError: a dtype that cannot be used, or bfloat16 on a GPU without units for it.
+        UserError: an unusable dtype, or bfloat16 on a GPU without units for it.
     """
-    asked = dtype
+    requested = dtype
     if dtype == "auto":
         if source.gguf:
             return torch.float32
@@ -456,36 +456,36 @@ def resolve_dtype(source: ModelSource, dtype: str, device: torch.device) -> torc
         dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
     if dtype not in DTYPES:
         raise UserError(
-            f"dtype {dtype} cannot be the compute dtype",
+            f"{dtype} is not usable as compute dtype",
             code="config-value",
             where="--dtype",
             expected=", ".join(DTYPES),
             found=dtype,
             remedy="name one of these with --dtype",
         )
-    if asked == "auto" and device.type == "cpu" and not native_bf16():
+    if requested == "auto" and device.type == "cpu" and not native_bf16():
         return torch.float32
     if dtype == "bfloat16" and device.type == "cuda" and not gpu_multiplies_bf16(device):
         raise UserError(
             "this GPU has no units for bfloat16",
             code="config-value",
-            where=f"--dtype {asked}",
+            where=f"--dtype {requested}",
             expected="float16 or float32 on a GPU of compute capability below 8.0",
             found=f"bfloat16 on {device_name(device)}",
             remedy="add --dtype float32; or --dtype float16, half the memory, in which some models overflow: dpoeng "
-            "stops where a log-prob is not finite",
+            "stops if a log-prob is not finite",
         )
     return DTYPES[dtype]
 
 
 def gpu_multiplies_bf16(device: torch.device) -> bool:
-    """Whether a GPU has units for bfloat16: NVIDIA's have them from compute capability 8.0 (Ampere) on."""
+    """Whether a GPU has units for bfloat16: NVIDIA's do from compute capability 8.0 (Ampere) on."""
     return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @contextlib.contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """Keeps transformers' load report to errors: what users must know is said by dpoeng itself."""
+    """Limits transformers' load report to errors: dpoeng itself reports what users must know."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -497,10 +497,10 @@ def _quiet_loading() -> Iterator[None]:
 
 
 def with_stored_quantization(config: PrecomputeConfig, source: ModelSource) -> PrecomputeConfig:
-    """The configuration with what the checkpoint itself says of its quantisation.
+    """The configuration, completed by the quantisation that the checkpoint itself records.
 
     Raises:
-        UserError: something else was asked for.
+        UserError: another quantisation was requested.
     """
     stored = stored_quantization(source)
     if stored is None:

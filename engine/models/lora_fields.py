@@ -1,6 +1,6 @@
-"""peft's settings of a LoRA, each gone through: what dpoeng computes as peft does, and what it refuses by name.
+"""peft's LoRA settings, one by one: those that dpoeng computes as peft does, and those that it refuses by name.
 
-Knows the fields of adapter_config.json; loads no weight and no library.
+Knows the fields of adapter_config.json; loads no weights and no library.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ NAMES = frozenset(
     """task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode runtime_config
     megatron_core qalora_group_size""".split()
 )
-"""Fields that name things, or say how another field is used: by themselves they move no number."""
+"""Fields that name things, or say how to use another field: they do not change a number by themselves."""
 
 COMPUTED = frozenset(
     """r target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save
     init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern trainable_token_indices eva_config
     use_dora layer_replication lora_bias target_parameters ensure_weight_tying""".split()
 )
-"""Fields that peft's own layers carry out, in both phases."""
+"""Fields that peft's own layers apply in both phases."""
 
 _MERGE = "merge it into the base with peft (merge_and_unload) and give the result as --model"
 _CONVERT = (
@@ -38,17 +38,17 @@ REFUSED: dict[str, tuple[str, str]] = {
     "use_bdlora": ("a BD-LoRA has block-diagonal matrices", _MERGE),
     "arrow_config": ("Arrow chooses among several adapters token by token", "give one adapter, a plain LoRA"),
     "kasa_config": ("KaSA takes the smallest singular values out of the base", _MERGE),
-    "velora_config": ("VeLoRA's backward pass is not LoRA's", "take velora_config out: its weights are a plain LoRA's"),
+    "velora_config": ("VeLoRA's backward pass is not LoRA's", "remove velora_config: its weights are a plain LoRA's"),
     "monteclora_config": ("a Monte Carlo LoRA draws its weights anew in every forward", _MERGE),
     "megatron_config": ("Megatron's parallel layers are not transformers' layers", _MERGE),
     "loftq_config": ("LoftQ changes the base while the adapter is loaded", _CONVERT),
-    "corda_config": ("CorDA changes the base by data that are not in the adapter", _CONVERT),
+    "corda_config": ("CorDA changes the base by data that is not in the adapter", _CONVERT),
     "lora_ga_config": ("LoRA-GA changes the base by gradients that are not in the adapter", _CONVERT),
 }
-"""Fields that change what is computed in a way that the two phases do not carry out: why, and what to do instead."""
+"""Fields whose effect the two phases do not reproduce: the reason, and what to do instead."""
 
 _STARTS = ("gaussian", "orthogonal", "eva", "pissa", "olora")
-"""Starts by name that leave the base as it is, or change it in the same way at every load."""
+"""Initialisations by name that leave the base unchanged, or change it in the same way at every load."""
 
 _CHANGING_STARTS = ("pissa", "olora")
 
@@ -59,10 +59,10 @@ def check_lora_fields(name: str, where: str, fields: Mapping[str, Any]) -> None:
     Args:
         name: the adapter as the user named it.
         where: its adapter_config.json.
-        fields: what that holds.
+        fields: its contents.
 
     Raises:
-        UserError: with the field, and what to do instead.
+        UserError: names the field, and what to do instead.
     """
     set_fields = {field: value for field, value in fields.items() if value not in (None, False, [], {}, "")}
     for field, (why, remedy) in REFUSED.items():
@@ -76,12 +76,12 @@ def check_lora_fields(name: str, where: str, fields: Mapping[str, Any]) -> None:
         )  # fmt: skip
     start = fields.get("init_lora_weights")
     if isinstance(start, str) and start.lower() not in _STARTS:
-        why = "its initialisation cannot be repeated from the adapter alone"
+        why = "its initialisation cannot be reproduced from the adapter alone"
         raise _refused(name, f"{where}, init_lora_weights", why, start, _CONVERT)
 
 
 def start_changes_base(fields: Mapping[str, Any]) -> bool:
-    """Whether loading takes the adapter's start out of the base (PiSSA, OLoRA), so that no second one fits there."""
+    """Whether loading subtracts the adapter's start from the base (PiSSA, OLoRA), so no second adapter fits."""
     return str(fields.get("init_lora_weights")).lower() in _CHANGING_STARTS
 
 

@@ -1,10 +1,10 @@
 """The LoRA product: peft's arithmetic in a fraction of its memory.
 
-Over a half-precision base, peft converts the layer's input to float32 and keeps that for the backward, and forms the
-update in float32 twice, before and after its scale: at 4,096 tokens of a 32B model 0.9 GiB kept in a layer and 0.8 GiB
-beside it. Here the input is kept as it is (its storage is shared with the base layer's) and the float32 parts exist for
-some rows at a time. What is computed is the same: A and B in float32, one rounding to the base's dtype at the end.
-With dropout, what it leaves of the input is scaled in the base's dtype, where peft scales it in float32.
+Over a half-precision base, peft converts the layer's input to float32 and saves that for the backward, and computes the
+update in float32 twice, before and after scaling: at 4,096 tokens of a 32B model, 0.9 GiB saved per layer and 0.8 GiB
+of temporaries. Here the input is saved as it is (sharing the base layer's storage), and float32 parts exist only for
+some rows at a time. The result is the same: A and B in float32, one rounding to the base's dtype at the end. With
+dropout, the remaining input is scaled in the base's dtype; peft scales it in float32.
 
 On a GPU with a bfloat16 base, chunks of float32 products 16 columns wide would cost as much as the rest of the layer.
 There `dpoeng.kernels.low_rank` multiplies each float32 factor as two bfloat16 parts: 16 of float32's 24 bits, and one
@@ -31,8 +31,8 @@ CHUNK_BYTES = 64 * 2**20
 class LoraLinear(torch.autograd.Function):
     """`x W^T + bias + scale * (x A^T) B^T`, a frozen linear layer with its update, for x [..., I] -> [..., O].
 
-    One function for both, so that the gradient of x is formed once: of two functions autograd would add up two, a pass
-    over three tensors of the size of x in every layer.
+    One function for both, so that the gradient of x is computed once: with two functions autograd would add two
+    gradients, a pass over three tensors of x's size in every layer.
     """
 
     @staticmethod
@@ -46,7 +46,7 @@ class LoraLinear(torch.autograd.Function):
         scale: float,
         int8_scales: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Keeps x itself for the gradient of A, and x A^T for that of B. With `int8_scales` [O] `weight` is codes."""
+        """Saves x for the gradient of A, and x A^T for that of B. With `int8_scales` [O], `weight` is codes."""
         out = owned_linear(x, _dense(weight, int8_scales, x.dtype), bias)
         low = _add_update(out, out, x, a, b, scale)
         ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, x.dtype
@@ -56,7 +56,7 @@ class LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of x, A and B, as far as they are wanted."""
+        """Gradients of x, A and B, as needed."""
         x, weight, int8_scales, a, b, low = ctx.saved_tensors
         wants_x, _, _, wants_a, wants_b, *_ = ctx.needs_input_grad
         x_grad = None
@@ -67,16 +67,16 @@ class LoraLinear(torch.autograd.Function):
 
 
 class LoraProduct(torch.autograd.Function):
-    """`out + scale * (x A^T) B^T` for x [..., I], A [r, I], B [O, r], out [..., O]; in `out` itself where that may be.
+    """`out + scale * (x A^T) B^T` for x [..., I], A [r, I], B [O, r], out [..., O]; in place in `out` if possible.
 
-    x and out are in the base's dtype, A and B in theirs. For a base that is quantised, a second adapter, or dropout.
+    x and out have the base's dtype, A and B their own. For a quantised base, a second adapter, or dropout.
     """
 
     @staticmethod
     def forward(
         ctx: Any, out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, in_place: bool
     ) -> torch.Tensor:
-        """Keeps x itself for the gradient of A, and x A^T for that of B."""
+        """Saves x for the gradient of A, and x A^T for that of B."""
         result = out if in_place else torch.empty_like(out)
         low = _add_update(out, result, x, a, b, scale)
         ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, x.dtype
@@ -87,7 +87,7 @@ class LoraProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of out, x, A and B, as far as they are wanted."""
+        """Gradients of out, x, A and B, as needed."""
         x, a, b, low = ctx.saved_tensors
         _, wants_x, wants_a, wants_b, *_ = ctx.needs_input_grad
         rows = upstream[0].numel() // b.shape[0]
@@ -103,7 +103,7 @@ def _dense(weight: torch.Tensor, int8_scales: torch.Tensor | None, dtype: torch.
 def _add_update(
     out: torch.Tensor, result: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Writes `out + scale * (x A^T) B^T` into `result`; returns x A^T, [T, r] in the dtype of A."""
+    """Writes `out + scale * (x A^T) B^T` to `result`; returns x A^T, [T, r] in the dtype of A."""
     if low_rank.splits(x, a):
         if result is not out:
             result.copy_(out)
@@ -131,9 +131,9 @@ def _gradients(
     add: bool,
     wants: tuple[bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of A and B, where they are wanted; that of x is put into `x_grad` [T, I], or added to what is there.
+    """Gradients of A and B as needed; writes the gradient of x to `x_grad` [T, I], or adds it.
 
-    The scale meets what has r columns alone.
+    Only tensors with r columns are scaled.
     """
     grads = upstream.reshape(-1, b.shape[0])
     if low_rank.splits(grads, a):
@@ -162,16 +162,16 @@ def _gradients(
 
 
 def _chunks(rows: torch.Tensor, width: int, item_bytes: int) -> list[slice]:
-    """Parts of the rows; where there are no values (`dpoeng plan`) the first two, since more take no more memory."""
+    """Chunks of rows; without values (`dpoeng plan`) only the first two, since more take no more memory."""
     step = max(256, CHUNK_BYTES // (width * item_bytes))
     chunks = [slice(begin, begin + step) for begin in range(0, rows.shape[0], step)]
     return chunks[:2] if rows.is_meta else chunks
 
 
 def use_lora_product(model: nn.Module) -> None:
-    """Makes every plain LoRA layer of a peft model compute its update by `LoraProduct`; DoRA and others stay peft's.
+    """Makes every plain LoRA layer of a peft model compute its update with `LoraProduct`; DoRA and others keep peft's.
 
-    LoRA on stacks of experts is computed by `experts/product`.
+    `experts/product` computes LoRA on stacks of experts.
     """
     use_stack_product(model)
     for module in model.modules():
@@ -180,7 +180,7 @@ def use_lora_product(model: nn.Module) -> None:
 
 
 def use_peft_product(model: nn.Module) -> None:
-    """Gives every LoRA layer peft's own product back, but those on quantised experts, for which peft has none."""
+    """Restores peft's own product in every LoRA layer, except on quantised experts, for which peft has none."""
     use_peft_stack_product(model)
     for module in model.modules():
         if hasattr(module, "lora_A") and not hasattr(module, "parameter_name"):
@@ -203,7 +203,7 @@ def _forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Ten
     base, names = self.get_base_layer(), active
     linear = type(base) is nn.Linear
     scales = int8_scales_of(base) if holds_8_bits(base) else None
-    # On a CPU an 8-bit base keeps its own function: its numbers are those of caches and adapters that are there.
+    # On a CPU an 8-bit base keeps its own function, whose numbers existing caches and adapters have.
     one_function = linear or (scales is not None and names and low_rank.splits(x, self.lora_A[names[0]].weight))
     if one_function and names and _is_bare(base) and _passes_on(self.lora_dropout[names[0]]):
         first, *names = names
@@ -214,17 +214,17 @@ def _forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Ten
         result = self.base_layer(x)
     for name in names:
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        in_place = linear or not result._is_view()  # autograd lets no view that a function returned be changed in place
+        in_place = linear or not result._is_view()  # autograd forbids in-place changes of a view from a function
         result = LoraProduct.apply(result, self.lora_dropout[name](x), a, b, self.scaling[name], in_place)  # type: ignore[no-untyped-call]
     return result
 
 
 def _is_bare(base: nn.Module) -> bool:
-    """Whether calling the layer is its product and nothing else: frozen, and without hooks."""
+    """Whether calling the layer does nothing but its product: frozen, and without hooks."""
     frozen = not any(parameter.requires_grad for parameter in base.parameters(recurse=False))
     return frozen and not base._forward_hooks and not base._forward_pre_hooks
 
 
 def _passes_on(dropout: nn.Module) -> bool:
-    """Whether a dropout leaves its input as it is, now."""
+    """Whether a dropout currently leaves its input unchanged."""
     return isinstance(dropout, nn.Identity) or not dropout.training

@@ -1,7 +1,7 @@
-"""Models: loaded, quantised, and put in the mode in which both phases score. The importer of transformers.
+"""Loaded models, and the mode in which both phases score. Imports transformers.
 
 Both phases run the same modules in the same mode (`set_mode`), because bitsandbytes' layers compute different numbers
-in train() and in eval(). Knows nothing of pairs, of the cache's files, or of losses.
+in train() and eval(). Independent of pairs, the cache's files and losses.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Layout = Literal["shared", "separate"]
 StatesOf = Callable[[IdArray, IdArray | None], torch.Tensor]
 
 POLICY_ADAPTER = "default"
-"""The name under which the trained adapter is known to peft."""
+"""peft's name for the trained adapter."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -37,29 +37,29 @@ class CausalLM:
     """A loaded model, ready to score.
 
     Attributes:
-        model: what is saved and switched: a PeftModel if there are adapters, else the same as `base`.
+        model: the object to save and switch: a PeftModel if there are adapters, else the same as `base`.
         base: the transformers causal LM, with adapter layers injected.
-        tokenizer: its tokenizer, or None if it was not asked for.
-        device: where inputs go.
+        tokenizer: its tokenizer, or None if it was not loaded.
+        device: the device for inputs.
         dtype: compute dtype.
-        quantization: how the base is held.
+        quantization: precision of the base.
         native_attention: the attention that transformers chose for this architecture.
-        layout: whether branches share their prompt, and why if they do not.
-        attention: how attention over shared prompts is computed; see `engine/scoring/attention`.
+        layout: whether branches share their prompt, and the reason if they do not.
+        attention: implementation of attention over shared prompts; see `engine/scoring/attention`.
         scored_end: whether the last layer computes scored positions only; see `engine/scoring/scored_end`.
         source: the files that it was loaded from.
-        remarks: what users are to be told of how it was loaded.
-        padding: whether separate texts of several lengths go through one forward, padded; else each goes alone.
-        sharded: whether layers are divided over processes, so that every forward is one of all of them.
-        masters: with full fine-tuning in another dtype than float32, the float32 tensor behind each weight, which is
-            what the optimizer moves.
-        parts: with full fine-tuning over divided layers, this process's rows of each of their weights, in float32, as
-            a plain tensor over the same memory; see `engine/models/fsdp_rows`.
-        by_layer: how its layers are run one at a time, where their weights are not all in memory; else None.
-        entry: of a model that begins at a trunk, the stand-in below its first layer; see `engine/models/trunk`.
+        remarks: remarks for the user on how it was loaded.
+        padding: whether separate texts of different lengths share one padded forward; else each has its own.
+        sharded: whether layers are sharded over processes, so that all processes must run every forward together.
+        masters: in full fine-tuning with another dtype than float32, the float32 tensor behind each weight, which the
+            optimizer updates.
+        parts: in full fine-tuning with sharded layers, this process's float32 rows of each weight, as a plain tensor
+            that shares its memory; see `engine/models/fsdp_rows`.
+        by_layer: how to run its layers one at a time, if their weights are not all in memory; else None.
+        entry: for a model that begins at a trunk, the stand-in below its first layer; see `engine/models/trunk`.
         watch: sees the states that enter a layer while a trunk is made; else None.
-        states: of a model that begins at a trunk, what gives the stored states [tokens, H] of a prompt, or of a
-            response under it, on the host.
+        states: for a model that begins at a trunk, returns the stored states [tokens, H] of a prompt, or of a
+            response after it, on the host.
     """
 
     model: Any
@@ -86,7 +86,7 @@ class CausalLM:
 
     @property
     def backbone(self) -> Any:
-        """The decoder below the head: token ids in, last hidden states out."""
+        """The decoder without the head: token ids to last hidden states."""
         return decoder_of(self.base)
 
     @property
@@ -97,20 +97,20 @@ class CausalLM:
 
     @property
     def vocab_size(self) -> int:
-        """Token ids that the model has: rows of the input embedding, or of the head where these are fewer."""
+        """Number of token ids: rows of the input embedding, or of the head if it has fewer."""
         rows = [int(self.base.get_input_embeddings().weight.shape[0])]
         if isinstance(self.head, nn.Linear):
             rows.append(int(self.head.weight.shape[0]))
         return min(rows)
 
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Name and tensor of each parameter that is trained (of a divided one, the part), in the model's own order."""
+        """Name and tensor of each trained parameter (of a sharded one, the share), in the model's order."""
         moved = self.masters | self.parts
         return [(name, moved.get(p, p)) for name, p in self.model.named_parameters() if p.requires_grad]
 
     @torch.no_grad()
     def take_masters(self) -> None:
-        """Gives each weight the value of its master, rounded. To be called whenever the trained tensors have moved."""
+        """Gives each weight the rounded value of its master. Call it whenever the trained tensors have changed."""
         for weight, master in self.masters.items():
             weight.copy_(master)
 
@@ -118,22 +118,22 @@ class CausalLM:
 def decoder_of(base: Any) -> Any:
     """The decoder of a causal language model, without its head.
 
-    transformers' `get_decoder` returns the model itself where its prefix is another's (Llama 4), and the head where
-    that is called `decoder` (ModernBERT).
+    transformers' `get_decoder` returns the model itself if its prefix belongs to another class (Llama 4), and the head
+    if that is named `decoder` (ModernBERT).
     """
-    found = base.get_decoder()
-    if found is not base and found is not base.get_output_embeddings():
-        return found
+    decoder = base.get_decoder()
+    if decoder is not base and decoder is not base.get_output_embeddings():
+        return decoder
     embedding = base.get_input_embeddings()
     for name in (base.base_model_prefix, "model"):
         part = getattr(base, name, None)
         if isinstance(part, nn.Module) and any(module is embedding for module in part.modules()):
             return part
-    return found
+    return decoder
 
 
 def before_head(base: Any) -> Any:
-    """The layer between decoder and output embeddings, where a model has one; else None."""
+    """The layer between decoder and output embeddings, or None."""
     part, head = getattr(base, "lm_head", None), base.get_output_embeddings()
     if not isinstance(part, nn.Module) or any(module is head for module in part.modules()):
         return None
@@ -144,14 +144,14 @@ def before_head(base: Any) -> Any:
 
 
 def set_mode(lm: CausalLM, *, training: bool) -> None:
-    """Puts every module in the mode that both phases use; with `training`, only what must differ differs.
+    """Puts every module in the mode that both phases use; `training` changes only what must differ.
 
-    - Everything in eval(), so that no dropout of the base and no router noise separates policy and reference.
-    - bitsandbytes' layers in train(), in both phases: in eval() NF4 on a CPU repacks its weights for good and then
+    - Everything is in eval(): no dropout in the base and no router noise separates policy and reference. -
+    bitsandbytes' layers are in train() in both phases: in eval(), NF4 on a CPU repacks its weights permanently and then
       loses gradients.
-    - With `training`: dropout of the trained adapter, and of nothing else. A layer's own `training` flag stays false,
-      since OPT, Falcon and others read it for their dropout; checkpointing does not need it
-      (`enable_gradient_checkpointing`).
+    - With `training`: only the trained adapter has dropout. A layer's own `training` flag stays false, because OPT,
+    Falcon
+      and others read it for their dropout; checkpointing does not need it (`enable_gradient_checkpointing`).
     """
     lm.model.eval()
     for name, module in lm.model.named_modules():
@@ -162,7 +162,7 @@ def set_mode(lm: CausalLM, *, training: bool) -> None:
 
 
 def decoder_layers(backbone: nn.Module) -> list[nn.Module]:
-    """The layers of a decoder, in its order: what transformers marks as such, or its longest list of modules."""
+    """The layers of a decoder, in order: those that transformers marks, or the longest list of modules."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -171,16 +171,16 @@ def decoder_layers(backbone: nn.Module) -> list[nn.Module]:
 
 
 def enable_gradient_checkpointing(lm: CausalLM, *, inputs_on_host: bool = False, layers: int | None = None) -> None:
-    """Recomputes decoder layers in the backward pass, without re-entrance; their inputs may wait in host memory.
+    """Recomputes decoder layers in the backward pass, non-reentrant; their inputs may be kept in host memory.
 
-    With `layers`, the first so many. The last ones keep what they computed: the backward frees that before the first
-    layers are recomputed. The numbers are the same for any count.
+    `layers` limits it to the first ones. The last layers keep their activations: the backward frees those before the
+    first layers are recomputed. The numbers are the same for any count.
 
-    The layer's `forward` is wrapped, and not its call, so that hooks (FSDP2's) stay outside and run once. transformers'
-    own switch is not used: it acts where the layer's `training` is true, a flag that some layers also read for dropout.
-    To be called when the adapters are there.
+    The layer's `forward` is wrapped, not its call, so that hooks (FSDP2's) stay outside and run once. transformers' own
+    switch is not used: it depends on the layer's `training` flag, which some layers also read for dropout. Call this
+    once the adapters are in place.
     """
-    draws = adapter_draws(lm)  # without it no state of generators is read off the device
+    draws = adapter_draws(lm)  # if none draws, skip reading the generators' state from the device
     on_device = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
     checkpoint = partial(HostInputs().checkpoint if inputs_on_host else on_device, preserve_rng_state=draws)
     for layer in decoder_layers(lm.backbone)[:layers]:
@@ -198,12 +198,12 @@ def _recomputed(checkpoint: Callable[..., Any], forward: Callable[..., Any], *in
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of all that computes a number."""
+    """Versions of everything that computes a number."""
     names = ("dpoeng", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "triton", "pyarrow")
     return {**{name: _version(name) for name in names}, "torch": torch.__version__}
 
 
-@cache  # parsing a package's metadata takes milliseconds, and what has been imported keeps its version
+@cache  # parsing a package's metadata takes milliseconds, and an imported package keeps its version
 def _version(name: str) -> str:
     from importlib.metadata import PackageNotFoundError, version
 
@@ -214,7 +214,7 @@ def _version(name: str) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """The device in words, for records."""
+    """Description of the device, for records."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     import platform
@@ -223,9 +223,9 @@ def device_name(device: torch.device) -> str:
 
 
 def register_attention(name: str, attention: Callable[..., Any]) -> None:
-    """Make an attention function known to transformers under a name; registering it again changes nothing.
+    """Registers an attention function with transformers under a name; registering it again changes nothing.
 
-    It gets no mask function: transformers then builds no mask, and does not look for packed texts on the device.
+    It has no mask function: transformers then builds no mask, and does not search for packed texts on the device.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

@@ -1,7 +1,7 @@
-"""A config.json as transformers understands it: the text part, the sizes, another number of layers.
+"""Reads a config.json through transformers: the text part, the sizes, another number of layers.
 
-Architectures write the same thing under different names (`n_layer`, `num_layers`, a nested `text_config`), as a number
-or as a list with one entry a layer. transformers' config classes are asked for all of this here, and raw keys nowhere.
+Architectures use different names for the same thing (`n_layer`, `num_layers`, a nested `text_config`), and a number or
+a list with one entry per layer. This module asks transformers' config classes; nothing else reads raw keys.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Sizes of a decoder. Where layers differ, those of the largest.
+    """Sizes of a decoder. If layers differ, those of the largest.
 
     Attributes:
         layers: decoder layers.
         hidden: width between the layers.
         inner: width inside the MLP.
-        attention: heads times the width of a head; 0 where there is no attention.
+        attention: number of heads times head width; 0 without attention.
         vocabulary: rows of the head.
     """
 
@@ -34,21 +34,21 @@ class Sizes:
 
 
 def config_of(fields: Mapping[str, Any]) -> Any:
-    """transformers' config of what a config.json holds.
+    """transformers' config for the contents of a config.json.
 
     Raises:
-        KeyError, ValueError, TypeError, AttributeError: transformers does not know the model type, or the fields do not
-            go together.
+        KeyError, ValueError, TypeError, AttributeError: transformers does not know the model type, or the fields
+            contradict each other.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    # How a stored checkpoint is quantised is told beside, as for any other.
+    # The quantisation of a stored checkpoint is passed separately, as for any other.
     plain = {name: _decoded(value) for name, value in fields.items() if name != "quantization_config"}
     return CONFIG_MAPPING[plain["model_type"]].from_dict(plain)
 
 
 def _decoded(value: Any) -> Any:
-    """transformers writes numbers that JSON does not have as `{"__float__": "Infinity"}`."""
+    """Decodes numbers that JSON does not have, which transformers writes as `{"__float__": "Infinity"}`."""
     if isinstance(value, Mapping):
         if set(value) == {"__float__"}:
             return float(value["__float__"])
@@ -57,9 +57,9 @@ def _decoded(value: Any) -> Any:
 
 
 def auto_class(config: Any) -> Any:
-    """The class of transformers that makes a config's model: the causal one, or the one for images and text.
+    """transformers' auto class for a config: the causal one, or the one for images and text.
 
-    Some types have the latter alone (Mistral 3, Qwen2.5-VL); their decoder reads text by itself.
+    Some types only have the latter (Mistral 3, Qwen2.5-VL); their decoder also reads text alone.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -74,7 +74,7 @@ def auto_class_of(folder: Path) -> Any:
     """The same for a checkpoint's folder.
 
     Raises:
-        ValueError, KeyError, OSError: its config.json cannot be read, or names no type that transformers knows.
+        ValueError, KeyError, OSError: its config.json cannot be read, or names a type that transformers does not know.
     """
     from transformers import AutoConfig
 
@@ -89,7 +89,7 @@ def without_quantization(config: Any) -> Any:
 
 
 def text_config(config: Any) -> Any:
-    """The part of a config that describes the decoder of text; the config itself where there is but one part."""
+    """The part of a config that describes the text decoder; the config itself if it has only one part."""
     return config.get_text_config(decoder=True)
 
 
@@ -97,7 +97,7 @@ def sizes(config: Any) -> Sizes:
     """The sizes of a config's decoder.
 
     Raises:
-        AttributeError: it names no number of layers, or no width.
+        AttributeError: the number of layers or a width is missing.
     """
     text = text_config(config)
     hidden, heads = _largest(text.hidden_size), _largest(getattr(text, "num_attention_heads", None) or 0)
@@ -111,7 +111,7 @@ def _largest(size: Any) -> int:
 
 
 def with_layers(config: Any, count: int) -> Any:
-    """A copy of a config with its first `count` layers; lists with one entry a layer are cut."""
+    """A copy of a config with only its first `count` layers; truncates lists with one entry per layer."""
     cut = copy.deepcopy(config)
     text = text_config(cut)
     depth = int(text.num_hidden_layers)
@@ -127,25 +127,25 @@ _OF_A_ROW = re.compile(r"compress_rate")
 
 
 def windows(config: Any, longest: int | None = None) -> list[int]:
-    """How many tokens back some layers look: sliding windows, chunks, and how many tokens indexers choose.
+    """How many tokens back some layers look: sliding windows, chunks, and the number of tokens that indexers choose.
 
     Args:
         config: of the model.
         longest: tokens of the longest text; windows that it does not reach are left out. Layers that compress what they
-            look back on do so by the positions of a whole row, which may hold many texts: theirs are always there.
+            look back on do so by positions in a whole row, which may contain many texts: theirs are always included.
     """
-    found: set[int] = set()
+    window_sizes: set[int] = set()
     for name, value in vars(text_config(config)).items():
         sizes_ = {size for size in _each(value) if isinstance(size, int) and not isinstance(size, bool) and size > 0}
         if _OF_A_ROW.search(name):
-            found |= sizes_
+            window_sizes |= sizes_
         elif _WINDOWS.search(name):
-            found |= {size for size in sizes_ if longest is None or size < longest}
-    return sorted(found)
+            window_sizes |= {size for size in sizes_ if longest is None or size < longest}
+    return sorted(window_sizes)
 
 
 def chooses_tokens(config: Any) -> bool:
-    """Whether some layers attend to tokens that an indexer chooses: what it chooses depends on the padding beside."""
+    """Whether some layers attend to tokens that an indexer chooses, which depends on padding in the row."""
     return any("index_topk" in name and value for name, value in vars(text_config(config)).items())
 
 
@@ -156,21 +156,21 @@ def _each(size: Any) -> list[Any]:
 
 
 def rotary_limit(config: Any) -> int | None:
-    """The length up to which a text's rotary frequencies are its own; None where there is no limit.
+    """The length up to which a text's rotary frequencies do not depend on other texts; None without a limit.
 
-    LongRoPE and dynamic NTK choose them by the largest position of a forward (`dynamic_rope_update` of transformers),
-    so that a longer text would change the numbers of all others in it.
+    LongRoPE and dynamic NTK choose them by the largest position of a forward (transformers' `dynamic_rope_update`), so
+    a longer text would change the numbers of all others in it.
     """
     text = text_config(config)
-    held = getattr(text, "rope_parameters", None) or {}
-    kinds = [held] if "rope_type" in held else [kind for kind in held.values() if isinstance(kind, dict)]
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = [rope] if "rope_type" in rope else [kind for kind in rope.values() if isinstance(kind, dict)]
     limits = [int(kind["original_max_position_embeddings"]) for kind in kinds if kind.get("rope_type") == "longrope"]
     limits += [int(text.max_position_embeddings) for kind in kinds if "dynamic" in str(kind.get("rope_type"))]
     return min(limits, default=None)
 
 
 def layer_lists(config: Any) -> list[tuple[Any, ...]]:
-    """For each layer, its entry in every list of the config that has one entry a layer."""
+    """For each layer, its entries in all lists of the config that have one entry per layer."""
     text = text_config(config)
     depth = int(text.num_hidden_layers)
     lists = [v for v in vars(text).values() if isinstance(v, (list, tuple)) and len(v) == depth and depth > 1]

@@ -1,11 +1,9 @@
-"""Moves what checkpointing keeps, each layer's input, to host memory between forward and backward.
+"""Keeps each layer's checkpointed input in host memory between forward and backward.
 
-A copy out and a copy in, so the numbers do not change. Everything else of a layer is recomputed in the backward anyway,
-and stays where it is.
+The input is copied out and back, so numbers do not change. The rest of a layer is recomputed in the backward anyway.
 
-On a GPU the copies run in a stream of their own, beside the computation. An input is copied out while its layer runs.
-In the backward, the input of the layer that comes next is copied in while one is recomputed, so that one input more is
-on the device then.
+On a GPU the copies run in a separate stream during the computation. An input is copied out while its layer runs. In the
+backward, the next layer's input is copied in while a layer is recomputed, so the device then has one input more.
 """
 
 from __future__ import annotations

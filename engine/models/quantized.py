@@ -1,6 +1,6 @@
-"""bitsandbytes: its settings, its layers without weights, and how they multiply. The importer of it.
+"""bitsandbytes: its settings, its layers without weights, and their products. The only module that imports it.
 
-Knows nothing of pairs, phases or adapters.
+Independent of pairs, phases and adapters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dpoeng.kernels.int8_linear import int8_linear
 
 
 def require_bitsandbytes(quantization: Quantization) -> None:
-    """Loads bitsandbytes if it will be needed, so that a broken install is named before any long work.
+    """Imports bitsandbytes if it will be needed, so that a broken install is reported before any long work.
 
     Raises:
         UserError: it cannot be imported.
@@ -30,7 +30,7 @@ def require_bitsandbytes(quantization: Quantization) -> None:
 
 
 def import_bitsandbytes(where: str, instead: str) -> Any:
-    """The library, or a message that says what asked for it and what to use instead.
+    """The library; the error says what needed it and what to use instead.
 
     Raises:
         UserError: it cannot be imported.
@@ -50,7 +50,7 @@ def import_bitsandbytes(where: str, instead: str) -> Any:
 
 
 def quantization_config(quantization: Quantization, compute: torch.dtype, quant_type: str, double_quant: bool) -> Any:
-    """transformers' BitsAndBytesConfig; the head stays as it is, since log-probs are read from it."""
+    """transformers' BitsAndBytesConfig; the head stays unquantised, because log-probs are computed from it."""
     require_bitsandbytes(quantization)
     from transformers import BitsAndBytesConfig
 
@@ -68,11 +68,11 @@ def quantization_config(quantization: Quantization, compute: torch.dtype, quant_
 def quantize_empty(model: Any, config: Any) -> None:
     """Gives a model on the `meta` device the layers and tensors that loading with `config` would give it.
 
-    The layers are bitsandbytes' own and so are the shapes: its quantisers run on the meta device.
+    Layers and shapes are bitsandbytes' own: its quantisers run on the meta device.
     """
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-    # Its 8-bit code is made on the device of the first tensor that asks and then kept: without values, if that is ours.
+    # bitsandbytes creates its 8-bit code on the first tensor's device and keeps it: on meta it would have no values.
     functional = import_bitsandbytes("dpoeng plan", "plan without quantization").functional
     functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
     replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=config)
@@ -80,35 +80,35 @@ def quantize_empty(model: Any, config: Any) -> None:
         weight: Any = module.weight
         module.weight = weight._quantize(torch.device("meta"))
     if config.load_in_8bit:
-        model.is_loaded_in_8bit = True  # what peft looks at
+        model.is_loaded_in_8bit = True  # peft reads this attribute
     else:
         model.is_loaded_in_4bit = True
     model.is_quantized = True
 
 
 def quantized_layers(model: nn.Module) -> list[nn.Module]:
-    """Its bitsandbytes layers, without importing bitsandbytes where there are none."""
+    """A model's bitsandbytes layers, without importing bitsandbytes if there are none."""
     return [module for module in model.modules() if type(module).__module__.startswith("bitsandbytes.nn")]
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Makes 4-bit layers of a stored checkpoint multiply in this dtype, and not in the one that it was stored with."""
+    """Makes 4-bit layers of a stored checkpoint multiply in this dtype instead of the one that was stored."""
     layers: list[Any] = [layer for layer in quantized_layers(model) if hasattr(layer, "compute_dtype")]
     for layer in layers:
         layer.compute_dtype, layer.compute_type_is_set = dtype, True
 
 
 def multiply_exactly(model: nn.Module) -> None:
-    """Makes 8-bit layers multiply by `int8_linear`, with activations as they are, on every device."""
+    """Makes 8-bit layers multiply with `int8_linear`, with unrounded activations, on every device."""
     for module in quantized_layers(model):
         if holds_8_bits(module):
             module.forward = types.MethodType(_exact_forward, module)
 
 
 def multiply_as_bitsandbytes(model: nn.Module) -> None:
-    """Gives 8-bit layers bitsandbytes' own product back: for comparisons."""
+    """Restores bitsandbytes' own product in 8-bit layers, for comparisons."""
     import_bitsandbytes("8-bit layers", "compare without quantization")
-    # It says at every product of a bfloat16 model that inputs are cast to float16: thousands of lines a step.
+    # Hide its message at every product of a bfloat16 model about casts to float16: thousands of lines a step.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     for module in quantized_layers(model):
         module.__dict__.pop("forward", None)
@@ -120,11 +120,11 @@ def holds_8_bits(module: nn.Module) -> bool:
 
 
 def int8_scales_of(module: Any) -> torch.Tensor | None:
-    """The scales [O] of an 8-bit layer that multiplies by `int8_linear`; None where it multiplies as bitsandbytes."""
+    """The scales [O] of an 8-bit layer that multiplies with `int8_linear`; None for bitsandbytes' own product."""
     if "forward" not in module.__dict__:
         return None
-    # A forward of bitsandbytes' own would move the scales from the weight to the layer's state.
-    # A weight that FSDP2 divides is a plain tensor, without any.
+    # bitsandbytes' own forward would move the scales from the weight to the layer's state. A weight sharded by FSDP2 is
+    # a plain tensor without scales.
     own = getattr(module.weight, "SCB", None)
     scales: torch.Tensor = own if own is not None else module.state.SCB
     return scales
@@ -137,32 +137,32 @@ def _exact_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def quantized_tensors(model: nn.Module) -> list[torch.Tensor]:
-    """Return the layers' tensors that are not parameters: scales, code books and stacks of experts."""
-    found: list[Any] = [*held_tensors(model)]
+    """The layers' tensors that are not parameters: scales, code books and stacks of experts."""
+    tensors: list[Any] = [*held_tensors(model)]
     for module in quantized_layers(model):
         state: Any = getattr(module, "state", None)
-        found += [getattr(state, name, None) for name in ("CB", "SCB")]
-        found += scales_of(module.weight)
-    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
+        tensors += [getattr(state, name, None) for name in ("CB", "SCB")]
+        tensors += scales_of(module.weight)
+    return [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
 
 
 def scales_of(weight: Any) -> list[torch.Tensor]:
-    """The tensors that a quantised weight carries beside its codes, and these as bitsandbytes also names them."""
-    found = [getattr(weight, name, None) for name in ("CB", "SCB")]
+    """The tensors of a quantised weight besides its codes, and those codes under bitsandbytes' other names."""
+    tensors = [getattr(weight, name, None) for name in ("CB", "SCB")]
     state = getattr(weight, "quant_state", None)
     for level in (state, getattr(state, "state2", None)):
-        found += [getattr(level, name, None) for name in ("absmax", "code", "offset")]
+        tensors += [getattr(level, name, None) for name in ("absmax", "code", "offset")]
     held = held_by(weight)
-    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)] + (held.tensors() if held else [])
+    return [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)] + (held.tensors() if held else [])
 
 
 def same_weights(parameter: nn.Parameter) -> nn.Parameter:
-    """Another parameter over the same storage, bitsandbytes' scales and code books included."""
-    held: Any = parameter
+    """Another parameter on the same storage, including bitsandbytes' scales and code books."""
+    weight: Any = parameter
     if type(parameter).__name__ == "Int8Params":
         kind: Any = type(parameter)
         made: nn.Parameter = kind(
-            held.data, requires_grad=False, has_fp16_weights=held.has_fp16_weights, CB=held.CB, SCB=held.SCB
+            weight.data, requires_grad=False, has_fp16_weights=weight.has_fp16_weights, CB=weight.CB, SCB=weight.SCB
         )
         return made
     if type(parameter).__name__ == "Params4bit":

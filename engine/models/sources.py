@@ -1,6 +1,6 @@
-"""Models and adapters by name: which files they are, and which of their settings move a log-probability.
+"""Finds models and adapters by name: their files, and which of their settings change a log-prob.
 
-Reads names and JSON; loads no weight.
+Reads names and JSON; loads no weights.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from dpoeng.engine.models.foreign.checkpoints import (
 from dpoeng.engine.models.lora_fields import check_lora_fields
 from dpoeng.engine.models.stored.formats import Format, NotWidenedError, format_of
 
-MAX_JSON_BYTES = 64 << 20  # an index of 100,000 tensors has 10 MB
+MAX_JSON_BYTES = 64 << 20  # an index of 100,000 tensors takes 10 MB
 
-# Fields of config.json that name things, or set how text is generated, and do not move a log-probability.
+# Fields of config.json that name things or control generation, and do not change a log-prob.
 _INERT_CONFIG_FIELDS = frozenset(
     """_name_or_path architectures attn_implementation auto_map bos_token_id dtype eos_token_id id2label
     initializer_range label2id output_attentions output_hidden_states pad_token_id problem_type return_dict
     return_dict_in_generate torch_dtype transformers_version transformers.js_config unsloth_fixed unsloth_version
     use_cache""".split()
 )
-# Fields of adapter_config.json that do move one.
+# Fields of adapter_config.json that do change one.
 _ADAPTER_FIELDS = (
     "peft_type r lora_alpha use_rslora use_dora target_modules target_parameters rank_pattern alpha_pattern bias "
     "lora_bias fan_in_fan_out modules_to_save layers_to_transform layers_pattern layer_replication exclude_modules "
@@ -44,7 +44,7 @@ _ADAPTER_FIELDS = (
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A model's files. `name` is what the user wrote; `revision` the hub commit, if it came from the hub."""
+    """A model's files. `name` is the user's; `revision` is the hub commit, if it came from the hub."""
 
     name: str
     folder: Path
@@ -54,7 +54,7 @@ class ModelSource:
 
 
 def find_model(name: str, *, revision: str | None = None) -> ModelSource:
-    """A directory, a GGUF file or a hub id -> its files.
+    """Finds the files of a directory, GGUF file or hub id.
 
     Raises:
         UserError: nothing there, no safetensors, or the hub cannot be reached.
@@ -67,7 +67,7 @@ def find_model(name: str, *, revision: str | None = None) -> ModelSource:
                 code="model-not-found",
                 where="--model",
                 expected="a directory with config.json and *.safetensors, a .gguf file, or a hub id",
-                remedy="name the directory that holds config.json",
+                remedy="name the directory with config.json",
             )
         return ModelSource(name, path.parent, (path,), gguf=True)
     commit: str | None = None
@@ -88,7 +88,7 @@ def find_model(name: str, *, revision: str | None = None) -> ModelSource:
 
 
 def find_tokenizer(name: str) -> ModelSource:
-    """As `find_model`, for the tokenizer alone: weights need not be there, and none are downloaded.
+    """Like `find_model`, for the tokenizer only: weights are not required or downloaded.
 
     Raises:
         UserError: nothing is there, or the hub cannot be reached.
@@ -103,7 +103,7 @@ def find_tokenizer(name: str) -> ModelSource:
 
 
 def find_adapter(name: str) -> ModelSource:
-    """A peft adapter's directory or hub id -> its files."""
+    """Finds the files of a peft adapter's directory or hub id."""
     path = folder = Path(name).expanduser()
     commit: str | None = None
     if not path.is_dir() and _is_hub_id(name):
@@ -116,7 +116,7 @@ def find_adapter(name: str) -> ModelSource:
             code="adapter-not-found",
             where="--adapter",
             expected="a directory with adapter_config.json and adapter_model.safetensors",
-            found="adapter_model.bin, a pickle, which can run code while it is loaded" if pickled else f"{folder}",
+            found="adapter_model.bin, a pickle, which can run code when it is loaded" if pickled else f"{folder}",
             remedy="load it once with peft and save_pretrained(..., safe_serialization=True)"
             if pickled
             else "name the folder that peft's save_pretrained wrote",
@@ -139,12 +139,12 @@ def find_adapter(name: str) -> ModelSource:
 
 
 def read_fields(source: ModelSource) -> dict[str, Any]:
-    """Read a checkpoint's config.json."""
+    """Reads a checkpoint's config.json."""
     return _read_json(source.folder / "config.json")
 
 
 def read_adapter_fields(adapter: ModelSource) -> dict[str, Any]:
-    """Read an adapter's adapter_config.json."""
+    """Reads an adapter's adapter_config.json."""
     return _read_json(adapter.folder / "adapter_config.json")
 
 
@@ -159,39 +159,39 @@ def _quantization_record(source: ModelSource) -> dict[str, Any] | None:
 
 
 def quantization_record(fields: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the fields of a config.json say of how the weights are quantised."""
-    found: dict[str, Any] | None = fields.get("quantization_config")
+    """The entry in a config.json's fields that describes the quantisation of the weights."""
+    record: dict[str, Any] | None = fields.get("quantization_config")
     text = fields.get("text_config")
-    return found or (text.get("quantization_config") if isinstance(text, dict) else None) or fields.get("quantization")
+    return record or (text.get("quantization_config") if isinstance(text, dict) else None) or fields.get("quantization")
 
 
 def stored_quantization(source: ModelSource) -> dict[str, Any] | None:
-    """How a checkpoint is quantised in its files, in the fields of PrecomputeConfig; None where it is not.
+    """The quantisation of a checkpoint's files, as fields of PrecomputeConfig; None if it is not quantised.
 
     Raises:
-        UserError: in a way that dpoeng does not run, or config.json cannot be read.
+        UserError: dpoeng does not support it, or config.json cannot be read.
     """
     file = source.folder / "config.json"
-    held = _quantization_record(source)
-    if not held:
+    record = _quantization_record(source)
+    if not record:
         return None
-    if held.get("quant_method") == "bitsandbytes" and held.get("load_in_8bit"):
+    if record.get("quant_method") == "bitsandbytes" and record.get("load_in_8bit"):
         return {"quantization": "8bit"}
-    if held.get("quant_method") == "bitsandbytes" and held.get("load_in_4bit"):
+    if record.get("quant_method") == "bitsandbytes" and record.get("load_in_4bit"):
         return {
             "quantization": "4bit",
-            "bnb_4bit_quant_type": held.get("bnb_4bit_quant_type", "fp4"),
-            "bnb_4bit_use_double_quant": bool(held.get("bnb_4bit_use_double_quant", False)),
+            "bnb_4bit_quant_type": record.get("bnb_4bit_quant_type", "fp4"),
+            "bnb_4bit_use_double_quant": bool(record.get("bnb_4bit_use_double_quant", False)),
         }
-    read_format(source.name, str(file), held)
+    read_format(source.name, str(file), record)
     return {"quantization": "stored"}
 
 
 def read_format(name: str, where: str, record: Mapping[str, Any]) -> Format:
-    """How the weights of files are to be widened, by what config.json says.
+    """The format of quantised weight files, from their config.json.
 
     Raises:
-        UserError: in a way that dpoeng does not run.
+        UserError: dpoeng does not support the format.
     """
     mlx = "group_size" in record and "quant_method" not in record
     try:
@@ -213,16 +213,16 @@ def read_format(name: str, where: str, record: Mapping[str, Any]) -> Format:
 
 
 def stored_format(source: ModelSource) -> Format:
-    """The same of a checkpoint whose `stored_quantization` is `stored`."""
+    """The format of a checkpoint whose `stored_quantization` is `stored`."""
     record = _quantization_record(source)
     assert record is not None
     return read_format(source.name, str(source.folder / "config.json"), record)
 
 
 def quantized_otherwise(source: ModelSource, field: str, stored: Any, asked: Any) -> UserError:
-    """Return the error for a field that contradicts a quantised checkpoint's files."""
+    """The error for a field that contradicts a quantised checkpoint's files."""
     return UserError(
-        f"{source.name} is already quantised in another way",
+        f"{source.name} is already quantised differently",
         code="quantization-stored",
         where="--" + field.replace("_", "-"),
         expected=f"{stored}, as its config.json says, or nothing",
@@ -232,15 +232,15 @@ def quantized_otherwise(source: ModelSource, field: str, stored: Any, asked: Any
 
 
 def write_config(source: ModelSource, into: Path, dtype: str = "auto") -> None:
-    """Writes config.json into a folder as `source` has it, with another dtype unless that is auto."""
+    """Writes `source`'s config.json to a folder, with another dtype unless that is auto."""
     fields = _read_json(source.folder / "config.json")
     if dtype != "auto":
-        fields = {**{name: held for name, held in fields.items() if name != "torch_dtype"}, "dtype": dtype}
+        fields = {**{name: value for name, value in fields.items() if name != "torch_dtype"}, "dtype": dtype}
     (into / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def copy_beside(source: ModelSource, into: Path) -> None:
-    """Copies what lies beside the weights (tokenizer, template, generation settings) unless `into` has it."""
+    """Copies files next to the weights (tokenizer, template, generation settings) that `into` does not have."""
     for file in sorted(source.folder.iterdir()):
         wanted = file.suffix in (".json", ".txt", ".model", ".jinja") and not (into / file.name).exists()
         if file.is_file() and wanted and "index" not in file.name:
@@ -254,13 +254,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a checkpoint.
 
     Raises:
-        UserError: it cannot be read, or is none.
+        UserError: it cannot be read, or is not a JSON object.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError(f"more than {MAX_JSON_BYTES >> 20} MiB, the limit of such a file")
-        held = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(held, dict):
+            raise ValueError(f"larger than {MAX_JSON_BYTES >> 20} MiB, the limit for such a file")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
             raise ValueError("not an object")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
@@ -271,7 +271,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             found=str(error),
             remedy="download or save the checkpoint again",
         ) from error
-    return held
+    return content
 
 
 def _is_hub_id(name: str) -> bool:
@@ -283,7 +283,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
         nearby = sorted(p.parent.name for p in folder.glob("*/config.json"))
         adapter = (folder / "adapter_config.json").is_file()
         raise UserError(
-            f"{folder} holds no model",
+            f"{folder} contains no model",
             code="model-not-found",
             where="--model",
             expected="config.json and *.safetensors",
@@ -292,27 +292,27 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
             else (f"config.json in {', '.join(nearby)}" if nearby else "no config.json"),
             remedy="give the base as --model and this folder as --adapter"
             if adapter
-            else "name the folder that holds config.json",
+            else "name the folder with config.json",
         )
     config = _read_json(folder / "config.json")
     if (folder / "adapter_config.json").is_file():
         raise UserError(
-            f"{folder} holds a model and an adapter",
+            f"{folder} contains a model and an adapter",
             code="model-ambiguous",
             where=str(folder / "adapter_config.json"),
-            expected="one of them: transformers would load the adapter with the model, without a word",
-            remedy="move adapter_config.json and its weights to a folder of their own, and give that as --adapter",
+            expected="one of them: transformers would silently load the adapter with the model",
+            remedy="move adapter_config.json and its weights to a separate folder, and pass that as --adapter",
         )
     if config.get("transformers_weights"):
         raise UserError(
-            f"{folder / 'config.json'} names a weight file of its own",
+            f"{folder / 'config.json'} names its own weight file",
             code="model-ambiguous",
             where="transformers_weights",
             expected="model.safetensors, or model.safetensors.index.json with its shards",
             found=str(config["transformers_weights"]),
             remedy="load it with transformers and save_pretrained() into a new folder",
         )
-    if (folder / "model.safetensors").is_file():  # before the index, as transformers looks for them
+    if (folder / "model.safetensors").is_file():  # before the index, in the order of transformers
         return _checked(folder, config, [folder / "model.safetensors"])
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -329,7 +329,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
         return _checked(folder, config, files)
     pickles = sorted(p.name for p in folder.glob("*.bin"))
     raise UserError(
-        f"{folder} holds no safetensors weights",
+        f"{folder} contains no safetensors weights",
         code="model-no-safetensors",
         where="--model",
         expected="model.safetensors, or model.safetensors.index.json with its shards",
@@ -340,7 +340,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def _checked(folder: Path, config: Mapping[str, Any], files: Sequence[Path]) -> tuple[Path, ...]:
-    """Weight files, once nothing that they or config.json claim is out of range."""
+    """The weight files, after checks that their claims and those of config.json are in range."""
     check_headers(files)
     check_sizes(folder / "config.json", config, sum(file.stat().st_size for file in files))
     return tuple(files)
@@ -365,25 +365,25 @@ def _download(name: str, revision: str | None, weights: str) -> tuple[Path, str 
 
 
 def forward_config(source: ModelSource) -> dict[str, Any]:
-    """The fields of the model's configuration that can move a log-probability, as they stand on disk.
+    """The fields of the model's configuration that can change a log-prob, as stored on disk.
 
-    Taken from config.json and not from the loaded object, which grows new default fields with every release of
-    transformers and would make old caches miss.
+    They come from config.json, not from the loaded object, which gets new default fields with every release of
+    transformers and would invalidate old caches.
     """
     if source.gguf:
-        # Everything in a GGUF that shapes the forward is in the file whose bytes are hashed.
+        # A GGUF file contains all settings of the forward, and its bytes are hashed.
         return {"format": "gguf"}
     raw = _read_json(source.folder / "config.json")
     return {k: v for k, v in sorted(raw.items()) if k not in _INERT_CONFIG_FIELDS}
 
 
 def adapter_config(source: ModelSource) -> dict[str, Any]:
-    """The fields of adapter_config.json that move a log-probability (`lora_alpha` among them)."""
+    """The fields of adapter_config.json that change a log-prob (such as `lora_alpha`)."""
     raw = _read_json(source.folder / "adapter_config.json")
-    kept = {k: raw[k] for k in _ADAPTER_FIELDS if raw.get(k) not in (None, [], {}, False)}
+    selected = {k: raw[k] for k in _ADAPTER_FIELDS if raw.get(k) not in (None, [], {}, False)}
     start = raw.get("init_lora_weights")
     if isinstance(start, str) and start not in ("gaussian", "orthogonal"):
-        kept["init_lora_weights"] = start  # PiSSA, OLoRA and their like change the base again whenever they are loaded
-    if isinstance(kept.get("target_modules"), list):
-        kept["target_modules"] = sorted(kept["target_modules"])
-    return kept
+        selected["init_lora_weights"] = start  # PiSSA, OLoRA and similar starts change the base at every load
+    if isinstance(selected.get("target_modules"), list):
+        selected["target_modules"] = sorted(selected["target_modules"])
+    return selected

@@ -1,6 +1,6 @@
 """Chooses and loads the tokenizer and chat template that SFT used. Needs no torch.
 
-What stands beside an SFT adapter is what SFT used, so it is taken before the base's own. Knows nothing of pairs.
+Files next to an SFT adapter are what SFT used, so they take precedence over the base's. Independent of pairs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt",
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 _MAX_TEMPLATE_BYTES = 16 << 20
 _MORE_TEMPLATES = "additional_chat_templates"
-# What `save_pretrained` of a tokenizer may write.
+# Files that `save_pretrained` of a tokenizer may write.
 _FILES = re.compile(
     r"(tokenizer.*\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|"
     r"tekken\.json|chat_template\.(jinja|json))"
@@ -34,12 +34,12 @@ _FILES = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class TokenizerChoice:
-    """Source of tokenizer and chat template.
+    """The source of tokenizer and chat template.
 
     Attributes:
-        source: the folder (or GGUF file) that the tokenizer is loaded from.
-        template: a file whose template takes the place of the tokenizer's own, or None.
-        base: the model's own, where another one was chosen; else None.
+        source: folder (or GGUF file) to load the tokenizer from.
+        template: file whose template replaces the tokenizer's own, or None.
+        base: the model's own tokenizer, if another one was chosen; else None.
     """
 
     source: ModelSource
@@ -47,7 +47,7 @@ class TokenizerChoice:
     base: ModelSource | None = None
 
     def record(self) -> dict[str, str]:
-        """Return what phase two needs to find it again; empty for the model's own."""
+        """What phase two needs to find it again; empty for the model's own tokenizer."""
         if self.base is None:
             return {}
         name = self.source.name if self.source.revision else str(self.source.folder.resolve())
@@ -56,7 +56,7 @@ class TokenizerChoice:
 
 
 def choose_tokenizer(model: ModelSource, adapter: str | None, tokenizer: str | None) -> TokenizerChoice:
-    """The tokenizer that is named, or else the one beside the SFT adapter, or else the model's.
+    """Chooses the tokenizer that the user named, or the one next to the SFT adapter, or the model's.
 
     Args:
         model: the base.
@@ -64,7 +64,7 @@ def choose_tokenizer(model: ModelSource, adapter: str | None, tokenizer: str | N
         tokenizer: `--tokenizer`: a folder or hub id.
 
     Raises:
-        UserError: nothing is there.
+        UserError: no tokenizer there.
     """
     if tokenizer is not None:
         source = find_tokenizer(tokenizer)
@@ -83,15 +83,15 @@ def choose_tokenizer(model: ModelSource, adapter: str | None, tokenizer: str | N
     beside = find_tokenizer(adapter)
     for folder in _companions(beside.folder):
         if _vocabulary(folder) is not None:
-            own = ModelSource(str(folder), folder, ()) if folder != beside.folder else beside
-            return TokenizerChoice(own, base=model)
+            found_tokenizer = ModelSource(str(folder), folder, ()) if folder != beside.folder else beside
+            return TokenizerChoice(found_tokenizer, base=model)
         if (template := _template_file(folder)) is not None:
             return TokenizerChoice(model, template, base=model)
     return TokenizerChoice(model)
 
 
 def recorded_tokenizer(model: ModelSource, reference: Mapping[str, Any]) -> TokenizerChoice:
-    """The tokenizer that a view's `reference` record names, or else the model's.
+    """The tokenizer named in a view's `reference` record, or else the model's.
 
     Raises:
         UserError: it is no longer there.
@@ -115,39 +115,39 @@ def load_chosen(choice: TokenizerChoice) -> Any:
 
 
 def remark_on(choice: TokenizerChoice, tokenizer: Any) -> str:
-    """Describe how a tokenizer differs from the model's; empty if it does not."""
+    """Describes how a tokenizer differs from the model's; empty if it does not."""
     if choice.base is None:
         return ""
     where = choice.template or choice.source.folder
     try:
-        own = load_tokenizer(choice.base)
+        model_tokenizer = load_tokenizer(choice.base)
     except UserError:
         return f"tokenizer of {where}: the model has none"
-    differences = tokenizer_differences(tokenizer, own)
+    differences = tokenizer_differences(tokenizer, model_tokenizer)
     return f"tokenizer of {where}; its {', '.join(differences)} not the model's" if differences else ""
 
 
 def tokenizer_differences(one: Any, other: Any) -> list[str]:
-    """In what two tokenizers differ: chat template, special tokens, ids of tokens."""
-    found = []
+    """How two tokenizers differ: chat template, special tokens, ids of tokens."""
+    differing = []
     if getattr(one, "chat_template", None) != getattr(other, "chat_template", None):
-        found.append("chat template is")
+        differing.append("chat template is")
     if one.special_tokens_map != other.special_tokens_map:
         names = {
             name
             for name in {*one.special_tokens_map, *other.special_tokens_map}
             if one.special_tokens_map.get(name) != other.special_tokens_map.get(name)
         }
-        found.append(f"special tokens ({', '.join(sorted(names))}) are")
+        differing.append(f"special tokens ({', '.join(sorted(names))}) are")
     if one.get_vocab() != other.get_vocab():
-        found.append("token ids are")
-    return found
+        differing.append("token ids are")
+    return differing
 
 
 def copy_tokenizer(choice: TokenizerChoice, into: Path) -> None:
-    """Puts tokenizer and template into a result's folder: those that made the texts, in the place of the model's."""
+    """Copies the tokenizer and template that made the texts to a result's folder, instead of the model's."""
     if choice.base is None and _vocabulary(into) is not None:
-        return  # the model's own, which came with its other files
+        return  # the model's own, copied with its other files
     if choice.source.gguf:
         if _vocabulary(into) is None:
             load_tokenizer(choice.source).save_pretrained(into)
@@ -170,7 +170,7 @@ def _copy_files(folder: Path, into: Path) -> None:
 
 
 def has_tokenizer(source: ModelSource) -> bool:
-    """Whether a tokenizer stands in a model's folder."""
+    """Whether a model's folder has a tokenizer."""
     return source.gguf or _vocabulary(source.folder) is not None
 
 
@@ -178,7 +178,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     """The model's tokenizer.
 
     Raises:
-        UserError: there is none beside the model.
+        UserError: the model has none.
     """
     if source.gguf:
         from dpoeng.engine.models.gguf import load_gguf_tokenizer
@@ -199,7 +199,7 @@ def load_tokenizer(source: ModelSource) -> Any:
             found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
             remedy="copy the tokenizer files from the model that this one was trained from",
         ) from error
-    # transformers reads chat_template.json for processors alone, and then finds no template for the tokenizer.
+    # transformers reads chat_template.json only for processors, so the tokenizer would have no template.
     if tokenizer.chat_template is None and (file := source.folder / "chat_template.json").is_file():
         tokenizer.chat_template = _read_template(file)
     return tokenizer
@@ -207,16 +207,16 @@ def load_tokenizer(source: ModelSource) -> Any:
 
 @contextmanager
 def without_torch(*models: str | None) -> Iterator[None]:
-    """transformers without torch, for work on tokenizers alone: none of them uses it, and loading it takes seconds.
+    """Imports transformers without torch: tokenizers do not need it, and loading it takes seconds.
 
-    Where either already exists nothing changes, nor for a GGUF file, whose reader needs torch. Afterwards
-    transformers is forgotten, since it has taken for granted that torch is missing: who needs models imports it anew.
+    Does nothing if either is imported already, or for a GGUF file, whose reader needs torch. Afterwards transformers is
+    unloaded, because it has recorded that torch is missing: code that needs models imports it again.
     """
     if "torch" in sys.modules or "transformers" in sys.modules or any(str(name).endswith(".gguf") for name in models):
         yield
         return
     sys.modules["torch"] = None  # type: ignore[assignment] # how an import is refused
-    quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"  # it would say that torch is missing
+    quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"  # its warning that torch is missing
     before = os.environ.get(quiet)
     os.environ[quiet] = "1"
     try:
@@ -232,7 +232,7 @@ def without_torch(*models: str | None) -> Iterator[None]:
 
 
 def _require_sentencepiece(source: ModelSource) -> None:
-    """Raise where the vocabulary is a sentencepiece model and nothing here can read it."""
+    """Raises if the vocabulary is a sentencepiece model and no installed package can read it."""
     if _vocabulary(source.folder) == "tokenizer.model":
         lacking = [name for name in ("sentencepiece", "google.protobuf") if not _installed(name)]
         if lacking:
@@ -255,7 +255,7 @@ def _installed(name: str) -> bool:
 
 
 def _companions(folder: Path) -> list[Path]:
-    """Return the folders that may hold an adapter's files: beside it, or beside its checkpoints."""
+    """Folders that may have an adapter's files: next to it, or next to its checkpoints."""
     parent = folder.resolve().parent
     is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.resolve().name) is not None
     return [folder, *([parent] if is_checkpoint or not (parent / "config.json").is_file() else [])]
@@ -271,14 +271,14 @@ def _template_file(folder: Path) -> Path | None:
 
 
 def _read_template(file: Path) -> str | dict[str, str] | None:
-    """The template of a file, or its templates by name (`default`, `tool_use`, ...); None where it holds none.
+    """The template in a file, or its templates by name (`default`, `tool_use`, ...); None if it has none.
 
     Raises:
-        UserError: what stands there is no template.
+        UserError: the file has no valid template.
     """
     if (size := file.stat().st_size) > _MAX_TEMPLATE_BYTES:
         raise UserError(
-            "the chat template is longer than any",
+            "the chat template is too large",
             code="tokenizer-claims",
             where=str(file),
             expected=f"at most {_MAX_TEMPLATE_BYTES >> 20} MiB",
@@ -292,11 +292,11 @@ def _read_template(file: Path) -> str | dict[str, str] | None:
         named = {one.stem: one.read_text(encoding="utf-8") for one in more}
         return {"default": text, **named} if named else text
     try:
-        held = json.loads(text)
-        held = held.get("chat_template") if isinstance(held, dict) else held
-        if held is None or isinstance(held, str):
-            return held
-        named = {one["name"]: one["template"] for one in held} if isinstance(held, list) else dict(held)
+        content = json.loads(text)
+        content = content.get("chat_template") if isinstance(content, dict) else content
+        if content is None or isinstance(content, str):
+            return content
+        named = {one["name"]: one["template"] for one in content} if isinstance(content, list) else dict(content)
         if not named or not all(isinstance(one, str) for one in named.values()):
             raise ValueError("a template that is not text")
     except (ValueError, KeyError, TypeError) as error:
@@ -312,7 +312,7 @@ def _read_template(file: Path) -> str | dict[str, str] | None:
 
 
 def _write_template(template: str | dict[str, str], into: Path) -> None:
-    """Writes templates where transformers looks for them first."""
+    """Writes templates where transformers looks first."""
     named = {"default": template} if isinstance(template, str) else dict(template)
     shutil.rmtree(into / _MORE_TEMPLATES, ignore_errors=True)
     (into / "chat_template.json").unlink(missing_ok=True)

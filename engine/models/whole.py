@@ -1,6 +1,6 @@
-"""A checkpoint loaded whole by transformers, in float32 on the CPU, with its adapters on by peft: for merging.
+"""Loads a whole checkpoint with transformers, in float32 on the CPU, with its peft adapters: for merging.
 
-Knows nothing of caches, training or how files are written.
+Independent of caches, training and output files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
 
 
 def load_with_adapters(base: ModelSource, adapters: Sequence[ModelSource]) -> Any:
-    """The base with all adapters switched on, as peft's model, in evaluation mode.
+    """The base with all adapters active, as peft's model, in evaluation mode.
 
     Raises:
         UserError: an adapter does not fit the base.
@@ -39,11 +39,11 @@ def load_with_adapters(base: ModelSource, adapters: Sequence[ModelSource]) -> An
     from peft import PeftModel
 
     model: Any = load_whole(base.folder)
-    own = model
+    current = model
     try:
         for number, adapter in enumerate(adapters):
             if number == 0:
-                model = PeftModel.from_pretrained(own, str(adapter.folder), adapter_name="0")
+                model = PeftModel.from_pretrained(current, str(adapter.folder), adapter_name="0")
             else:
                 model.load_adapter(str(adapter.folder), adapter_name=str(number))
         model.base_model.set_adapter([str(number) for number in range(len(adapters))])
@@ -59,7 +59,7 @@ def load_with_adapters(base: ModelSource, adapters: Sequence[ModelSource]) -> An
 
 
 def as_stored(merged: Any) -> dict[str, torch.Tensor]:
-    """The merged model's weights under the names, and in the pieces, of a checkpoint's files."""
+    """The merged model's weights under the names, and in the pieces, of the checkpoint's files."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return dict(revert_weight_conversion(merged, merged.state_dict()))

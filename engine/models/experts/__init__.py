@@ -1,4 +1,4 @@
-"""Mixtures of experts whose weights are stacked: held in 8 or 4 bits, multiplied expert by expert, adapted by LoRA.
+"""Mixtures of experts with stacked weights: in 8 or 4 bits, multiplied expert by expert, adapted by LoRA.
 
-Knows transformers' experts modules and peft's wrappers of their parameters. Knows nothing of routing, pairs or phases.
+Knows transformers' experts modules and peft's parameter wrappers. Independent of routing, pairs and phases.
 """

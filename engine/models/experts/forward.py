@@ -1,8 +1,8 @@
-"""The forward of an experts module over stacks: quantised ones, and ones that LoRA adapts.
+"""The forward of an experts module over stacks, quantised or adapted by LoRA.
 
 The arithmetic is that of transformers' `grouped_mm` (`transformers/integrations/moe.py`): tokens sorted by expert, one
-product for each expert, results weighted by the router and summed over a token's experts. peft's own forward of an
-adapted stack forms the update of every weight of every expert, as large as the stack; here each token meets A and B.
+product per expert, results weighted by the router and summed over a token's experts. peft's forward of an adapted stack
+computes the update of every weight of every expert, as large as the stack; here each token is multiplied by A and B.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dpoeng.engine.models.experts.product import add_update, grouped_product
 from dpoeng.engine.models.experts.stacks import experts_modules, held_by, stack_names, stack_of
 
 Updates = Mapping[str, Sequence[tuple[torch.Tensor, torch.Tensor, float]]]
-"""Stack -> LoRA's (A [E, R, I], B [E, O, R], scale) of each adapter that is on."""
+"""Stack -> LoRA's (A [E, R, I], B [E, O, R], scale) of each active adapter."""
 
 
 def experts_forward(
@@ -28,7 +28,7 @@ def experts_forward(
     top_k_weights: torch.Tensor,
     updates: Updates | None = None,
 ) -> torch.Tensor:
-    """Tokens [T, H] through their experts [T, K], weighted by [T, K] -> [T, H]."""
+    """Runs tokens [T, H] through their experts [T, K], weighted by [T, K] -> [T, H]."""
     count = stack_of(experts, "down_proj").shape[0]
     each = top_k_index.shape[-1]
     chosen, order = torch.sort(top_k_index.reshape(-1), stable=True)
@@ -54,7 +54,7 @@ def experts_forward(
 
 
 def _bounds(chosen: torch.Tensor, count: int) -> list[int]:
-    """Where each expert's tokens begin and end; as even as can be where there are no values."""
+    """Where each expert's tokens begin and end; without values (meta), as even as possible."""
     if chosen.is_meta:
         return [len(chosen) * expert // count for expert in range(count + 1)]
     edges = torch.searchsorted(chosen, torch.arange(count + 1, device=chosen.device))
@@ -62,13 +62,13 @@ def _bounds(chosen: torch.Tensor, count: int) -> list[int]:
 
 
 def multiply_by_stacks(model: nn.Module) -> None:
-    """Makes experts modules multiply by their stacks as these are held; they may be quantised, or become so later."""
+    """Makes experts modules multiply by their stacks as stored; these may be quantised, now or later."""
     for _, module in experts_modules(model):
         module.forward = types.MethodType(experts_forward, module)
 
 
 def use_stack_product(model: nn.Module) -> None:
-    """Makes LoRA on stacks (peft's `target_parameters`) an update of each token, where the stacks are frozen."""
+    """Applies LoRA on stacks (peft's `target_parameters`) token by token, if the stacks are frozen."""
     for module in model.modules():
         chain, experts = _wrappers(module)
         if chain and stack_names(experts) and "forward" not in module.__dict__:
@@ -76,7 +76,7 @@ def use_stack_product(model: nn.Module) -> None:
 
 
 def use_peft_stack_product(model: nn.Module) -> None:
-    """Gives wrapped stacks peft's own forward back, where these are not quantised."""
+    """Restores peft's own forward of wrapped stacks, if these are not quantised."""
     for module in model.modules():
         chain, experts = _wrappers(module)
         if chain and all(held_by(parameter) is None for parameter in experts.parameters()):
@@ -84,7 +84,7 @@ def use_peft_stack_product(model: nn.Module) -> None:
 
 
 def _wrappers(module: Any) -> tuple[list[Any], Any]:
-    """peft's wrappers from this one inwards, one for each parameter, and the module within."""
+    """peft's wrappers from this one inwards, one per parameter, and the innermost module."""
     chain = []
     while type(module).__name__ == "ParamWrapper":
         chain.append(module)
@@ -107,10 +107,10 @@ def _factors(wrapper: Any) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
     if wrapper.disable_adapters:
         return []
     count = wrapper.num_experts
-    found = []
+    factors = []
     for name in wrapper.active_adapters:
         if name in wrapper.lora_A:
             a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
             b = b.reshape(b.shape[0], -1, count).permute(2, 0, 1)
-            found.append((a.reshape(count, -1, a.shape[-1]), b, wrapper.scaling[name]))
-    return found
+            factors.append((a.reshape(count, -1, a.shape[-1]), b, wrapper.scaling[name]))
+    return factors

@@ -1,4 +1,4 @@
-"""Stacks of experts quantised while transformers loads them, one at a time, by the quantiser that does the rest."""
+"""Quantises stacks of experts while transformers loads them, one at a time, in the quantiser for the other layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dpoeng.engine.models.experts.stacks import experts_modules, fits, placehold
 
 
 def quantize_experts(model: nn.Module, settings: Any) -> None:
-    """Quantises the stacks of a model that is there already, as loading with these bitsandbytes settings does."""
+    """Quantises the stacks of a loaded model, as loading with these bitsandbytes settings does."""
     for _, module in experts_modules(model):
         for name in (one for one in stack_names(module) if _quantizable(module, one, settings)):
             setattr(module, name, _quantized(module, getattr(module, name), settings))
@@ -38,10 +38,10 @@ def _quantized(module: Any, weight: torch.Tensor, settings: Any) -> nn.Parameter
 
 @contextlib.contextmanager
 def quantizing_experts(settings: Any) -> Iterator[None]:
-    """While it lasts, models that transformers loads with these settings have their stacks quantised too.
+    """Within the block, transformers also quantises the stacks of models that it loads with these settings.
 
-    `settings`: a BitsAndBytesConfig; None changes nothing. transformers chooses its quantiser by a table, in which one
-    that knows stacks stands meanwhile.
+    `settings`: a BitsAndBytesConfig; None changes nothing. transformers looks its quantiser up in a table; within the
+    block that table has one that handles stacks.
     """
     if settings is None:
         yield
@@ -60,21 +60,21 @@ def quantizing_experts(settings: Any) -> Iterator[None]:
     operation: Any = transformers.core_model_loading.ConversionOps
 
     class Quantize(operation):  # type: ignore[misc]
-        """The quantiser's own operation, and ours for stacks."""
+        """The quantiser's own operation, with ours for stacks."""
 
         def __init__(self, other: Any) -> None:
             self.other = other
 
         def convert(self, input_dict: dict[str, Any], model: Any = None, **named: Any) -> dict[str, Any]:
-            """Name -> what takes the parameter's place."""
-            found: dict[str, Any] = {}
+            """Name -> what replaces the parameter."""
+            converted: dict[str, Any] = {}
             for name, value in input_dict.items():
                 if is_stack(model, name):
                     module, _ = get_module_from_name(model, name)
-                    found[name] = _quantized(module, value[0] if isinstance(value, list) else value, settings)
+                    converted[name] = _quantized(module, value[0] if isinstance(value, list) else value, settings)
                 else:
-                    found |= self.other.convert({name: value}, model=model, **named)
-            return found
+                    converted |= self.other.convert({name: value}, model=model, **named)
+            return converted
 
     def needs(self: Any, model: Any, param_name: str, **named: Any) -> bool:
         return is_stack(model, param_name) or parent.param_needs_quantization(self, model, param_name, **named)

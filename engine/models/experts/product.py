@@ -1,7 +1,7 @@
-"""Products of tokens with the matrices of their experts, and with LoRA's: exact, and a few experts wide at a time.
+"""Products of tokens with their experts' matrices, and with LoRA's: exact, for a few experts at a time.
 
-Tokens come sorted by expert. The backward of a frozen stack needs its weights alone, so nothing of the tokens is kept;
-LoRA's keeps them as they are. What is widened exists for `PART_BYTES` at a time.
+Tokens are sorted by expert. The backward of a frozen stack needs only its weights, so no tokens are saved; LoRA's saves
+them unchanged. At most `PART_BYTES` of widened weights exist at a time.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from dpoeng.engine.models.experts.stacks import Stack
 from dpoeng.kernels.cpu_linear import linear
 
 PART_BYTES = 256 * 2**20
-"""Of matrices that are widened together."""
+"""Limit for matrices that are widened together."""
 
 
 def grouped_product(x: torch.Tensor, stack: Stack, bounds: Sequence[int]) -> torch.Tensor:
-    """x [S, I], of which expert e multiplies rows `bounds[e]` to `bounds[e + 1]` by its matrix^T -> [S, O]."""
+    """x [S, I] -> [S, O]: rows `bounds[e]` to `bounds[e + 1]` are multiplied by the transposed matrix of expert e."""
     out: torch.Tensor = _Grouped.apply(x, stack, bounds)  # type: ignore[no-untyped-call]
     return out
 
@@ -27,15 +27,15 @@ def grouped_product(x: torch.Tensor, stack: Stack, bounds: Sequence[int]) -> tor
 def add_update(
     out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, bounds: Sequence[int]
 ) -> torch.Tensor:
-    """`out + scale * (x A_e^T) B_e^T` in out itself, for a [E, R, I] and b [E, O, R] of LoRA, in their dtype."""
+    """Adds `scale * (x A_e^T) B_e^T` to out in place, for LoRA's a [E, R, I] and b [E, O, R], in their dtype."""
     updated: torch.Tensor = _Update.apply(out, x, a, b, scale, bounds)  # type: ignore[no-untyped-call]
     return updated
 
 
 def _spans(bounds: Sequence[int], first: int, last: int, meta: bool) -> Iterator[tuple[int, slice]]:
-    """Each expert that has tokens, and which; where there are no values (`dpoeng plan`) the first two."""
-    found = ((e, slice(bounds[e], bounds[e + 1])) for e in range(first, last) if bounds[e] < bounds[e + 1])
-    for i, span in enumerate(found):
+    """Each expert with tokens, and its rows; without values (`dpoeng plan`) only the first two."""
+    spans = ((e, slice(bounds[e], bounds[e + 1])) for e in range(first, last) if bounds[e] < bounds[e + 1])
+    for i, span in enumerate(spans):
         if meta and i == 2:
             return
         yield span
@@ -57,7 +57,7 @@ def _multiply(x: torch.Tensor, out: torch.Tensor, stack: Stack, bounds: Sequence
 class _Grouped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, stack: Stack, bounds: Sequence[int]) -> torch.Tensor:
-        """Keeps nothing of x."""
+        """Saves nothing of x."""
         ctx.stack, ctx.bounds = stack, bounds
         out = x.new_empty(x.shape[0], stack.shape[1])
         _multiply(x, out, stack, bounds, back=False)
@@ -82,7 +82,7 @@ class _Update(torch.autograd.Function):
         scale: float,
         bounds: Sequence[int],
     ) -> torch.Tensor:
-        """Keeps x and x A^T [S, R]."""
+        """Saves x and x A^T [S, R]."""
         low = x.new_empty((x.shape[0], a.shape[1]), dtype=a.dtype)
         for expert, rows in _spans(bounds, 0, len(a), x.is_meta):
             low[rows] = x[rows].to(a.dtype) @ a[expert].T

@@ -1,8 +1,8 @@
 """The weights of all experts of a layer as one stack: found in a model, quantised, widened a few experts at a time.
 
-transformers holds the experts' matrices as parameters `[E, O, I]` (or `[E, I, O]`), which bitsandbytes' layers do not
-reach: in Qwen3-30B-A3B they are 97 % of the weights. A quantised stack is an attribute of its parameter, which becomes
-a placeholder of the same shape, dtype and device: one NaN in memory, so that whatever still reads it is noticed.
+transformers stores the experts' matrices as parameters `[E, O, I]` (or `[E, I, O]`), which bitsandbytes' layers do not
+cover: in Qwen3-30B-A3B they are 97 % of the weights. A quantised stack is an attribute of its parameter, which becomes
+a placeholder of the same shape, dtype and device: a single NaN in memory, so that code that still reads it is noticed.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from dpoeng.engine.config.fields import Quantization
 from dpoeng.kernels.int8_linear import widened
 
 BLOCK = 64
-"""Weights that share a scale in 4 bits, bitsandbytes' own default."""
+"""Weights per scale in 4 bits, bitsandbytes' default."""
 
 _HELD = "dpoeng_stack"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlainStack:
-    """A stack that is not quantised: `weight` [E, O, I], or [E, I, O] with `transposed`."""
+    """An unquantised stack: `weight` [E, O, I], or [E, I, O] with `transposed`."""
 
     weight: torch.Tensor
     transposed: bool
@@ -36,17 +36,17 @@ class PlainStack:
         return _shape(tuple(self.weight.shape), self.transposed)
 
     def widened(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
-        """The matrices [n, O, I] of some experts that follow each other."""
+        """The matrices [n, O, I] of consecutive experts."""
         return _turned(self.weight[first:last].to(dtype), self.transposed)
 
     def tensors(self) -> list[torch.Tensor]:
-        """What is in memory beside the model's parameters."""
+        """The tensors in memory besides the model's parameters."""
         return []
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stack8bit:
-    """8 bits with a scale for each output of each expert: `codes` [E, O, I] int8, `scales` [E, O] float32."""
+    """8 bits with one scale per output and expert: `codes` [E, O, I] int8, `scales` [E, O] float32."""
 
     codes: torch.Tensor
     scales: torch.Tensor
@@ -58,27 +58,27 @@ class Stack8bit:
         return experts, outputs, inputs
 
     def widened(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
-        """The matrices [n, O, I] of some experts that follow each other."""
+        """The matrices [n, O, I] of consecutive experts."""
         codes = self.codes[first:last]
         return widened(codes.flatten(0, 1), self.scales[first:last].flatten(), dtype).view(codes.shape)
 
     def tensors(self) -> list[torch.Tensor]:
-        """What is in memory beside the model's parameters."""
+        """The tensors in memory besides the model's parameters."""
         return [self.codes, self.scales]
 
     def __deepcopy__(self, memo: Any) -> Stack8bit:
-        """Itself: copies of a model share what is frozen."""
+        """Returns itself: copies of a model share frozen weights."""
         return self
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stack4bit:
-    """bitsandbytes' 4 bits (NF4 or FP4) of a whole stack; no block crosses from one expert to the next.
+    """bitsandbytes' 4 bits (NF4 or FP4) for a whole stack; no block spans two experts.
 
     Attributes:
-        codes: two weights a byte, in the parameter's own order.
-        state: bitsandbytes' QuantState of the whole stack, as rows of one block: on a CPU it takes the rows of other
-            shapes for whole blocks.
+        codes: two weights per byte, in the parameter's order.
+        state: bitsandbytes' QuantState of the whole stack, as rows of one block: on a CPU it would treat rows of other
+            shapes as whole blocks.
         stored: the parameter's shape.
         transposed: whether that is [E, I, O].
     """
@@ -94,7 +94,7 @@ class Stack4bit:
         return _shape(self.stored, self.transposed)
 
     def widened(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
-        """The matrices [n, O, I] of some experts that follow each other."""
+        """The matrices [n, O, I] of consecutive experts."""
         from bitsandbytes import functional
 
         _, rows, columns = self.stored
@@ -114,13 +114,13 @@ class Stack4bit:
         return _turned(functional.dequantize_4bit(codes, part).view(-1, rows, columns), self.transposed)
 
     def tensors(self) -> list[torch.Tensor]:
-        """What is in memory beside the model's parameters."""
+        """The tensors in memory besides the model's parameters."""
         levels = [level for level in (self.state, self.state.state2) if level is not None]
-        found = [self.codes, *(getattr(level, name) for level in levels for name in ("absmax", "code", "offset"))]
-        return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
+        tensors = [self.codes, *(getattr(level, name) for level in levels for name in ("absmax", "code", "offset"))]
+        return [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
 
     def __deepcopy__(self, memo: Any) -> Stack4bit:
-        """Itself: copies of a model share what is frozen."""
+        """Returns itself: copies of a model share frozen weights."""
         return self
 
 
@@ -158,16 +158,16 @@ def _turned(weights: torch.Tensor, transposed: bool) -> torch.Tensor:
 
 
 def stack_names(module: nn.Module) -> tuple[str, ...]:
-    """The parameters of an experts module that are stacks; none of any other module, nor of one that multiplies alone.
+    """The parameters of an experts module that are stacks; none for other modules, or one that multiplies by itself.
 
-    transformers marks its experts modules by what their exchangeable forward has to know of them
+    transformers marks its experts modules with the attributes that their exchangeable forward needs
     (`use_experts_implementation`).
     """
     if not (hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "has_gate")):
         return ()
     names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
-    own = dict(module.named_parameters(recurse=False))
-    return names if all(name in own and own[name].dim() == 3 for name in names) else ()
+    parameters = dict(module.named_parameters(recurse=False))
+    return names if all(name in parameters and parameters[name].dim() == 3 for name in names) else ()
 
 
 def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -176,31 +176,31 @@ def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def unreached_stacks(model: nn.Module) -> list[str]:
-    """Names of three-dimensional weights that stay as they are when the rest is quantised."""
+    """Names of three-dimensional weights that stay unquantised when the rest is quantised."""
     kernels = {id(p) for module in model.modules() if isinstance(module, nn.Conv1d) for p in module.parameters()}
     return [n for n, p in model.named_parameters() if p.dim() == 3 and id(p) not in kernels and held_by(p) is None]
 
 
 def fits(weight: torch.Tensor, *, bits: int) -> bool:
-    """Whether a stack can be quantised: in 4 bits, no block may reach from one expert into the next."""
+    """Whether a stack can be quantised: in 4 bits, no block may span two experts."""
     return bits == 8 or weight[0].numel() % BLOCK == 0
 
 
 def stack_of(module: Any, name: str) -> Stack:
-    """A stack of an experts module, as it is held."""
+    """A stack of an experts module, as it is stored."""
     weight = getattr(module, name)
     held: Any = held_by(weight)
     return held or PlainStack(weight, bool(module.is_transposed))
 
 
 def held_by(parameter: torch.Tensor) -> Held | None:
-    """The quantised stack, or the stored matrix, that a placeholder stands for."""
+    """The quantised stack or stored matrix behind a placeholder."""
     found: Held | None = getattr(parameter, _HELD, None)
     return found
 
 
 def placeholder(held: Held, like: torch.Tensor) -> nn.Parameter:
-    """A parameter that stands for quantised weights, of a tensor's shape, dtype and device."""
+    """A placeholder parameter for quantised weights, with a tensor's shape, dtype and device."""
     nothing = torch.full((1,) * like.dim(), float("nan"), dtype=like.dtype, device=like.device)
     parameter = nn.Parameter(nothing.expand(like.shape), requires_grad=False)
     setattr(parameter, _HELD, held)
@@ -208,7 +208,7 @@ def placeholder(held: Held, like: torch.Tensor) -> nn.Parameter:
 
 
 def held_tensors(model: nn.Module) -> list[torch.Tensor]:
-    """All tensors that placeholders stand for."""
+    """All tensors behind placeholders."""
     found = [held for parameter in model.parameters() if (held := held_by(parameter)) is not None]
     return [tensor for held in found for tensor in held.tensors()]
 
@@ -217,13 +217,15 @@ def held_tensors(model: nn.Module) -> list[torch.Tensor]:
 def quantize_stack(
     weight: torch.Tensor, quantization: Quantization, *, transposed: bool, quant_type: str, double_quant: bool
 ) -> Stack8bit | Stack4bit:
-    """A stack that `fits`, in 8 or 4 bits."""
+    """Quantises a stack that `fits` to 8 or 4 bits."""
     if quantization == "8bit":
         turned = _turned(weight, transposed)
         scales = turned.abs().amax(dim=2).float()  # [E, O]
         steps = 127.0 / torch.where(scales == 0, 1.0, scales)
         codes = torch.empty(turned.shape, dtype=torch.int8, device=weight.device)
-        for expert in range(0 if weight.is_meta else len(codes)):  # one at a time: float32 of a stack is twice its size
+        for expert in range(
+            0 if weight.is_meta else len(codes)
+        ):  # one at a time: a whole stack in float32 takes twice its size
             codes[expert] = (turned[expert].float() * steps[expert, :, None]).round_().to(torch.int8)
         return Stack8bit(codes, scales)
     assert fits(weight, bits=4)

@@ -1,1 +1,1 @@
-"""Checkpoints, adapters and tokenizers of strangers: what they claim is looked at before a library acts on it."""
+"""Checkpoints, adapters and tokenizers from strangers: checks their claims before a library acts on them."""

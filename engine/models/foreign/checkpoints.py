@@ -1,7 +1,7 @@
 """Checks a stranger's checkpoint before anything is allocated, matched or opened.
 
-Weight files lie in the named folder, headers and sizes are those that a model can have, and the patterns of an adapter
-end. Reads names, JSON and the first bytes of files; loads no weight.
+Weight files must be in the named folder, headers and sizes must be plausible, and an adapter's patterns must terminate.
+Reads names, JSON and the first bytes of files; loads no weights.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any, Final
 
 from dpoeng.cache.errors import UserError
 
-MAX_HEADER_BYTES: Final = 32 << 20  # DeepSeek-V3 whole has 91,991 tensors: about 12 MB
+MAX_HEADER_BYTES: Final = 32 << 20  # DeepSeek-V3 has 91,991 tensors: about 12 MB
 MAX_RANK: Final = 1 << 16
 MAX_ALPHA: Final = 1e6
 MAX_LAYERS: Final = 10_000
 MAX_PATTERN: Final = 1 << 16
 
-# Field of a config.json, wherever it stands -> the least and the most that it may be.
+# Field of a config.json, at any depth -> its smallest and largest allowed value.
 _SIZES: Final = {
     "vocab_size": (1, 1 << 24),
     "hidden_size": (1, 1 << 20),
@@ -41,15 +41,15 @@ _SIZES: Final = {
     "n_routed_experts": (0, 1 << 16),
 }
 
-# Small embeddings are allocated without a check: loading explains cut files best.
+# Small embeddings are allocated without a check: loading reports truncated files better.
 _SMALL: Final = 1 << 27
 
 
 def shard_files(folder: Path, index: Path, fields: Mapping[str, Any]) -> list[Path]:
-    """The weight files that an index names, in order of their names; whether they exist is not looked at.
+    """The weight files in an index, sorted by name; does not check whether they exist.
 
     Raises:
-        UserError: the map is none, or names a file outside the folder.
+        UserError: the index has no map, or names a file outside the folder.
     """
     named = fields.get("weight_map", {})
     if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
@@ -62,10 +62,10 @@ def shard_files(folder: Path, index: Path, fields: Mapping[str, Any]) -> list[Pa
 
 
 def check_headers(files: Iterable[Path]) -> None:
-    """Refuses safetensors files with a header longer than any model's: it is parsed whole.
+    """Refuses safetensors files with an implausibly long header, because it is parsed whole.
 
     Raises:
-        UserError: with the file and the limit. Files that are no safetensors are left to what loads them.
+        UserError: names the file and the limit. Other kinds of files are left to their loader.
     """
     for file in files:
         with file.open("rb") as opened:
@@ -76,21 +76,21 @@ def check_headers(files: Iterable[Path]) -> None:
 
 
 def check_sizes(where: Path, fields: Mapping[str, Any], weight_bytes: int) -> None:
-    """Refuses sizes that no model has, before transformers allocates by them.
+    """Refuses implausible sizes, before transformers allocates memory for them.
 
     Args:
         where: the config.json.
-        fields: what it holds.
-        weight_bytes: size of all weight files together.
+        fields: its contents.
+        weight_bytes: total size of all weight files.
 
     Raises:
-        UserError: with the field, its range, and what stands there.
+        UserError: names the field, its range and its value.
     """
     parts = [fields, *(part for part in fields.values() if isinstance(part, dict))]
     for part in parts:
         for name, (least, most) in _SIZES.items():
-            held = part.get(name)
-            for size in held if isinstance(held, list) else [held]:
+            size_value = part.get(name)
+            for size in size_value if isinstance(size_value, list) else [size_value]:
                 if size is not None and not (_is_int(size) and least <= size <= most):
                     raise _wrong(where, name, f"a whole number from {least} to {most}", str(size)[:80])
         vocabulary, width = part.get("vocab_size"), part.get("hidden_size")
@@ -104,17 +104,17 @@ def check_sizes(where: Path, fields: Mapping[str, Any], weight_bytes: int) -> No
 
 
 def check_adapter_ranges(where: str, fields: Mapping[str, Any]) -> None:
-    """Refuses an adapter's settings of the wrong type or out of any range, and patterns that may never end.
+    """Refuses adapter settings of the wrong type or range, and patterns that may never terminate.
 
     Raises:
-        UserError: with the field, what may stand there, and what does.
+        UserError: names the field, the allowed values and its value.
     """
     for name, most in (("r", MAX_RANK), ("lora_alpha", MAX_ALPHA)):
         patterns = fields.get("rank_pattern" if name == "r" else "alpha_pattern") or {}
         if not isinstance(patterns, dict):
             raise _wrong(where, f"{name} by module", "patterns, each with a number", type(patterns).__name__)
-        held = [fields[name]] if name in fields else []
-        for value in (*held, *patterns.values()):
+        values = [fields[name]] if name in fields else []
+        for value in (*values, *patterns.values()):
             whole = _is_int(value) and 1 <= value <= most
             number = (isinstance(value, float) and math.isfinite(value)) or _is_int(value)
             if not (whole if name == "r" else number and abs(value) <= most):
@@ -141,18 +141,18 @@ def _check_replication(where: str, ranges: Any) -> None:
     if not pairs or not all(_is_int(edge) for one in ranges for edge in one):
         raise _wrong(where, "layer_replication", "pairs of a first and a last layer", str(ranges)[:80])
     if any(not 0 <= first < last for first, last in ranges) or sum(b - a for a, b in ranges) > MAX_LAYERS:
-        expected = f"ranges of layers, {MAX_LAYERS} layers at most in all"
+        expected = f"ranges of layers, at most {MAX_LAYERS} layers in total"
         raise _wrong(where, "layer_replication", expected, str(ranges)[:80])
 
 
 def check_pattern(where: str, field: str, pattern: str) -> None:
-    """Refuses a regular expression whose matching can take exponentially long, or that is none.
+    """Refuses an invalid regular expression, and one whose matching can take exponentially long.
 
-    Python's `re` tries all ways to divide a text among repeats: a repeat within a repeat never ends on a name of 40
-    letters. So what is repeated may have one way to match, and there may be only so many ways beside each other.
+    Python's `re` tries all ways to divide a text among repeats: nested repeats do not finish on a name of 40 letters.
+    So a repeated part may match in only one way, and the number of adjacent repeats is limited.
 
     Raises:
-        UserError: with the pattern.
+        UserError: quotes the pattern.
     """
     try:
         if len(pattern) > MAX_PATTERN:
@@ -165,23 +165,23 @@ def check_pattern(where: str, field: str, pattern: str) -> None:
 
 
 _MAX_WAYS = 1_000_000
-_MAX_REPEATS = 5  # one beside the other: each is tried at every letter of a name
+_MAX_REPEATS = 5  # adjacent ones: each is tried at every letter of a name
 
 
 def choices(pattern: str) -> tuple[int, int]:
-    """See `_ways`; of a pattern.
+    """Like `_ways`, for a pattern.
 
     Raises:
-        ValueError, re.error: a repeat holds something with several ways to match, or it is no pattern.
+        ValueError, re.error: a repeat contains something with several ways to match, or the pattern is invalid.
     """
     return _ways(_parser.parse(pattern))
 
 
 def _ways(parsed: Sequence[tuple[Any, Any]]) -> tuple[int, int]:
-    """In how many ways a sequence may choose among alternatives, and the repeats of no fixed length beside each other.
+    """The number of ways in which a sequence can choose among alternatives, and of adjacent repeats.
 
     Raises:
-        ValueError: a repeat holds something with several ways to match.
+        ValueError: a repeat contains something with several ways to match.
     """
     ways, repeats = 1, 0
     for operation, argument in parsed:
@@ -189,14 +189,14 @@ def _ways(parsed: Sequence[tuple[Any, Any]]) -> tuple[int, int]:
             least, most, held = argument
             inner_ways, inner_repeats = _ways(held)
             if most > 1 and (inner_ways > 1 or inner_repeats):
-                raise ValueError("a repeat that holds alternatives or another repeat")
+                raise ValueError("a repeat that contains alternatives or another repeat")
             ways *= inner_ways + (1 if least == 0 and most == 1 else 0)
             repeats += inner_repeats + (1 if least != most and most > 1 else 0)
         else:
             several = argument[1] if operation is sre.BRANCH else _held(operation, argument)
-            found = [_ways(one) for one in several]
-            ways *= max(1, sum(one for one, _ in found))
-            repeats += max((one for _, one in found), default=0)
+            branches = [_ways(one) for one in several]
+            ways *= max(1, sum(one for one, _ in branches))
+            repeats += max((one for _, one in branches), default=0)
     return ways, repeats
 
 
@@ -217,7 +217,7 @@ def _is_int(value: Any) -> bool:
 
 def _wrong(where: Path | str, field: str, expected: str, found: str) -> UserError:
     return UserError(
-        "a checkpoint file holds impossible or unsupported values",
+        "a checkpoint file contains impossible or unsupported values",
         code="checkpoint-claims",
         where=f"{where}, {field}",
         expected=expected,

@@ -1,8 +1,8 @@
-"""What a stranger's tokenizer may do to a text, looked at before any text is given to it.
+"""Checks what a stranger's tokenizer may do to a text, before it gets any text.
 
-A normalizer may double its text forty times, and a pattern by which texts are split may take minutes for some of them,
-or fail. The library runs both outside of Python, where nothing stops them. So patterns that can match in many ways are
-tried in a process of its own, with limits, and what makes texts much longer is refused. Ordinary ones are only read.
+A normalizer can double its text forty times, and a splitting pattern can take minutes on some texts, or fail. The
+library runs both outside Python, where nothing stops them. So patterns with many ways to match are tried in a separate
+process with limits, and steps that make texts much longer are refused. Ordinary tokenizers are only read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MAX_REPEATS: Final = 12
 
 _PARTS: Final = ("normalizer", "pre_tokenizer", "decoder")
 _NESTED: Final = ("normalizers", "pretokenizers", "decoders")
-# A character becomes at most so many: https://www.unicode.org/faq/normalization#12 (U+FDFA has 18).
+# The most characters that one becomes: https://www.unicode.org/faq/normalization#12 (18 for U+FDFA).
 _GROWTH: Final = {"ByteLevel": 2, "Precompiled": 18}
 
 _TRIAL: Final = """
@@ -49,13 +49,13 @@ for piece in pieces:
 
 
 def check_tokenizer(file: Path) -> None:
-    """Refuses a tokenizer.json that would make texts endless, or that does not end on some.
+    """Refuses a tokenizer.json that makes texts endless, or does not finish on some.
 
     Args:
-        file: tokenizer.json; where there is none, nothing is checked.
+        file: tokenizer.json; a missing file is not checked.
 
     Raises:
-        UserError: with what the file says.
+        UserError: quotes the setting.
     """
     if not file.is_file():
         return
@@ -64,7 +64,7 @@ def check_tokenizer(file: Path) -> None:
     try:
         fields = json.loads(file.read_bytes())
     except (ValueError, RecursionError):
-        return  # the library says best what is wrong with it
+        return  # the library reports the error better
     if not isinstance(fields, dict):
         return
     for part in _PARTS:
@@ -85,9 +85,9 @@ def check_tokenizer(file: Path) -> None:
 
 
 def is_plain(pattern: str) -> bool:
-    """Whether a pattern of the library's regular expressions has no repeat of something with several ways to match.
+    """Whether no repeat in a pattern of the library contains something with several ways to match.
 
-    Its classes of characters (`\\p{L}`) are read as `\\w`. One that Python cannot read is not plain.
+    Its character classes (`\\p{L}`) are read as `\\w`. A pattern that Python cannot read is not plain.
     """
     try:
         with warnings.catch_warnings():
@@ -108,7 +108,7 @@ def _ends(file: Path) -> bool:
 
 
 def _steps(part: Any, depth: int = 8) -> Iterator[dict[str, Any]]:
-    """The steps of a part of the tokenizer, those within sequences too."""
+    """The steps of a part of the tokenizer, including those within sequences."""
     if not isinstance(part, dict) or not depth:
         return
     yield part
@@ -119,7 +119,7 @@ def _steps(part: Any, depth: int = 8) -> Iterator[dict[str, Any]]:
 
 
 def _growth(step: dict[str, Any]) -> float:
-    """How many times as long a step may make a text."""
+    """The factor by which a step may lengthen a text."""
     if step.get("type") == "Prepend":
         return max(1.0, len(str(step.get("prepend", ""))))
     if step.get("type") != "Replace":
@@ -130,11 +130,11 @@ def _growth(step: dict[str, Any]) -> float:
     if isinstance(text, str) and text:
         return max(1.0, content / len(text))
     least = _least_width(pattern.get("Regex")) if isinstance(pattern, dict) else 0
-    return max(1.0, content / least) if least else 1.0 + content  # what matches nothing is between all characters
+    return max(1.0, content / least) if least else 1.0 + content  # an empty match occurs between all characters
 
 
 def _least_width(pattern: Any) -> int:
-    """Characters that every match of a pattern has; 0 of what Python cannot read."""
+    """The minimum number of characters of a match; 0 if Python cannot read the pattern."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -155,7 +155,7 @@ def _patterns(step: dict[str, Any]) -> Iterator[str]:
 
 def _refused(file: Path, field: str, expected: str, found: str) -> UserError:
     return UserError(
-        "a tokenizer does what no text should go through",
+        "the tokenizer could make texts endless, or never finish on some",
         code="tokenizer-claims",
         where=f"{file}, {field}",
         expected=expected,

@@ -1,5 +1,5 @@
-"""Fused kernels in a model's own layers, on a GPU: where a trial shows that a layer is the kernel's function.
+"""Fused kernels in a model's own layers on a GPU, wherever a trial shows that a layer computes the same function.
 
-What a layer computes is found by running it on small numbers, never by its name, so a new architecture is served or
-left as it is. On a CPU nothing is changed.
+A layer's function is determined by running it on small numbers, never by its name, so new architectures are either
+supported or left unchanged. On a CPU nothing changes.
 """

@@ -1,4 +1,4 @@
-"""Puts the fused kernels into a model's layers, and tries them on the GPU first."""
+"""Installs the fused kernels in a model's layers, after trying them on the GPU."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from dpoeng.kernels.fused.rms_norm import plain_rms_norm, rms_norm
 from dpoeng.kernels.fused.rotary import plain_rotary, rotary
 
 ROTARY = "apply_rotary_pos_emb"
-"""What transformers calls the function in every file of a model."""
+"""transformers' name for the function in every model file."""
 
 
 def use_fused_kernels(base: nn.Module, device: torch.device) -> tuple[str, ...]:
-    """Replaces RMSNorm, rotary positions and gated activations of a model by fused kernels, where they are these.
+    """Replaces RMSNorm, rotary positions and gated activations of a model by fused kernels, if they compute the same.
 
-    For a model on a GPU, or on the meta device, which stands for one. A norm whose weight is trained keeps its own way.
+    For a model on a GPU, or on the meta device, which stands for one. A norm with a trained weight is left unchanged.
 
     Returns:
-        what to tell the user: nothing, or why the kernels are not used.
+        remarks for the user: none, or why the kernels are not used.
     """
     if device.type == "cuda":
         problem = what_disagrees(device)
@@ -49,7 +49,7 @@ def use_fused_kernels(base: nn.Module, device: torch.device) -> tuple[str, ...]:
 
 
 def what_disagrees(device: torch.device) -> str | None:
-    """Tries each kernel on a GPU against plain PyTorch, with gradients; None where all agree."""
+    """Compares each kernel on a GPU with plain PyTorch, including gradients; None if all agree."""
     random = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -73,12 +73,12 @@ def what_disagrees(device: torch.device) -> str | None:
     }
     for name, (ours, plain, leaves) in trials.items():
         try:
-            found, expected = ours(), plain()
-            pull = torch.linspace(-1, 1, found.numel(), device=device).view_as(found)
-            pairs = [(found, expected)]
-            grads = (torch.autograd.grad(out, leaves, pull.view_as(out)) for out in (found, expected))
+            result, expected = ours(), plain()
+            pull = torch.linspace(-1, 1, result.numel(), device=device).view_as(result)
+            pairs = [(result, expected)]
+            grads = (torch.autograd.grad(out, leaves, pull.view_as(out)) for out in (result, expected))
             pairs += list(zip(*grads, strict=True))
-        except Exception as error:  # whatever a compiler or driver says
+        except Exception as error:  # any error of a compiler or driver
             return f"{name} fails ({type(error).__name__}: {str(error).strip().splitlines()[:1]})"
         if not all(torch.allclose(one, other, rtol=1e-4, atol=1e-5) for one, other in pairs):
             return f"{name} differs from PyTorch's on this GPU"
@@ -86,7 +86,7 @@ def what_disagrees(device: torch.device) -> str | None:
 
 
 def _norm_forward(eps: float, offset: float, self: Any, x: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
-    if multiplies_as_cpu(x) or self.weight.requires_grad or more or named:  # Mamba 2's norm may be given a gate
+    if multiplies_as_cpu(x) or self.weight.requires_grad or more or named:  # Mamba 2's norm may receive a gate
         out: torch.Tensor = type(self).forward(self, x, *more, **named)
         return out
     return rms_norm(x, self.weight, eps, offset)
@@ -102,7 +102,7 @@ def _gated_forward(tanh: bool, self: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _rotary_or(original: Any) -> Any:
-    """The kernel for what it takes, the file's own function for all else."""
+    """Uses the kernel for inputs that it supports, and the file's own function for all others."""
 
     @functools.wraps(original)
     def apply(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: Any, **named: Any) -> Any:

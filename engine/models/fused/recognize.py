@@ -1,4 +1,4 @@
-"""Whether a module or function of a model computes what a fused kernel computes, found by trying it on a few numbers.
+"""Tests whether a module or function computes the same as a fused kernel, by trying it on a few numbers.
 
 Each trial runs the class's own forward on a stand-in with small random weights, in float32 on the CPU, and compares.
 """
@@ -21,7 +21,7 @@ _GATED_PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
 def norm_of(module: nn.Module) -> tuple[float, float] | None:
-    """(eps, offset of the weight) where the module is an RMSNorm over the last dimension, else None."""
+    """(eps, offset of the weight) if the module is an RMSNorm over the last dimension, else None."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     weight = getattr(module, "weight", None)
     if not isinstance(eps, float) or not isinstance(weight, nn.Parameter) or weight.ndim != 1:
@@ -30,7 +30,7 @@ def norm_of(module: nn.Module) -> tuple[float, float] | None:
         return None
     random = torch.Generator().manual_seed(0)
     stand_in = _with_parts(module, parameters={"weight": nn.Parameter(torch.randn(64, generator=random))})
-    # Far from 0 in the mean, so that a norm that takes the mean off is another function; large and small rows.
+    # Means far from 0, to detect norms that subtract the mean; large and small rows.
     x = (torch.randn(4, 64, generator=random) + 3) * torch.tensor([[0.01], [1.0], [3.0], [100.0]])
     for offset in (0.0, 1.0):
         if _agree(partial(type(module).forward, stand_in, x), partial(plain_rms_norm, x, _w(stand_in), eps, offset)):
@@ -50,7 +50,7 @@ def gate_of(module: nn.Module) -> bool | None:
     parts: dict[str, nn.Module] = {name: _linear(*shape, random) for name, shape in shapes.items()}
     act = module._modules.get("act_fn")
     stand_in = _with_parts(module, modules={**parts, **({"act_fn": act} if act is not None else {})})
-    # Large values too: an activation that is clamped is another function.
+    # Include large values, to detect clamped activations.
     x = torch.randn(4, 8, generator=random) * torch.tensor([[0.1], [1.0], [10.0], [100.0]])
 
     def ours(tanh: bool) -> torch.Tensor:
@@ -77,22 +77,22 @@ def rotates_halves(function: Callable[..., Any]) -> bool:
 
 
 def _agree(theirs: Callable[[], Any], ours: Callable[[], torch.Tensor]) -> bool:
-    """Whether both give the same numbers. A layer that cannot be tried so is not the kernel's function."""
+    """Whether both give the same numbers. A layer that cannot be tried does not count as the kernel's function."""
     try:
         with torch.no_grad():
-            found, expected = theirs(), ours()
+            result, expected = theirs(), ours()
     except Exception:
         return False
-    same_kind = isinstance(found, torch.Tensor) and found.shape == expected.shape and found.dtype == expected.dtype
-    return same_kind and torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+    same_kind = isinstance(result, torch.Tensor) and result.shape == expected.shape and result.dtype == expected.dtype
+    return same_kind and torch.allclose(result, expected, rtol=1e-5, atol=1e-6)
 
 
 def _with_parts(
     module: nn.Module, *, parameters: dict[str, nn.Parameter] | None = None, modules: dict[str, nn.Module] | None = None
 ) -> nn.Module:
-    """The module with other parameters or children; all else is shared with it."""
+    """A copy of the module with other parameters or children; it shares everything else."""
     stand_in = copy.copy(module)
-    # `copy` shares the dictionaries, so they are replaced and not changed.
+    # `copy` shares the dictionaries, so replace them instead of changing them.
     stand_in.__dict__["_parameters"] = parameters or {}
     stand_in.__dict__["_modules"] = modules or {}
     return stand_in

@@ -1,6 +1,6 @@
-"""A decoder run one layer at a time, with the weights of two layers in memory: what layer offloading is made of.
+"""Runs a decoder one layer at a time, with the weights of two layers in memory: the basis of layer offloading.
 
-`gates` lets the decoder's own forward run any stretch of its layers; `files` reads single layers from a checkpoint;
-`store` keeps the layer at work and the next one; `waiting` holds hidden states on the host; `trial` finds the
-architectures that cannot be run so. Knows nothing of pairs or losses.
+`gates` makes the decoder's own forward run any range of its layers; `files` reads single layers from a checkpoint;
+`store` keeps the current layer and the next one; `waiting` keeps hidden states on the host; `trial` detects
+architectures that cannot run this way. Independent of pairs and losses.
 """

@@ -1,4 +1,4 @@
-"""A model whose layers are run one at a time: what it consists of, and pieces of work taken through all its layers."""
+"""A model that runs one layer at a time: its parts, and how jobs are taken through all its layers."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from dpoeng.engine.models.layers.waiting import Slot, Waiting
 
 Result = TypeVar("Result")
 Job = Callable[[], Any]
-"""Calls the decoder, each time over the same tokens; what it returns is not used."""
+"""Calls the decoder over the same tokens each time; its return value is not used."""
 
 
 @dataclass(slots=True)
 class ByLayer:
-    """How a model is run layer by layer.
+    """How to run a model layer by layer.
 
     Attributes:
-        gates: of its decoder.
+        gates: the gates of its decoder.
         standing_in: see `LayerStore.standing_in`.
-        bytes_read: bytes of layers that have been read from the files so far.
-        folder: where hidden states wait in a mapped scratch file; None: in host memory.
-        limit_bytes: most bytes of hidden states that wait at a time.
-        bytes_per_position: of hidden states between two layers; found by the trial.
+        bytes_read: bytes of layers read from the files so far.
+        folder: folder of the mapped scratch file for hidden states; None: host memory.
+        limit_bytes: maximum bytes of stored hidden states.
+        bytes_per_position: size of hidden states between two layers; determined by the trial.
     """
 
     gates: Gates
@@ -39,7 +39,7 @@ class ByLayer:
     bytes_per_position: int = 0
 
     def waiting(self, device: torch.device) -> Waiting:
-        """Room for hidden states."""
+        """Storage for hidden states."""
         return Waiting(device, self.folder)
 
 
@@ -54,13 +54,13 @@ def through_layers(
 
     Args:
         by_layer: the model.
-        waiting: where hidden states wait.
+        waiting: storage for hidden states.
         jobs: at least one.
-        tell: called with the layer's number and the job's when a job is through a layer.
-        end: the first layer that is not run; None: all are.
+        tell: called with the layer's and the job's number when a job has passed a layer.
+        end: the first layer that does not run; None: all run.
 
     Returns:
-        of each job, where its hidden states after the last layer wait.
+        for each job, the slots of its hidden states after the last layer.
     """
     slots: list[list[Slot]] = [[] for _ in jobs]
     first = by_layer.gates.first
@@ -77,10 +77,10 @@ def through_layers(
 def after_layers(
     by_layer: ByLayer, waiting: Waiting, slots: Sequence[Sequence[Slot]], finish: Callable[[int], Result]
 ) -> Iterator[Result]:
-    """What `finish` makes of each job, whose forward then has only to go on after the last layer."""
+    """The result of `finish` for each job, whose forward only needs to continue after the last layer."""
     with by_layer.gates.starting_at(by_layer.gates.count):
-        for at, own in enumerate(slots):
-            by_layer.gates.give([waiting.get(slot) for slot in own])
+        for at, job_slots in enumerate(slots):
+            by_layer.gates.give([waiting.get(slot) for slot in job_slots])
             result = finish(at)
-            waiting.drop(own)
+            waiting.drop(job_slots)
             yield result

@@ -1,9 +1,9 @@
-"""Single decoder layers read from a checkpoint's safetensors files. Imports transformers.
+"""Reads single decoder layers from a checkpoint's safetensors files. Imports transformers.
 
-transformers loads the model without its layers; later it loads one layer at a time by the same function, so names,
-conversions (experts that are stacked) and quantisation are those of any other load, and so are the numbers. It has no
-hook for that: the loader is a subclass of the model's class, as in `fsdp_loading`, that passes for its parent.
-The files stay mapped: on a CPU, weights that need no conversion are never copied.
+transformers loads the model without its layers, and later one layer at a time with the same function, so names,
+conversions (stacking of experts), quantisation and numbers are those of any other load. It has no hook for this: the
+loader is a subclass of the model's class that uses its parent's name, as in `fsdp_loading`. The files stay mapped: on a
+CPU, weights that need no conversion are never copied.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from dpoeng.engine.models.model import decoder_layers, decoder_of
 from dpoeng.engine.models.sources import ModelSource
 
 Tensors = dict[str, torch.Tensor]
-"""Parameters and buffers of one layer, by their names within it."""
+"""Parameters and buffers of one layer, by their names in the layer."""
 
 
 class _Slice:
-    """A tensor of a file that is read when transformers asks for it; counts what is read."""
+    """A tensor in a file, read on demand; counts the bytes read."""
 
     def __init__(self, tensor: Any, count: Callable[[int], None], *, pin: bool) -> None:
         self._tensor, self._count, self._pin = tensor, count, pin
@@ -55,13 +55,13 @@ class LayerFiles:
     """The layers of one checkpoint.
 
     Attributes:
-        template: a copy of the model whose layers have no values; layers are read into it and taken out again.
+        template: a copy of the model without layer weights; layers are read into it and taken out again.
         prefixes: the name of each layer in the model.
-        tensors: of each layer, its tensors in the files.
-        settings: how transformers loads them.
-        spans: of each layer, (file, first byte, bytes) of what it needs.
-        bytes_read: read so far, of layers.
-        reads: layers read so far.
+        tensors: for each layer, its tensors in the files.
+        settings: transformers' loading settings.
+        spans: for each layer, (file, first byte, bytes) of its tensors.
+        bytes_read: bytes of layers read so far.
+        reads: number of layers read so far.
     """
 
     template: Any
@@ -74,21 +74,21 @@ class LayerFiles:
     reads: int = 0
 
     def names(self, number: int) -> list[str]:
-        """Names within layer `number` of what the files hold of it."""
+        """Names, within layer `number`, of its tensors in the files."""
         layer = self.template.get_submodule(self.prefixes[number])
-        kept = {name for name, _ in layer.named_buffers()} & set(layer.state_dict())
-        return [*(name for name, _ in layer.named_parameters()), *sorted(kept)]
+        saved_buffers = {name for name, _ in layer.named_buffers()} & set(layer.state_dict())
+        return [*(name for name, _ in layer.named_parameters()), *sorted(saved_buffers)]
 
     def shapes(self, number: int) -> tuple[Any, ...]:
-        """What tells kinds of layers apart."""
+        """Shapes, which distinguish kinds of layers."""
         layer = self.template.get_submodule(self.prefixes[number])
         return tuple((name, tuple(tensor.shape)) for name, tensor in layer.state_dict().items())
 
     def read(self, number: int) -> Tensors:
-        """One layer on the device, quantised if the model is.
+        """Reads one layer to the device, quantised if the model is.
 
         Raises:
-            UserError: the files lack a part of it, or hold it in another shape.
+            UserError: the files lack a part of it, or have it in another shape.
         """
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
@@ -96,9 +96,9 @@ class LayerFiles:
         names = self.names(number)
         empty = {name: _get(layer, name) for name in names}
         with _one_thread():
-            found, _ = convert_and_load_state_dict_in_model(self.template, self.tensors[number], self.settings)
-        refuse_missing([f"{prefix}.{name}" for name in names if f"{prefix}.{name}" in found.missing_keys], self.source)
-        refuse_mismatched([one for one in found.mismatched_keys if one[0].startswith(f"{prefix}.")], self.source)
+            info, _ = convert_and_load_state_dict_in_model(self.template, self.tensors[number], self.settings)
+        refuse_missing([f"{prefix}.{name}" for name in names if f"{prefix}.{name}" in info.missing_keys], self.source)
+        refuse_mismatched([one for one in info.mismatched_keys if one[0].startswith(f"{prefix}.")], self.source)
         read = {name: _get(layer, name) for name in names}
         for name, tensor in read.items():
             tensor.requires_grad_(False)
@@ -107,7 +107,7 @@ class LayerFiles:
         return read
 
     def announce(self, number: int) -> None:
-        """Tells the system that a layer will be read soon, so that the disk works meanwhile."""
+        """Tells the system that a layer will be read soon, so that the disk starts early."""
         if not hasattr(os, "posix_fadvise"):
             return
         for file, begin, size in self.spans[number]:
@@ -118,17 +118,17 @@ class LayerFiles:
                 os.close(descriptor)
 
     def add(self, n_bytes: int) -> None:
-        """So much has been read."""
+        """Counts bytes read."""
         self.bytes_read += n_bytes
 
 
 def layered_class(
     source: ModelSource, made: list[LayerFiles], prepared: tuple[Any, Any] | None = None
 ) -> tuple[Any, Any]:
-    """A checkpoint's model class, which loads everything but the decoder's layers; and its config.
+    """A checkpoint's model class that loads everything except the decoder's layers; and its config.
 
-    When a model has been loaded by the class, `made` holds the files of its layers. `prepared`: class and config of a
-    model that is changed first (`fsdp_loading.prepared_class`), as one that begins at a trunk is.
+    After a model has been loaded with the class, `made` contains the files of its layers. `prepared`: class and config
+    of a model that is changed before loading (`fsdp_loading.prepared_class`), such as one that begins at a trunk.
     """
     if prepared is None:
         config, model = empty_model_of(source)
@@ -144,18 +144,18 @@ def layered_class(
         del state_dict, expected_keys
         files = LayerFiles(None, _prefixes(model), [], load_config, source)
         rest, files.tensors = _divide(model, checkpoint_files, load_config, files)
-        found, _ = convert_and_load_state_dict_in_model(model, rest, load_config)
+        info, _ = convert_and_load_state_dict_in_model(model, rest, load_config)
         for prefix in files.prefixes:
             layer = model.get_submodule(prefix)
-            held = layer.state_dict(keep_vars=True)
-            for name, tensor in held.items():
-                found.missing_keys.discard(f"{prefix}.{name}")
+            state = layer.state_dict(keep_vars=True)
+            for name, tensor in state.items():
+                info.missing_keys.discard(f"{prefix}.{name}")
                 if isinstance(tensor, torch.Tensor):
                     tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-        files.bytes_read = 0  # of layers alone
+        files.bytes_read = 0  # count only layers
         files.spans = _spans(checkpoint_files, files.tensors)
         made.append(files)
-        return found, None
+        return info, None
 
     fields = {"_load_pretrained_model": staticmethod(load), "__module__": parent.__module__}
     return type(parent.__name__, (parent,), fields), config
@@ -169,7 +169,7 @@ def _prefixes(model: Any) -> list[str]:
 def _divide(
     model: Any, files: Sequence[str], settings: Any, count: LayerFiles
 ) -> tuple[dict[str, _Slice], list[dict[str, _Slice]]]:
-    """The tensors of the files: those of no layer, and those of each layer."""
+    """The tensors in the files: those outside layers, and those of each layer."""
     from safetensors import safe_open
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -184,18 +184,18 @@ def _divide(
     rest: dict[str, _Slice] = {}
     layers: list[dict[str, _Slice]] = [{} for _ in count.prefixes]
     for file in files:
-        held: Any = safe_open(file, framework="pt", device="cpu")
-        for name in held.keys():  # noqa: SIM118  (a safetensors file is no dictionary)
+        handle: Any = safe_open(file, framework="pt", device="cpu")
+        for name in handle.keys():  # noqa: SIM118  (a safetensors file is no dictionary)
             renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
             if renamed not in known:
                 renamed, _ = rename_source_key(name, [], [], model.base_model_prefix, known)
             number = of_layer.get(renamed)
-            (rest if number is None else layers[number])[name] = _Slice(held.get_slice(name), count.add, pin=pin)
+            (rest if number is None else layers[number])[name] = _Slice(handle.get_slice(name), count.add, pin=pin)
     return rest, layers
 
 
 def _spans(files: Sequence[str], layers: Sequence[Mapping[str, Any]]) -> list[list[tuple[Path, int, int]]]:
-    """Where each layer's tensors lie, by the headers of the files."""
+    """The byte ranges of each layer's tensors, from the files' headers."""
     places: dict[str, tuple[Path, int, int]] = {}
     for file in files:
         with Path(file).open("rb") as opened:
@@ -209,7 +209,7 @@ def _spans(files: Sequence[str], layers: Sequence[Mapping[str, Any]]) -> list[li
 
 
 def template_of(base: Any) -> Any:
-    """A copy of a model in everything but its tensors, which both share."""
+    """A copy of a model that shares its tensors."""
     tensors = [*base.parameters(), *base.buffers()]
     memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
     quantizer = getattr(base, "hf_quantizer", None)
@@ -219,7 +219,7 @@ def template_of(base: Any) -> Any:
 
 
 def put(layer: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Gives a layer a parameter or buffer, past what its modules do when one is assigned."""
+    """Sets a parameter or buffer of a layer, bypassing what its modules do on assignment."""
     path, _, last = name.rpartition(".")
     module = layer.get_submodule(path)
     (module._parameters if last in module._parameters else module._buffers)[last] = tensor  # type: ignore[assignment]
@@ -227,14 +227,14 @@ def put(layer: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 def _get(layer: nn.Module, name: str) -> torch.Tensor:
     path, _, last = name.rpartition(".")
-    found = getattr(layer.get_submodule(path), last)
-    assert isinstance(found, torch.Tensor)
-    return found
+    tensor = getattr(layer.get_submodule(path), last)
+    assert isinstance(tensor, torch.Tensor)
+    return tensor
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """transformers reads with threads of its own, which know nothing of this thread's CUDA stream."""
+    """Makes transformers read in this thread: its own threads do not know this thread's CUDA stream."""
     name = "HF_DEACTIVATE_ASYNC_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"

@@ -1,11 +1,11 @@
-"""Any stretch of a decoder's layers, run by the decoder's own forward.
+"""Runs any range of a decoder's layers through the decoder's own forward.
 
-Every layer's `forward` gets a gate. Outside of a stretch a gate passes the hidden states on; the gate before it puts in
-those that are given; the last one takes them out. Masks, rotary tables, attention plans and what else the
-layers are given are made anew by the decoder itself each time, which costs little beside a layer. So nothing here knows
-an architecture, and whoever calls the decoder (`scoring`) need not know of stretches.
+Every layer's `forward` gets a gate. Outside the range a gate passes the hidden states on; the gate before the range
+inserts the given states; the last one takes them out. The decoder itself rebuilds masks, rotary tables, attention plans
+and other layer inputs each time, which costs little compared with a layer. So nothing here depends on an architecture,
+and the caller of the decoder (`scoring`) need not know about ranges.
 
-An architecture whose layers hand each other more than hidden states cannot be run so; `trial` finds it.
+Architectures whose layers exchange more than hidden states cannot run this way; `trial` detects them.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ import torch
 from torch import nn
 
 States = list[torch.Tensor]
-"""Hidden states between two layers, a tensor for each call of the decoder in one forward (as a rule one)."""
+"""Hidden states between two layers, one tensor per call of the decoder in a forward (usually one)."""
 
 
 class LayersDone(BaseException):
-    """Ends a forward whose stretch of layers has been run. No error: nothing on the way may take it for one."""
+    """Ends a forward after its range of layers. Derives from BaseException so that nothing handles it as an error."""
 
 
 @dataclass(slots=True)
 class _Stretch:
-    """Layers `[begin, end)`: what they are given, and what they have made."""
+    """Layers `[begin, end)`: their inputs and their results."""
 
     begin: int
     end: int
@@ -41,13 +41,13 @@ class _Stretch:
 
 
 class Gates:
-    """The gates of a decoder's layers. Without a stretch every forward is the model's own.
+    """The gates of a decoder's layers. Without a range every forward is the model's own.
 
     Args:
-        layers: the decoder's layers, in its order.
+        layers: the decoder's layers, in order.
         words: the input embedding.
-        device: where hidden states are; the embedding may be elsewhere.
-        need: called with a layer's number before it is run, to have its weights in place.
+        device: device of the hidden states; the embedding may be elsewhere.
+        need: called with a layer's number before it runs, to load its weights.
     """
 
     def __init__(
@@ -65,25 +65,25 @@ class Gates:
         self._limit = self.count
         self._stretch: _Stretch | None = None
         self._order: list[int] | None = None
-        # How many entries each layer returns in a tuple; 0 for a plain tensor. Learnt by `observing`.
+        # Number of entries in the tuple that each layer returns; 0 for a plain tensor. Set by `observing`.
         self.entries: dict[int, int] = {}
         for number, layer in enumerate(layers):
             layer.forward = partial(self._layer, number, layer.forward)
         words.forward = partial(self._embed, words, words.forward)
 
-    # ------------------------------------------------------------------ what is run
+    # ------------------------------------------------------------------ ranges
 
     def run_layer(self, number: int, states: States | None, forward: Callable[[], Any]) -> States:
-        """Runs one layer, with gradient where that is on.
+        """Runs one layer, with gradient if enabled.
 
         Args:
-            number: of the layer.
-            states: hidden states that enter it; None for the first layer, which takes the embedding.
-            forward: calls the decoder, once for each of `states`. What it returns is not used, and it may be ended
+            number: number of the layer.
+            states: hidden states that enter it; None for the first layer, which uses the embedding.
+            forward: calls the decoder once for each of `states`. Its result is not used, and it may be interrupted
                 before it returns.
 
         Returns:
-            the hidden states after the layer, in the shape in which they came.
+            the hidden states after the layer, in the shape of the input.
         """
         calls = len(states) if states is not None else 0
         stretch = _Stretch(number, number + 1, deque(states or ()), takes=True, calls=calls)
@@ -93,23 +93,23 @@ class Gates:
 
     @contextlib.contextmanager
     def starting_at(self, begin: int, states: Iterable[torch.Tensor] = ()) -> Iterator[None]:
-        """Within it every forward begins with layer `begin` (the number of layers: after the last one).
+        """Within the block, every forward begins with layer `begin` (the number of layers: after the last one).
 
         Args:
-            begin: of what comes before it, nothing is computed.
-            states: hidden states that enter it, one for each call of the decoder; `give` brings more.
+            begin: nothing before it is computed.
+            states: hidden states that enter it, one per call of the decoder; `give` adds more.
         """
         with self._within(_Stretch(begin, self.count, deque(states))):
             yield
 
     def give(self, states: Iterable[torch.Tensor]) -> None:
-        """The hidden states for the next forward within `starting_at`."""
+        """Sets the hidden states for the next forward within `starting_at`."""
         assert self._stretch is not None, "within starting_at"
         self._stretch.given = deque(states)
 
     @contextlib.contextmanager
     def only_first(self, count: int) -> Iterator[None]:
-        """Within it the model has so many layers."""
+        """Within the block, the model has only this many layers."""
         before, self._limit = self._limit, min(count, self.count)
         try:
             yield
@@ -118,7 +118,7 @@ class Gates:
 
     @contextlib.contextmanager
     def observing(self) -> Iterator[list[int]]:
-        """Within it the numbers of layers are noted as they are run, and in what shape each returns hidden states."""
+        """Within the block, records the order in which layers run, and the form in which each returns hidden states."""
         self._order = []
         try:
             yield self._order
@@ -126,7 +126,7 @@ class Gates:
             self._order = None
 
     def runs(self, number: int) -> bool:
-        """Whether the forward at work runs this layer, and does not pass hidden states by it."""
+        """Whether the current forward runs this layer instead of bypassing it."""
         return self._stretch is None or self._stretch.begin <= number < self._stretch.end
 
     @property
@@ -172,23 +172,23 @@ class Gates:
         return output
 
     def _passed(self, number: int, hidden: torch.Tensor) -> Any:
-        """Hidden states as the layer would return them."""
+        """Hidden states in the form in which the layer would return them."""
         entries = self.entries.get(number, 0)
         return (hidden, *[None] * (entries - 1)) if entries else hidden
 
     def _embed(self, words: Any, forward: Callable[..., torch.Tensor], ids: torch.Tensor, *more: Any) -> torch.Tensor:
-        """Looks tokens up; but zeros where what comes of them is not used. A stand-in for it looks none up."""
+        """Looks tokens up; returns zeros if the result is not used. A stand-in looks nothing up."""
         if self._stretch is not None and self._stretch.begin > 0 and words.weight.shape[-1]:
             return torch.zeros((*ids.shape, words.weight.shape[-1]), dtype=words.weight.dtype, device=self.device)
         return forward(ids.to(words.weight.device), *more).to(self.device)
 
 
 def hidden_states_of(output: Any) -> torch.Tensor:
-    """The hidden states among what a layer returns: they come first."""
-    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+    """The hidden states in a layer's output: its first element."""
+    states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return states
 
 
 def _entering(inputs: tuple[Any, ...], named: dict[str, Any]) -> torch.Tensor:
-    found: torch.Tensor = inputs[0] if inputs else named["hidden_states"]
-    return found
+    states: torch.Tensor = inputs[0] if inputs else named["hidden_states"]
+    return states

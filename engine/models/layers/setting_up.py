@@ -1,4 +1,4 @@
-"""Makes of a model that was loaded without its layers one that is run layer by layer."""
+"""Prepares a model that was loaded without its layers for running layer by layer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dpoeng.engine.models.sources import ModelSource, read_adapter_fields
 
 
 def layer_store(base: Any, files: LayerFiles, device: torch.device) -> LayerStore:
-    """The store of a model's layers, which have no values yet. To be made before adapters are put around their parts.
+    """The store for a model's layers, which have no values yet. Create it before adapters wrap their parts.
 
     Raises:
         UserError: layers share weights.
@@ -30,9 +30,9 @@ def layer_store(base: Any, files: LayerFiles, device: torch.device) -> LayerStor
 
 
 def run_by_layer(lm: CausalLM, store: LayerStore) -> ByLayer:
-    """Puts gates at the layers of a loaded model, and its input embedding into the host's memory if it is not the head.
+    """Adds gates to the layers of a loaded model, and moves its input embedding to host memory unless it is the head.
 
-    Each layer's weights are in place whenever it is run, in whatever order that is.
+    Each layer's weights are loaded whenever it runs, in any order.
     """
     words, head = lm.base.get_input_embeddings(), lm.base.get_output_embeddings()
     if lm.device.type == "cuda" and head is not None and head.weight is not words.weight:
@@ -42,7 +42,7 @@ def run_by_layer(lm: CausalLM, store: LayerStore) -> ByLayer:
 
 
 def gguf_by_layer(source: ModelSource) -> UserError:
-    """What to raise where layers of a GGUF file are to be left in it."""
+    """The error for layer offloading with a GGUF file."""
     return UserError(
         "a GGUF file is decoded whole: its layers cannot be read one at a time",
         code="layer-offloading-unsupported",
@@ -55,22 +55,22 @@ def gguf_by_layer(source: ModelSource) -> UserError:
 
 
 def check_adapter_by_layer(adapter: ModelSource | None) -> None:
-    """Refuses an SFT adapter that is more than a LoRA beside the layers' weights, since these come and go.
+    """Refuses an SFT adapter that is more than a LoRA next to the layers' weights, since these come and go.
 
     Raises:
-        UserError: it has trained biases or whole modules, is a DoRA, or changes the base where it starts.
+        UserError: it trained biases or whole modules, is a DoRA, or changes the base at its start.
     """
     fields = read_adapter_fields(adapter) if adapter is not None else {}
-    found = [name for name in ("use_dora", "modules_to_save", "trainable_token_indices") if fields.get(name)]
-    found += ["bias"] if fields.get("bias", "none") != "none" else []
-    found += ["init_lora_weights"] if start_changes_base(fields) else []
-    if adapter is not None and found:
+    unsupported = [name for name in ("use_dora", "modules_to_save", "trainable_token_indices") if fields.get(name)]
+    unsupported += ["bias"] if fields.get("bias", "none") != "none" else []
+    unsupported += ["init_lora_weights"] if start_changes_base(fields) else []
+    if adapter is not None and unsupported:
         raise UserError(
-            "this SFT adapter changes more than layer offloading can follow",
+            "layer offloading does not support this SFT adapter",
             code="layer-offloading-unsupported",
             where=str(adapter.folder / "adapter_config.json"),
             expected="a plain LoRA",
-            found=", ".join(f"{name} {fields[name]}" for name in found),
+            found=", ".join(f"{name} {fields[name]}" for name in unsupported),
             remedy="merge it into the base (`dpoeng merge`), or use --layer-offloading off",
             exit_status=5,
         )

@@ -1,4 +1,4 @@
-"""The weights of the layer at work, and on a GPU of the next one, in the modules of a model that has no others."""
+"""Keeps the weights of the current layer, and on a GPU of the next one, in a model without other layer weights."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from dpoeng.engine.models.quantized import scales_of
 
 
 class LayerStore:
-    """Brings a layer's weights into place when they are needed, and lets those of the layer before go.
+    """Loads a layer's weights when they are needed, and releases those of the previous layer.
 
     Args:
-        files: where layers are read from.
-        layers: the modules that get the weights; adapters may have been put around parts of them since.
-        device: of the weights.
+        files: source of the layers.
+        layers: the modules that get the weights; adapters may have wrapped parts of them since.
+        device: device of the weights.
     """
 
     def __init__(self, files: LayerFiles, layers: Sequence[nn.Module], device: torch.device) -> None:
         self.files = files
         self.device = device
-        # Modules are remembered by their names in the bare layer: peft will move them.
+        # Remember modules by their names in the bare layer, because peft will move them.
         self._modules = [dict(layer.named_modules()) for layer in layers]
         self._empty: list[Tensors] = [
             {name: without_values(tensor, device) for name, tensor in layer.named_parameters()} for layer in layers
@@ -39,7 +39,7 @@ class LayerStore:
             self._place(number, self._empty[number])
 
     def need(self, number: int) -> None:
-        """Returns when the layer's weights are in place. Which layer comes after it is told by the one before."""
+        """Returns once the layer's weights are in place. The order is learnt from earlier passes."""
         if self._held is not None or number == self._here:
             return
         backwards = self._here is not None and number < self._here
@@ -51,16 +51,16 @@ class LayerStore:
             self._prepare(coming)
 
     def release(self) -> None:
-        """Lets the layer that is in place go. One that has been prepared stays."""
+        """Releases the current layer. A prepared one stays."""
         if self._here is not None:
             self._place(self._here, self._empty[self._here])
         self._here = None
 
     @contextmanager
     def standing_in(self) -> Iterator[None]:
-        """Within it each layer has the weights of the first one of its shapes: a model of full depth in little memory.
+        """Within the block, each layer has the weights of the first layer with its shapes: full depth in little memory.
 
-        What it computes means nothing, but it is computed as by the real one.
+        The results are meaningless, but are computed as in the real model.
         """
         self.release()
         self._drain()
@@ -81,7 +81,7 @@ class LayerStore:
         if self._reader is None:
             return self.files.read(number)
         if self._next is None or self._next[0] != number:
-            self._drain()  # two layers are in memory and no third
+            self._drain()  # never have three layers in memory
             self._next = number, self._reader.begin(number)
         prepared, self._next = self._next, None
         return self._reader.finish(prepared[1])
@@ -93,7 +93,7 @@ class LayerStore:
             self._next = number, self._reader.begin(number)
 
     def _drain(self) -> None:
-        """Waits for a layer that was prepared and is not wanted."""
+        """Waits for a prepared layer that is not needed."""
         if self._next is not None:
             self._next[1].result()
         self._next = None
@@ -105,9 +105,9 @@ class LayerStore:
 
 
 class _Reader:
-    """Reads layers in a thread, from pinned memory onto a GPU by a stream of its own, while the GPU computes.
+    """Reads layers in a thread, from pinned memory to a GPU in a separate stream, while the GPU computes.
 
-    transformers copies tensor by tensor, and quantises in this stream if that is asked for. Not tried on a GPU yet.
+    transformers copies tensor by tensor, and quantises in this stream if requested. Not tried on a GPU yet.
     """
 
     def __init__(self, files: LayerFiles, device: torch.device) -> None:
@@ -117,13 +117,13 @@ class _Reader:
         self._stream, self._event = cuda.Stream(device), cuda.Event
 
     def begin(self, number: int) -> Future[tuple[Tensors, Any]]:
-        """Begins to read a layer, as soon as the device has done all that it was given before."""
-        done = self._event()
-        done.record(torch.cuda.current_stream(self._device))
-        return self._threads.submit(self._read, number, done)
+        """Starts reading a layer as soon as the device has finished its queued work."""
+        queued_work = self._event()
+        queued_work.record(torch.cuda.current_stream(self._device))
+        return self._threads.submit(self._read, number, queued_work)
 
-    def _read(self, number: int, done: Any) -> tuple[Tensors, Any]:
-        done.synchronize()  # the memory of the layer that was let go can be had only now
+    def _read(self, number: int, queued_work: Any) -> tuple[Tensors, Any]:
+        queued_work.synchronize()  # only now the released layer's memory is free
         with torch.cuda.stream(self._stream):
             tensors = self._files.read(number)
             arrived = self._event()
@@ -131,7 +131,7 @@ class _Reader:
         return tensors, arrived
 
     def finish(self, reading: Future[tuple[Tensors, Any]]) -> Tensors:
-        """The layer, once the device has it: the device's next work waits for it, the host does not."""
+        """The layer, once it is on the device: the device's next work waits for it, the host does not."""
         tensors, arrived = reading.result()
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(arrived)
@@ -142,9 +142,9 @@ class _Reader:
 
 
 def without_values(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
-    """A parameter of the same kind, shape and dtype on a device, in the memory of one number.
+    """A parameter of the same kind, shape and dtype on a device that takes the memory of one number.
 
-    Not a number where that exists: a layer that is run without its weights must not pass for one that has them.
+    It is NaN if the dtype has one: a layer that runs without its weights must not go unnoticed.
     """
     kind: Any = type(parameter)
     if kind.__name__ == "Int8Params":

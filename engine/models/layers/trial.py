@@ -1,8 +1,8 @@
-"""Whether a decoder can be run layer by layer: tried on a few tokens, against its own forward, bit for bit.
+"""Tests whether a decoder can run layer by layer: on a few tokens, against its own forward, bit for bit.
 
-Every layer gets the weights of the first one of its shapes, so that a model of full depth is tried in the memory of a
-layer or two. What layers hand each other beside hidden states (keys and values, inputs of each layer, routers' scores)
-then makes a difference, whether or not dpoeng knows the architecture.
+Every layer gets the weights of the first layer with its shapes, so that a full-depth model fits into the memory of one
+or two layers. If layers exchange more than hidden states (keys and values, inputs of each layer, routers' scores), the
+results differ, whether or not dpoeng knows the architecture.
 """
 
 from __future__ import annotations
@@ -19,50 +19,50 @@ from dpoeng.cache.errors import UserError
 from dpoeng.engine.models.layers.gates import Gates, States
 
 Forward = Callable[[], torch.Tensor]
-"""Calls the decoder; gives hidden states after its last layer."""
+"""Calls the decoder; returns hidden states after its last layer."""
 
 
 @torch.no_grad()
 def try_by_layers(gates: Gates, standing_in: Callable[[], AbstractContextManager[None]], forward: Forward) -> States:
-    """Runs `forward` as it is and layer by layer.
+    """Runs `forward` unchanged and layer by layer, and compares.
 
     Args:
-        gates: of the decoder.
-        standing_in: makes every layer's weights those of the first of its shapes, for as long as it lasts.
+        gates: the gates of the decoder.
+        standing_in: gives every layer the weights of the first layer with its shapes, within its block.
         forward: over a few tokens.
 
     Returns:
-        the hidden states between two layers, whose size others have too.
+        the hidden states between two layers, from which their size is known.
 
     Raises:
-        UserError: the two differ in a bit, or the layers are not run one after the other.
+        UserError: the two differ in a bit, or the layers do not run one after the other.
     """
-    for weights in (standing_in, contextlib.nullcontext):  # the second reads every layer twice
+    for weights in (standing_in, contextlib.nullcontext):  # the second round reads every layer twice
         with weights():
             with gates.observing() as order:
-                own = forward()
+                expected_states = forward()
             if order != list(range(gates.count)):
-                raise _unsupported(f"layers run in another order than they are listed in: {_short(order)}")
-            if not bool(own.isfinite().all()):
-                continue  # nothing can be told apart
+                raise _unsupported(f"layers that run in another order than their list: {_short(order)}")
+            if not bool(expected_states.isfinite().all()):
+                continue  # nothing to compare
             between = states = gates.run_layer(0, None, forward)
             for number in range(1, gates.count):
                 versions = [state._version for state in states]
                 made = gates.run_layer(number, states, forward)
                 if versions != [state._version for state in states]:
-                    raise _unsupported("a layer that changes the hidden states which it is given")
+                    raise _unsupported("a layer that changes its input in place")
                 states = made
             with gates.starting_at(gates.count, states):
                 ours = forward()
-            if torch.equal(own, ours):
+            if torch.equal(expected_states, ours):
                 return between
-            difference = float((own.float() - ours.float()).abs().max())
+            difference = float((expected_states.float() - ours.float()).abs().max())
             raise _unsupported(f"hidden states that differ from the model's own forward by up to {difference:.3g}")
     raise _unsupported("hidden states of a few tokens that are not finite")
 
 
 def check_apart(layers: Sequence[nn.Module]) -> None:
-    """Refuses layers that share weights, or hold one another.
+    """Refuses layers that share weights or contain one another.
 
     Raises:
         UserError: they do.
@@ -77,7 +77,7 @@ def _unsupported(found: str) -> UserError:
         "this architecture cannot be run layer by layer",
         code="layer-offloading-unsupported",
         where="--layer-offloading, a trial on a few tokens",
-        expected="layers that hand each other hidden states and nothing else, and the same bits as the model's forward",
+        expected="layers that exchange only hidden states, and the same bits as the model's forward",
         found=found,
         remedy="use --layer-offloading off, with fewer bits (--quantization) or a larger device if it does not fit",
         exit_status=5,

@@ -1,4 +1,4 @@
-"""Hidden states that wait for their next layer: in host memory, or in a scratch file that is mapped."""
+"""Stores hidden states until their next layer: in host memory, or in a mapped scratch file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dpoeng.engine.runtime.host import available_memory
 
 @dataclass(slots=True)
 class Slot:
-    """Where one tensor waits. `held` is None where only its shape is known (on the meta device)."""
+    """The storage of one tensor. `held` is None if only its shape is known (on the meta device)."""
 
     held: torch.Tensor | None
     shape: torch.Size
@@ -29,11 +29,11 @@ class Slot:
 
 
 class Waiting:
-    """Keeps tensors off the device between two visits.
+    """Stores tensors off the device between two uses.
 
     Args:
-        device: where they come from and go to.
-        folder: where the scratch file is made; None for host memory. The file has no name, and ends with the process.
+        device: their device.
+        folder: folder of the scratch file; None for host memory. The file is unnamed and ends with the process.
     """
 
     def __init__(self, device: torch.device, folder: Path | None = None) -> None:
@@ -42,7 +42,7 @@ class Waiting:
         self._file = _Scratch(folder) if folder is not None else None
 
     def put(self, tensor: torch.Tensor, slot: Slot | None = None) -> Slot:
-        """Takes a tensor in, in the place of what waits in `slot` where it has the same size."""
+        """Stores a tensor, in place of the one in `slot` if it has the same size."""
         tensor = tensor.detach()
         if tensor.is_meta:
             return Slot(None, tensor.shape, tensor.dtype)
@@ -58,17 +58,17 @@ class Waiting:
             slot.held = tensor  # nothing to copy
         else:
             assert slot.held is not None
-            slot.held.copy_(tensor, non_blocking=tensor.is_cuda)  # read again in the same stream only
+            slot.held.copy_(tensor, non_blocking=tensor.is_cuda)  # read back in the same stream
         return slot
 
     def get(self, slot: Slot) -> torch.Tensor:
-        """The tensor, on the device; a copy unless it waited there."""
+        """The tensor on the device; a copy unless it was stored there."""
         if slot.held is None:
             return torch.empty(slot.shape, dtype=slot.dtype, device="meta")
         return slot.held.to(self.device, non_blocking=True)
 
     def drop(self, slots: Sequence[Slot]) -> None:
-        """Lets tensors go."""
+        """Releases tensors."""
         for slot in slots:
             if slot.held is not None:
                 self.n_bytes -= slot.held.nbytes
@@ -83,7 +83,7 @@ class Waiting:
 
 
 class _Scratch:
-    """Tensors in one mapped file. What is given back is used again for tensors of the same number of bytes."""
+    """Tensors in one mapped file. Released space is reused for tensors with the same number of bytes."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -110,7 +110,7 @@ class _Scratch:
     def _map(self, size: int) -> Any:
         whole = -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         try:
-            # Room is taken now: a disk that is full when a mapped page is written ends the process without a word.
+            # Allocate now: if the disk is full when a mapped page is written, the process dies without a message.
             os.posix_fallocate(self._file, self._end, whole)
             mapped = mmap.mmap(self._file, size, offset=self._end)
         except OSError as error:
@@ -119,16 +119,16 @@ class _Scratch:
         return mapped
 
     def give_back(self, tensor: torch.Tensor) -> None:
-        """The tensor's place may be used again."""
+        """Marks the tensor's space as reusable."""
         flat = tensor.reshape(-1)
         self._free.setdefault(max(1, tensor.nbytes), []).append(flat.view(torch.uint8).numpy())
 
 
 def room_to_wait(folder: Path | None, gib: float | None) -> int:
-    """Most bytes that may wait: as set, or half of what is free, in host memory or on the folder's disk.
+    """Maximum bytes to store: as set, or half of what is free, in host memory or on the folder's disk.
 
     Raises:
-        UserError: the folder cannot be made, or its disk has less than was set.
+        UserError: the folder cannot be created, or its disk has less space than was set.
     """
     if folder is None:
         free = available_memory()
@@ -143,7 +143,7 @@ def room_to_wait(folder: Path | None, gib: float | None) -> int:
     wanted = int(gib * GIB)
     if free is not None and wanted > free:
         raise UserError(
-            "there is not so much room for hidden states",
+            "there is not enough room for hidden states",
             code="offload-room",
             where=f"--offload-gib {gib:g}",
             expected=f"{gib:g} GiB",
@@ -156,7 +156,7 @@ def room_to_wait(folder: Path | None, gib: float | None) -> int:
 
 def _unusable(folder: Path, error: OSError) -> UserError:
     return UserError(
-        "hidden states cannot be kept in this folder",
+        "hidden states cannot be stored in this folder",
         code="offload-room",
         where=f"--offload-folder {folder}",
         found=error.strerror or str(error),

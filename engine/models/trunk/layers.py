@@ -1,4 +1,4 @@
-"""Which decoder layers are trained, by number from 0, as peft's `layers_to_transform` counts them."""
+"""Which decoder layers are trained, numbered from 0, like peft's `layers_to_transform`."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from dpoeng.engine.models.sources import ModelSource
 
 
 def layer_list(backbone: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of a decoder's layers, with the layers that stand-ins have replaced.
+    """Name and list of a decoder's layers, including layers replaced by stand-ins.
 
     Raises:
-        UserError: its layers are not one list.
+        UserError: its layers are not in one list.
     """
     layers = decoder_layers(backbone)
     for name, module in backbone.named_modules():
         if isinstance(module, nn.ModuleList) and layers and {*layers} <= {*module}:
             return name, module
     raise UserError(
-        f"the decoder layers of {type(backbone).__name__} are not one list, so none can be told by its number",
+        f"the decoder layers of {type(backbone).__name__} are not in one list, so they have no numbers",
         code="trunk-unsupported",
         where="--layers-to-transform, --train-last-layers or --trunk-layer",
         expected="a decoder with one list of layers",
@@ -35,7 +35,7 @@ def layer_list(backbone: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def names_layers(config: TrainConfig) -> bool:
-    """Whether a new LoRA is to lie in some of the layers only."""
+    """Whether a new LoRA goes only into some of the layers."""
     return config.layers_to_transform is not None or config.train_last_layers is not None
 
 
@@ -43,7 +43,7 @@ def chosen_layers(config: TrainConfig, depth: int) -> tuple[int, ...] | None:
     """The layers that get a new LoRA, ascending; None for all.
 
     Raises:
-        UserError: the model of `depth` layers has no such layer.
+        UserError: the model of `depth` layers lacks such a layer.
     """
     if config.train_last_layers is not None:
         name, chosen = "--train-last-layers", list(range(depth - config.train_last_layers, depth))
@@ -72,12 +72,12 @@ def trunk_layer(value: float, depth: int) -> int:
     layer = round(value * depth) if value < 1 else int(value)
     if not 0 < layer < depth:
         raise UserError(
-            "a trunk stands between two layers of the model",
+            "a trunk must be between two layers of the model",
             code="config-value",
             where="--trunk-layer",
             expected=f"1 to {depth - 1}, or a share of the {depth} layers below 1",
             found=f"{value:g}",
-            remedy="name the first layer that will be trained; 0 stands for no trunk",
+            remedy="name the first layer that will be trained; 0 means no trunk",
         )
     return layer
 
@@ -86,46 +86,46 @@ _OF_LAYER = re.compile(r"\.(?:layers|layer|h|blocks|block)\.(\d+)\.")
 
 
 def layers_of_adapter(adapter: ModelSource) -> Collection[int] | None:
-    """The layers that an adapter has weights in; None where it has trained something outside of them."""
+    """The layers in which an adapter has weights; None if it trained something outside the layers."""
     from safetensors import safe_open
 
     with safe_open(adapter.weight_files[0], "pt") as file:
-        found = [_OF_LAYER.search(key) for key in file.keys()]  # noqa: SIM118  (a safetensors file is no dictionary)
-    return {int(match[1]) for match in found if match} if all(found) else None
+        matches = [_OF_LAYER.search(key) for key in file.keys()]  # noqa: SIM118  (a safetensors file is no dictionary)
+    return {int(match[1]) for match in matches if match} if all(matches) else None
 
 
 def limit_to_layers(lora: dict[str, Any], lm: CausalLM, chosen: Sequence[int], linear: Sequence[str]) -> dict[str, Any]:
-    """peft's arguments of a LoRA on some layers only.
+    """peft's arguments for a LoRA on some layers only.
 
     Args:
         lora: the arguments without layers.
         lm: the base.
         chosen: the layers.
-        linear: last names of the linear layers that a LoRA fits: peft takes no `all-linear` with layers.
+        linear: last names of the linear layers for LoRA: peft does not accept `all-linear` with layers.
     """
     name, layers = layer_list(lm.backbone)
     targets = lora["target_modules"]
     if targets == "all-linear":
-        held = {key.rsplit(".", 1)[-1] for number in chosen for key, _ in layers[number].named_modules() if key}
-        targets = sorted(held & set(linear))
-    # Without the pattern peft takes the last number of a name, which may be an expert's.
+        names = {key.rsplit(".", 1)[-1] for number in chosen for key, _ in layers[number].named_modules() if key}
+        targets = sorted(names & set(linear))
+    # Without the pattern peft takes the last number in a name, which may be an expert's.
     pattern = name.rsplit(".", 1)[-1]
     return {**lora, "target_modules": targets, "layers_to_transform": list(chosen), "layers_pattern": [pattern]}
 
 
 def check_trained_layers(lm: CausalLM, chosen: Sequence[int]) -> None:
-    """Raise UserError unless each chosen layer is trained, and nothing else."""
+    """Raises UserError unless each chosen layer is trained, and nothing else."""
     _, layers = layer_list(lm.backbone)
     inside = {p: number for number, layer in enumerate(layers) for p in layer.parameters() if p.requires_grad}
     outside = [name for name, p in lm.model.named_parameters() if p.requires_grad and p not in inside]
-    found = sorted({*inside.values()})
-    if outside or found != sorted(chosen):
+    trained_layers = sorted({*inside.values()})
+    if outside or trained_layers != sorted(chosen):
         raise UserError(
-            "the adapter does not lie in the layers that were named",
+            "the adapter does not match the layers that you named",
             code="lora-no-target",
             where="--layers-to-transform or --train-last-layers, with --lora-target-modules",
             expected=f"something to train in each of the layers {', '.join(map(str, chosen))}, and nothing elsewhere",
-            found=f"layers {', '.join(map(str, found)) or 'none'}"
-            + (f", and {counted(len(outside), 'tensor')} outside of them, as {outside[0]}" if outside else ""),
+            found=f"layers {', '.join(map(str, trained_layers)) or 'none'}"
+            + (f", and {counted(len(outside), 'tensor')} outside them, such as {outside[0]}" if outside else ""),
             remedy="name modules of this model",
         )

@@ -1,8 +1,8 @@
 """Stand-ins for the embedding and the lower layers of a decoder, so that its own forward begins at a layer.
 
-The decoder's code runs as it is: masks, rotary tables and the loop over its layers. The last stand-in hands on the
-states that were stored, whatever comes in. So an architecture whose upper layers need more than hidden states from
-below (shared keys and values, an embedding a layer) gives other numbers or fails, and `rehearsing` finds out.
+The decoder's code runs unchanged: masks, rotary tables and the loop over its layers. The last stand-in returns the
+stored states, whatever its input. If upper layers need more than hidden states from below (shared keys and values, an
+embedding per layer), the numbers differ or the forward fails, which `rehearsing` detects.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dpoeng.engine.models.trunk.layers import layer_list
 
 
 class Passing(nn.Module):
-    """Stands for a layer that is not there: hands its input on.
+    """Replaces a missing layer: returns its input.
 
     Args:
-        layer: what it stands for; the plain attributes by which a decoder chooses masks are kept.
+        layer: the replaced layer; plain attributes by which a decoder chooses masks are kept.
         as_tuple: whether layers of this decoder return tuples.
     """
 
@@ -38,7 +38,7 @@ class Passing(nn.Module):
 
 
 class Entry(Passing):
-    """Stands for the layer below the trunk: hands on `states` [B, T, H], which each forward is given."""
+    """Replaces the layer below the trunk: returns `states` [B, T, H], which are set before each forward."""
 
     def __init__(self, layer: nn.Module, *, number: int, as_tuple: bool) -> None:
         super().__init__(layer, as_tuple=as_tuple)
@@ -51,16 +51,16 @@ class Entry(Passing):
 
 
 class NoEmbedding(nn.Module):
-    """Stands for the input embedding: hands on the states, whose shape, dtype and device the decoder goes by."""
+    """Replaces the input embedding: returns the states, whose shape, dtype and device the decoder reads."""
 
     def __init__(self, rows: int, entry: Entry) -> None:
         super().__init__()
         self._rows = rows
-        self._entry = [entry]  # in a list, so that it is no part of this module
+        self._entry = [entry]  # in a list, so that it is not registered as a child
 
     @property
     def weight(self) -> torch.Tensor:
-        """[V, 0], for the number of tokens alone."""
+        """[V, 0], to give the number of tokens."""
         return torch.empty(self._rows, 0)
 
     def forward(self, *_: Any) -> torch.Tensor:
@@ -70,17 +70,17 @@ class NoEmbedding(nn.Module):
 
 
 def entry_of(base: nn.Module) -> Entry | None:
-    """The stand-in of a model that begins at a trunk; None of a whole one."""
+    """The stand-in of a model that begins at a trunk; None for a whole model."""
     return next((module for module in base.modules() if isinstance(module, Entry)), None)
 
 
 def cut_below(base: Any, number: int, *, as_tuple: bool | None = None) -> Entry:
-    """Replace a model's layers below `number`, and its input embedding unless the head is the same tensor.
+    """Replaces a model's layers below `number`, and its input embedding unless the head is the same tensor.
 
     Args:
-        base: a causal language model; its weights need not be there yet.
+        base: a causal language model, possibly without weights yet.
         number: the first layer that stays.
-        as_tuple: whether its layers return tuples; None finds out by running the first one.
+        as_tuple: whether its layers return tuples; None determines it by running the first one.
     """
     backbone = decoder_of(base)
     if as_tuple is None:
@@ -96,19 +96,19 @@ def cut_below(base: Any, number: int, *, as_tuple: bool | None = None) -> Entry:
 
 
 def stood_for(base: nn.Module) -> tuple[str, ...]:
-    """The beginnings of names, each with its last dot, of what a model that begins at a trunk lacks."""
+    """Prefixes, with their last dot, of the names that a model beginning at a trunk lacks."""
     return tuple(f"{name}." for name, module in base.named_modules() if isinstance(module, (Passing, NoEmbedding)))
 
 
 def without_stand_ins(base: nn.Module, loaded: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers' loading info without the tensors of files that stand-ins stand for."""
+    """transformers' loading info without the tensors that stand-ins replace."""
     places = stood_for(base)
     left = [name for name in loaded["unexpected_keys"] if not name.startswith(places)]
     return {**loaded, "unexpected_keys": left}
 
 
 def shares_embedding(base: Any) -> bool:
-    """Whether the head is the embedding's tensor, which then has to be there."""
+    """Whether the head is the embedding's tensor, which then must stay."""
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     text = base.config.get_text_config(decoder=True)
     tied = getattr(base.config, "tie_word_embeddings", False) or getattr(text, "tie_word_embeddings", False)
@@ -116,16 +116,16 @@ def shares_embedding(base: Any) -> bool:
 
 
 class _Seen(Exception):  # noqa: N818  (no error)
-    """Ends a forward that has shown what was asked of it."""
+    """Ends a forward once the required information is there."""
 
 
 @torch.no_grad()
 def returns_tuples(backbone: nn.Module) -> bool:
-    """Whether a decoder's layers return tuples: by running the first one, on the device where the decoder is."""
-    found: list[bool] = []
+    """Whether a decoder's layers return tuples; runs the first one on the decoder's device."""
+    answers: list[bool] = []
 
     def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        found.append(isinstance(output, tuple))
+        answers.append(isinstance(output, tuple))
         raise _Seen
 
     hook = decoder_layers(backbone)[0].register_forward_hook(look)
@@ -134,15 +134,15 @@ def returns_tuples(backbone: nn.Module) -> bool:
         with contextlib.suppress(_Seen):
             backbone(input_ids=ids, use_cache=False)
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError):
-        return False  # what cannot run without weights is found out by the comparison with the cache
+        return False  # it cannot run without weights: the comparison with the cache will show a wrong answer
     finally:
         hook.remove()
-    return bool(found and found[0])
+    return bool(answers and answers[0])
 
 
 @contextlib.contextmanager
 def rehearsing(lm: CausalLM, number: int) -> Iterator[Entry]:
-    """A whole model as one that begins at layer `number`; its own layers come back afterwards."""
+    """Makes a whole model begin at layer `number`; restores its own layers afterwards."""
     _, layers = layer_list(lm.backbone)
     below, embedding, before = list(layers[:number]), lm.base.get_input_embeddings(), lm.entry
     lm.entry = cut_below(lm.base, number, as_tuple=returns_tuples(lm.backbone))
@@ -161,7 +161,7 @@ def rehearsing(lm: CausalLM, number: int) -> Iterator[Entry]:
 
 
 class Reached(Exception):  # noqa: N818  (no error)
-    """Ends a forward at the watched layer; `states` [B, T, H] enter it."""
+    """Ends a forward at the watched layer; `states` [B, T, H] are its input."""
 
     def __init__(self, states: torch.Tensor) -> None:
         super().__init__()
@@ -169,13 +169,13 @@ class Reached(Exception):  # noqa: N818  (no error)
 
 
 class Watch:
-    """Sees the states that enter a layer in each forward of a whole model. Make it with `watching`.
+    """Sees the states that enter a layer in each forward of a whole model. Create it with `watching`.
 
     Args:
         number: the layer.
-        see: given what each forward was told to lie in it (`told`), and the states [B, T, H].
-        stops: whether forwards end there, by `Reached`.
-        runs: whether the forward at work runs this layer; one of a model that is run by layer may run another.
+        see: called with the description of each forward's content (`told`), and the states [B, T, H].
+        stops: whether forwards end there, with `Reached`.
+        runs: whether the current forward runs this layer; a model that runs layer by layer may be at another one.
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class Watch:
 
 @contextlib.contextmanager
 def watching(lm: CausalLM, number: int, see: Callable[[Any, torch.Tensor], None], *, stops: bool) -> Iterator[None]:
-    """Watch the states that enter layer `number` of a whole model, in every forward of the block."""
+    """Watches the states that enter layer `number` of a whole model, in every forward of the block."""
     _, layers = layer_list(lm.backbone)
     runs = (lambda _: True) if lm.by_layer is None else lm.by_layer.gates.runs
     lm.watch = Watch(number, see, stops=stops, runs=runs)
