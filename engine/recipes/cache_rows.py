@@ -1,4 +1,4 @@
-"""A cache as rows with arrays, for notebooks: a sequence that becomes an Arrow or pandas table or a torch Dataset."""
+"""A cache as a sequence of rows with arrays, for notebooks; converts to an Arrow or pandas table or a torch Dataset."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class CacheRow:
         prompt_ids: [P] int32.
         chosen_ids: [C] int32.
         rejected_ids: [R] int32.
-        chosen_logps: [C - chosen_start] float32, in nats; None where sums were imported.
+        chosen_logps: [C - chosen_start] float32, in nats; None if sums were imported.
         rejected_logps: [R - rejected_start] float32.
         chosen_sum: the sum of chosen_logps in float64: log p_ref(chosen | prompt).
-        rejected_sum: the same of rejected_logps.
-        chosen_start: the first scored token of chosen_ids, mostly 0; those before it hold the end of the prompt.
-        rejected_start: the same of rejected_ids.
+        rejected_sum: the sum of rejected_logps.
+        chosen_start: index of the first scored token in chosen_ids, usually 0; tokens before it are the prompt's end.
+        rejected_start: the same for rejected_ids.
         extra: your own columns.
         source_file: the file that the row came from; `rows-...` for rows in memory.
-        source_row: its row there, from 1.
+        source_row: row number in that file, from 1.
     """
 
     prompt_ids: IdArray
@@ -52,7 +52,7 @@ class CacheRow:
 
 
 class CacheRows(Sequence[CacheRow]):
-    """The rows of a view, in the order of their source. A slice is one too, of the same mapped files."""
+    """The rows of a view, in the order of their source. A slice is a CacheRows, too, on the same mapped files."""
 
     def __init__(self, view: View, indices: range | None = None) -> None:
         self.view = view
@@ -106,10 +106,10 @@ class CacheRows(Sequence[CacheRow]):
         )
 
     def to_arrow(self) -> pa.Table:
-        """A table of all columns; each of your own is one, called `extra.NAME` where its name is taken.
+        """A table of all columns, including your own; one whose name is taken is called `extra.NAME`.
 
-        This copies: the cache stores rows by length, a table has them in the order of their source. A column whose
-        values are of different types is text, as JSON.
+        This copies the data: the cache stores rows by length, the table has them in source order. A column with values
+        of different types becomes text, as JSON.
         """
         rows = list(self)
         columns: dict[str, Any] = {
@@ -130,18 +130,18 @@ class CacheRows(Sequence[CacheRow]):
         return pa.table(columns)
 
     def to_pandas(self) -> Any:
-        """The same as a pandas DataFrame; pandas must be installed."""
+        """The same as a pandas DataFrame; needs pandas."""
         return self.to_arrow().to_pandas()
 
     def to_torch(self) -> CachedPairs:
-        """A torch Dataset of dicts of tensors that lie in the mapped files, without a copy; see `CachedPairs`."""
+        """A torch Dataset of dicts of tensors on the mapped files, without a copy; see `CachedPairs`."""
         from dpoeng.engine.training.dataset import CachedPairs
 
         return CachedPairs(self.view, self._indices)
 
 
 def _lists(parts: list[Any], kind: pa.DataType) -> pa.Array:
-    """A list column of arrays; null where there are none."""
+    """A list column from arrays; null if there are none."""
     if any(part is None for part in parts) or not parts:
         return pa.array(parts, pa.large_list(kind))
     offsets = np.zeros(len(parts) + 1, dtype=np.int64)

@@ -1,7 +1,7 @@
-"""`dpoeng check`: everything about pairs that can be known before any GPU time, with a remedy for each finding.
+"""`dpoeng check`: finds everything about pairs that is visible without a GPU, with a remedy for each finding.
 
-Rows stream by: memory grows by hashes and lengths, not by texts. What is a row, what is rejected, where a response
-begins and what is truncated is decided by the code that decides it in phase one.
+Rows are streamed: memory grows by hashes and lengths, not by texts. Phase one's own code decides what is a row, what is
+rejected, where a response begins and what is truncated.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from dpoeng.engine.data.tokenization import TokenizedPair, tokenize_pairs
 CHUNK_PAIRS = 512
 
 SHOWN_PAIRS = 3
-"""Pairs whose texts are shown whole."""
+"""Number of pairs whose texts are shown in full."""
 PARTS = ("prompt", "chosen", "rejected")
 PART_NAMES = {
     "pairs": {part: part for part in PARTS},
     "unpaired": {"prompt": "prompt", "chosen": "completion", "rejected": "mismatched"},
 }
-"""The kind of rows -> which of PARTS -> what it is called."""
+"""Kind of rows -> part (one of PARTS) -> its name for such rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class LengthStats:
-    """Lengths of one part: `quantiles` at 0, 5, 50, 95 and 100 %; a histogram, outliers in the last bar."""
+    """Lengths of one part: `quantiles` at 0, 5, 50, 95 and 100 %; a histogram with outliers in its last bar."""
 
     part: str
     mean: float
@@ -60,9 +60,9 @@ class LengthBias:
     """How often chosen is the longer response.
 
     Attributes:
-        longer, shorter, equal: pairs.
+        longer, shorter, equal: numbers of pairs.
         mean_difference: chosen - rejected.
-        p_value: of a two-sided sign test: how likely such a split, or one further from even, is by chance.
+        p_value: of a two-sided sign test: the probability of a split at least this uneven by chance.
     """
 
     longer: int
@@ -73,7 +73,7 @@ class LengthBias:
 
     @property
     def share_longer(self) -> float:
-        """Share among pairs of unequal length."""
+        """Share of longer chosen responses among pairs of unequal length."""
         return self.longer / max(self.longer + self.shorter, 1)
 
 
@@ -81,7 +81,7 @@ class LengthBias:
 class CheckReport:
     """Result of a check. Lengths are in `unit`: tokens after truncation if a model was named, else characters.
 
-    `tokenizer` is where tokenizer and chat template were taken from; `shown` are the texts of the first pairs.
+    `tokenizer` is the source of tokenizer and chat template; `shown` are the texts of the first pairs.
     """
 
     files: list[str]
@@ -104,24 +104,24 @@ class CheckReport:
     seconds: float = 0.0
 
     def worst(self) -> Level | None:
-        """The gravest level that was found."""
+        """The most severe level among the findings."""
         return self.findings[0].level if self.findings else None
 
     def count(self, level: Level) -> int:
-        """Kinds of findings of a level."""
+        """Number of kinds of findings at a level."""
         return sum(finding.level == level for finding in self.findings)
 
 
 def check_pairs(
     config: PrecomputeConfig, eval_files: Sequence[Path | RowsInMemory] = (), *, examples: int = 3
 ) -> CheckReport:
-    """Read all pairs and find anything that could spoil a run.
+    """Reads all pairs and finds everything that could spoil a run.
 
     Args:
-        config: `pairs`, the fields on shapes, filter and truncation; `model`, `adapter` and `tokenizer` for the
+        config: `pairs`; the fields for shapes, filter and truncation; `model`, `adapter` and `tokenizer` for the
             tokenizer.
-        eval_files: pairs that are evaluated on, to look for leakage.
-        examples: how many rows to name for each finding.
+        eval_files: evaluation pairs, checked for leakage.
+        examples: how many rows to show for each finding.
 
     Raises:
         UserError: no file, a file that cannot be read, a missing column, no usable tokenizer.
@@ -129,10 +129,10 @@ def check_pairs(
     began = time.perf_counter()
     if not config.pairs:
         raise UserError(
-            "you named no pairs",
+            "no pairs given",
             code="config-missing",
             where="pairs",
-            expected="one file or more, e.g. dpoeng check pairs.jsonl",
+            expected="at least one file, e.g. dpoeng check pairs.jsonl",
             remedy="name the file, or write `pairs: [pairs.jsonl]` into dpoeng.yaml",
         )
     tally = Tally(examples)
@@ -187,7 +187,7 @@ def _nothing_left(stream: PairStream, where: str | None) -> UserError:
 
 
 def sign_test(one: int, other: int) -> float:
-    """Two-sided p-value of the split under a fair coin: exact up to 1,000 throws, else by the normal approximation."""
+    """Two-sided p-value of the split under a fair coin: exact up to 1,000 throws, then the normal approximation."""
     throws, least = one + other, min(one, other)
     if throws <= 1000:
         return min(1.0, float(2 * sum(math.comb(throws, k) for k in range(least + 1)) / 2**throws))
@@ -196,7 +196,7 @@ def sign_test(one: int, other: int) -> float:
 
 
 def _count_origins(stream: PairStream, text: _Tokenizer, rows: int, tally: Tally) -> None:
-    """The findings about where prompts and tokenizer come from."""
+    """Adds findings about the sources of prompts and tokenizer."""
     if text.remark:
         tally.count("other-tokenizer", rows, text.remark)
     prompts = stream.prompts
@@ -216,7 +216,7 @@ def _count_origins(stream: PairStream, text: _Tokenizer, rows: int, tally: Tally
 
 @dataclass(frozen=True, slots=True)
 class _Tokenizer:
-    """The tokenizer that phase one will use, where it is from, and what the model takes."""
+    """The tokenizer that phase one will use, its source, and the model's limits."""
 
     tokenizer: Any = None
     where: str | None = None
@@ -229,7 +229,7 @@ class _Tokenizer:
 
     @staticmethod
     def of(config: PrecomputeConfig) -> _Tokenizer:
-        """The one that the fields name; none where they name neither a model nor a tokenizer.
+        """The tokenizer for these fields; none if they name neither a model nor a tokenizer.
 
         Raises:
             UserError: it cannot be loaded.
@@ -251,7 +251,7 @@ class _Tokenizer:
 
 
 class _EvalPairs:
-    """Hashes of the pairs and prompts that are evaluated on, with the row where each stands first."""
+    """Hashes of the evaluation pairs and prompts, with the first row of each."""
 
     def __init__(self, stream: PairStream) -> None:
         self.pairs = 0
@@ -267,7 +267,7 @@ class _EvalPairs:
             self._prompts.setdefault(prompt_key(row.pair.prompt), where)
 
     def look(self, pair: PreferencePair, tally: Tally) -> None:
-        """Adds the findings about a pair of the training files."""
+        """Adds findings about a training pair."""
         if (where := self._pairs.get(content_key(pair))) is not None:
             tally.add("eval-same-pair", pair, f"also {where}")
         elif (where := self._prompts.get(prompt_key(pair.prompt))) is not None:
@@ -275,7 +275,7 @@ class _EvalPairs:
 
 
 class _Run:
-    """The pass over the training pairs, in chunks where they are tokenised."""
+    """The pass over the training pairs, tokenised in chunks."""
 
     def __init__(
         self, config: PrecomputeConfig, text: _Tokenizer, tally: Tally, evaluation: _EvalPairs | None, texts: TextCheck
@@ -309,8 +309,8 @@ class _Run:
         if self.evaluation is not None:
             self.evaluation.look(pair, self.tally)
         if self.tokenizer is None:
-            if len(self.shown) < SHOWN_PAIRS and (shown := show_texts(pair, self._names)) is not None:
-                self.shown.append(shown)
+            if len(self.shown) < SHOWN_PAIRS and (texts := show_texts(pair, self._names)) is not None:
+                self.shown.append(texts)
             self._measure(pair, *(len(content(side)) for side in (pair.prompt, pair.chosen, pair.rejected)))
         else:
             self._chunk.append(pair)
@@ -318,7 +318,7 @@ class _Run:
                 self.finish_chunk()
 
     def finish_chunk(self) -> None:
-        """Tokenises what is waiting."""
+        """Tokenises the waiting pairs."""
         if not self._chunk:
             return
         config = self.config
@@ -334,12 +334,12 @@ class _Run:
         self.rejected += len(data.rejects)
         for reject in data.rejects:
             self.tally.add(reject.reason, reject, reject.detail)
-        # A ranked row is several pairs, which their number in the row tells apart.
+        # A ranked row gives several pairs, distinguished by their number in the row.
         pairs = {(pair.source_file, pair.source_row, pair.extra.get("pair_of_row")): pair for pair in self._chunk}
         for tokens in data.pairs:
             pair = pairs[tokens.source_file, tokens.source_row, tokens.extra.get("pair_of_row")]
-            for code, shown in self._token_faults(pair, tokens):
-                self.tally.add(code, pair, shown)
+            for code, example in self._token_faults(pair, tokens):
+                self.tally.add(code, pair, example)
             self.needed = max(self.needed, tokens.needed)
             ids = tokens.ids
             if len(self.shown) < SHOWN_PAIRS:
@@ -395,12 +395,12 @@ class _Run:
             yield "beyond-positions", f"{longest:,} tokens; the model has {self.limits.positions:,} positions"
 
     def length_stats(self) -> list[LengthStats]:
-        """Of each part, under the name that it has in such rows."""
+        """Statistics of each part, under its name for such rows."""
         names = PART_NAMES["pairs" if self.of_pairs else "unpaired"]
         return [_length_stats(names[part], values) for part, values in self.lengths.items() if values]
 
     def bias(self) -> LengthBias:
-        """Return the length bias of all pairs."""
+        """The length bias of all pairs."""
         chosen, rejected = (np.frombuffer(self.lengths[part], np.int64) for part in ("chosen", "rejected"))
         longer, shorter = int((chosen > rejected).sum()), int((chosen < rejected).sum())
         return LengthBias(
@@ -412,7 +412,7 @@ class _Run:
         )
 
     def whole(self, unread: int) -> None:
-        """The findings about all pairs together."""
+        """Adds findings about all pairs together."""
         pairs, rows = len(self.lengths["chosen"]), self.rows + unread
         rejected = self.rejected + unread
         if rejected > self.config.max_reject_share * rows:
@@ -431,7 +431,7 @@ class _Run:
 
 
 def prompt_key(prompt: Turns) -> int:
-    """A hash of the prompt that letter case and white space do not change."""
+    """A hash of the prompt that ignores letter case and white space."""
     return xxhash.xxh3_64_intdigest(" ".join(content(prompt).split()).casefold().encode("utf-8", "surrogatepass"))
 
 
@@ -451,21 +451,21 @@ def _messages(prompt: Turns) -> list[dict[str, Any]]:
 
 
 def _adds_system_prompt(tokenizer: Any) -> bool:
-    """Whether the chat template writes a system prompt where the messages have none."""
+    """Whether the chat template adds a system prompt if the messages have none."""
     try:
         with within_limits("the chat template, of one message"):
             alone = str(tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False))
     except UserError:
         raise
-    except Exception:  # no template, or one that wants other messages: then there is nothing to say about it
+    except Exception:  # no template, or one that needs other messages: nothing to report
         return False
     return "system" in alone.lower()
 
 
 def _ends(ids: Sequence[int], tokenizer: Any, appended: bool) -> bool:
-    """Whether a response's last token that is not white space is a special one; with `appended` tokens do the same."""
+    """Whether a response's last token, ignoring white space, is special; with `appended` tokens it is."""
     if appended:
-        return True  # the end token was put there, or the text itself ends with it
+        return True  # the end token was appended, or the text itself ends with it
     special = {*tokenizer.all_special_ids, *(k for k, token in tokenizer.added_tokens_decoder.items() if token.special)}
     for token in reversed(ids):
         if token in special:

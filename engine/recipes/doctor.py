@@ -1,7 +1,7 @@
-"""`dpoeng doctor`: is this machine ready? Versions, devices, libraries at work, disk, memory, folders, hub.
+"""`dpoeng doctor`: is this machine ready? Checks versions, devices, libraries, disk, memory, folders and the hub.
 
-Every finding that is not fine says what to do. Nothing is installed, no network is used unless asked for, and what a
-probe writes it removes.
+Every finding that is not fine has a remedy. It installs nothing, uses no network unless asked, and removes what its
+probes write.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ Status = Literal["ok", "info", "warning", "error"]
 STATUSES: tuple[Status, ...] = ("ok", "info", "warning", "error")
 
 PROBE_LIMIT_S = 120.0
-_SLOW_S = 30.0  # a probe imports its library, which an idle machine does in 3 to 10 s
+_SLOW_S = 30.0  # importing a library takes 3 to 10 s on an idle machine
 _FREE_DISK = 2 * GIB  # a cache of 100,000 pairs and the checkpoints of a LoRA
 _FREE_MEMORY = 4 * GIB
 _HUB = "https://huggingface.co"
 
-# What each probe's failure means for a user.
+# What a user can do if a probe fails.
 _PROBE_REMEDIES = {
     "torch": "install torch again, in the build for this machine: https://pytorch.org/get-started/locally",
     "transformers": "install the tested versions: pip install -c "
     f"{shlex.quote(str(Path(__file__).with_name('constraints.txt')))} transformers peft accelerate",
-    "bitsandbytes": "pip install --force-reinstall bitsandbytes, or go on with --quantization none",
-    "triton": "install the triton that torch names: pip install --force-reinstall torch",
+    "bitsandbytes": "pip install --force-reinstall bitsandbytes, or continue with --quantization none",
+    "triton": "install the triton version that torch requires: pip install --force-reinstall torch",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at; `remedy` where it is not fine."""
+    """One check; has a `remedy` if it is not fine."""
 
     name: str
     status: Status
@@ -65,16 +65,16 @@ class Check:
 
 @dataclass(slots=True)
 class Diagnosis:
-    """All checks, in the order in which they were made."""
+    """All checks, in order."""
 
     checks: list[Check] = field(default_factory=list)
 
     def worst(self) -> Status:
-        """The gravest status."""
+        """The most severe status."""
         return max((check.status for check in self.checks), key=STATUSES.index, default="ok")
 
     def as_dict(self) -> dict[str, Any]:
-        """For a bug report: the home folder's name is left out."""
+        """For a bug report: leaves out the name of the home folder."""
         home = str(Path.home())
         checks = [
             {name: getattr(check, name).replace(home, "~") for name in Check.__slots__ if getattr(check, name)}
@@ -89,24 +89,24 @@ Probe = Callable[[str], dict[str, Any]]
 def diagnose(
     cache: Path, output_dir: Path, *, model: Path | None = None, online: bool = False, probe: Probe | None = None
 ) -> Diagnosis:
-    """Looks at everything.
+    """Runs all checks.
 
     Args:
-        cache: where the reference cache is or will be.
-        output_dir: where training will write.
-        model: a model's folder, whose files are read to see how fast that is; default: a file beside the cache.
-        online: try to reach the hub.
-        probe: runs one of `probes.PROBES` by name; default: in a process of its own.
+        cache: the reference cache's folder, which need not exist.
+        output_dir: the folder for training's results.
+        model: a model's folder, to measure how fast its files are read; by default a file next to the cache.
+        online: whether to try to reach the hub.
+        probe: runs one of `probes.PROBES` by name; by default in a separate process.
     """
     probe = probe or run_probe
     checks = [*_python(), *_versions(tested_versions())]
     others = ("transformers", "bitsandbytes", "triton")
     with ThreadPoolExecutor(1 + len(others)) as pool:
-        of_torch = pool.submit(probe, "torch")
+        torch_probe = pool.submit(probe, "torch")
         if shutil.which("nvidia-smi") is not None:
-            of_torch.result()  # by itself: the others would hold some of the GPU's memory, whose free part it reads
+            torch_probe.result()  # first and alone: it reads the GPU's free memory, which the others would use
         rest = list(pool.map(probe, others))
-    torch_found = of_torch.result()
+    torch_found = torch_probe.result()
     checks += [*_torch(torch_found), *_processor(bool(torch_found.get("gpus")), cpu_flags())]
     checks += map(_library, others, rest)
     checks += [*_environment(os.environ), *_memory(), *_folders(cache, output_dir), _disk(cache, model)]
@@ -115,14 +115,14 @@ def diagnose(
 
 
 def tested_versions() -> dict[str, str]:
-    """Package -> the version that the test suite ran with: constraints.txt, which is installed with dpoeng."""
+    """Package -> the version that the test suite ran with, from constraints.txt, which is installed with dpoeng."""
     text = Path(__file__).with_name("constraints.txt").read_text(encoding="utf-8")
     lines = (line.split("==") for line in text.splitlines() if line and not line.startswith("#"))
     return {canonicalize_name(name): version for name, version in lines}
 
 
 def run_probe(name: str, limit_s: float = PROBE_LIMIT_S) -> dict[str, Any]:
-    """Run one probe in a separate process -> `ok`, `seconds`, and its findings or a `problem`."""
+    """Runs one probe in a separate process; returns `ok`, `seconds`, and its findings or a `problem`."""
     began = time.perf_counter()
     command = [sys.executable, "-W", "ignore", "-m", "dpoeng.engine.checks.probes", name]
     try:
@@ -131,15 +131,15 @@ def run_probe(name: str, limit_s: float = PROBE_LIMIT_S) -> dict[str, Any]:
         return {"ok": False, "problem": f"no answer within {limit_s:.0f} s", "seconds": limit_s, "unanswered": True}
     lines = done.stdout.splitlines()
     if done.returncode == 0 and lines:
-        found: dict[str, Any] = json.loads(lines[-1])
-        return {**found, "seconds": time.perf_counter() - began}
+        answer: dict[str, Any] = json.loads(lines[-1])
+        return {**answer, "seconds": time.perf_counter() - began}
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
     how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
     return {"ok": False, "problem": f"the process ended with {how}: {last[:300]}"}
 
 
 def cpu_flags() -> frozenset[str] | None:
-    """The instruction sets that Linux lists; None where it lists none."""
+    """The CPU's instruction sets as Linux lists them; None if it does not."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -152,11 +152,11 @@ def cpu_flags() -> frozenset[str] | None:
 
 
 def _python() -> Iterator[Check]:
-    found = f"Python {platform.python_version()}, {platform.system()} {platform.release()} {platform.machine()}"
+    system = f"Python {platform.python_version()}, {platform.system()} {platform.release()} {platform.machine()}"
     if platform.system() == "Linux":
-        yield Check("python", "ok", found)
+        yield Check("python", "ok", system)
     else:
-        yield Check("python", "warning", found, "dpoeng is tested on Linux only; use a container or WSL 2")
+        yield Check("python", "warning", system, "dpoeng is tested on Linux only; use a container or WSL 2")
 
 
 def _versions(tested: Mapping[str, str]) -> Iterator[Check]:
@@ -178,11 +178,11 @@ def _versions(tested: Mapping[str, str]) -> Iterator[Check]:
             yield Check(name, "ok", f"{installed}, as tested")
 
 
-def _torch(found: Mapping[str, Any]) -> Iterator[Check]:
-    yield _library("torch", found)
-    if not found["ok"]:
+def _torch(report: Mapping[str, Any]) -> Iterator[Check]:
+    yield _library("torch", report)
+    if not report["ok"]:
         return
-    for index, gpu in enumerate(found["gpus"]):
+    for index, gpu in enumerate(report["gpus"]):
         free, total = gpu["free_bytes"] / GIB, gpu["total_bytes"] / GIB
         words = f"{gpu['name']}, compute capability {gpu['capability']}, {free:.1f} of {total:.1f} GiB free"
         if "bus_gb_per_s" in gpu:
@@ -195,14 +195,14 @@ def _torch(found: Mapping[str, Any]) -> Iterator[Check]:
             yield Check(f"gpu {index}", "warning", f"{words}; no bfloat16", "use --dtype float16")
         else:
             yield Check(f"gpu {index}", "ok", words)
-    if not found["gpus"]:
+    if not report["gpus"]:
         driver, version = _nvidia_driver()
-        cuda = found["cuda_build"]
+        cuda = report["cuda_build"]
         if driver is None:
             yield Check("gpu", "info", "none; everything runs on the CPU", "fine for small models")
         elif cuda is None:
             remedy = "install a CUDA build of torch: https://pytorch.org/get-started/locally"
-            yield Check("gpu", "error", f"{driver}, but torch {found['version']} is a CPU build", remedy)
+            yield Check("gpu", "error", f"{driver}, but torch {report['version']} is a CPU build", remedy)
         elif too_old(version, cuda):
             words = f"{driver}: torch's build for CUDA {cuda} needs driver {oldest_driver(cuda)} or newer"
             yield Check("gpu", "error", words, f"update the NVIDIA driver, or install the older build: {OLDER}")
@@ -212,7 +212,7 @@ def _torch(found: Mapping[str, Any]) -> Iterator[Check]:
 
 
 def _nvidia_driver() -> tuple[str | None, str]:
-    """GPU and driver as nvidia-smi names them, or None; and the driver's version, where it is told."""
+    """GPU and driver as nvidia-smi names them, or None; and the driver's version, if known."""
     if shutil.which("nvidia-smi") is None:
         return None, ""
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
@@ -226,15 +226,15 @@ def _nvidia_driver() -> tuple[str | None, str]:
     return "; ".join(lines), lines[0].rpartition(", ")[2]
 
 
-def _library(name: str, found: Mapping[str, Any]) -> Check:
-    busy = "end the programs that keep the machine or its disk busy, and try again; if it is idle: "
-    if found.get("unanswered"):
-        return Check(f"{name} at work", "warning", found["problem"], busy + _PROBE_REMEDIES[name])
-    if not found["ok"]:
-        return Check(f"{name} at work", "error", found["problem"], _PROBE_REMEDIES[name])
-    if name == "triton" and not found["used"]:
-        return Check("triton at work", "info", "not tried: no GPU", "nothing: on a CPU nothing uses it")
-    right, seconds = "a small computation gives the right numbers", found.get("seconds", 0.0)
+def _library(name: str, report: Mapping[str, Any]) -> Check:
+    busy = "end programs that keep the machine or its disk busy, and try again; if it is idle: "
+    if report.get("unanswered"):
+        return Check(f"{name} at work", "warning", report["problem"], busy + _PROBE_REMEDIES[name])
+    if not report["ok"]:
+        return Check(f"{name} at work", "error", report["problem"], _PROBE_REMEDIES[name])
+    if name == "triton" and not report["used"]:
+        return Check("triton at work", "info", "not tried: no GPU", "nothing: it is not used on a CPU")
+    right, seconds = "a small computation gives the right numbers", report.get("seconds", 0.0)
     if seconds > _SLOW_S:
         slow = "every command starts this slowly; put the environment on a local disk"
         return Check(f"{name} at work", "warning", f"{right}, after {seconds:.0f} s", busy + slow)
@@ -246,8 +246,8 @@ def _processor(has_gpu: bool, flags: frozenset[str] | None) -> Iterator[Check]:
     if has_gpu or flags is None or flags & {"avx512_bf16", "amx_bf16", "bf16"}:
         yield Check("processor", "ok", counted(cores, "core"))
         return
-    found = f"{counted(cores, 'core')} without bfloat16 instructions: bfloat16 takes 6 to 7 times as long as float32"
-    yield Check("processor", "warning", found, "use --dtype float32 in both phases")
+    finding = f"{counted(cores, 'core')} without bfloat16 instructions: bfloat16 takes 6 to 7 times as long as float32"
+    yield Check("processor", "warning", finding, "use --dtype float32 in both phases")
 
 
 def _environment(variables: Mapping[str, str]) -> Iterator[Check]:
@@ -269,7 +269,7 @@ def _memory() -> Iterator[Check]:
         yield Check("memory", "info", "unknown: /proc/meminfo is not there", "nothing")
     elif available < _FREE_MEMORY:
         yield Check(
-            "memory", "warning", f"{available / GIB:.1f} GiB available", "end other programs, or take a smaller model"
+            "memory", "warning", f"{available / GIB:.1f} GiB available", "end other programs, or use a smaller model"
         )
     else:
         yield Check("memory", "ok", f"{available / GIB:.1f} GiB available")
@@ -288,13 +288,13 @@ def _folders(cache: Path, output_dir: Path) -> Iterator[Check]:
 
 
 def _folder(name: str, folder: Path) -> Check:
-    """Really writes a file where the folder is, or in the nearest one above it that exists."""
-    there = _existing(folder)
-    shown = f"{folder}" + ("" if there == folder else f" (to be made in {there.resolve()})")
-    if not there.is_dir():
-        return Check(name, "error", f"{there} is a file", "name another folder")
+    """Writes a test file to the folder, or to its nearest existing parent."""
+    existing = _existing(folder)
+    text = f"{folder}" + ("" if existing == folder else f" (to be created in {existing.resolve()})")
+    if not existing.is_dir():
+        return Check(name, "error", f"{existing} is a file", "name another folder")
     try:
-        with tempfile.NamedTemporaryFile(dir=there, prefix=".dpoeng-doctor-") as file:
+        with tempfile.NamedTemporaryFile(dir=existing, prefix=".dpoeng-doctor-") as file:
             file.write(b"x" * 4096)
             file.flush()
             os.fsync(file.fileno())
@@ -303,10 +303,10 @@ def _folder(name: str, folder: Path) -> Check:
         reason = error.strerror or str(error)
         remedy = "a complete cache may be read-only; else make it writable" if read_only else "make it writable"
         return Check(
-            name, "warning" if read_only else "error", f"{shown}: {reason}", f"{remedy}, or name another folder"
+            name, "warning" if read_only else "error", f"{text}: {reason}", f"{remedy}, or name another folder"
         )
-    free = shutil.disk_usage(there).free
-    words = f"{shown}: writable, {free / GIB:.1f} GiB free"
+    free = shutil.disk_usage(existing).free
+    words = f"{text}: writable, {free / GIB:.1f} GiB free"
     if free < _FREE_DISK:
         return Check(name, "warning", words, "free some space, or name a folder on another disk")
     return Check(name, "ok", words)
@@ -355,7 +355,7 @@ def _hub(variables: Mapping[str, str], online: bool) -> Iterator[Check]:
             "hub", "info", f"offline by {', '.join(switches)}", "name models by folder, or unset it to download"
         )
     elif not online:
-        yield Check("hub", "info", "not tried", "--online tries to reach it; models in folders need no hub")
+        yield Check("hub", "info", "not tried", "--online tries it; models in folders need no hub")
     else:
         address = variables.get("HF_ENDPOINT", _HUB)
         try:

@@ -1,4 +1,4 @@
-"""A trained policy found again, an adapter or a whole checkpoint: evaluated, and asked to go on before and after."""
+"""Finds a trained policy (an adapter or a whole checkpoint), evaluates it, and generates before and after training."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ class Trained:
     """A trained model or adapter, and the record of its run.
 
     Attributes:
-        folder: with adapter_config.json, or (mode `full`) the config.json of a whole checkpoint.
-        run: the config of its run, where run.json lies beside it; else None.
-        mode: how an adapter stands on the base and the reference's adapter, where that is known; or `full`.
+        folder: folder with adapter_config.json, or (mode `full`) with the config.json of a whole checkpoint.
+        run: config of its run, if run.json is next to it; else None.
+        mode: how an adapter relates to the base and the reference's adapter, if known; or `full`.
     """
 
     folder: Path
@@ -62,7 +62,7 @@ class Trained:
 
 
 def find_trained(path: Path) -> Trained:
-    """A run's output folder, or the folder of its result; or any adapter, or any checkpoint trained whole.
+    """Accepts a run's output folder, the folder of its result, any adapter, or any fully trained checkpoint.
 
     Raises:
         UserError: it is none of these.
@@ -79,12 +79,12 @@ def find_trained(path: Path) -> Trained:
 
 
 def load_trained(trained: Trained, config: TrainConfig, view: AnyView, *, tokenizer: bool = False) -> CausalLM:
-    """The policy after training, ready to score: the base with its adapters, or the checkpoint that was trained whole.
+    """The policy after training, ready to score: the base with its adapters, or the fully trained checkpoint.
 
-    Where the reference has an adapter it is loaded too, so that `before_training` can go back to it.
+    If the reference has an adapter, it is loaded too, so that `before_training` can switch to it.
 
     Raises:
-        UserError: base or adapters cannot be had, or do not fit.
+        UserError: base or adapters are not available, or do not fit.
     """
     reference = view.meta["reference"]
     device = pick_device(config.device)
@@ -96,7 +96,7 @@ def load_trained(trained: Trained, config: TrainConfig, view: AnyView, *, tokeni
     lm = load_policy_base(config, reference, device, tokenizer=tokenizer)
     sft = find_adapter(sft_name) if sft_name else None
     if sft is not None and mode != "stack" and stands_alone(sft):
-        sft = None  # `before_and_after` scores the reference in a model of its own
+        sft = None  # `before_and_after` scores the reference in a separate model
     return _ready(load_trained_adapter(lm, mode, find_adapter(str(trained.folder)), sft), config, view)
 
 
@@ -109,10 +109,10 @@ def before_and_after(
     *,
     tokenizer: bool = False,
 ) -> tuple[Before, After]:
-    """Run work on the policy before training, and other work on it after. One model is in memory at a time.
+    """Runs `before` on the policy before training and `after` on the trained one, with one model in memory at a time.
 
-    With an adapter it is the same model, its adapter off and on; of weights trained whole, and of an adapter that
-    stands alone (PiSSA has changed the base), first the reference's.
+    With an adapter it is the same model, with its adapter off and on. For fully trained weights, and for an adapter
+    that changed the base (PiSSA), the reference's model comes first.
 
     Raises:
         UserError: see `load_trained`.
@@ -130,8 +130,8 @@ def before_and_after(
     if sft is not None:
         base = load_reference_adapter(base, sft)
     earlier = before(_ready(base, config, view))
-    # Gone before the second one is loaded: there need not be room for two. Its modules hold each other in cycles, which
-    # only a collection frees.
+    # Release it before the second one is loaded: there may be no room for both. Its modules refer to each other in
+    # cycles, which only the garbage collector frees.
     del base
     release_memory()
     return earlier, after(load_trained(trained, config, view, tokenizer=tokenizer))
@@ -145,7 +145,7 @@ def _ready(lm: CausalLM, config: TrainConfig, view: AnyView) -> CausalLM:
 
 @dataclass(slots=True)
 class EvaluationSummary:
-    """The result of `dpoeng eval`."""
+    """Result of `dpoeng eval`."""
 
     trained: Path
     view: str
@@ -158,7 +158,7 @@ class EvaluationSummary:
     advice: list[Advice] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """The result as JSON values."""
         return {
             "trained": str(self.trained),
             "view": self.view,
@@ -173,13 +173,13 @@ class EvaluationSummary:
 def evaluate_trained(
     trained: Trained, config: TrainConfig, which: Which | None = None, progress: Progress = QUIET
 ) -> EvaluationSummary:
-    """Evaluates what was trained on cached pairs.
+    """Evaluates a trained policy on cached pairs.
 
     Args:
         trained: see `find_trained`.
-        config: of its run, with what is to be otherwise; cache, view, loss, precision and batch size are read.
-        which: the pairs that the run held out, or all; by default the former where there is a run.
-        progress: where notes go.
+        config: config of its run, with changes; reads cache, view, loss, precision and batch size.
+        which: the pairs that the run held out, or all; by default the former if there is a run.
+        progress: receives notes.
 
     Raises:
         UserError: the cache or the model is not usable, or the model before training is not the cache's reference.
@@ -221,10 +221,10 @@ def evaluate_trained(
 
 
 def _open_rows(trained: Trained, config: TrainConfig, which: Which) -> tuple[AnyView, Rows]:
-    """The training view, which the model before training is compared with, and the rows to evaluate.
+    """The training view, to compare the model before training with, and the rows to evaluate.
 
     Raises:
-        UserError: there are none, or the run's held-out pairs can no longer be found.
+        UserError: there are none, or the run's held-out pairs cannot be determined any more.
     """
     view, eval_view = open_views(config)
     if which == "all":
@@ -246,7 +246,7 @@ def _open_rows(trained: Trained, config: TrainConfig, which: Which) -> tuple[Any
 
 
 def _check_pairs_of_run(trained: Trained, view: AnyView) -> None:
-    """Raise if the view changed since training: a new split would hold out pairs that the run trained on."""
+    """Raises if the view changed since training: a new split would hold out pairs that the run trained on."""
     file = trained.folder.parent / RUN_FILE
     trained_on = read_json(file, dict, ("identity",))["identity"].get("pairs") if trained.run is not None else None
     if trained_on is not None and trained_on != rows_digest(view):
@@ -255,6 +255,6 @@ def _check_pairs_of_run(trained: Trained, view: AnyView) -> None:
             code="eval-changed",
             where=f"view {view.name}, {counted(len(view), 'pair')}",
             expected=f"the pairs that {file} was trained on",
-            found="pairs were added, left out or put in another order: which were held out cannot be told from them",
+            found="pairs were added, removed or reordered, so the held-out ones are unknown",
             remedy="add --pairs all to evaluate on all of them, or put new pairs into a separate view",
         )

@@ -1,4 +1,4 @@
-"""Reference log-probs that another program has computed, taken into a cache and ready to train against."""
+"""Imports reference log-probs that another program computed into a cache, ready to train against."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from dpoeng.engine.runtime.progress import QUIET, Progress
 
 
 def import_reference(config: PrecomputeConfig, path: Path, progress: Progress = QUIET) -> tuple[Imported, bool]:
-    """Takes the rows of a file into `config.cache`, as numbers of the reference that `config` names.
+    """Imports the rows of a file into `config.cache`, as numbers of the reference that `config` describes.
 
     Args:
-        config: model, adapter and precision of whoever computed the numbers; `name` for the view.
+        config: model, adapter and precision with which the numbers were computed; `name` for the view.
         path: `.jsonl`, `.parquet` or `.arrow` with the columns that `dpoeng cache export` writes, or with TRL's.
-        progress: where to report.
+        progress: receives reports.
 
     Returns:
-        what was imported, and whether it was sums only: these serve every loss but those that weigh tokens.
+        the result of the import, and whether it has only sums: these work for every loss that does not weigh tokens.
 
     Raises:
-        UserError: no such model, or rows that cannot be right.
+        UserError: no such model, or rows that cannot be correct.
     """
     source = find_model(required_model(config))
     config = with_stored_quantization(config, source)

@@ -1,4 +1,4 @@
-"""Proposes settings for a model, pairs and a GPU, by the plan's simulation of config.json."""
+"""Proposes settings for a model, pairs and a GPU, from the plan's simulation of config.json."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from dpoeng.engine.recipes.plan import Plan, make_plan, suggested
 from dpoeng.engine.runtime.progress import QUIET, Progress
 
 HEADROOM = 0.8
-"""Share of a card that a proposal may fill: a plan is a calculation, and longer pairs may come."""
+"""Share of a card that a proposal may fill: a plan is calculated, and pairs may become longer."""
 
 
 def suggest(
     pairs: Sequence[Path], model: str | None, adapter: str | None, *, gpu: str | None, progress: Progress = QUIET
 ) -> dict[str, Line]:
-    """Fields with values.
+    """Proposes fields with values.
 
     Args:
-        pairs: files that will be scored.
+        pairs: files to score.
         model: a folder or a name; its config.json decides what fits.
         adapter: an SFT adapter on it.
-        gpu: a card, as `dpoeng plan` knows them; None for the one that is here, if there is one.
-        progress: told what is being simulated.
+        gpu: a card by a name of `dpoeng plan`; None for this machine's, if there is one.
+        progress: receives the simulation's progress.
 
     Raises:
-        UserError: a file or folder that was named is not there, or the card is not known.
+        UserError: a named file or folder does not exist, or the card is unknown.
     """
     lines: dict[str, Line] = {}
     for path in pairs:
@@ -48,17 +48,17 @@ def suggest(
             raise _missing(f"--{field}", name)
         lines[field] = Line(name)
     if adapter is not None:
-        lines["adapter_mode"] = Line("continue", ("the SFT adapter is trained further; stack puts a new one on it",))
+        lines["adapter_mode"] = Line("continue", ("train the SFT adapter further; stack puts a new LoRA on top of it",))
     gpu = gpu or _gpu_here()
     if gpu is not None:
-        find_gpu(gpu)  # a card that nobody knows is said before anything is simulated
+        find_gpu(gpu)  # report an unknown card before simulating anything
         if model is not None:
             lines |= _what_fits(model, gpu, progress)
     return lines
 
 
 def _what_fits(model: str, gpu: str, progress: Progress) -> dict[str, Line]:
-    """Quantization and batch sizes: the most exact weights that leave headroom, else what fits at all, else 4 bits."""
+    """Quantization and batch sizes: the most exact weights with headroom, else the most exact that fit, else 4 bits."""
     try:
         fields = model_fields(model)
     except UserError:
@@ -79,18 +79,18 @@ def _what_fits(model: str, gpu: str, progress: Progress) -> dict[str, Line]:
     roomy, fitting = _share(plans[-1]) <= HEADROOM, [plan for plan in plans if plan.cards[0].fits]
     as_asked = [plan for plan in fitting if not plan.cards[0].way.trains_less]
     whole = [plan for plan in as_asked if not any(plan.cards[0].by_layer)]
-    # Layer by layer the most exact weights cost no memory; whole is faster. Training less is the last resort.
+    # Layer by layer, the most exact weights cost no memory; a whole base is faster. Training less is the last resort.
     return _lines(plans[-1] if roomy or not fitting else whole[-1] if whole else [*as_asked, *fitting][0])
 
 
 def _share(plan: Plan) -> float:
-    """Return the share of the card that both phases need with one pair a forward, the base whole."""
+    """The share of the card that both phases need with one pair per forward and the whole base."""
     peaks = (plan.step, plan.evaluation.peak, plan.phase1[min(plan.phase1)].peak)
     return max(map(plan.needed, peaks)) / plan.cards[0].gpu.n_bytes
 
 
 def _lines(plan: Plan) -> dict[str, Line]:
-    """The fields that the plan suggests where these are not the defaults; quantization always, with its reason."""
+    """Suggested fields whose values are not the defaults; quantization always, with the reason."""
     card = plan.cards[0]
     reason = (
         f"calculated by dpoeng plan: at least {_share(plan) * card.gpu.n_bytes / GIB:.3g} of the "
@@ -107,13 +107,13 @@ def _lines(plan: Plan) -> dict[str, Line]:
     lines = {"quantization": Line(plan.request.quantization, (reason,))}
     values = suggested(plan, card)
     if "layer_offloading" in values:
-        lines["layer_offloading"] = Line("on", ("the base does not fit whole: its layers are loaded one at a time",))
+        lines["layer_offloading"] = Line("on", ("the whole base does not fit: its layers are loaded one at a time",))
     for name, why in (
-        ("trunk_layer", "no way of training all layers fits: phase one stores what enters this layer"),
-        ("train_last_layers", "only these are trained, which is another model: see docs/trunk-cache.md"),
-        ("optim", "moments in 8 bits: those in 32 bits do not fit"),
+        ("trunk_layer", "training all layers does not fit: phase one stores the input of this layer"),
+        ("train_last_layers", "trains only these layers, which gives another model: see docs/trunk-cache.md"),
+        ("optim", "8-bit moments: 32-bit ones do not fit"),
         ("lora_r", "a larger LoRA does not fit"),
-        ("lora_alpha", "lora_alpha / lora_r is what it was"),
+        ("lora_alpha", "keeps lora_alpha / lora_r"),
     ):
         if card.fits and name in card.way.changes:
             lines[name] = Line(values[name], (why,))

@@ -1,6 +1,6 @@
-"""The inputs of phase two, read from the cache: views, rows, held-out split, weights, schedule, and checks of them.
+"""The inputs of phase two from the cache: views, rows, held-out split, weights, schedule, with their checks.
 
-The one place that opens a cache for training, evaluation and sweeps. Knows no model.
+The only module that opens a cache for training, evaluation and sweeps. Needs no model.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Split:
     """Opened views, and their rows on both sides of the held-out split.
 
     Attributes:
-        view: the training view, or several as one.
-        eval_view: the evaluation view, where one is named; otherwise rows of `view` are held out.
+        view: the training view, or several joined.
+        eval_view: the evaluation view if one is named; otherwise rows of `view` are held out.
         train: rows to train on.
         held_out: rows to evaluate on.
-        overlap: a sentence about pairs or prompts on both sides; empty if there are none.
+        overlap: a sentence about pairs or prompts on both sides; empty without any.
     """
 
     view: AnyView
@@ -51,7 +51,7 @@ class Inputs:
         split: opened views and their rows.
         train_weights: the user's weight of each training row, or None.
         held_out: held-out rows, ready for the evaluation.
-        schedule: which rows each optimizer step sees.
+        schedule: the rows of each optimizer step.
     """
 
     split: Split
@@ -77,23 +77,23 @@ class Inputs:
 
     @property
     def pairs_seen(self) -> int:
-        """Training pairs over the whole run, each counted as often as it is seen."""
+        """Training pairs over the whole run, counted each time they are used."""
         return self.schedule.total_steps * min(self.schedule.batch, len(self.train_rows))
 
 
 def open_views(config: TrainConfig, open_view: Callable[..., View] = View.open) -> tuple[AnyView, View | None]:
-    """Opens the training view and, where one is named, the evaluation view.
+    """Opens the training view and, if named, the evaluation view.
 
     Args:
-        config: `cache`, `view`, `mix_with` and `eval_view` are read.
-        open_view: `View.open`, or a function that keeps what it has opened.
+        config: reads `cache`, `view`, `mix_with` and `eval_view`.
+        open_view: `View.open`, or a function that caches opened views.
 
     Raises:
         CacheError: no such view, or a damaged one.
-        UserError: the loss is not one of such rows.
+        UserError: the loss does not fit these rows.
     """
-    one = open_view(config.cache, config.view, beside=config.eval_view, rows=ROW_KINDS)
-    view = with_others(config, one, open_view)
+    first_view = open_view(config.cache, config.view, beside=config.eval_view, rows=ROW_KINDS)
+    view = with_others(config, first_view, open_view)
     eval_view = open_view(config.cache, config.eval_view, rows=ROW_KINDS) if config.eval_view else None
     for opened in (view, *([eval_view] if eval_view else [])):
         _check_loss(config, opened)
@@ -105,17 +105,17 @@ def _check_loss(config: TrainConfig, view: AnyView) -> None:
     if view.rows != wanted:
         fitting = [name for name, known in LOSS_FACTS.items() if known.rows == view.rows]
         raise UserError(
-            "this loss is not one of the rows that the view holds",
+            "this loss does not fit the rows of this view",
             code="loss-rows",
             where=f"--loss-type {','.join(config.loss_type)}, view {view.name}",
             expected=f"a view of {wanted} rows",
             found=f"{view.rows} rows",
-            remedy=f"use one of {', '.join(fitting)}, or name another view; docs/losses.md says which loss takes what",
+            remedy=f"use one of {', '.join(fitting)}, or name another view; docs/losses.md lists the rows of each loss",
         )
 
 
 def open_split(config: TrainConfig, open_view: Callable[..., View] = View.open) -> Split:
-    """Opens the views and splits their rows; a function of `cache`, `view`, `eval_view`, `eval_share` and `seed`.
+    """Opens the views and splits their rows; depends on `cache`, `view`, `eval_view`, `eval_share` and `seed`.
 
     Raises:
         UserError: a view cannot be used, or every evaluation pair is also a training pair.
@@ -127,14 +127,14 @@ def open_split(config: TrainConfig, open_view: Callable[..., View] = View.open) 
 
 
 def open_inputs(config: TrainConfig, open_split: Callable[[TrainConfig], Split] = open_split) -> Inputs:
-    """Reads everything that a run takes from the cache.
+    """Reads everything that a run needs from the cache.
 
     Args:
-        config: of the run.
-        open_split: a sweep passes a function that opens each view and makes each split once.
+        config: config of the run.
+        open_split: a sweep passes a function that opens each view and makes each split only once.
 
     Raises:
-        UserError: the cache does not hold what the configuration asks for.
+        UserError: the cache does not contain what the configuration needs.
     """
     opened = open_split(config)
     refuse_sums_for_tokens(config.ld_alpha, opened.view)
@@ -161,7 +161,7 @@ def open_inputs(config: TrainConfig, open_split: Callable[[TrainConfig], Split] 
 
 
 def refuse_sums_for_tokens(ld_alpha: float | None, view: AnyView) -> None:
-    """Raises UserError where the loss weighs single tokens and the cache holds sums only."""
+    """Raises UserError if the loss weighs single tokens but the cache has only sums."""
     if view.spec.holds_sums and ld_alpha is not None:
         raise UserError(
             "this loss weighs single tokens, but these reference log-probs are sums over whole responses",
@@ -174,7 +174,7 @@ def refuse_sums_for_tokens(ld_alpha: float | None, view: AnyView) -> None:
 
 
 def split(view: AnyView, eval_view: View | None, config: TrainConfig) -> tuple[list[int], list[int]]:
-    """Rows to train on and rows to evaluate on. With `eval_view`, all of each."""
+    """Rows to train on and rows to evaluate on; with `eval_view`, all rows of each view."""
     if eval_view is not None:
         if eval_view.spec.digest != view.spec.digest:
             raise UserError(
@@ -193,18 +193,18 @@ def split(view: AnyView, eval_view: View | None, config: TrainConfig) -> tuple[l
 
 
 def check_held_out(config: TrainConfig, count: int) -> None:
-    """Raise if an option needs held-out pairs and there are none.
+    """Raises if an option needs held-out pairs and there are none.
 
     Raises:
-        UserError: early stopping or the best model were asked for.
+        UserError: early stopping or the best model was requested.
     """
     wants = [
         option
-        for option, asked in (
+        for option, wanted in (
             ("--load-best-model-at-end", config.load_best_model_at_end),
             ("--early-stopping-patience", config.early_stopping_patience is not None),
         )
-        if asked
+        if wanted
     ]
     if wants and not count:
         raise UserError(
@@ -223,14 +223,14 @@ def _response_key(view: AnyView, row: int) -> tuple[bytes, bytes]:
 
 
 def check_apart(view: AnyView, eval_view: View) -> str:
-    """Describe pairs and prompts that are both trained and evaluated on; empty where there are none.
+    """Describes pairs and prompts that are in both training and evaluation; empty without any.
 
-    As in `dpoeng check --eval` a pair is the same either way round; texts are compared by their token ids.
+    As in `dpoeng check --eval`, swapped pairs count as equal; texts are compared by their token ids.
 
     Raises:
         UserError: every evaluation pair is also a training pair.
     """
-    # Of an unpaired row the mismatched response is another one in another file; the row is the same without it.
+    # An unpaired row's mismatched response differs between files, so compare without it.
     unpaired = view.rows == "unpaired"
     alone = {_response_key(view, row) for row in range(len(view))} if unpaired else set()
     trained = set(map(bytes, view.keys()))

@@ -1,9 +1,9 @@
-"""Adapters folded into their base: `W + scale * B A`, from the full-precision checkpoint, never from quantised weights.
+"""Merges adapters into their base: `W + scale * B A`, from the full-precision checkpoint, never from quantised weights.
 
-Tensor by tensor from the base's files to new ones, so that the host never holds more than one of these files. Sums are
-formed in float32, over all adapters, and rounded once. What is not a plain LoRA on weights that are stored one by one
-(DoRA, stacked experts, trained embeddings) is merged by peft in a model that is loaded whole, and put back under the
-names of the base's files: see `merge_whole`.
+It works tensor by tensor from the base's files to new ones, so that at most one of these files is in memory. Sums are
+computed in float32 over all adapters and rounded once. Adapters that are not plain LoRA on separately stored weights
+(DoRA, stacked experts, trained embeddings) are merged by peft in a whole model and written under the names of the
+base's files: see `merge_whole`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Update:
     transposed: bool
 
     def delta(self) -> torch.Tensor:
-        """In float32."""
+        """The update in float32."""
         delta = self.scale * (self.b.float() @ self.a.float())
         return delta.T if self.transposed else delta
 
@@ -62,17 +62,17 @@ class Update:
 def merge_run(
     output_dir: Path, into: Path, *, dtype: str = "auto", model: str | None = None, progress: Progress = QUIET
 ) -> MergeSummary:
-    """Merges the result of a run: its adapter, and the frozen SFT adapter below it where there is one.
+    """Merges the result of a run: its adapter, and the frozen SFT adapter below it if there is one.
 
     Args:
         output_dir: the run's folder.
-        into: where the checkpoint goes; must not exist, or be empty.
-        dtype: of the merged weights; `auto` is each weight's own.
-        model: the base, where it is no longer where the run found it.
-        progress: told of each file.
+        into: folder for the checkpoint; must be missing or empty.
+        dtype: dtype of the merged weights; `auto` keeps each weight's own.
+        model: the base, if it has moved since the run.
+        progress: receives each file's progress.
 
     Raises:
-        UserError: there is no finished run, `into` holds something, or an adapter is not plain LoRA.
+        UserError: there is no finished run, `into` is not empty, or an adapter is not plain LoRA.
     """
     record_file = output_dir / RUN_FILE
     if (output_dir / MODEL_FOLDER).is_dir():
@@ -107,8 +107,8 @@ def merge(
     """Writes base + adapters as a checkpoint that plain transformers loads.
 
     Raises:
-        UserError: `into` holds something or cannot be written, the base is a GGUF file or quantised, or an adapter
-            cannot be merged.
+        UserError: `into` is not empty or not writable, the base is a GGUF file or quantised, or an adapter cannot be
+            merged.
     """
     refuse_filled(into)
     if not base.gguf and stored_quantization(base) == {"quantization": "stored"}:
@@ -122,20 +122,20 @@ def merge(
             remedy="name the original with --model",
         )
     names = stored_names(base)
-    tokenizer = choose_tokenizer(base, str(adapters[-1].folder), None)  # what the last adapter was trained with
+    tokenizer = choose_tokenizer(base, str(adapters[-1].folder), None)  # the tokenizer of the last adapter's training
     with contextlib.ExitStack() as stack:
-        # Names of the loaded model's class: the adapter may have been trained on another class of the same model.
-        own = [stack.enter_context(as_peft_reads(adapter, names.model)) for adapter in adapters]
+        # Use the loaded model's names: the adapter may have been trained on another class of the same model.
+        renamed_adapters = [stack.enter_context(as_peft_reads(adapter, names.model)) for adapter in adapters]
         updates: dict[str, list[Update]] = {}
         replaced: dict[str, torch.Tensor] = {}
         plain = True
-        for adapter in own:
+        for adapter in renamed_adapters:
             _refuse_more_layers(adapter)
             plain = plain and _read_adapter(adapter, updates, replaced)
         adapted = {*updates, *replaced}
         tied = {name for name in adapted - {*names.in_memory.values()} if name in names.model.state_dict()}
         if not plain or names.converted & adapted or tied:
-            return merge_whole(base, own, into, dtype=dtype, tokenizer=tokenizer, progress=progress)
+            return merge_whole(base, renamed_adapters, into, dtype=dtype, tokenizer=tokenizer, progress=progress)
     on_disk = names.on_disk()
     updates = {on_disk.get(name, name): one for name, one in updates.items()}
     replaced = {on_disk.get(name, name): one for name, one in replaced.items()}
@@ -177,12 +177,12 @@ def _write_merged(
     replaced: Mapping[str, torch.Tensor],
     progress: Progress,
 ) -> int:
-    """Writes every file of the checkpoint; returns the number of its tensors."""
+    """Writes every file of the checkpoint; returns its number of tensors."""
     wanted = None if dtype == "auto" else DTYPES[dtype]
     open_updates, tensors, total_bytes = set(updates), 0, 0
     with progress.task("merging", len(base.weight_files), "files") as advance:
         for file in base.weight_files:
-            found: dict[str, torch.Tensor] = {}
+            merged: dict[str, torch.Tensor] = {}
             with safe_open(file, framework="pt") as weights:
                 for name in weights.keys():  # noqa: SIM118  (a safetensors file is no dictionary)
                     weight = replaced.get(name)
@@ -193,11 +193,11 @@ def _write_merged(
                         for update in updates[name]:
                             weight += update.delta()
                         open_updates.discard(name)
-                    found[name] = weight.to(target).contiguous()
+                    merged[name] = weight.to(target).contiguous()
             with saving_tensors():
-                save_file(found, folder / file.name, metadata={"format": "pt"})
-            tensors += len(found)
-            total_bytes += sum(tensor.nbytes for tensor in found.values())
+                save_file(merged, folder / file.name, metadata={"format": "pt"})
+            tensors += len(merged)
+            total_bytes += sum(tensor.nbytes for tensor in merged.values())
             advance(1, file.name)
     if open_updates:
         raise UserError(
@@ -224,7 +224,7 @@ _MORE_THAN_LORA = ("use_dora", "target_parameters", "lora_bias", "trainable_toke
 
 
 def _read_adapter(adapter: ModelSource, updates: dict[str, list[Update]], replaced: dict[str, torch.Tensor]) -> bool:
-    """Adds an adapter's updates under the names that its weights have in memory; False where it is no plain LoRA."""
+    """Adds an adapter's updates under its weights' names in memory; False if it is not plain LoRA."""
     config = read_adapter_fields(adapter)
     tensors = load_file(adapter.weight_files[0])
     if start_changes_base(config) or any(config.get(name) for name in _MORE_THAN_LORA):
@@ -249,30 +249,30 @@ def _read_adapter(adapter: ModelSource, updates: dict[str, list[Update]], replac
 
 
 def _check_replaced(base: ModelSource, replaced: Mapping[str, torch.Tensor]) -> None:
-    """Check that the adapter's other tensors replace weights of the base; anything else cannot be merged."""
-    held: set[str] = set()
+    """Checks that the adapter's other tensors replace weights of the base; others cannot be merged."""
+    base_names: set[str] = set()
     shared: list[str] = []
     for file in base.weight_files:
         with safe_open(file, framework="pt") as weights:
             names = set(weights.keys())
-            held |= names
+            base_names |= names
             shared += [n for n in names & set(replaced) if not torch.equal(weights.get_tensor(n), replaced[n])]
     embeddings = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
-    tied = not any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in held)
-    lost = sorted(set(replaced) - held) + [name for name in sorted(shared) if tied and name.endswith(embeddings)]
+    tied = not any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in base_names)
+    lost = sorted(set(replaced) - base_names) + [name for name in sorted(shared) if tied and name.endswith(embeddings)]
     if lost:
         raise UserError(
-            f"{len(lost)} of the adapter's tensors have no place of their own in the base, e.g. {lost[0]}",
+            f"{len(lost)} of the adapter's tensors have no separate counterpart in the base, e.g. {lost[0]}",
             code="adapter-mismatch",
             where=base.name,
-            expected="plain LoRA, and whole modules or biases with tensors of their own in the base",
+            expected="plain LoRA, and whole modules or biases with separate tensors in the base",
             found="LoRA on an embedding, trained tokens, or a head and an embedding that are one tensor in the base",
             remedy="load the full-precision base with peft (run.json has the lines) and call merge_and_unload()",
         )
 
 
 def _of_pattern(pattern: dict[str, float] | None, module: str, default: float) -> float:
-    """peft's rank_pattern and alpha_pattern: the first key that matches the end of a module's name."""
+    """Looks up peft's rank_pattern or alpha_pattern: the first key that matches the end of a module's name."""
     for key, value in (pattern or {}).items():
         if re.match(rf"(.*\.)?({key})$", module):
             return value

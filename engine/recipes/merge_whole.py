@@ -1,8 +1,8 @@
-"""Adapters merged by peft in a base that is loaded whole, and put back under the names of the base's files.
+"""Lets peft merge adapters into a whole base, and writes the result under the names of the base's files.
 
-For what is more than a product of two matrices on a weight of its own: DoRA, experts that are stacked while they are
-loaded, embeddings, starts that change the base. Takes the memory of the base in float32. The result is loaded again and
-must answer as base and adapters do.
+This handles adapters that are more than a product of two matrices on a separate weight: DoRA, experts that are stacked
+on loading, embeddings, starts that change the base. It needs memory for the base in float32. The result is loaded again
+and must give the same answers as base and adapters.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dpoeng.engine.runtime.folders import saving_tensors, write_new
 from dpoeng.engine.runtime.progress import Progress
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
-"""Mean difference of log-probs, nats, between merged and unmerged: the rounding of weights, and no more."""
+"""Allowed mean difference of log-probs, in nats, between merged and unmerged: rounding only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +54,19 @@ def merge_whole(
 
     Args:
         base: the full-precision base.
-        adapters: the frozen one first, where there are two; under the names of the loaded model.
+        adapters: the frozen one first if there are two; with the loaded model's names.
         into: a new folder.
-        dtype: of the merged weights; `auto` is each weight's own.
-        tokenizer: put beside the result where it is not the base's.
-        progress: told that the base is loaded whole, and of each file.
+        dtype: dtype of the merged weights; `auto` keeps each weight's own.
+        tokenizer: copied to the result if it is not the base's.
+        progress: receives a note that the whole base is loaded, and each file's progress.
 
     Raises:
-        UserError: the merged checkpoint does not answer as base and adapters do, or cannot be written.
+        UserError: the merged checkpoint does not answer like base and adapters, or cannot be written.
     """
     n_bytes = sum(file.stat().st_size for file in base.weight_files)
     progress.note(
-        "this adapter is merged by peft, in a base that is loaded whole and in float32 "
-        f"({2 * n_bytes / 1e9:.1f} GB where its files are in 16 bits)"
+        "peft merges this adapter into the whole base in float32 "
+        f"({2 * n_bytes / 1e9:.1f} GB of memory if its files are in 16 bits)"
     )
     adapted = load_with_adapters(base, adapters)
     expected = _log_probs(adapted)
@@ -87,7 +87,7 @@ def merge_whole(
 
 @torch.no_grad()
 def _log_probs(model: Any) -> torch.Tensor:
-    """Of a few tokens, float32."""
+    """Log-probs of a few tokens, float32."""
     ids = torch.arange(2, 34)[None] % model.get_input_embeddings().weight.shape[0]
     logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits.float()
     return logits.log_softmax(-1)
@@ -96,7 +96,7 @@ def _log_probs(model: Any) -> torch.Tensor:
 def _write(
     base: ModelSource, folder: Path, weights: dict[str, torch.Tensor], dtype: str, progress: Progress
 ) -> tuple[int, int]:
-    """Writes every file of the base with what has changed; returns the numbers of changed and of all tensors."""
+    """Writes every file of the base with its changes; returns the numbers of changed tensors and of all tensors."""
     wanted = None if dtype == "auto" else DTYPES[dtype]
     changed = tensors = total_bytes = 0
     with progress.task("merging", len(base.weight_files), "files") as advance:
@@ -122,9 +122,9 @@ def _write(
 
 
 def _compare(base: ModelSource, folder: Path, expected: torch.Tensor, dtype: str) -> None:
-    """Loads what was written, and looks whether it answers as base and adapters did."""
-    found = _log_probs(load_whole(folder))
-    difference = float((found - expected).abs().mean())
+    """Loads the written checkpoint, and checks that it answers like base and adapters."""
+    log_probs = _log_probs(load_whole(folder))
+    difference = float((log_probs - expected).abs().mean())
     narrow = DTYPES.get(dtype) or stored_dtype(base.folder) or torch.float32
     if not difference <= _TOLERANCE[narrow]:
         raise UserError(
@@ -139,7 +139,7 @@ def _compare(base: ModelSource, folder: Path, expected: torch.Tensor, dtype: str
 
 
 def copy_rest(base: ModelSource, into: Path, dtype: str, total_bytes: int) -> None:
-    """Everything beside the weights: configuration, tokenizer, the index of shards."""
+    """Copies everything besides the weights: configuration, tokenizer, the index of shards."""
     write_config(base, into, dtype)
     copy_beside(base, into)
     index = base.folder / "model.safetensors.index.json"

@@ -1,4 +1,4 @@
-"""From the set-up of another trainer to a dpoeng.yaml: what has an equivalent, what has none, and why it failed there.
+"""Converts another trainer's set-up to a dpoeng.yaml: equivalents, losses, and why the set-up failed there.
 
 Reads TRL scripts, a DPOConfig in JSON or YAML, and DPO configurations of Axolotl and LLaMA-Factory.
 """
@@ -30,21 +30,21 @@ from dpoeng.engine.migration.scripts import Given, Unread, read_script
 
 
 def migrate(path: Path, text: str, trl_version: str | None = None) -> Migration:
-    """Read another trainer's set-up as fields of dpoeng.
+    """Reads another trainer's set-up as fields of dpoeng.
 
     Args:
-        path: where `text` comes from; its ending tells the kind, and errors name it.
+        path: source of `text`; its ending tells the kind, and errors name it.
         text: the whole set-up.
         trl_version: the release of TRL that a script was written for; None derives it from the script's calls.
 
     Raises:
-        UserError: it cannot be read, there is nothing of DPO in it, or the release is not known.
+        UserError: it cannot be read, contains no DPO settings, or names an unknown release.
     """
-    asked = release_read(trl_version) if trl_version is not None else None
-    kind, given = read_setup(path, text)
-    if not given:
+    release = release_read(trl_version) if trl_version is not None else None
+    kind, settings = read_setup(path, text)
+    if not settings:
         raise UserError(
-            "found no DPO settings in this file",
+            "no DPO settings in this file",
             code="migrate-nothing",
             where=str(path),
             expected="calls of DPOTrainer, DPOConfig or TrainingArguments; or a DPO configuration in YAML or JSON",
@@ -52,10 +52,10 @@ def migrate(path: Path, text: str, trl_version: str | None = None) -> Migration:
             remedy="name the file with these calls, or start with `dpoeng init`",
         )
     result = Migration(kind)
-    by_name = {item.name: item for item in given}
-    for item in given:
+    by_name = {item.name: item for item in settings}
+    for item in settings:
         carry_over(item, by_name, result)
-    defaults = [item.name for item in given if item.default]
+    defaults = [item.name for item in settings if item.default]
     if defaults:
         result.notes.append(
             f"{', '.join(defaults)}: defaults of the script's command-line arguments; its command line may have set "
@@ -63,11 +63,11 @@ def migrate(path: Path, text: str, trl_version: str | None = None) -> Migration:
         )
     _adapter(by_name, result)
     if kind in ("script", "trl"):
-        fits = fitting_releases(given, imported_from_trl(text) if kind == "script" else ())
-        result.refused, result.fits = refusals(given), str(fits)
-        _trl_defaults(by_name, result, asked or assumed_release(fits), () if asked else fits.trl)
+        fits = fitting_releases(settings, imported_from_trl(text) if kind == "script" else ())
+        result.refused, result.fits = refusals(settings), str(fits)
+        _trl_defaults(by_name, result, release or assumed_release(fits), () if release else fits.trl)
     else:
-        if asked:
+        if release:
             result.notes.append(f"--trl-version: not used, since this is {KINDS[kind]}")
         _other_defaults(by_name, result)
     _held_out(by_name, result)
@@ -101,13 +101,13 @@ def read_setup(path: Path, text: str) -> tuple[str, list[Given]]:
         if path.suffix in (".yaml", ".yml"):
             raise _not_read(path, error.found or str(error)) from error
     if entries is None:
-        return "script", read_script(text, path)  # a paste without a suffix
+        return "script", read_script(text, path)  # pasted text without a file ending
     kind = _kind_of(entries)
     items = []
     for name, entry in entries.items():
         source = kind
         if kind == "llama_factory" and meaning(name, kind, fields=known_fields()) is None:
-            source = "trl"  # it takes transformers' TrainingArguments too
+            source = "trl"  # also accepts transformers' TrainingArguments
         if isinstance(entry.value, dict) and name in ("dpo_config", "training_arguments", "training_args"):
             items += [Given(str(k), v, "DPOConfig", "trl", entry.line or None) for k, v in entry.value.items()]
         else:
@@ -140,17 +140,17 @@ def _not_read(path: Path, found: str) -> UserError:
 
 
 def _adapter(by_name: dict[str, Given], result: Migration) -> None:
-    """Set which weights are trained: all, a new LoRA, or the SFT adapter."""
+    """Decides which weights are trained: all, a new LoRA, or the SFT adapter."""
     shape = {"lora_r", "lora_alpha", "lora_target_modules", "lora_target_parameters", "use_rslora", "use_dora"}
     shape |= {"init_lora_weights", "layers_to_transform", "train_last_layers"}
     new_lora = any(item.source == "peft" for item in by_name.values()) or bool(shape & set(result.lines))
     if "adapter" in result.lines:
-        seen = result.kind == "script" and "ref_model" not in by_name  # one that is passed is explained by itself
+        seen = result.kind == "script" and "ref_model" not in by_name  # a given ref_model is explained separately
         if seen and new_lora:
             result.notes.append(
                 "With a PeftModel and a peft_config, older releases of TRL merged the adapter into the base, as it was "
                 "loaded, and took that as the reference; 1.16 refuses the two together. Here the reference is base + "
-                "adapter, the SFT model, and the new LoRA stands on it."
+                "adapter, the SFT model, and the new LoRA goes on top of it."
             )
         elif seen:
             result.notes.append(
@@ -159,13 +159,13 @@ def _adapter(by_name: dict[str, Given], result: Migration) -> None:
             )
         if "adapter_mode" not in result.lines:
             mode = "stack" if new_lora and result.kind not in _OTHERS else "continue"
-            said = (
-                "a new LoRA on base + frozen SFT adapter" if mode == "stack" else "the SFT adapter is trained further"
+            comment = (
+                "a new LoRA on base + frozen SFT adapter" if mode == "stack" else "the SFT adapter, trained further"
             )
-            result.put("adapter_mode", mode, said)
+            result.put("adapter_mode", mode, comment)
         if result.lines["adapter_mode"].value == "continue":
             for name in sorted(shape & set(result.lines)):
-                result.lost.append(f"{name}: the SFT adapter that is trained further keeps its own shape")
+                result.lost.append(f"{name}: the SFT adapter keeps its own shape when it is trained further")
                 del result.lines[name]
     elif not new_lora and not any(
         by_name[name].value for name in {"use_peft", "peft_config", "adapter"} & set(by_name)
@@ -178,22 +178,22 @@ def _adapter(by_name: dict[str, Given], result: Migration) -> None:
 
 
 def _all_weights(by_name: dict[str, Given], result: Migration) -> None:
-    """No LoRA was seen there: full fine-tuning, as far as that can be known."""
+    """Sets full fine-tuning if no LoRA appeared in the set-up, as far as that can be known."""
     trainer = any(item.owner == "DPOTrainer" for item in by_name.values())
     computed = "model" in by_name and isinstance(by_name["model"].value, Unread)
     if result.kind == "script" and trainer and not computed and "quantization" not in result.lines:
-        result.put("use_peft", False, "no LoraConfig was seen: all weights are trained there")
+        result.put("use_peft", False, "no LoraConfig in the script: it trains all weights")
     elif result.kind == "axolotl" and "quantization" not in result.lines:
-        result.put("use_peft", False, "no adapter: all weights are trained there")
+        result.put("use_peft", False, "no adapter: it trains all weights")
     elif result.kind == "script":
         result.notes.append(
-            "No LoraConfig was seen. dpoeng trains a LoRA on the frozen base; set use_peft: false where TRL trained "
+            "No LoraConfig in the script. dpoeng trains a LoRA on the frozen base; set use_peft: false if TRL trained "
             "all weights."
         )
 
 
 def _contradictions(result: Migration) -> None:
-    """Fields that are right one by one, and not together."""
+    """Reports fields that are valid separately, but not together."""
     for cls in COMMANDS.values():
         try:
             cls(**{name: line.value for name, line in result.lines.items() if name in cls.model_fields})
@@ -201,7 +201,7 @@ def _contradictions(result: Migration) -> None:
             result.lost += [f"together: {problem.message}" for problem in value_problems(error, {}, {}, None)]
 
 
-# What the other trainers do when nothing is said. peft's: LoraConfig; Axolotl's and LLaMA-Factory's: their schemas.
+# Defaults of other trainers. peft's are from LoraConfig; Axolotl's and LLaMA-Factory's from their schemas.
 _PEFT = {"lora_r": 8, "lora_alpha": 8}
 _OTHERS: dict[str, dict[str, Any]] = {
     "axolotl": {"num_train_epochs": 1.0, "max_length": 512, "gradient_accumulation_steps": 1, "warmup_ratio": 0.0},
@@ -228,9 +228,9 @@ _FROM_TRL = (
 
 
 def _trl_defaults(by_name: dict[str, Given], result: Migration, release: str, candidates: Sequence[str]) -> None:
-    """Write out the defaults of a release of TRL where dpoeng's differ, so that the run stays the same.
+    """Writes the defaults of a release of TRL if dpoeng's differ, so that the run stays the same.
 
-    `candidates`: the releases that the script fits; a default on which they disagree is remarked on.
+    `candidates`: the releases that the script fits; adds a note about a default on which they disagree.
     """
     config = any(item.owner == "DPOConfig" for item in by_name.values())
     wanted = defaults_of(_FROM_TRL, release, config=config)
@@ -267,7 +267,7 @@ def _other_defaults(by_name: dict[str, Given], result: Migration) -> None:
 
 
 def _write_defaults(by_name: dict[str, Given], result: Migration, wanted: Mapping[str, Any], whose: str) -> list[str]:
-    """Set each field that was left out there and whose default here is another -> their names."""
+    """Sets each field that was left out and whose default here differs; returns their names."""
     left_to_you = {name for name, item in by_name.items() if isinstance(item.value, Unread)}
     whole = "use_peft" in result.lines and result.lines["use_peft"].value is False
     written = []
@@ -287,7 +287,7 @@ def _minor(release: str) -> str:
 
 
 def _held_out(by_name: dict[str, Given], result: Migration) -> None:
-    """Hold nothing out if the script evaluated nothing; add a note if its evaluation pairs were not found."""
+    """Holds nothing out if the script evaluated nothing; adds a note if its evaluation pairs were not found."""
     if {"eval_share", "eval_view", "load_best_model_at_end", "early_stopping_patience"} & set(result.lines):
         return
     strategy = next((by_name[n].value for n in ("eval_strategy", "evaluation_strategy") if n in by_name), "no")
@@ -300,4 +300,4 @@ def _held_out(by_name: dict[str, Given], result: Migration) -> None:
             "The evaluation pairs were not found in the set-up: dpoeng holds out a tenth of the prompts (eval_share)."
         )
     else:
-        result.put("eval_share", 0.0, "nothing was evaluated there; dpoeng's default holds out a tenth of the prompts")
+        result.put("eval_share", 0.0, "the script evaluates nothing; dpoeng's default holds out a tenth of the prompts")

@@ -1,7 +1,7 @@
 """Plans a run before you download or rent anything: memory by simulation, time by arithmetic.
 
-Memory comes from running the real forward and the real step without a device (`memory.simulate`); what that
-cannot see is added as estimates, each under its name. Nothing here was measured on the card that is asked about.
+Memory comes from running the real forward and step without a device (`memory.simulate`), plus named estimates for what
+the simulation cannot see. Nothing here was measured on the requested card.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BATCH_TOKENS = (16384, 4096, 1024)
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A change, and the peak of phase two with it."""
+    """A changed setting, and phase two's peak with it."""
 
     name: str
     peak: Peak
@@ -53,18 +53,18 @@ class Option:
 
 @dataclass(slots=True)
 class CardPlan:
-    """One card: whether each phase fits, and with what.
+    """The plan for one card: whether each phase fits, and with which settings.
 
     Attributes:
         gpu: the card.
-        phase1_fits: phase one, with `batch_tokens` positions a forward.
-        phase2_fits: phase two, in the way `way` and with `micro_batch` pairs a forward.
-        batch_tokens: positions in a forward of phase one.
-        micro_batch: pairs in a forward of phase two.
-        way: the first one that fits; of a card that has none, the one that needs least.
-        by_layer: of each phase, whether layers are loaded one at a time.
-        needed_bytes: of each phase, with estimates and fragmentation.
-        times: of both phases, and of what they are compared with.
+        phase1_fits: whether phase one fits, with `batch_tokens` positions per forward.
+        phase2_fits: whether phase two fits, with `way` and `micro_batch` pairs per forward.
+        batch_tokens: positions per forward of phase one.
+        micro_batch: pairs per forward of phase two.
+        way: the first way that fits; if none does, the one that needs the least memory.
+        by_layer: for each phase, whether layers are loaded one at a time.
+        needed_bytes: memory of each phase, with estimates and fragmentation.
+        times: times of both phases, and of their alternatives.
     """
 
     gpu: Gpu
@@ -79,28 +79,28 @@ class CardPlan:
 
     @property
     def fits(self) -> bool:
-        """Both phases."""
+        """Whether both phases fit."""
         return self.phase1_fits and self.phase2_fits
 
 
 @dataclass(slots=True)
 class Plan:
-    """The answer. Peaks are of tensors; `estimates` come on top of each.
+    """The whole plan. Peaks are of tensors; `estimates` come on top of each.
 
     Attributes:
-        request: what was asked.
-        parameters: of the base.
+        request: the request.
+        parameters: parameters of the base.
         phase1: `batch_tokens` -> memory of one forward of the reference.
-        phase2: pairs in a forward -> memory of one optimizer step.
-        evaluation: memory of a forward of the evaluation or the parity check, one pair.
-        two_models: memory of a step with a reference model beside the policy and whole logits; None if not asked.
-        estimates: what the simulation cannot see, bytes by name.
+        phase2: pairs per forward -> memory of one optimizer step.
+        evaluation: memory of a forward of the evaluation or the parity check, with one pair.
+        two_models: memory of a step with a reference model next to the policy and whole logits; None if not requested.
+        estimates: memory that the simulation cannot see, bytes by name.
         options: other settings and their peaks.
-        cards: an answer a card.
-        phase1_by_layer: as `phase1`, with layers loaded one at a time; empty where that is not asked for or needed.
+        cards: one plan per card.
+        phase1_by_layer: like `phase1`, with layers loaded one at a time; empty if not requested or needed.
         ways: phase two in the ways that were tried, the fastest first.
-        trunk_layer: where phase two was asked to begin; 0 for all layers.
-        trunk_bytes: what the stored hidden states of all pairs take on disk, of any trunk.
+        trunk_layer: the requested first layer of phase two; 0 for all layers.
+        trunk_bytes: disk space for the hidden states of all pairs, for any trunk.
     """
 
     request: PlanConfig
@@ -119,22 +119,22 @@ class Plan:
 
     @property
     def step(self) -> Peak:
-        """One pair a forward: the least that phase two can do with."""
+        """The step with one pair per forward: the minimum for phase two."""
         return self.phase2[1].peak
 
     def needed(self, peak: Peak) -> int:
-        """A peak of tensors with what comes on top of it."""
+        """A peak of tensors plus everything on top of it."""
         return needed_bytes(peak, self.estimates)
 
 
-# --------------------------------------------------------------------------- the answer
+# --------------------------------------------------------------------------- the plan
 
 
 def make_plan(request: PlanConfig) -> Plan:
-    """Simulates both phases and says what fits where.
+    """Simulates both phases and decides what fits where.
 
     Raises:
-        UserError: the model is not known, or cannot be made.
+        UserError: the model is unknown, or cannot be built.
     """
     fields = model_fields(request.model)
     request = with_stored(request, fields)
@@ -155,7 +155,7 @@ def make_plan(request: PlanConfig) -> Plan:
     estimates, parts = estimate_overhead(setup, pair), count_parameters(fields)
     if request.gpus > 1:
         estimates["gradients of all cards"] = BUCKET_BYTES
-    # Phase one holds the base whole on every card.
+    # Phase one has the whole base on every card.
     bits = request.reference_quantization or request.quantization
     reference = replace(setup, quantization=bits, shards=1, trunk_layer=0)
     rooms = {card.name: partial(_has_room, card.n_bytes, estimates) for card in cards}
@@ -222,20 +222,20 @@ def with_stored(request: PlanConfig, fields: Mapping[str, Any]) -> PlanConfig:
 
 
 def _by_tokens(setup: Setup, pair: Pair) -> dict[int, Memory]:
-    """Positions in a forward -> memory of one of phase one."""
+    """Positions per forward -> memory of a forward of phase one."""
     tokens = pair_tokens(pair, setup.layout)
     counts = sorted({max(1, budget // tokens) for budget in BATCH_TOKENS})
     return {count * tokens: forward_memory(setup, [pair] * count, policy=False) for count in counts}
 
 
 def _trunk_bytes(request: PlanConfig, setup: Setup, pair: Pair) -> int:
-    """The hidden states of all pairs, each with a prompt of its own."""
+    """Bytes of the hidden states of all pairs, each with its own prompt."""
     tokens = request.pairs * (pair.prompt + pair.chosen + pair.rejected)
     return tokens * sizes(config_of(setup.model)).hidden * setup.dtype.itemsize
 
 
 def pair_tokens(pair: Pair, layout: str) -> int:
-    """Positions computed for a pair."""
+    """Positions to compute for a pair."""
     return pair.prompt * (1 if layout == "shared" else 2) + pair.chosen + pair.rejected
 
 
@@ -244,7 +244,7 @@ def _two_models(setup: Setup) -> Setup:
 
 
 def _options(setup: Setup, pair: Pair) -> list[Option]:
-    """Phase two with one pair a forward and one thing changed."""
+    """Phase two with one pair per forward and one changed setting."""
     config = setup.config
     half = Pair(max(1, pair.prompt // 2), pair.chosen // 2, pair.rejected // 2)
     changes: list[tuple[str, Setup, Pair]] = [
@@ -275,7 +275,7 @@ def _options(setup: Setup, pair: Pair) -> list[Option]:
 
 
 def _trunk_option(setup: Setup, pair: Pair) -> list[Option]:
-    """The upper third alone, from a trunk; none where the architecture's layers cannot be told apart by number."""
+    """Training only the upper third, from a trunk; empty if the architecture's layers have no numbers."""
     layer = 2 * setup.layers // 3
     if setup.trunk_layer or not layer or not setup.config.use_peft or setup.shards > 1:
         return []
@@ -296,7 +296,7 @@ def _card(plan: Plan, pair: Pair, parts: Mapping[str, int], gpu: Gpu, has_room: 
     one = bool(plan.phase1_by_layer) and (not tokens or plan.request.layer_offloading == "on")
     phase1 = plan.phase1_by_layer if one else plan.phase1
     tokens = [n for n, memory in phase1.items() if has_room(memory)]
-    # The parity check of phase two scores batches of phase one's size: they should not be what decides there.
+    # Phase two's parity check scores batches of phase one's size; they should not determine phase two's memory.
     quiet = [n for n in tokens if phase1[n].peak.n_bytes <= way.steps[micro_batch].peak.n_bytes]
     batch_tokens = max(quiet, default=min(phase1))
     return CardPlan(
@@ -336,9 +336,9 @@ def _times(
     waiting = request.pairs * pair_tokens(pair, request.layout) * 2 * sizes(config_of(setup.model)).hidden
     if phase1_by_layer:
         passes = math.ceil(waiting / (request.offload_gib * GIB))
-        held = layer_bytes(parts, request.reference_quantization or request.quantization)
-        states = 2.0 * (setup.layers + setup.trunk_layer) * waiting  # each layer's go there and come back
-        one = beside_loading(one, roads.from_files(held, passes) + roads.over_bus(states))
+        n_bytes = layer_bytes(parts, request.reference_quantization or request.quantization)
+        states = 2.0 * (setup.layers + setup.trunk_layer) * waiting  # each layer's states are copied out and back
+        one = beside_loading(one, roads.from_files(n_bytes, passes) + roads.over_bus(states))
     seconds = roads.from_files(plan.trunk_bytes, request.epochs) if setup.trunk_layer else 0.0
     if way.by_layer:
         steps = math.ceil(request.epochs * request.pairs / request.batch)
@@ -353,7 +353,7 @@ def _times(
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """The answer for scripts; top-level fields are of the first card."""
+    """The plan for scripts; top-level fields describe the first card."""
     first = plan.cards[0]
     return {
         "calculated": True,
@@ -384,7 +384,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def _of_card(plan: Plan, card: CardPlan) -> tuple[Peak, Peak]:
-    """The peaks of both phases in the way that a card gets."""
+    """Both phases' peaks in the mode that a card uses."""
     phase1 = plan.phase1_by_layer if card.by_layer[0] else plan.phase1
     return phase1[card.batch_tokens].peak, card.way.steps[card.micro_batch].peak
 
@@ -435,9 +435,9 @@ def _trunk_fields(plan: Plan) -> dict[str, Any]:
 
 
 def suggested(plan: Plan, card: CardPlan) -> dict[str, Any]:
-    """Fields of dpoeng.yaml for a card, with the number of pairs a step that was asked for."""
+    """Fields of dpoeng.yaml for a card, with the requested number of pairs per step."""
     request = plan.request
-    micro = min(card.micro_batch, max(1, request.batch // request.gpus))  # a forward for each card
+    micro = min(card.micro_batch, max(1, request.batch // request.gpus))  # one forward per card
     return {
         **({} if request.use_peft else {"use_peft": False}),
         **({"fsdp": True} if request.fsdp else {}),

@@ -43,15 +43,15 @@ from dpoeng.engine.training.rows import Rows
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The policy that a run trains: as configured, else the cache's reference.
+    """The policy that a run trains: as configured, otherwise the cache's reference.
 
     Attributes:
         model: the base.
         adapter_name: the SFT adapter of the reference, or None.
         adapter: its files.
-        mode: how the trained weights stand on base and adapter.
-        quantization: how the base is held.
-        dtype: of the computation.
+        mode: how the trained weights relate to base and adapter.
+        quantization: precision of the base.
+        dtype: compute dtype.
         trunk: stored hidden states that the run begins from, or None.
     """
 
@@ -71,11 +71,11 @@ class Policy:
     Attributes:
         lm: the model, in training mode.
         source: the files of the base.
-        device: of this process.
+        device: device of this process.
         parity: the comparison with the cache.
-        loaded: with `fsdp`: whether each process read its part of the base only, in words.
-        predicted_bytes: simulated peak of a step; None where it was not simulated.
-        pairs: in one forward.
+        loaded: with `fsdp`: whether each process read only its share of the base, in words.
+        predicted_bytes: simulated peak of a step; None if it was not simulated.
+        pairs: pairs per forward.
     """
 
     lm: CausalLM
@@ -88,10 +88,10 @@ class Policy:
 
 
 def choose_policy(config: TrainConfig, inputs: Inputs, group: Group, note: Callable[[str], None]) -> Choice:
-    """Decide what is trained, and from which stored hidden states, before any of it is loaded.
+    """Decides what is trained, and from which stored hidden states, before loading it.
 
     Raises:
-        UserError: this policy cannot be had: no such adapter, a mode that does not fit it, or a missing library; or
+        UserError: the policy is not available: no such adapter, a mode that does not fit it, or a missing library; or
             the run cannot begin from the trunk that it names.
     """
     reference = inputs.reference
@@ -124,19 +124,19 @@ def load_policy(
     config: TrainConfig, inputs: Inputs, choice: Choice, group: Group, progress: Progress,
     kept_base: KeptBase | None, begun_with: int | None = None,
 ) -> Policy:  # fmt: skip
-    """Load the policy, make it trainable and compare it with the cache.
+    """Loads the policy, makes it trainable and compares it with the cache.
 
     Args:
-        config: of the run.
-        inputs: of the run; the longest pairs decide whether a step fits into memory.
-        choice: from `choose_policy`.
+        config: config of the run.
+        inputs: inputs of the run; the longest pairs decide whether a step fits into memory.
+        choice: the result of `choose_policy`.
         group: the processes of the run; all get the first one's trained weights.
-        progress: where bars and notes go.
-        kept_base: holds the base between the runs of a sweep.
-        begun_with: pairs in a forward of the run that is gone on with, or None.
+        progress: receives bars and notes.
+        kept_base: keeps the base between the runs of a sweep.
+        begun_with: pairs per forward of the run that this one resumes, or None.
 
     Raises:
-        UserError: it cannot be loaded, would not fit into memory, or is not the cache's reference.
+        UserError: the policy cannot be loaded, would not fit into memory, or does not match the cache.
     """
     check_full(config, inputs.reference, quantization=choice.quantization)
     source = find_model(choice.model, revision=inputs.reference.get("revision"))
@@ -148,7 +148,7 @@ def load_policy(
     by_layer, forecast, pairs = _check_memory(*checked)
     whole = loads_whole_because(config, group, choice.quantization, source, choice.adapter) if config.fsdp else ""
     if whole:
-        progress.note(f"each process loads the whole base into the host's memory before it is divided: {whole}")
+        progress.note(f"each process loads the whole base into host memory before it is sharded: {whole}")
     in_parts = config.fsdp and not whole
     load = kept_base.load if kept_base is not None else load_policy_base
     n_bytes = sum(file.stat().st_size for file in source.weight_files)
@@ -157,7 +157,7 @@ def load_policy(
             config,
             inputs.reference,
             device,
-            on_host=bool(whole),  # no card has to hold the whole base, not even until it is divided
+            on_host=bool(whole),  # no card has the whole base, not even before sharding
             shard=layer_sharding(group, device, trained=choice.mode == "full") if in_parts else None,
             by_layer=by_layer,
             trunk_layer=choice.trunk.layer if choice.trunk else None,
@@ -173,34 +173,34 @@ def load_policy(
     if choice.mode != "full" and group.is_first:
         check_savable(lm)
     parity = _compare(lm, config, inputs, choice.mode, progress)
-    if config.checkpoints_on(device.type) and not by_layer:  # which recomputes layers by itself
+    if config.checkpoints_on(device.type) and not by_layer:  # by_layer recomputes layers by itself
         _recompute_layers(lm, config, forecast, group, progress)
     set_mode(lm, training=True)
-    loaded = f"whole by each process, then divided: {whole}" if whole else "in parts" if in_parts else ""
+    loaded = f"whole by each process, then sharded: {whole}" if whole else "in parts" if in_parts else ""
     if choice.trunk is not None:
         loaded = _from_trunk_in_words(choice.trunk, by_layer)
     return Policy(lm, source, device, parity, loaded, forecast.peak_bytes if forecast else None, pairs)
 
 
 def _from_trunk_in_words(trunk: TrunkIndex, by_layer: bool) -> str:
-    loaded = f"from layer {trunk.layer} on; what enters it is read from the cache"
+    loaded = f"from layer {trunk.layer} on; its input is read from the cache"
     return loaded + "; these layers one at a time" * by_layer
 
 
 def _recompute_layers(
     lm: CausalLM, config: TrainConfig, forecast: StepForecast | None, group: Group, progress: Progress
 ) -> None:
-    """Recompute layers in the backward pass: all, or as many as the forecast asks for.
+    """Recomputes layers in the backward pass: all, or as many as the forecast requires.
 
-    Of several processes the most that any needs, since divided layers are gathered by all together.
+    All processes use the largest number that one needs, since they gather sharded layers together.
     """
     counts = group.gather(forecast.recompute if forecast is not None else None)
-    known = [count for count in counts if count is not None]
-    recompute = max(known) if len(known) == len(counts) else None
+    given_counts = [count for count in counts if count is not None]
+    recompute = max(given_counts) if len(given_counts) == len(counts) else None
     if recompute is not None:
         progress.note(
-            f"recomputing {recompute} of {counted(len(decoder_layers(lm.backbone)), 'layer')}: memory takes what the "
-            "others keep; --gradient-checkpointing recomputes all, with the same numbers"
+            f"recomputing {recompute} of {counted(len(decoder_layers(lm.backbone)), 'layer')}: there is memory for "
+            "the others' activations; --gradient-checkpointing recomputes all, with the same numbers"
         )
     enable_gradient_checkpointing(lm, inputs_on_host=config.activation_offloading, layers=recompute)
 
@@ -216,15 +216,15 @@ def _check_memory(
     begun_with: int | None,
     note: Callable[[str], None],
 ) -> tuple[bool, StepForecast | None, int]:
-    """Whether layers are loaded one at a time, the forecast of a step, and the pairs of one forward.
+    """Decides whether layers are loaded one at a time; also returns the forecast of a step and the pairs per forward.
 
-    `held_bytes`: memory that a kept base already occupies, which this run uses again.
+    `held_bytes`: memory that already contains a kept base, which this run reuses.
 
     Raises:
-        UserError: the device has no room for it.
+        UserError: the device does not have enough memory.
     """
     configured = config.per_device_train_batch_size
-    if config.fsdp and choice.mode == "full":  # the simulation divides frozen layers only
+    if config.fsdp and choice.mode == "full":  # the simulation shards only frozen layers
         return False, None, begun_with or configured
     by_layer, predicted = decide_step(
         config,
@@ -241,7 +241,7 @@ def _check_memory(
         begun_with=begun_with,
         note=note,
     )
-    # Processes on cards of which some are fuller than others take one way.
+    # All processes must decide alike, even if some cards have less free memory.
     pairs = min(group.gather((predicted and predicted.pairs) or begun_with or configured))
     if pairs not in (configured, begun_with):
         note(
@@ -254,28 +254,28 @@ def _check_memory(
 def _make_trainable(
     lm: CausalLM, config: TrainConfig, choice: Choice, device: torch.device, group: Group, *, divide: bool
 ) -> CausalLM:
-    """The base with what is trained, equal in all processes; `divide` if the base was loaded whole for FSDP."""
+    """Makes the base trainable, equally in all processes; `divide` if it was loaded whole for FSDP."""
     if divide and choice.mode == "full":
         shard_base(lm, group, device, trained=True)  # before make_trainable: each process trains its rows
-    # Seeded before the adapter is made: its start is part of what a seed means.
+    # Seed before the adapter is created: its start depends on the seed.
     torch.manual_seed(config.seed)
     lm = make_trainable(lm, config, choice.mode, choice.adapter)
     if divide and choice.mode != "full":
         shard_base(lm, group, device)  # after make_trainable: DoRA and saved modules start from whole weights
-    # Every process drew the same start; copying it leaves no difference of machines or libraries. Masters are taken
-    # afterwards, since they are float32 copies of these weights.
+    # Every process drew the same start; copying removes differences between machines or libraries. Masters come after
+    # that, since they are float32 copies of these weights.
     group.copy_first([parameter.data for parameter in whole_parameters(lm)])
     lm.take_masters()
     return lm
 
 
 def _compare(lm: CausalLM, config: TrainConfig, inputs: Inputs, mode: Mode, progress: Progress) -> ParityReport:
-    """Choose the layout, compare the policy with the cache as the reference, then give it the weights to begin with."""
+    """Chooses the layout, compares the policy with the cache, then loads the weights to start from."""
     set_mode(lm, training=False)
     sample = min(config.parity_pairs, len(inputs.train_rows))
     with as_reference(lm, mode):
         texts = [row.ids for row in inputs.train_rows]
-        check_positions(texts, lm)  # values that another program computed have not met this model
+        check_positions(texts, lm)  # imported values were not checked against this model
         choose_how_to_score(lm, config.layout, config.attention, longest_text(texts), texts)
         with progress.task("comparing the policy with the cache", sample, "pairs") as advance:
             parity = check_parity(config, lm, inputs.train_rows)
@@ -288,7 +288,7 @@ def _compare(lm: CausalLM, config: TrainConfig, inputs: Inputs, mode: Mode, prog
 
 
 def note_idle(config: TrainConfig, group: Group, progress: Progress) -> None:
-    """Note that processes are idle where a step has fewer forwards than there are processes.
+    """Adds a note if processes are idle because a step has fewer forwards than there are processes.
 
     The batch does not grow with the number of processes.
     """
@@ -303,7 +303,7 @@ def note_idle(config: TrainConfig, group: Group, progress: Progress) -> None:
 
 
 def own_device(name: str, group: Group) -> torch.device:
-    """The device of this process, made torch's current one if it is a GPU.
+    """The device of this process; if it is a GPU, makes it torch's current one.
 
     `name` is the option: `auto`, `cpu`, `cuda` or one of several GPUs.
 
@@ -318,7 +318,7 @@ def own_device(name: str, group: Group) -> torch.device:
 
 
 def refuse_shared_gpu(group: Group, gpu: str) -> None:
-    """Raise UserError in every process unless no two share a GPU."""
+    """Raises UserError in every process if two of them share a GPU."""
     everyones = group.gather(gpu)
     for rank, other in enumerate(everyones):
         if other in everyones[:rank]:
@@ -334,7 +334,7 @@ def refuse_shared_gpu(group: Group, gpu: str) -> None:
 
 
 def refuse_attention_on_cpu(config: TrainConfig, device: torch.device) -> None:
-    """Raises UserError where the backward pass that training needs is not there, or not even the forward."""
+    """Raises UserError if the CPU lacks the backward pass that training needs, or even the forward."""
     if config.attention == "varlen" and config.layout != "separate" and device.type == "cpu":
         raise UserError(
             "training through FlashAttention needs a GPU: it has no backward pass on a CPU",
@@ -348,10 +348,10 @@ def refuse_attention_on_cpu(config: TrainConfig, device: torch.device) -> None:
 
 
 def check_parity(config: TrainConfig, lm: CausalLM, rows: Rows) -> ParityReport:
-    """Compares the policy, as the reference, with the cache on pairs spread over some rows.
+    """Compares the policy, acting as the reference, with the cache on pairs spread over the rows.
 
     Raises:
-        UserError: they differ by more than rounding explains.
+        UserError: they differ by more than rounding.
     """
     reference = rows.view.meta["reference"]
     sample = spread(rows.indices, config.parity_pairs)
@@ -375,7 +375,7 @@ def check_parity(config: TrainConfig, lm: CausalLM, rows: Rows) -> ParityReport:
 
 
 def parity_text(report: ParityReport) -> str:
-    """The result of the comparison, on one line."""
+    """The result of the comparison in one line."""
     return (
         f"policy = cache on {counted(report.pairs, 'pair')}: mean difference {report.mean_diff:.2g}, largest "
         f"{report.max_diff:.2g} nats a token; reward noise {report.reward_noise:.2g}"

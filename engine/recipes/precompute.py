@@ -1,4 +1,4 @@
-"""Phase one: run the frozen reference once over the pairs that the cache lacks, and commit its log-probs."""
+"""Phase one: runs the frozen reference once over pairs that the cache lacks, and commits its log-probs."""
 
 from __future__ import annotations
 
@@ -58,16 +58,16 @@ from dpoeng.engine.scoring.layout import batches_of_pairs
 from dpoeng.engine.scoring.passes import Batches, score_batches
 
 VISIBLE_WITHIN_S: Final = 60.0
-"""How long the first process waits until it sees what the others have committed."""
+"""How long the first process waits for the other processes' commits to become visible."""
 
 
 @dataclass(slots=True)
 class PrecomputeSummary:
     """Result of phase one. `pairs` counts rows of the view; `computed` and `reused` count distinct pairs.
 
-    `layers_read_bytes` is told where layers were loaded one at a time.
-    `pending` pairs belong to other parts that are not done; while there are any, the view is not written. `views`
-    counts those of the cache then. `trunk_texts` and `trunk_bytes` are the hidden states that this process stored.
+    `layers_read_bytes` is set if layers were loaded one at a time. `pending` pairs belong to other parts that are not
+    done; while there are any, the view is not written, and `views` counts the cache's views. `trunk_texts` and
+    `trunk_bytes` are the hidden states that this process stored.
     """
 
     cache: Path
@@ -102,14 +102,14 @@ class PrecomputeSummary:
 
 
 def precompute_reference(config: PrecomputeConfig, progress: Progress = QUIET) -> PrecomputeSummary:
-    """Runs phase one. Run again after an interruption, it computes only what is missing, and ends with the same bytes.
+    """Runs phase one. After an interruption, a second run computes only what is missing and gives the same bytes.
 
-    Under torchrun the processes share the work, and the first of them ends it and reports. With `config.shard` this
-    process does one part, and whichever job finds all parts done ends the work.
+    Under torchrun the processes share the work; the first one finishes it and reports. With `config.shard` this process
+    does one part, and the job that finds all parts done finishes the work.
 
     Raises:
-        UserError: the data, the model, the configuration or the cache is not usable as it is; or another process of
-            the same run has ended.
+        UserError: the data, the model, the configuration or the cache is not usable; or another process of the same run
+            has ended.
     """
     with process_group() as group:
         return _precompute(config, group, progress if group.is_first else QUIET)
@@ -139,32 +139,32 @@ def _precompute(config: PrecomputeConfig, group: Group, progress: Progress) -> P
         work = compute(work, summary, progress)
     group.wait()  # until all have committed their shards
     if group.is_first:
-        # A network file system shows other machines' files late.
+        # A network file system may show other machines' files with a delay.
         finish(work, summary, progress, patience_s=VISIBLE_WITHIN_S if group.size > 1 else 0.0)
     return summary
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Work of phase one, known before the model is loaded.
+    """The work of phase one, known before the model is loaded.
 
     Attributes:
-        config: with the stored quantization of the base and with `batch_tokens` set.
-        asked_batch: whether the user named `batch_tokens`.
+        config: with the base's stored quantization and with `batch_tokens` set.
+        asked_batch: whether the user set `batch_tokens`.
         source: the base.
         adapter: the SFT adapter, or None.
-        device: of this process.
-        view_name: of the view that will be written.
-        file: the pairs as they were read.
+        device: device of this process.
+        view_name: name of the view to write.
+        file: the pairs as read.
         data: the pairs as token ids.
-        distinct: the tokens of the pairs, each pair once.
-        reused: which of these the cache holds already.
+        distinct: the tokens of the pairs, without duplicates.
+        reused: which of these the cache has already.
         store: the cache.
-        spec: what identifies the reference.
-        index: pairs that the cache holds already.
+        spec: the reference's identity.
+        index: pairs that the cache has already.
         part: the share of this process.
-        mine: shards of this process, without the pairs that the cache holds.
-        trunk: the hidden states that are to be stored too, or None.
+        mine: shards of this process, without the pairs that the cache has.
+        trunk: hidden states to store as well, or None.
     """
 
     config: PrecomputeConfig
@@ -186,17 +186,17 @@ class Work:
 
 
 def plan_work(config: PrecomputeConfig, group: Group, progress: Progress) -> Work:
-    """Read the pairs, identify the reference, and look up which pairs the cache lacks.
+    """Reads the pairs, identifies the reference, and looks up which pairs the cache lacks.
 
     Raises:
-        UserError: the data, the model, the configuration or the cache is not usable as it is.
+        UserError: the data, the model, the configuration or the cache is not usable.
     """
     if not config.pairs:
         raise UserError(
-            "you named no pairs",
+            "no pairs given",
             code="config-missing",
             where="pairs",
-            expected="one file or more, e.g. dpoeng precompute-ref pairs.jsonl --model sft-model",
+            expected="at least one file, e.g. dpoeng precompute-ref pairs.jsonl --model sft-model",
             remedy="name the file, or write `pairs: [pairs.jsonl]` into dpoeng.yaml",
         )
     source = find_model(required_model(config))
@@ -212,7 +212,7 @@ def plan_work(config: PrecomputeConfig, group: Group, progress: Progress) -> Wor
     file, data = _read(config, choice, progress)
 
     store = Store.open(config.cache, create=True)
-    with group.first_on_machine():  # hashes the weights and remembers it: the others then need not
+    with group.first_on_machine():  # hashes the weights and stores the result for the others
         spec = reference_spec(config, source, adapter, progress)
     store.put_spec(spec)
     distinct = SomeIds(data.pairs, first_of_each(data.keys))
@@ -224,8 +224,8 @@ def plan_work(config: PrecomputeConfig, group: Group, progress: Progress) -> Wor
     mine = [distinct.at(shard) for shard in part.of(missing) if len(shard)]
     trunk = None
     if config.trunk_layer:
-        of_trunk = put_trunk(store, spec, source, config.trunk_layer)
-        trunk = plan_trunk(store, of_trunk, distinct, keys, missing, config.shard_tokens, part, progress.note)
+        trunk_work = put_trunk(store, spec, source, config.trunk_layer)
+        trunk = plan_trunk(store, trunk_work, distinct, keys, missing, config.shard_tokens, part, progress.note)
     return Work(
         config, asked_batch, source, adapter, device, view_name, file, data, distinct, reused, store, spec, index, part,
         mine, trunk,
@@ -240,15 +240,15 @@ def _look_up(
     shard_tokens: int,
     progress: Progress,
 ) -> tuple[KeyIndex, npt.NDArray[np.int64], list[npt.NDArray[np.int64]]]:
-    """Look pairs up in the cache -> cached rows, their pairs, and shards of the missing ones (some may be empty)."""
+    """Looks pairs up in the cache -> cached rows, their pairs, and shards of the missing ones (some may be empty)."""
     index = store.lookup(spec_digest)
     for name in index.quarantined:
         progress.note(f"object {name} of the cache was damaged: moved to quarantine, and its pairs are recomputed")
-    # Planned over what the last finished run left, not over what is there now: a run that is killed and started again
-    # then writes the same shards as one left alone (see plan_shards).
+    # Plan over what the last finished run left, not over what is there now: a run that is killed and restarted then
+    # writes the same shards as an undisturbed one (see plan_shards).
     sealed = store.lookup(spec_digest, sealed=True, known=index)
     held = np.fromiter((ids in index for ids in distinct), bool, len(distinct))
-    whole = held.copy()  # of what is there, what the last finished run left
+    whole = held.copy()  # rows left by the last finished run
     if sealed.objects != index.objects:
         whole[held] = [distinct[i] in sealed for i in np.flatnonzero(held).tolist()]
     fresh = np.flatnonzero(~whole)
@@ -257,14 +257,14 @@ def _look_up(
 
 
 def compute(work: Work, summary: PrecomputeSummary, progress: Progress) -> Work:
-    """Score this process's pairs with the reference and commit them, shard by shard; `summary` gets the figures.
+    """Scores this process's pairs with the reference and commits them, shard by shard; fills in `summary`.
 
     Returns:
-        the work, with the `batch_tokens` that fitted.
+        the work, with the `batch_tokens` that fit.
 
     Raises:
-        UserError: no room on the disk or in memory; ids or lengths that the model does not take; or older values that
-            it does not repeat.
+        UserError: no room on disk or in memory; ids or lengths that the model does not support; or older values that it
+            does not reproduce.
     """
     pairs, trunk = work.distinct, work.trunk
     check_disk(work.store.root, work.mine, trunk.n_bytes if trunk else 0)
@@ -308,12 +308,12 @@ def compute(work: Work, summary: PrecomputeSummary, progress: Progress) -> Work:
 
 
 def finish(work: Work, summary: PrecomputeSummary, progress: Progress, *, patience_s: float) -> None:
-    """Write the view and the list of rejects, if every pair is in the cache; otherwise count those that are pending.
+    """Writes the view and the list of rejects if every pair is in the cache; otherwise counts the pending ones.
 
     Args:
-        work: of the run.
-        summary: gets the figures.
-        progress: where notes go.
+        work: the work of the run.
+        summary: receives the figures.
+        progress: receives notes.
         patience_s: seconds to wait for pairs that other processes have committed.
 
     Raises:
@@ -345,10 +345,10 @@ def finish(work: Work, summary: PrecomputeSummary, progress: Progress, *, patien
 
 
 def required_model(config: PrecomputeConfig) -> str:
-    """The base that the configuration names; raises UserError where it names none."""
+    """The base that the configuration names; raises UserError if it names none."""
     if config.model is None:
         raise UserError(
-            "you named no model",
+            "no model given",
             code="config-missing",
             where="--model",
             expected="the SFT model: a directory, a .gguf file or a hub id",
@@ -359,7 +359,7 @@ def required_model(config: PrecomputeConfig) -> str:
 
 
 def _part(shard: str | None, group: Group) -> Part:
-    """The share of this process: what `--shard` says, or one of the processes that torchrun started."""
+    """The share of this process: from `--shard`, or from its rank under torchrun."""
     if shard is None:
         return Part(group.rank + 1, group.size)
     if group.size > 1:
@@ -375,7 +375,7 @@ def _part(shard: str | None, group: Group) -> Part:
 
 
 def _read(config: PrecomputeConfig, choice: TokenizerChoice, progress: Progress) -> tuple[PairFile, TokenizedData]:
-    """The pairs, as they are and as token ids; raises UserError where too few of them can be used."""
+    """The pairs, as read and as token ids; raises UserError if too few of them are usable."""
     tokenizer = load_chosen(choice)
     if remark := remark_on(choice, tokenizer):
         progress.note(remark)
@@ -408,7 +408,7 @@ def _read(config: PrecomputeConfig, choice: TokenizerChoice, progress: Progress)
             f"{data.rejects[0].detail}"
             if data.rejects
             else None,
-            remedy="see all reasons with `dpoeng check PAIRS --model MODEL`; raise --max-length if it is lengths",
+            remedy="see all reasons with `dpoeng check PAIRS --model MODEL`; raise --max-length if texts are too long",
             exit_status=3,
         )
     check_reject_share([*file.rejects, *data.rejects], file.count + len(file.rejects), config.max_reject_share)
@@ -418,7 +418,7 @@ def _read(config: PrecomputeConfig, choice: TokenizerChoice, progress: Progress)
 def _look_again(
     store: Store, spec_digest: str, index: KeyIndex, pairs: Sequence[PairIds], *, patience_s: float
 ) -> tuple[KeyIndex, int]:
-    """The index with what has been committed since, and how many pairs it lacks.
+    """The index with everything committed since, and how many pairs it still lacks.
 
     Waits until all pairs are there, or for `patience_s` seconds.
     """
@@ -432,12 +432,12 @@ def _look_again(
 
 
 def default_batch_tokens(device: torch.device) -> int:
-    """Positions in one forward: enough to keep the device busy, little beside the weights."""
+    """Positions per forward: enough to keep the device busy, with little memory compared to the weights."""
     return 16384 if device.type == "cuda" else 2048
 
 
 def default_view_name(path: Path | RowsInMemory) -> str:
-    """`data/pairs.train.jsonl.gz` -> `pairs.train`; names that cannot be kept get a hash."""
+    """`data/pairs.train.jsonl.gz` -> `pairs.train`; invalid names get a hash."""
     stem = path.name or Path(str(path)).resolve().name
     for endings in (COMPRESSIONS, FORMATS):
         stem = next((stem.removesuffix(ending) for ending in endings if stem.endswith(ending)), stem)
@@ -463,21 +463,21 @@ def _score(
     committed = 0
 
     def pause() -> None:
-        if kept.number:
-            name = signal.Signals(kept.number).name
-            progress.note(f"{name} has come: {counted(committed, 'pair')} of this run are committed")
-            kept.hand_on(kept.number)
+        if pending.number:
+            name = signal.Signals(pending.number).name
+            progress.note(f"received {name}: {counted(committed, 'pair')} of this run are committed")
+            pending.hand_on(pending.number)
 
     with (
         progress.task("reference log-probs", summary.computed_tokens, "tokens") as advance,
-        keeping_signals() as kept,
+        keeping_signals() as pending,
         storing(lm, writer),
     ):
         scored = score_batches(lm, flat, ends=ends, note=progress.note, advance=advance, pause=pause)
         for _, batches in planned:
             rows = [row for _ in batches for row in next(scored)]
-            # A shard is whole or absent: a kill costs one shard at most (run by layer: a pass), and leaves the bytes of
-            # an undisturbed run.
+            # A shard is whole or absent: a kill costs at most one shard (layer by layer: one pass), and a restart
+            # writes the bytes of an undisturbed run.
             work.store.commit_shard(work.spec.digest, rows, provenance)
             committed += len(rows)
     if lm.device.type == "cuda":
@@ -485,7 +485,7 @@ def _score(
 
 
 def _store_states(lm: CausalLM, trunk: TrunkWork, batch_tokens: int, writer: TrunkWriter, progress: Progress) -> None:
-    """The states of pairs whose log-probs the cache holds: their forwards end at the trunk's layer."""
+    """Computes the states of pairs whose log-probs the cache has: their forwards end at the trunk's layer."""
     planned = [(shard, batches_of_pairs(shard, batch_tokens)) for shard in trunk.mine]
     sizes = [positions for _, batches in planned for _, positions in batches]
     if not sizes:
@@ -497,7 +497,7 @@ def _store_states(lm: CausalLM, trunk: TrunkWork, batch_tokens: int, writer: Tru
 
 
 def _reference_accuracy(index: KeyIndex, pairs: SomeIds) -> float:
-    """Share of distinct pairs whose chosen response the reference already finds likelier."""
+    """Share of distinct pairs whose chosen response the reference already finds more likely."""
     right = 0
     for ids in pairs:
         pair = index.get(ids)

@@ -1,6 +1,6 @@
-"""A checkpoint that is quantised already: written once, read in half or a quarter of the bytes from then on.
+"""Writes a quantised checkpoint once; loading it then reads half or a quarter of the bytes.
 
-The layers, and so the numbers, are those of quantising while loading. Merging needs the full-precision original.
+Layers and numbers are the same as with quantisation on loading. Merging needs the full-precision original.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ def quantize(
     double_quant: bool = True,
     progress: Progress = QUIET,
 ) -> QuantizeSummary:
-    """Writes a model in bitsandbytes' 8 or 4 bits, as transformers saves and loads it.
+    """Writes a model in bitsandbytes' 8 or 4 bits, in the format that transformers saves and loads.
 
     Args:
         source: the full-precision checkpoint.
-        into: where the new one goes; must not exist, or be empty.
+        into: folder for the new checkpoint; must be missing or empty.
         quantization: 8bit or 4bit.
-        dtype: of what stays unquantised (head, embedding, norms); `auto` is the checkpoint's own.
-        device: where it is quantised.
+        dtype: dtype of unquantised weights (head, embedding, norms); `auto` is the checkpoint's own.
+        device: device that quantises.
         quant_type: 4bit: the number format.
         double_quant: 4bit: whether the scales are quantised too.
-        progress: told of the two halves of the work.
+        progress: receives the two halves of the work.
 
     Raises:
         UserError: the model is quantised already or cannot be loaded, or the folder cannot be written.

@@ -1,4 +1,4 @@
-"""Phase two: DPO of a LoRA, or of all weights, against the cached numbers. No reference model is ever loaded here."""
+"""Phase two: DPO of a LoRA, or of all weights, against the cached log-probs. Never loads a reference model."""
 
 from __future__ import annotations
 
@@ -58,27 +58,27 @@ def train(
     may_extend: bool = True,
     pause_at: int | None = None,
 ) -> TrainSummary:
-    """Runs phase two, or goes on with it where `output_dir` holds an unfinished run of the same configuration.
+    """Runs phase two, or continues it if `output_dir` has an unfinished run with the same configuration.
 
-    A run that differs in nothing but more steps is extended: it goes on from its newest checkpoint.
+    A run that only differs by having more steps is extended: it continues from its newest checkpoint.
 
     Under torchrun the processes share each step's forwards; the first of them writes and reports. The result does not
-    depend on how many there are, up to the rounding of sums, so a run may go on with another number of them.
+    depend on their number, up to the rounding of sums, so a run can continue with another number of processes.
 
     Args:
         config: every setting.
-        progress: where bars and notes go.
-        on_metrics: called, in the first process, with the metrics of each logged step and each evaluation; what it
-            raises ends the run, which can then be gone on with.
-        kept_base: holds the base between the runs of one process, so that it is loaded once; see `sweep`.
-        may_extend: whether a shorter run in the folder is extended; else it is a run of another configuration.
-        pause_at: an optimizer step after which the run is evaluated, saved and left; without it the run continues from
-            there later, to the same bytes. A run that has such an evaluation already is left as it is.
+        progress: receives bars and notes.
+        on_metrics: called in the first process with the metrics of each logged step and each evaluation; an exception
+            in it ends the run, which can then be continued.
+        kept_base: keeps the base between the runs of one process, so that it is loaded once; see `sweep`.
+        may_extend: whether to extend a shorter run in the folder; otherwise it counts as another configuration.
+        pause_at: an optimizer step after which the run is evaluated, saved and left. A later call without it continues
+            from there, to the same bytes. A run that has such an evaluation already stays unchanged.
 
     Raises:
-        UserError: cache, model, configuration or output folder is not usable as it is; or another run is writing to
-            that folder; or the policy does not agree with the cache before the first step; or a loss is not a number;
-            or another process of the same run has ended.
+        UserError: cache, model, configuration or output folder is not usable; another run is writing to that folder;
+            the policy does not match the cache before the first step; a loss is NaN or infinite; or another process of
+            the same run has ended.
     """
     with (
         process_group() as group,
@@ -118,8 +118,8 @@ def _train(
         refuse_foreign(config.output_dir, _models(config, choice))
     begun_with = group.from_first(_pairs_of_begun(config, identity, checkpoint) if group.is_first else None)
     policy = load_policy(config, inputs, choice, group, progress, kept_base, begun_with)
-    group.wait()  # until every process has found its policy right
-    if group.is_first and config.resume is False:  # only now, when nothing can refuse the new run any more
+    group.wait()  # until every process has checked its policy
+    if group.is_first and config.resume is False:  # only now, when nothing can refuse the new run
         clear_output(config.output_dir)
     run = make_run(config, inputs, policy, group, progress, on_metrics)
     first_step = _go_on_from(run, checkpoint, extension)
@@ -137,7 +137,7 @@ def _train(
 
 
 def _models(config: TrainConfig, choice: Choice) -> list[Path]:
-    """Return the local folders of the models that a run reads."""
+    """The local folders of the models that a run reads."""
     start = [Path(config.init_adapter)] if config.init_adapter else []
     return [Path(choice.model), *([choice.adapter.folder] if choice.adapter else []), *start]
 
@@ -145,10 +145,10 @@ def _models(config: TrainConfig, choice: Choice) -> list[Path]:
 def find_beginning(
     config: TrainConfig, inputs: Inputs, choice: Choice, group: Group, progress: Progress, may_extend: bool
 ) -> tuple[dict[str, Any], Checkpoint | None]:
-    """Return the run's identity, and the checkpoint that it resumes from, if any.
+    """The run's identity, and the checkpoint that it resumes from, if any.
 
     Raises:
-        UserError: the processes were started with different settings; or the folder holds a run of other settings.
+        UserError: the processes were started with different settings, or the folder has a run with other settings.
     """
     mode, trunk_layer = choice.mode, choice.trunk.layer if choice.trunk else None
     identity = run_identity(config, inputs.view, inputs.split.eval_view, mode, trunk_layer)
@@ -159,17 +159,17 @@ def find_beginning(
     def extends(checkpoint: Checkpoint) -> bool:
         return may_extend and find_extension(config, inputs.schedule, identity, checkpoint) is not None
 
-    # One process looks into the folder: others may see it later, or not at all, and all must go on from one step.
-    own = open_output(config.output_dir, config.resume, identity, progress, extends) if group.is_first else None
+    # Only one process reads the folder: others may see it later or not at all, but all must continue from one step.
+    opened = open_output(config.output_dir, config.resume, identity, progress, extends) if group.is_first else None
     if not (config.fsdp and mode == "full"):
-        return identity, group.from_first(own)
-    # Whole tensors stay in the first process, which hands out rows of them: they are too large to travel to all.
-    others = group.from_first(own.without_tensors() if own is not None else None)
-    return identity, own if group.is_first else others
+        return identity, group.from_first(opened)
+    # Whole tensors stay in the first process, which sends rows of them: they are too large to send to all.
+    others = group.from_first(opened.without_tensors() if opened is not None else None)
+    return identity, opened if group.is_first else others
 
 
 def _pairs_of_begun(config: TrainConfig, identity: Mapping[str, Any], checkpoint: Checkpoint | None) -> int | None:
-    """Pairs in a forward of the run that is gone on with, or that was killed before its first checkpoint."""
+    """Pairs per forward of the run that this one resumes, or that was killed before its first checkpoint."""
     if checkpoint is not None:
         return checkpoint.state.get("micro_batch")
     file = config.output_dir / RUN_FILE
@@ -214,16 +214,16 @@ def make_run(
 
 
 def _starts_at_reference(config: TrainConfig) -> bool:
-    """Whether the first step's forward must give the numbers of the cache."""
+    """Whether the first step's forward must reproduce the cache."""
     return config.init_adapter is None and (config.lora_dropout == 0 or not config.use_peft)
 
 
 def how_to_load(choice: Choice, policy: Policy, reference: Mapping[str, Any]) -> Loading:
-    """How the result is loaded as it was trained: `class`, precision and places by what was loaded, not by name."""
+    """How to load the result as it was trained: class, precision and places of what was loaded, not of what was named."""
     source, lm = policy.source, policy.lm
     try:
         tokenizer = has_tokenizer(recorded_tokenizer(source, reference).source)
-    except UserError:  # said when the result is written
+    except UserError:  # reported when the result is written
         tokenizer = has_tokenizer(source)
     return Loading(
         mode=choice.mode,
@@ -239,13 +239,13 @@ def how_to_load(choice: Choice, policy: Policy, reference: Mapping[str, Any]) ->
 
 
 def _place(source: ModelSource) -> Place:
-    """A hub id stays one, with its commit; a folder gets its absolute path."""
+    """A hub id stays one, with its commit; a folder becomes its absolute path."""
     name = source.name if source.revision else str(source.folder.resolve())
     return Place(name, source.revision, source.weight_files[0].name if source.gguf else None)
 
 
 def _record(run: Run, identity: dict[str, Any], inputs: Inputs, choice: Choice, policy: Policy) -> dict[str, Any]:
-    """The fields of run.json that are this run's own."""
+    """The fields of run.json that are specific to this run."""
     view = inputs.view
     return {
         "command": "dpoeng train",
@@ -271,9 +271,9 @@ def _record(run: Run, identity: dict[str, Any], inputs: Inputs, choice: Choice, 
 
 
 def _go_on_from(run: Run, checkpoint: Checkpoint | None, extension: Extension | None) -> int:
-    """Puts the run, and its log, where the checkpoint was; returns the step to begin with."""
+    """Restores the run and its log from the checkpoint; returns the first step to do."""
     if checkpoint is None:
-        run.log.rewind(-1)  # an evaluation before step 0 may have been logged, and will be again
+        run.log.rewind(-1)  # an evaluation before step 0 may have been logged, and will be logged again
         return 0
     first_step = restore_run(run, checkpoint)
     if extension is not None:
@@ -286,14 +286,14 @@ def _go_on_from(run: Run, checkpoint: Checkpoint | None, extension: Extension | 
 
 
 def _has_paused(config: TrainConfig, checkpoint: Checkpoint, pause_at: int | None) -> bool:
-    """Whether the run is in a checkpoint at or after `pause_at`, and was evaluated there."""
+    """Whether the run has a checkpoint at or after `pause_at`, and was evaluated there."""
     if pause_at is None or checkpoint.step < pause_at:
         return False
     return any(pause_at <= line["step"] <= checkpoint.step for line in MetricsLog(config.output_dir).read_evaluations())
 
 
 def _run_steps_tracked(run: Run, first_step: int, identity: dict[str, Any], pause: int | None) -> int:
-    """`run_steps`, with every line of metrics sent to the trackers too; returns the steps done."""
+    """`run_steps` with every line of metrics also sent to the trackers; returns the number of steps done."""
     config = run.config
     trackers = open_trackers(
         config.report_to if run.group.is_first else (),
@@ -316,37 +316,39 @@ def write_results(
     """Writes the adapter or checkpoint with tokenizer and card, then marks the run complete.
 
     Raises:
-        UserError: the disk is full or may not be written; the same command then writes the result again.
+        UserError: the disk is full or not writable; the same command then writes the result again.
     """
     with best_parameters(run, done):
-        weights = whole_weights(run.lm, run.group)  # all processes: divided weights are gathered from each
+        weights = whole_weights(run.lm, run.group)  # in all processes: sharded weights are gathered from each
         if run.group.is_first:
             try:
                 tokenizer = recorded_tokenizer(policy.source, reference)
-            except UserError as error:  # what was trained is not lost for it
+            except UserError as error:  # a missing tokenizer must not lose the trained weights
                 run.progress.note(f"{error.message}: the tokenizer of the SFT adapter is not saved with the result")
                 tokenizer = TokenizerChoice(policy.source)
             card = _card(run, done, loading_lines(how_to_load(choice, policy, reference)))
             write_result(run.lm, run.config.output_dir, choice.mode, policy.source, weights, tokenizer, card)
         del weights
-    # In this order: a kill in between leaves a result without a complete checkpoint, and the run is gone on with.
+    # In this order: after a kill in between, the run is not marked complete and will be continued.
     save_run(run, done, identity, complete=True)
-    run.group.wait()  # nobody reports success before the result is on the disk
+    run.group.wait()  # no process reports success before the result is on disk
 
 
 def _card(run: Run, done: int, load: Sequence[str]) -> str:
-    """The model card: of the evaluation whose weights are saved. `load`: lines that are run beside the result."""
-    found = run.log.read_evaluations()
+    """The model card, from the evaluation whose weights are saved. `load`: Python lines to run next to the result."""
+    evaluations = run.log.read_evaluations()
     saved = run.best.step if run.config.load_best_model_at_end else None
-    after = next((line for line in reversed(found) if line["step"] == saved), found[-1] if found else None)
-    before = found[0] if found and found[0]["step"] == 0 else None
+    after = next(
+        (line for line in reversed(evaluations) if line["step"] == saved), evaluations[-1] if evaluations else None
+    )
+    before = evaluations[0] if evaluations and evaluations[0]["step"] == 0 else None
     return model_card(read_json(run.config.output_dir / RUN_FILE, dict), before, after, done, load)
 
 
 def summarise(
     run: Run, inputs: Inputs, policy: Policy, mode: Mode, first_step: int, done: int, seconds: float
 ) -> TrainSummary:
-    """Summarise the run; the first process adds its metrics and writes the remarks."""
+    """Summarises the run; the first process adds its metrics and writes the remarks."""
     config, on_gpu = run.config, policy.device.type == "cuda"
     summary = TrainSummary(
         output_dir=config.output_dir,

@@ -135,8 +135,8 @@ def test_bad_rows_are_counted_and_listed(run: Run, tmp_path: Path, tiny_model: P
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (["precompute-ref"], 2, ["you named no pairs", "pairs.jsonl --model"]),
-        (["precompute-ref", "pairs.jsonl"], 2, ["you named no model", "dpoeng.yaml"]),
+        (["precompute-ref"], 2, ["no pairs given", "pairs.jsonl --model"]),
+        (["precompute-ref", "pairs.jsonl"], 2, ["no model given", "dpoeng.yaml"]),
         (["precompute-ref", "pairs.jsonl", "--model", "nowhere"], 2, ["no model at nowhere"]),
         (["precompute-ref", "none.jsonl", "--model", "MODEL"], None, ["none.jsonl"]),
         (["precompute-ref", "pairs.jsonl", "--model", "pairs.jsonl"], 2, ["not a GGUF"]),

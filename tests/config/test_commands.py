@@ -416,7 +416,7 @@ def migrated(run: Run, tmp_path: Path, name: str, text: str) -> tuple[dict[str, 
         ("DPOTrainer('m')", {"use_peft": False}, []),
         ("DPOTrainer('m', peft_config=LoraConfig(r=4))", {"use_peft": None, "lora_r": 4}, []),
         ("DPOTrainer('m', peft_config=made())", {"use_peft": None}, ["peft_config: computed"]),
-        ("DPOTrainer(build(), args=DPOConfig())", {"use_peft": None}, ["use_peft: false where TRL trained"]),
+        ("DPOTrainer(build(), args=DPOConfig())", {"use_peft": None}, ["use_peft: false if TRL trained"]),
         ("ModelConfig(use_peft=False, lora_r=8)", {"use_peft": False, "lora_r": None}, ["Not needed here: lora_r"]),
         ("ModelConfig(use_peft=True, lora_r=8)", {"use_peft": True, "lora_r": 8}, []),
         # models and data
@@ -632,7 +632,7 @@ def test_llama_factory(run: Run, tmp_path: Path) -> None:
     assert (written["adapter"], written["adapter_mode"], written["lora_r"]) == ("sft", "stack", 4)
     written, out = migrated(run, tmp_path, "a.yaml", text + "adapter_name_or_path: sft\n")
     assert (written["adapter_mode"], "lora_r" in written) == ("continue", False)
-    assert "lora_r: the SFT adapter that is trained further keeps its own shape" in out
+    assert "lora_r: the SFT adapter keeps its own shape when it is trained further" in out
 
 
 def test_the_writer_can_be_read_by_a_person() -> None:

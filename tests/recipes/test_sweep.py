@@ -427,7 +427,7 @@ def test_all_mistakes_of_all_combinations_in_one_message(cache: Path, tmp_path: 
         ({"eval_share": [0.2, 0.3]}, {}, "sweep-held-out", "eval_share=0.3"),
         ({"beta": [0.1, 0.2]}, {"eval_share": 0.0}, "sweep-held-out", "eval_share 0"),
         ({"beta": [0.1, 0.1]}, {}, "config-value", "2 different values"),
-        ({"beta": []}, {}, "config-value", "one value or more"),
+        ({"beta": []}, {}, "config-value", "at least one value"),
         ({"output_dir": ["a", "b"]}, {}, "config-value", "a field that changes the training"),
         ({"bta": [1]}, {}, "config-unknown", "beta"),
         ({"max_length": [1]}, {}, "config-unknown", "precompute-ref"),

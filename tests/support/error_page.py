@@ -275,9 +275,9 @@ REMEDIES: dict[str, str] = {
 }
 
 EXAMPLE = """$ dpoeng precompute-ref --model sft-model
-error: you named no pairs [config-missing]
+error: no pairs given [config-missing]
   where:    pairs
-  expected: one file or more, e.g. dpoeng precompute-ref pairs.jsonl --model sft-model
+  expected: at least one file, e.g. dpoeng precompute-ref pairs.jsonl --model sft-model
   remedy:   name the file, or write `pairs: [pairs.jsonl]` into dpoeng.yaml
 """
 

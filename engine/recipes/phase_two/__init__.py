@@ -1,1 +1,1 @@
-"""Parts of phase two that need no model: what is trained, what a finished run tells. Import no torch."""
+"""Parts of phase two that need no model: what is trained, and the report of a finished run. Import no torch."""

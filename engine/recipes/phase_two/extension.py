@@ -1,4 +1,4 @@
-"""More steps for a run that has been done: whether that is all that was changed, and what it does to the rate."""
+"""Extends a finished run by more steps: whether only its length changed, and the effect on the learning rate."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ _LENGTH = frozenset(("max_steps", "num_train_epochs"))
 
 @dataclass(frozen=True, slots=True)
 class Extension:
-    """A run of `planned` steps that goes on from `step` to `steps`."""
+    """A run of `planned` steps that continues from `step` to `steps`."""
 
     step: int
     planned: int
     steps: int
 
     def record(self) -> dict[str, int]:
-        """As checkpoints and run.json hold it."""
+        """The record in checkpoints and run.json."""
         return asdict(self)
 
 
 def find_extension(
     config: TrainConfig, schedule: Schedule, identity: Mapping[str, Any], checkpoint: Checkpoint
 ) -> Extension | None:
-    """How the run of a checkpoint is extended; None where more than its length was changed, or it is no longer.
+    """How a checkpoint's run is extended; None if more than its length changed, or if it is not longer.
 
-    A run that early stopping has ended would do no further step, so it is not extended.
+    A run that early stopping ended would do no further step, so it is not extended.
 
     Args:
-        config: as it is now.
-        schedule: of the steps as they are now.
-        identity: of the run as it is now.
-        checkpoint: what it would go on from.
+        config: the current config.
+        schedule: the current schedule.
+        identity: the current identity of the run.
+        checkpoint: the checkpoint to continue from.
     """
     old = checkpoint.state["identity"]
     different = {name for name, _, _ in changes(old, dict(identity))}
@@ -61,17 +61,17 @@ def find_extension(
 
 
 def extension_text(config: TrainConfig, extension: Extension) -> str:
-    """What going on does to the learning rate, in a sentence or two."""
+    """The effect of continuing on the learning rate, in one or two sentences."""
     from dpoeng.engine.training.optimizer import learning_rates
 
-    done = extension.step
-    old = learning_rates(config, extension.planned, done)
-    *new, rate = learning_rates(config, extension.steps, done + 1)
-    text = f"extended from {extension.planned:,} to {extension.steps:,} steps, and going on from step {done:,}: "
+    first_step = extension.step
+    old = learning_rates(config, extension.planned, first_step)
+    *new, rate = learning_rates(config, extension.steps, first_step + 1)
+    text = f"extended from {extension.planned:,} to {extension.steps:,} steps, continuing from step {first_step:,}: "
     if old == new:
-        same = "" if config.watches_a_metric else "; the result equals that of a run of this length from the beginning"
+        same = "" if config.watches_a_metric else "; the result equals that of an uninterrupted run of this length"
         return f"{text}the learning rate is that of a run of this length, now {rate:.3g}{same}"
     return (
         f"{text}the {config.lr_scheduler_type} schedule is stretched over the new length, so the learning rate goes "
-        f"from {old[-1]:.3g} to {rate:.3g}; a run of this length from the beginning would have had other rates before"
+        f"from {old[-1]:.3g} to {rate:.3g}; a run of this length from the beginning would have used other rates before"
     )

@@ -1,4 +1,4 @@
-"""A finished run, told from its records: no model is loaded and torch is not imported, so that it takes a second."""
+"""Reports a finished run from its records, without a model or torch, so that it takes a second."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from dpoeng.engine.runtime.host import group_size
 
 
 def finished_run(config: TrainConfig) -> TrainSummary | None:
-    """The summary of the run in `output_dir` if it is complete and the one that `config` describes, else None.
+    """The summary of the run in `output_dir` if it is complete and matches `config`, else None.
 
-    Under torchrun it is None, since the processes then have to agree.
+    None under torchrun, because there the processes have to agree.
 
     Raises:
-        UserError: the cache cannot be read as the configuration says, or another process holds the folder.
+        UserError: the cache cannot be read with this configuration, or another process is using the folder.
     """
     if config.resume is False or group_size(os.environ) > 1 or not config.output_dir.is_dir():
         return None
     if read_finished(config.output_dir) is None:
         return None
     with holding(config.output_dir):
-        finished = read_finished(config.output_dir)  # again, now that nobody else writes here
+        finished = read_finished(config.output_dir)  # read again, now that this process has the lock
         if finished is None:
             return None
         check_trackers(config.report_to)

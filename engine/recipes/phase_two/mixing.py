@@ -1,4 +1,4 @@
-"""Which views a run trains on, how often and in which order it meets their rows: settings to an `Arrangement`."""
+"""Turns `mix` and `order` into an `Arrangement`: which views a run trains on, how often, and in which order."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from dpoeng.engine.training.arrangement import Arrangement
 
 
 def with_others(config: TrainConfig, view: View, open_view: Callable[..., View]) -> AnyView:
-    """The training view, joined with those of `mix_with`.
+    """The training view, joined with the views in `mix_with`.
 
     Raises:
-        CacheError: one of them is not there, or has another reference.
+        CacheError: one of them does not exist, or has another reference.
     """
     others = []
     for name in config.mix_with:
-        folder, colon, of_folder = name.rpartition(":")
-        place = (Path(folder), of_folder or None) if colon else (config.cache, name)
+        folder, colon, view_name = name.rpartition(":")
+        place = (Path(folder), view_name or None) if colon else (config.cache, name)
         others.append(open_view(*place, rows=ROW_KINDS))
     return MixedView([view, *others]) if others else view
 
 
 def arrangement_of(config: TrainConfig, view: AnyView, rows: Sequence[int]) -> Arrangement | None:
-    """How `mix` and `order` arrange the training rows of a view; None where each comes once, by chance.
+    """How `mix` and `order` arrange a view's training rows; None if each comes once, in random order.
 
     Args:
-        config: of the run.
+        config: config of the run.
         view: the training view.
-        rows: of it, ascending.
+        rows: its training rows, ascending.
 
     Raises:
-        UserError: a source has no row left to train on; or its rows cannot be ordered so.
+        UserError: a source has no training row left, or its rows cannot be ordered this way.
     """
     if config.mix is None and config.order == "random":
         return None
@@ -50,7 +50,7 @@ def arrangement_of(config: TrainConfig, view: AnyView, rows: Sequence[int]) -> A
             "a view to be mixed has no row to train on",
             code="mix-empty",
             where=f"view {view.parts[sizes.index(0)].name}",
-            expected="one row or more that is not held out",
+            expected="at least one row that is not held out",
             found=f"{len(view.parts[sizes.index(0)])} rows, all held out",
             remedy="lower --eval-share, hold out other pairs with --eval-view, or leave the view out",
         )
@@ -59,10 +59,10 @@ def arrangement_of(config: TrainConfig, view: AnyView, rows: Sequence[int]) -> A
 
 
 def _ranks(config: TrainConfig, view: AnyView) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """A number for every row of the view, smaller where it comes earlier."""
+    """A number for every row of the view; smaller numbers come earlier."""
     if view.rows != "pairs":
         raise UserError(
-            "only pairs have a margin to be ordered by",
+            "only pairs have a margin to order by",
             code="config-value",
             where=f"--order {config.order}",
             expected="a view of pairs",

@@ -1,4 +1,4 @@
-"""Decides what a run trains, from its settings and its reference alone. Imports no torch."""
+"""Decides what a run trains, only from its settings and its reference. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dpoeng.engine.config.fields import Mode, TrainConfig
 
 
 def resolve_mode(config: TrainConfig, *, has_adapter: bool) -> Mode:
-    """`full` without peft; else `auto` -> `continue` where the reference has an SFT adapter, and `new` where not.
+    """`full` without peft; `auto` becomes `continue` if the reference has an SFT adapter, else `new`.
 
     Raises:
         UserError: the mode does not fit the reference.
@@ -23,7 +23,7 @@ def resolve_mode(config: TrainConfig, *, has_adapter: bool) -> Mode:
                 where=", ".join("--" + name.replace("_", "-") for name in named),
                 expected="adapter_mode stack: a new LoRA of this shape on top of the frozen SFT adapter; or "
                 "adapter_mode continue: the SFT adapter itself, in its own shape",
-                remedy="add --adapter-mode stack, or take the LoRA settings out",
+                remedy="add --adapter-mode stack, or remove the LoRA settings",
             )
         return "continue" if has_adapter else "new"
     if (config.adapter_mode == "new") == has_adapter:

@@ -1,4 +1,4 @@
-"""What phase two tells at its end, of a run just done or of a finished one from its records. Imports no torch."""
+"""The report at the end of phase two, for a run just done or, from its records, a finished one. Imports no torch."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class TrainSummary:
-    """Result of phase two. Of several processes one `reports`; the others have no results.
+    """Result of phase two. Of several processes only one `reports`; the others have no results.
 
-    `result` is the folder of the trained adapter; with full fine-tuning (mode `full`) that of the trained checkpoint.
-    `loaded` says, with `fsdp`, how the processes came by their parts of the base. `load` are Python lines that load the
+    `result` is the folder of the trained adapter, or in full fine-tuning (mode `full`) of the trained checkpoint.
+    `loaded` says, with `fsdp`, how the processes got their shares of the base. `load` are Python lines that load the
     result.
     """
 
@@ -62,7 +62,7 @@ class TrainSummary:
 def finished_summary(
     config: TrainConfig, inputs: Inputs, mode: Mode, finished: Finished, *, processes: int = 1, reports: bool = True
 ) -> TrainSummary:
-    """The summary of a run that was complete already, from its records."""
+    """The summary of an already complete run, from its records."""
     summary = TrainSummary(
         output_dir=config.output_dir,
         result=result_folder(config.output_dir, mode),
@@ -86,7 +86,7 @@ def finished_summary(
 
 
 def add_results(summary: TrainSummary, log: MetricsLog, config: TrainConfig) -> None:
-    """Adds the first and last metrics, the evaluation of the weights that were saved, and the remarks on all."""
+    """Adds the first and last metrics, the evaluation of the saved weights, and all remarks."""
     lines = log.read()
     steps = [line for line in lines if "loss" in line]
     evals = [line for line in lines if "eval_loss" in line]

@@ -1,4 +1,4 @@
-"""Every combination of some fields as a run of its own; what is wrong with any of them is said before the first run."""
+"""Plans a sweep: every combination of some fields is a run; mistakes in any are reported before the first run."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from dpoeng.engine.recipes.sweeps.ranking import PER_PAIR
 
 DEFAULT_FOLDER = Path("sweep")
 
-# What belongs to a run's place and not to what it does.
+# Fields that concern a run's place, not its work.
 _NOT_VARIED = frozenset({"output_dir", "resume", "run_name"})
-# Held-out metrics whose scale the loss decides.
+# Held-out metrics whose scale depends on the loss.
 _OF_THE_LOSS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins")
 
 
@@ -39,11 +39,11 @@ class Point:
     """One combination.
 
     Attributes:
-        name: of the run and its folder: the values that differ.
+        name: name of the run and its folder: the values that differ.
         values: field -> its value as text.
-        config: of the run.
-        pairs: that training will see, each as often as it does.
-        rungs: optimizer steps after which it is compared with the others; the last is the end of training.
+        config: config of the run.
+        pairs: number of training pairs, counted each time they are used.
+        rungs: optimizer steps after which the run is compared with the others; the last is the end of training.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class SweepPlan:
-    """Every run in the order in which they are done.
+    """All runs in order.
 
     Attributes:
         root: the folder of the sweep.
@@ -75,15 +75,15 @@ class SweepPlan:
 
 
 def plan_sweep(sweep: SweepConfig, options: Mapping[str, Any], file: Path | None = None) -> SweepPlan:
-    """Every combination as a run, looked through for mistakes.
+    """Makes a run of every combination, and checks each for mistakes.
 
     Args:
-        sweep: what is varied.
-        options: fields of TrainConfig for all runs; a varied field wins over them.
-        file: as in `load_config`; its fields of TrainConfig are for all runs too.
+        sweep: the varied fields.
+        options: fields of TrainConfig for all runs; varied fields take precedence.
+        file: as in `load_config`; its fields of TrainConfig are for all runs, too.
 
     Raises:
-        UserError: a field cannot be varied, some combination cannot be trained, there are too many of them, or the runs
+        UserError: a field cannot be varied, a combination cannot be trained, there are too many of them, or the runs
             would not be compared on the same held-out pairs.
     """
     _check_fields(sweep)
@@ -92,7 +92,7 @@ def plan_sweep(sweep: SweepConfig, options: Mapping[str, Any], file: Path | None
         count *= len(values)
     if count > sweep.max_runs:
         raise UserError(
-            f"these are {count} runs",
+            f"this sweep has {count} runs",
             code="sweep-runs",
             where="--vary " + " --vary ".join(f"{name} ({len(values)})" for name, values in sweep.vary.items()),
             expected=f"at most {sweep.max_runs}",
@@ -122,17 +122,17 @@ def _check_fields(sweep: SweepConfig) -> None:
         raise as_error([unknown(TrainConfig, name, where=f"--vary {name}") for name in wrong])
     if not sweep.vary:
         raise UserError(
-            "you varied no field",
+            "no field to vary",
             code="config-missing",
             where="--vary",
-            expected="--vary with a field of dpoeng train and its values, once or more",
+            expected="--vary with a field of dpoeng train and its values, at least once",
             remedy="for example: dpoeng sweep --vary beta=0.05,0.1,0.3 --vary learning_rate=5e-6,2e-5",
         )
     for name, values in sweep.vary.items():
         if name in _NOT_VARIED:
             raise _unfit_field(name, "a field that changes the training", name)
         if not values:
-            raise _unfit_field(name, "one value or more", "none")
+            raise _unfit_field(name, "at least one value", "none")
 
 
 def _unfit_field(name: str, expected: str, found: str) -> UserError:
@@ -147,7 +147,7 @@ def _unfit_field(name: str, expected: str, found: str) -> UserError:
 
 
 def _combinations(vary: Mapping[str, Sequence[Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each combination's name and its config values; the last field changes fastest."""
+    """Each combination's name and its config values; the last field changes fastest."""
     for values in itertools.product(*vary.values()):
         named = dict(zip(vary, values, strict=True))
         title = ",".join(f"{name}={in_words(value)}" for name, value in named.items())
@@ -155,7 +155,7 @@ def _combinations(vary: Mapping[str, Sequence[Any]]) -> Iterator[tuple[str, dict
 
 
 def _as_given(name: str, value: Any) -> Any:
-    """A word of the command line as the field takes it: a list joined by +, none where the field may have none."""
+    """A word from the command line as the field takes it: a list joined by +, `none` if the field may be None."""
     annotation = TrainConfig.model_fields[name].annotation
     if isinstance(value, str):
         if typing.get_origin(bare_type(annotation)) is tuple:
@@ -167,7 +167,7 @@ def _as_given(name: str, value: Any) -> Any:
 
 
 def in_words(value: Any) -> str:
-    """A value as it is written behind --vary."""
+    """A value in the notation of --vary."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list | tuple):
@@ -193,16 +193,16 @@ def _point(values: Mapping[str, Any], options: Mapping[str, Any], file: Path | N
 
 
 def folder_name(values: Mapping[str, str]) -> str:
-    """`beta=0.1,loss_type=ipo`; what a file system might not take, or what is too long, is replaced by a hash."""
+    """`beta=0.1,loss_type=ipo`; names that a file system might refuse, or too long ones, become a hash."""
     whole = ",".join(f"{name}={value}" for name, value in values.items())
     plain = re.sub(r"[^\w.,=+-]", "-", whole)[:100]
     return plain if plain == whole else f"{plain[:80]}-{xxhash.xxh3_64_hexdigest(whole.encode())}"
 
 
 class _Looker:
-    """Looks at the cache for each point: what its training and its held-out pairs are.
+    """Looks up the training pairs and held-out pairs of each point in the cache.
 
-    Views are hashed when they are opened, and splits read every row, so each is opened or made once for all points.
+    Opening a view hashes it and a split reads every row, so each is done once for all points.
     """
 
     def __init__(self, factor: int, rungs: int) -> None:
@@ -211,7 +211,7 @@ class _Looker:
         self._splits: dict[tuple[Any, ...], tuple[Split, str]] = {}
 
     def __call__(self, point: Point) -> tuple[Point, str]:
-        """The point with its pairs and rungs, and a hash over its held-out pairs; empty where there are none."""
+        """The point with its pairs and rungs, and a hash over its held-out pairs (empty without any)."""
         config = point.config
         inputs = open_inputs(config, lambda config: self._split(config)[0])
         check_own_losses(config.loss_type, config.beta, per_token=not inputs.view.spec.holds_sums)
@@ -241,7 +241,7 @@ Wrong = Sequence[tuple[str, UserError]]
 
 
 def _attempt(items: Any, work: Callable[[Any], Any]) -> tuple[list[Any], list[tuple[str, UserError]]]:
-    """Run work for each named item -> results, and errors of the items that failed."""
+    """Runs `work` for each named item; returns the results, and the errors of items that failed."""
     done, wrong = [], []
     for name, item in items:
         try:
@@ -252,7 +252,7 @@ def _attempt(items: Any, work: Callable[[Any], Any]) -> tuple[list[Any], list[tu
 
 
 def _wrong_combinations(wrong: Wrong, count: int) -> UserError:
-    """Return one error for the mistakes of all combinations; a mistake that all share is reported as a run would."""
+    """Combines the mistakes of all combinations in one error; a mistake that all share is reported as for one run."""
     if len(wrong) == count and len({str(error) for _, error in wrong}) == 1:
         return wrong[0][1]
     names: dict[str, list[str]] = {}
@@ -273,14 +273,14 @@ def _wrong_combinations(wrong: Wrong, count: int) -> UserError:
 
 
 def _mistakes(error: UserError) -> list[str]:
-    """Each of the mistakes that an error tells, in a line."""
+    """Each mistake in an error, one per line."""
     if error.code == "config-several":
         return [" ".join(line.split()) for line in (error.found or "").splitlines()]
     return [" ".join(f"{error.where or ''} {error.message}; {error.remedy}".split())]
 
 
 def _check_held_out(points: Sequence[Point], digests: Sequence[str]) -> None:
-    """Raise UserError unless all runs are evaluated on the same held-out pairs, in the same order."""
+    """Raises UserError unless all runs are evaluated on the same held-out pairs in the same order."""
     if not digests[0]:
         raise UserError(
             "no held-out pairs to compare the runs on",
@@ -303,7 +303,7 @@ def _check_held_out(points: Sequence[Point], digests: Sequence[str]) -> None:
 
 
 def _check_metric(sweep: SweepConfig) -> None:
-    """Raises UserError for a metric that has no value a pair, or that means something else in each run."""
+    """Raises UserError for a metric without a value per pair, or with a different meaning in each run."""
     varied = sorted(set(LOSS_FIELDS) & set(sweep.vary))
     if sweep.rank_by not in PER_PAIR:
         expected = ", ".join(PER_PAIR)

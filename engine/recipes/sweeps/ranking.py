@@ -1,8 +1,8 @@
 """Ranks the runs of a sweep on the same held-out pairs, with intervals of their differences.
 
-Runs are compared pair by pair: the difference of a run from the best one is a number for each held-out pair, and its
-interval comes from drawing prompts anew, for both runs the same. That is much narrower than two intervals side by side,
-since what makes a pair easy or hard is the same in both. Knows folders of runs, no model.
+Runs are compared pair by pair: the difference from the best run is a number for each held-out pair, and its interval
+comes from resampling prompts, the same for both runs. It is much narrower than two separate intervals, since the
+difficulty of a pair is the same in both. Reads the folders of runs; needs no model.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PER_PAIR = (
     "kl/chosen",
     "kl/rejected",
 )
-"""Held-out metrics by which runs can be ranked."""
+"""Held-out metrics to rank runs by."""
 
 Interval = tuple[float, float]
 
@@ -49,16 +49,16 @@ class RunResult:
     """Result of one run.
 
     Attributes:
-        values: field -> value of what is varied.
-        state: `stopped` is one that is not complete and has not failed, or was not begun; `ended early` one that
-            successive halving did not promote.
-        error: what ended a run that failed.
-        step: of the evaluation that is told: the adapter that was saved has it.
+        values: field -> value, of the varied fields.
+        state: `stopped` is a run that is neither complete nor failed, or not begun; `ended early` one that successive
+            halving did not promote.
+        error: the error that ended a failed run.
+        step: step of the reported evaluation, which is the saved adapter's.
         pairs: held-out pairs of that evaluation.
-        metrics: held-out metric -> mean, from that evaluation; `intervals` likewise, where there is one.
-        value: of the metric by which runs are ranked.
-        difference: of `value` from the best run's; for the best run itself None, as its interval.
-        differs: whether the interval of the difference leaves out 0.
+        metrics: held-out metric -> mean in that evaluation; `intervals` likewise, if there are any.
+        value: value of the metric that ranks the runs.
+        difference: of `value` from the best run's; None for the best run, as is its interval.
+        differs: whether the interval of the difference excludes 0.
     """
 
     name: str
@@ -78,7 +78,7 @@ class RunResult:
 
 @dataclass(frozen=True, slots=True)
 class _HeldOut:
-    """Values of a run, pair by pair."""
+    """A run's values, pair by pair."""
 
     pairs: list[tuple[str, str]]
     longer: Floats
@@ -91,17 +91,17 @@ def compare_runs(
     failed: Mapping[str, str],
     early: Mapping[str, int] | None = None,
 ) -> list[RunResult]:
-    """Reads the folders of some runs and ranks those that are complete.
+    """Reads the folders of runs and ranks the complete ones.
 
     Args:
         runs: name, values and folder of each.
         rank_by: one of `PER_PAIR`.
-        failed: name -> what ended it.
-        early: name -> the step of the rung where successive halving ended it.
+        failed: name -> its error.
+        early: name -> the step at which successive halving ended it.
 
     Returns:
-        complete runs, best first and equal ones in their order; then those that ended early, the longest ones first;
-        then the others.
+        complete runs, best first, ties in their given order; then those that ended early, longest first; then the
+        others.
 
     Raises:
         UserError: a record is damaged.
@@ -178,22 +178,22 @@ def _pairs(lines: Sequence[Mapping[str, Any]]) -> _HeldOut:
 
 def _against(result: RunResult, best: RunResult, held_out: Mapping[str, _HeldOut], name: str) -> RunResult:
     """The run with its difference from the best one."""
-    own, other = held_out[result.name], held_out[best.name]
-    assert own.pairs == other.pairs, "runs of one sweep are evaluated on the same pairs in the same order"
+    run_values, other = held_out[result.name], held_out[best.name]
+    assert run_values.pairs == other.pairs, "runs of one sweep are evaluated on the same pairs in the same order"
     source = "rewards/accuracies" if name == CONTROLLED else name
-    if source not in own.values or source not in other.values:
+    if source not in run_values.values or source not in other.values:
         return result
-    values = own.values[source] - other.values[source]
-    # Means over pairs that are longer and that are shorter: of differences as of values.
-    mean = length_controlled_accuracy(values, own.longer) if name == CONTROLLED else float(values.mean())
-    prompts = [prompt.encode() for _, prompt in own.pairs]
-    interval = intervals({source: values}, own.longer, prompts, seed=0, paired=True).get(name)
+    values = run_values.values[source] - other.values[source]
+    # Control for length in the differences, as in the values.
+    mean = length_controlled_accuracy(values, run_values.longer) if name == CONTROLLED else float(values.mean())
+    prompts = [prompt.encode() for _, prompt in run_values.pairs]
+    interval = intervals({source: values}, run_values.longer, prompts, seed=0, paired=True).get(name)
     differs = interval is not None and not interval[0] <= 0 <= interval[1]
     return replace(result, difference=mean, difference_interval=interval, differs=differs)
 
 
 def verdict(results: Sequence[RunResult]) -> str:
-    """Say in a sentence or two which runs differ from the best one on the held-out pairs."""
+    """Says in one or two sentences which runs differ from the best one on the held-out pairs."""
     ranked = [result for result in results if result.value is not None]
     early = sum(result.state == "ended early" for result in results)
     if early:
@@ -204,23 +204,23 @@ def verdict(results: Sequence[RunResult]) -> str:
         return "No complete run has this metric." if complete else "No run is complete."
     best, others = ranked[0], ranked[1:]
     if not others:
-        return f"{best.name} is the only run that is complete."
+        return f"{best.name} is the only complete run."
     like = [result.name for result in others if not result.differs]
     noise = f"the noise of {counted(best.pairs, 'held-out pair')}"
     few = f" Fewer than {FEW} pairs are too few to decide." if best.pairs < FEW else ""
     if not like:
         return f"{best.name} is ahead of all others by more than {noise}.{few}"
-    shown = "; ".join(like[:4]) + (f"; and {len(like) - 4} more" if like[4:] else "")
+    listed = "; ".join(like[:4]) + (f"; and {len(like) - 4} more" if like[4:] else "")
     if len(like) == len(others):
         return f"No difference found: no run differs from {best.name} by more than {noise}.{few}"
     return (
         f"{best.name} has the best value and differs from {len(others) - len(like)} of {len(others)} others by more "
-        f"than {noise}. No difference found from {shown}.{few}"
+        f"than {noise}. No difference found from {listed}.{few}"
     )
 
 
 def is_sweep(path: Path) -> bool:
-    """Whether `write_sweep` wrote this file. Raises ValueError where it is no JSON."""
+    """Whether `write_sweep` wrote this file. Raises ValueError if it is not JSON."""
     record = json.loads(path.read_bytes())
     return isinstance(record, dict) and {"vary", "rank_by", "verdict", "runs"} <= record.keys()
 
