@@ -1,4 +1,4 @@
-"""The frozen reference: what identifies it, loading it, and whether a live model agrees with the cache.
+"""The frozen reference: its identity, loading it, and comparing a live model with the cache.
 
-Knows which pairs go into which shard and when older values must be checked again. Knows nothing of losses or steps.
+Decides which pairs go into which shard, and when older values must be checked again. Independent of losses and steps.
 """

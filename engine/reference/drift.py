@@ -1,4 +1,4 @@
-"""Values that another release or another device computed, beside those of this one: do they agree?"""
+"""Checks that values computed by another release or device agree with those of this one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dpoeng.engine.reference.parity import compare_with_cache, parity_tolerance,
 from dpoeng.engine.runtime.progress import Progress
 
 DRIFT_SAMPLE: Final = 8
-"""Reused pairs that are scored again where other libraries or another device computed them."""
+"""Number of reused pairs to score again if other libraries or another device computed them."""
 
 
 def check_drift(
@@ -35,14 +35,14 @@ def check_drift(
     batch_tokens: int,
     progress: Progress,
 ) -> None:
-    """Scores a few reused pairs again, where their records name other libraries or another device than these.
+    """Scores a few reused pairs again if their records name other libraries or another device.
 
-    A version is no part of the identity: nearly all releases give the same numbers, and a miss would cost days. So
-    values of two releases may stand side by side, and this finds the release that moved them. It costs next to nothing,
-    since the model has been loaded anyway for the pairs that are missing.
+    Versions are not part of the identity: nearly all releases give the same numbers, and a miss would cost days. So
+    values of two releases may be mixed, and this check finds a release that changed them. It costs little, because the
+    model is loaded anyway for the missing pairs.
 
     Raises:
-        UserError: the values of then and now differ by more than rounding explains.
+        UserError: the old and new values differ by more than rounding.
     """
     foreign, changes = _foreign(store, spec_digest, index, keys, device_name(lm.device))
     if not len(foreign):
@@ -64,8 +64,8 @@ def check_drift(
             where=f"{store.root}: {report.pairs} of {counted(len(foreign), 'pair')} computed by {changes}",
             expected=f"mean difference per token <= {report.tolerance:g} nats",
             found=f"mean {report.mean_diff:.4g}, largest {report.max_diff:.4g} nats",
-            remedy="go on with the versions and the device that computed them (`dpoeng cache info` lists these), or "
-            "compute all pairs anew in another folder with --cache",
+            remedy="continue with the versions and the device that computed them (`dpoeng cache info` lists these), or "
+            "recompute all pairs in another folder with --cache",
             exit_status=4,
         )
     progress.note(
@@ -77,7 +77,7 @@ def check_drift(
 def _foreign(
     store: Store, spec_digest: str, index: KeyIndex, keys: npt.NDArray[np.uint8], device: str
 ) -> tuple[list[int], str]:
-    """Return reused pairs that other libraries or another device computed, and describe the difference."""
+    """Reused pairs that other libraries or another device computed, and a description of the difference."""
     if not len(keys):
         return [], ""
     now = _computed_by({"versions": library_versions(), "device": device})
@@ -99,7 +99,7 @@ def _foreign(
 
 
 def _computed_by(provenance: Mapping[str, Any]) -> dict[str, str]:
-    """The parts of a record that can move a number: the libraries, and the device without its number of threads."""
+    """The parts of a record that can change a number: the libraries, and the device without its number of threads."""
     versions = provenance.get("versions", {})
     made = {name: str(versions.get(name, "unknown")) for name in ("torch", "transformers", "peft", "bitsandbytes")}
     return {**made, "device": re.sub(r", \d+ threads?", "", str(provenance.get("device", "unknown")))}

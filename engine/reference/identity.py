@@ -1,4 +1,4 @@
-"""The reference's full identity, and its agreement with a loaded model."""
+"""The reference's full identity."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from dpoeng.engine.models.sources import (
 from dpoeng.engine.runtime.progress import QUIET, Progress
 
 SCORING_VERSION = 1
-"""Raised when a change of this code moves log-probs by more than rounding."""
+"""Increased when a change of this code moves log-probs by more than rounding."""
 
 
 def digest_memo() -> Path:
-    """File that remembers digests of weight files between runs."""
+    """File that stores digests of weight files between runs."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "dpoeng" / "digests"
 
 
 def weights_identity(source: ModelSource, progress: Progress = QUIET) -> str:
-    """One digest over all tensors by name, dtype, shape and bytes; the same however the checkpoint is sharded."""
+    """One digest over all tensors (name, dtype, shape, bytes); independent of how the checkpoint is sharded."""
     total = sum(path.stat().st_size for path in source.weight_files)
     with progress.task("hashing weights", total, "B") as advance:
-        done = 0
+        hashed_bytes = 0
 
         def report(hashed: int, _total: int) -> None:
-            nonlocal done
-            advance(hashed - done, "")
-            done = hashed
+            nonlocal hashed_bytes
+            advance(hashed - hashed_bytes, "")
+            hashed_bytes = hashed
 
         return combined_digest(weight_digests(source.weight_files, progress=report, memo=digest_memo()))
 
@@ -47,10 +47,10 @@ def weights_identity(source: ModelSource, progress: Progress = QUIET) -> str:
 def reference_spec(
     config: PrecomputeConfig, source: ModelSource, adapter: ModelSource | None, progress: Progress = QUIET
 ) -> ReferenceSpec:
-    """All that determines a cached number, and nothing else.
+    """Everything that determines a cached number, and nothing else.
 
-    The tokenizer, the template and truncation are not in it: they act through the token ids, which key each row. Nor is
-    the batch plan, on which numbers depend by rounding alone.
+    Tokenizer, template and truncation are not included: they act through the token ids, which key each row. Nor is the
+    batch plan, which affects only rounding.
     """
     quantization: dict[str, Any] | None = None
     if config.quantization == "8bit":
@@ -64,7 +64,7 @@ def reference_spec(
     elif config.quantization == "stored":
         quantization = {"method": f"stored-{stored_format(source).method}", "activations": "exact"}
     if quantization is not None and stored_quantization(source) is None and has_routed_experts(source):
-        quantization["experts"] = "stacked"  # their weights are quantised too, which they were not in older caches
+        quantization["experts"] = "stacked"  # their weights are quantised too, unlike in older caches
     return ReferenceSpec.from_fields(
         {
             "weights": weights_identity(source, progress),

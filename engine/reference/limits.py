@@ -1,4 +1,4 @@
-"""Limits of the machine and of the reference model, checked before pairs are scored: disk, vocabulary, positions."""
+"""Checks the limits of the machine and the model before pairs are scored: disk, vocabulary, positions."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _STORED_BYTES_A_PAIR = 64  # key, sums, offsets
 
 
 def check_disk(root: Path, missing: Sequence[Sequence[PairIds]], states_bytes: int = 0) -> None:
-    """Raise UserError where the log-probs would fill the disk, before hours are spent on them.
+    """Raises UserError if the log-probs would fill the disk, before hours are spent on them.
 
-    `states_bytes` are those of hidden states that are to be stored too.
+    `states_bytes`: size of hidden states to store as well.
     """
     needed = states_bytes + sum(
         _STORED_BYTES_A_TOKEN * ids.total_tokens + _STORED_BYTES_A_PAIR for shard in missing for ids in shard
@@ -40,7 +40,7 @@ def check_disk(root: Path, missing: Sequence[Sequence[PairIds]], states_bytes: i
 
 
 def check_ids(pairs: Collection[PairIds], lm: CausalLM, model: str) -> None:
-    """Raise UserError where the tokenizer gives ids outside the model's vocabulary; `model` is its name."""
+    """Raises UserError if the tokenizer gives ids outside the vocabulary of the model; `model` is its name."""
     highest = max(
         int(part.max()) for ids in pairs for part in (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids) if len(part)
     )
@@ -56,7 +56,7 @@ def check_ids(pairs: Collection[PairIds], lm: CausalLM, model: str) -> None:
 
 
 def longest_text(pairs: Iterable[PairIds]) -> int:
-    """Tokens of the longest prompt with one of its responses."""
+    """Tokens of the longest prompt together with one of its responses."""
     return max((_text_tokens(ids) for ids in pairs), default=0)
 
 
@@ -65,23 +65,23 @@ def _text_tokens(ids: PairIds) -> int:
 
 
 def check_positions(pairs: Collection[PairIds], lm: CausalLM) -> None:
-    """Check that the model has a distinct position for every token.
+    """Checks that the model has a distinct position for every token.
 
     Raises:
         UserError: a pair is longer than the model's table of positions, or than the length up to which its rotary
-            frequencies stand still.
+            frequencies are constant.
     """
     lengths = array("q", map(_text_tokens, pairs))
     for limit, why, expected in (
         (
             position_limit(lm),
-            "some pairs are longer than this model's positions",
-            "the last position that it has",
+            "some pairs have more tokens than this model has positions",
+            "the model's last position",
         ),
         (
             rotary_limit(lm),
-            "this model changes its rotary frequencies for long texts, and so the numbers of all texts beside them",
-            "up to which its frequencies stand still",
+            "this model changes its rotary frequencies for long texts, and so the numbers of all texts in the batch",
+            "up to which its frequencies are constant",
         ),
     ):
         if limit is not None and max(lengths) > limit:

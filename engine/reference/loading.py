@@ -1,4 +1,4 @@
-"""Keeps a base in memory from run to run. Each run gets new modules over the same frozen weights."""
+"""Loads the reference, or the policy's base; keeps a base in memory between runs. Each run gets new modules over it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from dpoeng.engine.scoring.passes import choose_how_to_score
 
 
 class KeptBase:
-    """Load a base once, and again only when a run asks for another one.
+    """Loads a base once, and again only when a run needs another one.
 
-    Whatever a run does to its modules (adapters, hooks, modes, layouts) is gone with them, so that the next one finds
-    the base as it was loaded. A base that will be divided over processes, or whose weights are trained, is not kept.
+    A run's changes to its modules (adapters, hooks, modes, layouts) disappear with them, so the next run finds the base
+    as it was loaded. A base that will be sharded over processes, or whose weights are trained, is not kept.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class KeptBase:
         by_layer: bool = False,
         trunk_layer: int | None = None,
     ) -> CausalLM:
-        """As `load_policy_base`, which it calls where it has to."""
+        """Like `load_policy_base`, which it calls if necessary."""
         if config.fsdp or not config.use_peft or by_layer:
             self.release()
             return load_policy_base(
@@ -54,7 +54,7 @@ class KeptBase:
         named = (config.model, config.quantization, config.dtype, str(device), trunk_layer)
         wanted = (*named, sorted(reference.items()))
         if self._lm is None or self._wanted != wanted:
-            self.release()  # there need not be room for two
+            self.release()  # there may be no room for two
             self._lm = load_policy_base(config, reference, device, trunk_layer=trunk_layer)
             self._wanted = wanted
         base = over_same_weights(self._lm.base)
@@ -62,7 +62,7 @@ class KeptBase:
 
     @property
     def n_bytes(self) -> int:
-        """Return the bytes of the kept base."""
+        """Bytes of the kept base."""
         if self._lm is None:
             return 0
         tensors = [*self._lm.base.parameters(), *quantized_tensors(self._lm.base)]
@@ -70,13 +70,13 @@ class KeptBase:
         return sum(storages.values())
 
     def release(self) -> None:
-        """Lets go of the base."""
+        """Releases the base."""
         self._lm = None
 
 
 def over_same_weights(base: nn.Module) -> nn.Module:
-    """A copy of a frozen model in everything but the storage of its parameters, which both share."""
-    # deepcopy looks into its memo first; what is tied stays tied, since a tied parameter is one object.
+    """A copy of a frozen model that shares its parameters' storage."""
+    # deepcopy looks into its memo first. Tied parameters stay tied, since each is a single object.
     memo: dict[int, Any] = {id(parameter): same_weights(parameter) for parameter in base.parameters()}
     return copy.deepcopy(base, memo)
 
@@ -92,11 +92,11 @@ def load_policy_base(
     by_layer: bool = False,
     trunk_layer: int | None = None,
 ) -> CausalLM:
-    """The base on which the policy stands: the one that a view's `reference` record names, unless config overrides.
+    """The base of the policy: the one in a view's `reference` record, unless config overrides it.
 
-    With `on_host` it is left in the host's memory, in the dtype that it would have on `device`. With `shard` this
-    process reads its share of it, with `by_layer` the layers stay in the files, and with `trunk_layer` nothing below
-    that layer is read; see `load_model`.
+    With `on_host` it stays in host memory, in the dtype that it would have on `device`. With `shard` this process reads
+    its share of it, with `by_layer` the layers stay in the files, and with `trunk_layer` nothing below that layer is
+    read; see `load_model`.
     """
     source = find_model(config.model or reference["model"], revision=reference.get("revision"))
     dtype = resolve_dtype(source, config.dtype or reference["dtype"], device)
@@ -127,15 +127,15 @@ def load_reference(
     *,
     by_layer: bool = False,
 ) -> CausalLM:
-    """The frozen reference exactly as named, in the mode and layout in which both phases score.
+    """The frozen reference exactly as configured, in the mode and layout in which both phases score.
 
     Args:
-        config: of phase one.
+        config: config of phase one.
         source: the base.
         adapter: the SFT adapter, or None.
-        device: where it is to be.
-        longest: tokens of the longest text that will be scored, where that is known; see `choose_layout`.
-        by_layer: leaves the base's layers in its files; see `models/layers`.
+        device: the device to load to.
+        longest: tokens of the longest text to score, if known; see `choose_layout`.
+        by_layer: leave the base's layers in its files; see `models/layers`.
     """
     lm = load_model(
         source,
@@ -158,7 +158,7 @@ def load_reference(
 
 
 def limit_waiting(lm: CausalLM, config: PrecomputeConfig | TrainConfig) -> None:
-    """Tells a model that is run by layer where hidden states may wait, and how many bytes of them.
+    """Sets where a model that runs by layer stores hidden states, and the limit in bytes.
 
     Raises:
         UserError: the folder cannot be used.

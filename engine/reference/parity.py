@@ -1,4 +1,4 @@
-"""A loaded model against the cache: the same pairs scored live, and how far the numbers lie apart."""
+"""Compares a loaded model with the cache: scores the same pairs live and measures the differences."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from dpoeng.engine.scoring.passes import Batches, score_batches
 
 @dataclass(frozen=True, slots=True)
 class ParityReport:
-    """Policy against cache on the same tokens. Differences are per token, absolute, in nats.
+    """Policy compared with cache on the same tokens. Differences are per token, absolute, in nats.
 
     Attributes:
         pairs: pairs compared.
         tokens: tokens compared.
         mean_diff: mean |difference|.
         max_diff: largest |difference|.
-        reward_noise: root mean square of beta times the difference of a pair's margin: the spurious reward margin that
-            training starts with.
-        tolerance: largest `mean_diff` that is accepted.
-        trunks: of `recompute`, by layer: the same pairs run from the stored hidden states.
+        reward_noise: root mean square of beta times the difference of a pair's margin: the spurious reward margin at
+            the start of training.
+        tolerance: largest accepted `mean_diff`.
+        trunks: from `recompute`, by layer: the same pairs run from the stored hidden states.
     """
 
     pairs: int
@@ -50,22 +50,22 @@ class ParityReport:
     trunks: Mapping[int, ParityReport] = field(default_factory=dict)
 
     def record(self) -> dict[str, float]:
-        """For run.json."""
+        """The report for run.json."""
         names = ("pairs", "mean_diff", "max_diff", "reward_noise", "tolerance")
         return {name: getattr(self, name) for name in names}
 
     @property
     def ok(self) -> bool:
-        """Whether the cached values are this model's (false for NaN)."""
-        return self.mean_diff <= self.tolerance and all(found.ok for found in self.trunks.values())
+        """Whether the cached values are this model's (False for NaN)."""
+        return self.mean_diff <= self.tolerance and all(trunk_report.ok for trunk_report in self.trunks.values())
 
 
 def parity_tolerance(lm: CausalLM, reference_quantization: str, reference_dtype: str) -> float:
-    """Mean |difference| per token, nats, that rounding explains; a wrong model is well above.
+    """The mean |difference| per token, in nats, that rounding can cause; a wrong model is far above it.
 
-    The same scoring code on the same machine repeats exactly in most cases; what is allowed for is another batch shape
-    (bfloat16: 0.03 was seen) or another device. Where policy and reference were asked for in different precisions, the
-    gap between these is expected, and reported.
+    The same scoring code on the same machine usually repeats exactly; this allows for another batch shape (bfloat16: up
+    to 0.03 measured) or another device. If policy and reference were requested in different precisions, the gap between
+    them is expected, and reported.
     """
     dtype = str(lm.dtype).removeprefix("torch.")
     return tolerated(lm.quantization, dtype, reference_quantization, reference_dtype)
@@ -81,7 +81,7 @@ def tolerated(quantization: str, dtype: str, reference_quantization: str, refere
 
 
 def spread(rows: Sequence[int], count: int) -> list[int]:
-    """At most `count` of some rows, evenly spread over them."""
+    """At most `count` of these rows, evenly spread."""
     count = min(count, len(rows))
     return [rows[i * len(rows) // count] for i in range(count)]
 
@@ -95,9 +95,9 @@ def compare_with_cache(
     batch_tokens: int,
     tolerance: float,
 ) -> ParityReport:
-    """Scores some rows of a view with the loaded model and compares them with the cached values.
+    """Scores rows of a view with the loaded model and compares them with the cached values.
 
-    Where the view holds sums only, a response's difference is spread evenly over its tokens.
+    If the view has only sums, a response's difference is spread evenly over its tokens.
     """
     sums = isinstance(view, AnyView) and view.spec.holds_sums
     cached = [view[row] for row in rows]
@@ -128,15 +128,15 @@ def compare_with_cache(
 def recompute(
     view: View, count: int, *, model: str | None = None, adapter: str | None = None, device: str = "auto"
 ) -> ParityReport:
-    """The fourth depth of verification: scores some rows of a view anew with its reference and compares.
+    """The fourth depth of verification: scores rows of a view again with its reference and compares.
 
-    Where the view has trunks, the rows that they hold are also run from their stored states.
+    If the view has trunks, rows with stored states are also run from those states.
 
     Args:
         view: an open view.
         count: rows to score, spread over the view.
-        model: where the base is now; default: where it was.
-        adapter: where the SFT adapter is now; default: where it was.
+        model: the base's new location; by default the recorded one.
+        adapter: the SFT adapter's new location; by default the recorded one.
         device: as in `PrecomputeConfig`.
 
     Raises:
@@ -165,13 +165,13 @@ def recompute(
 def _from_trunks(
     lm: CausalLM, view: View, rows: Sequence[int], compare: Callable[..., ParityReport]
 ) -> dict[int, ParityReport]:
-    """By layer: some rows of a view run from the states of each of its trunks, with a whole model."""
-    store, found = Store.open(view.root), {}
+    """By layer: rows of a view run from the states of each of its trunks, with a whole model."""
+    store, reports = Store.open(view.root), {}
     for layer, spec in trunks_of(store, view.spec.digest).items():
         index = TrunkIndex.open(store, spec.digest)
-        held = [row for row in rows if index.holds(view[row].ids)]
-        if held:
+        covered = [row for row in rows if index.holds(view[row].ids)]
+        if covered:
             lm.states = stored_states(index, lm)
             with rehearsing(lm, layer):
-                found[layer] = compare(lm, view, held)
-    return found
+                reports[layer] = compare(lm, view, covered)
+    return reports

@@ -1,4 +1,4 @@
-"""Decides which pairs are stored together and which process computes them. Pure: knows no model and no file."""
+"""Decides which pairs are stored together and which process computes them. Pure: needs no model and no files."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ T = TypeVar("T")
 def plan_shards(
     fresh: Sequence[PairIds], keys: npt.NDArray[np.uint8], shard_tokens: int
 ) -> list[npt.NDArray[np.int64]]:
-    """Group the pairs that are new since the last finished run; a pure function of their set.
+    """Groups the pairs that are new since the last finished run; a pure function of their set.
 
-    It does not look at what an unfinished run has committed already. So a run that is killed and started again, or
-    that is done by several processes, writes the same files as one that was left alone. The longest pairs come first:
-    what will not fit into memory fails at once, and batches hold pairs of like length. Pairs of one prompt stand
-    together, so that it is run once for all of them.
+    It ignores what an unfinished run has committed already. So a run that is killed and restarted, or done by several
+    processes, writes the same files as an undisturbed one. The longest pairs come first: pairs that do not fit into
+    memory fail at once, and batches have pairs of similar length. Pairs with the same prompt are adjacent, so that the
+    prompt is computed once for all of them.
 
     Args:
-        fresh: N pairs, none twice; gone through once.
-        keys: [N, 16] the key of each.
-        shard_tokens: most tokens in a shard; a longer pair has one of its own.
+        fresh: N pairs without duplicates; read once.
+        keys: [N, 16] key of each.
+        shard_tokens: maximum tokens in a shard; a longer pair gets its own shard.
 
     Returns:
-        of each shard the places of its pairs in `fresh`.
+        for each shard the indices of its pairs in `fresh`.
     """
     if not len(fresh):
         return []
@@ -42,11 +42,11 @@ def plan_shards(
     for i, ids in enumerate(fresh):
         tokens[i] = ids.total_tokens
         prompts[i] = np.frombuffer(xxhash.xxh3_128_digest(ids.prompt_ids.tobytes()), np.uint8)
-    halves = np.ascontiguousarray(keys).view(">u8")  # keys in the order of their bytes
+    halves = np.ascontiguousarray(keys).view(">u8")  # big-endian, so that keys sort by their bytes
     rank = np.empty(len(fresh), np.int64)
     rank[np.lexsort((halves[:, 1], halves[:, 0], -tokens))] = np.arange(len(fresh))
     groups = np.unique(prompts.view("V16").ravel(), return_inverse=True)[1]
-    first = np.full(len(fresh), len(fresh))  # of each prompt, the rank of its first pair
+    first = np.full(len(fresh), len(fresh))  # for each prompt, the rank of its first pair
     np.minimum.at(first, groups, rank)
     order = np.lexsort((rank, first[groups]))
     return [order[shard.start : shard.stop] for shard in batches_by_tokens(tokens[order].tolist(), shard_tokens)]
@@ -64,13 +64,13 @@ class Part:
         """`2/4` -> the second of four.
 
         Raises:
-            UserError: not of this form.
+            UserError: another form.
         """
         index, _, count = text.partition("/")
         if index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count):
             return cls(int(index), int(count))
         raise UserError(
-            "--shard does not name a part of the work",
+            "--shard needs a part of the work",
             code="config-value",
             where="--shard",
             expected="I/N with I from 1 to N, e.g. --shard 1/4 to --shard 4/4",
@@ -79,5 +79,5 @@ class Part:
         )
 
     def of(self, items: Sequence[T]) -> Sequence[T]:
-        """Return every `count`-th item of a list sorted by size, so that parts have similar sizes."""
+        """Every `count`-th item of a list sorted by size, so that parts have similar sizes."""
         return items[self.index - 1 :: self.count]

@@ -1,4 +1,4 @@
-"""Which stored hidden states a run of phase two begins from, decided before anything is loaded."""
+"""Decides which stored hidden states a run of phase two begins from, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from dpoeng.engine.models.trunk.layers import chosen_layers, layers_of_adapter, 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a run asks of a trunk.
+    """What a run needs from a trunk.
 
     Attributes:
-        config: of the run.
+        config: config of the run.
         source: the base.
         mode: what is trained.
         adapter: the SFT adapter, or None.
         reference: how phase one loaded the reference.
-        pairs: of training and evaluation.
+        pairs: pairs of training and evaluation.
     """
 
     config: TrainConfig
@@ -45,32 +45,32 @@ class Wanted:
 
 
 def choose_trunk(wanted: Wanted, spec: ReferenceSpec, note: Callable[[str], None]) -> TrunkIndex | None:
-    """The trunk that a run begins from, its bytes checked; None where it runs all layers.
+    """The trunk that a run begins from, with its bytes checked; None if the run computes all layers.
 
     Args:
         wanted: what is trained on what.
-        spec: of the reference.
-        note: told where a trunk is not used, or would help.
+        spec: the reference's spec.
+        note: receives a message if a trunk is not used, or would help.
 
     Raises:
-        UserError: `trunk_layer` asks for a trunk that this run cannot begin from, or the cache is damaged.
+        UserError: `trunk_layer` requests a trunk that this run cannot begin from, or the cache is damaged.
     """
     config = wanted.config
     if config.trunk_layer == 0:
         return None
-    asked = config.trunk_layer is not None
+    requested = config.trunk_layer is not None
     trunks: Mapping[int, ReferenceSpec] = {}
     store = Store.open(config.cache)
     if not wanted.source.gguf:
         trunks = trunks_of(store, spec.digest)
-    if not trunks and not asked and not names_layers(config):
+    if not trunks and not requested and not names_layers(config):
         return None
     if wanted.source.gguf:
-        _refuse_or_note(wanted, "a GGUF file is decoded whole", note, always=asked)
+        _refuse_or_note(wanted, "a GGUF file is decoded whole", note, always=requested)
         return None
     depth = sizes(config_of(read_fields(wanted.source))).layers
     lowest = lowest_trained(wanted, depth)
-    if asked:
+    if requested:
         layer = trunk_layer(float(config.trunk_layer or 0), depth)
         _refuse_trained_below(layer, lowest)
         if layer not in trunks:
@@ -82,7 +82,7 @@ def choose_trunk(wanted: Wanted, spec: ReferenceSpec, note: Callable[[str], None
             _note_saving(wanted, depth, lowest, trunks, note)
             return None
     if why := _differs(wanted, max(candidates)):
-        _refuse_or_note(wanted, why, note, always=asked)
+        _refuse_or_note(wanted, why, note, always=requested)
         return None
     for layer in candidates:
         index = TrunkIndex.open(store, trunks[layer].digest)
@@ -90,7 +90,7 @@ def choose_trunk(wanted: Wanted, spec: ReferenceSpec, note: Callable[[str], None
         if not lacking:
             index.check(wanted.pairs)
             return index
-        if asked:
+        if requested:
             raise _incomplete(wanted, layer, lacking)
         note(
             f"the cache's trunk at layer {layer} lacks {counted(lacking, 'pair')} of this run, and is not used: "
@@ -100,7 +100,7 @@ def choose_trunk(wanted: Wanted, spec: ReferenceSpec, note: Callable[[str], None
 
 
 def lowest_trained(wanted: Wanted, depth: int) -> int:
-    """The lowest layer that a run trains; 0 where it trains something outside of the layers."""
+    """The lowest layer that a run trains; 0 if it trains something outside the layers."""
     if wanted.mode == "full":
         return 0
     if wanted.mode == "continue":
@@ -110,7 +110,7 @@ def lowest_trained(wanted: Wanted, depth: int) -> int:
 
 
 def stored_states(index: TrunkIndex, lm: CausalLM) -> StatesOf:
-    """What gives a model that begins at a trunk its states, as tensors [tokens, H] on the host.
+    """A function that returns stored states for a model that begins at a trunk: tensors [tokens, H] on the host.
 
     Raises:
         UserError: the model computes in another dtype than the reference did.
@@ -123,31 +123,31 @@ def stored_states(index: TrunkIndex, lm: CausalLM) -> StatesOf:
             where="--dtype",
             expected=f"{index.dtype}, in which they were stored",
             found=str(lm.dtype).removeprefix("torch."),
-            remedy="leave --dtype out, or say --trunk-layer 0 to run all layers",
+            remedy="leave --dtype out, or use --trunk-layer 0 to run all layers",
         )
 
     def states(prompt_ids: IdArray, response_ids: IdArray | None) -> torch.Tensor:
-        # Copied, since a tensor over a read-only map is refused; the rows of a forward are put together anew anyway.
+        # Copy, since tensors on a read-only map are not allowed; a forward's rows are assembled anew anyway.
         return torch.from_numpy(index.states(prompt_ids, response_ids).copy()).view(dtype)
 
     return states
 
 
 def _differs(wanted: Wanted, layer: int) -> str:
-    """Why the stored states are not those of this policy's lower layers, in words; empty where they are."""
+    """Why the stored states do not fit this policy's lower layers, in words; empty if they do."""
     config, reference = wanted.config, wanted.reference
     for name in ("quantization", "dtype"):
         value = getattr(config, name)
         if value not in (None, "auto", reference[name]):
             return f"--{name} {value} is not the reference's ({reference[name]})"
     if config.fsdp:
-        return "--fsdp divides a whole base over the processes"
+        return "--fsdp shards the whole base over the processes"
     if wanted.adapter is not None:
-        held = layers_of_adapter(wanted.adapter)
-        if not held:
-            return "the SFT adapter has weights outside of the layers"
-        if max(held) < layer:
-            return "the SFT adapter lies in layers below the trunk alone"
+        adapter_layers = layers_of_adapter(wanted.adapter)
+        if not adapter_layers:
+            return "the SFT adapter has weights outside the layers"
+        if max(adapter_layers) < layer:
+            return "the SFT adapter has weights only in layers below the trunk"
     return ""
 
 
@@ -159,7 +159,7 @@ def _refuse_or_note(wanted: Wanted, why: str, note: Callable[[str], None], *, al
             where=f"--trunk-layer {wanted.config.trunk_layer:g}",
             expected="the reference's own precision, a checkpoint in safetensors, and no --fsdp",
             found=why,
-            remedy="leave that out, or say --trunk-layer 0 to run all layers",
+            remedy="leave that out, or use --trunk-layer 0 to run all layers",
         )
     note(f"stored hidden states are not used: {why}")
 
@@ -167,14 +167,14 @@ def _refuse_or_note(wanted: Wanted, why: str, note: Callable[[str], None], *, al
 def _refuse_trained_below(layer: int, lowest: int) -> None:
     if lowest < layer:
         raise UserError(
-            "layers below the trunk are trained, so that what enters it would change",
+            "layers below the trunk are trained, so the trunk's input would change",
             code="trunk-below",
             where=f"--trunk-layer {layer}",
-            expected=f"training in layers {layer} and above alone",
-            found=f"layer {lowest} is the lowest that is trained",
-            remedy=f"say --train-last-layers or --layers-to-transform (with an SFT adapter: --adapter-mode stack); or "
+            expected=f"training only in layers {layer} and above",
+            found=f"layer {lowest} is the lowest trained layer",
+            remedy=f"use --train-last-layers or --layers-to-transform (with an SFT adapter: --adapter-mode stack); or "
             f"store a trunk at layer {lowest} or below" if lowest else
-            "say --train-last-layers or --layers-to-transform (with an SFT adapter: --adapter-mode stack too); or say "
+            "use --train-last-layers or --layers-to-transform (with an SFT adapter: --adapter-mode stack too); or use "
             "--trunk-layer 0 to run all layers",
         )  # fmt: skip
 
@@ -205,11 +205,11 @@ def _incomplete(wanted: Wanted, layer: int, lacking: int) -> CacheError:
 def _note_saving(
     wanted: Wanted, depth: int, lowest: int, trunks: Mapping[int, ReferenceSpec], note: Callable[[str], None]
 ) -> None:
-    """Say that a stored trunk goes unused, or what one would save."""
+    """Adds a note that a stored trunk is not used, or what one would save."""
     if trunks:
         note(
             f"the cache's trunk at layer {', '.join(map(str, trunks))} is not used: layer {lowest} is trained too, so "
-            "all layers are run"
+            "all layers run"
         )
         return
     if lowest == 0:
@@ -217,7 +217,7 @@ def _note_saving(
     width, dtype = sizes(config_of(read_fields(wanted.source))).hidden, str(wanted.reference["dtype"])
     n_bytes = distinct_tokens(wanted.pairs) * width * ITEM_BYTES[dtype]
     note(
-        f"the layers below {lowest} are run in every step though nothing there is trained: `dpoeng precompute-ref` "
-        f"with --trunk-layer {lowest} stores what leaves them ({n_bytes / 1e6:.0f} MB), after which a step runs and "
+        f"every step runs the layers below {lowest}, although none of them is trained: `dpoeng precompute-ref` "
+        f"with --trunk-layer {lowest} stores their output ({n_bytes / 1e6:.0f} MB), after which a step runs and "
         f"loads {depth - lowest} of {depth} layers"
     )

@@ -1,8 +1,8 @@
-"""Phase one's trunk: the hidden states that enter a layer, for the texts of pairs that the cache lacks.
+"""Phase one's trunk: stores the hidden states that enter a layer, for texts that the cache lacks.
 
-Where log-probs are computed too, one forward gives both: all states of a shard are committed before its log-probs, so
-that a shard that is done again after a kill writes both again, byte for byte. Pairs whose log-probs are there already
-take a forward that ends at the layer.
+If log-probs are computed too, one forward gives both: all states of a shard are committed before its log-probs, so that
+a shard that is repeated after a kill writes both again, byte for byte. Pairs whose log-probs exist already need a
+forward that ends at the layer.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ from dpoeng.engine.scoring.passes import up_to_layer
 from dpoeng.engine.scoring.texts import Place
 
 OBJECT_BYTES: Final = 64 << 20
-"""An object is committed when it holds so many bytes of states: what waits in memory, and what a kill can cost."""
+"""An object is committed at this many bytes of states: the memory it waits in, and the work that a kill can lose."""
 
 REHEARSAL_TOLERANCE: Final = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 2e-2}
-"""Mean |difference| a token, nats, between the whole model and the one that begins at the trunk, over the same rows.
-Seen is 0 in all architectures that can begin there."""
+"""Allowed mean |difference| per token, nats, between the whole model and the one that begins at the trunk, for the same
+rows. All architectures that can begin there gave 0."""
 
 
 @dataclass(slots=True)
 class TrunkWork:
-    """What is to be stored of a trunk, known before the model is loaded.
+    """The trunk states to store, known before the model is loaded.
 
     Attributes:
-        spec: of the trunk.
-        index: texts that the cache holds.
-        mine: shards of this process of pairs whose log-probs are there, and states are not.
+        spec: the trunk's spec.
+        index: texts that the cache has already.
+        mine: this process's shards of pairs that have log-probs but no states.
         objects: texts that this process will store together, key -> tokens, in the order of the rows.
     """
 
@@ -63,29 +63,29 @@ class TrunkWork:
 
     @property
     def layer(self) -> int:
-        """The layer that the states enter."""
+        """The layer whose input the states are."""
         return self.index.layer
 
     @property
     def texts(self) -> int:
-        """How many will be stored."""
+        """Number of texts to store."""
         return sum(len(one) for one in self.objects)
 
     @property
     def n_bytes(self) -> int:
-        """What will be written."""
+        """Number of bytes to write."""
         return sum(sum(one.values()) for one in self.objects) * token_bytes(self.spec)
 
 
 def put_trunk(store: Store, spec: ReferenceSpec, source: ModelSource, value: float) -> ReferenceSpec:
-    """Write the spec of the trunk that `--trunk-layer` asks for, of a reference with this spec.
+    """Writes the spec of the trunk that `--trunk-layer` requests, for a reference with this spec.
 
     Raises:
         UserError: no such layer, or a kind of checkpoint that cannot begin at one.
     """
     if source.gguf:
         raise UserError(
-            "a GGUF file is decoded whole, so nothing would be saved by a trunk of it",
+            "a GGUF file is decoded whole, so a trunk of it would save nothing",
             code="trunk-unsupported",
             where="--trunk-layer",
             expected="a checkpoint in safetensors",
@@ -108,22 +108,22 @@ def plan_trunk(
     part: Part,
     note: Callable[[str], None],
 ) -> TrunkWork:
-    """What is missing of a trunk; damaged objects are set aside first.
+    """Finds what is missing of a trunk; damaged objects are moved to quarantine first.
 
     Args:
         store: the cache.
         trunk: its spec.
-        pairs: of the whole data set, each once.
+        pairs: the whole data set without duplicates.
         keys: [N, 16] of these pairs.
-        scored: places of pairs, by shard, whose log-probs all processes will compute: the same forwards give states.
-        shard_tokens: most tokens of a shard.
+        scored: indices of pairs, by shard, whose log-probs all processes will compute: those forwards give states, too.
+        shard_tokens: maximum tokens of a shard.
         part: the share of this process.
-        note: told of damage.
+        note: receives messages about damage.
     """
     index = TrunkIndex.look_up(store, trunk.digest)
     for damage in index.quarantined:
-        note(f"object {damage} of the trunk was damaged; it was set aside and its states are computed again")
-    # Planned over what the last finished run left, as the shards of log-probs are.
+        note(f"object {damage} of the trunk was damaged: moved to quarantine, and its states are recomputed")
+    # Plan over what the last finished run left, as for the shards of log-probs.
     sealed = TrunkIndex.look_up(store, trunk.digest, sealed=True, known=index)
     with_logps = {place for shard in scored for place in shard.tolist()}
     old = [place for place, ids in enumerate(pairs) if place not in with_logps and not sealed.holds(ids)]
@@ -141,15 +141,15 @@ def plan_trunk(
 def plan_objects(
     shards: Sequence[Sequence[PairIds]], sealed: TrunkIndex, bytes_a_token: int
 ) -> list[list[dict[bytes, int]]]:
-    """Which texts of each shard are stored together: those that no shard before it has, cut at `OBJECT_BYTES`.
+    """Decides which texts of each shard are stored together: those in no earlier shard, cut at `OBJECT_BYTES`.
 
-    A function of the shards and of what the last finished run left, whatever has been committed since, and in whatever
-    order forwards give the states.
+    Depends only on the shards and on what the last finished run left, not on later commits or on the order in which
+    forwards give states.
     """
     seen: set[bytes] = set()
     objects: list[list[dict[bytes, int]]] = []
     for shard in shards:
-        own: list[dict[bytes, int]] = []
+        new_objects: list[dict[bytes, int]] = []
         size = OBJECT_BYTES
         for ids in shard:
             for key, tokens in texts_of(ids).items():
@@ -157,41 +157,44 @@ def plan_objects(
                     continue
                 seen.add(key)
                 if size >= OBJECT_BYTES:
-                    own.append({})
+                    new_objects.append({})
                     size = 0
-                own[-1][key] = tokens
+                new_objects[-1][key] = tokens
                 size += tokens * bytes_a_token
-        objects.append(own)
+        objects.append(new_objects)
     return objects
 
 
 @torch.no_grad()
 def rehearse(lm: CausalLM, layer: int, pairs: Sequence[PairIds]) -> None:
-    """Run a few pairs as phase two will, from the states that enter the layer, and compare.
+    """Runs a few pairs as phase two will, from the states that enter the layer, and compares.
 
     Raises:
-        UserError: the upper layers give other numbers so: they need more than hidden states from below.
+        UserError: the upper layers then give other numbers: they need more than hidden states from below.
     """
     groups = [pair_group(ids) for ids in pairs]
-    held: dict[bytes, torch.Tensor] = {}
+    states_of: dict[bytes, torch.Tensor] = {}
 
     def see(places: Sequence[Place], states: torch.Tensor) -> None:
         for place in places:
-            held.setdefault(text_key(place.prompt_ids, place.response_ids), _part(states, place).cpu())
+            states_of.setdefault(text_key(place.prompt_ids, place.response_ids), _part(states, place).cpu())
 
     before = lm.states
     try:
         with watching(lm, layer, see, stops=False):
             expected, _ = score_groups(lm, groups)
-        lm.states = lambda prompt, response: held[text_key(prompt, response)]
+        lm.states = lambda prompt, response: states_of[text_key(prompt, response)]
         with rehearsing(lm, layer):
-            found, _ = score_groups(lm, groups)
-        difference = float((found - expected).abs().mean())
-        said = f"mean difference {difference:.3g} nats a token"
+            recomputed, _ = score_groups(lm, groups)
+        difference = float((recomputed - expected).abs().mean())
+        problem = f"mean difference {difference:.3g} nats a token"
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        difference, said = float("inf"), f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        difference, problem = (
+            float("inf"),
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+        )
     finally:
         lm.states = before
     if not difference <= REHEARSAL_TOLERANCE[lm.dtype]:
@@ -200,15 +203,15 @@ def rehearse(lm: CausalLM, layer: int, pairs: Sequence[PairIds]) -> None:
             code="trunk-unsupported",
             where=f"--trunk-layer {layer}, {len(pairs)} pairs run from the states that enter it",
             expected="the log-probs of the whole model",
-            found=said,
-            remedy="leave --trunk-layer out: all layers are then run in phase two",
+            found=problem,
+            remedy="leave --trunk-layer out: phase two then runs all layers",
         )
 
 
 def rehearsal_pairs(lm: CausalLM, shards: Sequence[Sequence[PairIds]]) -> list[PairIds]:
-    """Two short pairs, and a long one where some layers look back over a window that it fills.
+    """Two short pairs, and a long one if some layers look back over a window that it fills.
 
-    Shards hold long pairs first, so the ends of two of them will do.
+    Shards have long pairs first, so the ends of two of them are enough.
     """
     ordered = sorted([*shards[0][:1], *shards[-1][-2:]], key=lambda ids: ids.total_tokens)
     reached = windows(lm.base.config, longest_text(ordered))
@@ -220,7 +223,7 @@ def _part(states: torch.Tensor, place: Place) -> torch.Tensor:
 
 
 class TrunkWriter:
-    """Takes states as forwards give them, and commits each planned object as soon as it is complete."""
+    """Receives states from forwards, and commits each planned object as soon as it is complete."""
 
     def __init__(self, store: Store, work: TrunkWork, provenance: Mapping[str, Any]) -> None:
         self._store, self._work, self._provenance = store, work, provenance
@@ -230,14 +233,14 @@ class TrunkWriter:
 
     @property
     def layer(self) -> int:
-        """The layer that the states enter."""
+        """The layer whose input the states are."""
         return self._work.layer
 
     def see(self, places: Sequence[Place], states: torch.Tensor) -> None:
-        """Keep what is planned of a forward; the watch calls this.
+        """Keeps the planned states of a forward; called by the watch.
 
         Raises:
-            UserError: these are not the states that were planned for, or no numbers.
+            UserError: the states have another shape or dtype than planned, or contain NaN or infinity.
         """
         self._check(states)
         for place in places:
@@ -248,15 +251,15 @@ class TrunkWriter:
             part = _part(states, place).detach().to("cpu").contiguous()
             if not bool(part.isfinite().all()):
                 raise _not_finite(self._work.layer, place)
-            held = self._held.setdefault(number, {})
-            # A copy, unless the device has made one: a part of a forward would hold all of its states.
-            held[key] = (part.clone() if part.device == states.device else part).view(torch.uint8).numpy()
-            if len(held) == len(self._work.objects[number]):
+            collected = self._held.setdefault(number, {})
+            # Copy, unless the device did: a view would keep all states of the forward alive.
+            collected[key] = (part.clone() if part.device == states.device else part).view(torch.uint8).numpy()
+            if len(collected) == len(self._work.objects[number]):
                 self._commit(number)
 
     def _commit(self, number: int) -> None:
-        held = self._held.pop(number)
-        texts = [(key, held[key]) for key in self._work.objects[number]]
+        collected = self._held.pop(number)
+        texts = [(key, collected[key]) for key in self._work.objects[number]]
         commit_states(self._store, self._work.spec, texts, self._provenance)
         self.stored_bytes += sum(states.nbytes for _, states in texts)
         for key, _ in texts:
@@ -278,7 +281,7 @@ class TrunkWriter:
 
 @contextlib.contextmanager
 def storing(lm: CausalLM, writer: TrunkWriter | None, *, stops: bool = False) -> Iterator[None]:
-    """Hand the states of every forward in the block to a writer; nothing where there is none."""
+    """Passes the states of every forward in the block to a writer, if there is one."""
     if writer is None:
         yield
         return
@@ -288,20 +291,20 @@ def storing(lm: CausalLM, writer: TrunkWriter | None, *, stops: bool = False) ->
 
 @torch.no_grad()
 def store_states(lm: CausalLM, batches: Sequence[Sequence[PairIds]], note: Callable[[str], None]) -> Iterator[None]:
-    """Forwards over some batches that end at the watched layer; yields when each is done.
+    """Runs batches up to the watched layer; yields when each is done.
 
-    Of a model that is run by layer, all batches of a pass go through a layer before the next one is loaded.
+    In a model that runs by layer, all batches of a pass go through a layer before the next one is loaded.
 
     Raises:
-        UserError: a pair alone does not fit into memory.
+        UserError: a single pair does not fit into memory.
     """
 
     def run(some: Sequence[PairIds]) -> list[None]:
         predict_groups(lm, share_prompts(some)[0])
         return []
 
-    def too_long(some: Sequence[PairIds], said: str) -> UserError:
-        return too_large(some, said, phase="storing hidden states", helps="use a shorter --max-length")
+    def too_long(some: Sequence[PairIds], problem: str) -> UserError:
+        return too_large(some, problem, phase="storing hidden states", helps="use a shorter --max-length")
 
     if lm.by_layer is not None:
         yield from up_to_layer(lm, [share_prompts(batch)[0] for batch in batches], lm.watch.number)

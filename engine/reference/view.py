@@ -1,4 +1,4 @@
-"""Writes what phase one leaves beside the numbers: the view of a source's rows, and the list of rejected rows."""
+"""Writes phase one's other results: the view of a source's rows, and the list of rejected rows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _REJECTS = Kind("the list of rejected rows", is_rejects, forced=False)
 def reference_record(
     config: PrecomputeConfig, source: ModelSource, adapter: ModelSource | None, spec: ReferenceSpec
 ) -> dict[str, Any]:
-    """Return what phase two needs to load the reference's model; part of the view."""
+    """What phase two needs to load the reference's model; part of the view."""
     return {
         "model": portable_name(source),
         "revision": source.revision,
@@ -49,7 +49,7 @@ def reference_record(
 
 
 def source_record(config: PrecomputeConfig, file: PairFile, rejects: int, device: str) -> dict[str, Any]:
-    """Record how the pairs were made, for later readers of the cache; part of the view."""
+    """How the pairs were made, for later readers of the cache; part of the view."""
     return {
         "tokens": {
             "max_length": config.max_length,
@@ -80,7 +80,7 @@ def write_pairs_view(
     known: KeyIndex,
     progress: Progress,
 ) -> None:
-    """Writes the view of these pairs. A read-only cache that has this view already is as good.
+    """Writes the view of these pairs. Accepts a read-only cache that already has the same view.
 
     Raises:
         CacheError: as `Store.write_view`.
@@ -93,15 +93,17 @@ def write_pairs_view(
     try:
         store.write_view(spec_digest, name, entries, meta, known=known)
         if before and before != list(meta["files"]):
-            progress.note(f"view {name!r} was of {', '.join(before)}; it is of these pairs now (--name keeps both)")
+            progress.note(
+                f"view {name!r} contained pairs of {', '.join(before)}; it now contains these pairs (--name keeps both)"
+            )
     except CacheError as error:
         if error.code != "cache-read-only" or not _view_holds(store, name, spec_digest, data):
             raise
-        progress.note(f"the cache is read-only: its view {name!r} already holds these pairs and is left as it is")
+        progress.note(f"the cache is read-only: its view {name!r} already has these pairs and stays unchanged")
 
 
 def write_rejects_file(store: Store, name: str, rejects: list[Reject], progress: Progress) -> Path | None:
-    """Write the rejected rows to `rejects/<view>.jsonl`; None if there are none.
+    """Writes the rejected rows to `rejects/<view>.jsonl`; None if there are none.
 
     Raises:
         UserError: another file has this name.
@@ -112,7 +114,7 @@ def write_rejects_file(store: Store, name: str, rejects: list[Reject], progress:
             path.parent.mkdir(exist_ok=True)
             with writing(path, _REJECTS) as temporary:
                 write_rejects(temporary, rejects)
-        elif path.exists():  # a read-only file system refuses even to remove what is not there
+        elif path.exists():  # on a read-only file system even removing a missing file fails
             refuse_output(path, _REJECTS)
             path.unlink()
     except (OSError, UserError) as error:
@@ -127,15 +129,15 @@ def write_rejects_file(store: Store, name: str, rejects: list[Reject], progress:
 
 
 def portable_name(source: ModelSource) -> str:
-    """A name by which phase two finds the files from any folder: an absolute path, or the hub id."""
+    """A name with which phase two finds the files from any folder: an absolute path, or the hub id."""
     if source.revision is not None:
         return source.name
-    # A GGUF is known by its ending, which what a link of the hub's cache points to does not have.
+    # Do not resolve links of a GGUF: it is known by its ending, which the target in the hub's cache does not have.
     return str(source.weight_files[0].absolute() if source.gguf else source.folder.resolve())
 
 
 def _files(store: Store, name: str) -> list[str]:
-    """The files that a view is of; none where there is no such view, or it cannot be read."""
+    """The source files of a view; empty if there is no such view, or it cannot be read."""
     try:
         return list(store.view_record(name).meta.get("files", {})) if name in store.views() else []
     except CacheError:
@@ -143,7 +145,7 @@ def _files(store: Store, name: str) -> list[str]:
 
 
 def _view_holds(store: Store, name: str, spec_digest: str, data: TokenizedData) -> bool:
-    """Whether a view has just these pairs of this reference, in this order, and says the same of them."""
+    """Whether a view has exactly these pairs of this reference, in this order, with the same metadata."""
     if name not in store.views():
         return False
     view = View.open(store.root, name, rows=ROW_KINDS)

@@ -1,4 +1,4 @@
 """A training run on disk: its folder, checkpoints, metrics, lock and trackers.
 
-Takes and gives plain values. Knows nothing of models' arithmetic, and nothing of the cache beyond what identifies it.
+Takes and returns plain values. Independent of models' arithmetic, and of the cache beyond its identity.
 """

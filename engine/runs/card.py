@@ -1,7 +1,7 @@
-"""The model card of a result: README.md beside the adapter, from run.json and the log alone.
+"""The model card of a result: README.md next to the adapter, made only from run.json and the log.
 
-Holds what whoever is handed the folder asks: which base, which data, which loss, how good on which pairs, how to load
-it. Nothing in it depends on the output folder or the time, so that a resumed run's equals the undisturbed one's.
+It answers the questions of someone who receives the folder: which base, which data, which loss, how good on which
+pairs, how to load it. It does not depend on the output folder or the time, so a resumed run writes the same card.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def model_card(
     steps: int,
     load: Sequence[str],
 ) -> str:
-    """The text of the card, Markdown with the hub's header.
+    """The text of the card: Markdown with the hub's header.
 
     Args:
         record: run.json.
-        before: the record of the evaluation before training; None where no pair was held out.
-        after: that of the weights that were saved.
+        before: the record of the evaluation before training; None if no pair was held out.
+        after: that of the saved weights.
         steps: optimizer steps done.
-        load: lines that load the result, run in the folder that holds it.
+        load: Python lines that load the result from within the run's folder.
     """
     reference, config = record["reference"], record["config"]
     full = record["adapter_mode"] == "full"
@@ -49,7 +49,7 @@ def model_card(
     facts = [
         ("base", f"`{base}`" + (f", revision `{reference['revision']}`" if reference.get("revision") else "")),
         ("SFT adapter", f"`{adapter}` ({record['adapter_mode']})" if adapter else "none"),
-        ("base held in", f"{_held(config, reference)}"),
+        ("precision of the base", f"{_held(config, reference)}"),
         ("reference", f"`{reference['spec']}`: the model above before training, as {_held({}, reference)}"),
         ("pairs", ", ".join(f"`{Path(name).name}` ({digest})" for name, digest in (record.get("files") or {}).items())),
         ("loss", f"{' + '.join(config['loss_type'])}, beta {config['beta']:g}"),
@@ -69,7 +69,7 @@ def model_card(
         *(f"| {name} | {_cell(value)} |" for name, value in facts if value),
         "",
         *_held_out(before, after),
-        "## To load it",
+        "## Load it",
         "",
         f"In the folder that holds `{'model' if full else 'adapter'}/`:",
         "",
@@ -77,7 +77,7 @@ def model_card(
         *load,
         "```",
         "",
-        "## To train it again",
+        "## Train it again",
         "",
         "```",
         shlex.join(["dpoeng", "train", "--cache", "refcache", *_options(config)]),
@@ -100,7 +100,7 @@ def _held(config: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
 
 def _held_out(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> Sequence[str]:
     if after is None:
-        return ["No pair was held out, so nothing is known of how good it is.", ""]
+        return ["No pair was held out, so its quality is unknown.", ""]
     first = before or after
     prompts = f" of {after['prompts']:,} prompts" if "prompts" in after else ""
     rows = [
@@ -108,7 +108,7 @@ def _held_out(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None)
         for label, name, form in _SHOWN
         if name in after["metrics"]
     ]
-    note = "Before training the policy equals its reference: every margin is 0, a tie, and counted as wrong."
+    note = "Before training the policy equals its reference: every margin is 0, a tie, which counts as wrong."
     return [
         "## On held-out pairs",
         "",
@@ -133,9 +133,9 @@ def _bounds(record: Mapping[str, Any], name: str, form: str) -> str:
 
 
 def _options(config: Mapping[str, Any]) -> list[str]:
-    """The settings that are not the default, as options, but for those that move no weight."""
+    """Non-default settings as options, except those that do not affect the weights."""
     default = TrainConfig.model_validate({}).model_dump(mode="json")
-    left_out = FREE_TO_CHANGE - {"eval_steps"}  # which may choose the weights that are saved
+    left_out = FREE_TO_CHANGE - {"eval_steps"}  # it may decide which weights are saved
     words: list[str] = []
     for name, value in config.items():
         if name in left_out or value is None or value == default.get(name):
@@ -144,8 +144,8 @@ def _options(config: Mapping[str, Any]) -> list[str]:
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         elif not isinstance(value, dict):
-            shown = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            words += [f"--{flag}", shown]
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            words += [f"--{flag}", text]
     return words
 
 

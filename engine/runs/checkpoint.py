@@ -1,7 +1,7 @@
-"""Checkpoints: a folder a step, written whole or not at all, found again by checksum. Safetensors and JSON only.
+"""Checkpoints: one folder per step, written atomically, verified by checksum. Only safetensors and JSON.
 
-A checkpoint holds the trained tensors, the optimizer's state and how far the run had come. Random state is not in it:
-order and dropout depend on (seed, epoch, step) alone, so there is none to restore.
+A checkpoint contains the trained tensors, the optimizer's state and the run's progress. It has no random state: order
+and dropout depend only on (seed, epoch, step), so there is none to restore.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PARAMETERS = "parameters.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """What a complete run's checkpoint tells without its tensors: steps, trained numbers, state."""
+    """A complete run's checkpoint without its tensors: steps, number of trained parameters, state."""
 
     step: int
     trained: int
@@ -40,7 +40,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """State to resume from: tensors by name, and the state given to `save_checkpoint`."""
+    """State to resume from: tensors by name, and the state passed to `save_checkpoint`."""
 
     step: int
     folder: Path
@@ -50,11 +50,11 @@ class Checkpoint:
 
     @property
     def trained(self) -> int:
-        """Numbers that are trained."""
+        """Number of trained parameters."""
         return sum(tensor.numel() for tensor in self.parameters.values())
 
     def without_tensors(self) -> Checkpoint:
-        """What is small of it."""
+        """The checkpoint without its large tensors."""
         return replace(self, parameters={}, optimizer={})
 
 
@@ -74,13 +74,13 @@ def save_checkpoint(
         root: the output folder of the run.
         step: optimizer steps done.
         parameters: trained tensors by name, contiguous, in host memory.
-        optimizer: the optimizer's state, likewise.
-        state: everything else that a run needs to go on; plain JSON.
-        keep: how many checkpoints stay, at least 1.
-        spare: steps whose checkpoints stay in any case.
+        optimizer: the optimizer's state in the same form.
+        state: everything else that a run needs to continue; plain JSON.
+        keep: how many checkpoints to keep, at least 1.
+        spare: steps whose checkpoints always stay.
 
     Raises:
-        UserError: the disk is full or may not be written; older checkpoints are untouched.
+        UserError: the disk is full or not writable; older checkpoints are untouched.
     """
     from safetensors.torch import save
 
@@ -92,8 +92,8 @@ def save_checkpoint(
         "files": {name: {"bytes": len(data), "xxh3_128": _digest(data)} for name, data in files.items()},
     }
     write_folder(folder, {**files, _STATE: _seal(record)})
-    # Old checkpoints go only now, when the new one is on the disk: a kill at any moment leaves a whole one. Later ones
-    # go too. This run did not go on from them, so they are damaged, and would take the places of whole ones.
+    # Remove old checkpoints only now that the new one is on disk: a kill at any moment leaves a whole one. Also remove
+    # later ones: this run did not continue from them, so they are damaged and would displace whole ones.
     spared = {_folder(root, other) for other in spare}
     folders = _folders(root)
     end = folders.index(folder) + 1
@@ -107,7 +107,7 @@ def read_checkpoint(root: Path, step: int) -> Checkpoint:
     """The checkpoint of a step.
 
     Raises:
-        UserError: it is not there, or damaged.
+        UserError: it does not exist, or is damaged.
     """
     folder = _folder(root, step)
     try:
@@ -125,7 +125,7 @@ def read_checkpoint(root: Path, step: int) -> Checkpoint:
 
 
 def latest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and one sentence for each newer one that is not."""
+    """The newest undamaged checkpoint, and one sentence for each newer damaged one."""
     damaged: list[str] = []
     for folder in reversed(_folders(root)):
         try:
@@ -136,9 +136,9 @@ def latest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def read_finished(root: Path) -> Finished | None:
-    """What the newest checkpoint tells if it is that of a complete run, and whole; else None. Imports no torch.
+    """Reads the newest checkpoint if it is complete and undamaged; else None. Imports no torch.
 
-    A checkpoint of another run is told too: its `state` says which.
+    It may belong to another run: its `state` tells which.
     """
     folders = _folders(root)
     if not folders:
@@ -152,12 +152,12 @@ def read_finished(root: Path) -> Finished | None:
             data = _checked(folders[-1], name, expected)
             trained += _numbers(data) if name == _PARAMETERS else 0
         return Finished(record["step"], trained, record["state"])
-    except (OSError, ValueError, KeyError):  # whoever goes on from an older one says so
+    except (OSError, ValueError, KeyError):  # code that continues from an older one reports it
         return None
 
 
 def remove_checkpoints(root: Path) -> None:
-    """Removes all checkpoints under `root`, and what an interrupted save left."""
+    """Removes all checkpoints under `root`, and leftovers of an interrupted save."""
     for folder in [*_folders(root), *root.glob(f".{_PREFIX}{'[0-9]' * 8}.tmp")]:
         shutil.rmtree(folder)
 
@@ -167,12 +167,12 @@ def _folder(root: Path, step: int) -> Path:
 
 
 def _folders(root: Path) -> list[Path]:
-    """Our checkpoints, oldest first; those of transformers (checkpoint-500) are not ours to read or to remove."""
+    """Our checkpoints, oldest first; transformers' (checkpoint-500) are not ours to read or remove."""
     return sorted(path for path in root.glob(f"{_PREFIX}{'[0-9]' * 8}") if path.is_dir() and not path.is_symlink())
 
 
 def has_checkpoint(root: Path) -> bool:
-    """Whether a run of ours left a checkpoint here, whole or damaged."""
+    """Whether one of our runs left a checkpoint here, undamaged or not."""
     return any((folder / _STATE).is_file() for folder in _folders(root))
 
 
@@ -215,7 +215,7 @@ def _checked(folder: Path, name: str, expected: Mapping[str, Any]) -> bytes:
 
 
 def _numbers(safetensors: bytes) -> int:
-    """How many numbers a safetensors file holds, by its header: 8 bytes of length, then JSON."""
+    """The number of values in a safetensors file, from its header: 8 bytes of length, then JSON."""
     end = 8 + int.from_bytes(safetensors[:8], "little")
     header = json.loads(safetensors[8:end])
     return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")

@@ -1,4 +1,4 @@
-"""The output folder of a run: what identifies the run, what it goes on from, and the record of how it was made."""
+"""The output folder of a run: its identity, the checkpoint to continue from, and the record of how it was made."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SAMPLES_FILE = "samples.jsonl"
 ADAPTER_FOLDER = "adapter"
 
 MODEL_FOLDER = "model"
-"""With full fine-tuning: the trained checkpoint."""
+"""The trained checkpoint of full fine-tuning."""
 
 
 def open_output(
@@ -38,17 +38,17 @@ def open_output(
     progress: Progress,
     extends: Callable[[Checkpoint], bool] = lambda _: False,
 ) -> Checkpoint | None:
-    """The checkpoint to go on from, or None for a fresh start.
+    """The checkpoint to continue from, or None for a fresh start.
 
     Args:
         root: the output folder.
-        resume: True requires a checkpoint, False ignores one, None takes what is there.
-        identity: of this run; see `run_identity`.
-        progress: told about checkpoints that are damaged.
-        extends: whether this run may go on from a checkpoint of another identity: it is the same, but longer.
+        resume: True requires a checkpoint, False ignores one, None continues if there is one.
+        identity: identity of this run; see `run_identity`.
+        progress: receives messages about damaged checkpoints.
+        extends: whether this run may continue a checkpoint of another identity: the same run, but longer.
 
     Raises:
-        UserError: there is none where one is required, or the folder holds a run of another identity.
+        UserError: a required checkpoint is missing, or the folder has a run with another identity.
     """
     if resume is False:
         return None
@@ -68,7 +68,7 @@ def open_output(
     changed = changes(checkpoint.state["identity"], identity)
     if changed and not extends(checkpoint):
         raise UserError(
-            "this folder holds a run with other settings",
+            "this folder contains a run with other settings",
             code="resume-changed",
             where=str(root),
             expected="; ".join(f"{name} = {old}" for name, old, _ in changed),
@@ -84,7 +84,7 @@ _FOLDERS = (ADAPTER_FOLDER, MODEL_FOLDER)
 
 
 def clear_output(root: Path) -> None:
-    """Removes everything that an earlier run left in its output folder; run.json last, which says whose it is."""
+    """Removes everything that an earlier run left in its output folder; run.json, which marks it as ours, last."""
     remove_checkpoints(root)
     for name in _FOLDERS:
         shutil.rmtree(root / name, ignore_errors=True)
@@ -93,7 +93,7 @@ def clear_output(root: Path) -> None:
 
 
 def refuse_foreign(root: Path, inputs: Iterable[Path]) -> None:
-    """Raises UserError where a run in this folder would replace what it reads, or what no run of dpoeng made.
+    """Raises UserError if a run in this folder would replace its own inputs, or files that dpoeng did not write.
 
     Args:
         root: the output folder.
@@ -107,7 +107,7 @@ def refuse_foreign(root: Path, inputs: Iterable[Path]) -> None:
                 "the run would overwrite a model that it reads",
                 code="output-protected",
                 where=str(read),
-                expected="an output folder that holds none of the run's models",
+                expected="an output folder without the run's models",
                 found=f"--output-dir {root}",
                 remedy="name another folder with --output-dir",
             )
@@ -136,16 +136,16 @@ def _is_run(path: Path) -> bool:
 def write_run_file(
     output_dir: Path, record: Mapping[str, Any], versions: Mapping[str, str], load: Sequence[str]
 ) -> None:
-    """Writes run.json: everything that is needed to repeat the run, and to load its result.
+    """Writes run.json: everything needed to repeat the run and to load its result.
 
     Args:
-        output_dir: of the run; made if it is not there.
+        output_dir: the run's folder; created if missing.
         record: plain values, with `model`, `adapter_mode` and `sft_adapter`; Python and platform are added.
-        versions: of the libraries.
-        load: the lines of `loading_lines`.
+        versions: versions of the libraries.
+        load: the result of `loading_lines`.
 
     Raises:
-        UserError: the folder may not be written, or the disk is full.
+        UserError: the folder is not writable, or the disk is full.
     """
     whole = {
         **record,
@@ -158,14 +158,14 @@ def write_run_file(
 
 
 def write_samples(output_dir: Path, samples: Iterable[Mapping[str, str]]) -> Path:
-    """Writes samples.jsonl in place of an earlier one, a JSON object a line, and returns its path.
+    """Writes samples.jsonl, replacing an earlier one, one JSON object per line, and returns its path.
 
     Args:
-        output_dir: of the run.
+        output_dir: the run's folder.
         samples: `prompt`, and the answers `before` and `after` training.
 
     Raises:
-        UserError: the folder may not be written, or the disk is full; an earlier file stays as it was.
+        UserError: the folder is not writable, or the disk is full; an earlier file stays unchanged.
     """
     path = output_dir / SAMPLES_FILE
     _write_text(path, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
@@ -173,7 +173,7 @@ def write_samples(output_dir: Path, samples: Iterable[Mapping[str, str]]) -> Pat
 
 
 def _write_text(path: Path, text: str) -> None:
-    """Replaces a file of the output folder, whole or not at all."""
+    """Replaces a file of the output folder atomically."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
@@ -183,16 +183,16 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def write_advice(output_dir: Path, advice: Sequence[Mapping[str, Any]]) -> None:
-    """The remarks on the finished run as JSON can hold them, an empty list if there is none."""
+    """Writes the remarks on the finished run as JSON; an empty list without any."""
     data = json.dumps(list(advice), indent=2) + "\n"
     write_durably(output_dir / ADVICE_FILE, data.encode())
 
 
 def result_folder(output_dir: Path, mode: Mode) -> Path:
-    """Return the folder of a complete run's result."""
+    """The folder of a complete run's result."""
     return output_dir / (MODEL_FOLDER if mode == "full" else ADAPTER_FOLDER)
 
 
 def has_result(output_dir: Path) -> bool:
-    """Whether a run's result is there."""
+    """Whether a run's result exists."""
     return any((output_dir / name).is_dir() for name in (ADAPTER_FOLDER, MODEL_FOLDER))

@@ -14,7 +14,7 @@ from dpoeng.cache.selection.rules import pair_scores
 from dpoeng.engine.config.fields import Mode, TrainConfig
 from dpoeng.engine.losses.own import OwnLoss
 
-# Fields that may differ between a run and its continuation: none of them moves a weight.
+# Fields that may differ between a run and its continuation: none of them affects a weight.
 FREE_TO_CHANGE = frozenset(
     "cache output_dir resume model adapter init_adapter device logging_steps eval_steps save_steps save_total_limit "
     "fsdp per_device_eval_batch_size parity_pairs parity_tolerance eval_group_by report_to run_name "
@@ -25,16 +25,16 @@ FREE_TO_CHANGE = frozenset(
 def run_identity(
     config: TrainConfig, view: AnyView, eval_view: View | None, mode: Mode, trunk_layer: int | None = None
 ) -> dict[str, Any]:
-    """All that determines the result of a run: what a continuation must have in common with its beginning.
+    """Everything that determines the result of a run, which a continuation must share with its beginning.
 
-    `trunk_layer`: of the stored states that it really begins from; they were rounded in batches of their own.
+    `trunk_layer`: of the stored states that it actually begins from; they were rounded in other batches.
     """
     settings = {name: value for name, value in config.model_dump(mode="json").items() if name not in FREE_TO_CHANGE}
     settings["adapter_mode"] = mode
     del settings["trunk_layer"]
     if trunk_layer is not None:
         settings["trunk_layer"] = trunk_layer
-    if config.order == "random":  # as before there was another order
+    if config.order == "random":  # keep the identity of runs from before other orders existed
         del settings["order"], settings["order_by"]
     if config.watches_a_metric:
         settings["eval_steps"] = config.eval_steps
@@ -55,8 +55,8 @@ def run_identity(
         identity["mixed"] = [len(part) for part in view.parts]
     if config.order != "random":
         identity["order_scores"] = xxhash.xxh3_128_hexdigest(pair_scores(view, config.order_by).tobytes())
-    if own := [name for name in config.loss_type if isinstance(name, OwnLoss)]:
-        identity["own_loss"] = {str(name): name.digest for name in own}
+    if user_losses := [name for name in config.loss_type if isinstance(name, OwnLoss)]:
+        identity["own_loss"] = {str(name): name.digest for name in user_losses}
     if config.pair_weight_column is not None:
         identity["weights"] = _column_digest(view, config.pair_weight_column)
     return identity
@@ -71,7 +71,7 @@ def rows_digest(view: AnyView) -> str:
 
 
 def scores_digest(view: AnyView) -> str:
-    """One hash over what the data set says of the responses of each row."""
+    """One hash over the data set's scores or labels of each row's responses."""
     digest = xxhash.xxh3_128()
     for row in range(len(view)):
         digest.update(json.dumps(view.scores(row)).encode() + b"\n")
@@ -79,7 +79,7 @@ def scores_digest(view: AnyView) -> str:
 
 
 def _column_digest(view: AnyView, column: str) -> str:
-    """One hash over what a column of the user's holds, in the order of the rows."""
+    """One hash over a user's column, in the order of the rows."""
     digest = xxhash.xxh3_128()
     for row in range(len(view)):
         digest.update(json.dumps(view.extra(row).get(column)).encode() + b"\n")
@@ -87,7 +87,7 @@ def _column_digest(view: AnyView, column: str) -> str:
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """What differs between two identities: (name, old, new). A field that is newer than the run had its default."""
+    """Differences between two identities: (name, old, new). A field newer than the run had its default."""
     defaults = TrainConfig.model_validate({}).model_dump(mode="json")
     newer = {name: defaults[name] for name in new["settings"] if name in defaults}
     flat_old = {**newer, **old["settings"], **{k: v for k, v in old.items() if k != "settings"}}

@@ -1,4 +1,4 @@
-"""Python lines that load a run's result as it was trained, with transformers and peft alone."""
+"""Python lines that load a run's result as it was trained, using only transformers and peft."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """Facts that the loading lines need.
+    """The facts that the loading lines need.
 
     Attributes:
-        mode: how the result stands on base and SFT adapter.
-        loader: the class of transformers whose names the result has.
+        mode: how the result relates to base and SFT adapter.
+        loader: the transformers class whose names the result uses.
         base: the base.
-        dtype: of the computation, e.g. bfloat16.
-        quantization: what bitsandbytes is to do while it loads; `none` also where the base's files are quantised.
+        dtype: compute dtype, e.g. bfloat16.
+        quantization: bitsandbytes' quantisation on loading; `none` also if the base's files are quantised.
         quant_type: with 4 bits: nf4 or fp4.
         double_quant: with 4 bits: whether the scales are quantised too.
         sft_adapter: the frozen adapter below a stacked one.
-        tokenizer: whether one stands beside the result.
+        tokenizer: whether the result has a tokenizer.
     """
 
     mode: Mode
@@ -49,11 +49,11 @@ class Loading:
 
 
 def loading_lines(loading: Loading, output_dir: Path | None = None) -> list[str]:
-    """Lines that leave `model` and `tokenizer`.
+    """Lines that define `model` and `tokenizer`.
 
     Args:
         loading: how the result was trained.
-        output_dir: the run's folder, which is then named by its absolute path; None for lines that are run in it.
+        output_dir: the run's folder, to name by its absolute path; None for lines to run inside it.
     """
     full = loading.mode == "full"
     name = MODEL_FOLDER if full else ADAPTER_FOLDER
@@ -70,9 +70,9 @@ def loading_lines(loading: Loading, output_dir: Path | None = None) -> list[str]
         f"from transformers import {', '.join(imports)}",
         *bits,
     ]
-    given = [result if full else _place(loading.base), f"dtype={loading.dtype!r}", "device_map='auto'"]
-    given += ["quantization_config=bits"] if bits else []
-    lines.append(f"model = {loading.loader}.from_pretrained({', '.join(given)})")
+    arguments = [result if full else _place(loading.base), f"dtype={loading.dtype!r}", "device_map='auto'"]
+    arguments += ["quantization_config=bits"] if bits else []
+    lines.append(f"model = {loading.loader}.from_pretrained({', '.join(arguments)})")
     if loading.mode == "stack":
         assert loading.sft_adapter is not None
         lines += [
@@ -95,7 +95,7 @@ def _place(place: Place) -> str:
 
 
 def _bits(loading: Loading) -> list[str]:
-    """As `quantization_config` in engine/models/quantized.py: the head, which gives log-probs, stays as it is."""
+    """Like `quantization_config` in engine/models/quantized.py: the head, which gives log-probs, is not quantised."""
     if loading.quantization == "8bit":
         return ["bits = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=['lm_head'])"]
     if loading.quantization == "4bit":

@@ -1,4 +1,4 @@
-"""One run at a time in an output folder: a file that the system keeps locked for as long as the run's process lives."""
+"""Allows one run at a time in an output folder, with a file that stays locked while the run's process lives."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ LOCK_FILE = ".lock"
 
 @contextlib.contextmanager
 def holding(folder: Path) -> Iterator[None]:
-    """Keeps `folder` to this process, and makes it if it is not there; nothing of this is left at the end.
+    """Reserves `folder` for this process, and creates it if missing; leaves nothing behind.
 
-    A killed process leaves the file behind, unlocked: the next one takes it over. Where a file system has no locks, or
-    the folder may only be read (a complete run is looked at), nothing is kept.
+    A killed process leaves the file behind, unlocked, and the next one takes it over. Nothing is locked if the file
+    system has no locks, or the folder is read-only (a complete run is read).
 
     Raises:
-        UserError: another process holds it, it is a file, or it cannot be made.
+        UserError: another process uses it, it is a file, or it cannot be created.
     """
     made = _make(folder)
     path = folder / LOCK_FILE
@@ -33,29 +33,29 @@ def holding(folder: Path) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            # First the name, then the lock: who comes meanwhile finds both or none.
+            # Remove the name before the lock: another process then finds both or none.
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
             os.close(descriptor)
-        with contextlib.suppress(OSError):  # a folder that the run has filled stays
+        with contextlib.suppress(OSError):  # a folder with the run's files stays
             for empty in made:
                 empty.rmdir()
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a run works in `folder` now, without touching its lock; a process on another machine counts as one."""
+    """Whether a run is using `folder` now, without touching its lock; processes on other machines count."""
     try:
         holder = (folder / LOCK_FILE).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
-    found = re.match(r"process (\d+) on (.+)", holder)
-    if found is None or found[2] != socket.gethostname():
+    match = re.match(r"process (\d+) on (.+)", holder)
+    if match is None or match[2] != socket.gethostname():
         return True
-    return Path(f"/proc/{found[1]}").exists()
+    return Path(f"/proc/{match[1]}").exists()
 
 
 def _make(folder: Path) -> list[Path]:
-    """Makes a folder and its parents; returns those that were missing, the innermost first."""
+    """Creates a folder and its parents; returns those that were missing, innermost first."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,22 +65,22 @@ def _make(folder: Path) -> list[Path]:
 
 
 def _take(path: Path) -> int | None:
-    """The open, locked file; None where there can be none."""
+    """The open, locked file; None if locking is impossible."""
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError:
             return None
-        held = lock(descriptor)
-        if held is False:
+        locked = lock(descriptor)
+        if locked is False:
             holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
             os.close(descriptor)
             raise _in_use(path.parent, holder)
-        # Between opening and locking it, the run before may have ended and taken the name away.
-        if held is None or _is_named(descriptor, path):
+        # Between open and lock, the previous run may have ended and removed the name.
+        if locked is None or _is_named(descriptor, path):
             break
         os.close(descriptor)
-    with contextlib.suppress(OSError):  # the lock counts, not what the file says
+    with contextlib.suppress(OSError):  # the lock counts, not the file's content
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     return descriptor
@@ -101,5 +101,5 @@ def _in_use(folder: Path, holder: str) -> UserError:
         expected="one run at a time in each folder",
         found=holder or "another process",
         remedy="name another folder with --output-dir; or wait until that process has ended, or end it, and run the "
-        "same command again: it goes on from the newest checkpoint",
+        "same command again: it continues from the newest checkpoint",
     )

@@ -1,6 +1,6 @@
-"""Writes a run's metrics: the field's names, one JSON object a line, identical between equal runs.
+"""Writes a run's metrics under the field's standard names, one JSON object per line, identical between equal runs.
 
-Timings are kept in a file of their own, so that the log of a resumed run equals the undisturbed one's byte for byte.
+Timings go to a separate file, so that a resumed run's log equals that of an undisturbed run, byte for byte.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ _BY_STEP = (METRICS_FILE, TIMINGS_FILE, EVALUATIONS_FILE)
 
 
 class MetricsLog:
-    """Appends to metrics, timings and evaluations, and cuts them back to a step when a run goes on from there.
+    """Appends metrics, timings and evaluations, and cuts them back to a step when a run continues from there.
 
-    Held-out pairs one by one are kept of one evaluation: of the adapter that is saved, were the run to end there.
+    Single held-out pairs are kept only for one evaluation: that of the adapter that would be saved if the run ended
+    now.
 
-    Of several processes one `writes`; in the others all of this does nothing.
+    Of several processes only one `writes`; in the others all of this does nothing.
     """
 
     def __init__(self, folder: Path, *, writes: bool = True) -> None:
@@ -37,36 +38,36 @@ class MetricsLog:
         self._evaluations = folder / EVALUATIONS_FILE
         self._held_out = folder / HELD_OUT_FILE
         self.also: Callable[[int, Mapping[str, Any]], None] = lambda step, metrics: None
-        """Called with every line of results; a tracker listens here."""
+        """Called with every line of results, for trackers."""
 
     def rewind(self, step: int) -> None:
-        """Drops every line of a later step, and a last line that a kill cut short.
+        """Drops every line of a later step, and a last line cut short by a kill.
 
         Raises:
-            UserError: a line of an earlier step is damaged; what was damaged later is written again.
+            UserError: a line of an earlier step is damaged; later damaged lines are written again.
         """
         for path in (self._metrics, self._timings, self._evaluations):
             if self._writes and path.is_file():
-                kept = _lines_until(path, step)
-                if len(kept) != path.stat().st_size:
+                kept_lines = _lines_until(path, step)
+                if len(kept_lines) != path.stat().st_size:
                     with replacing(path) as temporary:
-                        temporary.write_bytes(kept)
+                        temporary.write_bytes(kept_lines)
 
     def write(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
-        """One line of results."""
+        """Writes one line of results."""
         self._append(self._metrics, {"step": step, "epoch": round(epoch, 4), **metrics})
         self.also(step, {"epoch": epoch, **metrics})
 
     def write_timing(self, step: int, timing: dict[str, float]) -> None:
-        """One line of how long it took."""
+        """Writes one line of timings."""
         self._append(self._timings, {"step": step, **timing})
 
     def write_evaluation(self, step: int, record: dict[str, Any]) -> None:
-        """One evaluation in full: intervals and groups too."""
+        """Writes one full evaluation, with intervals and groups."""
         self._append(self._evaluations, {"step": step, **record})
 
     def write_held_out(self, step: int, pairs: Sequence[Mapping[str, Any]]) -> None:
-        """Write the held-out pairs one by one, replacing those of an earlier step."""
+        """Writes each held-out pair, replacing those of an earlier step."""
         if self._writes:
             lines = "".join(json.dumps({"step": step, **pair}) + "\n" for pair in pairs)
             with replacing(self._held_out) as temporary:
@@ -87,7 +88,7 @@ class MetricsLog:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log; a last one that is being written, or was cut by a kill, is left out.
+    """The complete lines of a log; leaves out a last line that is being written or was cut by a kill.
 
     Raises:
         UserError: a line is damaged.
@@ -98,19 +99,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _lines_until(path: Path, step: int) -> bytes:
-    """The lines of a log up to a step, as they stand there."""
+    """The bytes of a log's lines up to a step."""
     lines = _whole_lines(path)
-    found = []
+    keep = []
     for number, line in enumerate(lines, 1):
         try:
-            found.append(_parsed(path, number, line)["step"] <= step)
+            keep.append(_parsed(path, number, line)["step"] <= step)
         except UserError:
-            found.append(None)
-    last = max((place for place, kept in enumerate(found) if kept), default=-1)
+            keep.append(None)
+    last = max((place for place, kept in enumerate(keep) if kept), default=-1)
     for place in range(last):
-        if found[place] is None:
+        if keep[place] is None:
             _parsed(path, place + 1, lines[place])  # raises
-    return b"".join(line + b"\n" for line, kept in zip(lines, found, strict=True) if kept)
+    return b"".join(line + b"\n" for line, kept in zip(lines, keep, strict=True) if kept)
 
 
 def _whole_lines(path: Path) -> list[bytes]:
@@ -130,7 +131,7 @@ def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:
         counts = isinstance(step, int | float) and not isinstance(step, bool) and 0 <= step < math.inf
         if isinstance(value, dict) and (path.name not in _BY_STEP or counts):
             return value
-        problem = "no JSON object with a step" if path.name in _BY_STEP else "no JSON object"
+        problem = "not a JSON object with a step" if path.name in _BY_STEP else "not a JSON object"
     except (ValueError, RecursionError) as error:
         problem = str(error)
     raise UserError(
@@ -138,7 +139,7 @@ def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:
         code="run-damaged",
         where=f"{path}:{number}",
         found=problem,
-        remedy="train this run again with --no-resume: its held-out pairs are compared one by one"
+        remedy="train this run again with --no-resume: comparisons need each of its held-out pairs"
         if path.name == HELD_OUT_FILE
         else f"remove this line from {path.name}: its figures are lost; checkpoints and result do not depend on it",
         exit_status=3,

@@ -1,6 +1,6 @@
 """Reads a run's output folder: run.json, metrics.jsonl, timings.jsonl and samples.
 
-A run that is still going can be read too. Knows nothing of how it is shown.
+Also reads a run that is still going. Independent of how it is displayed.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """A run as it stands on disk.
+    """A run as stored on disk.
 
     Attributes:
         folder: as the user named it.
         record: run.json.
-        metrics: the lines of metrics.jsonl, each with `step` and `epoch`; those of an evaluation have `eval_` names.
+        metrics: the lines of metrics.jsonl, each with `step` and `epoch`; evaluations' names begin with `eval_`.
         timings: the lines of timings.jsonl.
-        samples: the lines of samples.jsonl, each a text by name; none if no such file.
-        complete: whether the result is there: the trained adapter, or the checkpoint.
+        samples: the lines of samples.jsonl, each with texts by name; empty without the file.
+        complete: whether the result exists: the trained adapter, or the checkpoint.
         advice: the remarks of advice.json.
         evaluations: the lines of evaluations.jsonl, with intervals and groups.
     """
@@ -46,7 +46,7 @@ class RunRecord:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
 
     def names(self) -> list[str]:
-        """Every metric that is a number, without `eval_`, in the order of its first occurrence."""
+        """Every numeric metric, without `eval_`, in the order of first occurrence."""
         seen: dict[str, None] = {}
         for line in self.metrics:
             for name, value in line.items():
@@ -55,7 +55,7 @@ class RunRecord:
         return list(seen)
 
     def curve(self, name: str) -> Points:
-        """(step, value) of a metric; what is no number stays as nan."""
+        """(step, value) of a metric; values that are not numbers become nan."""
         return _points(self.metrics, name)
 
     def step_ms(self) -> Points:
@@ -67,12 +67,12 @@ class RunRecord:
         return max((int(line["step"]) for line in self.metrics), default=0)
 
     def steps_timed(self) -> int:
-        """Steps done so far, also those that are not logged."""
+        """Steps done so far, including those that are not logged."""
         return max([self.steps(), *(int(step) for step, _ in self.step_ms())])
 
     @property
     def total_steps(self) -> int | None:
-        """Steps that the run is to have; None in records of before this was kept."""
+        """Total steps of the run; None in older records."""
         total = self.record.get("total_steps")
         return total if isinstance(total, int) else None
 
@@ -82,12 +82,12 @@ class RunRecord:
         return sum(recent) / len(recent) / 1e3 if recent else None
 
     def peak_bytes(self) -> int | None:
-        """The most memory held, of the GPU or else of the process; None where no step tells."""
-        found = [line["peak_bytes"] for line in self.timings if isinstance(line.get("peak_bytes"), int)]
-        return max(found, default=None)
+        """Peak memory of the GPU, or else of the process; None if no step recorded it."""
+        peaks = [line["peak_bytes"] for line in self.timings if isinstance(line.get("peak_bytes"), int)]
+        return max(peaks, default=None)
 
     def warnings(self) -> list[tuple[str, str]]:
-        """Return remarks on the curves: (observation, advice)."""
+        """Remarks on the curves: (observation, advice)."""
         return [(str(remark.get("seen", remark)), str(remark.get("remedy", ""))) for remark in self.advice]
 
 
@@ -95,7 +95,7 @@ def read_run(folder: Path) -> RunRecord:
     """Reads an output folder of `dpoeng train`.
 
     Raises:
-        UserError: it is not one, or one of its files is damaged.
+        UserError: it is not one, or a file in it is damaged.
     """
     path = folder / RUN_FILE
     if not path.is_file():
@@ -120,7 +120,7 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def read_held_out(folder: Path) -> list[dict[str, Any]]:
-    """The held-out pairs of a run one by one, as its saved adapter has them; empty where there are none.
+    """A run's held-out pairs, with the values of its saved adapter; empty without any.
 
     Raises:
         UserError: the file is damaged.
@@ -129,21 +129,20 @@ def read_held_out(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_json(path: Path, kind: type, needed: Iterable[str] = ()) -> Any:
-    """A JSON record of a run, of the type that it must have.
+    """Reads a JSON record of a run and checks its type.
 
     Raises:
-        UserError: it is damaged, or run.json lacks a field that is `needed`, or holds one of another type than is
-            written there.
+        UserError: it is damaged, or run.json lacks a `needed` field or has one of another type than written.
     """
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(held, kind):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, kind):
             raise ValueError(f"not a JSON {'object' if kind is dict else 'array'}")
-        if isinstance(held, dict):
-            _check_fields(held, needed)
+        if isinstance(content, dict):
+            _check_fields(content, needed)
     except (ValueError, OSError, RecursionError) as error:
         raise _damaged(path, str(error)) from error
-    return held
+    return content
 
 
 _FIELDS = {
@@ -176,7 +175,7 @@ def _points(lines: Iterable[dict[str, Any]], name: str) -> Points:
 
 _REMEDIES = {
     RUN_FILE: "train again in another folder (--output-dir), or in this one with --no-resume",
-    ADVICE_FILE: f"remove {ADVICE_FILE}: it holds remarks on the run, and nothing depends on it",
+    ADVICE_FILE: f"remove {ADVICE_FILE}: it contains remarks on the run, and nothing depends on it",
 }
 
 

@@ -1,4 +1,4 @@
-"""Writes what a run trained, with tokenizer and model card, whole or not at all."""
+"""Writes a run's result with tokenizer and model card, atomically."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def write_result(
     tokenizer: TokenizerChoice | None = None,
     card: str = "",
 ) -> None:
-    """Saves what was trained, whole or not at all: the adapter, or a checkpoint with the rest as in `source`.
+    """Saves the adapter, or the whole checkpoint with other files as in `source`, atomically.
 
-    `weights` are those of `full.whole_weights`. A `tokenizer` that is not the base's is put beside them, and the text
-    of `model_card` as README.md.
+    `weights` are the result of `full_finetuning.whole_weights`. A `tokenizer` that is not the base's is added, and the
+    text `model_card` as README.md.
     """
 
     def fill(temporary: Path) -> None:

@@ -1,8 +1,8 @@
-"""Experiment trackers beside metrics.jsonl: TensorBoard, Weights & Biases, MLflow, Trackio, through accelerate.
+"""Experiment trackers besides metrics.jsonl: TensorBoard, Weights & Biases, MLflow, Trackio, through accelerate.
 
-A tracker never decides about a run: one that is missing is refused before anything is loaded, one that fails later is
-left out with a note. Where each writes is its own affair (its environment variables); TensorBoard's files go into the
-output folder. Names are those of transformers' callbacks, so that curves lie over those of TRL's runs.
+A tracker never affects a run: a missing one is refused before anything is loaded, and one that fails later is switched
+off with a note. Its environment variables decide where it writes; TensorBoard's files go into the output folder. Names
+are those of transformers' callbacks, so that curves can be compared with those of TRL's runs.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from dpoeng.cache.errors import UserError
 from dpoeng.engine.runtime.progress import QUIET, Progress
 
 PROJECT = "dpoeng"
-"""What wandb and Trackio call a project, and MLflow an experiment; their own environment variables win."""
+"""Name of the project (wandb, Trackio) or experiment (MLflow); their environment variables take precedence."""
 
 
 _STEP = "train/global_step"
-"""What transformers logs beside each line to W&B and Trackio, and draws their curves over."""
+"""Value that transformers logs with each line to W&B and Trackio, as the x axis of their curves."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Whether the packages are there.
+    """Checks that the trackers' packages are installed.
 
     Raises:
-        UserError: one is not.
+        UserError: one is missing.
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
@@ -52,7 +52,7 @@ class Trackers:
     progress: Progress = QUIET
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl; what is no finite number is left to that file."""
+        """Logs one line of metrics.jsonl; values that are not finite numbers stay in that file only."""
         numbers = {name: value for name, value in metrics.items() if _is_number(value)}
         for name, tracker in list(self.opened.items()):
             try:
@@ -61,7 +61,7 @@ class Trackers:
                 self._give_up(name, error)
 
     def finish(self) -> None:
-        """Closes all of them; what they hold is on disk or sent."""
+        """Closes all trackers, so that their data is on disk or sent."""
         for name, tracker in list(self.opened.items()):
             try:
                 tracker.finish()
@@ -75,9 +75,10 @@ class Trackers:
 
 
 def names_in(tracker: str, numbers: Mapping[str, float], step: int) -> dict[str, float]:
-    """The numbers under the names that transformers' callback for this tracker gives them.
+    """The numbers under the names that transformers' callback for this tracker uses.
 
-    `eval_loss` is `eval/loss` and `loss` is `train/loss`; MLflow alone gets them as they are. See `rewrite_logs` in
+    `eval_loss` becomes `eval/loss` and `loss` becomes `train/loss`; only MLflow keeps names unchanged. See
+    `rewrite_logs` in
     https://github.com/huggingface/transformers/blob/main/src/transformers/integrations/integration_utils.py
     """
     if tracker == "mlflow":
@@ -102,11 +103,11 @@ def open_trackers(
 
     Args:
         names: of `tensorboard`, `wandb`, `mlflow`, `trackio`.
-        run_name: what they call the run.
-        output_dir: TensorBoard writes into its folder `runs`.
-        settings: the configuration, shown beside the curves.
-        first_step: where a run goes on; TensorBoard then hides what an earlier one logged behind it.
-        progress: told if one fails later.
+        run_name: name of the run in the trackers.
+        output_dir: TensorBoard writes to its folder `runs`.
+        settings: the configuration, shown with the curves.
+        first_step: first step of a continued run; TensorBoard then hides later lines of an earlier run.
+        progress: receives a note if a tracker fails later.
 
     Raises:
         UserError: one cannot start.
@@ -116,7 +117,7 @@ def open_trackers(
         try:
             tracker = _tracker(name, run_name, output_dir, first_step)
             tracker.start()
-            if name == "wandb":  # as transformers draws its curves
+            if name == "wandb":  # the x axis that transformers uses
                 tracker.tracker.define_metric(_STEP)
                 tracker.tracker.define_metric("*", step_metric=_STEP, step_sync=True)
             tracker.store_init_configuration(_flat(settings))
@@ -127,7 +128,7 @@ def open_trackers(
                 code="tracker-failed",
                 where="report_to",
                 found=f"{type(error).__name__}: {error}"[:500],
-                remedy="see its documents (wandb needs a login, or WANDB_MODE=offline), or remove it from report_to",
+                remedy="read its documentation (wandb needs a login or WANDB_MODE=offline), or drop it from report_to",
                 exit_status=5,
             ) from error
         trackers.opened[name] = tracker
@@ -137,7 +138,7 @@ def open_trackers(
 def _tracker(name: str, run_name: str, output_dir: Path, first_step: int) -> Any:
     from accelerate import PartialState, tracking
 
-    PartialState()  # their methods run on the first process alone, and ask it which that is
+    PartialState()  # their methods run only in the first process, which this object identifies
     match name:
         case "tensorboard":
             purge = {"purge_step": first_step + 1} if first_step else {}
@@ -151,7 +152,7 @@ def _tracker(name: str, run_name: str, output_dir: Path, first_step: int) -> Any
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Values that every tracker takes: what is no plain value becomes text; None is left out."""
+    """Values that every tracker accepts: other types become text; None is left out."""
     plain = {name: value for name, value in settings.items() if value is not None}
     return {k: v if isinstance(v, bool | int | float | str) else json.dumps(v, default=str) for k, v in plain.items()}
 

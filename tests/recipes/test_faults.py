@@ -835,8 +835,8 @@ def test_a_view_of_other_pairs_is_not_replaced_without_a_word(tmp_path: Path, ti
         (tmp_path / folder).mkdir(exist_ok=True)
         pairs = write_jsonl(tmp_path / folder / "pairs.jsonl", pair_rows(3))
         precompute(pairs, tiny_model, tmp_path / "cache", notes)
-    assert [text for text in notes.said if "view 'pairs' was of" in text] == [
-        f"view 'pairs' was of {tmp_path / 'a' / 'pairs.jsonl'}; it is of these pairs now (--name keeps both)"
+    assert [text for text in notes.said if "view 'pairs' contained pairs of" in text] == [
+        f"view 'pairs' contained pairs of {tmp_path / 'a' / 'pairs.jsonl'}; it now contains these pairs (--name keeps both)"
     ]
 
 
