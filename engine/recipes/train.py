@@ -219,7 +219,7 @@ def _starts_at_reference(config: TrainConfig) -> bool:
 
 
 def how_to_load(choice: Choice, policy: Policy, reference: Mapping[str, Any]) -> Loading:
-    """How to load the result as it was trained: class, precision and places come from what was actually loaded."""
+    """How to load the result as it was trained: class, precision and places come from what was loaded."""
     source, lm = policy.source, policy.lm
     try:
         tokenizer = has_tokenizer(recorded_tokenizer(source, reference).source)

@@ -1,5 +1,5 @@
-"""Token ids to per-token log-probs, by the one path that both phases share.
+"""Turns token ids into per-token log-probs, by the one path that both phases share.
 
-Packs pairs into rows that share their prompt, attends over such rows, and meets the head only where a response token is
-predicted. Knows nothing of losses, of the cache's files, or of which model is the reference.
+Packs pairs into rows that share their prompt, attends over such rows, and applies the head only where a response token
+is predicted. Independent of losses, the cache's files, and of which model is the reference.
 """

@@ -1,10 +1,10 @@
-"""Attention over packed rows in which branches share a prompt: exact, and only over what a branch may see.
+"""Exact attention over packed rows whose branches share a prompt; computes only what a branch may see.
 
-Registered with transformers under `SHARED_PROMPT`, so that every model that takes its attention from transformers'
-interface can use it. Each group costs one causal call over `[prompt | first branch]`, which is contiguous, and one
-call a further branch over `[prompt | branch]`. Nothing is computed between groups, so the cost is linear in the number
-of pairs of a row, and a pair's numbers cannot depend on its neighbours. `varlen` does the same in one FlashAttention
-call a layer, for GPUs.
+Registered with transformers under `SHARED_PROMPT`, so that every model that uses transformers' attention interface can
+use it. Each group costs one causal call over `[prompt | first branch]`, which is contiguous, and one call over
+`[prompt | branch]` for each further branch. Nothing is computed between groups, so the cost is linear in the number of
+pairs in a row, and a pair's numbers cannot depend on its neighbours. `varlen` does the same in one FlashAttention call
+per layer, for GPUs.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ SHARED_PROMPT = "dpoeng_shared_prompt"
 class AttentionPlan:
     """Attention inputs shared by all layers of a forward: spans, implementation, and masks that depend only on lengths.
 
-    Handed through the model's keyword arguments as `dpoeng_plan`, so that a checkpointed layer sees the same plan when
-    it is run again in the backward pass.
+    Passed through the model's keyword arguments as `dpoeng_plan`, so that a checkpointed layer gets the same plan when
+    it is recomputed in the backward pass.
     """
 
     groups: tuple[GroupSpan, ...]
     way: Attention = "segments"
-    # Of the last layer, where that is run for some positions only (`scored_end`): the plan with these.
+    # For a last layer that computes only some positions (`scored_end`): the plan with these.
     last: AttentionPlan | None = None
     queries: IndexArray | None = None
-    # Made at the first layer's request, since only a layer knows its window, dtype and device; kept for all others.
+    # Created by the first layer, since only layers know window, dtype and device; cached for the others.
     masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
     row_texts: list[Texts] = field(default_factory=list)
     row_forks: list[Forks] = field(default_factory=list)
 
     def texts(self, like: torch.Tensor) -> Texts:
-        """The row as texts for FlashAttention."""
+        """The row as separate texts for FlashAttention."""
         if not self.row_texts:
             self.row_texts.append(texts(self.groups, like.device, self.queries))
         return self.row_texts[0]
@@ -57,15 +57,15 @@ class AttentionPlan:
         return rows
 
     def forks(self, like: torch.Tensor) -> Forks:
-        """The row as prompts and branches for layers that keep a state."""
+        """The row as prompts and branches, for layers that keep a state."""
         if not self.row_forks:
             self.row_forks.append(forks(self.groups, like.device))
         return self.row_forks[0]
 
     def mask(self, q_len: int, k_len: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
-        """Additive mask [q_len, k_len]: query i is key `k_len - q_len + i` and sees keys up to itself.
+        """Additive mask [q_len, k_len]: query i has position `k_len - q_len + i` among the keys and sees keys up to it.
 
-        With `window` w it sees the last w keys only, itself included, as transformers' sliding window does.
+        With `window` w it sees only the last w keys, including itself, as in transformers' sliding window.
         """
         key = (q_len, k_len, window)
         mask = self.masks.get(key)
@@ -99,10 +99,10 @@ def shared_prompt_attention(
     """Attention of one layer. Shapes: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D].
 
     Raises:
-        ValueError: a mask was built by the model, or attention dropout is on: neither can be honoured here.
+        ValueError: the model built a mask, or attention dropout is on; neither is supported here.
     """
     if attention_mask is not None:
-        raise ValueError("shared-prompt attention takes no attention mask: the plan says who sees whom")
+        raise ValueError("shared-prompt attention takes no attention mask: the plan defines what each token sees")
     if dropout:
         raise ValueError("attention dropout is not supported: it would differ between a shared and a separate prompt")
     sinks = s_aux if s_aux is not None else getattr(module, "sinks", None)
@@ -112,7 +112,7 @@ def shared_prompt_attention(
         return varlen(query, key, value, rows, scaling=scaling, window=window, softcap=softcap, sinks=sinks), None
     narrow, wide = query.dtype, dtype_of_products(query)
     query, key, value = query.to(wide), key.to(wide), value.to(wide)
-    # `split` and not slices: the backward of each slice fills a tensor as long as the whole row.
+    # `split` instead of slices: each slice's backward fills a tensor as long as the whole row.
     sizes = [n for group in dpoeng_plan.groups for n in group.text_sizes]
     pieces: list[torch.Tensor] = []
     parts = zip(*(torch.split(states, sizes, dim=2) for states in (query, key, value)), strict=True)
@@ -141,12 +141,12 @@ def _attend(
     """Lower-right causal attention of q [1, Hq, Q, D] over k, v [1, Hkv, K, D] -> [1, Hq, Q, D]."""
     q_len, k_len = q.shape[2], k.shape[2]
     if window is not None and k_len <= window:
-        window = None  # it hides nothing, and without a mask the faster kernels are open
+        window = None  # it hides nothing, and faster kernels work only without a mask
     repeats = q.shape[1] // k.shape[1]
     if softcap is None and sinks is None:
         causal = q_len == k_len and window is None
         if repeats > 1 and q.is_cuda and not (causal and q.dtype != torch.float32):
-            # With grouped heads, CUDA has only FlashAttention (16 bits, no mask) and one that writes out all scores.
+            # With grouped heads, CUDA has only FlashAttention (16 bits, no mask) and a kernel that stores all scores.
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
             repeats = 1
         return F.scaled_dot_product_attention(
@@ -158,7 +158,7 @@ def _attend(
             scale=scaling,
             enable_gqa=repeats > 1,
         )
-    # Soft-capped scores (Gemma 2) and attention sinks (gpt-oss) have no fused kernel here: plain arithmetic.
+    # Soft-capped scores (Gemma 2) and attention sinks (gpt-oss) have no fused kernel here: use plain arithmetic.
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
@@ -169,14 +169,14 @@ def _attend(
     if sinks is not None:
         sink = sinks.reshape(1, -1, 1, 1).expand(1, -1, q_len, 1).to(scores.dtype)
         scores = torch.cat([scores, sink], dim=-1)
-    weights = torch.softmax(scores.float(), dim=-1).to(q.dtype)  # in float32, as transformers' own eager attention
+    weights = torch.softmax(scores.float(), dim=-1).to(q.dtype)  # in float32, like transformers' eager attention
     return weights[..., :k_len] @ v
 
 
 def use_layout(lm: CausalLM, layout: Layout, reason: str = "") -> None:
-    """Switches the attention between the shared-prompt one and transformers' own.
+    """Switches between shared-prompt attention and transformers' own.
 
-    Layers that keep a state follow a row's plan in both cases; without one they run as transformers has them.
+    Layers that keep a state follow a row's plan in both cases; without a plan they run as in transformers.
     """
     fork_states(lm.backbone)
     register_attention(SHARED_PROMPT, shared_prompt_attention)

@@ -1,4 +1,4 @@
-"""Shared or separate prompts, and which attention: decided by trying them on a few tokens."""
+"""Chooses shared or separate prompts, and the attention, by trying them on a few tokens."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from dpoeng.engine.scoring.texts import places_apart, put_states
 
 # --------------------------------------------------------------------------- the probe
 
-# Mean |difference| per token, nats, that a probe may show. Random tokens are the hardest case (log-probs near -15),
-# and a wrong mask or a missed logit scale is wrong by whole nats.
+# Allowed mean |difference| per token of a probe, in nats. Random tokens are the hardest case (log-probs near -15); a
+# wrong mask or a missing logit scale is wrong by whole nats.
 _PROBE_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 
 
 _SPARE_TOKENS = 24
-"""How much longer than a window a probe of it is."""
+"""How much longer than a window its probe is."""
 
 _CANNOT = (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError, AttributeError, IndexError, KeyError)
-"""What models raise where they are run in a way that they were not made for."""
+"""Errors that models raise when they run in a way that they were not made for."""
 
 
 @torch.no_grad()
@@ -44,22 +44,22 @@ def choose_layout(
     longest: int | None = None,
     known: Sequence[PairIds] = (),
 ) -> None:
-    """Decides by trying: the shared-prompt layout if it gives the model's own numbers, else separate rows.
+    """Chooses by trying: the shared-prompt layout if it reproduces the model's own numbers, else separate rows.
 
-    A dozen tokens are scored in the shared layout, and by the model's own forward with full logits. So an architecture
-    that looks at more than positions and masks (recurrence, its own attention, logits changed after the head) is
-    noticed whether or not dpoeng knows its name. Where some layers look back over a window only, one text is longer
-    than it, since up to there a window that is not honoured makes no difference.
+    A dozen tokens are scored in the shared layout, and by the model's own forward with full logits. This detects
+    architectures that depend on more than positions and masks (recurrence, their own attention, logits changed after
+    the head), whether or not dpoeng knows their names. If some layers look back only over a window, one text is longer
+    than it, because a window that is ignored makes no difference on shorter texts.
 
     Args:
-        lm: the model; its layout, attention and padding are set.
+        lm: the model; sets its layout, attention and padding.
         wanted: auto, shared or separate.
-        attention: the way to attend in the shared layout.
-        longest: tokens of the longest text that will be scored; windows that no text reaches are not tried.
-        known: of a model that begins at a trunk: pairs whose states are stored, which stand for the random texts.
+        attention: the attention for the shared layout.
+        longest: tokens of the longest text to score; windows that no text reaches are not tried.
+        known: for a model that begins at a trunk: pairs with stored states, used instead of random texts.
 
     Raises:
-        UserError: `wanted` cannot be had, or not even separate rows give the model's own numbers.
+        UserError: `wanted` is impossible, or not even separate rows reproduce the model's own numbers.
     """
     probe = _Probe.draw(lm, longest) if lm.entry is None else _Probe.of(lm, longest, known)
     _try_separate(lm, probe)
@@ -71,7 +71,7 @@ def choose_layout(
         return
     if attention == "varlen":
         raise UserError(
-            "this model's numbers do not come out of varlen attention here",
+            "varlen attention does not reproduce this model's numbers here",
             code="attention-unsupported",
             where="--attention varlen",
             found=reason,
@@ -91,7 +91,7 @@ def choose_layout(
 
 @dataclass(frozen=True, slots=True)
 class _Probe:
-    """Random texts, the model's own log-probs of them, and what may lie between these and ours."""
+    """Random texts, the model's own log-probs of them, and the allowed difference."""
 
     groups: list[PromptGroup]
     expected: list[torch.Tensor]
@@ -113,7 +113,7 @@ class _Probe:
         limit = min([n for n in (rotary_limit(lm), position_limit(lm)) if n is not None], default=length)
         length = min(length, limit)
         if reached and length > min(reached):
-            # Of two lengths, so that one of them is padded.
+            # Two lengths, so that one text is padded.
             answer = min(16, length - 1)
             groups.append(PromptGroup(draw(length - answer), (Branch(draw(answer)), Branch(draw(max(1, answer // 3))))))
         use_layout(lm, "separate")
@@ -127,16 +127,16 @@ class _Probe:
             raise UserError(
                 f"{type(lm.base).__name__} lets a token see later tokens, so its outputs are not log-probs",
                 code="model-unsupported",
-                where="a probe whose last token was changed",
+                where="a probe with another last token",
                 expected="the same predictions before that token",
                 found=f"mean difference {later:.4g} nats",
-                remedy="name a decoder; where config.json has is_decoder, it must be true",
+                remedy="use a decoder; if config.json has is_decoder, it must be true",
             )
         return _Probe(groups, expected, tolerance)
 
     @staticmethod
     def of(lm: CausalLM, longest: int | None, known: Sequence[PairIds]) -> _Probe:
-        """Of stored texts; that no token sees those after it was seen when they were stored."""
+        """A probe from stored texts. Causality was checked when they were stored."""
         ordered = sorted(known, key=lambda ids: ids.total_tokens)
         chosen = ordered[:2] + (ordered[2:][-1:] if windows(lm.base.config, longest) else [])
         groups = [pair_group(ids) for ids in chosen]
@@ -147,17 +147,17 @@ class _Probe:
             raise _refused(lm, error) from error
 
     def difference(self, lm: CausalLM) -> float:
-        """The largest mean |difference| of a group: a window that is wrong in one text is not averaged away."""
+        """The largest mean |difference| of a group, so that a wrong window in one text is not averaged away."""
         scored, expected = score_groups(lm, self.groups)[0], torch.cat(self.expected)
         parts = torch.split((scored - expected).abs(), [len(part) for part in self.expected])
         return max(float(part.mean()) for part in parts)
 
 
 def _try_separate(lm: CausalLM, probe: _Probe) -> None:
-    """Separate rows, padded; or each text alone, where padding moves the numbers of the texts beside it.
+    """Chooses padded separate rows; or each text alone, if padding changes the numbers of other texts.
 
     Raises:
-        UserError: neither gives the model's own numbers.
+        UserError: neither reproduces the model's own numbers.
     """
     if not all(bool(part.isfinite().all()) for part in probe.expected):
         raise UserError(
@@ -193,12 +193,12 @@ def _try_separate(lm: CausalLM, probe: _Probe) -> None:
 
 
 def _try_shared(lm: CausalLM, probe: _Probe, attention: Attention) -> str:
-    """Sets the first way of sharing prompts that gives the model's own numbers; else says why none does."""
+    """Sets the first way to share prompts that reproduces the model's own numbers; otherwise returns the reasons."""
     reason, without = "", ""
-    for way in ways_to_attend(attention, lm.device.type, lm.dtype):
+    for name in ways_to_attend(attention, lm.device.type, lm.dtype):
         stateful = told_of_forks(len(fork_states(lm.backbone)))
-        use_layout(lm, "shared", f"each prompt runs once for both responses; attention: {way}{without}{stateful}")
-        lm.attention = way
+        use_layout(lm, "shared", f"each prompt runs once for both responses; attention: {name}{without}{stateful}")
+        lm.attention = name
         try:
             error_of_way = probe.difference(lm)
             reason = f"sharing the prompt changes log-probs by {error_of_way:.3g} nats a token"
@@ -210,12 +210,12 @@ def _try_shared(lm: CausalLM, probe: _Probe, attention: Attention) -> str:
         if error_of_way <= probe.tolerance:
             _try_scored_end(lm, probe)
             return ""
-        without = f" ({way}: {reason})"
+        without = f" ({name}: {reason})"
     return reason
 
 
 def _try_scored_end(lm: CausalLM, probe: _Probe) -> None:
-    """Through varlen, run the last layer for scored positions only, where that gives the model's own numbers."""
+    """With varlen, computes only scored positions in the last layer, if that reproduces the model's own numbers."""
     lm.scored_end = False
     if lm.attention != "varlen" or lm.by_layer is not None:
         return
@@ -228,7 +228,7 @@ def _try_scored_end(lm: CausalLM, probe: _Probe) -> None:
 
 
 def _refused(lm: CausalLM, error: Exception) -> UserError | Exception:
-    """Return the error for an architecture whose forward, or ours of single texts, cannot run."""
+    """The error for an architecture whose forward, or ours of single texts, fails."""
     if is_out_of_memory(error):
         return error
     return UserError(
@@ -237,19 +237,19 @@ def _refused(lm: CausalLM, error: Exception) -> UserError | Exception:
         where="a probe of a few tokens",
         expected="token ids in, a logit for each token out",
         found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-        remedy="please report the architecture, if plain transformers scores texts with it",
+        remedy="please report the architecture if plain transformers can score texts with it",
     )
 
 
 def ways_to_attend(wanted: Attention, device_type: str, dtype: torch.dtype) -> tuple[Attention, ...]:
-    """The ways to try, the best first. FlashAttention's kernel is for GPUs, and for 16 bits."""
+    """The attentions to try, best first. FlashAttention's kernel is only for GPUs and 16 bits."""
     if wanted != "auto":
         return (wanted,)
     return ("varlen", "segments") if device_type == "cuda" and dtype != torch.float32 else ("segments",)
 
 
 def _expected(lm: CausalLM, groups: Sequence[PromptGroup]) -> list[torch.Tensor]:
-    """The model's own log-probs of each group, its branches one after the other."""
+    """The model's own log-probs of each group, branch after branch."""
     return [
         torch.cat([_own_logps(lm, PromptGroup(group.prompt_ids, (branch,))) for branch in group.branches])
         for group in groups
@@ -260,12 +260,12 @@ def _tolerance(lm: CausalLM) -> float:
     return _PROBE_TOLERANCE[lm.dtype] * (2.0 if lm.quantization != "none" else 1.0)
 
 
-def _own_logps(lm: CausalLM, one: PromptGroup) -> torch.Tensor:
-    """The model's own forward over one branch, its logits at the scored tokens, float64 log-softmax."""
-    (single,) = separate(one)
+def _own_logps(lm: CausalLM, group: PromptGroup) -> torch.Tensor:
+    """The model's own forward over one branch: logits at the scored tokens, float64 log-softmax."""
+    (single,) = separate(group)
     (branch,) = single.branches
     if lm.entry is not None:
-        put_states(lm, places_apart([one]), (1, len(branch.ids)))
+        put_states(lm, places_apart([group]), (1, len(branch.ids)))
     ids = on_device(lm, branch.ids.astype(np.int64))
     places = on_device(lm, branch.positions())
     logits = _own_logits(lm, ids, len(branch.ids) - branch.start + 1)[places - branch.start]
@@ -274,7 +274,7 @@ def _own_logps(lm: CausalLM, one: PromptGroup) -> torch.Tensor:
 
 
 def _own_logits(lm: CausalLM, ids: torch.Tensor, last: int) -> torch.Tensor:
-    """The model's logits at the last few of some tokens; of a long text, no others are computed where it can do so."""
+    """The model's logits at the last few tokens; for a long text it computes no others, if it can."""
     keeps = "logits_to_keep" in inspect.signature(lm.base.forward).parameters
     kept = {"logits_to_keep": last} if keeps else {}
     logits: torch.Tensor = lm.base(input_ids=ids[None], use_cache=False, **kept).logits[0]
@@ -282,7 +282,7 @@ def _own_logits(lm: CausalLM, ids: torch.Tensor, last: int) -> torch.Tensor:
 
 
 def _looks_ahead(lm: CausalLM, group: PromptGroup) -> float:
-    """How far the predictions before a text's last token move when that token is another one, in nats."""
+    """How much the predictions before a text's last token change if that token changes, in nats."""
     ids = on_device(lm, group.prompt_ids.astype(np.int64))
     changed = ids.clone()
     changed[-1] = (ids[-1] + 1) % lm.vocab_size

@@ -1,14 +1,14 @@
-"""Recurrent and convolution layers over packed rows: their state at the end of a prompt starts each of its branches.
+"""Recurrent and convolution layers over packed rows: the state at a prompt's end starts each of its branches.
 
-Gated delta nets, Mamba-2 and short convolutions read a text from left to right and keep a state. transformers gives
-every such layer one way to go on from a state: a cache that the layer asks for its convolution's and its recurrence's
-state, and hands the new ones to. `_States` is such a cache for one layer; unlike transformers' own it copies nothing
-in place, so gradients flow from the branches through the state into the prompt.
+Gated delta nets, Mamba-2 and short convolutions read a text from left to right and keep a state. transformers lets such
+a layer continue from a state in only one way: through a cache, which the layer asks for its old states and gives the
+new ones. `_States` is such a cache for one layer; unlike transformers' own it never copies in place, so gradients flow
+from the branches through the state into the prompt.
 
-A layer runs twice over a row: over all prompts, then over all branches. Prompts of similar length go together, padded
-on the left, so each state is that of its prompt's end; branches are padded on the right. Nothing here knows an
-architecture by name: `choose_layout` tries whether the numbers come out right. Fused kernels (flash-linear-attention,
-causal-conv1d, mamba-ssm) are used where transformers uses them, since the layer's own code runs.
+A layer runs twice over a row: over all prompts, then over all branches. Prompts of similar length are padded on the
+left and run together, so that each state is that of its prompt's end; branches are padded on the right. Nothing here
+depends on an architecture's name: `choose_layout` tests whether the numbers are right. Fused kernels
+(flash-linear-attention, causal-conv1d, mamba-ssm) are used as in transformers, since the layer's own code runs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CACHES = ("cache_params", "past_key_values")
 _MASKS = ("attention_mask", "conv_mask")
 
 PADDING = 1.25
-"""Positions, padding included, for each real one of a rectangle; texts that would need more go separately."""
+"""Limit for positions, padding included, per real one in a rectangle; other texts run separately."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,8 +43,8 @@ class Rectangle:
     Attributes:
         rows: [B * L], the row's position at each place; padding repeats position 0.
         shape: (B, L).
-        mask: [B, L], 1 on real positions; None where nothing stands before a text.
-        states: [B], which prompt's state each text starts from; None for the prompts themselves.
+        mask: [B, L], 1 on real positions; None if no text has padding before it.
+        states: [B], index of the prompt's state that each text starts from; None for the prompts themselves.
     """
 
     rows: torch.Tensor
@@ -55,7 +55,7 @@ class Rectangle:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Forks:
-    """A row's rectangles, and [T] where each position of the row lies in their flattened outputs, one after the other.
+    """A row's rectangles, and [T], the place of each position of the row in their concatenated, flattened outputs.
 
     States are numbered in the order of the prompts' rectangles.
     """
@@ -66,19 +66,19 @@ class Forks:
 
 
 def forks(groups: Sequence[GroupSpan], device: torch.device) -> Forks:
-    """Spans of a row -> its rectangles. A prompt without tokens has the state of its padding, which is zero."""
+    """The rectangles of a row's spans. An empty prompt has the state of its padding, which is zero."""
     prompts = [(group.prompt_begin, group.prompt_end) for group in groups]
     branches = [(i, *branch) for i, group in enumerate(groups) for branch in group.branches]
     shared = any(end > begin for begin, end in prompts)
     order = _alike([end - begin for begin, end in prompts]) if shared else []
-    of_prompt = {prompt: state for state, prompt in enumerate(i for part in order for i in part)}
+    state_of_prompt = {prompt: state for state, prompt in enumerate(i for part in order for i in part)}
     places = np.zeros(max(end for _, _, end in branches), dtype=np.int64)
     cursor = 0
 
     def rectangle(spans: Sequence[tuple[int, int]], states: Sequence[int] | None) -> Rectangle:
         nonlocal cursor
         sizes = [end - begin for begin, end in spans]
-        # At least two positions after a state: a single one would take the layers' decoding kernels, which change the
+        # At least two positions after a state: with a single one, layers use their decoding kernels, which change the
         # state in place and have no gradient.
         length = max(*sizes, 1 if states is None else 2)
         rows = np.zeros((len(spans), length), dtype=np.int64)
@@ -98,14 +98,14 @@ def forks(groups: Sequence[GroupSpan], device: torch.device) -> Forks:
 
     before = tuple(rectangle([prompts[i] for i in part], None) for part in order)
     after = tuple(
-        rectangle([branches[i][1:] for i in part], [of_prompt.get(branches[i][0], 0) for i in part])
+        rectangle([branches[i][1:] for i in part], [state_of_prompt.get(branches[i][0], 0) for i in part])
         for part in _alike([end - begin for _, begin, end in branches])
     )
     return Forks(before, after, to_device(places, device))
 
 
 def _alike(lengths: Sequence[int]) -> list[list[int]]:
-    """Numbers of texts, the longest first, in parts that need at most `PADDING` positions for each real one."""
+    """Indices of texts, longest first, in groups that need at most `PADDING` positions per real one."""
     parts: list[list[int]] = []
     longest = real = 0
     for i in np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist():
@@ -120,7 +120,7 @@ def _alike(lengths: Sequence[int]) -> list[list[int]]:
 
 @dataclass(slots=True, eq=False)
 class _States:
-    """One layer's states as transformers' layers ask a cache for them, by number (some keep several of a kind)."""
+    """One layer's states in the form that transformers' layers expect of a cache, by index (some have several)."""
 
     conv: dict[int, torch.Tensor] = field(default_factory=dict)
     recurrent: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -132,12 +132,12 @@ class _States:
     def update_conv_state(
         self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None
     ) -> torch.Tensor:
-        """Keeps the last inputs of a convolution; returns what it has to run over: those before, and the new ones."""
+        """Stores the last inputs of a convolution; returns all that it runs over: the previous and the new ones."""
         before = self.conv.get(state_idx)
         seen = conv_states if before is None else torch.cat([before, conv_states], dim=-1)
-        kept = conv_kernel_size or conv_states.shape[-1]
-        short = max(0, kept - seen.shape[-1])
-        self.conv[state_idx] = nn.functional.pad(seen, (short, 0))[..., -kept:]
+        length = conv_kernel_size or conv_states.shape[-1]
+        short = max(0, length - seen.shape[-1])
+        self.conv[state_idx] = nn.functional.pad(seen, (short, 0))[..., -length:]
         return seen
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
@@ -147,20 +147,20 @@ class _States:
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_: Any
     ) -> torch.Tensor:
-        """Keeps the state of a recurrence."""
+        """Stores the state of a recurrence."""
         self.recurrent[state_idx] = recurrent_states
         return recurrent_states
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        """Whether there is a state to go on from."""
+        """Whether there is a state to continue from."""
         return bool(self.conv or self.recurrent)
 
     def is_recording_past(self, layer_idx: int) -> bool:
-        """Whether states are kept for going back: never."""
+        """Whether old states are kept to go back to: never."""
         return False
 
     def starting(self, texts: torch.Tensor) -> _States:
-        """The states that some texts [B] start from."""
+        """The start states of these texts [B]."""
         conv = {kind: state.index_select(0, texts) for kind, state in self.conv.items()}
         return _States(conv, {kind: state.index_select(0, texts) for kind, state in self.recurrent.items()})
 
@@ -173,9 +173,9 @@ def _joined(parts: Sequence[_States]) -> _States:
 
 
 def fork_states(backbone: nn.Module) -> list[nn.Module]:
-    """Makes the layers that keep a state honour a row's plan; without a plan they run as before. Returns the layers.
+    """Makes layers with a state follow a row's plan; without a plan they run as before. Returns the layers.
 
-    To be called again at will: a layer is changed once.
+    Can be called repeatedly: a layer is changed only once.
     """
     layers = [module for module in backbone.modules() if _keeps_state(type(module))]
     for layer in layers:
@@ -188,17 +188,21 @@ def fork_states(backbone: nn.Module) -> list[nn.Module]:
 
 
 def told_of_forks(layers: int) -> str:
-    """Describe the layers that keep a state and the code that computes them; empty if there are none."""
+    """Describes the layers with a state and the code that computes them; empty if there are none."""
     if not layers:
         return ""
     kernels = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d", "mamba_ssm": "mamba-ssm"}
-    found = [name for package, name in kernels.items() if importlib.util.find_spec(package)]
-    code = f"with {', '.join(found)} where they fit" if found else f"in PyTorch, without {', '.join(kernels.values())}"
-    return f"; {counted(layers, 'layer')} hand their state on from prompt to response, {code}"
+    installed = [name for package, name in kernels.items() if importlib.util.find_spec(package)]
+    code = (
+        f"with {', '.join(installed)} where they fit"
+        if installed
+        else f"in PyTorch, without {', '.join(kernels.values())}"
+    )
+    return f"; {counted(layers, 'layer')} pass their state from prompt to response, {code}"
 
 
 def _keeps_state(kind: type[nn.Module]) -> bool:
-    """Whether a class of layers hands states to a cache, and takes one."""
+    """Whether a class of layers reads its state from a cache and writes it to one."""
     methods = [method for method in vars(kind).values() if inspect.isfunction(method)]
     names = {name for method in methods for name in inspect.unwrap(method).__code__.co_names}
     return bool(names & _UPDATES) and any(name in inspect.signature(kind.forward).parameters for name in _CACHES)
@@ -213,14 +217,14 @@ def _forked(
     dpoeng_plan: Any = None,
     **named: Any,
 ) -> torch.Tensor:
-    """A layer over a row [1, T, H] -> [1, T, H], by its own `forward(hidden_states, cache, mask)` over rectangles.
+    """Runs a layer over a row [1, T, H] -> [1, T, H], by its own `forward(hidden_states, cache, mask)` on rectangles.
 
     `dpoeng_plan`: an `attention.AttentionPlan`.
     """
     if dpoeng_plan is None:
         return forward(hidden_states, *others, **named)
     if others or named.get(mask or "") is not None or named.get(cache) is not None:
-        raise ValueError("a layer that keeps a state takes no mask and no cache here: the plan defines the order")
+        raise ValueError("a layer with a state takes no mask and no cache here: the plan defines the order")
     plan: Forks = dpoeng_plan.forks(hidden_states)
     row = hidden_states[0]
 

@@ -1,6 +1,6 @@
-"""(model, groups) -> the log-probability of every scored token. One path for both phases.
+"""(model, groups) -> the log-prob of every scored token. The one path for both phases.
 
-Only the positions that predict a scored token meet the head, and `[N, V]` logits are never built where the head is a
+Only positions that predict a scored token go through the head, and `[N, V]` logits are never built if the head is a
 plain linear layer.
 """
 
@@ -41,9 +41,9 @@ def score_groups(lm: CausalLM, groups: Sequence[PromptGroup]) -> tuple[torch.Ten
 
 
 def predict_groups(lm: CausalLM, groups: Sequence[PromptGroup]) -> tuple[torch.Tensor, torch.Tensor, IndexArray]:
-    """The forward below the head: hidden states [N, H] that predict the scored tokens, these [N], and offsets [K + 1].
+    """The forward below the head: hidden states [N, H] that predict scored tokens, these tokens [N], offsets [K + 1].
 
-    A position that predicts the first token of two branches is there twice.
+    A position that predicts the first token of two branches occurs twice.
     """
     if lm.layout == "shared":
         row = pack(groups)
@@ -67,7 +67,7 @@ def predict_groups(lm: CausalLM, groups: Sequence[PromptGroup]) -> tuple[torch.T
 def _last_hidden(
     lm: CausalLM, row: PackedRow, shape: tuple[int, int], places: Callable[[], Sequence[Place]], **inputs: Any
 ) -> torch.Tensor:
-    """The decoder's last hidden states [B * T, H]; of a model that begins at a trunk, from its stored states."""
+    """The decoder's last hidden states [B * T, H]; for a model that begins at a trunk, from its stored states."""
     if lm.entry is not None:
         if lm.by_layer is None or lm.by_layer.gates.enters:
             put_states(lm, places(), shape)
@@ -88,19 +88,19 @@ def _last_hidden(
 
 
 def _to_head(lm: CausalLM, hidden: torch.Tensor) -> torch.Tensor:
-    """Hidden states as the head takes them: ModernBERT's decoder has a dense layer before it."""
+    """Hidden states as the head expects them: ModernBERT's decoder has a dense layer before it."""
     before = before_head(lm.base)
     return hidden if before is None else before(hidden)
 
 
 def _each_alone(lm: CausalLM, groups: Sequence[PromptGroup]) -> tuple[torch.Tensor, torch.Tensor, IndexArray]:
-    """As `predict_groups`, a forward a text, for models whose numbers depend on the padding beside them."""
+    """Like `predict_groups`, one forward per text, for models whose numbers depend on padding in the batch."""
     parts, offsets = [], [0]
     for group in groups:
         for branch in group.branches:
-            one = PromptGroup(group.prompt_ids, (branch,))
-            row = pack(separate(one))
-            hidden = _last_hidden(lm, row, (1, len(row.input_ids)), partial(places_apart, [one]))
+            single = PromptGroup(group.prompt_ids, (branch,))
+            row = pack(separate(single))
+            hidden = _last_hidden(lm, row, (1, len(row.input_ids)), partial(places_apart, [single]))
             parts.append((hidden.index_select(0, on_device(lm, row.gather)), on_device(lm, row.targets)))
             offsets.append(offsets[-1] + len(row.targets))
     hidden_states, targets = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -108,7 +108,7 @@ def _each_alone(lm: CausalLM, groups: Sequence[PromptGroup]) -> tuple[torch.Tens
 
 
 def head_logps(lm: CausalLM, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """log p(target) from hidden states [N, H] and targets [N] -> [N] float32, by the cheapest way that is exact."""
+    """log p(target) from hidden states [N, H] and targets [N] -> [N] float32, by the cheapest exact method."""
     head = lm.head
     softcap, scale = head_transform(lm)
     if type(head) is nn.Linear:
@@ -122,7 +122,7 @@ def head_logps(lm: CausalLM, hidden: torch.Tensor, targets: torch.Tensor) -> tor
 
 @torch.no_grad()
 def head_log_collision(lm: CausalLM, hidden: torch.Tensor) -> torch.Tensor:
-    """log sum_v p(v)^2 at each of some hidden states [N, H] -> [N] float32: what WPO weighs pairs by."""
+    """log sum_v p(v)^2 for hidden states [N, H] -> [N] float32, from which WPO weighs pairs."""
     head = lm.head
     if type(head) is nn.Linear:
         return log_collision(hidden.to(head.weight.dtype), Head(head.weight, head.bias, *head_transform(lm)))
@@ -137,7 +137,7 @@ def _logits(lm: CausalLM, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def head_transform(lm: CausalLM) -> tuple[float | None, float]:
-    """Return the architecture's map of its logits: (soft cap or None, factor). `choose_layout`'s probe checks it."""
+    """The architecture's map of its logits: (soft cap or None, factor). `choose_layout`'s probe checks it."""
     config = text_config(lm.base.config)
     softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
     scale = 1.0
@@ -153,10 +153,10 @@ def head_transform(lm: CausalLM) -> tuple[float | None, float]:
 
 
 def position_limit(lm: CausalLM) -> int | None:
-    """The longest text for which the model has positions; None where it makes them for any length.
+    """The longest text for which the model has positions; None if it computes them for any length.
 
-    Positions that are learned or tabulated end somewhere, and what comes after is read out of bounds: an embedding of
-    positions, a table of sines, a causal mask or a bias that is kept as a buffer.
+    Learned or tabulated positions end somewhere, and a longer text would read out of bounds: an embedding of positions,
+    a table of sines, or a causal mask or bias stored as a buffer.
     """
     longest = getattr(text_config(lm.base.config), "max_position_embeddings", None)
     backbone, words = lm.backbone, lm.base.get_input_embeddings()
@@ -168,7 +168,7 @@ def position_limit(lm: CausalLM) -> int | None:
     if longest:
         buffers = [*backbone.named_buffers(), *_tensors_beside(backbone)]
         rows += [int(longest) for name, b in buffers if longest in b.shape and not name.endswith("inv_freq")]
-    if getattr(getattr(lm.base.config, "attn_config", None), "alibi", False):  # MPT makes so many biases and no more
+    if getattr(getattr(lm.base.config, "attn_config", None), "alibi", False):  # MPT creates only this many biases
         rows.append(int(lm.base.config.max_seq_len))
     return min(rows, default=None)
 
@@ -177,15 +177,15 @@ _POSITIONS = re.compile(r"^(wpe|.*position.*|.*pos_emb.*)$")
 
 
 def _tensors_beside(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Tensors that modules keep as plain attributes."""
+    """Tensors that modules store as plain attributes."""
     return [(n, t) for part in module.modules() for n, t in vars(part).items() if isinstance(t, torch.Tensor)]
 
 
 def rotary_limit(lm: CausalLM) -> int | None:
-    """The longest text whose rotary frequencies do not change with the texts beside it; None: any."""
+    """The longest text whose rotary frequencies do not depend on other texts in the batch; None: any length."""
     return rotary_limit_of(lm.base.config)
 
 
 def on_device(lm: CausalLM, array: npt.NDArray[Any]) -> torch.Tensor:
-    """An array as a tensor where the model is, without waiting for the device."""
+    """An array as a tensor on the model's device, without waiting for the device."""
     return to_device(array, lm.device)

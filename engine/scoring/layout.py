@@ -1,9 +1,9 @@
-"""Pairs -> packed rows in which each prompt stands once. Pure arrays: knows no model and no tensor library.
+"""Packs pairs into rows in which each prompt occurs once. Pure arrays: needs no model and no tensor library.
 
 A pair becomes `[prompt | chosen | rejected]`; several pairs follow each other in one row without padding. Chosen
-positions go on from the prompt's, rejected positions start again at `len(prompt)`, and a branch sees its prompt and
-itself only. The first token of every branch is predicted from the last prompt position: one hidden state, several
-targets. The same rows serve the reference pass and training, which is what makes their numbers comparable.
+positions continue from the prompt's, rejected positions start again at `len(prompt)`, and a branch sees only its prompt
+and itself. The last prompt position predicts the first token of every branch: one hidden state, several targets. The
+reference pass and training use the same rows, which makes their numbers comparable.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ IndexArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """One continuation of a prompt: `ids` [R], of which `ids[start:]` are scored, without what lies in `gaps`."""
+    """One response to a prompt: `ids` [R], of which `ids[start:]` are scored, except for the gaps."""
 
     ids: IdArray
     start: int = 0
@@ -34,7 +34,7 @@ class Branch:
         return len(self.ids) - self.start - gap_tokens(self.gaps)
 
     def positions(self) -> IndexArray:
-        """The scored tokens' places in `ids`, ascending."""
+        """The positions of the scored tokens in `ids`, ascending."""
         places = np.arange(self.start, len(self.ids))
         for begin, end in self.gaps:
             places = places[(places < begin) | (places >= end)]
@@ -43,14 +43,14 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class PromptGroup:
-    """A prompt [P] and the branches that share it. Without a prompt, a branch must have `start` > 0."""
+    """A prompt [P] and the branches that share it. If the prompt is empty, a branch must have `start` > 0."""
 
     prompt_ids: IdArray
     branches: tuple[Branch, ...]
 
     @property
     def total_tokens(self) -> int:
-        """Positions computed for this group."""
+        """Positions to compute for this group."""
         return len(self.prompt_ids) + sum(len(branch.ids) for branch in self.branches)
 
 
@@ -64,12 +64,12 @@ class GroupSpan:
 
     @property
     def text_sizes(self) -> list[int]:
-        """Positions of `[prompt | first branch]`, and of each further branch: they follow each other without a gap."""
+        """Lengths of `[prompt | first branch]` and of each further branch, which are adjacent."""
         return [end - begin for begin, end in self.text_ranges]
 
     @property
     def text_ranges(self) -> list[tuple[int, int]]:
-        """`[begin, end)` of the same."""
+        """`[begin, end)` of the same texts."""
         (_, first), *others = self.branches
         return [(self.prompt_begin, first), *others]
 
@@ -96,19 +96,18 @@ class PackedRow:
 
 
 def pair_group(ids: PairIds, count: int = 2) -> PromptGroup:
-    """The group of one pair: branch 0 is chosen, branch 1 is rejected; with `count` 1 only the former."""
+    """The group of one pair: branch 0 is chosen, branch 1 is rejected; with `count` 1 only chosen."""
     return PromptGroup(ids.prompt_ids, sides(ids)[:count])
 
 
 def share_prompts(pairs: Sequence[PairIds]) -> tuple[list[PromptGroup], IndexArray]:
-    """Groups of some pairs in which every prompt stands once, and under it every response once.
+    """Groups pairs so that every prompt occurs once, and every response once under its prompt.
 
-    Several pairs a prompt are common (one chosen response against several rejected ones), and so are responses that
-    occur in more than one of them.
+    It is common that several pairs share a prompt (one chosen response against several rejected ones) or a response.
 
     Returns:
         the groups, in the order in which their prompts first occur; and [B, 2] the branches of each pair (chosen,
-        rejected), counted through all groups.
+        rejected), numbered through all groups.
     """
     prompts: dict[bytes, IdArray] = {}
     branches: dict[bytes, dict[tuple[Any, ...], Branch]] = {}
@@ -139,7 +138,7 @@ def _key(branch: Branch) -> tuple[Any, ...]:
 
 
 def separate(group: PromptGroup) -> list[PromptGroup]:
-    """One group a branch, each with its own copy of the prompt, for models in which a prompt cannot be shared."""
+    """One group per branch, each with its own copy of the prompt, for models that cannot share a prompt."""
     before = len(group.prompt_ids)
     return [
         PromptGroup(
@@ -157,10 +156,10 @@ def separate(group: PromptGroup) -> list[PromptGroup]:
 
 
 def pack(groups: Sequence[PromptGroup]) -> PackedRow:
-    """Lays groups one after the other into a row.
+    """Concatenates groups to one row.
 
     Raises:
-        ValueError: no groups, or a scored token that nothing precedes.
+        ValueError: no groups, or no token comes before a scored token.
     """
     if not groups:
         raise ValueError("cannot pack an empty sequence of groups")
@@ -204,7 +203,7 @@ def pack(groups: Sequence[PromptGroup]) -> PackedRow:
 
 
 def pad(groups: Sequence[PromptGroup], pad_id: int) -> tuple[PackedRow, tuple[int, int], IndexArray]:
-    """Lays promptless groups of one branch (see `separate`) into a right-padded rectangle `[B, L]`.
+    """Arranges promptless groups of one branch (see `separate`) in a right-padded rectangle `[B, L]`.
 
     Returns:
         the row with `input_ids` and `position_ids` flattened to [B * L] and `gather` indexing the flattened positions;
@@ -233,19 +232,19 @@ def pad(groups: Sequence[PromptGroup], pad_id: int) -> tuple[PackedRow, tuple[in
 
 
 def queries_of(row: PackedRow) -> IndexArray:
-    """The positions [M] that predict scored tokens, ascending, with those between them in the same text."""
+    """The positions [M] that predict scored tokens, ascending, with all positions between them in the same text."""
     wanted = np.unique(row.gather)
     parts = [queries_within(wanted, begin, end) for group in row.groups for begin, end in group.text_ranges]
     return np.concatenate([np.arange(part[0], part[-1] + 1) for part in parts if len(part)])
 
 
 def queries_within(positions: IndexArray, begin: int, end: int) -> IndexArray:
-    """Those of some ascending positions that lie in `[begin, end)`."""
+    """The positions in `[begin, end)` among ascending ones."""
     return positions[slice(*np.searchsorted(positions, (begin, end)))]
 
 
 def batches_by_tokens(lengths: Sequence[int], budget: int) -> list[range]:
-    """Cuts a sequence into consecutive batches of at most `budget` tokens each; a longer item stands alone."""
+    """Splits a sequence into consecutive batches of at most `budget` tokens each; a longer item is alone."""
     batches: list[range] = []
     begin, total = 0, 0
     for i, length in enumerate(lengths):
@@ -259,10 +258,10 @@ def batches_by_tokens(lengths: Sequence[int], budget: int) -> list[range]:
 
 
 def batches_of_pairs(pairs: Sequence[PairIds], budget: int) -> list[tuple[range, int]]:
-    """Cuts pairs into consecutive batches of at most `budget` computed positions, as `share_prompts` lays them out.
+    """Splits pairs into consecutive batches of at most `budget` computed positions, as `share_prompts` arranges them.
 
     Returns:
-        (which pairs, positions computed for them) of each batch; a longer pair stands alone.
+        (the pairs, the positions computed for them) of each batch; a longer pair is alone.
     """
     batches: list[tuple[range, int]] = []
     begin, total, seen = 0, 0, set[tuple[bytes, bytes, int]]()

@@ -1,4 +1,4 @@
-"""Pairs of token ids to scored pairs, in batches that fit into memory."""
+"""Scores pairs of token ids, in batches that fit into memory."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from dpoeng.engine.scoring.forward import score_groups
 from dpoeng.engine.scoring.layout import share_prompts
 
 
-@torch.no_grad()  # not inference_mode: what a sharded base gathers here is used again in training
+@torch.no_grad()  # not inference_mode: training reuses tensors that a sharded base gathers here
 def score_pairs(lm: CausalLM, pairs: Sequence[PairIds]) -> list[ScoredPair]:
-    """Log-probs of every scored token of some pairs, in one forward; each prompt and each response of it is run once.
+    """Log-probs of every scored token of these pairs, in one forward; each prompt and response is computed once.
 
     Raises:
         UserError: the model gave a value that is not a log-prob.
@@ -39,7 +39,7 @@ def score_pairs(lm: CausalLM, pairs: Sequence[PairIds]) -> list[ScoredPair]:
                 remedy="some models overflow float16: use --dtype bfloat16 or float32",
                 exit_status=5,
             )
-        # Rounding in the log-sum-exp can leave +1e-7 where the token is certain.
+        # For a certain token, rounding in the log-sum-exp can give +1e-7.
         scored.append(ScoredPair(ids, np.minimum(chosen, 0.0), np.minimum(rejected, 0.0)))
     return scored
 
@@ -50,17 +50,17 @@ def score_within_memory(
     *,
     note: Callable[[str], None] = QUIET.note,
 ) -> list[ScoredPair]:
-    """`score_pairs`, in smaller forwards where memory runs out.
+    """`score_pairs`, in smaller forwards if memory runs out.
 
     Raises:
-        UserError: a pair alone does not fit.
+        UserError: a single pair does not fit.
     """
 
-    def too_long(some: Sequence[PairIds], said: str) -> UserError:
+    def too_long(some: Sequence[PairIds], problem: str) -> UserError:
         shorter = "use fewer bits with --quantization, or a shorter --max-length"
-        return too_large(some, said, phase="scoring", helps=shorter)
+        return too_large(some, problem, phase="scoring", helps=shorter)
 
     if lm.sharded:
-        with no_way_back("out of memory", "scoring over a sharded base", "hold it on more cards"):
+        with no_way_back("out of memory", "scoring over a sharded base", "shard it over more cards"):
             return score_pairs(lm, pairs)
     return in_parts(lambda some: score_pairs(lm, some), pairs, note=note, describe=too_long)

@@ -1,4 +1,4 @@
-"""Batches of pairs to scored pairs: one batch after the other, or all of a pass layer by layer. The same numbers."""
+"""Scores batches of pairs: one batch after the other, or a whole pass layer by layer, with the same numbers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Batches(Sequence[Batch]):
-    """Parts of longer sequences, whose pairs are read when a batch is asked for."""
+    """Parts of longer sequences; a batch's pairs are read when it is accessed."""
 
     parts: Sequence[tuple[Batch, range]]
 
@@ -51,12 +51,12 @@ class Batches(Sequence[Batch]):
 
     @staticmethod
     def of(batches: Sequence[Batch]) -> Batches:
-        """Batches that are there already."""
+        """Wraps existing batches."""
         return Batches([(batch, range(len(batch))) for batch in batches])
 
     @property
     def pairs(self) -> int:
-        """In all batches."""
+        """Number of pairs in all batches."""
         return sum(len(places) for _, places in self.parts)
 
 
@@ -69,18 +69,18 @@ def score_batches(
     advance: Advance = lambda _amount, _shown: None,
     pause: Callable[[], None] = lambda: None,
 ) -> Iterator[list[ScoredPair]]:
-    """The scored pairs of each batch, in order, as they are done.
+    """Yields the scored pairs of each batch, in order, as they are done.
 
     Args:
-        lm: the model. If it is run `by_layer`, a pass takes as many batches as its hidden states have room.
-        batches: what goes through one forward together.
-        ends: batches behind which something is stored: a pass ends there rather than elsewhere.
-        note: told of batches that had to be cut because memory ran out.
-        advance: told of tokens that are done, each prompt's and each response's once.
-        pause: called behind one of `ends` where everything that is done has been yielded; it may raise.
+        lm: the model. If it runs `by_layer`, a pass takes as many batches as there is room for hidden states.
+        batches: each goes through one forward.
+        ends: batches after which something is stored: passes end there if possible.
+        note: receives messages about batches that were split because memory ran out.
+        advance: called with the number of tokens done, counting each prompt and response once.
+        pause: called after one of `ends` once everything done has been yielded; it may raise.
 
     Raises:
-        UserError: a pair alone does not fit; or the model gave a value that is no log-probability.
+        UserError: a single pair does not fit, or the model gave a value that is not a log-prob.
     """
     if lm.by_layer is None:
         for at, rows in enumerate(_one_by_one(lm, batches, note, advance)):
@@ -116,15 +116,15 @@ def in_passes(
     advance: Advance = lambda _amount, _shown: None,
     pause: Callable[[], None] = lambda: None,
 ) -> Iterator[Result]:
-    """What `finish` makes of each of `count` forwards, of a model that is run by layer; without gradient.
+    """Yields the result of `finish` for each of `count` forwards of a model that runs by layer; without gradient.
 
     Args:
         lm: the model.
-        count: of forwards.
-        groups_of: what goes through a forward.
-        finish: is called with a forward's number, and runs it over these groups, after the layers.
+        count: number of forwards.
+        groups_of: the groups of a forward.
+        finish: called with a forward's number after the layers; runs the rest of the forward.
         ends: as in `score_batches`.
-        advance: told of tokens that are done.
+        advance: called with the number of tokens done.
         pause: as in `score_batches`.
 
     Raises:
@@ -137,23 +137,23 @@ def in_passes(
     for number, some in enumerate(passes):
         title = f"pass {number + 1} of {len(passes)}, " if len(passes) > 1 else ""
         groups = [groups_of(i) for i in some]
-        jobs = [partial(predict_groups, lm, own) for own in groups]
-        tell = _Told([sum_positions(own) for own in groups], by_layer.gates.count, advance, title)
+        jobs = [partial(predict_groups, lm, job_groups) for job_groups in groups]
+        tell = _Told([sum_positions(job_groups) for job_groups in groups], by_layer.gates.count, advance, title)
         waiting = by_layer.waiting(lm.device)
         with no_way_back("out of memory in a pass over the layers", f"{len(jobs)} forwards", _SMALLER):
             slots = through_layers(by_layer, waiting, jobs, tell)
-            done = list(after_layers(by_layer, waiting, slots, partial(_finish_of, finish, some)))
-        yield from done
+            finished = list(after_layers(by_layer, waiting, slots, partial(_finish_of, finish, some)))
+        yield from finished
         if some[-1] in ends:
             pause()
 
 
 @torch.no_grad()
 def up_to_layer(lm: CausalLM, forwards: Sequence[Sequence[PromptGroup]], end: int) -> Iterator[None]:
-    """Takes forwards of a model that is run by layer to the entry of layer `end`, where a watch ends them.
+    """Takes forwards of a model that runs by layer to the input of layer `end`, where a watch ends them.
 
     Yields:
-        once for each forward, when its pass is done.
+        once per forward, when its pass is done.
 
     Raises:
         UserError: memory runs out.
@@ -166,9 +166,9 @@ def up_to_layer(lm: CausalLM, forwards: Sequence[Sequence[PromptGroup]], end: in
         waiting = by_layer.waiting(lm.device)
         with no_way_back("out of memory in a pass over the layers", f"{len(jobs)} forwards", _SMALLER):
             slots = through_layers(by_layer, waiting, jobs, end=end)
-            for own, job in zip(slots, jobs, strict=True):
-                by_layer.gates.run_layer(end, [waiting.get(slot) for slot in own], job)
-                waiting.drop(own)
+            for job_slots, job in zip(slots, jobs, strict=True):
+                by_layer.gates.run_layer(end, [waiting.get(slot) for slot in job_slots], job)
+                waiting.drop(job_slots)
         yield from [None] * len(jobs)
 
 
@@ -180,7 +180,7 @@ _SMALLER = "use a smaller --batch-tokens or --per-device-eval-batch-size, or a l
 
 
 class _Told:
-    """Tells of tokens that are through a layer, so that the last layer makes all of them done."""
+    """Reports tokens per layer, so that all count as done after the last layer."""
 
     def __init__(self, tokens: Sequence[int], layers: int, advance: Advance, title: str) -> None:
         self._tokens, self._layers, self._advance, self._title = tokens, layers, advance, title
@@ -188,13 +188,13 @@ class _Told:
 
     def __call__(self, layer: int, at: int) -> None:
         now = self._tokens[at] * (layer + 1) // self._layers
-        shown = f"{self._title}layer {layer + 1} of {self._layers}, forward {at + 1} of {len(self._tokens)}"
-        self._advance(now - self._told[at], shown)
+        text = f"{self._title}layer {layer + 1} of {self._layers}, forward {at + 1} of {len(self._tokens)}"
+        self._advance(now - self._told[at], text)
         self._told[at] = now
 
 
 def plan_passes(sizes: Sequence[int], limit: int, ends: Collection[int] = ()) -> list[range]:
-    """Cuts batches into passes of at most `limit` bytes, behind one of `ends` where a pass has any."""
+    """Splits batches into passes of at most `limit` bytes, ending at one of `ends` if a pass has any."""
     passes: list[range] = []
     begin = 0
     while begin < len(sizes):
@@ -210,19 +210,19 @@ def plan_passes(sizes: Sequence[int], limit: int, ends: Collection[int] = ()) ->
 
 
 def sum_positions(groups: Sequence[PromptGroup]) -> int:
-    """Tokens of some groups, each prompt once."""
+    """Tokens of these groups, each prompt counted once."""
     return sum(len(group.prompt_ids) + sum(len(branch.ids) for branch in group.branches) for group in groups)
 
 
 def computed_positions(lm: CausalLM, groups: Sequence[PromptGroup]) -> int:
-    """Positions that the model computes for some groups in its layout, padding included."""
+    """Positions that the model computes for these groups in its layout, including padding."""
     if lm.layout == "shared":
         return sum_positions(groups)
     lengths = [len(single.branches[0].ids) for group in groups for single in separate(group)]
     return len(lengths) * max(lengths) if lm.padding else sum(lengths)
 
 
-# --------------------------------------------------------------------------- what is tried before
+# --------------------------------------------------------------------------- trials
 
 
 def choose_how_to_score(
@@ -232,12 +232,12 @@ def choose_how_to_score(
     longest: int | None = None,
     known: Sequence[PairIds] = (),
 ) -> None:
-    """`choose_layout`; of a model that is run by layer, over a few of its layers, and then whether it can be run so.
+    """`choose_layout`; for a model that runs by layer over a few of its layers, with a trial of running by layer.
 
-    `known`: of a model that begins at a trunk, pairs whose states are stored; see there, and `_probe`.
+    `known`: for a model that begins at a trunk, pairs with stored states; see `choose_layout` and `_probe`.
 
     Raises:
-        UserError: as there; or layers hand each other more than hidden states.
+        UserError: as in `choose_layout`, or layers exchange more than hidden states.
     """
     if lm.by_layer is None:
         choose_layout(lm, wanted, attention, longest, known)
@@ -277,7 +277,7 @@ _MOST_LAYERS = 12
 
 
 def _with_all_kinds(lm: CausalLM) -> int:
-    """So many first layers that every kind of layer is among them: by type and by the lists of the config."""
+    """Number of first layers that include every kind of layer: by type and by the config's lists."""
     assert lm.by_layer is not None
     lists = layer_lists(lm.base.config)[lm.entry.number if lm.entry is not None else 0 :]
     kinds = lists if len(lists) == lm.by_layer.gates.count else [()] * lm.by_layer.gates.count

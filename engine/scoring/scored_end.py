@@ -1,12 +1,12 @@
-"""The end of a decoder over scored positions only: its last layer behind the attention, and its last norm.
+"""The end of a decoder for scored positions only: its last layer after the keys and values, and its last norm.
 
-A hidden state that predicts no scored token is needed by other positions as key and value, and after the last attention
-by none. So in the last layer every position gives its key and value, while queries, output projection, MLP and norms
-are those of the positions that predict one. For packed rows through FlashAttention (`varlen`), on a GPU: a product of
-fewer rows may round otherwise, so a CPU's numbers stay as they are.
+Other positions need a hidden state that predicts no scored token only as key and value, and after the last attention
+not at all. So in the last layer every position computes its key and value, while queries, output projection, MLP and
+norms are computed only for positions that predict a scored token. Only for packed rows through FlashAttention
+(`varlen`) on a GPU: products of fewer rows may round differently, so a CPU's numbers stay unchanged.
 
-Nothing here knows an architecture by name. The layer's own code runs twice: up to its attention over all positions, and
-whole over the few, with what that attention gives. `choose_layout` tries whether the numbers come out right.
+Nothing here depends on an architecture's name. The layer's own code runs twice: up to its attention over all positions,
+then whole over the few, using that attention's result. `choose_layout` tests whether the numbers are right.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ class _Reached(Exception):  # noqa: N818  (no error)
 
 
 def end_at_scored(lm: CausalLM, run: Callable[[], Any]) -> bool:
-    """Make the last decoder layer compute scored positions only, for packed rows through varlen.
+    """Makes the last decoder layer compute scored positions only, for packed rows through varlen.
 
-    To be called before layers are recomputed (`enable_gradient_checkpointing`), which then wraps this.
+    Call it before `enable_gradient_checkpointing`, which then wraps it.
 
     Args:
         lm: the model, in the shared layout, with `attention` varlen.
         run: a forward over packed rows.
 
     Returns:
-        whether the last layer has one attention that takes a row's plan, and an output projection behind it.
+        whether the last layer has one attention that takes a row's plan, followed by an output projection.
     """
     layer: Any = decoder_layers(lm.backbone)[-1]
     if isinstance(layer.forward, partial) and layer.forward.func is _over_scored:
@@ -52,7 +52,7 @@ def end_at_scored(lm: CausalLM, run: Callable[[], Any]) -> bool:
 
 
 def _parts(layer: nn.Module, run: Callable[[], Any]) -> tuple[str, str] | None:
-    """Names of a layer's attention, and in that of the part that is called last: found by a forward."""
+    """Names of a layer's attention, and of the part of it that is called last, determined by a forward."""
     takes_plan: list[str] = []
     called: dict[str, list[str]] = {}
     hooks = []
@@ -88,7 +88,7 @@ def _over_scored(
     *others: Any,
     **named: Any,
 ) -> Any:
-    """A layer over a row [1, T, H] -> its output at the M positions of the plan's `last`, [1, M, H]."""
+    """Runs a layer over a row [1, T, H]; returns its output at the M positions of the plan's `last`, [1, M, H]."""
     plan: AttentionPlan | None = named.get("dpoeng_plan")
     if plan is None or plan.last is None:
         return forward(hidden_states, *others, **named)
@@ -103,7 +103,7 @@ def _over_scored(
     with _forward_of(attention, stop), contextlib.suppress(_Reached):
         forward(hidden_states, *others, **named)
     ((inputs, keywords),) = given
-    # The attention's code expects as many rows as it was given, so those that nobody asked for are 0 up to here.
+    # The attention's code expects all its rows back, so rows that are not needed are 0 up to here.
     hook = getattr(attention, output_name).register_forward_pre_hook(
         lambda _module, states: (states[0].index_select(1, rows), *states[1:])
     )
@@ -117,7 +117,7 @@ def _over_scored(
 
 @contextlib.contextmanager
 def _forward_of(module: Any, function: Callable[..., Any]) -> Iterator[None]:
-    """Let a module compute something else for a while."""
+    """Replaces a module's forward within the block."""
     own = module.__dict__.get("forward")
     module.forward = function
     try:

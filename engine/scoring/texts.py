@@ -1,6 +1,6 @@
-"""Where prompts and responses lie in the input of a forward, so that their states can be stored and put back.
+"""Locates prompts and responses in the input of a forward, so that their states can be stored and restored.
 
-Knows rectangles [B, T] of tokens; a packed row is one of height 1.
+Works on rectangles [B, T] of tokens; a packed row has height 1.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dpoeng.engine.scoring.layout import PromptGroup
 
 
 class Place(NamedTuple):
-    """Tokens of a prompt (`response_ids` None), or of a response under it: columns [begin, end) of a row."""
+    """Tokens of a prompt (`response_ids` None), or of a response after it: columns [begin, end) of a row."""
 
     prompt_ids: IdArray
     response_ids: IdArray | None
@@ -26,7 +26,7 @@ class Place(NamedTuple):
 
 
 def places_packed(groups: Sequence[PromptGroup]) -> list[Place]:
-    """The texts of groups that follow each other in one row, as `layout.pack` lays them out."""
+    """The texts of groups in one row, as `layout.pack` arranges them."""
     places, at = [], 0
     for group in groups:
         for response in (None, *(branch.ids for branch in group.branches)):
@@ -37,7 +37,7 @@ def places_packed(groups: Sequence[PromptGroup]) -> list[Place]:
 
 
 def places_apart(groups: Sequence[PromptGroup]) -> list[Place]:
-    """The texts of groups whose branches stand in a row each, behind their own prompt, as `layout.pad` lays them."""
+    """The texts of groups with one branch per row, after its own prompt, as `layout.pad` arranges them."""
     places, row = [], 0
     for group in groups:
         prompt = len(group.prompt_ids)
@@ -49,16 +49,16 @@ def places_apart(groups: Sequence[PromptGroup]) -> list[Place]:
 
 
 def put_states(lm: CausalLM, places: Sequence[Place], shape: tuple[int, int]) -> None:
-    """Give the next forward of a model that begins at a trunk the stored states of its texts; 0 at padding.
+    """Passes the stored states of its texts to the next forward of a model that begins at a trunk; 0 at padding.
 
     Raises:
-        CacheError: the trunk does not hold one of the texts.
+        CacheError: the trunk lacks one of the texts.
     """
-    # The stored dtype is the compute dtype of the reference; another one is another policy, see `choose_trunk`.
-    assert lm.states is not None, "the model begins at a trunk, and nothing gives its states"
-    held = [(place, lm.states(place.prompt_ids, place.response_ids)) for place in places if place.end > place.begin]
-    first = held[0][1]
+    # The stored dtype is the reference's compute dtype; `choose_trunk` refuses a policy with another one.
+    assert lm.states is not None, "the model begins at a trunk, but nothing provides its states"
+    stored = [(place, lm.states(place.prompt_ids, place.response_ids)) for place in places if place.end > place.begin]
+    first = stored[0][1]
     states = torch.zeros(*shape, first.shape[-1], dtype=first.dtype, device=first.device)
-    for place, part in held:
+    for place, part in stored:
         states[place.row, place.begin : place.end] = part
     lm.entry.states = states if states.is_meta else states.to(lm.device, lm.dtype, non_blocking=True)

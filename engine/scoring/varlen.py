@@ -1,9 +1,9 @@
-"""The attention of `attention` as one FlashAttention call a layer over texts of different lengths: for GPUs.
+"""The attention of `attention` as one FlashAttention call per layer over texts of different lengths: for GPUs.
 
 A row with its spans is a sequence of texts: `[prompt | first branch]`, then `[prompt | branch]` for each further
-branch, of which only the branch is asked for. As queries they lie in the row one after the other already; as keys a
-prompt is gathered once more for each further branch. The kernel aligns the causal mask at the lower right, so a
-branch's queries see their whole prompt. Nothing is computed between texts, and nothing is compiled for a row's shape.
+branch, of which only the branch is needed. The queries are adjacent in the row already; the keys of a prompt are
+gathered again for each further branch. The kernel aligns the causal mask at the lower right, so a branch's queries see
+their whole prompt. Nothing is computed between texts, and nothing is compiled for a row's shape.
 (Dao 2023, FlashAttention-2, https://arxiv.org/abs/2307.08691; `torch.nn.attention.varlen`)
 """
 
@@ -26,12 +26,12 @@ class Texts:
     """A row as S texts.
 
     Attributes:
-        query_offsets: [S + 1] int32, where each text's queries begin in the row.
-        key_offsets: [S + 1] int32, the same of its keys.
-        key_rows: [K] the positions of the row that are keys, text after text; None where these are the row as it is.
-        longest_query: of all texts.
-        longest_key: of all texts.
-        query_rows: [M] the positions of the row that are queries; None for all.
+        query_offsets: [S + 1] int32, start of each text's queries in the row.
+        key_offsets: [S + 1] int32, start of each text's keys.
+        key_rows: [K], the positions of the row that are keys, text after text; None if these are all, in order.
+        longest_query: length of the longest text's queries.
+        longest_key: length of the longest text's keys.
+        query_rows: [M], the positions of the row that are queries; None for all.
     """
 
     query_offsets: torch.Tensor
@@ -42,17 +42,17 @@ class Texts:
     query_rows: torch.Tensor | None = None
 
 
-def texts(groups: Sequence[GroupSpan], device: torch.device, asked: IndexArray | None = None) -> Texts:
-    """Spans of a row -> its texts; with `asked`, from `queries_of`, these positions are the queries."""
+def texts(groups: Sequence[GroupSpan], device: torch.device, needed: IndexArray | None = None) -> Texts:
+    """The texts of a row's spans; with `asked`, from `queries_of`, only these positions are queries."""
     keys = [
         np.concatenate([np.arange(group.prompt_begin, group.prompt_end), np.arange(begin, end)])
         for group in groups
         for begin, end in group.branches
     ]
     queries = [size for group in groups for size in group.text_sizes]
-    if asked is not None:
-        # The mask is aligned at the last query, so keys behind it are left out, and texts without one.
-        of_texts = [queries_within(asked, begin, end) for group in groups for begin, end in group.text_ranges]
+    if needed is not None:
+        # The mask is aligned at the last query, so drop keys after it, and texts without queries.
+        of_texts = [queries_within(needed, begin, end) for group in groups for begin, end in group.text_ranges]
         keys = [rows[rows <= own[-1]] for rows, own in zip(keys, of_texts, strict=True) if len(own)]
         queries = [len(own) for own in of_texts if len(own)]
     lengths = [len(rows) for rows in keys]
@@ -60,14 +60,14 @@ def texts(groups: Sequence[GroupSpan], device: torch.device, asked: IndexArray |
     def offsets(counts: Sequence[int]) -> torch.Tensor:
         return to_device(np.cumsum([0, *counts], dtype=np.int32), device)
 
-    again = asked is not None or lengths != queries
+    again = needed is not None or lengths != queries
     return Texts(
         offsets(queries),
         offsets(lengths),
         to_device(np.concatenate(keys), device) if again else None,
         max(queries),
         max(lengths),
-        None if asked is None else to_device(asked, device),
+        None if needed is None else to_device(needed, device),
     )
 
 
@@ -84,7 +84,7 @@ def varlen(
 ) -> torch.Tensor:
     """Attention of a packed row. Shapes: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D].
 
-    Where only some rows are asked for, the others are 0.
+    If only some rows are needed, the others are 0.
 
     Raises:
         ValueError: soft-capped scores or attention sinks, which this kernel does not have.
@@ -95,14 +95,14 @@ def varlen(
 
     if rows.query_rows is not None:
         query = query.index_select(2, rows.query_rows)
-    # `squeeze` and not an index, whose backward would fill and copy a tensor.
+    # `squeeze` instead of indexing, whose backward would fill and copy a tensor.
     q, k, v = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
     if rows.key_rows is not None:
         k, v = k.index_select(0, rows.key_rows), v.index_select(0, rows.key_rows)
-    # torch 2.11 has no such argument; its kernel takes fewer heads of keys as they are.
+    # torch 2.11 has no such argument; its kernel accepts fewer key heads directly.
     has_argument = "enable_gqa" in inspect.signature(varlen_attn).parameters
     grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if has_argument else {}
-    found = varlen_attn(
+    output = varlen_attn(
         q.contiguous(),
         k.contiguous(),
         v.contiguous(),
@@ -114,7 +114,7 @@ def varlen(
         window_size=(-1 if window is None else window - 1, 0),
         **grouped,
     )
-    attended = torch.as_tensor(found)[None]
+    attended = torch.as_tensor(output)[None]
     if rows.query_rows is None:
         return attended
     return attended.new_zeros(1, value.shape[2], *attended.shape[2:]).index_copy(1, rows.query_rows, attended)

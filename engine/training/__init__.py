@@ -1,4 +1,4 @@
-"""The DPO step and the loop around it: batches, loss against cached numbers, optimizer, evaluation.
+"""The DPO step and the loop around it: batches, loss against cached log-probs, optimizer, evaluation.
 
-Takes pairs and a loaded policy. Knows nothing of the files pairs came from, or of how the model was loaded.
+Takes pairs and a loaded policy. Independent of the pairs' files and of how the model was loaded.
 """

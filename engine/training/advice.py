@@ -1,7 +1,6 @@
 """Remarks on a run's curves, as an expert would make them: pure functions of its metrics.
 
-Every rule names the figures that it rests on. Thresholds are where a practitioner would look again, not tests of
-significance.
+Every rule states its figures. Thresholds mark where a practitioner would look again; they are not significance tests.
 """
 
 from __future__ import annotations
@@ -17,23 +16,23 @@ from dpoeng.engine.losses.names import facts_of
 from dpoeng.engine.training.intervals import FEW, wilson
 
 _ENOUGH_PAIRS = 20
-"""Held-out pairs from which on remarks rest on their means."""
+"""Minimum held-out pairs for remarks about their means."""
 ENOUGH_STEPS = 8
-"""Logged steps from which on their course is worth one."""
+"""Minimum logged steps for remarks about their course."""
 
 Line = Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """One remark: a stable code, what was seen, and what to try."""
+    """One remark: a stable code, the observation, and a suggestion."""
 
     code: str
     seen: str
     remedy: str
 
     def record(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """The remark as JSON values."""
         return asdict(self)
 
 
@@ -50,16 +49,16 @@ def advise(
     Args:
         steps: metrics of logged steps, in order.
         evaluations: metrics of the evaluations, in order, under `eval_` names; the first is from before training.
-        loss_type: of the run.
-        beta: of the run.
-        held_out_pairs: how many pairs the evaluations are over.
+        loss_type: losses of the run.
+        beta: beta of the run.
+        held_out_pairs: number of pairs in the evaluations.
     """
-    # What is said of log-probs is about the two responses of a pair.
+    # Remarks on log-probs compare the two responses of a pair.
     reference = any(facts_of(name).reference and facts_of(name).rows == "pairs" for name in loss_type)
     few = _few_pairs(held_out_pairs) if evaluations and held_out_pairs < FEW else None
     if held_out_pairs < _ENOUGH_PAIRS:
         evaluations = []
-    found = [
+    remarks = [
         few,
         _displacement(steps, evaluations, beta) if reference else None,
         _length(evaluations[-1]) if evaluations else None,
@@ -67,7 +66,7 @@ def advise(
         _saturated(steps, evaluations[-1] if evaluations else None),
         _overfitted(evaluations),
     ]
-    return [advice for advice in found if advice is not None]
+    return [advice for advice in remarks if advice is not None]
 
 
 def _few_pairs(pairs: int) -> Advice:
@@ -76,12 +75,12 @@ def _few_pairs(pairs: int) -> Advice:
         "few-held-out-pairs",
         f"the evaluations are over {counted(pairs, 'pair')}, which is too few: an accuracy of 0.70 would have a 95 % "
         f"interval from {low:.2f} to {high:.2f}",
-        f"hold out {FEW} pairs or more, better a few hundred (eval_share, or eval_view for a file of its own)",
+        f"hold out at least {FEW} pairs, better a few hundred (eval_share, or eval_view for a separate file)",
     )
 
 
 def _displacement(steps: Sequence[Line], evaluations: Sequence[Line], beta: float) -> Advice | None:
-    """Both responses grow less likely. Razin et al. 2024, https://arxiv.org/abs/2410.08847"""
+    """Both responses become less likely. Razin et al. 2024, https://arxiv.org/abs/2410.08847"""
     if len(evaluations) >= 2:
         chosen, rejected = (
             evaluations[-1][f"eval_logps/{side}"] - evaluations[0][f"eval_logps/{side}"]
@@ -104,7 +103,7 @@ def _displacement(steps: Sequence[Line], evaluations: Sequence[Line], beta: floa
 
 
 def _length(last: Line) -> Advice | None:
-    """Remark on margins that follow the difference of lengths and vanish under length control."""
+    """Margins follow the difference of lengths and vanish under length control."""
     accuracy = last["eval_rewards/accuracies"]
     controlled = last.get("eval_rewards/accuracies_length_controlled")
     correlation = last.get("eval_rewards/margins_length_correlation")
@@ -114,14 +113,14 @@ def _length(last: Line) -> Advice | None:
     return Advice(
         "length-explains-margins",
         f"held-out margins follow the difference of lengths (correlation {correlation:+.2f}); accuracy is "
-        f"{accuracy:.2f}, but {controlled:.2f} where chosen is longer as often as shorter: the policy may only prefer "
+        f"{accuracy:.2f}, but {controlled:.2f} after length control: the policy may only prefer "
         f"{taste} texts",
         "use ld_alpha 0.5, loss_type sigmoid_norm or simpo, or balance the lengths of the pairs",
     )
 
 
 def _not_moving(steps: Sequence[Line], beta: float) -> Advice | None:
-    """The loss is where it began: ln 2 for DPO."""
+    """The loss is still at its start: ln 2 for DPO."""
     if len(steps) < ENOUGH_STEPS:
         return None
     first, now = steps[0]["loss"], _tail(steps, "loss")
@@ -137,7 +136,7 @@ def _not_moving(steps: Sequence[Line], beta: float) -> Advice | None:
 
 
 def _saturated(steps: Sequence[Line], last: Line | None) -> Advice | None:
-    """Every training pair is right: what is left is to make margins larger."""
+    """Every training pair is right, so only margins can still grow."""
     if len(steps) < ENOUGH_STEPS or _tail(steps, "rewards/accuracies") < 0.99:
         return None
     seen = f"accuracy on training pairs was {_tail(steps, 'rewards/accuracies'):.2f} over the last quarter of the run"
@@ -152,7 +151,7 @@ def _saturated(steps: Sequence[Line], last: Line | None) -> Advice | None:
 
 
 def _overfitted(evaluations: Sequence[Line]) -> Advice | None:
-    """Remark on a held-out loss that has risen."""
+    """The held-out loss has risen."""
     losses = [line["eval_loss"] for line in evaluations]
     if len(losses) < 3:
         return None
@@ -167,5 +166,5 @@ def _overfitted(evaluations: Sequence[Line]) -> Advice | None:
 
 
 def _tail(steps: Sequence[Line], name: str) -> float:
-    """The mean over the last quarter: single steps are noise."""
+    """The mean over the last quarter, since single steps are noisy."""
     return statistics.fmean(line[name] for line in steps[-max(len(steps) // 4, 1) :])

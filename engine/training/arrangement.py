@@ -1,4 +1,4 @@
-"""Which rows an epoch has, in which order, where that is not each row once by chance. Functions of the seed alone."""
+"""The rows of an epoch and their order, if it is not every row once in random order. Depends only on the seed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Arrangement:
-    """Of R training rows that lie source by source.
+    """How to arrange R training rows, sorted by source.
 
     Attributes:
-        sizes: rows of each source; R in all.
-        shares: share of each source in an epoch, in all 1; None: each row once.
-        ranks: [R] rows with a smaller one come first in each epoch, of equal ones by chance; None: by chance.
+        sizes: rows of each source; R in total.
+        shares: share of each source in an epoch, with sum 1; None: each row once.
+        ranks: [R], smaller ranks come first in each epoch, ties in random order; None: all in random order.
     """
 
     sizes: tuple[int, ...]
@@ -26,12 +26,12 @@ class Arrangement:
     ranks: npt.NDArray[np.float64] | None = None
 
 
-@functools.lru_cache(maxsize=1)  # every step asks for its rows; an Arrangement is the same by identity
+@functools.lru_cache(maxsize=1)  # every step needs its rows; Arrangements are compared by identity
 def arranged_order(arrangement: Arrangement, seed: int, epoch: int) -> Rows:
     """The rows of one epoch in their order, [R]; read-only.
 
-    With shares a source gives R times its share, rounded. It goes through its rows in shuffled passes that run on from
-    epoch to epoch, so that none comes again before all have come; from where it left off, by arithmetic alone.
+    With shares, a source gives R times its share, rounded. It goes through its rows in shuffled passes that continue
+    from epoch to epoch, so that no row repeats before all have come; the position is computed, not stored.
     """
     count = sum(arrangement.sizes)
     order = np.random.default_rng([seed, epoch]).permutation(count)
@@ -48,22 +48,22 @@ def arranged_order(arrangement: Arrangement, seed: int, epoch: int) -> Rows:
 
 
 def _quotas(arrangement: Arrangement, count: int) -> list[int]:
-    """Rows of each source in an epoch; what rounding leaves goes to the largest fractions, earlier sources first."""
+    """Rows of each source in an epoch; remainders go to the largest fractions, earlier sources first."""
     exact = [share * count for share in arrangement.shares or ()]
-    found = [int(value + 1e-9) for value in exact]
-    order = sorted(range(len(exact)), key=lambda k: found[k] - exact[k])
-    for k in order[: count - sum(found)]:
-        found[k] += 1
-    return found
+    quota = [int(value + 1e-9) for value in exact]
+    order = sorted(range(len(exact)), key=lambda k: quota[k] - exact[k])
+    for k in order[: count - sum(quota)]:
+        quota[k] += 1
+    return quota
 
 
 def _next_rows(size: int, begin: int, count: int, seed: list[int]) -> Rows:
-    """Places `begin` to `begin + count` of an endless walk through `size` rows, shuffled anew in each pass."""
+    """Items `begin` to `begin + count` of an endless walk through `size` rows, shuffled again in each pass."""
     places = np.arange(begin, begin + count)
     passes, within = np.divmod(places, size)
     rows = np.empty(count, np.int64)
     for number in np.unique(passes).tolist():
-        # 1 more than the pass: a generator's seed with a 0 at its end is that without it.
+        # Add 1 to the pass: a seed with a trailing 0 equals the seed without it.
         shuffled = np.random.default_rng([*seed, number + 1]).permutation(size)
         rows[passes == number] = shuffled[within[passes == number]]
     return rows

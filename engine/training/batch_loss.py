@@ -1,4 +1,4 @@
-"""Pairs through the policy, set against their cached values: what a step and an evaluation are made of."""
+"""Runs pairs through the policy and compares them with their cached values, for steps and evaluations."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def batch_loss(
     per_token: bool = True,
     gumbel: torch.Tensor | None = None,
 ) -> PreferenceLoss:
-    """The loss of some pairs, with gradient where that is on; see `batch_sums` and `preference_loss`."""
+    """The loss of these pairs, with gradient if enabled; see `batch_sums` and `preference_loss`."""
     sums = batch_sums(lm, pairs, settings, weights, per_token=per_token)
     gumbel = gumbel.to(sums.chosen_ratio.device) if gumbel is not None else None
     return preference_loss(sums, settings, state=state, mean_tokens=mean_tokens, gumbel=gumbel)
@@ -50,9 +50,9 @@ def batch_sums(
     *,
     per_token: bool = True,
 ) -> PairSums:
-    """Scores pairs with the policy, with gradient where that is on, and compares with their cached values.
+    """Scores pairs with the policy, with gradient if enabled, and compares them with their cached values.
 
-    `per_token` is false where the cache holds sums over whole responses.
+    `per_token` is False if the cache has only sums over whole responses.
     """
     unpaired, sides = settings.rows == "unpaired", _sides(settings)
     predictors, targets, offsets = predict_groups(lm, groups_of(pairs, settings))
@@ -73,12 +73,12 @@ def batch_sums(
 
 
 def groups_of(pairs: Sequence[ScoredPair], settings: LossSettings) -> list[PromptGroup]:
-    """What a forward runs for some pairs."""
+    """The groups of a forward over these pairs."""
     return [pair_group(pair.ids, _sides(settings)) for pair in pairs]
 
 
 def _sides(settings: LossSettings) -> int:
-    """An unpaired row's second response need not be run where the loss does not look at it."""
+    """Number of responses to run: an unpaired row's second response only if the loss reads it."""
     return 1 if settings.rows == "unpaired" and not settings.reads_mismatched else 2
 
 
@@ -95,9 +95,9 @@ def evaluate(
     note: Callable[[str], None] = QUIET.note,
     group: Group = ALONE,
 ) -> PreferenceLoss:
-    """The loss of held-out pairs, all of them as one batch however they are cut; a group of processes shares the work.
+    """The loss of held-out pairs as one batch, however they are split; a group of processes shares the work.
 
-    Batches are cut as one process cuts them, so that a pair's numbers do not depend on how many there are.
+    Batches are split as in one process, so that a pair's numbers do not depend on the number of processes.
     """
 
     def score(some: Sequence[int]) -> list[PairSums]:
@@ -111,8 +111,8 @@ def evaluate(
             )
         ]
 
-    def too_long(some: Sequence[int], said: str) -> UserError:
-        return too_large([rows[i].ids for i in some], said, phase="evaluation", helps="hold out shorter pairs")
+    def too_long(some: Sequence[int], problem: str) -> UserError:
+        return too_large([rows[i].ids for i in some], problem, phase="evaluation", helps="hold out shorter pairs")
 
     batches = [range(begin, min(len(rows), begin + batch_size)) for begin in range(0, len(rows), batch_size)]
 
@@ -121,9 +121,14 @@ def evaluate(
 
     def mine() -> list[tuple[int, PairSums]]:
         if lm.by_layer is not None:
-            own = list(group.mine(len(batches)))
-            sums = in_passes(lm, len(own), lambda i: of_batch(own[i]), lambda i: PairSums.join(score(batches[own[i]])))
-            return list(zip(own, sums, strict=True))
+            own_batches = list(group.mine(len(batches)))
+            sums = in_passes(
+                lm,
+                len(own_batches),
+                lambda i: of_batch(own_batches[i]),
+                lambda i: PairSums.join(score(batches[own_batches[i]])),
+            )
+            return list(zip(own_batches, sums, strict=True))
         parts = []
         for number, counts in turns(group, len(batches), sharded=lm.sharded):
             if lm.sharded:
@@ -142,20 +147,20 @@ def turns(group: Group, count: int, *, sharded: bool) -> list[tuple[int, bool]]:
     """Which of `count` forwards this process does, and whether each counts.
 
     Over a sharded base a forward gathers layers from all processes, so all of them run the same number. A process that
-    has run out repeats the last forward, which does not count.
+    has run out repeats its last forward, which does not count.
     """
     extra = group.idle(count) if sharded else 0
     return [(number, True) for number in group.mine(count)] + [(count - 1, False)] * extra
 
 
 def in_order(group: Group, work: Callable[[], list[tuple[int, Part]]], *, sharded: bool) -> list[Part]:
-    """The numbered parts that the processes of a group make, in every process, in the order of their numbers.
+    """The numbered parts computed by all processes, in every process, sorted by number.
 
     Raises:
-        MemoryError: one of the processes ran out of memory; all raise it, unless the base is sharded.
+        MemoryError: a process ran out of memory; all raise it, unless the base is sharded.
     """
     if group.size == 1:
         return [part for _, part in work()]
     shares = group.each(lambda: [(number, part.on_host()) for number, part in work()], in_step=sharded)
-    # Sorted by number and not by process: sums over them are then those of one process alone.
+    # Sort by number, not by process, so that sums over them equal those of a single process.
     return [part for _, part in sorted(itertools.chain.from_iterable(shares), key=lambda one: one[0])]

@@ -1,6 +1,6 @@
-"""Cached rows as a torch Dataset whose tensors lie in the mapped files: nothing is copied.
+"""Cached rows as a torch Dataset with zero-copy tensors on the mapped files.
 
-Knows nothing of batches: a collate function pads or packs as its trainer likes.
+Does no batching: use a collate function that pads or packs as your trainer needs.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ _DTYPES = {"int32": torch.int32, "float32": torch.float32}
 
 
 class CachedPairs(Dataset[dict[str, Any]]):
-    """Rows of a view, each a dict of tensors and numbers.
+    """Rows of a view, each as a dict of tensors and numbers.
 
-    An item holds `prompt_ids` [P], `chosen_ids` [C], `rejected_ids` [R] (int32), `chosen_logps` [C - chosen_start],
+    An item has `prompt_ids` [P], `chosen_ids` [C], `rejected_ids` [R] (int32), `chosen_logps` [C - chosen_start],
     `rejected_logps` [R - rejected_start] (float32, nats), `chosen_start`, `rejected_start` (the first scored tokens),
-    `chosen_sum`, `rejected_sum` (float). A cache of imported sums has no log-probs of tokens.
+    `chosen_sum`, `rejected_sum` (float). A cache of imported sums has no per-token log-probs.
 
-    A tensor is a part of the mapped file. Writing to it changes a private copy of its page, never the file. It may be
-    given to workers: each maps the files itself, from the same pages of the system.
+    A tensor is a part of the mapped file. Writing to it changes a private copy of its page, never the file. It can be
+    passed to workers: each maps the files itself, and the system shares the pages.
     """
 
     def __init__(self, view: View, indices: range) -> None:
         self._view = view
         self._indices = indices
-        self._shards: list[tuple[Shard, int]] | None = None  # each with the address where its map begins
+        self._shards: list[tuple[Shard, int]] | None = None  # each with the start address of its map
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -45,7 +45,7 @@ class CachedPairs(Dataset[dict[str, Any]]):
         shard, start = self._shards[number]
 
         def tensor(values: npt.NDArray[Any]) -> Tensor:
-            # Over the same memory. torch.from_numpy would warn: pyarrow's arrays are read-only.
+            # Share the memory. torch.from_numpy would warn, because pyarrow's arrays are read-only.
             if not len(values):
                 return torch.empty(0, dtype=_DTYPES[values.dtype.name])
             offset = _address(values) - start
@@ -67,7 +67,7 @@ class CachedPairs(Dataset[dict[str, Any]]):
         return item
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shards": None}  # a map cannot be pickled; the view opens its files again
+        return {**self.__dict__, "_shards": None}  # a map cannot be pickled; the view reopens its files
 
 
 def _address(values: npt.NDArray[Any]) -> int:

@@ -1,4 +1,4 @@
-"""The best evaluation so far, and when to stop waiting for a better one. Its state is part of every checkpoint."""
+"""The best evaluation so far, and when to stop waiting for a better one. Part of every checkpoint."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Best:
     """Best evaluation after step 0.
 
     Attributes:
-        step: of the best one, or None before the first.
-        value: of the metric there.
-        earlier: the step that was the best before it; its checkpoint is kept too, in case the newest is damaged.
+        step: step of the best one, or None before the first.
+        value: its value of the metric.
+        earlier: the previous best step; its checkpoint is kept too, in case the newest is damaged.
         waited: evaluations since the best one.
     """
 
@@ -26,7 +26,7 @@ class Best:
     waited: int = 0
 
     def record(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """The state as JSON values."""
         return asdict(self)
 
     @property
@@ -36,7 +36,7 @@ class Best:
 
 
 def watched(metrics: Mapping[str, float], name: str | None) -> float:
-    """The metric to watch, by its name with or without `eval_`; the loss where none is named.
+    """The metric to watch, by its name with or without `eval_`; the loss if no name is given.
 
     Raises:
         UserError: there is no such metric.
@@ -54,15 +54,15 @@ def watched(metrics: Mapping[str, float], name: str | None) -> float:
     return metrics[key]
 
 
-def more_is_better(name: str | None, given: bool | None) -> bool:
-    """Whether more of a metric is better: as given, else not for a loss or a KL."""
-    if given is not None:
-        return given
+def more_is_better(name: str | None, configured: bool | None) -> bool:
+    """Whether a larger metric is better: as configured, else True except for a loss or a KL."""
+    if configured is not None:
+        return configured
     return not any(part in (name or "loss") for part in ("loss", "kl/"))
 
 
 def updated(best: Best, step: int, value: float, *, greater: bool, threshold: float) -> Best:
-    """After an evaluation. As transformers' EarlyStoppingCallback: better is by more than `threshold`."""
+    """The state after an evaluation. As in transformers' EarlyStoppingCallback, `threshold` must be exceeded."""
     gain = 0.0 if best.value is None else (value - best.value if greater else best.value - value)
     if best.value is None or gain > threshold:
         return Best(step=step, value=value, earlier=best.step, waited=0)

@@ -1,6 +1,6 @@
 """Evaluates held-out pairs: means with intervals, length-controlled accuracy, and the same by group.
 
-Pure functions of a `PreferenceLoss` and of labels; knows no model and no file.
+Pure functions of a `PreferenceLoss` and labels; needs no model and no files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _OF_GROUPS = ("loss", "rewards/accuracies", "rewards/margins")
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The pairs with one value of a column: how many, their means, and the interval of each."""
+    """The pairs with one value of a column: their number, their means, and each mean's interval."""
 
     pairs: int
     metrics: dict[str, float]
@@ -36,9 +36,9 @@ class Evaluation:
 
     Attributes:
         pairs: held-out pairs.
-        prompts: how many prompts they have.
-        ties: pairs whose margin is exactly 0, as of a policy that equals its reference; accuracies count them as wrong.
-        metrics: name -> value over all of them.
+        prompts: number of distinct prompts.
+        ties: pairs with a margin of exactly 0, as for a policy equal to its reference; accuracies count them as wrong.
+        metrics: name -> value over all pairs.
         intervals: name -> interval of `CONFIDENCE`, see intervals.py.
         groups: column -> value -> its pairs.
     """
@@ -51,12 +51,12 @@ class Evaluation:
     groups: dict[str, dict[str, Group]]
 
     def record(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """The result as JSON values."""
         return {**asdict(self), "confidence": CONFIDENCE, "resamples": RESAMPLES}
 
 
 def summarise(
-    found: PreferenceLoss,
+    losses: PreferenceLoss,
     prompts: Sequence[bytes],
     labels: Mapping[str, Sequence[str]],
     *,
@@ -66,17 +66,17 @@ def summarise(
     """Means, intervals and groups of held-out pairs.
 
     Args:
-        found: their losses, as one batch.
-        prompts: of each pair, whatever tells prompts apart: pairs of one prompt are not independent of each other.
+        losses: their losses, as one batch.
+        prompts: anything that identifies each pair's prompt: pairs with the same prompt are not independent.
         labels: column -> the value of each pair.
-        seed: of the bootstrap.
-        per_pair_loss: whether the i-th loss belongs to the i-th pair; where pairs are sorted it does not, and groups
-            have no loss.
+        seed: seed of the bootstrap.
+        per_pair_loss: whether the i-th loss belongs to the i-th pair; not if pairs are sorted, and then groups have no
+            loss.
     """
-    values = {name: tensor.cpu().numpy() for name, tensor in pair_values(found).items()}
-    if found.threshold is not None:
+    values = {name: tensor.cpu().numpy() for name, tensor in pair_values(losses).items()}
+    if losses.threshold is not None:
         return _summarise_unpaired(values, prompts, labels, seed=seed)
-    longer = (found.sums.chosen_tokens - found.sums.rejected_tokens).cpu().numpy()
+    longer = (losses.sums.chosen_tokens - losses.sums.rejected_tokens).cpu().numpy()
     metrics = {name: float(value.mean()) for name, value in values.items()}
     controlled = length_controlled_accuracy(values["rewards/accuracies"], longer)
     length_correlation = correlation(values["rewards/margins"], longer)
@@ -104,25 +104,25 @@ def summarise(
 def _summarise_unpaired(
     values: Mapping[str, Floats], prompts: Sequence[bytes], labels: Mapping[str, Sequence[str]], *, seed: int
 ) -> Evaluation:
-    """The same of unpaired rows: each mean is over the rows that have the value, as rewards of desirable ones."""
+    """The same for unpaired rows: each mean covers the rows that have the value, such as rewards of desirable ones."""
 
     def of(rows: Sequence[int], names: Sequence[str]) -> Group:
         part = {name: values[name][list(rows)] for name in names}
         means = {name: float(np.nanmean(value)) for name, value in part.items() if not np.isnan(value).all()}
         bounds: dict[str, tuple[float, float]] = {}
         for name in means:
-            known = np.flatnonzero(~np.isnan(part[name]))
-            within = [prompts[rows[place]] for place in known.tolist()]
-            bounds |= intervals({name: part[name][known]}, np.zeros(len(known)), within, seed=seed)
+            present = np.flatnonzero(~np.isnan(part[name]))
+            within = [prompts[rows[place]] for place in present.tolist()]
+            bounds |= intervals({name: part[name][present]}, np.zeros(len(present)), within, seed=seed)
         return Group(len(rows), with_margin(means), bounds)
 
     whole = of(range(len(prompts)), list(values))
     groups = {
         column: {
-            label: of([row for row, other in enumerate(of_rows) if other == label], ("loss", "rewards/accuracies"))
-            for label in sorted(set(of_rows))
+            label: of([row for row, other in enumerate(row_labels) if other == label], ("loss", "rewards/accuracies"))
+            for label in sorted(set(row_labels))
         }
-        for column, of_rows in labels.items()
+        for column, row_labels in labels.items()
     }
     rewards = np.where(np.isnan(values["rewards/chosen"]), values["rewards/rejected"], values["rewards/chosen"])
     ties = int((rewards == values["rewards/threshold"]).sum())
@@ -130,15 +130,15 @@ def _summarise_unpaired(
 
 
 def pair_lines(
-    found: PreferenceLoss, prompts: Sequence[bytes], sources: Sequence[str], *, per_pair_loss: bool = True
+    losses: PreferenceLoss, prompts: Sequence[bytes], sources: Sequence[str], *, per_pair_loss: bool = True
 ) -> list[dict[str, Any]]:
-    """Yield a JSON object a held-out pair: its source, prompt hash, tokens, and every metric."""
-    values = {name: value.cpu().tolist() for name, value in pair_values(found).items()}
+    """Yields a JSON object per held-out pair: its source, prompt hash, tokens, and every metric."""
+    values = {name: value.cpu().tolist() for name, value in pair_values(losses).items()}
     if not per_pair_loss:
         del values["loss"]
-    values["chosen_tokens"] = [int(count) for count in found.sums.chosen_tokens.tolist()]
-    if found.threshold is None:
-        values["rejected_tokens"] = [int(count) for count in found.sums.rejected_tokens.tolist()]
+    values["chosen_tokens"] = [int(count) for count in losses.sums.chosen_tokens.tolist()]
+    if losses.threshold is None:
+        values["rejected_tokens"] = [int(count) for count in losses.sums.rejected_tokens.tolist()]
     return [
         {
             "source": source,

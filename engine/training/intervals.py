@@ -1,8 +1,8 @@
 """Intervals of held-out means and shares, and of paired differences of either.
 
-Pairs of one prompt are not independent, so prompts are the units (clusters). A bootstrap alone says "1.000 to 1.000"
-where all pairs are right, and is too narrow for few prompts; shares have score intervals instead, and means of few
-prompts at least Student's t. Knows numbers only.
+Pairs with the same prompt are not independent, so prompts are the units (clusters). A bootstrap alone gives "1.000 to
+1.000" if all pairs are right, and is too narrow for few prompts. So shares have score intervals, and means over few
+prompts at least Student's t. Works on numbers only.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ CONFIDENCE = 0.95
 RESAMPLES = 1000
 
 FEW = 30
-"""Fewer held-out pairs than this tell little: an accuracy of 0.7 has an interval of 0.35 or wider."""
+"""Fewer held-out pairs than this say little: an accuracy of 0.7 has an interval of at least 0.35."""
 
 ACCURACY = "rewards/accuracies"
 CONTROLLED = "rewards/accuracies_length_controlled"
 
-_Z = 1.959964  # of the normal distribution, two-sided for CONFIDENCE
+_Z = 1.959964  # normal distribution, two-sided for CONFIDENCE
 # Student's t for 1 to 28 degrees of freedom, two-sided for CONFIDENCE.
 _T = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
     2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048,
 )  # fmt: skip
-_DRAWN_AT_ONCE = 2**21  # prompts; bounds the memory of a block of resamples to 32 MiB
+_DRAWN_AT_ONCE = 2**21  # prompts; limits a block of resamples to 32 MiB
 
 
 def length_controlled_accuracy(right: Floats, longer: Floats) -> float | None:
-    """The mean of two accuracies: of the pairs whose chosen response has more tokens, and of those where it has fewer.
+    """The mean of two accuracies: for pairs whose chosen response has more tokens, and for pairs where it has fewer.
 
-    A policy that has only learnt to like length (or to dislike it) gets 0.5, however the data are. Pairs of equal
-    length are left out. None where there is no pair of either kind.
+    A policy that only learnt to prefer length (or brevity) gets 0.5, whatever the data. Pairs of equal length are left
+    out. None if one of the two kinds has no pair.
     """
     if not ((longer > 0).any() and (longer < 0).any()):
         return None
@@ -50,18 +50,18 @@ def length_controlled_accuracy(right: Floats, longer: Floats) -> float | None:
 def intervals(
     values: Mapping[str, Floats], longer: Floats, prompts: Sequence[bytes], *, seed: int, paired: bool = False
 ) -> dict[str, Bounds]:
-    """Intervals of the means, and of the length-controlled accuracy where the accuracy is among them.
+    """Intervals of the means, and of the length-controlled accuracy if the accuracy is among them.
 
     Args:
         values: name -> value of each pair, [N].
-        longer: chosen less rejected tokens of each pair, [N].
-        prompts: of each pair, [N], whatever tells prompts apart.
-        seed: of the bootstrap.
+        longer: chosen minus rejected tokens of each pair, [N].
+        prompts: [N], anything that identifies each pair's prompt.
+        seed: seed of the bootstrap.
         paired: the values are differences between two policies on the same pairs.
 
     Returns:
-        name -> bounds; none at all where there is one prompt alone, and none of an accuracy where every margin is 0:
-        a policy that equals its reference is neither right nor wrong.
+        name -> bounds; empty with only one prompt, and without the accuracies if every margin is 0: a policy equal to
+        its reference is neither right nor wrong.
     """
     cluster = _clusters(prompts)
     found = bootstrap(values, longer, prompts, seed=seed)
@@ -77,9 +77,9 @@ def intervals(
         return found
     if not paired and "rewards/margins" in values and not values["rewards/margins"].any():
         return {name: bounds for name, bounds in found.items() if name not in (ACCURACY, CONTROLLED)}
-    of_share = _difference_of_shares if paired else _share
-    found[ACCURACY] = of_share(values[ACCURACY], cluster)
-    controlled = _controlled(values[ACCURACY], longer, cluster, of_share)
+    share_interval = _difference_of_shares if paired else _share
+    found[ACCURACY] = share_interval(values[ACCURACY], cluster)
+    controlled = _controlled(values[ACCURACY], longer, cluster, share_interval)
     if controlled is not None:
         found[CONTROLLED] = _hull(controlled, found.get(CONTROLLED, controlled))
     return found
@@ -88,10 +88,10 @@ def intervals(
 def bootstrap(
     values: Mapping[str, Floats], longer: Floats, prompts: Sequence[bytes], *, seed: int
 ) -> dict[str, Bounds]:
-    """Percentile intervals of the means, and of the length-controlled accuracy where the accuracy is among them.
+    """Percentile intervals of the means, and of the length-controlled accuracy if the accuracy is among them.
 
-    Prompts are drawn with replacement, each with all of its pairs (a cluster bootstrap). One prompt alone has no
-    interval. Arguments as `intervals`.
+    Prompts are drawn with replacement, each with all its pairs (a cluster bootstrap). A single prompt has no interval.
+    Arguments as in `intervals`.
     """
     cluster = _clusters(prompts)
     clusters = int(cluster.max()) + 1 if len(prompts) else 0
@@ -104,28 +104,28 @@ def bootstrap(
             columns += [values[ACCURACY] * side, side.astype(np.float64)]
     sums = np.stack([np.bincount(cluster, weights=column, minlength=clusters) for column in columns], axis=1)
     drawn = _resampled(sums.astype(np.float64), seed)  # [RESAMPLES, columns]
-    found = {name: _percentiles(drawn[:, 1 + place] / drawn[:, 0]) for place, name in enumerate(values)}
+    bounds = {name: _percentiles(drawn[:, 1 + place] / drawn[:, 0]) for place, name in enumerate(values)}
     if sides:
         right_longer, longer_pairs, right_shorter, shorter_pairs = drawn[:, -4:].T
         both = (longer_pairs > 0) & (shorter_pairs > 0)
         if both.sum() > RESAMPLES // 2:
             shares = right_longer[both] / longer_pairs[both] + right_shorter[both] / shorter_pairs[both]
-            found[CONTROLLED] = _percentiles(shares / 2)
-    return found
+            bounds[CONTROLLED] = _percentiles(shares / 2)
+    return bounds
 
 
 def wilson(share: float, n: float) -> Bounds:
-    """Wilson's score interval of a share of `n` independent trials, [0, 1]. Wilson 1927, JASA 22, 209-212."""
+    """Wilson's score interval for a share of `n` independent trials, in [0, 1]. Wilson 1927, JASA 22, 209-212."""
     centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2)) / (1 + _Z**2 / n)
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def effective_pairs(values: Floats, cluster: Ints) -> float:
-    """As how many independent pairs these count: all of them, or down to the prompts where their pairs agree.
+    """The effective number of independent pairs: all of them, or fewer (down to the prompts) if a prompt's pairs agree.
 
-    The number of pairs over the design effect (Kish 1965); where no value differs it cannot be told, and the prompts
-    count. Between 1 and N.
+    The number of pairs divided by the design effect (Kish 1965); if all values are equal it is unknown, and the number
+    of prompts is used. Between 1 and N.
     """
     n, clusters = len(values), len(np.unique(cluster))
     if clusters == n:
@@ -142,7 +142,7 @@ def _share(right: Floats, cluster: Ints) -> Bounds:
 
 
 def _difference_of_shares(differences: Floats, cluster: Ints) -> Bounds:
-    """Interval of a difference of paired shares, from -1, 0 and 1 for each pair.
+    """Interval of a difference of paired shares, from -1, 0 or 1 for each pair.
 
     Agresti and Min 2005, Statistics in Medicine 24, 729-740.
     """
@@ -154,9 +154,9 @@ def _difference_of_shares(differences: Floats, cluster: Ints) -> Bounds:
 
 
 def _controlled(
-    right: Floats, longer: Floats, cluster: Ints, of_share: Callable[[Floats, Ints], Bounds]
+    right: Floats, longer: Floats, cluster: Ints, share_interval: Callable[[Floats, Ints], Bounds]
 ) -> Bounds | None:
-    """Interval of the mean of two shares, from the interval of each.
+    """Interval of the mean of two shares, from each one's interval.
 
     Newcombe 1998, Statistics in Medicine 17, 873-890.
     """
@@ -165,14 +165,14 @@ def _controlled(
         return None
     below = above = 0.0
     for side in (longer > 0, longer < 0):
-        low, high = of_share(right[side], cluster[side])
+        low, high = share_interval(right[side], cluster[side])
         below += (float(right[side].mean()) - low) ** 2
         above += (high - float(right[side].mean())) ** 2
     return mean - math.sqrt(below) / 2, mean + math.sqrt(above) / 2
 
 
 def _student(values: Floats, cluster: Ints) -> Bounds:
-    """Interval of a mean by Student's t on the prompts, if there are fewer than `FEW`."""
+    """Interval of a mean by Student's t over prompts, if there are fewer than `FEW`."""
     clusters = int(cluster.max()) + 1
     residuals = np.bincount(cluster, weights=values - values.mean(), minlength=clusters)
     error = math.sqrt(clusters / (clusters - 1) * float(residuals @ residuals)) / len(values)
@@ -199,10 +199,10 @@ def _clusters(prompts: Sequence[bytes]) -> Ints:
     return cluster.astype(np.int64)
 
 
-def _percentiles(found: Floats) -> Bounds:
-    low, high = np.quantile(found, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+def _percentiles(samples: Floats) -> Bounds:
+    low, high = np.quantile(samples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
 
-def _hull(one: Bounds, other: Bounds) -> Bounds:
-    return min(one[0], other[0]), max(one[1], other[1])
+def _hull(first: Bounds, other: Bounds) -> Bounds:
+    return min(first[0], other[0]), max(first[1], other[1])

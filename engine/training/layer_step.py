@@ -1,10 +1,10 @@
 """The gradient of one optimizer step, layer by layer: all forwards of the step through each layer, and back.
 
-Gradient checkpointing with its loops turned round. Forward: each layer takes the hidden states of all forwards, without
-gradient, and its inputs wait on the host. Head: loss and gradient of each forward, as ever. Backward: from the last
-layer to the first, each forward is recomputed through the layer and its gradient carried on. A weight is read twice a
-step, however many forwards the step has. Gradients add up in the same order as otherwise, and dropout draws the same
-numbers, so the adapter is the same, byte for byte.
+This is gradient checkpointing with its loops exchanged. Forward: each layer processes the hidden states of all
+forwards, without gradient, and its inputs are stored on the host. Head: loss and gradient of each forward, as usual.
+Backward: from the last layer to the first, each forward is recomputed through the layer and its gradient propagated. A
+weight is read twice per step, however many forwards the step has. Gradients are added in the usual order, and dropout
+draws the same numbers, so the adapter is the same, byte for byte.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dpoeng.engine.scoring.forward import predict_groups
 from dpoeng.engine.scoring.layout import PromptGroup
 
 Begin = Callable[[int], None]
-"""Called with the number of a forward before it is run: seeds its dropout."""
+"""Called with the number of a forward before it runs; seeds its dropout."""
 
 
 def gradient_by_layer(
@@ -39,15 +39,15 @@ def gradient_by_layer(
     group: Group,
     tell: Callable[[str], None] = lambda _: None,
 ) -> list[PreferenceLoss]:
-    """Leaves the gradient of a step in the trained tensors.
+    """Computes the gradient of a step into the trained tensors.
 
     Args:
-        lm: the policy, run by layer.
-        forwards: number -> the groups of each forward of this process.
+        lm: the policy, which runs by layer.
+        forwards: number -> the groups of each of this process's forwards.
         begin: seeds a forward's dropout.
-        head: computes the step's loss and its gradient, calling `begin` with a number before each forward.
-        group: the processes, each of which has forwards of its own.
-        tell: told of layers that are done.
+        head: computes the step's loss and its gradient; calls `begin` with a number before each forward.
+        group: the processes, each with its own forwards.
+        tell: called with finished layers.
     """
     assert lm.by_layer is not None
     work = _Step(lm, lm.by_layer, forwards, begin, tell)
@@ -59,7 +59,7 @@ def gradient_by_layer(
 
 
 class _Step:
-    """What waits between the visits of one step."""
+    """The stored states of one step."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class _Step:
         self.first = _first_trained(lm)
         self.jobs = {number: partial(predict_groups, lm, groups) for number, groups in forwards.items()}
         self.waiting = by_layer.waiting(lm.device)
-        # Of each forward, for each layer the hidden states that enter it; last, those that leave the last one.
+        # For each forward: the hidden states that enter each layer, then those that leave the last one.
         self.entering: dict[int, list[list[Slot]]] = {number: [[]] for number in forwards}
         self.leaves: dict[int, States] = {}
         self.draws = adapter_draws(lm)
@@ -83,28 +83,28 @@ class _Step:
 
     @torch.no_grad()
     def forward(self) -> None:
-        """All forwards through each layer; what enters a layer that will be recomputed waits."""
+        """Runs all forwards through each layer; stores the inputs of layers that will be recomputed."""
         for layer in range(self.count):
             for number, job in self.jobs.items():
-                own = self.entering[number]
+                slots = self.entering[number]
                 self._seed(number, layer)
-                made = self.by_layer.gates.run_layer(layer, self._take(own[layer]) if layer else None, job)
+                made = self.by_layer.gates.run_layer(layer, self._take(slots[layer]) if layer else None, job)
                 self._keep_random(number, layer + 1)
                 if layer and layer < self.first:
-                    self.waiting.drop(own[layer])
-                own.append([self.waiting.put(state) for state in made])
+                    self.waiting.drop(slots[layer])
+                slots.append([self.waiting.put(state) for state in made])
                 self.pace.done("forward", layer, number)
             self._keep_within_limit(layer)
 
     def at_head(self, number: int) -> None:
-        """Begins a forward whose layers have been run."""
+        """Continues a forward after its layers."""
         self.begin(number)
         states = [state.detach().requires_grad_() for state in self._take(self.entering[number][self.count])]
         self.leaves[number] = states
         self.by_layer.gates.give(states)
 
     def backward(self) -> None:
-        """Carries the gradient from the head down to the lowest trained layer."""
+        """Propagates the gradient from the head down to the lowest trained layer."""
         pulls = {number: self._pulls(number, states, self.count) for number, states in self.leaves.items()}
         self.leaves.clear()
         for layer in range(self.count - 1, self.first - 1, -1):
@@ -124,7 +124,7 @@ class _Step:
         return [self.waiting.get(slot) for slot in slots]
 
     def _pulls(self, number: int, states: States, layer: int, before: Sequence[Slot] | None = None) -> list[Slot]:
-        """The gradients by the hidden states that entered a layer wait; these do no longer."""
+        """Stores the gradients by the hidden states that entered a layer, and releases those states."""
         self.waiting.drop(self.entering[number][layer])
         places: Sequence[Slot | None] = before or [None] * len(states)
         return [
@@ -133,7 +133,7 @@ class _Step:
         ]
 
     def _seed(self, number: int, layer: int, *, again: bool = False) -> None:
-        """Sets the generators to where this forward's dropout has them when it comes to a layer."""
+        """Sets the generators to this forward's dropout state at a layer."""
         if not self.draws:
             return
         if again or layer:
@@ -143,19 +143,23 @@ class _Step:
             self._keep_random(number, 0)
 
     def _keep_random(self, number: int, layer: int) -> None:
-        """Notes where the generators are when a forward comes to a layer."""
+        """Records the generators' state when a forward reaches a layer."""
         if self.draws:
             self.random[number, layer] = _random_state(self.lm.device)
 
     def _keep_within_limit(self, layer: int) -> None:
-        """After the first layer that is kept it is known how much will wait."""
+        """Checks the limit once the first stored layer shows how much a step will store."""
         if layer != self.first:
             return
-        each = sum(slot.shape.numel() * slot.dtype.itemsize for own in self.entering.values() for slot in own[-1])
+        each = sum(
+            slot.shape.numel() * slot.dtype.itemsize
+            for forward_slots in self.entering.values()
+            for slot in forward_slots[-1]
+        )
         wanted, limit = each * (self.count - self.first), self.by_layer.limit_bytes
         if wanted > limit:
             raise UserError(
-                "the hidden states of a step take more room than they may",
+                "the hidden states of a step exceed the limit",
                 code="offload-room",
                 where=f"{self.count - self.first} layers, {len(self.jobs)} forwards a step",
                 expected=f"at most {limit / 2**30:.2f} GiB (--offload-gib, or half of what is free)",
@@ -167,24 +171,26 @@ class _Step:
 
 
 class _Pace:
-    """Tells which layer is at work, and how long the step will take yet."""
+    """Reports the current layer, and the step's remaining time."""
 
     def __init__(self, forwards: int, layers: int, first: int, tell: Callable[[str], None]) -> None:
         self._forwards, self._layers, self._first, self._tell = forwards, layers, first, tell
         self._began, self._work = time.perf_counter(), 0
-        # Recomputing a layer and going back through it is about three forwards.
+        # Recomputation and backward of a layer take about as long as three forwards.
         self._whole = forwards * (layers + 3 * (layers - first))
 
-    def done(self, way: str, layer: int, number: int) -> None:
-        """A forward is through a layer."""
-        self._work += 1 if way == "forward" else 3
+    def done(self, direction: str, layer: int, number: int) -> None:
+        """Records that a forward has passed a layer."""
+        self._work += 1 if direction == "forward" else 3
         passed = time.perf_counter() - self._began
         left = passed * (self._whole - self._work) / self._work
-        self._tell(f"{way}, layer {layer + 1} of {self._layers}, forward {number + 1}, {left:.0f} s left of the step")
+        self._tell(
+            f"{direction}, layer {layer + 1} of {self._layers}, forward {number + 1}, {left:.0f} s of the step left"
+        )
 
 
 def check_trained(lm: CausalLM) -> None:
-    """Refuses a policy whose trained tensors are not each in one layer: their gradients would add up in another order.
+    """Refuses a policy with trained tensors outside single layers: their gradients would be added in another order.
 
     Raises:
         UserError: there are such tensors.

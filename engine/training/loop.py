@@ -1,4 +1,4 @@
-"""The steps of phase two one after the other, with evaluations, log lines and checkpoints on the way."""
+"""The loop of phase two's steps, with evaluations, log lines and checkpoints."""
 
 from __future__ import annotations
 
@@ -23,62 +23,64 @@ from dpoeng.engine.training.step import train_step
 
 
 def run_steps(run: Run, first_step: int, identity: dict[str, Any], pause: int | None = None) -> int:
-    """Trains from `first_step` on, with evaluations, log lines and checkpoints on the way; returns the steps done.
+    """Trains from `first_step`, with evaluations, log lines and checkpoints; returns the number of steps done.
 
     After the step `pause` the run is evaluated and saved, and no further step is done.
 
-    A checkpoint follows every evaluation that is the best so far, where the best is asked for. A signal to end is
-    obeyed after the step and evaluation in progress, with a checkpoint; see `runtime/stopping`.
+    If the best evaluation is requested, every best evaluation so far is followed by a checkpoint. A signal to end takes
+    effect after the current step and evaluation, with a checkpoint; see `runtime/stopping`.
     """
     config, schedule = run.config, run.schedule
     if first_step == 0 and run.held_out.rows:
         with run.progress.task("evaluating before training", len(run.held_out.rows), "pairs") as advance:
             _evaluate(run, 0)
             advance(len(run.held_out.rows), "")
-    done = first_step
+    steps_done = first_step
     with (
         run.progress.task("training", schedule.total_steps, "steps", first_step) as advance,
-        keeping_signals() as kept,
+        keeping_signals() as pending,
     ):
         run.tell = lambda shown: advance(0, shown)
-        while done < schedule.total_steps and done != pause and not run.waited_enough:
+        while steps_done < schedule.total_steps and steps_done != pause and not run.waited_enough:
             began = time.perf_counter()
-            metrics = train_step(run, done)
-            done += 1
-            if done % config.logging_steps == 0 or done == schedule.total_steps:
-                _log(run, done, metrics)
+            metrics = train_step(run, steps_done)
+            steps_done += 1
+            if steps_done % config.logging_steps == 0 or steps_done == schedule.total_steps:
+                _log(run, steps_done, metrics)
             seconds = time.perf_counter() - began
-            run.log.write_timing(done, {"step_ms": 1e3 * seconds, "peak_bytes": _peak_bytes(run)})
-            advance(1, live_figures(metrics, len(schedule.rows_of_step(done - 1)) / seconds))
-            _after_step(run, done, identity, kept, pauses=done == pause)
-    return done
+            run.log.write_timing(steps_done, {"step_ms": 1e3 * seconds, "peak_bytes": _peak_bytes(run)})
+            advance(1, live_figures(metrics, len(schedule.rows_of_step(steps_done - 1)) / seconds))
+            _after_step(run, steps_done, identity, pending, pauses=steps_done == pause)
+    return steps_done
 
 
-def _after_step(run: Run, done: int, identity: dict[str, Any], kept: Kept, *, pauses: bool) -> None:
-    """Evaluate and save where it is time to; then obey a signal that has come to any of the processes."""
+def _after_step(run: Run, done: int, identity: dict[str, Any], pending: Kept, *, pauses: bool) -> None:
+    """Evaluates and saves if it is time; then obeys a signal that any of the processes received."""
     config, total = run.config, run.schedule.total_steps
     save_every = config.save_steps or max(1, math.ceil(total / 10))
     eval_every = config.eval_steps or run.schedule.steps_per_epoch
     if run.held_out.rows and (done % eval_every == 0 or done == total or pauses):
         _evaluate(run, done)
     best = config.load_best_model_at_end and run.best.step == done
-    stop = max(run.group.gather(kept.number))  # all of them end after the same step
+    stop = max(run.group.gather(pending.number))  # all processes must end after the same step
     if stop or ((best or done % save_every == 0 or pauses) and done < total):
         save_run(run, done, identity, complete=False)
     if stop:
-        run.progress.note(f"{signal.Signals(stop).name} has come: step {done} of {total} is done and in a checkpoint")
-        run.group.wait()  # whoever ends first may take the others along, so not before the checkpoint is written
-        kept.hand_on(stop)
+        run.progress.note(
+            f"received {signal.Signals(stop).name}: step {done} of {total} is done and saved in a checkpoint"
+        )
+        run.group.wait()  # the first process to end may stop the others, so wait until the checkpoint is written
+        pending.hand_on(stop)
 
 
 def _peak_bytes(run: Run) -> int:
-    """The most memory held so far: allocated on the GPU, or of this process; asking costs no wait for the GPU."""
+    """Peak memory so far, on the GPU or of this process; reading it does not wait for the GPU."""
     device = run.lm.device
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident()
 
 
 def live_figures(metrics: Mapping[str, float], pairs_per_s: float) -> str:
-    """What a step tells while it goes by."""
+    """The figures to show while a step runs."""
     margin = f"margin {metrics['rewards/margins']:+.3f}  " if "rewards/margins" in metrics else ""
     return (
         f"loss {metrics['loss']:.4f}  {margin}accuracy {metrics['rewards/accuracies']:.2f}  "
@@ -87,9 +89,9 @@ def live_figures(metrics: Mapping[str, float], pairs_per_s: float) -> str:
 
 
 def _evaluate(run: Run, step: int) -> None:
-    """All held-out pairs; the evaluation before the first step is no candidate for the best.
+    """Evaluates all held-out pairs; the evaluation before the first step cannot be the best one.
 
-    The processes share the forwards; the first of them draws the conclusions, and tells the others.
+    The processes share the forwards; the first one decides and tells the others.
     """
     set_mode(run.lm, training=False)
     losses = evaluate(
@@ -117,7 +119,7 @@ def _conclude(run: Run, step: int, losses: PreferenceLoss) -> None:
     run.log.write_evaluation(step, result.record())
     if config.watches_a_metric:
         name = config.metric_for_best_model
-        if step:  # before it margins are all 0, and what compares them is no number yet
+        if step:  # before training all margins are 0, so comparing metrics are undefined
             value = watched(metrics, name)
             greater = more_is_better(name, config.greater_is_better)
             run.best = updated(run.best, step, value, greater=greater, threshold=config.early_stopping_threshold)

@@ -21,11 +21,11 @@ def build_optimizer(config: TrainConfig, trainable: Named) -> torch.optim.Optimi
     """AdamW. Decoupled weight decay as in Loshchilov and Hutter, https://arxiv.org/abs/1711.05101
 
     Decay pulls matrices towards zero, and leaves vectors (DoRA's magnitudes, biases) alone. bitsandbytes keeps the
-    state of tensors of 4,096 numbers and more in 8 bits; paged, it moves out of a full GPU, and on a CPU there is
+    state of tensors with at least 4,096 values in 8 bits; a paged state moves out of a full GPU, and on a CPU there is
     nothing to move.
 
     Raises:
-        UserError: bitsandbytes is asked for and cannot be imported.
+        UserError: bitsandbytes is requested and cannot be imported.
     """
     matrices = [parameter for _, parameter in trainable if parameter.dim() > 1]
     vectors = [parameter for _, parameter in trainable if parameter.dim() <= 1]
@@ -52,19 +52,19 @@ def build_optimizer(config: TrainConfig, trainable: Named) -> torch.optim.Optimi
 
 
 def optimizer_on(config: TrainConfig, *, on_gpu: bool) -> str:
-    """The optimizer's name: `optim`, and where that was left out, AdamW as one kernel on a GPU.
+    """The optimizer's name: `optim`, or if left out, AdamW as one kernel on a GPU.
 
-    Both are the same arithmetic with the same state; only roundings in float32 differ. So a run's identity has the
-    field as it is, and a run that moves from one device to another goes on.
+    Both do the same arithmetic with the same state; only float32 rounding differs. So a run's identity has the field as
+    set, and a run that moves to another device can continue.
     """
     return "adamw_torch_fused" if on_gpu and "optim" not in config.model_fields_set else config.optim
 
 
 def build_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
-    """A schedule of transformers by its name there.
+    """Builds a transformers schedule by its name.
 
     Raises:
-        UserError: no such schedule, or one that needs arguments dpoeng does not have.
+        UserError: no such schedule, or one that needs arguments that dpoeng does not have.
     """
     warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
     try:
@@ -81,14 +81,14 @@ def build_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, total
 
 
 def learning_rates(config: TrainConfig, total_steps: int, count: int) -> list[float]:
-    """The rate of each of the first `count` steps of a run of `total_steps`, without touching a run's optimizer."""
+    """The learning rate of each of the first `count` steps of a run of `total_steps`, without a run's optimizer."""
     stand_in = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.learning_rate)
     (rate,) = build_scheduler(config, stand_in, total_steps).lr_lambdas
     return [config.learning_rate * rate(step) for step in range(count)]
 
 
 def set_scheduler_step(scheduler: Any, step: int) -> None:
-    """Puts a fresh scheduler where it was after `step` steps. The rate is computed from the step, not accumulated."""
+    """Sets a fresh scheduler to its state after `step` steps. The rate is computed from the step, not accumulated."""
     scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": step, "_step_count": step + 1})
     rates = [base * rate(step) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
@@ -97,13 +97,13 @@ def set_scheduler_step(scheduler: Any, step: int) -> None:
 
 
 def copy_parameters(lm: CausalLM) -> dict[str, torch.Tensor]:
-    """The values of each trained parameter as they are now, in host memory; `put_parameters` brings them back."""
+    """The current values of each trained parameter, in host memory; `put_parameters` restores them."""
     return {name: parameter.detach().to("cpu", copy=True) for name, parameter in lm.trainable_parameters()}
 
 
 @torch.no_grad()
 def put_parameters(lm: CausalLM, values: Mapping[str, torch.Tensor]) -> None:
-    """Gives each trained parameter the values that stand under its name."""
+    """Sets each trained parameter to the value with its name."""
     for name, parameter in lm.trainable_parameters():
         parameter.copy_(values[name])
     lm.take_masters()
@@ -112,7 +112,7 @@ def put_parameters(lm: CausalLM, values: Mapping[str, torch.Tensor]) -> None:
 def optimizer_tensors(optimizer: torch.optim.Optimizer, trainable: Named) -> dict[str, torch.Tensor]:
     """The optimizer's state as `<parameter>/<quantity>` -> tensor, on the CPU.
 
-    bitsandbytes' tables of its 256 values (`qmap`) are constants and left out.
+    bitsandbytes' tables of its 256 values (`qmap`) are constants, and left out.
     """
     return {
         f"{name}/{quantity}": torch.as_tensor(value).detach().cpu().contiguous()
@@ -123,9 +123,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, trainable: Named) -> dic
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, trainable: Named, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Puts back what `optimizer_tensors` gave, bit for bit."""
+    """Restores the output of `optimizer_tensors`, bit for bit."""
     by_name = dict(trainable)
-    if hasattr(optimizer, "init_state"):  # bitsandbytes: its own buffers, which may be paged, are filled
+    if hasattr(optimizer, "init_state"):  # bitsandbytes: fill its own buffers, which may be paged
         for at, group in enumerate(optimizer.param_groups):
             for i, parameter in enumerate(group["params"]):
                 optimizer.init_state(group, parameter, at, i)
@@ -138,7 +138,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, trainable: Named, tensor
         elif quantity in state:
             state[quantity] = int(value)
         else:
-            # torch's AdamW counts its steps in a CPU scalar unless fused; the moments live beside the parameter.
+            # torch's AdamW counts steps in a CPU scalar unless fused; the moments are on the parameter's device.
             beside = value.dim() > 0 or optimizer.defaults.get("fused")
             state[quantity] = value.to(parameter.device if beside else value.device)
 

@@ -1,4 +1,4 @@
-"""Chooses the held-out pairs and the order of the others, as functions of the seed alone."""
+"""Chooses the held-out pairs and the order of the others; depends only on the seed."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from dpoeng.engine.training.arrangement import Arrangement, arranged_order
 
 
 def hold_out(prompts: Iterable[bytes], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split rows into (training, held out) by prompt, so that no prompt is on both sides.
+    """Splits rows into (training, held out) by prompt, so that no prompt is on both sides.
 
-    Prompts are taken in the order of a seeded hash of their tokens until `share` of the rows is reached: the split does
+    Prompts are taken in the order of a seeded hash of their tokens until `share` of the rows is reached. The split does
     not depend on the order of the rows, and adding rows moves few of the others.
 
     Args:
-        prompts: the prompt's bytes (its token ids) of every row; gone through once, and not kept.
-        share: in [0, 1); at least one prompt is held out if it is above 0 and there are two prompts.
+        prompts: the prompt's bytes (its token ids) for every row; read once and not kept.
+        share: in [0, 1); if above 0, at least one prompt is held out, provided there are two.
         seed: another seed gives another split.
     """
     digests = as_keys(xxhash.xxh3_128_digest(prompt, seed=seed) for prompt in prompts)
     if share <= 0 or not len(digests):
         return list(range(len(digests))), []
-    # Rows by the digest of their prompt, as bytes are ordered; of one prompt in the order of the file.
+    # Sort rows by the digest of their prompt; rows with the same prompt stay in file order.
     _, group, sizes = np.unique(digests.view("V16").ravel(), return_inverse=True, return_counts=True)
     wanted, held_out, groups = share * len(digests), 0, 0
     for size in sizes[:-1].tolist():
@@ -42,7 +42,7 @@ def hold_out(prompts: Iterable[bytes], share: float, seed: int) -> tuple[list[in
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The optimizer steps of a run over `rows` rows, `batch` pairs a step; an epoch's last step may be smaller."""
+    """The optimizer steps of a run over `rows` rows, `batch` pairs per step; an epoch's last step may be smaller."""
 
     rows: int
     batch: int
@@ -69,9 +69,9 @@ class Schedule:
         return [int(row) for row in order[within * self.batch : (within + 1) * self.batch]]
 
 
-@functools.lru_cache(maxsize=1)  # every step asks for its rows, and a permutation costs O(rows)
+@functools.lru_cache(maxsize=1)  # every step needs its rows, and a permutation costs O(rows)
 def epoch_order(seed: int, epoch: int, rows: int) -> npt.NDArray[np.int64]:
-    """The order of all rows in one epoch, [rows]; read-only. The order of the latest epoch is kept."""
+    """The order of all rows in one epoch, [rows]; read-only. The latest epoch's order is cached."""
     order = np.random.default_rng([seed, epoch]).permutation(rows)
     order.flags.writeable = False
     return order

@@ -1,4 +1,4 @@
-"""Some rows of a view, as training and evaluation take them: pairs, weights, labels. Nothing is copied up front."""
+"""Rows of a view as training and evaluation use them: pairs, weights, labels. Copies nothing up front."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WeightArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Rows(Sequence[ScoredPair]):
-    """Some rows of a view, read from the mapped file when they are asked for."""
+    """Selected rows of a view, read from the mapped file on access."""
 
     view: AnyView
     indices: Sequence[int]
@@ -37,7 +37,7 @@ class Rows(Sequence[ScoredPair]):
         return self.view[self.indices[i]]
 
     def source(self, i: int) -> str:
-        """Return the file and row of a pair."""
+        """The file and row of a pair."""
         file, line = self.view.source(self.indices[i])
         return f"{file}, row {line}"
 
@@ -46,14 +46,14 @@ class Rows(Sequence[ScoredPair]):
         return map(self.view.extra, self.indices)
 
     def prompts(self) -> list[bytes]:
-        """Return each row's prompt token ids as bytes."""
+        """Each row's prompt token ids as bytes."""
         return [pair.ids.prompt_ids.tobytes() for pair in self]
 
     def weights(self, column: str | None) -> WeightArray | None:
-        """A column of numbers >= 0 of the user's, as weights of the pairs; None where no column is named.
+        """A user's column of numbers >= 0, as weights of the pairs; None if no column is named.
 
         Raises:
-            UserError: a row has none, or something else there; or all are 0.
+            UserError: a row has no number, or something else; or all are 0.
         """
         if column is None:
             return None
@@ -63,7 +63,7 @@ class Rows(Sequence[ScoredPair]):
             number = _as_float(value)
             if not 0 <= number < math.inf:
                 raise UserError(
-                    f"the column {column} does not hold a weight",
+                    f"the column {column} does not contain a weight",
                     code="data-weight",
                     where=self.source(at),
                     expected="a number >= 0",
@@ -107,8 +107,8 @@ class Rows(Sequence[ScoredPair]):
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """The pairs of the evaluations, what tells their prompts apart, the columns by which they are grouped, and where
-    each stands in the user's files.
+    """The pairs of the evaluations, with identifiers of their prompts, the columns to group them by, and their places
+    in the user's files.
     """
 
     rows: Sequence[ScoredPair]
@@ -121,15 +121,15 @@ class HeldOut:
 def _shown(value: object) -> str:
     try:
         return repr(value)[:200]
-    except ValueError:  # Python refuses to write out integers of thousands of digits
+    except ValueError:  # Python refuses to format integers with thousands of digits
         return "an integer of thousands of digits"
 
 
 GROUPS_AT_MOST = 12
-"""A column with more values than this is not a set of categories."""
+"""A column with more values than this does not count as categories."""
 
 PAIRS_A_GROUP = 3
-"""Nor is one with fewer rows a value than this."""
+"""Nor does one with fewer rows per value than this."""
 
 
 def labels_of(extras: Sequence[Mapping[str, Any]], columns: Iterable[str] | None) -> dict[str, list[str]]:
@@ -137,8 +137,8 @@ def labels_of(extras: Sequence[Mapping[str, Any]], columns: Iterable[str] | None
 
     Args:
         extras: the user's other columns, row by row.
-        columns: which; None takes those that hold text or yes/no in every row, with 2 to `GROUPS_AT_MOST` values and
-            `PAIRS_A_GROUP` rows a value in the mean.
+        columns: the columns; None selects those with text or yes/no in every row, 2 to `GROUPS_AT_MOST` values, and
+            on average at least `PAIRS_A_GROUP` rows per value.
 
     Raises:
         KeyError: a named column is in no row.
@@ -147,10 +147,10 @@ def labels_of(extras: Sequence[Mapping[str, Any]], columns: Iterable[str] | None
     if columns is None:
         labels = {}
         for name in names:
-            found = [extra.get(name) for extra in extras]
-            most = min(GROUPS_AT_MOST, len(found) // PAIRS_A_GROUP)
-            if all(isinstance(value, str | bool) for value in found) and 2 <= len(set(found)) <= most:
-                labels[name] = [_text(value) for value in found]
+            column_values = [extra.get(name) for extra in extras]
+            most = min(GROUPS_AT_MOST, len(column_values) // PAIRS_A_GROUP)
+            if all(isinstance(value, str | bool) for value in column_values) and 2 <= len(set(column_values)) <= most:
+                labels[name] = [_text(value) for value in column_values]
         return labels
     for name in columns:
         if name not in names:
@@ -159,7 +159,7 @@ def labels_of(extras: Sequence[Mapping[str, Any]], columns: Iterable[str] | None
 
 
 def _as_float(value: object) -> float:
-    """A number as a float; NaN for anything else, infinity for an integer that no float holds."""
+    """A number as a float; NaN for anything else, infinity for an integer beyond float's range."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return math.nan
     try:

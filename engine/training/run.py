@@ -32,23 +32,22 @@ from dpoeng.engine.training.order import Schedule
 from dpoeng.engine.training.rows import HeldOut, WeightArray
 
 OnMetrics = Callable[[Mapping[str, float]], None]
-"""Called with each line of metrics.jsonl when it has been written: of a step, or of an evaluation (`eval_` names)."""
+"""Called with each line of metrics.jsonl after it is written: of a step, or of an evaluation (`eval_` names)."""
 
 
 @dataclass(slots=True)
 class Run:
     """Everything that the training loop needs, assembled once.
 
-    `train_weights` are the user's, a number a row, or None. `per_token` is false where the cache holds sums.
-    `source_of` says where a training row stands in the user's files.
-    `whole` are the tensors that every process trains in full, found once: a deep model has many modules to look at.
-    `settings` are the loss fields of `config`; `loss_state` is what the losses remember from step to step.
-    `starts_within` is how far, in nats a token, the first step's log-probs may lie from the cache: what the comparison
-    before training allows; None where the policy does not start as the reference (dropout).
-    `extensions` are the records of earlier lengths of this run, if it was made longer.
-    `micro_batch` is the number of pairs in a forward: the configured one, or on a GPU a chosen one, until memory runs
-    out. The processes of `group` share a step's forwards; all hold the same adapter and optimizer.
-    `tell` shows what a long step is at.
+    `train_weights` are the user's, one number per row, or None. `per_token` is False if the cache has only sums.
+    `source_of` gives a training row's place in the user's files. `whole` are the tensors that every process trains in
+    full, found once because a deep model has many modules. `settings` are the loss fields of `config`; `loss_state` is
+    the state that losses carry from step to step. `starts_within` is the limit, in nats per token, for the first step's
+    difference from the cache: that of the comparison before training; None if the policy does not start as the
+    reference (dropout). `extensions` are the records of earlier lengths of this run, if it was extended. `micro_batch`
+    is the number of pairs per forward: as configured, or on a GPU a chosen one, until memory runs out. The processes of
+    `group` share a step's forwards; all have the same adapter and optimizer. `tell` reports the progress of a long
+    step.
     """
 
     config: TrainConfig
@@ -81,32 +80,32 @@ class Run:
 
     @property
     def waited_enough(self) -> bool:
-        """Whether early stopping has come."""
+        """Whether early stopping applies now."""
         patience = self.config.early_stopping_patience
         return patience is not None and self.best.waited >= patience
 
 
 def save_run(run: Run, step: int, identity: dict[str, Any], *, complete: bool) -> None:
-    """A checkpoint of the run as it stands after `step` steps; the first process writes it.
+    """Saves a checkpoint of the run after `step` steps; the first process writes it.
 
     Raises:
-        UserError: the processes do not hold the same weights any more; or the folder cannot be written.
+        UserError: the processes no longer have the same weights, or the folder cannot be written.
     """
     trainable = run.lm.trainable_parameters()
     parameters = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable}
     parts = set(run.lm.parts.values())
     if run.group.size > 1:
-        # Equal gradients give equal weights in all processes. Checked before they are saved, since a difference would
-        # otherwise stay unseen until a resume gives every process the first one's. Divided weights differ by design.
+        # Equal gradients give equal weights in all processes. Check this before saving, since a difference would stay
+        # unnoticed until a resume gives every process the first one's. Sharded weights differ by design.
         run.group.agree(
             "trained weights",
             _digest({name: parameters[name] for name, parameter in trainable if parameter not in parts}),
-            "start the same command again: it goes on from the checkpoint before; if this comes again, test the "
+            "start the same command again: it continues from the previous checkpoint; if this repeats, test the "
             "machines, since equal gradients give equal weights",
         )
     if not (parts or run.group.is_first):
         return
-    # Over divided weights every process has to take part: the whole tensors are gathered from all of them.
+    # With sharded weights every process has to take part: whole tensors are gathered from all of them.
     parameters = make_whole(run.lm, run.group, parameters)
     optimizer = make_whole(run.lm, run.group, optimizer_tensors(run.optimizer, trainable))
     if not run.group.is_first:
@@ -130,7 +129,7 @@ def save_run(run: Run, step: int, identity: dict[str, Any], *, complete: bool) -
 
 
 def restore_run(run: Run, checkpoint: Checkpoint) -> int:
-    """Puts the run where the checkpoint was; returns its step."""
+    """Restores the run from the checkpoint; returns its step."""
     put_parameters(run.lm, own_rows(run.lm, run.group, checkpoint.parameters))
     optimizer = own_rows(run.lm, run.group, checkpoint.optimizer)
     restore_optimizer(run.optimizer, run.lm.trainable_parameters(), optimizer)
@@ -145,7 +144,7 @@ def restore_run(run: Run, checkpoint: Checkpoint) -> int:
 
 @contextlib.contextmanager
 def best_parameters(run: Run, done: int) -> Iterator[None]:
-    """The trained tensors of the best evaluation, where it is asked for; those of the last step come back afterwards.
+    """Within the block, the trained tensors are those of the best evaluation, if requested.
 
     Raises:
         UserError: the checkpoint of the best evaluation cannot be read.
@@ -154,7 +153,7 @@ def best_parameters(run: Run, done: int) -> Iterator[None]:
     if not run.config.load_best_model_at_end or best is None or best == done:
         yield
         return
-    last = copy_parameters(run.lm)  # the checkpoint of the last step, saved after this, holds these
+    last = copy_parameters(run.lm)  # the last step's checkpoint, saved after this, contains these
     values = read_checkpoint(run.config.output_dir, best).parameters if run.group.is_first else {}
     if run.lm.parts:
         put_parameters(run.lm, own_rows(run.lm, run.group, values))

@@ -1,10 +1,10 @@
-"""One optimizer step of phase two. What it sees, dropout included, depends on its number and the seed alone.
+"""One optimizer step of phase two. Its input, including dropout, depends only on its number and the seed.
 
-Several processes share a step's forwards. Each forward has the pairs and the dropout that it has in one process; then
-the gradients are added up once. This is what torch's DistributedDataParallel does, without its wrapper: LoRA has little
-to send, so that nothing is gained by sending during the backward; and a step may have any number of forwards in any
-process, two passes over each, and be begun anew where memory ran out, all of which the wrapper's hooks in the backward
-pass make hard.
+Several processes share a step's forwards. Each forward has the same pairs and dropout as in one process; then the
+gradients are summed once. torch's DistributedDataParallel does the same with a wrapper. Without it, a step can have any
+number of forwards in any process, pass over each twice, and restart when memory runs out, all of which the wrapper's
+hooks in the backward pass make hard. LoRA's gradients are small, so nothing is gained by sending them during the
+backward.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from dpoeng.engine.training.rows import WeightArray
 from dpoeng.engine.training.run import Run
 
 Micro = tuple[Sequence[ScoredPair], WeightArray | None]
-"""Pairs of one forward, and the user's weights of them."""
+"""The pairs of one forward, and the user's weights of them."""
 
 _SMALLER = "use a smaller --per-device-train-batch-size with more --gradient-accumulation-steps"
 
 
 def train_step(run: Run, step: int) -> dict[str, float]:
-    """One optimizer step over the pairs that the schedule gives it; the loss is their mean however they are cut."""
+    """One optimizer step over the scheduled pairs; the loss is their mean however they are split."""
     parts, grad_norm = _gradient_within_memory(run, step)
     if step == 0 and run.starts_within is not None:
         _check_start(parts, run.starts_within)
@@ -53,7 +53,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
 
 
 def _check_start(parts: Sequence[PreferenceLoss], tolerance: float) -> None:
-    """The first training forward has to give the cached numbers: only then does the policy start as the reference.
+    """Checks that the first training forward reproduces the cache: only then does the policy start as the reference.
 
     The comparison before training runs in another mode, without recomputed layers and without gradients.
 
@@ -64,7 +64,7 @@ def _check_start(parts: Sequence[PreferenceLoss], tolerance: float) -> None:
     tokens = torch.cat([sums.chosen_tokens, sums.rejected_tokens]).clamp(min=1)
     ratios = torch.cat([sums.chosen_ratio, sums.rejected_ratio]).detach() / tokens
     difference = float(ratios.abs().mean())
-    if math.isfinite(difference) and difference > tolerance:  # what is no number is named with its pairs
+    if math.isfinite(difference) and difference > tolerance:  # NaN and infinity are reported with their pairs
         raise UserError(
             "the first training forward does not reproduce the cached log-probs",
             code="parity-failed",
@@ -78,9 +78,9 @@ def _check_start(parts: Sequence[PreferenceLoss], tolerance: float) -> None:
 
 
 def _not_finite(run: Run, step: int, parts: Sequence[PreferenceLoss], metrics: dict[str, float]) -> UserError:
-    """Return the error, naming the pairs whose log-probs or loss are NaN if the gradient is not the cause."""
+    """The error, which names the pairs whose log-probs or loss are NaN if the gradient is not the cause."""
     numbers = torch.cat([part.chosen_logps + part.rejected_logps for part in parts])
-    if not run.settings.sorts_pairs:  # else the i-th loss is not the i-th pair's
+    if not run.settings.sorts_pairs:  # otherwise the i-th loss does not belong to the i-th pair
         numbers = numbers + torch.cat([part.losses.detach() for part in parts])
     wrong = (~numbers.isfinite()).tolist()
     rows = [run.source_of(row) for row, is_bad in zip(run.schedule.rows_of_step(step), wrong, strict=True) if is_bad]
@@ -91,39 +91,39 @@ def _not_finite(run: Run, step: int, parts: Sequence[PreferenceLoss], metrics: d
         where=f"step {step + 1}{named}",
         expected="finite numbers",
         found=f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}",
-        remedy="look at the pairs, where some are named; lower learning_rate, or use a wider dtype; the newest "
+        remedy="check the pairs, if some are named; lower learning_rate, or use a wider dtype; the newest "
         "checkpoint is from before this step",
         exit_status=5,
     )
 
 
 def _gradient_within_memory(run: Run, step: int) -> tuple[list[PreferenceLoss], float]:
-    """The step's gradient, and with fewer pairs a forward where memory runs out: see docs/memory.md.
+    """The step's gradient, with fewer pairs per forward if memory runs out: see docs/memory.md.
 
-    A step that ran out is begun anew, so that its result is that of one left alone. If it runs out again, the number of
-    pairs in a forward is halved for the rest of the run, which then goes on as one that was configured so.
+    A step that ran out is repeated, so that its result is that of an undisturbed one. If it runs out again, the number
+    of pairs per forward is halved for the rest of the run, which then continues as if configured that way.
 
-    Several processes do this together: where one has run out, all begin anew. Over a sharded base that cannot be, since
-    the others wait in the middle of a forward.
+    All processes do this together: if one runs out, all repeat the step. Over a sharded base this is impossible,
+    because the others wait in the middle of a forward.
 
     Raises:
-        UserError: one pair alone does not fit, or the base is sharded.
+        UserError: a single pair does not fit, or the base is sharded.
     """
     if run.lm.sharded:
         with no_way_back("out of memory over a sharded base", f"phase two, step {step + 1}", _SMALLER):
             return _gradient(run, step)
     while True:
-        done, said = attempt(lambda: _gradient(run, step))
-        if done is not None:
-            return done
+        result, problem = attempt(lambda: _gradient(run, step))
+        if result is not None:
+            return result
         run.optimizer.zero_grad(set_to_none=True)
         if run.micro_batch == 1:
             rows = [run.train_rows[i].ids for i in run.schedule.rows_of_step(step)]
             raise too_large(
                 [max(rows, key=lambda ids: ids.total_tokens)],
-                said,
+                problem,
                 phase=f"phase two, step {step + 1}",
-                helps="turn on --gradient-checkpointing, use --optim paged_adamw_8bit, hold the base in fewer bits, or "
+                helps="turn on --gradient-checkpointing, use --optim paged_adamw_8bit, a base in fewer bits, or "
                 "run phase one again with a shorter --max-length",
             )
         run.micro_batch = (run.micro_batch + 1) // 2
@@ -134,10 +134,10 @@ def _gradient_within_memory(run: Run, step: int) -> tuple[list[PreferenceLoss], 
 
 
 def _gradient(run: Run, step: int) -> tuple[list[PreferenceLoss], float]:
-    """Forward and backward of one step from the beginning: its losses, and the norm of the gradient it left."""
+    """Forward and backward of one step from the beginning: its losses, and the norm of its gradient."""
     run.optimizer.zero_grad(set_to_none=True)
     for weight in (*run.lm.masters, *run.lm.parts):
-        weight.grad = None  # left where memory ran out before its master could take it
+        weight.grad = None  # may remain if memory ran out before its master took it over
     indices = run.schedule.rows_of_step(step)
     rows = [run.train_rows[i] for i in indices]
     weights = None if run.train_weights is None else run.train_weights[indices]
@@ -148,9 +148,9 @@ def _gradient(run: Run, step: int) -> tuple[list[PreferenceLoss], float]:
     if run.lm.by_layer is None:
         parts = head(begin)
     else:
-        own = {micro: groups_of(micros[micro][0], run.settings) for micro in run.group.mine(len(micros))}
+        own_groups = {micro: groups_of(micros[micro][0], run.settings) for micro in run.group.mine(len(micros))}
         tell = partial(_tell, run, step)
-        parts = gradient_by_layer(run.lm, own, begin, head, group=run.group, tell=tell)
+        parts = gradient_by_layer(run.lm, own_groups, begin, head, group=run.group, tell=tell)
     take_gradients(run.lm)
     limit = run.config.max_grad_norm if run.config.max_grad_norm > 0 else math.inf
     where = f"phase two, step {step + 1}, gradients of all processes"
@@ -160,7 +160,7 @@ def _gradient(run: Run, step: int) -> tuple[list[PreferenceLoss], float]:
 
 
 def _backward_of_parts(run: Run, step: int, micros: Sequence[Micro], begin: Begin) -> list[PreferenceLoss]:
-    """Forward and backward of each part, one after the other; the loss is the mean over the pairs of all of them."""
+    """Forward and backward of each part, one after the other; the loss is the mean over all their pairs."""
     rows = [pair for batch, _ in micros for pair in batch]
     mean_tokens = float(np.mean([len(pair.chosen_logps) for pair in rows]))
 
@@ -180,8 +180,8 @@ def _backward_of_parts(run: Run, step: int, micros: Sequence[Micro], begin: Begi
                 gumbel=_gumbel(run.config.seed, step, len(batch)) if run.settings.whole_batch else None,
             )
             loss = part.losses.sum() / len(rows)
-            # A forward that is repeated for the others runs its backward too, which gathers layers as well; 0 times
-            # the loss adds nothing to the gradient.
+            # A forward that is repeated for other processes also runs its backward, which gathers layers, too;
+            # multiplied by 0, the loss adds nothing to the gradient.
             torch.autograd.backward(loss if counts else 0.0 * loss)
             if counts:
                 parts.append((micro, part))
@@ -191,11 +191,11 @@ def _backward_of_parts(run: Run, step: int, micros: Sequence[Micro], begin: Begi
 
 
 def _add_gradients(run: Run, parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Gives every process the sum of all gradients of some parameters. One that no process has used keeps none."""
+    """Sums the gradients of these parameters over all processes. A parameter that no process used gets none."""
     if run.group.size == 1:
         return
-    # A process that had no forward of a step, or whose forwards did not use a parameter, has no gradient where others
-    # have one. All must call the sum with the same tensors, or it never returns.
+    # A process without forwards in a step, or whose forwards did not use a parameter, lacks a gradient that others
+    # have. All processes must call the sum with the same tensors, or it never returns.
     has_gradient = run.group.gather([parameter.grad is not None for parameter in parameters])
     used = [parameter for parameter, *where in zip(parameters, *has_gradient, strict=True) if any(where)]
     for parameter in used:
@@ -205,22 +205,22 @@ def _add_gradients(run: Run, parameters: Sequence[torch.nn.Parameter]) -> None:
 
 
 def _update(run: Run) -> None:
-    """The optimizer's step. Where it runs out of memory half-way, weights and moments may no longer fit together."""
+    """The optimizer's step. If it runs out of memory half-way, weights and moments may no longer match."""
     with no_way_back(
         "out of memory in the optimizer step",
         "phase two, after the gradients",
-        "use --optim adamw_torch_fused or paged_adamw_8bit; the same command goes on from the newest checkpoint where "
-        "the optimizer is the same",
+        "use --optim adamw_torch_fused or paged_adamw_8bit; the same command continues from the newest checkpoint if "
+        "the optimizer stays the same",
     ):
         run.optimizer.step()
         run.lm.take_masters()
 
 
 def _backward_of_whole_batch(run: Run, step: int, micros: Sequence[Micro], begin: Begin) -> list[PreferenceLoss]:
-    """The exact gradient of a loss in which the pairs of a step meet, however many forwards the step is cut into.
+    """The exact gradient of a loss that combines the pairs of a step, however many forwards the step is split into.
 
-    Each part is run twice: without gradient, for the sums that the loss and its derivatives need; and with, to carry
-    these derivatives on. Dropout draws the same both times. Gao et al. 2021, https://arxiv.org/abs/2101.06983
+    Each part runs twice: without gradient, for the sums that the loss and its derivatives need; and with gradient, to
+    propagate these derivatives. Dropout draws the same both times. Gao et al. 2021, https://arxiv.org/abs/2101.06983
     """
     shares = turns(run.group, len(micros), sharded=run.lm.sharded)
 
@@ -255,17 +255,17 @@ def _backward_of_whole_batch(run: Run, step: int, micros: Sequence[Micro], begin
     return [whole]
 
 
-def _tell(run: Run, step: int, shown: str) -> None:
-    run.tell(f"step {step + 1}: {shown}")
+def _tell(run: Run, step: int, text: str) -> None:
+    run.tell(f"step {step + 1}: {text}")
 
 
 def _gumbel(seed: int, step: int, pairs: int) -> torch.Tensor:
-    """Draws for losses that choose among the pairs of a step, [B] float64: the same however the step is cut."""
+    """Draws for losses that select among the pairs of a step, [B] float64; independent of how the step is split."""
     return torch.from_numpy(np.random.default_rng([seed, step, pairs]).gumbel(size=pairs))
 
 
 def _seed(seed: int, step: int, micro: int) -> None:
-    """Dropout depends on where the run is and on nothing that happened before."""
+    """Seeds dropout from the position in the run only, independent of everything that happened before."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, micro]).generate_state(1, np.uint64)[0] >> 1))
 
 

@@ -398,7 +398,7 @@ def migrated(run: Run, tmp_path: Path, name: str, text: str) -> tuple[dict[str, 
         ("DPOConfig(evaluation_strategy='no', ld_alpha=1)", {}, ["it fits TRL 0.18.0 with transformers 4.50.0)"]),
         ("DPOConfig(evaluation_strategy='no', loss_weights=[1])", {}, ["no release accepts all of it"]),
         ("DPOTrainer(m, beta=0.1, processing_class=t, label_smoothing=0)", {}, ["it fits TRL 0.12.0 with"]),
-        ("DPOTrainer(m, beta=0.1, args=DPOConfig(eval_strategy='no', loss_weights=[1]))", {}, ["no release takes"]),
+        ("DPOTrainer(m, beta=0.1, args=DPOConfig(eval_strategy='no', loss_weights=[1]))", {}, ["no release accepts"]),
         # no equivalent
         ("DPOConfig(sync_ref_model=True)", {}, ["sync_ref_model: True", "cannot be cached"]),
         ("DPOConfig(fsdp='full_shard auto_wrap')", {"fsdp": True}, []),
@@ -409,7 +409,7 @@ def migrated(run: Run, tmp_path: Path, name: str, text: str) -> tuple[dict[str, 
         ("DPOConfig(padding_value=0)", {}, ["padding_value: DPOConfig took it to 0.25.0", "Not needed here"]),
         ("DPOConfig(max_length=None)", {}, ["always has a limit"]),
         ("DPOConfig(save_total_limit=0)", {}, ["save_total_limit 0: must be at least 1"]),
-        ("DPOConfig(nonsense=1)", {}, ["nonsense: not known", "DPOConfig never took it"]),
+        ("DPOConfig(nonsense=1)", {}, ["nonsense: unknown", "DPOConfig never took it"]),
         ("DPOTrainer(m, ref_model='other', args=DPOConfig())", {}, ["is not where the policy starts"]),
         ("DPOTrainer('m', ref_model='m')", {"model": "m"}, ["Not needed here: ref_model"]),
         # what is trained
@@ -589,7 +589,7 @@ def test_axolotl(run: Run, tmp_path: Path) -> None:
     }
     for word in (
         "data set 'org/hub-set': save it",
-        "made_up: not known",
+        "made_up: unknown",
         "chatml.intel",
     ):
         assert word in out

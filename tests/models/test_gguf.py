@@ -309,5 +309,5 @@ def test_arrays_within_arrays_without_end_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     nested = struct.pack("<IQ", 9, 1) * 50_000
     path.write_bytes(struct.pack("<4sIQQQ", b"GGUF", 3, 0, 1, 1) + b"k" + struct.pack("<I", 9) + nested)
-    with pytest.raises(UserError, match="deeper than any"):
+    with pytest.raises(UserError, match="nested too deeply"):
         read_metadata(path)

@@ -234,7 +234,7 @@ def test_a_signal_waits_for_the_step_and_its_checkpoint(
         signal_at(patched, loop_module, "train_step", 2, signal.SIGUSR1)
         status, said = command(*line)
     check_stopped(status, said, signal.SIGUSR1)
-    assert "SIGUSR1 has come: step 2 of 4 is done and in a checkpoint" in said
+    assert "received SIGUSR1: step 2 of 4 is done and saved in a checkpoint" in said
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-00000002"]
     status, said = command(*line)
     assert (status, "resuming from step 2 of 4" in said) == (0, True)
@@ -836,7 +836,8 @@ def test_a_view_of_other_pairs_is_not_replaced_without_a_word(tmp_path: Path, ti
         pairs = write_jsonl(tmp_path / folder / "pairs.jsonl", pair_rows(3))
         precompute(pairs, tiny_model, tmp_path / "cache", notes)
     assert [text for text in notes.said if "view 'pairs' contained pairs of" in text] == [
-        f"view 'pairs' contained pairs of {tmp_path / 'a' / 'pairs.jsonl'}; it now contains these pairs (--name keeps both)"
+        f"view 'pairs' contained pairs of {tmp_path / 'a' / 'pairs.jsonl'}; "
+        "it now contains these pairs (--name keeps both)"
     ]
 
 
