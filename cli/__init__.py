@@ -1,1 +1,1 @@
-"""The command line: one module a command; each parses, builds a config, calls the engine and prints."""
+"""The command line: one module per command, which parses, builds a config, calls the engine and prints."""

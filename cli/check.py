@@ -45,8 +45,12 @@ _MARKS = ("[[", "]]")
 @click.command("check", cls=ConfigCommand, epilog=EPILOG)
 @click.argument("pairs", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file.  [default: dpoeng.yaml]")
-@click.option("--eval", "eval_files", multiple=True, type=click.Path(path_type=Path), help="Held-out pairs: leakage?")
-@click.option("--examples", type=click.IntRange(min=0), default=3, show_default=True, help="Rows shown a finding.")
+@click.option(
+    "--eval", "eval_files", multiple=True, type=click.Path(path_type=Path), help="Held-out pairs, to look for leakage."
+)
+@click.option(
+    "--examples", type=click.IntRange(min=0), default=3, show_default=True, help="Rows to show for each finding."
+)
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Also write the report as one HTML page.")
 @force_option
 @json_option
@@ -65,8 +69,8 @@ def check(
 ) -> None:
     """Check PAIRS for anything that could spoil a run, before you use a GPU.
 
-    With --model lengths are tokens and the tokenizer's own questions are asked too (truncation, boundaries, template,
-    end tokens); no weight is loaded. The exit status is 3 if an error was found, with --strict also for a warning.
+    With --model, lengths are in tokens, and the tokenizer is checked, too (truncation, boundaries, template, end
+    tokens); no weights are loaded. The exit status is 3 if an error was found, with --strict also for a warning.
     """
     values = given(options)
     then = [*map(str, pairs), *(["--config", str(config_file)] if config_file else []), *as_words(values)]
@@ -98,7 +102,7 @@ def check(
 
 
 def print_report(report: CheckReport, html: Path | None, then: Sequence[str]) -> None:
-    """Findings first, then the tables, then what to do next: `then` are the arguments for phase one."""
+    """Prints findings, then tables, then the next command; `then` are the arguments for phase one."""
     from dpoeng.cli.pages.check import categories_table, lengths_table
 
     for finding in report.findings:
@@ -139,11 +143,11 @@ def print_report(report: CheckReport, html: Path | None, then: Sequence[str]) ->
 
 
 def _print_texts(report: CheckReport) -> None:
-    """The first pairs as the model is given them: what is scored in colour, or between marks where there is none."""
+    """Prints the first pairs as the model sees them; scored parts are in colour, or between marks without colours."""
     if not report.shown:
         return
     how = "in green" if colours() else f"between {_MARKS[0]} and {_MARKS[1]}"
-    say(Marked("texts", "bold"), f" as the model gets them; the scored part stands {how}")
+    say(Marked("texts", "bold"), f" as the model gets them; the scored part is {how}")
     for pair in report.shown:
         for name, pieces in zip(pair.names, (pair.chosen, pair.rejected), strict=True):
             say(Marked(f"{pair.where}, {name}", "dim"))
@@ -167,6 +171,6 @@ def _print_finding(finding: Finding) -> None:
     )
     if finding.detail:
         say(f"  {finding.detail}")
-    for where, shown in finding.examples:
-        say("  ", Marked(where, "dim"), f"  {shown}")
+    for where, example in finding.examples:
+        say("  ", Marked(where, "dim"), f"  {example}")
     say(f"  why:    {finding.why}\n  remedy: {finding.remedy}\n")

@@ -28,18 +28,20 @@ _FIELDS = frozenset("cache view model quantization dtype device".split())
 @click.command("compare", epilog=EPILOG)
 @click.argument("path", metavar="TRAINED", type=click.Path(path_type=Path))
 @click.option("--prompt", "prompts", multiple=True, help="A prompt; may be given several times.")
-@click.option("--prompts", "file", type=click.Path(path_type=Path), help="A text file with a prompt a line.")
-@click.option("--count", default=4, show_default=True, help="Without prompts: how many held-out prompts to use.")
+@click.option("--prompts", "file", type=click.Path(path_type=Path), help="A text file with one prompt per line.")
+@click.option("--count", default=4, show_default=True, help="Number of held-out prompts, if you give no prompts.")
 @click.option(
     "--chat/--text",
     default=None,
     help="Whether given prompts are a user's messages for the chat template, or texts.  [default: messages if there is "
-    "a template and phase one put no prompt_format around texts]",
+    "a template and phase one used no prompt_format]",
 )
-@click.option("--max-new-tokens", default=128, show_default=True, help="Most tokens of an answer.")
-@click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token; above 0 samples.")
-@click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1 keeps small models from circling.")
-@click.option("--stop", multiple=True, help="A text at which an answer ends; may be given several times.")
+@click.option("--max-new-tokens", default=128, show_default=True, help="Maximum tokens of an answer.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 takes the most likely token; above 0 samples.")
+@click.option(
+    "--repetition-penalty", default=1.0, show_default=True, help="Above 1 keeps small models from repeating themselves."
+)
+@click.option("--stop", multiple=True, help="A text that ends an answer; may be given several times.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of the sampling.")
 @json_option
 @config_options(TrainConfig, skip=frozenset(TrainConfig.model_fields) - _FIELDS)
@@ -59,11 +61,11 @@ def compare(
 ) -> None:
     """Show side by side how the model answers before and after training.
 
-    TRAINED is a run's folder, an adapter's, or that of a checkpoint trained whole. One model is in memory at a time;
-    with an adapter, before is the same model without it. Without prompts, some of those that the run held out are used,
-    with just their token ids.
+    TRAINED is a run's folder, an adapter, or a fully trained checkpoint. One model is in memory at a time; with an
+    adapter, "before" is the same model without it. Without prompts, some of the run's held-out prompts are used, with
+    exactly their token ids.
 
-    In a run's folder the answers are kept as samples.jsonl, in place of earlier ones; `dpoeng report` shows them.
+    In a run's folder the answers are saved as samples.jsonl, replacing earlier ones; `dpoeng report` shows them.
     """
     from dpoeng.cli.progress import TerminalProgress, importing
 
@@ -74,9 +76,9 @@ def compare(
     given_prompts = [*prompts, *(read_prompts(file) if file else [])]
     trained = find_trained(path)
     overrides = given(options)
-    if "view" in overrides:  # prompts of this view, not of the one that the run was evaluated on
+    if "view" in overrides:  # prompts of this view, not of the run's evaluation view
         overrides |= {"eval_view": None, "mix_with": (), "mix": None}
-    found = compare_prompts(
+    answers = compare_prompts(
         trained,
         run_config(trained, overrides),
         given_prompts,
@@ -89,17 +91,17 @@ def compare(
         seed=seed,
     )
     if as_json:
-        say_json(found)
+        say_json(answers)
     else:
-        say(generations_table(found))
-    keep_samples(trained, found, TerminalProgress())
+        say(generations_table(answers))
+    keep_samples(trained, answers, TerminalProgress())
 
 
 def read_prompts(file: Path) -> list[str]:
-    """A prompt a line, empty lines left out.
+    """One prompt per line; empty lines are skipped.
 
     Raises:
-        UserError: the file cannot be read, or holds none.
+        UserError: the file cannot be read, or has no prompt.
     """
     from dpoeng.cache.errors import UserError
 
@@ -110,27 +112,27 @@ def read_prompts(file: Path) -> list[str]:
             "cannot read the file of prompts",
             code="data-unreadable",
             where=str(file),
-            expected="a text file with a prompt a line",
+            expected="a text file with one prompt per line",
             found=str(error),
             remedy="name another with --prompts",
             exit_status=3,
         ) from error
     if not any(lines):
         raise UserError(
-            "the file holds no prompt",
+            "the file contains no prompt",
             code="data-empty",
             where=str(file),
-            expected="a prompt a line",
+            expected="one prompt per line",
             remedy="write one, or leave --prompts out to use held-out prompts",
             exit_status=3,
         )
     return [line for line in lines if line]
 
 
-def generations_table(found: list[Generation]) -> Table:
+def generations_table(answers: list[Generation]) -> Table:
     """Prompt and both answers, side by side."""
     rows: list[tuple[Cell, ...]] = []
-    for one in found:
+    for one in answers:
         after = Marked("(the same)", "dim") if one.after == one.before else one.after.strip()
         rows.append((one.prompt.strip(), one.before.strip(), after))
     return Table(rows, ("prompt", "before", "after"), words=3, ruled=True)

@@ -32,7 +32,7 @@ Editors with a YAML language server then complete and check a file that begins w
 @click.group("config", invoke_without_command=True)
 @click.pass_context
 def config(ctx: click.Context) -> None:
-    """Look at the configuration: what holds and why, and its schema."""
+    """Show the configuration with the origin of each value, and its schema."""
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 
@@ -43,16 +43,16 @@ def config(ctx: click.Context) -> None:
 @config_options(PrecomputeConfig)
 @config_options(TrainConfig, skip=frozenset(PrecomputeConfig.model_fields))
 def show(config_file: Path | None, as_json: bool, **options: Any) -> None:
-    """Print every field of both phases, its value, and where that comes from.
+    """Print every field of both phases, its value, and the value's origin.
 
-    Takes the options of both commands, so that a command line can be tried without running anything.
+    Takes the options of both commands, so that you can try a command line without running anything.
     """
     settings = resolve(given(options), config_file)
     if as_json:
-        shown: dict[str, dict[str, Any]] = {}
+        fields: dict[str, dict[str, Any]] = {}
         for s in settings:
-            shown.setdefault(s.command, {})[s.name] = {"value": plain(s.value), "origin": s.origin}
-        say_json(shown)
+            fields.setdefault(s.command, {})[s.name] = {"value": plain(s.value), "origin": s.origin}
+        say_json(fields)
         return
 
     by_name = {(s.command, s.name): s for s in settings}
@@ -67,7 +67,7 @@ def show(config_file: Path | None, as_json: bool, **options: Any) -> None:
 
 
 def in_words(value: Any) -> str:
-    """A value as it would be written in the file; nothing given is a dash."""
+    """A value as in the file; a dash if there is none."""
     if value is None or value in ((), {}):
         return "-"
     value = plain(value)

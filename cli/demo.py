@@ -1,4 +1,4 @@
-"""`dpoeng demo`: both phases on a small real model, with the commands that do each step."""
+"""`dpoeng demo`: both phases on a small real model, with the commands for each step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAIRS_FILE = "demo_pairs.jsonl"
 PAIRS = 100
 DEFAULT_PAIRS = 80
 GENERATION: dict[str, Any] = {"count": 3, "max_new_tokens": 48, "repetition_penalty": 1.1, "stop": "END"}
-"""Options of `dpoeng compare`. The pairs' responses end with a line END; small models circle without the penalty."""
+"""Options of `dpoeng compare`. Responses end with a line END; the penalty keeps small models from repeating."""
 
 EPILOG = """\b
 Examples:
@@ -38,24 +38,24 @@ Examples:
     type=click.Path(path_type=Path),
     default=Path("demo"),
     show_default=True,
-    help="Folder of its files.",
+    help="Folder for the demo's files.",
 )
 @click.option(
-    "--pairs", type=click.IntRange(10, PAIRS), default=DEFAULT_PAIRS, show_default=True, help="How many pairs."
+    "--pairs", type=click.IntRange(10, PAIRS), default=DEFAULT_PAIRS, show_default=True, help="Number of pairs."
 )
-@click.option("--model", help="Another SFT model.  [default: SmolLM2-135M-Instruct, fetched once]")
+@click.option("--model", help="Another SFT model.  [default: SmolLM2-135M-Instruct, downloaded once]")
 @click.option(
     "--quantization",
     type=click.Choice(["none", "8bit", "4bit"]),
     default="none",
     show_default=True,
-    help="How the base is held in both phases.",
+    help="Precision of the base in both phases.",
 )
-@click.option("--prepare-only", is_flag=True, help="Fetch the model, write the pairs, and stop.")
+@click.option("--prepare-only", is_flag=True, help="Download the model, write the pairs, and stop.")
 def demo(folder: Path, pairs: int, model: str | None, quantization: str, prepare_only: bool) -> None:
-    """Both phases on SmolLM2-135M-Instruct and 80 preference pairs; a few minutes on two cores.
+    """Run both phases on SmolLM2-135M-Instruct and 80 preference pairs; a few minutes on two cores.
 
-    Each step prints the command that does the same. Run it again and it goes on from where it was.
+    Each step prints the command that does the same. Run it again and it continues where it stopped.
     """
     from dpoeng.cli import precompute, train
     from dpoeng.cli.progress import TerminalProgress
@@ -76,16 +76,16 @@ def demo(folder: Path, pairs: int, model: str | None, quantization: str, prepare
     _step(2, "Phase one: score the frozen model, once", command("precompute-ref", first, "pairs"))
     precompute.print_summary(precompute_reference(first, progress))
 
-    _step(3, "Phase two: train against the cached numbers", command("train", second))
+    _step(3, "Phase two: train against the cached log-probs", command("train", second))
     train.print_summary(run_training(second, progress))
 
     _show_changes(second, progress)
-    _step(6, "Go on from here")
+    _step(6, "Next steps")
     say(next_steps(folder, first, second, model))
 
 
 def write_pairs(folder: Path, count: int) -> Path:
-    """The first `count` of the pairs that come with the package, as a file of the demo's own."""
+    """Writes the first `count` of the package's pairs to the demo's folder."""
     whole = resources.files("dpoeng.cli").joinpath(PAIRS_FILE).read_text(encoding="utf-8")
     lines = whole.splitlines(keepends=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def write_pairs(folder: Path, count: int) -> Path:
 
 
 def configs(folder: Path, file: Path, model: str, quantization: str) -> tuple[PrecomputeConfig, TrainConfig]:
-    """Return the configs of both phases. Runs of another size or precision get separate folders."""
+    """The configs of both phases. Runs of another size or precision get separate folders."""
     one: dict[str, Any] = {"pairs": (file,), "model": model, "cache": folder / "refcache", "dtype": "float32"}
     view, out = file.stem, file.stem.replace("pairs", "out")
     if quantization != "none":
@@ -110,14 +110,16 @@ def configs(folder: Path, file: Path, model: str, quantization: str) -> tuple[Pr
 
 
 def command(name: str, config: BaseModel, *arguments: str) -> str:
-    """The command line that gives this config: named fields as arguments, the others that were set as options."""
-    given = {field: getattr(config, field) for field in type(config).model_fields if field in config.model_fields_set}
-    positional = [value for field in arguments for value in given.pop(field)]
-    return words(name, given, *positional)
+    """The command line for this config: named fields as arguments, other fields that were set as options."""
+    set_fields = {
+        field: getattr(config, field) for field in type(config).model_fields if field in config.model_fields_set
+    }
+    positional = [value for field in arguments for value in set_fields.pop(field)]
+    return words(name, set_fields, *positional)
 
 
 def words(name: str, options: dict[str, Any], *arguments: object) -> str:
-    """A command line of dpoeng, as a shell takes it."""
+    """A dpoeng command line, quoted for a shell."""
     line = ["dpoeng", name, *map(str, arguments)]
     for option, value in options.items():
         line += [f"--{option.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
@@ -125,7 +127,7 @@ def words(name: str, options: dict[str, Any], *arguments: object) -> str:
 
 
 def next_steps(folder: Path, first: PrecomputeConfig, second: TrainConfig, model: str) -> str:
-    """Commands to try next, and what to remove in the end."""
+    """Commands to try next, and what to remove at the end."""
     again = second.model_copy(update={"beta": 0.3, "output_dir": Path(f"{second.output_dir}-beta")})
     again.model_fields_set.add("beta")
     return "\n".join(
@@ -135,7 +137,7 @@ def next_steps(folder: Path, first: PrecomputeConfig, second: TrainConfig, model
             "  dpoeng train --cache refcache",
             "Another beta on the same cache, without scoring again:",
             f"  {command('train', again)}",
-            "What the cache holds:",
+            "What is in the cache:",
             f"  {shlex.join(['dpoeng', 'cache', 'info', str(first.cache)])}",
             f"The demo's files are in {folder}; remove that folder to start over. The model is {model}.",
         ]
@@ -149,7 +151,7 @@ def _step(number: int, title: str, line: str | None = None) -> None:
 
 
 def _show_changes(config: TrainConfig, progress: Progress) -> None:
-    """Evaluate the adapter that was written and compare answers, as `dpoeng eval` and `dpoeng compare` do."""
+    """Evaluates the saved adapter and compares answers, as `dpoeng eval` and `dpoeng compare` do."""
     from dpoeng.cli import compare, evaluate
     from dpoeng.engine.recipes.compare import compare_prompts, keep_samples
     from dpoeng.engine.recipes.evaluate import evaluate_trained, find_trained
@@ -159,6 +161,6 @@ def _show_changes(config: TrainConfig, progress: Progress) -> None:
     evaluate.print_evaluation(evaluate_trained(trained, config, "held-out", progress))
 
     _step(5, "Answers before and after", words("compare", GENERATION, config.output_dir))
-    found = compare_prompts(trained, config, (), **{**GENERATION, "stop": (GENERATION["stop"],)})
-    say(compare.generations_table(found))
-    keep_samples(trained, found, progress)
+    answers = compare_prompts(trained, config, (), **{**GENERATION, "stop": (GENERATION["stop"],)})
+    say(compare.generations_table(answers))
+    keep_samples(trained, answers, progress)

@@ -35,28 +35,28 @@ EXIT_FOUND = 5
 @json_option
 @click.option("--strict", is_flag=True, help="Exit with status 3 on warnings too.")
 def doctor(cache: Path, output_dir: Path, model: Path | None, online: bool, as_json: bool, strict: bool) -> None:
-    """Look whether this machine is ready: versions, GPU, libraries at work, memory, disk, folders.
+    """Check that this machine is ready: versions, GPU, libraries, memory, disk, folders.
 
-    bitsandbytes and Triton compute something small, each in a process of its own. How fast a GPU gets bytes from host
-    memory, and files are read, is measured for `dpoeng plan`. No network is used without --online.
-    The exit status is 5 if something would fail, with --strict also if something is only not as it should be.
+    bitsandbytes and Triton compute something small, each in a separate process. The speeds of copies from host memory
+    to a GPU and of reading files are measured, for `dpoeng plan`. No network is used without --online. The exit status
+    is 5 if something would fail, with --strict also for a warning.
     """
     from dpoeng.engine.recipes.doctor import diagnose
 
-    found = diagnose(cache, output_dir, model=model, online=online)
+    diagnosis = diagnose(cache, output_dir, model=model, online=online)
     if as_json:
-        say_json(found.as_dict())
+        say_json(diagnosis.as_dict())
     else:
         rows: list[tuple[Cell, ...]] = []
-        for check in found.checks:
+        for check in diagnosis.checks:
             rows.append((Marked(check.status, check.status), Marked(check.name, "bold"), check.found))
             if check.status in ("warning", "error"):
                 rows.append(("", "", f"→ {check.remedy}"))
         say(Table(rows, words=3))
-        counts = {name: sum(check.status == name for check in found.checks) for name in ("error", "warning")}
+        counts = {name: sum(check.status == name for check in diagnosis.checks) for name in ("error", "warning")}
         if counts["error"] or counts["warning"]:
             say(f"\n{counted(counts['error'], 'error')}, {counted(counts['warning'], 'warning')}")
         else:
             say("\n", Marked("ready", "ok"))
-    if found.worst() == "error" or (strict and found.worst() == "warning"):
+    if diagnosis.worst() == "error" or (strict and diagnosis.worst() == "warning"):
         sys.exit(EXIT_FOUND)

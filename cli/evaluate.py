@@ -37,21 +37,21 @@ _FIELDS = frozenset(
     "path",
     type=click.Path(path_type=Path),
     required=True,
-    help="A run's folder, an adapter, or a checkpoint trained whole.",
+    help="A run's folder, an adapter, or a fully trained checkpoint.",
 )
 @click.option(
     "--pairs",
     type=click.Choice(["held-out", "all"]),
-    help="Those that the run held out, or all of the view.  [default: held-out where run.json lies beside the adapter "
+    help="The pairs that the run held out, or all of the view.  [default: held-out if run.json is next to the adapter "
     "and no --view is given]",
 )
 @json_option
 @config_options(TrainConfig, skip=frozenset(TrainConfig.model_fields) - _FIELDS)
 def evaluate(path: Path, pairs: Literal["held-out", "all"] | None, as_json: bool, **options: Any) -> None:
-    """Evaluate what was trained on cached pairs: rewards, accuracy with its interval, by group, warnings.
+    """Evaluate a trained model on cached pairs: rewards, accuracy with its interval, by group, warnings.
 
-    Settings that are not given are those of its run, where run.json lies beside it. Before anything is said, the model
-    as it was before training is compared with the cache.
+    Settings that you do not give are those of the run, if run.json is next to the adapter. First the model as it was
+    before training is compared with the cache.
     """
     from dpoeng.cli.progress import TerminalProgress, importing
 
@@ -62,33 +62,33 @@ def evaluate(path: Path, pairs: Literal["held-out", "all"] | None, as_json: bool
     overrides = given(options)
     if pairs is None and "view" in overrides:
         pairs = "all"
-    if pairs == "all" and "view" in overrides:  # that view, which may be the one that the run was evaluated on
+    if pairs == "all" and "view" in overrides:  # it may be the run's evaluation view
         overrides.setdefault("eval_view", None)
-    if "view" in overrides:  # and no other beside it
+    if "view" in overrides:  # evaluate only that view
         overrides |= {"mix_with": (), "mix": None}
-    found = evaluate_trained(trained, run_config(trained, overrides), pairs, TerminalProgress())
+    summary = evaluate_trained(trained, run_config(trained, overrides), pairs, TerminalProgress())
     if as_json:
-        say_json(found.record())
+        say_json(summary.record())
     else:
-        print_evaluation(found)
+        print_evaluation(summary)
 
 
 def run_config(trained: Trained, overrides: dict[str, Any]) -> TrainConfig:
-    """The config of an adapter's run, or the defaults, with what was given on the command line."""
+    """The config of an adapter's run, or the defaults, with the command line's options."""
     return load_config(TrainConfig, {**run_settings(trained.run), **overrides})
 
 
 def run_settings(run: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The fields of a run's config that are not the default; none where there is no run."""
+    """The non-default fields of a run's config; empty without a run."""
     defaults = TrainConfig.model_validate({}).model_dump(mode="json")
-    found = {name: value for name, value in (run or {}).items() if value != defaults.get(name, value)}
-    if "loss_type" in found:
-        found["loss_type"] = [OwnLoss(str(n), recorded=True) if ":" in str(n) else n for n in found["loss_type"]]
-    return found
+    changed = {name: value for name, value in (run or {}).items() if value != defaults.get(name, value)}
+    if "loss_type" in changed:
+        changed["loss_type"] = [OwnLoss(str(n), recorded=True) if ":" in str(n) else n for n in changed["loss_type"]]
+    return changed
 
 
 def print_evaluation(summary: EvaluationSummary) -> None:
-    """Facts, means with intervals, groups, remarks."""
+    """Prints facts, means with intervals, groups and remarks."""
     from dpoeng.cli.pages.run import evaluation_table, group_tables
 
     facts = [
@@ -104,6 +104,6 @@ def print_evaluation(summary: EvaluationSummary) -> None:
 
 
 def print_advice(advice: Sequence[Advice]) -> None:
-    """Remarks, a paragraph each."""
+    """Prints remarks, one paragraph each."""
     for remark in advice:
         say("\n", Marked(remark.code, "warning"), f": {remark.seen}\n  try: {remark.remedy}")

@@ -20,7 +20,7 @@ Examples:
 @click.argument("pairs", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--model", help="The SFT base: a directory, a .gguf file or a hub id.")
 @click.option("--adapter", help="SFT LoRA adapter on the base.")
-@click.option("--gpu", help="The card by name, or by its memory: a100-80gb, 24gb.  [default: this one]")
+@click.option("--gpu", help="The card, by name or by memory: a100-80gb, 24gb.  [default: this machine's]")
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
@@ -41,7 +41,7 @@ def init(
 ) -> None:
     """Write a dpoeng.yaml with every field explained, set for your model, PAIRS and GPU.
 
-    What fits on the card is simulated as `dpoeng plan` does it; config.json is enough, no weights are read.
+    Simulates what fits on the card, as `dpoeng plan` does; needs only config.json and reads no weights.
     """
     from dpoeng.cli.progress import TerminalProgress
     from dpoeng.engine.checks.driver import driver_note
@@ -62,7 +62,7 @@ def init(
     for name, line in lines.items():
         value = ", ".join(map(str, line.value)) if isinstance(line.value, list) else line.value
         say(f"  {name}: {value}" + (f"  ({' '.join(line.comments)})" if line.comments else ""))
-    say(f"\nOn a GPU: {driver_note()}; `dpoeng doctor` looks.")
+    say(f"\nOn a GPU: {driver_note()}; `dpoeng doctor` checks it.")
     missing = [name for name in ("model", "pairs") if name not in lines]
     say("\nNext:" + (f" set {' and '.join(missing)} in {output}, then" if missing else ""))
     config = "" if str(output) == "dpoeng.yaml" else f" --config {output}"

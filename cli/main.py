@@ -1,4 +1,4 @@
-"""The `dpoeng` command: finds the subcommand, and turns mistakes into messages."""
+"""The `dpoeng` command: finds the subcommand, and turns exceptions into messages."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from click.shell_completion import CompletionItem
 
 from dpoeng.cache.errors import UserError
 
-# name -> (module:attribute, what it does). The modules are imported only when their command is run or asked for help,
-# so that `dpoeng --help` answers at once.
+# name -> (module:attribute, what it does). A module is imported only when its command runs or its help is shown, so
+# that `dpoeng --help` answers at once.
 COMMANDS = {
     "plan": ("dpoeng.cli.plan:plan", "Calculate memory, hours and cost of a run, before you rent a card."),
     "precompute-ref": ("dpoeng.cli.precompute:precompute_ref", "Phase one: score the frozen reference once."),
-    "train": ("dpoeng.cli.train:train", "Phase two: train a LoRA policy against the cached numbers."),
+    "train": ("dpoeng.cli.train:train", "Phase two: train a policy against the cached log-probs."),
     "sweep": ("dpoeng.cli.sweep:sweep", "Train every combination of some settings on one cache, and rank the runs."),
     "eval": ("dpoeng.cli.evaluate:evaluate", "Evaluate a trained adapter on cached pairs."),
     "compare": ("dpoeng.cli.compare:compare", "Show answers before and after training, side by side."),
     "judge": ("dpoeng.cli.rounds.judge:judge", "Let a judge compare answers before and after training."),
     "check": ("dpoeng.cli.check:check", "Check preference pairs for anything that could spoil a run."),
-    "select": ("dpoeng.cli.select:select", "Choose pairs by what the cache knows of them, as a new view."),
+    "select": ("dpoeng.cli.select:select", "Select pairs by their reference log-probs, as a new view."),
     "report": ("dpoeng.cli.runs.report:report", "Write a run as one HTML page: curves, tables, configuration."),
     "watch": ("dpoeng.cli.runs.watch:watch", "Show a run in the terminal while it trains, from any shell."),
     "doctor": ("dpoeng.cli.doctor:doctor", "Check that this machine is ready: versions, GPU, disk, folders."),
-    "merge": ("dpoeng.cli.merge:merge", "Fold a run's adapters into the full-precision base."),
+    "merge": ("dpoeng.cli.merge:merge", "Merge a run's adapters into the full-precision base."),
     "quantize": ("dpoeng.cli.quantize:quantize", "Store a model in 8 or 4 bits for faster loading."),
     "init": ("dpoeng.cli.init:init", "Write a commented dpoeng.yaml for your model, pairs and GPU."),
     "migrate": ("dpoeng.cli.migrate:migrate", "Turn a TRL, Axolotl or LLaMA-Factory set-up into a dpoeng.yaml."),
-    "config": ("dpoeng.cli.config:config", "Print every setting and where it comes from; a schema for editors."),
-    "cache": ("dpoeng.cli.cache.commands:cache", "Look into a reference cache: info, verify, export and more."),
+    "config": ("dpoeng.cli.config:config", "Print every setting and its origin; a schema for editors."),
+    "cache": ("dpoeng.cli.cache.commands:cache", "Inspect a reference cache: info, verify, export and more."),
     "demo": ("dpoeng.cli.demo:demo", "Run both phases on a small real model and 80 pairs, in minutes."),
     "bench": ("dpoeng.cli.bench.commands:bench", "Measure throughput and memory on this machine."),
 }
@@ -54,7 +54,7 @@ Examples:
 
 
 class LazyGroup(click.Group):
-    """Knows its commands by `table`: name -> (module:attribute, what it does). So `--help` answers at once."""
+    """A group whose `table` lists its commands: name -> (module:attribute, what it does). `--help` is then fast."""
 
     def __init__(self, *arguments: Any, table: Mapping[str, tuple[str, str]], **settings: Any) -> None:
         super().__init__(*arguments, **settings)
@@ -75,7 +75,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click does, but suggest the nearest name for an unknown one."""
+        """As in click, but suggests the nearest name for an unknown one."""
         if args and args[0] not in self.table and not args[0].startswith("-"):
             near = difflib.get_close_matches(args[0], self.table, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(self.table)}"
@@ -119,11 +119,11 @@ def dpoeng(ctx: click.Context, debug: bool) -> None:
     """DPO with an offline reference.
 
     DPO needs the reference model only as numbers. `precompute-ref` runs the frozen SFT model once and stores them;
-    `train` loads only the policy. So one GPU holds what would else need two models.
+    `train` loads only the policy. One GPU then has to fit only one model instead of two.
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
-    del debug  # declared only so that --help shows it: `main` takes it out of the arguments before
+    del debug  # declared only so that --help shows it: `main` removes it from the arguments
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -132,17 +132,17 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         signal.signal(number, _terminate)
     _choose_allocator(os.environ)
     if not sys.warnoptions:
-        # Deprecations inside the libraries are for their maintainers; python -W default shows them.
+        # Deprecations inside libraries concern their maintainers; python -W default shows them.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
-        # bitsandbytes asks for an optional package of CPU kernels at import, in runs that do not quantise too.
+        # bitsandbytes suggests an optional package of CPU kernels at import, even in runs without quantisation.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     streams = (sys.stdout, sys.stderr)
     for stream in streams:
-        if hasattr(stream, "reconfigure"):  # a terminal of another encoding must not turn a message into a crash
+        if hasattr(stream, "reconfigure"):  # an unusual terminal encoding must not turn a message into a crash
             stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in arguments  # wherever it stands: who adds it to a long command adds it at the end
+    debug = "--debug" in arguments  # anywhere in the line: users add it at the end of a long command
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         status: Any = dpoeng.main(args=arguments, prog_name="dpoeng", standalone_mode=False)
@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except BrokenPipeError:
         status = _unread(streams)
     except SystemExit as stop:
-        # Both rich and click end the process themselves then, with status 1; click puts another stdout in place first.
+        # On a closed pipe rich and click exit with status 1; click replaces stdout first.
         unread = isinstance(stop.__context__, BrokenPipeError) or sys.stdout is not streams[0]
         status = _unread(streams) if unread else stop.code
     except Exception as error:
@@ -171,27 +171,29 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _choose_allocator(environment: MutableMapping[str, str]) -> None:
-    """Let PyTorch's CUDA memory grow in place, unless the user has chosen: every step has another number of tokens.
+    """Lets PyTorch's CUDA memory grow in place, unless the user chose otherwise: steps have different numbers of
+    tokens.
 
-    Blocks of a fixed size would be left over from each, and memory run out while much of it is free. PyTorch reads this
-    once, before its first allocation on a GPU, so it is set before torch is imported. A CPU has no use for it.
+    Fixed blocks would be left over from each size, and memory would run out while much of it is free. PyTorch reads
+    this setting once, before its first allocation on a GPU, so it must be set before torch is imported. CPUs do not use
+    it.
     """
     if not any(name in environment for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")):
         environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _unread(streams: Iterable[TextIO]) -> int:
-    """Return the exit status of a process that SIGPIPE ends: the reader of the output (`| head`) is gone."""
+    """The exit status of a process that SIGPIPE ends: the reader of the output (`| head`) is gone."""
     for stream in streams:
         try:
             stream.flush()
-        except BrokenPipeError:  # Python would complain once more when it flushes at the end
+        except BrokenPipeError:  # otherwise Python complains again when it flushes at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return 128 + signal.SIGPIPE
 
 
 def _print_error(message: str) -> None:
-    """In colour where rich's tables are: NO_COLOR, FORCE_COLOR and TERM decide."""
+    """Prints in colour if rich's tables are coloured: NO_COLOR, FORCE_COLOR and TERM decide."""
     from rich.console import Console
 
     from dpoeng.cli.tables import Marked, to_text
@@ -200,7 +202,7 @@ def _print_error(message: str) -> None:
 
 
 def as_user_error(error: Exception) -> UserError:
-    """Any exception as what the command line reports: a mistake of the user's, of the machine's, or ours."""
+    """Converts any exception to a report: a mistake of the user, a problem of the machine, or a bug."""
     if isinstance(error, UserError):
         return error
     if isinstance(error, click.ClickException):
@@ -218,25 +220,25 @@ def as_user_error(error: Exception) -> UserError:
             "not enough memory",
             code="memory-full",
             found=str(error) or None,
-            remedy="end other programs, or take smaller batches (--batch-tokens, --per-device-train-batch-size)",
+            remedy="end other programs, or use smaller batches (--batch-tokens, --per-device-train-batch-size)",
             exit_status=5,
         )
     if isinstance(error, OSError) and error.errno is not None:
         return UserError(
-            "the system refused a file operation",
+            "a file operation failed",
             code="system-error",
             where=str(error.filename) if error.filename is not None else None,
             found=error.strerror or str(error),
             remedy="check that the disk has room and the folder is writable, then run the same command again",
             exit_status=5,
         )
-    if isinstance(error, Warning):  # a library's, which PYTHONWARNINGS=error or -W made an error
+    if isinstance(error, Warning):  # a library's warning, which PYTHONWARNINGS=error or -W turned into an error
         return UserError(
             "your environment turned a library's warning into an error",
             code="system-warning",
             where="PYTHONWARNINGS or python -W",
             found=f"{type(error).__name__}: {str(error)[:300]}",
-            remedy="unset PYTHONWARNINGS, or limit it to the warnings you mean",
+            remedy="unset PYTHONWARNINGS, or limit it to the warnings you want",
             exit_status=5,
         )
     frames = traceback.extract_tb(error.__traceback__)
@@ -251,7 +253,7 @@ def as_user_error(error: Exception) -> UserError:
 
 
 class _Terminated(BaseException):
-    """SIGTERM or SIGUSR1, as an exception, so that what is open is closed and what is temporary is removed."""
+    """SIGTERM or SIGUSR1 as an exception, so that open files are closed and temporary ones removed."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)

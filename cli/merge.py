@@ -24,15 +24,15 @@ Examples:
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     default="auto",
     show_default=True,
-    help="Of the merged weights; auto is the base's own.",
+    help="Dtype of the merged weights; auto keeps the base's.",
 )
 @json_option
-@click.option("--model", help="The base, where it is not where the run found it.")
+@click.option("--model", help="The base, if it has moved since the run.")
 def merge(output_dir: Path, into: Path, dtype: str, model: str | None, as_json: bool) -> None:
-    """Fold the adapters of a finished run into the full-precision base: a checkpoint that needs no peft.
+    """Merge the adapters of a finished run into the full-precision base: a checkpoint that needs no peft.
 
-    The base is read from its own files, also where training held it in 8 or 4 bits: merging into quantised weights
-    would round the update away. Needs host memory for one file of the checkpoint.
+    The base is read from its own files, even if training used 8 or 4 bits: merging into quantised weights would round
+    the update away. Needs host memory for one file of the checkpoint.
     """
     from dpoeng.cli.progress import TerminalProgress
     from dpoeng.engine.recipes.merge import merge_run

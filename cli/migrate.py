@@ -32,11 +32,11 @@ Examples:
     type=click.Path(path_type=Path, allow_dash=True),
     default=Path("dpoeng.yaml"),
     show_default=True,
-    help="Where to write; - prints.",
+    help="The file to write; - prints to stdout.",
 )
 @click.option(
     "--trl-version",
-    help="Release of TRL that the script was written for; its defaults fill what the script leaves out.  "
+    help="Release of TRL that the script was written for; provides defaults for settings that the script omits.  "
     "[default: derived from the script's imports and calls]",
 )
 @click.option("--force", is_flag=True, help="Overwrite the output.")
@@ -54,7 +54,7 @@ def migrate(file: Path, output: Path, trl_version: str | None, force: bool, as_j
 
     result = read(file, _text(file), trl_version)
     header = [f"Made by `dpoeng migrate` from {KINDS[result.kind]}."]
-    for title, items in (("No equivalent:", result.lost), ("To know:", result.notes)):
+    for title, items in (("No equivalent:", result.lost), ("Notes:", result.notes)):
         header += [title, *(f"- {item}" for item in items)] if items else []
     text = config_text(result.lines, header=header, every_field=False)
     if str(output) == "-" and as_json:
@@ -81,14 +81,14 @@ def _text(file: Path) -> str:
 
 
 def print_result(result: Migration, output: Path) -> None:
-    """Show how many fields were carried over, those that were not, and the next commands."""
+    """Prints the number of migrated fields, the settings that were lost, and the next commands."""
     from dpoeng.engine.migration.fields import KINDS
 
     say(f"{output}: {len(result.lines)} fields from {KINDS[result.kind]}")
     for title, items in (
         (f"Why the newest TRL and transformers refuse it ({result.fits}):", result.refused),
         ("No equivalent, or computed at run time:", result.lost),
-        ("To know:", result.notes),
+        ("Notes:", result.notes),
     ):
         if items:
             say(f"\n{title}")

@@ -1,6 +1,6 @@
-"""Command-line options made from the typed configs, so that a field is described once.
+"""Builds command-line options from the typed configs, so that a field is described only once.
 
-Also what help shows of them: the options that people use, the values that one takes, and how a shell completes it.
+Also decides how help shows them: the usual options, a field's values, and shell completion.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from dpoeng.engine.config.template import sections
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-force_option = click.option("--force", is_flag=True, help="Replace another file; never one that is read, or of a run.")
-"""For commands that write a file the user names."""
+force_option = click.option("--force", is_flag=True, help="Replace another file; never an input or a run's file.")
+"""For commands that write a file that the user names."""
 
-# The fields that `--help` shows, of commands that have more than fit on a page; `--help-all` shows the others too.
+# The fields that `--help` shows for commands with more than a page of options; `--help-all` shows all.
 _USUAL_TRAIN = (
     "cache eval_view eval_share output_dir adapter_mode use_peft lora_r lora_target_modules loss_type beta "
     "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps report_to "
@@ -42,7 +42,7 @@ _USUAL = {
     "show": "",
 }
 
-# What a field takes, where its type does not say it.
+# Placeholders for fields whose type does not show what they take.
 _METAVARS = {
     **dict.fromkeys(("model", "adapter", "tokenizer", "init_adapter"), "FOLDER|HUB_ID"),
     "device": "auto|cpu|cuda|cuda:N",
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
     _PairType = click.ParamType[tuple[str, str]]
     _WordsType = click.ParamType[tuple[str, ...]]
 else:
-    _PairType = _WordsType = click.ParamType  # takes no type parameter before click 8.4
+    _PairType = _WordsType = click.ParamType  # has no type parameter before click 8.4
 
 
 class _KeyValue(_PairType):
@@ -98,7 +98,7 @@ class _Words(_WordsType):
         self.names = names
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """The last word of several; see click."""
+        """Completes the last of several words; see click."""
         before, comma, begun = incomplete.rpartition(",")
         return [CompletionItem(f"{before}{comma}{name}") for name in self.names if name.startswith(begun)]
 
@@ -107,10 +107,10 @@ class _Words(_WordsType):
 
 
 class ConfigCommand(click.Command):
-    """A command whose options are the fields of a config: grouped in `--help`, and unknown ones are explained.
+    """A command whose options are the fields of a config: grouped in `--help`; unknown options are explained.
 
-    `--learning_rate` is `--learning-rate`, as users of transformers write it. Of a command with many options `--help`
-    shows the usual ones, and `--help-all` all.
+    `--learning_rate` works like `--learning-rate`, as users of transformers write it. For a command with many options
+    `--help` shows the usual ones, `--help-all` all of them.
     """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
@@ -119,27 +119,27 @@ class ConfigCommand(click.Command):
             self.params.append(_help_all())
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Explain an unknown option: another phase or another trainer may have it."""
-        given = list(args)
-        if sum(word == "--cache" or word.startswith("--cache=") for word in args) > 1:  # click would take the last
-            beside = "; --mix-with FOLDER:VIEW trains on pairs of another cache too"
+        """Explains an unknown option: another phase or another trainer may have it."""
+        typed = list(args)
+        if sum(word == "--cache" or word.startswith("--cache=") for word in args) > 1:  # click would use the last one
+            beside = "; --mix-with FOLDER:VIEW also trains on pairs of another cache"
             taken = any(parameter.name == "mix_with" for parameter in self.params)
             raise click.UsageError(f"--cache is given twice{beside if taken else ''}", ctx)
         try:
             return super().parse_args(ctx, [_as_option(word) for word in args])
         except click.NoSuchOption as error:
             known = {o for p in self.params for o in (*p.opts, *p.secondary_opts)} | set(ctx.help_option_names)
-            words = [w.split("=")[0] for w in given if w.startswith("--") and len(w) > 2]
+            words = [w.split("=")[0] for w in typed if w.startswith("--") and len(w) > 2]
             unknown = [w for w in words if w.replace("_", "-") not in known] or [error.option_name]
             cls = COMMANDS.get(self.name or "")
             problems = [unknown_field(cls, word, where=word) for word in dict.fromkeys(unknown)]
             raise as_error(problems) from error
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The options under the headings of their fields."""
+        """Lists the options under the headings of their fields."""
         taken = {parameter.name for parameter in self.params}
         commands = [name for name, cls in COMMANDS.items() if taken & cls.model_fields.keys()]
-        # a field of several stands where its own command has it, or the one that most fields here are of
+        # put a shared field under its own command, or under the command with most fields here
         commands.sort(
             key=lambda name: (name != self.name, -len(taken & (of := COMMANDS[name].model_fields.keys())) / len(of))
         )
@@ -176,18 +176,18 @@ def _help_all() -> click.Option:
             click.echo(ctx.get_help())
             ctx.exit()
 
-    told = "Show every option and exit."
-    return click.Option(["--help-all"], is_flag=True, is_eager=True, expose_value=False, callback=show, help=told)
+    help_text = "Show every option and exit."
+    return click.Option(["--help-all"], is_flag=True, is_eager=True, expose_value=False, callback=show, help=help_text)
 
 
 def _as_option(word: str) -> str:
-    """`--learning_rate=1e-5` -> `--learning-rate=1e-5`; what is no option is left alone."""
+    """`--learning_rate=1e-5` -> `--learning-rate=1e-5`; leaves other words alone."""
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value if name.startswith("--") else word
 
 
 def config_options(cls: type[BaseModel], *, skip: frozenset[str] = frozenset()) -> Callable[[Command], Command]:
-    """Add an option for every field of a config. It arrives as None if it is not given: file or default decide."""
+    """Adds an option for every field of a config. Without a value it is None: file or default decide."""
 
     def decorate(command: Command) -> Command:
         for name, field in reversed(cls.model_fields.items()):
@@ -199,7 +199,7 @@ def config_options(cls: type[BaseModel], *, skip: frozenset[str] = frozenset()) 
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that were really given on the command line."""
+    """The options that the user gave on the command line."""
     values = {name: value for name, value in options.items() if value not in (None, ())}
     for name in _KEY_VALUES.keys() & values.keys():
         keys = [key for key, _ in values[name]]
@@ -211,7 +211,7 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_words(values: Mapping[str, Any]) -> list[str]:
-    """Options as typed words, for another command with the same fields."""
+    """Options as words of a command line, for another command with the same fields."""
     words: list[str] = []
     for name, value in values.items():
         flag = "--" + name.replace("_", "-")
@@ -233,11 +233,11 @@ def _option(name: str, annotation: Any, default: Any, text: str) -> Callable[[Co
     kind = bare_type(annotation)
     if typing.get_origin(kind) is typing.Annotated:
         kind = typing.get_args(kind)[0]
-    shown = _shown_default(default)
+    default_text = _shown_default(default)
     settings: dict[str, Any] = {
         "cls": _Field,
         "default": None,
-        "help": text + (f"  [default: {shown}]" if shown else ""),
+        "help": text + (f"  [default: {default_text}]" if default_text else ""),
     }
     if kind is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", name, **settings)
@@ -256,7 +256,7 @@ def _option(name: str, annotation: Any, default: Any, text: str) -> Callable[[Co
 
 
 def _names(annotation: Any) -> list[str]:
-    """The values that a type allows by name, in the order in which it has them."""
+    """The values that a type allows by name, in its order."""
     if typing.get_origin(annotation) is Literal:
         return [str(value) for value in typing.get_args(annotation)]
     if annotation is bool:
@@ -266,7 +266,7 @@ def _names(annotation: Any) -> list[str]:
 
 
 def _names_metavar(annotation: Any) -> str | None:
-    """`[a|b|c]` where a type allows a few names, `[a|b][,...]` where several; None leaves it to click."""
+    """`[a|b|c]` if a type allows a few names, `[a|b][,...]` if several; None leaves it to click."""
     names = _names(annotation)
     if not names or len(names) > _MOST_NAMES:
         return None

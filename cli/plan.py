@@ -31,13 +31,15 @@ Examples:
 @click.command("plan", epilog=EPILOG)
 @config_options(PlanConfig)
 @json_option
-@click.option("--html", type=click.Path(path_type=Path), help="Also write the memory through a step as a picture.")
+@click.option(
+    "--html", type=click.Path(path_type=Path), help="Also write a chart of memory over a step to this HTML file."
+)
 @force_option
 def plan(as_json: bool, html: Path | None, force: bool, **options: Any) -> None:
     """Calculate memory of both phases, hours and cost of a run, before you download or rent anything.
 
-    Memory is simulated: the real step runs on a device that holds no values. Time is arithmetic. Nothing is measured on
-    the GPU that you name, and the output says so.
+    Memory is simulated: the real step runs on a device without values. Time is calculated. Nothing is measured on the
+    GPU that you name, and the output says so.
     """
     values = given(options)
     if "model" not in values:
@@ -53,104 +55,104 @@ def plan(as_json: bool, html: Path | None, force: bool, **options: Any) -> None:
     inputs = [Path(config.model)]
     if html is not None:
         refuse_output(html, PAGE, inputs=inputs, force=force)
-    found = make_plan(config)
+    result = make_plan(config)
     if html is not None:
-        write_page(html, picture(found), inputs=inputs, force=force)
+        write_page(html, picture(result), inputs=inputs, force=force)
     if as_json:
-        say_json(record(found))
+        say_json(record(result))
         return
-    show(found)
+    show(result)
 
 
-def show(found: Plan) -> None:
-    """Show the answer in tables, memory through a step, and the settings to use."""
+def show(result: Plan) -> None:
+    """Prints the plan's tables, memory over a step, and the settings to use."""
     from dpoeng.engine.recipes.plan import suggested
 
-    request = found.request
+    request = result.request
     trained = f"{request.quantization}, r={request.lora_r}" if request.use_peft else "all weights trained"
     say(
-        f"{request.model}: {found.parameters / 1e9:.2f} e9 parameters, {trained}; "
+        f"{request.model}: {result.parameters / 1e9:.2f} e9 parameters, {trained}; "
         f"one pair of 2 x {request.max_length} tokens, {request.prompt_length} of them a shared prompt. ",
         Marked("Calculated, not measured.", "bold"),
     )
-    if found.trunk_layer:
+    if result.trunk_layer:
         say(
-            f"phase two begins at layer {found.trunk_layer}, and trains from there on; the hidden states that enter it "
-            f"take {found.trunk_bytes / GIB:.1f} GiB on disk for {request.pairs:,} such pairs"
+            f"phase two begins at layer {result.trunk_layer}, and trains from there on; its input, hidden states, "
+            f"take {result.trunk_bytes / GIB:.1f} GiB on disk for {request.pairs:,} such pairs"
         )
-    say(_cards_table(found), _parts_table(found))
-    if any(card.fits and "trunk_layer" in card.way.changes for card in found.cards):
+    say(_cards_table(result), _parts_table(result))
+    if any(card.fits and "trunk_layer" in card.way.changes for card in result.cards):
         say(
             "\nFrom a trunk only the layers above it are trained, which is another model (docs/trunk-cache.md). Its "
-            f"hidden states take {found.trunk_bytes / GIB:.1f} GiB on disk for {found.request.pairs:,} such pairs."
+            f"hidden states take {result.trunk_bytes / GIB:.1f} GiB on disk for {result.request.pairs:,} such pairs."
         )
-    say(f"\nmemory through a step, GiB\n{sparkline(found)}")
-    if found.two_models is not None:
-        say(_others_table(found, found.two_models.peak.n_bytes))
-    best = next((card for card in found.cards if card.fits), None)
+    say(f"\nmemory through a step, GiB\n{sparkline(result)}")
+    if result.two_models is not None:
+        say(_others_table(result, result.two_models.peak.n_bytes))
+    best = next((card for card in result.cards if card.fits), None)
     if best is None:
-        say("\n", Marked("It does not fit.", "error"), f" {advice(found)}")
+        say("\n", Marked("It does not fit.", "error"), f" {advice(result)}")
         return
-    lines = "\n".join(f"  {name}: {_yaml(value)}" for name, value in suggested(found, best).items())
+    lines = "\n".join(f"  {name}: {_yaml(value)}" for name, value in suggested(result, best).items())
     say(f"\ndpoeng.yaml for {best.gpu.name}:\n{lines}")
 
 
-def _cards_table(found: Plan) -> Table:
-    gpus = found.request.gpus
+def _cards_table(result: Plan) -> Table:
+    gpus = result.request.gpus
     rows = [
         (
             f"{gpus} x {card.gpu.name}" if gpus > 1 else card.gpu.name,
             f"{card.gpu.n_bytes / GIB:.1f}",
             *_fits(card),
             str(card.micro_batch) if card.phase2_fits else "-",
-            *_hours(found, card),
+            *_hours(result, card),
         )
-        for card in found.cards
+        for card in result.cards
     ]
     heads = ("card", "GiB", "phase one", "phase two", "pairs a forward", "hours, one + two", "cost")
     return Table(rows, heads, "does it fit?", [f"{driver_note()}; docs/requirements.md has builds for older ones."])
 
 
-def _parts_table(found: Plan) -> Table:
-    one, two = found.phase1[min(found.phase1)].peak, found.step
+def _parts_table(result: Plan) -> Table:
+    one, two = result.phase1[min(result.phase1)].peak, result.step
     kinds = sorted({*one.by_kind, *two.by_kind}, key=lambda kind: -two.by_kind.get(kind, 0))
     rows: list[tuple[Cell, ...]] = [
         (kind, *(f"{peak.by_kind.get(kind, 0) / GIB:.2f}" for peak in (one, two))) for kind in kinds
     ]
     totals = ("simulated peak", *(f"{peak.n_bytes / GIB:.2f}" for peak in (one, two)))
     rows.append(tuple(Marked(cell, "bold") for cell in totals))
-    for name, n_bytes in found.estimates.items():
+    for name, n_bytes in result.estimates.items():
         rows.append((f"{name} (estimate)", *(2 * [f"{n_bytes / GIB:.2f}"])))
-    rows.append(("with fragmentation (estimate)", *(f"{found.needed(peak) / GIB:.2f}" for peak in (one, two))))
+    rows.append(("with fragmentation (estimate)", *(f"{result.needed(peak) / GIB:.2f}" for peak in (one, two))))
     return Table(rows, ("", "phase one", "phase two"), "one pair a forward, GiB at the peak")
 
 
-def _others_table(found: Plan, two_models: int) -> Table:
-    peaks = [(option.name, option.peak_bytes) for option in found.options]
+def _others_table(result: Plan, two_models: int) -> Table:
+    peaks = [(option.name, option.peak_bytes) for option in result.options]
     rows = [
-        (name, f"{n_bytes / GIB:.2f}", f"{(found.step.n_bytes - n_bytes) / GIB:+.2f}")
+        (name, f"{n_bytes / GIB:.2f}", f"{(result.step.n_bytes - n_bytes) / GIB:+.2f}")
         for name, n_bytes in [*peaks, ("two models, whole logits", two_models)]
     ]
     return Table(rows, ("", "peak", "saves"), "phase two otherwise, GiB")
 
 
-def advice(found: Plan) -> str:
-    """Name the changes that would make it fit on the largest card asked about."""
-    if not found.request.compare:
+def advice(result: Plan) -> str:
+    """The changes that would make the run fit on the largest of the cards."""
+    if not result.request.compare:
         return "Other settings were not tried: leave out --no-compare to see which would fit."
-    room = max(card.gpu.n_bytes for card in found.cards)
-    helps = [o.name for o in found.options if found.needed(o.peak) <= room and o.peak_bytes < found.step.n_bytes]
+    room = max(card.gpu.n_bytes for card in result.cards)
+    helps = [o.name for o in result.options if result.needed(o.peak) <= room and o.peak_bytes < result.step.n_bytes]
     return ("What would fit: " + "; ".join(helps)) if helps else "No single option is enough: use a larger card."
 
 
-def sparkline(found: Plan, width: int = 96) -> str:
-    """Memory over the operations of a step as a line of blocks; the highest of each column."""
-    timeline = found.phase2[1].timeline
+def sparkline(result: Plan, width: int = 96) -> str:
+    """Memory over the operations of a step as a line of blocks, with the maximum of each column."""
+    timeline = result.phase2[1].timeline
     if not timeline:
-        points = [(peak.n_bytes, name) for name, peak in found.phase2[1].stretches.items()]
+        points = [(peak.n_bytes, name) for name, peak in result.phase2[1].stretches.items()]
         low = min(n for n, _ in points) * 0.98
         return "\n".join(
-            f"  {name:<22}{'#' * max(1, round(40 * (n - low) / (found.step.n_bytes - low)))} {n / GIB:.2f}"
+            f"  {name:<22}{'#' * max(1, round(40 * (n - low) / (result.step.n_bytes - low)))} {n / GIB:.2f}"
             for n, name in points
         )
     columns = [timeline[i * len(timeline) // width : (i + 1) * len(timeline) // width] for i in range(width)]
@@ -162,22 +164,22 @@ def sparkline(found: Plan, width: int = 96) -> str:
     return f"{line}\n{phases}\nf forward, b backward, o optimizer; from {low / GIB:.2f} to {high / GIB:.2f}"
 
 
-def picture(found: Plan) -> str:
-    """Memory through a step as a page: a curve for each of its phases."""
+def picture(result: Plan) -> str:
+    """Memory over a step as a page, with a curve for each phase."""
     from dpoeng.cli.pages.charts import Curve, line_chart
     from dpoeng.cli.pages.html import cards, page, plots
 
-    timeline = found.phase2[1].timeline
+    timeline = result.phase2[1].timeline
     curves = []
     for phase in dict.fromkeys(name for _, name in timeline):
         points = [(i, n / GIB) for i, (n, name) in enumerate(timeline) if name == phase]
-        width = -(-len(points) // 400)  # the highest of so many operations is drawn
+        width = -(-len(points) // 400)  # draws the maximum over this many operations
         tops = [max(points[i : i + width], key=lambda point: point[1]) for i in range(0, len(points), width)]
         curves.append(Curve(phase, tops, exact=True))
     return page(
-        f"Plan for {found.request.model}",
+        f"Plan for {result.request.model}",
         [
-            cards([("peak of a step, GiB", f"{found.step.n_bytes / GIB:.2f}")]),
+            cards([("peak of a step, GiB", f"{result.step.n_bytes / GIB:.2f}")]),
             plots([line_chart("memory through a step, simulated", curves, unit="GiB", x_name="operation")]),
         ],
         "Calculated, not measured.",
@@ -197,12 +199,12 @@ def _fits(card: CardPlan) -> tuple[str, str]:
     return one, two + (f" with {', '.join(smaller)}" if smaller else "")
 
 
-def _hours(found: Plan, card: CardPlan) -> tuple[str, str]:
+def _hours(result: Plan, card: CardPlan) -> tuple[str, str]:
     one, two = card.times[0].hours, card.times[1].hours
     if one is None or two is None:
         return "?", "?"
-    price = found.request.price_per_hour
-    return f"{one:.2f} + {two:.2f}", f"{found.request.gpus * (one + two) * price:.2f}" if price is not None else "-"
+    price = result.request.price_per_hour
+    return f"{one:.2f} + {two:.2f}", f"{result.request.gpus * (one + two) * price:.2f}" if price is not None else "-"
 
 
 def _yaml(value: Any) -> str:

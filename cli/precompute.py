@@ -41,9 +41,9 @@ Conditions of --where, over the columns of a row:
 def precompute_ref(pairs: tuple[Path, ...], config_file: Path | None, as_json: bool, **options: Any) -> None:
     """Phase one: run the frozen SFT model over PAIRS once and store its log-probs.
 
-    PAIRS are files or folders of preference pairs (JSON Lines, JSON, Parquet, CSV, Arrow; .gz and .zst too). The
-    reference is base + adapter exactly as named. Run the same command again after an interruption, or with more pairs:
-    only what the cache lacks is computed.
+    PAIRS are files or folders of preference pairs (JSON Lines, JSON, Parquet, CSV, Arrow; also .gz and .zst). The
+    reference is exactly base + adapter as named. After an interruption, or with more pairs, run the same command again:
+    it computes only what the cache lacks.
     """
     values = given(options)
     if pairs:
@@ -61,7 +61,7 @@ def precompute_ref(pairs: tuple[Path, ...], config_file: Path | None, as_json: b
 
 
 def summary_record(summary: PrecomputeSummary) -> dict[str, Any]:
-    """Return the result of phase one without the pairs: counts, lengths, rejected rows."""
+    """The result of phase one without the pairs: counts, lengths, rejected rows."""
     whole = {"rejects", "data", "source"}
     return {
         **{name: getattr(summary, name) for name in summary.__dataclass_fields__ if name not in whole},
@@ -72,7 +72,7 @@ def summary_record(summary: PrecomputeSummary) -> dict[str, Any]:
 
 
 def print_summary(summary: PrecomputeSummary) -> None:
-    """Show lengths, what was computed and left out, and the next command."""
+    """Prints lengths, what was computed and left out, and the next command."""
     say(length_table(summary.data))
     facts: list[tuple[str, str]] = [
         ("pairs", f"{summary.pairs} in view {summary.view!r}: {summary.computed} computed, {summary.reused} reused"),
@@ -104,8 +104,8 @@ def print_summary(summary: PrecomputeSummary) -> None:
         )
     for label, count, word, text in (
         ("duplicates", len(summary.source.duplicates), "pair", "repeated; each is scored once"),
-        ("contradictions", len(summary.source.contradictions), "pair", "the other way round elsewhere"),
-        ("multi-turn", summary.source.multi_turn, "response", "with later turns of the user, which are scored too"),
+        ("contradictions", len(summary.source.contradictions), "pair", "with chosen and rejected swapped elsewhere"),
+        ("multi-turn", summary.source.multi_turn, "response", "with later user turns, which are scored, too"),
     ):
         if count:
             facts.append((label, f"{counted(count, word)} {text}"))
@@ -118,7 +118,7 @@ def print_summary(summary: PrecomputeSummary) -> None:
     if summary.pending:
         say(
             f"\nPart {summary.part.index} of {summary.part.count} is done. {counted(summary.pending, 'pair')} of other "
-            "parts still to be computed: the job that ends last writes the view. If all have ended, run the command "
+            "parts are not computed yet: the last job to end writes the view. If all have ended, run the command "
             "once without --shard."
         )
         return
@@ -131,16 +131,16 @@ _NOTES = {
     "merged": "with other prompt tokens before a response than alone",
     "unshared": "with last prompt tokens that differ between the sides",
     "duplicates": "duplicate",
-    "contradictions": "the other way round in an earlier pair",
-    "turns": "with turns of others inside a response, which are not scored",
-    "swallowed": "whose first white space a special token swallows",
+    "contradictions": "with chosen and rejected swapped in an earlier pair",
+    "turns": "with others' turns inside a response, which are not scored",
+    "swallowed": "whose leading white space a special token absorbs",
     "thoughts": "with thoughts of earlier turns that the chat template leaves out",
     "separate": "responses tokenised apart from their prompt (the tokenizer gives no offsets)",
 }
 
 
 def length_table(data: TokenizedData) -> Table:
-    """Tokens of prompt, responses and pair, with a note that counts unusual pairs."""
+    """Tokens of prompt, responses and pair, with notes that count unusual pairs."""
     rows = []
     for part, lengths in data.counts.lengths.items():
         numbers = (lengths.p50, lengths.p95, lengths.max)

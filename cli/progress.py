@@ -1,7 +1,7 @@
-"""Progress on a terminal: a bar where there is one, a line now and then where there is not.
+"""Progress output: a bar on a terminal, otherwise a line from time to time.
 
-Both say how many of how many, the share, the time passed and left, and the speed. On a terminal the current figures of
-the work stand on a second line, so that the bar is whole at 80 columns.
+Both show done and total, the share, time passed and left, and speed. On a terminal the work's current figures are on a
+second line, so that the bar fits into 80 columns.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from dpoeng.engine.runtime.progress import Advance
 
 LINE_EVERY_S = 30.0
 
-_WINDOW = 20  # reports whose speed counts for the time left: old enough to be steady, new enough to follow a change
+_WINDOW = 20  # number of reports for the remaining time: enough to be steady, few enough to follow changes
 _BAR = (8, 24)  # columns, at least and at most
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 @contextlib.contextmanager
 def importing(after_s: float = 2.0) -> Iterator[None]:
-    """Say that libraries are being loaded if the block takes longer, as torch and transformers do on a busy disk."""
+    """Says that libraries are being loaded if the block takes longer, as torch and transformers do on a busy disk."""
     timer = threading.Timer(after_s, lambda: click.echo("loading libraries ...", err=True))
     timer.daemon = True
     timer.start()
@@ -41,7 +41,7 @@ def importing(after_s: float = 2.0) -> Iterator[None]:
 
 
 class Pace:
-    """How far a piece of work is: done, share, time passed and left, speed. What an earlier run did is no speed."""
+    """Progress of a task: done, share, time passed and left, speed. Work of an earlier run does not count as speed."""
 
     def __init__(self, total: int, unit: str, before: int = 0) -> None:
         self.total, self.unit, self.before, self.done = total, unit, before, 0
@@ -49,7 +49,7 @@ class Pace:
         self._reports: collections.deque[tuple[float, int]] = collections.deque([(self.began, 0)], maxlen=_WINDOW)
 
     def advance(self, amount: int) -> None:
-        """So much more is done. Nothing at all, told with what a long unit is at, is no report of the speed."""
+        """Adds work done. An amount of 0 only updates the figures of a long unit, and does not affect the speed."""
         if amount:
             self.done += amount
             self._reports.append((time.perf_counter(), self.done))
@@ -59,7 +59,7 @@ class Pace:
         return time.perf_counter() - self.began
 
     def left(self) -> float | None:
-        """Seconds left at the speed of the last reports, counting down between them; None before the first."""
+        """Seconds left at the recent speed, counting down between reports; None before the first report."""
         (first, done_first), (last, done_last) = self._reports[0], self._reports[-1]
         if done_last == done_first:
             return None
@@ -86,9 +86,9 @@ class TerminalProgress:
         self._console = console or Console(stderr=True)
 
     def note(self, text: str) -> None:
-        """A sentence for the user."""
+        """Prints a sentence for the user."""
         sentence = f"note: {text}"
-        if self._console.is_terminal:  # rich would break a path that is wider than the terminal; here it stays whole
+        if self._console.is_terminal:  # rich would break a path wider than the terminal; here it stays in one piece
             width = self._console.width
             sentence = textwrap.fill(sentence, width, break_long_words=False, break_on_hyphens=False)
         self._say(Marked("note:", "warning"), sentence.removeprefix("note:"))
@@ -98,7 +98,7 @@ class TerminalProgress:
 
     @contextlib.contextmanager
     def task(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
-        """A piece of work. What an earlier run did counts for the share, not for the speed."""
+        """Shows a task. Work of an earlier run counts for the share, not for the speed."""
         draw = self._bar if self._console.is_terminal else self._lines
         with draw(title, Pace(total, unit, done)) as advance:
             yield advance
@@ -116,7 +116,7 @@ class TerminalProgress:
 
     @contextlib.contextmanager
     def _lines(self, title: str, pace: Pace) -> Iterator[Advance]:
-        # First of all: what takes a minute should be seen to have begun.
+        # Print at once, so that a long task is visible from its start.
         self._say(f"{title} ...")
         last = pace.began
 
@@ -135,7 +135,7 @@ class TerminalProgress:
 
 
 class _Bar(Progress):
-    """A bar, and under it the figures of the work, cut at the terminal's width."""
+    """A bar, and below it the figures of the work, cut at the terminal's width."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """See rich."""
@@ -157,7 +157,7 @@ class _Line(ProgressColumn):
 
 
 def bar_line(title: str, pace: Pace, width: int) -> str:
-    """Title, bar and facts in `width` columns; the title gives way first, then the bar."""
+    """Title, bar and facts in `width` columns; shortens the title first, then the bar."""
     facts = "  ".join(pace.facts())
     room = width - len(facts) - 4
     if len(title) > max(room - _BAR[0], 12):
@@ -178,7 +178,7 @@ def clock(seconds: float) -> str:
 
 
 def rate(done: int, seconds: float, unit: str) -> str:
-    """The speed in words: units a second, or seconds a unit where that is below one."""
+    """The speed in words: units per second, or seconds per unit if below one."""
     per_second = done / max(seconds, 1e-9)
     if unit == "B":
         return f"{_bytes(per_second)}/s"

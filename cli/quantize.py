@@ -20,7 +20,11 @@ Examples:
 @click.argument("model")
 @click.option("--into", required=True, type=click.Path(path_type=Path), help="A new folder for the checkpoint.")
 @click.option(
-    "--quantization", type=click.Choice(["8bit", "4bit"]), default="8bit", show_default=True, help="bitsandbytes' bits."
+    "--quantization",
+    type=click.Choice(["8bit", "4bit"]),
+    default="8bit",
+    show_default=True,
+    help="bitsandbytes' precision.",
 )
 @click.option(
     "--dtype",
@@ -30,11 +34,11 @@ Examples:
     help="Dtype of the unquantised parts: head, embedding, norms.",
 )
 @json_option
-@click.option("--device", default="auto", show_default=True, help="Where it is quantised: auto, cpu, cuda or cuda:N.")
+@click.option("--device", default="auto", show_default=True, help="Device that quantises: auto, cpu, cuda or cuda:N.")
 def quantize(model: str, into: Path, quantization: str, dtype: str, device: str, as_json: bool) -> None:
     """Write a model in 8 or 4 bits, so that every later run reads half or a quarter of the bytes.
 
-    Both phases take the folder as --model and need no --quantization. `dpoeng merge` still needs the original.
+    Both phases accept the folder as --model and need no --quantization. `dpoeng merge` still needs the original.
     """
     from dpoeng.cli.progress import TerminalProgress
     from dpoeng.engine.models.loading import pick_device

@@ -1,4 +1,4 @@
-"""`dpoeng select`: a view of the pairs that the cache itself marks as worth training on."""
+"""`dpoeng select`: a view of the pairs that are worth training on, judged by the cache's log-probs."""
 
 from __future__ import annotations
 
@@ -27,32 +27,38 @@ _MEASURES = "margin, margin_per_token, length_difference"
     )
 )
 @click.option("--cache", "folder", type=FOLDER, default=Path("refcache"), show_default=True, help="The cache.")
-@click.option("--view", help="Which view to choose from.  [default: the only one]")
+@click.option("--view", help="The view to select from.  [default: the only one]")
 @click.option("--output", required=True, help="Name of the new view.")
 @click.option("--by", default="margin", show_default=True,
-              help=f"The score of a pair: {_MEASURES}, or column:NAME for a number of yours. Margins are those of the "
+              help=f"The score of a pair: {_MEASURES}, or column:NAME for your own number. Margins are those of the "
                    "reference, in nats.")  # fmt: skip
 @click.option("--against", help="A view of the same pairs by another model, e.g. after training: margins are then "
-                                "DPO's implicit reward gaps (policy less reference).")  # fmt: skip
+                                "DPO's implicit reward gaps (policy minus reference).")  # fmt: skip
 @click.option("--rule", type=click.Choice(["large", "small", "random"]),
               help="Which scores to take first: the largest (arXiv 2502.14560), those nearest to 0 (2508.04149), or "
-                   "any. [default: all that the filters leave]")  # fmt: skip
-@click.option("--share", type=click.FloatRange(0, 1, min_open=True), help="Share of what the filters leave.")
-@click.option("--count", type=click.IntRange(1), help="The same as a number of pairs.")
-@click.option("--group-by", help="A column, e.g. category: the rule works within each of its values, and each keeps "
+                   "any. [default: all pairs that pass the filters]")  # fmt: skip
+@click.option("--share", type=click.FloatRange(0, 1, min_open=True), help="Share of the pairs that pass the filters.")
+@click.option("--count", type=click.IntRange(1), help="Number of pairs, instead of --share.")
+@click.option("--group-by", help="A column, e.g. category: apply the rule within each of its values; each keeps "
                                  "its share of the whole.")  # fmt: skip
-@click.option("--balanced", is_flag=True, help="Take equally many of each value of --group-by, as far as there are.")
-@click.option("--min-score", type=float, help="Leave out pairs below.")
-@click.option("--max-score", type=float, help="Leave out pairs above.")
-@click.option("--max-tokens", type=click.IntRange(1), help="Leave out longer pairs: prompt and both responses.")
+@click.option(
+    "--balanced", is_flag=True, help="Take equally many pairs of each value of --group-by, as far as available."
+)
+@click.option("--min-score", type=float, help="Drop pairs with a lower score.")
+@click.option("--max-score", type=float, help="Drop pairs with a higher score.")
+@click.option("--max-tokens", type=click.IntRange(1), help="Drop longer pairs, counting prompt and both responses.")
 @click.option("--drop-duplicates", is_flag=True, help="Keep the first of equal pairs.")
-@click.option("--drop-contradictions", is_flag=True, help="Leave out pairs that are another one swapped, and that one.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of --rule random.")
+@click.option(
+    "--drop-contradictions",
+    is_flag=True,
+    help="Drop both of two pairs that are equal but for a swap of chosen and rejected.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed for --rule random.")
 @force_option
 @json_option
 def select(folder: Path, view: str | None, output: str, against: str | None, force: bool, as_json: bool,
            **options: Any) -> None:  # fmt: skip
-    """Choose pairs by what the cache knows of them, as a new view. No number is copied, and no model is loaded."""
+    """Select pairs by their reference log-probs, as a new view. Copies no log-probs and loads no model."""
     _check(options)
     from dpoeng.cache.reader import View
     from dpoeng.cache.selection.rules import Rules, choose
@@ -72,7 +78,7 @@ def select(folder: Path, view: str | None, output: str, against: str | None, for
 
 
 def _check(options: dict[str, Any]) -> None:
-    """Raises click.UsageError for options that do not go together: one that does nothing is refused."""
+    """Raises click.UsageError for contradictory options, and for options without effect."""
     by, rule, sized = options["by"], options["rule"], [n for n in ("share", "count") if options[n] is not None]
     if by not in _MEASURES.split(", ") and not by.startswith("column:"):
         raise click.UsageError(f"--by {by} is none of {_MEASURES}, column:NAME")
@@ -91,19 +97,19 @@ def _record(source: str, output: str, chosen: Chosen) -> dict[str, Any]:
         "rows": len(chosen.rows),
         "rows_before": len(chosen.scores),
         "left_out": chosen.left_out,
-        "groups": {value: {"rows": kept, "rows_before": held} for value, (kept, held) in chosen.groups.items()},
+        "groups": {value: {"rows": taken, "rows_before": total} for value, (taken, total) in chosen.groups.items()},
         "score": {"mean": float(chosen.scores[chosen.rows].mean()), "mean_before": float(chosen.scores.mean())},
     }
 
 
 def _print(source: str, output: str, chosen: Chosen, by: str) -> None:
-    kept, everything = chosen.scores[chosen.rows], chosen.scores
+    scores, everything = chosen.scores[chosen.rows], chosen.scores
     say(
         facts_table(
             [
-                ("view", f"{output}, {counted(len(kept), 'row')} of {len(everything):,} of {source}"),
-                (f"mean {by}", f"{kept.mean():.4g}, before {everything.mean():.4g}"),
-                (f"{by} from, to", f"{kept.min():.4g} to {kept.max():.4g}, before {everything.min():.4g} to "
+                ("view", f"{output}, {counted(len(scores), 'row')} of {len(everything):,} of {source}"),
+                (f"mean {by}", f"{scores.mean():.4g}, before {everything.mean():.4g}"),
+                (f"{by} from, to", f"{scores.min():.4g} to {scores.max():.4g}, before {everything.min():.4g} to "
                                    f"{everything.max():.4g}"),
             ]
         )
@@ -111,5 +117,5 @@ def _print(source: str, output: str, chosen: Chosen, by: str) -> None:
     if chosen.left_out:
         say(Table([(reason, f"{count:,}") for reason, count in chosen.left_out.items()], ("left out", "rows")))
     if chosen.groups:
-        rows = [(value, f"{kept:,}", f"{held:,}") for value, (kept, held) in chosen.groups.items()]
+        rows = [(value, f"{scores:,}", f"{held:,}") for value, (scores, held) in chosen.groups.items()]
         say(Table(rows, ("group", "kept", "rows")))

@@ -45,16 +45,15 @@ The same in a file:
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file.  [default: dpoeng.yaml]")
 @json_option
 @config_options(SweepConfig)
-@click.option("--output-dir", type=click.Path(path_type=Path), help="Each run gets a folder in it.  [default: sweep]")
+@click.option("--output-dir", type=click.Path(path_type=Path), help="Folder for the runs' folders.  [default: sweep]")
 @config_options(TrainConfig, skip=frozenset({"output_dir"}))
 def sweep(config_file: Path | None, as_json: bool, **options: Any) -> None:
-    """Many runs of `dpoeng train` over one cache: every combination of the varied fields.
+    """Run `dpoeng train` for every combination of the varied fields, over one cache.
 
-    Each run is what `dpoeng train` alone would leave, byte for byte, and is judged on the same held-out pairs. All
-    combinations are looked through before the first run starts. Started again, the command skips complete runs and goes
-    on with the one that was stopped. Ends with the runs ranked, with intervals, in a table, sweep.json and sweep.html.
-
-    With --halving-factor 3 all runs train a part of the way, and only the best third of them trains on, each time.
+    Each run gives the same bytes as `dpoeng train` alone, and is evaluated on the same held-out pairs. All combinations
+    are checked before the first run starts. Started again, the command skips complete runs and continues the stopped
+    one. It ends with the runs ranked, with intervals, in a table, sweep.json and sweep.html. With --halving-factor 3
+    all runs train part of the way, and only the best third continues, each time.
     """
     from dpoeng.cli.progress import TerminalProgress, importing
 
@@ -65,10 +64,10 @@ def sweep(config_file: Path | None, as_json: bool, **options: Any) -> None:
     from dpoeng.engine.runtime.outputs import PAGE, refuse_output
 
     taken = given(options)
-    own = {name: taken.pop(name) for name in SweepConfig.model_fields if name in taken}
-    config = load_config(SweepConfig, own, config_file)
+    sweep_fields = {name: taken.pop(name) for name in SweepConfig.model_fields if name in taken}
+    config = load_config(SweepConfig, sweep_fields, config_file)
     plan = plan_sweep(config, taken, config_file)
-    if plan.root.is_dir():  # before the first run, not after the last
+    if plan.root.is_dir():  # fail before the first run, not after the last
         refuse_output(plan.root / PAGE_FILE, replace(PAGE, forced=False))
         refuse_output(plan.root / SWEEP_FILE, SWEEP)
 
@@ -81,7 +80,7 @@ def sweep(config_file: Path | None, as_json: bool, **options: Any) -> None:
     if config.devices:
         forget_failures(plan)
         train_on_devices(find_devices(config.devices), config, taken, config_file, len(plan.points))
-    # Whatever a process has left when it was killed is done here.
+    # Do here what a killed process left.
     results = run_sweep(plan, TerminalProgress(), show, alone=not config.devices)
     if as_json:
         say_json({"rank_by": plan.rank_by, "verdict": verdict(results), "runs": results, "page": plan.root / PAGE_FILE})
@@ -91,37 +90,37 @@ def sweep(config_file: Path | None, as_json: bool, **options: Any) -> None:
 
 
 def find_devices(names: Sequence[str]) -> list[str]:
-    """The devices of --devices; `all` is every GPU.
+    """The devices of --devices; `all` means every GPU.
 
     Raises:
-        UserError: there is no GPU, or no device of a name.
+        UserError: there is no GPU, or no device with this name.
     """
     import torch
 
     from dpoeng.cache.errors import UserError
     from dpoeng.engine.models.loading import pick_device
 
-    found = list(names)
-    if found == ["all"]:
-        found = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-        if not found:
+    devices = list(names)
+    if devices == ["all"]:
+        devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+        if not devices:
             raise UserError(
                 "this machine has no GPU that torch can use",
                 code="config-value",
                 where="--devices all",
-                expected="one GPU or more",
+                expected="at least one GPU",
                 found="none",
-                remedy="leave --devices out; dpoeng doctor says what torch finds",
+                remedy="leave --devices out; dpoeng doctor shows what torch finds",
             )
-    for name in found:
+    for name in devices:
         pick_device(name)
-    return found
+    return devices
 
 
 def train_on_devices(
     devices: Sequence[str], config: SweepConfig, options: dict[str, Any], file: Path | None, runs: int
 ) -> None:
-    """Trains the runs of a sweep in a process for each device; each takes runs that no other one is training."""
+    """Trains the runs of a sweep in one process per device; each takes runs that no other process is training."""
     import multiprocessing
 
     spawn = multiprocessing.get_context("spawn")
@@ -141,7 +140,7 @@ def train_on_devices(
                 process.join()
     for process in processes:
         if process.exitcode:
-            click.echo(f"note: the process on {process.name} has ended with exit status {process.exitcode}", err=True)
+            click.echo(f"note: the process on {process.name} ended with exit status {process.exitcode}", err=True)
 
 
 def _train_on(device: str, config: SweepConfig, options: dict[str, Any], file: Path | None) -> None:
@@ -149,12 +148,12 @@ def _train_on(device: str, config: SweepConfig, options: dict[str, Any], file: P
     from dpoeng.engine.recipes.sweeps.plan import plan_sweep
     from dpoeng.engine.recipes.sweeps.run import run_sweep
 
-    with contextlib.suppress(UserError):  # the process that has started this one meets and shows the same error
+    with contextlib.suppress(UserError):  # the parent process raises and shows the same error
         run_sweep(plan_sweep(config, options, file), _Lines(device), alone=False)
 
 
 class _Lines:
-    """Progress of one process among several: its notes, each with its device."""
+    """Progress of one of several processes: its notes, each with its device."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -170,7 +169,7 @@ class _Lines:
 
 
 def print_results(plan: SweepPlan, results: Sequence[RunResult]) -> None:
-    """Print the runs, best first, and whether the held-out pairs can separate them."""
+    """Prints the runs, best first, and whether the held-out pairs can separate them."""
     from dpoeng.cli.pages.sweep import ranking_table
     from dpoeng.engine.recipes.sweeps.ranking import verdict
 
@@ -182,11 +181,11 @@ def print_results(plan: SweepPlan, results: Sequence[RunResult]) -> None:
     done = [result for result in results if result.value is not None]
     if done:
         say("\nThe best adapter: ", Marked(str(done[0].folder / "adapter"), "bold"))
-    say(f"All of it as a page: {plan.root / PAGE_FILE}")
+    say(f"The whole sweep as a page: {plan.root / PAGE_FILE}")
 
 
 def _report_failures(results: Sequence[RunResult]) -> None:
-    """Raises UserError where runs have failed: a script should see it, and a person what it was."""
+    """Raises UserError if runs failed, so that both scripts and people notice."""
     from dpoeng.cache.errors import UserError
 
     failed = [result for result in results if result.state == "failed"]
@@ -198,6 +197,6 @@ def _report_failures(results: Sequence[RunResult]) -> None:
             where=str(failed[0].folder.parent),
             expected="every run complete",
             found=("\n" + " " * 12).join(lines),
-            remedy="error.txt in each folder says why; the same command retries only these",
+            remedy="read error.txt in each folder; the same command retries only these runs",
             exit_status=5,
         )

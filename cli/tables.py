@@ -1,8 +1,8 @@
-"""One table type, and how the commands print it and their sentences.
+"""One table type, and how commands print tables and sentences.
 
-Everything is plain text here: nothing that a user named can become markup, an emoji or a terminal's escape sequence.
-`say` is the way to stdout for people, `say_json` for programs; `pages/html.py` draws the same tables on pages. Knows
-nothing of what is shown.
+Everything here is plain text: nothing that a user named can become markup, an emoji or a terminal's escape sequence.
+`say` writes to stdout for people, `say_json` for programs; `pages/html.py` draws the same tables on pages. Independent
+of the contents.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Marked(NamedTuple):
-    """Text that is set off: bold, dim, or in the colour of a level (ok, info, warning, error)."""
+    """Emphasised text: bold, dim, or in the colour of a level (ok, info, warning, error)."""
 
     text: str
     style: str
@@ -37,7 +37,7 @@ Cell = str | Marked
 
 _STYLES = {"ok": "green", "info": "cyan", "warning": "yellow", "error": "red"}
 
-# C0 and C1 controls except tab and line feed; marks that turn the direction of writing; line and paragraph separators.
+# C0 and C1 controls except tab and line feed; marks that change the writing direction; line and paragraph separators.
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -47,10 +47,10 @@ class Table:
 
     Attributes:
         columns: the headings; none for a list of facts, whose first column is then the label.
-        rows: a cell for each column.
-        notes: sentences under the table.
-        words: how many columns hold words, from the left; the others hold numbers and are set to the right.
-        ruled: a line between rows, and columns of equal width; for long texts side by side.
+        rows: one cell per column.
+        notes: sentences below the table.
+        words: number of text columns, from the left; the others are numbers and right-aligned.
+        ruled: draw lines between rows, and columns of equal width; for long texts side by side.
     """
 
     rows: Sequence[Sequence[Cell]]
@@ -61,17 +61,17 @@ class Table:
     ruled: bool = False
 
     def __rich__(self) -> RichTable:
-        """Return the drawn table: rich's `print` calls this."""
+        """The drawn table: rich's `print` calls this."""
         return to_rich(self)
 
 
 def facts_table(facts: Sequence[tuple[str, Cell]]) -> Table:
-    """Label and text, a line each."""
+    """Label and text, one per line."""
     return Table(facts, words=2)
 
 
 def visible(text: str) -> str:
-    """The text with control characters as escapes: `\\x1b[31m` is read, not obeyed."""
+    """The text with control characters escaped, so that `\\x1b[31m` is shown and has no effect."""
     return _HIDDEN.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
@@ -81,12 +81,12 @@ def plain(cell: Cell) -> str:
 
 
 def interval(bounds: Sequence[float] | None, form: str) -> str:
-    """Both bounds in a format such as `.3f`; nothing where there is no interval."""
+    """Both bounds in a format such as `.3f`; empty without an interval."""
     return f"{bounds[0]:{form}} to {bounds[1]:{form}}" if bounds else ""
 
 
 def accuracy_line(evaluation: Mapping[str, Any]) -> str:
-    """The accuracy of an evaluation's record, its interval and the number of pairs; or why there is none."""
+    """The accuracy in an evaluation's record, its interval and the number of pairs; or why there is none."""
     pairs, prompts = evaluation.get("pairs", 0), evaluation.get("prompts", 0)
     counts = f"n = {pairs:,} pairs" + (f" of {prompts:,} prompts" if prompts and prompts != pairs else "")
     if evaluation.get("ties") and evaluation["ties"] == pairs:
@@ -101,38 +101,38 @@ def accuracy_line(evaluation: Mapping[str, Any]) -> str:
 
 
 def command_line(*words: object) -> Marked:
-    """A command of dpoeng that a shell takes as it stands."""
+    """A dpoeng command line, quoted for a shell."""
     return Marked(shlex.join(["dpoeng", *map(str, words)]), "bold")
 
 
 def say(*parts: Cell | Table, err: bool = False) -> None:
-    """Print sentences made of parts, and tables, on stdout or stderr."""
+    """Prints sentences made of parts, and tables, on stdout or stderr."""
     for is_table, group in itertools.groupby(parts, lambda part: isinstance(part, Table)):
-        shown = list(group)
-        if not is_table and all(isinstance(part, str) for part in shown):
-            click.echo(visible("".join(map(str, shown))), err=err)  # without rich, which takes a while to import
+        line = list(group)
+        if not is_table and all(isinstance(part, str) for part in line):
+            click.echo(visible("".join(map(str, line))), err=err)  # without rich, whose import takes time
             continue
         from rich.console import Console
 
         console = Console(stderr=err)
-        for item in shown if is_table else [to_text(*(part for part in shown if not isinstance(part, Table)))]:
+        for item in line if is_table else [to_text(*(part for part in line if not isinstance(part, Table)))]:
             console.print(item, soft_wrap=not is_table)
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON value on stdout.")
-"""For every command that ends in a table: it then calls `say_json` in place of `say`."""
+"""For every command that ends in a table: it then calls `say_json` instead of `say`."""
 
 
 def say_json(value: Any) -> None:
-    """Print what a command found as one JSON value (RFC 8259)."""
+    """Prints a command's result as one JSON value (RFC 8259)."""
     click.echo(json.dumps(as_data(value), indent=2, allow_nan=False))
 
 
 def as_data(value: Any) -> Any:
-    """The value as JSON can hold it: dataclasses as objects, paths and dates as text, what is no finite number as null.
+    """The value in JSON form: dataclasses as objects, paths and dates as text, NaN and infinities as null.
 
     Raises:
-        TypeError: a part has no such form; this is a bug in dpoeng.
+        TypeError: a part has no JSON form; this is a bug in dpoeng.
     """
     if value is None or isinstance(value, str | bool | int):
         return value
@@ -141,20 +141,20 @@ def as_data(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: as_data(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(name): as_data(held) for name, held in value.items()}
+        return {str(name): as_data(item) for name, item in value.items()}
     if isinstance(value, Sequence | Set) and not isinstance(value, bytes):
-        return [as_data(held) for held in value]
+        return [as_data(item) for item in value]
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, datetime):
         return value.isoformat()
-    if hasattr(value, "tolist"):  # numbers and arrays of numpy and torch
+    if hasattr(value, "tolist"):  # numpy's and torch's numbers and arrays
         return as_data(value.tolist())
     raise TypeError(f"{type(value).__name__} has no form in JSON")
 
 
 def say_live(frames: Iterable[Sequence[Cell | Table]]) -> None:
-    """Draw each frame in the place of the one before; the last one stays."""
+    """Draws each frame in place of the previous one; the last one stays."""
     from rich.console import Console, Group
     from rich.live import Live
 
@@ -167,7 +167,7 @@ def to_text(*cells: Cell) -> Text:
     """Cells as rich's text, which is never parsed for markup."""
     from rich.text import Text
 
-    # rich measures a cell before it expands tabs, and would break the line there
+    # rich measures a cell before it expands tabs, and would break the line
     styled = [(visible(plain(cell)).replace("\t", "    "), _style(cell)) for cell in cells]
     return Text.assemble(*styled)
 

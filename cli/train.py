@@ -42,8 +42,8 @@ MODES = {
 def train(config_file: Path | None, as_json: bool, **options: Any) -> None:
     """Phase two: DPO of a LoRA, or of all weights, against the cached reference. No reference model is loaded.
 
-    Model, SFT adapter and precision are those that the cache names. Before the first step the policy is compared with
-    the cache on real pairs. A run that is started again with the same output folder goes on from its newest checkpoint.
+    Model, SFT adapter and precision come from the cache. Before the first step the policy is compared with the cache on
+    real pairs. A run that is started again with the same output folder continues from its newest checkpoint.
     """
     config = load_config(TrainConfig, given(options), config_file)
 
@@ -61,7 +61,7 @@ def train(config_file: Path | None, as_json: bool, **options: Any) -> None:
 
 
 def print_summary(summary: TrainSummary) -> None:
-    """Show the facts of a run, its metrics, remarks on them, and where its result is."""
+    """Prints the facts of a run, its metrics, remarks on them, and where its result is."""
     from dpoeng.cli.pages.run import group_tables, metrics_table
 
     if summary.already_complete:
@@ -83,7 +83,7 @@ def print_summary(summary: TrainSummary) -> None:
         say(*group_tables(summary.evaluation))
     print_advice(summary.advice)
     kind = "checkpoint" if summary.mode == "full" else "adapter"
-    say(f"\nThe {kind} is in ", Marked(str(summary.result), "bold"), ". It is loaded by:")
+    say(f"\nThe {kind} is in ", Marked(str(summary.result), "bold"), ". Load it with:")
     for line in summary.load:
         say(f"  {line}")
     say(f"Every step's figures: {summary.output_dir / 'metrics.jsonl'}")

@@ -1,1 +1,1 @@
-"""`dpoeng bench`: parses options, runs what `dpoeng.bench` holds, prints tables."""
+"""`dpoeng bench`: parses options, runs the benchmarks in `dpoeng.bench`, prints tables."""

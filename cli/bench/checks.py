@@ -16,31 +16,31 @@ if TYPE_CHECKING:
     from dpoeng.bench.checks import Check
 
 WORSE = 6
-"""Exit status where a figure is worse than it may be."""
+"""Exit status if a figure is above its limit."""
 
 
 @click.command("checks", epilog=example("dpoeng bench checks"))
 @json_option
 def checks(as_json: bool) -> None:
-    """A few ratios with wide limits, as the test suite watches them: time and memory against plain PyTorch; leaks.
+    """Check a few ratios against wide limits, as the test suite does: time and memory against plain PyTorch; leaks.
 
-    Takes seconds, on a small random model and one thread. Ends with status 6 if one is above its limit.
+    Takes seconds, on a small random model and one thread. The exit status is 6 if a ratio is above its limit.
     """
     import tempfile
 
     from dpoeng.bench import checks
 
     with tempfile.TemporaryDirectory(prefix="dpoeng-bench-") as scratch, checks.subject(Path(scratch) / "model") as on:
-        found = checks.run_checks(on)
+        results = checks.run_checks(on)
     if as_json:
-        say_json([{**as_data(check), "ok": check.ok} for check in found])
+        say_json([{**as_data(check), "ok": check.ok} for check in results])
     else:
-        _print_checks(found)
-    if not all(check.ok for check in found):
+        _print_checks(results)
+    if not all(check.ok for check in results):
         raise SystemExit(WORSE)
 
 
-def _print_checks(found: Sequence[Check]) -> None:
+def _print_checks(results: Sequence[Check]) -> None:
     rows: list[tuple[Cell, ...]] = [
         (
             check.name,
@@ -49,6 +49,6 @@ def _print_checks(found: Sequence[Check]) -> None:
             check.unit,
             "" if check.ok else Marked("too much", "error"),
         )
-        for check in found
+        for check in results
     ]
-    say(Table(rows, ("", "found", "at most", "", ""), "checks"))
+    say(Table(rows, ("", "measured", "at most", "", ""), "checks"))

@@ -17,14 +17,14 @@ COMMANDS = {
     "phases": ("dpoeng.cli.bench.commands:phases", "Both phases: speed, where the time goes, memory."),
     "memory": (
         "dpoeng.cli.bench.commands:memory",
-        "Measured memory against the plan's; what a reference in the step costs.",
+        "Measured memory against the plan's; the cost of a reference in the step.",
     ),
     "compare": ("dpoeng.cli.bench.commands:compare", "dpoeng against TRL on the same tokens, with equal losses."),
     "kernels": ("dpoeng.cli.bench.kernels:kernels", "The fused head against its alternatives."),
-    "sharing": ("dpoeng.cli.bench.commands:sharing", "What running each prompt once brings: two curves."),
+    "sharing": ("dpoeng.cli.bench.commands:sharing", "The gain from computing each prompt once: two curves."),
     "checks": ("dpoeng.cli.bench.checks:checks", "A few ratios with wide limits: slower, larger, leaking?"),
-    "offload": ("dpoeng.cli.bench.offload:offload", "Both phases over a model larger than the memory they take."),
-    "step": ("dpoeng.cli.bench.step:step", "What a step asks of a GPU: launches, bytes, FLOPs, counted without one."),
+    "offload": ("dpoeng.cli.bench.offload:offload", "Both phases over a model larger than the memory they use."),
+    "step": ("dpoeng.cli.bench.step:step", "A step's launches, bytes and FLOPs on a GPU, counted without one."),
     "quality": ("dpoeng.cli.bench.studies:quality", "The same training in each precision: accuracy and margin."),
     "scale": ("dpoeng.cli.bench.studies:scale", "How cost grows, with the exponent fitted."),
     "cache": ("dpoeng.cli.bench.commands:cache", "The cache: open, read, verify, look up."),
@@ -41,7 +41,7 @@ Examples:
 def model_options(
     *, required: bool = False, batch_size: int = 4, repeats: bool = True
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The options that say on what is measured."""
+    """The options that choose model, pairs and sizes."""
     path = click.Path(path_type=Path, exists=True)
     options = [
         click.option("--model", required=required, help="A directory with safetensors or a hub id."),
@@ -49,10 +49,10 @@ def model_options(
             "--pairs", multiple=True, required=required, type=path, help="A file of pairs; may be given more than once."
         ),
         click.option(
-            "--batch-size", default=batch_size, show_default=True, help="Pairs in a step.", type=click.IntRange(1)
+            "--batch-size", default=batch_size, show_default=True, help="Pairs per step.", type=click.IntRange(1)
         ),
         click.option("--lora-r", default=16, show_default=True, help="LoRA rank, on all linear layers."),
-        click.option("--max-length", default=512, show_default=True, help="Most tokens of prompt + response."),
+        click.option("--max-length", default=512, show_default=True, help="Maximum tokens of prompt + response."),
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
     ]
     if repeats:
@@ -70,7 +70,7 @@ def model_options(
 
 
 def precision_options(command: Callable[..., None]) -> Callable[..., None]:
-    """How the base is held and computed."""
+    """The options for the precision of weights and computation."""
     command = click.option(
         "--dtype",
         default="auto",
@@ -83,7 +83,7 @@ def precision_options(command: Callable[..., None]) -> Callable[..., None]:
         default="none",
         show_default=True,
         type=click.Choice(["none", "8bit", "4bit"]),
-        help="How the base is held.",
+        help="Precision of the base's weights.",
     )(command)
 
 
@@ -93,9 +93,9 @@ def precision_options(command: Callable[..., None]) -> Callable[..., None]:
 def bench(ctx: click.Context, outputs: Outputs) -> None:
     """Measure throughput and memory on this machine.
 
-    Without a command: `phases` and `memory` on an embedded random model of SmolLM2's shape, cut to six layers, and on
-    pairs with the lengths of real ones. Takes about five CPU minutes, and ends with tables, the records in
-    dpoeng-bench.jsonl and a page in dpoeng-bench.html.
+    Without a command, runs `phases` and `memory` on an embedded random model with SmolLM2's shape, cut to six layers,
+    and on pairs with the lengths of real ones. Takes about five CPU minutes; writes tables, the records to
+    dpoeng-bench.jsonl and a page to dpoeng-bench.html.
     """
     if ctx.invoked_subcommand is not None:
         if any(outputs):
@@ -103,8 +103,8 @@ def bench(ctx: click.Context, outputs: Outputs) -> None:
                 f"--json, --record, --results and --html go after the command: {ctx.invoked_subcommand}"
             )
         return
-    kept, shown = outputs.record or Path("dpoeng-bench.jsonl"), outputs.html or Path("dpoeng-bench.html")
-    outputs = outputs._replace(record=kept, html=shown)
+    record_file, page_file = outputs.record or Path("dpoeng-bench.jsonl"), outputs.html or Path("dpoeng-bench.html")
+    outputs = outputs._replace(record=record_file, html=page_file)
     refuse_outputs(outputs)
 
     from dpoeng.bench.memory import MemorySettings, bench_memory
@@ -117,16 +117,16 @@ def bench(ctx: click.Context, outputs: Outputs) -> None:
 
 @click.command("phases", epilog=example("dpoeng bench phases --model sft-model --pairs pairs.jsonl"))
 @model_options()
-@click.option("--steps", default=4, show_default=True, help="Steps of phase two in a repeat.", type=click.IntRange(1))
+@click.option("--steps", default=4, show_default=True, help="Steps of phase two per repeat.", type=click.IntRange(1))
 @precision_options
 @click.option(
     "--trace",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="After the counted rounds, write what torch.profiler sees of one more of each phase: FILE-reference and "
+    help="After the counted rounds, profile one more of each phase with torch.profiler and write FILE-reference and "
     "FILE-training, for ui.perfetto.dev.",
 )
 @click.option("--price-per-hour", type=click.FloatRange(0), help="Price of the machine; adds the cost of 1,000 pairs.")
-@click.option("--layers", default=6, show_default=True, help="Of the embedded model.", type=click.IntRange(1))
+@click.option("--layers", default=6, show_default=True, help="Layers of the embedded model.", type=click.IntRange(1))
 @click.option(
     "--width",
     default=576,
@@ -136,7 +136,7 @@ def bench(ctx: click.Context, outputs: Outputs) -> None:
 )
 @output_options
 def phases(outputs: Outputs, trace: Path | None, price_per_hour: float | None, **settings: Any) -> None:
-    """Both phases, with the prompt shared and with separate rows: pairs and tokens a second, time split, peak memory.
+    """Both phases, with shared prompts and with separate rows: pairs and tokens per second, time split, peak memory.
 
     Without --model: an embedded random one. Without --pairs: random tokens with the lengths of real pairs.
     """
@@ -164,13 +164,14 @@ def phases(outputs: Outputs, trace: Path | None, price_per_hour: float | None, *
     "--gradient-checkpointing/--no-gradient-checkpointing",
     default=True,
     show_default=True,
-    help="Compute layers again in the backward pass.",
+    help="Recompute layers in the backward pass.",
 )
 @output_options
 def memory(outputs: Outputs, **settings: Any) -> None:
-    """Peak memory beside what `dpoeng plan` predicts: phase one, and a step of phase two with each kind of reference.
+    """Peak memory compared with `dpoeng plan`: phase one, and a step of phase two with each kind of reference.
 
-    The kinds are: cached; the policy with its adapter switched off; a second model; and that as plain PyTorch has it,
+    The kinds are: cached; the policy with its adapter switched off; a second model; and a second model in plain
+    PyTorch, with whole logits and one row per response. The batch is the longest of 64 pairs.
     with whole logits and a row a response. The longest of 64 pairs are the batch.
     """
     from dpoeng.bench.memory import MemorySettings, bench_memory
@@ -190,14 +191,16 @@ _PEERS = ("trl precomputed", "trl adapter off", "trl second model")
 @click.option("--steps", default=6, show_default=True, help="Steps; the first is not counted.", type=click.IntRange(2))
 @click.option("--pairs-count", default=64, show_default=True, help="Pairs that the reference pass scores.")
 @click.option(
-    "--max-prompt-length", type=click.IntRange(1), help="Most tokens of a prompt, the last ones.  [default: no limit]"
+    "--max-prompt-length",
+    type=click.IntRange(1),
+    help="Maximum tokens of a prompt, which keeps its end.  [default: no limit]",
 )
 @click.option(
     "--dtype",
     default="float32",
     show_default=True,
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Of the frozen weights, in both programs.",
+    help="Precision of the frozen weights, in both programs.",
 )
 @click.option(
     "--peer",
@@ -207,10 +210,12 @@ _PEERS = ("trl precomputed", "trl adapter off", "trl second model")
     help="A configuration of TRL; may be given more than once.  [default: all]",
 )
 @click.option("--peer-python", type=click.Path(path_type=Path), help="A Python with TRL.  [default: this one]")
-@click.option("--work", type=click.Path(path_type=Path), help="Keep finished runs here, so that a stop costs one run.")
+@click.option(
+    "--work", type=click.Path(path_type=Path), help="Folder for finished runs, so that a stop loses only one run."
+)
 @output_options
 def compare(outputs: Outputs, **settings: Any) -> None:
-    """dpoeng against TRL, each in processes of their own, in turn: time, memory, and whether the losses are equal.
+    """Compare dpoeng with TRL, in alternating separate processes: time, memory, and whether the losses are equal.
 
     TRL gets the same model, token ids, LoRA, order and batches, and the reference in three ways: precomputed, by
     switching the adapter off, and as a second model.
@@ -226,12 +231,14 @@ def compare(outputs: Outputs, **settings: Any) -> None:
 @click.command("sharing", epilog=example("dpoeng bench sharing --results bench/results"))
 @click.option("--model", help="A directory or a hub id.  [default: an embedded random one]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--tokens", default=384, show_default=True, help="Of a pair, both responses.", type=click.IntRange(8))
-@click.option("--pairs", default=8, show_default=True, help="In a step and in a pass.", type=click.IntRange(1))
+@click.option(
+    "--tokens", default=384, show_default=True, help="Tokens of a pair, with both responses.", type=click.IntRange(8)
+)
+@click.option("--pairs", default=8, show_default=True, help="Pairs per step and per pass.", type=click.IntRange(1))
 @click.option("--repeats", default=3, show_default=True, help="Counted repeats.", type=click.IntRange(1))
 @output_options
 def sharing(outputs: Outputs, **settings: Any) -> None:
-    """Speed with each prompt run once, against repeating it: by the prompt's share of the tokens, by pairs a prompt."""
+    """Speed with each prompt computed once, against repeating it: by the prompt's share of tokens and by pairs."""
     from dpoeng.bench.studies.sharing import SharingSettings, bench_sharing
     from dpoeng.cli.progress import TerminalProgress
 
@@ -241,7 +248,7 @@ def sharing(outputs: Outputs, **settings: Any) -> None:
 @click.command("cache", epilog=example("dpoeng bench cache --record cache.jsonl"))
 @click.option("--pairs", default=100_000, show_default=True, help="Pairs of the largest cache.", type=click.IntRange(1))
 @click.option("--weight-bytes", default=500_000_000, show_default=True, help="Size of the made-up checkpoint.")
-@click.option("--folder", type=click.Path(path_type=Path, exists=True), help="Where to write; removed again.")
+@click.option("--folder", type=click.Path(path_type=Path, exists=True), help="Folder for temporary files.")
 @output_options
 def cache(outputs: Outputs, **settings: Any) -> None:
     """The cache alone, on made-up pairs: write, look up, open, read; and hashing the weights of a model."""
@@ -250,7 +257,7 @@ def cache(outputs: Outputs, **settings: Any) -> None:
     from dpoeng.bench.cache import run
     from dpoeng.bench.measuring.records import stamp
 
-    told = {**settings, "folder": None}
-    record = stamp("cache", torch.device("cpu"), told)
+    described = {**settings, "folder": None}
+    record = stamp("cache", torch.device("cpu"), described)
     record |= run(**settings, say=functools.partial(say, err=True))
     finish([record], outputs)

@@ -30,23 +30,23 @@ from dpoeng.cli.tables import say, say_json
 @click.option("--repeats", default=3, show_default=True, help="Counted rounds.", type=click.IntRange(1))
 @click.option(
     "--against", multiple=True, type=click.Choice(["naive", "TRL", "Liger", "F.linear_cross_entropy"]),
-    help="Only with this; may be given more than once.  [default: all that are installed]",
+    help="Compare only with this; may be given more than once.  [default: all that are installed]",
 )  # fmt: skip
 @click.option(
     "--aot", is_flag=True, help="Compile for every GPU instead: registers, spills, shared memory. No GPU needed."
 )
 @click.option("--gpu", "gpus", multiple=True, help="With --aot: only this one, e.g. sm_90 or gfx942.")
-@click.option("--tune", is_flag=True, help="Time the scoring kernel's tiles on this GPU and remember the best.")
+@click.option("--tune", is_flag=True, help="Time the scoring kernel's tiles on this GPU and save the best.")
 @output_options
 def kernels(
     shapes: tuple[str, ...], dtypes: tuple[str, ...], device: str, repeats: int, against: tuple[str, ...],
     aot: bool, gpus: tuple[str, ...],
     tune: bool, outputs: Outputs,
 ) -> None:  # fmt: skip
-    """The fused head against full logits, TRL's and Liger's heads and F.linear_cross_entropy.
+    """The fused head compared with full logits, TRL's and Liger's heads and F.linear_cross_entropy.
 
-    Training (forward + backward) and scoring: time, peak memory above the operands, error to float64, and the share of
-    this machine's own matmul rate.
+    Training (forward + backward) and scoring: time, peak memory above the operands, error against float64, and the
+    share of this machine's own matmul rate.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""`dpoeng bench offload`: both phases over a model that is larger than the memory they take."""
+"""`dpoeng bench offload`: both phases over a model larger than the memory they use."""
 
 from __future__ import annotations
 
@@ -17,26 +17,28 @@ from dpoeng.cli.bench.output import Outputs, example, finish, output_options
     show_default=True,
     help="The shape: a folder with config.json, or a name that dpoeng plan knows.",
 )
-@click.option("--layers", type=click.IntRange(1), help="Only so many layers.  [default: all]")
+@click.option("--layers", type=click.IntRange(1), help="Use only this many layers.  [default: all]")
 @click.option(
     "--dtype",
     default="bfloat16",
     show_default=True,
     type=click.Choice(["float32", "bfloat16"]),
-    help="Of files and computation.",
+    help="Dtype of files and computation.",
 )
 @click.option(
     "--quantization",
     default="none",
     show_default=True,
     type=click.Choice(["none", "8bit", "4bit"]),
-    help="How a layer is held once it is read.",
+    help="Precision of a layer in memory.",
 )
-@click.option("--pairs", default=4, show_default=True, type=click.IntRange(1), help="In all, and in a step.")
-@click.option("--batch-size", default=2, show_default=True, type=click.IntRange(1), help="Pairs in a forward.")
-@click.option("--tokens", default=24, show_default=True, type=click.IntRange(2), help="Of a prompt; of a response.")
+@click.option("--pairs", default=4, show_default=True, type=click.IntRange(1), help="Pairs in total, and per step.")
+@click.option("--batch-size", default=2, show_default=True, type=click.IntRange(1), help="Pairs per forward.")
+@click.option(
+    "--tokens", default=24, show_default=True, type=click.IntRange(2), help="Tokens of a prompt, and of a response."
+)
 @click.option("--steps", default=2, show_default=True, type=click.IntRange(1), help="Optimizer steps.")
-@click.option("--folder", type=click.Path(path_type=Path, exists=True), help="Where to write; removed again.")
+@click.option("--folder", type=click.Path(path_type=Path, exists=True), help="Folder for temporary files.")
 @output_options
 def offload(outputs: Outputs, **settings: Any) -> None:
     """Both phases layer by layer over random weights, on the CPU: memory, time, and how often weights are read.

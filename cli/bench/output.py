@@ -1,4 +1,4 @@
-"""How every command of `dpoeng bench` ends: tables, the record, and a page where one is asked for."""
+"""The end of every `dpoeng bench` command: tables, the record, and a page if requested."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dpoeng.cli.tables import json_option, say, say_json
 
 
 class Outputs(NamedTuple):
-    """Where a record goes beside the terminal, or instead of its tables; None is nowhere."""
+    """Where a record goes, besides the terminal or instead of its tables; None means nowhere."""
 
     as_json: bool = False
     record: Path | None = None
@@ -23,25 +23,27 @@ class Outputs(NamedTuple):
 
 
 def example(*lines: str) -> str:
-    """The end of a help text."""
+    """The examples at the end of a help text."""
     return "\b\n" + ("Examples" if len(lines) > 1 else "Example") + ":\n" + "".join(f"  {line}\n" for line in lines)
 
 
 def output_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds the options of `Outputs`, which the command gets as one argument, `outputs`."""
+    """Adds the options of `Outputs`, which the command receives as one argument, `outputs`."""
 
     @functools.wraps(command)
     def with_outputs(*args: Any, **options: Any) -> None:
         outputs = Outputs(*(options.pop(name) for name in Outputs._fields))
-        files = options.get("pairs")  # in two commands a number
-        refuse_outputs(outputs, files if isinstance(files, tuple) else ())  # a measurement may take hours
+        files = options.get("pairs")  # a number in two commands
+        refuse_outputs(
+            outputs, files if isinstance(files, tuple) else ()
+        )  # fail before a measurement that may take hours
         command(*args, outputs=outputs, **options)
 
     path = click.Path(path_type=Path)
     for option in (
         click.option("--html", type=path, help="Also write the figures as one HTML page."),
         click.option("--results", type=path, help="Append the record to DIR/<what>-<cpu or gpu>.jsonl."),
-        click.option("--record", type=path, help="Append the record, a line of JSON, to this file."),
+        click.option("--record", type=path, help="Append the record, one line of JSON, to this file."),
         json_option,
     ):
         with_outputs = option(with_outputs)
@@ -49,7 +51,7 @@ def output_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def refuse_outputs(outputs: Outputs, inputs: Iterable[Path] = ()) -> None:
-    """Raises UserError where the page or the records cannot be written as asked."""
+    """Raises UserError if the page or the records cannot be written as requested."""
     from dpoeng.bench.measuring.records import RECORDS
     from dpoeng.engine.runtime.outputs import PAGE, refuse_output
 
@@ -60,7 +62,7 @@ def refuse_outputs(outputs: Outputs, inputs: Iterable[Path] = ()) -> None:
 
 
 def finish(records: Sequence[dict[str, Any]], outputs: Outputs) -> None:
-    """Prints the tables or the records, keeps the records, writes the page.
+    """Prints the tables or the records, saves the records, writes the page.
 
     Raises:
         UserError: the page cannot be written.

@@ -1,4 +1,4 @@
-"""`dpoeng bench step`: what a training step asks of a GPU, counted without one."""
+"""`dpoeng bench step`: counts a training step's work for a GPU, without one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dpoeng.cli.bench.output import Outputs, example, finish, output_options
     default="none",
     show_default=True,
     type=click.Choice(["none", "8bit", "4bit"]),
-    help="How the base is held.",
+    help="Precision of the base's weights.",
 )
 @click.option("--batch-size", default=2, show_default=True, help="Pairs in one forward.", type=click.IntRange(1))
 @click.option("--prompt", default=1024, show_default=True, help="Tokens.", type=click.IntRange(1))
@@ -31,9 +31,9 @@ from dpoeng.cli.bench.output import Outputs, example, finish, output_options
 def step(outputs: Outputs, gpu: str | None, **settings: Any) -> None:
     """Kernel launches, bytes and FLOPs of a training step, by part; counted on the meta device, in seconds.
 
-    Counts, not measurements: a base in bfloat16 or quantised, LoRA on all linear layers, FlashAttention over shared
-    prompts. Bytes are of each operation's tensors, as if there were no caches; FLOPs of matrix products alone. The time
-    is an estimate from them: 75 % of the card's FLOPs, 80 % of its bandwidth, 6 microseconds a launch.
+    Counts, not measurements, for a base in bfloat16 or quantised, LoRA on all linear layers, and FlashAttention over
+    shared prompts. Bytes are those of each operation's tensors, as if there were no caches; FLOPs are those of matrix
+    products. The time is estimated from them: 75 % of the card's FLOPs, 80 % of its bandwidth, 6 microseconds a launch.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The tables of `dpoeng bench step`: what a layer, the rest of a step and the optimizer ask of a GPU."""
+"""The tables of `dpoeng bench step`: work of a layer, of the rest of a step and of the optimizer."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dpoeng.cli.tables import Cell, Table
 
 
 def step_tables(record: dict[str, Any]) -> list[Table]:
-    """A table for a layer, one for what is outside the layers, one for the optimizer; all calculated."""
+    """A table for a layer, one for the work outside the layers, one for the optimizer; all calculated."""
     recomputed = "forward, recomputation" if record["settings"]["gradient_checkpointing"] else "forward"
     titles = {
         "layer": f"one of {record['layers']} layers, {record['tokens']} tokens: {recomputed}, backward",
-        "outside": "outside the layers, less the input gradient that the first layer does not form",
+        "outside": "outside the layers, without the input gradient that the first layer does not compute",
         "optimizer": "the optimizer, fused AdamW over the LoRA of all layers",
     }
     notes = []

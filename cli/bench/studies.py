@@ -28,44 +28,48 @@ _WAYS = ("float32", "bfloat16", "8bit", "8bit, bfloat16 reference", "4bit", "4bi
     help="JSON Lines of pairs; may be given more than once.  [default: the demo's]",
 )
 @click.option(
-    "--pairs-count", default=100, show_default=True, help="The first so many are used.", type=click.IntRange(4)
+    "--pairs-count",
+    default=100,
+    show_default=True,
+    help="Use only this many of the first pairs.",
+    type=click.IntRange(4),
 )
 @click.option(
     "--way",
     "ways",
     multiple=True,
     type=click.Choice(_WAYS),
-    help="Only this; may be given more than once, and the first is what the others are compared with.  [default: all]",
+    help="Train only this way; may be given more than once. Others are compared with the first.  [default: all]",
 )
 @click.option(
     "--held-out",
     default=0.3,
     show_default=True,
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    help="Share of the prompts that are evaluated and not trained on.",
+    help="Share of the prompts that are held out for evaluation.",
 )
-@click.option("--seeds", default=1, show_default=True, help="Trainings of each way.", type=click.IntRange(1))
+@click.option("--seeds", default=1, show_default=True, help="Trainings per way.", type=click.IntRange(1))
 @click.option("--epochs", default=1.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Passes.")
-@click.option("--batch-size", default=4, show_default=True, help="Pairs in a step.", type=click.IntRange(1))
+@click.option("--batch-size", default=4, show_default=True, help="Pairs per step.", type=click.IntRange(1))
 @click.option("--learning-rate", default=2e-4, show_default=True, help="Peak learning rate.")
 @click.option("--beta", default=0.1, show_default=True, help="As in dpoeng train.")
 @click.option("--lora-r", default=16, show_default=True, help="LoRA rank, on all linear layers.")
-@click.option("--max-length", default=256, show_default=True, help="Most tokens of prompt + response.")
+@click.option("--max-length", default=256, show_default=True, help="Maximum tokens of prompt + response.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option(
     "--work",
     type=click.Path(path_type=Path),
     default=Path("dpoeng-bench-quality"),
     show_default=True,
-    help="Keeps caches and runs; the same command goes on from there.",
+    help="Folder for caches and runs; the same command continues from there.",
 )
 @output_options
 def quality(outputs: Outputs, **settings: Any) -> None:
     """The same training in float32, bfloat16, 8 and 4 bits, with matching and with bfloat16 references.
 
-    Every way is trained in a process of its own, one after another. Shown are held-out accuracy and margin, as it was
-    trained and with the adapter alone on the float32 model, with intervals and the paired difference from the first
-    way. It takes long on a CPU, above all bfloat16 where the CPU has no units for it: name a few ways with --way.
+    Every way is trained in a separate process, one after another. Shows held-out accuracy and margin, as trained and
+    with only the adapter on the float32 model, with intervals and the paired difference from the first way. This takes
+    long on a CPU, especially bfloat16 on a CPU without units for it: choose a few ways with --way.
     """
     from dpoeng.bench.studies.quality import WAYS, QualitySettings, bench_quality
     from dpoeng.cli.demo import PAIRS_FILE
@@ -86,11 +90,11 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> list[int
     try:
         return [int(float(word)) for word in value.split(",")]
     except (ValueError, OverflowError) as error:
-        raise click.BadParameter(f"{value!r} are no numbers", ctx, param) from error
+        raise click.BadParameter(f"{value!r} is not a list of numbers", ctx, param) from error
 
 
 def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
-    """Sizes with commas: three or more to fit a line through, or none."""
+    """Sizes separated by commas: at least three, to fit a line, or none."""
     if value.strip() == "none":
         return ()
     sizes = _numbers(ctx, param, value)
@@ -102,7 +106,7 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int,
 
 
 def _ranks(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...] | None:
-    """Numbers of processes with commas, what one does before; none of them; or as many as there are cores."""
+    """Numbers of processes separated by commas, with 1 first; `none`; or `auto` for as many as there are cores."""
     if value.strip() in ("auto", "none"):
         return None if value.strip() == "auto" else ()
     ranks = _numbers(ctx, param, value)
@@ -130,7 +134,7 @@ def _ranks(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int,
     default="256,512,1024,2048,4096",
     show_default=True,
     callback=_sizes,
-    help="The same for memory, which is simulated; or none.",
+    help="Tokens of a pair for memory, which is simulated; or none.",
 )
 @click.option(
     "--vocabularies",
@@ -144,7 +148,7 @@ def _ranks(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int,
     default="auto",
     show_default=True,
     callback=_ranks,
-    help="Numbers of processes, as 1,2,4; auto: 1, 2, 4, ... as far as each has a core or a GPU; or none.",
+    help="Numbers of processes, e.g. 1,2,4; auto: 1, 2, 4, ... while each has a core or a GPU; or none.",
 )
 @click.option("--repeats", default=3, show_default=True, help="Counted repeats.", type=click.IntRange(1))
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
@@ -152,8 +156,8 @@ def _ranks(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int,
 def scale(outputs: Outputs, **settings: Any) -> None:
     """How cost grows with the number of pairs, their length and the vocabulary, and falls with the number of processes.
 
-    Curves, and the exponent of each. The caches hold made-up numbers: what storing costs is measured, not the model.
-    Memory by length is simulated. Processes are started by torchrun; each has one thread, or a GPU.
+    Shows curves and their exponents. The caches contain made-up numbers: this measures storage, not the model. Memory
+    by length is simulated. torchrun starts the processes; each has one thread, or a GPU.
     """
     from dpoeng.bench.studies.scale import ScaleSettings, bench_scale
     from dpoeng.cli.progress import TerminalProgress

@@ -1,4 +1,4 @@
-"""The tables that end the commands of `dpoeng bench`, made from their records."""
+"""The tables of the `dpoeng bench` commands, made from their records."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def machine_table(record: dict[str, Any]) -> Table:
 
 
 def phases_tables(record: dict[str, Any]) -> list[Table]:
-    """A column for each phase and layout."""
+    """One column per phase and layout."""
     results = record["results"]
     rows = [
         ("pairs/s", *(number(r["pairs_per_s"], 3) for r in results)),
@@ -85,16 +85,16 @@ _OF_THE_POOL: tuple[_Optional, ...] = (
 
 
 def _optional_rows(results: list[dict[str, Any]], *rows: _Optional) -> list[tuple[str, ...]]:
-    """Rows of figures that only some devices give, and older records lack."""
+    """Rows of figures that only some devices give, and that older records lack."""
     return [
-        (label, *(shown(r[name]) if r.get(name) is not None else "" for r in results))
-        for label, name, shown in rows
+        (label, *(form(r[name]) if r.get(name) is not None else "" for r in results))
+        for label, name, form in rows
         if any(result.get(name) is not None for result in results)
     ]
 
 
 def compare_tables(record: dict[str, Any]) -> list[Table]:
-    """A column a program; ratios under the peers' figures, or none if the losses differ."""
+    """One column per program; ratios below the peers' figures, or none if the losses differ."""
     settings, equality, medians = record["settings"], record["equality"], record["medians"]
     columns = {"dpoeng": {**medians["dpoeng reference"], **medians["dpoeng"]}}
     columns |= {peer: medians[peer] for peer in record["ratios"]}
@@ -107,8 +107,8 @@ def compare_tables(record: dict[str, Any]) -> list[Table]:
         rows.append((label, *cells))
     worst = max(equality["loss"].values())
     note: Cell = (
-        f"Losses are equal: largest relative difference {worst:.1e} (allowed {equality['tolerance']:g}). x: times what "
-        f"dpoeng needs, median and range of {counted(settings['repeats'], 'repeat')}. Peaks: above the loaded weights."
+        f"Losses are equal: largest relative difference {worst:.1e} (allowed {equality['tolerance']:g}). x: times as much "
+        f"as dpoeng, median and range of {counted(settings['repeats'], 'repeat')}. Peaks: above the loaded weights."
         if equality["ok"]
         else Marked(
             f"The losses differ by {worst:.1e} (allowed {equality['tolerance']:g}): no ratio reported.", "error"
@@ -119,7 +119,7 @@ def compare_tables(record: dict[str, Any]) -> list[Table]:
 
 
 def sharing_tables(record: dict[str, Any]) -> list[Table]:
-    """A row a point of each curve."""
+    """One row per point of each curve."""
     tables = [machine_table(record)]
     for title, name, columns in (
         ("each prompt once for both responses", "prompt_share", ("reference_speedup", "training_speedup")),
@@ -139,14 +139,14 @@ def sharing_tables(record: dict[str, Any]) -> list[Table]:
 
 
 def cache_tables(record: dict[str, Any]) -> list[Table]:
-    """A column a size; then reading and hashing."""
+    """One column per size; then reading and hashing."""
     sizes = record["sizes"]
     rows = []
     for name in sizes[0]:
         if name != "pairs":
             label, _, unit = name.rpartition("_")
-            shown = f"{label.replace('_', ' ')}, {unit}" if unit in ("us", "ms") else name.replace("_", " ")
-            rows.append((shown, *(number(size[name], 3) for size in sizes)))
+            label_text = f"{label.replace('_', ' ')}, {unit}" if unit in ("us", "ms") else name.replace("_", " ")
+            rows.append((label_text, *(number(size[name], 3) for size in sizes)))
     facts = {**record["read"], **record["weights"]}
     return [
         machine_table(record),
@@ -156,7 +156,7 @@ def cache_tables(record: dict[str, Any]) -> list[Table]:
 
 
 def kernels_tables(record: dict[str, Any]) -> list[Table]:
-    """A table a shape, dtype and direction; a row a way."""
+    """One table per shape, dtype and direction; one row per way."""
     tables = [machine_table(record), *map(_way_table, record["results"])]
     return [*tables, facts_table(list(record["missing"].items()))] if record["missing"] else tables
 
@@ -181,12 +181,12 @@ def _way_table(result: dict[str, Any]) -> Table:
         rows,
         ("", "wall s", "x", "CPU-s", "x", "peak MiB", "of matmul", "log-prob error", "gradient error"),
         f"{result['mode']}: V {v}, H {h}, N {n}, {result['dtype']}",
-        ["x: times what dpoeng needs, median and range of the rounds. Errors: to float64, worst of 64 rows."],
+        ["x: multiple of what dpoeng needs, median and range of the rounds. Errors: from float64, worst of 64 rows."],
     )
 
 
 def aot_tables(record: dict[str, Any]) -> list[Table]:
-    """A row a kernel and GPU: registers, spills, shared memory."""
+    """One row per kernel and GPU: registers, spills, shared memory."""
     rows: list[tuple[Cell, ...]] = []
     for report in record["reports"]:
         cells = (
@@ -215,7 +215,7 @@ def _ratio(ratio: dict[str, float]) -> str:
 
 
 def memory_tables(record: dict[str, Any]) -> list[Table]:
-    """A row a case."""
+    """One row per case."""
     settings, lengths = record["settings"], record["lengths"]
     precision = settings["quantization"] if settings["quantization"] != "none" else record["versions"]["dtype"]
     recomputed = "with" if settings["gradient_checkpointing"] else "without"
@@ -232,8 +232,8 @@ def memory_tables(record: dict[str, Any]) -> list[Table]:
         f"peak memory, MiB: {precision}, {counted(len(lengths), 'pair')} of {sum(map(sum, lengths)):,} tokens, "
         f"{recomputed} gradient checkpointing",
         [
-            "predicted: of tensors, by simulation, as dpoeng plan tells. measured: of tensors, by the allocator. "
-            "process: what the system gave, libraries and freed memory included."
+            "predicted: tensors, simulated as in dpoeng plan. measured: tensors, from the allocator. "
+            "process: memory of the process, including libraries and freed memory."
         ],
     )
     return [machine_table(record), table]
@@ -263,7 +263,7 @@ def _spread(values: list[float]) -> float:
 
 
 def quality_tables(record: dict[str, Any]) -> list[Table]:
-    """A row a way: as it was trained; and its adapter in float32, beside the first way's."""
+    """One row per way: as trained, and its adapter in float32 compared with the first way's."""
     settings, results = record["settings"], record["results"]
     rows = []
     for place, result in enumerate(results):
@@ -297,17 +297,17 @@ def quality_tables(record: dict[str, Any]) -> list[Table]:
 _QUALITY = (("rewards/accuracies", 3), ("rewards/margins", 3))
 
 
-def _mean(told: dict[str, Any], digits: int, *, signed: bool = False) -> str:
+def _mean(figures: dict[str, Any], digits: int, *, signed: bool = False) -> str:
     sign = "+" if signed else ""
-    text = f"{told['mean']:{sign}.{digits}f}"
-    if told["interval"]:
-        low, high = told["interval"]
+    text = f"{figures['mean']:{sign}.{digits}f}"
+    if figures["interval"]:
+        low, high = figures["interval"]
         text += f"\n{low:{sign}.{digits}f} to {high:{sign}.{digits}f}"
     return text
 
 
 def scale_tables(record: dict[str, Any]) -> list[Table]:
-    """A table a size that grows: a row a cost, with its exponent; and one of several processes."""
+    """One table per growing size, with a row per cost and its exponent; and one table of several processes."""
     tables = [machine_table(record)]
     by_ranks = [curve for curve in record["curves"] if "speedup" in curve]
     for over in dict.fromkeys(curve["over"] for curve in record["curves"] if curve not in by_ranks):
@@ -362,7 +362,7 @@ def _ranks_table(record: dict[str, Any], curves: list[dict[str, Any]]) -> Table:
 
 
 def offload_tables(record: dict[str, Any]) -> list[Table]:
-    """A row a phase."""
+    """One row per phase."""
     rows = [
         (
             phase["phase"] if "steps" not in phase else f"{phase['phase']}, {counted(phase['steps'], 'step')}",

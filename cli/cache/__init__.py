@@ -1,1 +1,1 @@
-"""`dpoeng cache`: shows, checks, exchanges and cleans a reference cache."""
+"""`dpoeng cache`: shows, verifies, exports, imports and cleans a reference cache."""

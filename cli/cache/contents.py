@@ -1,4 +1,4 @@
-"""`dpoeng cache info`, `verify` and `stats`: what a cache holds, and whether it is sound."""
+"""`dpoeng cache info`, `verify` and `stats`: what is in a cache, and whether it is undamaged."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 @click.argument("folder", type=FOLDER)
 @json_option
 def info(folder: Path, as_json: bool) -> None:
-    """Show what a cache holds: references, rows, sizes, views, library versions and dates."""
+    """Show what is in a cache: references, rows, sizes, views, library versions and dates."""
     from dpoeng.cache.info import cache_info
 
-    found = cache_info(folder)
+    contents = cache_info(folder)
     if as_json:
-        say_json(found)
+        say_json(contents)
     else:
-        _print_info(folder, found)
-    if found.problems:
+        _print_info(folder, contents)
+    if contents.problems:
         sys.exit(4)
 
 
-def _print_info(folder: Path, found: CacheInfo) -> None:
-    trunks = f", trunks {len(found.trunks)}" if found.trunks else ""
-    say(Marked(str(folder), "bold"), f": references {len(found.references)}{trunks}, views {len(found.views)}")
-    for reference in found.references:
+def _print_info(folder: Path, contents: CacheInfo) -> None:
+    trunks = f", trunks {len(contents.trunks)}" if contents.trunks else ""
+    say(Marked(str(folder), "bold"), f": references {len(contents.references)}{trunks}, views {len(contents.views)}")
+    for reference in contents.references:
         facts = [
             ("reference", reference.digest),
             *((name, short(value)) for name, value in reference.summary.items()),
@@ -50,7 +50,7 @@ def _print_info(folder: Path, found: CacheInfo) -> None:
         ]
         say("")
         say(facts_table(facts))
-    for trunk in found.trunks:
+    for trunk in contents.trunks:
         facts = [
             ("trunk", trunk.digest),
             ("states", f"that enter layer {trunk.layer}, {trunk.width} x {trunk.dtype} a token"),
@@ -60,11 +60,11 @@ def _print_info(folder: Path, found: CacheInfo) -> None:
         ]
         say("")
         say(facts_table(facts))
-    for view in found.views:
+    for view in contents.views:
         say("")
         say(facts_table([("view", view.name), ("rows", f"{view.rows:,}"), ("reference", view.spec)]))
         say(facts_table([(f"  {name}", short(value)) for name, value in view.meta.items()]))
-    for problem in found.problems:
+    for problem in contents.problems:
         say(Marked("damaged:", "error"), f" {problem}")
 
 
@@ -81,8 +81,8 @@ def _print_info(folder: Path, found: CacheInfo) -> None:
 @click.option("--recompute", type=click.IntRange(min=1), help="Also score this many pairs of a view again and compare.")
 @click.option("--view", help="The view for --recompute.  [default: the only one]")
 @json_option
-@click.option("--model", help="Where the base is now, for --recompute.  [default: where it was]")
-@click.option("--adapter", help="Where the SFT adapter is now, for --recompute.  [default: where it was]")
+@click.option("--model", help="The base's location, for --recompute.  [default: as recorded]")
+@click.option("--adapter", help="The SFT adapter's location, for --recompute.  [default: as recorded]")
 def verify(
     folder: Path,
     depth: Any,
@@ -92,7 +92,7 @@ def verify(
     model: str | None,
     adapter: str | None,
 ) -> None:
-    """Check a cache and change nothing; the exit status is 4 if something is wrong."""
+    """Verify a cache without changing it; the exit status is 4 if something is wrong."""
     from dpoeng.cache.info import cache_info
     from dpoeng.cache.verify import verify as run
     from dpoeng.cli.progress import TerminalProgress
@@ -141,55 +141,55 @@ def _print_verified(report: VerifyReport) -> None:
     )
 
 
-def _print_recomputed(found: ParityReport) -> None:
+def _print_recomputed(parity: ParityReport) -> None:
     say(
-        f"{counted(found.pairs, 'pair')} scored again: mean difference {found.mean_diff:.2g}, largest "
-        f"{found.max_diff:.2g} nats a token (allowed mean: {found.tolerance:g})"
+        f"{counted(parity.pairs, 'pair')} scored again: mean difference {parity.mean_diff:.2g}, largest "
+        f"{parity.max_diff:.2g} nats a token (allowed mean: {parity.tolerance:g})"
     )
-    for layer, one in found.trunks.items():
+    for layer, one in parity.trunks.items():
         say(
             f"{counted(one.pairs, 'pair')} run from the states that enter layer {layer}: mean difference "
             f"{one.mean_diff:.2g}, largest {one.max_diff:.2g} nats a token"
         )
-    if found.ok:
-        say(Marked("the model's own", "ok"))
+    if parity.ok:
+        say(Marked("they are this model's log-probs", "ok"))
     else:
-        say(Marked("These are not the numbers of this model.", "error"), " Was it changed in its place?")
+        say(Marked("These are not this model's log-probs.", "error"), " Were its files changed?")
 
 
 @click.command(epilog=example("dpoeng cache stats refcache", "dpoeng cache stats refcache --html reference.html"))
 @click.argument("folder", type=FOLDER)
-@click.option("--view", help="Which view.  [default: the only one]")
+@click.option("--view", help="The view.  [default: the only one]")
 @click.option("--html", type=FILE, help="Write a page with plots; it needs no network.")
 @force_option
 @json_option
-@click.option("--pairs", default=10, show_default=True, help="How many strongly ranked pairs to name.")
+@click.option("--pairs", default=10, show_default=True, help="Number of strongly ranked pairs to list.")
 def stats(folder: Path, view: str | None, html: Path | None, force: bool, as_json: bool, pairs: int) -> None:
     """Show the reference's margins on the data, lengths, and pairs that look mislabelled."""
     from dpoeng.cache.analytics import reference_stats
     from dpoeng.cache.reader import View
 
     opened = View.open(folder, view)
-    found = reference_stats(opened, notes=pairs)
+    statistics = reference_stats(opened, notes=pairs)
     if html:
         from dpoeng.cli.pages.html import write_page
         from dpoeng.cli.pages.reference import html_report
 
         facts = [("view", opened.name), ("reference", opened.spec.digest)]
-        content = html_report(found, f"The reference on {opened.name}", facts)
+        content = html_report(statistics, f"The reference on {opened.name}", facts)
         write_page(html, content, inputs=sources_of(opened), force=force)
     if as_json:
-        say_json(found)
+        say_json(statistics)
         return
-    _print_stats(found)
+    _print_stats(statistics)
     if html:
-        say(f"plots in {html}")
+        say(f"Plots written to {html}")
 
 
-def _print_stats(found: ReferenceStats) -> None:
+def _print_stats(statistics: ReferenceStats) -> None:
     from dpoeng.cli.pages.reference import distributions_table, notes_table, reference_facts
 
-    say(distributions_table(found, (1, 3, 5)), facts_table(reference_facts(found)))
-    for title, notes in (("strongly wrong", found.strongly_wrong), ("strongly right", found.strongly_right)):
+    say(distributions_table(statistics, (1, 3, 5)), facts_table(reference_facts(statistics)))
+    for title, notes in (("strongly wrong", statistics.strongly_wrong), ("strongly right", statistics.strongly_right)):
         if notes:
             say(notes_table(notes, title))

@@ -1,4 +1,4 @@
-"""`dpoeng cache export`, `import`, `merge` and `gc`: rows in and out of a cache, and what it no longer needs."""
+"""`dpoeng cache export`, `import`, `merge` and `gc`: exports and imports rows, and removes unused files."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ _OF_A_REFERENCE = frozenset(
 )
 @click.argument("folder", type=FOLDER)
 @click.argument("file", type=FILE)
-@click.option("--view", help="Which view.  [default: the only one]")
-@click.option("--trunk-layer", type=int, help="Write the hidden states that enter this layer in place of log-probs.")
+@click.option("--view", help="The view.  [default: the only one]")
+@click.option("--trunk-layer", type=int, help="Write the hidden states that enter this layer instead of log-probs.")
 @click.option(
-    "--for", "trainer", type=click.Choice(OTHER_TRAINERS), help="Write what this trainer reads, or say why not."
+    "--for", "trainer", type=click.Choice(OTHER_TRAINERS), help="Write for this trainer, or explain why that is impossible."
 )
-@click.option("--rows", type=FOLDER, help="--for open-instruct: the folder of its tokenised rows.")
+@click.option("--rows", type=FOLDER, help="--for open-instruct: the folder with its tokenised rows.")
 @force_option
 @json_option
 def export(
@@ -55,7 +55,7 @@ def export(
 ) -> None:
     """Write token ids and reference log-probs of a view to FILE (.jsonl or .parquet), in the order of its source.
 
-    docs/other-trainers.md says what other trainers read, and how TRL takes a cache without a file.
+    docs/other-trainers.md: formats of other trainers, and how TRL uses a cache without a file.
     """
     from dpoeng.cache.exchange import export_view, is_export
     from dpoeng.cache.reader import View
@@ -109,12 +109,12 @@ def _how_to_read(trainer: OtherTrainer, file: Path, view: View) -> str:
 @json_option
 @config_options(PrecomputeConfig, skip=frozenset(PrecomputeConfig.model_fields) - _OF_A_REFERENCE)
 def import_(file: Path, as_json: bool, **options: Any) -> None:
-    """Take over reference log-probs from FILE (.jsonl, .parquet, .arrow): `dpoeng cache export` wrote it, or TRL.
+    """Import reference log-probs from FILE (.jsonl, .parquet, .arrow), written by `dpoeng cache export` or by TRL.
 
-    Needed are prompt_ids, chosen_ids, rejected_ids, and either log-probs of tokens (ref_chosen_token_logps,
-    ref_rejected_token_logps) or sums (ref_chosen_logps, ref_rejected_logps). From TRL, once it has precomputed:
+    FILE needs prompt_ids, chosen_ids, rejected_ids, and either log-probs of tokens (ref_chosen_token_logps,
+    ref_rejected_token_logps) or sums (ref_chosen_logps, ref_rejected_logps). From TRL, after it has precomputed them:
     `trainer.train_dataset.to_parquet(FILE)`. You vouch that the model named here gave these numbers; `dpoeng train`
-    checks a sample against it before its first step. Sums serve every loss but those that weigh tokens (ld_alpha).
+    checks a sample before its first step. Sums work for every loss that does not weigh tokens (ld_alpha).
     """
     config = load_config(PrecomputeConfig, given(options))
 
@@ -137,7 +137,7 @@ def import_(file: Path, as_json: bool, **options: Any) -> None:
 @click.argument("sources", nargs=-1, required=True, type=FOLDER)
 @json_option
 def merge(target: Path, sources: tuple[Path, ...], as_json: bool) -> None:
-    """Copy references, rows, trunks and views of SOURCES into TARGET, which may be new. Nothing in SOURCES changes."""
+    """Copy references, rows, trunks and views of SOURCES into TARGET, which may be new. SOURCES stay unchanged."""
     from dpoeng.cache.exchange import merge as run
     from dpoeng.cache.store import Store
 
@@ -154,7 +154,9 @@ def merge(target: Path, sources: tuple[Path, ...], as_json: bool) -> None:
 @click.command(epilog=example("dpoeng cache gc refcache", "dpoeng cache gc refcache --delete --drop-spec 3f2a"))
 @click.argument("folder", type=FOLDER)
 @click.option("--delete", is_flag=True, help="Remove the files. Without it, only list them.")
-@click.option("--drop-spec", "drop", multiple=True, help="Also this reference or trunk, all of it; no view may use it.")
+@click.option(
+    "--drop-spec", "drop", multiple=True, help="Also remove this whole reference or trunk; no view may use it."
+)
 @click.option("--quarantine", is_flag=True, help="Also delete quarantined files.")
 @click.option("--min-age-s", default=3600.0, show_default=True, help="Keep files younger than this, in seconds.")
 @json_option

@@ -1,4 +1,4 @@
-"""`dpoeng cache diff` and `explain`: in which fields references differ."""
+"""`dpoeng cache diff` and `explain`: how references differ."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _SHOWN_CHANGES = 20
 )
 @click.argument("old_folder", metavar="OLD", type=FOLDER)
 @click.argument("new_folder", metavar="NEW", type=FOLDER)
-@click.option("--old", help="Reference in OLD: the beginning of its digest.  [default: the only one]")
+@click.option("--old", help="Reference in OLD, by the beginning of its digest.  [default: the only one]")
 @click.option("--new", help="Reference in NEW.  [default: the only one]")
 @json_option
 def diff(old_folder: Path, new_folder: Path, old: str | None, new: str | None, as_json: bool) -> None:
-    """Show in which fields the references of two caches differ; the exit status is 1 if they do."""
+    """Show how the references of two caches differ; the exit status is 1 if they do."""
     from dpoeng.cache.spec import diff_specs
     from dpoeng.cache.store import Store
 
@@ -47,9 +47,9 @@ def diff(old_folder: Path, new_folder: Path, old: str | None, new: str | None, a
 @click.argument("reference", required=False)
 @json_option
 def explain(folder: Path, reference: str | None, as_json: bool) -> None:
-    """Say why a run found nothing to reuse: the fields in which its REFERENCE differs from the nearest other one.
+    """Explain why a run found nothing to reuse: how its REFERENCE differs from the most similar one.
 
-    REFERENCE is the beginning of a digest; without it, the one that was added last.
+    REFERENCE is the beginning of a digest; by default the one that was added last.
     """
     from dpoeng.cache.info import newest_spec
     from dpoeng.cache.spec import explain_miss
@@ -63,10 +63,10 @@ def explain(folder: Path, reference: str | None, as_json: bool) -> None:
         say_json({"reference": digest, "nearest": nearest, "changes": _listed(changes)})
         return
     if explained is None:
-        say(f"{digest} is the only reference here: nothing was there to reuse")
+        say(f"{digest} is the only reference here: there was nothing to reuse")
         return
     nearest, changes = explained
-    say(f"reference {digest} was new to the cache. The nearest other one is {nearest}; what differs:")
+    say(f"reference {digest} was new to the cache. The most similar one is {nearest}; differences:")
     _print_changes(changes)
 
 
@@ -78,7 +78,7 @@ def _print_changes(changes: list[FieldChange]) -> None:
 
 
 def _listed(changes: list[FieldChange]) -> list[dict[str, Any]]:
-    """Each change as an object; a side that lacks the field has no value."""
+    """Each change as an object; a side without the field has no value."""
     from dpoeng.cache.spec import ABSENT
 
     return [

@@ -1,4 +1,4 @@
-"""Shared by the commands of `dpoeng cache`: argument types, sizes in words, choice of a reference."""
+"""Helpers of `dpoeng cache`: argument types, sizes in words, choice of a reference."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 def example(*lines: str) -> str:
-    """The end of a help text."""
+    """The examples at the end of a help text."""
     return "\n".join(["\b", "Example:", *(f"  {line}" for line in lines)])
 
 
 def sources_of(view: View) -> list[Path]:
-    """The files that a view's pairs came from: no output may replace them."""
+    """The source files of a view's pairs: no output may replace them."""
     return [Path(name) for name in view.meta.get("files") or {}]
 
 
 def choose(store: Store, prefix: str | None, *, trunks: bool = False) -> str:
-    """The one reference whose digest begins so; with `trunks`, these are looked through too."""
+    """The only reference whose digest begins with `prefix`; with `trunks`, searches those, too."""
     from dpoeng.cache.errors import CacheError
 
     digests = store.spec_digests() if trunks else store.reference_digests()
-    found = [digest for digest in digests if digest.startswith(prefix or "")]
-    if len(found) != 1:
+    matches = [digest for digest in digests if digest.startswith(prefix or "")]
+    if len(matches) != 1:
         raise CacheError(
             "this does not name one reference",
             code="cache-which-spec",
@@ -44,7 +44,7 @@ def choose(store: Store, prefix: str | None, *, trunks: bool = False) -> str:
             remedy="`dpoeng cache info` describes each" if digests else "run `dpoeng precompute-ref` first",
             exit_status=2,
         )
-    return found[0]
+    return matches[0]
 
 
 def short(value: Any) -> str:

@@ -1,1 +1,1 @@
-"""Commands that look at a run in its folder: as a page, and in the terminal while it trains."""
+"""Commands that show a run from its folder: as a page, or in the terminal while it trains."""

@@ -10,7 +10,7 @@ from dpoeng.cli.options import force_option
 from dpoeng.cli.tables import json_option, say, say_json
 
 TOGETHER = Path("runs.html")
-"""Where several runs go, since they have no folder in common."""
+"""Default file for several runs, since they have no common folder."""
 
 EPILOG = """\b
 Examples:
@@ -25,7 +25,7 @@ Examples:
 @click.option(
     "--html",
     type=click.Path(path_type=Path, dir_okay=False),
-    help=f"The page.  [default: OUT/report.html; of several runs {TOGETHER}]",
+    help=f"The page.  [default: OUT/report.html; for several runs {TOGETHER}]",
 )
 @click.option(
     "--smoothing",
@@ -36,10 +36,10 @@ Examples:
 @force_option
 @json_option
 def report(folders: tuple[Path, ...], html: Path | None, smoothing: int | None, force: bool, as_json: bool) -> None:
-    """Write the run in OUT, the --output-dir of `dpoeng train`, as one HTML page; or several runs over each other.
+    """Write the run in OUT, the --output-dir of `dpoeng train`, as one HTML page; or several runs together.
 
     Curves, evaluations, warnings, configuration, hashes and versions, in one file that needs no network. A run that is
-    still going can be looked at too. Several runs share each chart, with a table of the settings that differ.
+    still going works, too. Several runs share each chart, with a table of the settings that differ.
     """
     from dpoeng.cache.words import counted
     from dpoeng.cli.pages.charts import CURVES
@@ -56,8 +56,8 @@ def report(folders: tuple[Path, ...], html: Path | None, smoothing: int | None, 
     inputs = [Path(name) for run in runs for name in run.record.get("files") or {}]
     write_page(target, content, inputs=inputs, force=force)
     if as_json:
-        found = [{"folder": run.folder, "steps": run.steps(), "complete": run.complete} for run in runs]
-        say_json({"page": target, "runs": found})
+        reports = [{"folder": run.folder, "steps": run.steps(), "complete": run.complete} for run in runs]
+        say_json({"page": target, "runs": reports})
         return
     for run in runs:
         name = "" if len(runs) == 1 else f"{run.folder}: "

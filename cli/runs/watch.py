@@ -1,4 +1,4 @@
-"""`dpoeng watch`: a run in the terminal, drawn anew from its folder while it trains. Reads only."""
+"""`dpoeng watch`: a run in the terminal, redrawn from its folder while it trains. Only reads."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ _WIDEST = 48
 
 @click.command("watch", epilog=EPILOG)
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--every", type=click.FloatRange(0.1), default=2.0, show_default=True, help="Seconds between two looks.")
+@click.option("--every", type=click.FloatRange(0.1), default=2.0, show_default=True, help="Seconds between updates.")
 @json_option
 def watch(out: Path, every: float, as_json: bool) -> None:
     """Show the run in OUT, the --output-dir of `dpoeng train`: curves, held-out figures, time left, memory.
 
-    Draws until the run ends; Ctrl-C ends the drawing alone. Nothing in OUT is touched, so any shell may look, also at a
-    finished run. Without a terminal, or with --json, it tells once how the run stands.
+    Draws until the run ends; Ctrl-C only ends the drawing. Nothing in OUT is changed, so you can use it from any shell,
+    also for a finished run. Without a terminal, or with --json, it prints the run's state once.
     """
     if as_json:
         say_json(standing(out))
@@ -63,7 +63,7 @@ def watch(out: Path, every: float, as_json: bool) -> None:
 
 
 def look(out: Path) -> tuple[State, RunRecord | None]:
-    """How the run stands, and its record: none before a new run has loaded its model.
+    """The state of the run, and its record; None before a new run has loaded its model.
 
     Raises:
         UserError: there is no run, or a record is damaged.
@@ -72,11 +72,11 @@ def look(out: Path) -> tuple[State, RunRecord | None]:
     from dpoeng.engine.runs.lock import is_held
     from dpoeng.engine.runs.reading import read_run
 
-    held = is_held(out)
-    if held and not (out / RUN_FILE).is_file():
+    running = is_held(out)
+    if running and not (out / RUN_FILE).is_file():
         return "loading", None
     run = read_run(out)
-    return "running" if held else "complete" if run.complete else "stopped", run
+    return "running" if running else "complete" if run.complete else "stopped", run
 
 
 def standing(out: Path) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def standing(out: Path) -> dict[str, Any]:
 
 
 def _frames(out: Path, every: float) -> Iterator[Sequence[Cell | Table]]:
-    """A frame at each look, until the run is over."""
+    """A frame per update, until the run ends."""
     while True:
         state, run = look(out)
         yield frame(out, state, run, width=_width())
@@ -113,7 +113,7 @@ def _width() -> int:
 
 
 def frame(out: Path, state: State, run: RunRecord | None, *, width: int) -> list[Cell | Table]:
-    """What is shown of a run at one moment, in `width` columns."""
+    """What to show of a run at one moment, in `width` columns."""
     if run is None:
         return [Marked(f"{out}: the model is being loaded", "bold")]
     parts: list[Cell | Table] = [Marked(f"{out}, {state}", "bold"), _progress(state, run, width)]
@@ -129,7 +129,7 @@ def frame(out: Path, state: State, run: RunRecord | None, *, width: int) -> list
 
 
 def _left_s(state: State, run: RunRecord) -> float | None:
-    """Seconds of the steps that are left, at the speed of the last ones; evaluations come on top."""
+    """Seconds for the remaining steps, at the recent speed; evaluations come on top."""
     step_s = run.recent_step_s()
     if state != "running" or run.total_steps is None or step_s is None:
         return None
@@ -154,7 +154,7 @@ def _progress(state: State, run: RunRecord, width: int) -> str:
 
 
 def _curves(run: RunRecord, width: int) -> Table:
-    """A row a metric: its curve over the steps, its last value, and that of the held-out pairs."""
+    """One row per metric: its curve over the steps, its last value, and the held-out value."""
     from dpoeng.cli.pages.run import figure
     from dpoeng.engine.runs.reading import EVAL
 
@@ -173,7 +173,7 @@ def _curves(run: RunRecord, width: int) -> Table:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """At most `width` blocks from the least of the values to the greatest; each is a mean, and a gap no number."""
+    """At most `width` blocks from the smallest to the largest value; each is a mean, and a gap means no number."""
     count = min(width, len(values))
     means = []
     for k in range(count):

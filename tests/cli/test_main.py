@@ -113,11 +113,11 @@ def test_verify_by_recomputing(run: Run, small_cache: Path, tmp_path: Path, toke
     status, out, err = run("cache", "verify", small_cache, "--recompute", "3")
     assert status == 0, err
     assert "3 pairs scored again: mean difference" in out
-    assert "the model's own" in out
+    assert "they are this model's log-probs" in out
     other = save_tiny_model(tmp_path / "other", tokenizer, seed=1)
     status, out, _ = run("cache", "verify", small_cache, "--recompute", "3", "--model", other)
     assert status == 4
-    assert "not the numbers of this model" in out
+    assert "not this model's log-probs" in out
 
 
 def test_bad_rows_are_counted_and_listed(run: Run, tmp_path: Path, tiny_model: Path) -> None:

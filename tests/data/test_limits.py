@@ -215,7 +215,9 @@ def test_counts_and_length_table() -> None:
     console.print(length_table(data))
     text = console.export_text()
     assert "rejected" in text
-    assert "1 truncated, 1 duplicate, 1 the other way round in an earlier pair, 1 left out" in " ".join(text.split())
+    assert "1 truncated, 1 duplicate, 1 with chosen and rejected swapped in an earlier pair, 1 left out" in " ".join(
+        text.split()
+    )
 
 
 def test_no_pairs_at_all_is_no_error_here() -> None:

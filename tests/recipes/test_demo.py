@@ -255,7 +255,7 @@ def test_the_demo_runs_and_shows_its_commands_tables_and_answers(finished: tuple
     assert [shlex.split(line)[1] for line in commands] == ["precompute-ref", "train", "eval", "compare"]
     assert (folder / "out-20" / "adapter" / "adapter_model.safetensors").is_file()
     assert len(View.open(folder / "refcache", "pairs-20")) == 20
-    for shown in ("accuracies", "margins", "95 % interval", "by confident", "before", "after", "Go on from here"):
+    for shown in ("accuracies", "margins", "95 % interval", "by confident", "before", "after", "Next steps"):
         assert shown in output
 
 

@@ -73,7 +73,7 @@ def test_the_printed_lines_load_the_trained_policy(
     said = capsys.readouterr().out
 
     run = json.loads(Path("out/run.json").read_text())
-    printed = said[said.index("It is loaded by:\n") :].split("\n", 1)[1]
+    printed = said[said.index("Load it with:\n") :].split("\n", 1)[1]
     printed = textwrap.dedent("".join(line for line in printed.splitlines(True) if line.startswith("  ")))
     assert printed.splitlines() == run["load"]
     folder = "model" if case == "full" else "adapter"
