@@ -1,1 +1,1 @@
-"""HTML pages: a cache, a run, a check, a sweep and a benchmark, each as one file without scripts from elsewhere."""
+"""HTML pages for a cache, a run, a check, a sweep and a benchmark, each a single file without external scripts."""

@@ -11,7 +11,7 @@ from dpoeng.cli.bench.tables import tables_of
 from dpoeng.cli.pages.charts import Curve, bars, line_chart
 from dpoeng.cli.pages.html import Html, cards, heading, page, paragraph, plots, table
 
-# Kinds of memory drawn as one: readers cannot distinguish more colours.
+# Kinds of memory drawn in one colour, since readers cannot distinguish more.
 _MEMORY_PARTS = (
     ("policy", ("weights",)),
     ("reference model", ("reference model",)),
@@ -22,13 +22,13 @@ _MEMORY_PARTS = (
 
 
 def bench_page(records: Sequence[dict[str, Any]]) -> str:
-    """The page."""
+    """The page of some records."""
     first = records[0]
     parts: list[str] = [cards(fact for record in records for fact in _cards(record))]
     if any(record["device_kind"] == "CPU" for record in records):
         parts.append(
             paragraph(
-                "Measured on a CPU: its ratios say how much work is saved. They are not the ratios of a GPU, on which "
+                "Measured on a CPU: the ratios show how much work is saved. On a GPU they differ, because "
                 "other parts dominate.",
                 "dim",
             )
@@ -43,7 +43,7 @@ def bench_page(records: Sequence[dict[str, Any]]) -> str:
 
 
 def _cards(record: dict[str, Any]) -> Iterable[tuple[str, str]]:
-    """The figures of a record that matter most."""
+    """The most important figures of a record."""
     if record["kind"] == "phases":
         for result in record["results"]:
             if result["layout"] == record["results"][0]["layout"]:
@@ -54,7 +54,7 @@ def _cards(record: dict[str, Any]) -> Iterable[tuple[str, str]]:
         yield "peak of a step, cached reference", f"{cached['measured_bytes'] / MIB:,.0f} MiB"
         yield "the same with two models", f"{two['measured_bytes'] / MIB:,.0f} MiB"
         worst = max((case["difference"] for case in record["results"]), key=abs)
-        yield "largest miss of the plan", f"{100 * worst:+.2f} %"
+        yield "largest error of the plan", f"{100 * worst:+.2f} %"
 
 
 def _phases(record: dict[str, Any]) -> Iterable[Html]:
@@ -73,7 +73,7 @@ def _phases(record: dict[str, Any]) -> Iterable[Html]:
         unit="ms a pair",
     )
     yield chart("peak memory above the weights", lambda r: r["peak_bytes"] / MIB, "MiB")
-    yield chart("of this machine's matrix product", lambda r: 100 * r["of_gemm"], "%")
+    yield chart("share of this machine's matmul speed", lambda r: 100 * r["of_gemm"], "%")
 
 
 def _memory(record: dict[str, Any]) -> Iterable[Html]:
@@ -117,9 +117,11 @@ def _compare(record: dict[str, Any]) -> Iterable[Html]:
 def _kernels(record: dict[str, Any]) -> Iterable[Html]:
     for result in record["results"]:
         title = f"{result['mode']}, {result['dtype']}, V {result['shape'][0]}"
-        ways = result["ways"].items()
-        yield bars(f"{title}: time", [(n, [("", statistics.median(w["cpu_s"]))]) for n, w in ways], unit="CPU-s")
-        yield bars(f"{title}: peak", [(n, [("", w["peak_bytes"] / MIB)]) for n, w in ways], unit="MiB above operands")
+        way_results = result["ways"].items()
+        yield bars(f"{title}: time", [(n, [("", statistics.median(w["cpu_s"]))]) for n, w in way_results], unit="CPU-s")
+        yield bars(
+            f"{title}: peak", [(n, [("", w["peak_bytes"] / MIB)]) for n, w in way_results], unit="MiB above operands"
+        )
 
 
 def _cache(record: dict[str, Any]) -> Iterable[Html]:
@@ -152,9 +154,9 @@ def _scale(record: dict[str, Any]) -> Iterable[Html]:
         yield line_chart(f"cost by {over}, with exponents", curves, unit=unit, x_name=over, logarithmic=True)
     if by_ranks:
         sizes = by_ranks[0]["sizes"]
-        found = [Curve(curve["name"], list(zip(sizes, curve["speedup"], strict=True))) for curve in by_ranks]
+        rank_curves = [Curve(curve["name"], list(zip(sizes, curve["speedup"], strict=True))) for curve in by_ranks]
         perfect = Curve("perfect", [(size, size) for size in sizes], dots=True)
-        yield line_chart("speed-up by processes", [*found, perfect], unit="times as fast", x_name="processes")
+        yield line_chart("speed-up by processes", [*rank_curves, perfect], unit="times as fast", x_name="processes")
 
 
 _CHARTS: dict[str, Callable[[dict[str, Any]], Iterable[Html]]] = {

@@ -1,6 +1,6 @@
-"""Charts as inline SVG: histograms, bars, intervals and curves. Each axis carries round numbers, and its name once.
+"""Charts as inline SVG: histograms, bars, intervals and curves. Axes have round numbers and a name.
 
-Knows nothing of what is shown. Widths and places are in the SVG's own units; a page scales it to its column.
+Independent of the data shown. Widths and positions are in SVG units; a page scales the chart to its column.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ Point = tuple[float, float]
 
 _WIDTH, _HEIGHT = 440, 206
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 8, 36  # margins of a plot, for the numbers beside its axes and their names
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 8, 36  # margins for the axes' numbers and names
 
 _COLOURS = ("--c0", "--c1", "--c2", "--c3", "--c4", "--c5")
 
 CURVES = len(_COLOURS)
-"""More curves than these would share colours."""
+"""Maximum number of curves, because more would share colours."""
 
 SMOOTHED_FROM = 60
-"""Curves of more points than this are drawn faint under their running mean."""
+"""Curves with more points than this are drawn faint, below their running mean."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +33,10 @@ class Curve:
 
     Attributes:
         points: (x, y), x ascending.
-        dots: every point is marked; for few points.
-        exact: never drawn faint under a running mean.
-        colour: of the palette; default: by the curve's place in the chart.
-        window: points of the running mean, 1 for none; default: a twentieth of a long curve's.
+        dots: mark every point; for few points.
+        exact: never draw it faint below a running mean.
+        colour: index in the palette; by default the curve's index in the chart.
+        window: points of the running mean, 1 for none; by default a twentieth of a long curve.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """Where values lie: x from `left` to `right` of a chart, y up to `floor`."""
+    """The scale of a chart: x from `left` to `right`, y up to `floor`."""
 
     x: tuple[float, float]
     y: tuple[float, float]
@@ -69,22 +69,22 @@ class _Frame:
 def histogram(
     name: str, unit: str, edges: Sequence[float], counts: Sequence[int], *, of: str = "pair", whole: bool = False
 ) -> Html:
-    """A bar chart: `counts` [n] between `edges` [n + 1]; each bar carries its range and count as a tooltip.
+    """A bar chart: `counts` [n] between `edges` [n + 1]; each bar's tooltip has its range and count.
 
-    With `whole` the values are whole numbers, and a bar's upper edge belongs to the next one.
+    With `whole` the values are whole numbers, and a bar's upper edge belongs to the next bar.
     """
     ticks = _whole_ticks(0, max(*counts, 1))
-    shift = 0.5 if whole and edges[1] - edges[0] == 1 else 0.0  # a bar of one number has it in its middle
+    shift = 0.5 if whole and edges[1] - edges[0] == 1 else 0.0  # centre the bar of a single number on it
     frame = _Frame((edges[0] - shift, edges[-1] - shift), (0, ticks[-1]))
     drawn = [_y_axis(frame, ticks), _x_axis(frame, unit, whole=whole)]
     for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
         if count:
             left, right, top = frame.across(low - shift), frame.across(high - shift), frame.up(count)
             last = high - 1 if whole else high
-            told = number(low) if whole and last == low else f"{number(low)} to {number(last)}"
+            tooltip = number(low) if whole and last == low else f"{number(low)} to {number(last)}"
             drawn.append(
                 f'<rect class="bar" x="{left:.1f}" y="{top:.1f}" width="{max(right - left - 1, 1):.1f}" '
-                f'height="{frame.floor - top:.1f}"><title>{told}: {counted(count, escape(of))}</title></rect>'
+                f'height="{frame.floor - top:.1f}"><title>{tooltip}: {counted(count, escape(of))}</title></rect>'
             )
     if edges[0] < 0 < edges[-1]:
         zero = frame.across(0)
@@ -93,21 +93,21 @@ def histogram(
 
 
 def bars(name: str, rows: Sequence[tuple[str, Sequence[tuple[str, float]]]], *, unit: str = "") -> Html:
-    """Bars from the left, one below the other: (label, its parts by name, which stand end to end and are added up)."""
+    """Horizontal bars, one below the other: (label, its parts by name, which are stacked and added up)."""
     parts = list(dict.fromkeys(part for _, row in rows for part, _ in row))
     colours = {part: _colour(k) for k, part in enumerate(parts)}
     top = max((sum(value for _, value in row) for _, row in rows), default=0.0) or 1.0
-    room = _WIDTH - 70  # beside the longest bar stands its number
+    room = _WIDTH - 70  # leave space for the number next to the longest bar
     drawn = []
     for k, (label, row) in enumerate(rows):
         at, left = 34 * k, 0.0
         drawn.append(f'<text x="0" y="{at + 12}">{escape(label)}</text>')
         for part, value in row:
             wide = room * value / top
-            told = f"{escape(label)}{f', {escape(part)}' if part else ''}: {number(value)} {escape(unit)}"
+            tooltip = f"{escape(label)}{f', {escape(part)}' if part else ''}: {number(value)} {escape(unit)}"
             drawn.append(
                 f'<rect x="{left:.1f}" y="{at + 16}" width="{wide:.1f}" height="12" fill="{colours[part]}">'
-                f"<title>{told}</title></rect>"
+                f"<title>{tooltip}</title></rect>"
             )
             left += wide
         drawn.append(f'<text x="{left + 6:.1f}" y="{at + 26}">{number(sum(value for _, value in row))}</text>')
@@ -116,7 +116,7 @@ def bars(name: str, rows: Sequence[tuple[str, Sequence[tuple[str, float]]]], *, 
 
 
 def interval_chart(name: str, rows: Sequence[tuple[str, float, float, float]], *, unit: str = "") -> Html:
-    """A dot and its interval a row, (label, value, low, high), one below the other, with a line at 0."""
+    """A dot and its interval per row, (label, value, low, high), with a line at 0."""
     ticks = _ticks(min(0.0, *(row[2] for row in rows)), max(0.0, *(row[3] for row in rows)))
     floor = 32 * len(rows) + 8
     frame = _Frame((ticks[0], ticks[-1]), (0, 1), left=8, right=_WIDTH - 8, floor=floor)
@@ -128,12 +128,12 @@ def interval_chart(name: str, rows: Sequence[tuple[str, float, float, float]], *
         drawn.append(_x_number(frame, tick, _tick(tick, ticks)))
     for k, (label, value, lowest, highest) in enumerate(rows):
         at = 32 * k + 24
-        told = f"{escape(label)}: {number(value)}, {number(lowest)} to {number(highest)}"
+        tooltip = f"{escape(label)}: {number(value)}, {number(lowest)} to {number(highest)}"
         drawn.append(f'<text x="{frame.left}" y="{at - 10}">{escape(label)}</text>')
         drawn.append(
             f'<path class="curve" stroke="{_colour(0)}" '
             f'd="M{frame.across(lowest):.1f} {at}L{frame.across(highest):.1f} {at}"/>'
-            f'<circle cx="{frame.across(value):.1f}" cy="{at}" r="3.5" fill="{_colour(0)}"><title>{told}</title>'
+            f'<circle cx="{frame.across(value):.1f}" cy="{at}" r="3.5" fill="{_colour(0)}"><title>{tooltip}</title>'
             "</circle>"
         )
     return _figure(_caption(name, unit, []), name, "".join(drawn), floor + 20)
@@ -148,9 +148,9 @@ def line_chart(
     x_range: tuple[float, float] | None = None,
     logarithmic: bool = False,
 ) -> Html:
-    """Curves over a common x; points that are no finite number are left out of a curve, which has a gap there.
+    """Curves over a common x; a point that is not finite is a gap in its curve.
 
-    With `logarithmic` both axes are; what is not above 0 then is no number.
+    With `logarithmic` both axes are logarithmic, and values that are not above 0 are gaps.
     """
     colours = [_colour(k if curve.colour is None else curve.colour) for k, curve in enumerate(curves)]
     firsts = {colour: curve.name for curve, colour in reversed(list(zip(curves, colours, strict=True)))}
@@ -171,7 +171,7 @@ def line_chart(
 
 
 def _drawn(curve: Curve, colour: str, frame: _Frame, x_name: str, logarithmic: bool) -> str:
-    """A curve, its running mean, and its points with their values as tooltips."""
+    """A curve, its running mean, and its points with tooltips."""
     window = curve.window or (max(1, len(curve.points) // 20) if len(curve.points) > SMOOTHED_FROM else 1)
     smooth = window > 1 and not curve.dots and not curve.exact
     kind = " faint" if smooth else " dots" if curve.dots else ""
@@ -182,17 +182,17 @@ def _drawn(curve: Curve, colour: str, frame: _Frame, x_name: str, logarithmic: b
     few = curve.dots or len(curve.points) <= 12
     for x, y in curve.points if len(curve.points) <= 400 else ():
         if math.isfinite(x + y):
-            told, at = (number(10**value if logarithmic else value) for value in (y, x))
+            reading, at = (number(10**value if logarithmic else value) for value in (y, x))
             drawn.append(
                 f'<circle cx="{frame.across(x):.1f}" cy="{frame.up(y):.1f}" r="{2.6 if few else 5}" fill="{colour}" '
-                f'fill-opacity="{1 if few else 0}"><title>{escape(curve.name)}, {escape(x_name)} {at}: {told}</title>'
+                f'fill-opacity="{1 if few else 0}"><title>{escape(curve.name)}, {escape(x_name)} {at}: {reading}</title>'
                 "</circle>"
             )
     return "".join(drawn)
 
 
 def running_mean(points: Sequence[Point], window: int) -> list[Point]:
-    """The mean over `window` points, centred, of fewer at the ends; what is no number is left out of it."""
+    """The centred mean over `window` points, fewer at the ends; ignores values that are not finite."""
     half = max(1, window // 2)
     smooth = []
     for k, (x, _) in enumerate(points):
@@ -216,7 +216,7 @@ def _y_axis(frame: _Frame, ticks: Sequence[float], logarithmic: bool = False) ->
 
 
 def _x_axis(frame: _Frame, name: str, logarithmic: bool = False, *, whole: bool = False) -> str:
-    """Round numbers below the axis where there are two or more within it, else its ends; and its name, once."""
+    """Round numbers below the axis if at least two lie within it, else its ends; and its name."""
     low, high = frame.x
     if logarithmic:
         ticks = [float(k) for k in range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1)]
@@ -237,7 +237,7 @@ def _x_axis(frame: _Frame, name: str, logarithmic: bool = False, *, whole: bool 
 
 def _x_number(frame: _Frame, value: float, words: str) -> str:
     at = frame.across(value)
-    half = 3.2 * len(words)  # about half its width: numbers at the edges stay within the picture
+    half = 3.2 * len(words)  # about half its width, to keep numbers at the edges inside the picture
     anchor = "start" if at - half < 0 else "end" if at + half > _WIDTH else "middle"
     return f'<text x="{at:.1f}" y="{frame.floor + 16}" text-anchor="{anchor}">{words}</text>'
 
@@ -250,7 +250,7 @@ def _y_name(name: str, floor: float) -> str:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers from at most `low` to at least `high`, four to seven of them."""
+    """Four to seven round numbers from at most `low` to at least `high`."""
     if high - low <= 1e-12 * max(abs(low), abs(high), 1e-300):
         spread = abs(high) * 0.1 or 1.0
         low, high = low - spread, high + spread
@@ -261,7 +261,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _whole_ticks(low: float, high: float) -> list[float]:
-    """The same, of whole numbers."""
+    """The same for whole numbers."""
     ticks = _ticks(low, high)
     step = max(1.0, ticks[1] - ticks[0])
     return ticks if step.is_integer() and step > 1 else _multiples(math.ceil(step), low, high)
@@ -274,7 +274,7 @@ def _multiples(step: float, low: float, high: float) -> list[float]:
 
 
 def _tick(value: float, ticks: Sequence[float]) -> str:
-    """A tick with as many decimals as tell neighbours apart."""
+    """A tick with enough decimals to distinguish neighbours."""
     step = ticks[1] - ticks[0]
     if value == 0:
         return "0"
@@ -296,13 +296,13 @@ def _log10(value: float) -> float:
 
 
 def _caption(name: str, unit: str, keys: Sequence[tuple[str, str]]) -> Html:
-    """A figure's name, and which colour is what where there is more than one."""
-    shown = "".join(
+    """A figure's name, with a legend if it has several colours."""
+    legend = "".join(
         f'<span class="key"><i style="background: {colour}"></i>{escape(key)}</span> '
         for key, colour in keys
         if len(keys) > 1
     )
-    return Html(f"<b>{escape(name)}</b>{f' <span class=dim>({escape(unit)})</span>' if unit else ''} {shown}")
+    return Html(f"<b>{escape(name)}</b>{f' <span class=dim>({escape(unit)})</span>' if unit else ''} {legend}")
 
 
 def _figure(caption: Html, label: str, inner: str, height: int = _HEIGHT) -> Html:
@@ -313,7 +313,7 @@ def _figure(caption: Html, label: str, inner: str, height: int = _HEIGHT) -> Htm
 
 
 def _path(points: Sequence[Point], frame: _Frame) -> str:
-    """An SVG path; a point that is no number lifts the pen."""
+    """An SVG path; a point that is not finite leaves a gap."""
     commands, pen = [], "M"
     for x, y in points:
         if not math.isfinite(x + y):

@@ -1,4 +1,4 @@
-"""The report of `dpoeng check`: its tables, and the HTML page that holds them."""
+"""The report of `dpoeng check`: its tables, and its HTML page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dpoeng.engine.recipes.check import CheckReport
 
 
 def check_page(report: CheckReport) -> str:
-    """The page."""
+    """The page of a report."""
     facts = [
         ("pairs", f"{report.pairs:,}"),
         ("distinct prompts", f"{report.prompts:,}"),
@@ -26,7 +26,7 @@ def check_page(report: CheckReport) -> str:
     parts: list[str] = [cards(facts), heading("Findings")]
     parts += [_finding(finding) for finding in report.findings] or [paragraph("Nothing was found.", "good")]
     if report.shown:
-        parts += [heading("Texts"), paragraph("As the model is given them; what is scored is marked.", "dim")]
+        parts += [heading("Texts"), paragraph("As the model sees them; scored parts are marked.", "dim")]
         parts += [_shown(pair) for pair in report.shown]
     parts += [
         heading("Lengths"),
@@ -63,10 +63,10 @@ def lengths_table(report: CheckReport) -> Table:
 
 
 def categories_table(report: CheckReport) -> Table:
-    """How many pairs have each value of the columns that group them."""
-    shown = 5 if report.bias is not None else 4
-    rows = [category.row(report.pairs)[:shown] for category in report.categories]
-    return Table(rows, ("column", "value", "pairs", "share", "chosen is longer")[:shown], "categories", words=2)
+    """Number of pairs for each value of the grouping columns."""
+    column_count = 5 if report.bias is not None else 4
+    rows = [category.row(report.pairs)[:column_count] for category in report.categories]
+    return Table(rows, ("column", "value", "pairs", "share", "chosen is longer")[:column_count], "categories", words=2)
 
 
 def _finding(finding: Finding) -> Html:

@@ -1,6 +1,6 @@
 """One self-contained HTML page: its style, texts and tables. No script, no font, no network; `charts.py` draws.
 
-Every text is escaped unless it is `Html`. Knows nothing of what is shown.
+Every text is escaped unless it is `Html`. Independent of the contents.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _STYLE = Path(__file__).with_name("page.css")
 
 
 class Html(str):
-    """A text that is HTML already and is not escaped again."""
+    """A text that is HTML already and must not be escaped again."""
 
     __slots__ = ()
 
@@ -35,35 +35,35 @@ def page(title: str, parts: Iterable[str], subtitle: str = "") -> str:
 
 
 def escape(value: str) -> str:
-    """Text for HTML and its attributes; control characters are shown as escapes."""
+    """Text for HTML and its attributes; control characters are shown escaped."""
     return html_escape(visible(value))
 
 
 def text(value: Cell) -> Html:
-    """Escaped, unless it is `Html`; marked text carries its style as a class."""
+    """Escapes a cell unless it is `Html`; emphasised text gets its style as a class."""
     if isinstance(value, Marked):
         return Html(f'<span class="{escape(value.style)}">{escape(value.text)}</span>')
     return value if isinstance(value, Html) else Html(escape(value))
 
 
 def heading(words: str) -> Html:
-    """A section begins."""
+    """The heading of a section."""
     return Html(f"<h2>{text(words)}</h2>")
 
 
 def section(title: str, *parts: str) -> list[str]:
-    """A heading and what stands under it, where there is anything."""
-    shown = [part for part in parts if part]
-    return [heading(title), *shown] if shown else []
+    """A heading and its parts, if there are any."""
+    nonempty = [part for part in parts if part]
+    return [heading(title), *nonempty] if nonempty else []
 
 
 def paragraph(words: str, kind: str = "") -> Html:
-    """A sentence; `kind` is a class of the style: dim, bad, good."""
+    """A paragraph; `kind` is a class of the style: dim, bad, good."""
     return Html(f'<p class="{kind}">{text(words)}</p>' if kind else f"<p>{text(words)}</p>")
 
 
 def tag(level: str) -> Html:
-    """A level (error, warning, info, ok) as a coloured word; the word says it too, for readers who see no colour."""
+    """A level (error, warning, info, ok) as a coloured word, readable without colour."""
     return Html(f'<span class="tag {level}">{escape(level)}</span>')
 
 
@@ -73,20 +73,20 @@ def pre(words: str) -> Html:
 
 
 def details(summary: str, inner: str) -> Html:
-    """Something to unfold; `inner` is HTML."""
+    """A collapsed part; `inner` is HTML."""
     return Html(f"<details><summary>{text(summary)}</summary>{inner}</details>")
 
 
 def cards(facts: Iterable[tuple[str, str]]) -> Html:
-    """The few figures that matter most: label and value."""
+    """The most important figures: label and value."""
     inner = "".join(f'<div class="card"><b>{text(value)}</b><span>{text(name)}</span></div>' for name, value in facts)
     return Html(f'<div class="cards">{inner}</div>')
 
 
 def table(shown: Table) -> Html:
-    """A table with its title and notes; where all columns hold words, they are set to the left and may break.
+    """A table with its title and notes; if all columns are words, they are left-aligned and may wrap.
 
-    One without rows is nothing at all.
+    A table without rows is empty.
     """
     if not shown.rows:
         return Html("")
@@ -102,15 +102,15 @@ def table(shown: Table) -> Html:
 
 
 def plots(figures: Iterable[str]) -> Html:
-    """Figures side by side where there is room."""
+    """Figures next to each other if there is space."""
     return Html(f'<div class="plots">{"".join(figures)}</div>')
 
 
 def write_page(path: Path, page: str, *, inputs: Iterable[Path] = (), force: bool = False) -> None:
-    """Writes a page whole or not at all; see `engine/runtime/outputs.py` for what it replaces.
+    """Writes a page atomically; see `engine/runtime/outputs.py` for what it may replace.
 
     Raises:
-        UserError: something else stands there, or the file cannot be written.
+        UserError: another file has this name, or the file cannot be written.
     """
     with writing(path, PAGE, inputs=inputs, force=force) as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Margins and lengths by a reference: its tables, and the HTML page that holds them."""
+"""Margins and lengths under a reference: tables, and an HTML page."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _SHOWN = (
     ("rejected", "scored tokens", "rejected_tokens"),
 )
 MARGIN = (
-    "Margin: log p_ref(chosen) − log p_ref(rejected), sums over each response, as DPO's loss has them; per token: the "
-    "same of means."
+    "Margin: log p_ref(chosen) − log p_ref(rejected), sums over each response, as in DPO's loss; per token: the "
+    "same for means."
 )
 _QUANTILES = ("least", "5 %", "25 %", "median", "75 %", "95 %", "greatest")
 
 
 def html_report(stats: ReferenceStats, title: str, facts: Sequence[tuple[str, str]] = ()) -> str:
-    """The page.
+    """The page of some statistics.
 
     Args:
-        stats: what to show.
-        title: of the page.
-        facts: label and text, shown at the top (which reference, which view).
+        stats: the statistics.
+        title: title of the page.
+        facts: label and text to show at the top (which reference, which view).
     """
     parts = [
         table(facts_table([*facts, *reference_facts(stats)])),
@@ -40,7 +40,7 @@ def html_report(stats: ReferenceStats, title: str, facts: Sequence[tuple[str, st
         table(distributions_table(stats)),
         plots(_histogram(stats, title, unit, name) for title, unit, name in _SHOWN),
         heading("Pairs that the reference ranks strongly wrong"),
-        paragraph(f"{MARGIN} Mislabelled pairs gather here: read some before training on them.", "dim"),
+        paragraph(f"{MARGIN} Mislabelled pairs are often among these: read some before you train on them.", "dim"),
         _notes(stats.strongly_wrong),
         heading("Pairs that the reference ranks strongly right"),
         _notes(stats.strongly_right),
@@ -48,7 +48,7 @@ def html_report(stats: ReferenceStats, title: str, facts: Sequence[tuple[str, st
     if stats.contradictions:
         parts += [
             heading("Contradictions"),
-            paragraph("Two rows that are each other with chosen and rejected swapped.", "dim"),
+            paragraph("Pairs of rows that are equal but for a swap of chosen and rejected.", "dim"),
             table(Table([(str(one), str(other)) for one, other in stats.contradictions[:50]], ("row", "row"))),
         ]
     return page(title, parts)
@@ -71,7 +71,7 @@ def reference_facts(stats: ReferenceStats) -> list[tuple[str, str]]:
 
 
 def distributions_table(stats: ReferenceStats, quantiles: Sequence[int] = range(7)) -> Table:
-    """Mean, standard deviation and some quantiles of margins and lengths."""
+    """Mean, standard deviation and quantiles of margins and lengths."""
     items = [(title, getattr(stats, name)) for title, _, name in _SHOWN]
     rows = [
         (title, *map(number, (item.mean, item.std, *(item.quantiles[place] for place in quantiles))))
@@ -81,7 +81,7 @@ def distributions_table(stats: ReferenceStats, quantiles: Sequence[int] = range(
 
 
 def notes_table(notes: Sequence[PairNote], title: str = "") -> Table:
-    """Pairs that the reference ranks strongly, by where they come from."""
+    """Strongly ranked pairs, with their sources."""
     rows = [
         (note.source_file, f"{note.source_row}", f"{note.margin:+.2f}", f"{note.margin_per_token:+.3f}")
         for note in notes

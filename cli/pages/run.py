@@ -1,4 +1,4 @@
-"""A run: the tables of its metrics, and the HTML page that adds curves, configuration, hashes and samples."""
+"""A run: tables of its metrics, and an HTML page that adds curves, configuration, hashes and samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dpoeng.cli.tables import Table, accuracy_line, facts_table, interval
 from dpoeng.engine.config.fields import TrainConfig
 from dpoeng.engine.runs.reading import EVAL, Points, RunRecord
 
-# Charts in the order of what is looked at first: (title, unit, metrics). Metrics that stand in none get one each.
+# Charts, the most important first: (title, unit, metrics). Every other metric gets its own chart.
 CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("loss", "nats", ("loss",)),
     ("reward accuracy", "share of pairs", ("rewards/accuracies",)),
@@ -26,7 +26,7 @@ CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 )
 _CHARTED = {name for _, _, names in CHARTS for name in names}
 
-# metric -> the format that shows the digits worth reading
+# metric -> the format that shows its meaningful digits
 _FORMATS = {
     "loss": ".4f",
     "rewards/accuracies": ".3f",
@@ -47,11 +47,11 @@ Metrics = Mapping[str, float]
 
 
 def report_page(run: RunRecord, window: int | None = None) -> str:
-    """The page.
+    """The page of a run.
 
     Args:
-        run: complete or not.
-        window: steps of the running mean of each curve; default: a twentieth of a long curve's.
+        run: the run, complete or not.
+        window: steps of each curve's running mean; by default a twentieth of a long curve.
     """
     reference = run.record.get("reference", {})
     state = "complete" if run.complete else f"not complete: {counted(run.steps(), 'step')} so far"
@@ -98,7 +98,7 @@ def _cards(run: RunRecord) -> list[tuple[str, str]]:
 
 
 def _pairs_behind(run: RunRecord) -> str:
-    """Return the number of pairs behind a held-out figure."""
+    """The number of pairs behind a held-out figure, in words."""
     pairs = run.evaluations[-1].get("pairs") if run.evaluations else None
     return f" (n = {pairs:,} pairs)" if pairs else ""
 
@@ -120,7 +120,7 @@ def _note(run: RunRecord) -> Html:
 
 
 def _charts(run: RunRecord, window: int | None) -> list[Html]:
-    """The known charts that have values, then one for each other metric, then the time of the steps."""
+    """The known charts that have values, then one for each other metric, then the time per step."""
     charts = []
     across = (0.0, float(max(run.steps(), 1)))
     for title, unit, names in CHARTS:
@@ -143,7 +143,7 @@ def _charts(run: RunRecord, window: int | None) -> list[Html]:
 
 
 def step_unit(times: Points) -> str:
-    """Seconds where a step takes one or more, else milliseconds."""
+    """Seconds if a step takes at least one, else milliseconds."""
     return "s" if _median(times) >= 1000 else "ms"
 
 
@@ -159,12 +159,12 @@ def _median(times: Points) -> float:
 
 def _curves(run: RunRecord, name: str, window: int | None) -> list[Curve]:
     """A metric in training and on held-out pairs."""
-    found = []
+    curves = []
     if points := run.curve(name):
-        found.append(Curve("training", points, exact=name == "learning_rate", window=window))
+        curves.append(Curve("training", points, exact=name == "learning_rate", window=window))
     if points := run.curve(EVAL + name):
-        found.append(Curve("held out", points, dots=True, colour=1))
-    return found
+        curves.append(Curve("held out", points, dots=True, colour=1))
+    return curves
 
 
 def _summary(run: RunRecord) -> Html:
@@ -178,19 +178,19 @@ def _summary(run: RunRecord) -> Html:
 
 
 def metrics_table(heads: Sequence[str], columns: Sequence[Metrics], names: Iterable[str] = _OF_STEPS) -> Table:
-    """Metrics by name, a column for each of `columns`; rows and columns without a value are left out."""
-    kept = [(head, column) for head, column in zip(heads, columns, strict=True) if column]
-    rows = [(name, *(figure(name, column.get(name)) for _, column in kept)) for name in names]
-    return Table([row for row in rows if any(row[1:])], ("", *(head for head, _ in kept)))
+    """Metrics by name, with a column for each of `columns`; rows and columns without values are left out."""
+    nonempty = [(head, column) for head, column in zip(heads, columns, strict=True) if column]
+    rows = [(name, *(figure(name, column.get(name)) for _, column in nonempty)) for name in names]
+    return Table([row for row in rows if any(row[1:])], ("", *(head for head, _ in nonempty)))
 
 
 def figure(name: str, value: float | None) -> str:
-    """A metric with the digits worth reading."""
+    """A metric with its meaningful digits."""
     return "" if value is None else f"{value:{_FORMATS[name]}}" if name in _FORMATS else number(value)
 
 
 def _evaluations(lines: list[dict[str, Any]]) -> Html:
-    """A row an evaluation; figures that are no number (intervals, categories) are left to metrics.jsonl."""
+    """One row per evaluation; values that are not numbers (intervals, categories) are only in metrics.jsonl."""
     names = [
         name for name in dict.fromkeys(key for line in lines for key in line if key.startswith(EVAL))
         if all(isinstance(line.get(name, 0), int | float) for line in lines)
@@ -211,14 +211,14 @@ def evaluation_table(record: Mapping[str, Any]) -> Table:
         f"held out: {record.get('pairs', '?')} pairs",
         [
             *([f"{line}. "] if (line := accuracy_line(record)) else []),
-            "length_controlled: the mean of the accuracies where chosen is longer and where it is shorter. kl: per "
-            "token, of the given responses.",
+            "length_controlled: the mean of two accuracies, for chosen longer and for chosen shorter. kl: per "
+            "token, on the given responses.",
         ],
     )
 
 
 def group_tables(record: Mapping[str, Any]) -> list[Table]:
-    """Metrics with intervals by the values of each column that groups the pairs."""
+    """Metrics with intervals for each value of the grouping columns."""
     tables = []
     for column, groups in record.get("groups", {}).items():
         names = [
@@ -258,17 +258,22 @@ def _sample(sample: dict[str, Any]) -> Html:
 
 
 def configuration(config: Mapping[str, Any]) -> Html:
-    """Show the fields that were set; fold those at their defaults."""
+    """The fields that were set, and in a collapsed part those at their defaults."""
     default = {
         name: json.dumps(value) for name, value in TrainConfig.model_validate({}).model_dump(mode="json").items()
     }
     rows = {name: json.dumps(value) for name, value in config.items()}
     changed = {name: value for name, value in rows.items() if value != default.get(name)}
-    kept = [(name, value) for name, value in rows.items() if name not in changed]
+    at_default = [(name, value) for name, value in rows.items() if name not in changed]
     unchanged = paragraph("All fields have their defaults.", "dim")
-    shown = table(facts_table(list(changed.items()))) if changed else unchanged
+    set_table = table(facts_table(list(changed.items()))) if changed else unchanged
     return Html(
-        shown + (details(f"{counted(len(kept), 'field')} at their default", table(facts_table(kept))) if kept else "")
+        set_table
+        + (
+            details(f"{counted(len(at_default), 'field')} at their default", table(facts_table(at_default)))
+            if at_default
+            else ""
+        )
     )
 
 
@@ -287,5 +292,5 @@ def _identity(run: RunRecord) -> list[str]:
     versions |= {name: record[name] for name in ("python", "platform", "device") if name in record}
     parts += section("Versions", table(facts_table([(name, str(value)) for name, value in versions.items()])))
     if record.get("load"):
-        parts += [heading("To load the adapter"), pre("\n".join(record["load"]))]
+        parts += [heading("Load the adapter"), pre("\n".join(record["load"]))]
     return parts

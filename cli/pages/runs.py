@@ -1,4 +1,4 @@
-"""Several runs on one page: curves over each other, settings that differ, and where each of them ended."""
+"""Several runs on one page: curves together, settings that differ, and final results."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from dpoeng.cli.pages.run import CHARTS, figure, step_unit
 from dpoeng.cli.tables import Table
 from dpoeng.engine.runs.reading import EVAL, RunRecord
 
-# What a table of the last evaluations shows, where a run has it.
+# Metrics in the table of last evaluations, if a run has them.
 _LAST = ("rewards/accuracies", "rewards/margins", "loss", "logps/chosen", "logps/rejected", "kl/chosen")
 
 
 def runs_page(runs: Sequence[RunRecord], window: int | None = None) -> str:
-    """The page.
+    """The page of several runs.
 
     Args:
-        runs: two to `charts.CURVES`, in the order in which they are named and coloured.
-        window: steps of the running mean of each training curve; default: a twentieth of a long curve's.
+        runs: two to `charts.CURVES`, in the order of their names and colours.
+        window: steps of each training curve's running mean; by default a twentieth of a long curve.
     """
     names = short_names(runs)
     parts: list[str] = [paragraph(_same_pairs(runs), "dim")]
@@ -38,53 +38,53 @@ def runs_page(runs: Sequence[RunRecord], window: int | None = None) -> str:
 
 
 def short_names(runs: Sequence[RunRecord]) -> list[str]:
-    """The folders' names, with as much of their paths as tells them apart."""
+    """The folders' names, with as much of their paths as distinguishes them."""
     paths = [run.folder.resolve().parts for run in runs]
-    for kept in range(1, max(map(len, paths)) + 1):
-        names = ["/".join(parts[-kept:]) for parts in paths]
+    for depth in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(parts[-depth:]) for parts in paths]
         if len(set(names)) == len(names):
             return names
     return [str(run.folder) for run in runs]
 
 
 def last_table(runs: Sequence[RunRecord], names: Sequence[str]) -> Table:
-    """A row a run: steps, held-out pairs, and the metrics of its last evaluation with their intervals."""
+    """One row per run: steps, held-out pairs, and its last evaluation's metrics with intervals."""
     last = [run.evaluations[-1] if run.evaluations else {} for run in runs]
-    shown = [metric for metric in _LAST if any(metric in found.get("metrics", {}) for found in last)]
+    metrics = [metric for metric in _LAST if any(metric in found.get("metrics", {}) for found in last)]
     rows = []
     for run, name, found in zip(runs, names, last, strict=True):
         steps = f"{run.steps():,}" + ("" if run.complete else " so far")
         cells = [name, steps, f"{found['pairs']:,}" if "pairs" in found else ""]
-        for metric in shown:
+        for metric in metrics:
             value = figure(metric, found.get("metrics", {}).get(metric))
             bounds = " to ".join(figure(metric, bound) for bound in found.get("intervals", {}).get(metric) or ())
             cells.append(f"{value} ({bounds})" if value and bounds else value)
         rows.append(cells)
-    notes = ["In brackets: 95 % intervals over held-out prompts."] if shown else []
-    return Table(rows, ("run", "steps", "held-out pairs", *shown), "", notes)
+    notes = ["In brackets: 95 % intervals over held-out prompts."] if metrics else []
+    return Table(rows, ("run", "steps", "held-out pairs", *metrics), "", notes)
 
 
 def _same_pairs(runs: Sequence[RunRecord]) -> str:
-    """Whether held-out figures can be compared at all."""
+    """Whether the runs' held-out figures are comparable."""
     if len({_held_out(run) for run in runs}) == 1:
         return "All of these runs are evaluated on the same held-out pairs."
     return "These runs are evaluated on different held-out pairs: their figures are not comparable."
 
 
 def _held_out(run: RunRecord) -> str:
-    """What decides which pairs a run holds out: a set of its own, or a share of the pairs that is drawn by the seed."""
+    """What determines a run's held-out pairs: a separate set, or a share drawn by the seed."""
     identity, config = run.record.get("identity", {}), run.record.get("config", {})
     drawn = [identity.get("pairs"), config.get("eval_share"), config.get("seed")]
     return json.dumps(identity.get("eval_pairs") or drawn)
 
 
 def _differences(runs: Sequence[RunRecord], names: Sequence[str]) -> Table:
-    """A row a setting that is not the same everywhere, a column a run."""
+    """One row per setting that differs, one column per run."""
     settings = [_settings(run) for run in runs]
-    fields = dict.fromkeys(field for found in settings for field in found)
+    fields = dict.fromkeys(field for run_settings in settings for field in run_settings)
     rows = []
     for field in fields:
-        values = [found.get(field, "") for found in settings]
+        values = [run_settings.get(field, "") for run_settings in settings]
         if len(set(values)) > 1:
             rows.append((field, *values))
     return Table(rows, ("", *names), words=1 + len(names))
@@ -93,12 +93,12 @@ def _differences(runs: Sequence[RunRecord], names: Sequence[str]) -> Table:
 def _settings(run: RunRecord) -> dict[str, str]:
     reference: dict[str, Any] = run.record.get("reference", {})
     config = {name: value for name, value in run.record.get("config", {}).items() if name != "output_dir"}
-    found = {**config, "model": run.record.get("model"), "reference": reference.get("spec")}
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in found.items()}
+    settings = {**config, "model": run.record.get("model"), "reference": reference.get("spec")}
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
 
 
 def _charts(runs: Sequence[RunRecord], names: Sequence[str], window: int | None) -> list[Html]:
-    """One chart a metric, with a colour a run, over the steps of the longest."""
+    """One chart per metric, with a colour per run, over the steps of the longest run."""
     across = (0.0, float(max(1, *(run.steps() for run in runs))))
     charted = [(metric, title, unit) for title, unit, metrics in CHARTS for metric in metrics]
     known = {metric for metric, _, _ in charted}
@@ -126,9 +126,9 @@ def _charts(runs: Sequence[RunRecord], names: Sequence[str], window: int | None)
 
 def _both(run: RunRecord, name: str, metric: str, colour: int, window: int | None) -> list[Curve]:
     exact = metric == "learning_rate"
-    found = []
+    curves = []
     if points := run.curve(metric):
-        found.append(Curve(name, points, exact=exact, colour=colour, window=window))
+        curves.append(Curve(name, points, exact=exact, colour=colour, window=window))
     if points := run.curve(EVAL + metric):
-        found.append(Curve(name, points, dots=True, colour=colour))
-    return found
+        curves.append(Curve(name, points, dots=True, colour=colour))
+    return curves

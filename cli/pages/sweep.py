@@ -1,4 +1,4 @@
-"""The runs of a sweep: their ranking as a table, and the HTML page that adds curves, other metrics and failures."""
+"""The runs of a sweep: their ranking as a table, and an HTML page that adds curves, other metrics and failures."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _OTHERS = ("rewards/accuracies", "rewards/margins", "loss", "logps/chosen", "log
 
 
 def sweep_page(plan: SweepPlan, results: Sequence[RunResult]) -> str:
-    """The page, of a sweep that may still be going on."""
+    """The page of a sweep, which may still be running."""
     done = [result for result in results if result.value is not None]
     varied = ", ".join(f"{field}: {' '.join(values)}" for field, values in plan.vary.items())
     parts: list[str] = [_cards(plan, results), paragraph(verdict(results))]
     parts += [heading("Ranking"), table(ranking_table(plan, results))]
     parts.append(
         paragraph(
-            "Intervals are drawn over held-out prompts. The difference from the best run is taken pair by pair, and is "
-            "told to differ where its interval leaves out 0. They say what other held-out prompts would change, not "
-            "what another seed would; and of many runs compared with the best, one in twenty differs by chance.",
+            "Intervals are over held-out prompts. The difference from the best run is computed pair by pair; a run "
+            "differs if its interval excludes 0. Intervals show what other held-out prompts would change, not "
+            "what another seed would; and if many runs are compared with the best, one in twenty differs by chance.",
             "dim",
         )
     )
@@ -47,7 +47,7 @@ def sweep_page(plan: SweepPlan, results: Sequence[RunResult]) -> str:
 
 
 def ranking_table(plan: SweepPlan, results: Sequence[RunResult], title: str = "") -> Table:
-    """A row a run, best first: varied values, its value, its difference from the best run, and a verdict."""
+    """One row per run, best first: varied values, its value, its difference from the best run, and a verdict."""
     rows = []
     for place, result in enumerate(results):
         values = tuple(result.values[field] for field in plan.vary)
@@ -90,7 +90,7 @@ def _cards(plan: SweepPlan, results: Sequence[RunResult]) -> Html:
 
 
 def _spaced(name: str) -> str:
-    """A run's name that may break into lines."""
+    """A run's name with places where a line may break."""
     return name.replace(",", ", ")
 
 
@@ -114,7 +114,7 @@ def _charts(plan: SweepPlan, done: Sequence[RunResult]) -> list[Html]:
 
 
 def _by_field(field: str, done: Sequence[RunResult]) -> list[Curve]:
-    """A curve for each combination of the other fields, of the best ones."""
+    """A curve for each combination of the other fields, for the best ones."""
     groups: dict[str, list[tuple[float, float]]] = {}
     for result in done:
         others = ",".join(f"{name}={value}" for name, value in result.values.items() if name != field)

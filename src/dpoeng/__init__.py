@@ -1,7 +1,7 @@
-"""Offline-reference DPO: score the reference once, train against the numbers.
+"""Offline-reference DPO: score the reference once, train against its log-probs.
 
-The functions below are what a notebook or a script needs; docs/python.md shows them. Each is imported when it is first
-used, so that `import dpoeng` takes a few milliseconds and loads no library.
+These functions are what a notebook or script needs; docs/python.md shows them. Each is imported on first use, so that
+`import dpoeng` takes a few milliseconds and loads no libraries.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # a type checker takes a name that it does not know for a mistake
+if not TYPE_CHECKING:  # hidden from type checkers, which would then accept unknown names
 
     def __getattr__(name: str) -> Any:
         if name == "__version__":
@@ -52,7 +52,7 @@ if not TYPE_CHECKING:  # a type checker takes a name that it does not know for a
             value = getattr(import_module("dpoeng.api"), name)
         else:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        globals()[name] = value  # the next look needs no call
+        globals()[name] = value  # the next access needs no call
         return value
 
 

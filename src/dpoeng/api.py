@@ -1,6 +1,6 @@
-"""The functions of `import dpoeng`: each builds a config of its arguments, calls the recipe, and returns its summary.
+"""The functions of `import dpoeng`: each builds a config from its arguments, calls a recipe, and returns its summary.
 
-What `cli/X.py` is for the command line. Nothing is printed unless you ask for it, and no `dpoeng.yaml` is read.
+They correspond to `cli/X.py` on the command line. They print nothing unless you ask, and read no `dpoeng.yaml`.
 Libraries are imported inside the functions.
 """
 
@@ -45,7 +45,7 @@ def check(
     examples: int = 3,
     **settings: Unpack[CheckSettings],
 ) -> CheckReport:
-    """Look for whatever could spoil a run in preference pairs, before any GPU time.
+    """Look for anything in preference pairs that could spoil a run, before you use a GPU.
 
     >>> report = dpoeng.check("pairs.jsonl", model="sft-model")
     >>> [(finding.code, finding.count, finding.remedy) for finding in report.findings]
@@ -53,9 +53,9 @@ def check(
     Args:
         pairs: a path, several paths, or rows in memory: a list of dicts, a pandas DataFrame, a pyarrow Table, a
             `datasets.Dataset`. Rows have `prompt`, `chosen` and `rejected`; docs/data.md shows all shapes.
-        model: whose tokenizer measures lengths, truncation and end tokens. None: lengths are characters.
-        eval_pairs: pairs that you will evaluate on, to find those that are also trained on.
-        examples: how many rows to name for each finding.
+        model: model whose tokenizer measures lengths, truncation and end tokens. None: lengths are in characters.
+        eval_pairs: your evaluation pairs, to find those that are also training pairs.
+        examples: how many rows to show for each finding.
         settings: fields of `dpoeng check`, e.g. max_length.
 
     Raises:
@@ -77,7 +77,7 @@ def check(
 
 
 def plan(model: StrPath, **settings: Unpack[PlanSettings]) -> Plan:
-    """Calculate the memory, hours and cost of a run, before a card is rented. Nothing is downloaded or measured.
+    """Calculate the memory, hours and cost of a run, before you rent a card. Nothing is downloaded or measured.
 
     >>> plan = dpoeng.plan("Qwen/Qwen2.5-32B", gpu="a100-80gb", quantization="8bit", max_length=2048)
     >>> plan.cards[0].fits, plan.step.n_bytes / 2**30
@@ -87,7 +87,7 @@ def plan(model: StrPath, **settings: Unpack[PlanSettings]) -> Plan:
         settings: fields of `dpoeng plan`, e.g. gpu, gpus, quantization, max_length.
 
     Raises:
-        UserError: the model or the card is not known, or settings do not go together.
+        UserError: the model or the card is unknown, or settings contradict each other.
     """
     from dpoeng.engine.config.files import config_of
     from dpoeng.engine.config.plan import PlanConfig
@@ -118,16 +118,16 @@ def precompute_reference(
     >>> summary.pairs, summary.computed, summary.reference_accuracy
 
     Args:
-        pairs: as for `check`. Rows in memory make a view called `rows-` and the digest of the rows; give `name` for
-            another.
+        pairs: as for `check`. Rows in memory make a view called `rows-` and the digest of the rows; set `name` for
+            another name.
         model: the SFT base: a folder, a .gguf file or a hub id.
         adapter: an SFT LoRA on it; the reference is base + adapter.
-        cache: the folder of the cache; made if it is not there.
-        progress: True shows the command line's bars; an object with `task` and `note` gets them instead.
+        cache: the cache's folder; created if missing.
+        progress: True shows the command line's bars; an object with `task` and `note` is called instead.
         settings: fields of `dpoeng precompute-ref`, e.g. quantization, max_length, where.
 
     Raises:
-        UserError: the data, the model, the settings or the cache cannot be used as they are.
+        UserError: the data, the model, the settings or the cache cannot be used.
     """
     from dpoeng.engine.config.fields import PrecomputeConfig
     from dpoeng.engine.config.files import config_of
@@ -140,16 +140,16 @@ def precompute_reference(
 def open_cache(
     cache: StrPath = "refcache", view: str | None = None, *, verify: Literal["open", "full"] = "full"
 ) -> CacheRows:
-    """Open the rows of a cache: a sequence with numpy arrays over the mapped files.
+    """Open the rows of a cache: a sequence with numpy arrays on the mapped files.
 
     >>> rows = dpoeng.open_cache("refcache")
     >>> rows[0].prompt_ids, rows[0].chosen_logps, rows[0].extra    # [P] int32, [C] float32 in nats, your columns
     >>> rows[:100].to_pandas(), rows.to_arrow(), rows.to_torch()
 
     Args:
-        cache: the folder.
-        view: the set of pairs; None where there is one only.
-        verify: "full" compares every byte with its checksum, "open" only the structure.
+        cache: the cache's folder.
+        view: the set of pairs; None if there is only one.
+        verify: "full" compares every byte with its checksum, "open" only checks the structure.
 
     Raises:
         UserError: there is no such cache or view, or a file is damaged.
@@ -168,9 +168,9 @@ def train(
     progress: bool | Progress = False,
     **settings: Unpack[TrainSettings],
 ) -> TrainSummary:
-    """Phase two: train a LoRA, or all weights, against the cached numbers. No reference model is loaded.
+    """Phase two: train a LoRA, or all weights, against the cached log-probs. No reference model is loaded.
 
-    Call it again with the same arguments after an interruption: it goes on from the newest checkpoint.
+    After an interruption, call it again with the same arguments: it continues from the newest checkpoint.
 
     >>> curve = []
     >>> summary = dpoeng.train(cache="refcache", output_dir="out", loss_type="sigmoid", on_metrics=curve.append)
@@ -178,14 +178,14 @@ def train(
 
     Args:
         cache: the folder that phase one wrote; it names the model, adapter and precision.
-        output_dir: where the adapter, the log and the checkpoints go.
-        loss: a loss of your own in place of `loss_type`: LossInputs of B pairs to [B], see docs/losses.md.
+        output_dir: folder for the adapter, the log and the checkpoints.
+        loss: your own loss instead of `loss_type`: LossInputs of B pairs to [B], see docs/losses.md.
         on_metrics: called with every line of metrics, a dict of `step`, `loss`, `rewards/margins`, `eval_loss` ...
         progress: as for `precompute_reference`.
         settings: fields of `dpoeng train`, e.g. beta, learning_rate, lora_r, eval_view.
 
     Raises:
-        UserError: the cache, the model or the settings cannot be used, or the policy does not fit the cache.
+        UserError: the cache, the model or the settings cannot be used, or the policy does not match the cache.
     """
     from dpoeng.engine.config.fields import TrainConfig
     from dpoeng.engine.config.files import config_of
@@ -213,10 +213,10 @@ def evaluate(
     >>> found.evaluation.metrics["rewards/accuracies"], found.evaluation.intervals["rewards/accuracies"]
 
     Args:
-        trained: a run's folder, an adapter, or a checkpoint trained whole.
-        pairs: those that its run held out, or all of the view. None: the former where there is a run and no `view`.
+        trained: a run's folder, an adapter, or a fully trained checkpoint.
+        pairs: the pairs that its run held out, or all of the view. None: the former if there is a run and no `view`.
         progress: as for `precompute_reference`.
-        settings: in place of what the run had, e.g. cache, view, beta.
+        settings: override the run's, e.g. cache, view, beta.
 
     Raises:
         UserError: the cache or the model cannot be used, or the pairs are not those of the run.
@@ -227,7 +227,7 @@ def evaluate(
     _refuse_others("evaluate", EvaluateSettings, settings)
     found = find_trained(Path(trained))
     which = "all" if pairs is None and "view" in settings else pairs
-    # All pairs of the view that is named, which may be the one that the run was evaluated on.
+    # All pairs of the named view, which may be the run's evaluation view.
     others: dict[str, Any] = {"eval_view": None} if which == "all" and "view" in settings else {}
     if "view" in settings:
         others |= {"mix_with": (), "mix": None}
@@ -247,22 +247,22 @@ def compare(
     seed: int = 0,
     **settings: Unpack[CompareSettings],
 ) -> list[Generation]:
-    """Let the model answer prompts as it did before training, and as it does after.
+    """Let the model answer prompts as before training and as after it.
 
     >>> for one in dpoeng.compare("out", ["Why is the sky blue?"], max_new_tokens=64):
     ...     print(one.prompt, one.before, one.after, sep="\\n---\\n")
 
     Args:
         trained: as for `evaluate`.
-        prompts: texts; without any, the first `count` prompts that the run held out.
+        prompts: texts; if empty, the first `count` prompts that the run held out.
         count: see `prompts`.
-        chat: whether prompts are a user's messages for the chat template, or texts. None: as phase one had them.
-        max_new_tokens: most tokens of an answer.
-        temperature: 0 takes the likeliest token each time.
-        repetition_penalty: above 1 keeps small models from circling.
-        stop: texts at which an answer ends.
-        seed: of the draws.
-        settings: in place of what the run had, e.g. cache, view, device.
+        chat: whether prompts are a user's messages for the chat template, or texts. None: as in phase one.
+        max_new_tokens: maximum tokens of an answer.
+        temperature: 0 takes the most likely token each time.
+        repetition_penalty: above 1 keeps small models from repeating themselves.
+        stop: texts that end an answer.
+        seed: seed of the sampling.
+        settings: override the run's, e.g. cache, view, device.
 
     Raises:
         UserError: the cache or the model cannot be used.
@@ -273,7 +273,7 @@ def compare(
 
     _refuse_others("compare", CompareSettings, settings)
     found = find_trained(Path(trained))
-    # Prompts of the view that is named, not of the one that the run was evaluated on.
+    # Prompts of the named view, not of the run's evaluation view.
     others = {"eval_view": None, "mix_with": (), "mix": None} if "view" in settings else {}
     return compare_prompts(
         found,
@@ -407,7 +407,7 @@ def token_logps(
 
     Args:
         hidden: [..., H] hidden states after the final norm; bfloat16, float16, float32 or float64.
-        weight: [V, H] head of the same dtype; with a gradient where it requires one.
+        weight: [V, H] head of the same dtype; gets a gradient if it requires one.
         targets: [...] int64 token ids; `ignore_index` gives 0.0 and no gradient.
         bias: [V].
         softcap: `cap * tanh(x / cap)` on the scaled logits (Gemma).
@@ -419,8 +419,8 @@ def token_logps(
         [...] log-probs in nats, float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together.
-        IndexError: a target outside the vocabulary, on a CPU; on a GPU its row is NaN.
+        ValueError: shapes, dtypes or devices do not fit together.
+        IndexError: a target is outside the vocabulary, on a CPU; on a GPU its row is NaN.
     """
     from dpoeng.kernels.token_logps import token_logps as head
 
@@ -444,12 +444,12 @@ def token_logps(
 
 
 def _given(**values: Any) -> dict[str, Any]:
-    """Without what is None: the default decides."""
+    """The arguments that are not None; defaults decide for the others."""
     return {name: value for name, value in values.items() if value is not None}
 
 
 def _own(loss: Callable[[LossInputs], Tensor] | None, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A function of the user's as `loss_type`."""
+    """A user's function as `loss_type`."""
     from dpoeng.cache.errors import UserError
     from dpoeng.engine.losses.own import as_own_loss
 
@@ -457,10 +457,10 @@ def _own(loss: Callable[[LossInputs], Tensor] | None, settings: Mapping[str, Any
         return {}
     if "loss_type" in settings or not callable(loss):
         raise UserError(
-            "loss takes a function, in place of loss_type",
+            "loss takes a function, and replaces loss_type",
             code="config-value",
             where="train(loss=...)",
-            expected="a function, and no loss_type beside it",
+            expected="a function, and no loss_type",
             found=f"loss {loss!r}" + (f", loss_type {settings['loss_type']}" if "loss_type" in settings else ""),
             remedy="leave one of them out; loss_type takes the name of a loss, of several, or functions among them",
         )
@@ -487,7 +487,7 @@ def _config_of_run(run: Mapping[str, Any] | None, settings: Mapping[str, Any]) -
 
 
 def _refuse_others(function: str, taken: type, settings: Mapping[str, Any]) -> None:
-    """Raises UserError for a field that the function does not take: it would do nothing."""
+    """Raises UserError for a field that the function does not use, since it would have no effect."""
     from dpoeng.engine.config.fields import known_fields
     from dpoeng.engine.config.problems import as_error, unknown_field
 
@@ -508,7 +508,7 @@ def _in_python(text: str) -> str:
 
 
 def _shown(progress: bool | Progress) -> Progress:
-    """What the recipe reports to: the command line's bars, the caller's object, or the log alone."""
+    """The progress object for the recipe: the command line's bars, the caller's object, or only the log."""
     from dpoeng.engine.runtime.progress import NoProgress
 
     if not isinstance(progress, bool):
@@ -523,7 +523,7 @@ def _shown(progress: bool | Progress) -> Progress:
         return Bars()
 
     class Logged(NoProgress):
-        """No bars. Notes go to Python's log: what they say of your data should be found by who looks."""
+        """Shows no bars; sends notes to Python's log, where users who look will find them."""
 
         def note(self, text: str) -> None:
             import logging
