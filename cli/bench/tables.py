@@ -108,7 +108,8 @@ def compare_tables(record: dict[str, Any]) -> list[Table]:
     worst = max(equality["loss"].values())
     note: Cell = (
         f"Losses are equal: largest relative difference {worst:.1e} (allowed {equality['tolerance']:g}). x: times as "
-        f"much as dpoeng, median and range of {counted(settings['repeats'], 'repeat')}. Peaks: above the loaded weights."
+        f"much as dpoeng, median and range of {counted(settings['repeats'], 'repeat')}. Peaks: above "
+        "the loaded weights."
         if equality["ok"]
         else Marked(
             f"The losses differ by {worst:.1e} (allowed {equality['tolerance']:g}): no ratio reported.", "error"

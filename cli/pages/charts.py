@@ -185,8 +185,8 @@ def _drawn(curve: Curve, colour: str, frame: _Frame, x_name: str, logarithmic: b
             reading, at = (number(10**value if logarithmic else value) for value in (y, x))
             drawn.append(
                 f'<circle cx="{frame.across(x):.1f}" cy="{frame.up(y):.1f}" r="{2.6 if few else 5}" fill="{colour}" '
-                f'fill-opacity="{1 if few else 0}"><title>{escape(curve.name)}, {escape(x_name)} {at}: {reading}</title>'
-                "</circle>"
+                f'fill-opacity="{1 if few else 0}"><title>{escape(curve.name)}, '
+                f"{escape(x_name)} {at}: {reading}</title></circle>"
             )
     return "".join(drawn)
 

@@ -79,10 +79,10 @@ def check_step(
 ) -> StepForecast | None:
     """Raises if phase two's longest pairs would not fit; `held_bytes`: memory in use that this run will reuse.
 
-    With `shards` above 1 the frozen layers are sharded over that many processes, each with its own device. On a GPU with
-    memory to spare only some layers are recomputed, unless `gradient_checkpointing` was set. With `trunk_layer` the
-    model begins at that layer; with `by_layer` layers are loaded one at a time. Without `advises`, the error does not
-    suggest a batch that fits.
+    With `shards` above 1 the frozen layers are sharded over that many processes, each with its own device. On a GPU
+    with memory to spare only some layers are recomputed, unless `gradient_checkpointing` was set. With `trunk_layer`
+    the model begins at that layer; with `by_layer` layers are loaded one at a time. Without `advises`, the error does
+    not suggest a batch that fits.
 
     Returns:
         the forecast; None if everything obviously fits, or if it cannot be predicted, which `note` reports.

@@ -573,7 +573,7 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path: Path, ca
     for status, _, said in ends(together(2, cache, out, "--save-steps", "100", last=asked_to_end)):
         assert status == 128 + signal.SIGUSR1
         assert "Stopped by SIGUSR1" in said
-    assert "SIGUSR1 has come: step 2 of 4" in (out / "rank0.err").read_text()
+    assert "received SIGUSR1: step 2 of 4" in (out / "rank0.err").read_text()
     finished(together(2, cache, out), out)
     assert "resuming from step 2" in (out / "rank0.err").read_text()
     assert outcome(out) == outcome(two)

@@ -156,13 +156,13 @@ def read_promotions(root: Path, ladder: dict[str, object]) -> list[Promotion]:
     if lines and lines[0] != ladder:
         changed = [name for name in ladder if lines[0].get(name) != ladder[name]]
         raise UserError(
-            "this sweep has ended runs early by other settings",
+            "this sweep ended runs early with other settings",
             code="resume-changed",
             where=str(root / PROMOTIONS_FILE),
             expected="; ".join(f"{name} = {lines[0].get(name)}" for name in changed),
             found="; ".join(f"{name} = {ladder[name]}" for name in changed),
             remedy=f"use the same values to continue, or another --output-dir; or delete {PROMOTIONS_FILE}: runs keep "
-            "their checkpoints, and are promoted anew",
+            "their checkpoints, and promotions are decided again",
         )
     return [Promotion(line["run"], line["rung"], tuple(line["score"]), line["among"]) for line in lines[1:]]
 
