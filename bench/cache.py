@@ -2,8 +2,8 @@
 
     python -m dpoeng.bench.cache --pairs 1000000
 
-The figures that it must reach stand in docs/cache-format.md. Reading is measured in a process of its own, so that
-what it says of memory is the cache's and not the benchmark's.
+docs/cache-format.md lists the required figures. Reading is measured in a separate process, so that its memory is that
+of the cache and not of the benchmark.
 """
 
 from __future__ import annotations
@@ -62,17 +62,17 @@ def run(
     folder: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Runs everything.
+    """Runs all measurements.
 
     Args:
-        pairs: the largest cache, made in steps of ten from 1000; 1e6 take 1.3 GB of disk and some minutes to make.
+        pairs: size of the largest cache; sizes grow by ten from 1000. 1e6 pairs need 1.3 GB of disk and some minutes.
         weight_bytes: size of the made-up checkpoint.
-        folder: where; the default is the system's temporary folder. All of it is removed again.
-        say: told what is going on.
+        folder: folder to write to, by default the system's temporary one. All files are removed at the end.
+        say: receives progress messages.
 
     Returns:
-        `sizes`: a list, for each number of pairs the microseconds a pair of each step;
-        `read`: what a process that trains sees of the largest (see `measure_reading`);
+        `sizes`: a list: for each number of pairs, microseconds per pair of each step;
+        `read`: how fast a training process reads the largest cache (see `measure_reading`);
         `weights`: GB/s of the identity hash and of sha256 over the same mapped file.
     """
     sizes = [10**k for k in range(3, 10) if 10**k < pairs] + [pairs]
@@ -91,7 +91,7 @@ def run(
 
 
 def measure_size(root: Path, count: int) -> dict[str, Any]:
-    """Microseconds a pair of writing and finding again. Rows are made outside of the clock."""
+    """Microseconds per pair of writing and looking up. The time to make the rows is not counted."""
     store = Store.open(root, create=True)
     spec = store.put_spec(SPEC)
     entries: list[ViewEntry] = []
@@ -120,12 +120,12 @@ def measure_size(root: Path, count: int) -> dict[str, Any]:
 
 
 def measure_reading(root: Path, rows: int = 200_000) -> dict[str, float]:
-    """Measure what a reader sees.
+    """Measures reading speed and memory.
 
     Returns:
-        open_ms, open_verified_ms: until the view can be read, without and with every byte hashed;
+        open_ms, open_verified_ms: time to open the view, without and with hashing every byte;
         rows_per_s, random_rows_per_s: one core, zero-copy, in order and shuffled, the best of three;
-        anonymous_mib: growth of the process's own memory (not the page cache) by opening and reading;
+        anonymous_mib: how much opening and reading grow the process's own memory (without page cache);
         verify_gb_per_s: depth "full"; semantic_rows_per_s: depth "semantic".
     """
     verify(root)  # so that the page cache is warm
@@ -153,7 +153,7 @@ def measure_reading(root: Path, rows: int = 200_000) -> dict[str, float]:
 
 
 def print_reading(root: str) -> None:
-    """`measure_reading` as JSON on stdout: what the process of its own calls."""
+    """Prints `measure_reading` as JSON; entry point of the separate process."""
     print(json.dumps(measure_reading(Path(root))))
 
 
@@ -163,7 +163,7 @@ def _read(view: View, places: Sequence[int]) -> None:
 
 
 def _measure_weights(path: Path, size: int) -> dict[str, float]:
-    """GB/s over a file that was just written, and so lies in the page cache."""
+    """GB/s over a file that was just written, so it is in the page cache."""
     tensors = 64
     each = size // tensors // 4 * 4
     header = json.dumps(
@@ -198,7 +198,7 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def _anonymous_bytes() -> int:
-    """Resident memory of this process that no file stands behind. Linux only; 0 elsewhere."""
+    """Resident memory of this process that does not belong to a file. Linux only; 0 elsewhere."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

@@ -1,9 +1,9 @@
-"""A few ratios with wide limits, for the test suite: a slow-down by two, logits that come back, and a leak are noticed.
+"""A few ratios with wide limits, for the test suite: they notice a slow-down by two, whole logits in memory, and leaks.
 
-Time is never compared with a number of seconds, but with a plain PyTorch twin that does the same work in the same
-process. Both run in turn on one thread, CPU seconds are counted, and the least of several rounds is taken on each side:
-what else the machine does can only add to a round, and adds to both. A value above its limit is measured again, since a
-real slow-down or leak stays and an accident does not. Bytes of tensors are the allocator's own and repeat exactly.
+Time is never compared with a number of seconds, but with plain PyTorch code that does the same work in the same
+process. Both run in turn on one thread, CPU seconds are counted, and the minimum of several rounds is used for each:
+other load on the machine can only add time. A value above its limit is measured again, because a real slow-down or
+leak repeats and an accident does not. Bytes of tensors come from the allocator and repeat exactly.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PAIRS, PROMPT, RESPONSE, VOCABULARY = 4, 16, 40, 4096
 ROUNDS, ATTEMPTS = 4, 3
 
 # Sharing the prompt leaves (16 + 2 * 40) / (2 * 16 + 2 * 40) = 0.86 of the twin's positions. Seen: scoring 0.79 to
-# 0.85, a step 0.92 to 0.99, and twice that with the work done twice. Each limit stands half-way, far from both.
+# 0.85, a step 0.92 to 0.99, and twice that with the work done twice. Each limit lies half-way, far from both.
 SCORING_LIMIT = 1.2
 STEP_LIMIT = 1.35
 HEAD_LIMIT = 0.2  # seen: 0.03; whole logits: 1
@@ -54,7 +54,7 @@ OBJECTS_LIMIT = 32768.0  # seen: 3 KiB, of tracemalloc's and torch's own bookkee
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One ratio or size, and how large it may be."""
+    """One ratio or size, and its limit."""
 
     name: str
     value: float
@@ -63,13 +63,13 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        """Whether it is within its limit."""
+        """Whether the value is within its limit."""
         return self.value <= self.limit
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The model under check, and plain twins with the same weights: for scoring, and with a LoRA and an optimizer."""
+    """The model to check, and plain copies with the same weights: for scoring, and with a LoRA and an optimizer."""
 
     pairs: list[PairIds]
     lm: CausalLM
@@ -81,7 +81,7 @@ class Subject:
 
 @contextlib.contextmanager
 def subject(folder: Path) -> Iterator[Subject]:
-    """Makes a small random model in `folder`, loads it four times, and keeps torch to one thread meanwhile."""
+    """Makes a small random model in `folder` and loads it four times; limits torch to one thread meanwhile."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     random = np.random.default_rng(0)
@@ -112,7 +112,7 @@ def subject(folder: Path) -> Iterator[Subject]:
 
 
 def run_checks(on: Subject) -> list[Check]:
-    """All of them."""
+    """Runs all checks."""
     return [scoring_time(on), step_time(on), head_memory(), *scoring_growth(on), *step_growth(on)]
 
 
@@ -120,20 +120,20 @@ def run_checks(on: Subject) -> list[Check]:
 
 
 def scoring_time(on: Subject) -> Check:
-    """Phase one's scoring, over a plain forward of a row a response with whole logits."""
+    """Time of phase one's scoring over that of a plain forward with one row per response and whole logits."""
     ratio = cpu_ratio(lambda: score_pairs(on.lm, on.pairs), lambda: plain_scores(on.twin, on.pairs), SCORING_LIMIT)
     return Check("scoring, CPU time", ratio, SCORING_LIMIT, "of plain PyTorch's")
 
 
 def step_time(on: Subject) -> Check:
-    """A step of phase two against cached numbers, over a plain one against the same numbers."""
+    """Time of a step of phase two over that of a plain step, both with the same reference log-probs."""
     reference = torch.tensor([[float(row.chosen_logps.sum()), float(row.rejected_logps.sum())] for row in _rows(on)])
     ratio = cpu_ratio(lambda: train_step(on.run, 0), lambda: plain_step(on, reference), STEP_LIMIT)
     return Check("training step, CPU time", ratio, STEP_LIMIT, "of plain PyTorch's")
 
 
 def cpu_ratio(work: Callable[[], object], twin: Callable[[], object], limit: float) -> float:
-    """CPU seconds of `work` over those of `twin`, the least of `ROUNDS` of each; above `limit` it is tried again."""
+    """CPU seconds of `work` over those of `twin`, the minimum of `ROUNDS` each; measured again if above `limit`."""
     work()
     twin()
     ratio = float("inf")
@@ -151,7 +151,7 @@ def cpu_ratio(work: Callable[[], object], twin: Callable[[], object], limit: flo
 
 
 def plain_logps(lm: CausalLM, pairs: list[PairIds]) -> torch.Tensor:
-    """log p of every response token, [B, 2, R], from whole logits of one row a response; lengths are all equal."""
+    """log p of every response token, [B, 2, R], from whole logits of one row per response; all lengths are equal."""
     rows = [np.concatenate([p.prompt_ids, side]) for p in pairs for side in (p.chosen_ids, p.rejected_ids)]
     ids = torch.from_numpy(np.stack(rows)).long()
     logits = lm.model(input_ids=ids, use_cache=False).logits[:, PROMPT - 1 : -1]
@@ -184,7 +184,7 @@ def _rows(on: Subject) -> list[Any]:
 
 
 def head_memory(head: Callable[..., torch.Tensor] = token_logps) -> Check:
-    """Peak of forward and backward through the head, over the same with whole logits."""
+    """Peak of forward and backward through the head, over that with whole logits."""
     random = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(256, 64, generator=random), torch.randn(16384, 64, generator=random)
     targets = torch.randint(0, 16384, (256,), generator=random)
@@ -200,28 +200,28 @@ def head_memory(head: Callable[..., torch.Tensor] = token_logps) -> Check:
 
 
 def scoring_growth(on: Subject) -> list[Check]:
-    """Measure the bytes that a pass of phase one leaves behind."""
+    """Measures the bytes that a pass of phase one leaves allocated."""
     return growth("scoring", lambda: score_pairs(on.lm, on.pairs))
 
 
 def step_growth(on: Subject) -> list[Check]:
-    """Measure the bytes that a step of phase two leaves behind."""
+    """Measures the bytes that a step of phase two leaves allocated."""
     steps = iter(range(1, 1 << 30))
     return growth("training step", lambda: train_step(on.run, next(steps)))
 
 
 def growth(name: str, work: Callable[[], object], times: int = 2) -> list[Check]:
-    """Bytes that one more call keeps: of tensors by the allocator, of Python's and numpy's objects by tracemalloc."""
+    """Bytes that one more call leaves: tensors by the allocator, Python's and numpy's objects by tracemalloc."""
 
     def repeat() -> None:
         for _ in range(times):
             work()
         gc.collect()
 
-    repeat()  # what libraries keep from their first calls
+    repeat()  # libraries keep some objects from their first calls
     tensors = trace_allocator(repeat, CPU).grown_bytes / times
     objects = float("inf")
-    for _ in range(ATTEMPTS):  # a leak is in every attempt; a cache that grows, or another thread's object, in one
+    for _ in range(ATTEMPTS):  # a leak shows in every attempt; a growing cache or another thread's object only in one
         objects = min(objects, _objects_kept(repeat) / times)
         if objects <= OBJECTS_LIMIT:
             break
@@ -232,7 +232,7 @@ def growth(name: str, work: Callable[[], object], times: int = 2) -> list[Check]
 
 
 def _objects_kept(work: Callable[[], object]) -> int:
-    """Bytes of Python's and numpy's objects that `work` leaves behind when it is run a second time."""
+    """Bytes of Python's and numpy's objects that a second run of `work` leaves."""
     tracemalloc.start()
     try:
         work()

@@ -1,12 +1,12 @@
-"""dpoeng against TRL: the same model, token ids, LoRA, order and batches, in processes of their own, in turn.
+"""dpoeng against TRL: the same model, token ids, LoRA, order and batches, in separate processes.
 
-In every repeat dpoeng runs beside each peer. On a CPU both processes are alive at once and take turns, a batch or a
-step each: a machine that others use too grows slower and faster within a minute, and so does for both alike. On a GPU,
-whose memory two programs would have to share, one runs after the other. Ratios are taken within a repeat and then
-summarised. A comparison counts only if the losses agree.
+In every repeat dpoeng runs beside each peer. On a CPU both processes live at once and take turns after each batch or
+step: the speed of a shared machine changes within a minute, and this way it changes for both alike. On a GPU, whose
+memory two programs would have to share, they run one after the other. Ratios are computed within a repeat and then
+summarised. A comparison is valid only if the losses agree.
 
-On a CPU a run's memory is what the system gave the process, which varies with what the allocator gives back. So every
-program runs once more on the longest pairs, where the bytes of its tensors are counted: they are the same each time.
+On a CPU a run's memory is the process's resident memory, which depends on what the allocator returns. So every
+program runs once more on the longest pairs to count the bytes of its tensors, which are the same each time.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from dpoeng.engine.runtime.progress import QUIET, Advance, Progress
 PEERS: tuple[Program, ...] = ("trl precomputed", "trl adapter off", "trl second model")
 
 Round = dict[Program, dict[Program, Figures]]
-"""Peer -> program -> what it found: the peer itself, and dpoeng beside it."""
+"""Peer -> program -> its figures: the peer's own, and those of dpoeng beside it."""
 
 OF_MEMORY = "if it was killed, the machine has too little memory: lower --batch-size"
 
-# Largest relative difference of a step's loss. In 16 bits the two programs' batches have other shapes, and so other
+# Largest relative difference of a step's loss. In 16 bits the two programs' batches have different shapes, so different
 # rounding. In bfloat16, over a SmolLM2-135M, a pair's log-prob difference is 0.3 nat off float32's on average, with
 # padded rows as with packed ones. For 4 pairs, beta 0.1 and four such sums (policy and reference of both programs) that
-# makes a standard deviation of 3 % of ln 2. So 16 bits tell wrong mathematics from right, and float32 proves equality.
+# makes a standard deviation of 3 % of ln 2. So 16 bits can show wrong mathematics, and float32 proves equality.
 LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1, "float16": 2e-2}
 
 
@@ -55,10 +55,10 @@ class CompareSettings:
     """Settings of a comparison. `peer_python` None is this interpreter.
 
     Attributes:
-        pairs_count: the first so many pairs of the files are scored in the reference pass.
-        steps: optimizer steps; the first one is not counted, since it meets cold caches.
+        pairs_count: the reference pass scores this many pairs, the first ones of the files.
+        steps: optimizer steps; the first one is not counted, because caches are cold.
         repeats: how often dpoeng is run beside every peer.
-        work: a folder that keeps every finished run, so that a comparison that was stopped goes on; None keeps nothing.
+        work: folder for finished runs, so that a stopped comparison can continue; None keeps nothing.
     """
 
     model: str
@@ -81,7 +81,7 @@ class CompareSettings:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Peer over dpoeng: above 1, dpoeng needs less. Median, least and greatest over the repeats."""
+    """Peer over dpoeng: above 1, dpoeng needs less. Median, minimum and maximum of the repeats."""
 
     median: float
     low: float
@@ -92,7 +92,7 @@ def bench_compare(settings: CompareSettings, progress: Progress = QUIET) -> dict
     """Runs all programs in turn and returns the record. Check `record["equality"]["ok"]` before you report a ratio.
 
     Raises:
-        UserError: model, pairs or peer are missing, or a program failed.
+        UserError: model, pairs or peer is missing, or a program failed.
     """
     device = pick_device(settings.device)
     source = find_model(settings.model)
@@ -150,13 +150,13 @@ def bench_compare(settings: CompareSettings, progress: Progress = QUIET) -> dict
 
 
 def in_folder(job: Job, folder: Path) -> Job:
-    """The job with a folder of its own, which is made."""
+    """The job with a new folder of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     return replace(job, scratch=str(folder))
 
 
 def _beside(job: Job, peer: Program, python: str, folder: Path) -> dict[Program, Figures]:
-    """dpoeng beside one peer: phase one where the peer has one too, then phase two; or what was found before."""
+    """dpoeng beside one peer: phase one if the peer has one too, then phase two; or the stored figures."""
     phases: tuple[Program, ...] = ("dpoeng reference", "dpoeng") if peer == "trl precomputed" else ("dpoeng",)
     own = [in_folder(replace(job, program=phase), folder / phase.replace(" ", "-")) for phase in phases]
     if len(own) > 1:
@@ -171,7 +171,7 @@ def _beside(job: Job, peer: Program, python: str, folder: Path) -> dict[Program,
 
 
 def _tensors(job: Job, peers: Sequence[Program], python: str, folder: Path, advance: Advance) -> dict[Program, Figures]:
-    """Every program once over the longest pairs, which are two batches, with the bytes of tensors as its memory."""
+    """Runs every program once on the longest pairs, two batches, with the bytes of tensors as its memory."""
     folder.mkdir(parents=True, exist_ok=True)
     longest = longest_pairs(job.cache, Path(job.pairs[0]), 2 * job.batch_size, folder / "pairs.jsonl")
     job = replace(job, pairs=(str(longest),), cache=str(folder / "cache"), steps=2, tensors=True)
@@ -184,11 +184,11 @@ def _tensors(job: Job, peers: Sequence[Program], python: str, folder: Path, adva
 
 
 class _Process:
-    """A job in a process of its own, which stops at every turn until it is told to go on.
+    """A job in a separate process that waits at every turn for a signal to continue.
 
     Attributes:
-        turn: the phase and the pairs done in it, where it waits; None once it has ended.
-        figures: what it found, once it has ended.
+        turn: the phase and the pairs done in it, while it waits; None after it has ended.
+        figures: its figures, after it has ended.
     """
 
     def __init__(self, python: str, job: Job, *, turns: bool) -> None:
@@ -207,14 +207,14 @@ class _Process:
         self.turn = self._listen()
 
     def go(self) -> None:
-        """Lets it work up to its next turn, or to its end."""
+        """Lets it work until its next turn, or its end."""
         assert self._process.stdin is not None
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
         self.turn = self._listen()
 
     def end(self) -> None:
-        """End the process if it still runs."""
+        """Ends the process if it still runs."""
         self._process.kill()
         self._process.communicate()
         self._errors.close()
@@ -235,10 +235,10 @@ class _Process:
 
 
 def in_turns(ours: Sequence[Job], theirs: Job, python: str) -> dict[Program, Figures]:
-    """dpoeng's jobs one after the other, beside the peer's one: whoever has done fewer pairs of the phase goes on.
+    """Runs dpoeng's jobs one after the other beside the peer's job: the one with fewer pairs done goes next.
 
     Raises:
-        UserError: a process failed; none is left behind.
+        UserError: a process failed; all are ended.
     """
     turns = theirs.device == "cpu"
     started: list[_Process] = []
@@ -260,7 +260,7 @@ def in_turns(ours: Sequence[Job], theirs: Job, python: str) -> dict[Program, Fig
 
 
 def check_peer(python: str) -> None:
-    """Raises UserError where the interpreter lacks TRL, or dpoeng's own peer process."""
+    """Raises UserError if the interpreter lacks TRL or dpoeng."""
     code = "import importlib.metadata as m, dpoeng.bench; print(m.version('trl'))"
     try:
         done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60, check=False)
@@ -269,10 +269,10 @@ def check_peer(python: str) -> None:
         answer, mistake = "", str(error)
     if not answer:
         raise UserError(
-            "there is nothing to compare with: TRL is missing",
+            "TRL is not installed in this Python",
             code="bench-no-peer",
             where=f"--peer-python {python}",
-            expected="a Python that has trl==1.16.0 and dpoeng",
+            expected="a Python with trl==1.16.0 and dpoeng",
             found=mistake.splitlines()[-1] if mistake else "nothing",
             remedy="python -m venv peer && peer/bin/pip install trl==1.16.0 . && "
             "dpoeng bench compare --peer-python peer/bin/python ...",
@@ -306,7 +306,7 @@ def first_pairs(files: Sequence[Path], count: int, target: Path) -> Path:
 
 
 def longest_pairs(cache: str, file: Path, count: int, target: Path) -> Path:
-    """Copies the lines of the `count` pairs of a view with most tokens: those that set the peak of memory."""
+    """Copies the lines of the view's `count` longest pairs, which set the peak of memory."""
     view = View.open(cache)
     by_length = sorted(range(len(view)), key=lambda i: (-view[i].ids.total_tokens, i))
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -325,10 +325,10 @@ def _folder(work: Path | None) -> Iterator[Path]:
 
 
 def run_process(python: str, job: Job) -> Figures:
-    """Runs one job in a process of its own; or reads what it found, if it was run there before by the same code.
+    """Runs one job in a separate process, or reads its figures if the same code ran it there before.
 
     Raises:
-        UserError: the process failed; the message holds the end of what it said.
+        UserError: the process failed; the message contains the end of its output.
     """
     raw = run_module(
         python,
@@ -351,12 +351,13 @@ def run_module(
     remedy: str = "run the same command again: finished work is kept",
     processes: int | None = None,
 ) -> dict[str, Any]:
-    """Runs `python -m module JOB.json`, which prints what it found as its last line, and keeps that in `folder`.
+    """Runs `python -m module JOB.json`, which prints its result as the last line; stores that in `folder`.
 
-    The same job of the same code is not run again. With `processes`, torchrun starts as many, and the first prints.
+    The same job of the same code is not run again. With `processes`, torchrun starts that many, and the first one
+    prints.
 
     Raises:
-        UserError: the process failed; the message holds the end of what it said.
+        UserError: the process failed; the message contains the end of its output.
     """
     file = folder / "job.json"
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"] if processes else []
@@ -374,7 +375,7 @@ def run_module(
 
 
 def kept(folder: Path, asked: Mapping[str, Any], find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return the figures kept in `folder` for this question and commit; else call `find` and keep its result."""
+    """Returns the figures stored in `folder` for this job and commit; otherwise calls `find` and stores its result."""
     file, now = folder / "figures.json", json.loads(json.dumps({**asked, "commit": commit()}))
     if file.is_file():
         before: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -387,7 +388,7 @@ def kept(folder: Path, asked: Mapping[str, Any], find: Callable[[], dict[str, An
 
 
 def _quiet() -> dict[str, str]:
-    """The environment of a process that is measured."""
+    """The environment of a measured process."""
     return {**os.environ, "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -423,7 +424,7 @@ def check_equal(rounds: Sequence[Round], peers: Sequence[Program], tolerance: fl
 
 
 def relative(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Largest |difference| over the peer's value; infinite if the lengths differ, there is none, or a NaN."""
+    """Largest |difference| over the peer's value; infinite if lengths differ, there are no values, or one is NaN."""
     if len(ours) != len(theirs) or not ours:
         return sys.float_info.max
     worst = 0.0
@@ -435,7 +436,7 @@ def relative(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def ratios(rounds: Sequence[Round], peer: Program) -> dict[str, Ratio]:
-    """Peer over dpoeng in everything that both have. A step is a mean over all steps but the first."""
+    """Ratios peer / dpoeng of all figures that both have. A step's time is the mean over all steps but the first."""
     found: dict[str, list[float]] = {}
     for beside in rounds:
         done = beside[peer]
@@ -455,21 +456,21 @@ def ratios(rounds: Sequence[Round], peer: Program) -> dict[str, Ratio]:
 
 
 def tensor_bytes(found: Mapping[Program, Figures], program: Program) -> dict[str, float]:
-    """Peaks of a program's tensors; none where they were not counted."""
+    """Peaks of a program's tensors; empty if they were not counted."""
     run = found.get(program, Figures())
     peaks = {"train_tensor_bytes": run.train_peak_bytes, "reference_tensor_bytes": run.reference_peak_bytes}
     return {name: float(peak) for name, peak in peaks.items() if peak}
 
 
 def tensor_ratios(found: Mapping[Program, Figures], peer: Program) -> dict[str, Ratio]:
-    """Peer over dpoeng in the bytes of tensors, which are the same each time."""
+    """Ratios peer / dpoeng of the bytes of tensors, which are the same each time."""
     ours = tensor_bytes(found, "dpoeng") | tensor_bytes(found, "dpoeng reference")
     shares = {name: peak / ours[name] for name, peak in tensor_bytes(found, peer).items()}
     return {name: Ratio(share, share, share) for name, share in shares.items()}
 
 
 def step_time(steps: Sequence[Spent]) -> Spent:
-    """Mean time of a step, the first one left out."""
+    """Mean time of a step, without the first one."""
     counted = steps[1:] or steps
     return Spent(statistics.fmean(step.wall_s for step in counted), statistics.fmean(step.cpu_s for step in counted))
 

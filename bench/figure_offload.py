@@ -1,4 +1,4 @@
-"""The tables of docs/layer-offloading.md: what was measured, and what each card can do by calculation."""
+"""The tables of docs/layer-offloading.md: measurements, and calculations for each card."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def offload(results: Path) -> str:
 
 
 def offload_cost(results: Path) -> str:
-    """CPU time by layer over that of the ordinary order."""
+    """CPU time layer by layer over that of the usual order."""
     record = read("offload-cost", results)[-1]
     settings = record["settings"]
     rows = [["", "CPU time by layer, over the ordinary order"]]
@@ -44,7 +44,7 @@ def offload_cost(results: Path) -> str:
 
 
 def small_cards(results: Path) -> str:
-    """What each model needs on each card. Calculated."""
+    """Memory that each model needs on each card. Calculated."""
     record = lines_of(results / "small-cards-calculated.jsonl")[-1]
     cards = [card["name"] for card in record["results"][0]["cards"]]
     parts = []
@@ -59,7 +59,7 @@ def small_cards(results: Path) -> str:
 
 
 def small_cards_trunk(results: Path) -> str:
-    """What phase two needs from a trunk at two thirds of the depth. Calculated."""
+    """Memory that phase two needs from a trunk at two thirds of the depth. Calculated."""
     record = lines_of(results / "small-cards-calculated.jsonl")[-1]
     rows = [["trained layers", "on disk", *(card["name"] for card in record["results"][0]["cards"])]]
     for result in record["results"]:

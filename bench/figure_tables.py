@@ -1,4 +1,4 @@
-"""The tables of what dpoeng measures of itself, for README and docs: sharing, cache, kernels, memory, scale, plans."""
+"""Tables of dpoeng's own measurements for README and docs: sharing, cache, kernels, memory, scale, plans."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def sharing(results: Path) -> str:
 
 
 def cache(results: Path) -> str:
-    """What `dpoeng bench cache` found, beside what was asked for."""
+    """Results of `dpoeng bench cache` beside the required ones."""
     record = read("cache", results)[-1]
     found, weights = record["read"], record["weights"]
     reached = [
@@ -84,7 +84,7 @@ def cache(results: Path) -> str:
 
 
 def kernels(results: Path) -> str:
-    """The head against its alternatives: training and scoring side by side, a table a shape and dtype."""
+    """The head against its alternatives: training and scoring side by side, one table per shape and dtype."""
     tables = []
     for record in read("kernels", results):
         found = {(tuple(r["shape"]), r["dtype"], r["mode"]): r["ways"] for r in record["results"]}
@@ -104,7 +104,7 @@ def kernels(results: Path) -> str:
 
 
 def plan(results: Path) -> str:
-    """Models of four sizes: peaks of phase two, and what each card can do. Calculated."""
+    """Models of four sizes: peaks of phase two, and the batch that fits on each card. Calculated."""
     record = lines_of(results / "plan-calculated.jsonl")[-1]
     found = {(r["model"], r["quantization"]): r for r in record["results"]}
     models = list(dict.fromkeys(model for model, _ in found))
@@ -135,7 +135,7 @@ def plan(results: Path) -> str:
 
 
 def memory(results: Path) -> str:
-    """Each recorded batch with each kind of reference: predicted and measured."""
+    """Each recorded batch with each kind of reference: predicted and measured memory."""
     return "\n\n".join(_memory(record) for record in read("memory", results))
 
 
@@ -156,7 +156,7 @@ def _memory(record: Record) -> str:
 
 
 def scale(results: Path) -> str:
-    """The curves of `dpoeng bench scale`, a table a size that grows; then several processes. Every record."""
+    """The curves of `dpoeng bench scale`, one table per varied size; then several processes. Every record."""
     return "\n\n".join(_scale(record) for record in read("scale", results))
 
 
@@ -198,7 +198,7 @@ def _ranks(curves: list[Record]) -> list[list[str]]:
 
 
 def step(results: Path) -> str:
-    """What a layer of a training step asks of a GPU, a row a model and size. Calculated."""
+    """Work that a training step's layer gives a GPU, one row per model and size. Calculated."""
     records = lines_of(results / "step-calculated.jsonl")
     rows = [["base", "tokens", "recomputed", "launches a layer", "GB a layer", "a step, estimated"]]
     for record in records:
@@ -236,7 +236,7 @@ def _count(repeats: int) -> str:
 
 
 def trunk(results: Path) -> str:
-    """What a trunk saves, and what training fewer layers loses: the newest record of each."""
+    """Savings of a trunk, and the loss from training fewer layers: the newest record of each."""
     records = read("trunk", results)
     costs = [record for record in records if record["cost"] is not None]
     qualities = [record for record in records if record["quality"] is not None]

@@ -1,4 +1,4 @@
-"""Pieces of the figures in README and docs: records read back, and how a value, a machine and a table are written."""
+"""Pieces of the figures in README and docs: reading records, and formatting values, machines and tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BASES = {"8bit": "8 bits", "4bit": "4 bits", "none": "bfloat16"}
 
 
 def read(kind: str, results: Path = RESULTS) -> list[Record]:
-    """The records of a kind measured on CPUs, oldest first; none if there is no file of them."""
+    """The records of a kind measured on CPUs, oldest first; empty if there is no file."""
     file = results / f"{kind}-cpu.jsonl"
     return lines_of(file) if file.is_file() else []
 
@@ -25,7 +25,7 @@ def lines_of(file: Path) -> list[Record]:
 
 
 def where(record: Record) -> str:
-    """The machine, its load when the measurement began, library versions, commit and day."""
+    """The machine, its load at the start, library versions, commit and day."""
     machine, versions = record["machine"], record["versions"]
     commit = str(record["commit"])
     changed = " with uncommitted changes" if commit.endswith("+") else ""
@@ -37,7 +37,7 @@ def where(record: Record) -> str:
 
 
 def threads(record: Record) -> str:
-    """How many threads computed."""
+    """The number of threads, in words."""
     n = record["machine"]["threads"]
     return f"{n} thread{'s' if n > 1 else ''}"
 

@@ -1,9 +1,9 @@
-"""Figures in README and docs, from recorded results alone: what stands between two markers is written by this file.
+"""Writes the figures in README and docs, only from recorded results, between two markers.
 
     python -m dpoeng.bench.figures           # rewrites README.md and docs/*.md
 
-A block begins with `<!-- figures: NAME -->` and ends with `<!-- end of figures -->`. Each takes the last record of its
-kind in bench/results/. A test fails where a document says something else than the record.
+A block begins with `<!-- figures: NAME -->` and ends with `<!-- end of figures -->`. It uses the last record of its
+kind in bench/results/. A test fails if a document differs from the record.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _PEERS = {
 
 
 def rewritten(text: str, results: Path = RESULTS) -> str:
-    """Return a document with its blocks rewritten from the records.
+    """Returns a document with its blocks rewritten from the records.
 
     Raises:
-        KeyError: a block of an unknown name.
+        KeyError: a block has an unknown name.
     """
     return _BLOCK.sub(lambda m: f"{m[1]}{BLOCKS[m[2]](results)}\n{m[3]}", text)
 
@@ -126,7 +126,7 @@ def _phases(record: Record) -> str:
 
 
 def accuracy(results: Path) -> str:
-    """The same training by dpoeng and by TRL: what it brings on held-out pairs, and what it takes."""
+    """The same training by dpoeng and by TRL: results on held-out pairs, and costs."""
     record = read("accuracy-vs-trl", results)[-1]
     settings = record["settings"]
     ours, theirs = record["after"].values()
@@ -189,7 +189,7 @@ def _compare_command(settings: Record) -> str:
 
 
 def _rows(results: Path) -> Iterator[list[str]]:
-    """What was measured, the result, and the command: comparisons, the newest training and the newest cache."""
+    """Measurement, result and command: comparisons, the newest training and the newest cache."""
     for record in _comparisons(results):
         settings, command = record["settings"], f"`{_compare_command(record['settings'])}`"
         for peer, found in record["ratios"].items():

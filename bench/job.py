@@ -1,6 +1,6 @@
-"""One job of `dpoeng bench compare`, what one program found at it, and taking turns with the other program's process.
+"""One job of `dpoeng bench compare`, one program's figures for it, and turns with the other program's process.
 
-Knows neither program.
+Independent of both programs.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ Program = Literal["dpoeng reference", "dpoeng", "trl precomputed", "trl adapter 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Everything that a program is given.
+    """All input of a program.
 
     Attributes:
-        program: which one, and how it gets the reference's numbers.
+        program: which program, and how it gets the reference's log-probs.
         model: a folder with safetensors.
         pairs: files of pairs.
-        cache: the cache that `dpoeng reference` writes and from which all others take the token ids.
-        scratch: a folder of this process's own.
-        batch_size: pairs in one step; the same in the reference pass of TRL, as is its default.
+        cache: the cache that `dpoeng reference` writes; the others take their token ids from it.
+        scratch: a folder only for this process.
+        batch_size: pairs per step; also in TRL's reference pass, as is its default.
         steps: optimizer steps.
-        dtype: of the frozen weights; the LoRA is float32 in both programs, but for TRL's over a quantised base, which
-            it makes bfloat16.
-        threads: of torch.
-        lr_scheduler_type: as transformers names it; without warm-up.
-        quantization: of the frozen weights, the head excepted, with dpoeng's settings for both.
-        max_prompt_length: most tokens of a prompt, the last ones; None for no limit of its own.
-        train_last_layers: only so many of the last layers get a LoRA, in both programs; None for all.
-        trunk_layer: the states that enter this layer are stored by `dpoeng reference`, and begun from by `dpoeng`; 0
+        dtype: dtype of the frozen weights; the LoRA is float32 in both programs, except TRL's over a quantised base,
+            which it makes bfloat16.
+        threads: torch's threads.
+        lr_scheduler_type: transformers' name; without warm-up.
+        quantization: quantization of the frozen weights without the head, with dpoeng's settings for both.
+        max_prompt_length: a longer prompt keeps only its last tokens; None for no separate limit.
+        train_last_layers: only this many of the last layers get a LoRA, in both programs; None for all.
+        trunk_layer: `dpoeng reference` stores this layer's input states, and `dpoeng` starts from them; 0
             for none.
-        tensors: memory is that of tensors alone, on a CPU, and the time means nothing; else that of the process.
+        tensors: report the memory of tensors alone, on a CPU, without usable times; otherwise that of the process.
     """
 
     program: Program
@@ -71,11 +71,11 @@ class Figures:
     """Measurements of one process. Memory is the peak above the process with only the policy loaded.
 
     Attributes:
-        steps: time of each optimizer step, data included.
-        losses: of each step.
-        grad_norms: of each step, before clipping.
-        train_peak_bytes: over the steps.
-        reference: time of the reference pass over all pairs, storing included; None if the program has none.
+        steps: time of each optimizer step, with its data.
+        losses: loss of each step.
+        grad_norms: gradient norm of each step, before clipping.
+        train_peak_bytes: peak over the steps.
+        reference: time of the reference pass over all pairs, with storing; None if the program has none.
         reference_pairs: pairs that it scored.
     """
 
@@ -96,21 +96,21 @@ def adapter_folder(job: Job) -> Path:
 
 
 REFERENCE, TRAINING = 0, 1
-"""Phases, as `wait_for_turn` tells them."""
+"""Phases, as `wait_for_turn` reports them."""
 
 TURN = "turn"
 IN_TURNS = "DPOENG_BENCH_IN_TURNS"
 
 
 def wait_for_turn(phase: int, pairs: int) -> None:
-    """Says how far this process is and waits for a line from its parent, where that lets processes take turns."""
+    """Reports this process's progress and waits for a line from its parent, if that lets processes take turns."""
     if os.environ.get(IN_TURNS):
         print(f"\n{TURN} {phase} {pairs}", flush=True)
         sys.stdin.readline()
 
 
 def lap_and_wait(watch: Stopwatch, phase: int, pairs: int) -> Spent:
-    """The lap that ends here; the next one begins when it is this process's turn again."""
+    """Ends a lap; the next one begins at this process's next turn."""
     spent = watch.lap()
     wait_for_turn(phase, pairs)
     watch.lap()
@@ -118,5 +118,5 @@ def lap_and_wait(watch: Stopwatch, phase: int, pairs: int) -> Spent:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that both programs compute with."""
+    """Versions of the libraries that both programs use."""
     return {"torch": torch.__version__, "transformers": version("transformers"), "peft": version("peft")}

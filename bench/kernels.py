@@ -1,7 +1,7 @@
 """The fused head against its alternatives: time, peak memory, error to float64, share of the machine's own matmul.
 
-Every way gets the same tensors and takes its turn in every round, so that a ratio compares two neighbours in time. A
-way that is not installed or does not run here is named with the reason, never left out in silence.
+Every implementation gets the same tensors and runs in every round, so that a ratio compares two neighbours in time. One
+that is not installed or does not run here is listed with the reason, never left out silently.
 """
 
 from __future__ import annotations
@@ -94,18 +94,18 @@ def run(
     against: Sequence[str] = (),
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Measure all ways on all shapes and dtypes, training and scoring.
+    """Measures all implementations on all shapes and dtypes, training and scoring.
 
     Args:
         shapes: (V, H, N) of each problem.
         dtypes: Names of torch dtypes.
         device: `cpu` or `cuda`.
-        repeats: Counted rounds; one before them is not counted.
-        against: Names in `WAYS` to compare with; none named: all that are installed.
-        say: Told what is being measured.
+        repeats: Counted rounds, after one that is not counted.
+        against: Names in `WAYS` to compare with; empty: all that are installed.
+        say: Receives progress messages.
 
     Returns:
-        A record: `results`, one entry per shape, dtype and mode, and `missing`, the reason by way.
+        A record: `results`, one entry per shape, dtype and mode, and `missing`, name -> reason.
     """
     place = torch.device(device)
     settings = {"shapes": [list(s) for s in shapes], "dtypes": list(dtypes), "repeats": repeats, "against": [*against]}
@@ -140,7 +140,7 @@ def _available(names: Sequence[str]) -> tuple[dict[str, Head], dict[str, str]]:
 
 
 class HeadProblem(NamedTuple):
-    """Operands of a head, and what is right in float64 for the first `TRUTH_ROWS` rows."""
+    """Operands of a head, and the float64 results of the first `TRUTH_ROWS` rows."""
 
     hidden: Tensor
     weight: Tensor
@@ -170,10 +170,10 @@ def _measure(
     device = problem.hidden.device
     for name, head in ways.items():  # first round: errors and memory, not timed
         try:
-            head_step(head, problem, mode)  # libraries set themselves up; what that holds is nobody's peak
+            head_step(head, problem, mode)  # libraries allocate during their first call, which must not count
             with PeakMemory(device) as memory:
                 logps, grad = head_step(head, problem, mode)
-        except Exception as error:  # a peer may fail in any way; the record says so
+        except Exception as error:  # a peer may fail in any way, which the record reports
             if name == OURS:
                 raise
             missing[name] = f"does not run here ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
@@ -196,7 +196,7 @@ def _measure(
 
 
 def head_step(head: Head, problem: HeadProblem, mode: str) -> tuple[Tensor, Tensor | None]:
-    """One call: log-probs [N], and in mode `train` the gradient [N, H] too; in mode `score` None."""
+    """One call: log-probs [N], and in mode `train` also the gradient [N, H], in mode `score` None."""
     if mode == "score":
         with torch.no_grad():
             return head(problem.hidden, problem.weight, problem.targets), None
@@ -216,10 +216,10 @@ def _errors(logps: Tensor, grad: Tensor | None, problem: HeadProblem) -> dict[st
 
 
 def aot(gpus: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Compile every shipped configuration without a GPU, for the named GPUs or all of the table.
+    """Compiles every shipped configuration without a GPU, for the named GPUs or all in the table.
 
     Raises:
-        RuntimeError: The compiler's process gave no report.
+        RuntimeError: The compiler's process returned no report.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "dpoeng.kernels.aot", *(["--gpu", *gpus] if gpus else [])]
@@ -231,7 +231,7 @@ def aot(gpus: Sequence[str] = ()) -> list[dict[str, Any]]:
 
 
 def tune(shape: Shape, dtype: str) -> dict[str, Any]:
-    """Time the fused scoring kernel's tiles on this GPU and remember the fastest. Needs a GPU."""
+    """Times the fused scoring kernel's tiles on this GPU and stores the fastest. Needs a GPU."""
     import triton
 
     from dpoeng.kernels import tiles

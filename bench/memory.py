@@ -1,10 +1,10 @@
-"""Measures the memory of both phases beside what `dpoeng plan` predicts, and a step with each kind of reference.
+"""Measures the memory of both phases and compares it with `dpoeng plan`; also a step with each kind of reference.
 
-The cases are run in one process on one batch: phase one's forward; a step against cached numbers; a step that first
-runs the reference by switching the adapter off; one that runs a second model; and that as plain PyTorch has it, with
-whole logits, a row a response and peft's own LoRA. All but the last run dpoeng's code, so they differ in the reference
-alone. The reference's forward comes before the policy's, where nothing is kept for a backward pass yet: the least that
-a reference in the step can cost.
+All cases run in one process on one batch: phase one's forward; a step with cached log-probs; a step that first
+runs the reference by switching the adapter off; one that runs a second model; and the same in plain PyTorch, with
+whole logits, one row per response and peft's own LoRA. All but the last use dpoeng's code, so only the reference
+differs. The reference's forward comes before the policy's, when nothing is kept for a backward pass yet: the minimum
+that a reference in the step can cost.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ PHASE_ONE, CACHED, ADAPTER_OFF, TWO_MODELS, WHOLE_LOGITS = (
     "phase one", "cached reference", "adapter off", "two models", "two models, whole logits"
 )  # fmt: skip
 POOL = 64
-"""So many pairs are looked at; the longest of them are the batch, since they decide whether a run fits."""
+"""The number of pairs read; the longest of them are the batch, because they decide whether a run fits."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemorySettings:
-    """Settings. `model` None is the embedded one; without `pairs`, synthetic pairs of real lengths.
+    """Settings. `model` None is the built-in one; without `pairs`, synthetic pairs of real lengths.
 
     Attributes:
-        batch_size: pairs in a forward of either phase.
-        gradient_checkpointing: whether layers are computed again in the backward pass.
+        batch_size: pairs per forward, in both phases.
+        gradient_checkpointing: whether layers are recomputed in the backward pass.
     """
 
     model: str | None = None
@@ -75,15 +75,15 @@ class MemorySettings:
 
 @dataclass(frozen=True, slots=True)
 class CaseMemory:
-    """One case. Bytes are of tensors, weights included, but for `process_bytes`.
+    """One case. Bytes are those of tensors with weights, except `process_bytes`.
 
     Attributes:
-        predicted_bytes: the peak by simulation, what `dpoeng plan` tells.
-        by_kind: what it is made of.
-        measured_bytes: the peak by the allocator.
-        process_bytes: the peak that the system gave, above the process before the model was loaded: resident memory on
-            a CPU, what the allocator reserved on a GPU.
-        outline: (milliseconds, bytes) through the step, the highest of each stretch.
+        predicted_bytes: the simulated peak, as `dpoeng plan` prints it.
+        by_kind: its parts.
+        measured_bytes: the allocator's peak.
+        process_bytes: the process's peak, above its memory before the model was loaded: resident memory on
+            a CPU, memory reserved by the allocator on a GPU.
+        outline: (milliseconds, bytes) over the step, the maximum of each interval.
     """
 
     case: str
@@ -103,7 +103,7 @@ def bench_memory(settings: MemorySettings, progress: Progress = QUIET) -> dict[s
     """Measures all cases and returns the record.
 
     Raises:
-        UserError: the model or the pairs cannot be used.
+        UserError: the model or the pairs are not usable.
     """
     device = pick_device(settings.device)
     record = stamp("memory", device, named_settings(settings))
@@ -158,17 +158,17 @@ def measure_cases(
     before: int = 0,
     progress: Progress = QUIET,
 ) -> list[CaseMemory]:
-    """Every case on one batch; the one of plain PyTorch is left out where its prediction is of another placement.
+    """Measures every case on one batch; plain PyTorch's is left out if its prediction assumes another placement.
 
     Args:
-        lm: freshly loaded, its layout chosen; it has a LoRA afterwards.
+        lm: the newly loaded model, its layout chosen; it has a LoRA afterwards.
         load: loads the same model once more.
         pairs: the batch.
-        setup: what is simulated; its config and layout are what is measured.
-        before: bytes that the process held before `lm` was loaded, see `held_bytes`.
-        progress: told after each case.
+        setup: the simulated setup; the measurement uses its config and layout.
+        before: bytes of the process before `lm` was loaded, see `held_bytes`.
+        progress: advanced after each case.
     """
-    # Plain PyTorch is predicted with its embedding on the device; where dpoeng keeps it on the host, they differ.
+    # Plain PyTorch is predicted with its embedding on the device; if dpoeng keeps it on the host, they differ.
     placed_alike = lm.device.type != "cuda" or not embedding_on_host(lm.base, lm.quantization)
     lengths = [Pair(len(ids.prompt_ids), len(ids.chosen_ids), len(ids.rejected_ids)) for ids in pairs]
     with progress.task("memory", 5 if placed_alike else 4, "cases") as advance:
@@ -179,7 +179,7 @@ def measure_cases(
         cases.add(PHASE_ONE, lambda: score_pairs(lm, pairs), tensor_bytes(lm), forward)
         with training_run(lm, rows, setup.config) as run:
             step = _counted_step(run)
-            step()  # makes the optimizer's moments, and what libraries keep from their first call
+            step()  # allocates the optimizer's moments, and whatever libraries keep from their first call
             cached = step_memory(setup, lengths).peak
             cases.add(CACHED, step, tensor_bytes(lm, run.optimizer), cached)
             _measure_adapter_off(cases, run, step, pairs, forward_memory(setup, lengths, policy=True).peak, cached)
@@ -189,7 +189,7 @@ def measure_cases(
 
 @dataclass(frozen=True, slots=True)
 class _Cases:
-    """Measures one case after the other. `before`: bytes that the process held before any model was loaded."""
+    """Measures one case after the other. `before`: bytes of the process before any model was loaded."""
 
     device: torch.device
     before: int
@@ -197,7 +197,7 @@ class _Cases:
     measured: list[CaseMemory] = field(default_factory=list)
 
     def add(self, case: str, work: Callable[[], object], held: int, predicted: Peak) -> None:
-        """Runs `work` twice, for its tensors and for the process; `held`: bytes of tensors that are there before it."""
+        """Runs `work` twice, for its tensors and for the process; `held`: bytes of tensors that exist before it."""
         tensors, outline = _tensor_peak(work, self.device, held, self.before)
         process = _process_peak(work, self.device, self.before)
         by_kind = dict(predicted.by_kind)
@@ -238,7 +238,7 @@ def _measure_second_model(
     *,
     whole_logits: bool,
 ) -> None:
-    """A step that first runs a second model; with `whole_logits`, also all of it as plain PyTorch and peft have it."""
+    """A step that first runs a second model; with `whole_logits`, all of it in plain PyTorch and peft."""
     lm = run.lm
     set_mode(reference, training=False)
     use_layout(reference, lm.layout)
@@ -268,7 +268,7 @@ def _measure_second_model(
 def training_run(
     lm: CausalLM, rows: Sequence[ScoredPair], config: TrainConfig, *, group: Group = ALONE
 ) -> Iterator[Run]:
-    """Phase two, ready for its first step, over one batch that comes again and again; `lm` is made trainable here."""
+    """Phase two, ready for its first step, on one batch that repeats; makes `lm` trainable."""
     make_trainable(lm, config, "new" if config.use_peft else "full")
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(lm, inputs_on_host=config.activation_offloading)

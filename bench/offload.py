@@ -1,7 +1,7 @@
-"""Both phases over a model that is larger than the memory it may take: random weights in a known shape, layer by layer.
+"""Runs both phases layer by layer over a model that is larger than its memory limit: random weights of a known shape.
 
-The commands' own code runs: `precompute-ref` and `train` with `layer_offloading: on`. Anonymous memory is what the
-system cannot take back: tensors, caches, the libraries' own. Pages of the mapped files are not among it.
+It calls the commands' own code: `precompute-ref` and `train` with `layer_offloading: on`. Anonymous memory is memory
+that the system cannot reclaim: tensors, caches, libraries. Pages of the mapped files do not count.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ _POOL = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class OffloadSettings:
-    """What is measured.
+    """Settings of the measurement.
 
     Attributes:
         model: a folder with config.json, or a known name: the shape.
-        layers: only so many of its layers.
-        dtype: of the files and of the computation.
-        quantization: how a layer is held once it has been read.
-        pairs: in all, and in a step.
-        batch_size: pairs in a forward.
-        tokens: of a prompt, and of each response.
-        steps: of the optimizer.
-        folder: where the files are made; removed again.
+        layers: only this many of its layers.
+        dtype: dtype of the files and of the computation.
+        quantization: precision of a layer in memory.
+        pairs: total number of pairs, which is also a step's.
+        batch_size: pairs per forward.
+        tokens: tokens of a prompt and of each response.
+        steps: optimizer steps.
+        folder: where the model's files are written; they are removed at the end.
     """
 
     model: str = "Qwen/Qwen2.5-14B"
@@ -65,7 +65,7 @@ def bench_offload(settings: OffloadSettings, progress: Progress = QUIET) -> dict
     """Writes the model, runs both phases over it, and returns the record.
 
     Raises:
-        UserError: the shape is not known, or the disk has no room for the files.
+        UserError: the shape is unknown, or the disk has no room for the files.
     """
     record = stamp("offload", torch.device("cpu"), {**named_settings(settings), "folder": None})
     with tempfile.TemporaryDirectory(prefix="dpoeng-offload-", dir=settings.folder) as scratch:
@@ -119,7 +119,7 @@ def _phase_two(settings: OffloadSettings, folder: Path, progress: Progress) -> d
 
 @contextmanager
 def anonymous_memory() -> Iterator[dict[str, float]]:
-    """Seconds, CPU seconds and the highest anonymous resident memory of a block, put into the mapping at its end."""
+    """Seconds, CPU seconds and highest anonymous memory of a block, written into the mapping at its end."""
     found: dict[str, float] = {}
     done = threading.Event()
     highest = anonymous_bytes()
@@ -145,17 +145,17 @@ def anonymous_memory() -> Iterator[dict[str, float]]:
 
 
 def anonymous_bytes() -> int:
-    """Resident memory of this process that is no page of a file."""
+    """Resident memory of this process that does not belong to a file."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     line = next(line for line in status.splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
 
 
-# --------------------------------------------------------------------------- what they run over
+# --------------------------------------------------------------------------- model and pairs
 
 
 def save_random_model(settings: OffloadSettings, folder: Path, progress: Progress = QUIET) -> tuple[int, int]:
-    """Writes a checkpoint with a file for each layer, in the memory of one.
+    """Writes a checkpoint with one file per layer, using the memory of one.
 
     Returns:
         bytes of all files, and of the layers' tensors.
@@ -194,7 +194,7 @@ def save_random_model(settings: OffloadSettings, folder: Path, progress: Progres
 
 
 def _drawer(dtype: torch.dtype) -> Callable[[str, torch.Size], torch.Tensor]:
-    """What makes a tensor: norms of 1, and parts of one pool of random numbers, each from another place in it."""
+    """Returns a function that makes tensors: norms of 1, and parts of one pool of random numbers."""
     random = torch.Generator().manual_seed(0)
     pool = torch.randn(_POOL, generator=random).mul_(0.02).to(dtype)
 
@@ -213,7 +213,7 @@ def _refuse_small_disk(folder: Path, wanted: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < 1.1 * wanted:
         raise UserError(
-            "the disk has no room for the files of such a model",
+            "the disk has no room for this model's files",
             code="bench-disk-small",
             where=str(folder),
             expected=f"{1.1 * wanted / GIB:.1f} GiB",
@@ -224,7 +224,7 @@ def _refuse_small_disk(folder: Path, wanted: int) -> None:
 
 
 def _save_tokenizer(folder: Path) -> None:
-    """A byte is a token: enough for made-up texts."""
+    """Writes a tokenizer with one token per byte: enough for made-up texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -238,7 +238,7 @@ def _save_tokenizer(folder: Path) -> None:
 
 
 def _write_pairs(file: Path, settings: OffloadSettings) -> None:
-    """Distinct texts of so many bytes, and so of so many tokens."""
+    """Writes distinct texts with a given number of bytes, which is also that of tokens."""
 
     def text(word: str, number: int) -> str:
         return (f"{word} {number:03} " * settings.tokens)[: settings.tokens]

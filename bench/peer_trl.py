@@ -1,6 +1,6 @@
-"""TRL's side of `dpoeng bench compare`: its own DPOTrainer, given dpoeng's token ids, order and seed of the LoRA.
+"""TRL's side of `dpoeng bench compare`: its own DPOTrainer, with dpoeng's token ids, order and seed of the LoRA.
 
-Imported only in a process whose Python has TRL.
+Import it only in a process whose Python has TRL.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def run_trl(job: Job) -> Figures:
     view = View.open(job.cache)
     ids = [view[i].ids for i in range(len(view))]
     if any(pair.chosen_start or pair.rejected_start for pair in ids):
-        raise SystemExit("TRL has no response tokens that are not scored; these pairs have")
+        raise SystemExit("these pairs have response tokens that are not scored, which TRL does not support")
     schedule = plan_schedule(len(ids), batch=job.batch_size, epochs=1, max_steps=job.steps, seed=job.seed)
     rows = _rows(ids)
     policy = _load(job)
@@ -67,7 +67,7 @@ def run_trl(job: Job) -> Figures:
 
 
 def _lora(job: Job, policy: Any) -> dict[str, Any]:
-    """peft's arguments; with some layers only, the linear layers by name, as peft asks for."""
+    """peft's arguments; if only some layers get a LoRA, with the linear layers by name, as peft requires."""
     lora = lora_arguments(TrainConfig.model_validate({"lora_r": job.lora_r}))
     if job.train_last_layers is None:
         return lora
@@ -77,9 +77,9 @@ def _lora(job: Job, policy: Any) -> dict[str, Any]:
 
 
 class _Meter(TrainerCallback):  # type: ignore[misc]
-    """Times steps from end to end, the data of a step included, and takes the peak over all of them.
+    """Times steps from end to end, with their data, and records the peak over all of them.
 
-    `base_bytes` are what the process held with the policy loaded and nothing else.
+    `base_bytes`: memory of the process with only the policy loaded.
     """
 
     def __init__(self, job: Job, base_bytes: int) -> None:
@@ -107,14 +107,14 @@ class _Meter(TrainerCallback):  # type: ignore[misc]
 
 
 class _SameIds(DPOTrainer):  # type: ignore[misc]
-    """Takes token ids as they are and in the given order; its reference pass is timed, without the waiting.
+    """Uses token ids unchanged and in the given order; times the reference pass without the waiting.
 
-    The overridden methods are TRL 1.16's own; the losses are compared with dpoeng's, so a renamed one is noticed.
+    The overridden methods are private ones of TRL 1.16; comparing losses with dpoeng's would show a renamed one.
     """
 
     def __init__(self, *, meter: _Meter, order: list[int], **arguments: Any) -> None:
         self._meter, self._order = meter, order
-        self._scoring: Stopwatch | None = None  # set within the pass over all pairs
+        self._scoring: Stopwatch | None = None  # set only during the pass over all pairs
         super().__init__(**arguments)
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
@@ -155,7 +155,7 @@ def _rows(ids: list[PairIds]) -> Dataset:
 
 
 def _load(job: Job) -> Any:
-    """A model as TRL's users load it, quantised with dpoeng's settings."""
+    """Loads a model as users of TRL do, quantised with dpoeng's settings."""
     quantized: dict[str, Any] = {}
     if job.quantization != "none":
         ours = PrecomputeConfig.model_validate({})

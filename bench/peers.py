@@ -1,9 +1,9 @@
-"""One process of `dpoeng bench compare`: one program on one job, measured; prints its figures as the last line.
+"""One process of `dpoeng bench compare`: measures one program on one job and prints its figures as the last line.
 
     python -m dpoeng.bench.peers JOB.json
 
-dpoeng runs through its own two phases. TRL runs through its own DPOTrainer, and is given the token ids, the order and
-the seed of the LoRA, so that both compute the same losses.
+dpoeng runs its two phases. TRL runs its own DPOTrainer with dpoeng's token ids, order and seed of the LoRA, so that
+both compute the same losses.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def run_job(job: Job) -> Figures:
 
 
 class _Meter:
-    """A `Progress` that measures one task of the engine: memory over it, time at each advance, without the waiting."""
+    """A `Progress` that measures one task of the engine: its memory, and each advance's time without the waiting."""
 
     def __init__(self, title: str, job: Job, phase: int, pairs_each: int = 1) -> None:
         self._title = title
@@ -89,7 +89,7 @@ class _Meter:
 def _dpoeng_reference(job: Job) -> Figures:
     from dpoeng.engine.recipes.precompute import precompute_reference
 
-    shutil.rmtree(job.cache, ignore_errors=True)  # what a stopped run left would be reused, not computed
+    shutil.rmtree(job.cache, ignore_errors=True)  # rows of a stopped run would be reused and not computed
     meter = _Meter("reference log-probs", job, REFERENCE)
     summary = precompute_reference(
         PrecomputeConfig.model_validate(
@@ -154,7 +154,7 @@ def _dpoeng_train(job: Job) -> Figures:
         steps=meter.laps[: job.steps],
         losses=[line["loss"] for line in lines],
         grad_norms=[line["grad_norm"] for line in lines],
-        train_peak_bytes=meter.memory.peak_bytes + 4 * summary.trainable,  # the float32 LoRA was there when it began
+        train_peak_bytes=meter.memory.peak_bytes + 4 * summary.trainable,  # the float32 LoRA existed before
         memory_method=meter.memory.method,
         versions=versions(),
     )

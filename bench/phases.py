@@ -1,8 +1,8 @@
-"""Measures both phases in one process: pairs and tokens a second, where the time goes, peak memory above the weights.
+"""Measures both phases in one process: pairs and tokens per second, shares of the time, peak memory above the weights.
 
-Layouts are measured in turn (shared, separate, shared, separate, ...) on the same pairs and batches, after a round that
-is not counted, in which every length is met once. The pieces are those that `dpoeng precompute-ref` and `dpoeng train`
-run; the cache that phase one writes is the one that phase two reads.
+Layouts are measured in turn (shared, separate, shared, separate, ...) on the same pairs and batches, after an uncounted
+round with every length. The code is that of `dpoeng precompute-ref` and `dpoeng train`; phase two reads the cache that
+phase one wrote.
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ from dpoeng.engine.training.rows import Rows
 
 @dataclass(frozen=True, slots=True)
 class PhaseSettings:
-    """Settings. `model` None is the embedded one; without `pairs`, synthetic pairs of real lengths.
+    """Settings. `model` None is the built-in one; without `pairs`, synthetic pairs of real lengths.
 
     Attributes:
-        batch_size: pairs in one step of phase two; phase one packs up to its own default number of tokens.
+        batch_size: pairs per step of phase two; phase one packs its default number of tokens.
         steps: steps of phase two in one repeat; phase one scores the pairs of all these steps.
         repeats: counted rounds.
-        layers: of the embedded model.
-        width: of the embedded model: its hidden size.
+        layers: layers of the built-in model.
+        width: hidden size of the built-in model.
     """
 
     model: str | None = None
@@ -99,23 +99,23 @@ class PhaseResult:
     Attributes:
         wall_s: each repeat's seconds.
         cpu_s: each repeat's CPU seconds.
-        pairs_per_s: by the clock.
-        unique_tokens_per_s: tokens with each prompt counted once, by the clock: the useful work.
-        padded_equivalent_per_s: positions that padded, separate rows of the same batches would have had, by the clock.
-        split: part -> median seconds a repeat.
-        peaks_bytes: each repeat's highest above the loaded weights (phase two: weights and adapter).
-        peak_bytes: the highest of these.
+        pairs_per_s: pairs per second.
+        unique_tokens_per_s: tokens per second, each prompt counted once: the useful work.
+        padded_equivalent_per_s: positions per second that padded, separate rows of the same batches would have.
+        split: part -> median seconds per repeat.
+        peaks_bytes: each repeat's peak above the loaded weights (phase two: weights and adapter).
+        peak_bytes: the maximum of these.
         flops: useful FLOP/s: each prompt counted once, frozen weights without a gradient, no padding.
-        gemm_flops: FLOP/s of this machine's matrix product on the model's own layers, beside each repeat: the mean of
-            right before and right after, since a machine that others use is not always as fast.
-        of_gemm: median over the repeats of useful FLOP/s over that.
+        gemm_flops: FLOP/s of this machine's matrix product on the model's layer shapes: the mean of
+            right before and right after each repeat, because the speed of a shared machine changes.
+        of_gemm: median over the repeats of useful FLOP/s over `gemm_flops`.
         of_card: `flops` over the card's data sheet; None on a CPU or an unknown card.
-        weight_bytes_per_s: bytes of the base that cannot but be read, once a forward and once a backward (twice where
-            layers are recomputed), over seconds.
-        of_copy: that over what a large copy reaches here.
-        of_card_memory: that over the card's data sheet, as `of_card`.
-        joules_a_pair: energy of the card, median over the repeats; None where it does not tell.
-        pool: of a GPU: most that torch's pool had reserved, and allocations that needed a second try.
+        weight_bytes_per_s: bytes of the base that must be read, once per forward and once per backward (twice if
+            layers are recomputed), per second.
+        of_copy: `weight_bytes_per_s` over the rate of a large copy here.
+        of_card_memory: `weight_bytes_per_s` over the card's data sheet, as `of_card`.
+        joules_a_pair: energy of the card, median over the repeats; None if the card does not report it.
+        pool: on a GPU: the maximum that torch's pool reserved, and the number of retried allocations.
     """
 
     phase: str
@@ -156,13 +156,13 @@ def bench_phases(settings: PhaseSettings, progress: Progress = QUIET, trace: Pat
     """Measures both phases and returns the record.
 
     Args:
-        settings: what is measured.
-        progress: told after each round.
-        trace: after the counted rounds another one of each phase is run under torch.profiler and written beside this
-            name, with the phase's behind it, as Chrome and Perfetto read it.
+        settings: the settings of the measurement.
+        progress: advanced after each round.
+        trace: after the counted rounds one more of each phase runs under torch.profiler, and is written next to this
+            name, with the phase appended, for Chrome and Perfetto.
 
     Raises:
-        UserError: the model or the pairs cannot be used.
+        UserError: the model or the pairs are not usable.
     """
     for phase in ("reference", "training"):
         if trace is not None:
@@ -208,15 +208,15 @@ def measure_phases(
     progress: Progress = QUIET,
     trace: Path | None = None,
 ) -> list[PhaseResult]:
-    """Phase one, then phase two, each in every layout that the model can have.
+    """Measures phase one, then phase two, each in every layout that the model supports.
 
     Args:
-        lm: freshly loaded; it has a LoRA afterwards.
-        pairs: what is scored and trained on, in this order.
-        folder: for caches; they stay there.
+        lm: the newly loaded model; it has a LoRA afterwards.
+        pairs: the pairs to score and train on, in this order.
+        folder: folder for caches, which are kept.
         settings: batch size, steps, repeats, rank.
-        limits: of the machine.
-        progress: told after each round.
+        limits: the machine's limits.
+        progress: advanced after each round.
         trace: see `bench_phases`.
     """
     set_mode(lm, training=False)
@@ -245,7 +245,7 @@ def measure_phases(
     optimizer = build_optimizer(config, lm.trainable_parameters())
     rows = Rows(View.open(folder / "cache0", VIEW), range(len(pairs)))
     trained = sum(parameter.numel() for _, parameter in lm.trainable_parameters())
-    passes = 3 if lm.device.type == "cuda" else 2  # there layers are recomputed
+    passes = 3 if lm.device.type == "cuda" else 2  # on a GPU layers are recomputed
     results += rounds.measure(
         "training",
         lambda: training_pass(lm, rows, optimizer, config),
@@ -258,7 +258,7 @@ def measure_phases(
 
 @dataclass(frozen=True, slots=True)
 class _Rounds:
-    """Measure a phase in every layout in turn, so that other load on the machine affects all of them alike."""
+    """Measures a phase in every layout in turn, so that other load on the machine affects all of them alike."""
 
     lm: CausalLM
     pairs: Sequence[PairIds]
@@ -271,13 +271,13 @@ class _Rounds:
     def measure(
         self, phase: str, work: Callable[[], TimeSplit], *, flop: float, weight_bytes: int
     ) -> list[PhaseResult]:
-        """Runs `work` in one round that is not counted and in all that are.
+        """Runs `work` in one uncounted round and in all counted ones.
 
         Args:
             phase: its name.
-            work: all pairs once.
+            work: processes all pairs once.
             flop: FLOP that its result needs, see `forward_flop`.
-            weight_bytes: bytes of weights that it cannot but read.
+            weight_bytes: bytes of weights that it must read.
         """
         lm, settings = self.lm, self.settings
         unique, padded = unique_tokens(self.pairs), _padded(self.pairs, settings.batch_size)
@@ -294,7 +294,7 @@ class _Rounds:
                     use_layout(lm, layout)
                     with PeakMemory(lm.device, base) as memory, EnergyMeter(lm.device) as energy:
                         split = work()
-                        split.total()  # waits for a GPU, whose energy would be missed else
+                        split.total()  # waits for a GPU, or its energy would be missing
                     before, gemm = gemm, self.limits.gemm_flops()
                     if number > 0:
                         splits[layout].append(split)
@@ -313,7 +313,7 @@ class _Rounds:
 
 
 def reference_pass(lm: CausalLM, pairs: Sequence[PairIds], cache: Path, spec: ReferenceSpec) -> TimeSplit:
-    """Phase one over `pairs` into a new cache: longest first, as many tokens a forward as phase one takes."""
+    """Phase one over `pairs` into a new cache: longest first, with phase one's number of tokens per forward."""
     split = TimeSplit(lm.device)
     with split.part("data"):
         store = Store.open(cache, create=True)
@@ -331,7 +331,7 @@ def reference_pass(lm: CausalLM, pairs: Sequence[PairIds], cache: Path, spec: Re
 
 
 def reference_batches(lm: CausalLM, pairs: Sequence[PairIds]) -> tuple[Sequence[PairIds], list[Sequence[int]]]:
-    """The pairs in phase one's order, and which of them each forward takes."""
+    """The pairs in phase one's order, and which of them form each forward."""
     distinct = {pair_key(pair): pair for pair in pairs}
     (order,) = plan_shards(
         list(distinct.values()), as_keys(list(distinct)), sum(pair.total_tokens for pair in distinct.values())
@@ -341,7 +341,7 @@ def reference_batches(lm: CausalLM, pairs: Sequence[PairIds]) -> tuple[Sequence[
 
 
 def trace_file(trace: Path, phase: str) -> Path:
-    """Return the path of a phase's trace."""
+    """Returns the path of a phase's trace."""
     return trace.with_stem(f"{trace.stem}-{phase}")
 
 
@@ -354,7 +354,7 @@ TRACE = Kind("the trace", _is_trace, forced=False)
 
 
 def write_trace(path: Path, device: torch.device, work: Callable[[], object]) -> None:
-    """Runs some work under torch.profiler and writes what it saw, for chrome://tracing or ui.perfetto.dev."""
+    """Runs `work` under torch.profiler and writes the trace, for chrome://tracing or ui.perfetto.dev."""
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=kinds) as found:
         work()
@@ -364,7 +364,7 @@ def write_trace(path: Path, device: torch.device, work: Callable[[], object]) ->
 
 
 def training_pass(lm: CausalLM, rows: Rows, optimizer: torch.optim.Optimizer, config: TrainConfig) -> TimeSplit:
-    """Phase two over `rows`, a step a batch."""
+    """Phase two over `rows`, one step per batch."""
     split = TimeSplit(lm.device)
     parameters = [parameter for _, parameter in lm.trainable_parameters()]
     size = config.per_device_train_batch_size
@@ -385,7 +385,7 @@ def training_pass(lm: CausalLM, rows: Rows, optimizer: torch.optim.Optimizer, co
 
 @contextlib.contextmanager
 def _forward_apart(lm: CausalLM, split: TimeSplit) -> Iterator[None]:
-    """Counts the layers below the head as `forward`; what is left of scoring (packing, head, loss) is `head`."""
+    """Counts the layers below the head as `forward` and the rest of scoring (packing, head, loss) as `head`."""
     handles = [
         lm.backbone.register_forward_pre_hook(lambda *_: split.enter("forward")),
         lm.backbone.register_forward_hook(lambda *_: split.leave()),
@@ -398,7 +398,7 @@ def _forward_apart(lm: CausalLM, split: TimeSplit) -> Iterator[None]:
 
 
 def linear_shapes(lm: CausalLM) -> list[tuple[int, int]]:
-    """(in, out) of every frozen linear layer below the head; adapters are not among them."""
+    """(in, out) of every frozen linear layer below the head; without adapters."""
     return [
         (module.in_features, module.out_features)
         for name, module in lm.base.named_modules()
@@ -407,7 +407,7 @@ def linear_shapes(lm: CausalLM) -> list[tuple[int, int]]:
 
 
 def read_bytes(lm: CausalLM) -> int:
-    """Bytes of the base that every forward has to read: all but an input embedding that is not the head too."""
+    """Bytes of the base that every forward must read: all but an input embedding that is not also the head."""
     tensors = [*lm.base.parameters(), *quantized_tensors(lm.base)]
     held = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}
     embedding: Any = lm.base.get_input_embeddings().weight
@@ -419,10 +419,10 @@ def read_bytes(lm: CausalLM) -> int:
 def forward_flop(
     lm: CausalLM, pairs: Sequence[PairIds], layers: Sequence[tuple[int, int]], *, trained: int
 ) -> tuple[float, float]:
-    """FLOP of forward and backward that the result needs: every prompt once, no padding, no visible pair twice.
+    """FLOP of forward and backward that the result needs: every prompt once, no padding, no attention pair twice.
 
-    A frozen layer costs 2 FLOP a weight and token forward and 2 backward (no gradient of the weight); a trained one 4
-    backward; attention 4 a visible pair and channel forward and 8 backward; the head 2 a weight and scored token in
+    A frozen layer costs 2 FLOP per weight and token forward and 2 backward (no gradient of the weight); a trained one 4
+    backward; attention 4 per visible pair and channel forward and 8 backward; the head 2 per weight and scored token in
     each direction.
     """
     config = lm.base.config.get_text_config()

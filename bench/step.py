@@ -1,12 +1,12 @@
 """Counts the kernel launches, bytes and FLOPs of a training step on a GPU, by part, without one.
 
-The step is the real one: model, adapters, checkpointing and loss, run on the meta device with a GPU's kernels. Each
-operation that reaches the device is a launch; its bytes are those of the tensors it reads and writes, each once, and
-its FLOPs those of its matrix products. Caches are not modelled, so bytes are what would move without any.
+It runs the real step (model, adapters, checkpointing and loss) on the meta device with a GPU's kernels. Each
+operation that would reach the device is a launch; its bytes are those of the tensors it reads and writes, each once;
+its FLOPs are those of its matrix products. Caches are not modelled, so the bytes are those without any cache.
 
-One layer is the difference between a model with three layers and one with two; what the last one leaves out, since no
-token is scored there, is taken off what lies outside. The optimizer is torch's fused AdamW.
-A time is an estimate from these counts and a card's data sheet, never a measurement.
+One layer is the difference between a model with three layers and one with two. The last layer computes less, because
+most of its positions are not scored; that is subtracted from `outside`. The optimizer is torch's fused AdamW.
+Times are estimates from these counts and a card's data sheet, never measurements.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ATTENTION_PRODUCTS, MLP_PRODUCTS, WIDENING, LORA, ATTENTION = (
 NORMS, ROTARY, GATES, REST, HEAD, OPTIMIZER = "norms", "rotary", "gates", "residuals, copies", "head", "optimizer"
 _FUSED = {"rms_norm": NORMS, "rms_norm_backward": NORMS, "rotary": ROTARY, "gated": GATES, "gated_backward": GATES}
 
-# What programs reach of a data sheet's rates: products of these sizes, copies. A launch's time on the host, with
+# The share of a data sheet's rates that is reached: products of these sizes, copies. A launch's time on the host, with
 # Python around it.
 _OF_FLOPS, _OF_BANDWIDTH, _LAUNCH_S = 0.75, 0.8, 6e-6
 
@@ -75,7 +75,7 @@ class Counts:
     flop: Counter[str] = field(default_factory=Counter)
 
     def less(self, other: Counts) -> Counts:
-        """Return this minus `other`."""
+        """Returns this minus `other`."""
         found = Counts()
         for name in ("launches", "n_bytes", "flop"):
             mine, theirs = getattr(self, name), getattr(other, name)
@@ -87,8 +87,8 @@ class Counts:
 class StepCounts:
     """Counts of a decoder layer (forward, recomputation, backward) and of everything outside the layers.
 
-    The first layer forms no gradient of its input, and the last one computes scored positions only: what they do less
-    than the others is taken off `outside`.
+    The first layer computes no gradient of its input, and the last one only scored positions: what they save compared
+    with the others is subtracted from `outside`.
     """
 
     layer: Counts
@@ -98,7 +98,7 @@ class StepCounts:
     tokens: int
 
     def record(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The counts for JSON."""
         told: dict[str, Any] = {"layers": self.layers, "tokens": self.tokens}
         for place, counts in (("layer", self.layer), ("outside", self.outside), ("optimizer", self.optimizer)):
             for name in ("launches", "n_bytes", "flop"):
@@ -106,9 +106,9 @@ class StepCounts:
         return told
 
     def seconds(self, gpu: Gpu) -> float | None:
-        """An estimate for a card: of each part what its bytes or its FLOPs take, or the launches if these take longer.
+        """Estimates a card's time: for each part the time of its bytes or FLOPs, or of its launches if that is longer.
 
-        None where the card's rates are not known.
+        None if the card's rates are unknown.
         """
         if not gpu.flops or not gpu.bytes_per_s:
             return None
@@ -123,10 +123,10 @@ class StepCounts:
 
 
 def count_step(settings: StepSettings) -> StepCounts:
-    """Count one forward and backward of phase two in bfloat16, with FlashAttention over shared prompts.
+    """Counts one forward and backward of phase two in bfloat16, with FlashAttention over shared prompts.
 
     Raises:
-        UserError: the model is not known.
+        UserError: the model is unknown.
     """
     fields = model_fields(settings.model)
     config = TrainConfig.model_validate(
@@ -141,9 +141,9 @@ def count_step(settings: StepSettings) -> StepCounts:
 
 
 def _count_optimizer(setup: Setup) -> Counts:
-    """torch's fused AdamW: a launch takes 36 tensors and 320 chunks of 65,536 entries at most.
+    """torch's fused AdamW: a launch processes at most 36 tensors and 320 chunks of 65,536 entries.
 
-    Reads weight, gradient and two moments, writes all but the gradient, each in float32.
+    It reads weight, gradient and two moments and writes all but the gradient, each in float32.
     """
     two, three = (
         [parameter.numel() for _, parameter in build(setup.with_layers(depth)).trainable_parameters()]
@@ -159,7 +159,7 @@ def _count_optimizer(setup: Setup) -> Counts:
 
 
 def _count(setup: Setup, pairs: Sequence[Pair]) -> Counts:
-    # Layers are recomputed around what the last one leaves out, as in a run.
+    # As in a run, layers are recomputed but for what the last one leaves out.
     lm = build(replace(setup, config=setup.config.model_copy(update={"gradient_checkpointing": False})))
     lm.attention = "varlen"
     set_mode(lm, training=True)
@@ -179,7 +179,7 @@ class _Counter(TorchDispatchMode):
     def __init__(self, inner: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts = Counts()
-        self.inner = inner  # width of the MLP, which tells its products from attention's
+        self.inner = inner  # width of the MLP, by which its products differ from attention's
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -216,12 +216,13 @@ class _Counter(TorchDispatchMode):
         return _FUSED.get(name, REST)
 
     def _count_head(self, args: tuple[Any, ...]) -> None:
-        """What `unit_gradient.chunked_logps` launches inside: product, pass, product a chunk."""
+        """Counts the launches inside `unit_gradient.chunked_logps`: product, pass and product per chunk."""
         hidden, weight = args[:2]
         n, vocabulary = hidden.shape[0], weight.shape[0]
         chunks = -(-n // chunk_rows(vocabulary))
         self.counts.launches[HEAD] += 3 * chunks
-        # float32 logits written and read twice, 16-bit gradients over them written and read; the weight twice a chunk.
+        # float32 logits written and read twice, 16-bit gradients over them written and read; the weight twice per
+        # chunk.
         self.counts.n_bytes[HEAD] += n * vocabulary * 16 + 2 * chunks * weight.nbytes + 3 * hidden.nbytes
         self.counts.flop[HEAD] += 4 * hidden.numel() * vocabulary
 
@@ -229,15 +230,15 @@ class _Counter(TorchDispatchMode):
 def _moved(
     name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> int:
-    """Bytes read and written: each tensor once, what is broadcast as it lies in memory."""
+    """Bytes read and written: each tensor once, broadcast ones at their size in memory."""
     written = sum(_held(tensor) for tensor in outputs)
     if name in _WRITES_ALONE:
         return written
     read = sum(_held(tensor) for tensor in {id(tensor): tensor for tensor in inputs}.values())
-    if name == "add_low_rank":  # writes its first argument, and reads it only to add to it
+    if name == "add_low_rank":  # it writes its first argument, and reads it only to add to it
         adds = args[-1]
         return written + read + (_held(args[0]) if adds else 0)
-    # Given to be written. One that is a summand too (`addmm` in place) is among the arguments, and so is read.
+    # Only written. One that is also a summand (`addmm` in place) is among the arguments too, so it counts as read.
     target = args[0] if name == "copy_" else kwargs.get("out")
     if isinstance(target, torch.Tensor) and (name == "copy_" or not any(target is given for given in args)):
         read -= _held(target)

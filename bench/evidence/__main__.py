@@ -1,4 +1,4 @@
-"""Runs the stages one after the other, writes each result when it is there, and a page of all at the end."""
+"""Runs the stages one after the other; writes each result when it is done, and a page of all at the end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _RESULTS, _PAGE = "evidence.jsonl", "evidence.md"
 
 
 def run_stage(name: str, device: str, small: bool) -> dict[str, Any]:
-    """A stage in a process of its own: what it saw, or how it ended."""
+    """Runs a stage in a separate process; returns its result, or how it ended."""
     _, limit = STAGES[name]
     command = [sys.executable, "-m", "dpoeng.bench.evidence", "--stage", name, "--device", device]
     began = time.perf_counter()
@@ -39,7 +39,7 @@ def run_stage(name: str, device: str, small: bool) -> dict[str, Any]:
 
 
 def page_of(record: dict[str, Any], results: list[dict[str, Any]]) -> str:
-    """The results as Markdown: a line a stage, then everything that was seen."""
+    """The results as Markdown: one line per stage, then all details."""
     small = ", with tiny sizes: figures mean nothing" if record["settings"]["small"] else ""
     lines = [f"# Evidence from {record['device']}{small}", "", "| stage | as it should be | seconds |", "|---|---|---|"]
     lines += [f"| {r['stage']} | {'yes' if r['ok'] else 'NO'} | {r.get('took_s', '')} |" for r in results]
@@ -57,7 +57,7 @@ def page_of(record: dict[str, Any], results: list[dict[str, Any]]) -> str:
 @click.option("--small", is_flag=True, help="Tiny sizes, to try the script on a CPU.")
 @click.option("--stage", type=click.Choice(sorted(STAGES)), help="One stage in this process, as JSON.")
 def main(output: Path | None, device: str, small: bool, stage: str | None) -> None:
-    """Everything that only a GPU can show, in ten minutes; each result is written when it is there."""
+    """Measures in ten minutes what needs a GPU; writes each result when it is done."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if stage is not None:
@@ -69,7 +69,7 @@ def main(output: Path | None, device: str, small: bool, stage: str | None) -> No
     file, page = output / _RESULTS, output / _PAGE
     for path in (file, page):
         if path.exists():
-            raise click.UsageError(f"{path} is there already: name a new folder")
+            raise click.UsageError(f"{path} already exists: name a new folder")
     record = stamp("gpu-evidence", torch.device(device), {"small": small, "device": device})
     results: list[dict[str, Any]] = []
     with file.open("x", encoding="utf-8") as stream:

@@ -1,4 +1,4 @@
-"""The stages: each takes where and how large, and returns what it saw; `ok` says whether that is as it should be."""
+"""The stages: each gets a `Place` and returns its results; `ok` is whether they are as expected."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a stage runs, and whether with sizes of seconds on a CPU instead of a real model's."""
+    """Where a stage runs, and whether with small sizes that take seconds on a CPU."""
 
     device: torch.device
     small: bool = False
@@ -33,14 +33,14 @@ class Place:
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device, dtype)
 
     def seconds(self, work: Callable[[], object], tries: int = 5) -> float:
-        """The median of some tries after one that is not counted."""
+        """The median of some tries, after an uncounted one."""
         work()
         synchronize(self.device)
         return statistics.median(elapsed_s(self.device, work) for _ in range(tries))
 
 
 def machine(place: Place) -> Result:
-    """Bandwidth of a copy and rate of a bfloat16 product: what all else is compared with."""
+    """Bandwidth of a copy and rate of a bfloat16 product, for comparison with everything else."""
     width, rows = (256, 128) if place.small else (8192, 8192)
     rate = gemm_flops([(width, width)], rows, torch.bfloat16, place.device)
     copied = copy_bytes_per_s(place.device)
@@ -50,7 +50,7 @@ def machine(place: Place) -> Result:
 
 
 def head(place: Place) -> Result:
-    """The log-prob kernels: against float64, twice the same bits, and without whole logits in memory."""
+    """The log-prob kernels: compared with float64, twice the same bits, and without whole logits in memory."""
     from dpoeng.kernels.token_logps import token_logps
 
     shape = Shape(1000, 64, 96) if place.small else Shape(151936, 5120, 4096)
@@ -69,7 +69,7 @@ def head(place: Place) -> Result:
         step["seconds"] = place.seconds(partial(head_step, token_logps, problem, mode), 3)
         eager, eager_grad = head_step(naive, problem, mode)
         eager_error = float((eager[:n].double() - problem.true_logps).abs().max())
-        right = error <= 1.5 * eager_error  # the same rounding where a CPU has units for bfloat16; on a GPU far less
+        right = error <= 1.5 * eager_error  # the same rounding on a CPU with bfloat16 units; on a GPU much less
         if grad is not None and eager_grad is not None:
             largest = problem.true_grad.abs().max()
             step["grad_error"], step["eager_grad_error"] = (
@@ -82,7 +82,7 @@ def head(place: Place) -> Result:
 
 
 def attention(place: Place) -> Result:
-    """FlashAttention over shared prompts against the same in pieces, both against float64, with gradients."""
+    """FlashAttention over shared prompts, the same in pieces, and both against float64, with gradients."""
     from dpoeng.engine.memory.simulate import Pair
     from dpoeng.engine.scoring.attention import AttentionPlan, shared_prompt_attention
     from dpoeng.engine.scoring.layout import pack, pair_group
@@ -114,7 +114,7 @@ def attention(place: Place) -> Result:
 
 
 def rows(place: Place) -> Result:
-    """Whether a row's bits depend on how many rows a product has: cuBLAS chooses its kernel by that."""
+    """Whether a row's bits depend on the number of rows of a product, by which cuBLAS chooses its kernel."""
     width, out, most = (64, 96, 40) if place.small else (5120, 27648, 8192)
     x, weight = place.random(most, width), place.random(out, width, seed=1)
     whole = torch.nn.functional.linear(x, weight)
@@ -127,7 +127,7 @@ def rows(place: Place) -> Result:
 
 
 def layers(place: Place) -> Result:
-    """Each fused kernel against PyTorch's operations in bfloat16: error against float64, and time."""
+    """Compares each fused kernel with PyTorch's operations in bfloat16: error against float64, and time."""
     from dpoeng.engine.models.fused.install import what_disagrees
     from dpoeng.engine.models.lora_product import LoraLinear
     from dpoeng.kernels.fused.gated import gated, plain_gated
@@ -194,7 +194,7 @@ _STEPS: list[_Step] = [
 
 
 def steps(place: Place) -> Result:
-    """Forward and backward of a few layers of random weights: time and launches, beside those counted and estimated."""
+    """Forward and backward of a few layers with random weights: measured time and launches, next to the estimates."""
     from dpoeng.bench.step import StepSettings, count_step
 
     found: Result = {"ok": True}
@@ -217,7 +217,7 @@ def steps(place: Place) -> Result:
 
 
 def _random_model(name: str, folder: Path, place: Place, layers: int = 4) -> Path:
-    """A checkpoint of a known model's shape with so many layers, in bfloat16."""
+    """Writes a bfloat16 checkpoint of a known model's shape with this many layers."""
     from dpoeng.bench.measuring.workload import save_small_model
     from dpoeng.engine.memory.overhead import model_fields
     from dpoeng.engine.models.model_config import auto_class, config_of, with_layers
@@ -270,7 +270,7 @@ def _time_a_step(
 
 
 def offloading(place: Place) -> Result:
-    """Checkpointed inputs in host memory: the same bits, and what it costs."""
+    """Checkpointed inputs in host memory: the same bits, and their cost."""
     from dpoeng.engine.models.offload import HostInputs
 
     width = 64 if place.small else 8192
@@ -290,7 +290,7 @@ def offloading(place: Place) -> Result:
 
 
 def suite(place: Place) -> Result:
-    """The tests that need a GPU: both phases, resume, planned against measured memory."""
+    """The tests that need a GPU: both phases, resume, planned and measured memory."""
     import subprocess
     import sys
 
@@ -313,4 +313,4 @@ STAGES: dict[str, tuple[Callable[[Place], Result], int]] = {
     "offloading": (offloading, 60),
     "suite": (suite, 300),
 }
-"""Name -> (stage, seconds that it may take)."""
+"""Name -> (stage, time limit in seconds)."""
