@@ -12,7 +12,7 @@ import click
 
 from dpoeng.cache.words import counted
 from dpoeng.cli.options import ConfigCommand, config_options, given
-from dpoeng.cli.tables import Marked, json_option, say, say_json, visible
+from dpoeng.cli.tables import Marked, json_option, say, say_json
 from dpoeng.engine.config.fields import SweepConfig, TrainConfig
 from dpoeng.engine.config.files import load_config
 
@@ -140,7 +140,7 @@ def train_on_devices(
                 process.join()
     for process in processes:
         if process.exitcode:
-            click.echo(f"note: the process on {process.name} ended with exit status {process.exitcode}", err=True)
+            say(f"note: the process on {process.name} ended with exit status {process.exitcode}", err=True)
 
 
 def _train_on(device: str, config: SweepConfig, options: dict[str, Any], file: Path | None) -> None:
@@ -165,7 +165,7 @@ class _Lines:
 
     def note(self, text: str) -> None:
         """See `Progress.note`."""
-        click.echo(f"{self._device}: {visible(text)}", err=True)
+        say(f"{self._device}: {text}", err=True)
 
 
 def print_results(plan: SweepPlan, results: Sequence[RunResult]) -> None:
