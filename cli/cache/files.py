@@ -37,9 +37,7 @@ _OF_A_REFERENCE = frozenset(
 @click.argument("file", type=FILE)
 @click.option("--view", help="The view.  [default: the only one]")
 @click.option("--trunk-layer", type=int, help="Write the hidden states that enter this layer instead of log-probs.")
-@click.option(
-    "--for", "trainer", type=click.Choice(OTHER_TRAINERS), help="Write for this trainer, or explain why that is impossible."
-)
+@click.option("--for", "trainer", type=click.Choice(OTHER_TRAINERS), help="Write for this trainer, or explain why not.")
 @click.option("--rows", type=FOLDER, help="--for open-instruct: the folder with its tokenised rows.")
 @force_option
 @json_option

@@ -16,7 +16,7 @@ from dpoeng.engine.models.model import CausalLM
 from dpoeng.engine.models.model_config import chooses_tokens, windows
 from dpoeng.engine.runtime.out_of_memory import is_out_of_memory
 from dpoeng.engine.scoring.attention import use_layout
-from dpoeng.engine.scoring.forks import fork_states, told_of_forks
+from dpoeng.engine.scoring.forks import fork_states, describe_forks
 from dpoeng.engine.scoring.forward import on_device, position_limit, rotary_limit, score_groups
 from dpoeng.engine.scoring.layout import Branch, PromptGroup, pair_group, separate
 from dpoeng.engine.scoring.scored_end import end_at_scored
@@ -196,7 +196,7 @@ def _try_shared(lm: CausalLM, probe: _Probe, attention: Attention) -> str:
     """Sets the first way to share prompts that reproduces the model's own numbers; otherwise returns the reasons."""
     reason, without = "", ""
     for name in ways_to_attend(attention, lm.device.type, lm.dtype):
-        stateful = told_of_forks(len(fork_states(lm.backbone)))
+        stateful = describe_forks(len(fork_states(lm.backbone)))
         use_layout(lm, "shared", f"each prompt runs once for both responses; attention: {name}{without}{stateful}")
         lm.attention = name
         try:

@@ -187,7 +187,7 @@ def fork_states(backbone: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def told_of_forks(layers: int) -> str:
+def describe_forks(layers: int) -> str:
     """Describes the layers with a state and the code that computes them; empty if there are none."""
     if not layers:
         return ""
@@ -198,7 +198,7 @@ def told_of_forks(layers: int) -> str:
         if installed
         else f"in PyTorch, without {', '.join(kernels.values())}"
     )
-    return f"; {counted(layers, 'layer')} pass their state from prompt to response, {code}"
+    return f"; state passes from prompt to response in {counted(layers, 'layer')}, {code}"
 
 
 def _keeps_state(kind: type[nn.Module]) -> bool:

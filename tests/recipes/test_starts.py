@@ -128,6 +128,6 @@ def test_what_cannot_be_saved_is_found_before_the_first_step(
 def test_texts_beyond_the_table_of_positions_are_refused(opt: Path, tmp_path: Path) -> None:
     rows = [{"prompt": "Name a colour. " * 20, "chosen": " Red", "rejected": " Seven"}]
     file = write_jsonl(tmp_path / "pairs.jsonl", rows)
-    with pytest.raises(UserError, match="longer than this model") as caught:
+    with pytest.raises(UserError, match="more tokens than this model has positions") as caught:
         precompute_reference(PrecomputeConfig(pairs=(file,), model=str(opt), cache=tmp_path / "cache"))
     assert "--max-length 256" in str(caught.value.remedy)

@@ -34,7 +34,7 @@ def test_a_hybrid_shares_its_prompts_with_equal_numbers_and_gradients(model_type
     lm = hybrid(model_type)
     choose_layout(lm)
     assert lm.layout == "shared", lm.layout_reason
-    assert "hand their state on" in lm.layout_reason
+    assert "state passes from prompt to response" in lm.layout_reason
     groups = some_groups()
     truth = own_logps(lm, groups)
     scored, gradients = {}, {}

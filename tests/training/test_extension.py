@@ -72,7 +72,10 @@ def test_at_a_constant_rate_an_extended_run_is_one_of_that_length(cache: Path, t
     assert finished_run(config(cache, out, max_steps=10)) is None
     summary = train(config(cache, out, max_steps=10), notes)
     assert (summary.resumed_from, summary.steps, summary.already_complete) == (6, 10, False)
-    assert any("from 6 to 10 steps" in note and "equals that of a run of this length" in note for note in notes.said)
+    assert any(
+        "from 6 to 10 steps" in note and "equals that of an uninterrupted run of this length" in note
+        for note in notes.said
+    )
     assert steps_of(out) == steps_of(whole)
     weights = [name for name in tree(whole, "adapter", LAST) if name.endswith(".safetensors")]
     assert len(weights) == 3

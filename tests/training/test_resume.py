@@ -184,7 +184,7 @@ def test_compare_keeps_its_answers_for_the_report(tmp_path: Path, cache: Path, c
     shown = capsys.readouterr()
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert samples == json.loads(shown.out)
-    assert "samples.jsonl holds these answers" in " ".join(shown.err.split())
+    assert "samples.jsonl contains these answers" in " ".join(shown.err.split())
     assert len(samples) == len({sample["prompt"] for sample in samples}) == 3
     assert any(sample["before"] != sample["after"] for sample in samples)
     with pytest.raises(SystemExit) as stop:
