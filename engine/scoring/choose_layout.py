@@ -16,7 +16,7 @@ from dpoeng.engine.models.model import CausalLM
 from dpoeng.engine.models.model_config import chooses_tokens, windows
 from dpoeng.engine.runtime.out_of_memory import is_out_of_memory
 from dpoeng.engine.scoring.attention import use_layout
-from dpoeng.engine.scoring.forks import fork_states, describe_forks
+from dpoeng.engine.scoring.forks import describe_forks, fork_states
 from dpoeng.engine.scoring.forward import on_device, position_limit, rotary_limit, score_groups
 from dpoeng.engine.scoring.layout import Branch, PromptGroup, pair_group, separate
 from dpoeng.engine.scoring.scored_end import end_at_scored
