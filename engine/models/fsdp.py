@@ -10,7 +10,9 @@ Full fine-tuning also shards the layers' gradients and optimizer state: see `fsd
 in float32 at the end of each layer's backward pass. Weights outside the layers (embedding, head, last norm) stay whole
 in every process, with their masters, gradients and moments.
 
-Each process reads only its share of the files (`fsdp_loading`), or all of them if a share is not enough.
+Each process reads only its share of the files (`fsdp_loading`), or all of them if a share is not enough. A base that is
+quantised on the way is read by each process whole, a layer at a time, and each keeps its share of every layer, because
+bitsandbytes quantises whole tensors.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ import torch
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config.fields import Quantization, TrainConfig
 from dpoeng.engine.models.experts.stacks import held_tensors
-from dpoeng.engine.models.fsdp_loading import whole_because
+from dpoeng.engine.models.fsdp_loading import layers_share_weights, whole_because
+from dpoeng.engine.models.lora_fields import start_changes_base
 from dpoeng.engine.models.model import CausalLM, decoder_layers, decoder_of
 from dpoeng.engine.models.quantized import holds_8_bits, int8_scales_of, quantized_layers
 from dpoeng.engine.models.sources import ModelSource, adapter_config
@@ -68,14 +71,16 @@ def loads_whole_because(
     config: TrainConfig, group: Group, quantization: Quantization, source: ModelSource, adapter: ModelSource | None
 ) -> str:
     """Why each process must load the whole base before sharding, in words; empty if a share is enough."""
-    if quantization != "none":
-        return f"bitsandbytes quantises whole tensors to {quantization.removesuffix('bit')} bits"
     adapter_settings = adapter_config(adapter) if adapter is not None else {}
     if config.use_dora or adapter_settings.get("use_dora"):
         return "DoRA needs the norms of whole weights"
     if adapter_settings.get("modules_to_save"):
         return "the SFT adapter has trained whole modules of the base"
-    return whole_because(source, group.size)
+    if quantization == "none":
+        return whole_because(source, group.size)
+    if adapter_settings.get("bias", "none") != "none" or start_changes_base(adapter_settings):
+        return "the SFT adapter changes weights of the base"
+    return "its layers share weights" if layers_share_weights(source) else ""
 
 
 def layer_sharding(group: Group, device: torch.device, *, trained: bool = False) -> Callable[[Any], None]:
@@ -92,7 +97,8 @@ def shard_base(lm: CausalLM, group: Group, device: torch.device, *, trained: boo
     """Leaves this process its share of every decoder layer, on `device`; layers are whole only while they run.
 
     Args:
-        lm: a model on the host, with its adapters, or before `train_all`.
+        lm: a model on the host, with its adapters, or before `train_all`; or one whose layers are still in its files
+            (`in_files`), on `device`.
         group: the processes; each has loaded the same model.
         device: the device for the shares and for everything that stays whole.
         trained: whether the layers' weights will be trained (`train_all`).
@@ -100,27 +106,42 @@ def shard_base(lm: CausalLM, group: Group, device: torch.device, *, trained: boo
     Raises:
         UserError: the base has quantised experts.
     """
-    if held_tensors(lm.base):
-        raise UserError(
-            "quantised experts cannot be sharded over processes",
-            code="fsdp-unavailable",
-            where="--fsdp",
-            expected="a base without stacked experts, or an unquantised one",
-            found=f"a mixture of experts, quantization {lm.quantization}",
-            remedy="leave --fsdp out, so that every process has the whole quantised base; or add --quantization none "
-            "--dtype bfloat16",
-        )
     mesh = _mesh(group, device)
+    _refuse_experts(lm.base, lm.quantization)
+
+    def prepare(number: int, layer: Any) -> None:
+        if lm.in_files is not None:
+            lm.in_files.keep(number)
+            _refuse_experts(layer, lm.quantization)
+        for module in quantized_layers(layer):
+            _as_plain_bytes(module, device)
+
+    inside = {module for layer in decoder_layers(lm.backbone) for module in layer.modules()}
     for module in quantized_layers(lm.model):
-        _as_plain_bytes(module, device)
+        if module not in inside:
+            _as_plain_bytes(module, device)
     # Embedding, head and adapters stay whole: they are used outside the layers' gathers, and small next to the layers.
-    whole = set(lm.model.parameters()) - _divide(lm.backbone, mesh, trained=trained)
+    divided = _divide(lm.backbone, mesh, trained=trained, prepare=prepare)
+    whole, lm.in_files = set(lm.model.parameters()) - divided, None
     for parameter in whole:
         parameter.data = parameter.data.to(device)
     for module in lm.model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
     lm.device, lm.sharded = device, True
+
+
+def _refuse_experts(part: torch.nn.Module, quantization: Quantization) -> None:
+    if held_tensors(part):
+        raise UserError(
+            "quantised experts cannot be sharded over processes",
+            code="fsdp-unavailable",
+            where="--fsdp",
+            expected="a base without stacked experts, or an unquantised one",
+            found=f"a mixture of experts, quantization {quantization}",
+            remedy="leave --fsdp out, so that every process has the whole quantised base; or add --quantization none "
+            "--dtype bfloat16",
+        )
 
 
 def divided_parameters(layer: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -134,10 +155,13 @@ def _mesh(group: Group, device: torch.device) -> Any:
     return init_device_mesh(device.type, (group.size,))
 
 
-def _divide(backbone: Any, mesh: Any, *, trained: bool) -> set[torch.nn.Parameter]:
+def _divide(
+    backbone: Any, mesh: Any, *, trained: bool, prepare: Callable[[int, Any], None] = lambda _number, _layer: None
+) -> set[torch.nn.Parameter]:
     """Shards the decoder's layers without their adapters; returns the sharded parameters.
 
-    `trained` parameters become float32 later, and are gathered in their present dtype.
+    `trained` parameters become float32 later, and are gathered in their present dtype. `prepare` gets each layer ready
+    just before it is sharded, so that only one is whole at a time.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -148,7 +172,8 @@ def _divide(backbone: Any, mesh: Any, *, trained: bool) -> set[torch.nn.Paramete
     layers: list[Any] = [*decoder_layers(backbone)]
     assert layers, "transformers' decoder layers are GradientCheckpointingLayers"
     divided: set[torch.nn.Parameter] = set()
-    for layer in layers:
+    for number, layer in enumerate(layers):
+        prepare(number, layer)
         # A LoRA's gradient is summed once per step over all processes, which needs the same whole matrices everywhere.
         whole = set(layer.parameters()) - set(divided_parameters(layer))
         fully_shard(layer, ignored_params=whole, **settings)

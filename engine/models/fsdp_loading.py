@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dpoeng.engine.models.model import decoder_layers, decoder_of
 from dpoeng.engine.models.model_config import auto_class, without_quantization
 from dpoeng.engine.models.sources import ModelSource
 
@@ -38,6 +39,16 @@ def whole_because(source: ModelSource, processes: int) -> str:
     if any(-(-rows // processes) * (processes - 1) >= rows for rows in stacked):
         return f"{min(stacked)} experts leave one of {processes} processes none"
     return ""
+
+
+def layers_share_weights(source: ModelSource) -> bool:
+    """Whether decoder layers have tensors in common, so that none can be read without the others."""
+    try:
+        _, model = empty_model_of(source)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError):
+        return False  # the load that follows says what is wrong
+    layers = [{id(parameter) for parameter in layer.parameters()} for layer in decoder_layers(decoder_of(model))]
+    return sum(map(len, layers)) > len(set().union(*layers))
 
 
 def empty_model_of(source: ModelSource, kind: Any = None) -> tuple[Any, Any]:

@@ -90,13 +90,15 @@ def load_model(
     tokenizer: bool = True,
     shard: Callable[[Any], None] | None = None,
     by_layer: bool = False,
+    layers_later: bool = False,
     trunk_layer: int | None = None,
 ) -> CausalLM:
     """Loads the base model, frozen, on `device`, which becomes the current one; other functions add adapters.
 
     With `shard` (from `fsdp`) this process reads only its share of the sharded weights; only for checkpoints that allow
-    it: see `whole_because`. With `by_layer` the decoder's layers stay in the files; see `layers`. With `trunk_layer`
-    nothing below that layer is read; see `trunk`.
+    it: see `whole_because`. With `by_layer` the decoder's layers stay in the files; see `layers`. With `layers_later`
+    they are read when the model is sharded (`fsdp.shard_base`). With `trunk_layer` nothing below that layer is read;
+    see `trunk`.
 
     Raises:
         UserError: the files cannot be loaded, or bitsandbytes does not work here.
@@ -108,6 +110,7 @@ def load_model(
     ready = exact_float32_products() if device.type == "cuda" else ()
     remarks: tuple[str, ...] = ()
     files: list[LayerFiles] = []
+    store = None
     if source.gguf:
         if by_layer:
             raise gguf_by_layer(source)
@@ -118,16 +121,18 @@ def load_model(
         if quantization == "stored" and (by_layer or shard is not None):
             raise stored_whole(source.name, "--layer-offloading on" if by_layer else "--fsdp")
         prepare = shard if trunk_layer is None else partial(cut_below, number=trunk_layer)
-        layers = files if by_layer else None
+        layers = files if by_layer or layers_later else None
         base, remarks = _load_safetensors(source, bits, compute, device, prepare, layers, divided=shard is not None)
         store = layer_store(base, files[0], device) if files else None
         if quantization == "none" and shard is None:
             base = base.to(device)
         if stored_quantization(source) is not None:
             compute_in(base, compute)
-    lm = _frozen(base, load_tokenizer(source) if tokenizer else None, device, compute, quantization, by_layer=by_layer)
+    words = load_tokenizer(source) if tokenizer else None
+    lm = _frozen(base, words, device, compute, quantization, by_layer=by_layer or layers_later)
     if by_layer and store is not None:
         lm.by_layer = run_by_layer(lm, store)
+    lm.in_files = store if layers_later else None
     lm.sharded, lm.source, lm.remarks = shard is not None, source, (*ready, *remarks, *lm.remarks)
     lm.entry = entry_of(base)
     return lm

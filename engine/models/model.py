@@ -56,6 +56,7 @@ class CausalLM:
         parts: in full fine-tuning with sharded layers, this process's float32 rows of each weight, as a plain tensor
             that shares its memory; see `engine/models/fsdp_rows`.
         by_layer: how to run its layers one at a time, if their weights are not all in memory; else None.
+        in_files: the layers' weights, if they are not loaded yet: `fsdp.shard_base` reads and shards each.
         entry: for a model that begins at a trunk, the stand-in below its first layer; see `engine/models/trunk`.
         watch: sees the states that enter a layer while a trunk is made; else None.
         states: for a model that begins at a trunk, returns the stored states [tokens, H] of a prompt, or of a
@@ -80,6 +81,7 @@ class CausalLM:
     masters: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict)
     parts: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict)
     by_layer: ByLayer | None = None
+    in_files: Any = None
     entry: Any = None
     watch: Any = None
     states: StatesOf | None = None

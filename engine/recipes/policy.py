@@ -150,6 +150,7 @@ def load_policy(
     if whole:
         progress.note(f"each process loads the whole base into host memory before it is sharded: {whole}")
     in_parts = config.fsdp and not whole
+    layers_later = in_parts and choice.quantization != "none"  # each is quantised whole, and divided at once
     load = kept_base.load if kept_base is not None else load_policy_base
     n_bytes = sum(file.stat().st_size for file in source.weight_files)
     with progress.task("loading the base", n_bytes, "B") as advance:
@@ -158,14 +159,15 @@ def load_policy(
             inputs.reference,
             device,
             on_host=bool(whole),  # no card has the whole base, not even before sharding
-            shard=layer_sharding(group, device, trained=choice.mode == "full") if in_parts else None,
+            shard=layer_sharding(group, device, trained=choice.mode == "full") if in_parts != layers_later else None,
             by_layer=by_layer,
+            layers_later=layers_later,
             trunk_layer=choice.trunk.layer if choice.trunk else None,
         )
         advance(n_bytes, "")
     if choice.trunk is not None:
         lm.states = stored_states(choice.trunk, lm)
-    lm = _make_trainable(lm, config, choice, device, group, divide=bool(whole))
+    lm = _make_trainable(lm, config, choice, device, group, divide=bool(whole) or layers_later)
     if by_layer:
         check_trained(lm)
     for remark in lm.remarks:
@@ -176,7 +178,8 @@ def load_policy(
     if config.checkpoints_on(device.type) and not by_layer:  # by_layer recomputes layers by itself
         _recompute_layers(lm, config, forecast, group, progress)
     set_mode(lm, training=True)
-    loaded = f"whole by each process, then sharded: {whole}" if whole else "in parts" if in_parts else ""
+    parts = "in parts, a layer at a time" if layers_later else "in parts" if in_parts else ""
+    loaded = f"whole by each process, then sharded: {whole}" if whole else parts
     if choice.trunk is not None:
         loaded = _from_trunk_in_words(choice.trunk, by_layer)
     return Policy(lm, source, device, parity, loaded, forecast.peak_bytes if forecast else None, pairs)

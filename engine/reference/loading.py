@@ -41,16 +41,13 @@ class KeptBase:
         device: torch.device,
         *,
         on_host: bool = False,
-        shard: Callable[[Any], None] | None = None,
-        by_layer: bool = False,
         trunk_layer: int | None = None,
+        **how: Any,
     ) -> CausalLM:
         """Like `load_policy_base`, which it calls if necessary."""
-        if config.fsdp or not config.use_peft or by_layer:
+        if config.fsdp or not config.use_peft or how.get("by_layer"):
             self.release()
-            return load_policy_base(
-                config, reference, device, on_host=on_host, shard=shard, by_layer=by_layer, trunk_layer=trunk_layer
-            )
+            return load_policy_base(config, reference, device, on_host=on_host, trunk_layer=trunk_layer, **how)
         named = (config.model, config.quantization, config.dtype, str(device), trunk_layer)
         wanted = (*named, sorted(reference.items()))
         if self._lm is None or self._wanted != wanted:
@@ -90,13 +87,14 @@ def load_policy_base(
     tokenizer: bool = False,
     shard: Callable[[Any], None] | None = None,
     by_layer: bool = False,
+    layers_later: bool = False,
     trunk_layer: int | None = None,
 ) -> CausalLM:
     """The base of the policy: the one in a view's `reference` record, unless config overrides it.
 
     With `on_host` it stays in host memory, in the dtype that it would have on `device`. With `shard` this process reads
-    its share of it, with `by_layer` the layers stay in the files, and with `trunk_layer` nothing below that layer is
-    read; see `load_model`.
+    its share of it, with `by_layer` or `layers_later` the layers stay in the files, and with `trunk_layer` nothing
+    below that layer is read; see `load_model`.
     """
     source = find_model(config.model or reference["model"], revision=reference.get("revision"))
     dtype = resolve_dtype(source, config.dtype or reference["dtype"], device)
@@ -110,6 +108,7 @@ def load_policy_base(
         tokenizer=False,
         shard=shard,
         by_layer=by_layer,
+        layers_later=layers_later,
         trunk_layer=trunk_layer,
     )
     limit_waiting(lm, config)

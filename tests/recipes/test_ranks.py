@@ -28,6 +28,7 @@ from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
 from dpoeng.engine.memory.simulate import Pair, Setup, trace_step
 from dpoeng.engine.models.fsdp import layer_sharding, loads_whole_because
 from dpoeng.engine.models.fsdp_loading import whole_because
+from dpoeng.engine.models.layers.store import LayerStore
 from dpoeng.engine.models.loading import load_model
 from dpoeng.engine.models.model import decoder_layers
 from dpoeng.engine.models.quantized import holds_8_bits, quantized_layers
@@ -309,24 +310,41 @@ def test_what_cannot_be_read_in_parts_is_said(tmp_path: Path, sft_adapter: Path)
 
     sft = find_adapter(str(sft_adapter))
     assert (why(), why(adapter=sft)) == ("", "")
-    assert "4 bits" in why("4bit")
-    assert "8 bits" in why("8bit")
-    assert "DoRA" in why(use_dora=True)
+    assert (why("4bit"), why("8bit", adapter=sft)) == ("", "")  # a layer at a time
+    assert "DoRA" in why("4bit", use_dora=True)
+    (tmp_path / "adapter").mkdir()
+    fields = json.loads((sft_adapter / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**fields, "bias": "lora_only"}))
+    with_bias = ModelSource("adapter", tmp_path / "adapter", ())
+    assert why(adapter=with_bias) == ""
+    assert "changes weights of the base" in why("8bit", with_bias)
 
 
 def held_by_the_last() -> None:
-    """Leaves in `held.json` how many bytes of the base's frozen layers this process has, whole and divided."""
-    real = policy_module.shard_base
+    """Leaves in `held.json` what this process has of the base's frozen layers in bytes, as each of them is read.
+
+    Before each is read, and after; and when all are divided.
+    """
+    real, keep = policy_module.shard_base, LayerStore.keep
 
     def shard(lm: Any, *arguments: Any) -> None:
-        def layers() -> int:
+        def layers() -> list[Any]:
             named = [(name, p) for layer in decoder_layers(lm.backbone) for name, p in layer.named_parameters()]
-            held = [getattr(p, "_local_tensor", p).nbytes for name, p in named if ".lora_" not in name]
-            return sum(held)
+            return [getattr(p, "_local_tensor", p) for name, p in named if ".lora_" not in name]
 
-        whole = layers()
+        def held() -> int:
+            storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in layers()}
+            return sum(storages.values())
+
+        def seen(self: LayerStore, number: int) -> None:
+            found.append(held())
+            keep(self, number)
+            found.append(held())
+
+        found: list[int] = []
+        LayerStore.keep = seen  # type: ignore[method-assign]
         real(lm, *arguments)
-        Path("held.json").write_text(json.dumps([whole, layers()]))
+        Path("held.json").write_text(json.dumps([*found, held()]))
 
     policy_module.shard_base = shard  # type: ignore[attr-defined]
 
@@ -358,9 +376,14 @@ def test_fsdp_divides_a_quantised_base(
         assert ours.pop("adapter/README.md") != theirs.pop("adapter/README.md")
     assert ours == theirs
     assert (out / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
-    before, after = json.loads((tmp_path / "held.json").read_text())
+    nothing, first, one_divided, second, after = json.loads((tmp_path / "held.json").read_text())
+    # Each process reads a layer, quantises it and keeps its share before it reads the next one.
+    assert nothing < 0.02 * first
     # Three processes share 32 rows as 11, 11 and 10; this is the last one.
-    assert after == pytest.approx(before / size, rel=0.02 if size == 2 else 0.1)
+    share: Any = {"rel": 0.02 if size == 2 else 0.1}
+    assert one_divided == pytest.approx(first / size, **share)
+    assert second == pytest.approx(first + one_divided, rel=0.03)
+    assert after == pytest.approx(2 * first / size, **share)
 
 
 def measured_by_the_last() -> None:

@@ -56,6 +56,10 @@ class LayerStore:
             self._place(self._here, self._empty[self._here])
         self._here = None
 
+    def keep(self, number: int) -> None:
+        """Brings a layer's weights into place, to stay there."""
+        self._place(number, self.files.read(number))
+
     @contextmanager
     def standing_in(self) -> Iterator[None]:
         """Within the block, each layer has the weights of the first layer with its shapes: full depth in little memory.
