@@ -121,9 +121,14 @@ def choose_policy(config: TrainConfig, inputs: Inputs, group: Group, note: Calla
 
 
 def load_policy(
-    config: TrainConfig, inputs: Inputs, choice: Choice, group: Group, progress: Progress,
-    kept_base: KeptBase | None, begun_with: int | None = None,
-) -> Policy:  # fmt: skip
+    config: TrainConfig,
+    inputs: Inputs,
+    choice: Choice,
+    group: Group,
+    progress: Progress,
+    kept_base: KeptBase | None,
+    begun_with: int | None = None,
+) -> Policy:
     """Loads the policy, makes it trainable and compares it with the cache.
 
     Args:
@@ -146,12 +151,38 @@ def load_policy(
     held_bytes = kept_base.n_bytes if kept_base is not None else 0
     checked = (config, inputs, choice, source, device, group, held_bytes, begun_with, progress.note)
     by_layer, forecast, pairs = _check_memory(*checked)
+    load = kept_base.load if kept_base is not None else load_policy_base
+    lm, loaded = _load_trainable(config, inputs, choice, group, progress, source, device, load, by_layer)
+    if by_layer:
+        check_trained(lm)
+    for remark in lm.remarks:
+        progress.note(remark)
+    if choice.mode != "full" and group.is_first:
+        check_savable(lm)
+    parity = _compare(lm, config, inputs, choice.mode, progress)
+    if config.checkpoints_on(device.type) and not by_layer:  # by_layer recomputes layers by itself
+        _recompute_layers(lm, config, forecast, group, progress)
+    set_mode(lm, training=True)
+    return Policy(lm, source, device, parity, loaded, forecast.peak_bytes if forecast else None, pairs)
+
+
+def _load_trainable(
+    config: TrainConfig,
+    inputs: Inputs,
+    choice: Choice,
+    group: Group,
+    progress: Progress,
+    source: ModelSource,
+    device: torch.device,
+    load: Callable[..., CausalLM],
+    by_layer: bool,
+) -> tuple[CausalLM, str]:
+    """The policy, made trainable, and how its base was loaded, in words; empty if nothing is special about it."""
     whole = loads_whole_because(config, group, choice.quantization, source, choice.adapter) if config.fsdp else ""
     if whole:
         progress.note(f"each process loads the whole base into host memory before it is sharded: {whole}")
     in_parts = config.fsdp and not whole
     layers_later = in_parts and choice.quantization != "none"  # each is quantised whole, and divided at once
-    load = kept_base.load if kept_base is not None else load_policy_base
     n_bytes = sum(file.stat().st_size for file in source.weight_files)
     with progress.task("loading the base", n_bytes, "B") as advance:
         lm = load(
@@ -165,29 +196,14 @@ def load_policy(
             trunk_layer=choice.trunk.layer if choice.trunk else None,
         )
         advance(n_bytes, "")
+    loaded = f"whole by each process, then sharded: {whole}" if whole else ""
+    if in_parts:
+        loaded = "in parts, a layer at a time" if layers_later else "in parts"
     if choice.trunk is not None:
         lm.states = stored_states(choice.trunk, lm)
-    lm = _make_trainable(lm, config, choice, device, group, divide=bool(whole) or layers_later)
-    if by_layer:
-        check_trained(lm)
-    for remark in lm.remarks:
-        progress.note(remark)
-    if choice.mode != "full" and group.is_first:
-        check_savable(lm)
-    parity = _compare(lm, config, inputs, choice.mode, progress)
-    if config.checkpoints_on(device.type) and not by_layer:  # by_layer recomputes layers by itself
-        _recompute_layers(lm, config, forecast, group, progress)
-    set_mode(lm, training=True)
-    parts = "in parts, a layer at a time" if layers_later else "in parts" if in_parts else ""
-    loaded = f"whole by each process, then sharded: {whole}" if whole else parts
-    if choice.trunk is not None:
-        loaded = _from_trunk_in_words(choice.trunk, by_layer)
-    return Policy(lm, source, device, parity, loaded, forecast.peak_bytes if forecast else None, pairs)
-
-
-def _from_trunk_in_words(trunk: TrunkIndex, by_layer: bool) -> str:
-    loaded = f"from layer {trunk.layer} on; its input is read from the cache"
-    return loaded + "; these layers one at a time" * by_layer
+        loaded = f"from layer {choice.trunk.layer} on; its input is read from the cache"
+        loaded += "; these layers one at a time" if by_layer else ""
+    return _make_trainable(lm, config, choice, device, group, divide=bool(whole) or layers_later), loaded
 
 
 def _recompute_layers(
