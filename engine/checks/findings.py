@@ -90,8 +90,8 @@ KINDS: dict[str, Kind] = {
     "tie": Kind(
         "warning",
         "pairs marked as a tie",
-        "training takes chosen as the better response all the same",
-        "leave them out with --where, e.g. --where \"winner != 'tie'\"",
+        "training still prefers chosen",
+        "leave them out with --where, e.g. --where \"winner != 'tie'\" or --where 'margin > 0'",
     ),
     "mixed-types": Kind(
         "warning",

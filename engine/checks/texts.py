@@ -109,10 +109,13 @@ class TextCheck:
             self._tally.example("one-response-often", where, f"{count:,} times {snippet_text}")
         categories = []
         for column, values in self._categories.items():
-            if values is None or sum(one.count for one in values.values()) < 0.2 * self._pairs:
+            total = sum(one.count for one in (values or {}).values())
+            if values is None or total < 0.2 * self._pairs:
+                continue
+            if len(values) > max(10, total / 2):  # nearly every row has its own value: short texts, not categories
                 continue
             categories += sorted(values.values(), key=lambda one: -one.count)
-            without = self._pairs - sum(one.count for one in values.values())
+            without = self._pairs - total
             if 0 < without <= self._pairs / 2:
                 self._tally.count("no-category", without)
                 self._tally.example("no-category", f"column {column}", counted(without, "pair"))
