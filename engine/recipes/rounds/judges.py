@@ -124,7 +124,7 @@ def find_judge(judge: Any, settings: JudgeSettings, progress: Progress = QUIET) 
         UserError: there is no such judge, or the template lacks a part.
     """
     _check_template(settings.template)
-    own = as_own_loss(judge)
+    own = as_own_loss(str(judge) if isinstance(judge, Path) else judge)
     if isinstance(own, str) and own.startswith(("http://", "https://")):
         return _server(str(own), settings)
     if isinstance(own, str) and ":" not in own:
