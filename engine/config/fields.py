@@ -538,7 +538,10 @@ class TrainConfig(_Config):
     )
     parity_pairs: int = Field(32, ge=1, description="Pairs for comparing policy and cache before step one.")
     parity_tolerance: float | None = Field(
-        None, gt=0, description="Largest allowed mean difference per token, in nats. Default: depends on the precision."
+        None,
+        gt=0,
+        description="Largest allowed mean difference per token, in nats. Default: by the precision, and by this "
+        "machine's noise if that is larger.",
     )
 
     _whole_layer = field_validator("trunk_layer")(whole_layer)

@@ -32,7 +32,13 @@ from dpoeng.engine.recipes.inputs import Inputs
 from dpoeng.engine.recipes.phase_two.mode import resolve_mode
 from dpoeng.engine.reference.limits import check_positions, longest_text
 from dpoeng.engine.reference.loading import KeptBase, load_policy_base
-from dpoeng.engine.reference.parity import ParityReport, compare_with_cache, parity_tolerance, spread
+from dpoeng.engine.reference.parity import (
+    ParityReport,
+    compare_with_cache,
+    parity_tolerance,
+    same_precision,
+    spread,
+)
 from dpoeng.engine.reference.trunk_choice import Wanted, choose_trunk, stored_states
 from dpoeng.engine.runtime.distributed import Group
 from dpoeng.engine.runtime.progress import Progress
@@ -374,16 +380,22 @@ def check_parity(config: TrainConfig, lm: CausalLM, rows: Rows) -> ParityReport:
     """
     reference = rows.view.meta["reference"]
     sample = spread(rows.indices, config.parity_pairs)
-    tolerance = config.parity_tolerance or parity_tolerance(lm, reference["quantization"], reference["dtype"])
+    precision = reference["quantization"], reference["dtype"]
     report = compare_with_cache(
-        lm, rows.view, sample, beta=config.beta, batch_tokens=reference["batch_tokens"], tolerance=tolerance
+        lm,
+        rows.view,
+        sample,
+        beta=config.beta,
+        batch_tokens=reference["batch_tokens"],
+        tolerance=config.parity_tolerance or parity_tolerance(lm, *precision),
+        measures_noise=config.parity_tolerance is None and same_precision(lm, *precision),
     )
     if not report.ok:
         raise UserError(
             "the policy does not match the cached reference",
             code="parity-failed",
             where=f"{counted(report.pairs, 'pair')}, {counted(report.tokens, 'token')}, scored without the new adapter",
-            expected=f"mean difference per token <= {tolerance:g} nats",
+            expected=f"mean difference per token <= {report.tolerance:g} nats{noise_text(report)}",
             found=f"mean {report.mean_diff:.4g}, largest {report.max_diff:.4g} nats; as reward noise "
             f"{report.reward_noise:.3g} at beta {config.beta:g}",
             remedy="train with the model, adapter and precision that the cache names (leave out --model, --adapter, "
@@ -398,4 +410,10 @@ def parity_text(report: ParityReport) -> str:
     return (
         f"policy = cache on {counted(report.pairs, 'pair')}: mean difference {report.mean_diff:.2g}, largest "
         f"{report.max_diff:.2g} nats a token; reward noise {report.reward_noise:.2g}"
+        + (f"; allowed: {report.tolerance:.2g}{noise_text(report)}" if report.noise is not None else "")
     )
+
+
+def noise_text(report: ParityReport) -> str:
+    """The measured noise behind a tolerance; empty if none was measured."""
+    return "" if report.noise is None else f" (each pair alone differs from packed ones by {report.noise:.2g})"

@@ -38,6 +38,7 @@ class ParityReport:
         reward_noise: root mean square of beta times the difference of a pair's margin: the spurious reward margin at
             the start of training.
         tolerance: largest accepted `mean_diff`.
+        noise: mean |difference| between these pairs alone and packed, by the loaded model; None if not measured.
         trunks: from `recompute`, by layer: the same pairs run from the stored hidden states.
     """
 
@@ -47,12 +48,14 @@ class ParityReport:
     max_diff: float
     reward_noise: float
     tolerance: float
+    noise: float | None = None
     trunks: Mapping[int, ParityReport] = field(default_factory=dict)
 
     def record(self) -> dict[str, float]:
         """The report for run.json."""
         names = ("pairs", "mean_diff", "max_diff", "reward_noise", "tolerance")
-        return {name: getattr(self, name) for name in names}
+        noise = {"noise": self.noise} if self.noise is not None else {}
+        return {**{name: getattr(self, name) for name in names}, **noise}
 
     @property
     def ok(self) -> bool:
@@ -80,6 +83,23 @@ def tolerated(quantization: str, dtype: str, reference_quantization: str, refere
     return {"float32": 2e-3, "bfloat16": 6e-2, "float16": 2e-2}[dtype]
 
 
+_TIMES_NOISE, _TIMES_TABLE = 3.0, 2.5
+"""A tolerance follows the measured noise up to these multiples: of the noise, and of the table's value as a ceiling."""
+
+
+def noisy_tolerance(tolerance: float, noise: float) -> float:
+    """The tolerance on a machine whose numbers depend on the batch by `noise`, mean nats per token.
+
+    At least the table's `tolerance`, and at most 2.5 times that, so that no noise lets a wrong model pass.
+    """
+    return min(max(tolerance, _TIMES_NOISE * noise), _TIMES_TABLE * tolerance)
+
+
+def same_precision(lm: CausalLM, reference_quantization: str, reference_dtype: str) -> bool:
+    """Whether model and reference should agree up to noise, with no gap of precision between them."""
+    return (lm.quantization, str(lm.dtype)) == (reference_quantization, f"torch.{reference_dtype}")
+
+
 def spread(rows: Sequence[int], count: int) -> list[int]:
     """At most `count` of these rows, evenly spread."""
     count = min(count, len(rows))
@@ -94,28 +114,19 @@ def compare_with_cache(
     beta: float,
     batch_tokens: int,
     tolerance: float,
+    measures_noise: bool = False,
 ) -> ParityReport:
     """Scores rows of a view with the loaded model and compares them with the cached values.
 
-    If the view has only sums, a response's difference is spread evenly over its tokens.
+    If the view has only sums, a response's difference is spread evenly over its tokens. With `measures_noise` a
+    difference just above the tolerance is set against noise: the same pairs are scored again, each in a forward of its
+    own, and the tolerance becomes `noisy_tolerance`.
     """
     sums = isinstance(view, AnyView) and view.spec.holds_sums
     cached = [view[row] for row in rows]
-    diffs: list[np.ndarray[Any, np.dtype[np.float64]]] = []
-    margins: list[float] = []
-    ids = [pair.ids for pair in cached]
-    batches = [batch for batch, _ in batches_of_pairs(ids, batch_tokens)]
-    scored = score_batches(lm, Batches([(ids, batch) for batch in batches]))
-    for batch, live in zip(batches, scored, strict=True):
-        for i, now in zip(batch, live, strict=True):
-            chosen = now.chosen_logps.astype(np.float64) - cached[i].chosen_logps
-            rejected = now.rejected_logps.astype(np.float64) - cached[i].rejected_logps
-            if sums:
-                chosen, rejected = (np.full(len(side), side.mean()) for side in (chosen, rejected))
-            diffs += [np.abs(chosen), np.abs(rejected)]
-            margins.append(float(chosen.sum() - rejected.sum()))
-    every = np.concatenate(diffs)
-    return ParityReport(
+    live = _scored(lm, cached, batch_tokens)
+    every, margins = _differences(live, cached, sums)
+    report = ParityReport(
         pairs=len(cached),
         tokens=len(every),
         mean_diff=float(every.mean()),
@@ -123,6 +134,33 @@ def compare_with_cache(
         reward_noise=beta * math.sqrt(float(np.mean(np.square(margins)))),
         tolerance=tolerance,
     )
+    if measures_noise and tolerance < report.mean_diff <= _TIMES_TABLE * tolerance:
+        noise = float(_differences(_scored(lm, cached, 1), live, sums)[0].mean())
+        report = replace(report, noise=noise, tolerance=noisy_tolerance(tolerance, noise))
+    return report
+
+
+def _scored(lm: CausalLM, pairs: Sequence[ScoredPair], batch_tokens: int) -> list[ScoredPair]:
+    """The same pairs with the loaded model's values, in forwards of at most so many tokens; a pair at least."""
+    ids = [pair.ids for pair in pairs]
+    batches = [(ids, batch) for batch, _ in batches_of_pairs(ids, batch_tokens)]
+    return [row for batch in score_batches(lm, Batches(batches)) for row in batch]
+
+
+def _differences(
+    live: Sequence[ScoredPair], cached: Sequence[ScoredPair], sums: bool
+) -> tuple[np.ndarray[Any, np.dtype[np.float64]], list[float]]:
+    """Of all tokens |difference|, and of each pair the difference of its margin, in nats."""
+    diffs: list[np.ndarray[Any, np.dtype[np.float64]]] = []
+    margins: list[float] = []
+    for now, before in zip(live, cached, strict=True):
+        chosen = now.chosen_logps.astype(np.float64) - before.chosen_logps
+        rejected = now.rejected_logps.astype(np.float64) - before.rejected_logps
+        if sums:
+            chosen, rejected = (np.full(len(side), side.mean()) for side in (chosen, rejected))
+        diffs += [np.abs(chosen), np.abs(rejected)]
+        margins.append(float(chosen.sum() - rejected.sum()))
+    return np.concatenate(diffs), margins
 
 
 def recompute(
@@ -158,7 +196,13 @@ def recompute(
     )
     rows = spread(range(len(view)), count)
     tolerance = parity_tolerance(lm, reference["quantization"], reference["dtype"])
-    compare = partial(compare_with_cache, beta=0.1, batch_tokens=reference["batch_tokens"], tolerance=tolerance)
+    compare = partial(
+        compare_with_cache,
+        beta=0.1,
+        batch_tokens=reference["batch_tokens"],
+        tolerance=tolerance,
+        measures_noise=same_precision(lm, reference["quantization"], reference["dtype"]),
+    )
     return replace(compare(lm, view, rows), trunks=_from_trunks(lm, view, rows, compare))
 
 
