@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpoeng.cache.reader import View
-from dpoeng.cache.schema import first_of_each, pair_key
+from dpoeng.cache.schema import as_keys, first_of_each, pair_key, whole_keys
 
 Floats = npt.NDArray[np.float64]
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -127,14 +127,14 @@ def reference_stats(view: View, *, notes: int = 10) -> ReferenceStats:
 
 def contradictions(view: View, first: npt.NDArray[np.int64]) -> tuple[tuple[int, int], ...]:
     """(row, row) of pairs among the rows `first` that are equal but for chosen and rejected being swapped."""
-    seen: dict[bytes, int] = {}
-    contradictory = []
-    for row in first.tolist():
-        ids = view[row].ids
-        if (other := seen.get(pair_key(ids.swapped()))) is not None:
-            contradictory.append((other, row))
-        seen[view.key(row)] = row
-    return tuple(contradictory)
+    swapped = as_keys(pair_key(view[row].ids.swapped()) for row in first.tolist())
+    _, earlier, later = np.intersect1d(
+        whole_keys(view.keys()[first]), whole_keys(swapped), assume_unique=True, return_indices=True
+    )
+    both = sorted(
+        (int(first[j]), int(first[i])) for i, j in zip(earlier.tolist(), later.tolist(), strict=True) if i < j
+    )
+    return tuple((other, row) for row, other in both)
 
 
 def _distribution(values: npt.NDArray[Any]) -> Distribution:

@@ -93,16 +93,22 @@ class Files:
 
         `copy_on_write` makes the map writable: changed pages are private to this process and never reach the file.
         """
-        descriptor = self._open(name)
+        descriptor = self.open(name, size)
         try:
-            actual = os.fstat(descriptor).st_size
-            if actual != size:
-                raise damaged(str(self.root / name), f"{size} bytes", f"{actual} bytes")
             if copy_on_write:
                 return mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
             return mmap.mmap(descriptor, size, prot=mmap.PROT_READ)
         finally:
             os.close(descriptor)
+
+    def open(self, name: str, size: int) -> int:
+        """A descriptor of a file of exactly `size` bytes, for reading. Raises as `map`."""
+        descriptor = self._open(name)
+        found = os.fstat(descriptor).st_size
+        if found != size:
+            os.close(descriptor)
+            raise damaged(str(self.root / name), f"{size} bytes", f"{found} bytes")
+        return descriptor
 
     def _open(self, name: str) -> int:
         """Opens a regular file, following no symbolic link below the root."""

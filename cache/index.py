@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpoeng.cache.errors import CacheError
+from dpoeng.cache.mapped import MappedPages
 from dpoeng.cache.records import ObjectRef
 from dpoeng.cache.schema import PairIds, ScoredPair, pair_key
 from dpoeng.cache.shard import Shard
@@ -58,6 +59,8 @@ class KeyIndex:
         self._order = np.argsort(heads, kind="stable")  # stable: among equal heads the first row wins
         self._heads = heads[self._order]
         self._head_at = self._heads.data  # a memoryview's items are plain ints: faster single look-ups
+        self._pages = MappedPages([shard.data for shard in self._shards])
+        self._unseen = 0  # rows until the next look at what is resident
 
     def shards(self) -> dict[ObjectRef, Shard]:
         """The open objects by name."""
@@ -126,6 +129,9 @@ class KeyIndex:
             i += 1
 
     def _row(self, place: int) -> ScoredPair:
+        self._unseen -= 1
+        if self._unseen < 0:
+            self._unseen = self._pages.look()
         k = bisect_right(self._starts, place) - 1
         return self._shards[k][place - self._starts[k]]
 

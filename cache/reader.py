@@ -1,4 +1,4 @@
-"""Reads a view: a data set's rows in the order of their source, memory-mapped and zero-copy."""
+"""Reads a view: a data set's rows in the order of their source, memory-mapped and zero-copy where they are few."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import xxhash
 
 from dpoeng.cache.errors import CacheError
 from dpoeng.cache.folder import object_name, table_name, view_name
+from dpoeng.cache.mapped import RESIDENT_LIMIT
 from dpoeng.cache.records import ROW_KINDS, ViewRecord, damaged
-from dpoeng.cache.schema import ScoredPair
+from dpoeng.cache.schema import IdArray, ScoredPair
 from dpoeng.cache.shard import Numbers, Shard, check_hash
 from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.store import THREADS, Store
@@ -77,6 +78,10 @@ class View:
         full = verify == "full"
         with ThreadPoolExecutor(THREADS) as pool:
             shards = list(pool.map(lambda reference: store.open_shard(reference, check=full), record.objects))
+        if sum(reference.bytes for reference in record.objects) > RESIDENT_LIMIT:
+            # In any order a map would soon be resident as a whole; and bringing a page in takes longer than a copy.
+            files = (store.files.open(object_name(reference.name), reference.bytes) for reference in record.objects)
+            shards = [shard.unmapped(descriptor) for shard, descriptor in zip(shards, files, strict=True)]
         return cls(store, record, store.spec(record.spec), open_table(store, record, check=full), shards)
 
     @property
@@ -88,13 +93,18 @@ class View:
         return self._length
 
     def __getitem__(self, i: SupportsIndex) -> ScoredPair:
-        """Row i of the source. The arrays are read-only views of the file: copy them before you change them."""
+        """Row i of the source. The arrays are read-only: views of the file, or of a large cache copies of it."""
         if type(i) is not int or not 0 <= i < self._length:  # the common case needs no call
             i = self._position(i)
         row = self._shards[self._object_at[i]][self._row_at[i]]
         if self.rows != "pairs":
             row.scores = self.scores(i)
         return row
+
+    def prompt_ids(self, i: SupportsIndex) -> IdArray:
+        """The prompt of row i, [P]; sooner than by way of the whole row."""
+        i = self._position(i)
+        return self._shards[self._object_at[i]].prompt_ids(self._row_at[i])
 
     def scores(self, i: SupportsIndex) -> tuple[float, ...]:
         """The data set's scores or labels of row i's responses, see `ScoredPair.scores`; empty for a pair."""
@@ -109,6 +119,10 @@ class View:
         """(index of the object, row in it) where the numbers of row i are stored."""
         i = self._position(i)
         return self._object_at[i], self._row_at[i]
+
+    def places(self, rows: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """`place` of rows in [0, N): numbers of objects [n], rows in them [n]."""
+        return self._table.object[rows], self._table.row[rows]
 
     def writable_shards(self) -> list[Shard]:
         """The objects, mapped again copy-on-write: changes to `Shard.data` stay in this process.

@@ -134,8 +134,13 @@ def as_keys(keys: Iterable[bytes]) -> npt.NDArray[np.uint8]:
 
 def first_of_each(keys: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
     """The first row of each distinct key, ascending. `keys`: [N, 16]."""
-    _, first = np.unique(np.ascontiguousarray(keys).view("V16").ravel(), return_index=True)
+    _, first = np.unique(whole_keys(keys), return_index=True)
     return np.sort(first)
+
+
+def whole_keys(keys: npt.NDArray[np.uint8]) -> npt.NDArray[np.void]:
+    """Keys [N, 16] as N items, to be sorted and compared as bytes are."""
+    return np.ascontiguousarray(keys).view("V16").ravel()
 
 
 def gap_tokens(gaps: Gaps) -> int:

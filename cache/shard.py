@@ -5,7 +5,9 @@ Knows the bytes of a shard, not where shards are stored (`store`) nor which rows
 
 from __future__ import annotations
 
-import mmap
+import copy
+import os
+import weakref
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
@@ -16,6 +18,7 @@ import pyarrow as pa
 import xxhash
 
 from dpoeng.cache.framing import FramingError, check_plain
+from dpoeng.cache.mapped import release
 from dpoeng.cache.records import damaged
 from dpoeng.cache.schema import Gaps, IdArray, LogpArray, PairIds, ScoredPair, as_ids, gap_tokens, gaps_fit, pair_key
 
@@ -90,12 +93,18 @@ def _batches(rows: Sequence[ScoredPair]) -> Iterator[slice]:
     yield slice(start, len(rows))
 
 
+def list_column(
+    parts: Sequence[IdArray] | Sequence[LogpArray], kind: pa.DataType, *, type: pa.DataType | None = None
+) -> pa.Array:
+    """Arrays of numbers, at least one, as a list column; `type`: a list type of `kind`, or None."""
+    offsets = np.zeros(len(parts) + 1, dtype=np.int32)
+    np.cumsum([len(part) for part in parts], out=offsets[1:])
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(parts), kind), type=type)
+
+
 def _encode_batch(rows: Sequence[ScoredPair], keys: Sequence[bytes], schema: pa.Schema) -> pa.RecordBatch:
     def lists(parts: Sequence[IdArray] | Sequence[LogpArray], kind: pa.DataType, dtype: str) -> pa.Array:
-        offsets = np.zeros(len(parts) + 1, dtype=np.int32)
-        np.cumsum([len(part) for part in parts], out=offsets[1:])
-        values = np.concatenate(parts).astype(dtype, copy=False)
-        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, kind), type=_list(kind))
+        return list_column([part.astype(dtype, copy=False) for part in parts], kind, type=_list(kind))
 
     columns = [
         pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(rows), [None, pa.py_buffer(b"".join(keys))]),
@@ -230,6 +239,46 @@ class Shard:
             ids.rejected_start -= gap_tokens(ids.rejected_gaps)
         return ScoredPair(ids, chosen_logp, values[first:last])
 
+    def prompt_ids(self, row: int) -> IdArray:
+        """The prompt of a row alone."""
+        k = bisect_right(self._starts, row) - 1
+        values, _, at = self._batches[k].prompt
+        return values[at[row - self._starts[k]] : at[row - self._starts[k] + 1]]
+
+    def unmapped(self, descriptor: int) -> Shard:
+        """This shard, whose tokens and log-probs are read from its open file when they are asked for.
+
+        Rows are copies then, and nothing stays mapped; keys, sums and offsets are in memory, some 70 bytes a row.
+
+        Args:
+            descriptor: of the file; it is closed with the result.
+        """
+        owner, start = _Owner(), _address(np.frombuffer(self.data, np.uint8))
+        weakref.finalize(owner, os.close, descriptor)
+
+        def lists(mapped: Lists) -> Lists:
+            offsets = mapped.offsets.copy()
+            begin = _address(mapped.values) - start
+            values: Any = _FileValues(descriptor, owner, begin, mapped.values.dtype, self.where)
+            return Lists(values, offsets, offsets.data)  # of an array, rows use only slices
+
+        found = copy.copy(self)
+        found.data = memoryview(b"")
+        found._batches = [
+            batch._replace(
+                keys=batch.keys.copy(),
+                prompt=lists(batch.prompt),
+                chosen=lists(batch.chosen),
+                rejected=lists(batch.rejected),
+                chosen_logps=lists(batch.chosen_logps),
+                rejected_logps=lists(batch.rejected_logps),
+                sums=(batch.sums[0].copy(), batch.sums[1].copy()),
+                gaps=(lists(batch.gaps[0]), lists(batch.gaps[1])) if batch.gaps else None,
+            )
+            for batch in self._batches
+        ]
+        return found
+
     def release(self) -> None:
         """Returns the mapped pages to the system, which reads them again when they are needed.
 
@@ -307,11 +356,37 @@ class Shard:
                 raise damaged(f"{self.where}, row {row}", f"pair_key {again_key.hex()}", key.tobytes().hex())
 
 
-def release(data: memoryview) -> None:
-    """Returns a mapped file's pages to the system; see `Shard.release`."""
-    mapped = data.obj
-    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        mapped.madvise(mmap.MADV_DONTNEED)
+class _Owner:
+    """Holds an open file."""
+
+
+class _FileValues:
+    """The values of a list column in a file; a slice of them is an array. Any process or thread may read at once.
+
+    Args:
+        descriptor: of the open file; closed with `owner`.
+        owner: what all columns of the file share.
+        begin: byte of the first value.
+        dtype: of the values.
+        where: what errors call the file.
+    """
+
+    __slots__ = ("_begin", "_descriptor", "_dtype", "_owner", "_size", "_where")
+
+    def __init__(self, descriptor: int, owner: object, begin: int, dtype: np.dtype[Any], where: str) -> None:
+        self._descriptor, self._owner, self._begin, self._dtype = descriptor, owner, begin, dtype
+        self._size, self._where = dtype.itemsize, where
+
+    def __getitem__(self, part: slice) -> npt.NDArray[Any]:
+        first, wanted = self._begin + part.start * self._size, (part.stop - part.start) * self._size
+        data = os.pread(self._descriptor, wanted, first)
+        if len(data) != wanted:
+            raise damaged(self._where, f"{wanted} bytes from byte {first}", f"{len(data)} bytes")
+        return np.frombuffer(data, self._dtype)
+
+
+def _address(values: npt.NDArray[Any]) -> int:
+    return int(values.__array_interface__["data"][0])
 
 
 def check_hash(data: memoryview, name: str, where: str) -> None:

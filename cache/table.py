@@ -122,6 +122,7 @@ class Table:
     """
 
     def __init__(self, data: memoryview, where: str, shard_rows: Sequence[int], file_count: int) -> None:
+        self._where = where
         batches = read_batches(data, (TABLE_SCHEMA,), where)
         if len(batches) != 1:
             raise damaged(where, "one record batch", f"{len(batches)}")
@@ -144,5 +145,11 @@ class Table:
         return len(self.object)
 
     def extra(self, i: int) -> dict[str, Any]:
-        loaded: dict[str, Any] = json.loads(self._extra[i].as_py())
+        """The user's other columns of row i. Raises CacheError where they are no JSON object."""
+        try:
+            loaded = json.loads(self._extra[i].as_py())
+        except (ValueError, RecursionError) as error:
+            loaded = type(error).__name__
+        if not isinstance(loaded, dict):
+            raise damaged(f"{self._where}, row {i}: extra", "a JSON object", repr(loaded)[:200])
         return loaded

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -68,15 +69,15 @@ class Resident(AbstractContextManager["Resident"]):
                 return
 
 
-def make_pairs(path: Path, count: int) -> None:
-    """A JSON Lines file of `count` pairs of random words, with a category and a score."""
+def make_pairs(path: Path, count: int, tokens: int = TOKENS) -> None:
+    """A JSON Lines file of `count` pairs of random words, `tokens` a part, with a category and a score."""
     random = np.random.default_rng(count)
     words = np.asarray([f"w{number}" for number in range(WORDS)])
     with path.open("w", encoding="utf-8") as file:
         for start in range(0, count, 1000):
-            texts = words[random.integers(0, WORDS, (min(1000, count - start), 3 * TOKENS))]
+            texts = words[random.integers(0, WORDS, (min(1000, count - start), 3 * tokens))]
             for at, row in enumerate(texts, start):
-                parts = (" ".join(row[k * TOKENS : (k + 1) * TOKENS]) for k in range(3))
+                parts = (" ".join(row[k * tokens : (k + 1) * tokens]) for k in range(3))
                 pair = dict(zip(("prompt", "chosen", "rejected"), parts, strict=True))
                 file.write(json.dumps({**pair, "topic": f"topic {at % 7}", "score": at % 5}) + "\n")
 
@@ -150,7 +151,7 @@ def fill(folder: Path) -> None:
         work.store.commit_shard(work.spec.digest, rows, {})
 
 
-def make_cache(folder: Path, count: int) -> None:
+def make_cache(folder: Path, count: int, tokens: int = TOKENS) -> None:
     """A cache of random pairs: much sooner than by way of texts."""
     from dpoeng.bench.cache import SPEC, synthetic_rows
     from dpoeng.cache.schema import pair_key
@@ -161,10 +162,11 @@ def make_cache(folder: Path, count: int) -> None:
     digest = store.put_spec(SPEC)
     entries = []
     for start in range(0, count, 10_000):
-        rows = synthetic_rows(min(10_000, count - start), seed=start, mean_prompt=TOKENS, mean_response=TOKENS)
+        rows = synthetic_rows(min(10_000, count - start), seed=start, mean_prompt=tokens, mean_response=tokens)
         store.commit_shard(digest, rows, {})
         for at, row in enumerate(rows, start):
-            entries.append(ViewEntry("pairs.jsonl", at + 1, pair_key(row.ids), {"topic": f"topic {at % 7}"}))
+            extra = {"topic": f"topic {at % 7}", "score": at % 5}
+            entries.append(ViewEntry("pairs.jsonl", at + 1, pair_key(row.ids), extra))
     store.seal(digest)
     store.write_view(digest, "rows", entries, {"files": {}})
 
@@ -179,7 +181,7 @@ def _again(folder: Path) -> Callable[[], object]:
 
 def _cache(folder: Path, what: str) -> Callable[[], object]:
     from dpoeng.cache.analytics import reference_stats
-    from dpoeng.cache.exchange import export_view
+    from dpoeng.cache.exchange.export import export_view
     from dpoeng.cache.info import cache_info
     from dpoeng.cache.reader import View
     from dpoeng.cache.verify import verify
@@ -188,11 +190,39 @@ def _cache(folder: Path, what: str) -> Callable[[], object]:
     works: dict[str, Callable[[], object]] = {
         "info": lambda: cache_info(root),
         "verify": lambda: verify(root, depth="all"),
-        "stats": lambda: reference_stats(View.open(root)),
-        "jsonl": lambda: export_view(View.open(root), folder / "export.jsonl"),
-        "parquet": lambda: export_view(View.open(root), folder / "export.parquet"),
+        "stats": lambda: reference_stats(View.open(root, beside="chosen")),
+        "jsonl": lambda: export_view(View.open(root, beside="chosen"), folder / "export.jsonl"),
+        "parquet": lambda: export_view(View.open(root, beside="chosen"), folder / "export.parquet"),
     }
     return works[what]
+
+
+def _import(folder: Path, suffix: str) -> Callable[[], object]:
+    """Takes what `cache export` wrote into a new cache."""
+    from dpoeng.cache.exchange.importing import import_rows
+    from dpoeng.cache.reader import View
+    from dpoeng.cache.store import Store
+
+    file, root = folder / f"export{suffix}", folder / f"imported{suffix}"
+    if not file.exists():
+        _child(suffix[1:], folder)
+    shutil.rmtree(root, ignore_errors=True)
+    spec = View.open(folder / "cache", beside="chosen", verify="open").spec
+    return lambda: import_rows(Store.open(root, create=True), spec, file, "rows")
+
+
+def _select(folder: Path) -> Callable[[], object]:
+    from dpoeng.cache.reader import View
+    from dpoeng.cache.selection.rules import Rules, choose
+    from dpoeng.cache.selection.views import write_rows
+
+    rules = Rules(rule="large", share=0.5, group_by="topic", drop_duplicates=True, drop_contradictions=True)
+
+    def work() -> None:
+        view = View.open(folder / "cache", beside="chosen")
+        write_rows(folder / "cache", view, choose(view, rules).rows, "chosen", {}, force=True)
+
+    return work
 
 
 def _training(folder: Path) -> Callable[[], object]:
@@ -205,7 +235,9 @@ def _training(folder: Path) -> Callable[[], object]:
         inputs = open_inputs(config)
         for step in range(inputs.schedule.total_steps):
             for row in inputs.schedule.rows_of_step(step):
-                _ = inputs.train_rows[row]
+                pair = inputs.train_rows[row]
+                parts = (pair.ids.prompt_ids, pair.ids.chosen_ids, pair.ids.rejected_ids)
+                np.concatenate([*parts, pair.chosen_logps, pair.rejected_logps])  # reads them, as a batch does
 
     return work
 
@@ -220,7 +252,10 @@ WORKS: Final[dict[str, tuple[str, Callable[[Path], Callable[[], object]]]]] = {
     "stats": ("`cache stats`", lambda folder: _cache(folder, "stats")),
     "jsonl": ("`cache export .jsonl`", lambda folder: _cache(folder, "jsonl")),
     "parquet": ("`cache export .parquet`", lambda folder: _cache(folder, "parquet")),
+    "import-jsonl": ("`cache import .jsonl`, all new", lambda folder: _import(folder, ".jsonl")),
+    "import-parquet": ("`cache import .parquet`, all new", lambda folder: _import(folder, ".parquet")),
     "training": ("training: open, hold out, one epoch's order and rows", _training),
+    "select": ("`select`: both filters, the half with the largest margins of each topic", _select),
 }
 
 
@@ -237,25 +272,23 @@ def measure(name: str, folder: Path) -> dict[str, float]:
     return {"cpu_s": spent, "resident_mib": resident.total / MIB, "own_mib": resident.own / MIB}
 
 
-def run(rows: tuple[int, ...], works: tuple[str, ...], say: Callable[[str], None]) -> list[dict[str, Any]]:
+def run(rows: tuple[int, ...], works: tuple[str, ...], tokens: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Measures every piece of work at every size."""
     found = []
     for count in rows:
         with tempfile.TemporaryDirectory(prefix="dpoeng-rows-") as scratch:
             folder = Path(scratch)
             if set(works) & _READING:
-                make_pairs(folder / "pairs.jsonl", count)
+                make_pairs(folder / "pairs.jsonl", count, tokens)
                 make_model(folder / "model")
             if set(works) - _READING and "again" not in works:
-                make_cache(folder, count)
+                make_cache(folder, count, tokens)
             for name in works:
                 if name == "again":
                     _child("fill", folder)
-                result = {"work": name, "rows": count, **json.loads(_child(name, folder))}
+                result = {"work": name, "rows": count, "tokens": 3 * tokens, **json.loads(_child(name, folder))}
                 say(line(result))
                 found.append(result)
-                for export in folder.glob("export.*"):
-                    export.unlink()
     return found
 
 
@@ -276,6 +309,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Memory and time against the number of rows.")
     parser.add_argument("--rows", type=int, action="append", help="a number of pairs; may be repeated (1e4 and 1e5)")
     parser.add_argument("--only", action="append", choices=WORKS, help="only this piece of work; may be repeated")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help=f"of the prompt, and of each response ({TOKENS})")
     parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -291,7 +325,7 @@ def main() -> None:
                 print(text, flush=True)
 
         say("| work | rows | CPU-µs a row | own MiB | resident MiB |\n|---|---|---|---|---|")
-        found = run(tuple(options.rows or (10_000, 100_000)), tuple(options.only or WORKS), say)
+        found = run(tuple(options.rows or (10_000, 100_000)), tuple(options.only or WORKS), options.tokens, say)
         if options.json:
             print("\n".join(map(json.dumps, found)))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -26,6 +27,7 @@ BATCH_ROWS: Final = 256
 # Once dictionaries and runs are written out, a file may be this many times its size; 1 GiB is always allowed.
 MAX_EXPANSION: Final = 1000
 _FREE_BYTES: Final = 1 << 30
+_PIECE_BYTES: Final = 1 << 20
 _VALUE_BYTES: Final = 8  # counted for each number
 
 Sizes: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
@@ -109,8 +111,12 @@ def parquet_batches(path: Path) -> Iterator[Batch]:
         raise LimitError(f"{rows} rows in so few bytes; the limit is {most}")
     with path.open("rb") as file:
         check_pages(file, size, metadata)
-    with pq.ParquetFile(path, metadata=metadata, read_dictionary=_repeating(metadata)) as table:
-        yield from _bounded(table.iter_batches(batch_size=BATCH_ROWS), size)  # built by pyarrow: valid offsets
+    # Read piece by piece and group by group: at once, a group of a million rows takes gigabytes, and so do many groups.
+    with pq.ParquetFile(
+        path, metadata=metadata, read_dictionary=_repeating(metadata), buffer_size=_PIECE_BYTES, pre_buffer=False
+    ) as table:
+        groups = (table.iter_batches(BATCH_ROWS, row_groups=[group]) for group in range(metadata.num_row_groups))
+        yield from _bounded(chain.from_iterable(groups), size)  # built here: its offsets are sound
 
 
 def _repeating(metadata: Any) -> list[str]:

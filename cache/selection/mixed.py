@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from dpoeng.cache.errors import CacheError
 from dpoeng.cache.reader import View
-from dpoeng.cache.schema import ScoredPair
+from dpoeng.cache.schema import IdArray, ScoredPair
 from dpoeng.cache.shard import Numbers
 
 
@@ -62,6 +62,11 @@ class MixedView:
     def __getitem__(self, i: SupportsIndex) -> ScoredPair:
         part, row = self._part(i)
         return part[row]
+
+    def prompt_ids(self, i: SupportsIndex) -> IdArray:
+        """As `View.prompt_ids`."""
+        part, row = self._part(i)
+        return part.prompt_ids(row)
 
     def scores(self, i: SupportsIndex) -> tuple[float, ...]:
         """Like `View.scores`."""

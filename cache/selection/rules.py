@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,7 +16,7 @@ import numpy.typing as npt
 from dpoeng.cache.analytics import contradictions
 from dpoeng.cache.errors import CacheError
 from dpoeng.cache.reader import View
-from dpoeng.cache.schema import first_of_each
+from dpoeng.cache.schema import first_of_each, whole_keys
 from dpoeng.cache.selection.mixed import AnyView
 from dpoeng.cache.words import counted
 
@@ -104,8 +107,9 @@ def choose(view: View, rules: Rules, against: View | None = None) -> Chosen:
     _filter(view, rules, scores, drop)
     groups = _groups(view, rules.group_by)
     if rules.rule is not None:
-        taken = _ranked(rules, scores, groups, np.flatnonzero(open_rows))
-        drop(f"not among the {_in_words(rules.rule)}", ~np.isin(np.arange(len(view)), taken))
+        kept = np.zeros(len(view), bool)
+        kept[_ranked(rules, scores, groups, open_rows)] = True
+        drop(f"not among the {_in_words(rules.rule)}", ~kept)
     rows = np.flatnonzero(open_rows)
     if not len(rows):
         raise CacheError(
@@ -118,7 +122,7 @@ def choose(view: View, rules: Rules, against: View | None = None) -> Chosen:
             exit_status=2,
         )
     counts = {
-        value: (int(np.isin(rows, members).sum()), len(members)) for value, members in groups.items() if rules.group_by
+        value: (int(open_rows[members].sum()), len(members)) for value, members in groups.items() if rules.group_by
     }
     return Chosen(rows, scores, left_out, counts)
 
@@ -128,13 +132,13 @@ def _in_words(rule: Rule) -> str:
 
 
 def _filter(view: View, rules: Rules, scores: Floats, drop: Any) -> None:
-    count = np.arange(len(view))
     if rules.drop_duplicates:
-        drop("equal to an earlier pair", ~np.isin(count, first_of_each(view.keys())))
+        again = np.ones(len(view), bool)
+        again[first_of_each(view.keys())] = False
+        drop("equal to an earlier pair", again)
     if rules.drop_contradictions:
-        both = {row for swapped in contradictions(view, first_of_each(view.keys())) for row in swapped}
-        keys = {view.key(row) for row in both}
-        drop("swapped in another pair", np.array([view.key(row) in keys for row in range(len(view))]))
+        both = np.array(contradictions(view, first_of_each(view.keys())), np.int64).ravel()
+        drop("swapped in another pair", np.isin(whole_keys(view.keys()), whole_keys(view.keys()[both])))
     numbers = view.numbers()
     if rules.max_tokens is not None:
         total = numbers.prompt_tokens + numbers.chosen_tokens + numbers.rejected_tokens
@@ -148,7 +152,7 @@ def _filter(view: View, rules: Rules, scores: Floats, drop: Any) -> None:
 def pair_scores(view: AnyView, by: str, against: View | None = None) -> Floats:
     """The score of every row, [N]; see `Rules.by` and `choose`. Margins in nats. Raises CacheError like `choose`."""
     if by.startswith(COLUMN):
-        return np.array([_number(view, row, by.removeprefix(COLUMN)) for row in range(len(view))], np.float64)
+        return np.fromiter((_number(view, row, by.removeprefix(COLUMN)) for row in range(len(view))), np.float64)
     numbers = view.numbers()
     if by == "length_difference":
         return (numbers.chosen_tokens - numbers.rejected_tokens).astype(np.float64)
@@ -164,7 +168,11 @@ def pair_scores(view: AnyView, by: str, against: View | None = None) -> Floats:
 
 def _number(view: AnyView, row: int, column: str) -> float:
     value = view.extra(row).get(column)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+    number = math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # an integer that no float holds
+            number = float(value)
+    if not math.isfinite(number):
         file, line = view.source(row)
         raise CacheError(
             "a column to select by needs a number in every row",
@@ -175,13 +183,15 @@ def _number(view: AnyView, row: int, column: str) -> float:
             remedy="name another column, or run phase one on rows that all have it",
             exit_status=2,
         )
-    return float(value)
+    return number
 
 
 def _same_pairs(view: AnyView, against: View) -> Rows:
     """For every row, the row of `against` with the same pair."""
-    place = {against.key(row): row for row in range(len(against))}
-    places = np.array([place.get(view.key(row), -1) for row in range(len(view))], np.int64)
+    _, pair = np.unique(whole_keys(np.concatenate([against.keys(), view.keys()])), return_inverse=True)
+    place = np.full(len(pair), -1)
+    place[pair[: len(against)]] = np.arange(len(against))
+    places: Rows = place[pair[len(against) :]]
     if (missing := np.flatnonzero(places < 0)).size:
         file, line = view.source(int(missing[0]))
         raise CacheError(
@@ -200,11 +210,10 @@ def _groups(view: View, column: str | None) -> dict[str, Rows]:
     """Value of a column -> its rows, in order of first appearance; without a column all rows are one group."""
     if column is None:
         return {"": np.arange(len(view))}
-    rows_of_value: dict[str, list[int]] = {}
+    rows_of_value: dict[str, array[int]] = {}
     for row in range(len(view)):
-        extra = view.extra(row)
-        value = extra.get(column)
-        rows_of_value.setdefault(value if isinstance(value, str) else json.dumps(value), []).append(row)
+        value = view.extra(row).get(column)
+        rows_of_value.setdefault(value if isinstance(value, str) else json.dumps(value), array("q")).append(row)
     if rows_of_value.keys() == {"null"}:
         raise CacheError(
             "no row has the column to group by",
@@ -218,10 +227,10 @@ def _groups(view: View, column: str | None) -> dict[str, Rows]:
     return {value: np.array(rows, np.int64) for value, rows in rows_of_value.items()}
 
 
-def _ranked(rules: Rules, scores: Floats, groups: dict[str, Rows], left: Rows) -> Rows:
-    """The rows among `left` that the rule takes; of equal scores the earlier row."""
-    members = [rows[np.isin(rows, left)] for rows in groups.values()]
-    total = round((rules.share or 0) * len(left)) if rules.count is None else rules.count
+def _ranked(rules: Rules, scores: Floats, groups: dict[str, Rows], left: npt.NDArray[np.bool_]) -> Rows:
+    """The rows among those that are `left` [N] that the rule takes; of equal scores the earlier row."""
+    members = [rows[left[rows]] for rows in groups.values()]
+    total = round((rules.share or 0) * int(left.sum())) if rules.count is None else rules.count
     sizes = [len(rows) for rows in members]
     draw = np.random.default_rng(rules.seed).random(len(scores))
     rank = {"large": -scores, "small": np.abs(scores), "random": draw}[rules.rule or "large"]

@@ -39,10 +39,9 @@ def write_rows(
     store = Store.open(root)
     source = store.view_record(view.name)
     entries = Entries(ViewEntry(*view.source(row), view.key(row), view.extra(row)) for row in rows.tolist())
-    places = np.array([view.place(row) for row in rows.tolist()], np.int64)  # [n, 2]
-    used = np.unique(places[:, 0])
-    objects = np.searchsorted(used, places[:, 0]).astype(np.int32)
-    data = encode_table(entries, objects, places[:, 1].astype(np.int32))
+    shards, places = view.places(rows)
+    used = np.unique(shards)
+    data = encode_table(entries, np.searchsorted(used, shards).astype(np.int32), places)
     record = ViewRecord(
         name,
         source.spec,

@@ -78,9 +78,8 @@ def _open(view: View, layer: int) -> TrunkIndex:
             exit_status=2,
         )
     index = TrunkIndex.open(store, trunks[layer].digest)
-    pairs = [view[i].ids for i in range(len(view))]
-    if all(index.holds(ids) for ids in pairs):
-        index.check(pairs)
+    if all(index.holds(view[i].ids) for i in range(len(view))):
+        index.check(view[i].ids for i in range(len(view)))
     return index
 
 

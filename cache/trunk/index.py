@@ -8,6 +8,7 @@ from typing import Any, Self
 from dpoeng.cache.errors import CacheError
 from dpoeng.cache.folder import object_name
 from dpoeng.cache.index import Damage
+from dpoeng.cache.mapped import MappedPages
 from dpoeng.cache.records import Commit, ObjectRef, damaged
 from dpoeng.cache.schema import IdArray, PairIds
 from dpoeng.cache.shard import check_hash
@@ -41,6 +42,8 @@ class TrunkIndex:
             for number, (_, one) in reversed(list(enumerate(self._objects)))
             for row, key in enumerate(one.keys)
         }
+        self._pages = MappedPages([one.data for _, one in self._objects])
+        self._unseen = 0  # texts until the next look at what is resident
 
     @classmethod
     def look_up(cls, store: Store, digest: str, *, sealed: bool = False, known: Self | None = None) -> Self:
@@ -100,6 +103,9 @@ class TrunkIndex:
                 where=f"layer {self.layer}, {counted(len(prompt_ids), 'prompt token')}",
                 remedy=f"run the same `dpoeng precompute-ref` again with --trunk-layer {self.layer}",
             )
+        self._unseen -= 1
+        if self._unseen < 0:
+            self._unseen = self._pages.look()
         number, row = place
         return self._objects[number][1][row]
 

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from dpoeng.cache.mapped import release
 from dpoeng.cache.records import damaged
-from dpoeng.cache.shard import fixed_binary, read_batches, release
+from dpoeng.cache.shard import fixed_binary, read_batches
 from dpoeng.cache.spec import ReferenceSpec
 
 ByteArray = npt.NDArray[np.uint8]

@@ -55,7 +55,7 @@ def export(
 
     docs/other-trainers.md: formats of other trainers, and how TRL uses a cache without a file.
     """
-    from dpoeng.cache.exchange import export_view, is_export
+    from dpoeng.cache.exchange.export import export_view, is_export
     from dpoeng.cache.reader import View
     from dpoeng.cache.trunk.export import export_states
     from dpoeng.engine.runtime.outputs import Kind, refuse_output
@@ -136,7 +136,7 @@ def import_(file: Path, as_json: bool, **options: Any) -> None:
 @json_option
 def merge(target: Path, sources: tuple[Path, ...], as_json: bool) -> None:
     """Copy references, rows, trunks and views of SOURCES into TARGET, which may be new. SOURCES stay unchanged."""
-    from dpoeng.cache.exchange import merge as run
+    from dpoeng.cache.exchange.merging import merge as run
     from dpoeng.cache.store import Store
 
     opened = [(source, Store.open(source)) for source in sources]

@@ -5,12 +5,14 @@ transformers renders the template, except that it never sees today's date. Indep
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import functools
 import re
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,15 +131,18 @@ class _TooLong(BaseException):
     """Raised inside a template; derives from BaseException so that no handler in it catches it."""
 
 
+_ONE_AT_A_TIME: Final = threading.RLock()
+"""The limit of memory is the whole process's: of two threads each would take the other's for what was there before."""
+
+
 @contextmanager
 def within_limits(where: str) -> Iterator[None]:
-    """Limits templates to `MAX_SECONDS` of this process's CPU time and `MAX_BYTES` of memory.
+    """Limits templates to `MAX_SECONDS` of this thread's CPU time and `MAX_BYTES` of memory.
 
     A template is a program. A separate process could be stopped from outside, but it would have to import transformers,
     which takes longer than all templates of most runs, or be a fork, which threads rule out. Templates are Python,
     which a signal can stop at any step, and the system can refuse it memory in this process, too. So they run here, for
-    some microseconds a pair. Only the main thread receives signals: other threads have no time limit, and Windows has
-    none at all.
+    some microseconds a pair. Only the main thread receives signals; a thread watches the templates of the others.
 
     Args:
         where: name of the pair, for the message.
@@ -146,7 +151,7 @@ def within_limits(where: str) -> Iterator[None]:
         UserError: a limit was reached.
     """
     try:
-        with _limited_time(), _limited_memory():
+        with _ONE_AT_A_TIME, _limited_time(), _limited_memory():
             yield
     except _TooLong:
         raise _runaway(where, f"still at work after {MAX_SECONDS:g} s") from None
@@ -157,7 +162,8 @@ def within_limits(where: str) -> Iterator[None]:
 @contextmanager
 def _limited_time() -> Iterator[None]:
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
+        with _WATCH.limited():
+            yield
         return
 
     def stop(*_: object) -> None:
@@ -170,6 +176,67 @@ def _limited_time() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, *timer)
         signal.signal(signal.SIGVTALRM, handler)
+
+
+class _Watch:
+    """Ends work in other threads than the main one. Its own thread begins with the first such work."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._work: _Work | None = None
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @contextmanager
+    def limited(self) -> Iterator[None]:
+        """Raises `_TooLong` in this thread once the block has taken `MAX_SECONDS` of it."""
+        work, outer = _Work(), self._work
+        with self._lock:
+            self._work = work
+            if self._thread is None or not self._thread.is_alive():  # a process that was forked has none
+                self._thread = threading.Thread(target=self._look, name="dpoeng-templates", daemon=True)
+                self._thread.start()
+        self._wake.set()
+        try:
+            yield
+        finally:
+            with self._lock:  # from here on nothing is raised; what is on its way is taken back
+                self._work = outer
+                _raise_in(work.thread, None)
+
+    def _look(self) -> None:
+        while self._wake.wait():
+            time.sleep(min(0.25, MAX_SECONDS / 4))
+            with self._lock:
+                if self._work is None:
+                    self._wake.clear()
+                elif not self._work.ended and self._work.seconds() > MAX_SECONDS:
+                    self._work.ended = True  # once: a second could arrive behind the block
+                    _raise_in(self._work.thread, _TooLong)
+
+
+class _Work:
+    """What a thread has begun."""
+
+    def __init__(self) -> None:
+        self.thread, self.ended = threading.get_ident(), False
+        clock_of = getattr(time, "pthread_getcpuclockid", None)  # macOS has none: there it is time on the wall
+        self._now: Callable[[], float] = time.monotonic
+        if clock_of is not None:
+            self._now = functools.partial(time.clock_gettime, clock_of(self.thread))
+        self._began = self._now()
+
+    def seconds(self) -> float:
+        return self._now() - self._began
+
+
+def _raise_in(thread: int, error: type[BaseException] | None) -> None:
+    """Lets a thread meet an exception at its next step in Python; None takes back one that it has not met yet."""
+    what = ctypes.py_object(error) if error is not None else None
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), what)
+
+
+_WATCH: Final = _Watch()
 
 
 @contextmanager

@@ -7,22 +7,15 @@ from __future__ import annotations
 
 import json
 import struct
-import tempfile
-import weakref
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import Gaps, IdArray, PairIds, as_ids
-
-IN_MEMORY_BYTES: Final = 16 << 20
-"""Bytes kept in memory; the rest goes to an unnamed file in the system's temporary folder (TMPDIR)."""
+from dpoeng.cache.spool import Spool
 
 # row, file, lengths of prompt, chosen and rejected, both starts, gaps of either side, needed, thoughts, flags
 _HEAD: Final = struct.Struct("<q11i")
@@ -57,9 +50,7 @@ class TokenRows(Sequence[TokenizedPair]):
     """Pairs appended one by one and read in any order; each read builds a new object."""
 
     def __init__(self) -> None:
-        self._file = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES, prefix="dpoeng-pairs-")  # noqa: SIM115 - see below
-        self._close = weakref.finalize(self, self._file.close)
-        self._ends = array("q", [0])
+        self._spool = Spool()
         self._names: dict[str, int] = {}
         self._files: list[str] = []
 
@@ -91,13 +82,10 @@ class TokenRows(Sequence[TokenizedPair]):
         # Values that JSON has no form for are stored as str(), as in the view.
         extra = json.dumps(pair.extra, default=str).encode("ascii")
         parts = (head, ids.prompt_ids, ids.chosen_ids, ids.rejected_ids, gaps, extra)
-        try:
-            self._ends.append(self._file.seek(0, 2) + self._file.write(b"".join(bytes(part) for part in parts)))
-        except OSError as error:
-            raise _no_room(error) from error
+        self._spool.append(b"".join(bytes(part) for part in parts))
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self._spool)
 
     @overload
     def __getitem__(self, i: int) -> TokenizedPair: ...
@@ -118,12 +106,7 @@ class TokenRows(Sequence[TokenizedPair]):
         return self._read(i)[2]
 
     def _read(self, i: int) -> tuple[bytes, tuple[int, ...], PairIds]:
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"pair {i} of {len(self)}")
-        i %= len(self)
-        begin, end = self._ends[i], self._ends[i + 1]
-        self._file.seek(begin)
-        data = self._file.read(end - begin)
+        data = self._spool[i]
         head = _HEAD.unpack_from(data)
         _, _, prompt, chosen, rejected, chosen_start, rejected_start, first, second, *_ = head
         numbers: IdArray = np.frombuffer(data, "<i4", prompt + chosen + rejected + 2 * (first + second), _HEAD.size)
@@ -166,15 +149,3 @@ class SomeIds(Sequence[PairIds]):
 
 def _gaps(edges: Sequence[int]) -> Gaps:
     return tuple(zip(edges[::2], edges[1::2], strict=True))
-
-
-def _no_room(error: OSError) -> UserError:
-    return UserError(
-        "the temporary folder cannot hold the pairs' tokens",
-        code="system-temporary-full",
-        where=str(Path(tempfile.gettempdir())),
-        expected="4 bytes free for each token, and the rows' other columns",
-        found=error.strerror or str(error),
-        remedy="free some space, or name a folder with more room in the environment variable TMPDIR",
-        exit_status=5,
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dpoeng.cache.exchange import Imported, file_holds_sums, import_rows
+from dpoeng.cache.exchange.importing import Imported, file_holds_sums, import_rows
 from dpoeng.cache.store import Store
 from dpoeng.engine.config.fields import PrecomputeConfig
 from dpoeng.engine.models.loading import pick_device, with_stored_quantization

@@ -16,6 +16,7 @@ from dpoeng.cache.reader import View
 from dpoeng.cache.records import ROW_KINDS
 from dpoeng.cache.schema import pair_key
 from dpoeng.cache.selection.mixed import AnyView
+from dpoeng.cache.trunk.texts import text_key
 from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import TrainConfig
 from dpoeng.engine.losses.names import LOSS_FACTS, facts_of
@@ -187,7 +188,7 @@ def split(view: AnyView, eval_view: View | None, config: TrainConfig) -> tuple[l
             )
         return list(range(len(view))), list(range(len(eval_view)))
     train_indices, eval_indices = hold_out(
-        (view[row].ids.prompt_ids.tobytes() for row in range(len(view))), config.eval_share, config.seed
+        (view.prompt_ids(row).tobytes() for row in range(len(view))), config.eval_share, config.seed
     )
     return train_indices, eval_indices
 
@@ -217,9 +218,9 @@ def check_held_out(config: TrainConfig, count: int) -> None:
         )
 
 
-def _response_key(view: AnyView, row: int) -> tuple[bytes, bytes]:
+def _response_key(view: AnyView, row: int) -> bytes:
     ids = view[row].ids
-    return ids.prompt_ids.tobytes(), ids.chosen_ids.tobytes()
+    return text_key(ids.prompt_ids, ids.chosen_ids)
 
 
 def check_apart(view: AnyView, eval_view: View) -> str:
@@ -234,7 +235,7 @@ def check_apart(view: AnyView, eval_view: View) -> str:
     unpaired = view.rows == "unpaired"
     alone = {_response_key(view, row) for row in range(len(view))} if unpaired else set()
     trained = set(map(bytes, view.keys()))
-    prompts = {xxhash.xxh3_128_digest(view[row].ids.prompt_ids.tobytes()) for row in range(len(view))}
+    prompts = {xxhash.xxh3_128_digest(view.prompt_ids(row).tobytes()) for row in range(len(view))}
     pairs = also = 0
     for row in range(len(eval_view)):
         ids = eval_view[row].ids

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from dpoeng.cache.schema import as_keys
+from dpoeng.cache.schema import as_keys, whole_keys
 from dpoeng.engine.training.arrangement import Arrangement, arranged_order
 
 
@@ -30,7 +30,7 @@ def hold_out(prompts: Iterable[bytes], share: float, seed: int) -> tuple[list[in
     if share <= 0 or not len(digests):
         return list(range(len(digests))), []
     # Sort rows by the digest of their prompt; rows with the same prompt stay in file order.
-    _, group, sizes = np.unique(digests.view("V16").ravel(), return_inverse=True, return_counts=True)
+    _, group, sizes = np.unique(whole_keys(digests), return_inverse=True, return_counts=True)
     wanted, held_out, groups = share * len(digests), 0, 0
     for size in sizes[:-1].tolist():
         if groups and held_out + size / 2 > wanted:

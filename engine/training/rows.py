@@ -47,7 +47,7 @@ class Rows(Sequence[ScoredPair]):
 
     def prompts(self) -> list[bytes]:
         """Each row's prompt token ids as bytes."""
-        return [pair.ids.prompt_ids.tobytes() for pair in self]
+        return [self.view.prompt_ids(row).tobytes() for row in self.indices]
 
     def weights(self, column: str | None) -> WeightArray | None:
         """A user's column of numbers >= 0, as weights of the pairs; None if no column is named.

@@ -19,7 +19,9 @@ from pyarrow import parquet
 from dpoeng.bench.cache import synthetic_rows
 from dpoeng.cache.analytics import QUANTILES, reference_stats
 from dpoeng.cache.errors import UserError
-from dpoeng.cache.exchange import export_view, file_holds_sums, import_rows, merge
+from dpoeng.cache.exchange.export import export_view
+from dpoeng.cache.exchange.importing import file_holds_sums, import_rows
+from dpoeng.cache.exchange.merging import merge
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import PairIds, ScoredPair, as_ids, pair_key
 from dpoeng.cache.spec import ReferenceSpec

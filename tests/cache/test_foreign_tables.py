@@ -16,7 +16,7 @@ from pyarrow import ipc, parquet
 
 from dpoeng.cache import framing
 from dpoeng.cache.errors import UserError
-from dpoeng.cache.exchange import file_holds_sums, import_rows
+from dpoeng.cache.exchange.importing import file_holds_sums, import_rows
 from dpoeng.cache.foreign import tables
 from dpoeng.cache.foreign.tables import arrow_batches, parquet_batches, reading, row_bytes
 from dpoeng.cache.spec import ReferenceSpec
@@ -197,7 +197,7 @@ def test_columns_are_limited(tmp_path: Path, suffix: str, monkeypatch: pytest.Mo
 
 
 def test_a_long_line_of_an_import_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpoeng.cache.exchange.MAX_ROW_BYTES", 50)
+    monkeypatch.setattr("dpoeng.cache.exchange.importing.MAX_ROW_BYTES", 50)
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"prompt_ids": [1] * 50}))
     with pytest.raises(UserError, match="the limit of 0 MiB"):

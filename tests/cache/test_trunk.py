@@ -10,7 +10,7 @@ import xxhash
 
 from dpoeng.bench.cache import synthetic_rows
 from dpoeng.cache.errors import CacheError
-from dpoeng.cache.exchange import merge
+from dpoeng.cache.exchange.merging import merge
 from dpoeng.cache.folder import FORMAT_BYTES, FORMAT_WITH_TRUNK, object_name
 from dpoeng.cache.gc import collect
 from dpoeng.cache.info import cache_info

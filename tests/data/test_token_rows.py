@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from dpoeng.bench.studies.rows import make_model, make_pairs
+from dpoeng.cache import spool
 from dpoeng.cache.schema import PairIds, as_ids
-from dpoeng.engine.data import token_rows
 from dpoeng.engine.data.token_rows import SomeIds, TokenizedPair, TokenRows
 
 
@@ -42,7 +42,7 @@ def told(pair: TokenizedPair) -> tuple[object, ...]:
 
 @pytest.mark.parametrize("in_memory", [1 << 20, 100])
 def test_pairs_come_out_as_they_went_in(in_memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_rows, "IN_MEMORY_BYTES", in_memory)
+    monkeypatch.setattr(spool, "IN_MEMORY_BYTES", in_memory)
     pairs, rows = some_pairs(40), TokenRows()
     for pair in pairs[:30]:
         rows.append(pair)
@@ -59,7 +59,7 @@ def test_pairs_come_out_as_they_went_in(in_memory: int, monkeypatch: pytest.Monk
 
 
 def test_the_file_is_unnamed_and_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_rows, "IN_MEMORY_BYTES", 1)
+    monkeypatch.setattr(spool, "IN_MEMORY_BYTES", 1)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     rows = TokenRows()
     rows.append(some_pairs(1)[0])

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import resource
 import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +153,52 @@ def test_work_within_the_limits_leaves_no_trace(monkeypatch: pytest.MonkeyPatch)
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
 
 
+def in_thread(work: Callable[[], object]) -> object:
+    """What `work` returns or raises in a thread of its own."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
+def test_work_in_another_thread_is_within_limits_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    monkeypatch.setattr(rendering, "MAX_SECONDS", 0.05)
+
+    def work() -> None:
+        with within_limits("pairs.jsonl:7"):
+            without_end()
+
+    for _ in range(2):  # the watch goes on
+        with pytest.raises(UserError, match="does not end") as caught:
+            in_thread(work)
+        assert (caught.value.code, caught.value.where) == ("tokenizer-template-limits", "pairs.jsonl:7")
+
+    def waits_then_works() -> int:
+        with within_limits("a pair"):
+            time.sleep(0.2)  # takes no CPU
+        deadline = time.monotonic() + 0.3
+        while time.monotonic() < deadline:  # outside of the block nothing ends it
+            pass
+        return 7
+
+    assert in_thread(waits_then_works) == 7
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+def test_two_threads_leave_no_limit_behind() -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    inside = threading.Barrier(2, timeout=5)
+
+    def work(seconds: float) -> None:
+        inside.wait()
+        for _ in range(20):
+            with within_limits("a pair"):
+                time.sleep(seconds)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, (0.001, 0.002)))
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
 @pytest.mark.parametrize(
     "template",
     [
@@ -170,3 +220,6 @@ def test_templates_that_run_away_are_stopped(template: str, tmp_path: Path, monk
     with pytest.raises(UserError) as caught:
         tokenize_pairs([pair], tokenizer)
     assert (caught.value.code, caught.value.where) == ("tokenizer-template-limits", "p.jsonl:3")
+    if "range(99999)" in template:
+        with pytest.raises(UserError, match="does not end"):
+            in_thread(lambda: tokenize_pairs([pair], tokenizer))

@@ -10,7 +10,7 @@ import pytest
 from dpoeng_testing import pair_rows, save_tiny_model, write_jsonl
 
 from dpoeng.cache.errors import UserError
-from dpoeng.cache.exchange import export_view
+from dpoeng.cache.exchange.export import export_view
 from dpoeng.cache.reader import View
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
 from dpoeng.engine.recipes.import_reference import import_reference

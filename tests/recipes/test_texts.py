@@ -12,7 +12,9 @@ import pytest
 import torch
 from dpoeng_testing import pair_rows, tree, write_jsonl
 
-from dpoeng.cache.exchange import export_view, import_rows, merge
+from dpoeng.cache.exchange.export import export_view
+from dpoeng.cache.exchange.importing import import_rows
+from dpoeng.cache.exchange.merging import merge
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import PairIds, ScoredPair, as_ids, pair_key
 from dpoeng.cache.shard import encode_shard

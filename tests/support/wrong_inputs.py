@@ -547,7 +547,7 @@ def nothing_to_mix(_: Desk) -> None:
 
 def other_reference(folder: Path, desk: Desk) -> None:
     """A second view by another reference."""
-    from dpoeng.cache.exchange import merge
+    from dpoeng.cache.exchange.merging import merge
     from dpoeng.cache.store import Store
 
     other = desk.copy("sft_cache", "second")
@@ -686,7 +686,7 @@ def drifted(desk: Desk) -> None:
 
 
 def imported_sums(desk: Desk) -> None:
-    from dpoeng.cache.exchange import export_view
+    from dpoeng.cache.exchange.export import export_view
     from dpoeng.cache.reader import View
     from dpoeng.engine.config.fields import PrecomputeConfig
     from dpoeng.engine.recipes.import_reference import import_reference

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from dpoeng.cache.errors import UserError
-from dpoeng.cache.exchange import export_sums, is_sums_export
+from dpoeng.cache.exchange.export import export_sums, is_sums_export
 from dpoeng.cache.files import replacing
 from dpoeng.cache.foreign.tables import arrow_batches, reading
 from dpoeng.cache.reader import View
