@@ -80,6 +80,8 @@ def select(folder: Path, view: str | None, output: str, against: str | None, for
 def _check(options: dict[str, Any]) -> None:
     """Raises click.UsageError for contradictory options, and for options without effect."""
     by, rule, sized = options["by"], options["rule"], [n for n in ("share", "count") if options[n] is not None]
+    if wrong := [name for name in ("share", "min_score", "max_score") if options[name] != options[name]]:
+        raise click.UsageError(f"--{wrong[0].replace('_', '-')} takes a number, not nan")
     if by not in _MEASURES.split(", ") and not by.startswith("column:"):
         raise click.UsageError(f"--by {by} is none of {_MEASURES}, column:NAME")
     if len(sized) > 1 or (rule is None) != (not sized):

@@ -43,7 +43,10 @@ def data_files(folder: Path, is_data: Callable[[Path], bool]) -> list[Path]:
         splits = _read(folder / "dataset_dict.json").get("splits") or []
         if len(splits) != 1:
             raise _several(folder, {str(split): str(folder / str(split)) for split in splits})
-        return data_files(folder / str(splits[0]), is_data)
+        name = str(splits[0])
+        if Path(name).name != name or not (folder / name).is_dir():  # neither outside nor this folder again
+            raise _damaged(folder / "dataset_dict.json", f"split {name!r}"[:200])
+        return data_files(folder / name, is_data)
     names = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
     files = [file for file in names if is_data(file) and not _LEFT_BY_MAP.fullmatch(file.name)]
     if not files and (folder / "data").is_dir():
@@ -143,14 +146,18 @@ def _read(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError("not an object")
-    except ValueError as error:
-        raise UserError(
-            "cannot read a file of the saved data set",
-            code="data-damaged",
-            where=str(path),
-            expected="the JSON object that `datasets` wrote",
-            found=str(error).splitlines()[0],
-            remedy="copy the folder again",
-            exit_status=3,
-        ) from None
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, str(error).splitlines()[0]) from None
     return value
+
+
+def _damaged(path: Path, found: str) -> UserError:
+    return UserError(
+        "cannot read a file of the saved data set",
+        code="data-damaged",
+        where=str(path),
+        expected="what `datasets` wrote: a JSON object whose splits are folders beside it",
+        found=found,
+        remedy="copy the folder again",
+        exit_status=3,
+    )

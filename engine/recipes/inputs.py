@@ -13,7 +13,7 @@ import xxhash
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
-from dpoeng.cache.records import ROW_KINDS
+from dpoeng.cache.records import ROW_KINDS, damaged
 from dpoeng.cache.schema import pair_key
 from dpoeng.cache.selection.mixed import AnyView
 from dpoeng.cache.trunk.texts import text_key
@@ -73,7 +73,9 @@ class Inputs:
     @property
     def reference(self) -> dict[str, Any]:
         """How the reference was loaded in phase one."""
-        reference: dict[str, Any] = self.view.meta["reference"]
+        reference = self.view.meta.get("reference")
+        if not isinstance(reference, dict):
+            raise damaged(f"view {self.view.name}: meta.reference", "an object", repr(reference)[:200])
         return reference
 
     @property

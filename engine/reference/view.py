@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,8 @@ def write_rejects_file(store: Store, name: str, rejects: list[Reject], progress:
     try:
         if rejects:
             path.parent.mkdir(exist_ok=True)
+            if path.parent.is_symlink():  # nothing is written outside of the cache
+                raise OSError(errno.ELOOP, "a symbolic link")
             with writing(path, _REJECTS) as temporary:
                 write_rejects(temporary, rejects)
         elif path.exists():  # on a read-only file system even removing a missing file fails

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 
-from dpoeng.cache.errors import UserError
+from dpoeng.cache.errors import CacheError, UserError
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import PairIds, ScoredPair, as_ids, pair_key
 from dpoeng.cache.selection.rules import Rules, choose, quotas
@@ -201,11 +202,18 @@ def test_what_is_refused(view: View, tmp_path: Path, run: Any, more: tuple[objec
 
 @pytest.mark.parametrize(
     "more", [("--rule", "large"), ("--share", 0.5), ("--rule", "large", "--share", 0.5, "--count", 1), ("--by", "x"),
-             ("--balanced",), ("--group-by", "kind")],
+             ("--balanced",), ("--group-by", "kind"), ("--rule", "large", "--share", "nan"), ("--min-score", "nan")],
 )  # fmt: skip
 def test_an_option_without_effect_is_refused(view: View, tmp_path: Path, more: tuple[object, ...]) -> None:
     arguments = ("--cache", tmp_path / "refcache", "--output", "new", *more)
     assert CliRunner().invoke(select, [str(argument) for argument in arguments]).exit_code == 2
+
+
+@pytest.mark.parametrize("extra", [b"[" * 100_000, b"[]", b"\xff"])
+def test_columns_that_are_no_object_are_named(view: View, monkeypatch: pytest.MonkeyPatch, extra: bytes) -> None:
+    monkeypatch.setattr(view._table, "_extra", pa.array([extra] * len(view), pa.large_binary()))
+    with pytest.raises(CacheError, match="damaged"):
+        view.extra(0)
 
 
 def test_no_torch_is_imported() -> None:

@@ -556,3 +556,15 @@ def test_a_quote_that_is_never_closed_ends_the_reading(tmp_path: Path, monkeypat
     with pytest.raises(UserError, match="not closed") as caught:
         read_pairs([path])
     assert (caught.value.code, caught.value.where) == ("data-bad-csv", f"{path}, row 2")
+
+
+@pytest.mark.parametrize("content", ['{"splits": ["../outside"]}', '{"splits": ["."]}', "[" * 100_000])
+def test_a_saved_data_set_names_no_folder_but_its_own(tmp_path: Path, content: str) -> None:
+    for name in ("outside", "set"):
+        (tmp_path / name).mkdir()
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    (tmp_path / "outside" / "train.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "set" / "dataset_dict.json").write_text(content)
+    with pytest.raises(UserError) as caught:
+        read_pairs([tmp_path / "set"])
+    assert caught.value.code == "data-damaged"

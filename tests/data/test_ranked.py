@@ -82,6 +82,7 @@ def test_several_chosen_against_several_rejected(tmp_path: Path) -> None:
         ({"scores": [1, 1, 1, 1]}, "bad-ranking", "all scores are 1"),
         ({"scores": [1, 2]}, "bad-ranking", "4 responses"),
         ({"scores": [1, 2, None, 3]}, "bad-ranking", "None"),
+        ({"scores": [1, 2, 10**400, 3]}, "bad-ranking", "numbers"),
         ({"scores": None}, "bad-ranking", "neither"),
         ({"responses": [" a"]}, "bad-ranking", "1 responses"),
         ({"responses": "text"}, "bad-ranking", "must be a list"),
@@ -94,6 +95,14 @@ def test_rejects(tmp_path: Path, change: dict[str, Any], reason: str, said: str)
     assert [reject.reason for reject in found.rejects] == [reason]
     assert said in found.rejects[0].detail
     assert len(found.pairs) == 3  # a row that cannot be used leaves no pair behind
+
+
+def test_a_row_makes_no_more_pairs_than_it_may(tmp_path: Path) -> None:
+    row = {"prompt": "p", "responses": [f"r{i}" for i in range(2000)], "scores": list(range(2000))}
+    plain = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    found = read(tmp_path, [row, plain], ranked_pairs="all", max_reject_share=1)
+    assert [reject.reason for reject in found.rejects] == ["bad-ranking"]
+    assert len(read(tmp_path, [row], ranked_pairs="best").pairs) == 1999
 
 
 def test_check_looks_at_every_pair_of_a_row(tmp_path: Path, tiny_model: Path, tokenizer: Any) -> None:

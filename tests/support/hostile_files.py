@@ -466,6 +466,136 @@ def _records() -> list[Attack]:
     ]
 
 
+def resealed(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    """A record of the cache, changed and sealed again: its checksum is right."""
+
+    def make(folder: Path) -> None:
+        from dpoeng.cache.records import seal
+
+        body = json.loads((folder / name).read_bytes().partition(b"\n")[0])
+        change(body)
+        (folder / name).write_bytes(seal(body))
+
+    return make
+
+
+def with_extra(extra: bytes) -> Callable[[Path], object]:
+    """A view whose rows have these bytes as the user's other columns, with checksums that are right."""
+
+    def make(folder: Path) -> None:
+        import xxhash
+
+        views = folder / "cache" / "views"
+        with ipc.open_file(next(views.glob("*.arrow")).read_bytes()) as reader:
+            batch = reader.get_batch(0)
+        columns = [*batch.columns[:-1], pa.array([extra] * batch.num_rows, batch.schema.field("extra").type)]
+        sink = pa.BufferOutputStream()
+        with ipc.new_file(sink, batch.schema) as writer:
+            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=batch.schema))
+        data = bytes(sink.getvalue())
+        digest = xxhash.xxh3_128_hexdigest(data)
+        (views / f"{digest}.arrow").write_bytes(data)
+        table = [digest, batch.num_rows, len(data)]
+        resealed("cache/views/pairs.json", lambda body: body.update(table=table))(folder)
+
+    return make
+
+
+def rejects_outside(folder: Path) -> None:
+    """A link in the place of the folder of rejects, and a row to reject."""
+    (folder / "cache" / "rejects").symlink_to(folder.parent)
+    with (folder / "pairs.jsonl").open("a") as file:
+        file.write("{}\n")
+
+
+def split_outside(folder: Path) -> None:
+    """A saved data set whose split lies outside of its folder."""
+    (folder.parent / "outside").mkdir()
+    (folder.parent / "outside" / "train.jsonl").write_bytes(lines(PAIR))
+    held("set/dataset_dict.json", lines({"splits": ["../../outside"]}))(folder)
+
+
+def piped(name: str) -> Callable[[Path], object]:
+    def make(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return make
+
+
+def _later() -> list[Attack]:
+    """On what came later: saved data sets, ranked and unpaired rows, selections, mixtures, trunks, own losses."""
+    train, select = "train --cache cache --output-dir o --max-steps 1", "select --cache cache --output o"
+    many = {"prompt": "p", "responses": ["r"] * 20_000, "scores": list(range(20_000))}
+    huge = {"prompt": "p", "responses": ["a", "b"], "scores": [10**400, 1]}
+    label = {"prompt": "p", "completion": "c", "label": 10**400}
+    named = {"loss_type": ["evil.py:loss"]}
+
+    def evil(folder: Path) -> None:
+        (folder / "evil.py").write_text("open('../outside-made.txt', 'w')\ndef loss(inputs): return 0\n")
+        record = json.loads((folder / "run/run.json").read_text())
+        record["config"] = {**record.get("config", {}), **named}
+        (folder / "run/run.json").write_text(json.dumps(record))
+
+    return [
+        Attack("saved data set", "a split outside of the folder", "check set", split_outside),
+        Attack(
+            "saved data set",
+            "a split that is the folder",
+            "check set",
+            held("set/dataset_dict.json", lines({"splits": ["."]})),
+        ),
+        Attack("saved data set", "100,000 brackets", "check set", held("set/dataset_dict.json", deep(100_000))),
+        Attack(
+            "ranked rows",
+            "20,000 responses, all pairs",
+            "check t.jsonl --ranked-pairs all",
+            held("t.jsonl", lines(many)),
+        ),
+        Attack("ranked rows", "a score of 400 digits", "check t.jsonl", held("t.jsonl", lines(huge))),
+        Attack("unpaired rows", "a label of 400 digits", "check t.jsonl", held("t.jsonl", lines(label))),
+        Attack(
+            "view",
+            "no reference, train",
+            train,
+            resealed("cache/views/pairs.json", lambda body: body["meta"].pop("reference")),
+        ),
+        Attack(
+            "view",
+            "another kind of rows, train",
+            train,
+            resealed("cache/views/pairs.json", lambda body: body["meta"].update(rows=["x"])),
+        ),
+        Attack("view", "100,000 brackets as columns, select", f"{select} --by column:x", with_extra(deep(100_000))),
+        Attack("view", "a list as columns, train", f"{train} --eval-share 0.5 --eval-group-by x", with_extra(b"[]")),
+        Attack(
+            "view",
+            "a score of 400 digits, select",
+            f"{select} --by column:x",
+            with_extra(b'{"x": 1' + b"0" * 400 + b"}"),
+        ),
+        Attack("options", "select --share nan", f"{select} --rule large --share nan", lambda _: None),
+        Attack("options", "select --min-score nan", f"{select} --min-score nan", lambda _: None),
+        Attack("options", "--mix nan", f"{train} --mix-with pairs --mix nan,1", lambda _: None),
+        Attack(
+            "cache",
+            "the folder of rejects is a link outside",
+            "precompute-ref pairs.jsonl --model model --cache cache --max-reject-share 1",
+            rejects_outside,
+        ),
+        Attack("run", "run.json names a loss in a file, eval", "eval --cache cache --adapter run", evil, sound=True),
+        Attack("run", "run.json names a loss in a file, report", "report run", evil, sound=True),
+        Attack("run", "metrics that are a pipe, watch", "watch run", piped("run/metrics.jsonl")),
+        Attack(
+            "run",
+            "a step of 10^18, report",
+            "report run",
+            held("run/metrics.jsonl", lines({"step": 1, "loss": 1.0}, {"step": 10**18, "loss": 1.0})),
+            sound=True,
+        ),
+    ]
+
+
 def attacks() -> list[Attack]:
     """All of them."""
-    return [*_pairs(), *_configs(), *_models(), *_records()]
+    return [*_pairs(), *_configs(), *_models(), *_records(), *_later()]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from dpoeng.engine.data.shapes import PreferencePair, Shape, fields_of, to_pair
 from dpoeng.engine.data.strict_json import RowFault, json_type
@@ -18,6 +18,9 @@ RankedPairs = Literal["best", "all"]
 
 COLUMNS = ("score_chosen", "score_rejected", "score_margin", "pair_share", "pair_of_row")
 """Columns that each pair of a ranked row gets, besides the row's own."""
+
+MAX_COMPARED: Final = 1 << 20
+"""Comparisons of responses in one row: 1,024 responses with each other. Published rows have some ten."""
 
 _SCORES_OF_COMPLETIONS = ("overall_score", "score", "rating")
 
@@ -49,6 +52,9 @@ def to_pairs(
     responses, scores, used = _ranking(row, shape)
     order = sorted(range(len(responses)), key=lambda i: -scores[i])
     better = [i for i in order if scores[i] == scores[order[0]]][:1] if wanted == "best" else order
+    if len(better) * len(order) > MAX_COMPARED:
+        found = f"{len(responses):,} responses make more pairs than one row may"
+        raise RowFault("bad-ranking", f"{found}; --ranked-pairs best takes {len(responses) - 1:,} at most")
     places = [(i, j) for i in better for j in order if scores[i] > scores[j]]
     if not places:
         raise RowFault("bad-ranking", f"no response is better than another: all scores are {scores[0]:g}")
@@ -106,7 +112,7 @@ def _numbers(values: Sequence[Any], column: str) -> Iterator[float]:
     for value in values:
         try:
             number = math.nan if isinstance(value, bool) or value is None else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
             raise RowFault("bad-ranking", f"`{column}` must contain numbers, it contains {value!r:.80}")
