@@ -27,7 +27,7 @@ Examples:
 
 _FIELDS = frozenset(
     "cache view eval_view eval_share seed model quantization dtype device layout per_device_eval_batch_size "
-    "eval_group_by parity_pairs parity_tolerance".split()
+    "eval_group_by parity_pairs parity_tolerance layer_offloading offload_gib offload_folder".split()
 ) | frozenset(LOSS_FIELDS)
 
 

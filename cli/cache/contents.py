@@ -83,6 +83,13 @@ def _print_info(folder: Path, contents: CacheInfo) -> None:
 @json_option
 @click.option("--model", help="The base's location, for --recompute.  [default: as recorded]")
 @click.option("--adapter", help="The SFT adapter's location, for --recompute.  [default: as recorded]")
+@click.option(
+    "--layer-offloading",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="For --recompute: load the base's layers one at a time; auto: if it does not fit.",
+)
 def verify(
     folder: Path,
     depth: Any,
@@ -91,6 +98,7 @@ def verify(
     as_json: bool,
     model: str | None,
     adapter: str | None,
+    layer_offloading: Any,
 ) -> None:
     """Verify a cache without changing it; the exit status is 4 if something is wrong."""
     from dpoeng.cache.info import cache_info
@@ -114,9 +122,16 @@ def verify(
     if recompute is not None and report.ok:
         from dpoeng.cache.reader import View
         from dpoeng.cache.records import ROW_KINDS
-        from dpoeng.engine.reference.parity import recompute as score_anew
+        from dpoeng.engine.recipes.recompute import recompute_pairs
 
-        anew = score_anew(View.open(folder, view, rows=ROW_KINDS), recompute, model=model, adapter=adapter)
+        anew = recompute_pairs(
+            View.open(folder, view, rows=ROW_KINDS),
+            recompute,
+            model=model,
+            adapter=adapter,
+            layer_offloading=layer_offloading,
+            progress=TerminalProgress(),
+        )
     if as_json:
         say_json({"ok": report.ok, **as_data(report), "recomputed": anew})
     elif anew is not None:

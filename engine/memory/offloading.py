@@ -75,6 +75,25 @@ def decide_forward(
     return by_layer()
 
 
+def decide_scoring(
+    config: PrecomputeConfig, source: ModelSource, pairs: Iterable[PairIds], device: torch.device, note: Note
+) -> bool:
+    """Whether pairs are scored layer by layer outside of both phases: if asked for, or where one alone does not fit.
+
+    More of them in a forward are halved where memory runs out. Of `config`, what the memory depends on is read.
+    """
+    if config.layer_offloading != "auto" or source.gguf or config.quantization == "stored":
+        return config.layer_offloading == "on"
+    try:
+        check_forward(config.model_copy(update={"batch_tokens": 1}), source, pairs, device, note=note)
+    except UserError as error:
+        if error.code != "memory-short":
+            raise
+        note(_turned_on(error))
+        return True
+    return False
+
+
 def decide_step(
     config: TrainConfig,
     source: ModelSource,

@@ -10,19 +10,21 @@ from typing import Any, Literal, TypeVar
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.selection.mixed import AnyView
 from dpoeng.cache.words import counted
-from dpoeng.engine.config.fields import Mode, TrainConfig
+from dpoeng.engine.config.fields import Mode, PrecomputeConfig, TrainConfig
 from dpoeng.engine.losses.batch import PreferenceLoss
 from dpoeng.engine.losses.names import LossSettings
 from dpoeng.engine.losses.own_check import check_own_losses
+from dpoeng.engine.memory.offloading import decide_scoring
 from dpoeng.engine.models.adapters import (
     before_training,
     load_reference_adapter,
     load_trained_adapter,
     stands_alone,
 )
+from dpoeng.engine.models.layers.setting_up import check_adapter_by_layer
 from dpoeng.engine.models.loading import pick_device
 from dpoeng.engine.models.model import CausalLM, device_name, set_mode
-from dpoeng.engine.models.sources import find_adapter
+from dpoeng.engine.models.sources import find_adapter, find_model
 from dpoeng.engine.recipes.inputs import open_views, split
 from dpoeng.engine.recipes.policy import check_parity
 from dpoeng.engine.reference.limits import longest_text
@@ -33,7 +35,7 @@ from dpoeng.engine.runs.identity import rows_digest
 from dpoeng.engine.runs.reading import read_json
 from dpoeng.engine.runtime.out_of_memory import release_memory
 from dpoeng.engine.runtime.progress import QUIET, Progress
-from dpoeng.engine.scoring.choose_layout import choose_layout
+from dpoeng.engine.scoring.passes import choose_how_to_score
 from dpoeng.engine.training.advice import Advice, advise
 from dpoeng.engine.training.batch_loss import evaluate
 from dpoeng.engine.training.evaluation import Evaluation, summarise
@@ -78,10 +80,13 @@ def find_trained(path: Path) -> Trained:
     return Trained(folder, record["config"], record["adapter_mode"])
 
 
-def load_trained(trained: Trained, config: TrainConfig, view: AnyView, *, tokenizer: bool = False) -> CausalLM:
+def load_trained(
+    trained: Trained, config: TrainConfig, view: AnyView, *, tokenizer: bool = False, by_layer: bool = False
+) -> CausalLM:
     """The policy after training, ready to score: the base with its adapters, or the fully trained checkpoint.
 
-    If the reference has an adapter, it is loaded too, so that `before_training` can switch to it.
+    If the reference has an adapter, it is loaded too, so that `before_training` can switch to it. With `by_layer` the
+    base's layers stay in its files.
 
     Raises:
         UserError: base or adapters are not available, or do not fit.
@@ -92,8 +97,8 @@ def load_trained(trained: Trained, config: TrainConfig, view: AnyView, *, tokeni
     mode = trained.mode or ("continue" if sft_name else "new")
     if mode == "full":
         here = config.model_copy(update={"model": str(trained.folder)})
-        return _ready(load_policy_base(here, reference, device, tokenizer=tokenizer), config, view)
-    lm = load_policy_base(config, reference, device, tokenizer=tokenizer)
+        return _ready(load_policy_base(here, reference, device, tokenizer=tokenizer, by_layer=by_layer), config, view)
+    lm = load_policy_base(config, reference, device, tokenizer=tokenizer, by_layer=by_layer)
     sft = find_adapter(sft_name) if sft_name else None
     if sft is not None and mode != "stack" and stands_alone(sft):
         sft = None  # `before_and_after` scores the reference in a separate model
@@ -108,6 +113,7 @@ def before_and_after(
     after: Callable[[CausalLM], After],
     *,
     tokenizer: bool = False,
+    by_layer: bool = False,
 ) -> tuple[Before, After]:
     """Runs `before` on the policy before training and `after` on the trained one, with one model in memory at a time.
 
@@ -122,11 +128,11 @@ def before_and_after(
     sft = find_adapter(sft_name) if sft_name and trained.mode != "full" else None
     apart = sft is not None and trained.mode != "stack" and stands_alone(sft)
     if trained.mode != "full" and not apart:
-        lm = load_trained(trained, config, view, tokenizer=tokenizer)
+        lm = load_trained(trained, config, view, tokenizer=tokenizer, by_layer=by_layer)
         with before_training(lm):
             earlier = before(lm)
         return earlier, after(lm)
-    base = load_policy_base(config, reference, pick_device(config.device), tokenizer=tokenizer)
+    base = load_policy_base(config, reference, pick_device(config.device), tokenizer=tokenizer, by_layer=by_layer)
     if sft is not None:
         base = load_reference_adapter(base, sft)
     earlier = before(_ready(base, config, view))
@@ -134,13 +140,35 @@ def before_and_after(
     # cycles, which only the garbage collector frees.
     del base
     release_memory()
-    return earlier, after(load_trained(trained, config, view, tokenizer=tokenizer))
+    return earlier, after(load_trained(trained, config, view, tokenizer=tokenizer, by_layer=by_layer))
 
 
 def _ready(lm: CausalLM, config: TrainConfig, view: AnyView) -> CausalLM:
     set_mode(lm, training=False)
-    choose_layout(lm, config.layout, config.attention, longest_text(view[row].ids for row in range(len(view))))
+    choose_how_to_score(lm, config.layout, config.attention, longest_text(view[row].ids for row in range(len(view))))
     return lm
+
+
+def _by_layer(trained: Trained, config: TrainConfig, rows: Rows, reference: dict[str, Any], progress: Progress) -> bool:
+    """Whether the policy is scored layer by layer.
+
+    Raises:
+        UserError: it would have to be, and one of its adapters changes more than that can follow.
+    """
+    adapter = None if trained.mode == "full" else str(trained.folder)
+    source = find_model(config.model or reference["model"], revision=reference.get("revision"))
+    values = {
+        "adapter": adapter,
+        "quantization": config.quantization or reference["quantization"],
+        "dtype": config.dtype or reference["dtype"],
+        "layer_offloading": config.layer_offloading,
+    }
+    scoring = PrecomputeConfig.model_validate(values)
+    pairs = (row.ids for row in rows)
+    found = decide_scoring(scoring, source, pairs, pick_device(config.device), progress.note)
+    for name in (config.adapter or reference.get("adapter"), adapter) if found else ():
+        check_adapter_by_layer(find_adapter(name) if name else None)
+    return found
 
 
 @dataclass(slots=True)
@@ -204,7 +232,8 @@ def evaluate_trained(
             per_token=not rows.view.spec.holds_sums,
         )
 
-    (parity, device), losses = before_and_after(trained, config, view, compare, score)
+    by_layer = _by_layer(trained, config, rows, view.meta["reference"], progress)
+    (parity, device), losses = before_and_after(trained, config, view, compare, score, by_layer=by_layer)
     result = summarise(losses, rows.prompts(), labels, seed=config.seed, per_pair_loss=not settings.sorts_pairs)
     line = {f"eval_{name}": value for name, value in result.metrics.items()}
     return EvaluationSummary(

@@ -9,16 +9,17 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from dpoeng.cache.reader import View
-from dpoeng.cache.schema import ScoredPair
+from dpoeng.cache.schema import PairIds, ScoredPair
 from dpoeng.cache.selection.mixed import AnyView
 from dpoeng.cache.store import Store
 from dpoeng.cache.trunk.index import TrunkIndex, trunks_of
 from dpoeng.engine.config.fields import PrecomputeConfig
 from dpoeng.engine.models.loading import pick_device
 from dpoeng.engine.models.model import CausalLM
-from dpoeng.engine.models.sources import find_adapter, find_model
+from dpoeng.engine.models.sources import ModelSource, find_adapter, find_model
 from dpoeng.engine.models.trunk.stand_ins import rehearsing
 from dpoeng.engine.reference.loading import load_reference
 from dpoeng.engine.reference.trunk_choice import stored_states
@@ -163,8 +164,18 @@ def _differences(
     return np.concatenate(diffs), margins
 
 
+Decide = Callable[[PrecomputeConfig, ModelSource, Sequence[PairIds], torch.device], bool]
+"""Whether some pairs are scored layer by layer, with a reference on a device."""
+
+
 def recompute(
-    view: View, count: int, *, model: str | None = None, adapter: str | None = None, device: str = "auto"
+    view: View,
+    count: int,
+    *,
+    model: str | None = None,
+    adapter: str | None = None,
+    device: str = "auto",
+    by_layer: Decide = lambda *_: False,
 ) -> ParityReport:
     """The fourth depth of verification: scores rows of a view again with its reference and compares.
 
@@ -176,6 +187,7 @@ def recompute(
         model: the base's new location; by default the recorded one.
         adapter: the SFT adapter's new location; by default the recorded one.
         device: as in `PrecomputeConfig`.
+        by_layer: decides whether the base's layers are left in its files.
 
     Raises:
         UserError: the model cannot be found or loaded.
@@ -191,10 +203,11 @@ def recompute(
     )
     assert config.model is not None
     source = find_model(config.model, revision=reference["revision"])
-    lm = load_reference(
-        config, source, find_adapter(config.adapter) if config.adapter else None, pick_device(config.device)
-    )
     rows = spread(range(len(view)), count)
+    here = pick_device(config.device)
+    decided = by_layer(config, source, [view[row].ids for row in rows], here)
+    sft = find_adapter(config.adapter) if config.adapter else None
+    lm = load_reference(config, source, sft, here, by_layer=decided)
     tolerance = parity_tolerance(lm, reference["quantization"], reference["dtype"])
     compare = partial(
         compare_with_cache,

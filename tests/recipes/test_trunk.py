@@ -33,11 +33,11 @@ from dpoeng.engine.models.sources import find_model
 from dpoeng.engine.recipes import policy as policy_module
 from dpoeng.engine.recipes.plan import make_plan, suggested
 from dpoeng.engine.recipes.precompute import PrecomputeSummary, precompute_reference
+from dpoeng.engine.recipes.recompute import recompute_pairs
 from dpoeng.engine.recipes.sweeps.plan import plan_sweep
 from dpoeng.engine.recipes.sweeps.run import run_sweep
 from dpoeng.engine.recipes.train import train
 from dpoeng.engine.reference import limits, trunk_pass
-from dpoeng.engine.reference.parity import recompute
 
 DEPTH, LAYER = 4, 2
 QUICK: dict[str, Any] = {
@@ -432,9 +432,10 @@ def test_stored_states_are_checked_against_the_model(stored: Path, tmp_path: Pat
     """The deepest verification: the stored states give the cached log-probs; wrong ones do not."""
     cache = tmp_path / "cache"
     shutil.copytree(stored, cache)
-    report = recompute(View.open(cache), 4)
+    report = recompute_pairs(View.open(cache), 4)
     assert report.trunks[LAYER].pairs == 4
     assert report.trunks[LAYER].max_diff < 1e-5
+    assert recompute_pairs(View.open(cache), 4, layer_offloading="on") == report
     store = Store.open(cache)
     (spec,) = trunks_of(store, store.reference_digests()[0]).values()
     wrong = TrunkIndex.open(store, spec.digest)
@@ -443,7 +444,7 @@ def test_stored_states_are_checked_against_the_model(stored: Path, tmp_path: Pat
     }
     shutil.rmtree(cache / "runs" / spec.digest)
     commit_states(store, spec, [(key, states.astype("<f4").view("u1")) for key, states in texts.items()], {})
-    report = recompute(View.open(cache), 4)
+    report = recompute_pairs(View.open(cache), 4)
     assert report.mean_diff < 1e-5
     assert not report.trunks[LAYER].ok
     assert not report.ok

@@ -433,6 +433,11 @@ def test_eval_alone_gives_what_training_gave(
     wrong, theirs = found["groups"]["negative_type"]["wrong"], last["groups"]["negative_type"]["wrong"]
     assert wrong["metrics"] == pytest.approx(theirs["metrics"], rel=1e-4, abs=1e-5)
 
+    by_layer = ("--layer-offloading", "on", "--offload-folder", tmp_path / "scratch")
+    status, out, _ = command(capsys, "eval", "--cache", used, "--adapter", tmp_path / "out", "--json", *by_layer)
+    assert status == 0
+    assert json.loads(out) == found
+
     status, out, _ = command(
         capsys, "eval", "--cache", used, "--adapter", tmp_path / "out" / "adapter", "--pairs", "all"
     )
