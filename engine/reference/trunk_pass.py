@@ -33,8 +33,8 @@ from dpoeng.engine.reference.limits import longest_text
 from dpoeng.engine.reference.shards import Part, plan_shards
 from dpoeng.engine.runtime.out_of_memory import in_parts, is_out_of_memory, too_large
 from dpoeng.engine.scoring.forward import predict_groups, score_groups
+from dpoeng.engine.scoring.layer_passes import Forwards, up_to_layer
 from dpoeng.engine.scoring.layout import pair_group, share_prompts
-from dpoeng.engine.scoring.passes import up_to_layer
 from dpoeng.engine.scoring.texts import Place
 
 OBJECT_BYTES: Final = 64 << 20
@@ -307,7 +307,8 @@ def store_states(lm: CausalLM, batches: Sequence[Sequence[PairIds]], note: Calla
         return too_large(some, problem, phase="storing hidden states", helps="use a shorter --max-length")
 
     if lm.by_layer is not None:
-        yield from up_to_layer(lm, [share_prompts(batch)[0] for batch in batches], lm.watch.number)
+        forwards = Forwards(batches, lambda some: share_prompts(some)[0], too_long, note)
+        yield from up_to_layer(lm, forwards, lm.watch.number)
         return
     for batch in batches:
         in_parts(run, batch, note=note, describe=too_long)

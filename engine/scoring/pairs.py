@@ -44,6 +44,12 @@ def score_pairs(lm: CausalLM, pairs: Sequence[PairIds]) -> list[ScoredPair]:
     return scored
 
 
+def too_long(some: Sequence[PairIds], said: str) -> UserError:
+    """The error for pairs that do not fit into one forward, with what torch said."""
+    shorter = "use fewer bits with --quantization, or a shorter --max-length"
+    return too_large(some, said, phase="scoring", helps=shorter)
+
+
 def score_within_memory(
     lm: CausalLM,
     pairs: Sequence[PairIds],
@@ -55,11 +61,6 @@ def score_within_memory(
     Raises:
         UserError: a single pair does not fit.
     """
-
-    def too_long(some: Sequence[PairIds], problem: str) -> UserError:
-        shorter = "use fewer bits with --quantization, or a shorter --max-length"
-        return too_large(some, problem, phase="scoring", helps=shorter)
-
     if lm.sharded:
         with no_way_back("out of memory", "scoring over a sharded base", "shard it over more cards"):
             return score_pairs(lm, pairs)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar, overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -14,20 +13,18 @@ import torch
 from dpoeng.cache.schema import PairIds, ScoredPair
 from dpoeng.cache.words import counted, speed
 from dpoeng.engine.config.fields import Attention
-from dpoeng.engine.models.layers.by_layer import after_layers, through_layers
 from dpoeng.engine.models.layers.trial import try_by_layers
 from dpoeng.engine.models.model import CausalLM
 from dpoeng.engine.models.model_config import layer_lists
-from dpoeng.engine.runtime.out_of_memory import no_way_back
 from dpoeng.engine.runtime.progress import QUIET, Advance
 from dpoeng.engine.scoring.attention import use_layout
 from dpoeng.engine.scoring.choose_layout import choose_layout
 from dpoeng.engine.scoring.forward import on_device, predict_groups
-from dpoeng.engine.scoring.layout import Branch, PromptGroup, pair_group, separate, share_prompts
-from dpoeng.engine.scoring.pairs import score_pairs, score_within_memory
+from dpoeng.engine.scoring.layer_passes import Forwards, in_passes, sum_positions
+from dpoeng.engine.scoring.layout import Branch, PromptGroup, pair_group, share_prompts
+from dpoeng.engine.scoring.pairs import score_pairs, score_within_memory, too_long
 
 Batch = Sequence[PairIds]
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +85,9 @@ def score_batches(
             if at in ends:
                 pause()
         return
-    groups_of = lambda i: share_prompts(batches[i])[0]  # noqa: E731
-    finish = lambda i: score_pairs(lm, batches[i])  # noqa: E731
-    yield from in_passes(lm, len(batches), groups_of, finish, ends=ends, advance=advance, pause=pause)
+    forwards = Forwards(batches, lambda some: share_prompts(some)[0], too_long, note)
+    finish = lambda some: score_pairs(lm, some)  # noqa: E731
+    yield from in_passes(lm, forwards, finish, ends=ends, advance=advance, pause=pause)
 
 
 def _one_by_one(
@@ -103,123 +100,6 @@ def _one_by_one(
         rate = speed(done, time.perf_counter() - began, "pairs")
         advance(sum_positions(share_prompts(batch)[0]), f"{done} of {counted(total, 'pair')}, {rate}")
         yield rows
-
-
-@torch.no_grad()
-def in_passes(
-    lm: CausalLM,
-    count: int,
-    groups_of: Callable[[int], Sequence[PromptGroup]],
-    finish: Callable[[int], Result],
-    *,
-    ends: Collection[int] = (),
-    advance: Advance = lambda _amount, _shown: None,
-    pause: Callable[[], None] = lambda: None,
-) -> Iterator[Result]:
-    """Yields the result of `finish` for each of `count` forwards of a model that runs by layer; without gradient.
-
-    Args:
-        lm: the model.
-        count: number of forwards.
-        groups_of: the groups of a forward.
-        finish: called with a forward's number after the layers; runs the rest of the forward.
-        ends: as in `score_batches`.
-        advance: called with the number of tokens done.
-        pause: as in `score_batches`.
-
-    Raises:
-        UserError: memory runs out.
-    """
-    by_layer = lm.by_layer
-    assert by_layer is not None
-    sizes = [by_layer.bytes_per_position * computed_positions(lm, groups_of(i)) for i in range(count)]
-    passes = plan_passes(sizes, by_layer.limit_bytes, ends)
-    for number, some in enumerate(passes):
-        title = f"pass {number + 1} of {len(passes)}, " if len(passes) > 1 else ""
-        groups = [groups_of(i) for i in some]
-        jobs = [partial(predict_groups, lm, job_groups) for job_groups in groups]
-        tell = _Told([sum_positions(job_groups) for job_groups in groups], by_layer.gates.count, advance, title)
-        waiting = by_layer.waiting(lm.device)
-        with no_way_back("out of memory in a pass over the layers", f"{len(jobs)} forwards", _SMALLER):
-            slots = through_layers(by_layer, waiting, jobs, tell)
-            finished = list(after_layers(by_layer, waiting, slots, partial(_finish_of, finish, some)))
-        yield from finished
-        if some[-1] in ends:
-            pause()
-
-
-@torch.no_grad()
-def up_to_layer(lm: CausalLM, forwards: Sequence[Sequence[PromptGroup]], end: int) -> Iterator[None]:
-    """Takes forwards of a model that runs by layer to the input of layer `end`, where a watch ends them.
-
-    Yields:
-        once per forward, when its pass is done.
-
-    Raises:
-        UserError: memory runs out.
-    """
-    by_layer = lm.by_layer
-    assert by_layer is not None
-    sizes = [by_layer.bytes_per_position * computed_positions(lm, groups) for groups in forwards]
-    for some in plan_passes(sizes, by_layer.limit_bytes):
-        jobs = [partial(predict_groups, lm, forwards[i]) for i in some]
-        waiting = by_layer.waiting(lm.device)
-        with no_way_back("out of memory in a pass over the layers", f"{len(jobs)} forwards", _SMALLER):
-            slots = through_layers(by_layer, waiting, jobs, end=end)
-            for job_slots, job in zip(slots, jobs, strict=True):
-                by_layer.gates.run_layer(end, [waiting.get(slot) for slot in job_slots], job)
-                waiting.drop(job_slots)
-        yield from [None] * len(jobs)
-
-
-def _finish_of(finish: Callable[[int], Result], some: range, at: int) -> Result:
-    return finish(some[at])
-
-
-_SMALLER = "use a smaller --batch-tokens or --per-device-eval-batch-size, or a lower --offload-gib"
-
-
-class _Told:
-    """Reports tokens per layer, so that all count as done after the last layer."""
-
-    def __init__(self, tokens: Sequence[int], layers: int, advance: Advance, title: str) -> None:
-        self._tokens, self._layers, self._advance, self._title = tokens, layers, advance, title
-        self._told = [0] * len(tokens)
-
-    def __call__(self, layer: int, at: int) -> None:
-        now = self._tokens[at] * (layer + 1) // self._layers
-        text = f"{self._title}layer {layer + 1} of {self._layers}, forward {at + 1} of {len(self._tokens)}"
-        self._advance(now - self._told[at], text)
-        self._told[at] = now
-
-
-def plan_passes(sizes: Sequence[int], limit: int, ends: Collection[int] = ()) -> list[range]:
-    """Splits batches into passes of at most `limit` bytes, ending at one of `ends` if a pass has any."""
-    passes: list[range] = []
-    begin = 0
-    while begin < len(sizes):
-        stop, total = begin, 0
-        while stop < len(sizes) and (stop == begin or total + sizes[stop] <= limit):
-            total += sizes[stop]
-            stop += 1
-        if stop < len(sizes):
-            stop = next((end + 1 for end in range(stop - 1, begin - 1, -1) if end in ends), stop)
-        passes.append(range(begin, stop))
-        begin = stop
-    return passes
-
-
-def sum_positions(groups: Sequence[PromptGroup]) -> int:
-    """Tokens of these groups, each prompt counted once."""
-    return sum(len(group.prompt_ids) + sum(len(branch.ids) for branch in group.branches) for group in groups)
-
-
-def computed_positions(lm: CausalLM, groups: Sequence[PromptGroup]) -> int:
-    """Positions that the model computes for these groups in its layout, including padding."""
-    if lm.layout == "shared":
-        return sum_positions(groups)
-    lengths = [len(single.branches[0].ids) for group in groups for single in separate(group)]
-    return len(lengths) * max(lengths) if lm.padding else sum(lengths)
 
 
 # --------------------------------------------------------------------------- trials

@@ -18,8 +18,8 @@ from dpoeng.engine.runtime.distributed import ALONE, Group
 from dpoeng.engine.runtime.out_of_memory import in_parts, no_way_back, too_large
 from dpoeng.engine.runtime.progress import QUIET
 from dpoeng.engine.scoring.forward import head_log_collision, head_logps, on_device, predict_groups
+from dpoeng.engine.scoring.layer_passes import Forwards, in_passes
 from dpoeng.engine.scoring.layout import PromptGroup, pair_group
-from dpoeng.engine.scoring.passes import in_passes
 from dpoeng.engine.training.rows import WeightArray
 
 Part = TypeVar("Part", PairSums, PreferenceLoss)
@@ -116,19 +116,12 @@ def evaluate(
 
     batches = [range(begin, min(len(rows), begin + batch_size)) for begin in range(0, len(rows), batch_size)]
 
-    def of_batch(number: int) -> list[PromptGroup]:
-        return groups_of([rows[i] for i in batches[number]], settings)
-
     def mine() -> list[tuple[int, PairSums]]:
         if lm.by_layer is not None:
-            own_batches = list(group.mine(len(batches)))
-            sums = in_passes(
-                lm,
-                len(own_batches),
-                lambda i: of_batch(own_batches[i]),
-                lambda i: PairSums.join(score(batches[own_batches[i]])),
-            )
-            return list(zip(own_batches, sums, strict=True))
+            own = list(group.mine(len(batches)))
+            of_rows = lambda some: groups_of([rows[i] for i in some], settings)  # noqa: E731
+            found = in_passes(lm, Forwards([batches[i] for i in own], of_rows, too_long, note), score)
+            return [(number, PairSums.join(sums)) for number, sums in zip(own, found, strict=True)]
         parts = []
         for number, counts in turns(group, len(batches), sharded=lm.sharded):
             if lm.sharded:

@@ -14,10 +14,13 @@ from safetensors.torch import load_file, save_file
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import PairIds, ScoredPair
 from dpoeng.engine.memory.tracker import MemoryTracker
+from dpoeng.engine.models.layers.waiting import Waiting
 from dpoeng.engine.models.loading import load_model
 from dpoeng.engine.models.model import CausalLM, set_mode
 from dpoeng.engine.models.sources import find_model
-from dpoeng.engine.scoring.passes import Batches, choose_how_to_score, plan_passes, score_batches
+from dpoeng.engine.scoring import forward, layer_passes
+from dpoeng.engine.scoring.layer_passes import plan_passes
+from dpoeng.engine.scoring.passes import Batches, choose_how_to_score, score_batches
 
 # Experts that are stacked, windows, soft caps, tuples, learnt positions: the rest differs in sizes alone.
 QUICK = ("LlamaConfig", "Gemma3TextConfig", "GptOssConfig", "GPT2Config", "Qwen3MoeConfig")
@@ -154,6 +157,63 @@ def test_passes_end_where_something_is_stored() -> None:
     assert plan_passes([3, 3, 3, 3], 7) == [range(2), range(2, 4)]
     assert plan_passes([3, 3, 3, 3], 10, ends={1, 3}) == [range(2), range(2, 4)]
     assert plan_passes([30, 3, 3], 5, ends={0, 2}) == [range(1), range(1, 2), range(2, 3)]
+
+
+@pytest.mark.parametrize("most", [2, 1])
+def test_a_pass_that_runs_out_of_memory_cuts_the_forward_at_work(
+    most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the same halves as the ordinary order, and so with the same bits; the progress counts each token once."""
+    folder = saved(tmp_path / "model", "LlamaConfig")
+
+    def short(predict: Any) -> Any:
+        def call(lm: CausalLM, groups: Any) -> Any:
+            if len(groups) > most:
+                raise MemoryError("short")
+            return predict(lm, groups)
+
+        return call
+
+    ordinary, by_layer = loaded(folder, by_layer=False), loaded(folder, by_layer=True)
+    for module in (layer_passes, forward):
+        monkeypatch.setattr(module, "predict_groups", short(module.predict_groups))
+    notes: list[str] = []
+    told: list[int] = []
+    cut = list(score_batches(ordinary, Batches.of(some_batches()), note=notes.append))
+    assert len(notes) == {2: 2, 1: 4}[most]
+    again: list[str] = []
+    advance = lambda amount, _shown: told.append(amount)  # noqa: E731
+    found = list(score_batches(by_layer, Batches.of(some_batches()), note=again.append, advance=advance))
+    assert again == notes
+    assert [len(rows) for rows in found] == [3, 1, 3]
+    assert all(same(one, other) for one, other in zip(cut, found, strict=True))
+    assert sum(told) == sum(ids.total_tokens for batch in some_batches() for ids in batch)
+    most = 0
+    with pytest.raises(UserError) as caught:
+        list(score_batches(by_layer, Batches.of(some_batches())))
+    assert caught.value.code == "memory-full"
+    assert "longest pair" in str(caught.value.where)
+
+
+def test_hidden_states_without_room_cut_the_pass_and_move_no_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tmp_path / "model", "LlamaConfig")
+    ordinary, by_layer = loaded(folder, by_layer=False), loaded(folder, by_layer=True)
+    put = Waiting.put
+    room = 32 * 4 * sum(ids.total_tokens for batch in some_batches() for ids in batch) - 1  # too little for all of them
+
+    def full(self: Waiting, tensor: torch.Tensor, slot: Any = None) -> Any:
+        if slot is None and self.n_bytes + tensor.nbytes > room:
+            raise MemoryError("no room")
+        return put(self, tensor, slot)
+
+    expected = scored(ordinary)
+    monkeypatch.setattr(Waiting, "put", full)
+    notes: list[str] = []
+    found = [row for rows in score_batches(by_layer, Batches.of(some_batches()), note=notes.append) for row in rows]
+    assert same(expected, found)
+    assert notes == ["out of memory with 3 forwards in a pass: running it in halves"]
 
 
 def test_memory_does_not_grow_with_the_depth(tmp_path: Path) -> None:

@@ -1,0 +1,232 @@
+"""Passes over the layers of a model that is run by layer: as many forwards as their hidden states have room for.
+
+A pass that runs out of memory is done again; then the forward that was at work is cut in half, as in the ordinary
+order, and with the same numbers as there. Where forwards have no room to wait, the pass is cut, which moves no number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from dpoeng.cache.errors import UserError
+from dpoeng.cache.words import counted
+from dpoeng.engine.models.layers.by_layer import ByLayer, Job, after_layers, through_layers
+from dpoeng.engine.models.layers.gates import LayersDone
+from dpoeng.engine.models.layers.waiting import Waiting
+from dpoeng.engine.models.model import CausalLM
+from dpoeng.engine.runtime.out_of_memory import attempt
+from dpoeng.engine.runtime.progress import QUIET, Advance
+from dpoeng.engine.scoring.forward import predict_groups
+from dpoeng.engine.scoring.layout import PromptGroup, separate
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Describe = Callable[[Sequence[Any], str], UserError]
+"""The error for items of one forward that do not fit, with what torch said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forwards(Generic[Item]):
+    """What goes through the layers.
+
+    Attributes:
+        items: of each forward.
+        groups_of: what a forward runs for some items.
+        describe: the error for one item that does not fit alone.
+        note: told of what is cut because memory ran out.
+    """
+
+    items: Sequence[Sequence[Item]]
+    groups_of: Callable[[Sequence[Item]], Sequence[PromptGroup]]
+    describe: Describe
+    note: Callable[[str], None] = QUIET.note
+
+
+@torch.no_grad()
+def in_passes(
+    lm: CausalLM,
+    forwards: Forwards[Item],
+    finish: Callable[[Sequence[Item]], list[Result]],
+    *,
+    ends: Collection[int] = (),
+    advance: Advance = lambda _amount, _shown: None,
+    pause: Callable[[], None] = lambda: None,
+) -> Iterator[list[Result]]:
+    """What `finish` makes of the items of each forward, of a model that is run by layer; without gradient.
+
+    Args:
+        lm: the model.
+        forwards: what is run.
+        finish: runs a forward over some items after the layers. Of one that was cut, its results stand together.
+        ends: forwards behind which something is stored: a pass ends there rather than elsewhere.
+        advance: told of tokens that are done.
+        pause: called behind one of `ends`; it may raise.
+
+    Raises:
+        UserError: an item alone does not fit into memory.
+    """
+    by_layer = lm.by_layer
+    assert by_layer is not None
+
+    def run(pass_: _Pass[Item], waiting: Waiting, told: _Told) -> list[list[Result]]:
+        slots = through_layers(by_layer, waiting, pass_.jobs, told)
+        at_head = lambda at: pass_.at_work(at, lambda: finish(pass_.items[at]))  # noqa: E731
+        return list(after_layers(by_layer, waiting, slots, at_head))
+
+    sizes = [by_layer.bytes_per_position * computed_positions(lm, forwards.groups_of(some)) for some in forwards.items]
+    passes = plan_passes(sizes, by_layer.limit_bytes, ends)
+    for number, some in enumerate(passes):
+        title = f"pass {number + 1} of {len(passes)}, " if len(passes) > 1 else ""
+        told = _Told(by_layer.gates.count, advance, title)
+        yield from _within_memory(lm, forwards, [forwards.items[i] for i in some], run, told)
+        if some[-1] in ends:
+            pause()
+
+
+@torch.no_grad()
+def up_to_layer(lm: CausalLM, forwards: Forwards[Item], end: int) -> Iterator[None]:
+    """Takes forwards of a model that is run by layer to the entry of layer `end`, where a watch ends them.
+
+    Yields:
+        once for each forward, when its pass is done.
+
+    Raises:
+        UserError: an item alone does not fit into memory.
+    """
+    by_layer = lm.by_layer
+    assert by_layer is not None
+
+    def run(pass_: _Pass[Item], waiting: Waiting, told: _Told) -> list[list[Item]]:
+        slots = through_layers(by_layer, waiting, pass_.jobs, told, end=end)
+        for own, job in zip(slots, pass_.jobs, strict=True):
+            by_layer.gates.run_layer(end, [waiting.get(slot) for slot in own], job)
+            waiting.drop(own)
+        return [[] for _ in slots]
+
+    sizes = [by_layer.bytes_per_position * computed_positions(lm, forwards.groups_of(some)) for some in forwards.items]
+    for some in plan_passes(sizes, by_layer.limit_bytes):
+        told = _Told(end, lambda _amount, _shown: None, "")
+        for _ in _within_memory(lm, forwards, [forwards.items[i] for i in some], run, told):
+            yield
+
+
+@dataclass(slots=True)
+class _Pass(Generic[Item]):
+    """The forwards of one pass, and which of them is at work: None while hidden states are put away or taken out."""
+
+    lm: CausalLM
+    items: Sequence[Sequence[Item]]
+    groups: Sequence[Sequence[PromptGroup]]
+    working: int | None = None
+    jobs: Sequence[Job] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.jobs = [self._job(at) for at in range(len(self.items))]
+
+    def _job(self, at: int) -> Job:
+        return lambda: self.at_work(at, lambda: predict_groups(self.lm, self.groups[at]))
+
+    def at_work(self, at: int, work: Callable[[], Result]) -> Result:
+        """Does some work of a forward; `working` names it still where that has failed."""
+        self.working = at
+        try:
+            result = work()
+        except LayersDone:
+            self.working = None
+            raise
+        self.working = None
+        return result
+
+
+def _within_memory(
+    lm: CausalLM,
+    forwards: Forwards[Item],
+    items: Sequence[Sequence[Item]],
+    run: Callable[[_Pass[Item], Waiting, _Told], list[list[Result]]],
+    told: _Told,
+) -> list[list[Result]]:
+    """The results of each forward of a pass, which is cut where memory does not suffice."""
+    assert lm.by_layer is not None
+    by_layer: ByLayer = lm.by_layer
+    pass_ = _Pass(lm, items, [forwards.groups_of(some) for some in items])
+
+    def once() -> list[list[Result]]:
+        pass_.working = None
+        return run(pass_, by_layer.waiting(lm.device), told.of([sum_positions(groups) for groups in pass_.groups]))
+
+    done, said = attempt(once)
+    if done is not None:
+        told.finish()
+        return done
+    at = pass_.working
+    if at is not None and len(items[at]) > 1:
+        count, middle = len(items[at]), (len(items[at]) + 1) // 2
+        forwards.note(f"out of memory with {count} pairs in one forward: computing them in halves")
+        halves = [items[at][:middle], items[at][middle:]]
+        cut = _within_memory(lm, forwards, [*items[:at], *halves, *items[at + 1 :]], run, told)
+        return [*cut[:at], [*cut[at], *cut[at + 1]], *cut[at + 2 :]]
+    if len(items) > 1:
+        forwards.note(f"out of memory with {counted(len(items), 'forward')} in a pass: running it in halves")
+        middle = (len(items) + 1) // 2
+        first = _within_memory(lm, forwards, items[:middle], run, told)
+        return [*first, *_within_memory(lm, forwards, items[middle:], run, told)]
+    raise forwards.describe(items[0], said)
+
+
+class _Told:
+    """Tells of tokens that are through a layer, so that the last layer makes all of them done; of each only once."""
+
+    def __init__(self, layers: int, advance: Advance, title: str) -> None:
+        self._layers, self._advance, self._title = layers, advance, title
+        self._tokens: Sequence[int] = ()
+        self._finished = self._most = 0
+        self._now: list[int] = []
+
+    def of(self, tokens: Sequence[int]) -> _Told:
+        """Begins a pass over so many tokens, or begins one anew."""
+        self._tokens, self._now = tokens, [0] * len(tokens)
+        return self
+
+    def finish(self) -> None:
+        """A pass, or a part of one, is done."""
+        self._finished += sum(self._now)
+
+    def __call__(self, layer: int, at: int) -> None:
+        self._now[at] = self._tokens[at] * (layer + 1) // self._layers
+        shown = f"{self._title}layer {layer + 1} of {self._layers}, forward {at + 1} of {len(self._tokens)}"
+        done = self._finished + sum(self._now)
+        self._advance(max(0, done - self._most), shown)
+        self._most = max(self._most, done)
+
+
+def plan_passes(sizes: Sequence[int], limit: int, ends: Collection[int] = ()) -> list[range]:
+    """Cuts batches into passes of at most `limit` bytes, behind one of `ends` where a pass has any."""
+    passes: list[range] = []
+    begin = 0
+    while begin < len(sizes):
+        stop, total = begin, 0
+        while stop < len(sizes) and (stop == begin or total + sizes[stop] <= limit):
+            total += sizes[stop]
+            stop += 1
+        if stop < len(sizes):
+            stop = next((end + 1 for end in range(stop - 1, begin - 1, -1) if end in ends), stop)
+        passes.append(range(begin, stop))
+        begin = stop
+    return passes
+
+
+def sum_positions(groups: Sequence[PromptGroup]) -> int:
+    """Tokens of some groups, each prompt once."""
+    return sum(len(group.prompt_ids) + sum(len(branch.ids) for branch in group.branches) for group in groups)
+
+
+def computed_positions(lm: CausalLM, groups: Sequence[PromptGroup]) -> int:
+    """Positions that the model computes for some groups in its layout, padding included."""
+    if lm.layout == "shared":
+        return sum_positions(groups)
+    lengths = [len(single.branches[0].ids) for group in groups for single in separate(group)]
+    return len(lengths) * max(lengths) if lm.padding else sum(lengths)
