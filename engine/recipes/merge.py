@@ -1,9 +1,9 @@
 """Merges adapters into their base: `W + scale * B A`, from the full-precision checkpoint, never from quantised weights.
 
 It works tensor by tensor from the base's files to new ones, so that at most one of these files is in memory. Sums are
-computed in float32 over all adapters and rounded once. Adapters that are not plain LoRA on separately stored weights
-(DoRA, stacked experts, trained embeddings) are merged by peft in a whole model and written under the names of the
-base's files: see `merge_whole`.
+computed in float32 over all adapters and rounded once. Adapters that are neither LoRA nor DoRA on separately stored
+weights (stacked experts, trained embeddings, DoRA on another adapter) are merged by peft in a whole model and written
+under the names of the base's files: see `merge_whole`.
 """
 
 from __future__ import annotations
@@ -46,17 +46,28 @@ from dpoeng.engine.runtime.progress import QUIET, Progress
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """An adapter's update of one weight: `scale * b @ a`, transposed for layers that store [in, out]."""
+    """An adapter's update of one weight: `scale * b @ a`, transposed for layers that store [in, out].
+
+    With a `magnitude` [out] the sum's rows are then given these norms (DoRA, Liu et al. 2024,
+    https://arxiv.org/abs/2402.09353, equation 5).
+    """
 
     a: torch.Tensor
     b: torch.Tensor
     scale: float
     transposed: bool
+    magnitude: torch.Tensor | None = None
 
-    def delta(self) -> torch.Tensor:
-        """The update in float32."""
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight [out, in], or [in, out], with the update, in float32."""
         delta = self.scale * (self.b.float() @ self.a.float())
-        return delta.T if self.transposed else delta
+        weight = weight + (delta.T if self.transposed else delta)
+        if self.magnitude is None:
+            return weight
+        rows = 1 if self.transposed else 0
+        factor = self.magnitude.float() / torch.linalg.norm(weight, dim=1 - rows)
+        scaled: torch.Tensor = weight * factor.unsqueeze(1 - rows)
+        return scaled
 
 
 def merge_run(
@@ -131,7 +142,7 @@ def merge(
         plain = True
         for adapter in renamed_adapters:
             _refuse_more_layers(adapter)
-            plain = plain and _read_adapter(adapter, updates, replaced)
+            plain = plain and _read_adapter(adapter, updates, replaced, alone=len(renamed_adapters) == 1)
         adapted = {*updates, *replaced}
         tied = {name for name in adapted - {*names.in_memory.values()} if name in names.model.state_dict()}
         if not plain or names.converted & adapted or tied:
@@ -191,7 +202,7 @@ def _write_merged(
                     if name in updates:
                         weight = weight.float()
                         for update in updates[name]:
-                            weight += update.delta()
+                            weight = update.apply(weight)
                         open_updates.discard(name)
                     merged[name] = weight.to(target).contiguous()
             with saving_tensors():
@@ -220,20 +231,25 @@ def _refuse_more_layers(adapter: ModelSource) -> None:
         )
 
 
-_MORE_THAN_LORA = ("use_dora", "target_parameters", "lora_bias", "trainable_token_indices")
+_MORE_THAN_LORA = ("target_parameters", "lora_bias", "trainable_token_indices")
 
 
-def _read_adapter(adapter: ModelSource, updates: dict[str, list[Update]], replaced: dict[str, torch.Tensor]) -> bool:
-    """Adds an adapter's updates under its weights' names in memory; False if it is not plain LoRA."""
+def _read_adapter(
+    adapter: ModelSource, updates: dict[str, list[Update]], replaced: dict[str, torch.Tensor], *, alone: bool
+) -> bool:
+    """Adds an adapter's updates under its weights' names in memory; False if it is more than LoRA or DoRA.
+
+    DoRA's norms are those of the base's weights, so such an adapter must be `alone`.
+    """
     config = read_adapter_fields(adapter)
     tensors = load_file(adapter.weight_files[0])
     if start_changes_base(config) or any(config.get(name) for name in _MORE_THAN_LORA):
         return False
-    if any(".lora_embedding_" in name for name in tensors):
+    if any(".lora_embedding_" in name for name in tensors) or (config.get("use_dora") and not alone):
         return False
     for name, tensor in tensors.items():
         bare = name.removeprefix(PREFIX)
-        if ".lora_B." in bare:
+        if ".lora_B." in bare or ".lora_magnitude_vector" in bare:
             continue
         if ".lora_A." not in bare:
             replaced[bare.replace(".base_layer.", ".")] = tensor
@@ -243,7 +259,11 @@ def _read_adapter(adapter: ModelSource, updates: dict[str, list[Update]], replac
         alpha = _of_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         b = tensors[name.replace(".lora_A.", ".lora_B.")]
-        update = Update(tensor, b, scale, bool(config.get("fan_in_fan_out")))
+        vector = f"{PREFIX}{module}.lora_magnitude_vector"
+        magnitude = tensors.get(vector, tensors.get(f"{vector}.weight"))  # as older releases of peft name it
+        if config.get("use_dora") and magnitude is None:
+            return False
+        update = Update(tensor, b, scale, bool(config.get("fan_in_fan_out")), magnitude)
         updates.setdefault(f"{module}.weight", []).append(update)
     return True
 

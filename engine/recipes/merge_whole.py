@@ -1,8 +1,8 @@
 """Lets peft merge adapters into a whole base, and writes the result under the names of the base's files.
 
-This handles adapters that are more than a product of two matrices on a separate weight: DoRA, experts that are stacked
-on loading, embeddings, starts that change the base. It needs memory for the base in float32. The result is loaded again
-and must give the same answers as base and adapters.
+This handles adapters that are more than LoRA or DoRA on a separate weight: experts that are stacked on loading,
+embeddings, starts that change the base. It needs memory for the base in float32. The result is loaded again and must
+give the same answers as base and adapters.
 """
 
 from __future__ import annotations

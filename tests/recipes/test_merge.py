@@ -10,11 +10,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 from dpoeng_testing import pair_rows, room_for, write_jsonl
+from safetensors.torch import load_file
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cli.merge import merge as merge_command
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
 from dpoeng.engine.models.sources import find_adapter, find_model
+from dpoeng.engine.recipes import merge as merge_module
 from dpoeng.engine.recipes.merge import merge, merge_run
 from dpoeng.engine.recipes.precompute import precompute_reference
 from dpoeng.engine.recipes.train import train
@@ -154,6 +156,26 @@ def with_biases(folder: Path, *, tied: bool) -> Path:
 def test_what_an_adapter_holds_beside_lora_is_merged(tmp_path: Path, lora: dict[str, Any]) -> None:
     merged, peft = _merged_and_peft(tmp_path, with_biases(tmp_path / "model", tied=False), **lora)
     torch.testing.assert_close(logits(merged), logits(peft), atol=1e-4, rtol=0)
+
+
+def test_dora_is_merged_tensor_by_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the bytes that peft gives in a base that is loaded whole; its norms are the rows'."""
+    model = with_biases(tmp_path / "model", tied=False)
+    _merged_and_peft(tmp_path, model, target_modules=["q_proj", "down_proj"], use_dora=True)
+    adapter = [find_adapter(str(tmp_path / "adapter"))]
+    with monkeypatch.context() as patch:
+        patch.setattr(merge_module, "merge_whole", interrupted)
+        merge(find_model(str(model)), adapter, tmp_path / "by_tensor")
+    monkeypatch.setattr(merge_module, "_read_adapter", lambda *_args, **_more: False)
+    merge(find_model(str(model)), adapter, tmp_path / "whole")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("by_tensor", "whole"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], atol=1e-6, rtol=1e-6)
+    magnitudes = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for name, magnitude in magnitudes.items():
+        if "magnitude" in name:
+            weight = one[name.split(".", 2)[2].replace("lora_magnitude_vector", "weight")]
+            torch.testing.assert_close(weight.norm(dim=1), magnitude.abs(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
