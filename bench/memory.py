@@ -1,17 +1,18 @@
 """Measures the memory of both phases and compares it with `dpoeng plan`; also a step with each kind of reference.
 
-All cases run in one process on one batch: phase one's forward; a step with cached log-probs; a step that first
-runs the reference by switching the adapter off; one that runs a second model; and the same in plain PyTorch, with
-whole logits, one row per response and peft's own LoRA. All but the last use dpoeng's code, so only the reference
-differs. The reference's forward comes before the policy's, when nothing is kept for a backward pass yet: the minimum
-that a reference in the step can cost.
+All cases run in one process on one batch: phase one's forward; a step with cached log-probs; the same with layers
+loaded one at a time, and from a trunk at two thirds of the depth (random states); a step that first runs the reference
+by switching the adapter off; one that runs a second model; and the same in plain PyTorch, with whole logits, one row
+per response and peft's own LoRA. All but the last use dpoeng's code, so those with a reference differ only in it. The
+reference's forward comes before the policy's, when nothing is kept for a backward pass yet: the minimum that a
+reference in the step can cost.
 """
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ from dpoeng.engine.memory.tracker import MemoryTracker, Peak
 from dpoeng.engine.models.adapters import as_reference, make_trainable
 from dpoeng.engine.models.loading import embedding_on_host, load_model, pick_device
 from dpoeng.engine.models.lora_product import use_peft_product
-from dpoeng.engine.models.model import CausalLM, enable_gradient_checkpointing, set_mode
+from dpoeng.engine.models.model import CausalLM, decoder_layers, enable_gradient_checkpointing, set_mode
+from dpoeng.engine.models.model_config import config_of, sizes
 from dpoeng.engine.models.quantized import quantized_tensors
 from dpoeng.engine.runs.metrics import MetricsLog
 from dpoeng.engine.runtime.distributed import ALONE, Group
@@ -46,9 +48,11 @@ from dpoeng.engine.training.rows import HeldOut
 from dpoeng.engine.training.run import Run
 from dpoeng.engine.training.step import train_step
 
-PHASE_ONE, CACHED, ADAPTER_OFF, TWO_MODELS, WHOLE_LOGITS = (
-    "phase one", "cached reference", "adapter off", "two models", "two models, whole logits"
+PHASE_ONE, CACHED, BY_LAYER, FROM_TRUNK, ADAPTER_OFF, TWO_MODELS, WHOLE_LOGITS = (
+    "phase one", "cached reference", "layer by layer", "from the trunk", "adapter off", "two models",
+    "two models, whole logits",
 )  # fmt: skip
+TRUNK_SHARE = 2 / 3
 POOL = 64
 """The number of pairs read; the longest of them are the batch, because they decide whether a run fits."""
 
@@ -110,10 +114,9 @@ def bench_memory(settings: MemorySettings, progress: Progress = QUIET) -> dict[s
     with tempfile.TemporaryDirectory(prefix="dpoeng-bench-") as scratch:
         source = model_or_embedded(settings.model, Path(scratch), settings.pairs)
 
-        def load() -> CausalLM:
-            return load_model(
-                source, quantization=settings.quantization, dtype=settings.dtype, device=device, tokenizer=False
-            )
+        def load(**more: Any) -> CausalLM:
+            how: dict[str, Any] = {"quantization": settings.quantization, "dtype": settings.dtype, "device": device}
+            return load_model(source, tokenizer=False, **how, **more)
 
         release_memory(device)
         before = held_bytes(device)
@@ -151,7 +154,7 @@ def bench_memory(settings: MemorySettings, progress: Progress = QUIET) -> dict[s
 
 def measure_cases(
     lm: CausalLM,
-    load: Callable[[], CausalLM],
+    load: Callable[..., CausalLM],
     pairs: Sequence[PairIds],
     setup: Setup,
     *,
@@ -162,7 +165,7 @@ def measure_cases(
 
     Args:
         lm: the newly loaded model, its layout chosen; it has a LoRA afterwards.
-        load: loads the same model once more.
+        load: loads the same model once more, with `by_layer` or a `trunk_layer`.
         pairs: the batch.
         setup: the simulated setup; the measurement uses its config and layout.
         before: bytes of the process before `lm` was loaded, see `held_bytes`.
@@ -171,7 +174,7 @@ def measure_cases(
     # Plain PyTorch is predicted with its embedding on the device; if dpoeng keeps it on the host, they differ.
     placed_alike = lm.device.type != "cuda" or not embedding_on_host(lm.base, lm.quantization)
     lengths = [Pair(len(ids.prompt_ids), len(ids.chosen_ids), len(ids.rejected_ids)) for ids in pairs]
-    with progress.task("memory", 5 if placed_alike else 4, "cases") as advance:
+    with progress.task("memory", 7 if placed_alike else 6, "cases") as advance:
         cases = _Cases(lm.device, before, advance)
         touch(lm.base)
         rows = score_pairs(lm, pairs)
@@ -182,6 +185,8 @@ def measure_cases(
             step()  # allocates the optimizer's moments, and whatever libraries keep from their first call
             cached = step_memory(setup, lengths).peak
             cases.add(CACHED, step, tensor_bytes(lm, run.optimizer), cached)
+            _measure_by_layer(cases, load, rows, setup, lengths)
+            _measure_from_trunk(cases, load, rows, setup, lengths)
             _measure_adapter_off(cases, run, step, pairs, forward_memory(setup, lengths, policy=True).peak, cached)
             _measure_second_model(cases, run, step, load(), pairs, setup, lengths, whole_logits=placed_alike)
     return cases.measured
@@ -203,6 +208,56 @@ class _Cases:
         by_kind = dict(predicted.by_kind)
         self.measured.append(CaseMemory(case, predicted.n_bytes, by_kind, tensors, process, outline))
         self.advance(1, case)
+
+
+def _measure_by_layer(
+    cases: _Cases, load: Callable[..., CausalLM], rows: Sequence[ScoredPair], setup: Setup, lengths: Sequence[Pair]
+) -> None:
+    """A step of another model whose layers are loaded one at a time.
+
+    Where the files hold what is computed with, a layer is mapped and not copied: the allocator does not see it, and its
+    bytes are added.
+    """
+    lm = load(by_layer=True)
+    assert lm.by_layer is not None
+    layers = decoder_layers(lm.backbone)
+    with lm.by_layer.gates.observing(), torch.no_grad():
+        lm.backbone(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=lm.device), use_cache=False)
+    use_layout(lm, setup.layout)
+    trace = trace_allocator(lambda: lm.by_layer.gates.need(0), lm.device)  # type: ignore[union-attr]
+    mapped = max(0, _tensors_bytes([*layers[0].parameters(), *quantized_tensors(layers[0])]) - trace.peak_bytes)
+    with training_run(lm, rows, setup.config) as run:
+        step = _counted_step(run)
+        step()
+        base = {id(p) for layer in layers for name, p in layer.named_parameters() if ".lora_" not in name}
+        held = [p for p in lm.model.parameters() if id(p) not in base]
+        held += [t for state in run.optimizer.state.values() for t in state.values()]
+        expected = step_memory(replace(setup, by_layer=True), lengths).peak
+        cases.add(BY_LAYER, step, _tensors_bytes(held) + (mapped if lm.device.type == "cpu" else 0), expected)
+
+
+def _measure_from_trunk(
+    cases: _Cases, load: Callable[..., CausalLM], rows: Sequence[ScoredPair], setup: Setup, lengths: Sequence[Pair]
+) -> None:
+    """A step of another model that begins at two thirds of the depth, from random states in the host's memory."""
+    layer = round(TRUNK_SHARE * setup.layers)
+    if not 0 < layer < setup.layers:
+        return
+    lm = load(trunk_layer=layer)
+    use_layout(lm, setup.layout)
+    width = sizes(config_of(setup.model)).hidden
+    states = torch.randn(max(len(r.ids.prompt_ids) + r.ids.total_tokens for r in rows), width).to(lm.dtype)
+    lm.states = lambda prompt, response: states[: len(prompt if response is None else response)]
+    with training_run(lm, rows, setup.config) as run:
+        step = _counted_step(run)
+        step()
+        expected = step_memory(replace(setup, trunk_layer=layer), lengths).peak
+        cases.add(FROM_TRUNK, step, tensor_bytes(lm, run.optimizer), expected)
+
+
+def _tensors_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of tensors themselves, each once: of one that is mapped, not those of its file."""
+    return sum({t.data_ptr(): min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors}.values())
 
 
 def _measure_adapter_off(
@@ -270,7 +325,7 @@ def training_run(
 ) -> Iterator[Run]:
     """Phase two, ready for its first step, on one batch that repeats; makes `lm` trainable."""
     make_trainable(lm, config, "new" if config.use_peft else "full")
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing and lm.by_layer is None:  # which recomputes layers by itself
         enable_gradient_checkpointing(lm, inputs_on_host=config.activation_offloading)
     set_mode(lm, training=True)
     optimizer = build_optimizer(config, lm.trainable_parameters())

@@ -21,15 +21,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dpoeng.engine.config.fields import Quantization, TrainConfig
+from dpoeng.engine.losses.batch import PreferenceLoss
 from dpoeng.engine.losses.names import LossSettings
 from dpoeng.engine.memory.cards import Gpu
 from dpoeng.engine.memory.overhead import model_fields
 from dpoeng.engine.memory.simulate import Pair, Setup, build
 from dpoeng.engine.memory.stand_ins import kernels_of
-from dpoeng.engine.models.model import enable_gradient_checkpointing, set_mode
+from dpoeng.engine.models.model import decoder_layers, enable_gradient_checkpointing, set_mode
 from dpoeng.engine.models.model_config import config_of, sizes
+from dpoeng.engine.models.quantized import quantized_tensors
+from dpoeng.engine.models.trunk.layers import trunk_layer
+from dpoeng.engine.runtime.distributed import ALONE
 from dpoeng.engine.scoring.scored_end import end_at_scored
-from dpoeng.engine.training.batch_loss import batch_loss
+from dpoeng.engine.training.batch_loss import batch_loss, groups_of
+from dpoeng.engine.training.layer_step import Begin, gradient_by_layer
 from dpoeng.kernels.tiles import chunk_rows
 
 ATTENTION_PRODUCTS, MLP_PRODUCTS, WIDENING, LORA, ATTENTION = (
@@ -41,6 +46,9 @@ _FUSED = {"rms_norm": NORMS, "rms_norm_backward": NORMS, "rotary": ROTARY, "gate
 # The share of a data sheet's rates that is reached: products of these sizes, copies. A launch's time on the host, with
 # Python around it.
 _OF_FLOPS, _OF_BANDWIDTH, _LAUNCH_S = 0.75, 0.8, 6e-6
+
+BUS_GB_PER_S = 25.0
+"""From host memory to a card: PCIe 4.0 with 16 lanes. `dpoeng doctor` measures it."""
 
 # Views and allocations: no kernel runs for them.
 _NO_LAUNCH = frozenset(
@@ -54,7 +62,12 @@ _WRITES_ALONE = frozenset({"zeros_like", "fill_", "zero_", "new_zeros", "zeros",
 
 @dataclass(frozen=True, slots=True)
 class StepSettings:
-    """Settings of a count. `model` is a folder with config.json, or a known name."""
+    """Settings of a count. `model` is a folder with config.json, or a known name.
+
+    Attributes:
+        layer_offloading: whether layers are loaded one at a time, which recomputes them.
+        trunk_layer: where the step begins, by number or as a share of the depth; None for all layers.
+    """
 
     model: str
     quantization: Quantization = "none"
@@ -64,6 +77,8 @@ class StepSettings:
     batch_size: int = 2
     lora_r: int = 16
     gradient_checkpointing: bool = True
+    layer_offloading: bool = False
+    trunk_layer: float | None = None
 
 
 @dataclass(slots=True)
@@ -89,6 +104,11 @@ class StepCounts:
 
     The first layer computes no gradient of its input, and the last one only scored positions: what they save compared
     with the others is subtracted from `outside`.
+
+    Attributes:
+        layers: number of layers that run.
+        tokens: tokens of all pairs.
+        bus_bytes: bytes per layer between host and GPU, if layers are loaded one at a time.
     """
 
     layer: Counts
@@ -96,17 +116,18 @@ class StepCounts:
     optimizer: Counts
     layers: int
     tokens: int
+    bus_bytes: int = 0
 
     def record(self) -> dict[str, Any]:
         """The counts for JSON."""
-        told: dict[str, Any] = {"layers": self.layers, "tokens": self.tokens}
+        told: dict[str, Any] = {"layers": self.layers, "tokens": self.tokens, "layer_bus_bytes": self.bus_bytes}
         for place, counts in (("layer", self.layer), ("outside", self.outside), ("optimizer", self.optimizer)):
             for name in ("launches", "n_bytes", "flop"):
                 told[f"{place}_{name}"] = dict(getattr(counts, name))
         return told
 
-    def seconds(self, gpu: Gpu) -> float | None:
-        """Estimates a card's time: for each part the time of its bytes or FLOPs, or of its launches if that is longer.
+    def seconds(self, gpu: Gpu, bus_gb_per_s: float = BUS_GB_PER_S) -> float | None:
+        """Estimates a card's time: for each part the time of its bytes or FLOPs; of launches or bus if that is longer.
 
         None if the card's rates are unknown.
         """
@@ -119,7 +140,7 @@ class StepCounts:
                 by_flop = counts.flop[part] / (_OF_FLOPS * gpu.flops)
                 device += times * max(by_flop, counts.n_bytes[part] / (_OF_BANDWIDTH * gpu.bytes_per_s))
             launches += times * counts.launches.total() * _LAUNCH_S
-        return max(device, launches)
+        return max(device, launches, self.layers * self.bus_bytes / (bus_gb_per_s * 1e9))
 
 
 def count_step(settings: StepSettings) -> StepCounts:
@@ -133,11 +154,24 @@ def count_step(settings: StepSettings) -> StepCounts:
         {"lora_r": settings.lora_r, "gradient_checkpointing": settings.gradient_checkpointing}
     )
     setup = Setup(model=fields, dtype=torch.bfloat16, quantization=settings.quantization, config=config)
+    if settings.trunk_layer:
+        setup = replace(setup, trunk_layer=trunk_layer(settings.trunk_layer, setup.layers))
+    setup = replace(setup, by_layer=settings.layer_offloading)
     pairs = [Pair(settings.prompt, settings.chosen, settings.rejected)] * settings.batch_size
     two, three = (_count(setup.with_layers(depth), pairs) for depth in (2, 3))
     layer = three.less(two)
     tokens = settings.batch_size * (settings.prompt + settings.chosen + settings.rejected)
-    return StepCounts(layer, two.less(layer).less(layer), _count_optimizer(setup), setup.layers, tokens)
+    outside, bus_bytes = two.less(layer).less(layer), _bus_bytes(setup, tokens) if setup.by_layer else 0
+    return StepCounts(layer, outside, _count_optimizer(setup), setup.layers, tokens, bus_bytes)
+
+
+def _bus_bytes(setup: Setup, tokens: int) -> int:
+    """Of a layer in a step of one forward: its weights twice; the states that enter it three times, gradients twice."""
+    lm = build(setup.with_layers(2))
+    layer = decoder_layers(lm.backbone)[0]
+    held = [*(p for name, p in layer.named_parameters() if ".lora_" not in name), *quantized_tensors(layer)]
+    weights = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in held}
+    return 2 * sum(weights.values()) + 5 * tokens * sizes(config_of(setup.model)).hidden * setup.dtype.itemsize
 
 
 def _count_optimizer(setup: Setup) -> Counts:
@@ -163,15 +197,25 @@ def _count(setup: Setup, pairs: Sequence[Pair]) -> Counts:
     lm = build(replace(setup, config=setup.config.model_copy(update={"gradient_checkpointing": False})))
     lm.attention = "varlen"
     set_mode(lm, training=True)
-    rows = [pair.scored() for pair in pairs]
+    rows, settings = [pair.scored() for pair in pairs], LossSettings.of(setup.config)
     counter = _Counter(sizes(config_of(setup.model)).inner)
+
+    def head(begin: Begin) -> list[PreferenceLoss]:
+        begin(0)
+        part = batch_loss(lm, rows, settings)
+        torch.autograd.backward(part.losses.sum() / len(rows))
+        return [part]
+
     with kernels_of("cuda"):
-        end_at_scored(lm, lambda: batch_loss(lm, rows, LossSettings.of(setup.config)))
+        if lm.by_layer is not None:
+            with counter:
+                gradient_by_layer(lm, {0: groups_of(rows, settings)}, lambda _: None, head, group=ALONE)
+            return counter.counts
+        end_at_scored(lm, lambda: batch_loss(lm, rows, settings))
         if setup.config.gradient_checkpointing:
             enable_gradient_checkpointing(lm)
         with counter:
-            losses = batch_loss(lm, rows, LossSettings.of(setup.config)).losses
-            torch.autograd.backward(losses.sum() / len(rows))
+            head(lambda _: None)
     return counter.counts
 
 

@@ -26,6 +26,8 @@ from dpoeng.cli.bench.output import Outputs, example, finish, output_options
 @click.option(
     "--gradient-checkpointing/--no-gradient-checkpointing", default=True, show_default=True, help="Recompute layers."
 )
+@click.option("--layer-offloading", is_flag=True, help="Layer by layer: each is loaded twice, and recomputed.")
+@click.option("--trunk-layer", type=click.FloatRange(0, min_open=True), help="From a trunk at this layer, or share.")
 @click.option("--gpu", help="Estimate the time of a step on this card, by name as in dpoeng plan: a100-80gb.")
 @output_options
 def step(outputs: Outputs, gpu: str | None, **settings: Any) -> None:
@@ -33,7 +35,8 @@ def step(outputs: Outputs, gpu: str | None, **settings: Any) -> None:
 
     Counts, not measurements, for a base in bfloat16 or quantised, LoRA on all linear layers, and FlashAttention over
     shared prompts. Bytes are those of each operation's tensors, as if there were no caches; FLOPs are those of matrix
-    products. The time is estimated from them: 75 % of the card's FLOPs, 80 % of its bandwidth, 6 microseconds a launch.
+    products. The time is estimated from them: 75 % of the card's FLOPs, 80 % of its bandwidth, 6 microseconds a launch;
+    with --layer-offloading also the bus, at 25 GB/s.
     """
     import torch
 

@@ -9,15 +9,20 @@ from dpoeng.cli.tables import Cell, Table
 
 def step_tables(record: dict[str, Any]) -> list[Table]:
     """A table for a layer, one for the work outside the layers, one for the optimizer; all calculated."""
-    recomputed = "forward, recomputation" if record["settings"]["gradient_checkpointing"] else "forward"
+    settings = record["settings"]
+    by_layer = settings.get("layer_offloading", False)
+    recomputed = "forward, recomputation" if settings["gradient_checkpointing"] or by_layer else "forward"
     titles = {
         "layer": f"one of {record['layers']} layers, {record['tokens']} tokens: {recomputed}, backward",
         "outside": "outside the layers, without the input gradient that the first layer does not compute",
         "optimizer": "the optimizer, fused AdamW over the LoRA of all layers",
     }
     notes = []
+    if by_layer:
+        moved = record["layers"] * record["layer_bus_bytes"] / 1e9
+        notes = [f"Layer by layer {moved:.1f} GB cross the bus in a step of one forward: weights, and hidden states."]
     if record.get("estimated_s") is not None:
-        notes = [f"Estimate, not measured: {record['estimated_s']:.3g} s a step on {record['gpu']}."]
+        notes += [f"Estimate, not measured: {record['estimated_s']:.3g} s a step on {record['gpu']}."]
     heads = ("", "launches", "bytes", "TFLOP")
     return [
         Table(_rows(record, place), heads, title, notes if place == "optimizer" else ())

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import PairIds, ScoredPair
 from dpoeng.engine.config.fields import Quantization, TrainConfig
 from dpoeng.engine.memory.divided_layers import gather_layers, part_bytes
@@ -35,8 +36,8 @@ from dpoeng.engine.runs.metrics import MetricsLog
 from dpoeng.engine.runtime.progress import QUIET
 from dpoeng.engine.scoring.attention import use_layout
 from dpoeng.engine.scoring.forward import score_groups
+from dpoeng.engine.scoring.layer_passes import Forwards, in_passes
 from dpoeng.engine.scoring.layout import pair_group
-from dpoeng.engine.scoring.passes import in_passes
 from dpoeng.engine.training.optimizer import Named, build_optimizer, build_scheduler, optimizer_on
 from dpoeng.engine.training.order import plan_schedule
 from dpoeng.engine.training.rows import HeldOut
@@ -139,7 +140,9 @@ def build(setup: Setup, *, policy: bool = True) -> CausalLM:
     if setup.stock:
         use_peft_product(lm.model)
     if setup.by_layer:
+        # On a CPU what waits on the host is in the memory that is told, unless it waits in a file.
         lm.by_layer = _by_layer(lm)
+        lm.by_layer.keeps_meta = setup.kernels == "cpu" and setup.config.offload_folder is None
     use_layout(lm, setup.layout)
     return lm
 
@@ -235,8 +238,14 @@ def trace_forward(setup: Setup, pairs: Sequence[Pair], *, policy: bool) -> Memor
         if lm.by_layer is None:
             score_groups(lm, groups)
         else:
-            list(in_passes(lm, 1, lambda _: groups, lambda _: score_groups(lm, groups)))
+            forwards = Forwards([groups], lambda some: some, _does_not_fit)
+            list(in_passes(lm, forwards, lambda some: [score_groups(lm, some)]))
     return tracker
+
+
+def _does_not_fit(_groups: Sequence[Any], said: str) -> UserError:
+    """Of nothing that happens: on the meta device a forward takes no memory."""
+    raise AssertionError(said)
 
 
 def model_bytes(setup: Setup, lm: CausalLM) -> dict[str, int]:
@@ -276,7 +285,7 @@ def _hold_model(tracker: MemoryTracker, setup: Setup, lm: CausalLM) -> None:
 
 
 def _hold_two_layers(tracker: MemoryTracker, setup: Setup, lm: CausalLM) -> None:
-    """Two layers in place of all: the running one and the one being copied; plus a tensor that is quantised."""
+    """The running layer, on a GPU also the one being copied; plus a tensor that is quantised."""
     sizes, arriving = [], 0
     for layer in decoder_layers(lm.backbone):
         frozen = [p for name, p in layer.named_parameters() if ".lora_" not in name]
@@ -290,4 +299,5 @@ def _hold_two_layers(tracker: MemoryTracker, setup: Setup, lm: CausalLM) -> None
             quantised: list[Any] = quantized_layers(layer)
             wide = [linear.in_features * linear.out_features for linear in quantised]
             arriving = max(arriving, 2 * max(wide, default=0))
-    tracker.hold_bytes(sum(sorted(sizes)[-2:]) + arriving, WEIGHTS)
+    there = 2 if setup.kernels == "cuda" else 1
+    tracker.hold_bytes(sum(sorted(sizes)[-there:]) + arriving, WEIGHTS)

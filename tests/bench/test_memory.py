@@ -45,7 +45,8 @@ def test_the_plan_is_what_is_measured(record: dict[str, Any]) -> None:
     """Each kind of reference costs what it must, and what was predicted."""
     cases = {case["case"]: case for case in record["results"]}
     assert list(cases) == [
-        "phase one", "cached reference", "adapter off", "two models", "two models, whole logits"
+        "phase one", "cached reference", "layer by layer", "from the trunk", "adapter off", "two models",
+        "two models, whole logits",
     ]  # fmt: skip
     for name, case in cases.items():
         assert case["predicted_bytes"] == sum(case["by_kind"].values())

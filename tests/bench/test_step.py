@@ -99,6 +99,25 @@ def test_a_step_takes_what_its_slower_half_takes() -> None:
     assert counts.seconds(Gpu("of a size alone", 0)) is None
 
 
+def test_layer_by_layer_and_from_a_trunk() -> None:
+    """The same products; weights cross the bus twice, hidden states five times. A trunk leaves layers out."""
+    settings = {"model": "Qwen/Qwen2.5-7B", "prompt": 40, "chosen": 60, "rejected": 60}
+    ordinary, by_layer, above = (
+        count_step(StepSettings(**settings, **more)) for more in ({}, {"layer_offloading": True}, {"trunk_layer": 20})
+    )
+    for part in (ATTENTION_PRODUCTS, MLP_PRODUCTS, LORA):
+        assert by_layer.layer.flop[part] == ordinary.layer.flop[part]
+        assert by_layer.layer.launches[part] == ordinary.layer.launches[part]
+    h, inner, heads, kv = 3584, 18944, 3584, 512
+    weights = 2 * (h * (2 * heads + 2 * kv) + 3 * h * inner + (heads + 2 * kv) + 2 * h)  # Qwen 2 has biases
+    assert by_layer.bus_bytes == 2 * weights + 5 * 320 * h * 2
+    assert (ordinary.bus_bytes, above.bus_bytes) == (0, 0)
+    assert (ordinary.layers, above.layers) == (28, 8)
+    assert above.layer.launches == ordinary.layer.launches
+    slow = Gpu("card", 0, 1e15, 1e15)
+    assert by_layer.seconds(slow, bus_gb_per_s=1.0) == pytest.approx(28 * by_layer.bus_bytes / 1e9)
+
+
 def test_the_command(tmp_path: Path) -> None:
     kept = tmp_path / "steps.jsonl"
     ask = ["--model", "Qwen/Qwen2.5-7B", "--gpu", "a100-80gb"]

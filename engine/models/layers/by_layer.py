@@ -29,6 +29,7 @@ class ByLayer:
         folder: folder of the mapped scratch file for hidden states; None: host memory.
         limit_bytes: maximum bytes of stored hidden states.
         bytes_per_position: size of hidden states between two layers; determined by the trial.
+        keeps_meta: see `Waiting`.
     """
 
     gates: Gates
@@ -37,10 +38,11 @@ class ByLayer:
     folder: Path | None = None
     limit_bytes: int = 1 << 62
     bytes_per_position: int = 0
+    keeps_meta: bool = False
 
     def waiting(self, device: torch.device) -> Waiting:
         """Storage for hidden states."""
-        return Waiting(device, self.folder)
+        return Waiting(device, self.folder, keeps_meta=self.keeps_meta)
 
 
 def through_layers(

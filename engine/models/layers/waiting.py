@@ -34,10 +34,12 @@ class Waiting:
     Args:
         device: their device.
         folder: folder of the scratch file; None for host memory. The file is unnamed and ends with the process.
+        keeps_meta: whether tensors without values are kept too: on a CPU, device and host share their memory.
     """
 
-    def __init__(self, device: torch.device, folder: Path | None = None) -> None:
+    def __init__(self, device: torch.device, folder: Path | None = None, *, keeps_meta: bool = False) -> None:
         self.device = device
+        self.keeps_meta = keeps_meta
         self.n_bytes = 0
         self._file = _Scratch(folder) if folder is not None else None
 
@@ -45,7 +47,7 @@ class Waiting:
         """Stores a tensor, in place of the one in `slot` if it has the same size."""
         tensor = tensor.detach()
         if tensor.is_meta:
-            return Slot(None, tensor.shape, tensor.dtype)
+            return Slot(tensor if self.keeps_meta else None, tensor.shape, tensor.dtype)
         again = slot is not None and slot.held is not None
         if again and (slot.shape, slot.dtype) != (tensor.shape, tensor.dtype):  # type: ignore[union-attr]
             self.drop([slot])  # type: ignore[list-item]
