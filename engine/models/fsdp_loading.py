@@ -69,13 +69,19 @@ def _keeps_rows(converter: Any) -> bool:
     )
 
 
+def class_and_config(source: ModelSource) -> tuple[Any, Any]:
+    """The class that is loaded, and the config as stored: it says how bitsandbytes quantised the files."""
+    from transformers import AutoConfig
+
+    return type(empty_model_of(source)[1]), AutoConfig.from_pretrained(source.folder)
+
+
 def prepared_class(source: ModelSource, prepare: Callable[[Any], Any]) -> tuple[Any, Any]:
     """A checkpoint's model class that calls `prepare` with each model before loading; and its config.
 
     transformers has no hook there. The subclass uses its parent's name, by which conversions are looked up.
     """
-    config, model = empty_model_of(source)
-    parent = type(model)
+    parent, config = class_and_config(source)
 
     def make(self: Any, *arguments: Any, **settings: Any) -> None:
         parent.__init__(self, *arguments, **settings)

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 from dpoeng_testing import pair_rows, tree, write_jsonl
 
+from dpoeng.bench.studies.tiny_models import save_tiny
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.store import Store
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
+from dpoeng.engine.models.sources import find_model
 from dpoeng.engine.recipes.precompute import precompute_reference
+from dpoeng.engine.recipes.quantize import quantize
 from dpoeng.engine.recipes.train import train
 
 
@@ -126,6 +129,49 @@ def test_an_adapter_has_the_same_bytes(
     ordinary = trained(tmp_path / "a", caches[cache], **settings)
     assert any(name.endswith("adapter_model.safetensors") for name in ordinary)
     assert trained(tmp_path / "b", caches[cache], layer_offloading="on", **settings) == ordinary
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_a_base_that_is_stored_quantised_has_the_same_bytes(
+    quantization: Any, tmp_path: Path, tiny_model: Path, pairs_file: Path
+) -> None:
+    """Both phases read its layers as they are stored; from a trunk too."""
+    quantize(find_model(str(tiny_model)), tmp_path / "model", quantization=quantization)
+    ordinary, layers = (
+        cached(tmp_path / way, pairs_file, tmp_path / "model", layer_offloading=way, trunk_layer=1)
+        for way in ("off", "on")
+    )
+    assert ordinary == layers
+    for settings in ({"lora_dropout": 0.1}, {"train_last_layers": 1}):
+        one, other = (
+            trained(tmp_path / f"{way}-{next(iter(settings))}", tmp_path / "off", **settings,
+                    layer_offloading=way, max_steps=1)
+            for way in ("off", "on")
+        )  # fmt: skip
+        assert one == other
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "nemotron_h",  # a buffer of each router that the files hold, and Mamba, attention and experts in turn
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_next", "jamba", "falcon_h1", "deepseek_v3")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt_oss", "mixtral", "llama4_text", "lfm2")),
+    ],
+)
+def test_hybrids_and_experts_have_the_same_bytes(model_type: str, tmp_path: Path, pairs_file: Path) -> None:
+    save_tiny(model_type, tmp_path / "model")
+    settings = {"dtype": "float32", "max_length": 120}
+    ordinary, layers = (
+        cached(tmp_path / way, pairs_file, tmp_path / "model", layer_offloading=way, **settings)
+        for way in ("off", "on")
+    )
+    assert ordinary == layers
+    one, other = (
+        trained(tmp_path / f"out-{way}", tmp_path / "off", layer_offloading=way, lora_dropout=0.1, max_steps=1)
+        for way in ("off", "on")
+    )
+    assert one == other
 
 
 def test_a_killed_run_goes_on_in_either_way(

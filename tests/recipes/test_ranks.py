@@ -135,6 +135,21 @@ def test_two_processes_train_the_adapter_of_one(one: Path, two: Path) -> None:
 
 
 @pytest.mark.slow
+def test_two_processes_load_layers_one_at_a_time(two: Path, tmp_path: Path, cache: Path, tiny_model: Path) -> None:
+    """Both phases leave the bytes that they leave without: the adapter of two processes, the objects of one."""
+    out = finished(together(2, cache, tmp_path / "out", "--layer-offloading", "on"), tmp_path / "out")
+    assert outcome(out) == outcome(two)
+    words = ("precompute-ref", cache.parent / "pairs.jsonl", "--model", tiny_model, "--shard-tokens", 300)
+    for folder, size, way in (("alone", 1, "off"), ("together", 2, "on")):
+        line = [str(word) for word in (*words, "--cache", tmp_path / folder, "--layer-offloading", way)]
+        (tmp_path / folder).mkdir()
+        ranks = start([line] * size, tmp_path)
+        assert [status for status, _, _ in ends(ranks)] == [0] * size
+    assert len(tree(tmp_path / "alone", "objects")) > 3
+    assert tree(tmp_path / "together", "objects") == tree(tmp_path / "alone", "objects")
+
+
+@pytest.mark.slow
 def test_a_loss_of_the_users_and_an_order_over_processes(tmp_path: Path, cache: Path) -> None:
     """Each process finds the loss itself; the order of the pairs is that of one process."""
     loss = tmp_path / "mine.py"

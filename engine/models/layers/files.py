@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from dpoeng.engine.models.checkpoint_tensors import refuse_mismatched, refuse_missing
-from dpoeng.engine.models.fsdp_loading import empty_model_of
+from dpoeng.engine.models.fsdp_loading import class_and_config
 from dpoeng.engine.models.model import decoder_layers, decoder_of
 from dpoeng.engine.models.sources import ModelSource
 
@@ -82,7 +82,8 @@ class LayerFiles:
     def shapes(self, number: int) -> tuple[Any, ...]:
         """Shapes, which distinguish kinds of layers."""
         layer = self.template.get_submodule(self.prefixes[number])
-        return tuple((name, tuple(tensor.shape)) for name, tensor in layer.state_dict().items())
+        # Not of the state: bitsandbytes adds scales to it once a layer has been read.
+        return tuple((name, tuple(_get(layer, name).shape)) for name in self.names(number))
 
     def read(self, number: int) -> Tensors:
         """Reads one layer to the device, quantised if the model is.
@@ -130,11 +131,7 @@ def layered_class(
     After a model has been loaded with the class, `made` contains the files of its layers. `prepared`: class and config
     of a model that is changed before loading (`fsdp_loading.prepared_class`), such as one that begins at a trunk.
     """
-    if prepared is None:
-        config, model = empty_model_of(source)
-        parent = type(model)
-    else:
-        parent, config = prepared
+    parent, config = prepared or class_and_config(source)
 
     def load(
         model: Any, state_dict: Any, checkpoint_files: Sequence[str], load_config: Any, expected_keys: Any = None

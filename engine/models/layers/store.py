@@ -28,9 +28,10 @@ class LayerStore:
         self.device = device
         # Remember modules by their names in the bare layer, because peft will move them.
         self._modules = [dict(layer.named_modules()) for layer in layers]
-        self._empty: list[Tensors] = [
-            {name: without_values(tensor, device) for name, tensor in layer.named_parameters()} for layer in layers
-        ]
+        self._empty: list[Tensors] = []
+        for number, layer in enumerate(layers):
+            held = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+            self._empty.append({name: without_values(held[name], device) for name in files.names(number)})
         self._here: int | None = None
         self._next: tuple[int, Future[tuple[Tensors, Any]]] | None = None
         self._held: dict[int, Tensors] | None = None
@@ -99,8 +100,8 @@ class LayerStore:
     def _drain(self) -> None:
         """Waits for a prepared layer that is not needed."""
         if self._next is not None:
-            self._next[1].result()
-        self._next = None
+            (_, reading), self._next = self._next, None
+            reading.result()
 
     def _place(self, number: int, tensors: Tensors) -> None:
         for name, tensor in tensors.items():
@@ -145,8 +146,8 @@ class _Reader:
         return tensors
 
 
-def without_values(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
-    """A parameter of the same kind, shape and dtype on a device that takes the memory of one number.
+def without_values(parameter: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A parameter or buffer of the same kind, shape and dtype on a device that takes the memory of one number.
 
     It is NaN if the dtype has one: a layer that runs without its weights must not go unnoticed.
     """
@@ -161,5 +162,5 @@ def without_values(parameter: nn.Parameter, device: torch.device) -> nn.Paramete
         quantised: nn.Parameter = kind(data, requires_grad=False, **fields)
         return quantised
     value = float("nan") if parameter.is_floating_point() else 0
-    filled = torch.full((), value, dtype=parameter.dtype, device=device)
-    return nn.Parameter(filled.expand(parameter.shape), requires_grad=False)
+    filled = torch.full((), value, dtype=parameter.dtype, device=device).expand(parameter.shape)
+    return nn.Parameter(filled, requires_grad=False) if isinstance(parameter, nn.Parameter) else filled
