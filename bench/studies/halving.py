@@ -1,9 +1,9 @@
-"""Does successive halving find the best run of the whole grid, and for how many steps?
+"""Does successive halving find the best run of the whole grid, and with how many steps?
 
     python -m dpoeng.bench.studies.halving --model M --pairs FILE [--work DIR] [--record FILE]
 
-Every run of a grid is trained to its end, with an evaluation at each rung. Halving is then replayed on what the
-evaluations said: of the whole grid, and of random parts of it, with several factors. A case finds the best run if its
+Trains every run of a grid to its end, with an evaluation at each rung. Then it replays halving on these
+evaluations, for the whole grid and for random parts of it, with several factors. A case finds the best run if its
 last run has the best value at the end of training; else the record says how much worse it is.
 """
 
@@ -41,13 +41,13 @@ class HalvingSettings:
     """The grid: every learning rate with every beta.
 
     Attributes:
-        pairs_count: the first so many pairs of the files are used.
-        held_out: share of their prompts that are not trained on.
-        steps: of each run.
+        pairs_count: number of pairs to use, the first ones of the files.
+        held_out: share of their prompts to hold out.
+        steps: steps of each run.
         share: layers trained, as a share of the depth from the top; they run from a trunk.
         seeds: grids, each with another order and other LoRA starts.
         part: runs of a random part of a grid.
-        parts: how many such parts are drawn from each grid.
+        parts: number of such parts per grid.
     """
 
     model: str
@@ -73,7 +73,7 @@ def halving_study(settings: HalvingSettings) -> dict[str, Any]:
     """Trains the grids and returns the record.
 
     Raises:
-        UserError: the model or the pairs are missing or cannot be used.
+        UserError: the model or the pairs are missing or not usable.
     """
     work = settings.work.resolve()
     scratch_folder(work, "halving")
@@ -150,7 +150,7 @@ def replay(scores: Mapping[str, Sequence[Score]], factor: int) -> dict[str, Any]
     """Successive halving over runs whose scores at every rung are known.
 
     Returns:
-        `found`: whether the run that is trained to the end has the best value there; `regret`: how far it is from the
+        `found`: whether the run that is trained to the end has the best value there; `regret`: its distance from the
         best; `share`: steps, as a share of the steps of all runs; `run`: its name.
     """
     top = len(next(iter(scores.values())))
@@ -178,7 +178,7 @@ def replay(scores: Mapping[str, Sequence[Score]], factor: int) -> dict[str, Any]
 
 
 def _chance(scores: Mapping[str, Sequence[Score]], draw: random.Random) -> dict[str, Any]:
-    """One run drawn by chance and trained to its end: what halving has to beat."""
+    """One random run, trained to its end: the baseline for halving."""
     ends = {name: own[-1][0] for name, own in scores.items()}
     run = draw.choice(sorted(ends))
     regret = max(ends.values()) - ends[run]
@@ -211,8 +211,8 @@ def table(record: Mapping[str, Any]) -> Any:
 @click.option("--model", required=True, help="A directory with safetensors or a hub id.")
 @click.option("--pairs", "files", multiple=True, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--work", default="halving-study", show_default=True, type=click.Path(path_type=Path))
-@click.option("--pairs-count", default=200, show_default=True, help="The first so many pairs are used.")
-@click.option("--steps", default=36, show_default=True, help="Of each run.")
+@click.option("--pairs-count", default=200, show_default=True, help="Number of pairs to use, the first ones.")
+@click.option("--steps", default=36, show_default=True, help="Steps of each run.")
 @click.option("--seeds", default=2, show_default=True, help="Grids.")
 @click.option("--record", type=click.Path(path_type=Path), help="Append the record to this file.")
 def main(files: tuple[Path, ...], record: Path | None, **settings: Any) -> None:

@@ -1,10 +1,10 @@
-"""Do pairs chosen by the cache's numbers train better than as many drawn by chance?
+"""Do pairs selected by the cache's log-probs train better than as many random ones?
 
     python -m dpoeng.bench.studies.selection --model M --pairs FILE [--work DIR] [--record FILE]
 
 `dpoeng select` takes the same number of pairs by each rule, `dpoeng train` trains on each choice with several seeds,
 and all runs are evaluated on the same held-out pairs. The two rules that papers disagree on are tried with both scores:
-the reference's own margin, and the gap that a policy trained on all pairs has learnt. A seed also draws the random
+the reference's own margin, and the gap that a policy learnt on all pairs. A seed also draws the random
 subset. Runs that are complete are skipped, so the same command continues after a stop.
 """
 
@@ -40,18 +40,18 @@ CHOICES: Final[Mapping[str, tuple[Rule, bool]]] = {
     "large gap": ("large", True),
     "small gap": ("small", True),
 }
-"""Name -> the rule, and whether it ranks the gap that a trained policy has learnt (else the reference's margin)."""
+"""Name -> the rule, and whether it ranks the gap that a trained policy learnt (else the reference's margin)."""
 
 
 @dataclass(frozen=True, slots=True)
 class SelectionSettings:
-    """What is chosen and trained.
+    """Settings of selection and training.
 
     Attributes:
-        pairs_count: the first so many pairs of the files are used.
-        held_out: share of their prompts that are not trained on.
-        share: of the training pairs that each rule takes.
-        seeds: runs of each choice.
+        pairs_count: number of pairs to use, the first ones of the files.
+        held_out: share of their prompts to hold out.
+        share: share of the training pairs that each rule selects.
+        seeds: runs per rule.
         work: keeps the cache and finished runs.
     """
 
@@ -74,7 +74,7 @@ def selection_study(settings: SelectionSettings) -> dict[str, Any]:
     """Trains on each choice and returns the record.
 
     Raises:
-        UserError: the model or the pairs are missing or cannot be used.
+        UserError: the model or the pairs are missing or not usable.
     """
     work = settings.work.resolve()
     scratch_folder(work, "selection")
@@ -86,7 +86,7 @@ def selection_study(settings: SelectionSettings) -> dict[str, Any]:
     whole = _run(settings, cache, "train", 0, work / "runs" / "all")
     _score(settings, cache, files[0], "trained", str(work / "runs" / "all" / ADAPTER_FOLDER))
     runs: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in CHOICES}
-    for seed in range(settings.seeds):  # a study that is stopped has whole seeds
+    for seed in range(settings.seeds):  # a stopped study has complete seeds
         for name, (rule, learnt) in CHOICES.items():
             view = f"{name.replace(' ', '-')}-{seed}"
             count = _choose(cache, view, Rules(rule=rule, share=settings.share, seed=seed), learnt)
@@ -125,7 +125,7 @@ def _score(settings: SelectionSettings, cache: Path, file: Path, view: str, adap
 
 
 def _choose(cache: Path, view: str, rules: Rules, learnt: bool) -> int:
-    """Writes the view of the pairs that `rules` take; returns how many they are."""
+    """Writes a view of the pairs that `rules` select; returns their number."""
     pairs = View.open(cache, "train")
     chosen = choose(pairs, rules, View.open(cache, "trained") if learnt else None)
     write_rows(cache, pairs, chosen.rows, view, rules.record(), force=True)
@@ -133,7 +133,7 @@ def _choose(cache: Path, view: str, rules: Rules, learnt: bool) -> int:
 
 
 def _run(settings: SelectionSettings, cache: Path, view: str, seed: int, out: Path) -> list[dict[str, Any]]:
-    """One epoch over a view; what its evaluation says of each held-out pair."""
+    """Trains one epoch over a view; returns its evaluation of each held-out pair."""
     options = {
         "cache": cache,
         "view": view,
@@ -180,13 +180,13 @@ def _cell(value: Mapping[str, Any]) -> str:
 @click.option("--model", required=True, help="A directory with safetensors or a hub id.")
 @click.option("--pairs", "files", multiple=True, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--work", default="selection-study", show_default=True, type=click.Path(path_type=Path))
-@click.option("--pairs-count", default=450, show_default=True, help="The first so many pairs are used.")
-@click.option("--held-out", default=0.3, show_default=True, help="Share of the prompts that are not trained on.")
-@click.option("--share", default=0.4, show_default=True, help="Of the training pairs that each rule takes.")
+@click.option("--pairs-count", default=450, show_default=True, help="Number of pairs to use, the first ones.")
+@click.option("--held-out", default=0.3, show_default=True, help="Share of the prompts to hold out.")
+@click.option("--share", default=0.4, show_default=True, help="Share of the training pairs that each rule selects.")
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--learning-rate", default=2e-4, show_default=True)
-@click.option("--max-length", default=128, show_default=True, help="Most tokens of prompt + response.")
-@click.option("--max-prompt-length", default=64, show_default=True, help="Most tokens of a prompt.")
+@click.option("--max-length", default=128, show_default=True, help="Maximum tokens of prompt + response.")
+@click.option("--max-prompt-length", default=64, show_default=True, help="Maximum tokens of a prompt.")
 @click.option("--record", type=click.Path(path_type=Path), help="Append the record to this file.")
 def main(files: tuple[Path, ...], record: Path | None, **settings: Any) -> None:
     """Trains on pairs chosen by each rule and compares them with as many random ones."""

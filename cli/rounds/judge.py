@@ -30,7 +30,7 @@ _FIELDS = frozenset("cache view model quantization dtype device".split())
 
 
 def judge_options(command: Command) -> Command:
-    """The options that say who judges, and how a server is asked."""
+    """Adds the options for the judge and its server."""
     options = (
         click.option(
             "--judge",
@@ -38,25 +38,25 @@ def judge_options(command: Command) -> Command:
             required=True,
             metavar="URL|FILE:FUNCTION|MODEL",
             help="An OpenAI-compatible server, up to /v1; a function (prompt, answer) -> number, my_rule.py:score; or "
-            "a model here, a reward model (one number an answer) or one that compares.",
+            "a local model: a reward model (one number per answer) or one that compares.",
         ),
         click.option("--judge-model", default="", help="The model's name on the server.  [default: its only one]"),
         click.option(
             "--api-key-env",
             default="OPENAI_API_KEY",
             show_default=True,
-            help="The environment variable that holds the server's key.",
+            help="The environment variable with the server's key.",
         ),
         click.option(
             "--template",
             type=click.Path(path_type=Path),
-            help="A file with what a model is asked: a text with {prompt}, {first} and {second}, for a reply that ends "
+            help="A file with the judge's prompt: a text with {prompt}, {first} and {second}, for a reply that ends "
             "with Verdict: A, B or tie.",
         ),
-        click.option("--judge-max-tokens", default=512, show_default=True, help="Most tokens of a reply."),
-        click.option("--timeout", default=300.0, show_default=True, help="Seconds until a request is sent again."),
-        click.option("--retries", default=6, show_default=True, help="How often it is, after growing pauses."),
-        click.option("--concurrency", type=click.IntRange(1), default=8, show_default=True, help="Requests at a time."),
+        click.option("--judge-max-tokens", default=512, show_default=True, help="Maximum tokens of a reply."),
+        click.option("--timeout", default=300.0, show_default=True, help="Seconds before a request is sent again."),
+        click.option("--retries", default=6, show_default=True, help="Number of retries, after growing pauses."),
+        click.option("--concurrency", type=click.IntRange(1), default=8, show_default=True, help="Parallel requests."),
     )
     for option in reversed(options):
         command = option(command)
@@ -64,7 +64,7 @@ def judge_options(command: Command) -> Command:
 
 
 def judge_of(options: dict[str, Any], device: str | None, progress: Progress) -> Judge:
-    """The judge that `judge_options` name; they are taken out of `options`."""
+    """The judge from the values of `judge_options`, which are removed from `options`."""
     from dpoeng.engine.recipes.rounds.judges import TEMPLATE, JudgeSettings, find_judge
 
     template = options.pop("template")
@@ -82,7 +82,7 @@ def judge_of(options: dict[str, Any], device: str | None, progress: Progress) ->
 
 
 def read_template(file: Path) -> str:
-    """The text of a template; raises UserError where it cannot be read."""
+    """The text of a template; raises UserError if it cannot be read."""
     from dpoeng.cache.errors import UserError
 
     try:
@@ -102,21 +102,21 @@ def read_template(file: Path) -> str:
 @click.argument("path", metavar="TRAINED", type=click.Path(path_type=Path))
 @judge_options
 @click.option("--prompt", "prompts", multiple=True, help="A prompt; may be given several times.")
-@click.option("--prompts", "file", type=click.Path(path_type=Path), help="A text file with a prompt a line.")
+@click.option("--prompts", "file", type=click.Path(path_type=Path), help="A text file with one prompt per line.")
 @click.option("--count", type=click.IntRange(1), help="Without prompts: how many held-out prompts.  [default: all]")
 @click.option(
-    "--chat/--text", default=None, help="Whether given prompts are a user's messages, or texts; as dpoeng compare."
+    "--chat/--text", default=None, help="Whether given prompts are a user's messages, or texts, as in dpoeng compare."
 )
-@click.option("--max-new-tokens", default=256, show_default=True, help="Most tokens of an answer.")
-@click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token; above 0 samples.")
-@click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1 keeps small models from circling.")
-@click.option("--stop", multiple=True, help="A text at which an answer ends; may be given several times.")
+@click.option("--max-new-tokens", default=256, show_default=True, help="Maximum tokens of an answer.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 takes the most likely token; above 0 samples.")
+@click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1: fewer repetitions.")
+@click.option("--stop", multiple=True, help="A text that ends an answer; may be given several times.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of the sampling.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Prompts answered at once.")
 @click.option(
     "--output-dir",
     type=click.Path(path_type=Path),
-    help="Where answers and verdicts are kept.  [default: judge in the run's folder]",
+    help="Folder for answers and verdicts.  [default: judge in the run's folder]",
 )
 @json_option
 @config_options(TrainConfig, skip=frozenset(TrainConfig.model_fields) - _FIELDS)
@@ -138,9 +138,9 @@ def judge(
 ) -> None:
     """Let a judge compare answers before and after training, in both orders, and count wins with an interval.
 
-    TRAINED is a run's folder, an adapter's, or that of a checkpoint trained whole. Without prompts, those that the run
-    held out are answered. Answers and verdicts are kept by their content: interrupt the command and run it again, and
-    it goes on; run it once more, and nobody is asked.
+    TRAINED is the folder of a run, an adapter, or a checkpoint with all weights. Without prompts, it answers those that
+    the run held out. Answers and verdicts are stored by their content: run the command again after an interruption, and
+    it continues; run it once more, and it asks no judge.
     """
     from dpoeng.cli.progress import TerminalProgress, importing
 
@@ -154,7 +154,7 @@ def judge(
     trained = find_trained(path)
     who = judge_of(options, options.get("device"), progress)
     overrides = given(options)
-    if "view" in overrides:  # prompts of this view, not of the one that the run was evaluated on
+    if "view" in overrides:  # prompts of this view, not of the run's evaluation
         overrides |= {"eval_view": None, "mix_with": (), "mix": None}
     found = judge_trained(
         trained,
@@ -181,7 +181,7 @@ def judge(
 
 
 def print_judgement(found: Judgement) -> None:
-    """Show the win rate, what it is made of, and what was not judged."""
+    """Prints the win rate, its parts, and prompts without a verdict."""
     judged = found.wins + found.losses + found.ties
     facts: list[tuple[str, Cell]] = [("trained", str(found.trained)), ("judge", found.judge)]
     if found.win_rate is not None:
@@ -189,11 +189,11 @@ def print_judgement(found: Judgement) -> None:
     if found.length_controlled is not None:
         facts.append(("length-controlled", _rate(found.length_controlled, found.length_controlled_interval)))
     ties = [f"{found.same:,} equal answers"] if found.same else []
-    ties += [f"{found.contradictions:,} by place: each order named another answer"] if found.contradictions else []
+    ties += [f"{found.contradictions:,} by position: each order named another answer"] if found.contradictions else []
     facts += [
         ("after training", f"{found.wins:,} better, {found.losses:,} worse, {counted(found.ties, 'tie')}"),
         *([("of the ties", ", ".join(ties))] if ties else []),
-        ("tokens", f"{found.before_tokens:.0f} before, {found.after_tokens:.0f} after, in the mean"),
+        ("tokens", f"{found.before_tokens:.0f} before, {found.after_tokens:.0f} after, on average"),
     ]
     if any(found.cut):
         facts.append(("cut off", f"by --max-new-tokens: {found.cut[0]:,} before, {found.cut[1]:,} after"))
@@ -204,7 +204,7 @@ def print_judgement(found: Judgement) -> None:
     if found.unjudged:
         rows = [(line.prompt[:200].strip(), line.why) for line in found.unjudged[:10]]
         say(
-            f"\n{counted(len(found.unjudged), 'prompt')} without a verdict; no rate counts them:",
+            f"\n{counted(len(found.unjudged), 'prompt')} without a verdict, in no rate:",
             Table(rows, ("prompt", "instead of a verdict"), words=2, ruled=True),
         )
     say(f"\nEvery answer and verdict: {found.folder / 'judged.jsonl'}")

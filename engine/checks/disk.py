@@ -1,4 +1,4 @@
-"""How fast files are read from their disk: what layer offloading waits for where host memory does not hold them."""
+"""Measures a disk's reading speed, which limits layer offloading when host memory does not contain the files."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _CHUNK = 8 << 20
 
 
 def read_speed(files: Sequence[Path], most_bytes: int = 1 << 28) -> float | None:
-    """GB/s at which the first bytes of some files are read, one after the other, after the system forgot them.
+    """GB/s of reading the first bytes of some files, one after the other, after dropping them from the page cache.
 
     Args:
-        files: in the order in which they are read; nothing is written.
+        files: the files, in reading order; nothing is written.
         most_bytes: read no more than this.
 
     Returns:
-        None where the files are empty, or the system cannot be told to forget them.
+        None if the files are empty, or the page cache cannot be dropped.
 
     Raises:
         OSError: a file cannot be read.
@@ -38,7 +38,7 @@ def read_speed(files: Sequence[Path], most_bytes: int = 1 << 28) -> float | None
 
 
 def disk_speed(folder: Path, n_bytes: int = 1 << 26) -> float | None:
-    """The same of a file that is written into a folder, and removed again.
+    """The same for a temporary file in a folder.
 
     Raises:
         OSError: it cannot be written.
@@ -48,5 +48,5 @@ def disk_speed(folder: Path, n_bytes: int = 1 << 26) -> float | None:
         for _ in range(n_bytes // _CHUNK):
             file.write(chunk)
         file.flush()
-        os.fsync(file.fileno())  # what is not on the disk is not forgotten
+        os.fsync(file.fileno())  # the system drops only pages that are on the disk
         return read_speed([Path(file.name)], n_bytes)

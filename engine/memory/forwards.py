@@ -1,7 +1,7 @@
-"""How much to put into one forward on a GPU, where nobody said so: what is worth it first, and less until it fits.
+"""Chooses the default size of a forward on a GPU: first the largest useful one, then smaller ones until one fits.
 
-A forward reads every weight once, and widens those in 8 or 4 bits, however few tokens it has. With some thousand tokens
-that is little beside the products; with more of them nothing is gained, and layers have to be recomputed.
+A forward reads every weight once, and widens those in 8 or 4 bits, however few tokens it has. With a few thousand
+tokens that costs little compared with the products; more tokens gain nothing and make layers be recomputed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dpoeng.cache.schema import PairIds
 from dpoeng.engine.config.fields import TrainConfig
 
 ENOUGH_TOKENS = 4096
-"""Tokens of a training forward: widening 8 bits takes a tenth of the products' time then (docs/kernels.md)."""
+"""Tokens of a training forward at which widening 8 bits takes a tenth of the products' time (docs/kernels.md)."""
 
 _FEWEST_TOKENS = 1024
 
@@ -26,15 +26,15 @@ def pairs_to_try(
     processes: int = 1,
     begun_with: int | None = None,
 ) -> list[int]:
-    """Pairs in one forward of phase two, the best number first.
+    """Candidates for the pairs per forward of phase two, the best first.
 
     Args:
-        config: of the run. A number that it names is taken, and so is the default with dropout, whose draws are those
-            of a forward.
-        pairs: those of the run.
+        config: config of the run. A number set there is the only candidate; also the default with dropout: random
+            masks belong to a forward.
+        pairs: the run's pairs.
         device_type: on a CPU nothing is chosen.
-        processes: that share the forwards of a step.
-        begun_with: pairs in a forward of the run that is gone on with: its numbers stay those of one left alone.
+        processes: the number of processes that share a step's forwards.
+        begun_with: pairs per forward of the run to resume, so that its numbers equal those of an uninterrupted run.
     """
     configured = config.per_device_train_batch_size
     if device_type != "cuda":
@@ -48,7 +48,7 @@ def pairs_to_try(
 
 
 def batches_to_try(batch_tokens: int) -> list[int]:
-    """Smaller `batch_tokens` of phase one, the largest first."""
+    """Smaller values for phase one's `batch_tokens`, the largest first."""
     return _halved(batch_tokens, _FEWEST_TOKENS)[1:]
 
 

@@ -1,4 +1,4 @@
-"""The ways in which phase two can be run, the fastest first: what a plan tries until one fits a card."""
+"""Ways to run phase two, the fastest first; a plan tries them until one fits a card."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from dpoeng.engine.memory.simulate import Pair, Setup
 MICRO_BATCHES = (1, 2, 4)
 
 SMALL_OPTIMIZER = "adamw_8bit"
-"""Tried on cards that are too small for the optimizer that nobody chose."""
+"""Tried on cards that are too small for the default optimizer."""
 
 _TRUNK_SHARE = 2 / 3
-"""Of the layers, those below the trunk that is proposed: the upper third is trained."""
+"""Share of the layers below a proposed trunk: the upper third is trained."""
 
 Changes = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way to run phase two, and what it needs.
+    """One way to run phase two, and its memory.
 
     Attributes:
-        setup: what is simulated.
-        changes: fields of dpoeng.yaml that are set otherwise than was asked for.
-        steps: pairs in a forward -> memory of one optimizer step.
-        evaluation: memory of a forward of the evaluation or the parity check, one pair.
+        setup: the simulated setup.
+        changes: fields of dpoeng.yaml that differ from the request.
+        steps: pairs per forward -> memory of one optimizer step.
+        evaluation: memory of a forward of the evaluation or the parity check, with one pair.
     """
 
     setup: Setup
@@ -48,19 +48,19 @@ class Way:
 
     @property
     def trains_less(self) -> bool:
-        """Whether another model is trained than was asked for: fewer layers, or a smaller LoRA."""
+        """Whether this trains less than requested: fewer layers, or a smaller LoRA."""
         return not self.changes.keys().isdisjoint(("trunk_layer", "lora_r"))
 
     def fitting(self, fits: Callable[[Memory], bool]) -> list[int]:
-        """Pairs in a forward with which step and evaluation fit."""
+        """Pairs per forward with which step and evaluation fit."""
         return [n for n, memory in self.steps.items() if fits(memory)] if fits(self.evaluation) else []
 
 
 def ways(request: PlanConfig, setup: Setup) -> Iterator[tuple[Changes, Setup]]:
-    """What may be tried, in this order: fields that change, and what is simulated.
+    """The ways to try, in this order: changed fields, and the simulated setup.
 
-    All layers in memory; layer by layer, unless that is off; last the upper third from a trunk, which trains fewer
-    layers. Each also with a smaller optimizer and, layer by layer, with a smaller LoRA, where these were not named.
+    All layers in memory; layer by layer, unless that is off; finally the upper third from a trunk, which trains fewer
+    layers. Each also with a smaller optimizer and, layer by layer, with a smaller LoRA, unless these were set.
     """
     optimizer = {} if "optim" in request.model_fields_set else {"optim": SMALL_OPTIMIZER}
     whole: list[Changes] = [{}, optimizer] if optimizer else [{}]
@@ -88,7 +88,7 @@ def ways(request: PlanConfig, setup: Setup) -> Iterator[tuple[Changes, Setup]]:
 
 
 def _ranks(request: PlanConfig, config: TrainConfig) -> Iterator[Changes]:
-    """A half and a quarter of the LoRA's rank, its updates scaled as before; none where a rank was named."""
+    """A half and a quarter of the LoRA's rank, with the same scaling; none if a rank was set."""
     if "lora_r" in request.model_fields_set or not request.use_peft:
         return
     for part in (2, 4):
@@ -99,19 +99,19 @@ def _ranks(request: PlanConfig, config: TrainConfig) -> Iterator[Changes]:
 def find_ways(
     request: PlanConfig, setup: Setup, pair: Pair, cards: Mapping[str, Callable[[Memory], bool]]
 ) -> list[Way]:
-    """The ways that were tried until each card had one that fits; all there are, where a card has none.
+    """The ways tried until each card has one that fits; all of them if a card has none.
 
     Args:
-        request: what was asked.
-        setup: phase two as asked for.
-        pair: the longest.
-        cards: of each card by name, whether a memory fits it.
+        request: the user's request.
+        setup: phase two as requested.
+        pair: the longest pair.
+        cards: name -> whether a memory fits this card.
     """
     found: list[Way] = []
     without = dict(cards)
-    evaluations: dict[tuple[Any, ...], Memory] = {}  # in which the optimizer has no part
+    evaluations: dict[tuple[Any, ...], Memory] = {}  # an evaluation does not depend on the optimizer
     for changes, some in ways(request, setup):
-        # An architecture whose layers cannot be told apart by number has no trunk.
+        # An architecture whose layers have no numbers has no trunk.
         with contextlib.suppress(UserError) if some.trunk_layer != setup.trunk_layer else contextlib.nullcontext():
             key = (some.by_layer, some.trunk_layer, some.config.lora_r)
             if key not in evaluations:
@@ -132,7 +132,7 @@ def _fits_any(cards: Collection[Callable[[Memory], bool]], memory: Memory) -> bo
 def by_micro_batch(
     setup: Setup, pair: Pair, room_left: Callable[[Memory], bool], *, whole: bool = False
 ) -> dict[int, Memory]:
-    """Pairs in a forward -> memory of a step, up to the first that leaves no room."""
+    """Pairs per forward -> memory of a step, up to the first that does not fit."""
     found: dict[int, Memory] = {}
     for micro_batch in MICRO_BATCHES:
         found[micro_batch] = step_memory(setup, [pair] * micro_batch, whole=whole)

@@ -1,7 +1,7 @@
-"""A reward model: a checkpoint of transformers that gives one number to a prompt with an answer.
+"""Reward models: transformers checkpoints that give one number for a prompt with an answer.
 
-One text at a time, as such models are published and used: with padding some of them take another token for the last.
-Knows nothing of what the numbers are for.
+They score one text at a time, as they are usually used: with padding some of them read the wrong last token.
+Independent of the use of the numbers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class RewardModel:
 
     @torch.no_grad()
     def score(self, prompt: str | Sequence[Message], answer: str) -> float | None:
-        """The reward of an answer; None where the text is longer than the model's positions."""
+        """The reward of an answer; None if the text is longer than the model's positions."""
         ids = self._ids(prompt, answer)
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit is not None and len(ids) > limit:
@@ -45,7 +45,7 @@ class RewardModel:
         return float(logits.float()[0, 0])
 
     def _ids(self, prompt: str | Sequence[Message], answer: str) -> list[int]:
-        """As the chat template has them, where there is one; else the texts one behind the other."""
+        """Token ids by the chat template if there is one, otherwise of both texts joined."""
         if getattr(self.tokenizer, "chat_template", None):
             turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
             response = [{"role": "assistant", "content": answer}]
@@ -55,7 +55,7 @@ class RewardModel:
 
 
 def load_reward_model(source: ModelSource, device: torch.device, dtype: str = "auto") -> RewardModel:
-    """Load a reward model, frozen.
+    """Loads a reward model, frozen.
 
     Raises:
         UserError: transformers cannot load it, or it gives more than one number.
@@ -72,10 +72,10 @@ def load_reward_model(source: ModelSource, device: torch.device, dtype: str = "a
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(
-            "the reward model cannot be loaded",
+            "cannot load the reward model",
             code="judge-model",
             where=source.name,
-            expected="a checkpoint that AutoModelForSequenceClassification of transformers loads",
+            expected="a checkpoint for transformers' AutoModelForSequenceClassification",
             found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
             remedy="name another model with --judge",
         ) from error

@@ -1,7 +1,7 @@
-"""Results kept by the content that they were made from: a file of JSON lines that only grows.
+"""Stores results by the content that they depend on, in a growing file of JSON lines.
 
-What is asked for again, after a kill or by another call, is read and not made again. Each line is written at once, so
-that a kill costs what was being made. Knows nothing of what is kept.
+A result that is needed again, after a kill or by another call, is read and not recomputed. Each line is written at
+once, so that a kill loses only the current result. Independent of the kind of results.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from dpoeng.engine.runtime.folders import unwritable
 
 
 def content_key(*parts: Any) -> str:
-    """A hash of values that JSON can hold; the order of names in an object does not count."""
+    """A hash of JSON values; the order of names in an object does not count."""
     text = json.dumps(parts, sort_keys=True)
     return xxhash.xxh3_128_hexdigest(text.encode("ascii"))
 
 
 class Kept:
-    """What a file of `{"key": ..., "value": ...}` lines holds, and the way to add to it.
+    """The content of a file of `{"key": ..., "value": ...}` lines, which can grow.
 
-    Of several lines with one key the last counts. One process writes at a time: see `runs/lock`.
+    If several lines have the same key, the last one counts. One process writes at a time: see `runs/lock`.
     """
 
     def __init__(self, path: Path) -> None:
-        """Reads the file, if there is one, and cuts off a last line that a kill has left unfinished.
+        """Reads the file if it exists, and cuts off a last line that a kill left incomplete.
 
         Raises:
             UserError: a line is damaged, or the file cannot be written.
@@ -47,14 +47,14 @@ class Kept:
             raise unwritable(path.parent, error) from error
 
     def get(self, key: str) -> Any:
-        """The value; None where there is none."""
+        """The value; None if there is none."""
         return self._values.get(key)
 
     def put(self, key: str, value: Any) -> None:
-        """Keep a value that JSON can hold; None is not one.
+        """Stores a JSON value other than None.
 
         Raises:
-            UserError: the disk is full, or the folder may not be written.
+            UserError: the disk is full, or the folder is not writable.
         """
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)

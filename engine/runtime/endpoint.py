@@ -1,8 +1,8 @@
-"""Asks a server that speaks OpenAI's HTTP API (vLLM, SGLang, llama.cpp, OpenAI and others): many requests at once.
+"""A client of OpenAI's HTTP API (vLLM, SGLang, llama.cpp, OpenAI and others) with parallel requests.
 
-A request that fails for a time (429, 5xx, no connection, no answer in time) is sent again after a growing pause. The
-key comes from the environment and goes into one header: it is in no record, message or log. Redirects are not followed,
-which would send it elsewhere. Knows nothing of what is asked.
+A request with a temporary failure (429, 5xx, no connection, timeout) is sent again after a growing pause. The
+key comes from the environment and is only in one header, never in a record, message or log. Redirects are not followed,
+because they would send it elsewhere. Independent of the questions.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _LONGEST_ANSWER = 64 << 20  # bytes
 
 
 class Refused(NamedTuple):
-    """The server refuses this request, and would again: a text that is too long, for example."""
+    """The server refuses this request permanently, for example because a text is too long."""
 
     why: str
 
 
 class _AgainError(Exception):
-    """A failure that may pass; `after_s` is the pause that the server asks for."""
+    """A temporary failure; `after_s` is the pause that the server requests."""
 
     def __init__(self, why: str, after_s: float = 0.0) -> None:
         super().__init__(why)
@@ -52,11 +52,11 @@ class Endpoint:
     """A server.
 
     Attributes:
-        url: up to `/v1`, without a slash behind it.
-        key: for the Authorization header; empty for none.
-        timeout_s: a request that has no answer after these seconds is sent again.
-        retries: how often one is.
-        concurrency: requests at a time.
+        url: address up to `/v1`, without a final slash.
+        key: key for the Authorization header; empty for none.
+        timeout_s: a request without an answer after these seconds is sent again.
+        retries: maximum number of repetitions.
+        concurrency: number of parallel requests.
     """
 
     url: str
@@ -67,22 +67,22 @@ class Endpoint:
 
     @staticmethod
     def of(url: str, key_variable: str, option: str, **settings: Any) -> Endpoint:
-        """The server of an address that the user gave.
+        """The server at the user's address.
 
         Args:
             url: the address.
-            key_variable: the environment variable that holds the key; an unset one means no key.
-            option: that named the address, for messages.
+            key_variable: the environment variable with the key; unset means no key.
+            option: the option with the address, for messages.
             settings: `timeout_s`, `retries`, `concurrency`.
 
         Raises:
-            UserError: it is no address, or holds a secret, which would get into records.
+            UserError: it is not an address, or contains a secret, which would get into records.
         """
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
             secret = parts.username or parts.query
             raise UserError(
-                "this address cannot be used",
+                "unusable address",
                 code="endpoint-address",
                 where=option,
                 expected="http(s)://HOST[:PORT]/v1" + (", without a name, a key or a ? in it" if secret else ""),
@@ -92,10 +92,10 @@ class Endpoint:
         return Endpoint(url.rstrip("/"), os.environ.get(key_variable, "").strip(), **settings)
 
     def models(self) -> list[str]:
-        """The names of the models that the server has; asked once, without a pause.
+        """The names of the server's models; asked once, without retries.
 
         Raises:
-            UserError: it cannot be reached, or refuses the key.
+            UserError: it is unreachable, or refuses the key.
         """
         try:
             found = self._send("/models", None)
@@ -108,12 +108,12 @@ class Endpoint:
         """The answer to one request as JSON, or `Refused`.
 
         Args:
-            path: behind the address, `/chat/completions`.
-            body: of the request.
-            stopped: ends the pauses, and with them the attempts.
+            path: path after the address, `/chat/completions`.
+            body: body of the request.
+            stopped: ends pauses and retries.
 
         Raises:
-            UserError: the server fails again and again, or refuses the key or the path.
+            UserError: the server fails repeatedly, or refuses the key or the path.
         """
         stopped = stopped or threading.Event()
         for attempt in itertools.count():
@@ -122,13 +122,13 @@ class Endpoint:
             except _AgainError as error:
                 if attempt >= self.retries or stopped.is_set():
                     raise self._failed(str(error), path) from error
-                # Of a random length, so that requests that failed together do not come back together.
+                # Random, so that requests that failed together are not repeated together.
                 pause = min(LONGEST_PAUSE_S, 2.0**attempt) * random.uniform(0.5, 1.0)
                 stopped.wait(min(max(pause, error.after_s), 5 * LONGEST_PAUSE_S))
         raise AssertionError
 
     def post_all(self, path: str, bodies: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Any]]:
-        """Yield (place, answer) of many requests as the answers come; see `post`.
+        """Yields (place, answer) of many requests as the answers come; see `post`.
 
         The threads end with the iterator. They are daemons, so that an interrupted program need not wait for answers.
         """
@@ -174,10 +174,10 @@ class Endpoint:
         try:
             return json.loads(text)
         except ValueError as error:
-            raise _AgainError(f"an answer that is no JSON: {self._shown(text)}") from error
+            raise _AgainError(f"an answer that is not JSON: {self._shown(text)}") from error
 
     def _refused(self, error: urllib.error.HTTPError, path: str) -> Refused:
-        """A request that this server will never answer; raises where it may, or where no request will be answered."""
+        """A request that this server will never answer; raises if it may, or if the server answers no request."""
         with error:
             text = b""
             with contextlib.suppress(OSError, http.client.HTTPException):
@@ -203,7 +203,7 @@ class Endpoint:
             where=self.url + path,
             expected="an OpenAI-compatible server and the name of one of its models",
             found=said,
-            remedy="check the address (it mostly ends in /v1) and the model's name",
+            remedy="check the address (it usually ends in /v1) and the model's name",
             exit_status=5,
         )
 
@@ -213,11 +213,11 @@ class Endpoint:
             code="endpoint-failed",
             where=self.url + path,
             found=why,
-            remedy="start it or wait, then run the same command again: answers that came are kept",
+            remedy="start it or wait, then run the same command again: received answers are stored",
             exit_status=5,
         )
 
     def _shown(self, text: bytes) -> str:
-        """The beginning of an answer, without the key, which some servers repeat."""
+        """The beginning of an answer without the key, which some servers repeat."""
         shown = " ".join(text.decode(errors="replace").split())
         return (shown.replace(self.key, "***") if self.key else shown)[:300]

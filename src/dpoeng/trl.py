@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer on a cached reference: one line, and no reference model. TRL 1.16 must be installed by you."""
+"""TRL's DPOTrainer with a cached reference: one line, and no reference model. Install TRL 1.16 yourself."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ Trainer = TypeVar("Trainer")
 def with_cached_reference(
     trainer: Trainer, cache: str | PathLike[str] = "refcache", view: str | None = None, *, check_pairs: int = 4
 ) -> Trainer:
-    """Give a TRL DPOTrainer the reference log-probs of a cache, in place of a reference model.
+    """Gives TRL's DPOTrainer the reference log-probs of a cache instead of a reference model.
 
     >>> trainer = DPOTrainer(model, args=DPOConfig(...), train_dataset=pairs, processing_class=tokenizer)
     >>> with_cached_reference(trainer, "refcache").train()
 
     Every row is found by its tokens, as the trainer tokenised and truncates it. The columns `ref_chosen_logps` and
-    `ref_rejected_logps` are added to its data sets, weighed where `ld_alpha` is set, and the reference model is freed.
+    `ref_rejected_logps` are added to its data sets, weighted if `ld_alpha` is set, and the reference model is freed.
 
     Args:
         trainer: constructed without `precompute_ref_log_probs`, not yet trained.
         cache: the folder that `dpoeng precompute-ref` wrote.
-        view: the set of pairs; None where there is one only. Rows may lie in any view of the same reference.
-        check_pairs: so many rows are scored by the trainer's own reference first and compared; 0 for none.
+        view: the set of pairs; None if there is only one. Rows may be in any view of the same reference.
+        check_pairs: number of rows that the trainer's own reference scores first, for comparison; 0 for none.
 
     Returns:
         The same trainer.

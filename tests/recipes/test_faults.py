@@ -1,4 +1,4 @@
-"""Faults in the engine: being stopped, what makes a hit or a miss, the machine around. See tests/faults.md."""
+"""Faults in the engine: interruptions, cache hits and misses, the machine. See tests/faults.md."""
 
 from __future__ import annotations
 

@@ -383,7 +383,7 @@ def test_pairs_that_have_gone_leave_prompts_as_the_tokenizer_has_them(
     caplog.set_level("INFO")
     found = dpoeng.judge(tmp_path / "out", judge=lambda prompt, answer: len(prompt), max_new_tokens=2)
     assert found.folder == tmp_path / "out" / "judge"
-    assert "as the tokenizer writes them" in caplog.text
+    assert "the judge sees decoded prompts" in caplog.text
     assert (found.ties, found.win_rate) == (found.prompts, 0.5)
 
 

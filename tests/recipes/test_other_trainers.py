@@ -193,7 +193,7 @@ def test_a_trainer_that_truncates_or_has_other_rows_is_refused(cache: Path) -> N
 
 def test_another_reference_is_refused(cache: Path) -> None:
     view = View.open(cache)
-    with pytest.raises(UserError, match="not that of the cache") as caught:
+    with pytest.raises(UserError, match="differs from the cache") as caught:
         with_cached_reference(stand_in(view, wrong=2.0), cache)
     assert caught.value.code == "reference-mismatch"
     assert with_cached_reference(stand_in(view, wrong=2.0), cache, check_pairs=0).precompute_ref_logps
@@ -208,7 +208,7 @@ def test_what_is_no_trainer_for_it(cache: Path) -> None:
         (object(), "no DPOTrainer"),
         (streamed, "token ids"),
         (moving, "moves the reference"),
-        (own, "columns of its own"),
+        (own, "already has reference columns"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             with_cached_reference(trainer, cache)

@@ -102,7 +102,7 @@ def test_the_exported_file_gives_the_same_run(tmp_path: Path, tiny_model: Path, 
 
 def test_trl_computes_other_numbers_for_another_model(tmp_path: Path, tiny_model: Path, sft_adapter: Path) -> None:
     cache = scored(tmp_path, tiny_model, sft_adapter)
-    with pytest.raises(UserError, match="not that of the cache"):
+    with pytest.raises(UserError, match="differs from the cache"):
         with_cached_reference(trainer(tmp_path, tiny_model, None), cache)
 
 

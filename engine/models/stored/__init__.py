@@ -1,4 +1,4 @@
-"""Bases whose files are quantised by others: FP8, compressed-tensors, MXFP4, GPTQ, AWQ. Codes stay as they are stored.
+"""Bases with already quantised files: FP8, compressed-tensors, MXFP4, GPTQ, AWQ. Codes stay as stored.
 
-Each weight is widened for each product, exactly, and activations are left alone. Knows formats, tensors and modules.
+Each weight is widened exactly for each product; activations are not quantised.
 """

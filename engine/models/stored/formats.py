@@ -1,7 +1,7 @@
-"""What a config.json says of how its weights are quantised, and which of that dpoeng widens exactly.
+"""Reads from config.json how weights are quantised, and which formats dpoeng can widen exactly.
 
-Reads JSON; loads no library. Which tensors are codes, scales and zero points is told by their names in the files, how
-many bits a code has and how many weights share a scale by their shapes: `reading`.
+Reads only JSON; loads no library. Tensor names show which tensors are codes, scales and zero points; their shapes show
+how many bits a code has and how many weights share a scale: see `reading`.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A way to store weights.
+    """A storage format of weights.
 
     Attributes:
-        method: as quant_method names it.
-        words: for messages.
-        marker: the ending, after the weight's name, of the tensor by which a quantised weight is known.
-        parts: ending -> what it is: codes, scales, zeros, groups, divisor; or "" for what products do not read.
-        whole: the name before the endings is the parameter's own, and not its module's.
-        bits: of a code.
-        block: weights (rows, columns) that share a scale; None for all of them.
+        method: the name in quant_method.
+        words: its name in messages.
+        marker: the ending, after the weight's name, of the tensor that marks a quantised weight.
+        parts: ending -> its meaning: codes, scales, zeros, groups, divisor; or "" if products do not use it.
+        whole: whether the name before the endings is the parameter's, not its module's.
+        bits: bits per code.
+        block: weights (rows, columns) that share a scale; None: all of them.
         symmetric: whether there are no zero points.
-        zero_offset: what is added to a stored zero point.
-        targets: patterns of the modules that are quantised; none for all linear layers but the head.
-        ignored: patterns of modules that are not.
-        activations: how the makers' own kernels quantise activations, in words; empty where they do not.
+        zero_offset: the offset to add to a stored zero point.
+        targets: patterns of quantised modules; empty: all linear layers but the head.
+        ignored: patterns of modules that are not quantised.
+        activations: how the format's own kernels quantise activations, in words; empty if they do not.
     """
 
     method: str
@@ -46,13 +46,13 @@ class Format:
     record: Mapping[str, Any] = field(default_factory=dict)
 
     def covers(self, module: str) -> bool:
-        """Whether a linear layer of this name is quantised, as far as config.json tells; for `dpoeng plan`."""
+        """Whether a linear layer of this name is quantised, according to config.json; for `dpoeng plan`."""
         named = not self.targets or any(_matches(target, module) for target in self.targets)
         return named and not any(_matches(pattern, module) for pattern in self.ignored)
 
 
 class NotWidenedError(ValueError):
-    """A format that is not widened: why, and what to use instead."""
+    """A format that dpoeng cannot widen: the reason, and an alternative."""
 
     def __init__(self, why: str, instead: str = "") -> None:
         super().__init__(why)
@@ -70,7 +70,7 @@ def format_of(record: Mapping[str, Any]) -> Format:
     """The format of a quantization_config.
 
     Raises:
-        NotWidenedError: it has no reader here.
+        NotWidenedError: dpoeng cannot read it.
     """
     method = str(record.get("quant_method", "")).replace("_", "-")
     makers = {
@@ -82,7 +82,7 @@ def format_of(record: Mapping[str, Any]) -> Format:
         "awq": _awq,
     }
     if method not in makers:
-        raise NotWidenedError("its method has no reader here")
+        raise NotWidenedError("dpoeng cannot read its method")
     return makers[method](record)
 
 
@@ -103,7 +103,7 @@ def _fbgemm(record: Mapping[str, Any]) -> Format:
 
 
 def _mxfp4(record: Mapping[str, Any]) -> Format:
-    # Experts alone are quantised; the other modules are named, and have no scales in the files either.
+    # Only experts are quantised; the config names the other modules, and the files have no scales for them.
     return Format(
         "mxfp4", "MXFP4", "_scales", {"_blocks": "codes", "_scales": "scales"}, whole=True, bits=4, block=(1, 32),
         targets=(r"re:.*\.experts(\.|$)",), ignored=tuple(record.get("modules_to_not_convert") or ()), record=record,
@@ -113,9 +113,7 @@ def _mxfp4(record: Mapping[str, Any]) -> Format:
 def _gptq(record: Mapping[str, Any]) -> Format:
     stored = str(record.get("checkpoint_format") or record.get("format") or "gptq")
     if stored not in ("gptq", "gptq_v2"):
-        raise NotWidenedError(
-            f"GPTQ codes in the layout of {stored}, which one kernel alone reads", "a GPTQ checkpoint"
-        )
+        raise NotWidenedError(f"GPTQ codes in the layout of {stored}, which only one kernel reads", "a GPTQ checkpoint")
     bits, group = int(record.get("bits", 4)), int(record.get("group_size", 128))
     return Format(
         "gptq", f"GPTQ, {bits} bits", "qweight",
@@ -130,7 +128,7 @@ def _awq(record: Mapping[str, Any]) -> Format:
     version = str(record.get("version") or record.get("format") or "gemm").lower()
     if version != "gemm" or int(record.get("bits", 4)) != 4 or not record.get("zero_point", True):
         raise NotWidenedError(
-            "AWQ in another layout than that of its GEMM version, 4 bits with zero points", "such a one"
+            "AWQ in another layout than GEMM with 4 bits and zero points", "an AWQ checkpoint in that layout"
         )
     group = int(record.get("group_size", 128))
     return Format(
@@ -182,7 +180,7 @@ def _compressed_tensors(record: Mapping[str, Any]) -> Format:
 
 
 def _matches(pattern: str, module: str) -> bool:
-    """Whether a module is meant: by its class's name, by a `re:` pattern, by its whole name or a part of its path."""
+    """Whether a pattern means a module: by its class, by a `re:` pattern, by its whole name or part of its path."""
     if pattern in ("Linear", "*"):
         return True
     if pattern.startswith("re:"):

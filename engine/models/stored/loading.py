@@ -1,8 +1,8 @@
-"""Checkpoints whose weights are quantised in their files, loaded with their codes as they are. Imports transformers.
+"""Loads checkpoints with quantised files and keeps their codes. Imports transformers.
 
-transformers loads what is not quantised by its own way; each quantised matrix is put beside: into a linear layer, or
-into the stack of its experts. Where a conversion makes one weight of several in another way, or where a weight is no
-linear layer's, it is widened while it is loaded, and that is told.
+transformers loads the other tensors as usual; this module puts each quantised matrix into its linear layer or
+stack of experts. If transformers converts several weights into one in another way, or a weight does not belong to a
+linear layer, it is widened while loading, which a note reports.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dpoeng.engine.models.stored.reading import read_weight, stored_parts
 from dpoeng.engine.models.stored.weights import StoredStack, StoredWeight, store_linear
 
 _NARROW = ("F8_", "F4", "F6_", "I8", "U8", "I32")
-"""safetensors' names of numbers that are no weights by themselves."""
+"""safetensors' dtypes of codes, which are not weights by themselves."""
 
 
 @dataclass(slots=True)
@@ -33,12 +33,12 @@ class Matrix:
     """One quantised matrix (or a stack of them) in the files.
 
     Attributes:
-        name: of the weight, as a plain checkpoint would have it.
-        key: of one of its tensors.
-        parts: what it is made of (`codes`, `scales`, ...), as slices of files.
+        name: the weight's name in a plain checkpoint.
+        key: the name of one of its tensors.
+        parts: its parts (`codes`, `scales`, ...), as slices of files.
         stored: the format.
         source: the checkpoint, for messages.
-        device: where it is read to.
+        device: the target device.
     """
 
     name: str
@@ -49,10 +49,10 @@ class Matrix:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def read(self, shape: tuple[int, int] | None = None) -> StoredWeight:
-        """The matrix, of the shape that the model says; without one, of the shape that the codes say.
+        """The matrix, with the model's shape, or with that of the codes if none is given.
 
         Raises:
-            UserError: its parts do not make it.
+            UserError: its parts do not fit together.
         """
         tensors = {what: part[...].to(self.device) for what, part in self.parts.items()}
         with self._telling():
@@ -60,7 +60,7 @@ class Matrix:
             return read_weight(self.stored, tensors, (rows, columns))
 
     def read_stack(self, shape: tuple[int, int, int]) -> StoredStack:
-        """The matrices of all experts, where the files have them in one tensor a part."""
+        """The matrices of all experts, if the files have one tensor per part."""
         tensors = {what: part[...].to(self.device) for what, part in self.parts.items()}
         with self._telling():
             if any(len(tensor) != shape[0] for tensor in tensors.values()):
@@ -70,7 +70,7 @@ class Matrix:
             return StoredStack([[read_weight(self.stored, parts, shape[1:])] for parts in each])
 
     def shape(self) -> tuple[int, ...]:
-        """Of what is widened: (O, I), or (E, O, I)."""
+        """Shape of the widened weight: (O, I), or (E, O, I)."""
         held = self.parts["codes"]
         sizes, bits = list(held.get_shape()), self.stored.bits
         if self.stored.method == "gptq":
@@ -93,7 +93,7 @@ class Matrix:
 
 
 class _Telling:
-    """Turns what a reader says into an error that names the tensor."""
+    """Turns a reader's ValueError into an error that names the tensor."""
 
     def __init__(self, matrix: Matrix) -> None:
         self._matrix = matrix
@@ -108,7 +108,7 @@ class _Telling:
                 f"a quantised weight of {matrix.source.name} cannot be widened",
                 code="quantization-stored",
                 where=f"{matrix.source.folder}, {matrix.name}",
-                expected=matrix.stored.words + ", as its makers' own programs write it",
+                expected=matrix.stored.words + ", as its own tools write it",
                 found=str(error),
                 remedy="download the checkpoint again; or name the full-precision checkpoint, with --quantization 4bit "
                 "or 8bit where memory is short",
@@ -116,7 +116,7 @@ class _Telling:
 
 
 class _Widened:
-    """A quantised weight as transformers' loader reads any other: widened when it is asked for."""
+    """A quantised weight for transformers' loader: widened when read."""
 
     def __init__(self, matrix: Matrix) -> None:
         self._matrix = matrix
@@ -129,12 +129,12 @@ class _Widened:
         return "F32"
 
     def get_shape(self) -> list[int]:
-        """Of the whole."""
+        """Shape of the whole tensor."""
         return list(self._matrix.shape())
 
 
 def widened(matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
-    """What a plain checkpoint has in place of a quantised weight: [O, I], or [E, I, O] for stacks."""
+    """The weight as in a plain checkpoint: [O, I], or [E, I, O] for stacks."""
     shape = matrix.shape()
     if len(shape) == 3:
         stack = matrix.read_stack((shape[0], shape[1], shape[2]))
@@ -144,21 +144,21 @@ def widened(matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
 
 @dataclass(slots=True)
 class Found:
-    """What became of a checkpoint's quantised matrices.
+    """How a checkpoint's quantised matrices were loaded.
 
     Attributes:
-        kept: how many are in memory as they are stored.
-        widened: names in the files of those that are not.
+        kept: number of matrices in memory as stored.
+        widened: names in the files of the widened ones.
     """
 
     kept: int = 0
     widened: list[str] = field(default_factory=list)
 
     def remarks(self, stored: Format) -> tuple[str, ...]:
-        """What to tell the user."""
-        told = f"{counted(self.kept, 'weight')} in {stored.words} as the files have them, widened for each product"
+        """Notes for the user."""
+        told = f"{counted(self.kept, 'weight')} in {stored.words} kept as stored, widened for each product"
         if stored.activations:
-            told += f"; activations stay as they are (the checkpoint's own kernels round them {stored.activations})"
+            told += f"; activations are not rounded (the checkpoint's own kernels round them {stored.activations})"
         first = f": {self.widened[0]}" if self.widened else ""
         more = f"{counted(len(self.widened), 'quantised weight')} widened while loading{first}"
         return (told, more) if self.widened else (told,)
@@ -167,7 +167,7 @@ class Found:
 def matrices(
     files: Mapping[str, Any], stored: Format, source: ModelSource, device: torch.device | None = None
 ) -> tuple[dict[str, Matrix], dict[str, Any]]:
-    """The quantised matrices among the tensors of files, by their own names; and all other tensors.
+    """The quantised matrices in some files by name, and all other tensors.
 
     Raises:
         UserError: a matrix lacks a part, or codes have no scales.
@@ -185,7 +185,7 @@ def matrices(
             parts["shape"] = files[mine["weight_shape"]]
         whole = base if stored.whole else f"{base}.weight"
         if not {"codes", "scales"} <= parts.keys():
-            raise _refused(source, name, stored, "codes and scales do not stand beside each other")
+            raise _refused(source, name, stored, "codes and scales do not have matching names")
         found[whole] = Matrix(whole, name, parts, stored, source, device or torch.device("cpu"))
         taken.update(mine.values())
     unused = tuple(joint + part for part, what in stored.parts.items() if not what)
@@ -203,7 +203,7 @@ def _refused(source: ModelSource, name: str, stored: Format, why: str) -> UserEr
         f"the files of {source.name} are not quantised as its config.json says",
         code="quantization-stored",
         where=f"{source.folder}, {name}",
-        expected=f"{stored.words}: {stored.marker} and what goes with it",
+        expected=f"{stored.words}: {stored.marker} and its other parts",
         found=why,
         remedy="use the config.json that belongs to these weights, or name the full-precision checkpoint",
     )
@@ -212,9 +212,9 @@ def _refused(source: ModelSource, name: str, stored: Format, why: str) -> UserEr
 def stored_class(
     source: ModelSource, stored: Format, found: Found, prepare: Callable[[Any], Any] | None = None
 ) -> tuple[Any, Any]:
-    """A checkpoint's model class, which loads quantised weights as they are; and its config.
+    """A checkpoint's model class that keeps quantised weights, and its config.
 
-    `prepare` changes the model before it is loaded. transformers offers no hook for either: the class passes for its
+    `prepare` changes the model before it is loaded. transformers offers no hook for either, so the class imitates its
     parent, as in `layers/files`.
     """
     config, model = empty_model_of(source)
@@ -256,7 +256,7 @@ def stored_class(
 
 
 class _Plan:
-    """Where each matrix of the files goes in a model that has no weights yet."""
+    """The place of each matrix of the files in a model that has no weights yet."""
 
     def __init__(self, model: Any, settings: Any, others: set[str]) -> None:
         from transformers.core_model_loading import WeightConverter, WeightRenaming
@@ -273,7 +273,7 @@ class _Plan:
         return self.target(name)[0] in self._known
 
     def target(self, name: str) -> tuple[str, str | None]:
-        """The model's own name for a tensor, and the pattern of the conversion that makes it; None for a copy."""
+        """The model's name for a tensor, and the pattern of its conversion; None for a copy."""
         from transformers.core_model_loading import rename_source_key
 
         prefix = self._model.base_model_prefix
@@ -286,7 +286,7 @@ class _Plan:
     def divide(
         self, coded: Mapping[str, Matrix]
     ) -> tuple[dict[str, list[tuple[str | None, Matrix]]], dict[str, Matrix]]:
-        """Matrices that are kept, by target; and those that are widened, or belong to nothing that is loaded."""
+        """Matrices to keep, by target; and those to widen, or that belong to nothing that is loaded."""
         from transformers.core_model_loading import dot_natural_key
 
         targets: dict[str, list[tuple[str | None, Matrix]]] = defaultdict(list)
@@ -298,7 +298,7 @@ class _Plan:
         return keep, wide
 
     def _keeps(self, target: str, those: Sequence[tuple[str | None, Matrix]]) -> bool:
-        """Whether a weight of the model can stay in codes: a linear layer's, or a stack that experts make."""
+        """Whether a weight of the model can stay quantised: a linear layer's, or a stack of experts."""
         if target not in self._known or target in self._mixed:
             return False
         path, _, last = target.rpartition(".")
@@ -310,7 +310,7 @@ class _Plan:
         return type(module) is nn.Linear and module is not head and last == "weight" and those[0][0] is None
 
     def _stacks(self, pattern: str, those: Sequence[tuple[str | None, Matrix]], experts: int) -> bool:
-        """Whether a conversion is no more than experts behind each other, and their parts above each other."""
+        """Whether a conversion only stacks experts, and concatenates their parts by rows."""
         from transformers.core_model_loading import Concatenate, MergeModulelist
 
         converter = self._converter(pattern)
@@ -324,7 +324,7 @@ class _Plan:
         return next(one for one in self._converters if pattern in one.source_patterns)
 
     def put(self, target: str, those: Sequence[tuple[str | None, Matrix]], dtype: torch.dtype) -> None:
-        """Gives a module its weight in codes."""
+        """Gives a module its quantised weight."""
         path, _, last = target.rpartition(".")
         module: Any = self._model.get_submodule(path)
         wanted = tuple(self._known[target].shape)
@@ -346,9 +346,9 @@ class _Plan:
 
 
 def store_empty(model: Any, stored: Format) -> None:
-    """Gives a model on the meta device the layers and tensors that loading such files would give it.
+    """Gives a model on the meta device the layers and tensors that loading such files would create.
 
-    Which layers are quantised is what config.json says of it: for `dpoeng plan`, which has no files.
+    config.json says which layers are quantised: for `dpoeng plan`, which has no files.
     """
     head = model.get_output_embeddings()
     dtype = next(model.parameters()).dtype

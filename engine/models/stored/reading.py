@@ -1,4 +1,4 @@
-"""Tensors of a file to a `StoredWeight`: whose codes are whose, how they are packed, how many share a scale."""
+"""Builds a `StoredWeight` from tensors of a file: order and packing of codes, and the weights per scale."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from dpoeng.engine.models.stored.weights import StoredWeight, code_table
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
-# The column of eight that each four bits of a word of AWQ hold, the lowest first.
+# The column (of eight) of each four bits in a word of AWQ, the lowest bits first.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def read_weight(stored: Format, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> StoredWeight:
-    """One matrix.
+    """Reads one matrix.
 
     Args:
         stored: the format.
-        parts: by what they are (`codes`, `scales`, ...), as the files have them.
+        parts: by meaning (`codes`, `scales`, ...), as in the files.
         shape: (O, I) of the matrix.
 
     Raises:
-        ValueError: the parts do not make such a matrix, or one of which libraries disagree.
+        ValueError: the parts do not fit the shape, or libraries disagree about their meaning.
     """
     if stored.method == "gptq":
         return _gptq(stored, parts, shape)
@@ -61,7 +61,7 @@ def read_weight(stored: Format, parts: Mapping[str, torch.Tensor], shape: tuple[
 
 
 def _gptq(stored: Format, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> StoredWeight:
-    """Words [I / n, O] of n codes that follow each other down a column, zero points [G, O / n], scales [G, O]."""
+    """Words [I / n, O] of n consecutive codes of a column, zero points [G, O / n], scales [G, O]."""
     rows, columns = shape
     words, scales = parts["codes"], parts["scales"].T.contiguous()
     bits = 32 * words.shape[0] // columns
@@ -74,7 +74,7 @@ def _gptq(stored: Format, parts: Mapping[str, torch.Tensor], shape: tuple[int, i
         held = _unpacked(parts["zeros"].contiguous().view(torch.uint8), bits)[:, :rows].T
         _expect("zero points", held.shape, scales.shape)
         if stored.zero_offset and bool((held == (1 << bits) - 1).any()):
-            # Written as 0 - 1: some programs read it as the largest code and 1, others as 0.
+            # Written as 0 - 1: some programs read it as the largest code plus 1, others as 0.
             raise ValueError("a zero point of 0 in GPTQ's first layout, which programs read in two ways")
         held = held.int() + stored.zero_offset
         zeros = None if bool((held == offset).all()) else held.to(torch.int16).contiguous()
@@ -87,7 +87,7 @@ def _gptq(stored: Format, parts: Mapping[str, torch.Tensor], shape: tuple[int, i
 
 
 def _awq(stored: Format, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> StoredWeight:
-    """Words [I, O / 8] of eight codes across columns in AWQ's order; zero points [G, O / 8] so too, scales [G, O]."""
+    """Words [I, O / 8] of eight codes across columns in AWQ's order; zero points [G, O / 8] likewise, scales [G, O]."""
     rows, columns = shape
     _expect("codes", parts["codes"].shape, (columns, rows // 8))
     scales = parts["scales"].T.contiguous()
@@ -112,12 +112,12 @@ def _unpacked(held: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _as_floats(scales: torch.Tensor) -> torch.Tensor:
-    """Scales that are exponents of two with a bias of 127, a byte each, as the floats that they are."""
+    """Converts scales stored as exponents of two (one byte, bias 127) to floats."""
     return scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales
 
 
 def _block(stored: Format, scales: torch.Tensor, shape: tuple[int, int]) -> tuple[int, int]:
-    """How many rows and columns share a scale: as the format says, or as the scales' shape does."""
+    """The rows and columns that share a scale, from the format or from the scales' shape."""
     found = []
     for size, count, said in zip(shape, scales.shape, stored.block, strict=True):
         even = size if count == 1 else size // count if size % count == 0 else 0
@@ -129,7 +129,7 @@ def _block(stored: Format, scales: torch.Tensor, shape: tuple[int, int]) -> tupl
 
 
 def _groups(held: torch.Tensor | None, count: int, width: int) -> torch.Tensor | None:
-    """The scale's column of each input, where they do not follow each other."""
+    """The scale's column of each input, or None if they are consecutive."""
     if held is None or held.is_meta:
         return None
     held = held.to(torch.int32)

@@ -1,10 +1,10 @@
-"""Weights as their files have them: codes, scales and zero points, widened for a product and let go after it.
+"""Weights as stored: codes, scales and zero points, widened for a product and freed after it.
 
-A weight is `(code - zero point) * scale`, formed in float32 and rounded once to the dtype of the product. Codes and
+A weight is `(code - zero point) * scale`, computed in float32 and rounded once to the dtype of the product. Codes and
 zero points are whole numbers up to 256, or floats of 4 or 8 bits: all exact in bfloat16, so that the product with the
 scale is the only rounding.
 
-The parameter of such a layer is a placeholder, as that of quantised experts (`experts/stacks`).
+The parameter of such a layer is a placeholder, like that of quantised experts (`experts/stacks`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dpoeng.engine.models.experts.stacks import held_by, placeholder
 from dpoeng.kernels.cpu_linear import linear, owned_linear
 
 PART_NUMBERS = 2**23
-"""How many weights are widened at a time; what that takes beside the result is a few bytes each."""
+"""The number of weights to widen at a time, with a few temporary bytes each."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,13 +29,13 @@ class StoredWeight:
     """One matrix [O, I].
 
     Attributes:
-        codes: [O, I] in float8 or int8; or [O, bytes], uint8, where `table` says what the codes in a byte stand for.
-        scales: [A, B], each for `block` weights; in the dtype of the files.
+        codes: [O, I] in float8 or int8; or [O, bytes], uint8, if `table` gives the meaning of a byte's codes.
+        scales: [A, B], each for `block` weights; in the files' dtype.
         shape: (O, I).
         block: rows and columns that share a scale; the last ones may be fewer.
-        zeros: whole numbers [A, B] to be taken off the codes first; None where there are none.
-        groups: [I], int32: the column of `scales` for each input; None where they follow each other.
-        table: [256, codes a byte], float32; shared by all weights of its kind.
+        zeros: whole numbers [A, B] to subtract from the codes first; None if there are none.
+        groups: [I], int32: the column of `scales` for each input; None if they are consecutive.
+        table: [256, codes per byte], float32; shared by all weights of its kind.
         divisor: [1], float32, by which all scales are divided; None for 1.
     """
 
@@ -61,7 +61,7 @@ class StoredWeight:
         height = self.block[0] if len(self.scales) > 1 else 1
         step = height * max(1, PART_NUMBERS // (columns * height))
         starts = range(0, rows, step)
-        for start in starts[:2] if out.is_meta else starts:  # without values (`dpoeng plan`), two take what all take
+        for start in starts[:2] if out.is_meta else starts:  # in `dpoeng plan`, two need as much memory as all
             some = slice(start, min(start + step, rows))
             self._widen_rows(some, out[some])
 
@@ -78,7 +78,7 @@ class StoredWeight:
         self._each(rows, out, scales if self.divisor is None else scales / self.divisor, torch.Tensor.mul_)
 
     def _each(self, rows: slice, out: torch.Tensor, grid: torch.Tensor, operation: Any) -> None:
-        """Applies an operation in place, with the number of the grid for each weight's block."""
+        """Applies an operation in place with the grid's value for each weight's block."""
         height, width = self.block
         if len(grid) > 1:
             first = rows.start // height
@@ -95,18 +95,18 @@ class StoredWeight:
             operation(out[:, whole * width :], grid[:, whole:])
 
     def tensors(self) -> list[torch.Tensor]:
-        """What is in memory."""
+        """The tensors in memory."""
         held = (self.codes, self.scales, self.zeros, self.groups, self.table, self.divisor)
         return [tensor for tensor in held if tensor is not None]
 
     def __deepcopy__(self, memo: Any) -> StoredWeight:
-        """Itself: copies of a model share what is frozen."""
+        """Returns itself: copies of a model share frozen weights."""
         return self
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredStack:
-    """Experts whose matrices [O, I] are one or more stored ones above each other: `gate` and `up`, for example."""
+    """Experts whose matrices [O, I] are one or more stored ones, concatenated by rows: for example `gate` and `up`."""
 
     experts: Sequence[Sequence[StoredWeight]]
 
@@ -116,7 +116,7 @@ class StoredStack:
         return len(self.experts), sum(part.shape[0] for part in self.experts[0]), self.experts[0][0].shape[1]
 
     def widened(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
-        """The matrices [n, O, I] of some experts that follow each other."""
+        """The matrices [n, O, I] of some consecutive experts."""
         device = self.experts[0][0].codes.device
         out = torch.empty((last - first, *self.shape[1:]), dtype=dtype, device=device)
         some = self.experts[first:last]
@@ -128,11 +128,11 @@ class StoredStack:
         return out
 
     def tensors(self) -> list[torch.Tensor]:
-        """What is in memory."""
+        """The tensors in memory."""
         return [tensor for parts in self.experts for part in parts for tensor in part.tensors()]
 
     def __deepcopy__(self, memo: Any) -> StoredStack:
-        """Itself: copies of a model share what is frozen."""
+        """Returns itself: copies of a model share frozen weights."""
         return self
 
 
@@ -142,14 +142,14 @@ class StoredLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x W^T + bias` for x [..., I] -> [..., O], in the dtype of x."""
         held = held_by(self.weight)
-        if held is None:  # a copy that an adapter has trained (peft's modules_to_save)
+        if held is None:  # a copy that an adapter trained (peft's modules_to_save)
             return linear(x, self.weight, self.bias)
         out: torch.Tensor = _Product.apply(x, held, self.bias)  # type: ignore[no-untyped-call]
         return out
 
 
 def store_linear(module: nn.Linear, weight: StoredWeight, dtype: torch.dtype) -> None:
-    """Makes a linear layer one over a stored weight."""
+    """Turns a linear layer into one with a stored weight."""
     assert type(module) is nn.Linear
     module.__class__ = StoredLinear
     like = torch.empty((1, 1), dtype=dtype, device=weight.codes.device).expand(weight.shape)
@@ -159,7 +159,7 @@ def store_linear(module: nn.Linear, weight: StoredWeight, dtype: torch.dtype) ->
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: StoredWeight, bias: torch.Tensor | None) -> torch.Tensor:
-        """Keeps nothing of x, and the weight as it is stored."""
+        """Saves nothing of x, and only the stored weight."""
         ctx.weight = weight
         return owned_linear(x, weight.widened(x.dtype), bias)
 
@@ -177,7 +177,7 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 @functools.lru_cache(maxsize=64)
 def code_table(bits: int, offset: int, device: torch.device, *, floats: bool = False) -> torch.Tensor:
-    """What the codes in each byte stand for, the lowest bits first: whole numbers less an offset, or e2m1 floats."""
+    """The meaning of each byte's codes, the lowest bits first: whole numbers minus an offset, or e2m1 floats."""
     values = [*_E2M1, *(-value for value in _E2M1)] if floats else [float(code - offset) for code in range(1 << bits)]
     mask, shifts = (1 << bits) - 1, range(0, 8, bits)
     return torch.tensor([[values[byte >> shift & mask] for shift in shifts] for byte in range(256)], device=device)

@@ -1,4 +1,4 @@
-"""A quantised checkpoint written out in full precision: every code widened, under the names of a plain checkpoint."""
+"""Writes a quantised checkpoint in full precision: widens every code, with the names of a plain checkpoint."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ INDEX = "model.safetensors.index.json"
 
 
 def write_widened(source: ModelSource, folder: Path, dtype: torch.dtype, progress: Progress) -> ModelSource:
-    """Writes a plain checkpoint beside nothing else, file by file; what was not quantised keeps its dtype.
+    """Writes a plain checkpoint into an empty folder, file by file; other tensors keep their dtype.
 
     Args:
         source: a checkpoint whose `stored_quantization` is `stored`.
         folder: an empty folder.
-        dtype: of the widened weights, each rounded once.
-        progress: told of each file.
+        dtype: dtype of the widened weights, each rounded once.
+        progress: advanced after each file.
 
     Raises:
-        UserError: a weight cannot be widened, or there is no room.
+        UserError: a weight cannot be widened, or the disk is full.
     """
     stored, places = stored_format(source), dict[str, Path]()
     slices: dict[str, Any] = {}

@@ -1,1 +1,1 @@
-"""For other programs: the cache's numbers for other trainers, trained adapters and models for other runtimes."""
+"""Exports for other programs: the cache's log-probs for other trainers, adapters and models for other runtimes."""

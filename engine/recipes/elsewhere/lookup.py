@@ -1,4 +1,4 @@
-"""Another trainer's rows, found among the rows of a cached reference by their tokens. Knows no trainer."""
+"""Finds another trainer's rows among those of a cached reference by their tokens. Independent of the trainer."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from dpoeng.cache.words import counted
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One response behind its prompt, as another trainer reads it.
+    """One prompt with a response, as another trainer reads it.
 
     Attributes:
-        ids: [T] of prompt and response.
-        scored: [T], true where a token's log-prob enters the loss.
+        ids: [T], token ids of prompt and response.
+        scored: [T], true for tokens whose log-prob enters the loss.
     """
 
     ids: IdArray
@@ -30,9 +30,9 @@ class Side:
 
 
 def pair_of(chosen: Side, rejected: Side) -> PairIds | None:
-    """The pair of the cache with these tokens; None where a side has no scored token.
+    """The cache's pair with these tokens; None if a side has no scored token.
 
-    Tokens behind the last scored one are left out: no log-prob depends on them.
+    Tokens after the last scored one are left out: no log-prob depends on them.
     """
     places = [np.flatnonzero(side.scored) for side in (chosen, rejected)]
     if not all(len(place) for place in places):
@@ -47,13 +47,13 @@ def pair_of(chosen: Side, rejected: Side) -> PairIds | None:
 
 
 def _gaps(places: npt.NDArray[np.int64]) -> Gaps:
-    """Between the places of scored tokens: [begin, end) of those that are not."""
+    """The gaps [begin, end) of unscored tokens between scored ones."""
     jumps = np.flatnonzero(np.diff(places) > 1)
     return tuple((int(places[i]) + 1, int(places[i + 1])) for i in jumps)
 
 
 def sums_of(pair: ScoredPair, ld_alpha: float | None = None) -> tuple[float, float]:
-    """log p_ref of both responses in nats; with `ld_alpha`, what lies behind the shorter one's length counts less.
+    """log p_ref of both responses in nats; with `ld_alpha`, tokens beyond the shorter one's length count less.
 
     LD-DPO, https://arxiv.org/abs/2409.06411.
     """
@@ -69,7 +69,7 @@ def sums_of(pair: ScoredPair, ld_alpha: float | None = None) -> tuple[float, flo
 
 
 class Lookup:
-    """All rows of the reference that a view belongs to, those of other views among them."""
+    """All rows of a view's reference, including those of other views."""
 
     def __init__(self, view: View) -> None:
         self.view = view
@@ -80,8 +80,8 @@ class Lookup:
 
         Args:
             pairs: None for a row without a scored token.
-            where: names the rows in messages.
-            remedy: of the message.
+            where: the name of the rows in messages.
+            remedy: the message's remedy.
 
         Raises:
             UserError: the cache lacks one of them.
@@ -93,7 +93,7 @@ class Lookup:
                 f"{len(lacking):,} of {counted(len(found), 'row')} are not in the cache with these tokens",
                 code="reference-tokens",
                 where=f"{where}, row {lacking[0] + 1}",
-                expected=f"the tokens of a pair that the reference of view {self.view.name} has scored",
+                expected=f"the tokens of a pair that the reference of view {self.view.name} scored",
                 found=self._told(pairs[lacking[0]]),
                 remedy=remedy,
                 exit_status=3,
@@ -101,9 +101,9 @@ class Lookup:
         return [row for row in found if row is not None]
 
     def _told(self, ids: PairIds | None) -> str:
-        """How a pair that was not found differs from the nearest one of the view."""
+        """Describes how a missing pair differs from the nearest one of the view."""
         if ids is None:
-            return "no token of one response is scored: truncation took it all"
+            return "one response has no scored token: truncation removed it"
         sizes = (
             f"prompt of {len(ids.prompt_ids)} tokens, chosen {len(ids.chosen_ids)}, rejected {len(ids.rejected_ids)}"
         )
@@ -125,4 +125,4 @@ def _difference(ids: PairIds, cached: PairIds) -> str:
             at = int(differ[0]) if len(differ) else shared
             ends = [side[at : at + 4].tolist() or "the end" for side in (here, there)]
             return f"another {name} response: from its token {at + 1} on {ends[0]} here, {ends[1]} in the cache"
-    return "these responses, of which other tokens are scored"
+    return "these responses with other scored tokens"

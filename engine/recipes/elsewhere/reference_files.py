@@ -1,6 +1,6 @@
-"""A view's reference log-probs in the file that another trainer reads; refused for one that reads none.
+"""Writes a view's reference log-probs in another trainer's file format, or raises if it has none.
 
-Read from the sources of TRL 1.16, open-instruct, Axolotl (TRL 1.8 inside) and ms-swift, November 2026.
+The formats come from the sources of TRL 1.16, open-instruct, Axolotl (with TRL 1.8) and ms-swift, November 2026.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from dpoeng.engine.recipes.elsewhere.lookup import Lookup, Side, pair_of
 
 _READ_NONE: Final = {
     "axolotl": (
-        "it hands its rows to TRL, which computes its own and ignores such columns",
+        "it passes its rows to TRL, which computes its own and ignores such columns",
         "call dpoeng.trl.with_cached_reference(trainer, CACHE) in a plugin's post_trainer_create, as "
         "docs/other-trainers.md shows; or train here: `dpoeng migrate CONFIG.yml`",
     ),
     "ms-swift": (
-        "its templates drop such columns, and its loss reads them from no file",
+        "its templates drop such columns, and its loss does not read them from a file",
         "train here: `dpoeng train --cache CACHE`; ms-swift with LoRA computes its reference in every step",
     ),
 }
@@ -37,11 +37,11 @@ _MASKED: Final = -100
 
 
 def export_for(trainer: OtherTrainer, view: View, path: Path, rows: Path | None = None) -> int:
-    """Writes the reference log-probs of a view as another trainer reads them.
+    """Writes the reference log-probs of a view for another trainer.
 
     Args:
-        trainer: whose file.
-        view: what to write.
+        trainer: the trainer.
+        view: the view to write.
         path: for TRL `.parquet` or `.jsonl`: its token columns and sums, in the order of the view's source. For
             open-instruct the `.pt` file that its log names as the reference logprobs cache path.
         rows: open-instruct: the folder of its tokenised data set; the file has a value for each of its rows.
@@ -50,7 +50,7 @@ def export_for(trainer: OtherTrainer, view: View, path: Path, rows: Path | None 
         The number of rows.
 
     Raises:
-        UserError: the trainer reads no such file, a row cannot be expressed in it, or the view lacks one of `rows`.
+        UserError: the trainer reads no such file, its format cannot express a row, or the view lacks one of `rows`.
     """
     if trainer in _READ_NONE:
         why, remedy = _READ_NONE[trainer]
@@ -69,7 +69,7 @@ def export_for(trainer: OtherTrainer, view: View, path: Path, rows: Path | None 
         if not _plain(view[i].ids):
             file, number = view.source(i)
             raise _unfit(
-                f"{trainer} has no place for response tokens that are not scored",
+                f"{trainer} does not support unscored response tokens",
                 f"{file}:{number}",
                 "a merged prompt boundary, or turns of others within the response",
             )
@@ -77,7 +77,7 @@ def export_for(trainer: OtherTrainer, view: View, path: Path, rows: Path | None 
 
 
 def is_file_for(trainer: OtherTrainer, path: Path) -> bool:
-    """Whether a file was written for this trainer. Raises ValueError where it is not what its name says."""
+    """Whether a file was written for this trainer. Raises ValueError if it is not what its name says."""
     return trainer == "trl" and is_sums_export(path)
 
 
@@ -97,7 +97,7 @@ def _for_open_instruct(view: View, path: Path, rows: Path | None) -> int:
 
     if rows is None or path.suffix != ".pt":
         raise UserError(
-            "open-instruct reads a .pt file with a value for each row of its tokenised data set",
+            "open-instruct needs a .pt file with one value per row of its tokenised data set",
             code="export-trainer",
             where="--for open-instruct",
             expected="FILE as its log names it ('Reference logprobs cache path'), and --rows: the folder of its rows",
@@ -111,7 +111,7 @@ def _for_open_instruct(view: View, path: Path, rows: Path | None) -> int:
         sides = [_side(row[f"{side}_input_ids"], row[f"{side}_labels"]) for side in _SIDES]
         pairs.append(pair_of(sides[0], sides[1]))
     if sorted(indices) != list(range(len(indices))):
-        raise _unfit("the rows are not all there", f"{rows}, column index", "an index twice, or one left out")
+        raise _unfit("some rows are missing", f"{rows}, column index", "an index twice, or one left out")
     found = Lookup(view).find(
         pairs, where=str(rows), remedy="score these rows with open-instruct's model, chat template and --max-length"
     )
@@ -135,7 +135,7 @@ def _tokenised(folder: Path) -> Iterator[dict[str, Any]]:
         with reading(file, "Arrow"):
             for batch, too_long in arrow_batches(file):
                 if not needed <= set(batch.schema.names) or too_long.any():
-                    raise _unfit("these are no tokenised pairs", str(file), ", ".join(batch.schema.names))
+                    raise _unfit("these are not tokenised pairs", str(file), ", ".join(batch.schema.names))
                 yield from batch.to_pylist()
     if not files:
         raise _unfit("no such folder of rows", str(folder), "no folder")
@@ -148,5 +148,5 @@ def _unfit(message: str, where: str, found: str) -> UserError:
         where=where,
         found=found,
         remedy="name rows that open-instruct tokenised, or a view of plain prompts and responses; "
-        "docs/other-trainers.md says what each trainer reads",
+        "docs/other-trainers.md lists each trainer's formats",
     )

@@ -1,8 +1,8 @@
-"""TRL's DPOTrainer with the cache's numbers in place of a reference model.
+"""Gives TRL's DPOTrainer the cache's log-probs instead of a reference model.
 
-TRL 1.16 reads reference log-probs of its own making only: a column of that name in the user's data set it ignores, or
-computes a second time and then refuses. So the columns go into the trainer's own data sets, once these are tokenised,
-and the trainer is told that it has precomputed. The trainer is asked through what it offers; TRL is not imported.
+TRL 1.16 uses only reference log-probs that it computed itself: it ignores such a column in the user's data set, or
+computes it again and then raises. So the columns go into the trainer's own tokenised data sets, and the trainer's flag
+says that they are precomputed. This module uses only the trainer's attributes and does not import TRL.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _REMEDY = (
     "score these rows with the trainer's own model, tokenizer and length: `dpoeng precompute-ref PAIRS --max-length` "
-    "as DPOConfig's max_length; --no-append-eos where the texts end in a token of their own"
+    "as DPOConfig's max_length; --no-append-eos if the texts have their own end token"
 )
 
 
@@ -33,19 +33,19 @@ def use_cached_reference(trainer: Any, cache: Path, view: str | None, *, check_p
     """Gives a DPOTrainer that has not been trained the reference log-probs of a cache.
 
     Args:
-        trainer: TRL's, its data sets tokenised, which its constructor does.
+        trainer: TRL's DPOTrainer; its constructor tokenised the data sets.
         cache: the folder of the cache.
-        view: names the reference, where the cache has several.
-        check_pairs: rows whose reference the trainer computes itself first, to be compared; 0 for none.
+        view: the view whose reference to use, if the cache has several.
+        check_pairs: number of rows that the trainer scores itself first, for comparison; 0 for none.
 
     Raises:
-        UserError: no trainer for this, a row that the cache lacks, or a reference that is not the trainer's.
+        UserError: the trainer is not suitable, the cache lacks a row, or the references differ.
     """
     _refuse_unfit(trainer)
     lookup = Lookup(View.open(cache, view))
     alpha = getattr(trainer.args, "ld_alpha", None)
     if alpha is not None and lookup.view.spec.holds_sums:
-        raise _unfit("ld_alpha weighs tokens", "a cache with log-probs of tokens", "one that was imported as sums")
+        raise _unfit("ld_alpha weights tokens", "a cache with log-probs of tokens", "one that was imported as sums")
     found = {name: _found(trainer, rows, name, lookup) for name, rows in _data_sets(trainer).items()}
     if check_pairs:
         _check_model(trainer, found["train_dataset"], lookup.view, check_pairs, alpha)
@@ -65,19 +65,19 @@ def _refuse_unfit(trainer: Any) -> None:
     ]
     if lacking:
         kind = type(trainer).__name__
-        raise _unfit("this is no DPOTrainer", "a DPOTrainer of TRL 1, constructed", f"{kind}, without {lacking[0]}")
+        raise _unfit("this is not a DPOTrainer", "a DPOTrainer of TRL 1, constructed", f"{kind}, without {lacking[0]}")
     if trainer.precompute_ref_logps:
         raise _unfit(
-            "the trainer has computed its reference already", "precompute_ref_log_probs=False", "True, or a second call"
+            "the trainer already computed its reference", "precompute_ref_log_probs=False", "True, or a second call"
         )
     if getattr(trainer.args, "sync_ref_model", False):
-        raise _unfit("sync_ref_model moves the reference while it trains", "a reference that stays", "sync_ref_model")
+        raise _unfit("sync_ref_model moves the reference while it trains", "a fixed reference", "sync_ref_model")
     for name, rows in _data_sets(trainer).items():
         columns = getattr(rows, "column_names", None) or []
         if not hasattr(rows, "add_column") or not hasattr(rows, "__len__") or not set(_IDS) <= set(columns):
             raise _unfit(f"{name} has no rows of token ids", "a datasets.Dataset of text", type(rows).__name__)
         if set(COLUMNS) & set(columns):
-            raise _unfit(f"{name} has reference columns of its own", "a data set without them", ", ".join(COLUMNS))
+            raise _unfit(f"{name} already has reference columns", "a data set without them", ", ".join(COLUMNS))
 
 
 def _unfit(message: str, expected: str, found: str) -> UserError:
@@ -92,7 +92,7 @@ def _unfit(message: str, expected: str, found: str) -> UserError:
 
 
 def _data_sets(trainer: Any) -> dict[str, Any]:
-    """By their names in messages."""
+    """The data sets by their names in messages."""
     evals = trainer.eval_dataset
     named = {f"eval_dataset[{name!r}]": rows for name, rows in evals.items()} if isinstance(evals, dict) else {}
     alone = {} if isinstance(evals, dict) or evals is None else {"eval_dataset": evals}
@@ -105,7 +105,7 @@ def _found(trainer: Any, rows: Any, name: str, lookup: Lookup) -> list[ScoredPai
 
 
 def _pair(trainer: Any, row: Any) -> PairIds | None:
-    """The tokens of a row as the loss will see them: the trainer's collator truncates."""
+    """The tokens of a row as in the loss: the trainer's collator truncates."""
     batch = trainer.data_collator([row])
     ids, held, scored = (batch[name].numpy() for name in ("input_ids", "attention_mask", "completion_mask"))
     chosen, rejected = (Side(ids[i][held[i] == 1], scored[i][held[i] == 1] == 1) for i in (0, 1))
@@ -120,10 +120,10 @@ def _with_columns(rows: Any, found: Sequence[ScoredPair], alpha: float | None) -
 
 
 def _check_model(trainer: Any, found: Sequence[ScoredPair], view: View, count: int, alpha: float | None) -> None:
-    """Lets the trainer compute some of the values. Raises UserError where they are not the cache's."""
+    """Lets the trainer compute some of the values. Raises UserError if they differ from the cache's."""
     if getattr(trainer, "is_deepspeed_enabled", False) or getattr(trainer, "is_fsdp_enabled", False):
         logging.getLogger("dpoeng").warning(
-            "with_cached_reference: the tokens were checked, the model was not: it is divided over processes"
+            "with_cached_reference: the tokens were checked, but not the model: it is sharded over processes"
         )
         return
     differences = []
@@ -142,13 +142,13 @@ def _check_model(trainer: Any, found: Sequence[ScoredPair], view: View, count: i
     allowed = tolerated(bits, dtype, reference["quantization"], reference["dtype"])
     if not mean <= allowed:
         raise UserError(
-            "the trainer's reference is not that of the cache",
+            "the trainer's reference differs from the cache's",
             code="reference-mismatch",
             where=f"view {view.name}, {reference['model']}"
             + (f" + {reference['adapter']}" if reference["adapter"] else ""),
             expected=f"log-probs within {allowed:g} nats a token",
             found=f"{mean:.3g} nats a token, on average over {min(count, len(found))} pairs",
             remedy="give the trainer the model and adapter that phase one scored, or score with the trainer's; "
-            "check_pairs=0 where another reference is meant",
+            "check_pairs=0 if you want another reference",
             exit_status=3,
         )

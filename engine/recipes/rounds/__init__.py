@@ -1,1 +1,1 @@
-"""Answers that are judged: before against after training, and the best against the worst as pairs of another round."""
+"""Judged answers: before and after training, and the best and the worst as pairs for another round."""

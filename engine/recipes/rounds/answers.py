@@ -1,4 +1,4 @@
-"""Answers of a policy, here or on a server, kept by what they depend on: policy, prompt and sampling."""
+"""Answers of a policy, local or on a server, stored by policy, prompt and sampling."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from dpoeng.engine.runtime.progress import Progress
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How answers are made.
+    """Settings of the sampling.
 
     Attributes:
-        count: answers to a prompt.
+        count: answers per prompt.
         max_new_tokens, stop, temperature, top_p, repetition_penalty, seed: see `generate.sample`.
-        batch_size: prompts continued at once; here alone.
+        batch_size: prompts continued at once; only for local models.
     """
 
     count: int = 1
@@ -37,17 +37,17 @@ class Sampling:
     batch_size: int = 8
 
     def identity(self) -> dict[str, Any]:
-        """All of it but the batch, on which answers depend by rounding and chance alone."""
+        """All settings but the batch, which changes answers only by rounding and chance."""
         return {name: value for name, value in asdict(self).items() if name != "batch_size"}
 
 
 def policy_identity(trained: Trained | None, config: TrainConfig, spec: str) -> dict[str, Any]:
-    """What the answers of a policy depend on: the reference, what replaces parts of it, and what was trained on it.
+    """The identity of a policy: the reference, overrides of its parts, and the trained weights.
 
     Args:
         trained: None for the policy before training.
-        config: of its run.
-        spec: the digest of the reference.
+        config: config of its run.
+        spec: the reference's digest.
     """
     base = {"model": weights_identity(find_model(config.model))} if config.model else {}
     found: dict[str, Any] = {"reference": spec, "dtype": config.dtype, "quantization": config.quantization, **base}
@@ -60,17 +60,17 @@ def policy_identity(trained: Trained | None, config: TrainConfig, spec: str) -> 
 
 
 def answer_keys(policy: Mapping[str, Any], sampling: Sampling, prompts: Sequence[IdArray]) -> list[str]:
-    """The keys under which the answers to some prompts are kept."""
+    """The storage keys of the answers to some prompts."""
     return [content_key(dict(policy), sampling.identity(), prompt.tolist()) for prompt in prompts]
 
 
 def answer_here(
     lm: CausalLM, prompts: Sequence[IdArray], keys: Sequence[str], sampling: Sampling, kept: Kept, progress: Progress
 ) -> None:
-    """Continue the prompts whose answers are not kept, and keep `[{text, ended, tokens}]` of each.
+    """Continues the prompts without stored answers, and stores `[{text, ended, tokens}]` for each.
 
-    A batch is the same prompts whatever is kept already, and its draws depend on them alone: answers after an
-    interruption are those of an undisturbed run.
+    Batches do not depend on the stored answers, and their random draws only on their prompts: so answers after an
+    interruption equal those of an undisturbed run.
     """
     size = sampling.batch_size
     batches = [range(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]

@@ -1,4 +1,4 @@
-"""Is the trained policy better? Its answers and those before training, to held-out prompts, before a judge."""
+"""Is the trained policy better? A judge compares its answers to held-out prompts with those before training."""
 
 from __future__ import annotations
 
@@ -54,21 +54,21 @@ class Judgement:
     """The result of `dpoeng judge`.
 
     Attributes:
-        trained, judge, folder: what was judged, by whom, and where everything is kept.
-        prompts: how many.
-        wins, losses, ties: of the policy after training, of prompts with a verdict.
-        same: of the ties, equal answers, of which nobody was asked.
-        contradictions: of the ties, those where the judge named the answer in one place both times.
-        unjudged: prompts without a verdict, in full; no rate counts them.
-        win_rate: share of wins, a tie counting half; None without a verdict.
-        win_rate_interval: of 95 %, with prompts as the units; see training/intervals.py.
-        length_controlled: mean of the win rates where the answer after training is longer, and where it is shorter;
+        trained, judge, folder: the judged run, the judge, and the folder with all results.
+        prompts: number of prompts.
+        wins, losses, ties: of the trained policy, over prompts with a verdict.
+        same: ties with equal answers, which no judge sees.
+        contradictions: ties where the judge preferred the same position in both orders.
+        unjudged: prompts without a verdict, in full; not part of any rate.
+        win_rate: share of wins, with ties as half; None without a verdict.
+        win_rate_interval: its 95 % interval over prompts; see training/intervals.py.
+        length_controlled: mean of the win rates for longer and for shorter answers after training;
             None without both kinds.
-        length_controlled_interval: the same interval of it.
-        first_share: of all verdicts for one answer, those for the one that was shown first; None of scores.
+        length_controlled_interval: its 95 % interval.
+        first_share: share of verdicts for the answer shown first, without ties; None for scores.
         before_tokens, after_tokens: mean tokens of the answers.
-        cut: answers before and after training that `max_new_tokens` ended.
-        asked, kept: questions that were new, and that had been answered before.
+        cut: answers before and after training that `max_new_tokens` cut off.
+        asked, kept: new questions, and stored ones.
     """
 
     trained: Path
@@ -105,24 +105,24 @@ def judge_trained(
     sampling: Sampling | None = None,
     progress: Progress = QUIET,
 ) -> Judgement:
-    """Answer prompts as the policy did before training and does after, and let a judge compare the answers.
+    """Answers prompts with the policy before and after training, and lets a judge compare the answers.
 
-    Answers and what the judge says are kept in `folder` by their content, so that a call that was interrupted goes on,
-    and one that is repeated asks nobody. judged.jsonl there has a line a prompt, judgement.json the result.
+    Answers and replies are stored in `folder` by their content, so that an interrupted call continues, and a repeated
+    one asks no judge. There judged.jsonl has one line per prompt, judgement.json the result.
 
     Args:
         trained: see `find_trained`.
-        config: of its run.
+        config: config of its run.
         judge: see `find_judge`.
-        folder: where answers and verdicts are kept.
-        prompts: texts; without any, prompts that the run held out.
-        count: how many of these, all by default.
+        folder: folder for answers and verdicts.
+        prompts: texts; if empty, prompts that the run held out.
+        count: number of held-out prompts, by default all.
         chat: whether texts are a user's messages for the chat template; see `compare_prompts`.
-        sampling: of the answers, the same for both.
-        progress: where bars and notes go.
+        sampling: settings for the answers, the same for both.
+        progress: receives bars and notes.
 
     Raises:
-        UserError: the cache or the model cannot be had, the judge not be asked, or the folder not be used.
+        UserError: the cache, the model, the judge or the folder is not usable.
     """
     sampling = sampling or Sampling()
     scratch_folder(folder, STUDY)
@@ -133,7 +133,7 @@ def judge_trained(
         else:
             rows_view, rows, held_out = held_out_rows(view, eval_view, config, count)
             if not held_out:
-                progress.note("the run held out no prompts: these were trained on")
+                progress.note("the run held out no prompts, so these are training prompts")
             asked_of, ids = _held_out(rows_view, rows, progress)
         pairs = _answers(trained, config, view, ids, sampling, Kept(folder / "answers.jsonl"), progress)
         items = [
@@ -148,14 +148,14 @@ def judge_trained(
 
 
 def judge_folder(trained: Trained) -> Path:
-    """Where answers and verdicts are kept if nobody says so: `judge` in the run's folder, else in the current one."""
+    """The default folder for answers and verdicts: `judge` in the run's folder, else in the current one."""
     return (trained.folder.parent if trained.run is not None else Path()) / "judge"
 
 
 def _note_origin(asked: Asked, judge: Judge, progress: Progress) -> None:
     if asked.elsewhere:
         progress.note(
-            f"{asked.elsewhere} of the kept replies came from a model of this name at another address than "
+            f"{asked.elsewhere} of the stored replies came from a model of this name at another address than "
             f"{judge.origin}; name another --output-dir if it is another model"
         )
 
@@ -170,12 +170,12 @@ def _given(view: AnyView, prompts: Sequence[str], chat: bool | None) -> tuple[li
 
 
 def _held_out(view: AnyView, rows: Sequence[int], progress: Progress) -> tuple[list[Prompt], list[IdArray]]:
-    """The prompts of some rows as their files have them, or else as their tokens are read; and their tokens."""
+    """The prompts of some rows from their files, or otherwise decoded from their tokens; and their tokens."""
     ids = [view[row].ids.prompt_ids for row in rows]
     try:
         return [pair.prompt for pair in source_pairs(view, rows)], ids
     except UserError as error:
-        progress.note(f"the judge sees prompts as the tokenizer writes them: {error.message} ({error.found})")
+        progress.note(f"the judge sees decoded prompts: {error.message} ({error.found})")
     reference = view.meta["reference"]
     source = find_model(reference["model"], revision=reference.get("revision"))
     tokenizer = load_chosen(recorded_tokenizer(source, reference))
@@ -191,7 +191,7 @@ def _answers(
     kept: Kept,
     progress: Progress,
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """An answer before and one after training to each prompt. The model is loaded only if one of them is not kept."""
+    """An answer before and one after training to each prompt. The model is loaded only if one is not stored."""
     sides = [
         answer_keys(policy_identity(policy, config, view.spec.digest), sampling, prompts) for policy in (None, trained)
     ]
@@ -217,7 +217,7 @@ def _summarise(
     clusters: Sequence[bytes],
     seed: int,
 ) -> list[Judged]:
-    """Puts the figures into `found`, and returns the line of each prompt."""
+    """Fills in the figures of `found` and returns the line of each prompt."""
     words = {1: "after", -1: "before", 0: "tie", None: "no verdict"}
     lines = [
         Judged(
@@ -243,7 +243,7 @@ def _summarise(
     found.after_tokens = float(np.mean([line.after_tokens for line in lines]))
     judged = [place for place, outcome in enumerate(outcomes) if outcome.value is not None]
     if judged:
-        # A tie is half a win. Intervals of shares take values between 0 and 1 as well, and are then rather too wide.
+        # A tie is half a win. Intervals of shares accept values between 0 and 1 too, and are then slightly too wide.
         won = np.array([(outcomes[place].value + 1) / 2 for place in judged])  # type: ignore[operator]
         longer = np.array([lines[place].after_tokens - lines[place].before_tokens for place in judged])
         bounds = intervals({ACCURACY: won}, longer, [clusters[place] for place in judged], seed=seed)

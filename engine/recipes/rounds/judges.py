@@ -1,7 +1,7 @@
-"""Who judges: a server's model, a model here, a reward model, or a function of the user's.
+"""Judges: a server's model, a local model, a reward model, or a user's function.
 
-A judge either compares two answers or gives each a score. What it said of some texts is kept by their content, so that
-asking again costs nothing; see `runs/kept`. Knows nothing of where answers come from.
+A judge either compares two answers or gives each a score. Its replies are stored by the content of the texts, so that
+asking again costs nothing; see `runs/kept`. Independent of the source of the answers.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ helpful and to the point. Neither the order of the answers nor their length coun
 
 Give your reasons in one to three sentences. Then end with one line: "Verdict: A", "Verdict: B" or "Verdict: tie".
 """
-"""What a model is asked where it compares; `--template` names a file with another text."""
+"""The prompt for a model that compares; `--template` names a file with another text."""
 
 Prompt = str | list[Message]
 Question = tuple[Any, ...]
 """(prompt, answer) for a judge that scores, (prompt, first, second) for one that compares."""
 Said = Mapping[str, Any]
-"""`{"reply": text}`, `{"score": number}`, or `{"refused": why}` where there is neither."""
+"""`{"reply": text}`, `{"score": number}`, or `{"refused": why}` if there is neither."""
 
 GIVE_UP_AFTER = 10
-"""Replies, none of which holds a verdict, after which no more are asked for: they may cost money."""
+"""If this many first replies have no verdict, dpoeng stops asking: replies may cost money."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +66,11 @@ class Judge:
     """A judge.
 
     Attributes:
-        name: as messages and records show it.
-        identity: all that its words depend on beside the question, as JSON can hold it.
-        compares: whether it compares two answers, or scores one.
-        ask: yields (place, what it says) of some questions, as answers come.
-        origin: what may change without changing its words; told where kept words came from another.
+        name: its name in messages and records.
+        identity: everything besides the question that its replies depend on, in JSON form.
+        compares: whether it compares two answers; otherwise it scores one.
+        ask: yields (place, reply) for some questions, as replies come.
+        origin: its address, which does not count for stored replies; a note reports stored replies from another one.
     """
 
     name: str
@@ -82,15 +82,15 @@ class Judge:
 
 @dataclass(frozen=True, slots=True)
 class JudgeSettings:
-    """How a judge is asked; `server_model`, `key_variable` and the numbers matter for a server alone.
+    """Settings of a judge; `server_model`, `key_variable` and the numbers are only for a server.
 
     Attributes:
-        server_model: the model's name on the server; empty where it has one only.
-        key_variable: the environment variable that holds the key.
+        server_model: the model's name on the server; may be empty if it has only one.
+        key_variable: the environment variable with the key.
         template: a text with {prompt}, {first} and {second}.
-        max_tokens: most tokens of a reply.
-        timeout_s, retries, concurrency: of the requests.
-        device: of a model here.
+        max_tokens: maximum tokens of a reply.
+        timeout_s, retries, concurrency: settings of the requests.
+        device: device of a local model.
     """
 
     server_model: str = ""
@@ -105,7 +105,7 @@ class JudgeSettings:
 
 @dataclass(slots=True)
 class Asked:
-    """How many words of a judge were new and how many were kept, and those of the latter from another origin."""
+    """Number of new replies of a judge, of stored ones, and of stored ones from another origin."""
 
     new: int = 0
     kept: int = 0
@@ -113,12 +113,12 @@ class Asked:
 
 
 def find_judge(judge: Any, settings: JudgeSettings, progress: Progress = QUIET) -> Judge:
-    """The judge that the user named.
+    """Finds the judge that the user named.
 
     Args:
         judge: a server's address, `my_rule.py:score` or `my_module:score`, a function, or a model's folder or hub id.
-        settings: how it is asked.
-        progress: where the hashing of a model's weights is shown.
+        settings: its settings.
+        progress: shows the hashing of a model's weights.
 
     Raises:
         UserError: there is no such judge, or the template lacks a part.
@@ -136,7 +136,7 @@ _VERDICT = re.compile(r"verdict\W{0,12}(?:answer\W{1,4})?(a|b|tie)\b", re.IGNORE
 
 
 def parse_verdict(reply: str) -> str | None:
-    """`first`, `second` or `tie`; None where the reply holds no verdict, or several on its last line that has one."""
+    """`first`, `second` or `tie`; None if the reply has no verdict, or several on its last line with one."""
     text = reply.rpartition("</think>")[2]
     found = [_VERDICT.findall(line) for line in text.split("\n")]
     last = {word.lower() for word in next((words for words in reversed(found) if words), [])}
@@ -147,7 +147,7 @@ def parse_verdict(reply: str) -> str | None:
 
 
 def shown_prompt(prompt: Prompt) -> str:
-    """A prompt as a reader sees it: a text as it is, one question without its role, a conversation turn by turn."""
+    """A prompt for a reader: a text unchanged, a single question without its role, a conversation turn by turn."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
@@ -156,10 +156,10 @@ def shown_prompt(prompt: Prompt) -> str:
 
 
 def ask_all(judge: Judge, questions: Sequence[Question], kept: Kept, progress: Progress) -> tuple[list[Said], Asked]:
-    """What the judge says of each question, new or kept; equal questions are asked once.
+    """The judge's reply to each question, new or stored; equal questions are asked once.
 
     Raises:
-        UserError: the judge cannot be asked; or its first replies hold no verdict, so that more would not either.
+        UserError: the judge is not reachable, or its first replies have no verdict.
     """
     keys = [content_key(dict(judge.identity), *question) for question in questions]
     distinct = dict(zip(reversed(keys), reversed(questions), strict=True))
@@ -170,7 +170,7 @@ def ask_all(judge: Judge, questions: Sequence[Question], kept: Kept, progress: P
     with progress.task(f"asking {judge.name}", len(distinct), "questions", len(said)) as advance:
         for place, words in judge.ask([distinct[key] for key in missing]) if missing else ():
             said[missing[place]] = words
-            if "refused" not in words:  # what was refused is asked again the next time
+            if "refused" not in words:  # refused questions are asked again next time
                 kept.put(missing[place], {**words, **({"from": judge.origin} if judge.origin else {})})
             asked.new += 1
             useless += _is_useless(judge, words)
@@ -187,12 +187,12 @@ def _is_useless(judge: Judge, words: Said) -> bool:
 
 def _useless(judge: Judge, count: int, reply: str) -> UserError:
     return UserError(
-        f"the judge's first {count} replies hold no verdict",
+        f"the judge's first {count} replies have no verdict",
         code="judge-verdicts",
         where=f"--judge {judge.name}",
         expected="a line such as `Verdict: A`, `Verdict: B` or `Verdict: tie`" if judge.compares else "a number",
         found=repr(reply[-300:]),
-        remedy="use another judge, raise --judge-max-tokens, or ask otherwise with --template",
+        remedy="use another judge, raise --judge-max-tokens, or change the prompt with --template",
     )
 
 
@@ -200,17 +200,17 @@ def _check_template(template: str) -> None:
     lacking = [name for name in ("{prompt}", "{first}", "{second}") if name not in template]
     if lacking:
         raise UserError(
-            "the judge's template lacks a part",
+            "the judge's template is incomplete",
             code="judge-template",
             where="--template",
             expected="a text with {prompt}, {first} and {second}",
             found=f"none of {', '.join(lacking)}",
-            remedy="write them where prompt, answer A and answer B go",
+            remedy="put them where prompt, answer A and answer B belong",
         )
 
 
 def _filled(template: str, question: Question) -> str:
-    """All three at once: an answer may itself hold `{second}`."""
+    """Fills in all three at once, because an answer may contain `{second}`."""
     prompt, first, second = question
     parts = {"prompt": shown_prompt(prompt), "first": first, "second": second}
     return re.sub(r"\{(prompt|first|second)\}", lambda match: parts[match[1]], template)
@@ -244,7 +244,7 @@ def _server(url: str, settings: JudgeSettings) -> Judge:
 
 
 def only_model(endpoint: Endpoint, option: str) -> str:
-    """The name of the one model that a server has; raises UserError where it has none or several."""
+    """The name of a server's only model; raises UserError if it has none or several."""
     found = endpoint.models()
     if len(found) != 1:
         raise UserError(
@@ -269,7 +269,7 @@ def _reply(answer: Any) -> Said:
 
 
 def _model(name: str, settings: JudgeSettings, progress: Progress) -> Judge:
-    """A reward model or a causal one, by its config.json; loaded when it is first asked."""
+    """A reward model or a causal one, by its config.json; loaded at the first question."""
     try:
         source = find_model(name)
     except UserError as error:
@@ -312,19 +312,19 @@ def _load(source: ModelSource, config: PrecomputeConfig, device: str) -> CausalL
 
 
 def _rule(own: Any) -> Judge:
-    """A function of the user's: (prompt, answer) -> a number, larger where the answer is better."""
+    """A user's function: (prompt, answer) -> a number, larger for a better answer."""
     name = str(own)
     try:
         function: Callable[[str, str], Any] = own.function
         digest = own.digest
     except UserError as error:
         raise UserError(
-            "the judge is not there",
+            "cannot find the judge",
             code="judge-rule",
             where=f"--judge {name}",
             expected="my_rule.py:score or my_module:score, a function of a prompt and an answer",
             found=error.found,
-            remedy="correct the name or the code; paths are taken from the folder in which the command runs",
+            remedy="correct the name or the code; paths are relative to the folder in which the command runs",
         ) from error
 
     def ask(questions: Sequence[Question]) -> Iterator[tuple[int, Said]]:
@@ -345,10 +345,10 @@ def _finite(score: Any) -> bool:
 def _failed(name: str, error: Exception, answer: str) -> UserError:
     at = traceback.extract_tb(error.__traceback__)[-1]
     return UserError(
-        "your rule failed at an answer",
+        "your function failed on an answer",
         code="judge-rule",
         where=f"--judge {name}, {Path(at.filename).name}:{at.lineno}",
         expected="a number for every answer, or None for one that it cannot judge",
         found=f"{type(error).__name__}: {error}; the answer began {answer[:80]!r}",
-        remedy="mend the function, then run the same command again: scores that it gave are kept",
+        remedy="correct the function, then run the same command again: its scores so far are stored",
     )

@@ -1,4 +1,4 @@
-"""From what a judge says to which answer is better: both orders, ties, and scores of several answers to a prompt."""
+"""Turns a judge's replies into outcomes: both orders, ties, and scores of several answers to a prompt."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _BETTER = {"first": -1, "tie": 0, "second": 1}
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Which of two answers is better.
+    """The better one of two answers.
 
     Attributes:
-        value: 1 if the second is, -1 if the first is, 0 for a tie; None where the judge gave no verdict.
-        orders: the verdicts as they were given, each naming the answer that was shown `first` or `second`: with the
-            first answer in front, then with the second one in front. Empty of a judge that scores.
-        why: of None, what the judge said instead.
-        same: whether the answers are equal, and nobody was asked.
+        value: 1 if the second is, -1 if the first is, 0 for a tie; None if the judge gave no verdict.
+        orders: the verdicts, each naming the answer that was shown `first` or `second`: with the
+            first answer in front, then with the second one in front. Empty if the judge scores.
+        why: without a verdict, the reply instead.
+        same: whether the answers are equal, so no judge was asked.
     """
 
     value: int | None
@@ -32,20 +32,20 @@ class Outcome:
 
     @property
     def contradicts(self) -> bool:
-        """Whether the two orders name different answers as the better one: the place decided."""
+        """Whether the two orders prefer different answers, so that only the position decided."""
         return self.orders in (("first", "first"), ("second", "second"))
 
 
 def compare_answers(
     judge: Judge, items: Sequence[tuple[Prompt, str, str]], kept: Kept, progress: Progress
 ) -> tuple[list[Outcome], Asked]:
-    """Judge pairs of answers, each pair in both orders where the judge compares.
+    """Judges pairs of answers, each pair in both orders if the judge compares.
 
     Args:
-        judge: who judges.
+        judge: the judge.
         items: prompt, first and second answer.
-        kept: what it has said before.
-        progress: where the work is shown.
+        kept: its stored replies.
+        progress: shows the work.
 
     Raises:
         UserError: see `ask_all`.
@@ -64,7 +64,7 @@ def compare_answers(
 
 
 def _of_verdicts(both: Sequence[Said]) -> Outcome:
-    """The answer that wins in one order and does not lose in the other; contradicting orders are a tie."""
+    """The outcome of two orders: an answer wins if it wins in one and does not lose in the other; else a tie."""
     verdicts = [None if "refused" in words else parse_verdict(words["reply"]) for words in both]
     if None in verdicts:
         return Outcome(None, why=_why(both[verdicts.index(None)]))
@@ -82,23 +82,23 @@ def _of_scores(both: Sequence[Said]) -> Outcome:
 
 
 def _why(words: Said) -> str:
-    """The end of a reply, where the verdict should stand, or why there is none."""
+    """The end of a reply, where the verdict should be, or the reason why there is none."""
     return str(words.get("refused") or words["reply"].strip()[-200:] or "an empty reply")
 
 
 def score_answers(
     judge: Judge, groups: Sequence[tuple[Prompt, Sequence[str]]], kept: Kept, progress: Progress
 ) -> tuple[list[list[float | None]], Asked]:
-    """A score for each of several answers to a prompt; None where the judge gave none.
+    """Scores several answers to a prompt; None if the judge gave no score.
 
-    A judge that compares sees every two of them in both orders: an answer's score is its share of wins, a tie counting
-    half. That is N (N - 1) questions for N answers.
+    A judge that compares sees each two of them in both orders: an answer's score is its share of wins, with a tie as
+    half a win. That is N (N - 1) questions for N answers.
 
     Args:
-        judge: who judges.
+        judge: the judge.
         groups: a prompt and its answers, all different.
-        kept: what it has said before.
-        progress: where the work is shown.
+        kept: its stored replies.
+        progress: shows the work.
 
     Raises:
         UserError: see `ask_all`.

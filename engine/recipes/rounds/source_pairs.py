@@ -1,4 +1,4 @@
-"""The pairs behind rows of a view as texts, read again from the files that phase one read."""
+"""Reads the texts of a view's rows again from the files of phase one."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from dpoeng.engine.data.shapes import PreferencePair
 
 
 def source_pairs(view: AnyView, rows: Sequence[int]) -> list[PreferencePair]:
-    """The pairs of some rows, in their order, with prompts as their prompt format has made them.
+    """The pairs of some rows, in their order, with the prompt format applied.
 
     Raises:
-        UserError: the files have gone or changed; or there are none, because the pairs came from memory or as numbers.
+        UserError: the files are missing or changed, or the pairs came from memory or an import.
     """
     parts = view.parts if isinstance(view, MixedView) else (view,)
     found: dict[int, PreferencePair] = {}
@@ -36,7 +36,7 @@ def _pairs_of(view: View, rows: Sequence[int]) -> list[PreferencePair]:
         return []
     files: dict[str, str] = view.meta.get("files") or {}
     if not files or any(map(is_in_memory, files)):
-        raise _gone(view, "rows in memory, or numbers of another program, which no file holds")
+        raise _gone(view, "rows from memory, or imported ones, which are in no file")
     try:
         read, pairs = stream_pairs(
             [Path(name) for name in files],
@@ -46,7 +46,7 @@ def _pairs_of(view: View, rows: Sequence[int]) -> list[PreferencePair]:
             ranked_pairs=view.meta.get("ranked_pairs", "best"),
             max_reject_share=1.0,
         )
-        # A row of several responses has become several pairs.
+        # A row with several responses became several pairs.
         wanted = {view.source(row) for row in rows}
         texts: dict[tuple[str, int], list[PreferencePair]] = {}
         for pair in pairs:
@@ -68,7 +68,7 @@ def _pairs_of(view: View, rows: Sequence[int]) -> list[PreferencePair]:
 
 def _gone(view: View, found: str) -> UserError:
     return UserError(
-        "the pairs behind this view cannot be read again",
+        "cannot read the pairs of this view again",
         code="round-pairs",
         where=f"view {view.name}",
         expected="the files that precompute-ref read, unchanged, in the same places",

@@ -1,1 +1,1 @@
-"""Many runs of phase two over one cache: planned, trained to the end or to a rung, and ranked."""
+"""Many runs of phase two on one cache: planned, trained to the end or to a rung, and ranked."""

@@ -1,9 +1,9 @@
-"""Successive halving: which run of a sweep is trained next, and how far. Knows names and scores, no model.
+"""Successive halving: decides which run of a sweep to train next, and how far. Works on names and scores only.
 
-All runs train to the first rung. The best one in `factor` of them go on to the next rung, and so on: Jamieson and
-Talwalkar 2016, https://arxiv.org/abs/1502.07943. Where several processes share a sweep and one of them would have to
-wait, the best run of a rung goes on as soon as it is among the best one in `factor` of those that are there: Li et al.
-2020, https://arxiv.org/abs/1810.05934. One process never waits, so its promotions are those of the first paper.
+All runs train to the first rung. The best one in `factor` of them are promoted to the next rung, and so on: Jamieson
+and Talwalkar 2016, https://arxiv.org/abs/1502.07943. If several processes share a sweep and one of them would have to
+wait, the best run of a rung is promoted as soon as it is among the best one in `factor` of those that reached it: Li et
+al. 2020, https://arxiv.org/abs/1810.05934. One process never waits, so its promotions are those of the first paper.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from dpoeng.engine.runtime.folders import write_durably
 PROMOTIONS_FILE = "promotions.jsonl"
 
 Score = tuple[float, ...]
-"""Compared from the first number on; a larger one is better."""
+"""Compared like tuples; larger is better."""
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How far one run is.
+    """The progress of one run.
 
     Attributes:
-        scores: of the rungs that it has reached, the first rung first.
-        busy: a process is training it.
-        failed: an error has ended it.
+        scores: its scores at the rungs reached, the first rung first.
+        busy: whether a process is training it.
+        failed: whether an error ended it.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Promotion:
-    """A decision: `run` goes on to `rung`, by its `score` at the rung below, which `among` runs had reached."""
+    """A decision: `run` is promoted to `rung` for its `score` at the rung below, which `among` runs had reached."""
 
     run: str
     rung: int
@@ -52,7 +52,7 @@ class Promotion:
 
 
 def rung_count(runs: int, factor: int) -> int:
-    """Rungs of a sweep, the end of training included: one more for each time that `runs` can be divided by `factor`.
+    """Number of rungs of a sweep with the end of training: one more for each division of `runs` by `factor`.
 
     Raises:
         UserError: there are fewer runs than `factor`, so none could end early.
@@ -62,9 +62,9 @@ def rung_count(runs: int, factor: int) -> int:
             "too few runs for successive halving",
             code="config-value",
             where="--halving-factor",
-            expected=f"at least {factor} runs, of which one in {factor} goes on",
+            expected=f"at least {factor} runs, of which one in {factor} continues",
             found=f"{runs}",
-            remedy="vary more values, or leave --halving-factor out: every run is then trained to its end",
+            remedy="vary more values, or leave --halving-factor out to train every run to its end",
         )
     count = 1
     while runs >= factor:
@@ -74,13 +74,13 @@ def rung_count(runs: int, factor: int) -> int:
 
 
 def rung_steps(total: int, factor: int, rungs: int, every: int = 1) -> list[int]:
-    """Optimizer steps at each rung; the last is `total`, each one before a `factor`-th of the next.
+    """Optimizer steps at each rung; the last is `total`, each other one is the next divided by `factor`.
 
     Args:
         total: steps of the whole run.
         factor: see `rung_count`.
-        rungs: how many.
-        every: rungs are multiples of it, where they are below `total`.
+        rungs: number of rungs.
+        every: rungs below `total` are multiples of it.
     """
     shares = [total / factor ** (rungs - 1 - rung) for rung in range(rungs)]
     return [min(total, every * math.ceil(share / every)) for share in shares]
@@ -89,13 +89,13 @@ def rung_steps(total: int, factor: int, rungs: int, every: int = 1) -> list[int]
 def next_job(
     standings: Sequence[Standing], promotions: Sequence[Promotion], rungs: int, done: Iterable[tuple[str, int]]
 ) -> tuple[str, int] | None:
-    """The run that is trained next and the rung that it is trained to; the highest rung first.
+    """The run to train next and its target rung; the highest rung first.
 
     Args:
-        standings: of all runs, in the order in which they are begun.
+        standings: the progress of all runs, in starting order.
         promotions: all of them so far.
-        rungs: how many there are; with 1, every run is trained to its end.
-        done: what this process has trained already; each run is looked at once, even where its scores are there.
+        rungs: number of rungs; with 1, every run is trained to its end.
+        done: jobs of this process so far; each run is opened once, even if its scores exist.
     """
     done = set(done)
     looked_at = {name for name, _ in done}
@@ -108,7 +108,7 @@ def next_job(
 
 
 def promote(standings: Sequence[Standing], promotions: Sequence[Promotion], rungs: int, factor: int) -> list[Promotion]:
-    """Decides which runs go on, when no run is left that could be trained: those of the highest rung that has some."""
+    """Decides which runs to promote when no run is left to train: those of the highest rung that has some."""
     for rung in reversed(range(rungs - 1)):
         members = _members(standings, promotions, rung)
         there = [standing for standing in members if len(standing.scores) > rung]
@@ -123,7 +123,7 @@ def promote(standings: Sequence[Standing], promotions: Sequence[Promotion], rung
 
 
 def ended_early(standings: Sequence[Standing], promotions: Sequence[Promotion], rungs: int) -> dict[str, int]:
-    """Name -> the rung where it ended, of the runs that were not promoted although their rung has promoted some."""
+    """Name -> the rung where it ended, for runs that were not promoted although others of their rung were."""
     ended = {}
     for rung in range(rungs - 1):
         gone_on = {promotion.run for promotion in promotions if promotion.rung == rung + 1}
@@ -134,7 +134,7 @@ def ended_early(standings: Sequence[Standing], promotions: Sequence[Promotion], 
 
 
 def _members(standings: Sequence[Standing], promotions: Sequence[Promotion], rung: int) -> list[Standing]:
-    """The runs that are to reach a rung, without those that have failed."""
+    """The runs that should reach a rung, without failed ones."""
     names = {promotion.run for promotion in promotions if promotion.rung == rung}
     return [standing for standing in standings if not standing.failed and (rung == 0 or standing.name in names)]
 
@@ -143,14 +143,14 @@ def _members(standings: Sequence[Standing], promotions: Sequence[Promotion], run
 
 
 def read_promotions(root: Path, ladder: dict[str, object]) -> list[Promotion]:
-    """The decisions of this sweep so far.
+    """Reads the decisions of this sweep so far.
 
     Args:
         root: the folder of the sweep.
-        ladder: what decisions depend on: runs, factor, metric.
+        ladder: the settings that decisions depend on: runs, factor, metric.
 
     Raises:
-        UserError: the decisions there were made for another ladder, or the file is damaged.
+        UserError: the decisions were made for another ladder, or the file is damaged.
     """
     lines = read_lines(root / PROMOTIONS_FILE)
     if lines and lines[0] != ladder:
@@ -168,7 +168,7 @@ def read_promotions(root: Path, ladder: dict[str, object]) -> list[Promotion]:
 
 
 def write_promotions(root: Path, ladder: dict[str, object], promotions: Sequence[Promotion]) -> None:
-    """Writes all decisions, whole or not at all."""
+    """Writes all decisions atomically."""
     lines = [ladder, *map(asdict, promotions)]
     with replacing(root / PROMOTIONS_FILE) as temporary:
         write_durably(temporary, "".join(json.dumps(line) + "\n" for line in lines).encode())

@@ -2,7 +2,7 @@
 
 The base is loaded once. Started again, a sweep skips the runs that are complete, continues the one that was stopped,
 and tries failed ones again. Several processes may work on one sweep: each takes runs that no other one is training, and
-all of them read how far the others are from the runs' folders.
+all read the others' progress from the runs' folders.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ OnResults = Callable[[Sequence[RunResult]], None]
 def run_sweep(
     plan: SweepPlan, progress: Progress = QUIET, on_results: OnResults = lambda _: None, *, alone: bool = True
 ) -> list[RunResult]:
-    """Trains every run of the plan that is not complete, as far as the plan says, and compares them.
+    """Trains every incomplete run of the plan, as far as the plan says, and compares them.
 
     Args:
         plan: from `plan_sweep`.
-        progress: where bars and notes go.
-        on_results: called after each run with what all have shown so far, best first.
-        alone: whether no other process works on this sweep. Runs that failed before are then tried again, and one whose
-            folder is in use counts as failed; else it is left to the process that trains it.
+        progress: receives bars and notes.
+        on_results: called after each run with the results of all so far, best first.
+        alone: whether no other process works on this sweep. Then runs that failed before are tried again, and one whose
+            folder is in use counts as failed; otherwise it is left to the process that trains it.
 
     Returns:
-        a result for each run, best first; then those that ended early, then those that failed.
+        a result per run, best first; then those that ended early, then failed ones.
 
     Raises:
-        UserError: it was started by torchrun; or a folder holds a run of other settings.
+        UserError: torchrun started it, or a folder contains a run with other settings.
     """
     _refuse_ranks()
     if alone:
@@ -72,14 +72,14 @@ def run_sweep(
 
 
 def forget_failures(plan: SweepPlan) -> None:
-    """Removes what says that a run has failed, so that it is tried again."""
+    """Removes the marks of failed runs, so that they are tried again."""
     for point in plan.points:
         if not is_held(point.config.output_dir):
             (point.config.output_dir / ERROR_FILE).unlink(missing_ok=True)
 
 
 class _Worker:
-    """One process of a sweep: takes one run after the other."""
+    """One process of a sweep, which takes one run after the other."""
 
     def __init__(self, plan: SweepPlan, progress: Progress, alone: bool) -> None:
         self._plan, self._progress, self._alone = plan, progress, alone
@@ -92,7 +92,7 @@ class _Worker:
         self._waits = False
 
     def takes_a_run(self) -> bool:
-        """Trains the next run to its next rung; False if none is left. Waits for runs that decide which one goes on."""
+        """Trains the next run to its next rung; False if none is left. Waits for runs that decide a promotion."""
         while True:
             standings = [self._standing(point) for point in self._plan.points]
             job = next_job(standings, self._promotions(), self._rungs, self._done)
@@ -105,7 +105,7 @@ class _Worker:
             if not busy or self._plan.halving_factor is None:
                 return False
             if not self._waits:
-                self._progress.note(f"waiting for what other processes train: {', '.join(busy)}")
+                self._progress.note(f"waiting for runs of other processes: {', '.join(busy)}")
                 self._waits = True
             time.sleep(_POLL_S)
 
@@ -120,7 +120,7 @@ class _Worker:
         if step >= point.rungs[-1] or self._rungs == 1:
             return (0.0,) if has_result(folder) else None
         score = score_at(folder, step, self._plan.rank_by)
-        if score is None and has_result(folder):  # early stopping has ended it before the rung
+        if score is None and has_result(folder):  # early stopping ended it before the rung
             return score_at(folder, 1, self._plan.rank_by)
         return score
 
@@ -135,7 +135,7 @@ class _Worker:
         return read_promotions(self._plan.root, self._ladder) if self._plan.halving_factor is not None else []
 
     def _promotes(self, standings: Sequence[Standing]) -> bool:
-        """Whether runs go on to another rung. One process decides at a time, and by what the last one has decided."""
+        """Whether runs are promoted. One process decides at a time, based on all earlier decisions."""
         if self._plan.halving_factor is None or not self._plan.root.is_dir():
             return False
         descriptor = os.open(self._plan.root, os.O_RDONLY)
@@ -151,7 +151,7 @@ class _Worker:
         for promotion in new:
             step = self._points[promotion.run].rungs[promotion.rung]
             self._progress.note(
-                f"{promotion.run} goes on to step {step}: best of {promotion.among} by {self._plan.rank_by}"
+                f"{promotion.run} continues to step {step}: best of {promotion.among} by {self._plan.rank_by}"
             )
         return bool(new)
 
@@ -180,23 +180,23 @@ class _Worker:
                 steps = summary.steps - summary.resumed_from
                 self._pairs += round(point.pairs * steps / max(1, summary.planned_steps))
         self._done.append((point.name, rung))
-        release_memory()  # a run's modules hold each other in cycles, and the next run is promised the memory
+        release_memory()  # a run's modules form reference cycles, and the next run's forecast needs the memory
 
     def _fails(self, point: Point, error: Exception) -> None:
-        """The other runs go on; the run's folder gets the error with its traceback, unless it is another process's."""
+        """Writes the error to the run's folder, unless it is another process's; other runs continue."""
         message = error.text() if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         self._failed[point.name] = message
         if not (isinstance(error, UserError) and error.code == "output-in-use"):
             folder = point.config.output_dir
-            with contextlib.suppress(OSError):  # that the folder cannot be written may be what has ended the run
+            with contextlib.suppress(OSError):  # an unwritable folder may be the reason for the error
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / ERROR_FILE).write_text(f"{message}\n\n{traceback.format_exc()}", encoding="utf-8")
-        self._progress.note(f"{point.name} failed; the other runs go on: {message.splitlines()[0]}")
+        self._progress.note(f"{point.name} failed; the other runs continue: {message.splitlines()[0]}")
 
-    # ----------------------------------------------------------------------- what is told
+    # ----------------------------------------------------------------------- results
 
     def compare(self) -> list[RunResult]:
-        """Every run as it is now, best first; written to sweep.json, and how long the others will take is told."""
+        """All runs, best first; also writes sweep.json and notes the remaining time."""
         plan = self._plan
         failed = {**{name: text for name in self._points if (text := self._error(name))}, **self._failed}
         standings = [self._standing(point) for point in plan.points]
@@ -210,7 +210,7 @@ class _Worker:
         return results
 
     def _error(self, name: str) -> str:
-        """What another process says has ended a run; empty if nothing has."""
+        """The error of a run in another process; empty if there is none."""
         try:
             text = (self._points[name].config.output_dir / ERROR_FILE).read_text(encoding="utf-8")
         except OSError:
@@ -240,10 +240,10 @@ def _refuse_ranks() -> None:
     size = group_size()
     if size > 1:
         raise UserError(
-            "a sweep is not started by torchrun",
+            "a sweep does not work under torchrun",
             code="sweep-ranks",
             where="torchrun",
-            expected="dpoeng sweep, started as it is",
+            expected="dpoeng sweep without torchrun",
             found=f"WORLD_SIZE {size}",
             remedy="start it without torchrun; --devices cuda:0,cuda:1 trains one run on each GPU at a time",
         )
