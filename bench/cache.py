@@ -213,13 +213,13 @@ def main() -> None:
     parser.add_argument("--weight-bytes", type=int, default=2_000_000_000, help="size of the made-up checkpoint")
     parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
     options = parser.parse_args()
-    found = run(
+    results = run(
         pairs=options.pairs,
         weight_bytes=options.weight_bytes,
         folder=options.folder,
         say=lambda text: print(text, file=sys.stderr),
     )
-    print(json.dumps(found, indent=2))
+    print(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

@@ -140,10 +140,10 @@ def cpu_ratio(work: Callable[[], object], twin: Callable[[], object], limit: flo
     for _ in range(ATTEMPTS):
         times: tuple[list[float], list[float]] = ([], [])
         for _ in range(ROUNDS):
-            for one, found in zip((work, twin), times, strict=True):
+            for one, seconds in zip((work, twin), times, strict=True):
                 began = time.process_time()
                 one()
-                found.append(time.process_time() - began)
+                seconds.append(time.process_time() - began)
         ratio = min(ratio, min(times[0]) / min(times[1]))
         if ratio <= limit:
             break

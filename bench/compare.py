@@ -139,11 +139,15 @@ def bench_compare(settings: CompareSettings, progress: Progress = QUIET) -> dict
         "equality": check_equal(rounds, settings.peers, LOSS_TOLERANCE[settings.dtype]),
         "ratios": {peer: _plain({**ratios(rounds, peer), **tensor_ratios(tensors, peer)}) for peer in settings.peers},
         "medians": {
-            program: medians([found[program] for found in done if program in found]) | tensor_bytes(tensors, program)
+            program: medians([figures_of[program] for figures_of in done if program in figures_of])
+            | tensor_bytes(tensors, program)
             for program in ("dpoeng reference", "dpoeng", *settings.peers)
         },
         "runs": [
-            {peer: {program: asdict(figures) for program, figures in found.items()} for peer, found in beside.items()}
+            {
+                peer: {program: asdict(figures) for program, figures in figures_of.items()}
+                for peer, figures_of in beside.items()
+            }
             for beside in rounds
         ],
     }
@@ -158,16 +162,16 @@ def in_folder(job: Job, folder: Path) -> Job:
 def _beside(job: Job, peer: Program, python: str, folder: Path) -> dict[Program, Figures]:
     """dpoeng beside one peer: phase one if the peer has one too, then phase two; or the stored figures."""
     phases: tuple[Program, ...] = ("dpoeng reference", "dpoeng") if peer == "trl precomputed" else ("dpoeng",)
-    own = [in_folder(replace(job, program=phase), folder / phase.replace(" ", "-")) for phase in phases]
-    if len(own) > 1:
-        own[0] = replace(own[0], cache=str(folder / "cache"))
+    jobs = [in_folder(replace(job, program=phase), folder / phase.replace(" ", "-")) for phase in phases]
+    if len(jobs) > 1:
+        jobs[0] = replace(jobs[0], cache=str(folder / "cache"))
     theirs = in_folder(replace(job, program=peer), folder / "peer")
 
     def find() -> dict[str, Any]:
-        return {program: asdict(figures) for program, figures in in_turns(own, theirs, python).items()}
+        return {program: asdict(figures) for program, figures in in_turns(jobs, theirs, python).items()}
 
-    found = kept(folder, {"jobs": [asdict(each) for each in (*own, theirs)], "python": python}, find)
-    return {each.program: _figures(found[each.program]) for each in (*own, theirs)}
+    found = kept(folder, {"jobs": [asdict(each) for each in (*jobs, theirs)], "python": python}, find)
+    return {each.program: _figures(found[each.program]) for each in (*jobs, theirs)}
 
 
 def _tensors(job: Job, peers: Sequence[Program], python: str, folder: Path, advance: Advance) -> dict[Program, Figures]:
@@ -175,12 +179,12 @@ def _tensors(job: Job, peers: Sequence[Program], python: str, folder: Path, adva
     folder.mkdir(parents=True, exist_ok=True)
     longest = longest_pairs(job.cache, Path(job.pairs[0]), 2 * job.batch_size, folder / "pairs.jsonl")
     job = replace(job, pairs=(str(longest),), cache=str(folder / "cache"), steps=2, tensors=True)
-    found: dict[Program, Figures] = {}
+    figures_of: dict[Program, Figures] = {}
     for program in ("dpoeng reference", "dpoeng", *peers):
-        own = in_folder(replace(job, program=program), folder / program.replace(" ", "-"))
-        found[program] = run_process(python if program in peers else sys.executable, own)
+        own_job = in_folder(replace(job, program=program), folder / program.replace(" ", "-"))
+        figures_of[program] = run_process(python if program in peers else sys.executable, own_job)
         advance(1, f"{program}, tensors")
-    return found
+    return figures_of
 
 
 class _Process:
@@ -246,10 +250,10 @@ def in_turns(ours: Sequence[Job], theirs: Job, python: str) -> dict[Program, Fig
         peer = _Process(python, theirs, turns=turns)
         started.append(peer)
         for job in ours:
-            own = _Process(sys.executable, job, turns=turns)
-            started.append(own)
-            while own.turn is not None:
-                first = own if peer.turn is None or own.turn <= peer.turn else peer
+            process = _Process(sys.executable, job, turns=turns)
+            started.append(process)
+            while process.turn is not None:
+                first = process if peer.turn is None or process.turn <= peer.turn else peer
                 first.go()
         while peer.turn is not None:
             peer.go()
@@ -290,7 +294,7 @@ def first_pairs(files: Sequence[Path], count: int, target: Path) -> Path:
                 yield from f
 
     try:
-        kept = list(islice(lines(), count))
+        first = list(islice(lines(), count))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             "cannot read the pairs",
@@ -301,7 +305,7 @@ def first_pairs(files: Sequence[Path], count: int, target: Path) -> Path:
             remedy="name a file of preference pairs with --pairs",
             exit_status=3,
         ) from error
-    target.write_text("".join(line.rstrip("\n") + "\n" for line in kept), encoding="utf-8")
+    target.write_text("".join(line.rstrip("\n") + "\n" for line in first), encoding="utf-8")
     return target
 
 
@@ -455,17 +459,17 @@ def ratios(rounds: Sequence[Round], peer: Program) -> dict[str, Ratio]:
     return {name: Ratio(statistics.median(values), min(values), max(values)) for name, values in found.items()}
 
 
-def tensor_bytes(found: Mapping[Program, Figures], program: Program) -> dict[str, float]:
+def tensor_bytes(figures_of: Mapping[Program, Figures], program: Program) -> dict[str, float]:
     """Peaks of a program's tensors; empty if they were not counted."""
-    run = found.get(program, Figures())
+    run = figures_of.get(program, Figures())
     peaks = {"train_tensor_bytes": run.train_peak_bytes, "reference_tensor_bytes": run.reference_peak_bytes}
     return {name: float(peak) for name, peak in peaks.items() if peak}
 
 
-def tensor_ratios(found: Mapping[Program, Figures], peer: Program) -> dict[str, Ratio]:
+def tensor_ratios(figures_of: Mapping[Program, Figures], peer: Program) -> dict[str, Ratio]:
     """Ratios peer / dpoeng of the bytes of tensors, which are the same each time."""
-    ours = tensor_bytes(found, "dpoeng") | tensor_bytes(found, "dpoeng reference")
-    shares = {name: peak / ours[name] for name, peak in tensor_bytes(found, peer).items()}
+    ours = tensor_bytes(figures_of, "dpoeng") | tensor_bytes(figures_of, "dpoeng reference")
+    shares = {name: peak / ours[name] for name, peak in tensor_bytes(figures_of, peer).items()}
     return {name: Ratio(share, share, share) for name, share in shares.items()}
 
 
@@ -491,5 +495,5 @@ def medians(runs: Sequence[Figures]) -> dict[str, float | None]:
     return {name: statistics.median(numbers) for name, numbers in values.items()}
 
 
-def _plain(found: Mapping[str, Ratio]) -> dict[str, dict[str, float]]:
-    return {name: asdict(ratio) for name, ratio in found.items()}
+def _plain(ratios_of: Mapping[str, Ratio]) -> dict[str, dict[str, float]]:
+    return {name: asdict(ratio) for name, ratio in ratios_of.items()}

@@ -86,7 +86,7 @@ def _cell(card: Record, phase: str) -> str:
     if not card[f"{phase}_fits"]:
         return "–"
     needed = f"{card['needed_gib'][phase]:.1f}"
-    shown = f"**{needed}**" if card["layer_offloading"][phase] else needed
+    text = f"**{needed}**" if card["layer_offloading"][phase] else needed
     changes = card.get("changes", {}) if phase == "phase2" else {}
     marks = ["t" if "trunk_layer" in changes else "", "r" if "lora_r" in changes else "a" if "optim" in changes else ""]
-    return " ".join([shown, *filter(None, marks)])
+    return " ".join([text, *filter(None, marks)])

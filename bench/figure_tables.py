@@ -126,8 +126,10 @@ def plan(results: Path) -> str:
     for (model, quantization), result in found.items():
         name = f"{model.split('/')[-1]}, {BASES[quantization]}"
         cards.append([name, *(_card(card) for card in result["cards"])])
-    asked = record["settings"]
-    what = f"2 x {asked['max_length']} tokens, LoRA r = {asked['lora_r']}; **calculated**, commit {record['commit']}"
+    settings = record["settings"]
+    what = (
+        f"2 x {settings['max_length']} tokens, LoRA r = {settings['lora_r']}; **calculated**, commit {record['commit']}"
+    )
     return (
         f"{what}:\n\n{table(rows)}\n\nPairs a forward (up to 4 are tried) on a card of this size, estimates included:"
         f"\n\n{table(cards)}"
@@ -149,10 +151,10 @@ def _memory(record: Record) -> str:
         over = "" if case["case"] == "phase one" else f"{case['measured_bytes'] / cached:.2f} times"
         rows.append([case["case"], predicted, measured, f"{100 * case['difference']:+.2f} %", process, over])
     model = settings["model"] or "The embedded model"
-    held = BASES[settings["quantization"]] if settings["quantization"] != "none" else record["versions"]["dtype"]
+    base = BASES[settings["quantization"]] if settings["quantization"] != "none" else record["versions"]["dtype"]
     pairs = f"{len(lengths)} pair{'s' if len(lengths) > 1 else ''} of {sum(map(sum, lengths)):,} tokens"
     recomputed = "with" if settings["gradient_checkpointing"] else "without"
-    return f"{model}, {held}, {pairs}, {recomputed} gradient checkpointing. {where(record)}:\n\n{table(rows)}"
+    return f"{model}, {base}, {pairs}, {recomputed} gradient checkpointing. {where(record)}:\n\n{table(rows)}"
 
 
 def scale(results: Path) -> str:
@@ -293,8 +295,8 @@ def _trunk_quality(record: Record) -> str:
     )
 
 
-def _with_interval(found: Record) -> str:
-    if not found["interval"]:
-        return f"{found['mean']:.3f}"
-    low, high = found["interval"]
-    return f"{found['mean']:.3f} ({low:.3f} to {high:.3f})"
+def _with_interval(value: Record) -> str:
+    if not value["interval"]:
+        return f"{value['mean']:.3f}"
+    low, high = value["interval"]
+    return f"{value['mean']:.3f} ({low:.3f} to {high:.3f})"

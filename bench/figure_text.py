@@ -42,11 +42,11 @@ def threads(record: Record) -> str:
     return f"{n} thread{'s' if n > 1 else ''}"
 
 
-def ranged(found: Record, name: str) -> str:
+def ranged(record: Record, name: str) -> str:
     """A ratio with the range of its repeats."""
-    if name not in found:
+    if name not in record:
         return "–"
-    ratio = found[name]
+    ratio = record[name]
     several = ratio["low"] < ratio["high"]
     return f"**{ratio['median']:.2f}**" + (f" ({ratio['low']:.2f}–{ratio['high']:.2f})" if several else "")
 

@@ -99,23 +99,23 @@ def phases(results: Path) -> str:
 
 
 def _phases(record: Record) -> str:
-    found, settings = record["results"], record["settings"]
-    parts = list(dict.fromkeys(part for result in found for part in result["split"]))
+    results, settings = record["results"], record["settings"]
+    parts = list(dict.fromkeys(part for result in results for part in result["split"]))
 
     def share(result: Record, part: str) -> str:
         spent = result["split"].get(part)
         return "" if spent is None else f"{100 * spent['wall_s'] / statistics.median(result['wall_s']):.0f} %"
 
     rows = [
-        ["", *(f"{result['phase']}, {result['layout']}" for result in found)],
-        ["pairs/s", *(f"{result['pairs_per_s']:.2f}" for result in found)],
-        ["unique tokens/s", *(f"{result['unique_tokens_per_s']:,.0f}" for result in found)],
-        *([part, *(share(result, part) for result in found)] for part in parts),
-        ["peak above weights", *(gib(result["peak_bytes"]) for result in found)],
-        ["useful GFLOP/s", *(f"{result['flops'] / 1e9:.0f}" for result in found)],
+        ["", *(f"{result['phase']}, {result['layout']}" for result in results)],
+        ["pairs/s", *(f"{result['pairs_per_s']:.2f}" for result in results)],
+        ["unique tokens/s", *(f"{result['unique_tokens_per_s']:,.0f}" for result in results)],
+        *([part, *(share(result, part) for result in results)] for part in parts),
+        ["peak above weights", *(gib(result["peak_bytes"]) for result in results)],
+        ["useful GFLOP/s", *(f"{result['flops'] / 1e9:.0f}" for result in results)],
         [
             f"of the matrix product's {record['gemm_flops'] / 1e9:.0f}",
-            *(f"{100 * result['of_gemm']:.0f} %" for result in found),
+            *(f"{100 * result['of_gemm']:.0f} %" for result in results),
         ],
     ]
     model = settings["model"] or f"The embedded model, {settings['layers']} layers of width {settings['width']:,}"
@@ -175,17 +175,19 @@ def highlights(results: Path) -> str:
     return table([["measured", "result", "measure again"], *rows])
 
 
-def _times(found: Record, time: str, memory: str) -> str:
-    return f"TRL takes **{found[time]['median']:.1f}** times the CPU time, **{found[memory]['median']:.1f}** the memory"
+def _times(ratios: Record, time: str, memory: str) -> str:
+    return (
+        f"TRL takes **{ratios[time]['median']:.1f}** times the CPU time, **{ratios[memory]['median']:.1f}** the memory"
+    )
 
 
 def _compare_command(settings: Record) -> str:
     """The command that repeats a comparison, without model, pairs and the peer's Python."""
     usual = asdict(CompareSettings(model="", pairs=()))
     names = ("batch_size", "pairs_count", "steps", "repeats", "max_length", "max_prompt_length", "dtype")
-    given = [f"--{name.replace('_', '-')} {settings[name]}" for name in names if settings[name] != usual[name]]
+    options = [f"--{name.replace('_', '-')} {settings[name]}" for name in names if settings[name] != usual[name]]
     peers = [f"--peer {peer!r}" for peer in settings["peers"]] if len(settings["peers"]) < len(PEERS) else []
-    return " ".join(["dpoeng bench compare --model M --pairs FILE", *given, *peers])
+    return " ".join(["dpoeng bench compare --model M --pairs FILE", *options, *peers])
 
 
 def _rows(results: Path) -> Iterator[list[str]]:

@@ -93,9 +93,9 @@ def _phase_one(settings: OffloadSettings, folder: Path, progress: Progress) -> d
             "layer_offloading": "on",
         }
     )
-    with anonymous_memory() as found:
+    with anonymous_memory() as figures:
         summary = precompute_reference(config, progress)
-    return {"phase": "phase one", "passes": 1, "layers_read_bytes": summary.layers_read_bytes, **found}
+    return {"phase": "phase one", "passes": 1, "layers_read_bytes": summary.layers_read_bytes, **figures}
 
 
 def _phase_two(settings: OffloadSettings, folder: Path, progress: Progress) -> dict[str, Any]:
@@ -112,15 +112,15 @@ def _phase_two(settings: OffloadSettings, folder: Path, progress: Progress) -> d
             "layer_offloading": "on",
         }
     )
-    with anonymous_memory() as found:
+    with anonymous_memory() as figures:
         summary = train(config, progress)
-    return {"phase": "phase two", "steps": summary.steps, "layers_read_bytes": summary.layers_read_bytes, **found}
+    return {"phase": "phase two", "steps": summary.steps, "layers_read_bytes": summary.layers_read_bytes, **figures}
 
 
 @contextmanager
 def anonymous_memory() -> Iterator[dict[str, float]]:
     """Seconds, CPU seconds and highest anonymous memory of a block, written into the mapping at its end."""
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     done = threading.Event()
     highest = anonymous_bytes()
 
@@ -133,11 +133,11 @@ def anonymous_memory() -> Iterator[dict[str, float]]:
     began, began_cpu = time.perf_counter(), time.process_time()
     thread.start()
     try:
-        yield found
+        yield figures
     finally:
         done.set()
         thread.join()
-        found |= {
+        figures |= {
             "seconds": round(time.perf_counter() - began, 2),
             "cpu_s": round(time.process_time() - began_cpu, 2),
             "anonymous_bytes": highest,

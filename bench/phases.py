@@ -356,11 +356,11 @@ TRACE = Kind("the trace", _is_trace, forced=False)
 def write_trace(path: Path, device: torch.device, work: Callable[[], object]) -> None:
     """Runs `work` under torch.profiler and writes the trace, for chrome://tracing or ui.perfetto.dev."""
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with profile(activities=kinds) as found:
+    with profile(activities=kinds) as profiler:
         work()
         synchronize(device)
     with writing(path, TRACE) as temporary:
-        found.export_chrome_trace(str(temporary))
+        profiler.export_chrome_trace(str(temporary))
 
 
 def training_pass(lm: CausalLM, rows: Rows, optimizer: torch.optim.Optimizer, config: TrainConfig) -> TimeSplit:
@@ -409,11 +409,11 @@ def linear_shapes(lm: CausalLM) -> list[tuple[int, int]]:
 def read_bytes(lm: CausalLM) -> int:
     """Bytes of the base that every forward must read: all but an input embedding that is not also the head."""
     tensors = [*lm.base.parameters(), *quantized_tensors(lm.base)]
-    held = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}
+    sizes = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}
     embedding: Any = lm.base.get_input_embeddings().weight
     if embedding is not lm.head.weight:
-        del held[embedding.data_ptr()]
-    return sum(held.values())
+        del sizes[embedding.data_ptr()]
+    return sum(sizes.values())
 
 
 def forward_flop(
@@ -468,8 +468,8 @@ def _summarise(
         result.of_card = result.flops / limits.card.flops
         result.of_card_memory = result.weight_bytes_per_s / limits.card.bytes_per_s
     result.of_copy = result.weight_bytes_per_s / limits.copy_bytes_per_s
-    known = [value for value in joules if value is not None]
-    result.joules_a_pair = statistics.median(known) / result.pairs if known else None
+    measured = [value for value in joules if value is not None]
+    result.joules_a_pair = statistics.median(measured) / result.pairs if measured else None
     for name in splits[0].parts:
         result.split[name] = Spent(
             statistics.median(split.parts[name].wall_s for split in splits),

@@ -91,11 +91,11 @@ class Counts:
 
     def less(self, other: Counts) -> Counts:
         """Returns this minus `other`."""
-        found = Counts()
+        difference = Counts()
         for name in ("launches", "n_bytes", "flop"):
             mine, theirs = getattr(self, name), getattr(other, name)
-            getattr(found, name).update({key: mine[key] - theirs[key] for key in mine if mine[key] != theirs[key]})
-        return found
+            getattr(difference, name).update({key: mine[key] - theirs[key] for key in mine if mine[key] != theirs[key]})
+        return difference
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +120,11 @@ class StepCounts:
 
     def record(self) -> dict[str, Any]:
         """The counts for JSON."""
-        told: dict[str, Any] = {"layers": self.layers, "tokens": self.tokens, "layer_bus_bytes": self.bus_bytes}
+        fields: dict[str, Any] = {"layers": self.layers, "tokens": self.tokens, "layer_bus_bytes": self.bus_bytes}
         for place, counts in (("layer", self.layer), ("outside", self.outside), ("optimizer", self.optimizer)):
             for name in ("launches", "n_bytes", "flop"):
-                told[f"{place}_{name}"] = dict(getattr(counts, name))
-        return told
+                fields[f"{place}_{name}"] = dict(getattr(counts, name))
+        return fields
 
     def seconds(self, gpu: Gpu, bus_gb_per_s: float = BUS_GB_PER_S) -> float | None:
         """Estimates a card's time: for each part the time of its bytes or FLOPs; of launches or bus if that is longer.

@@ -34,8 +34,8 @@ def run_stage(name: str, device: str, small: bool) -> dict[str, Any]:
     if done.returncode:
         words = done.stderr.strip().splitlines()
         return {"stage": name, "ok": False, "ended": f"status {done.returncode}", "said": words[-12:], "took_s": took}
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return {"stage": name, **found, "took_s": took}
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return {"stage": name, **result, "took_s": took}
 
 
 def page_of(record: dict[str, Any], results: list[dict[str, Any]]) -> str:
@@ -46,8 +46,8 @@ def page_of(record: dict[str, Any], results: list[dict[str, Any]]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines += ["", f"Commit {record['commit']}, {record['date']}; {versions}.", ""]
     for result in results:
-        shown = {name: value for name, value in result.items() if name not in ("stage", "took_s")}
-        lines += [f"## {result['stage']}", "", "```json", json.dumps(shown, indent=1), "```", ""]
+        details = {name: value for name, value in result.items() if name not in ("stage", "took_s")}
+        lines += [f"## {result['stage']}", "", "```json", json.dumps(details, indent=1), "```", ""]
     return "\n".join(lines)
 
 

@@ -55,7 +55,7 @@ def head(place: Place) -> Result:
 
     shape = Shape(1000, 64, 96) if place.small else Shape(151936, 5120, 4096)
     problem = head_problem(shape, torch.bfloat16, place.device)
-    found: Result = {"ok": True}
+    result: Result = {"ok": True}
     for mode in ("score", "train"):
         head_step(token_logps, problem, mode)
         with PeakMemory(place.device) as memory:
@@ -76,9 +76,9 @@ def head(place: Place) -> Result:
                 float((some[:n].double() - problem.true_grad).abs().max() / largest) for some in (grad, eager_grad)
             )
             right &= step["grad_error"] <= 1.5 * step["eager_grad_error"]
-        found[mode] = {**step, "eager_logp_error": eager_error}
-        found["ok"] &= same and right and (place.small or memory.peak_bytes < whole)
-    return found
+        result[mode] = {**step, "eager_logp_error": eager_error}
+        result["ok"] &= same and right and (place.small or memory.peak_bytes < whole)
+    return result
 
 
 def attention(place: Place) -> Result:
@@ -101,16 +101,16 @@ def attention(place: Place) -> Result:
         return [out.detach(), *torch.autograd.grad(out, leaves, pull.to(out.dtype))]
 
     true = run("segments", torch.float64)
-    found: Result = {"ok": True, "tokens": tokens}
+    result: Result = {"ok": True, "tokens": tokens}
     for way in ("segments", "varlen") if place.device.type == "cuda" else ("segments",):
         ours, again = run(way, torch.bfloat16), run(way, torch.bfloat16)
         errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(ours, true, strict=True)]
         same = [torch.equal(a, b) for a, b in zip(ours, again, strict=True)]
-        found[way] = {"errors": errors, "repeats": same, "seconds": place.seconds(partial(run, way, torch.bfloat16))}
-        found["ok"] &= max(errors) < 2e-2 and same[0]
+        result[way] = {"errors": errors, "repeats": same, "seconds": place.seconds(partial(run, way, torch.bfloat16))}
+        result["ok"] &= max(errors) < 2e-2 and same[0]
     if place.device.type != "cuda":
-        found["varlen"] = "needs a GPU"
-    return found
+        result["varlen"] = "needs a GPU"
+    return result
 
 
 def rows(place: Place) -> Result:
@@ -169,7 +169,7 @@ def layers(place: Place) -> Result:
         "int8 product with LoRA": (lora, eager_lora, None),
     }  # fmt: skip
     problem = what_disagrees(place.device)
-    found: Result = {"ok": problem is None, "disagrees": problem}
+    result: Result = {"ok": problem is None, "disagrees": problem}
     for name, (ours, eager, exact) in ways.items():
         with torch.no_grad():
             step: Result = {"seconds": place.seconds(ours), "eager_seconds": place.seconds(eager)}
@@ -179,9 +179,9 @@ def layers(place: Place) -> Result:
                 step["error"], step["eager_error"] = (
                     float((way().double() - true).norm() / true.norm()) for way in (ours, eager)
                 )
-                found["ok"] &= step["error"] <= step["eager_error"] * 1.01
-        found[name] = step
-    return found
+                result["ok"] &= step["error"] <= step["eager_error"] * 1.01
+        result[name] = step
+    return result
 
 
 _Step = tuple[str, Quantization, tuple[int, int, int]]
@@ -197,7 +197,7 @@ def steps(place: Place) -> Result:
     """Forward and backward of a few layers with random weights: measured time and launches, next to the estimates."""
     from dpoeng.bench.step import StepSettings, count_step
 
-    found: Result = {"ok": True}
+    result: Result = {"ok": True}
     card = card_of(place.device)
     for name, quantization, lengths in _TINY_STEPS if place.small else _STEPS:
         with tempfile.TemporaryDirectory() as folder:
@@ -207,13 +207,13 @@ def steps(place: Place) -> Result:
             counted = count_step(
                 StepSettings(str(model), quantization, prompt=prompt, chosen=chosen, rejected=rejected)
             )
-        found[f"{name}, {quantization}, {counted.tokens} tokens, {counted.layers} layers"] = {
+        result[f"{name}, {quantization}, {counted.tokens} tokens, {counted.layers} layers"] = {
             "seconds": seconds,
             "estimated_s": counted.seconds(card) if card else None,
             "launches": launches,
             "counted_launches": counted.layers * counted.layer.launches.total() + counted.outside.launches.total(),
         }
-    return found
+    return result
 
 
 def _random_model(name: str, folder: Path, place: Place, layers: int = 4) -> Path:

@@ -55,23 +55,23 @@ def read_trace(profiler: torch.profiler.profile, device: torch.device) -> Alloca
     one with the size of another that was once there. Only blocks that began in here count, each with its own size.
     """
     recorded: Any = profiler.profiler
-    found = []
+    events = []
     waiting = list(recorded.kineto_results.experimental_event_tree())
     while waiting:
         event = waiting.pop()
         waiting += event.children
         if event.tag.name == "Allocation" and event.extra_fields.device.type == device.type:
-            found.append((event.start_time_ns, event.extra_fields))
-    found.sort(key=lambda item: item[0])
+            events.append((event.start_time_ns, event.extra_fields))
+    events.sort(key=lambda item: item[0])
     alive: dict[int, int] = {}
     level = top = 0
     levels: list[tuple[float, int]] = []
-    for at, block in found:
+    for at, block in events:
         if block.alloc_size > 0:
             alive[block.ptr] = block.alloc_size
             level += block.alloc_size
         else:
             level -= alive.pop(block.ptr, 0)
         top = max(top, level)
-        levels.append(((at - found[0][0]) / 1e6, level))
+        levels.append(((at - events[0][0]) / 1e6, level))
     return AllocatorTrace(top, level, levels)

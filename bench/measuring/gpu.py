@@ -28,9 +28,9 @@ def card_of(device: torch.device) -> Gpu | None:
     if device.type != "cuda":
         return None
     words = set(re.findall(r"[a-z0-9]+", torch.cuda.get_device_name(device).lower()))
-    found = [gpu for gpu in GPUS.values() if set(gpu.name.split("-")[:-1]) <= words]
+    matching = [gpu for gpu in GPUS.values() if set(gpu.name.split("-")[:-1]) <= words]
     total = torch.cuda.get_device_properties(device).total_memory
-    return min(found, key=lambda gpu: abs(gpu.n_bytes - total), default=None)
+    return min(matching, key=lambda gpu: abs(gpu.n_bytes - total), default=None)
 
 
 def copy_bytes_per_s(device: torch.device, *, tries: int = 5) -> float:

@@ -102,9 +102,9 @@ def accuracy_vs_trl(settings: AccuracySettings) -> dict[str, Any]:
     runs: dict[str, Figures] = {}
     for program in PROGRAMS:
         python = settings.peer_python if program != "dpoeng" else sys.executable
-        own = in_folder(replace(job, program=program), work / program.replace(" ", "-"))
-        runs[program] = run_process(python, own)
-        values[program] = _values(own, held_out_job.cache, view.name)
+        own_job = in_folder(replace(job, program=program), work / program.replace(" ", "-"))
+        runs[program] = run_process(python, own_job)
+        values[program] = _values(own_job, held_out_job.cache, view.name)
     return {
         **record,
         "peer_versions": runs[PROGRAMS[1]].versions,
@@ -200,24 +200,26 @@ def table(record: Mapping[str, Any]) -> Any:
     """The record for a terminal."""
     from rich.table import Table
 
-    def cell(found: Mapping[str, Any]) -> str:
-        low, high = found["interval"] or (float("nan"), float("nan"))
-        return f"{found['mean']:.3f} ({low:.3f} to {high:.3f})"
+    def cell(value: Mapping[str, Any]) -> str:
+        low, high = value["interval"] or (float("nan"), float("nan"))
+        return f"{value['mean']:.3f} ({low:.3f} to {high:.3f})"
 
-    shown = Table(title=f"{record['train_pairs']} pairs trained on, {record['held_out_pairs']} held out")
-    shown.add_column("")
+    rows_table = Table(title=f"{record['train_pairs']} pairs trained on, {record['held_out_pairs']} held out")
+    rows_table.add_column("")
     for heading in ("before", "dpoeng", "TRL", "dpoeng less TRL"):
-        shown.add_column(heading, justify="right")
+        rows_table.add_column(heading, justify="right")
     for name in METRICS:
         start = cell(record["before"][name]) if name in record["before"] else "0"
         after = [cell(record["after"][program][name]) for program in PROGRAMS]
-        shown.add_row(name, start, *after, cell(record["difference"][name]))
+        rows_table.add_row(name, start, *after, cell(record["difference"][name]))
     costs = [record["cost"][program] for program in PROGRAMS]
     for name in costs[0]:
         ours, theirs = (cost[name] for cost in costs)
-        shown.add_row(name, "", f"{ours:,.0f}", f"{theirs:,.0f}", f"{theirs / ours:.2f} times less" if theirs else "")
-    shown.caption = f"same verdict on {record['same_verdict']:.1%} of the held-out pairs"
-    return shown
+        rows_table.add_row(
+            name, "", f"{ours:,.0f}", f"{theirs:,.0f}", f"{theirs / ours:.2f} times less" if theirs else ""
+        )
+    rows_table.caption = f"same verdict on {record['same_verdict']:.1%} of the held-out pairs"
+    return rows_table
 
 
 @click.command()

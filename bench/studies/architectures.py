@@ -256,8 +256,8 @@ def _short(error: BaseException) -> str:
 
 def _place(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "/dpoeng/" in frame.filename or "/engine/" in frame.filename]
-    return " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed([*own[-2:], frames[-1]]))
+    own_frames = [frame for frame in frames if "/dpoeng/" in frame.filename or "/engine/" in frame.filename]
+    return " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed([*own_frames[-2:], frames[-1]]))
 
 
 # --------------------------------------------------------------------------- a process each
@@ -380,24 +380,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="the page to write; default: standard output")
     parser.add_argument("--outcomes", type=Path, help="JSON Lines of outcomes: recorded ones are skipped")
     parser.add_argument("--limit-s", type=float, default=LIMIT_S, help="seconds for each")
-    asked = parser.parse_args(arguments)
+    arguments_given = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
     outcome_of("llama")  # loads every library once, before processes are forked
 
     def tell(outcome: Outcome) -> None:
         print(outcome.model_type, outcome.kind, outcome.prompt[:60], outcome.stages, file=sys.stderr, flush=True)
-        if asked.outcomes:
-            with asked.outcomes.open("a", encoding="utf-8") as file:
+        if arguments_given.outcomes:
+            with arguments_given.outcomes.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(outcome)) + "\n")
 
-    types = asked.only.split(",") if asked.only else causal_types()
-    known = _read_outcomes(asked.outcomes)
-    fresh = study([one for one in types if one not in known], limit_s=asked.limit_s, tell=tell)
-    outcomes = known | {outcome.model_type: outcome for outcome in fresh}
+    types = arguments_given.only.split(",") if arguments_given.only else causal_types()
+    earlier = _read_outcomes(arguments_given.outcomes)
+    fresh = study([one for one in types if one not in earlier], limit_s=arguments_given.limit_s, tell=tell)
+    outcomes = earlier | {outcome.model_type: outcome for outcome in fresh}
     text = page([outcomes[one] for one in types])
-    if asked.output:
-        with writing(asked.output, Kind("the page", _is_study, forced=False)) as temporary:
+    if arguments_given.output:
+        with writing(arguments_given.output, Kind("the page", _is_study, forced=False)) as temporary:
             temporary.write_text(text, encoding="utf-8")
     else:
         print(text)

@@ -239,7 +239,7 @@ def run_cases(program: str, folder: Path) -> list[dict[str, Any]]:
     for module in IMPORTS[program]:
         importlib.import_module(module)  # once here, not in every process that is forked below
     _isolated(make_inputs, folder, TUNED)
-    found = []
+    results = []
     for number, case in enumerate(CASES):
         home = folder / f"{program}-{number}"
         home.mkdir()
@@ -259,7 +259,7 @@ def run_cases(program: str, folder: Path) -> list[dict[str, Any]]:
         if fresh.scored != case.after.rows:
             raise SystemExit(f"{program}: a run on an empty cache scored {fresh.scored} of {case.after.rows} pairs")
         known = first.values if first else []
-        found.append(
+        results.append(
             {
                 "change": case.name,
                 "pairs": case.after.rows,
@@ -270,7 +270,7 @@ def run_cases(program: str, folder: Path) -> list[dict[str, Any]]:
                 "values": fresh.values,
             }
         )
-    return found
+    return results
 
 
 def differing(values: list[tuple[float, float]], right: list[tuple[float, float]]) -> int:
@@ -436,16 +436,16 @@ def table(record: Mapping[str, Any]) -> Any:
     """The record for a terminal."""
     from rich.table import Table
 
-    shown = Table(title="Change one thing, run again: pairs scored, and values that are wrong")
-    shown.add_column("what changed")
+    result_table = Table(title="Change one thing, run again: pairs scored, and values that are wrong")
+    result_table.add_column("what changed")
     for heading in ("values\nmoved", "TRL\nscores", "TRL\nwrong", "dpoeng\nscores", "dpoeng\nwrong"):
-        shown.add_column(heading, justify="right")
+        result_table.add_column(heading, justify="right")
     for case in record["cases"]:
         changed = "-" if case["changed"] is None else f"{case['changed']} of {case['pairs']}"
         cells = [str(case[program][name]) for program in ("trl", "dpoeng") for name in ("scored", "wrong")]
-        shown.add_row(case["change"], changed, *cells)
-    shown.caption = f"TRL {record['trl']}, dpoeng {record['versions']['dpoeng']}"
-    return shown
+        result_table.add_row(case["change"], changed, *cells)
+    result_table.caption = f"TRL {record['trl']}, dpoeng {record['versions']['dpoeng']}"
+    return result_table
 
 
 @click.command()

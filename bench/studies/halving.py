@@ -135,12 +135,12 @@ def _grid(settings: HalvingSettings, work: Path, last: int, seed: int) -> dict[s
     vary = {"learning_rate": settings.learning_rates, "beta": settings.betas}
     sweep = {"vary": vary, "rank_by": RANKED, "halving_factor": settings.factor}
     plan: SweepPlan = plan_sweep(SweepConfig.model_validate(sweep), options)
-    kept = KeptBase()
+    base = KeptBase()
     scores: dict[str, list[Score]] = {}
     for point in plan.points:
         for step in point.rungs:
             pause_at = step if step < point.rungs[-1] else None
-            train(point.config, Told(), kept_base=kept, may_extend=False, pause_at=pause_at)
+            train(point.config, Told(), kept_base=base, may_extend=False, pause_at=pause_at)
         found = [score_at(point.config.output_dir, step, RANKED) for step in point.rungs]
         scores[point.name] = [score for score in found if score is not None]
     return scores
@@ -198,13 +198,15 @@ def table(record: Mapping[str, Any]) -> Any:
     """The record for a terminal."""
     from rich.table import Table
 
-    found = Table(title=f"halving of grids of {len(record['grids'][0])} runs, {record['rungs']} rungs")
+    result_table = Table(title=f"halving of grids of {len(record['grids'][0])} runs, {record['rungs']} rungs")
     for heading in ("", "cases", "the best run", "accuracy below the best", "steps of the grid"):
-        found.add_column(heading)
+        result_table.add_column(heading)
     rows = [("whole grids", _summary(record["whole"])), ("parts of them", record["parts"])]
     for name, one in [*rows, ("one run by chance", record["by_chance"])]:
-        found.add_row(name, str(one["cases"]), f"{one['found']:.0%}", f"{one['regret']:.3f}", f"{one['share']:.0%}")
-    return found
+        result_table.add_row(
+            name, str(one["cases"]), f"{one['found']:.0%}", f"{one['regret']:.3f}", f"{one['share']:.0%}"
+        )
+    return result_table
 
 
 @click.command()

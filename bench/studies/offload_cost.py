@@ -49,9 +49,9 @@ class _CpuSeconds:
 
 def measure(model: str, pairs: Path, folder: Path, way: str, steps: int, cache: Path | None) -> dict[str, Any]:
     """Both phases once: CPU seconds, and a hash of what they leave; training is over `cache`, or over its own."""
-    told = _CpuSeconds()
+    progress = _CpuSeconds()
     scored = {"pairs": (pairs,), "model": model, "cache": folder / "cache", "layer_offloading": way, "dtype": "float32"}
-    precompute_reference(PrecomputeConfig.model_validate({**scored, "device": "cpu"}), told)
+    precompute_reference(PrecomputeConfig.model_validate({**scored, "device": "cpu"}), progress)
     settings = {
         "cache": cache or folder / "cache",
         "output_dir": folder / "out",
@@ -63,10 +63,10 @@ def measure(model: str, pairs: Path, folder: Path, way: str, steps: int, cache: 
         "device": "cpu",
         "layer_offloading": way,
     }
-    train(TrainConfig.model_validate(settings), told)
+    train(TrainConfig.model_validate(settings), progress)
     left = [*sorted((folder / "cache" / "objects").rglob("*.arrow")), folder / "out/adapter/adapter_model.safetensors"]
     digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in left]
-    return {"cpu_s": {phase: told.found[phase] for phase in PHASES}, "left": digests}
+    return {"cpu_s": {phase: progress.found[phase] for phase in PHASES}, "left": digests}
 
 
 def offload_cost(model: str, pairs: Path, count: int, steps: int, repeats: int) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def offload_cost(model: str, pairs: Path, count: int, steps: int, repeats: int) 
     """
     settings = {"model": Path(model).name, "pairs": pairs.name, "count": count, "steps": steps, "repeats": repeats}
     record = stamp("offload-cost", torch.device("cpu"), settings)
-    found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    results: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory(prefix="dpoeng-offload-cost-") as scratch:
         some = Path(scratch, "pairs.jsonl")
         some.write_text("".join(pairs.read_text(encoding="utf-8").splitlines(True)[:count]), encoding="utf-8")
@@ -85,17 +85,17 @@ def offload_cost(model: str, pairs: Path, count: int, steps: int, repeats: int) 
         for repeat in range(repeats):
             for way in WAYS if repeat % 2 == 0 else WAYS[::-1]:
                 folder = Path(scratch, f"{way}-{repeat}")
-                found[way].append(measure(model, some, folder, way, steps, cache))
+                results[way].append(measure(model, some, folder, way, steps, cache))
                 cache = cache or folder / "cache"
-    if len({str(one["left"]) for ones in found.values() for one in ones}) > 1:
+    if len({str(one["left"]) for ones in results.values() for one in ones}) > 1:
         raise RuntimeError("layer by layer the bytes are others")
     ratios = {
-        phase: [on["cpu_s"][phase] / off["cpu_s"][phase] for off, on in zip(*found.values(), strict=True)]
+        phase: [on["cpu_s"][phase] / off["cpu_s"][phase] for off, on in zip(*results.values(), strict=True)]
         for phase in PHASES
     }
     return {
         **record,
-        "cpu_s": {way: [one["cpu_s"] for one in ones] for way, ones in found.items()},
+        "cpu_s": {way: [one["cpu_s"] for one in ones] for way, ones in results.items()},
         "ratios": {
             phase: {"median": statistics.median(some), "low": min(some), "high": max(some)}
             for phase, some in ratios.items()

@@ -30,8 +30,8 @@ def plans(models: tuple[str, ...] = MODELS) -> dict[str, Any]:
     for model in models:
         for quantization in QUANTIZATIONS:
             request = {"model": model, "quantization": quantization, "compare": quantization == QUANTIZATIONS[0]}
-            found = make_plan(PlanConfig.model_validate({**settings, **request}))
-            results.append({"model": model, "quantization": quantization, **_kept(found)})
+            plan = make_plan(PlanConfig.model_validate({**settings, **request}))
+            results.append({"model": model, "quantization": quantization, **_kept(plan)})
             click.echo(f"{model} {quantization}: {results[-1]['phase2_gib']:.1f} GiB")
     return {**stamp("plan", torch.device("cpu"), settings), "calculated": True, "results": results}
 

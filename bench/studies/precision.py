@@ -113,10 +113,10 @@ def measure(source: ModelSource, pairs: Sequence[PairIds], ways: Sequence[Way] =
 
 
 def _score(lm: CausalLM, pairs: Sequence[PairIds], batch: int) -> Scores:
-    found: Scores = []
+    scores: Scores = []
     for begin in range(0, len(pairs), batch):
-        found += [(pair.chosen_logps, pair.rejected_logps) for pair in score_pairs(lm, pairs[begin : begin + batch])]
-    return found
+        scores += [(pair.chosen_logps, pair.rejected_logps) for pair in score_pairs(lm, pairs[begin : begin + batch])]
+    return scores
 
 
 def _largest(some: Scores, others: Scores) -> float:

@@ -109,7 +109,7 @@ def bench_quality(settings: QualitySettings, progress: Progress = QUIET) -> dict
     }
     for name in ("pairs", "work", "ways", "seeds", "pairs_count", "held_out"):
         del base[name]
-    found: dict[str, list[dict[str, Any]]] = {}
+    results: dict[str, list[dict[str, Any]]] = {}
     failed: dict[str, str] = {}
     with progress.task("trainings", len(settings.ways) * settings.seeds, "runs") as advance:
         for way in settings.ways:
@@ -119,7 +119,7 @@ def bench_quality(settings: QualitySettings, progress: Progress = QUIET) -> dict
                 folder.mkdir(exist_ok=True)
                 job["output_dir"] = str((folder / "out").resolve())
                 try:
-                    found.setdefault(way, []).append(
+                    results.setdefault(way, []).append(
                         run_module(
                             sys.executable, "dpoeng.bench.studies.quality", job, folder, name=f"{way}, seed {seed}"
                         )
@@ -130,7 +130,7 @@ def bench_quality(settings: QualitySettings, progress: Progress = QUIET) -> dict
                     failed[way] = str(error.found)
                 advance(1, way)
     done = [way for way in settings.ways if way not in failed]
-    return {**record, "results": [summarise(way, found[way], found[done[0]]) for way in done], "failed": failed}
+    return {**record, "results": [summarise(way, results[way], results[done[0]]) for way in done], "failed": failed}
 
 
 def _folder_name(job: Mapping[str, Any]) -> str:
@@ -274,13 +274,13 @@ def summarise(way: str, runs: Sequence[Mapping[str, Any]], first: Sequence[Mappi
     def mean(some: Sequence[Mapping[str, Any]], frame: str) -> dict[str, Any]:
         return {name: np.mean([run[frame][name] for run in some], axis=0) for name in METRICS}
 
-    own, others = mean(runs, "float32"), mean(first, "float32")
+    mean_here, others = mean(runs, "float32"), mean(first, "float32")
     return {
         "way": way,
         "pairs": len(prompts),
         "trained": means(mean(runs, "trained")),
-        "float32": means(own),
-        "difference": means({name: own[name] - others[name] for name in METRICS}, paired=True),
+        "float32": means(mean_here),
+        "difference": means({name: mean_here[name] - others[name] for name in METRICS}, paired=True),
         "by_seed": {name: [float(np.mean(run["float32"][name])) for run in runs] for name in METRICS},
         "steps": runs[0]["steps"],
         "seconds": [run["seconds"] for run in runs],
@@ -305,8 +305,8 @@ def with_intervals(
 
 def main() -> None:
     """Reads the job, runs it, prints what it found."""
-    found = run_way(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    print("\n" + json.dumps(found))
+    result = run_way(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    print("\n" + json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -210,9 +210,9 @@ def timed(work: Callable[[], object], group: Group, device: torch.device) -> tup
     group.wait()
     watch = Stopwatch(device)
     work()
-    own = watch.lap()
+    seconds = watch.lap()
     group.wait()
-    return own.wall_s + watch.lap().wall_s, group.gather(own.cpu_s)
+    return seconds.wall_s + watch.lap().wall_s, group.gather(seconds.cpu_s)
 
 
 def _score(lm: CausalLM, shards: Sequence[Sequence[PairIds]], cache: Path, group: Group) -> None:
@@ -244,9 +244,9 @@ def main() -> None:
             torch.cuda.set_device(device)
         else:
             torch.set_num_threads(1)
-        found = run_rank(job, group, device)
+        result = run_rank(job, group, device)
         if group.is_first:
-            print("\n" + json.dumps({phase: asdict(one) for phase, one in found.items()}))
+            print("\n" + json.dumps({phase: asdict(one) for phase, one in result.items()}))
 
 
 if __name__ == "__main__":
