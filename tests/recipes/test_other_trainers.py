@@ -205,7 +205,7 @@ def test_what_is_no_trainer_for_it(cache: Path) -> None:
     streamed.train_dataset = iter([])
     own.train_dataset = own.train_dataset.add_column("ref_chosen_logps", [0.0] * 8)
     for trainer, message in (
-        (object(), "no DPOTrainer"),
+        (object(), "not a DPOTrainer"),
         (streamed, "token ids"),
         (moving, "moves the reference"),
         (own, "already has reference columns"),
