@@ -208,6 +208,7 @@ REMEDIES: dict[str, str] = {
     "data-too-large": "write JSON Lines, one object per line, or smaller batches of fewer columns",
     "data-damaged": "write or copy the file again",
     "data-unreadable": "check its permissions and the disk",
+    "data-changed": "run again once nothing writes to the file",
     "data-columns": "map the columns with --columns, or rename them",
     "data-unknown-kind": "rename the file",
     "data-bad-json": "write one object per line and name the file .jsonl",
