@@ -139,15 +139,11 @@ def bench_compare(settings: CompareSettings, progress: Progress = QUIET) -> dict
         "equality": check_equal(rounds, settings.peers, LOSS_TOLERANCE[settings.dtype]),
         "ratios": {peer: _plain({**ratios(rounds, peer), **tensor_ratios(tensors, peer)}) for peer in settings.peers},
         "medians": {
-            program: medians([figures_of[program] for figures_of in done if program in figures_of])
-            | tensor_bytes(tensors, program)
+            program: medians([runs[program] for runs in done if program in runs]) | tensor_bytes(tensors, program)
             for program in ("dpoeng reference", "dpoeng", *settings.peers)
         },
         "runs": [
-            {
-                peer: {program: asdict(figures) for program, figures in figures_of.items()}
-                for peer, figures_of in beside.items()
-            }
+            {peer: {program: asdict(figures) for program, figures in runs.items()} for peer, runs in beside.items()}
             for beside in rounds
         ],
     }
@@ -179,12 +175,12 @@ def _tensors(job: Job, peers: Sequence[Program], python: str, folder: Path, adva
     folder.mkdir(parents=True, exist_ok=True)
     longest = longest_pairs(job.cache, Path(job.pairs[0]), 2 * job.batch_size, folder / "pairs.jsonl")
     job = replace(job, pairs=(str(longest),), cache=str(folder / "cache"), steps=2, tensors=True)
-    figures_of: dict[Program, Figures] = {}
+    runs: dict[Program, Figures] = {}
     for program in ("dpoeng reference", "dpoeng", *peers):
         own_job = in_folder(replace(job, program=program), folder / program.replace(" ", "-"))
-        figures_of[program] = run_process(python if program in peers else sys.executable, own_job)
+        runs[program] = run_process(python if program in peers else sys.executable, own_job)
         advance(1, f"{program}, tensors")
-    return figures_of
+    return runs
 
 
 class _Process:
@@ -459,17 +455,17 @@ def ratios(rounds: Sequence[Round], peer: Program) -> dict[str, Ratio]:
     return {name: Ratio(statistics.median(values), min(values), max(values)) for name, values in found.items()}
 
 
-def tensor_bytes(figures_of: Mapping[Program, Figures], program: Program) -> dict[str, float]:
+def tensor_bytes(runs: Mapping[Program, Figures], program: Program) -> dict[str, float]:
     """Peaks of a program's tensors; empty if they were not counted."""
-    run = figures_of.get(program, Figures())
+    run = runs.get(program, Figures())
     peaks = {"train_tensor_bytes": run.train_peak_bytes, "reference_tensor_bytes": run.reference_peak_bytes}
     return {name: float(peak) for name, peak in peaks.items() if peak}
 
 
-def tensor_ratios(figures_of: Mapping[Program, Figures], peer: Program) -> dict[str, Ratio]:
+def tensor_ratios(runs: Mapping[Program, Figures], peer: Program) -> dict[str, Ratio]:
     """Ratios peer / dpoeng of the bytes of tensors, which are the same each time."""
-    ours = tensor_bytes(figures_of, "dpoeng") | tensor_bytes(figures_of, "dpoeng reference")
-    shares = {name: peak / ours[name] for name, peak in tensor_bytes(figures_of, peer).items()}
+    ours = tensor_bytes(runs, "dpoeng") | tensor_bytes(runs, "dpoeng reference")
+    shares = {name: peak / ours[name] for name, peak in tensor_bytes(runs, peer).items()}
     return {name: Ratio(share, share, share) for name, share in shares.items()}
 
 
