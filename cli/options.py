@@ -74,7 +74,9 @@ else:
     _PairType = _WordsType = click.ParamType  # has no type parameter before click 8.4
 
 
-class _KeyValue(_PairType):
+class KeyValue(_PairType):
+    """An option of the form NAME=VALUE."""
+
     def __init__(self, name: str, example: str, *, may_be_empty: bool = False) -> None:
         self.name, self.example, self.may_be_empty = name, example, may_be_empty
 
@@ -86,8 +88,8 @@ class _KeyValue(_PairType):
 
 
 _KEY_VALUES = {
-    "columns": _KeyValue("NAME=COLUMN", "chosen=response_a", may_be_empty=True),
-    "vary": _KeyValue("FIELD=VALUE[,VALUE...]", "beta=0.05,0.1,0.3"),
+    "columns": KeyValue("NAME=COLUMN", "chosen=response_a", may_be_empty=True),
+    "vary": KeyValue("FIELD=VALUE[,VALUE...]", "beta=0.05,0.1,0.3"),
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def data_files(folder: Path, is_data: Callable[[Path], bool]) -> list[Path]:
             remedy="name the files, or the folder with the files",
             exit_status=3,
         )
-    _check_parts(folder, files)
+    check_parts(str(folder), files)
     splits_of = {file: _split(file) for file in files}
     named_splits = {split for split in splits_of.values() if split is not None}
     if len(named_splits) > 1 or (named_splits - {"train"} and None in splits_of.values()):
@@ -101,8 +101,12 @@ def _saved_files(folder: Path) -> list[Path]:
     return files
 
 
-def _check_parts(folder: Path, files: list[Path]) -> None:
-    """Checks that all files `NAME-00000-of-00003` are there: a broken download must not pass as a smaller data set."""
+def check_parts(where: str, files: Sequence[Path]) -> None:
+    """Checks that all files `NAME-00000-of-00003` are there: a broken download must not pass as a smaller data set.
+
+    Raises:
+        UserError: some are missing.
+    """
     numbers_of: dict[tuple[str, int], set[int]] = {}
     for match in filter(None, (_HUB_PART.fullmatch(file.name) for file in files)):
         numbers_of.setdefault((match["split"], int(match["count"])), set()).add(int(match["number"]))
@@ -116,11 +120,17 @@ def _check_parts(folder: Path, files: list[Path]) -> None:
         raise UserError(
             "some parts of the data set are missing",
             code="data-missing",
-            where=str(folder),
+            where=where,
             expected=", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else ""),
             remedy="download or copy the whole folder again, or name the files you want",
             exit_status=3,
         )
+
+
+def split_of(file: Path) -> str | None:
+    """The split that a file belongs to, by its name or that of its folder; None if neither says."""
+    part = _HUB_PART.fullmatch(file.name)
+    return part["split"] if part else _split(file) or _split(file.parent)
 
 
 def _split(file: Path) -> str | None:

@@ -21,6 +21,7 @@ from dpoeng.cache.files import hash_file
 from dpoeng.cache.foreign.tables import unreadable
 from dpoeng.cache.words import counted
 from dpoeng.engine.data import readers
+from dpoeng.engine.data.hub import local_file, shown_name
 from dpoeng.engine.data.in_memory import RowsInMemory, is_in_memory, place
 from dpoeng.engine.data.kinds.ranked import RankedPairs, is_ranked, to_pairs
 from dpoeng.engine.data.kinds.unpaired import Mismatcher
@@ -262,8 +263,9 @@ def ensure_unchanged(files: Mapping[str, str]) -> None:
         UserError: a file was changed or removed.
     """
     for name, digest in files.items():
-        if not is_in_memory(name) and (not Path(name).is_file() or _digest(Path(name)) != digest):
-            raise _changed(Path(name))
+        path = local_file(name)
+        if not is_in_memory(name) and (path is None or not path.is_file() or _digest(path) != digest):
+            raise _changed(name)
 
 
 class PairStream:
@@ -341,7 +343,8 @@ class PairStream:
         else:
             before, digest = path.stat(), _digest(path)
             numbered, untyped = readers.read_rows(path), readers.is_untyped(path)
-        self.files[str(path)] = digest
+        name = str(path) if isinstance(path, RowsInMemory) else shown_name(path)
+        self.files[name] = digest
         shape = Shape(self._columns, untyped, self._prompt_format)
         rows = 0
         names: dict[str, None] = {}
@@ -351,26 +354,26 @@ class PairStream:
                 if isinstance(row, RowFault):
                     raise row
                 names.update(dict.fromkeys(row))
-                pairs = self._pairs(path, number, row, shape)
+                pairs = self._pairs(name, number, row, shape)
             except RowFault as fault:
                 self.rejected += 1
-                yield Reject(str(path), number, fault.reason, fault.detail)
+                yield Reject(name, number, fault.reason, fault.detail)
             else:
                 for pair in pairs:
                     yield from self._complete(pair)
         if isinstance(path, Path) and before is not None and _identity(path.stat()) != _identity(before):
-            raise _changed(path)
+            raise _changed(name)
         if rows == 0:
             raise UserError(
                 "the file has no rows",
                 code="data-empty",
-                where=str(path),
+                where=name,
                 remedy="write the file again, or leave it out",
                 exit_status=3,
             )
         if names:
             kind = shape.kind_of(names)
-            self._check_columns(path, names, kind)
+            self._check_columns(name, names, kind)
             self.misspelt |= _misspelt(names, self._columns, kind)
         self._names.update(names)
 
@@ -383,7 +386,7 @@ class PairStream:
         for pair in self._mismatcher.add(row.pair):
             yield replace(self._held.popleft(), pair=pair)
 
-    def _pairs(self, path: Path | RowsInMemory, number: int, row: dict[str, Any], shape: Shape) -> list[ReadPair]:
+    def _pairs(self, source: str, number: int, row: dict[str, Any], shape: Shape) -> list[ReadPair]:
         """The pairs of a row: one, several for a ranked row, none if the filter leaves it out."""
         kind = shape.kind_of(row)
         if shape.untyped:
@@ -396,36 +399,37 @@ class PairStream:
         self.kind = self.kind or made
         check_kind(made, self.kind)
         if is_ranked(row, shape):
-            pairs = to_pairs(row, shape, str(path), number, self._ranked_pairs)
+            pairs = to_pairs(row, shape, source, number, self._ranked_pairs)
             self.prompts.ranked += 1
             self.prompts.of_ranked += len(pairs)
         else:
-            pairs = [(to_unpaired if kind == "unpaired" else to_pair)(row, shape, str(path), number)]
-        return [self._read_pair(path, number, pair, shape) for pair in pairs]
+            pairs = [(to_unpaired if kind == "unpaired" else to_pair)(row, shape, source, number)]
+        return [self._read_pair(source, number, pair, shape) for pair in pairs]
 
-    def _read_pair(self, path: Path | RowsInMemory, number: int, pair: PreferencePair, shape: Shape) -> ReadPair:
+    def _read_pair(self, source: str, number: int, pair: PreferencePair, shape: Shape) -> ReadPair:
         self.prompts.add(pair, formatted=shape.prompt_format is not None)
         key, opposite = content_key(pair), content_key(pair, swapped=True)
-        same, other = (self._repeat(path, number, earlier) for earlier in (key, opposite))
+        same, other = (self._repeat(source, number, earlier) for earlier in (key, opposite))
         self._seen.setdefault(key, (len(self.files) - 1) << _ROW_BITS | number)
         return ReadPair(pair, same, other)
 
-    def _repeat(self, path: Path | RowsInMemory, number: int, key: bytes) -> Repeat | None:
+    def _repeat(self, source: str, number: int, key: bytes) -> Repeat | None:
         first = self._seen.get(key)
         if first is None:
             return None
-        return Repeat(str(path), number, list(self.files)[first >> _ROW_BITS], first & (1 << _ROW_BITS) - 1)
+        return Repeat(source, number, list(self.files)[first >> _ROW_BITS], first & (1 << _ROW_BITS) - 1)
 
-    def _check_columns(self, path: Path | RowsInMemory, names: Mapping[str, None], kind: str) -> None:
+    def _check_columns(self, source: str, names: Mapping[str, None], kind: str) -> None:
         """Raises if no row of the file has a column that is needed, mapped or filtered by."""
         # A ranked row needs only one of two columns, which is checked row by row.
         required = {name: name for name in KIND_FIELDS[kind] if kind != "ranked"} | self._columns
         for target, column in required.items():
             if column and column not in names:
-                raise _no_column(path, column, names, f"name the column for `{target}` with --columns {target}=NAME")
+                remedy = f"name the column for `{target}` with --columns {target}=NAME"
+                raise _no_column(source, column, names, remedy)
         if self._condition is not None:
             for column in sorted(self._condition.missing(names)):
-                raise _no_column(path, column, names, f"correct the filter {self._condition.text!r}")
+                raise _no_column(source, column, names, f"correct the filter {self._condition.text!r}")
 
 
 def _check_targets(columns: Mapping[str, str]) -> None:
@@ -474,13 +478,13 @@ def misspelt_remark(misspelt: Mapping[str, str]) -> str:
     return "; ".join(remarks)
 
 
-def _no_column(path: Path | RowsInMemory, column: str, names: Mapping[str, None], remedy: str) -> UserError:
+def _no_column(source: str, column: str, names: Mapping[str, None], remedy: str) -> UserError:
     nearest = difflib.get_close_matches(column, names, n=1)
     listed = list(names)[:30]
     return UserError(
         f"the file has no column {column!r}",
         code="data-columns",
-        where=str(path),
+        where=source,
         expected=f"a column {column!r}",
         found=", ".join(listed) + (f" and {len(names) - 30} more" if len(names) > 30 else ""),
         remedy=(f"did you mean {nearest[0]!r}? " if nearest else "") + remedy,
@@ -488,11 +492,11 @@ def _no_column(path: Path | RowsInMemory, column: str, names: Mapping[str, None]
     )
 
 
-def _changed(path: Path) -> UserError:
+def _changed(name: str) -> UserError:
     return UserError(
         "the file changed during the run",
         code="data-changed",
-        where=str(path),
+        where=name,
         expected="the same bytes throughout the run",
         remedy="run again once nothing writes to the file; finished work is kept",
         exit_status=3,

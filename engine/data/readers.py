@@ -18,6 +18,7 @@ from dpoeng.cache.errors import UserError
 from dpoeng.cache.foreign.tables import MAX_ROW_BYTES, arrow_batches, parquet_batches, reading, unreadable
 from dpoeng.engine.data import strict_json
 from dpoeng.engine.data.data_folders import data_files
+from dpoeng.engine.data.hub import hub_files, is_hub
 from dpoeng.engine.data.strict_json import RowFault, as_row, json_type
 from dpoeng.engine.data.tables import NumberedRow, csv_rows, table_rows
 
@@ -44,6 +45,8 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 def expand(paths: Sequence[Path]) -> list[Path]:
     """The files to read, in order, each once; a directory means the data files in it (see `data_folders`).
 
+    `hf://org/name` stands for the files of a data set of the hub (see `hub`), which are downloaded.
+
     Raises:
         UserError: a path does not exist, a directory contains no data file or several splits, or a file is a pipe or
             has an unknown format.
@@ -51,12 +54,18 @@ def expand(paths: Sequence[Path]) -> list[Path]:
     files: dict[Path, Path] = {}
     for path in paths:
         try:
-            for file in data_files(path, _is_data) if path.is_dir() else [path]:
+            for file in _files(path):
                 _kind(file)
                 files.setdefault(file.resolve(), file)
         except OSError as error:
             raise unreadable(path, error) from None
     return list(files.values())
+
+
+def _files(path: Path) -> Sequence[Path]:
+    if is_hub(path):
+        return hub_files(path, _is_data)
+    return data_files(path, _is_data) if path.is_dir() else [path]
 
 
 def read_rows(path: Path) -> Iterator[NumberedRow]:

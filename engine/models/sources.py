@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from yaml import YAMLError
+
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.models.foreign.checkpoints import (
     check_adapter_ranges,
@@ -141,6 +143,19 @@ def find_adapter(name: str) -> ModelSource:
 def read_fields(source: ModelSource) -> dict[str, Any]:
     """Reads a checkpoint's config.json."""
     return _read_json(source.folder / "config.json")
+
+
+def license_of(source: ModelSource) -> str | None:
+    """What the model card beside a checkpoint says of its licence; None where it says nothing."""
+    from huggingface_hub import metadata_load
+
+    card = source.folder / "README.md"
+    try:
+        fields = metadata_load(card) if card.is_file() else None
+    except (OSError, ValueError, YAMLError):
+        return None
+    found = (fields or {}).get("license_name") or (fields or {}).get("license")
+    return found if isinstance(found, str) and re.fullmatch(r"[\w. +-]{1,60}", found) else None
 
 
 def read_adapter_fields(adapter: ModelSource) -> dict[str, Any]:
@@ -349,7 +364,7 @@ def _checked(folder: Path, config: Mapping[str, Any], files: Sequence[Path]) -> 
 def _download(name: str, revision: str | None, weights: str) -> tuple[Path, str | None]:
     from huggingface_hub import snapshot_download
 
-    patterns = [weights, "*.json", "*.txt", "*.model", "*.jinja"]
+    patterns = [weights, "*.json", "*.txt", "*.model", "*.jinja", "README.md"]
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:

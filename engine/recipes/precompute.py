@@ -23,6 +23,7 @@ from dpoeng.cache.store import Store
 from dpoeng.cache.trunk.index import TrunkIndex
 from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import PrecomputeConfig
+from dpoeng.engine.data.hub import hub_view_name, is_hub
 from dpoeng.engine.data.in_memory import RowsInMemory
 from dpoeng.engine.data.pairs import PairFile, ensure_unchanged, stream_pairs
 from dpoeng.engine.data.readers import COMPRESSIONS, FORMATS
@@ -398,6 +399,9 @@ def _read(config: PrecomputeConfig, choice: TokenizerChoice, progress: Progress)
     )
     if remark := file.column_remark():
         progress.note(remark)
+    for name in file.files:
+        if is_hub(name):
+            progress.note(f"pairs of the hub, pinned: {name}")
     if not data.pairs:
         raise UserError(
             "no usable pair after tokenisation",
@@ -438,7 +442,7 @@ def default_batch_tokens(device: torch.device) -> int:
 
 def default_view_name(path: Path | RowsInMemory) -> str:
     """`data/pairs.train.jsonl.gz` -> `pairs.train`; invalid names get a hash."""
-    stem = path.name or Path(str(path)).resolve().name
+    stem = hub_view_name(str(path)) if is_hub(str(path)) else path.name or Path(str(path)).resolve().name
     for endings in (COMPRESSIONS, FORMATS):
         stem = next((stem.removesuffix(ending) for ending in endings if stem.endswith(ending)), stem)
     plain = re.sub(r"[^A-Za-z0-9._-]", "-", stem)

@@ -16,7 +16,7 @@ from dpoeng.engine.losses.own_check import check_own_losses
 from dpoeng.engine.models.checkpoint_names import class_to_load
 from dpoeng.engine.models.full_finetuning import whole_weights
 from dpoeng.engine.models.model import device_name, library_versions
-from dpoeng.engine.models.sources import ModelSource, has_stored_quantization
+from dpoeng.engine.models.sources import ModelSource, has_stored_quantization, license_of
 from dpoeng.engine.models.tokenizer import TokenizerChoice, has_tokenizer, recorded_tokenizer
 from dpoeng.engine.recipes.inputs import Inputs, check_held_out, open_inputs
 from dpoeng.engine.recipes.phase_two.extension import Extension, extension_text, find_extension
@@ -263,6 +263,7 @@ def _record(run: Run, identity: dict[str, Any], inputs: Inputs, choice: Choice, 
         "layout": run.lm.layout,
         "layout_reason": run.lm.layout_reason,
         "device": device_name(run.lm.device),
+        "license": license_of(policy.source),
         "processes": run.group.size,
         "extensions": run.extensions,
         "total_steps": run.schedule.total_steps,

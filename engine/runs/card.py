@@ -42,22 +42,13 @@ def model_card(
         steps: optimizer steps done.
         load: Python lines that load the result from within the run's folder.
     """
-    reference, config = record["reference"], record["config"]
+    config = record["config"]
     full = record["adapter_mode"] == "full"
     base = str(record["model"])
-    adapter = record["sft_adapter"]
-    facts = [
-        ("base", f"`{base}`" + (f", revision `{reference['revision']}`" if reference.get("revision") else "")),
-        ("SFT adapter", f"`{adapter}` ({record['adapter_mode']})" if adapter else "none"),
-        ("precision of the base", f"{_held(config, reference)}"),
-        ("reference", f"`{reference['spec']}`: the model above before training, as {_held({}, reference)}"),
-        ("pairs", ", ".join(f"`{Path(name).name}` ({digest})" for name, digest in (record.get("files") or {}).items())),
-        ("loss", f"{' + '.join(config['loss_type'])}, beta {config['beta']:g}"),
-        ("steps", f"{steps:,}" + "".join(map(_extended, record.get("extensions") or ()))),
-    ]
     lines = [
         "---",
         *([f"base_model: {base}"] if not Path(base).is_absolute() and base.count("/") <= 1 else []),
+        *([f"license: {record['license']}"] if record.get("license") else []),
         f"library_name: {'transformers' if full else 'peft'}",
         "tags: [dpo, dpoeng]",
         "---",
@@ -66,7 +57,7 @@ def model_card(
         "",
         "| | |",
         "|---|---|",
-        *(f"| {name} | {_cell(value)} |" for name, value in facts if value),
+        *(f"| {name} | {_cell(value)} |" for name, value in _facts(record, steps) if value),
         "",
         *_held_out(before, after),
         "## Load it",
@@ -86,6 +77,27 @@ def model_card(
         f"Versions: {', '.join(f'{name} {version}' for name, version in record['versions'].items())}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _facts(record: Mapping[str, Any], steps: int) -> list[tuple[str, str]]:
+    reference, config, adapter = record["reference"], record["config"], record["sft_adapter"]
+    base = str(record["model"])
+    return [
+        ("base", f"`{base}`" + (f", revision `{reference['revision']}`" if reference.get("revision") else "")),
+        ("SFT adapter", f"`{adapter}` ({record['adapter_mode']})" if adapter else "none"),
+        ("precision of the base", f"{_held(config, reference)}"),
+        ("reference", f"`{reference['spec']}`: the model above before training, as {_held({}, reference)}"),
+        ("pairs", ", ".join(f"`{_file(name)}` ({digest})" for name, digest in (record.get("files") or {}).items())),
+        ("loss", f"{' + '.join(config['loss_type'])}, beta {config['beta']:g}"),
+        ("licence of the base", record.get("license") or "not stated beside it: see the base"),
+        ("hardware", record.get("device") or ""),
+        ("steps", f"{steps:,}" + "".join(map(_extended, record.get("extensions") or ()))),
+    ]
+
+
+def _file(name: str) -> str:
+    """A file's name; of a data set of the hub with its commit, by which others find it."""
+    return name if name.startswith("hf://") else Path(name).name
 
 
 def _extended(extension: Mapping[str, int]) -> str:

@@ -48,7 +48,10 @@ FLOORS = (
 # Libraries whose API changes often are met in one wing; bench compares with them, so it may.
 MODEL_LIBRARIES = {"transformers", "peft", "bitsandbytes", "tokenizers", "huggingface_hub"}
 # Beside it: the probes that `dpoeng doctor` runs, and the learning-rate schedules, which are transformers' own.
-MODEL_PLACES = ("engine/models/", "engine/checks/probes.py", "engine/training/optimizer.py")
+MODEL_PLACES = (
+    "engine/models/", "engine/checks/probes.py", "engine/training/optimizer.py", "engine/data/hub.py",
+    "engine/recipes/push.py",
+)  # fmt: skip
 FILES_IN_A_FOLDER = 20
 LINES_IN_A_FUNCTION = 60
 

@@ -20,6 +20,7 @@ AREAS = {
     "The reference cache": "cache import export select ranks rank shard",
     "Training": "fsdp trunk full loss mix parity eval resume training output run tracker sweep page",
     "Judges and rounds": "judge round endpoint",
+    "The Hugging Face hub": "hub",
     "The machine": "no bitsandbytes triton memory offload system internal",
     "Measuring and the demo": "bench demo",
 }
@@ -58,6 +59,9 @@ MEANINGS: dict[str, str] = {
     "data-one-prompt": "KTO compares a response with those to other prompts, and all rows have one prompt.",
     "data-weight": "`pair_weight_column` needs a number of at least 0 in every training row.",
     "data-rejects": "More rows are unusable than allowed. `dpoeng check` shows the reasons with examples.",
+    "hub-name": "A name on the hub is organisation/name; docs/hub.md has the form for data sets.",
+    "hub-failed": "The hub did not answer, does not know the name, or refuses without a token that may do this.",
+    "hub-paths": "Others cannot load a base or an adapter by a path of your machine, and it tells who you are.",
     "model-not-found": "No folder, no GGUF file and no model on a reachable hub has this name.",
     "model-no-safetensors": "dpoeng reads only safetensors weights, because loading a pickle can run code.",
     "model-incomplete": "A file or tensor of the checkpoint is missing. transformers would fill in random numbers.",
@@ -194,6 +198,12 @@ MEANINGS: dict[str, str] = {
 
 # The usual remedy of codes that are raised in several places, or whose remedy depends on the input.
 REMEDIES: dict[str, str] = {
+    "data-changed": "run again once nothing writes to the file",
+    "data-no-files": "name the files, or the folder with the files",
+    "data-splits": "name the files or the folder of one split",
+    "hub-name": "write organisation/name, as the message shows",
+    "hub-failed": "check name and network; run `hf auth login` for private and gated repositories",
+    "hub-paths": "run the command that the message prints",
     "data-bad-csv": "write the file with a CSV library, column names first",
     "lora-no-target": "name modules of this model",
     "usage": "`--help` after the command lists its options",
