@@ -198,7 +198,6 @@ MEANINGS: dict[str, str] = {
 
 # The usual remedy of codes that are raised in several places, or whose remedy depends on the input.
 REMEDIES: dict[str, str] = {
-    "data-changed": "run again once nothing writes to the file",
     "data-no-files": "name the files, or the folder with the files",
     "data-splits": "name the files or the folder of one split",
     "hub-name": "write organisation/name, as the message shows",
