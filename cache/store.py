@@ -171,6 +171,7 @@ class Store:
                 opened.append((commit.object, opened_object))
             else:
                 damage.append(self._set_aside(object_name(commit.object.name), error, commit.object.rows))
+                # Records are the truth: without its record the object's rows are missing, and are recomputed.
                 self.files.set_aside(commit_name(spec_digest, commit.object.name))
         return opened, damage
 
@@ -221,12 +222,14 @@ class Store:
         """
         data = encode_shard(rows)
         if any(row.ids.chosen_gaps or row.ids.rejected_gaps for row in rows):
+            # Before the object: a reader of version 1 would take unscored tokens in a gap for scored ones.
             self.raise_format(FORMAT_WITH_GAPS)
         return self.commit_object(spec_digest, data, len(rows), provenance)
 
     def commit_object(self, spec_digest: str, data: memoryview, rows: int, provenance: Mapping[str, Any]) -> str:
         """Publishes an object's bytes, then its record; returns its name."""
         reference = ObjectRef(xxhash.xxh3_128_hexdigest(data), rows, len(data))
+        # This order matters: after a kill between the two, an object without a record is garbage, but never a loss.
         self._put(object_name(reference.name), data)
         self.put_commit(Commit(spec_digest, reference, provenance))
         return reference.name
@@ -256,6 +259,7 @@ class Store:
             existing = Commit.decode(self.files.read(name), name, spec=commit.spec, name=commit.object.name)
         except (CacheError, FileNotFoundError):
             existing = None
+        # The first writer's record stays, since its provenance may differ, unless it is damaged.
         if existing is None or existing.object != commit.object:
             self.files.set_aside(name)
             self.files.replace(name, data)

@@ -123,6 +123,7 @@ def shard_base(lm: CausalLM, group: Group, device: torch.device, *, trained: boo
     # Embedding, head and adapters stay whole: they are used outside the layers' gathers, and small next to the layers.
     divided = _divide(lm.backbone, mesh, trained=trained, prepare=prepare)
     whole, lm.in_files = set(lm.model.parameters()) - divided, None
+    # Assigned in place, so that tied weights and the optimizer's references stay valid.
     for parameter in whole:
         parameter.data = parameter.data.to(device)
     for module in lm.model.modules():

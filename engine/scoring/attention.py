@@ -119,7 +119,7 @@ def shared_prompt_attention(
     for group in dpoeng_plan.groups:
         length = group.prompt_end - group.prompt_begin
         for i, (q, k, v) in enumerate(islice(parts, len(group.branches))):
-            if i == 0:
+            if i == 0:  # the row contains prompt and first branch in one piece, so nothing is copied
                 prompt = k[:, :, :length], v[:, :, :length]
             else:
                 k, v = torch.cat([prompt[0], k], dim=2), torch.cat([prompt[1], v], dim=2)
@@ -144,6 +144,7 @@ def _attend(
         window = None  # it hides nothing, and faster kernels work only without a mask
     repeats = q.shape[1] // k.shape[1]
     if softcap is None and sinks is None:
+        # `is_causal` would align the queries with the first keys; with a prompt before them they belong to the last.
         causal = q_len == k_len and window is None
         if repeats > 1 and q.is_cuda and not (causal and q.dtype != torch.float32):
             # With grouped heads, CUDA has only FlashAttention (16 bits, no mask) and a kernel that stores all scores.

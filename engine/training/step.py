@@ -109,7 +109,7 @@ def _gradient_within_memory(run: Run, step: int) -> tuple[list[PreferenceLoss], 
     Raises:
         UserError: a single pair does not fit, or the base is sharded.
     """
-    if run.lm.sharded:
+    if run.lm.sharded:  # a repeated step would gather layers again, and no other process would take part
         with no_way_back("out of memory over a sharded base", f"phase two, step {step + 1}", _SMALLER):
             return _gradient(run, step)
     while True:
@@ -135,7 +135,7 @@ def _gradient_within_memory(run: Run, step: int) -> tuple[list[PreferenceLoss], 
 
 def _gradient(run: Run, step: int) -> tuple[list[PreferenceLoss], float]:
     """Forward and backward of one step from the beginning: its losses, and the norm of its gradient."""
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad(set_to_none=True)  # an attempt that ran out of memory may have left gradients
     for weight in (*run.lm.masters, *run.lm.parts):
         weight.grad = None  # may remain if memory ran out before its master took it over
     indices = run.schedule.rows_of_step(step)
