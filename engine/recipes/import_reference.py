@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dpoeng.cache.exchange.importing import Imported, file_holds_sums, import_rows
 from dpoeng.cache.store import Store
+from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import PrecomputeConfig
 from dpoeng.engine.models.loading import pick_device, with_stored_quantization
 from dpoeng.engine.models.sources import find_adapter, find_model
@@ -40,4 +41,11 @@ def import_reference(config: PrecomputeConfig, path: Path, progress: Progress = 
     meta = {"reference": reference_record(config, source, adapter, spec)}
     store = Store.open(config.cache, create=True)
     name = config.name or default_view_name(path)
-    return import_rows(store, spec.of_sums() if sums else spec, path, name, meta), sums
+    before = store.view_record(name).table if name in store.views() else None
+    done = import_rows(store, spec.of_sums() if sums else spec, path, name, meta)
+    if before is not None and before.name != store.view_record(name).table.name:
+        rows = counted(before.rows, "row")
+        progress.note(
+            f"view {name!r} contained {rows} of another import or file; it now contains these (--name keeps both)"
+        )
+    return done, sums

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from dpoeng.engine.recipes.phase_two.summary import TrainSummary
 from dpoeng.engine.recipes.precompute import precompute_reference
 from dpoeng.engine.recipes.train import train
 from dpoeng.engine.reference.parity import recompute
+from dpoeng.engine.runtime.progress import QUIET
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +92,17 @@ def test_an_import_without_a_model_says_what_is_needed(tmp_path: Path, computed:
     with pytest.raises(UserError) as caught:
         import_reference(PrecomputeConfig(cache=tmp_path / "cache"), path)
     assert (caught.value.code, caught.value.where) == ("config-missing", "--model")
+
+
+def test_a_view_that_gets_other_rows_is_told(tmp_path: Path, tiny_model: Path, computed: Path) -> None:
+    notes: list[str] = []
+    progress: Any = SimpleNamespace(note=notes.append, task=QUIET.task)
+    config = PrecomputeConfig(model=str(tiny_model), cache=tmp_path / "cache", name="rows")
+    path = rows_of(computed, tmp_path / "rows.jsonl")
+    for _ in range(2):
+        import_reference(config, path, progress)
+    assert not [note for note in notes if "contained" in note]
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join(path.read_text().splitlines(keepends=True)[:5]))
+    import_reference(config, fewer, progress)
+    assert "view 'rows' contained 12 rows of another file" in notes[-1]
