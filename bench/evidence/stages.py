@@ -195,18 +195,22 @@ _STEPS: list[_Step] = [
 
 def steps(place: Place) -> Result:
     """Forward and backward of a few layers with random weights: measured time and launches, next to the estimates."""
+    from dpoeng.bench.measuring.workload import save_small_model
     from dpoeng.bench.step import StepSettings, count_step
+    from dpoeng.bench.step_time import random_model, time_a_step
 
     result: Result = {"ok": True}
     card = card_of(place.device)
     for name, quantization, lengths in _TINY_STEPS if place.small else _STEPS:
         with tempfile.TemporaryDirectory() as folder:
-            model = _random_model(name, Path(folder), place)
-            seconds, launches = _time_a_step(model, quantization, lengths, place)
+            if name == "tiny":
+                model = save_small_model(Path(folder) / "model", layers=2, width=64, vocabulary=512)
+            else:
+                model = random_model(name, Path(folder), 4, place.device)
             prompt, chosen, rejected = lengths
-            counted = count_step(
-                StepSettings(str(model), quantization, prompt=prompt, chosen=chosen, rejected=rejected)
-            )
+            settings = StepSettings(str(model), quantization, prompt=prompt, chosen=chosen, rejected=rejected)
+            seconds, launches = time_a_step(settings, place.device)
+            counted = count_step(settings)
         result[f"{name}, {quantization}, {counted.tokens} tokens, {counted.layers} layers"] = {
             "seconds": seconds,
             "estimated_s": counted.seconds(card) if card else None,
@@ -214,59 +218,6 @@ def steps(place: Place) -> Result:
             "counted_launches": counted.layers * counted.layer.launches.total() + counted.outside.launches.total(),
         }
     return result
-
-
-def _random_model(name: str, folder: Path, place: Place, layers: int = 4) -> Path:
-    """Writes a bfloat16 checkpoint of a known model's shape with this many layers."""
-    from dpoeng.bench.measuring.workload import save_small_model
-    from dpoeng.engine.memory.overhead import model_fields
-    from dpoeng.engine.models.model_config import auto_class, config_of, with_layers
-
-    if name == "tiny":
-        return save_small_model(folder / "model", layers=2, width=64, vocabulary=512)
-    config = with_layers(config_of(model_fields(name)), layers)
-    with place.device:
-        model = auto_class(config).from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder / "model")
-    del model
-    torch.cuda.empty_cache()
-    return folder / "model"
-
-
-def _time_a_step(
-    model: Path, quantization: Any, lengths: tuple[int, int, int], place: Place
-) -> tuple[float, int | None]:
-    """Seconds of a forward and backward with all layers recomputed, and the kernels that a profiler counted."""
-    from dpoeng.engine.config.fields import TrainConfig
-    from dpoeng.engine.losses.names import LossSettings
-    from dpoeng.engine.memory.simulate import Pair
-    from dpoeng.engine.models.adapters import make_trainable
-    from dpoeng.engine.models.loading import load_model
-    from dpoeng.engine.models.model import enable_gradient_checkpointing, set_mode
-    from dpoeng.engine.models.sources import find_model
-    from dpoeng.engine.scoring.choose_layout import choose_layout
-    from dpoeng.engine.training.batch_loss import batch_loss
-
-    source = find_model(str(model))
-    lm = load_model(source, quantization=quantization, dtype="bfloat16", device=place.device, tokenizer=False)
-    config = TrainConfig.model_validate({})
-    lm = make_trainable(lm, config, "new")
-    choose_layout(lm)
-    enable_gradient_checkpointing(lm)
-    set_mode(lm, training=True)
-    pairs = [Pair(*lengths).scored()] * 2
-
-    def step() -> None:
-        torch.autograd.backward(batch_loss(lm, pairs, LossSettings.of(config)).losses.sum())
-
-    seconds = place.seconds(step)
-    if place.device.type != "cuda":
-        return seconds, None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        step()
-        synchronize(place.device)
-    kernels = [event for event in profiler.events() if event.device_type.name == "CUDA"]
-    return seconds, sum(not event.name.startswith(("Memcpy", "Memset")) for event in kernels)
 
 
 def offloading(place: Place) -> Result:

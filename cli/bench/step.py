@@ -29,15 +29,22 @@ from dpoeng.cli.bench.output import Outputs, example, finish, output_options
 @click.option("--layer-offloading", is_flag=True, help="Layer by layer: each is loaded twice, and recomputed.")
 @click.option("--trunk-layer", type=click.FloatRange(0, min_open=True), help="From a trunk at this layer, or share.")
 @click.option("--gpu", help="Estimate the time of a step on this card, by name as in dpoeng plan: a100-80gb.")
+@click.option(
+    "--measure-on",
+    metavar="DEVICE",
+    help="Also time the step of this model with 2 and with 4 layers there, with random weights: cuda.",
+)
 @output_options
-def step(outputs: Outputs, gpu: str | None, **settings: Any) -> None:
+def step(outputs: Outputs, gpu: str | None, measure_on: str | None, **settings: Any) -> None:
     """Kernel launches, bytes and FLOPs of a training step, by part; counted on the meta device, in seconds.
 
     Counts, not measurements, for a base in bfloat16 or quantised, LoRA on all linear layers, and FlashAttention over
     shared prompts. Bytes are those of each operation's tensors, as if there were no caches; FLOPs are those of matrix
     products. The time is estimated from them: 75 % of the card's FLOPs, 80 % of its bandwidth, 6 microseconds a launch;
-    with --layer-offloading also the bus, at 25 GB/s.
+    with --layer-offloading also the bus, at 25 GB/s. With --measure-on the times of a GPU stand beside the counts.
     """
+    if measure_on and (settings["layer_offloading"] or settings["trunk_layer"]):
+        raise click.UsageError("--measure-on times a step without --layer-offloading and --trunk-layer")
     import torch
 
     from dpoeng.bench.measuring.records import stamp
@@ -49,4 +56,9 @@ def step(outputs: Outputs, gpu: str | None, **settings: Any) -> None:
     record = {**stamp("step", torch.device("cpu"), settings), "calculated": True, **counts.record()}
     if card is not None:
         record |= {"gpu": card.name, "estimated_s": counts.seconds(card)}
+    if measure_on is not None:
+        from dpoeng.bench.step_time import measure_step
+        from dpoeng.engine.models.loading import pick_device
+
+        record |= measure_step(StepSettings(**settings), counts.layers, pick_device(measure_on))
     finish([record], outputs)

@@ -23,6 +23,12 @@ def step_tables(record: dict[str, Any]) -> list[Table]:
         notes = [f"Layer by layer {moved:.1f} GB cross the bus in a step of one forward: weights, and hidden states."]
     if record.get("estimated_s") is not None:
         notes += [f"Estimate, not measured: {record['estimated_s']:.3g} s a step on {record['gpu']}."]
+    if record.get("measured_on") is not None:
+        layer, rest = (f"{1e3 * record[name]:.3g} ms" for name in ("layer_s", "outside_s"))
+        notes.append(
+            f"Measured on {record['measured_on']}, without the optimizer: a layer {layer}, the rest {rest}; "
+            f"{record['layers']} layers would take {record['measured_s']:.3g} s."
+        )
     heads = ("", "launches", "bytes", "TFLOP")
     return [
         Table(_rows(record, place), heads, title, notes if place == "optimizer" else ())

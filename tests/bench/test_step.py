@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
+from model_fields import fields
 
+from dpoeng.bench import step_time
 from dpoeng.bench.step import (
     ATTENTION,
     ATTENTION_PRODUCTS,
@@ -26,6 +29,7 @@ from dpoeng.bench.step import (
     count_step,
 )
 from dpoeng.cli.bench.step import step
+from dpoeng.cli.bench.step_table import step_tables
 from dpoeng.engine.memory.cards import Gpu
 
 GB = 1e9
@@ -116,6 +120,30 @@ def test_layer_by_layer_and_from_a_trunk() -> None:
     assert above.layer.launches == ordinary.layer.launches
     slow = Gpu("card", 0, 1e15, 1e15)
     assert by_layer.seconds(slow, bus_gb_per_s=1.0) == pytest.approx(28 * by_layer.bus_bytes / 1e9)
+
+
+def test_measured_times_stand_beside_the_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: 10 ms a layer and 7 outside; and really run, where a CPU stands for the GPU."""
+    times = iter([(0.027, 50), (0.047, 90)])
+    with monkeypatch.context() as patch:
+        patch.setattr(step_time, "random_model", lambda *_: "model")
+        patch.setattr(step_time, "time_a_step", lambda *_: next(times))
+        found = step_time.measure_step(StepSettings("model"), 28, torch.device("cpu"))
+    assert found["layer_s"] == pytest.approx(0.010)
+    assert found["outside_s"] == pytest.approx(0.007)
+    assert found["measured_s"] == pytest.approx(0.287)
+    assert found["measured_launches"] == [50, 90]
+
+    (tmp_path / "config.json").write_text(json.dumps(fields("qwen2", num_hidden_layers=6)))
+    ask = ["--model", str(tmp_path), "--prompt", "9", "--chosen", "7", "--rejected", "5", "--measure-on", "cpu"]
+    done = CliRunner().invoke(step, [*ask, "--json"], catch_exceptions=False)
+    (record,) = json.loads(done.stdout)
+    few, more = record["measured_seconds"]
+    assert min(few, more) > 0
+    assert record["measured_s"] == pytest.approx(few + 4 * (more - few) / 2)
+    shown = "\n".join(note for table in step_tables(record) for note in table.notes)
+    assert f"Measured on {record['measured_on']}" in shown
+    assert "6 layers would take" in shown
 
 
 def test_the_command(tmp_path: Path) -> None:
