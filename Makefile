@@ -4,6 +4,7 @@
 #   make test        the test suite                    make test-slow   what takes minutes
 #   make lint        ruff, format, mypy                make test-peers  parity with TRL, in an environment of its own
 #   make test-oldest the suite with the lowest accepted versions, in an environment of its own
+#   make test-newest the suite with the newest versions, in an environment of its own
 #   make test-gpu    what only a GPU can show: kernels, attention, both phases, memory
 #   make gpu-evidence the first minutes on a GPU: kernels, attention, steps, tests; results stage by stage
 #   make site        the documents as a site, in site/        make docs-errors   docs/errors.md anew
@@ -20,6 +21,9 @@ PIP_FLAGS ?=
 VENV ?= .venv
 PEERS ?= .venv-peers
 OLDEST ?= .venv-oldest
+NEWEST ?= .venv-newest
+# The newest torch that a package index has as a CPU build; with another index (PIP_FLAGS) name a newer one.
+NEWEST_TORCH ?= 2.13.0
 DEMO_DIR ?= demo
 # A process a core; a file's tests stay together, since they share models and caches that take a while to make.
 WORKERS ?= -n auto --maxprocesses 8 --dist loadfile
@@ -39,7 +43,7 @@ define pip_install
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo mutants attacks test test-slow test-peers test-gpu gpu-evidence test-oldest coverage lint format site docs-errors figures \
+.PHONY: help setup demo mutants attacks test test-slow test-peers test-gpu gpu-evidence test-oldest test-newest coverage lint format site docs-errors figures \
 	bench dist clean distclean
 
 help:
@@ -64,6 +68,12 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(call pip_install,$(OLDEST),"$$(grep '^torch==' constraints-oldest.txt)")
 	$(call pip_install,$(OLDEST),-c constraints-oldest.txt -e '.[dev]')
+	@touch $@
+
+$(NEWEST)/.installed: pyproject.toml constraints-newest.txt
+	$(PYTHON) -m venv $(NEWEST)
+	$(call pip_install,$(NEWEST),"torch==$(NEWEST_TORCH)")
+	$(call pip_install,$(NEWEST),-c constraints-newest.txt "torch==$(NEWEST_TORCH)" -e '.[dev]')
 	@touch $@
 
 demo: $(VENV)/.installed
@@ -91,6 +101,9 @@ gpu-evidence: $(VENV)/.installed
 
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest $(WORKERS)
+
+test-newest: $(NEWEST)/.installed
+	$(NEWEST)/bin/python -m pytest $(WORKERS)
 
 coverage: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest $(WORKERS) --cov --cov-report=term-missing:skip-covered --cov-fail-under=85
@@ -139,4 +152,4 @@ clean:
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) $(PEERS) $(OLDEST)
+	rm -rf $(VENV) $(PEERS) $(OLDEST) $(NEWEST)

@@ -455,6 +455,11 @@ class TrainConfig(_Config):
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the variance.")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0 turns clipping off.")
+    router_aux_loss_coef: float = Field(
+        0.0,
+        ge=0,
+        description="Adds a mixture of experts' own balancing loss, times this; its config.json has the model's own.",
+    )
     num_train_epochs: float = Field(3.0, gt=0, le=1e6, description="Passes over the pairs.")
     max_steps: int = Field(-1, ge=-1, le=10**12, description="Optimizer steps; if > 0 it replaces num_train_epochs.")
     per_device_train_batch_size: int = Field(
@@ -598,6 +603,12 @@ class TrainConfig(_Config):
             names = [as_own_loss(name) for name in names]
             check_names([name for name in names if not isinstance(name, OwnLoss)])
         return names
+
+    @model_validator(mode="after")
+    def _routers_see_whole_forwards(self) -> TrainConfig:
+        if self.router_aux_loss_coef and self.layer_offloading == "on":
+            raise ValueError("router_aux_loss_coef needs all layers in one forward: leave layer_offloading out")
+        return self
 
     @model_validator(mode="after")
     def _losses_fit_their_settings(self) -> TrainConfig:

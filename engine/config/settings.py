@@ -132,6 +132,7 @@ class TrainSettings(LossFields, total=False):
     adam_beta2: float
     adam_epsilon: float
     max_grad_norm: float
+    router_aux_loss_coef: float
     num_train_epochs: float
     max_steps: int
     per_device_train_batch_size: int

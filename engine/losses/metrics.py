@@ -21,9 +21,10 @@ def pair_values(part: PreferenceLoss) -> dict[str, torch.Tensor]:
 
 
 def _all_values(part: PreferenceLoss) -> dict[str, torch.Tensor]:
+    auxiliary = {} if part.auxiliary is None else {"aux_loss": part.auxiliary}
     if part.threshold is not None:
-        return _unpaired_values(part, part.threshold)
-    return {
+        return _unpaired_values(part, part.threshold) | auxiliary
+    return auxiliary | {
         "loss": part.losses.detach(),
         "rewards/chosen": part.chosen_rewards,
         "rewards/rejected": part.rejected_rewards,

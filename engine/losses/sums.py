@@ -126,6 +126,7 @@ class PreferenceLoss:
     """Losses and reported quantities; all [B], float64; all but `losses` detached.
 
     `threshold` is the reward above which an unpaired response counts as desirable (None for pairs).
+    `auxiliary` is the balancing loss of the forward's routers, the same for all its pairs; None if none is added.
     """
 
     losses: torch.Tensor
@@ -135,6 +136,7 @@ class PreferenceLoss:
     rejected_rewards: torch.Tensor
     sums: PairSums = field(repr=False)
     threshold: torch.Tensor | None = None
+    auxiliary: torch.Tensor | None = None
 
     def on_host(self) -> PreferenceLoss:
         """Like `PairSums.on_host`."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config.fields import Mode, TrainConfig
-from dpoeng.engine.models.checkpoint_names import as_peft_reads, save_for_whole
+from dpoeng.engine.models.checkpoint_names import as_peft_reads, of_other_tower, save_for_whole
 from dpoeng.engine.models.experts.forward import use_stack_product
 from dpoeng.engine.models.experts.targets import beside_experts
 from dpoeng.engine.models.full_finetuning import train_all
@@ -134,6 +134,8 @@ def _add_new_adapter(
     if layers is not None:
         arguments.pop("exclude_modules", None)
         arguments = limit_to_layers(arguments, lm, layers, linear)
+    if towers := other_towers(lm):
+        arguments["exclude_modules"] = [*arguments.get("exclude_modules", ()), *towers]
     config = LoraConfig(**arguments)
     try:
         with warnings.catch_warnings():
@@ -184,6 +186,13 @@ def _check_over_stored(lm: CausalLM, name: str, fields: Mapping[str, Any]) -> No
             found=f"{found} {fields[found]}",
             remedy="train a plain LoRA, or name the full-precision checkpoint with --model",
         )
+
+
+def other_towers(lm: CausalLM) -> list[str]:
+    """Linear layers of the towers for images or sound, which text does not pass through: no LoRA lies in them."""
+    own = {id(module) for module in lm.backbone.modules()}
+    linear = (name for name, m in lm.base.named_modules() if isinstance(m, nn.Linear) and id(m) not in own)
+    return [name for name in linear if of_other_tower(name)]
 
 
 def _no_target(lora: dict[str, Any], names: list[str], why: str) -> UserError:

@@ -75,6 +75,11 @@ def stored_names(source: ModelSource) -> StoredNames:
     return StoredNames(model, in_memory, frozenset(converted))
 
 
+def of_other_tower(name: str) -> bool:
+    """Whether a module is part of a tower for images or sound, by its name."""
+    return _OTHER_TOWERS.search(name) is not None
+
+
 @contextlib.contextmanager
 def as_peft_reads(adapter: ModelSource, base: Any) -> Iterator[ModelSource]:
     """Yields an adapter that peft can load onto this model: the adapter itself, or a copy with renamed weights.

@@ -14,6 +14,7 @@ from dpoeng.cache.errors import UserError
 from dpoeng.engine.config.fields import Mode, TrainConfig
 from dpoeng.engine.losses.own_check import check_own_losses
 from dpoeng.engine.models.checkpoint_names import class_to_load
+from dpoeng.engine.models.experts.balance import balance_of, trains_routers
 from dpoeng.engine.models.full_finetuning import whole_weights
 from dpoeng.engine.models.model import device_name, library_versions
 from dpoeng.engine.models.sources import ModelSource, has_stored_quantization, license_of
@@ -208,6 +209,9 @@ def make_run(
         starts_within=policy.parity.tolerance if _starts_at_reference(config) else None,
         group=group,
     )
+    run.balance = balance_of(policy.lm, config.router_aux_loss_coef, whole_batch=run.settings.whole_batch)
+    if run.balance is None and trains_routers(policy.lm):
+        progress.note("routers are trained without a balancing loss: --router-aux-loss-coef adds the model's own")
     if on_metrics is not None:
         run.on_metrics = on_metrics
     return run

@@ -29,7 +29,7 @@ from dpoeng.engine.runtime.to_device import to_device
 from dpoeng.engine.scoring.layout import GroupSpan
 
 _UPDATES = {"update_conv_state", "update_recurrent_state"}
-_CACHES = ("cache_params", "past_key_values")
+_CACHES = ("cache", "cache_params", "past_key_values")  # since transformers 5.24, and before
 _MASKS = ("attention_mask", "conv_mask")
 
 PADDING = 1.25
@@ -210,8 +210,9 @@ def _keeps_state(kind: type[nn.Module]) -> bool:
 
 def _forked(
     forward: Callable[..., torch.Tensor],
-    cache: str,
-    mask: str | None,
+    of_cache: str,
+    of_mask: str | None,
+    /,
     hidden_states: torch.Tensor,
     *others: Any,
     dpoeng_plan: Any = None,
@@ -219,18 +220,18 @@ def _forked(
 ) -> torch.Tensor:
     """Runs a layer over a row [1, T, H] -> [1, T, H], by its own `forward(hidden_states, cache, mask)` on rectangles.
 
-    `dpoeng_plan`: an `attention.AttentionPlan`.
+    `of_cache`, `of_mask`: what these arguments are called. `dpoeng_plan`: an `attention.AttentionPlan`.
     """
     if dpoeng_plan is None:
         return forward(hidden_states, *others, **named)
-    if others or named.get(mask or "") is not None or named.get(cache) is not None:
+    if others or named.get(of_mask or "") is not None or named.get(of_cache) is not None:
         raise ValueError("a layer with a state takes no mask and no cache here: the plan defines the order")
     plan: Forks = dpoeng_plan.forks(hidden_states)
     row = hidden_states[0]
 
     def over(rectangle: Rectangle, states: _States) -> torch.Tensor:
         inputs = row.index_select(0, rectangle.rows).view(*rectangle.shape, -1)
-        masked = named | {cache: states} | ({mask: rectangle.mask} if mask else {})
+        masked = named | {of_cache: states} | ({of_mask: rectangle.mask} if of_mask else {})
         return forward(hidden_states=inputs, **masked).flatten(0, 1)
 
     ends = [_States() for _ in plan.prompts]

@@ -14,6 +14,7 @@ from dpoeng.cache.schema import ScoredPair
 from dpoeng.engine.config.fields import TrainConfig
 from dpoeng.engine.losses.batch import LossState
 from dpoeng.engine.losses.names import LossSettings
+from dpoeng.engine.models.experts.balance import Balance
 from dpoeng.engine.models.fsdp_rows import make_whole, own_rows, whole_parameters
 from dpoeng.engine.models.model import CausalLM
 from dpoeng.engine.runs.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
@@ -47,7 +48,7 @@ class Run:
     reference (dropout). `extensions` are the records of earlier lengths of this run, if it was extended. `micro_batch`
     is the number of pairs per forward: as configured, or on a GPU a chosen one, until memory runs out. The processes of
     `group` share a step's forwards; all have the same adapter and optimizer. `tell` reports the progress of a long
-    step.
+    step. `balance` adds the balancing loss of a mixture of experts, if set.
     """
 
     config: TrainConfig
@@ -70,6 +71,7 @@ class Run:
     micro_batch: int = 0
     group: Group = ALONE
     tell: Callable[[str], None] = lambda _: None
+    balance: Balance | None = None
     settings: LossSettings = field(init=False)
     whole: Sequence[torch.nn.Parameter] = field(init=False, repr=False)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -22,6 +23,7 @@ from dpoeng.cache.schema import ScoredPair
 from dpoeng.cache.words import counted
 from dpoeng.engine.losses.batch import PairSums, PreferenceLoss, next_state, preference_loss
 from dpoeng.engine.losses.metrics import preference_metrics
+from dpoeng.engine.models.experts.balance import Seen
 from dpoeng.engine.models.fsdp_rows import clip_gradients, take_gradients
 from dpoeng.engine.runtime.out_of_memory import attempt, no_way_back, too_large
 from dpoeng.engine.training.batch_loss import batch_loss, batch_sums, groups_of, in_order, turns
@@ -169,17 +171,21 @@ def _backward_of_parts(run: Run, step: int, micros: Sequence[Micro], begin: Begi
         for micro, counts in turns(run.group, len(micros), sharded=run.lm.sharded):
             batch, weights = micros[micro]
             begin(micro)
-            part = batch_loss(
-                run.lm,
-                batch,
-                run.settings,
-                weights,
-                state=run.loss_state,
-                mean_tokens=mean_tokens,
-                per_token=run.per_token,
-                gumbel=_gumbel(run.config.seed, step, len(batch)) if run.settings.whole_batch else None,
-            )
+            with run.balance.watching() if run.balance is not None else contextlib.nullcontext() as seen:
+                part = batch_loss(
+                    run.lm,
+                    batch,
+                    run.settings,
+                    weights,
+                    state=run.loss_state,
+                    mean_tokens=mean_tokens,
+                    per_token=run.per_token,
+                    gumbel=_gumbel(run.config.seed, step, len(batch)) if run.settings.whole_batch else None,
+                )
             loss = part.losses.sum() / len(rows)
+            if seen is not None:
+                part, added = _with_balance(part, seen)
+                loss = loss + added * (len(batch) / len(rows))
             # A forward that is repeated for other processes also runs its backward, which gathers layers, too;
             # multiplied by 0, the loss adds nothing to the gradient.
             torch.autograd.backward(loss if counts else 0.0 * loss)
@@ -188,6 +194,13 @@ def _backward_of_parts(run: Run, step: int, micros: Sequence[Micro], begin: Begi
         return parts
 
     return in_order(run.group, work, sharded=run.lm.sharded)
+
+
+def _with_balance(part: PreferenceLoss, seen: Seen) -> tuple[PreferenceLoss, torch.Tensor]:
+    """The loss of a forward with its routers' balancing loss beside it; and that, times its coefficient."""
+    auxiliary = seen.loss()
+    told = auxiliary.detach().to(part.losses).expand_as(part.losses)
+    return replace(part, auxiliary=told), seen.balance.coefficient * auxiliary
 
 
 def _add_gradients(run: Run, parameters: Sequence[torch.nn.Parameter]) -> None:

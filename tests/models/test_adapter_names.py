@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from dpoeng.bench.studies.tiny_models import save_tiny
@@ -20,6 +21,7 @@ from dpoeng.engine.models.checkpoint_names import class_to_load
 from dpoeng.engine.models.full_finetuning import save_model, train_all
 from dpoeng.engine.models.loading import load_model
 from dpoeng.engine.models.model import CausalLM, set_mode
+from dpoeng.engine.models.model_config import auto_class_of
 from dpoeng.engine.models.sources import find_adapter, find_model
 from dpoeng.engine.recipes.merge import merge
 
@@ -48,7 +50,12 @@ def adapter_of(model: Path, folder: Path, loader: Any, **lora: Any) -> torch.Ten
 
 @torch.no_grad()
 def log_probs(model: Any) -> torch.Tensor:
-    logits: torch.Tensor = model.eval()(input_ids=IDS, use_cache=False).logits
+    try:
+        logits: torch.Tensor = model.eval()(input_ids=IDS, use_cache=False).logits
+    except AttributeError as error:  # transformers 5.24's Llama 4 asks its decoder for outputs of images
+        if "image_outputs" not in str(error):
+            raise
+        pytest.skip(f"transformers {transformers.__version__} does not run {type(model).__name__} on text alone")
     return logits.double().log_softmax(-1)
 
 
@@ -124,12 +131,20 @@ def test_experts_that_were_adapted_one_by_one(tmp_path: Path) -> None:
     torch.testing.assert_close(through_dpoeng(model, folder), truth, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("model_type", "targets"), [("qwen3_5", ["down_proj"]), ("llama4", ["q_proj", "o_proj"])])
+@pytest.mark.parametrize(
+    ("model_type", "targets"),
+    [
+        ("qwen3_5", ["down_proj"]),
+        ("llama4", ["q_proj", "o_proj"]),
+        ("gemma3", ["q_proj", "down_proj"]),
+        *(pytest.param(name, ["q_proj", "down_proj"], marks=pytest.mark.slow) for name in ("qwen2_5_vl", "mistral3")),
+    ],
+)
 def test_a_saved_adapter_loads_in_the_class_that_the_config_names(
     model_type: str, targets: list[str], tmp_path: Path
 ) -> None:
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
     model = save_whole(Path(model_type), tmp_path / "whole")
     lm = add_policy_adapter(load(model), "new", None, {"r": 2, "target_modules": targets})
@@ -149,7 +164,7 @@ def test_a_saved_adapter_loads_in_the_class_that_the_config_names(
     # And back: by dpoeng, and merged, as the whole and as its text part.
     torch.testing.assert_close(through_dpoeng(model, tmp_path / "adapter"), truth, atol=1e-4, rtol=0)
     merge(find_model(str(model)), [find_adapter(str(tmp_path / "adapter"))], tmp_path / "merged")
-    for kind in (AutoModelForImageTextToText, AutoModelForCausalLM):
+    for kind in (AutoModelForImageTextToText, auto_class_of(model)):
         merged, info = kind.from_pretrained(tmp_path / "merged", dtype=torch.float32, output_loading_info=True)
         assert not info["missing_keys"]
         torch.testing.assert_close(log_probs(merged), truth, atol=1e-3, rtol=0)

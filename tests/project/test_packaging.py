@@ -105,7 +105,8 @@ def test_the_source_archive_has_documents_tests_and_pins(sdist: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = [path for folder in ("docs", "examples") for path in (ROOT / folder).iterdir() if path.is_file()]
     wanted += [path for path in (ROOT / "tests").rglob("*") if path.is_file() and path.name != "test_rules.py"]
-    wanted += [ROOT / name for name in ("constraints.txt", "constraints-oldest.txt", "CHANGELOG.md", "README.md")]
+    wanted += [ROOT / f"constraints{name}.txt" for name in ("", "-oldest", "-newest")]
+    wanted += [ROOT / name for name in ("CHANGELOG.md", "README.md")]
     wanted += (PACKAGE / "bench" / "results").iterdir()
     missing = {path.relative_to(ROOT).as_posix() for path in wanted if "__pycache__" not in path.parts} - names
     assert not missing

@@ -299,6 +299,18 @@ def test_the_oldest_versions_are_the_lower_bounds() -> None:
         assert Version(version) == Version(bounds[name]), name
 
 
+def test_the_newest_versions_are_no_older_than_the_tested_ones() -> None:
+    """What `make test-newest` installs lies within the ranges that pip accepts, at or above what is tested."""
+    tested, newest = pins_of("constraints.txt"), pins_of("constraints-newest.txt")
+    project = PROJECT["project"]
+    ranges = {canonicalize_name(r.name): r.specifier for r in map(Requirement, project["dependencies"])}
+    for name, version in newest.items():
+        assert Version(version) >= Version(tested[name]), name
+        assert name not in ranges or ranges[name].contains(version), name
+    calls = {"transformers", "peft", "accelerate", "bitsandbytes", "triton"}
+    assert calls <= newest.keys()
+
+
 def test_triton_is_the_one_that_torch_asks_for() -> None:
     """torch's CUDA build names one version of triton, its CPU build none: a new torch needs a new line."""
     asked = {"2.13.0": "3.7.1"}

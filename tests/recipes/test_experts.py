@@ -21,7 +21,7 @@ from dpoeng.engine.recipes.quantize import quantize
 from dpoeng.engine.recipes.train import train
 
 
-def run(work: Path, quantization: str, **settings: Any) -> Any:
+def run(work: Path, quantization: str, on_metrics: Any = None, **settings: Any) -> Any:
     """Both phases on four pairs; the adapter is on attention and on the experts."""
     rows = [
         {"prompt": f"How do tides work, {i}?", "chosen": f" The moon pulls, {i}.", "rejected": " No idea" * (1 + i % 3)}
@@ -41,7 +41,7 @@ def run(work: Path, quantization: str, **settings: Any) -> Any:
         "eval_share": 0.0,
         "learning_rate": 1e-2,
     }
-    return train(TrainConfig.model_validate(second | settings))
+    return train(TrainConfig.model_validate(second | settings), on_metrics=on_metrics)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,28 @@ def test_both_phases_agree_to_the_bit_over_quantized_experts(
     assert seen.parity.max_diff == 0.0
     merge_run(tmp_path / "run", tmp_path / "merged")
     _is_base_and_adapter(tmp_path)
+
+
+def test_a_run_with_lora_on_experts_goes_on_as_if_never_interrupted(tmp_path: Path) -> None:
+    """Interrupted after its first step, over experts in 4 bits, with their balancing loss: the same adapter, byte for
+    byte."""
+    save_tiny("qwen3_moe", tmp_path / "model")
+    settings = {"lora_target_parameters": ("gate_up_proj", "down_proj"), "router_aux_loss_coef": 0.1, "max_steps": 3}
+    adapters = []
+    for name in ("whole", "interrupted"):
+        output = {"output_dir": tmp_path / name, "save_steps": 1}
+        if name == "interrupted":
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path, "4bit", on_metrics=_interrupt, **settings, **output)
+            assert not (tmp_path / name / "adapter").exists()
+        run(tmp_path, "4bit", **settings, **output)
+        adapters.append((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
+
+
+def _interrupt(line: Any) -> None:
+    if line.get("step") == 2:
+        raise KeyboardInterrupt
 
 
 @torch.no_grad()
