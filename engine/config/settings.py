@@ -183,6 +183,9 @@ class EvaluateSettings(LossFields, total=False):
     eval_group_by: str | Sequence[str] | None
     parity_pairs: int
     parity_tolerance: float | None
+    layer_offloading: LayerOffloading
+    offload_gib: float | None
+    offload_folder: str | PathLike[str] | None
 
 
 class CompareSettings(TypedDict, total=False):

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from dpoeng.cache.words import GIB
-from dpoeng.engine.config.fields import TrainConfig
+from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
 from dpoeng.engine.config.plan import PlanConfig
-from dpoeng.engine.memory import ways
+from dpoeng.engine.memory import fit, ways
 from dpoeng.engine.memory.any_depth import Memory, step_memory
 from dpoeng.engine.memory.cards import Roads
+from dpoeng.engine.memory.offloading import decide_scoring
 from dpoeng.engine.memory.simulate import ADAPTERS, GRADIENTS, OPTIMIZER, WEIGHTS, Pair, Setup
 from dpoeng.engine.memory.tracker import Peak
+from dpoeng.engine.models.sources import find_model
 from dpoeng.engine.recipes import plan as plan_module
 from dpoeng.engine.recipes.init import suggest
 from dpoeng.engine.recipes.plan import as_json, make_plan, suggested
@@ -54,6 +56,26 @@ def test_two_shallow_models_tell_of_a_deep_one() -> None:
     deeper = step_memory(setup(by_layer=True, depth=8), [Pair(3, 20, 10)]).peak
     grown = {kind for kind in extended.by_kind if extended.by_kind[kind] != deeper.by_kind.get(kind)}
     assert grown <= {ADAPTERS, GRADIENTS, OPTIMIZER}
+
+
+@pytest.mark.parametrize(("room", "by_layer"), [(10**12, False), (1000, True)])
+def test_a_pair_that_does_not_fit_is_scored_by_layer(
+    room: int, by_layer: bool, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `eval` and `cache verify --recompute` ask, unless layer offloading is on or off."""
+    monkeypatch.setattr(fit, "_is_small", lambda *_: False)
+    monkeypatch.setattr(fit, "available_bytes", lambda _: room)
+    notes: list[str] = []
+
+    def decided(wanted: str, quantization: str = "none") -> bool:
+        config = PrecomputeConfig.model_validate({"layer_offloading": wanted, "quantization": quantization})
+        pairs = [Pair(3, 20, 10).scored().ids] * 50  # together they need not fit: they are halved
+        return decide_scoring(config, find_model(str(tiny_model)), pairs, torch.device("cpu"), notes.append)
+
+    assert decided("auto") is by_layer
+    assert len(notes) == by_layer
+    assert [decided("on"), decided("off"), decided("auto", "stored")] == [True, False, False]
+    assert len(notes) == by_layer
 
 
 def plan(**more: Any) -> Any:
