@@ -29,6 +29,7 @@ COMMANDS = {
     "eval": ("dpoeng.cli.evaluate:evaluate", "Evaluate a trained adapter on cached pairs."),
     "compare": ("dpoeng.cli.compare:compare", "Show answers before and after training, side by side."),
     "judge": ("dpoeng.cli.rounds.judge:judge", "Let a judge compare answers before and after training."),
+    "round": ("dpoeng.cli.rounds.round:round_", "Sample answers, have them judged, and train on best against worst."),
     "check": ("dpoeng.cli.check:check", "Check preference pairs for anything that could spoil a run."),
     "select": ("dpoeng.cli.select:select", "Select pairs by their reference log-probs, as a new view."),
     "report": ("dpoeng.cli.runs.report:report", "Write a run as one HTML page: curves, tables, configuration."),

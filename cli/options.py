@@ -38,6 +38,7 @@ _USUAL = {
     "train": _USUAL_TRAIN,
     "sweep": f"vary rank_by halving_factor devices {_USUAL_TRAIN}",
     "eval": "cache view eval_group_by model quantization device per_device_eval_batch_size",
+    "round": "learning_rate num_train_epochs max_steps loss_type beta device",
     "check": "model adapter tokenizer max_length columns prompt_format where",
     "show": "",
 }

@@ -199,6 +199,40 @@ class CompareSettings(TypedDict, total=False):
     device: str
 
 
+class RoundFields(LossFields, total=False):
+    """Of `dpoeng.train_rounds`: in place of what the run had."""
+
+    cache: str | PathLike[str]
+    device: str
+    seed: int
+    optim: Optimizer
+    learning_rate: float
+    lr_scheduler_type: Schedule
+    warmup_ratio: float
+    warmup_steps: int
+    weight_decay: float
+    max_grad_norm: float
+    num_train_epochs: float
+    max_steps: int
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    per_device_eval_batch_size: int
+    gradient_checkpointing: bool | None
+    activation_offloading: bool
+    layer_offloading: LayerOffloading
+    offload_gib: float | None
+    offload_folder: str | PathLike[str] | None
+    report_to: (
+        Literal["tensorboard", "wandb", "mlflow", "trackio"]
+        | Sequence[Literal["tensorboard", "wandb", "mlflow", "trackio"]]
+    )
+    logging_steps: int
+    eval_steps: int | None
+    save_steps: int | None
+    save_total_limit: int
+    full_determinism: bool
+
+
 class PlanSettings(TypedDict, total=False):
     """Arguments of `dpoeng.plan`."""
 

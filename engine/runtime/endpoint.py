@@ -18,7 +18,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -91,6 +91,10 @@ class Endpoint:
             )
         return Endpoint(url.rstrip("/"), os.environ.get(key_variable, "").strip(), **settings)
 
+    def at(self, url: str) -> Endpoint:
+        """The same server at another address of its, asked without a second attempt."""
+        return replace(self, url=url, retries=0)
+
     def models(self) -> list[str]:
         """The names of the server's models; asked once, without retries.
 
@@ -105,7 +109,7 @@ class Endpoint:
         return [str(one["id"]) for one in data or () if isinstance(one, dict) and "id" in one]
 
     def post(self, path: str, body: Mapping[str, Any], stopped: threading.Event | None = None) -> Any:
-        """The answer to one request as JSON, or `Refused`.
+        """The answer to one request as JSON, or as text where it is none; or `Refused`.
 
         Args:
             path: path after the address, `/chat/completions`.
@@ -173,8 +177,8 @@ class Endpoint:
             raise _AgainError(f"{type(reason).__name__}: {reason}") from error
         try:
             return json.loads(text)
-        except ValueError as error:
-            raise _AgainError(f"an answer that is not JSON: {self._shown(text)}") from error
+        except ValueError:  # some requests are answered in words; who wants more finds nothing else in them
+            return self._shown(text)
 
     def _refused(self, error: urllib.error.HTTPError, path: str) -> Refused:
         """A request that this server will never answer; raises if it may, or if the server answers no request."""

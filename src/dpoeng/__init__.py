@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         precompute_reference,
         token_logps,
         train,
+        train_rounds,
     )
 
     __version__: str
@@ -38,6 +39,7 @@ __all__ = [
     "precompute_reference",
     "token_logps",
     "train",
+    "train_rounds",
 ]
 
 

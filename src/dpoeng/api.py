@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         EvaluateSettings,
         PlanSettings,
         PrecomputeSettings,
+        RoundFields,
         TrainSettings,
     )
     from dpoeng.engine.data.in_memory import RowsInMemory
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from dpoeng.engine.recipes.plan import Plan
     from dpoeng.engine.recipes.precompute import PrecomputeSummary
     from dpoeng.engine.recipes.rounds.judge import Judgement
+    from dpoeng.engine.recipes.rounds.record import RoundSummary
     from dpoeng.engine.runtime.progress import Progress
 
 StrPath = str | PathLike[str]
@@ -385,6 +387,120 @@ def judge(
         ),
         progress=shown,
     )
+
+
+def train_rounds(
+    trained: StrPath,
+    *,
+    judge: StrPath | Callable[[str, str], float | None],
+    reference: Literal["first", "last"],
+    rounds: int = 1,
+    samples: int = 4,
+    prompts: StrPath | None = None,
+    count: int | None = None,
+    train_on: Literal["all", "new"] = "all",
+    keep_cut: bool = False,
+    judge_model: str = "",
+    api_key_env: str = "OPENAI_API_KEY",
+    template: str | None = None,
+    judge_max_tokens: int = 512,
+    timeout: float = 300.0,
+    retries: int = 6,
+    concurrency: int = 8,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[str] = (),
+    batch_size: int = 8,
+    server: str | None = None,
+    server_key_env: str = "VLLM_API_KEY",
+    output_dir: StrPath = "rounds",
+    progress: bool | Progress = False,
+    **settings: Unpack[RoundFields],
+) -> list[RoundSummary]:
+    """Sample answers from a run's policy, have them judged, and train on the best against the worst; several times.
+
+    Call it again after an interruption: it goes on within the step. More `rounds` are added to those that are done.
+
+    >>> for one in dpoeng.train_rounds("out", judge=score, reference="first", rounds=3):
+    ...     print(one.number, one.mean_score, one.pairs, one.result)
+
+    Args:
+        trained: a run's folder, which stays as it is.
+        judge: as for `judge`; a judge that compares sees every two answers in both orders.
+        reference: of each round: the run's own, or the policy that was sampled.
+        rounds: in all, with those that are done.
+        samples: answers to a prompt.
+        prompts: a file of prompts; None: those of the run's training pairs.
+        count: prompts a round, the next ones in each; None for all.
+        train_on: the run's pairs and those of every round, or the new ones alone.
+        keep_cut: also use answers that `max_new_tokens` cut off.
+        judge_model: as for `judge`, and so are `api_key_env`, `template`, `judge_max_tokens`, `timeout`, `retries` and
+            `concurrency`.
+        api_key_env: see `judge_model`.
+        template: see `judge_model`.
+        judge_max_tokens: see `judge_model`.
+        timeout: see `judge_model`.
+        retries: see `judge_model`.
+        concurrency: see `judge_model`.
+        max_new_tokens: most tokens of an answer.
+        temperature: of the sampling; above 0.
+        top_p: sample among the likeliest tokens of this probability.
+        repetition_penalty: above 1 keeps small models from circling.
+        stop: texts at which an answer ends.
+        batch_size: prompts answered at once here.
+        server: a vLLM or SGLang server, up to /v1, that samples in place of this machine.
+        server_key_env: the environment variable that holds its key.
+        output_dir: the rounds' folder: pairs, runs, and a cache of their own.
+        progress: as for `precompute_reference`.
+        settings: of the rounds' trainings, in place of what the run had, e.g. learning_rate, max_steps, beta.
+
+    Raises:
+        UserError: rounds cannot begin with this run, or a step fails.
+    """
+    from dpoeng.engine.config.settings import RoundFields
+    from dpoeng.engine.recipes.evaluate import find_trained
+    from dpoeng.engine.recipes.rounds.answers import Sampling
+    from dpoeng.engine.recipes.rounds.begin import RoundSettings
+    from dpoeng.engine.recipes.rounds.judges import TEMPLATE, JudgeSettings, find_judge
+    from dpoeng.engine.recipes.rounds.rounds import train_rounds as run
+    from dpoeng.engine.runtime.endpoint import Endpoint
+
+    _refuse_others("train_rounds", RoundFields, settings)
+    shown, found = _shown(progress), find_trained(Path(trained))
+    config = _config_of_run(found.run, settings)
+    asking = {"timeout_s": timeout, "retries": retries, "concurrency": concurrency}
+    judging = JudgeSettings(
+        server_model=judge_model,
+        key_variable=api_key_env,
+        template=TEMPLATE if template is None else template,
+        max_tokens=judge_max_tokens,
+        timeout_s=timeout,
+        retries=retries,
+        concurrency=concurrency,
+        device=config.device,
+    )
+    wanted = RoundSettings(
+        reference=reference,
+        rounds=rounds,
+        train_on=train_on,
+        prompts=Path(prompts) if prompts is not None else None,
+        count=count,
+        keep_cut=keep_cut,
+        sampling=Sampling(
+            count=samples,
+            max_new_tokens=max_new_tokens,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            temperature=temperature,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=config.seed,
+            batch_size=batch_size,
+        ),
+        server=Endpoint.of(server, server_key_env, "--server", **asking) if server is not None else None,
+    )
+    return run(found, config, find_judge(judge, judging, shown), wanted, Path(output_dir), shown)
 
 
 def token_logps(

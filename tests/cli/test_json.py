@@ -60,6 +60,9 @@ CASES: dict[str, Check] = {
     "judge out --judge rule.py:score --count 2 --max-new-tokens 2": lambda v: (
         v["prompts"] == 2 and v["wins"] + v["losses"] + v["ties"] == 2 and v["folder"] == "out/judge"
     ),
+    "round out --judge rule.py:score --reference first --max-new-tokens 3 --keep-cut --max-steps 1": lambda v: (
+        [one["number"] for one in v] == [1] and v[0]["pairs"] > 0 and v[0]["result"].endswith("run/adapter")
+    ),
     "check pairs.jsonl --max-reject-share 0.2": lambda v: v["pairs"] == 12 and v["findings"],
     "doctor": lambda v: {check["status"] for check in v["checks"]} <= {"ok", "info", "warning", "error"},
     "merge out --into merged": lambda v: v["merged"] > 0 and v["folder"] == "merged",

@@ -179,6 +179,13 @@ MEANINGS: dict[str, str] = {
     "endpoint-refused": "The server does not know this path or model.",
     "endpoint-failed": "The server was repeatedly unreachable, busy or failing.",
     "page-unwritable": "The page's file is not writable.",
+    "round-start": "Rounds go on from a run's policy; not every kind of training can be gone on with so.",
+    "round-prompts": "The prompts of a round come from the run's pairs or from a file.",
+    "round-reference": "A round's pairs must have the tokens, and `first` the reference, of the run.",
+    "round-changed": "Rounds in one folder share their settings; only their number may grow.",
+    "round-damaged": "The record of the rounds that are done cannot be read.",
+    "round-empty": "No prompt has two answers of which one is better, so there is nothing to train on.",
+    "round-server": "A server samples from the policy of the round, which it must have under the name that is told.",
     "no-gpu": "torch finds no CUDA device. `dpoeng doctor` says why.",
     "system-temporary-full": "Phase one keeps tokens of many pairs in the temporary folder while it runs.",
     "triton-unusable": "Triton could not compile or run a kernel; usually a C compiler is missing.",
@@ -281,6 +288,8 @@ REMEDIES: dict[str, str] = {
     "resume-changed": "use the same values to continue, another --output-dir for a second run, or --no-resume to start "
     "over here (this removes the old run's checkpoints)",
     "memory-full": "use smaller batches; `dpoeng plan` shows what fits",
+    "round-start": "change the setting that the message names",
+    "round-prompts": "correct the file, or leave --prompts out",
     "memory-short": "use one of the changes in the message; `dpoeng plan` shows what each saves",
     "bench-peer-failed": "read the last lines of the peer's output",
 }

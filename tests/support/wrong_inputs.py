@@ -1180,6 +1180,46 @@ def gone_pairs(desk: Desk) -> None:
     source_pairs(view, [0])
 
 
+def begun(**changes: Any) -> Callable[[Desk], None]:
+    """Rounds of a run on pairs in this folder, with something else than they should have."""
+
+    def act(desk: Desk) -> None:
+        import dpoeng
+        from dpoeng.engine.recipes.rounds import rounds
+
+        desk.rows(*pair_rows(6))
+        cache = desk.folder / "c"
+        dpoeng.precompute_reference("pairs.jsonl", model=desk.model, cache=cache)
+        dpoeng.train(cache=cache, output_dir="begun", max_steps=1, eval_share=0.0, parity_pairs=1)
+        given = {"judge": lambda prompt, answer: float(len(answer)), "reference": "first", "max_new_tokens": 2}
+        if changes.get("server") == "STUB":
+            with stub_server(lambda path, body: (404, {}, {})) as stub:
+                dpoeng.train_rounds("begun", **{**given, "server": stub.url})
+        if changes.pop("after", False):
+            desk.write("rounds/.dpoeng-study", "dpoeng round\n")
+            desk.write("rounds/rounds.json", json.dumps({"settings": {"reference": "last"}, "rounds": []}))
+        if changes.pop("damaged", False):
+            desk.write("rounds/.dpoeng-study", "dpoeng round\n")
+            desk.write("rounds/rounds.json", "{")
+        if changes.pop("retokenised", False):
+            whole = rounds.precompute_reference
+            desk.patch.setattr(
+                rounds,
+                "precompute_reference",
+                lambda config, *a: whole(config.model_copy(update={"append_eos": False}), *a),
+            )
+        dpoeng.train_rounds("begun", **{**given, "keep_cut": True, **changes})
+
+    return act
+
+
+ROUND = "round RUN --judge rule.py:score --reference first"
+
+
+def with_rule(desk: Desk) -> None:
+    desk.write("rule.py", "def score(prompt, answer):\n    return len(answer)\n")
+
+
 JUDGE = "judge RUN --output-dir judge --judge"
 JUDGES = (
     Wrong("a rule that is not there", "judge-rule", 2, JUDGE + " rule.py:score", ("rule.py:score", "scor"),
@@ -1190,6 +1230,15 @@ JUDGES = (
     Wrong("a judge that says neither", "judge-verdicts", 2, "", ("Both are fine",),
           act=answering(200, "Both are fine.", "stub")),
     Wrong("pairs that have changed", "round-pairs", 3, "", ("pairs.jsonl",), act=gone_pairs),
+    Wrong("rounds without chance", "round-start", 2, ROUND + " --temperature 0", ("--temperature",), with_rule),
+    Wrong("prompts that are none", "round-prompts", 3, "", ("--prompts none.txt",), act=begun(prompts="none.txt")),
+    Wrong("pairs with other tokens than before", "round-reference", 2, "", ("6 of 6 pairs",),
+          act=begun(retokenised=True)),
+    Wrong("rounds with another reference", "round-changed", 2, "", ("reference", "first"), act=begun(after=True)),
+    Wrong("a damaged record of rounds", "round-damaged", 3, "", ("rounds.json",), act=begun(damaged=True)),
+    Wrong("answers that are all cut off", "round-empty", 3, "", ("no answer that ended", "--keep-cut"),
+          act=begun(keep_cut=False)),
+    Wrong("a server without the policy", "round-server", 5, "", ("--lora-modules dpoeng-",), act=begun(server="STUB")),
     Wrong("an address with a secret", "endpoint-address", 2, JUDGE + " https://h/v1?key=1", ("OPENAI_API_KEY",)),
     Wrong("a server with two models", "endpoint-model", 2, "", ("one, two", "--judge-model"),
           act=answering(200, "", "one", "two")),

@@ -22,7 +22,7 @@ from dpoeng.engine.recipes.compare import as_chat, encode_prompt, held_out_rows
 from dpoeng.engine.recipes.evaluate import Trained, before_and_after
 from dpoeng.engine.recipes.inputs import open_views
 from dpoeng.engine.recipes.rounds.answers import Sampling, answer_here, answer_keys, policy_identity
-from dpoeng.engine.recipes.rounds.judges import Asked, Judge, Prompt, shown_prompt
+from dpoeng.engine.recipes.rounds.judges import Judge, Prompt, note_origin, shown_prompt
 from dpoeng.engine.recipes.rounds.outcomes import Outcome, compare_answers
 from dpoeng.engine.recipes.rounds.source_pairs import source_pairs
 from dpoeng.engine.runs.kept import Kept
@@ -140,7 +140,7 @@ def judge_trained(
             (prompt, before["text"], after["text"]) for prompt, (before, after) in zip(asked_of, pairs, strict=True)
         ]
         outcomes, asked = compare_answers(judge, items, Kept(folder / "verdicts.jsonl"), progress)
-        _note_origin(asked, judge, progress)
+        note_origin(asked, judge, progress)
         found = Judgement(trained.folder, judge.name, folder, len(ids), asked=asked.new, kept=asked.kept)
         lines = _summarise(found, asked_of, pairs, outcomes, [prompt.tobytes() for prompt in ids], config.seed)
         _write(folder, found, lines)
@@ -150,14 +150,6 @@ def judge_trained(
 def judge_folder(trained: Trained) -> Path:
     """The default folder for answers and verdicts: `judge` in the run's folder, else in the current one."""
     return (trained.folder.parent if trained.run is not None else Path()) / "judge"
-
-
-def _note_origin(asked: Asked, judge: Judge, progress: Progress) -> None:
-    if asked.elsewhere:
-        progress.note(
-            f"{asked.elsewhere} of the stored replies came from a model of this name at another address than "
-            f"{judge.origin}; name another --output-dir if it is another model"
-        )
 
 
 def _given(view: AnyView, prompts: Sequence[str], chat: bool | None) -> tuple[list[Prompt], list[IdArray]]:

@@ -181,6 +181,15 @@ def ask_all(judge: Judge, questions: Sequence[Question], kept: Kept, progress: P
     return [said[key] for key in keys], asked
 
 
+def note_origin(asked: Asked, judge: Judge, progress: Progress) -> None:
+    """Note that kept replies may be another model's."""
+    if asked.elsewhere:
+        progress.note(
+            f"{asked.elsewhere} of the kept replies came from a model of this name at another address than "
+            f"{judge.origin}; name another --output-dir if it is another model"
+        )
+
+
 def _is_useless(judge: Judge, words: Said) -> bool:
     return "refused" in words or (judge.compares and parse_verdict(words["reply"]) is None)
 

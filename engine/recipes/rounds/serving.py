@@ -1,0 +1,114 @@
+"""Answers of a policy that a server runs: vLLM, SGLang, or another with OpenAI's completions that takes token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dpoeng.cache.errors import UserError
+from dpoeng.cache.schema import IdArray
+from dpoeng.engine.models.sources import find_adapter, find_model, read_adapter_fields
+from dpoeng.engine.recipes.evaluate import Trained
+from dpoeng.engine.recipes.rounds.answers import Sampling
+from dpoeng.engine.reference.identity import weights_identity
+from dpoeng.engine.runs.kept import Kept, content_key
+from dpoeng.engine.runtime.endpoint import Endpoint, Refused
+from dpoeng.engine.runtime.progress import Progress
+
+
+def serve(endpoint: Endpoint, trained: Trained, base: str) -> str:
+    """The name under which the server has this policy; an adapter is loaded there if it can be.
+
+    The name is of the weights: an answer of an earlier policy cannot be taken for one of this.
+
+    Args:
+        endpoint: the server.
+        trained: the policy.
+        base: the model that an adapter lies on.
+
+    Raises:
+        UserError: the server cannot be reached, or has not this policy.
+    """
+    folder = str(trained.folder.resolve())
+    adapter = None if trained.mode == "full" else find_adapter(folder)
+    name = f"dpoeng-{weights_identity(adapter or find_model(folder))[:12]}"
+    if name in endpoint.models():
+        return name
+    # vLLM has the path below /v1, SGLang beside it.
+    for url in (endpoint.url, endpoint.url.removesuffix("/v1")) if adapter else ():
+        try:
+            endpoint.at(url).post("/load_lora_adapter", {"lora_name": name, "lora_path": folder})
+        except UserError as error:
+            if error.code not in ("endpoint-refused", "endpoint-failed"):
+                raise
+        if name in endpoint.models():
+            return name
+    command = f"vllm serve {folder} --served-model-name {name}"
+    if adapter is not None:
+        rank = read_adapter_fields(adapter).get("r", 16)
+        command = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={folder}"
+    raise UserError(
+        "the server does not have the policy of this round",
+        code="round-server",
+        where=endpoint.url,
+        expected=f"a model called {name}, as by: {command}",
+        found=", ".join(endpoint.models()) or "no models",
+        remedy="start the server so, then run the same command again: it goes on; vLLM and SGLang can also be "
+        "allowed to load adapters while they run",
+        exit_status=5,
+    )
+
+
+def answer_on_server(
+    endpoint: Endpoint,
+    model: str,
+    prompts: Sequence[IdArray],
+    keys: Sequence[str],
+    sampling: Sampling,
+    kept: Kept,
+    progress: Progress,
+) -> dict[str, str]:
+    """Have the prompts continued whose answers are not kept, and keep `[{text, ended}]` of each, whole.
+
+    Prompts are sent as token ids, so that the server's template does not matter. Each answer is a request of its own,
+    with a seed of its own; servers compute the common prompt once.
+
+    Returns:
+        key -> why the server refused the prompt.
+
+    Raises:
+        UserError: the server fails.
+    """
+    missing = [place for place, key in enumerate(keys) if kept.get(key) is None]
+    bodies = [
+        {
+            "model": model,
+            "prompt": prompts[place].tolist(),
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": int(content_key(keys[place], number)[:7], 16),
+            **({"stop": list(sampling.stop)} if sampling.stop else {}),
+            **({"repetition_penalty": sampling.repetition_penalty} if sampling.repetition_penalty != 1 else {}),
+        }
+        for place in missing
+        for number in range(sampling.count)
+    ]
+    refused: dict[str, str] = {}
+    found: dict[int, dict[int, dict[str, object]]] = {}
+    with progress.task("answering prompts", len(prompts), "prompts", len(prompts) - len(missing)) as advance:
+        for request, answer in endpoint.post_all("/completions", bodies):
+            place = missing[request // sampling.count]
+            try:
+                if isinstance(answer, Refused):
+                    raise TypeError(answer.why)
+                choice = answer["choices"][0]
+                one = {"text": str(choice["text"]), "ended": choice.get("finish_reason") != "length"}
+            except (KeyError, IndexError, TypeError) as error:
+                refused[keys[place]] = f"the server refused it: {str(error)[:200]}"
+                continue
+            of_prompt = found.setdefault(place, {})
+            of_prompt[request % sampling.count] = one
+            if len(of_prompt) == sampling.count:
+                kept.put(keys[place], [of_prompt[number] for number in range(sampling.count)])
+                advance(1, "")
+    return refused
