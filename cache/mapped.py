@@ -1,4 +1,4 @@
-"""Bounds how much of the mapped files is resident: pages that have been read are given back while the reading goes on.
+"""Limits how much of the mapped files is resident: gives pages back to the system while reading continues.
 
 The system takes mapped pages back by itself when it needs the memory; until then they count as this process's.
 """
@@ -34,7 +34,7 @@ class MappedPages:
     def look(self) -> int:
         """Gives all pages back if many became resident; returns after how many rows to look again.
 
-        What was read stays valid: a page that is asked for again is read again, mostly from the system's own memory.
+        Values stay valid: a page that is used again is read again, usually from the system's page cache.
         """
         if self._bounded or (resident := _resident_file_bytes()) < 0:
             return _NEVER
@@ -48,7 +48,7 @@ class MappedPages:
 
 
 def release(data: memoryview) -> None:
-    """Gives the pages of a mapped file back to the system, which reads them again when they are asked for."""
+    """Gives the pages of a mapped file back to the system, which reads them again on access."""
     mapped = data.obj
     if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED)

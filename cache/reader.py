@@ -206,7 +206,7 @@ def _choose(store: Store, name: str | None, beside: str | None) -> str:
     listed = ", ".join(names) or "no view at all"
     if name is None and names:
         raise CacheError(
-            "the cache holds several views",
+            "the cache contains several views",
             code="cache-view-unnamed",
             where=str(store.root),
             expected="one view, named with --view",

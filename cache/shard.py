@@ -246,7 +246,7 @@ class Shard:
         return values[at[row - self._starts[k]] : at[row - self._starts[k] + 1]]
 
     def unmapped(self, descriptor: int) -> Shard:
-        """This shard, whose tokens and log-probs are read from its open file when they are asked for.
+        """This shard, with tokens and log-probs read from its open file on access.
 
         Rows are copies then, and nothing stays mapped; keys, sums and offsets are in memory, some 70 bytes a row.
 

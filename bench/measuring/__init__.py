@@ -1,1 +1,1 @@
-"""Time, memory and the machine: what every benchmark measures with, and how results are recorded."""
+"""Tools of all benchmarks: time, memory, the machine, and records of results."""

@@ -1,7 +1,7 @@
 """Reads torch's allocations and frees during a piece of work, event by event, from torch.profiler.
 
 Unlike resident memory it counts no library, no interpreter and no page that the system has not yet taken back, so it
-can be compared with a simulation byte by byte; and what is not given back is a leak, however small.
+can be compared with a simulation byte by byte, and shows leaks of any size.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class AllocatorTrace:
-    """The allocator through a piece of work. Bytes are of blocks that began in it.
+    """The allocator's history during some work. Bytes are those of blocks allocated during it.
 
     Attributes:
-        peak_bytes: the highest point.
-        grown_bytes: what was still held at the end.
+        peak_bytes: the maximum.
+        grown_bytes: bytes still allocated at the end.
         levels: (milliseconds since the first event, bytes) after every event.
     """
 
@@ -29,30 +29,30 @@ class AllocatorTrace:
     levels: list[tuple[float, int]]
 
     def outline(self, points: int = 200) -> list[tuple[float, int]]:
-        """The highest level of each of at most `points` equal stretches of events: small enough for a record."""
+        """The maximum of each of at most `points` equal intervals of events: small enough for a record."""
         width = max(1, -(-len(self.levels) // points))
         stretches = (self.levels[i : i + width] for i in range(0, len(self.levels), width))
         return [max(stretch, key=lambda level: level[1]) for stretch in stretches]
 
 
 def trace_allocator(work: Callable[[], object], device: torch.device) -> AllocatorTrace:
-    """Runs `work` and returns what the allocator of `device` did meanwhile. Slower than the work alone."""
+    """Runs `work` and returns the history of the allocator of `device`. Slower than the work alone."""
     with allocator_profiler() as profiler:
         work()
     return read_trace(profiler, device)
 
 
 def allocator_profiler() -> torch.profiler.profile:
-    """A profiler that `read_trace` can read, to begin and to end."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would tell the terminal of each start and stop
+    """A profiler for `read_trace`; the caller starts and stops it."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would print each start and stop
     return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
 
 
 def read_trace(profiler: torch.profiler.profile, device: torch.device) -> AllocatorTrace:
-    """Return the allocator events of `device` from a profiler that has ended.
+    """Returns the allocator events of `device` from a stopped profiler.
 
-    The profiler remembers addresses from session to session, so it reports the end of a block that began outside this
-    one with the size of another that was once there. Only blocks that began in here count, each with its own size.
+    The profiler remembers addresses from session to session, so it reports the end of a block from before this
+    session with the size of another block at that address. Only blocks of this session count, each with its own size.
     """
     recorded: Any = profiler.profiler
     events = []

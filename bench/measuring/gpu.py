@@ -1,6 +1,6 @@
-"""Measures a GPU beyond the clock: data-sheet limits, energy by NVML, use of the memory pool.
+"""More measurements of a GPU: data-sheet limits, energy by NVML, use of the memory pool.
 
-Kept thin, so that a stand-in for torch.cuda and NVML suffices to test the arithmetic. None of it has met a GPU yet.
+Kept small, so that stand-ins for torch.cuda and NVML are enough to test the arithmetic. It has not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ SAMPLE_EVERY_S = 0.1
 
 
 def card_of(device: torch.device) -> Gpu | None:
-    """The card's row in the table of data sheets, by the name that torch knows it by; None where it has none.
+    """The card's row in the table of data sheets, by torch's name for it; None if there is none.
 
-    `NVIDIA A100-SXM4-80GB` is a100-80gb. Of cards sold with several sizes of memory the nearest size is meant.
+    `NVIDIA A100-SXM4-80GB` is a100-80gb. For cards with several sizes of memory it is the nearest size.
     """
     if device.type != "cuda":
         return None
@@ -34,7 +34,7 @@ def card_of(device: torch.device) -> Gpu | None:
 
 
 def copy_bytes_per_s(device: torch.device, *, tries: int = 5) -> float:
-    """Bytes read and written a second by a copy that is too large for caches; the fastest of some tries counts."""
+    """Bytes read and written per second by a copy that is too large for caches; the fastest of some tries."""
     size = 2**28 if device.type == "cuda" else 2**26
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -47,8 +47,8 @@ class PoolUse:
     """Use of torch's pool of GPU memory.
 
     Attributes:
-        reserved_bytes: most that it had taken from the card.
-        retries: allocations that succeeded only after cached blocks had been given back: each of them stalls the GPU.
+        reserved_bytes: maximum that it reserved on the card.
+        retries: allocations that succeeded only after freeing cached blocks; each of them stalls the GPU.
     """
 
     reserved_bytes: int
@@ -56,7 +56,7 @@ class PoolUse:
 
 
 def pool_use(device: torch.device) -> PoolUse | None:
-    """Since `torch.cuda.reset_peak_memory_stats` (retries: since the process began); None on a CPU."""
+    """Pool use since `torch.cuda.reset_peak_memory_stats` (retries: since the process started); None on a CPU."""
     if device.type != "cuda":
         return None
     retries = torch.cuda.memory_stats(device).get("num_alloc_retries", 0)
@@ -64,7 +64,7 @@ def pool_use(device: torch.device) -> PoolUse | None:
 
 
 def nvml() -> Any | None:
-    """NVIDIA's management library (package nvidia-ml-py), where it is there and works."""
+    """NVIDIA's management library (package nvidia-ml-py), if it is installed and works."""
     try:
         library: Any = importlib.import_module("pynvml")
         library.nvmlInit()
@@ -74,10 +74,10 @@ def nvml() -> Any | None:
 
 
 class EnergyMeter:
-    """Joules that the card took while the context was open: the card's own counter, else its power, sampled.
+    """Joules that the card used while the context was open: from its counter, otherwise from power samples.
 
-    `joules` stays None on a CPU, without nvidia-ml-py, and on cards that tell neither. It is of the whole card, other
-    programs on it included.
+    `joules` stays None on a CPU, without nvidia-ml-py, and on cards that report neither. It counts the whole card, with
+    other programs on it.
     """
 
     def __init__(self, device: torch.device, library: Any | None = None) -> None:
@@ -85,7 +85,7 @@ class EnergyMeter:
         self.method = ""
         self._nvml: Any = (library or nvml()) if device.type == "cuda" else None
         if self._nvml is not None:
-            # CUDA_VISIBLE_DEVICES renumbers the cards for torch and not for NVML.
+            # CUDA_VISIBLE_DEVICES renumbers the cards for torch, but not for NVML.
             uuid = str(torch.cuda.get_device_properties(device).uuid)
             self._card = self._nvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
 
@@ -109,7 +109,7 @@ class EnergyMeter:
             self.joules = self._joules
 
     def _sample(self) -> None:
-        """Trapezia between samples of the power."""
+        """Adds the trapezium between two power samples."""
         at, watts = time.perf_counter(), self._watts()
         ended = False
         while not ended:

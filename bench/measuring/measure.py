@@ -1,8 +1,9 @@
-"""Time and memory of a piece of work: wall and CPU seconds, peak bytes above what was held before, GEMM rate.
+"""Time and memory of a piece of work: wall and CPU seconds, peak bytes above those before, GEMM rate.
 
-On a CPU the peak is the kernel's own high-water mark of resident memory, which cannot miss a short peak as sampling
-can; where it cannot be reset (not Linux, no right to), a thread samples instead. What tensors alone take is counted
-from the allocator's events, on request. On a GPU it is the allocator's, and time is that of CUDA events in the queue.
+On a CPU the peak is the kernel's high-water mark of resident memory, which does not miss short peaks as sampling
+does; if it cannot be reset (not Linux, no permission), a thread samples instead. The memory of tensors alone is counted
+from the allocator's events, on request. On a GPU the peak is the allocator's, and time that of CUDA events in the
+queue.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 @dataclass(slots=True)
 class Spent:
-    """Time that went by. On a shared machine the CPU seconds of all threads vary less than the wall's.
+    """Elapsed time. On a shared machine the CPU seconds of all threads vary less than wall time.
 
     Attributes:
-        wall_s: seconds by the clock.
-        cpu_s: seconds that all threads of this process computed (or spun).
+        wall_s: wall-clock seconds.
+        cpu_s: CPU seconds of all threads of this process, with spinning.
     """
 
     wall_s: float = 0.0
@@ -49,7 +50,7 @@ class Spent:
 
 
 class Stopwatch:
-    """Runs from when it is made. Waits for the device first, so that queued work is counted where it was queued."""
+    """Runs from its creation. Waits for the device first, so that queued work counts for its own lap."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -67,9 +68,9 @@ class Stopwatch:
 
 
 class Marks:
-    """Marks on the way of some work, and the time between neighbours: by CUDA events on a GPU, else by the clock.
+    """Marks during some work, and the time between neighbours: by CUDA events on a GPU, otherwise by the clock.
 
-    An event is put into the GPU's queue, so that nothing waits for it: the work goes by as it does without marks.
+    An event goes into the GPU's queue and nothing waits for it, so marks do not change the work.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -77,13 +78,13 @@ class Marks:
         self._last = self._now()
 
     def next(self) -> tuple[Any, Any, float]:
-        """The mark before this one, this one, and the CPU seconds between them; `between` makes time of the two."""
+        """The previous mark, this one, and the CPU seconds between them; `between` computes their time."""
         (begin, cpu), (end, later) = self._last, self._now()
         self._last = (end, later)
         return begin, end, later - cpu
 
     def between(self, begin: Any, end: Any) -> float:
-        """Seconds; on a GPU those that passed in its queue, which must have been waited for."""
+        """Seconds; on a GPU the time in its queue, after the caller has waited for it."""
         if self._device.type == "cuda":
             return float(begin.elapsed_time(end)) / 1e3
         return float(end - begin)
@@ -97,7 +98,7 @@ class Marks:
 
 
 def elapsed_s(device: torch.device, work: Callable[[], object]) -> float:
-    """Seconds of a piece of work, on a GPU without what it takes to start it."""
+    """Seconds of some work, on a GPU without the time to launch it."""
     synchronize(device)
     marks = Marks(device)
     work()
@@ -109,7 +110,7 @@ def elapsed_s(device: torch.device, work: Callable[[], object]) -> float:
 class TimeSplit:
     """Time of repeated work by part. A nested part is not counted in the outer one.
 
-    The parts are named in a trace of torch.profiler too.
+    The parts appear in traces of torch.profiler too.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -120,21 +121,21 @@ class TimeSplit:
         self._parts: dict[str, Spent] = {}
 
     def enter(self, name: str) -> None:
-        """From here on time belongs to `name`."""
+        """From now on time counts for `name`."""
         self._charge()
         label = torch.profiler.record_function(name)
         label.__enter__()  # type: ignore[no-untyped-call]
         self._open.append((name, label))
 
     def leave(self) -> None:
-        """From here on time belongs to the part around this one."""
+        """From now on time counts for the surrounding part."""
         self._charge()
         _, label = self._open.pop()
         label.__exit__(None, None, None)
 
     @property
     def parts(self) -> dict[str, Spent]:
-        """Time by name; all of it is the time between entering the outermost parts and leaving them."""
+        """Time by name; the sum is the time inside the outermost parts."""
         if self._between:
             synchronize(self._device)
         for name, begin, end, cpu_s in self._between:
@@ -144,13 +145,13 @@ class TimeSplit:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """The time of the block belongs to `name`."""
+        """The time of the block counts for `name`."""
         self.enter(name)
         yield
         self.leave()
 
     def total(self) -> Spent:
-        """All parts together."""
+        """The sum of all parts."""
         total = Spent()
         for spent in self.parts.values():
             total.add(spent)
@@ -163,13 +164,13 @@ class TimeSplit:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was given."""
+    """Waits until the device has finished its queue."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def release_memory(device: torch.device) -> None:
-    """Give freed memory back to the system, so that resident memory is needed memory."""
+    """Returns freed memory to the system, so that resident memory is used memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -179,16 +180,16 @@ def release_memory(device: torch.device) -> None:
 
 
 def held_bytes(device: torch.device, *, tensors: bool = False) -> int:
-    """Return the bytes in use: allocated on a GPU; on a CPU resident in the process, or (`tensors`) in tensors."""
+    """The bytes in use: allocated on a GPU; on a CPU resident in the process, or (`tensors`) in tensors."""
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
     return _tensor_bytes(device) if tensors else _status_bytes("VmRSS")
 
 
 def _tensor_bytes(device: torch.device) -> int:
-    """Bytes of all tensors that Python can reach; what two of them share is counted once."""
+    """Bytes of all tensors that Python can reach; shared storage counts once."""
     gc.collect()
-    # type() and not isinstance(): lazily imported modules answer the latter by importing what they stand for
+    # type() and not isinstance(): isinstance() would make lazily imported modules import
     tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
     storages = [tensor.untyped_storage() for tensor in tensors]
     # the storage's device and not the tensor's: a simulation's tensors name a device on which they have no memory
@@ -197,14 +198,14 @@ def _tensor_bytes(device: torch.device) -> int:
 
 
 def touch(model: Any) -> None:
-    """Read all weights once, so that weights mapped from a file become resident and are counted."""
+    """Reads all weights once, so that weights mapped from a file become resident and count."""
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.view(-1)[:: max(1, 1024 // tensor.element_size())].sum()
 
 
 class PeakMemory:
-    """The peak of a block above what was held at `base` (default: when the block began).
+    """The peak of a block above `base` (default: the memory at its start).
 
     With `tensors`, a CPU's peak is that of tensors, to the byte and the same each time, and the block is slower.
 
@@ -266,14 +267,14 @@ class PeakMemory:
 def gemm_flops(
     shapes: Iterable[tuple[int, int]], rows: int, dtype: torch.dtype, device: torch.device, *, tries: int = 5
 ) -> float:
-    """FLOP/s that this machine's own matrix product reaches on the layers of a model.
+    """FLOP/s of this machine's matrix product on the layer shapes of a model.
 
     Args:
-        shapes: (in, out) of each layer, as often as the model has it.
+        shapes: (in, out) of each layer of the model, with repetitions.
         rows: rows of the left factor.
-        dtype: of the layers. A CPU without units for it multiplies in float32, here as in the layers.
-        device: where.
-        tries: the fastest of so many counts for each shape.
+        dtype: dtype of the layers. A CPU without units for it multiplies in float32, as the layers do.
+        device: the device.
+        tries: number of tries per shape, of which the fastest counts.
 
     Returns:
         FLOP of all layers over the time of all layers.
@@ -295,7 +296,7 @@ def gemm_flops(
 
 
 def _reset_high_water() -> bool:
-    """Sets the high-water mark of resident memory to what is resident now; false where that cannot be done."""
+    """Sets the high-water mark of resident memory to the present value; False if that is impossible."""
     if sys.platform != "linux":
         return False
     try:
@@ -306,7 +307,7 @@ def _reset_high_water() -> bool:
 
 
 def _status_bytes(name: str) -> int:
-    """A line of /proc/self/status; 0 on a system without it."""
+    """The value of a line of /proc/self/status; 0 on a system without it."""
     try:
         lines = _STATUS.read_text(encoding="ascii").splitlines()
     except OSError:

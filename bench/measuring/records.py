@@ -25,7 +25,7 @@ RECORD_VERSION = 1
 
 
 def stamp(kind: str, device: torch.device, settings: dict[str, Any]) -> dict[str, Any]:
-    """The beginning of a record: everything but the figures."""
+    """The start of a record: everything but the figures."""
     return {
         "record": RECORD_VERSION,
         "kind": kind,
@@ -40,7 +40,7 @@ def stamp(kind: str, device: torch.device, settings: dict[str, Any]) -> dict[str
 
 
 def named_settings(settings: Any) -> dict[str, Any]:
-    """Return settings (a dataclass) for a record, with file names in place of this machine's paths."""
+    """Settings (a dataclass) for a record, with file names instead of this machine's paths."""
     fields = asdict(settings)
     fields |= dict.fromkeys({"peer_python", "work"} & fields.keys())
     if fields.get("model"):
@@ -82,7 +82,7 @@ def commit() -> str | None:
 
 
 def is_records(path: Path) -> bool:
-    """Whether a file holds records: then lines are added to it. Raises ValueError where it is no JSON."""
+    """Whether a file contains records, so that lines can be added. Raises ValueError if it is not JSON."""
     return has_json_lines(path, lambda record: {"kind", "device", "versions", "settings"} <= record.keys())
 
 
@@ -93,7 +93,7 @@ def append(record: dict[str, Any], path: Path) -> None:
     """Adds a line to a file of records.
 
     Raises:
-        UserError: the file holds something else.
+        UserError: the file contains something else.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     refuse_output(path, RECORDS)
@@ -107,7 +107,7 @@ def show(
     """Measures, prints the table and appends the record, for modules that are commands by themselves.
 
     Raises:
-        click.ClickException: in place of a UserError.
+        click.ClickException: instead of a UserError.
     """
     try:
         record = measure()
@@ -125,7 +125,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def cores() -> int:
-    """Cores that this process may use, as the system counts them."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

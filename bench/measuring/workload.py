@@ -33,7 +33,7 @@ VIEW = "bench"
 
 
 def seal_view(store: Store, digest: str, pairs: Sequence[PairIds]) -> None:
-    """Ends phase one by hand: seals what was committed, and writes the view `VIEW` of these pairs."""
+    """Finishes phase one by hand: seals the committed rows and writes the view `VIEW` of these pairs."""
     store.seal(digest)
     entries = [ViewEntry("bench", i + 1, pair_key(pair), {}) for i, pair in enumerate(pairs)]
     store.write_view(digest, VIEW, entries, {})
@@ -42,16 +42,16 @@ def seal_view(store: Store, digest: str, pairs: Sequence[PairIds]) -> None:
 def model_or_embedded(
     model: str | None, folder: Path, files: Sequence[Path] = (), *, layers: int = 6, width: int = 576
 ) -> ModelSource:
-    """The model that is named, or else the embedded one, made in `folder`.
+    """The named model, or the built-in one, made in `folder`.
 
     Raises:
-        UserError: no such model; or files of pairs are named and no model whose tokenizer could read them.
+        UserError: no such model; or files of pairs are named without a model whose tokenizer could read them.
     """
     if model is not None:
         return find_model(model)
     if files:
         raise UserError(
-            "the embedded model has no tokenizer to read pairs with",
+            "the built-in model has no tokenizer to read pairs with",
             code="tokenizer-missing",
             where=f"--pairs {files[0]}",
             expected="--model with it",
@@ -63,10 +63,10 @@ def model_or_embedded(
 def first_pairs_of(
     files: Sequence[Path], source: ModelSource, count: int, *, vocabulary: int, max_length: int
 ) -> list[PairIds]:
-    """The first `count` pairs of some files that can be used, by the model's tokenizer; without files synthetic ones.
+    """The first `count` usable pairs of some files, by the model's tokenizer; without files synthetic ones.
 
     Raises:
-        UserError: the files or the tokenizer cannot be used.
+        UserError: the files or the tokenizer are not usable.
     """
     if not files:
         return synthetic_pairs(count, vocabulary)
@@ -80,7 +80,7 @@ def first_pairs_of(
 
 
 def synthetic_pairs(count: int, vocabulary: int, *, seed: int = 0) -> list[PairIds]:
-    """Pairs of random token ids: the real lengths in a random order, again and again until there are `count`."""
+    """Pairs of random token ids: the real lengths in random order, repeated until there are `count`."""
     random = np.random.default_rng(seed)
     lengths: list[tuple[int, int, int]] = []
     while len(lengths) < count:
@@ -96,7 +96,7 @@ def save_small_model(folder: Path, *, layers: int = 6, width: int = 576, vocabul
     """A random Llama of SmolLM2-135M's shape, but with fewer of its 30 layers; 192 MB in float32.
 
     Args:
-        folder: where it is saved.
+        folder: folder to save it in.
         layers: decoder layers.
         width: hidden size, a multiple of 64; heads and MLP grow with it.
         vocabulary: rows of the tied embedding.
@@ -122,11 +122,11 @@ def save_small_model(folder: Path, *, layers: int = 6, width: int = 576, vocabul
 
 
 def unique_tokens(pairs: Sequence[PairIds]) -> int:
-    """Tokens when each prompt is run once: the least that any method can compute."""
+    """Tokens when each prompt runs once: the minimum of any method."""
     return sum(pair.total_tokens for pair in pairs)
 
 
 def padded_tokens(pairs: Sequence[PairIds]) -> int:
-    """Positions of the usual way: prompt + chosen and prompt + rejected, all padded to the longest of the batch."""
+    """Positions of the usual layout: prompt + chosen and prompt + rejected, all padded to the longest of the batch."""
     longest = max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)
     return 2 * len(pairs) * longest

@@ -48,13 +48,13 @@ class AccuracySettings:
     """Settings of the two trainings.
 
     Attributes:
-        pairs_count: the first so many pairs of the files are used.
-        held_out: share of their prompts that are not trained on.
-        quantization: of the base, in both programs.
-        max_length: most tokens of prompt + response; a response's end is cut.
-        max_prompt_length: most tokens of a prompt; its beginning is cut.
-        lr_scheduler_type: over the one epoch, to 0.
-        work: keeps caches, finished runs and adapters; a comparison that was stopped goes on with the next program.
+        pairs_count: number of pairs to use, the first ones of the files.
+        held_out: share of their prompts to hold out.
+        quantization: quantization of the base, in both programs.
+        max_length: maximum tokens of prompt + response; cuts a response's end.
+        max_prompt_length: maximum tokens of a prompt; cuts its beginning.
+        lr_scheduler_type: schedule over the one epoch, to 0.
+        work: keeps caches, finished runs and adapters; a stopped comparison continues with the next program.
     """
 
     model: str
@@ -181,8 +181,8 @@ def summarise(
 
     Args:
         before: log-prob of the chosen response less that of the rejected one, in nats, of the untrained model.
-        values: program -> metric -> a value a pair.
-        prompts: of each pair, whatever tells prompts apart.
+        values: program -> metric -> one value per pair.
+        prompts: a key of each pair's prompt.
         longer: tokens of the chosen response less those of the rejected one.
     """
     means = partial(with_intervals, longer=longer, prompts=prompts)
@@ -227,7 +227,7 @@ def table(record: Mapping[str, Any]) -> Any:
 @click.option("--pairs", "files", multiple=True, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--peer-python", default=sys.executable, help="A Python with TRL and dpoeng.  [default: this one]")
 @click.option("--work", default="accuracy-vs-trl", show_default=True, type=click.Path(path_type=Path))
-@click.option("--pairs-count", default=1518, show_default=True, help="The first so many pairs are used.")
+@click.option("--pairs-count", default=1518, show_default=True, help="Number of pairs to use, the first ones.")
 @click.option("--held-out", default=0.33, show_default=True, help="Share of the prompts that are not trained on.")
 @click.option("--quantization", default="8bit", show_default=True, type=click.Choice(["none", "8bit", "4bit"]))
 @click.option("--max-length", default=96, show_default=True, help="Most tokens of prompt + response.")

@@ -82,8 +82,8 @@ class Outcome:
     """One run.
 
     Attributes:
-        scored: pairs that the reference was run on.
-        values: log p_ref of chosen and rejected of each pair, as the loss takes them.
+        scored: number of pairs that the reference scored.
+        values: log p_ref of chosen and rejected of each pair, as the loss uses them.
         files: where those values are stored.
         stored: the first stored number, float32.
     """
@@ -95,7 +95,7 @@ class Outcome:
 
 
 Program = Callable[[State, Path, Path, int | None], Outcome]
-"""(state, folder with model and pairs, folder of the cache, pairs after which to die) -> what the run did."""
+"""(state, folder with model and pairs, folder of the cache, pairs after which to die) -> result of the run."""
 
 
 # --------------------------------------------------------------------------- the two programs
@@ -151,7 +151,7 @@ def run_dpoeng(state: State, inputs: Path, cache: Path, die_after: int | None) -
 
 
 def _weighted(logps: Any, shared: int, ld_alpha: float | None) -> float:
-    """LD-DPO's sum: what lies past the shorter response of the pair counts less, https://arxiv.org/abs/2409.06411"""
+    """LD-DPO's sum: tokens beyond the shorter response of the pair count less, https://arxiv.org/abs/2409.06411"""
     alpha = 1.0 if ld_alpha is None else ld_alpha
     return float(logps[:shared].sum(dtype=np.float64) + alpha * logps[shared:].sum(dtype=np.float64))
 
@@ -219,7 +219,7 @@ class _Counter:
         self._die_after = die_after
 
     def add(self, count: int) -> None:
-        """Counts pairs that are about to be scored; dies as by `kill -9` where that was asked for."""
+        """Counts pairs that are about to be scored; dies like `kill -9` if requested."""
         if self._die_after is not None and self.total >= self._die_after:
             os.kill(os.getpid(), signal.SIGKILL)
         self.total += count
@@ -286,7 +286,7 @@ def farthest(values: list[tuple[float, float]], right: list[tuple[float, float]]
 
 
 def flip_bit(files: list[str], stored: float) -> None:
-    """Flips a high bit of the mantissa of one stored number, in the file that holds it."""
+    """Flips a high bit of the mantissa of one stored number, in its file."""
     number = np.float32(stored).tobytes()
     for name in files:
         data = bytearray(Path(name).read_bytes())
@@ -320,7 +320,7 @@ def _isolated(function: Callable[..., Any], *arguments: Any) -> Any:
     return result
 
 
-# --------------------------------------------------------------------------- what is run on
+# --------------------------------------------------------------------------- model and pairs
 
 
 def make_inputs(folder: Path, state: State) -> None:

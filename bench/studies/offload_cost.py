@@ -1,4 +1,4 @@
-"""Measures what layer offloading costs where the model would fit: both phases in both orders, in turn, on one thread.
+"""Measures the cost of layer offloading for a model that fits: both phases in both orders, in turn, on one thread.
 
     python -m dpoeng.bench.studies.offload_cost --model MODEL --pairs FILE --record bench/results/offload-cost-cpu.jsonl
 
@@ -48,7 +48,7 @@ class _CpuSeconds:
 
 
 def measure(model: str, pairs: Path, folder: Path, way: str, steps: int, cache: Path | None) -> dict[str, Any]:
-    """Both phases once: CPU seconds, and a hash of what they leave; training is over `cache`, or over its own."""
+    """Both phases once: CPU seconds, and a hash of their output; training uses `cache`, or its own."""
     progress = _CpuSeconds()
     scored = {"pairs": (pairs,), "model": model, "cache": folder / "cache", "layer_offloading": way, "dtype": "float32"}
     precompute_reference(PrecomputeConfig.model_validate({**scored, "device": "cpu"}), progress)

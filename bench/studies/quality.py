@@ -67,11 +67,11 @@ class QualitySettings:
     Attributes:
         model: a directory with safetensors or a hub id.
         pairs: JSON Lines of preference pairs, plain or .gz.
-        work: keeps models' caches and runs; a comparison that was stopped goes on from there.
-        ways: names of `WAYS`; the first is what the others are compared with.
-        pairs_count: the first so many pairs are used.
-        held_out: share of the prompts that no way trains on; the same for all ways and seeds.
-        seeds: trainings of each way, with other orders and LoRA starts.
+        work: keeps models' caches and runs; a stopped comparison continues.
+        ways: names of `WAYS`; the others are compared with the first.
+        pairs_count: number of pairs to use, the first ones.
+        held_out: share of the prompts to hold out; the same for all ways and seeds.
+        seeds: trainings per way, with different orders and LoRA starts.
     """
 
     model: str
@@ -134,13 +134,13 @@ def bench_quality(settings: QualitySettings, progress: Progress = QUIET) -> dict
 
 
 def _folder_name(job: Mapping[str, Any]) -> str:
-    """A folder for each way, seed and whatever else was asked for, so that other settings begin anew."""
+    """A folder for each way, seed and other settings, so that changed settings start again."""
     asked = hashlib.sha256(json.dumps([job, commit()], sort_keys=True).encode()).hexdigest()[:8]
     return f"{job['way'].replace(', ', '-').replace(' ', '-')}-{job['seed']}-{asked}"
 
 
 def split_pairs(pairs: Sequence[Path], count: int, held_out_share: float, folder: Path) -> tuple[Path, Path]:
-    """Two files of the first so many pairs, to train on and to hold out; all pairs of a prompt are in one of them.
+    """Two files of the first pairs, to train on and to hold out; all pairs of a prompt are in the same one.
 
     Raises:
         UserError: the files cannot be read, or there is nothing to hold out.
@@ -173,7 +173,7 @@ def _prompt(line: str) -> bytes:
         return line.encode()
 
 
-# --------------------------------------------------------------------------- one way, in a process of its own
+# --------------------------------------------------------------------------- one way, in a separate process
 
 
 def run_way(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -259,7 +259,7 @@ def longer_by(rows: Rows) -> list[int]:
     return [len(row.chosen_logps) - len(row.rejected_logps) for row in rows]
 
 
-# --------------------------------------------------------------------------- what they found
+# --------------------------------------------------------------------------- results
 
 
 def summarise(way: str, runs: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -304,7 +304,7 @@ def with_intervals(
 
 
 def main() -> None:
-    """Reads the job, runs it, prints what it found."""
+    """Reads the job, runs it, prints the result."""
     result = run_way(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     print("\n" + json.dumps(result))
 

@@ -56,9 +56,9 @@ class RankRound:
     """One phase, once, in all processes together.
 
     Attributes:
-        wall_s: until the last process was done.
+        wall_s: seconds until the last process finished.
         busy_s: CPU seconds of each process, by rank.
-        loss: of the step; None in phase one.
+        loss: loss of the step; None in phase one.
     """
 
     wall_s: float
@@ -97,11 +97,11 @@ def measure_ranks(
     Args:
         model: a folder with safetensors.
         sizes: numbers of processes, 1 the first of them.
-        folder: for caches and what the processes found.
-        device: each process gets a GPU of its own where this is one.
-        dtype: of the weights.
+        folder: folder for caches and results.
+        device: on a GPU, each process gets its own.
+        dtype: dtype of the weights.
         repeats: runs of each size.
-        progress: told after each run.
+        progress: advanced after each run.
 
     Returns:
         number of processes -> phase -> a round a repeat.

@@ -40,8 +40,8 @@ class Resident(AbstractContextManager["Resident"]):
     """Samples the resident memory of this process while it is open. Linux only.
 
     Attributes:
-        total: most bytes that were resident.
-        own: most bytes of it that no file stands behind.
+        total: maximum of resident bytes.
+        own: maximum of those that do not belong to a file.
     """
 
     def __init__(self) -> None:
@@ -106,7 +106,7 @@ def _config(folder: Path, *, model: bool = True) -> Any:
 
 
 def _import_tokenizers(folder: Path) -> None:
-    """Imports what the first tokenizer of a process does: that takes as long as thousands of rows."""
+    """Imports the modules of a process's first tokenizer, which takes as long as thousands of rows."""
     from dpoeng.engine.models.sources import find_model
     from dpoeng.engine.models.tokenizer import load_tokenizer
 

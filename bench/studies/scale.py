@@ -82,7 +82,7 @@ class Exponent:
     """cost = factor * size ** value.
 
     Attributes:
-        standard_error: of `value`; None of two sizes, which a line goes through.
+        standard_error: of `value`; None for two sizes, which fit exactly.
         last: the same between the two largest sizes alone.
     """
 
@@ -130,7 +130,7 @@ class RankCurve:
     """The seconds that the same work takes in 1 (the first size) and more processes.
 
     Attributes:
-        pairs: that each round works on.
+        pairs: pairs of each round.
         busy: mean over the processes of their CPU seconds, over the most of one; a value a size. What is left to 1 is
             work that could not be divided evenly.
         sharing: sizes with fewer cores than processes, which say nothing about processes and are not in the fit.

@@ -1,6 +1,6 @@
 """A tiny random model of every causal architecture that transformers registers, with a tokenizer: saved in a folder.
 
-Knows names of config fields and what they mean; not what is done with the models.
+It uses names and meanings of config fields; independent of the use of the models.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ _EXTRA: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
     "phi4_multimodal_vision": _VISION,
 }
-"""What an architecture needs beside, by model type, of a part too."""
+"""Additional config fields by model type, also of a part."""
 
 
 def tiny_config(model_type: str) -> Any:

@@ -1,4 +1,4 @@
-"""What a trunk saves, and what training fewer layers loses.
+"""Savings of a trunk, and the loss from training fewer layers.
 
     python -m dpoeng.bench.studies.trunk --model M --pairs FILE [--peer-python PYTHON] [--work DIR] [--record FILE]
 
@@ -7,7 +7,7 @@ Cost: a step of the top third from a trunk, of the same layers in the whole mode
 are equal, which the record shows. Peak memory is that of tensors, by the allocator, with the weights.
 
 Quality: held-out accuracy and margin after the same number of steps, for all layers, the top half, third and sixth, and
-several seeds. Runs are skipped that are complete, so the same command goes on after a stop.
+several seeds. Runs are skipped that are complete, so the same command continues after a stop.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class TrunkSettings:
     """What is trained.
 
     Attributes:
-        pairs_count: the first so many pairs of the files are used.
-        held_out: share of their prompts that are not trained on.
+        pairs_count: number of pairs to use, the first ones of the files.
+        held_out: share of their prompts to hold out.
         steps: of each run of the quality part; 0 leaves it out.
         cost_steps: of each program of the cost part; the first one, which warms up, is left out of the mean; 0 leaves
             the part out.
@@ -280,7 +280,7 @@ class Told:
         print(text, file=sys.stderr, flush=True)
 
 
-# --------------------------------------------------------------------------- shown
+# --------------------------------------------------------------------------- table
 
 
 def table(record: Mapping[str, Any]) -> Any:
@@ -332,7 +332,7 @@ def _quality_table(record: Mapping[str, Any]) -> Any:
 @click.option("--pairs", "files", multiple=True, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--peer-python", help="A Python with TRL and dpoeng.  [default: no comparison with TRL]")
 @click.option("--work", default="trunk-study", show_default=True, type=click.Path(path_type=Path))
-@click.option("--pairs-count", default=300, show_default=True, help="The first so many pairs are used.")
+@click.option("--pairs-count", default=300, show_default=True, help="Number of pairs to use, the first ones.")
 @click.option("--held-out", default=0.33, show_default=True, help="Share of the prompts that are not trained on.")
 @click.option("--steps", default=50, show_default=True, help="Of each run of the quality part; 0 leaves it out.")
 @click.option("--cost-steps", default=9, show_default=True, help="Of each program of the cost part; 0 leaves it out.")
@@ -342,7 +342,7 @@ def _quality_table(record: Mapping[str, Any]) -> Any:
 @click.option("--max-prompt-length", default=64, show_default=True, help="Most tokens of a prompt.")
 @click.option("--record", type=click.Path(path_type=Path), help="Append the record to this file.")
 def main(files: tuple[Path, ...], record: Path | None, **settings: Any) -> None:
-    """Measures what a trunk saves and what training fewer layers loses."""
+    """Measures a trunk's savings and the loss from training fewer layers."""
     show(lambda: trunk_study(TrunkSettings(pairs=files, **settings)), table, record)
 
 

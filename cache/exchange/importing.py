@@ -1,6 +1,6 @@
 """Takes rows that somebody else computed into a cache: all of them are looked at before the first is committed.
 
-They wait in a temporary file meanwhile, so memory holds some bytes a row, whatever the texts.
+Meanwhile they are in a temporary file, so memory contains only some bytes per row.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whole caches merged: what another cache holds is copied, and nothing that is there changes."""
+"""Merges whole caches: copies another cache's content, and changes nothing that exists."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def merge(target: Store, source: Store) -> tuple[int, list[str]]:
 
     Raises:
         CacheError: the target has another view of the same name; or something in the source is damaged. What was
-            copied before stays, and the same call goes on from there.
+            copied before stays, and the same call continues.
     """
     copied = 0
     target.raise_format(source.format)

@@ -132,7 +132,7 @@ class _TooLong(BaseException):
 
 
 _ONE_AT_A_TIME: Final = threading.RLock()
-"""The limit of memory is the whole process's: of two threads each would take the other's for what was there before."""
+"""The memory limit is the whole process's: each of two threads would restore the other's limit."""
 
 
 @contextmanager
@@ -200,7 +200,7 @@ class _Watch:
         try:
             yield
         finally:
-            with self._lock:  # from here on nothing is raised; what is on its way is taken back
+            with self._lock:  # from now on nothing is raised; a pending exception is withdrawn
                 self._work = outer
                 _raise_in(work.thread, None)
 
@@ -211,12 +211,12 @@ class _Watch:
                 if self._work is None:
                     self._wake.clear()
                 elif not self._work.ended and self._work.seconds() > MAX_SECONDS:
-                    self._work.ended = True  # once: a second could arrive behind the block
+                    self._work.ended = True  # once: a second exception could arrive after the block
                     _raise_in(self._work.thread, _TooLong)
 
 
 class _Work:
-    """What a thread has begun."""
+    """The work of one thread."""
 
     def __init__(self) -> None:
         self.thread, self.ended = threading.get_ident(), False

@@ -179,9 +179,9 @@ def _check_step(
 
 
 def _less_of_the_base(config: TrainConfig, *, by_layer: bool, trunk_layer: int) -> list[str]:
-    """What leaves less of a frozen base, or of what is trained, in memory."""
+    """Changes that leave less of the frozen base, or of the trained part, in memory."""
     found = ["--layer-offloading auto"] if config.layer_offloading == "off" else []
-    if by_layer:  # then what is trained is most of what is left
+    if by_layer:  # then the trained part is most of the rest
         found += [] if "8bit" in config.optim else ["--optim adamw_8bit"]
         found += ["a smaller --lora-r"]
     trunk = "--train-last-layers with a trunk (precompute-ref --trunk-layer), which trains the upper layers alone"

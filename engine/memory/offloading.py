@@ -78,9 +78,9 @@ def decide_forward(
 def decide_scoring(
     config: PrecomputeConfig, source: ModelSource, pairs: Iterable[PairIds], device: torch.device, note: Note
 ) -> bool:
-    """Whether pairs are scored layer by layer outside of both phases: if asked for, or where one alone does not fit.
+    """Whether to score pairs layer by layer outside both phases: if configured, or if one pair alone does not fit.
 
-    More of them in a forward are halved where memory runs out. Of `config`, what the memory depends on is read.
+    Larger forwards are halved if memory runs out. Reads the fields of `config` that memory depends on.
     """
     if config.layer_offloading != "auto" or source.gguf or config.quantization == "stored":
         return config.layer_offloading == "on"

@@ -140,7 +140,7 @@ def build(setup: Setup, *, policy: bool = True) -> CausalLM:
     if setup.stock:
         use_peft_product(lm.model)
     if setup.by_layer:
-        # On a CPU what waits on the host is in the memory that is told, unless it waits in a file.
+        # On a CPU waiting states are part of the reported memory, unless they wait in a file.
         lm.by_layer = _by_layer(lm)
         lm.by_layer.keeps_meta = setup.kernels == "cpu" and setup.config.offload_folder is None
     use_layout(lm, setup.layout)
@@ -158,7 +158,7 @@ def _by_layer(lm: CausalLM) -> ByLayer:
     return ByLayer(gates, contextlib.nullcontext, lambda: 0)
 
 
-# --------------------------------------------------------------------------- what is run
+# --------------------------------------------------------------------------- the simulated step
 
 
 def trace_step(setup: Setup, pairs: Sequence[Pair]) -> MemoryTracker:

@@ -487,7 +487,7 @@ def check_savable(lm: CausalLM) -> None:
                 where="the untrained adapter, saved before the first step",
                 expected="adapter_config.json and adapter_model.safetensors, as peft writes them",
                 found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-                remedy="use --adapter-mode continue in place of stack, or merge the SFT adapter into the base first",
+                remedy="use --adapter-mode continue instead of stack, or merge the SFT adapter into the base first",
             ) from error
 
 

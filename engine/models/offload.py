@@ -26,7 +26,7 @@ class Kept:
         dtype: of the tensor.
         host: the copy; None of a tensor without values.
         before: the tensor that left just before it, which the backward wants just after it.
-        fetched: the tensor on its device again, once its copy has been begun, with the event behind that.
+        fetched: the tensor on its device again, after its copy started, with the event that ends the copy.
     """
 
     device: torch.device
@@ -87,7 +87,7 @@ class HostInputs:
         return tensor, beside.copy(tensor, kept.host, on_device=tensor)
 
     def _copies_of(self, device: torch.device) -> Beside | None:
-        """The stream of copies of a GPU, made when it is first asked for; None of other devices."""
+        """The stream for copies of a GPU, created at first use; None for other devices."""
         if not has_streams(device):
             return None
         if device not in self._beside:
@@ -101,17 +101,17 @@ def has_streams(device: torch.device) -> bool:
 
 
 class Beside:
-    """Copies between a GPU and pinned host memory, in order, beside what the GPU computes."""
+    """Copies between a GPU and pinned host memory, in order, while the GPU computes."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, *, on_device: torch.Tensor) -> Any:
-        """Begin a copy, when all that is queued by now is done; returns the event behind it.
+        """Queues a copy after all work queued so far; returns the event that ends it.
 
-        `on_device` is the one of both that is on the GPU: its memory, which belongs to the stream that computes, is
-        given to nobody else before the copy is done.
+        `on_device` is the one of both that is on the GPU: its memory belongs to the computing stream, and is not
+        reused before the copy is done.
         """
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
@@ -121,5 +121,5 @@ class Beside:
         return event
 
     def wait(self, event: Any) -> None:
-        """Let what is queued from now on wait for a copy."""
+        """Makes work queued from now on wait for a copy."""
         torch.cuda.current_stream(self._device).wait_event(event)

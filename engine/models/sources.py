@@ -146,7 +146,7 @@ def read_fields(source: ModelSource) -> dict[str, Any]:
 
 
 def license_of(source: ModelSource) -> str | None:
-    """What the model card beside a checkpoint says of its licence; None where it says nothing."""
+    """The licence in the model card next to a checkpoint; None if there is none."""
     from huggingface_hub import metadata_load
 
     card = source.folder / "README.md"

@@ -191,7 +191,7 @@ def with_stored(request: PlanConfig, fields: Mapping[str, Any]) -> PlanConfig:
     """The request for a model whose files are quantised already: they are loaded as they are.
 
     Raises:
-        UserError: something else was asked for, or they are quantised in a way that dpoeng does not run.
+        UserError: the request differs, or dpoeng does not support their quantisation.
     """
     record = quantization_record(fields)
     if record is None:

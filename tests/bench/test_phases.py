@@ -156,7 +156,7 @@ def test_the_sharing_command(tmp_path: Path, tiny_model: Path) -> None:
 
 def test_pairs_for_the_embedded_model_are_refused_by_name(pairs_file: Path) -> None:
     for what in ("phases", "memory"):
-        with pytest.raises(UserError, match="the embedded model has no tokenizer") as caught:
+        with pytest.raises(UserError, match="the built-in model has no tokenizer") as caught:
             CliRunner().invoke(bench, [what, "--pairs", str(pairs_file)], catch_exceptions=False)
         assert caught.value.where == f"--pairs {pairs_file}"
         assert "--model" in caught.value.remedy

@@ -125,7 +125,7 @@ class Stack4bit:
 
 
 class Stack(Protocol):
-    """The matrices of a layer's experts, however they are held."""
+    """The matrices of a layer's experts, in any storage."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -135,14 +135,14 @@ class Stack(Protocol):
         """The matrices [n, O, I] of some experts that follow each other."""
 
     def tensors(self) -> list[torch.Tensor]:
-        """What is in memory beside the model's parameters."""
+        """The tensors besides the model's parameters."""
 
 
 class Held(Protocol):
-    """What a placeholder stands for: a quantised stack, or one matrix as its files have it."""
+    """The weights behind a placeholder: a quantised stack, or one matrix as stored."""
 
     def tensors(self) -> list[torch.Tensor]:
-        """What is in memory beside the model's parameters."""
+        """The tensors besides the model's parameters."""
 
 
 def _shape(stored: tuple[int, ...], transposed: bool) -> tuple[int, int, int]:
