@@ -93,7 +93,7 @@ def print_evaluation(summary: EvaluationSummary) -> None:
 
     facts = [
         ("trained", str(summary.trained)),
-        ("pairs", f"{summary.evaluation.pairs} of {summary.view} ({summary.which.replace('-', ' ')})"),
+        ("pairs", f"{summary.evaluation.pairs} of view {summary.view!r} ({summary.which.replace('-', ' ')})"),
         ("loss", f"{' + '.join(summary.loss_type)}, beta {summary.beta:g}"),
         ("device", summary.device),
         ("parity", f"before training {summary.parity.mean_diff:.2g} nats a token from the cache"),

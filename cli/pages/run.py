@@ -205,14 +205,15 @@ def evaluation_table(record: Mapping[str, Any]) -> Table:
     metrics, intervals = record["metrics"], record.get("intervals", {})
     names = [*(name for name in _FORMATS if name in metrics), *(name for name in intervals if name not in _FORMATS)]
     rows = [(name, figure(name, metrics[name]), _bounds(intervals, name)) for name in names]
+    explained = "length_controlled: the mean of two accuracies, for chosen longer and for chosen shorter. "
+    shown = any(name.endswith("length_controlled") for name in names)
     return Table(
         rows,
         ("", "mean", f"{100 * record.get('confidence', 0.95):.0f} % interval"),
         f"held out: {record.get('pairs', '?')} pairs",
         [
             *([f"{line}. "] if (line := accuracy_line(record)) else []),
-            "length_controlled: the mean of two accuracies, for chosen longer and for chosen shorter. kl: per "
-            "token, on the given responses.",
+            explained * shown + "kl: per token, on the given responses.",
         ],
     )
 

@@ -222,7 +222,7 @@ def evaluate_trained(
         return check_parity(config, lm, Rows(view, range(len(view)))), device_name(lm.device)
 
     def score(lm: CausalLM) -> PreferenceLoss:
-        progress.note(f"evaluating {counted(len(rows), 'pair')} of {rows.view.name} ({which})")
+        progress.note(f"evaluating {counted(len(rows), 'pair')} of view {rows.view.name!r} ({which})")
         return evaluate(
             lm,
             rows,
