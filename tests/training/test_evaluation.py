@@ -442,7 +442,7 @@ def test_eval_alone_gives_what_training_gave(
         capsys, "eval", "--cache", used, "--adapter", tmp_path / "out" / "adapter", "--pairs", "all"
     )
     assert status == 0
-    assert "24 of pairs (all)" in out
+    assert "24 of view 'pairs' (all)" in out
     assert "by negative_type" in out
     assert "95 % interval" in out
 
