@@ -105,4 +105,4 @@ def test_a_view_that_gets_other_rows_is_told(tmp_path: Path, tiny_model: Path, c
     fewer = tmp_path / "fewer.jsonl"
     fewer.write_text("".join(path.read_text().splitlines(keepends=True)[:5]))
     import_reference(config, fewer, progress)
-    assert "view 'rows' contained 12 rows of another file" in notes[-1]
+    assert "view 'rows' contained 12 rows of another import or file" in notes[-1]
