@@ -51,6 +51,33 @@ def sharing(results: Path) -> str:
     )
 
 
+def responses(results: Path) -> str:
+    """Tokens of several responses to a prompt, from `dpoeng bench sharing --responses`."""
+    record = read("responses", results)[-1]
+    ways = ("prompt once", "beginnings once")
+    rows = [
+        ["responses", "tokens, a row each", *(f"{way}: tokens" for way in ways), "times faster"],
+        *(
+            [
+                str(point["responses"]),
+                f"{point['tokens']['a response']:,}",
+                *(
+                    f"{point['tokens'][way]:,} ({point['tokens']['a response'] / point['tokens'][way]:.1f} times fewer)"
+                    for way in ways
+                ),
+                " and ".join(f"{point['speedup'][way]:.1f}" for way in ways),
+            ]
+            for point in record["responses"]
+        ),
+    ]
+    settings = record["settings"]
+    return (
+        f"A prompt of {settings['prompt']:,} tokens and responses of {settings['response']}, which begin alike for a "
+        f"quarter of them and two by two for half, in one forward. {where(record)}:"
+        f"\n\n{table(rows)}"
+    )
+
+
 def cache(results: Path) -> str:
     """Results of `dpoeng bench cache` beside the required ones."""
     record = read("cache", results)[-1]

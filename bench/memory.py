@@ -23,7 +23,7 @@ from dpoeng.bench.measuring.allocator import trace_allocator
 from dpoeng.bench.measuring.measure import PeakMemory, held_bytes, release_memory, touch
 from dpoeng.bench.measuring.records import named_settings, stamp
 from dpoeng.bench.measuring.workload import first_pairs_of, model_or_embedded
-from dpoeng.cache.schema import PairIds, ScoredPair
+from dpoeng.cache.schema import PairIds, ScoredRow
 from dpoeng.engine.config.fields import Dtype, Quantization, TrainConfig
 from dpoeng.engine.memory.any_depth import forward_memory, step_memory
 from dpoeng.engine.memory.overhead import model_fields
@@ -211,7 +211,7 @@ class _Cases:
 
 
 def _measure_by_layer(
-    cases: _Cases, load: Callable[..., CausalLM], rows: Sequence[ScoredPair], setup: Setup, lengths: Sequence[Pair]
+    cases: _Cases, load: Callable[..., CausalLM], rows: Sequence[ScoredRow], setup: Setup, lengths: Sequence[Pair]
 ) -> None:
     """A step of another model whose layers are loaded one at a time.
 
@@ -237,7 +237,7 @@ def _measure_by_layer(
 
 
 def _measure_from_trunk(
-    cases: _Cases, load: Callable[..., CausalLM], rows: Sequence[ScoredPair], setup: Setup, lengths: Sequence[Pair]
+    cases: _Cases, load: Callable[..., CausalLM], rows: Sequence[ScoredRow], setup: Setup, lengths: Sequence[Pair]
 ) -> None:
     """A step of another model that begins at two thirds of the depth, from random states in the host's memory."""
     layer = round(TRUNK_SHARE * setup.layers)
@@ -321,7 +321,7 @@ def _measure_second_model(
 
 @contextlib.contextmanager
 def training_run(
-    lm: CausalLM, rows: Sequence[ScoredPair], config: TrainConfig, *, group: Group = ALONE
+    lm: CausalLM, rows: Sequence[ScoredRow], config: TrainConfig, *, group: Group = ALONE
 ) -> Iterator[Run]:
     """Phase two, ready for its first step, on one batch that repeats; makes `lm` trainable."""
     make_trainable(lm, config, "new" if config.use_peft else "full")

@@ -111,12 +111,12 @@ def reference_stats(view: View, *, notes: int = 10) -> ReferenceStats:
         rows=len(view),
         pairs=len(first),
         contradictions=contradictions(view, first),
-        prompt_tokens=_distribution(numbers.prompt_tokens),
-        chosen_tokens=_distribution(numbers.chosen_tokens),
-        rejected_tokens=_distribution(numbers.rejected_tokens),
-        length_difference=_distribution(difference),
-        margin=_distribution(margin),
-        margin_per_token=_distribution(per_token),
+        prompt_tokens=distribution(numbers.prompt_tokens),
+        chosen_tokens=distribution(numbers.chosen_tokens),
+        rejected_tokens=distribution(numbers.rejected_tokens),
+        length_difference=distribution(difference),
+        margin=distribution(margin),
+        margin_per_token=distribution(per_token),
         accuracy=float((margin > 0).mean()),
         accuracy_per_token=float((per_token > 0).mean()),
         length_correlation=correlation(margin, difference.astype(np.float64)) or 0.0,
@@ -137,7 +137,8 @@ def contradictions(view: View, first: npt.NDArray[np.int64]) -> tuple[tuple[int,
     return tuple((other, row) for row, other in both)
 
 
-def _distribution(values: npt.NDArray[Any]) -> Distribution:
+def distribution(values: npt.NDArray[Any]) -> Distribution:
+    """Mean, spread, quantiles and histogram of some numbers, at least one."""
     whole = np.issubdtype(values.dtype, np.integer)
     values = values.astype(np.float64)
     low, high = np.quantile(values, (0.005, 0.995))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Self, SupportsIndex
@@ -16,7 +17,7 @@ from dpoeng.cache.errors import CacheError
 from dpoeng.cache.folder import object_name, table_name, view_name
 from dpoeng.cache.mapped import RESIDENT_LIMIT
 from dpoeng.cache.records import ROW_KINDS, ViewRecord, damaged
-from dpoeng.cache.schema import IdArray, ScoredPair
+from dpoeng.cache.schema import IdArray, ScoredGroup, ScoredPair, ScoredRow
 from dpoeng.cache.shard import Numbers, Shard, check_hash
 from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.store import THREADS, Store
@@ -107,13 +108,49 @@ class View:
         return self._shards[self._object_at[i]].prompt_ids(self._row_at[i])
 
     def scores(self, i: SupportsIndex) -> tuple[float, ...]:
-        """The data set's scores or labels of row i's responses, see `ScoredPair.scores`; empty for a pair."""
+        """What the data set says of the responses of row i, see `ScoredPair.scores`; empty for a pair."""
         if self.rows == "pairs":
             return ()
+        if self.rows == "ranked":
+            return self._ranking(self._position(i))
         label = self.extra(i).get("label")
         if not isinstance(label, bool):
             raise damaged(f"view {self.name}, row {self._position(i)}: label", "true or false", repr(label)[:200])
         return (float(label),)
+
+    def _ranking(self, row: int) -> tuple[float, ...]:
+        scores = self.extra(row).get("scores", ())
+        fits = all(isinstance(score, int | float) and math.isfinite(score) for score in scores)
+        if not fits or (scores and len(scores) < 2):
+            raise damaged(f"view {self.name}, row {row}: scores", "two finite numbers or more", repr(scores)[:200])
+        return tuple(map(float, scores))
+
+    def row_starts(self) -> Sequence[int]:
+        """The places at which rows of the data set begin: all, but of a ranked row the first of its pairs alone."""
+        if self.rows != "ranked":
+            return range(self._length)
+        source = np.stack([self._table.file.astype(np.int64), self._table.source_row.astype(np.int64)])
+        changes = np.flatnonzero((source[:, 1:] != source[:, :-1]).any(axis=0)) + 1
+        starts: list[int] = [0, *changes.tolist()]
+        return starts
+
+    def row(self, i: SupportsIndex) -> ScoredRow:
+        """The row of the data set that begins at place i: of a ranked view the whole group.
+
+        Raises:
+            CacheError: the pairs of a ranked row do not fit together.
+        """
+        first = self[i]
+        if self.rows != "ranked":
+            return first
+        i = self._position(i)
+        count = (len(first.scores) + 1) // 2
+        pairs = [first, *(self[place] for place in range(i + 1, min(i + count, self._length)))]
+        prompt, source = first.ids.prompt_ids, self.source(i)
+        same = all(np.array_equal(pair.ids.prompt_ids, prompt) for pair in pairs)
+        if len(pairs) != count or not count or not same or self.source(i + count - 1) != source:
+            raise damaged(f"view {self.name}, row {i}", "a ranked row with all its responses", "another row among them")
+        return ScoredGroup(tuple(pairs), first.scores)
 
     def place(self, i: SupportsIndex) -> tuple[int, int]:
         """(index of the object, row in it) where the numbers of row i are stored."""
@@ -236,7 +273,8 @@ def _check_rows(record: ViewRecord, wanted: Collection[str]) -> None:
             where=f"view {record.name}",
             expected=" or ".join(wanted),
             found=kind,
-            remedy="name another view, or run `dpoeng precompute-ref` on such rows; docs/data.md explains the kinds",
+            remedy="name another view, or run `dpoeng precompute-ref` on such rows (--ranked-pairs best makes pairs of "
+            "ranked ones); docs/data.md explains the kinds. In Python dpoeng.open_responses reads all",
             exit_status=2,
         )
 

@@ -20,7 +20,7 @@ from dpoeng.cache.errors import CacheError
 
 DIGEST = re.compile(r"[0-9a-f]{32}")
 VIEW_NAME = re.compile(r"[A-Za-z0-9._-]{1,200}")
-ROW_KINDS = ("pairs", "unpaired")
+ROW_KINDS = ("pairs", "unpaired", "ranked")
 """The kinds of a view's rows: `rows` in its `meta`, pairs if absent. See docs/cache-format.md."""
 
 

@@ -77,7 +77,8 @@ class ScoredPair:
             [C - chosen_start] if there are no gaps.
         rejected_logps: float32, the same.
         scores: the data set's scores of the responses; empty for a pair, whose first response is preferred. For an
-            unpaired row 1 (desirable) or 0 (undesirable); its second response is then the mismatched one.
+            unpaired row 1 (desirable) or 0 (undesirable); its second response is then the mismatched one. Of the
+            first pair of a ranked row the score of each of the row's responses; empty for those after it.
     """
 
     ids: PairIds
@@ -111,6 +112,47 @@ class ScoredPair:
     def rejected_sum(self) -> float:
         """log p_ref(rejected | prompt) in nats, summed in float64."""
         return float(self.rejected_logps.sum(dtype=np.float64))
+
+
+@dataclass(slots=True, eq=False)
+class ScoredGroup:
+    """A ranked row: a prompt with N >= 2 responses, each with the reference's log-probs, and their scores.
+
+    Attributes:
+        pairs: the responses two by two, in their order; of an odd number the last is beside the first.
+        scores: [N], more is better; not all equal.
+    """
+
+    pairs: tuple[ScoredPair, ...]
+    scores: tuple[float, ...]
+
+    @property
+    def ids(self) -> PairIds:
+        """The prompt, and the first two responses."""
+        return self.pairs[0].ids
+
+    @property
+    def logps(self) -> list[LogpArray]:
+        """The log-probs of each response's scored tokens, [N] arrays."""
+        every = [logps for pair in self.pairs for logps in (pair.chosen_logps, pair.rejected_logps)]
+        return every[: len(self.scores)]
+
+
+ScoredRow = ScoredPair | ScoredGroup
+"""A row of a data set with its reference log-probs."""
+
+
+def lengths_of(row: ScoredRow | PairIds) -> tuple[int, ...]:
+    """Tokens of a row: those of its prompt, then those of each response that runs behind it."""
+    pairs = [pair.ids for pair in row.pairs] if isinstance(row, ScoredGroup) else [pair_ids(row)]
+    responses = [len(side) for ids in pairs for side in (ids.chosen_ids, ids.rejected_ids)]
+    count = len(row.scores) if isinstance(row, ScoredGroup) else len(responses)
+    return len(pairs[0].prompt_ids), *responses[:count]
+
+
+def pair_ids(row: ScoredPair | PairIds) -> PairIds:
+    """The ids of a pair."""
+    return row.ids if isinstance(row, ScoredPair) else row
 
 
 def as_ids(values: Any) -> IdArray:

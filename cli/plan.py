@@ -72,9 +72,16 @@ def show(result: Plan) -> None:
     trained = f"{request.quantization}, r={request.lora_r}" if request.use_peft else "all weights trained"
     say(
         f"{request.model}: {result.parameters / 1e9:.2f} e9 parameters, {trained}; "
-        f"one pair of 2 x {request.max_length} tokens, {request.prompt_length} of them a shared prompt. ",
+        f"{'one pair' if request.responses == 2 else 'one row'} of {request.responses} x {request.max_length} tokens, "
+        f"{request.prompt_length} of them a shared prompt. ",
         Marked("Calculated, not measured.", "bold"),
     )
+    once, apart = result.tokens
+    if request.responses > 2:
+        say(
+            f"a row computes {once:,} tokens, {apart / once:.1f} times fewer than the {apart:,} of a row for each "
+            "response"
+        )
     if result.trunk_layer:
         say(
             f"phase two begins at layer {result.trunk_layer}, and trains from there on; its input, hidden states, "

@@ -74,9 +74,8 @@ def summary_record(summary: PrecomputeSummary) -> dict[str, Any]:
 def print_summary(summary: PrecomputeSummary) -> None:
     """Prints lengths, what was computed and left out, and the next command."""
     say(length_table(summary.data))
-    facts: list[tuple[str, str]] = [
-        ("pairs", f"{summary.pairs} in view {summary.view!r}: {summary.computed} computed, {summary.reused} reused"),
-    ]
+    what = "rows" if summary.source.kind == "ranked" else "pairs"
+    facts = [(what, _counts(summary))]
     if summary.quarantined:
         facts.append(("damaged", f"{counted(summary.quarantined, 'object')} moved to quarantine and recomputed"))
     if summary.computed:
@@ -89,6 +88,10 @@ def print_summary(summary: PrecomputeSummary) -> None:
             )
         )
         facts.append(("layout", f"{summary.layout}: {summary.layout_reason}"))
+        fewer = summary.apart_tokens / max(summary.computed_tokens, 1)
+        if fewer > 1.05:
+            tokens = f"{summary.computed_tokens:,}, {fewer:.1f} times fewer than with a row for each response"
+            facts.append(("tokens", tokens))
     if summary.trunk_layer is not None:
         stored = f"{counted(summary.trunk_texts, 'text')} stored, {summary.trunk_bytes / 1e6:,.1f} MB"
         facts.append(("trunk", f"states that enter layer {summary.trunk_layer}: {stored}"))
@@ -99,9 +102,8 @@ def print_summary(summary: PrecomputeSummary) -> None:
         facts.append(("labels", f"{desirable:,} desirable, {len(summary.data.pairs) - desirable:,} not"))
     elif not summary.pending:
         share = f"{100 * summary.reference_accuracy:.0f} %"
-        facts.append(
-            ("reference", f"prefers the chosen response in {share} of the pairs (by sums of log-probs, as DPO)")
-        )
+        which = "better response in {} of a row's pairs" if what == "rows" else "chosen response in {} of the pairs"
+        facts.append(("reference", f"prefers the {which.format(share)} (by sums of log-probs, as DPO)"))
     for label, count, word, text in (
         ("duplicates", len(summary.source.duplicates), "pair", "repeated; each is scored once"),
         ("contradictions", len(summary.source.contradictions), "pair", "with chosen and rejected swapped elsewhere"),
@@ -124,6 +126,15 @@ def print_summary(summary: PrecomputeSummary) -> None:
         return
     view = ("--view", summary.view) if summary.views > 1 else ()
     say("\nNext: ", command_line("train", "--cache", summary.cache, *view))
+
+
+def _counts(summary: PrecomputeSummary) -> str:
+    """How many pairs or rows there are, and how many of them were computed."""
+    told = str(summary.pairs)
+    if summary.source.kind == "ranked":
+        responses = counted(summary.data.counts.lengths["response"].count, "response")
+        told = f"{counted(summary.rows, 'row')} of {responses}, {told} pairs of them,"
+    return f"{told} in view {summary.view!r}: {summary.computed} computed, {summary.reused} reused"
 
 
 _NOTES = {
@@ -149,4 +160,5 @@ def length_table(data: TokenizedData) -> Table:
     if data.rejects:
         notes.append(f"{len(data.rejects):,} left out")
     note = [", ".join(notes)] if notes else []
-    return Table(rows, ("", "pairs", "mean", "p50", "p95", "max"), "tokens", note)
+    number = "number" if "response" in data.counts.lengths else "pairs"
+    return Table(rows, ("", number, "mean", "p50", "p95", "max"), "tokens", note)

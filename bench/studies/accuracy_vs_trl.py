@@ -97,7 +97,8 @@ def accuracy_vs_trl(settings: AccuracySettings) -> dict[str, Any]:
 
     view = View.open(held_out_job.cache)
     rows = Rows(view, range(len(view)))
-    before = np.array([float(row.chosen_logps.sum() - row.rejected_logps.sum()) for row in rows])
+    scored = (view[i] for i in range(len(view)))
+    before = np.array([float(pair.chosen_logps.sum() - pair.rejected_logps.sum()) for pair in scored])
     values: dict[str, Values] = {}
     runs: dict[str, Figures] = {}
     for program in PROGRAMS:

@@ -256,7 +256,8 @@ def look_at(adapter: Path, config: TrainConfig) -> PreferenceLoss:
 
 def longer_by(rows: Rows) -> list[int]:
     """Scored tokens of each chosen response less those of the rejected one."""
-    return [len(row.chosen_logps) - len(row.rejected_logps) for row in rows]
+    pairs = (rows.view[place] for place in rows.indices)
+    return [len(pair.chosen_logps) - len(pair.rejected_logps) for pair in pairs]
 
 
 # --------------------------------------------------------------------------- results

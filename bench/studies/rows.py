@@ -235,7 +235,7 @@ def _training(folder: Path) -> Callable[[], object]:
         inputs = open_inputs(config)
         for step in range(inputs.schedule.total_steps):
             for row in inputs.schedule.rows_of_step(step):
-                pair = inputs.train_rows[row]
+                pair = inputs.view[inputs.train_rows.indices[row]]
                 parts = (pair.ids.prompt_ids, pair.ids.chosen_ids, pair.ids.rejected_ids)
                 np.concatenate([*parts, pair.chosen_logps, pair.rejected_logps])  # reads them, as a batch does
 

@@ -1,4 +1,4 @@
-"""Measures the gain of running each prompt once, by the prompt's share of the tokens and by pairs a prompt.
+"""Measures the gain of running each prompt once, by the prompt's share of the tokens, by pairs and responses a prompt.
 
 Both sides of each ratio are dpoeng's own code on the same tokens, in turn; the other side repeats the prompt for every
 response, sorted by length and padded as little as that allows. The counted share of positions that sharing leaves is
@@ -29,7 +29,17 @@ from dpoeng.engine.runtime.progress import QUIET, Progress
 from dpoeng.engine.scoring.attention import use_layout
 from dpoeng.engine.scoring.choose_layout import choose_layout
 from dpoeng.engine.scoring.forward import score_groups
-from dpoeng.engine.scoring.layout import batches_by_tokens, batches_of_pairs, pack, pair_group, separate, share_prompts
+from dpoeng.engine.scoring.layout import (
+    Branch,
+    PromptGroup,
+    batches_by_tokens,
+    batches_of_pairs,
+    pack,
+    pair_group,
+    positions_of,
+    separate,
+    share_prompts,
+)
 from dpoeng.engine.scoring.pairs import score_pairs
 
 PROMPT_SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -75,6 +85,86 @@ def bench_sharing(settings: SharingSettings, progress: Progress = QUIET) -> dict
         choose_layout(lm, "shared")
         negatives = [_negatives_point(lm, count, settings, progress) for count in PAIRS_A_PROMPT]
     return {**record, "prompt_share": shares, "pairs_a_prompt": negatives}
+
+
+@dataclass(frozen=True, slots=True)
+class ResponsesSettings:
+    """Settings of the curve over responses to one prompt.
+
+    Attributes:
+        prompt: its tokens.
+        response: tokens of each response. All begin alike for a quarter of them, and each two for half.
+        counts: responses.
+        repeats: counted rounds.
+    """
+
+    model: str | None = None
+    dtype: Dtype = "auto"
+    device: str = "auto"
+    prompt: int = 1024
+    response: int = 256
+    counts: tuple[int, ...] = (2, 4, 8)
+    repeats: int = 3
+
+
+def bench_responses(settings: ResponsesSettings, progress: Progress = QUIET) -> dict[str, Any]:
+    """Counts the tokens of a reference pass over several responses in each layout, and measures it.
+
+    Raises:
+        UserError: the model cannot be used, or cannot share beginnings of responses.
+    """
+    device = pick_device(settings.device)
+    record = stamp("responses", device, named_settings(settings))
+    with tempfile.TemporaryDirectory(prefix="dpoeng-bench-") as scratch:
+        source = model_or_embedded(settings.model, Path(scratch))
+        lm = load_model(source, quantization="none", dtype=settings.dtype, device=device, tokenizer=False)
+        set_mode(lm, training=False)
+        choose_layout(lm, "shared")
+        points = [_responses_point(lm, count, settings, progress) for count in settings.counts]
+    return {**record, "responses": points}
+
+
+def branching(count: int, prompt: int, response: int, vocabulary: int) -> PromptGroup:
+    """A prompt with responses that fork at a quarter of their length, and two by two at half of it."""
+    random = np.random.default_rng(0)
+
+    def draw(length: int) -> Any:
+        return as_ids(random.integers(0, vocabulary, length))
+
+    stem, stems = draw(response // 4), [draw(response // 4) for _ in range(-(-count // 2))]
+    rest = response - 2 * (response // 4)
+    branches = (Branch(np.concatenate([stem, stems[i // 2], draw(rest)])) for i in range(count))
+    return PromptGroup(draw(prompt), tuple(branches))
+
+
+def _responses_point(lm: CausalLM, count: int, settings: ResponsesSettings, progress: Progress) -> dict[str, Any]:
+    group = branching(count, settings.prompt, settings.response, lm.vocab_size)
+    tree = lm.tree
+    ways = {"a response": ("separate", 0), "prompt once": ("shared", 0), "beginnings once": ("shared", tree)}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    with progress.task(f"{count} responses", 1 + settings.repeats, "rounds") as advance, torch.inference_mode():
+        for number in range(1 + settings.repeats):
+            for way, (layout, shortest) in ways.items():
+                use_layout(lm, layout)  # type: ignore[arg-type]
+                lm.tree = shortest
+                split = TimeSplit(lm.device)
+                with split.part("score"):
+                    score_groups(lm, [group])
+                if number > 0:
+                    seconds[way].append(split.total().wall_s)
+            advance(1, "")
+    use_layout(lm, "shared")
+    lm.tree = tree
+    median = {way: statistics.median(times) for way, times in seconds.items()}
+    apart, *others = ways
+    return {
+        "responses": count,
+        "tokens": {
+            apart: sum(one.total_tokens for one in separate(group)),
+            **{way: positions_of([group], ways[way][1]) for way in others},
+        },
+        "speedup": {way: median[apart] / median[way] for way in others},
+    }
 
 
 def pairs_of(prompts: int, each: int, prompt: int, response: int, vocabulary: int) -> list[PairIds]:

@@ -6,11 +6,13 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
+import numpy as np
 import pyarrow as pa
 
 from dpoeng.cache.errors import UserError
+from dpoeng.cache.exchange.responses import responses_of
 from dpoeng.cache.files import replacing
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import Gaps, ScoredPair
@@ -39,8 +41,24 @@ GAPS: Final = ("chosen_gaps", "rejected_gaps")
 """Columns of conversations, where a row has such gaps."""
 
 
+RESPONSES_SCHEMA: Final = pa.schema(
+    [
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("response_ids", pa.list_(pa.list_(pa.int32()))),
+        ("ref_logps", pa.list_(pa.float64())),
+        ("ref_token_logps", pa.list_(pa.list_(pa.float32()))),
+        ("response_gaps", pa.list_(pa.list_(pa.int32()))),
+        ("scores", pa.list_(pa.float64())),
+        ("source_file", pa.string()),
+        ("source_row", pa.int64()),
+    ]
+)
+"""Columns of rows that are no pairs: all responses of a ranked row and their scores; of an unpaired row its response,
+the mismatched one, and the label as a score, 1 or 0. Gaps are as in shards."""
+
+
 def export_view(view: View, path: Path) -> int:
-    """Writes the columns of `EXPORT_SCHEMA`, one row for each row of the source, in its order.
+    """Writes `EXPORT_SCHEMA`, or `RESPONSES_SCHEMA` for other rows than pairs: one row for each row of the source.
 
     Args:
         view: what to write.
@@ -52,6 +70,8 @@ def export_view(view: View, path: Path) -> int:
     Raises:
         UserError: the path has another ending.
     """
+    if view.rows != "pairs":
+        return _write(view, path, RESPONSES_SCHEMA)
     schema = EXPORT_SCHEMA
     if any(row.ids.chosen_gaps or row.ids.rejected_gaps for row in (view[i] for i in range(len(view)))):
         for name in GAPS:
@@ -70,12 +90,13 @@ def _write(view: View, path: Path, schema: pa.Schema) -> int:
         raise bad_suffix(path)
     with replacing(path) as temporary:
         write(view, temporary, schema)
-    return len(view)
+    return len(view.row_starts())
 
 
 def is_export(path: Path) -> bool:
     """Whether `export_view` wrote this file. Raises ValueError if the file does not have the format of its name."""
-    return [name for name in _names(path) if name not in GAPS] == list(EXPORT_SCHEMA.names)
+    names = [name for name in _names(path) if name not in GAPS]
+    return names in (EXPORT_SCHEMA.names, RESPONSES_SCHEMA.names)
 
 
 def is_sums_export(path: Path) -> bool:
@@ -94,9 +115,28 @@ def _names(path: Path) -> list[str]:
     return list(json.loads(line)) if line else []
 
 
+def _response_columns(view: View, place: int) -> dict[str, Any]:
+    responses, tokens = responses_of(view, place), not view.spec.holds_sums
+    source_file, source_row = view.source(place)
+    return {
+        "prompt_ids": view.prompt_ids(place).tolist(),
+        "response_ids": [one.ids.tolist() for one in responses],
+        "ref_logps": [float(one.logps.sum(dtype=np.float64)) for one in responses],
+        "ref_token_logps": [one.logps.tolist() for one in responses] if tokens else None,
+        "response_gaps": [_edges(one.gaps) for one in responses],
+        "scores": list(view.scores(place)),
+        "source_file": source_file,
+        "source_row": source_row,
+    }
+
+
 def _write_jsonl(view: View, path: Path, schema: pa.Schema) -> None:
     tokens = not view.spec.holds_sums
     with path.open("w", encoding="utf-8") as file:
+        if schema is RESPONSES_SCHEMA:
+            rows = (_response_columns(view, place) for place in view.row_starts())
+            file.writelines(json.dumps(columns, ensure_ascii=False) + "\n" for columns in rows)
+            return
         for i in range(len(view)):
             row, (source_file, source_row) = view[i], view.source(i)
             columns = {
@@ -118,6 +158,11 @@ def _write_parquet(view: View, path: Path, schema: pa.Schema) -> None:
     from pyarrow import parquet
 
     with parquet.ParquetWriter(path, schema) as writer:
+        if schema is RESPONSES_SCHEMA:
+            for places in batched(view.row_starts()):
+                columns = [_response_columns(view, place) for place in places]
+                writer.write_batch(pa.RecordBatch.from_pylist(columns, schema=schema))
+            return
         for rows in batched(range(len(view))):
             writer.write_batch(_batch([view[i] for i in rows], [view.source(i) for i in rows], view, schema))
 

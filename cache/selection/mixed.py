@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from dpoeng.cache.errors import CacheError
 from dpoeng.cache.reader import View
-from dpoeng.cache.schema import IdArray, ScoredPair
+from dpoeng.cache.schema import IdArray, ScoredPair, ScoredRow
 from dpoeng.cache.shard import Numbers
 
 
@@ -67,6 +67,15 @@ class MixedView:
         """As `View.prompt_ids`."""
         part, row = self._part(i)
         return part.prompt_ids(row)
+
+    def row(self, i: SupportsIndex) -> ScoredRow:
+        """As `View.row`."""
+        part, row = self._part(i)
+        return part.row(row)
+
+    def row_starts(self) -> Sequence[int]:
+        """As `View.row_starts`."""
+        return [start + row for part, start in zip(self.parts, self.starts, strict=False) for row in part.row_starts()]
 
     def scores(self, i: SupportsIndex) -> tuple[float, ...]:
         """Like `View.scores`."""

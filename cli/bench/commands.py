@@ -236,12 +236,17 @@ def compare(outputs: Outputs, **settings: Any) -> None:
 )
 @click.option("--pairs", default=8, show_default=True, help="Pairs per step and per pass.", type=click.IntRange(1))
 @click.option("--repeats", default=3, show_default=True, help="Counted repeats.", type=click.IntRange(1))
+@click.option("--responses", is_flag=True, help="Instead: 2 to 8 responses of 256 tokens to a prompt of 1,024.")
 @output_options
-def sharing(outputs: Outputs, **settings: Any) -> None:
+def sharing(outputs: Outputs, responses: bool, **settings: Any) -> None:
     """Speed with each prompt computed once, against repeating it: by the prompt's share of tokens and by pairs."""
-    from dpoeng.bench.studies.sharing import SharingSettings, bench_sharing
+    from dpoeng.bench.studies.sharing import ResponsesSettings, SharingSettings, bench_responses, bench_sharing
     from dpoeng.cli.progress import TerminalProgress
 
+    if responses:
+        chosen = {name: value for name, value in settings.items() if name not in ("tokens", "pairs")}
+        finish([bench_responses(ResponsesSettings(**chosen), TerminalProgress())], outputs)
+        return
     finish([bench_sharing(SharingSettings(**settings), TerminalProgress())], outputs)
 
 

@@ -139,6 +139,25 @@ def sharing_tables(record: dict[str, Any]) -> list[Table]:
     return tables
 
 
+def responses_tables(record: dict[str, Any]) -> list[Table]:
+    """A row a number of responses."""
+    rows = [
+        (
+            f"{point['responses']}",
+            *(f"{tokens:,}" for tokens in point["tokens"].values()),
+            *(f"{times:.2f}x" for times in point["speedup"].values()),
+        )
+        for point in record["responses"]
+    ]
+    first = record["responses"][0]
+    heads = (
+        "responses",
+        *(f"tokens, {way}" for way in first["tokens"]),
+        *(f"speed, {way}" for way in first["speedup"]),
+    )
+    return [machine_table(record), Table(rows, heads, "a prompt with several responses, in one forward", words=0)]
+
+
 def cache_tables(record: dict[str, Any]) -> list[Table]:
     """One column per size; then reading and hashing."""
     sizes = record["sizes"]
@@ -390,6 +409,7 @@ _TABLES: dict[str, Callable[[dict[str, Any]], list[Table]]] = {
     "kernels": kernels_tables,
     "kernels-aot": aot_tables,
     "sharing": sharing_tables,
+    "responses": responses_tables,
     "quality": quality_tables,
     "scale": scale_tables,
     "cache": cache_tables,

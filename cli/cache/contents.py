@@ -15,6 +15,7 @@ from dpoeng.cli.tables import Marked, as_data, facts_table, json_option, say, sa
 
 if TYPE_CHECKING:
     from dpoeng.cache.analytics import ReferenceStats
+    from dpoeng.cache.exchange.responses import ResponseStats
     from dpoeng.cache.info import CacheInfo
     from dpoeng.cache.verify import VerifyReport
     from dpoeng.engine.reference.parity import ParityReport
@@ -62,7 +63,10 @@ def _print_info(folder: Path, contents: CacheInfo) -> None:
         say(facts_table(facts))
     for view in contents.views:
         say("")
-        say(facts_table([("view", view.name), ("rows", f"{view.rows:,}"), ("reference", view.spec)]))
+        kind = view.meta.get("rows", "pairs")
+        stored = " (two responses each; a row of the data is several)" if kind == "ranked" else ""
+        rows = f"{view.rows:,}{stored}"
+        say(facts_table([("view", view.name), ("kind", kind), ("rows", rows), ("reference", view.spec)]))
         say(facts_table([(f"  {name}", short(value)) for name, value in view.meta.items()]))
     for problem in contents.problems:
         say(Marked("damaged:", "error"), f" {problem}")
@@ -180,11 +184,20 @@ def _print_recomputed(parity: ParityReport) -> None:
 @json_option
 @click.option("--pairs", default=10, show_default=True, help="Number of strongly ranked pairs to list.")
 def stats(folder: Path, view: str | None, html: Path | None, force: bool, as_json: bool, pairs: int) -> None:
-    """Show the reference's margins on the data, lengths, and pairs that look mislabelled."""
-    from dpoeng.cache.analytics import reference_stats
-    from dpoeng.cache.reader import View
+    """Show the reference's margins on the data, lengths, and pairs that look mislabelled.
 
-    opened = View.open(folder, view)
+    Of rows with labels or scores: lengths, log-probs, and how often the reference agrees with the scores.
+    """
+    from dpoeng.cache.analytics import reference_stats
+    from dpoeng.cache.exchange.responses import response_stats
+    from dpoeng.cache.reader import View
+    from dpoeng.cache.records import ROW_KINDS
+
+    opened = View.open(folder, view, rows=ROW_KINDS if html is None else ("pairs",))
+    if opened.rows != "pairs":
+        of_responses = response_stats(opened)
+        say_json(of_responses) if as_json else _print_response_stats(of_responses)
+        return
     statistics = reference_stats(opened, notes=pairs)
     if html:
         from dpoeng.cli.pages.html import write_page
@@ -199,6 +212,27 @@ def stats(folder: Path, view: str | None, html: Path | None, force: bool, as_jso
     _print_stats(statistics)
     if html:
         say(f"Plots written to {html}")
+
+
+def _print_response_stats(found: ResponseStats) -> None:
+    from dpoeng.cli.pages.reference import distributions_table
+
+    shown = (
+        ("prompt", "tokens", "prompt_tokens"),
+        ("response", "scored tokens", "response_tokens"),
+        ("responses a row", "", "responses_a_row"),
+        ("log-prob per token", "nats", "logp_per_token"),
+    )
+    facts = [("rows", f"{counted(found.rows, f'{found.kind} row')} of {counted(found.responses, 'response')}")]
+    if found.desirable is not None:
+        facts.append(("labels", f"{found.desirable:,} desirable, {found.rows - found.desirable:,} not"))
+    if found.best_less_worst is not None:
+        sides = "best less worst response" if found.desirable is None else "desirable less other responses"
+        facts.append(("reference", f"{sides}: {found.best_less_worst:+.3f} nats a token"))
+    if found.accuracy is not None:
+        per_token = f"per token {found.accuracy_per_token:.1%}"
+        facts.append(("prefers the better", f"{found.accuracy:.1%} of a row's pairs (sums); {per_token}"))
+    say(distributions_table(found, (1, 3, 5), shown), facts_table(facts))
 
 
 def _print_stats(statistics: ReferenceStats) -> None:

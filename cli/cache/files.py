@@ -57,6 +57,7 @@ def export(
     """
     from dpoeng.cache.exchange.export import export_view, is_export
     from dpoeng.cache.reader import View
+    from dpoeng.cache.records import ROW_KINDS
     from dpoeng.cache.trunk.export import export_states
     from dpoeng.engine.runtime.outputs import Kind, refuse_output
 
@@ -64,7 +65,7 @@ def export(
         raise click.UsageError("--rows goes with --for open-instruct")
     if trainer is not None and trunk_layer is not None:
         raise click.UsageError("--for writes log-probs, --trunk-layer hidden states: choose one")
-    opened = View.open(folder, view)
+    opened = View.open(folder, view, rows=ROW_KINDS if trainer is None and trunk_layer is None else ("pairs",))
     told = ""
     if trainer is not None:
         from dpoeng.engine.recipes.elsewhere.reference_files import export_for, is_file_for

@@ -100,6 +100,15 @@ def _sharing(record: dict[str, Any]) -> Iterable[Html]:
         yield line_chart(title, [*curves, ideal], unit="times as fast", x_name=name.replace("_", " "))
 
 
+def _responses(record: dict[str, Any]) -> Iterable[Html]:
+    points = record["responses"]
+    curves = [
+        Curve(way, [(p["responses"], p["tokens"]["a response"] / p["tokens"][way]) for p in points])
+        for way in points[0]["speedup"]
+    ]
+    yield line_chart("tokens of several responses", curves, unit="times fewer tokens", x_name="responses")
+
+
 def _compare(record: dict[str, Any]) -> Iterable[Html]:
     if not record["equality"]["ok"]:
         return
@@ -163,6 +172,7 @@ _CHARTS: dict[str, Callable[[dict[str, Any]], Iterable[Html]]] = {
     "phases": _phases,
     "memory": _memory,
     "sharing": _sharing,
+    "responses": _responses,
     "quality": _quality,
     "scale": _scale,
     "compare": _compare,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dpoeng.cache.analytics import PairNote, ReferenceStats
+from dpoeng.cache.exchange.responses import ResponseStats
 from dpoeng.cache.words import number
 from dpoeng.cli.pages.charts import histogram
 from dpoeng.cli.pages.html import Html, heading, page, paragraph, plots, table
@@ -70,9 +71,13 @@ def reference_facts(stats: ReferenceStats) -> list[tuple[str, str]]:
     ]
 
 
-def distributions_table(stats: ReferenceStats, quantiles: Sequence[int] = range(7)) -> Table:
-    """Mean, standard deviation and quantiles of margins and lengths."""
-    items = [(title, getattr(stats, name)) for title, _, name in _SHOWN]
+def distributions_table(
+    stats: ReferenceStats | ResponseStats,
+    quantiles: Sequence[int] = range(7),
+    shown: Sequence[tuple[str, str, str]] = _SHOWN,
+) -> Table:
+    """Mean, standard deviation and quantiles of margins and lengths, or of the attributes in `shown`."""
+    items = [(title, getattr(stats, name)) for title, _, name in shown]
     rows = [
         (title, *map(number, (item.mean, item.std, *(item.quantiles[place] for place in quantiles))))
         for title, item in items

@@ -17,6 +17,7 @@ from dpoeng.engine.runs.reading import EVAL, Points, RunRecord
 CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("loss", "nats", ("loss",)),
     ("reward accuracy", "share of pairs", ("rewards/accuracies",)),
+    ("best response first", "share of rows", ("rewards/top_accuracies",)),
     ("reward margin", "beta × nats", ("rewards/margins",)),
     ("rewards", "beta × nats", ("rewards/chosen", "rewards/rejected", "rewards/threshold")),
     ("log-probs", "nats a response", ("logps/chosen", "logps/rejected")),
@@ -30,6 +31,7 @@ _CHARTED = {name for _, _, names in CHARTS for name in names}
 _FORMATS = {
     "loss": ".4f",
     "rewards/accuracies": ".3f",
+    "rewards/top_accuracies": ".3f",
     "rewards/margins": ".3f",
     "rewards/chosen": ".3f",
     "rewards/rejected": ".3f",

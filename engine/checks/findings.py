@@ -304,6 +304,18 @@ KINDS: dict[str, Kind] = {
         "losses of labels weigh both kinds of rows by their number",
         "see label-desirable; with no such row, or no other, a run learns to say more of everything, or less",
     ),
+    "ranked-row": Kind(
+        "info",
+        "rows of several responses with scores",
+        "they are kept whole: losses of pairs compare responses as pairs_in_row says, others look at all of them",
+        "--ranked-pairs best or all makes pairs of them, for commands that work on pairs (select, --order)",
+    ),
+    "equal-scores": Kind(
+        "info",
+        "rows in which some responses have equal scores",
+        "no loss says anything about the order of these responses",
+        "nothing, if they are equally good; otherwise finer scores",
+    ),
     "few-pairs": Kind(
         "info",
         "fewer than 100 pairs",

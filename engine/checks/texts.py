@@ -85,8 +85,9 @@ class TextCheck:
         for code, example in _faults(pair, self._known):
             self._tally.add(code, pair, example)
         self._of_pairs = pair.kind == "pairs"
-        for side, tails in zip(pair.responses.values(), self._tails, strict=False):
+        for number, side in enumerate(pair.responses.values()):
             written = content(side)
+            tails = self._tails[min(number, 1)]
             tails[tail(written)] += 1
             if len(tails) > 2 * _TAILS_KEPT:
                 for word, _ in tails.most_common()[_TAILS_KEPT:]:

@@ -87,7 +87,7 @@ Loss = Annotated[
 LOSS_FIELDS = (
     "loss_type loss_weights beta label_smoothing ld_alpha f_divergence_type f_alpha_divergence_coef rpo_alpha "
     "use_weighting pair_weight_column discopop_tau dpop_lambda bco_reward_shift beta_dpo_alpha beta_dpo_momentum "
-    "beta_dpo_keep simpo_gamma cpo_alpha desirable_weight undesirable_weight"
+    "beta_dpo_keep simpo_gamma cpo_alpha desirable_weight undesirable_weight score_scale pairs_in_row"
 ).split()
 
 # First field of a group -> the group's heading, in --help, `dpoeng config show` and the file that init writes.
@@ -209,10 +209,10 @@ class PrecomputeConfig(_Config):
         None, description="How SFT wrapped a prompt given as text, e.g. 'Instruction: {prompt}\\nResponse:'."
     )
     where: str | None = Field(None, description="Use only rows for which this is true, e.g. 'confident'.")
-    ranked_pairs: RankedPairs = Field(
-        "best",
-        description="Pairs to make from a row of several scored responses: best, the best one against each of the "
-        "others; all, each one against every worse one.",
+    ranked_pairs: RankedPairs | None = Field(
+        None,
+        description="Pairs to make from a row of several scored responses: best, the best one against each worse one; "
+        "all, each one against every worse one. Default: keep such rows whole; pairs_in_row then decides.",
     )
     max_reject_share: float = Field(0.05, ge=0, le=1, description="Stop if more than this share of rows is unusable.")
     batch_tokens: int | None = Field(
@@ -365,7 +365,8 @@ class TrainConfig(_Config):
         min_length=1,
         description="One loss, or several to add up: sigmoid (DPO), sigmoid_norm, robust, ipo, hinge, exo_pair, "
         "nca_pair, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down, discopop, dpop, beta_dpo, simpo, cpo, "
-        "orpo, sft; of rows with one response and a label kto, apo_zero_unpaired, bco; or a function of yours, "
+        "orpo, sft; of rows with one response and a label kto, apo_zero_unpaired, bco; of rows with several scored "
+        "responses soft_sigmoid, plackett_luce, listnet, lipo_lambda; or a function of yours, "
         "my_loss.py:my_loss; see docs/losses.md.",
     )
     loss_weights: tuple[float, ...] | None = Field(
@@ -436,6 +437,16 @@ class TrainConfig(_Config):
         "their number to be 1 to 4/3 of undesirable_weight times the number of the others.",
     )
     undesirable_weight: float = Field(1.0, ge=0, description="kto, apo_zero_unpaired, bco: weight of the other rows.")
+    score_scale: float = Field(
+        1.0,
+        gt=0,
+        description="soft_sigmoid, listnet, lipo_lambda: what scores are multiplied by; 0.1 for 1 to 10 stars.",
+    )
+    pairs_in_row: RankedPairs = Field(
+        "all",
+        description="Pairs that losses of pairs compare in a row of several scored responses: all, each one with every "
+        "worse one; best, the best one with each worse one. A row's loss is the mean over its pairs.",
+    )
 
     optim: Optimizer = Field(
         "adamw_torch",

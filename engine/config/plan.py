@@ -34,7 +34,8 @@ class PlanConfig(BaseModel):
         None, description="Precision of the reference in phase one. Default: the policy's."
     )
     dtype: Dtype = Field("bfloat16", description="Compute dtype; auto means bfloat16 here.")
-    max_length: int = Field(2048, ge=2, description="Tokens of prompt + response, for each of the two responses.")
+    max_length: int = Field(2048, ge=2, description="Tokens of prompt + response, for each response.")
+    responses: int = Field(2, ge=2, le=256, description="Responses to a prompt: two in a pair, more in a ranked row.")
     prompt_length: int = Field(
         1, ge=1, description="Tokens of the prompt among these. The prompt is computed once, so 1 is the worst case."
     )
@@ -48,7 +49,7 @@ class PlanConfig(BaseModel):
         "layers from there on; below 1 it is a share of the depth.",
     )
     layout: Literal["shared", "separate"] = Field(
-        "shared", description="shared: compute a prompt once for both responses."
+        "shared", description="shared: compute a prompt once for all responses."
     )
     layer_offloading: LayerOffloading = Field(
         "auto",

@@ -37,7 +37,7 @@ class PrecomputeSettings(TypedDict, total=False):
     train_on: Literal["assistant", "last", "all"]
     columns: Mapping[str, str]
     prompt_format: str | None
-    ranked_pairs: RankedPairs
+    ranked_pairs: RankedPairs | None
     where: str | None
     max_reject_share: float
     batch_tokens: int | None
@@ -61,7 +61,7 @@ class CheckSettings(TypedDict, total=False):
     train_on: Literal["assistant", "last", "all"]
     columns: Mapping[str, str]
     prompt_format: str | None
-    ranked_pairs: RankedPairs
+    ranked_pairs: RankedPairs | None
     where: str | None
     max_reject_share: float
 
@@ -89,6 +89,8 @@ class LossFields(TypedDict, total=False):
     cpo_alpha: float
     desirable_weight: float
     undesirable_weight: float
+    score_scale: float
+    pairs_in_row: RankedPairs
 
 
 class TrainSettings(LossFields, total=False):
@@ -244,6 +246,7 @@ class PlanSettings(TypedDict, total=False):
     reference_quantization: Quantization | None
     dtype: Dtype
     max_length: int
+    responses: int
     prompt_length: int
     lora_r: int
     optim: Optimizer

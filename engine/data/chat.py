@@ -56,10 +56,8 @@ class Side:
     thoughts: int = 0
 
 
-def to_sides(
-    pair: PreferencePair, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "assistant"
-) -> tuple[Side, Side]:
-    """The chosen and the rejected text of a pair.
+def to_sides(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "assistant") -> list[Side]:
+    """The text of each response of a row: of a pair chosen and rejected.
 
     Raises:
         UserError: the pair is messages and the tokenizer has no chat template, or the template does not end.
@@ -68,15 +66,13 @@ def to_sides(
             be found.
     """
     if isinstance(pair.prompt, str):
-        assert isinstance(pair.chosen, str)
-        assert isinstance(pair.rejected, str)
         start = len(pair.prompt)
-        return Side(pair.prompt + pair.chosen, start, False), Side(pair.prompt + pair.rejected, start, False)
-    assert isinstance(pair.chosen, list)
-    assert isinstance(pair.rejected, list)
+        return [Side(pair.prompt + side, start, False) for side in pair.sides if isinstance(side, str)]
+    names = ["chosen", "rejected"] if pair.kind != "ranked" else list(pair.responses)
+    messages = [side for side in pair.sides if isinstance(side, list)]
     with within_limits(place(pair.source_file, pair.source_row)):
         writer = _Writer.of(pair, tokenizer)
-        return writer.side(pair.chosen, "chosen", train_on), writer.side(pair.rejected, "rejected", train_on)
+        return [writer.side(side, name, train_on) for side, name in zip(messages, names, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +114,7 @@ class _Writer:
             prefill = prompt.pop()["content"]
         stand_in = render([*prompt, {"role": "assistant", "content": prefill + _ANSWER}])
         end = stand_in[stand_in.rfind(_ANSWER) + len(_ANSWER) :] if _ANSWER in stand_in else ""
-        ends = _written_ends(end, tokenizer, [pair.prompt, pair.chosen, pair.rejected])
+        ends = _written_ends(end, tokenizer, [pair.prompt, *pair.sides])
         prompt = [_without_end(message, ends) for message in prompt]
         return _Writer(render, prompt, prefill, _opening(render, prompt) if not prefill else None, end, ends)
 

@@ -23,7 +23,7 @@ from dpoeng.cache.words import counted
 from dpoeng.engine.data import readers
 from dpoeng.engine.data.hub import local_file, shown_name
 from dpoeng.engine.data.in_memory import RowsInMemory, is_in_memory, place
-from dpoeng.engine.data.kinds.ranked import RankedPairs, is_ranked, to_pairs
+from dpoeng.engine.data.kinds.ranked import RankedPairs, is_ranked, to_pairs, to_ranked
 from dpoeng.engine.data.kinds.unpaired import Mismatcher
 from dpoeng.engine.data.messages import essence
 from dpoeng.engine.data.prompts import PROMPT_COLUMNS, QUESTIONS
@@ -78,7 +78,8 @@ class PromptOrigins:
         conversations: pairs in which a column became a message next to a question given as text.
         transcripts: pairs whose prompt is the common beginning of both texts.
         repeated: pairs whose responses repeated the prompt, which is now kept once.
-        ranked, of_ranked: rows of several responses, and the pairs made from them.
+        ranked, of_ranked: rows of several responses, and the pairs made from them; 0 if they are kept whole.
+        responses: of rows that are kept whole.
         example: (file:row, end of the prompt) of the first transcript.
     """
 
@@ -88,6 +89,7 @@ class PromptOrigins:
     repeated: int = 0
     ranked: int = 0
     of_ranked: int = 0
+    responses: int = 0
     example: tuple[str, str] | None = None
 
     def add(self, pair: PreferencePair, *, formatted: bool) -> None:
@@ -115,9 +117,13 @@ class PromptOrigins:
                 f"prompt guessed from the common beginning of both texts in {counted(self.transcripts, 'pair')}, e.g. "
                 f"{where} ends {end}"
             )
-        if self.ranked:
+        if self.of_ranked:
             remarks.append(
                 f"{counted(self.ranked, 'row')} of several responses became {counted(self.of_ranked, 'pair')}"
+            )
+        elif self.ranked:
+            remarks.append(
+                f"{counted(self.ranked, 'row')} of {counted(self.responses, 'response')}, ranked by their scores"
             )
         if self.repeated:
             remarks.append(f"responses repeated their prompt in {counted(self.repeated, 'pair')}; dpoeng keeps it once")
@@ -168,7 +174,7 @@ def read_pairs(
     where: str | None = None,
     max_reject_share: float = 0.05,
     prompt_format: str | None = None,
-    ranked_pairs: RankedPairs = "best",
+    ranked_pairs: RankedPairs | None = None,
 ) -> PairFile:
     """Reads all pairs of the given files and directories.
 
@@ -178,7 +184,8 @@ def read_pairs(
         where: a filter, see `where`; rows that do not match are counted, not rejected.
         max_reject_share: the largest allowed share of rejects among rows that pass the filter.
         prompt_format: a text with `{prompt}` to put around prompts given as texts, as the SFT data had it.
-        ranked_pairs: which pairs to make from a row of several responses: the `best` against the others, or `all`.
+        ranked_pairs: which pairs to make from a row of several responses: the `best` against the others, or `all`; None
+            keeps such rows whole.
 
     Raises:
         UserError: a file cannot be read, is empty or changes during reading; columns are missing; too many rejects.
@@ -202,7 +209,7 @@ def stream_pairs(
     where: str | None = None,
     max_reject_share: float = 0.05,
     prompt_format: str | None = None,
-    ranked_pairs: RankedPairs = "best",
+    ranked_pairs: RankedPairs | None = None,
 ) -> tuple[PairFile, Iterator[PreferencePair]]:
     """Reads pairs one by one, without keeping them.
 
@@ -287,7 +294,7 @@ class PairStream:
         columns: Mapping[str, str] | None = None,
         where: str | None = None,
         prompt_format: str | None = None,
-        ranked_pairs: RankedPairs = "best",
+        ranked_pairs: RankedPairs | None = None,
     ) -> None:
         """See `read_pairs` for the arguments.
 
@@ -395,10 +402,16 @@ class PairStream:
         if self._condition is not None and not self._condition.holds(row):
             self.filtered += 1
             return []
-        made = "unpaired" if kind == "unpaired" else "pairs"
+        ranked = is_ranked(row, shape)
+        made = "unpaired" if kind == "unpaired" else "ranked" if ranked and self._ranked_pairs is None else "pairs"
         self.kind = self.kind or made
         check_kind(made, self.kind)
-        if is_ranked(row, shape):
+        if made == "ranked":
+            pairs = [to_ranked(row, shape, source, number)]
+            self.prompts.ranked += 1
+            self.prompts.responses += len(pairs[0].scores)
+        elif ranked:
+            assert self._ranked_pairs is not None
             pairs = to_pairs(row, shape, source, number, self._ranked_pairs)
             self.prompts.ranked += 1
             self.prompts.of_ranked += len(pairs)
@@ -517,8 +530,15 @@ def _digest(path: Path) -> str:
 def content_key(pair: PreferencePair, *, swapped: bool = False) -> bytes:
     """A hash of everything that defines a pair; with `swapped`, of the pair with its responses exchanged.
 
-    An unpaired row's hash does not include its mismatched response; `swapped` changes its label.
+    An unpaired row's hash does not include its mismatched response; `swapped` changes its label. A ranked
+    row's hash includes the order of its responses, not the scores that make it.
     """
+    if pair.kind == "ranked":
+        scores = [-score for score in pair.scores] if swapped else pair.scores
+        places = [sum(other > score for other in scores) for score in scores]
+        parts = [_essence(pair.prompt), [_essence(side) for side in pair.sides], places]
+        content = json.dumps([*parts, pair.tools, pair.chat_template_kwargs], sort_keys=True)
+        return xxhash.xxh3_128_digest(content.encode())
     if pair.kind == "unpaired":
         label = pair.scores[0] != float(swapped)
         content = json.dumps(

@@ -31,7 +31,7 @@ KIND_FIELDS = {
     "unpaired": ("completion", "label"),
     "ranked": ("responses", "completions", "scores", "ranks"),
 }
-"""The fields of each kind of rows, besides the common ones. Ranked rows become pairs, see `kinds.ranked`."""
+"""The fields of each kind of rows, besides the common ones."""
 _TELLING = {"unpaired": ("completion",), "ranked": ("responses", "completions")}
 COLUMN_FIELDS = (*_OF_ALL, *(name for names in KIND_FIELDS.values() for name in names), *PROMPT_COLUMNS)
 """The fields that `--columns` maps."""
@@ -82,6 +82,8 @@ _OURS_IN_TEMPLATES = frozenset(
 class PreferencePair:
     """Two responses to one prompt, the first preferred; for an unpaired row, its response and a mismatched one.
 
+    A ranked row has its first two responses as `chosen` and `rejected`, whichever is better, and the rest in `others`.
+
     Attributes:
         prompt: a text, or messages with `role` and `content`; the responses have the same form.
         chosen: the response without the prompt.
@@ -93,7 +95,9 @@ class PreferencePair:
         chat_template_kwargs: further arguments of the chat template, or None.
         origin: the field that the prompt was taken from, or `transcript`; empty for messages with a common beginning.
         repeated: whether both responses repeated the prompt, which was removed from them.
-        scores: for an unpaired row 1 if its response is desirable and 0 if not; else empty. See `ScoredPair.scores`.
+        scores: for an unpaired row 1 if its response is desirable and 0 if not; of a ranked row the score of each
+            response, more is better; empty for a pair. See `ScoredPair.scores`.
+        others: of a ranked row its responses from the third on.
     """
 
     prompt: Turns
@@ -107,17 +111,25 @@ class PreferencePair:
     origin: str = "prompt"
     repeated: bool = False
     scores: tuple[float, ...] = ()
+    others: tuple[Turns, ...] = ()
 
     @property
     def kind(self) -> str:
         """One of KIND_FIELDS."""
-        return "unpaired" if len(self.scores) == 1 else "pairs"
+        return ("pairs", "unpaired", "ranked")[min(len(self.scores), 2)]
+
+    @property
+    def sides(self) -> tuple[Turns, ...]:
+        """All responses that are tokenised with this row."""
+        return self.chosen, self.rejected, *self.others
 
     @property
     def responses(self) -> dict[str, Turns]:
         """The row's own responses: field -> response, without the mismatched one of an unpaired row."""
         if self.kind == "unpaired":
             return {"completion": self.chosen}
+        if self.kind == "ranked":
+            return {f"response {number}": side for number, side in enumerate(self.sides, 1)}
         return {"chosen": self.chosen, "rejected": self.rejected}
 
 
@@ -150,7 +162,8 @@ class Shape:
 def check_kind(kind: str, first: str) -> None:
     """Raises RowFault if a row's kind differs from the first one's."""
     if kind != first:
-        raise RowFault("mixed-rows", f"the first row is one of {first} rows, this one of {kind} rows")
+        helps = "; --ranked-pairs best makes pairs of ranked rows" if {kind, first} == {"pairs", "ranked"} else ""
+        raise RowFault("mixed-rows", f"the first row is one of {first} rows, this one of {kind} rows{helps}")
 
 
 def fields_of(kind: str) -> tuple[str, ...]:
@@ -166,8 +179,8 @@ def to_pair(row: Mapping[str, Any], shape: Shape, source_file: str, source_row: 
             `empty-prompt`, `empty-response`, `same-response`, `bad-template-kwargs`, `unused-column`, and those of
             `messages_of`.
     """
-    sides = {name: _turns(row, shape.column(name)) for name in KIND_FIELDS["pairs"]}
-    pair = _to_row(row, shape, sides, source_file, source_row)
+    sides = {name: turns_of(row, shape.column(name)) for name in KIND_FIELDS["pairs"]}
+    pair = to_row(row, shape, sides, source_file, source_row)
     if pair.chosen == pair.rejected:
         raise RowFault("same-response", "chosen and rejected are equal")
     return pair
@@ -188,8 +201,8 @@ def to_unpaired(row: Mapping[str, Any], shape: Shape, source_file: str, source_r
     )
     if label is None:
         raise RowFault("bad-label", f"`{column}` must be true or false, it is {raw_label!r:.80}")
-    response = _turns(row, shape.column("completion"))
-    pair = _to_row(row, shape, {"completion": response}, source_file, source_row)
+    response = turns_of(row, shape.column("completion"))
+    pair = to_row(row, shape, {"completion": response}, source_file, source_row)
     if "label" in pair.extra:
         raise RowFault("unused-column", f"`label` is taken from `{column}`, and there is another column of this name")
     # Also keep the label among the columns, where the cache's view reads it.
@@ -204,10 +217,14 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, str | bool | int | float)
 
 
-def _to_row(
+def to_row(
     row: Mapping[str, Any], shape: Shape, responses: Mapping[str, Turns], source_file: str, source_row: int
 ) -> PreferencePair:
-    """Prompt and responses of a row, by field; for a single response, `rejected` is empty."""
+    """Prompt and responses of a row, by field; for a single response, `rejected` is empty.
+
+    Raises:
+        RowFault: as `to_pair`, but for responses that are equal.
+    """
     sides = list(responses.values())
     prompt_columns = read_prompt(row, shape.columns, single_answers=_are_answers(sides))
     texts = [side for side in sides if isinstance(side, str)]
@@ -231,8 +248,8 @@ def _to_row(
         parts.sides = list(answers)
         parts.prompt = without_answer(parts.prompt, parts.origin, *answers)
     _check_responses(dict(zip(responses, parts.sides, strict=True)))
-    kind = next(kind for kind, names in KIND_FIELDS.items() if set(responses) <= set(names))
-    used = {shape.column(name) for name in fields_of(kind)} | prompt_columns.used
+    kind = next((kind for kind, names in KIND_FIELDS.items() if set(responses) <= set(names)), None)
+    used = {shape.column(name) for name in (_OF_ALL if kind is None else fields_of(kind))} | prompt_columns.used
     check_conversations(row, shape.columns, used, " ".join(map(plain, (parts.prompt, *parts.sides))))
     tools = _tools(row, shape)
     kwargs = _template_kwargs(row.get(shape.column("chat_template_kwargs")))
@@ -243,6 +260,7 @@ def _to_row(
         prompt=parts.prompt,
         chosen=parts.sides[0],
         rejected=parts.sides[1] if parts.sides[1:] else parts.sides[0][:0],
+        others=tuple(parts.sides[2:]),
         source_file=source_file,
         source_row=source_row,
         extra={name: value for name, value in row.items() if name not in used},
@@ -280,7 +298,8 @@ class _Parts:
     formatted: bool = False
 
 
-def _turns(row: Mapping[str, Any], column: str) -> Turns:
+def turns_of(row: Mapping[str, Any], column: str) -> Turns:
+    """A text or messages in a column; raises RowFault `missing-field`, `wrong-type`, and those of `messages_of`."""
     value = row.get(column)
     if value is None:
         raise RowFault("missing-field", f"`{column}` is {'null or empty' if column in row else 'missing'}")

@@ -35,13 +35,15 @@ class TokenizedData:
     """All usable pairs, in the order of their rows, and the rejects.
 
     Attributes:
-        pairs: N pairs, stored as `TokenRows`.
+        pairs: N pairs, stored as `TokenRows` keeps them; a ranked row is several, see `kinds.ranked`.
+        rows: how many rows they are.
         rejects: rows that cannot be used.
         counts: the effects of tokenisation.
         keys: [N, 16] key of each pair.
     """
 
     pairs: TokenRows
+    rows: int
     rejects: list[Reject]
     counts: TokenCounts
     keys: npt.NDArray[np.uint8]
@@ -82,30 +84,42 @@ def tokenize_pairs(
         if append_eos:
             _check_end_token(chunk, tokenizer)
         texts = [_sides_or_fault(pair, tokenizer, train_on) for pair in chunk]
-        encoded = encode([side for sides in texts if not isinstance(sides, RowFault) for side in sides], tokenizer)
-        both = iter(zip(encoded[::2], encoded[1::2], strict=True))
+        encoded = iter(
+            encode([side for sides in texts if not isinstance(sides, RowFault) for side in sides], tokenizer)
+        )
         for pair, sides in zip(chunk, texts, strict=True):
             try:
                 if isinstance(sides, RowFault):
                     raise sides
-                chosen, rejected = next(both)  # consume both, even if one is a fault
-                for side, tokens in zip(sides, (chosen, rejected), strict=True):
+                of_row = list(itertools.islice(encoded, len(sides)))  # consume all, even if one is a fault
+                for side, tokens in zip(sides, of_row, strict=True):
                     _close(tokens, side, tokenizer, append_eos, ends)
-                counter.counts.separate += (not chosen.joint) + (not rejected.joint)
-                needed = max(len(chosen.ids), len(rejected.ids))
-                ids, truncated = _truncate(_share_prompt(chosen, rejected), limits)
-                if pair.kind == "pairs" and _are_equal(ids):
-                    raise RowFault("same-tokens", "chosen and rejected have the same tokens, perhaps after truncation")
+                counter.counts.separate += sum(not tokens.joint for tokens in of_row)
+                parts, truncated = _truncate(_share_prompt(of_row), limits)
+                if pair.kind != "unpaired" and _some_equal(parts):
+                    which = "two of the responses" if pair.kind == "ranked" else "chosen and rejected"
+                    raise RowFault("same-tokens", f"{which} have the same tokens, perhaps after truncation")
             except RowFault as fault:
                 rejects.append(Reject(pair.source_file, pair.source_row, fault.reason, fault.detail))
                 continue
-            merged = chosen.merged or rejected.merged
-            source = (pair.source_file, pair.source_row, pair.extra)
-            swallowed, thoughts = chosen.swallowed or rejected.swallowed, max(side.thoughts for side in sides)
-            tokenized = TokenizedPair(ids, *source, truncated, merged, needed, swallowed, thoughts)
-            counter.add(tokenized, pair.kind)
-            token_rows.append(tokenized)
-    return TokenizedData(token_rows, rejects, counter.finish(), counter.keys)
+            row = _tokenized(pair, sides, of_row, parts, truncated)
+            counter.add(row, pair.kind, len(sides))
+            for tokenized in row:
+                token_rows.append(tokenized)
+    return TokenizedData(token_rows, counter.rows, rejects, counter.finish(), counter.keys)
+
+
+def _tokenized(
+    pair: PreferencePair, sides: Sequence[Side], encoded: Sequence[Encoded], parts: _Parts, truncated: bool
+) -> list[TokenizedPair]:
+    """A row as pairs of its responses; the first has the row's other columns."""
+    merged, swallowed = (any(getattr(one, name) for one in encoded) for name in ("merged", "swallowed"))
+    needed, thoughts = max(len(one.ids) for one in encoded), max(side.thoughts for side in sides)
+    source = (pair.source_file, pair.source_row)
+    return [
+        TokenizedPair(ids, *source, {} if i else pair.extra, truncated, merged, needed, swallowed, thoughts)
+        for i, ids in enumerate(_in_pairs(parts))
+    ]
 
 
 def _check_limits(max_length: int | None, max_prompt_length: int | None) -> None:
@@ -143,14 +157,16 @@ class _Limits:
 
 
 @dataclass(slots=True)
+class _Response:
+    ids: list[int]
+    start: int
+    unscored: list[tuple[int, int]]
+
+
+@dataclass(slots=True)
 class _Parts:
     prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
-    chosen_start: int
-    rejected_start: int
-    chosen_unscored: list[tuple[int, int]]
-    rejected_unscored: list[tuple[int, int]]
+    responses: list[_Response]
     bos: bool
 
 
@@ -162,7 +178,7 @@ def _end_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
 
 def _sides_or_fault(
     pair: PreferencePair, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn
-) -> tuple[Side, Side] | RowFault:
+) -> list[Side] | RowFault:
     try:
         return to_sides(pair, tokenizer, train_on)
     except RowFault as fault:
@@ -192,32 +208,35 @@ def _close(
             encoded.ids.append(eos)
 
 
-def _share_prompt(chosen: Encoded, rejected: Encoded) -> _Parts:
-    """The prompt is the common beginning of both sides before the responses; the rest goes to the responses."""
-    shared = common_length(chosen.ids[: chosen.start], rejected.ids[: rejected.start])
+def _share_prompt(sides: Sequence[Encoded]) -> _Parts:
+    """The prompt is the common beginning of all sides before the responses; the rest goes to the responses."""
+    first = sides[0].ids
+    shared = min(common_length(first[: sides[0].start], side.ids[: side.start]) for side in sides)
     return _Parts(
-        chosen.ids[:shared],
-        chosen.ids[shared:],
-        rejected.ids[shared:],
-        chosen.start - shared,
-        rejected.start - shared,
-        [(first - shared, last - shared) for first, last in chosen.unscored],
-        [(first - shared, last - shared) for first, last in rejected.unscored],
-        chosen.bos and rejected.bos,
+        first[:shared],
+        [
+            _Response(
+                side.ids[shared:],
+                side.start - shared,
+                [(begin - shared, end - shared) for begin, end in side.unscored],
+            )
+            for side in sides
+        ],
+        all(side.bos for side in sides),
     )
 
 
-def _truncate(parts: _Parts, limits: _Limits) -> tuple[PairIds, bool]:
-    """Truncates the pair to its limits; also returns whether anything was cut.
+def _truncate(parts: _Parts, limits: _Limits) -> tuple[_Parts, bool]:
+    """Truncates the row to its limits; also returns whether anything was cut.
 
     Raises:
         RowFault: `prompt-too-long` or `response-too-long`, no room is left for the other part.
     """
-    before = len(parts.prompt) + len(parts.chosen) + len(parts.rejected)
+    before = len(parts.prompt) + sum(len(one.ids) for one in parts.responses)
     if limits.max_prompt_length is not None:
         parts.prompt = _tail(parts.prompt, limits.max_prompt_length, parts.bos)
     if limits.max_length is not None:
-        longest = max(len(parts.chosen), len(parts.rejected))
+        longest = max(len(one.ids) for one in parts.responses)
         if limits.mode == "keep_end":
             room = limits.max_length - longest
             if room < min(len(parts.prompt), 1):
@@ -227,27 +246,36 @@ def _truncate(parts: _Parts, limits: _Limits) -> tuple[PairIds, bool]:
             parts.prompt = _tail(parts.prompt, room, parts.bos)
         else:
             room = limits.max_length - len(parts.prompt)
-            if room <= max(parts.chosen_start, parts.rejected_start):
+            if room <= max(one.start for one in parts.responses):
                 length = len(parts.prompt)
                 raise RowFault(
                     "prompt-too-long", f"{length} tokens leave no room for a response in {limits.max_length}"
                 )
-            parts.chosen, parts.chosen_unscored = _cut(parts.chosen, parts.chosen_unscored, room)
-            parts.rejected, parts.rejected_unscored = _cut(parts.rejected, parts.rejected_unscored, room)
-    ids = PairIds(
-        as_ids(parts.prompt),
-        as_ids(parts.chosen),
-        as_ids(parts.rejected),
-        parts.chosen_start,
-        parts.rejected_start,
-        tuple(parts.chosen_unscored),
-        tuple(parts.rejected_unscored),
-    )
-    return ids, ids.total_tokens < before
+            for one in parts.responses:
+                one.ids, one.unscored = _cut(one.ids, one.unscored, room)
+    return parts, len(parts.prompt) + sum(len(one.ids) for one in parts.responses) < before
 
 
-def _are_equal(ids: PairIds) -> bool:
-    return ids.chosen_start == ids.rejected_start and np.array_equal(ids.chosen_ids, ids.rejected_ids)
+def _in_pairs(parts: _Parts) -> list[PairIds]:
+    """The responses two by two, in their order; of an odd number the last is beside the first."""
+    prompt, responses = as_ids(parts.prompt), parts.responses
+    rest = [*responses, responses[0]]
+    return [
+        PairIds(
+            prompt,
+            as_ids(one.ids),
+            as_ids(other.ids),
+            one.start,
+            other.start,
+            tuple(one.unscored),
+            tuple(other.unscored),
+        )
+        for one, other in zip(rest[: len(responses) : 2], rest[1::2], strict=False)
+    ]
+
+
+def _some_equal(parts: _Parts) -> bool:
+    return len({(one.start, *one.ids) for one in parts.responses}) < len(parts.responses)
 
 
 def _cut(response: list[int], unscored: list[tuple[int, int]], room: int) -> tuple[list[int], list[tuple[int, int]]]:

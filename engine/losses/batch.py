@@ -1,7 +1,8 @@
 """Preference losses of a batch: from sums per pair to one loss per pair. Independent of models and caches.
 
 There are two steps, so that an optimizer step can be split into any number of forwards: `pair_sums` reduces the output
-of one forward, and `preference_loss` works on pairs. The loss functions are in `pairwise`, `likelihood` and `unpaired`.
+of one forward, and `preference_loss` works on pairs. The loss functions are in `pairwise`, `likelihood`, `unpaired` and
+`lists`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dpoeng.engine.losses import likelihood, unpaired
+from dpoeng.engine.losses import likelihood, lists, unpaired
 from dpoeng.engine.losses import pairwise as pair
 from dpoeng.engine.losses.names import LossSettings, facts_of
 from dpoeng.engine.losses.own import OwnLoss
@@ -69,17 +70,14 @@ def preference_loss(
         sums=sums,
         settings=settings,
         state=state or {},
-        mean_tokens=sums.chosen_tokens.mean() if mean_tokens is None else mean_tokens,
+        mean_tokens=_mean_tokens(sums) if mean_tokens is None else mean_tokens,
         gumbel=gumbel,
         delta=scores[0] - scores[1],
         mean_delta=scores[0] / sums.chosen_tokens - scores[1] / sums.rejected_tokens,
     )
-    weights = settings.loss_weights or (1.0,) * len(settings.loss_type)
-    losses = torch.zeros_like(terms.delta)
-    for name, weight in zip(settings.loss_type, weights, strict=True):
-        losses = losses + weight * (_own(terms, name) if isinstance(name, OwnLoss) else LOSSES[name](terms))
-    if settings.rpo_alpha is not None:
-        losses = losses + settings.rpo_alpha * likelihood.rpo_term(terms.means[0])
+    if sums.row_pairs is not None:
+        return _of_ranked_rows(terms)
+    losses = torch.zeros_like(terms.delta) + _pair_losses(terms)
     chosen_rewards, rejected_rewards = rewards(sums, settings)
     return PreferenceLoss(
         losses=losses * (sums.weights if sums.desirable is None else sums.weights * _label_weights(sums, settings)),
@@ -89,6 +87,53 @@ def preference_loss(
         rejected_rewards=rejected_rewards,
         sums=sums.detached(),
         threshold=None if sums.desirable is None else _threshold(terms),
+    )
+
+
+def _pair_losses(terms: _Terms) -> torch.Tensor | float:
+    """The weighted sum of the losses that look at pairs, [B]; 0 where there are none."""
+    settings = terms.settings
+    losses: torch.Tensor | float = 0.0
+    for name, weight in _weighted(settings):
+        if not facts_of(name).of_list:
+            losses = losses + weight * (_own(terms, name) if isinstance(name, OwnLoss) else LOSSES[name](terms))
+    if settings.rpo_alpha is not None:
+        losses = losses + settings.rpo_alpha * likelihood.rpo_term(terms.means[0])
+    return losses
+
+
+def _weighted(settings: LossSettings) -> list[tuple[str, float]]:
+    weights = settings.loss_weights or (1.0,) * len(settings.loss_type)
+    return list(zip(settings.loss_type, weights, strict=True))
+
+
+def _of_ranked_rows(terms: _Terms) -> PreferenceLoss:
+    """The loss of each ranked row: the mean over its pairs, and what looks at all its responses at once."""
+    sums, settings, rows = terms.sums, terms.settings, terms.sums.ranked
+    assert rows is not None
+    of_pairs = torch.zeros_like(terms.delta) + _pair_losses(terms)
+    if settings.sorts_pairs:  # then a loss belongs to no pair, and none to a row
+        losses = (of_pairs.mean() * sums.weights.mean()).expand(len(rows.pairs))
+    else:
+        losses = rows.means(of_pairs * sums.weights)
+    rewarded, mask = lists.padded(settings.beta * rows.ratios, rows.sizes)
+    scores, _ = lists.padded(rows.scores, rows.sizes)
+    for name, weight in _weighted(settings):
+        if name in LIST_LOSSES:
+            losses = losses + weight * LIST_LOSSES[name](rewarded, scores, mask, settings)
+    pair_rewards = rewards(sums, settings)
+    best = torch.where(mask, scores, -torch.inf).amax(-1, keepdim=True)
+    highest = rewarded.detach().masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
+    at_top = (rewarded.detach() == highest) & mask
+    return PreferenceLoss(
+        losses=losses * rows.weights,
+        chosen_logps=rows.means(sums.chosen_logps.detach()),
+        rejected_logps=rows.means(sums.rejected_logps.detach()),
+        chosen_rewards=rows.means(pair_rewards[0]),
+        rejected_rewards=rows.means(pair_rewards[1]),
+        sums=sums.detached(),
+        accuracies=rows.means((pair_rewards[0] > pair_rewards[1]).double()),
+        top=(~at_top | (scores == best)).all(-1).double(),  # of equal rewards each has to be a best one
     )
 
 
@@ -176,6 +221,17 @@ def _beta_dpo(terms: _Terms) -> torch.Tensor:
     return torch.zeros_like(margins).index_add(0, selected, losses)
 
 
+def _mean_tokens(sums: PairSums) -> torch.Tensor:
+    """The mean number of chosen tokens: of ranked rows, of each row's mean over its pairs."""
+    rows = sums.ranked
+    return sums.chosen_tokens.mean() if rows is None else rows.means(sums.chosen_tokens).mean()
+
+
+def _margins(terms: _Terms) -> torch.Tensor:
+    assert terms.sums.row_margins is not None, "a loss of ranked rows"
+    return terms.sums.row_margins
+
+
 def _aot(terms: _Terms) -> torch.Tensor:
     sums, settings = terms.sums, terms.settings
     reference = sums.ref_chosen - sums.ref_rejected
@@ -202,9 +258,17 @@ def _delta(loss: Callable[..., torch.Tensor], *names: str, mean: bool = False) -
     return of
 
 
+LIST_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, LossSettings], torch.Tensor]] = {
+    "plackett_luce": lambda rewards, scores, mask, _: lists.plackett_luce_loss(rewards, scores, mask),
+    "listnet": lambda rewards, scores, mask, of: lists.listnet_loss(rewards, scores, mask, of.score_scale),
+    "lipo_lambda": lambda rewards, scores, mask, of: lists.lipo_lambda_loss(rewards, scores, mask, of.score_scale),
+}
+
+
 LOSSES: dict[str, Callable[[_Terms], torch.Tensor]] = {
     "sigmoid": _delta(pair.sigmoid_loss, "label_smoothing"),
     "sigmoid_norm": _delta(pair.sigmoid_loss, mean=True),
+    "soft_sigmoid": lambda t: pair.soft_sigmoid_loss(t.delta, t.settings.beta, _margins(t), t.settings.score_scale),
     "robust": _delta(pair.robust_loss, "label_smoothing"),
     "ipo": _delta(pair.ipo_loss, mean=True),
     "hinge": _delta(pair.hinge_loss),

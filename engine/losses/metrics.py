@@ -24,16 +24,29 @@ def _all_values(part: PreferenceLoss) -> dict[str, torch.Tensor]:
     auxiliary = {} if part.auxiliary is None else {"aux_loss": part.auxiliary}
     if part.threshold is not None:
         return _unpaired_values(part, part.threshold) | auxiliary
-    return auxiliary | {
+    rows = part.sums.ranked
+    if rows is not None:
+        assert part.accuracies is not None
+        assert part.top is not None
+        kl = (rows.means(part.sums.chosen_kl), rows.means(part.sums.rejected_kl))
+        return auxiliary | _margin_values(part, part.accuracies, *kl) | {"rewards/top_accuracies": part.top}
+    right = (part.chosen_rewards > part.rejected_rewards).double()
+    return auxiliary | _margin_values(part, right, part.sums.chosen_kl, part.sums.rejected_kl)
+
+
+def _margin_values(
+    part: PreferenceLoss, accuracies: torch.Tensor, chosen_kl: torch.Tensor, rejected_kl: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    return {
         "loss": part.losses.detach(),
         "rewards/chosen": part.chosen_rewards,
         "rewards/rejected": part.rejected_rewards,
         "rewards/margins": part.chosen_rewards - part.rejected_rewards,
-        "rewards/accuracies": (part.chosen_rewards > part.rejected_rewards).double(),
+        "rewards/accuracies": accuracies,
         "logps/chosen": part.chosen_logps,
         "logps/rejected": part.rejected_logps,
-        "kl/chosen": part.sums.chosen_kl,
-        "kl/rejected": part.sums.rejected_kl,
+        "kl/chosen": chosen_kl,
+        "kl/rejected": rejected_kl,
     }
 
 

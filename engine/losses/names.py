@@ -36,6 +36,10 @@ LossType = Literal[
     "kto",
     "apo_zero_unpaired",
     "bco",
+    "soft_sigmoid",
+    "plackett_luce",
+    "listnet",
+    "lipo_lambda",
 ]
 FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
@@ -52,7 +56,9 @@ class LossFacts:
         f_divergence: whether it depends only on the difference of the two scores. Then f-DPO's normaliser cancels, and
             `f_divergence_type` may be other than reverse_kl.
         whole_batch: whether a pair's loss depends on the other pairs of its optimizer step.
-        rows: the kind of rows it needs, see `cache.records.ROW_KINDS`.
+        rows: the kind of rows it needs, see `cache.records.ROW_KINDS`; a loss of pairs is one
+            of ranked rows too, see `fitting_rows`.
+        of_list: whether it looks at all responses of a ranked row at once, and at no pairs.
         settings: the fields that it reads besides `beta`.
     """
 
@@ -63,6 +69,7 @@ class LossFacts:
     f_divergence: bool = False
     whole_batch: bool = False
     rows: str = "pairs"
+    of_list: bool = False
     settings: tuple[str, ...] = ()
 
 
@@ -176,6 +183,37 @@ LOSS_FACTS: dict[str, LossFacts] = {
         rows="unpaired",
         settings=_LABEL_WEIGHTS,
     ),
+    "soft_sigmoid": LossFacts(
+        "Furuta et al. 2024, soft preference labels: conservative DPO with a label for each pair",
+        "section 2",
+        _arxiv("2409.06691"),
+        f_divergence=True,
+        rows="ranked",
+        settings=("score_scale",),
+    ),
+    "plackett_luce": LossFacts(
+        "Rafailov et al. 2023, DPO under the Plackett-Luce model",
+        "appendix A.3",
+        _arxiv("2305.18290"),
+        rows="ranked",
+        of_list=True,
+    ),
+    "listnet": LossFacts(
+        "Cao et al. 2007, ListNet; the softmax loss of Liu et al. 2024, LiPO",
+        "top-one probabilities",
+        _arxiv("2402.01878"),
+        rows="ranked",
+        of_list=True,
+        settings=("score_scale",),
+    ),
+    "lipo_lambda": LossFacts(
+        "Liu et al. 2024, LiPO-lambda",
+        "section 4",
+        _arxiv("2402.01878"),
+        rows="ranked",
+        of_list=True,
+        settings=("score_scale",),
+    ),
 }
 
 
@@ -185,6 +223,17 @@ _OWN = LossFacts("a loss of your own", "", "")
 def facts_of(name: str) -> LossFacts:
     """Facts about a loss; also for a user's loss."""
     return _OWN if isinstance(name, OwnLoss) else LOSS_FACTS[name]
+
+
+def rows_of(names: Sequence[str]) -> str:
+    """The kind of rows that some losses together are losses of."""
+    kinds = [facts_of(name).rows for name in names]
+    return "ranked" if "ranked" in kinds else kinds[0]
+
+
+def fitting_rows(rows: str) -> tuple[str, ...]:
+    """The kinds of views on which a loss of such rows trains: pairs can be made for ranked rows."""
+    return (rows, "ranked") if rows == "pairs" else (rows,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +259,8 @@ class LossSettings:
     cpo_alpha: float = 1.0
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
+    score_scale: float = 1.0
+    pairs_in_row: str = "all"
 
     @classmethod
     def of(cls, config: Any) -> LossSettings:
@@ -229,7 +280,12 @@ class LossSettings:
     @property
     def rows(self) -> str:
         """The kind of rows that these losses need; see `LossFacts.rows`."""
-        return facts_of(self.loss_type[0]).rows
+        return rows_of(self.loss_type)
+
+    @property
+    def of_lists(self) -> bool:
+        """Whether one of the losses looks at all responses of a row at once."""
+        return any(facts_of(name).of_list for name in self.loss_type)
 
     @property
     def reads_mismatched(self) -> bool:
@@ -292,15 +348,20 @@ def check_combination(settings: Mapping[str, Any], changed: Sequence[str]) -> No
     if len(facts) < len(types):
         raise ValueError(f"loss_type names a loss twice ({listed}); give it one weight in loss_weights")
     kinds = {known.rows for known in facts.values()}
-    if len(kinds) > 1:
+    if "unpaired" in kinds and len(kinds) > 1:
         unpaired = ", ".join(name for name, known in facts.items() if known.rows == "unpaired")
         raise ValueError(
-            f"loss_type {listed} mixes losses of pairs with {unpaired}, of rows with one response and a label"
+            f"loss_type {listed} mixes losses of several responses with {unpaired}, of rows with one response and a "
+            "label"
         )
     if kinds == {"unpaired"}:
         for name in ("ld_alpha", "rpo_alpha", "use_weighting"):
             if settings[name]:
                 raise ValueError(f"{name} cannot be used with loss_type {listed}: it needs pairs")
+    lists = [name for name, known in facts.items() if known.of_list]
+    for name in ("ld_alpha", "use_weighting"):
+        if lists and settings[name]:
+            raise ValueError(f"{name} cannot be used with {lists[0]}: it is made for pairs")
     weights = settings["loss_weights"]
     if weights is not None and len(weights) != len(types):
         raise ValueError(f"loss_weights has {len(weights)} numbers for the {len(types)} losses {listed}; give one each")

@@ -48,6 +48,17 @@ def sigmoid_loss(delta: torch.Tensor, beta: float, label_smoothing: float = 0.0)
     return losses
 
 
+def soft_sigmoid_loss(delta: torch.Tensor, beta: float, margin: torch.Tensor, scale: float) -> torch.Tensor:
+    """DPO with soft labels: -p log sigmoid(beta delta) - (1 - p) log sigmoid(-beta delta), p = sigmoid(scale margin).
+
+    `margin` [B] is the chosen response's score less the rejected one's: p is Bradley and Terry's probability that a
+    judge of such scores prefers the former. Conservative DPO with a label for each pair, as in Furuta et al. 2024,
+    section 2, https://arxiv.org/abs/2409.06691. It is least where beta delta = scale margin.
+    """
+    p = torch.sigmoid(scale * margin)
+    return -p * F.logsigmoid(beta * delta) - (1 - p) * F.logsigmoid(-beta * delta)
+
+
 def robust_loss(delta: torch.Tensor, beta: float, label_smoothing: float) -> torch.Tensor:
     """DPO that is unbiased if a share e < 1/2 of the labels is flipped; it may be negative.
 

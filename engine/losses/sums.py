@@ -16,6 +16,33 @@ from dpoeng.engine.losses.pairwise import MAX_EXPONENT
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class RankedRows:
+    """G ranked rows of K responses, and the B pairs that are made of them, row after row.
+
+    Attributes:
+        pairs: [G] int64, pairs of each row.
+        margins: [B] float64, the score of a pair's chosen response less that of its rejected one.
+        weights: [G] float64, the user's weight of each row.
+        sizes: [G] int64, responses of each row.
+        ratios: [K] float64, log pi/ref of each response, with gradient.
+        scores: [K] float64.
+    """
+
+    pairs: torch.Tensor
+    margins: torch.Tensor
+    weights: torch.Tensor
+    sizes: torch.Tensor
+    ratios: torch.Tensor
+    scores: torch.Tensor
+
+    def means(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of pairs [B] -> their mean in each row [G]."""
+        row = torch.repeat_interleave(torch.arange(len(self.pairs), device=values.device), self.pairs)
+        total = torch.zeros(len(self.pairs), dtype=values.dtype, device=values.device)
+        return total.index_add(0, row, values) / self.pairs
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class PreferenceBatch:
     """Output of one forward: per-token log-probs of B pairs, alternating chosen and rejected branches.
 
@@ -33,6 +60,7 @@ class PreferenceBatch:
         desirable: [B] float64, 1 for a desirable response of an unpaired row, else 0; None for pairs.
         per_token: whether `reference` is known per token; otherwise a response's first token carries its sum, the
             others are 0, and there is no KL.
+        ranked: the rows that the pairs are of, where these are ranked; else None.
     """
 
     policy: torch.Tensor
@@ -43,6 +71,7 @@ class PreferenceBatch:
     weights: torch.Tensor | None = None
     desirable: torch.Tensor | None = None
     per_token: bool = True
+    ranked: RankedRows | None = None
 
     def lengths(self) -> torch.Tensor:
         """Tokens of each branch, [2B] int64, without synchronising with the device."""
@@ -57,7 +86,7 @@ class PreferenceBatch:
         return by_side[:, 0], by_side[:, 1]
 
 
-_GRADIENT = ("chosen_ratio", "rejected_ratio", "chosen_logps", "rejected_logps", "own")
+_GRADIENT = ("chosen_ratio", "rejected_ratio", "chosen_logps", "rejected_logps", "own", "row_ratios")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,6 +101,8 @@ class PairSums:
 
     For unpaired rows `desirable` has the labels (None for pairs), `chosen_` is the response, whatever its label, and
     `rejected_` the mismatched one.
+
+    Of ranked rows these are the pairs made of them, and the `row_` fields those of `RankedRows`; None of other rows.
     """
 
     chosen_ratio: torch.Tensor
@@ -87,22 +118,33 @@ class PairSums:
     weights: torch.Tensor
     desirable: torch.Tensor | None = None
     own: torch.Tensor | None = None
+    row_pairs: torch.Tensor | None = None
+    row_margins: torch.Tensor | None = None
+    row_weights: torch.Tensor | None = None
+    row_sizes: torch.Tensor | None = None
+    row_ratios: torch.Tensor | None = None
+    row_scores: torch.Tensor | None = None
 
     @property
-    def with_gradient(self) -> tuple[torch.Tensor, ...]:
-        """The tensors to differentiate the losses by."""
-        return tuple(self._gradient().values())
+    def ranked(self) -> RankedRows | None:
+        """The ranked rows, or None."""
+        if self.row_pairs is None:
+            return None
+        rows = (self.row_margins, self.row_weights, self.row_sizes, self.row_ratios, self.row_scores)
+        return RankedRows(self.row_pairs, *(values for values in rows if values is not None))
 
-    def _gradient(self) -> dict[str, torch.Tensor]:
+    @property
+    def with_gradient(self) -> dict[str, torch.Tensor]:
+        """The tensors to differentiate the losses by."""
         return {name: getattr(self, name) for name in _GRADIENT if getattr(self, name) is not None}
 
     def leaves(self) -> PairSums:
         """The same numbers as leaves of a new graph: `backward` on their loss leaves the gradient in `.grad`."""
-        return replace(self, **{name: x.detach().clone().requires_grad_() for name, x in self._gradient().items()})
+        return replace(self, **{name: x.detach().clone().requires_grad_() for name, x in self.with_gradient.items()})
 
     def detached(self) -> PairSums:
         """The same numbers without the graph, and so without its activations."""
-        return replace(self, **{name: x.detach() for name, x in self._gradient().items()})
+        return replace(self, **{name: x.detach() for name, x in self.with_gradient.items()})
 
     def on_host(self) -> PairSums:
         """The same numbers in host memory without the graph, ready to be sent to other processes."""
@@ -126,6 +168,9 @@ class PreferenceLoss:
     """Losses and reported quantities; all [B], float64; all but `losses` detached.
 
     `threshold` is the reward above which an unpaired response counts as desirable (None for pairs).
+
+    Of ranked rows all are [G], a number a row: the mean over its pairs, which `sums` holds. `top` is 1 where a best
+    response has the highest reward, and `accuracies` the share of pairs in the right order; None of other rows.
     `auxiliary` is the balancing loss of the forward's routers, the same for all its pairs; None if none is added.
     """
 
@@ -137,6 +182,8 @@ class PreferenceLoss:
     sums: PairSums = field(repr=False)
     threshold: torch.Tensor | None = None
     auxiliary: torch.Tensor | None = None
+    accuracies: torch.Tensor | None = None
+    top: torch.Tensor | None = None
 
     def on_host(self) -> PreferenceLoss:
         """Like `PairSums.on_host`."""
@@ -177,6 +224,7 @@ def pair_sums(batch: PreferenceBatch, settings: LossSettings) -> PairSums:
         weights=weights,
         desirable=batch.desirable,
         own=_own_losses(batch, settings) if settings.own else None,
+        **({f"row_{f.name}": getattr(batch.ranked, f.name) for f in fields(RankedRows)} if batch.ranked else {}),
     )
 
 

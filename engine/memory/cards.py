@@ -82,7 +82,7 @@ def phase_times(
     parameters: Mapping[str, int],
     model: Mapping[str, Any],
     *,
-    pair: tuple[int, int, int],
+    pair: tuple[int, ...],
     pairs: int,
     epochs: float,
     checkpointing: bool,
@@ -99,18 +99,18 @@ def phase_times(
     masked. With a frozen base, backward costs another forward (no gradient of weights), and checkpointing one more; the
     head's two products are one forward and one gradient. `full` fine-tuning adds one forward for the gradient of the
     weights, and the backward recomputes the head for two gradients. Kaplan et al. 2020,
-    https://arxiv.org/abs/2001.08361, section 2.1. `share`: share of the layers that phase two runs.
+    https://arxiv.org/abs/2001.08361, section 2.1. `pair`: tokens of the prompt, then of each response; `share`: of the
+    layers that phase two runs.
     """
     decoder = sizes(config_of(model))
 
     def forward(is_shared: bool) -> tuple[float, float]:
-        prompt, chosen, rejected = pair
-        tokens = chosen + rejected + prompt * (1 if is_shared else 2)
-        positions = (prompt + chosen) ** 2 / 2 + (rejected * (prompt + rejected / 2))
-        if not is_shared:
-            positions += prompt**2 / 2
+        prompt, *responses = pair
+        prompts = 1 if is_shared else len(responses)
+        tokens = sum(responses) + prompt * prompts
+        positions = prompts * prompt**2 / 2 + sum(response * (prompt + response / 2) for response in responses)
         body = 2.0 * parameters["layers"] * tokens + 4.0 * decoder.layers * decoder.attention * positions
-        return body, 2.0 * parameters["head"] * (chosen + rejected)
+        return body, 2.0 * parameters["head"] * sum(responses)
 
     def hours(flops: float) -> float | None:
         return flops / (gpus * gpu.flops * utilisation) / 3600 if gpu.flops else None

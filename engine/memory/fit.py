@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dpoeng.cache.errors import UserError
-from dpoeng.cache.schema import PairIds
+from dpoeng.cache.schema import PairIds, ScoredRow, lengths_of
 from dpoeng.cache.words import GIB, counted
 from dpoeng.engine.config.fields import PrecomputeConfig, Quantization, TrainConfig
 from dpoeng.engine.memory.any_depth import Memory, forward_memory, step_memory
@@ -65,7 +65,7 @@ def available_bytes(device: torch.device) -> int:
 def check_step(
     config: TrainConfig,
     source: ModelSource,
-    pairs: Iterable[PairIds],
+    pairs: Iterable[PairIds | ScoredRow],
     device: torch.device,
     *,
     quantization: Quantization,
@@ -111,7 +111,7 @@ def check_step(
 def check_forward(
     config: PrecomputeConfig,
     source: ModelSource,
-    pairs: Iterable[PairIds],
+    pairs: Iterable[PairIds | ScoredRow],
     device: torch.device,
     *,
     by_layer: bool = False,
@@ -230,11 +230,10 @@ def _check_forward(
     longest: list[Pair] = []
     tokens = 0
     for pair in ordered:
-        size = pair.prompt + pair.chosen + pair.rejected
-        if longest and tokens + size > (config.batch_tokens or 0):
+        if longest and tokens + pair.tokens > (config.batch_tokens or 0):
             break
         longest.append(pair)
-        tokens += size
+        tokens += pair.tokens
     if _is_small(source, longest, device):
         return None
     setup = _setup(TrainConfig.model_validate({}), source, device, config.quantization, config.dtype, False)
@@ -267,13 +266,17 @@ def _setup(
     )
 
 
-def _longest(pairs: Iterable[PairIds]) -> Iterator[Pair]:
-    """The lengths of all pairs, the longest first, lazily: only one batch of them is read."""
-    lengths = array("i")
-    for ids in pairs:
-        lengths.extend((len(ids.prompt_ids), len(ids.chosen_ids), len(ids.rejected_ids)))
-    each = np.asarray(lengths).reshape(-1, 3)
-    return (Pair(*each[i].tolist()) for i in np.argsort(-each.sum(axis=1), kind="stable"))
+def _longest(rows: Iterable[PairIds | ScoredRow]) -> Iterator[Pair]:
+    """All rows, the longest first, lazily: only one batch of them is read."""
+    lengths, ends, sums = array("i"), array("q", [0]), array("q")
+    for row in rows:
+        counts = lengths_of(row)
+        lengths.extend(counts)
+        ends.append(len(lengths))
+        sums.append(sum(counts))
+    for i in np.argsort(-np.asarray(sums), kind="stable").tolist():
+        prompt, chosen, rejected, *more = lengths[ends[i] : ends[i + 1]]
+        yield Pair(prompt, chosen, rejected, tuple(more))
 
 
 def _is_small(source: ModelSource, pairs: Sequence[Pair], device: torch.device, full: bool = False) -> bool:
@@ -283,7 +286,7 @@ def _is_small(source: ModelSource, pairs: Sequence[Pair], device: torch.device, 
     if device.type == "cuda":
         return False  # on a GPU the prediction is also compared with the allocation afterwards
     model = sizes(config_of(read_fields(source)))
-    tokens = sum(2 * pair.prompt + pair.chosen + pair.rejected for pair in pairs)
+    tokens = sum(pair.prompt * (len(pair.responses) - 1) + pair.tokens for pair in pairs)
     # From 16-bit files, full fine-tuning takes 18 bytes per weight, plus temporaries.
     weights = (12 if full else 3) * sum(path.stat().st_size for path in source.weight_files)
     activations = 4 * tokens * (model.layers * (24 * model.hidden + 10 * model.inner) + model.vocabulary)
@@ -301,7 +304,7 @@ def _no_room(
     phase: str, peak: Peak, needed: int, room: int, pairs: Sequence[Pair], changes: Sequence[str]
 ) -> UserError:
     parts = ", ".join(f"{kind} {n / GIB:.2f}" for kind, n in sorted(peak.by_kind.items(), key=lambda i: -i[1]))
-    tokens = max(pair.prompt + pair.chosen + pair.rejected for pair in pairs)
+    tokens = max(pair.tokens for pair in pairs)
     return UserError(
         f"{phase} does not fit into the free memory",
         code="memory-short",

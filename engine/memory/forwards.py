@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from dpoeng.cache.schema import PairIds
+from dpoeng.cache.schema import PairIds, ScoredRow, lengths_of
 from dpoeng.engine.config.fields import TrainConfig
 
 ENOUGH_TOKENS = 4096
@@ -20,7 +20,7 @@ _FEWEST_TOKENS = 1024
 
 def pairs_to_try(
     config: TrainConfig,
-    pairs: Sequence[PairIds],
+    pairs: Sequence[PairIds | ScoredRow],
     device_type: str,
     *,
     processes: int = 1,
@@ -42,7 +42,7 @@ def pairs_to_try(
     if "per_device_train_batch_size" in config.model_fields_set or config.lora_dropout > 0:
         return [begun_with or configured]
     batch = configured * config.gradient_accumulation_steps
-    mean = sum(ids.total_tokens for ids in pairs) / len(pairs)
+    mean = sum(sum(lengths_of(row)) for row in pairs) / len(pairs)
     forwards = max(processes, math.ceil(batch * mean / ENOUGH_TOKENS))
     return _halved(begun_with or max(configured, math.ceil(batch / forwards)), 1)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dpoeng.cache.errors import UserError
-from dpoeng.cache.schema import PairIds
+from dpoeng.cache.schema import PairIds, ScoredRow
 from dpoeng.engine.config.fields import PrecomputeConfig, Quantization, TrainConfig
 from dpoeng.engine.memory.fit import Note, StepForecast, check_forward, check_step
 from dpoeng.engine.memory.forwards import batches_to_try, pairs_to_try
@@ -98,7 +98,7 @@ def decide_step(
     config: TrainConfig,
     source: ModelSource,
     adapter: ModelSource | None,
-    pairs: Sequence[PairIds],
+    pairs: Sequence[PairIds | ScoredRow],
     device: torch.device,
     *,
     quantization: Quantization,

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dpoeng.cache.errors import UserError
-from dpoeng.cache.schema import PairIds, ScoredPair
+from dpoeng.cache.schema import PairIds, ScoredGroup, ScoredPair, ScoredRow
 from dpoeng.engine.config.fields import Quantization, TrainConfig
 from dpoeng.engine.memory.divided_layers import gather_layers, part_bytes
 from dpoeng.engine.memory.stand_ins import handlers, head_of, kernels_of
@@ -37,7 +37,7 @@ from dpoeng.engine.runtime.progress import QUIET
 from dpoeng.engine.scoring.attention import use_layout
 from dpoeng.engine.scoring.forward import score_groups
 from dpoeng.engine.scoring.layer_passes import Forwards, in_passes
-from dpoeng.engine.scoring.layout import pair_group
+from dpoeng.engine.scoring.layout import row_group
 from dpoeng.engine.training.optimizer import Named, build_optimizer, build_scheduler, optimizer_on
 from dpoeng.engine.training.order import plan_schedule
 from dpoeng.engine.training.rows import HeldOut
@@ -54,17 +54,38 @@ STAYING = (WEIGHTS, MASTERS, ADAPTERS, OPTIMIZER)
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Lengths of a pair in tokens."""
+    """Lengths of a row in tokens: a pair, or a prompt with more responses."""
 
     prompt: int
     chosen: int
     rejected: int
+    more: tuple[int, ...] = ()
 
-    def scored(self) -> ScoredPair:
-        """A pair with these lengths."""
-        prompt, chosen, rejected = (np.zeros(n, dtype=np.int32) for n in (self.prompt, self.chosen, self.rejected))
-        ids = PairIds(prompt, chosen, rejected)
-        return ScoredPair(ids, np.zeros(self.chosen, np.float32), np.zeros(self.rejected, np.float32))
+    @property
+    def responses(self) -> tuple[int, ...]:
+        """The length of each."""
+        return self.chosen, self.rejected, *self.more
+
+    @property
+    def tokens(self) -> int:
+        """With the prompt once."""
+        return self.prompt + sum(self.responses)
+
+    def scored(self) -> ScoredRow:
+        """A row with these lengths."""
+        prompt = np.zeros(self.prompt, dtype=np.int32)
+        rest = [*self.responses, self.chosen]
+        pairs = [
+            ScoredPair(
+                PairIds(prompt, np.zeros(one, np.int32), np.zeros(other, np.int32)),
+                np.zeros(one, np.float32),
+                np.zeros(other, np.float32),
+            )
+            for one, other in zip(rest[: len(rest) - 1 : 2], rest[1::2], strict=False)
+        ]
+        if not self.more:
+            return pairs[0]
+        return ScoredGroup(tuple(pairs), tuple(map(float, range(len(self.responses)))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +255,7 @@ def trace_forward(setup: Setup, pairs: Sequence[Pair], *, policy: bool) -> Memor
         tracker.hold_bytes(state_bytes, OPTIMIZER)
         optimizer.zero_grad(set_to_none=True)
     with torch.no_grad(), kernels_of(setup.kernels), head_of(full_logits=setup.full_logits), tracker:
-        groups = [pair_group(pair.scored().ids) for pair in pairs]
+        groups = [row_group(pair.scored()) for pair in pairs]
         if lm.by_layer is None:
             score_groups(lm, groups)
         else:

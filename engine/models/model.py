@@ -47,6 +47,8 @@ class CausalLM:
         layout: whether branches share their prompt, and the reason if they do not.
         attention: implementation of attention over shared prompts; see `engine/scoring/attention`.
         scored_end: whether the last layer computes scored positions only; see `engine/scoring/scored_end`.
+        tree: the shortest beginning that responses to a prompt have in common and that runs once for them, in tokens;
+            0 where each response runs whole.
         source: the files that it was loaded from.
         remarks: remarks for the user on how it was loaded.
         padding: whether separate texts of different lengths share one padded forward; else each has its own.
@@ -74,6 +76,7 @@ class CausalLM:
     layout_reason: str = ""
     attention: Attention = "segments"
     scored_end: bool = False
+    tree: int = 0
     source: ModelSource | None = None
     remarks: tuple[str, ...] = ()
     padding: bool = True

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 import numpy as np
 import pyarrow as pa
 
+from dpoeng.cache.exchange.responses import responses_of
 from dpoeng.cache.reader import View
+from dpoeng.cache.records import ROW_KINDS
 from dpoeng.cache.schema import IdArray, LogpArray
 
 if TYPE_CHECKING:
@@ -138,6 +140,77 @@ class CacheRows(Sequence[CacheRow]):
         from dpoeng.engine.training.dataset import CachedPairs
 
         return CachedPairs(self.view, self._indices)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ResponsesRow:
+    """A row of any kind: a prompt, its responses and what the data set says of them. Arrays as in `CacheRow`.
+
+    Attributes:
+        prompt_ids: [P] int32.
+        responses: of each response its ids [R], int32; of a pair chosen and rejected, of an unpaired row its own and
+            the mismatched one.
+        logps: of each response the log-probs [R - start, without gaps], float32 in nats; None where sums were imported.
+        sums: of each response, log p_ref(response | prompt).
+        starts: the first scored token of each response.
+        scores: of a ranked row a number for each response, more is better; of an unpaired row 1 or 0 for the first; of
+            a pair none.
+        extra: your own columns.
+        source_file: as in `CacheRow`.
+        source_row: as in `CacheRow`.
+    """
+
+    prompt_ids: IdArray
+    responses: tuple[IdArray, ...]
+    logps: tuple[LogpArray, ...] | None
+    sums: tuple[float, ...]
+    starts: tuple[int, ...]
+    scores: tuple[float, ...]
+    extra: dict[str, Any]
+    source_file: str
+    source_row: int
+
+
+class ResponsesRows(Sequence[ResponsesRow]):
+    """The rows of a view of any kind, in the order of their source."""
+
+    def __init__(self, view: View, places: Sequence[int] | None = None) -> None:
+        self.view = view
+        self._places = view.row_starts() if places is None else places
+
+    @classmethod
+    def open(cls, cache: Path, view: str | None = None, *, verify: Literal["open", "full"] = "full") -> Self:
+        """See `dpoeng.open_responses`."""
+        return cls(View.open(cache, view, rows=ROW_KINDS, verify=verify))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, i: int) -> ResponsesRow: ...
+    @overload
+    def __getitem__(self, i: slice) -> ResponsesRows: ...
+    def __getitem__(self, i: int | slice) -> ResponsesRow | ResponsesRows:
+        """Row i, or the rows of a slice. Raises IndexError outside."""
+        if isinstance(i, slice):
+            return ResponsesRows(self.view, self._places[i])
+        place = self._places[i]
+        found = responses_of(self.view, place)
+        source_file, source_row = self.view.source(place)
+        return ResponsesRow(
+            prompt_ids=self.view[place].ids.prompt_ids,
+            responses=tuple(one.ids for one in found),
+            logps=None if self.view.spec.holds_sums else tuple(one.logps for one in found),
+            sums=tuple(float(one.logps.sum(dtype=np.float64)) for one in found),
+            starts=tuple(one.start for one in found),
+            scores=self.view.scores(place),
+            extra=self.view.extra(place),
+            source_file=source_file,
+            source_row=source_row,
+        )
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} {self.view.rows} rows of view {self.view.name!r}>"
 
 
 def _lists(parts: list[Any], kind: pa.DataType) -> pa.Array:

@@ -6,6 +6,7 @@ rejected, where a response begins and what is truncated.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from array import array
@@ -40,6 +41,7 @@ PARTS = ("prompt", "chosen", "rejected")
 PART_NAMES = {
     "pairs": {part: part for part in PARTS},
     "unpaired": {"prompt": "prompt", "chosen": "completion", "rejected": "mismatched"},
+    "ranked": {"prompt": "prompt", "chosen": "response"},
 }
 """Kind of rows -> part (one of PARTS) -> its name for such rows."""
 
@@ -81,6 +83,7 @@ class LengthBias:
 class CheckReport:
     """Result of a check. Lengths are in `unit`: tokens after truncation if a model was named, else characters.
 
+    `pairs` are rows that can be used, of whatever kind.
     `tokenizer` is the source of tokenizer and chat template; `shown` are the texts of the first pairs.
     """
 
@@ -149,7 +152,7 @@ def check_pairs(
     categories = run.texts.finish()
     run.whole(stream.rejected)
     _count_origins(stream, text, run.rows, tally)
-    if not run.lengths["chosen"] and not stream.rejected and not run.rejected:
+    if not run.lengths["prompt"] and not stream.rejected and not run.rejected:
         raise _nothing_left(stream, config.where)
     report = CheckReport(
         files=list(stream.files),
@@ -158,14 +161,14 @@ def check_pairs(
         unit="tokens" if text.tokenizer is not None else "characters",
         tokenizer=text.where,
         rows=run.rows + stream.rejected + stream.filtered,
-        pairs=len(run.lengths["chosen"]),
+        pairs=len(run.lengths["prompt"]),
         rejected=stream.rejected + run.rejected,
         filtered=stream.filtered,
         prompts=len(run.prompts),
         eval_pairs=evaluation.pairs if evaluation is not None else 0,
         max_length_needed=run.needed or None,
         lengths=run.length_stats(),
-        bias=run.bias() if run.lengths["chosen"] and stream.kind == "pairs" else None,
+        bias=run.bias() if run.lengths["prompt"] and stream.kind == "pairs" else None,
         categories=categories,
         findings=tally.findings(run.rows + stream.rejected),
         shown=run.shown,
@@ -285,7 +288,7 @@ class _Run:
         tokenizer = text.tokenizer
         self.shown: list[ShownPair] = []
         self.rows = self.rejected = self.needed = 0
-        self.of_pairs = True
+        self.kind = "pairs"
         self.prompts: set[int] = set()
         self.lengths = {part: array("q") for part in PARTS}
         self._chunk: list[PreferencePair] = []
@@ -293,15 +296,21 @@ class _Run:
 
     @property
     def _names(self) -> tuple[str, str]:
-        names = PART_NAMES["pairs" if self.of_pairs else "unpaired"]
+        if self.kind == "ranked":
+            return "response 1", "response 2"
+        names = PART_NAMES[self.kind]
         return names["chosen"], names["rejected"]
 
     def add(self, row: ReadPair) -> None:
         self.rows += 1
         pair = row.pair
-        self.of_pairs = pair.kind == "pairs"
+        self.kind = pair.kind
         if pair.kind == "unpaired":
             self.tally.count("label-desirable" if pair.scores[0] else "label-undesirable", 1)
+        if pair.kind == "ranked":
+            self.tally.count("ranked-row", 1)
+            if len(set(pair.scores)) < len(pair.scores):
+                self.tally.add("equal-scores", pair, ", ".join(f"{score:g}" for score in pair.scores))
         self.prompts.add(prompt_key(pair.prompt))
         for code, repeat in (("duplicate", row.duplicate), ("contradiction", row.contradiction)):
             if repeat is not None:
@@ -311,7 +320,7 @@ class _Run:
         if self.tokenizer is None:
             if len(self.shown) < SHOWN_PAIRS and (texts := show_texts(pair, self._names)) is not None:
                 self.shown.append(texts)
-            self._measure(pair, *(len(content(side)) for side in (pair.prompt, pair.chosen, pair.rejected)))
+            self._measure(pair, len(content(pair.prompt)), [len(content(side)) for side in pair.sides])
         else:
             self._chunk.append(pair)
             if len(self._chunk) == CHUNK_PAIRS:
@@ -336,22 +345,29 @@ class _Run:
             self.tally.add(reject.reason, reject, reject.detail)
         # A ranked row gives several pairs, distinguished by their number in the row.
         pairs = {(pair.source_file, pair.source_row, pair.extra.get("pair_of_row")): pair for pair in self._chunk}
-        for tokens in data.pairs:
-            pair = pairs[tokens.source_file, tokens.source_row, tokens.extra.get("pair_of_row")]
-            for code, example in self._token_faults(pair, tokens):
+        rows = itertools.groupby(
+            data.pairs, lambda one: (one.source_file, one.source_row, one.extra.get("pair_of_row"))
+        )
+        for key, of_row in rows:
+            pair, row = pairs[key], list(of_row)
+            # What is found in any pair of the row's responses is told of the row once.
+            faults = {code: example for tokens in row[::-1] for code, example in self._token_faults(pair, tokens)}
+            for code, example in faults.items():
                 self.tally.add(code, pair, example)
-            self.needed = max(self.needed, tokens.needed)
-            ids = tokens.ids
+            self.needed = max(self.needed, row[0].needed)
             if len(self.shown) < SHOWN_PAIRS:
                 where = place(pair.source_file, pair.source_row)
-                self.shown.append(show_tokens(where, ids, self.tokenizer, self._names))
-            self._measure(pair, len(ids.prompt_ids), len(ids.chosen_ids), len(ids.rejected_ids))
+                self.shown.append(show_tokens(where, row[0].ids, self.tokenizer, self._names))
+            sides = [len(side) for one in row for side in (one.ids.chosen_ids, one.ids.rejected_ids)]
+            self._measure(pair, len(row[0].ids.prompt_ids), sides[: len(pair.sides)])
         self._chunk = []
 
-    def _measure(self, pair: PreferencePair, prompt: int, chosen: int, rejected: int) -> None:
-        for values, length in zip(self.lengths.values(), (prompt, chosen, rejected), strict=True):
-            values.append(length)
-        self.texts.add(pair, ((chosen > rejected) - (chosen < rejected)) if self.of_pairs else 0)
+    def _measure(self, pair: PreferencePair, prompt: int, sides: Sequence[int]) -> None:
+        self.lengths["prompt"].append(prompt)
+        for number, length in enumerate(sides):
+            self.lengths["chosen" if number == 0 or self.kind == "ranked" else "rejected"].append(length)
+        chosen, rejected = sides[:2]
+        self.texts.add(pair, ((chosen > rejected) - (chosen < rejected)) if self.kind == "pairs" else 0)
 
     def _token_faults(self, pair: PreferencePair, tokens: TokenizedPair) -> Iterator[tuple[str, str]]:
         ids, tokenizer = tokens.ids, self.tokenizer
@@ -376,7 +392,8 @@ class _Run:
         if not is_text and self.config.train_on == "all" and holds_human_turn(pair):
             yield "later-human-turn", snippet(content(pair.chosen))
         if not tokens.truncated:
-            sides = zip(pair.responses, (ids.chosen_ids, ids.rejected_ids), strict=False)
+            names = ("a response",) * 2 if pair.kind == "ranked" else pair.responses
+            sides = zip(names, (ids.chosen_ids, ids.rejected_ids), strict=False)
             for name, part in sides:
                 if not _ends(part.tolist(), tokenizer, is_text and self.config.append_eos):
                     yield "end-token-missing", f"{name} ends {snippet(str(tokenizer.decode(part[-8:].tolist())))}"
@@ -396,7 +413,7 @@ class _Run:
 
     def length_stats(self) -> list[LengthStats]:
         """Statistics of each part, under its name for such rows."""
-        names = PART_NAMES["pairs" if self.of_pairs else "unpaired"]
+        names = PART_NAMES[self.kind]
         return [_length_stats(names[part], values) for part, values in self.lengths.items() if values]
 
     def bias(self) -> LengthBias:
@@ -413,7 +430,7 @@ class _Run:
 
     def whole(self, unread: int) -> None:
         """Adds findings about all pairs together."""
-        pairs, rows = len(self.lengths["chosen"]), self.rows + unread
+        pairs, rows = len(self.lengths["prompt"]), self.rows + unread
         rejected = self.rejected + unread
         if rejected > self.config.max_reject_share * rows:
             limit = self.config.max_reject_share
@@ -422,8 +439,10 @@ class _Run:
             return
         if pairs < 100:
             self.tally.count("few-pairs", pairs)
+        if self.kind != "pairs":
+            return
         bias = self.bias()
-        if self.of_pairs and bias.p_value < 0.001 and abs(bias.share_longer - 0.5) >= 0.1:
+        if bias.p_value < 0.001 and abs(bias.share_longer - 0.5) >= 0.1:
             code = "longer-is-better" if bias.share_longer > 0.5 else "shorter-is-better"
             count = max(bias.longer, bias.shorter)
             detail = f"{count / (bias.longer + bias.shorter):.0%} of pairs of unequal length, sign test p = "

@@ -118,7 +118,7 @@ def held_out_rows(
     held_out = split(view, eval_view, config)[1]
     chosen_view = (eval_view or view) if held_out else view
     first: dict[bytes, int] = {}
-    for row in held_out or range(len(view)):
+    for row in held_out or view.row_starts():
         if len(first) == count:
             break
         first.setdefault(chosen_view[row].ids.prompt_ids.tobytes(), row)

@@ -219,7 +219,7 @@ def evaluate_trained(
     settings = LossSettings.of(config)
 
     def compare(lm: CausalLM) -> tuple[ParityReport, str]:
-        return check_parity(config, lm, Rows(view, range(len(view)))), device_name(lm.device)
+        return check_parity(config, lm, Rows.all_of(view)), device_name(lm.device)
 
     def score(lm: CausalLM) -> PreferenceLoss:
         progress.note(f"evaluating {counted(len(rows), 'pair')} of view {rows.view.name!r} ({which})")
@@ -257,7 +257,7 @@ def _open_rows(trained: Trained, config: TrainConfig, which: Which) -> tuple[Any
     """
     view, eval_view = open_views(config)
     if which == "all":
-        rows = Rows(view, range(len(view)))
+        rows = Rows.all_of(view)
     else:
         if eval_view is None:
             _check_pairs_of_run(trained, view)

@@ -9,18 +9,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.cache.records import ROW_KINDS, damaged
-from dpoeng.cache.schema import pair_key
+from dpoeng.cache.schema import as_ids, pair_key
 from dpoeng.cache.selection.mixed import AnyView
 from dpoeng.cache.trunk.texts import text_key
 from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import TrainConfig
-from dpoeng.engine.losses.names import LOSS_FACTS, facts_of
+from dpoeng.engine.losses.names import LOSS_FACTS, fitting_rows, rows_of
 from dpoeng.engine.recipes.phase_two.mixing import arrangement_of, with_others
+from dpoeng.engine.scoring.layout import row_group
 from dpoeng.engine.training.order import Schedule, hold_out, plan_schedule
 from dpoeng.engine.training.rows import HeldOut, Rows, WeightArray
 
@@ -104,9 +106,18 @@ def open_views(config: TrainConfig, open_view: Callable[..., View] = View.open) 
 
 
 def _check_loss(config: TrainConfig, view: AnyView) -> None:
-    wanted = facts_of(config.loss_type[0]).rows
-    if view.rows != wanted:
-        fitting = [name for name, known in LOSS_FACTS.items() if known.rows == view.rows]
+    if view.rows != "ranked" and config.pairs_in_row != "all":
+        raise UserError(
+            "pairs_in_row has no effect on these rows",
+            code="config-value",
+            where=f"--pairs-in-row {config.pairs_in_row}, view {view.name}",
+            expected="a view of ranked rows",
+            found=f"{view.rows} rows",
+            remedy="leave it out",
+        )
+    wanted = rows_of(config.loss_type)
+    if view.rows not in fitting_rows(wanted):
+        fitting = [name for name, known in LOSS_FACTS.items() if view.rows in fitting_rows(known.rows)]
         raise UserError(
             "this loss does not fit the rows of this view",
             code="loss-rows",
@@ -177,7 +188,7 @@ def refuse_sums_for_tokens(ld_alpha: float | None, view: AnyView) -> None:
 
 
 def split(view: AnyView, eval_view: View | None, config: TrainConfig) -> tuple[list[int], list[int]]:
-    """Rows to train on and rows to evaluate on; with `eval_view`, all rows of each view."""
+    """Places of rows to train on and of rows to evaluate on; with `eval_view`, all rows of each view."""
     if eval_view is not None:
         if eval_view.spec.digest != view.spec.digest:
             raise UserError(
@@ -188,11 +199,11 @@ def split(view: AnyView, eval_view: View | None, config: TrainConfig) -> tuple[l
                 found=f"{eval_view.name}: {eval_view.spec.digest}",
                 remedy="run precompute-ref for both files with the same model options",
             )
-        return list(range(len(view))), list(range(len(eval_view)))
-    train_indices, eval_indices = hold_out(
-        (view.prompt_ids(row).tobytes() for row in range(len(view))), config.eval_share, config.seed
-    )
-    return train_indices, eval_indices
+        return list(view.row_starts()), list(eval_view.row_starts())
+    starts = view.row_starts()
+    prompts = (view.prompt_ids(place).tobytes() for place in starts)
+    train, held_out = hold_out(prompts, config.eval_share, config.seed)
+    return [starts[row] for row in train], [starts[row] for row in held_out]
 
 
 def check_held_out(config: TrainConfig, count: int) -> None:
@@ -220,42 +231,49 @@ def check_held_out(config: TrainConfig, count: int) -> None:
         )
 
 
-def _response_key(view: AnyView, row: int) -> bytes:
-    ids = view[row].ids
-    return text_key(ids.prompt_ids, ids.chosen_ids)
+def _row_key(view: AnyView, place: int) -> bytes:
+    """Identifies a row by what it contains itself, and a ranked row by its responses in any order."""
+    if view.rows == "pairs":
+        return view.key(place)
+    ids = view[place].ids
+    if view.rows == "unpaired":  # the mismatched response differs between files
+        return text_key(ids.prompt_ids, ids.chosen_ids)
+    responses = sorted(branch.ids.tobytes() for branch in row_group(view.row(place)).branches)
+    return xxhash.xxh3_128_digest(
+        b"".join(text_key(ids.prompt_ids, as_ids(np.frombuffer(r, "<i4"))) for r in responses)
+    )
+
+
+def _prompt_digest(view: AnyView, place: int) -> bytes:
+    return xxhash.xxh3_128_digest(view.prompt_ids(place).tobytes())
 
 
 def check_apart(view: AnyView, eval_view: View) -> str:
     """Describes pairs and prompts that are in both training and evaluation; empty without any.
 
-    As in `dpoeng check --eval`, swapped pairs count as equal; texts are compared by their token ids.
+    As in `dpoeng check --eval`, swapped pairs count as equal, and so does a ranked row with its responses in any order;
+    texts are compared by their token ids.
 
     Raises:
         UserError: every evaluation pair is also a training pair.
     """
-    # An unpaired row's mismatched response differs between files, so compare without it.
-    unpaired = view.rows == "unpaired"
-    alone = {_response_key(view, row) for row in range(len(view))} if unpaired else set()
-    trained = set(map(bytes, view.keys()))
-    prompts = {xxhash.xxh3_128_digest(view.prompt_ids(row).tobytes()) for row in range(len(view))}
+    trained = {_row_key(view, place) for place in view.row_starts()}
+    prompts = {_prompt_digest(view, place) for place in view.row_starts()}
+    rows = eval_view.row_starts()
     pairs = also = 0
-    for row in range(len(eval_view)):
-        ids = eval_view[row].ids
-        if unpaired:
-            same = _response_key(eval_view, row) in alone
-        else:
-            same = eval_view.key(row) in trained or pair_key(ids.swapped()) in trained
-        if same:
+    for place in rows:
+        swapped = view.rows == "pairs" and pair_key(eval_view[place].ids.swapped()) in trained
+        if swapped or _row_key(eval_view, place) in trained:
             pairs += 1
-        elif xxhash.xxh3_128_digest(ids.prompt_ids.tobytes()) in prompts:
+        elif _prompt_digest(eval_view, place) in prompts:
             also += 1
-    if pairs == len(eval_view):
+    if pairs == len(rows):
         raise UserError(
             "every evaluation pair is also a training pair",
             code="eval-trained-on",
             where=f"--eval-view {eval_view.name}",
             expected=f"pairs that are not in the training view {view.name}",
-            found=f"{pairs} of {len(eval_view)} are in both",
+            found=f"{pairs} of {len(rows)} are in both",
             remedy="use --eval-share 0.1 instead of --eval-view to hold out a tenth of the prompts; or run "
             "precompute-ref on other pairs and name their view",
         )
@@ -264,7 +282,7 @@ def check_apart(view: AnyView, eval_view: View) -> str:
     if not shared:
         return ""
     return (
-        f"{' and '.join(shared)} of {counted(len(eval_view), 'evaluation pair')} in {eval_view.name} are also "
+        f"{' and '.join(shared)} of {counted(len(rows), 'evaluation pair')} in {eval_view.name} are also "
         f"trained on (in {view.name}), so their figures show memorisation; --eval-share 0.1 instead of --eval-view "
         "splits by prompt"
     )

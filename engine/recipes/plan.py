@@ -101,6 +101,7 @@ class Plan:
         ways: phase two in the ways that were tried, the fastest first.
         trunk_layer: the requested first layer of phase two; 0 for all layers.
         trunk_bytes: disk space for the hidden states of all pairs, for any trunk.
+        tokens: computed for a row, with its prompt once, and with a row of its own for each response.
     """
 
     request: PlanConfig
@@ -116,6 +117,7 @@ class Plan:
     ways: list[Way] = field(default_factory=list)
     trunk_layer: int = 0
     trunk_bytes: int = 0
+    tokens: tuple[int, int] = (0, 0)
 
     @property
     def step(self) -> Peak:
@@ -151,7 +153,7 @@ def make_plan(request: PlanConfig) -> Plan:
     if request.trunk_layer is not None:
         setup = replace(setup, trunk_layer=trunk_layer(request.trunk_layer, setup.layers))
     answers = request.max_length - request.prompt_length
-    pair = Pair(request.prompt_length, answers, answers)
+    pair = Pair(request.prompt_length, answers, answers, (answers,) * (request.responses - 2))
     estimates, parts = estimate_overhead(setup, pair), count_parameters(fields)
     if request.gpus > 1:
         estimates["gradients of all cards"] = BUCKET_BYTES
@@ -174,6 +176,7 @@ def make_plan(request: PlanConfig) -> Plan:
         ways=found,
         trunk_layer=setup.trunk_layer,
         trunk_bytes=_trunk_bytes(request, setup, pair),
+        tokens=(pair_tokens(pair, "shared"), pair_tokens(pair, "separate")),
     )
     least = plan.needed(plan.phase1[min(plan.phase1)].peak)
     able = request.use_peft and not request.fsdp and request.layer_offloading != "off"
@@ -230,13 +233,13 @@ def _by_tokens(setup: Setup, pair: Pair) -> dict[int, Memory]:
 
 def _trunk_bytes(request: PlanConfig, setup: Setup, pair: Pair) -> int:
     """Bytes of the hidden states of all pairs, each with its own prompt."""
-    tokens = request.pairs * (pair.prompt + pair.chosen + pair.rejected)
+    tokens = request.pairs * pair.tokens
     return tokens * sizes(config_of(setup.model)).hidden * setup.dtype.itemsize
 
 
 def pair_tokens(pair: Pair, layout: str) -> int:
-    """Positions to compute for a pair."""
-    return pair.prompt * (1 if layout == "shared" else 2) + pair.chosen + pair.rejected
+    """Positions to compute for a row."""
+    return pair.tokens + (0 if layout == "shared" else pair.prompt * (len(pair.responses) - 1))
 
 
 def _two_models(setup: Setup) -> Setup:
@@ -246,7 +249,7 @@ def _two_models(setup: Setup) -> Setup:
 def _options(setup: Setup, pair: Pair) -> list[Option]:
     """Phase two with one pair per forward and one changed setting."""
     config = setup.config
-    half = Pair(max(1, pair.prompt // 2), pair.chosen // 2, pair.rejected // 2)
+    half = Pair(max(1, pair.prompt // 2), pair.chosen // 2, pair.rejected // 2, tuple(n // 2 for n in pair.more))
     changes: list[tuple[str, Setup, Pair]] = [
         (f"quantization {name}", replace(setup, quantization=name), pair)
         for name in ("none", "8bit", "4bit")
@@ -320,7 +323,7 @@ def _times(
     one, two, *others = phase_times(
         parts,
         setup.model,
-        pair=(pair.prompt, pair.chosen, pair.rejected),
+        pair=(pair.prompt, *pair.responses),
         pairs=request.pairs,
         epochs=request.epochs,
         checkpointing=bool(setup.config.gradient_checkpointing) or way.by_layer,
@@ -360,6 +363,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "model": plan.request.model,
         "parameters": plan.parameters,
         "fits": first.fits,
+        "tokens": {"prompt_once": plan.tokens[0], "a_row_for_each_response": plan.tokens[1]},
         "estimates_gib": {name: _gib(n) for name, n in plan.estimates.items()},
         "fragmentation": FRAGMENTATION,
         **({"trunk": {"layer": plan.trunk_layer, "gib": _gib(plan.trunk_bytes)}} if plan.trunk_layer else {}),

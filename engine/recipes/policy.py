@@ -113,7 +113,7 @@ def choose_policy(config: TrainConfig, inputs: Inputs, group: Group, note: Calla
     trunk = None
     if config.trunk_layer != 0:
         source = find_model(model, revision=reference.get("revision"))
-        pairs = [row.ids for row in (*inputs.train_rows, *inputs.held_out.rows)]
+        pairs = [*inputs.train_rows.pair_ids(), *inputs.split.held_out.pair_ids()]
         trunk = choose_trunk(Wanted(config, source, mode, adapter, reference, pairs), inputs.view.spec, note)
     return Choice(
         model=model,
@@ -255,7 +255,7 @@ def _check_memory(
         config,
         source,
         choice.adapter,
-        [row.ids for row in inputs.train_rows],
+        list(inputs.train_rows),
         device,
         quantization=choice.quantization,
         dtype=choice.dtype,
@@ -299,7 +299,7 @@ def _compare(lm: CausalLM, config: TrainConfig, inputs: Inputs, mode: Mode, prog
     set_mode(lm, training=False)
     sample = min(config.parity_pairs, len(inputs.train_rows))
     with as_reference(lm, mode):
-        texts = [row.ids for row in inputs.train_rows]
+        texts = inputs.train_rows.pair_ids()
         check_positions(texts, lm)  # imported values were not checked against this model
         choose_how_to_score(lm, config.layout, config.attention, longest_text(texts), texts)
         with progress.task("comparing the policy with the cache", sample, "pairs") as advance:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import signal
 import time
@@ -28,7 +29,7 @@ from dpoeng.engine.data.in_memory import RowsInMemory
 from dpoeng.engine.data.pairs import PairFile, ensure_unchanged, stream_pairs
 from dpoeng.engine.data.readers import COMPRESSIONS, FORMATS
 from dpoeng.engine.data.rejects import Reject, check_reject_share
-from dpoeng.engine.data.token_rows import SomeIds
+from dpoeng.engine.data.token_rows import SomeIds, TokenRows
 from dpoeng.engine.data.tokenization import TokenizedData, tokenize_pairs
 from dpoeng.engine.memory.offloading import decide_forward
 from dpoeng.engine.models.loading import pick_device, with_stored_quantization
@@ -55,7 +56,8 @@ from dpoeng.engine.reference.view import reference_record, source_record, write_
 from dpoeng.engine.runtime.distributed import Group, process_group
 from dpoeng.engine.runtime.progress import QUIET, Progress
 from dpoeng.engine.runtime.stopping import keeping_signals
-from dpoeng.engine.scoring.layout import batches_of_pairs
+from dpoeng.engine.scoring.layer_passes import computed_positions
+from dpoeng.engine.scoring.layout import batches_of_pairs, separate, share_prompts
 from dpoeng.engine.scoring.passes import Batches, score_batches
 
 VISIBLE_WITHIN_S: Final = 60.0
@@ -64,7 +66,10 @@ VISIBLE_WITHIN_S: Final = 60.0
 
 @dataclass(slots=True)
 class PrecomputeSummary:
-    """Result of phase one. `pairs` counts rows of the view; `computed` and `reused` count distinct pairs.
+    """Result of phase one. `pairs` counts those of the view; `computed` and `reused` count distinct pairs.
+
+    `rows` are those of the files that were used: a ranked one is several pairs of responses. `computed_tokens` went
+    through the model, padding included; `apart_tokens` would have if each response had a row of its own.
 
     `layers_read_bytes` is set if layers were loaded one at a time. `pending` pairs belong to other parts that are not
     done; while there are any, the view is not written, and `views` counts the cache's views. `trunk_texts` and
@@ -87,7 +92,9 @@ class PrecomputeSummary:
     reports: bool = True
     pending: int = 0
     views: int = 0
+    rows: int = 0
     computed_tokens: int = 0
+    apart_tokens: int = 0
     seconds: float = 0.0
     layout: str = ""
     layout_reason: str = ""
@@ -123,6 +130,7 @@ def _precompute(config: PrecomputeConfig, group: Group, progress: Progress) -> P
         view=work.view_name,
         spec=work.spec.digest,
         pairs=len(work.data.pairs),
+        rows=work.data.rows,
         computed=sum(len(shard) for shard in work.mine),
         reused=len(work.reused),
         quarantined=len(work.index.quarantined) + (len(work.trunk.index.quarantined) if work.trunk else 0),
@@ -343,6 +351,8 @@ def finish(work: Work, summary: PrecomputeSummary, progress: Progress, *, patien
     summary.rejects_file = write_rejects_file(store, work.view_name, summary.rejects, progress)
     if work.file.kind == "pairs":
         summary.reference_accuracy = _reference_accuracy(index, work.distinct)
+    elif work.file.kind == "ranked":
+        summary.reference_accuracy = _ranking_accuracy(index, work.data.pairs)
 
 
 def required_model(config: PrecomputeConfig) -> str:
@@ -459,7 +469,7 @@ def _score(
     progress: Progress,
 ) -> None:
     planned = [(shard, batches_of_pairs(shard, batch_tokens)) for shard in work.mine]
-    summary.computed_tokens = sum(positions for _, batches in planned for _, positions in batches)
+    positions = sum(positions for _, batches in planned for _, positions in batches)
     if lm.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(lm.device)
     flat = Batches([(shard, batch) for shard, batches in planned for batch, _ in batches])
@@ -473,12 +483,16 @@ def _score(
             pending.hand_on(pending.number)
 
     with (
-        progress.task("reference log-probs", summary.computed_tokens, "tokens") as advance,
+        progress.task("reference log-probs", positions, "tokens") as advance,
         keeping_signals() as pending,
         storing(lm, writer),
     ):
         scored = score_batches(lm, flat, ends=ends, note=progress.note, advance=advance, pause=pause)
-        for _, batches in planned:
+        for shard, batches in planned:
+            for batch, _ in batches:
+                groups, _ = share_prompts([shard[i] for i in batch])
+                summary.computed_tokens += computed_positions(lm, groups)
+                summary.apart_tokens += sum(one.total_tokens for group in groups for one in separate(group))
             rows = [row for _ in batches for row in next(scored)]
             # A shard is whole or absent: a kill costs at most one shard (layer by layer: one pass), and a restart
             # writes the bytes of an undisturbed run.
@@ -508,3 +522,16 @@ def _reference_accuracy(index: KeyIndex, pairs: SomeIds) -> float:
         assert pair is not None, "every pair is committed"
         right += pair.chosen_sum > pair.rejected_sum
     return right / len(pairs)
+
+
+def _ranking_accuracy(index: KeyIndex, pairs: TokenRows) -> float:
+    """Share of pairs of a better and a worse response of a row of which the reference finds the former likelier."""
+    right = compared = 0
+    for _, row in itertools.groupby(pairs, lambda pair: (pair.source_file, pair.source_row)):
+        stored = [(pair.extra.get("scores"), index.get(pair.ids)) for pair in row]
+        scores = np.array(stored[0][0])
+        sums = np.array([total for _, pair in stored if pair for total in (pair.chosen_sum, pair.rejected_sum)])
+        better = np.argwhere(scores[:, None] > scores[None, :])
+        right += int((sums[better[:, 0]] > sums[better[:, 1]]).sum())
+        compared += len(better)
+    return right / compared

@@ -61,7 +61,7 @@ def source_record(config: PrecomputeConfig, file: PairFile, rejects: int, device
         },
         "files": {str(path): digest for path, digest in file.files.items()},
         **({"rows": file.kind} if file.kind != "pairs" else {}),
-        **({"ranked_pairs": config.ranked_pairs} if file.prompts.ranked else {}),
+        **({"ranked_pairs": config.ranked_pairs} if file.prompts.of_ranked else {}),
         "where": config.where,
         "columns": config.columns,
         "prompt_format": config.prompt_format,

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 
 from dpoeng.cache.errors import UserError
-from dpoeng.cache.schema import PairIds
+from dpoeng.cache.schema import PairIds, ScoredRow, lengths_of
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -105,15 +105,18 @@ def in_parts(
     ]
 
 
-def too_large(pairs: Sequence[PairIds], problem: str, *, phase: str, helps: str) -> UserError:
-    """The error for pairs that do not fit: names them and a remedy."""
-    longest = max(pairs, key=lambda ids: ids.total_tokens)
+def too_large(pairs: Sequence[PairIds | ScoredRow], problem: str, *, phase: str, helps: str) -> UserError:
+    """The error for rows that do not fit: names the longest and a remedy."""
+    prompt, *responses = max(map(lengths_of, pairs), key=sum)
+    if len(responses) == 2:
+        parts = f"chosen {responses[0]}, rejected {responses[1]}"
+    else:
+        parts = f"{len(responses)} responses {sum(responses)}"
     count = "one pair alone does" if len(pairs) == 1 else f"{len(pairs)} pairs do"
     return UserError(
         f"out of memory: {count} not fit",
         code="memory-full",
-        where=f"{phase}, the longest pair has {longest.total_tokens} tokens: prompt {len(longest.prompt_ids)}, chosen "
-        f"{len(longest.chosen_ids)}, rejected {len(longest.rejected_ids)}",
+        where=f"{phase}, the longest pair has {prompt + sum(responses)} tokens: prompt {prompt}, {parts}",
         found=problem,
         remedy=f"{helps}; `dpoeng plan` shows what fits",
         exit_status=5,

@@ -2,9 +2,9 @@
 
 Registered with transformers under `SHARED_PROMPT`, so that every model that uses transformers' attention interface can
 use it. Each group costs one causal call over `[prompt | first branch]`, which is contiguous, and one call over
-`[prompt | branch]` for each further branch. Nothing is computed between groups, so the cost is linear in the number of
-pairs in a row, and a pair's numbers cannot depend on its neighbours. `varlen` does the same in one FlashAttention call
-per layer, for GPUs.
+`[prompt | branch]` for each further branch; in a tree one for each end, over all that comes before it. Nothing is
+computed between groups, so the cost is linear in the number of pairs in a row, and a pair's numbers cannot depend on
+its neighbours. `varlen` does the same in one FlashAttention call per layer, for GPUs.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from dpoeng.engine.scoring.varlen import Texts, texts, varlen
 from dpoeng.kernels.cpu_linear import dtype_of_products
 
 SHARED_PROMPT = "dpoeng_shared_prompt"
+
+Keys = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of a text, each [1, Hkv, K, D]."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,15 +120,23 @@ def shared_prompt_attention(
     pieces: list[torch.Tensor] = []
     parts = zip(*(torch.split(states, sizes, dim=2) for states in (query, key, value)), strict=True)
     for group in dpoeng_plan.groups:
-        length = group.prompt_end - group.prompt_begin
-        for i, (q, k, v) in enumerate(islice(parts, len(group.branches))):
-            if i == 0:  # the row contains prompt and first branch in one piece, so nothing is copied
-                prompt = k[:, :, :length], v[:, :, :length]
-            else:
-                k, v = torch.cat([prompt[0], k], dim=2), torch.cat([prompt[1], v], dim=2)
+        keys: list[Keys] = []
+        beginnings: dict[tuple[int, int], Keys] = {}  # each is cut off once, however many texts go on from it
+        for text, (q, k, v) in zip(group.texts, islice(parts, len(group.texts)), strict=True):
+            if text.after >= 0:  # the first text lies in the row in one piece, so nothing is copied for it
+                place = (text.after, text.shared)
+                if place not in beginnings:
+                    beginnings[place] = _first(keys[text.after], text.shared)
+                before = beginnings[place]
+                k, v = torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2)
+            keys.append((k, v))
             pieces.append(_attend(q, k, v, dpoeng_plan, scaling, sliding_window, softcap, sinks))
     output = torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
     return output.transpose(1, 2).contiguous().to(narrow), None
+
+
+def _first(keys: Keys, count: int) -> Keys:
+    return keys[0][:, :, :count], keys[1][:, :, :count]
 
 
 def _attend(

@@ -11,6 +11,7 @@ import torch
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import IdArray, PairIds
+from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import Attention
 from dpoeng.engine.models.model import CausalLM
 from dpoeng.engine.models.model_config import chooses_tokens, windows
@@ -28,6 +29,9 @@ from dpoeng.engine.scoring.texts import places_apart, put_states
 # wrong mask or a missing logit scale is wrong by whole nats.
 _PROBE_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 
+
+SHORTEST = 8
+"""Common beginnings of responses run once from so many tokens on: each adds an attention call to every layer."""
 
 _SPARE_TOKENS = 24
 """How much longer than a window its probe is."""
@@ -49,10 +53,11 @@ def choose_layout(
     A dozen tokens are scored in the shared layout, and by the model's own forward with full logits. This detects
     architectures that depend on more than positions and masks (recurrence, their own attention, logits changed after
     the head), whether or not dpoeng knows their names. If some layers look back only over a window, one text is longer
-    than it, because a window that is ignored makes no difference on shorter texts.
+    than it, because a window that is ignored makes no difference on shorter texts. In the shared layout, common
+    beginnings of responses are tried in the same way.
 
     Args:
-        lm: the model; sets its layout, attention and padding.
+        lm: the model; sets its layout, attention, tree and padding.
         wanted: auto, shared or separate.
         attention: the attention for the shared layout.
         longest: tokens of the longest text to score; windows that no text reaches are not tried.
@@ -108,6 +113,10 @@ class _Probe:
             PromptGroup(draw(5), (Branch(draw(3)), Branch(draw(4), start=1))),
             PromptGroup(draw(3), (Branch(draw(2)), Branch(draw(3)))),
         ]
+        # Three responses begin alike; the second and third continue from tokens of the first.
+        begins, one = draw(2), groups[1].branches[1].ids
+        alike = (Branch(np.concatenate([begins, one])), Branch(np.concatenate([begins, one[:1], begins])))
+        groups.append(PromptGroup(draw(2), (*alike, Branch(np.concatenate([begins, draw(2)])))))
         reached = windows(lm.base.config, longest)
         length = max(reached, default=0) + _SPARE_TOKENS
         limit = min([n for n in (rotary_limit(lm), position_limit(lm)) if n is not None], default=length)
@@ -196,9 +205,10 @@ def _try_shared(lm: CausalLM, probe: _Probe, attention: Attention) -> str:
     """Sets the first way to share prompts that reproduces the model's own numbers; otherwise returns the reasons."""
     reason, without = "", ""
     for name in ways_to_attend(attention, lm.device.type, lm.dtype):
-        stateful = describe_forks(len(fork_states(lm.backbone)))
-        use_layout(lm, "shared", f"each prompt runs once for both responses; attention: {name}{without}{stateful}")
-        lm.attention = name
+        layers = len(fork_states(lm.backbone))
+        told = f"attention: {name}{without}{describe_forks(layers)}"
+        use_layout(lm, "shared", f"each prompt runs once for all its responses; {told}")
+        lm.attention, lm.tree = name, 0
         try:
             error_of_way = probe.difference(lm)
             reason = f"sharing the prompt changes log-probs by {error_of_way:.3g} nats a token"
@@ -208,10 +218,38 @@ def _try_shared(lm: CausalLM, probe: _Probe, attention: Attention) -> str:
             error_of_way = float("inf")
             reason = f"its attention cannot be replaced ({type(error).__name__}: {str(error).splitlines()[0]})"
         if error_of_way <= probe.tolerance:
+            _try_tree(lm, probe, layers, told)
             _try_scored_end(lm, probe)
+            lm.tree = SHORTEST if lm.tree else 0
             return ""
         without = f" ({name}: {reason})"
     return reason
+
+
+def _try_tree(lm: CausalLM, probe: _Probe, stateful: int, told: str) -> None:
+    """Computes common beginnings of responses once, if that reproduces the model's own numbers; else says why not.
+
+    Sets `tree` for the short texts of the probe.
+    """
+    why = ""
+    if stateful:
+        why = f"{counted(stateful, 'layer')} would have to hand a state on at each fork"
+    elif lm.entry is not None:
+        why = "stored states are those of whole responses"
+    else:
+        lm.tree, lm.scored_end = 2, False
+        try:
+            error = probe.difference(lm)
+            why = "" if error <= probe.tolerance else f"that changes log-probs by {error:.3g} nats a token"
+        except _CANNOT as failure:
+            if is_out_of_memory(failure):
+                raise
+            why = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
+    lm.tree = 0 if why else 2
+    shared = (
+        f", but not a beginning that responses share ({why})" if why else ", and so does a beginning that they share"
+    )
+    lm.layout_reason = f"each prompt runs once for all its responses{shared}; {told}"
 
 
 def _try_scored_end(lm: CausalLM, probe: _Probe) -> None:

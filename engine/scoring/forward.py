@@ -46,7 +46,7 @@ def predict_groups(lm: CausalLM, groups: Sequence[PromptGroup]) -> tuple[torch.T
     A position that predicts the first token of two branches occurs twice.
     """
     if lm.layout == "shared":
-        row = pack(groups)
+        row = pack(groups, tree_of(lm))
         shape, plan = (1, len(row.input_ids)), AttentionPlan(row.groups, lm.attention)
         if lm.scored_end and lm.attention == "varlen":
             queries = queries_of(row)
@@ -62,6 +62,11 @@ def predict_groups(lm: CausalLM, groups: Sequence[PromptGroup]) -> tuple[torch.T
         hidden = _last_hidden(lm, row, shape, partial(places_apart, groups), attention_mask=attention_mask)
     predictors = _to_head(lm, hidden.index_select(0, on_device(lm, row.gather)))
     return predictors, on_device(lm, row.targets), row.branch_offsets
+
+
+def tree_of(lm: CausalLM) -> int:
+    """The shortest beginning that responses share in a forward; 0 where states of whole responses are read or kept."""
+    return lm.tree if lm.entry is None and lm.watch is None else 0
 
 
 def _last_hidden(

@@ -20,8 +20,8 @@ from dpoeng.engine.models.layers.waiting import Waiting
 from dpoeng.engine.models.model import CausalLM
 from dpoeng.engine.runtime.out_of_memory import attempt
 from dpoeng.engine.runtime.progress import QUIET, Advance
-from dpoeng.engine.scoring.forward import predict_groups
-from dpoeng.engine.scoring.layout import PromptGroup, separate
+from dpoeng.engine.scoring.forward import predict_groups, tree_of
+from dpoeng.engine.scoring.layout import PromptGroup, positions_of, separate
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -221,12 +221,12 @@ def plan_passes(sizes: Sequence[int], limit: int, ends: Collection[int] = ()) ->
 
 def sum_positions(groups: Sequence[PromptGroup]) -> int:
     """Tokens of some groups, each prompt once."""
-    return sum(len(group.prompt_ids) + sum(len(branch.ids) for branch in group.branches) for group in groups)
+    return sum(group.total_tokens for group in groups)
 
 
 def computed_positions(lm: CausalLM, groups: Sequence[PromptGroup]) -> int:
     """Positions that the model computes for some groups in its layout, padding included."""
     if lm.layout == "shared":
-        return sum_positions(groups)
+        return positions_of(groups, tree_of(lm))
     lengths = [len(single.branches[0].ids) for group in groups for single in separate(group)]
     return len(lengths) * max(lengths) if lm.padding else sum(lengths)

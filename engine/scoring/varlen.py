@@ -1,9 +1,10 @@
 """The attention of `attention` as one FlashAttention call per layer over texts of different lengths: for GPUs.
 
 A row with its spans is a sequence of texts: `[prompt | first branch]`, then `[prompt | branch]` for each further
-branch, of which only the branch is needed. The queries are adjacent in the row already; the keys of a prompt are
-gathered again for each further branch. The kernel aligns the causal mask at the lower right, so a branch's queries see
-their whole prompt. Nothing is computed between texts, and nothing is compiled for a row's shape.
+branch, of which only the branch is needed. The queries are adjacent in the row already; the keys of a prompt (in a
+tree: of all that comes before) are gathered again for each further branch. The kernel aligns the causal mask at the
+lower right, so a branch's queries see their whole prompt. Nothing is computed between texts, and nothing is compiled
+for a row's shape.
 (Dao 2023, FlashAttention-2, https://arxiv.org/abs/2307.08691; `torch.nn.attention.varlen`)
 """
 
@@ -44,11 +45,7 @@ class Texts:
 
 def texts(groups: Sequence[GroupSpan], device: torch.device, needed: IndexArray | None = None) -> Texts:
     """The texts of a row's spans; with `asked`, from `queries_of`, only these positions are queries."""
-    keys = [
-        np.concatenate([np.arange(group.prompt_begin, group.prompt_end), np.arange(begin, end)])
-        for group in groups
-        for begin, end in group.branches
-    ]
+    keys = [rows for group in groups for rows in _key_rows(group)]
     queries = [size for group in groups for size in group.text_sizes]
     if needed is not None:
         # The mask is aligned at the last query, so drop keys after it, and texts without queries.
@@ -69,6 +66,15 @@ def texts(groups: Sequence[GroupSpan], device: torch.device, needed: IndexArray 
         max(lengths),
         None if needed is None else to_device(needed, device),
     )
+
+
+def _key_rows(group: GroupSpan) -> list[IndexArray]:
+    """The positions of each text's keys."""
+    rows: list[IndexArray] = []
+    for text in group.texts:
+        own = np.arange(text.begin, text.end)
+        rows.append(own if text.after < 0 else np.concatenate([rows[text.after][: text.shared], own]))
+    return rows
 
 
 def varlen(

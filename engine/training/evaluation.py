@@ -76,7 +76,7 @@ def summarise(
     values = {name: tensor.cpu().numpy() for name, tensor in pair_values(losses).items()}
     if losses.threshold is not None:
         return _summarise_unpaired(values, prompts, labels, seed=seed)
-    longer = (losses.sums.chosen_tokens - losses.sums.rejected_tokens).cpu().numpy()
+    longer = _longer(losses)
     metrics = {name: float(value.mean()) for name, value in values.items()}
     controlled = length_controlled_accuracy(values["rewards/accuracies"], longer)
     length_correlation = correlation(values["rewards/margins"], longer)
@@ -99,6 +99,14 @@ def summarise(
             )
     ties = int((values["rewards/margins"] == 0).sum())
     return Evaluation(len(prompts), len(set(prompts)), ties, metrics, bounds, groups)
+
+
+def _longer(found: PreferenceLoss) -> Floats:
+    """Tokens by which a pair's chosen response is the longer one; 0 of ranked rows, whose numbers are of many pairs."""
+    if found.accuracies is not None:
+        return np.zeros(len(found.accuracies))
+    longer: Floats = (found.sums.chosen_tokens - found.sums.rejected_tokens).cpu().numpy()
+    return longer
 
 
 def _summarise_unpaired(
@@ -136,8 +144,9 @@ def pair_lines(
     values = {name: value.cpu().tolist() for name, value in pair_values(losses).items()}
     if not per_pair_loss:
         del values["loss"]
-    values["chosen_tokens"] = [int(count) for count in losses.sums.chosen_tokens.tolist()]
-    if losses.threshold is None:
+    if losses.accuracies is None:
+        values["chosen_tokens"] = [int(count) for count in losses.sums.chosen_tokens.tolist()]
+    if losses.threshold is None and losses.accuracies is None:
         values["rejected_tokens"] = [int(count) for count in losses.sums.rejected_tokens.tolist()]
     return [
         {

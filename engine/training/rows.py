@@ -11,30 +11,46 @@ import numpy as np
 import numpy.typing as npt
 
 from dpoeng.cache.errors import UserError
-from dpoeng.cache.schema import ScoredPair
+from dpoeng.cache.schema import PairIds, ScoredGroup, ScoredRow
 from dpoeng.cache.selection.mixed import AnyView
 
 WeightArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Rows(Sequence[ScoredPair]):
-    """Selected rows of a view, read from the mapped file on access."""
+class Rows(Sequence[ScoredRow]):
+    """Selected rows of a data set, read from the mapped file on access.
+
+    Attributes:
+        view: where they are.
+        indices: the places in the view at which they begin, of `View.row_starts`.
+    """
 
     view: AnyView
     indices: Sequence[int]
+
+    @classmethod
+    def all_of(cls, view: AnyView) -> Rows:
+        """Every row of a view."""
+        return cls(view, view.row_starts())
 
     def __len__(self) -> int:
         return len(self.indices)
 
     @overload
-    def __getitem__(self, i: int) -> ScoredPair: ...
+    def __getitem__(self, i: int) -> ScoredRow: ...
     @overload
-    def __getitem__(self, i: slice) -> Sequence[ScoredPair]: ...
-    def __getitem__(self, i: int | slice) -> ScoredPair | Sequence[ScoredPair]:
+    def __getitem__(self, i: slice) -> Sequence[ScoredRow]: ...
+    def __getitem__(self, i: int | slice) -> ScoredRow | Sequence[ScoredRow]:
         if isinstance(i, slice):
-            return [self.view[row] for row in self.indices[i]]
-        return self.view[self.indices[i]]
+            return [self[row] for row in range(len(self))[i]]
+        place = self.indices[i]
+        return self.view.row(place) if self.view.rows == "ranked" else self.view[place]
+
+    def pair_ids(self) -> list[PairIds]:
+        """The tokens of all responses, two by two as the cache has them."""
+        rows = (row.pairs if isinstance(row, ScoredGroup) else (row,) for row in self)
+        return [pair.ids for pairs in rows for pair in pairs]
 
     def source(self, i: int) -> str:
         """The file and row of a pair."""
@@ -47,7 +63,7 @@ class Rows(Sequence[ScoredPair]):
 
     def prompts(self) -> list[bytes]:
         """Each row's prompt token ids as bytes."""
-        return [self.view.prompt_ids(row).tobytes() for row in self.indices]
+        return [self.view.prompt_ids(place).tobytes() for place in self.indices]
 
     def weights(self, column: str | None) -> WeightArray | None:
         """A user's column of numbers >= 0, as weights of the pairs; None if no column is named.
@@ -111,7 +127,7 @@ class HeldOut:
     in the user's files.
     """
 
-    rows: Sequence[ScoredPair]
+    rows: Sequence[ScoredRow]
     weights: WeightArray | None
     prompts: Sequence[bytes]
     labels: Mapping[str, Sequence[str]]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import xxhash
 
-from dpoeng.cache.schema import ScoredPair
+from dpoeng.cache.schema import ScoredRow
 from dpoeng.engine.config.fields import TrainConfig
 from dpoeng.engine.losses.batch import LossState
 from dpoeng.engine.losses.names import LossSettings
@@ -53,7 +53,7 @@ class Run:
 
     config: TrainConfig
     lm: CausalLM
-    train_rows: Sequence[ScoredPair]
+    train_rows: Sequence[ScoredRow]
     train_weights: WeightArray | None
     held_out: HeldOut
     schedule: Schedule

@@ -10,8 +10,9 @@ backward.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -19,20 +20,28 @@ import numpy as np
 import torch
 
 from dpoeng.cache.errors import UserError
-from dpoeng.cache.schema import ScoredPair
+from dpoeng.cache.schema import ScoredRow, lengths_of
 from dpoeng.cache.words import counted
 from dpoeng.engine.losses.batch import PairSums, PreferenceLoss, next_state, preference_loss
 from dpoeng.engine.losses.metrics import preference_metrics
 from dpoeng.engine.models.experts.balance import Seen
 from dpoeng.engine.models.fsdp_rows import clip_gradients, take_gradients
 from dpoeng.engine.runtime.out_of_memory import attempt, no_way_back, too_large
-from dpoeng.engine.training.batch_loss import batch_loss, batch_sums, groups_of, in_order, turns
+from dpoeng.engine.training.batch_loss import (
+    batch_loss,
+    batch_sums,
+    groups_of,
+    in_order,
+    mean_chosen_tokens,
+    pair_count,
+    turns,
+)
 from dpoeng.engine.training.layer_step import Begin, gradient_by_layer
 from dpoeng.engine.training.rows import WeightArray
 from dpoeng.engine.training.run import Run
 
-Micro = tuple[Sequence[ScoredPair], WeightArray | None]
-"""The pairs of one forward, and the user's weights of them."""
+Micro = tuple[Sequence[ScoredRow], WeightArray | None]
+"""Rows of one forward, and the user's weights of them."""
 
 _SMALLER = "use a smaller --per-device-train-batch-size with more --gradient-accumulation-steps"
 
@@ -120,9 +129,9 @@ def _gradient_within_memory(run: Run, step: int) -> tuple[list[PreferenceLoss], 
             return result
         run.optimizer.zero_grad(set_to_none=True)
         if run.micro_batch == 1:
-            rows = [run.train_rows[i].ids for i in run.schedule.rows_of_step(step)]
+            rows = [run.train_rows[i] for i in run.schedule.rows_of_step(step)]
             raise too_large(
-                [max(rows, key=lambda ids: ids.total_tokens)],
+                [max(rows, key=lambda row: sum(lengths_of(row)))],
                 problem,
                 phase=f"phase two, step {step + 1}",
                 helps="turn on --gradient-checkpointing, use --optim paged_adamw_8bit, a base in fewer bits, or "
@@ -164,7 +173,7 @@ def _gradient(run: Run, step: int) -> tuple[list[PreferenceLoss], float]:
 def _backward_of_parts(run: Run, step: int, micros: Sequence[Micro], begin: Begin) -> list[PreferenceLoss]:
     """Forward and backward of each part, one after the other; the loss is the mean over all their pairs."""
     rows = [pair for batch, _ in micros for pair in batch]
-    mean_tokens = float(np.mean([len(pair.chosen_logps) for pair in rows]))
+    mean_tokens = mean_chosen_tokens(rows, run.settings)
 
     def work() -> list[tuple[int, PreferenceLoss]]:
         parts = []
@@ -180,7 +189,7 @@ def _backward_of_parts(run: Run, step: int, micros: Sequence[Micro], begin: Begi
                     state=run.loss_state,
                     mean_tokens=mean_tokens,
                     per_token=run.per_token,
-                    gumbel=_gumbel(run.config.seed, step, len(batch)) if run.settings.whole_batch else None,
+                    gumbel=_gumbel(run, step, batch) if run.settings.whole_batch else None,
                 )
             loss = part.losses.sum() / len(rows)
             if seen is not None:
@@ -248,33 +257,44 @@ def _backward_of_whole_batch(run: Run, step: int, micros: Sequence[Micro], begin
         return [part for part, (_, counts) in zip(sums, shares, strict=True) if counts]
 
     leaves = PairSums.join(in_order(run.group, look, sharded=run.lm.sharded)).leaves()
-    gumbel = _gumbel(run.config.seed, step, len(leaves.weights)).to(leaves.weights.device)
+    gumbel = _gumbel(run, step, [row for batch, _ in micros for row in batch]).to(leaves.weights.device)
     whole = preference_loss(leaves, run.settings, state=run.loss_state, gumbel=gumbel)
     torch.autograd.backward(whole.losses.mean())
-    begins = np.cumsum([0, *(len(batch) for batch, _ in micros)])
+    cuts = _cuts(run, micros)
 
     def carry() -> None:
         for micro, counts in shares:
             part = sums_of(micro)
-            pairs = slice(begins[micro], begins[micro + 1])
-            pulls = [
-                (x, (leaf.grad[pairs] if counts else 0.0 * leaf.grad[pairs]).to(x.device))
-                for x, leaf in zip(part.with_gradient, leaves.with_gradient, strict=True)
-                if leaf.grad is not None
-            ]
+            pulls = []
+            for name, x in part.with_gradient.items():
+                pull = leaves.with_gradient[name].grad
+                if pull is not None:
+                    pull = pull[cuts[name == "row_ratios"][micro]]
+                    pulls.append((x, (pull if counts else 0.0 * pull).to(x.device)))
             torch.autograd.backward([x for x, _ in pulls], [pull for _, pull in pulls])
 
     run.group.each(carry, in_step=run.lm.sharded)
     return [whole]
 
 
+def _cuts(run: Run, micros: Sequence[Micro]) -> tuple[list[slice], list[slice]]:
+    """Which pairs of a step each forward has, and which responses of ranked rows."""
+
+    def slices(count: Callable[[ScoredRow], int]) -> list[slice]:
+        ends = np.cumsum([0, *(sum(map(count, batch)) for batch, _ in micros)]).tolist()
+        return [slice(begin, end) for begin, end in itertools.pairwise(ends)]
+
+    return slices(lambda row: pair_count(row, run.settings)), slices(lambda row: len(row.scores))
+
+
 def _tell(run: Run, step: int, text: str) -> None:
     run.tell(f"step {step + 1}: {text}")
 
 
-def _gumbel(seed: int, step: int, pairs: int) -> torch.Tensor:
+def _gumbel(run: Run, step: int, rows: Sequence[ScoredRow]) -> torch.Tensor:
     """Draws for losses that select among the pairs of a step, [B] float64; independent of how the step is split."""
-    return torch.from_numpy(np.random.default_rng([seed, step, pairs]).gumbel(size=pairs))
+    pairs = sum(pair_count(row, run.settings) for row in rows)
+    return torch.from_numpy(np.random.default_rng([run.config.seed, step, pairs]).gumbel(size=pairs))
 
 
 def _seed(seed: int, step: int, micro: int) -> None:
@@ -282,7 +302,7 @@ def _seed(seed: int, step: int, micro: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step, micro]).generate_state(1, np.uint64)[0] >> 1))
 
 
-def _chunks(rows: Sequence[ScoredPair], weights: WeightArray | None, size: int) -> Iterator[Micro]:
+def _chunks(rows: Sequence[ScoredRow], weights: WeightArray | None, size: int) -> Iterator[Micro]:
     for begin in range(0, len(rows), size):
         part = slice(begin, begin + size)
         yield rows[part], None if weights is None else weights[part]

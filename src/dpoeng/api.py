@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     )
     from dpoeng.engine.data.in_memory import RowsInMemory
     from dpoeng.engine.losses.own import LossInputs
-    from dpoeng.engine.recipes.cache_rows import CacheRows
+    from dpoeng.engine.recipes.cache_rows import CacheRows, ResponsesRows
     from dpoeng.engine.recipes.check import CheckReport
     from dpoeng.engine.recipes.compare import Generation
     from dpoeng.engine.recipes.evaluate import EvaluationSummary
@@ -159,6 +159,27 @@ def open_cache(
     from dpoeng.engine.recipes.cache_rows import CacheRows
 
     return CacheRows.open(Path(cache), view, verify=verify)
+
+
+def open_responses(
+    cache: StrPath = "refcache", view: str | None = None, *, verify: Literal["open", "full"] = "full"
+) -> ResponsesRows:
+    """Open the rows of a cache, of whatever kind, each as a prompt with its responses and their scores or label.
+
+    >>> rows = dpoeng.open_responses("refcache")
+    >>> rows[0].responses, rows[0].sums, rows[0].scores    # one int32 array a response, floats in nats, floats
+
+    Args:
+        cache: the folder.
+        view: the set of rows; None where there is one only.
+        verify: "full" compares every byte with its checksum, "open" only the structure.
+
+    Raises:
+        UserError: there is no such cache or view, or a file is damaged.
+    """
+    from dpoeng.engine.recipes.cache_rows import ResponsesRows
+
+    return ResponsesRows.open(Path(cache), view, verify=verify)
 
 
 def train(

@@ -14,6 +14,7 @@ import torch
 
 from dpoeng.engine.config.fields import LOSS_FIELDS, TrainConfig
 from dpoeng.engine.losses.batch import (
+    LIST_LOSSES,
     LOSSES,
     PairSums,
     PreferenceBatch,
@@ -26,7 +27,9 @@ from dpoeng.engine.losses.metrics import preference_metrics
 from dpoeng.engine.losses.names import LOSS_FACTS, OTHER_NAMES, LossSettings, LossType
 from dpoeng.engine.losses.pairwise import usual_pairs
 
-OF_PAIRS = [name for name, known in LOSS_FACTS.items() if known.rows == "pairs"]  # others: test_unpaired.py
+OF_PAIRS = [
+    name for name, known in LOSS_FACTS.items() if known.rows == "pairs"
+]  # others: test_unpaired.py, test_lists.py
 LN2, LN3 = math.log(2), math.log(3)
 NEEDED: dict[str, dict[str, Any]] = {"exo_pair": {"label_smoothing": 0.125}}  # what a loss cannot do without
 
@@ -101,8 +104,8 @@ def test_one_pair_by_hand(name: str, more: dict[str, Any], expected: float) -> N
 
 def test_every_name_has_a_function_and_its_source() -> None:
     assert tuple(LOSSES) != ()
-    assert set(LOSSES) == set(LOSS_FACTS) == set(get_args(LossType))
-    assert not set(OTHER_NAMES) & set(LOSSES)
+    assert {*LOSSES, *LIST_LOSSES} == set(LOSS_FACTS) == set(get_args(LossType))
+    assert not set(OTHER_NAMES) & set(LOSS_FACTS)
     assert all(known.url.startswith("https://arxiv.org/abs/") and known.equation for known in LOSS_FACTS.values())
     by_hand = {name for name, _, _ in BY_HAND}
     assert set(OF_PAIRS) - by_hand == {"simpo", "cpo", "orpo", "sft"}  # below
@@ -374,7 +377,7 @@ def test_extremes_stay_finite_with_finite_gradients(name: str, more: dict[str, A
         found = preference_loss(pairs, settings(name, **more, beta=beta)).losses
         assert torch.isfinite(found).all(), (name, beta)
         found.sum().backward()
-        assert all(x.grad is None or torch.isfinite(x.grad).all() for x in pairs.with_gradient), (name, beta)
+        assert all(x.grad is None or torch.isfinite(x.grad).all() for x in pairs.with_gradient.values()), (name, beta)
 
 
 def test_extremes_of_dpo_by_hand() -> None:

@@ -162,7 +162,7 @@ def test_metrics_are_by_label_and_leave_out_what_no_row_has() -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"loss_type": ("kto", "sigmoid")}, "mixes losses of pairs with kto"),
+        ({"loss_type": ("kto", "sigmoid")}, "mixes losses of several responses with kto"),
         ({"loss_type": ("kto",), "ld_alpha": 0.5}, "ld_alpha cannot be used"),
         ({"loss_type": ("sigmoid",), "desirable_weight": 2.0}, "desirable_weight has no effect"),
         ({"loss_type": ("bco",), "label_smoothing": 0.1}, "label_smoothing has no effect"),

@@ -574,3 +574,20 @@ def test_every_kind_is_complete_and_in_the_docs() -> None:
     elsewhere = (Path(__file__).parent / "test_texts.py").read_text(encoding="utf-8")
     for code in KINDS:
         assert f'"{code}"' in tests + elsewhere, f"{code} is found in no test"
+
+
+@pytest.mark.parametrize("model", [True, False])
+def test_check_looks_at_rows_that_are_kept_whole(tmp_path: Path, tiny_model: Path, tokenizer: Any, model: bool) -> None:
+    row = {"prompt": "Q:", "responses": [" a", " b", " c", " d"], "scores": [2, 5, 2, 1], "topic": "x"}
+    rows = [{**row, "prompt": f"Instruction: {i}?\nResponse:", "scores": [2, 5, 3 + i % 2, 1]} for i in range(3)]
+    rows[0]["scores"] = [2, 5, 2, 1]
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    report = check_pairs(PrecomputeConfig(pairs=(file,), model=str(tiny_model) if model else None))
+    assert (report.pairs, report.prompts, report.bias) == (3, 3, None)
+    assert [one.part for one in report.lengths] == ["prompt", "response"]
+    tokens = [len(tokenizer(text).input_ids) + 1 if model else 2 for text in row["responses"]]  # and the end
+    assert report.lengths[1].mean == pytest.approx(sum(tokens) / 4)
+    found = {finding.code: finding for finding in report.findings}
+    assert found["ranked-row"].count == 3
+    assert found["equal-scores"].examples == [(f"{file}:1", "2, 5, 2, 1")]
+    assert report.shown[0].names == ("response 1", "response 2")

@@ -65,8 +65,18 @@ def test_batches_hold_the_budget_and_count_what_is_computed(pairs: list[PairIds]
     for batch, positions in batches:
         assert positions == len(pack(share_prompts([pairs[i] for i in batch])[0]).input_ids)
         assert positions <= budget or len(batch) == 1
-    for (batch, _), (after, _) in itertools.pairwise(batches):  # no batch could have taken one more
-        assert len(pack(share_prompts([pairs[i] for i in [*batch, after[0]]])[0]).input_ids) > budget
+    # No batch could have taken one more; or, where a prompt begins, not all of that prompt's pairs.
+    for (batch, _), (after, _) in itertools.pairwise(batches):
+        prompt, first = pairs[after[0]].prompt_ids.tobytes(), after[0]
+        alike = itertools.takewhile(lambda i: pairs[i].prompt_ids.tobytes() == prompt, range(first, len(pairs)))  # noqa: B023
+        more = [first] if pairs[batch[-1]].prompt_ids.tobytes() == prompt else list(alike)
+        assert len(pack(share_prompts([pairs[i] for i in [*batch, *more]])[0]).input_ids) > budget
+
+
+def test_a_batch_ends_between_two_prompts_where_it_can() -> None:
+    pairs = [PairIds(as_ids([p]), as_ids([p, 1]), as_ids([p, 2 + n])) for p in (7, 8) for n in range(2)]
+    assert batches_of_pairs(pairs, 13) == [(range(2), 7), (range(2, 4), 7)]  # a third pair would have fitted: 12
+    assert batches_of_pairs(pairs, 6) == [(range(1), 5), (range(1, 2), 5), (range(2, 3), 5), (range(3, 4), 5)]
 
 
 def _planned(fresh: dict[bytes, PairIds], budget: int) -> list[list[PairIds]]:

@@ -30,7 +30,9 @@ def test_shared_prompt_equals_separate_forwards(name: str) -> None:
     lm = make(name, SHARED_FAMILIES[name])
     choose_layout(lm)
     assert (lm.layout, lm.attention) == ("shared", "segments")
-    assert lm.layout_reason == "each prompt runs once for both responses; attention: segments"
+    assert lm.layout_reason == (
+        "each prompt runs once for all its responses, and so does a beginning that they share; attention: segments"
+    )
     with torch.inference_mode():
         scored, _ = score_groups(lm, some_groups())
         truth = own_logps(lm, some_groups())

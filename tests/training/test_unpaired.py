@@ -147,3 +147,17 @@ def test_the_command_line_says_what_it_saw(
     with pytest.raises(SystemExit, match="0"):
         main(train_words.split())
     assert "rewards/threshold" in capsys.readouterr().out
+
+
+def test_other_programs_read_labels(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import dpoeng
+
+    rows = dpoeng.open_responses(cache, "rows")
+    assert [row.scores for row in rows][:3] == [(1.0,), (1.0,), (0.0,)]
+    for words in (["export", str(cache), str(tmp_path / "out.jsonl")], ["stats", str(cache)]):
+        with pytest.raises(SystemExit, match="0"):
+            main(["cache", *words, "--view", "rows"])
+    line = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[2])
+    assert line["scores"] == [0.0]
+    assert line["response_ids"] == [part.tolist() for part in rows[2].responses]
+    assert "8 desirable, 4 not" in capsys.readouterr().out

@@ -1,6 +1,11 @@
-"""Turns rows of several scored or ranked responses into pairs: the best against the others, or all against all.
+"""Rows of several scored or ranked responses: kept whole, or turned into pairs.
 
-Independent of files and tokens.
+A row that is kept whole leaves to training which of its responses are compared. It is cached as pairs of its responses
+in their order, `(r1, r2)`, `(r3, r4)` and so on, which follow each other in the view; of an odd number the last is
+beside the first again. So each response is stored and run once (the first of an odd number is stored twice), shards
+stay as they are, and everything that reads single rows of a cache works: only training puts rows together again.
+Stored as the pairs that are compared, every response of N would stand there N - 1 times, and responses of equal score
+might be lost. Independent of files and tokens.
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Literal
 
-from dpoeng.engine.data.shapes import PreferencePair, Shape, fields_of, to_pair
+from dpoeng.engine.data.shapes import PreferencePair, Shape, fields_of, to_pair, to_row, turns_of
 from dpoeng.engine.data.strict_json import RowFault, json_type
 from dpoeng.engine.data.structured import parse_structure
 
@@ -33,6 +38,33 @@ def is_ranked(row: Mapping[str, Any], shape: Shape) -> bool:
     return shape.kind_of(row) == "ranked"
 
 
+def to_ranked(row: Mapping[str, Any], shape: Shape, source_file: str, source_row: int) -> PreferencePair:
+    """One row with all its responses in their order, and a score for each.
+
+    Raises:
+        RowFault: `bad-ranking`, there are not two responses with a number each, or none is better; `same-response`;
+            and those of `to_row`.
+    """
+    responses, scores, used = _ranking(row, shape)
+    _check_that_one_is_better(scores)
+    rest = {name: value for name, value in row.items() if name not in used}
+    if "scores" in rest:
+        raise RowFault("unused-column", "`scores` is a column that ranked rows get: rename yours")
+    named = {f"response {number}": response for number, response in enumerate(responses, 1)}
+    pair = to_row(rest, shape, {name: turns_of(named, name) for name in named}, source_file, source_row)
+    sides = pair.sides
+    if twice := next((side for i, side in enumerate(sides) if side in sides[:i]), None):
+        first, second, *_ = (number for number, side in enumerate(sides, 1) if side == twice)
+        raise RowFault("same-response", f"responses {first} and {second} are equal")
+    # The scores are kept among the columns too, where the cache's view finds them.
+    return replace(pair, scores=tuple(scores), extra=pair.extra | {"scores": scores})
+
+
+def _check_that_one_is_better(scores: Sequence[float]) -> None:
+    if max(scores) == min(scores):
+        raise RowFault("bad-ranking", f"no response is better than another: all scores are {scores[0]:g}")
+
+
 def to_pairs(
     row: Mapping[str, Any], shape: Shape, source_file: str, source_row: int, wanted: RankedPairs
 ) -> list[PreferencePair]:
@@ -50,14 +82,13 @@ def to_pairs(
             `to_pair`.
     """
     responses, scores, used = _ranking(row, shape)
+    _check_that_one_is_better(scores)
     order = sorted(range(len(responses)), key=lambda i: -scores[i])
     better = [i for i in order if scores[i] == scores[order[0]]][:1] if wanted == "best" else order
     if len(better) * len(order) > MAX_COMPARED:
         found = f"{len(responses):,} responses make more pairs than one row may"
         raise RowFault("bad-ranking", f"{found}; --ranked-pairs best takes {len(responses) - 1:,} at most")
     places = [(i, j) for i in better for j in order if scores[i] > scores[j]]
-    if not places:
-        raise RowFault("bad-ranking", f"no response is better than another: all scores are {scores[0]:g}")
     rest = {name: value for name, value in row.items() if name not in used}
     if taken := [name for name in COLUMNS if name in rest]:
         raise RowFault("unused-column", f"pairs of ranked rows get a column `{taken[0]}`: rename yours")
