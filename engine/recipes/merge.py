@@ -85,6 +85,19 @@ def merge_run(
     Raises:
         UserError: there is no finished run, `into` is not empty, or an adapter is not plain LoRA.
     """
+    return merge(*parts_of_run(output_dir, model), into, dtype=dtype, progress=progress)
+
+
+def parts_of_run(output_dir: Path, model: str | None = None) -> tuple[ModelSource, list[ModelSource]]:
+    """The base of a finished run and its adapters, the frozen SFT adapter first where there is one.
+
+    Args:
+        output_dir: the run's folder.
+        model: the base, where it is no longer where the run found it.
+
+    Raises:
+        UserError: there is no finished run, it trained all weights, or a part of it cannot be found.
+    """
     record_file = output_dir / RUN_FILE
     if (output_dir / MODEL_FOLDER).is_dir():
         raise UserError(
@@ -109,7 +122,7 @@ def merge_run(
     if record["adapter_mode"] == "stack":
         record = read_json(record_file, dict, ("sft_adapter",))
         adapters.insert(0, find_adapter(record["sft_adapter"]))
-    return merge(base, adapters, into, dtype=dtype, progress=progress)
+    return base, adapters
 
 
 def merge(
@@ -137,12 +150,7 @@ def merge(
     with contextlib.ExitStack() as stack:
         # Use the loaded model's names: the adapter may have been trained on another class of the same model.
         renamed_adapters = [stack.enter_context(as_peft_reads(adapter, names.model)) for adapter in adapters]
-        updates: dict[str, list[Update]] = {}
-        replaced: dict[str, torch.Tensor] = {}
-        plain = True
-        for adapter in renamed_adapters:
-            _refuse_more_layers(adapter)
-            plain = plain and _read_adapter(adapter, updates, replaced, alone=len(renamed_adapters) == 1)
+        plain, updates, replaced = read_updates(renamed_adapters)
         adapted = {*updates, *replaced}
         tied = {name for name in adapted - {*names.in_memory.values()} if name in names.model.state_dict()}
         if not plain or names.converted & adapted or tied:
@@ -229,6 +237,22 @@ def _refuse_more_layers(adapter: ModelSource) -> None:
             where=f"{adapter.name}, layer_replication",
             remedy="use it as an adapter, or train one without layer_replication",
         )
+
+
+def read_updates(adapters: Sequence[ModelSource]) -> tuple[bool, dict[str, list[Update]], dict[str, torch.Tensor]]:
+    """What adapters change, by the names that weights have in memory.
+
+    Returns:
+        whether all are LoRA or DoRA alone, else the rest is not complete; the updates of each weight; tensors that
+        take the place of the base's.
+    """
+    updates: dict[str, list[Update]] = {}
+    replaced: dict[str, torch.Tensor] = {}
+    plain = True
+    for adapter in adapters:
+        _refuse_more_layers(adapter)
+        plain = plain and _read_adapter(adapter, updates, replaced, alone=len(adapters) == 1)
+    return plain, updates, replaced
 
 
 _MORE_THAN_LORA = ("target_parameters", "lora_bias", "trainable_token_indices")

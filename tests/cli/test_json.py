@@ -66,6 +66,7 @@ CASES: dict[str, Check] = {
     "check pairs.jsonl --max-reject-share 0.2": lambda v: v["pairs"] == 12 and v["findings"],
     "doctor": lambda v: {check["status"] for check in v["checks"]} <= {"ok", "info", "warning", "error"},
     "merge out --into merged": lambda v: v["merged"] > 0 and v["folder"] == "merged",
+    "export out --to vllm --into served": lambda v: v["rank"] == 16 and v["check"]["mean_diff"] < 1e-4,
     "quantize model --into small": lambda v: 0 < v["after"] < v["before"],
     "init pairs.jsonl --output new.yaml": lambda v: v["output"] == "new.yaml" and "pairs" in v["fields"],
     "migrate train.py --output made.yaml": lambda v: v["lines"]["beta"]["value"] == 0.2,

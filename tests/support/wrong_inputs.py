@@ -712,6 +712,30 @@ def other_trainer(*, wrong: float = 0.0, cut: int = 99, **settings: Any) -> Call
     return act
 
 
+def run_with(desk: Desk, **fields: Any) -> None:
+    """A copy of the run, whose adapter says that it is more than a LoRA."""
+    desk.copy("run", "done")
+    desk.edit_json(desk.folder / "done" / "adapter" / "adapter_config.json", **fields)
+
+
+def run_on_gpt2(desk: Desk) -> None:
+    desk.copy("run", "done")
+    desk.edit_json(desk.copy("model", "other") / "config.json", model_type="gpt_neox")
+
+
+def other_policy(desk: Desk) -> None:
+    """The trained policy is asked with its adapter; what is merged is another one."""
+    from safetensors.torch import load_file, save_file
+
+    from dpoeng.engine.models.sources import find_adapter
+    from dpoeng.engine.recipes.elsewhere import export
+
+    file = desk.copy("run", "done") / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor + 0.1 for name, tensor in load_file(file).items()}, file)
+    whole, before = export.merge, find_adapter(str(desk.run / "adapter"))
+    desk.patch.setattr(export, "merge", lambda base, _, *args, **more: whole(base, [before], *args, **more))
+
+
 def different_ranks(desk: Desk) -> None:
     import torch
 
@@ -843,6 +867,12 @@ CACHES = (
           ("post_trainer_create",)),
     Wrong("an export for rows that are not named", "export-trainer", 2, "cache export CACHE x.pt --for open-instruct",
           ("--cache_dataset_only",)),
+    Wrong("an adapter that vLLM does not load", "export-adapter", 2, "export done --to vllm --into v", ("DoRA",),
+          lambda d: run_with(d, use_dora=True)),
+    Wrong("an adapter in 8 bits", "export-dtype", 2, "export RUN --to vllm --into v --dtype q8_0", ("--dtype",)),
+    Wrong("a model that is left to llama.cpp", "gguf-unwritable", 2,
+          "export done --to gguf --into a.gguf --model other", ("gpt_neox", "convert_hf_to_gguf"), run_on_gpt2),
+    Wrong("a result that differs", "export-differs", 2, "export done --to merged --into m", ("nats",), other_policy),
     Wrong("a trainer that truncates", "reference-tokens", 3, "", ("row 1",), act=other_trainer(cut=30)),
     Wrong("a trainer of another model", "reference-mismatch", 3, "", ("nats",), act=other_trainer(wrong=2.0)),
     Wrong("a trainer that moves its reference", "reference-trainer", 2, "", ("sync_ref_model",),
