@@ -37,7 +37,10 @@ COMMANDS = {
     "doctor": ("dpoeng.cli.doctor:doctor", "Check that this machine is ready: versions, GPU, disk, folders."),
     "merge": ("dpoeng.cli.merge:merge", "Merge a run's adapters into the full-precision base."),
     "push": ("dpoeng.cli.push:push", "Upload an adapter or a checkpoint to the Hugging Face hub."),
-    "export": ("dpoeng.cli.export:export", "Write what was trained for llama.cpp, vLLM or transformers, and check it."),
+    "export": (
+        "dpoeng.cli.runs.export:export",
+        "Write what was trained for llama.cpp, vLLM or transformers, and check it.",
+    ),
     "quantize": ("dpoeng.cli.quantize:quantize", "Store a model in 8 or 4 bits for faster loading."),
     "init": ("dpoeng.cli.init:init", "Write a commented dpoeng.yaml for your model, pairs and GPU."),
     "migrate": ("dpoeng.cli.migrate:migrate", "Turn a TRL, Axolotl or LLaMA-Factory set-up into a dpoeng.yaml."),
