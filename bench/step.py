@@ -133,13 +133,14 @@ class StepCounts:
         """
         if not gpu.flops or not gpu.bytes_per_s:
             return None
-        parts = [(self.layer, self.layers), (self.outside, 1), (self.optimizer, 1)]
-        device = launches = 0.0
-        for counts, times in parts:
-            for part in counts.launches:
-                by_flop = counts.flop[part] / (_OF_FLOPS * gpu.flops)
-                device += times * max(by_flop, counts.n_bytes[part] / (_OF_BANDWIDTH * gpu.bytes_per_s))
-            launches += times * counts.launches.total() * _LAUNCH_S
+        # Summed over the step first: what the first and the last layer leave out is negative in `outside`.
+        places = [(self.layer, self.layers), (self.outside, 1), (self.optimizer, 1)]
+        device = 0.0
+        for part in {part for counts, _ in places for part in (*counts.n_bytes, *counts.flop)}:
+            flop = sum(times * counts.flop[part] for counts, times in places)
+            n_bytes = sum(times * counts.n_bytes[part] for counts, times in places)
+            device += max(flop / (_OF_FLOPS * gpu.flops), n_bytes / (_OF_BANDWIDTH * gpu.bytes_per_s))
+        launches = sum(times * counts.launches.total() for counts, times in places) * _LAUNCH_S
         return max(device, launches, self.layers * self.bus_bytes / (bus_gb_per_s * 1e9))
 
 

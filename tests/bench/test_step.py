@@ -99,6 +99,11 @@ def test_a_step_takes_what_its_slower_half_takes() -> None:
     counts = StepCounts(layer, none, none, layers=10, tokens=1)
     # 800 bytes at 80 % of 1000 a second, and 1500 operations at 75 % of 1000 a second.
     assert counts.seconds(Gpu("card", 0, 1000.0, 1000.0)) == pytest.approx(10 * (1.0 + 2.0))
+    # Half a layer's products that the last one leaves out, and their few bytes: a share of its time, not of its bytes.
+    less = Counts()
+    less.flop["b"], less.n_bytes["b"] = -750, -8
+    shorter = StepCounts(layer, less, none, layers=10, tokens=1)
+    assert shorter.seconds(Gpu("card", 0, 1000.0, 1000.0)) == pytest.approx(10 * (1.0 + 2.0) - 1.0)
     assert counts.seconds(Gpu("fast", 0, 1e12, 1e12)) == pytest.approx(10 * 2 * 6e-6)
     assert counts.seconds(Gpu("of a size alone", 0)) is None
 
