@@ -387,7 +387,7 @@ def _make_model(folder: Path) -> None:
 
 
 def compare(peer_python: str) -> dict[str, Any]:
-    """Both programs through all cases. Raises UserError where TRL is missing."""
+    """Runs both programs through all cases. Raises UserError if TRL is missing."""
     from dpoeng.bench.compare import check_peer
     from dpoeng.bench.measuring.records import stamp
 

@@ -54,7 +54,7 @@ def test_a_missing_peer_is_an_error_that_says_so(tmp_path: Path, tiny_model: Pat
     command += ["--work", str(tmp_path / "work")]
     done = CliRunner().invoke(bench.main, command)
     assert done.exit_code == 1
-    assert "TRL is missing" in done.output
+    assert "TRL is not installed" in done.output
 
 
 @pytest.mark.peers

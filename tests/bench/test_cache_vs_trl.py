@@ -50,7 +50,7 @@ def test_some_pairs_are_cut_and_none_is_rejected() -> None:
 def test_a_missing_peer_is_an_error_that_says_so(tmp_path: Path) -> None:
     done = CliRunner().invoke(bench.main, ["--peer-python", str(tmp_path / "nowhere")])
     assert done.exit_code == 1
-    assert "TRL is missing" in done.output
+    assert "TRL is not installed" in done.output
 
 
 def case(change: str, changed: int | None, trl: tuple[int, int], dpoeng: tuple[int, int]) -> dict[str, Any]:

@@ -284,10 +284,10 @@ def test_a_missing_peer_is_said_to_be_missing(tmp_path: Path) -> None:
     without_trl = tmp_path / "python"
     without_trl.write_text("#!/bin/sh\necho \"ModuleNotFoundError: No module named 'trl'\" >&2\nexit 1\n")
     without_trl.chmod(0o755)
-    with pytest.raises(UserError, match=r"TRL is missing [\s\S]*No module named 'trl'") as caught:
+    with pytest.raises(UserError, match=r"TRL is not installed [\s\S]*No module named 'trl'") as caught:
         check_peer(str(without_trl))
     assert caught.value.code == "bench-no-peer"
-    with pytest.raises(UserError, match="TRL is missing"):
+    with pytest.raises(UserError, match="TRL is not installed"):
         check_peer(str(tmp_path / "no-such-python"))
 
 
