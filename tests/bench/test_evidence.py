@@ -61,9 +61,9 @@ def test_what_ends_in_an_error_or_late_is_a_line_and_the_rest_goes_on(
     assert "| rows | NO |" in page
     assert "figures mean nothing" in page
     again = CliRunner().invoke(evidence.main, ["--output", str(tmp_path)])
-    assert "is there already" in again.output
+    assert "already exists" in again.output
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "evidence.md").write_text("mine")
     refused = CliRunner().invoke(evidence.main, ["--output", str(tmp_path / "other")])
-    assert "is there already" in refused.output
+    assert "already exists" in refused.output
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["evidence.md"]
