@@ -1279,4 +1279,24 @@ JUDGES = (
 )  # fmt: skip
 
 
-ALL = (*DATA, *COMMANDS, *MODELS, *ADAPTERS, *CACHES, *RUNS, *JUDGES, *OTHERS)
+def pushed(desk: Desk) -> None:
+    """A run whose base is a folder of this machine, to a hub that would take it."""
+    import huggingface_hub  # noqa: F401  # reads HF_ENDPOINT once, so before it is set
+    from fake_hub import TOKEN, serving
+
+    from dpoeng.engine.recipes.push import push
+
+    with serving() as hub:
+        desk.patch.setenv("HF_ENDPOINT", hub.url)
+        desk.patch.setenv("HF_TOKEN", TOKEN)
+        desk.patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        push(desk.run, "me/adapter")
+
+
+HUB: tuple[Wrong, ...] = (
+    Wrong("a data set without its organisation", "hub-name", 3, "check hf://pairs", ("hf://org/name",)),
+    Wrong("a data set that is not there", "hub-failed", 3, "check hf://no/such", ("hf://no/such", "HF_TOKEN")),
+    Wrong("a base that only this machine has", "hub-paths", 2, "", ("--rename",), act=pushed),
+)
+
+ALL = (*DATA, *COMMANDS, *MODELS, *ADAPTERS, *CACHES, *RUNS, *JUDGES, *HUB, *OTHERS)
