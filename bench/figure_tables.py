@@ -322,6 +322,28 @@ def _trunk_quality(record: Record) -> str:
     )
 
 
+def halving(results: Path) -> str:
+    """What successive halving finds of whole grids, and for how many steps."""
+    record = read("halving", results)[-1]
+    settings, whole = record["settings"], record["whole"]
+    found = sum(case["found"] for case in whole)
+    share = whole[0]["share"]
+    rows = [
+        ["", "cases", "found the best run", "accuracy below the best", "steps of the grid"],
+        *(
+            [name, str(one["cases"]), f"{one['found']:.0%}", f"{one['regret']:.3f}", f"{one['share']:.0%}"]
+            for name, one in (("halving", record["parts"]), ("one run by chance", record["by_chance"]))
+        ),
+    ]
+    return (
+        f"{settings['model']}, grids of {len(record['grids'][0])} runs (learning rate and beta) of {settings['steps']} "
+        f"steps, top {record['last_layers']} layers, {record['held_out_pairs']} held-out pairs, factor "
+        f"{settings['factor']}. Of the whole grids halving found the best run in {found} of {len(whole)}, for "
+        f"{share:.0%} of the steps. The table has random parts of {settings['part']} runs; they overlap. "
+        f"{where(record)}:\n\n{table(rows)}"
+    )
+
+
 def _with_interval(value: Record) -> str:
     if not value["interval"]:
         return f"{value['mean']:.3f}"

@@ -22,6 +22,7 @@ import torch
 from dpoeng.bench.measuring.records import named_settings, show, stamp
 from dpoeng.bench.studies.quality import split_pairs
 from dpoeng.bench.studies.trunk import Told
+from dpoeng.cache.reader import View
 from dpoeng.engine.config.fields import PrecomputeConfig, SweepConfig
 from dpoeng.engine.models.model_config import config_of, sizes
 from dpoeng.engine.models.sources import find_model, read_fields
@@ -81,9 +82,8 @@ def halving_study(settings: HalvingSettings) -> dict[str, Any]:
     source = find_model(settings.model)
     depth = sizes(config_of(read_fields(source))).layers
     last = max(1, round(depth * settings.share))
-    for file, view in zip(
-        split_pairs(settings.pairs, settings.pairs_count, settings.held_out, work), ("train", "held-out"), strict=True
-    ):
+    files = split_pairs(settings.pairs, settings.pairs_count, settings.held_out, work)
+    for file, view in zip(files, ("train", "held-out"), strict=True):
         options = {
             "pairs": (file,),
             "name": view,
@@ -106,6 +106,7 @@ def halving_study(settings: HalvingSettings) -> dict[str, Any]:
     return {
         **record,
         "last_layers": last,
+        "held_out_pairs": len(View.open(work / "cache", "held-out")),
         "rungs": len(next(iter(grids[0].values()))),
         "grids": [{name: [score[0] for score in scores] for name, scores in grid.items()} for grid in grids],
         "whole": [replay(grid, settings.factor) for grid in grids],
