@@ -38,9 +38,9 @@ MODES = {
 @click.command("train", cls=ConfigCommand, epilog=EPILOG)
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file.  [default: dpoeng.yaml]")
 @json_option
-@click.option("--push-to-hub", metavar="ORG/NAME", help="Upload the result to this private repository of the hub.")
+@click.option("--push-to", metavar="ORG/NAME", help="Upload the result to this private repository of the hub.")
 @config_options(TrainConfig)
-def train(config_file: Path | None, as_json: bool, push_to_hub: str | None, **options: Any) -> None:
+def train(config_file: Path | None, as_json: bool, push_to: str | None, **options: Any) -> None:
     """Phase two: DPO of a LoRA, or of all weights, against the cached reference. No reference model is loaded.
 
     Model, SFT adapter and precision come from the cache. Before the first step the policy is compared with the cache on
@@ -51,10 +51,10 @@ def train(config_file: Path | None, as_json: bool, push_to_hub: str | None, **op
     from dpoeng.cli.progress import TerminalProgress, importing
     from dpoeng.engine.recipes.phase_two.finished import finished_run
 
-    if push_to_hub is not None:
+    if push_to is not None:
         from dpoeng.engine.recipes.push import check_target
 
-        check_target(push_to_hub)
+        check_target(push_to)
     summary = finished_run(config)
     if summary is None:
         with importing():
@@ -63,10 +63,10 @@ def train(config_file: Path | None, as_json: bool, push_to_hub: str | None, **op
         summary = run(config, TerminalProgress())
     if summary.reports:
         say_json(summary) if as_json else print_summary(summary)
-        if push_to_hub is not None:
+        if push_to is not None:
             from dpoeng.engine.recipes.push import push
 
-            click.echo(f"Pushed to {push(summary.result, push_to_hub).url}", err=as_json)
+            say(f"Pushed to {push(summary.result, push_to).url}", err=as_json)
 
 
 def print_summary(summary: TrainSummary) -> None:

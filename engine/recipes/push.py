@@ -58,7 +58,7 @@ def check_target(repo: str, *, force: bool = False) -> list[str]:
             code="hub-name",
             where=repo,
             expected="organisation/name, or your user name and a name",
-            remedy="for example: --push-to-hub my-name/my-adapter",
+            remedy="for example: --push-to my-name/my-adapter",
         )
     if get_token() is None:
         raise UserError(

@@ -151,7 +151,7 @@ def test_a_zero_point_that_programs_read_in_two_ways_is_refused(tmp_path: Path) 
             {"quant_method": "compressed-tensors", "format": "pack-quantized", "transform_config": {"a": 1}},
             "transforms",
         ),
-        ({"quant_method": "hqq"}, "no reader"),
+        ({"quant_method": "hqq"}, "cannot read its method"),
         ({"quant_method": "gptq", "bits": "four"}, "four"),
     ],
 )

@@ -223,7 +223,7 @@ def test_a_push_that_cannot_be_is_refused_before_the_training(
         if repo == "me/new":
             monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
         with pytest.raises(SystemExit):
-            main(["train", "--cache", str(tmp_path / "none"), "--push-to-hub", repo])
+            main(["train", "--cache", str(tmp_path / "none"), "--push-to", repo])
         assert code in capsys.readouterr().err
     with pytest.raises(UserError, match="run-not-found"):
         push(tmp_path, "me/new")
