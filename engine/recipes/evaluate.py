@@ -145,7 +145,8 @@ def before_and_after(
 
 def _ready(lm: CausalLM, config: TrainConfig, view: AnyView) -> CausalLM:
     set_mode(lm, training=False)
-    choose_how_to_score(lm, config.layout, config.attention, longest_text(view[row].ids for row in range(len(view))))
+    longest = longest_text(view[row].ids for row in range(len(view)))
+    choose_how_to_score(lm, config.layout, config.attention, longest, ranked=view.rows == "ranked")
     return lm
 
 

@@ -301,7 +301,8 @@ def _compare(lm: CausalLM, config: TrainConfig, inputs: Inputs, mode: Mode, prog
     with as_reference(lm, mode):
         texts = inputs.train_rows.pair_ids()
         check_positions(texts, lm)  # imported values were not checked against this model
-        choose_how_to_score(lm, config.layout, config.attention, longest_text(texts), texts)
+        ranked = inputs.view.rows == "ranked"
+        choose_how_to_score(lm, config.layout, config.attention, longest_text(texts), texts, ranked=ranked)
         with progress.task("comparing the policy with the cache", sample, "pairs") as advance:
             parity = check_parity(config, lm, inputs.train_rows)
             advance(sample, "")

@@ -285,7 +285,9 @@ def compute(work: Work, summary: PrecomputeSummary, progress: Progress) -> Work:
     )
     assert batch_tokens is not None
     config = work.config.model_copy(update={"batch_tokens": batch_tokens})
-    lm = load_reference(config, work.source, work.adapter, work.device, longest_text(pairs), by_layer=by_layer)
+    ranked = work.file.kind == "ranked"
+    longest = longest_text(pairs)
+    lm = load_reference(config, work.source, work.adapter, work.device, longest, by_layer=by_layer, ranked=ranked)
     for remark in lm.remarks:
         progress.note(remark)
     summary.layout, summary.layout_reason = lm.layout, lm.layout_reason

@@ -125,6 +125,7 @@ def load_reference(
     longest: int | None = None,
     *,
     by_layer: bool = False,
+    ranked: bool = False,
 ) -> CausalLM:
     """The frozen reference exactly as configured, in the mode and layout in which both phases score.
 
@@ -135,6 +136,7 @@ def load_reference(
         device: the device to load to.
         longest: tokens of the longest text to score, if known; see `choose_layout`.
         by_layer: leave the base's layers in its files; see `models/layers`.
+        ranked: whether rows are ranked; see `choose_how_to_score`.
     """
     lm = load_model(
         source,
@@ -152,7 +154,7 @@ def load_reference(
         lm = load_reference_adapter(lm, adapter)
     set_mode(lm, training=False)
     limit_waiting(lm, config)
-    choose_how_to_score(lm, config.layout, config.attention, longest)
+    choose_how_to_score(lm, config.layout, config.attention, longest, ranked=ranked)
     return lm
 
 

@@ -207,7 +207,7 @@ def recompute(
     here = pick_device(config.device)
     decided = by_layer(config, source, [view[row].ids for row in rows], here)
     sft = find_adapter(config.adapter) if config.adapter else None
-    lm = load_reference(config, source, sft, here, by_layer=decided)
+    lm = load_reference(config, source, sft, here, by_layer=decided, ranked=view.rows == "ranked")
     tolerance = parity_tolerance(lm, reference["quantization"], reference["dtype"])
     compare = partial(
         compare_with_cache,

@@ -47,6 +47,8 @@ def choose_layout(
     attention: Attention = "auto",
     longest: int | None = None,
     known: Sequence[PairIds] = (),
+    *,
+    tree: bool = True,
 ) -> None:
     """Chooses by trying: the shared-prompt layout if it reproduces the model's own numbers, else separate rows.
 
@@ -62,6 +64,7 @@ def choose_layout(
         attention: the attention for the shared layout.
         longest: tokens of the longest text to score; windows that no text reaches are not tried.
         known: for a model that begins at a trunk: pairs with stored states, used instead of random texts.
+        tree: whether common beginnings of responses are tried.
 
     Raises:
         UserError: `wanted` is impossible, or not even separate rows reproduce the model's own numbers.
@@ -71,7 +74,7 @@ def choose_layout(
     if wanted == "separate":
         use_layout(lm, "separate", "asked for")
         return
-    reason = _try_shared(lm, probe, attention)
+    reason = _try_shared(lm, probe, attention, tree)
     if not reason:
         return
     if attention == "varlen":
@@ -201,7 +204,7 @@ def _try_separate(lm: CausalLM, probe: _Probe) -> None:
     )
 
 
-def _try_shared(lm: CausalLM, probe: _Probe, attention: Attention) -> str:
+def _try_shared(lm: CausalLM, probe: _Probe, attention: Attention, tree: bool) -> str:
     """Sets the first way to share prompts that reproduces the model's own numbers; otherwise returns the reasons."""
     reason, without = "", ""
     for name in ways_to_attend(attention, lm.device.type, lm.dtype):
@@ -218,7 +221,8 @@ def _try_shared(lm: CausalLM, probe: _Probe, attention: Attention) -> str:
             error_of_way = float("inf")
             reason = f"its attention cannot be replaced ({type(error).__name__}: {str(error).splitlines()[0]})"
         if error_of_way <= probe.tolerance:
-            _try_tree(lm, probe, layers, told)
+            if tree:
+                _try_tree(lm, probe, layers, told)
             _try_scored_end(lm, probe)
             lm.tree = SHORTEST if lm.tree else 0
             return ""

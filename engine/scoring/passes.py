@@ -111,16 +111,19 @@ def choose_how_to_score(
     attention: Attention = "auto",
     longest: int | None = None,
     known: Sequence[PairIds] = (),
+    *,
+    ranked: bool = False,
 ) -> None:
     """`choose_layout`; for a model that runs by layer over a few of its layers, with a trial of running by layer.
 
-    `known`: for a model that begins at a trunk, pairs with stored states; see `choose_layout` and `_probe`.
+    `known`: for a model that begins at a trunk, pairs with stored states; see `choose_layout` and `_probe`. `ranked`:
+    whether the rows are ranked. Only they share beginnings of responses: pairs keep the bytes that caches have.
 
     Raises:
         UserError: as in `choose_layout`, or layers exchange more than hidden states.
     """
     if lm.by_layer is None:
-        choose_layout(lm, wanted, attention, longest, known)
+        choose_layout(lm, wanted, attention, longest, known, tree=ranked)
         return
     by_layer, probe = lm.by_layer, _probe(lm, known)
     use_layout(lm, "separate")
@@ -132,7 +135,7 @@ def choose_how_to_score(
             else:
                 predict_groups(lm, probe)
         with by_layer.gates.only_first(_with_all_kinds(lm)):
-            choose_layout(lm, wanted, attention, longest, known)
+            choose_layout(lm, wanted, attention, longest, known, tree=ranked)
     states = try_by_layers(by_layer.gates, by_layer.standing_in, lambda: predict_groups(lm, probe)[0])
     pairs_positions = sum(state.shape[0] * state.shape[1] for state in states)
     by_layer.bytes_per_position = -(-sum(state.nbytes for state in states) // pairs_positions)
