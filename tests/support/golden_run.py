@@ -50,9 +50,12 @@ def status_of(main: Callable[[list[str]], object], words: list[str]) -> object:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """sha256 of every object of the cache and every file of the adapter, without the base's path."""
+    """sha256 of every object of the cache and of the adapter's weights and config, without the base's path.
+
+    The card and the tokenizer, which lie beside them since, hold no number of the training.
+    """
     found = {}
-    for path in sorted([*(folder / "cache" / "objects").rglob("*"), *(folder / "out" / "adapter").iterdir()]):
+    for path in sorted([*(folder / "cache" / "objects").rglob("*"), *(folder / "out" / "adapter").glob("adapter_*")]):
         if path.is_file():
             data = path.read_bytes()
             if path.name == "adapter_config.json":
