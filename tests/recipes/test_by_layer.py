@@ -157,9 +157,12 @@ def test_a_base_that_is_stored_quantised_has_the_same_bytes(
         "nemotron_h",  # a buffer of each router that the files hold, and Mamba, attention and experts in turn
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_next", "jamba", "falcon_h1", "deepseek_v3")),
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt_oss", "mixtral", "llama4_text", "lfm2")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "qwen3", "qwen3_moe", "mistral", "gemma2")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3_text", "phi3", "granite", "smollm3")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("olmo2", "cohere", "gpt2", "gpt_neox")),
     ],
 )
-def test_hybrids_and_experts_have_the_same_bytes(model_type: str, tmp_path: Path, pairs_file: Path) -> None:
+def test_both_phases_of_a_family_leave_the_same_bytes(model_type: str, tmp_path: Path, pairs_file: Path) -> None:
     save_tiny(model_type, tmp_path / "model")
     settings = {"dtype": "float32", "max_length": 120}
     ordinary, layers = (
