@@ -15,11 +15,11 @@ from dpoeng.cli.options import ConfigCommand, config_options, given
 from dpoeng.cli.tables import Marked, json_option, say, say_json
 from dpoeng.engine.config.fields import SweepConfig, TrainConfig
 from dpoeng.engine.config.files import load_config
+from dpoeng.engine.runtime.progress import NoProgress
 
 if TYPE_CHECKING:
     from dpoeng.engine.recipes.sweeps.plan import SweepPlan
     from dpoeng.engine.recipes.sweeps.ranking import RunResult
-    from dpoeng.engine.runtime.progress import Advance
 
 PAGE_FILE = "sweep.html"
 
@@ -152,16 +152,11 @@ def _train_on(device: str, config: SweepConfig, options: dict[str, Any], file: P
         run_sweep(plan_sweep(config, options, file), _Lines(device), alone=False)
 
 
-class _Lines:
+class _Lines(NoProgress):
     """Progress of one of several processes: its notes, each with its device."""
 
     def __init__(self, device: str) -> None:
         self._device = device
-
-    def task(self, title: str, total: int, unit: str, done: int = 0) -> contextlib.AbstractContextManager[Advance]:
-        """See `Progress.task`."""
-        del title, total, unit, done
-        return contextlib.nullcontext(lambda amount, shown: None)
 
     def note(self, text: str) -> None:
         """See `Progress.note`."""

@@ -21,12 +21,11 @@ import torch
 
 from dpoeng.bench.measuring.records import named_settings, show, stamp
 from dpoeng.bench.studies.quality import split_pairs
-from dpoeng.bench.studies.trunk import Told
+from dpoeng.bench.studies.trunk import Told, score_file
 from dpoeng.cache.reader import View
-from dpoeng.engine.config.fields import PrecomputeConfig, SweepConfig
+from dpoeng.engine.config.fields import SweepConfig
 from dpoeng.engine.models.model_config import config_of, sizes
 from dpoeng.engine.models.sources import find_model, read_fields
-from dpoeng.engine.recipes.precompute import precompute_reference
 from dpoeng.engine.recipes.sweeps.halving import Promotion, Score, Standing, next_job, promote, rung_count
 from dpoeng.engine.recipes.sweeps.plan import SweepPlan, plan_sweep
 from dpoeng.engine.recipes.sweeps.ranking import score_at
@@ -84,18 +83,7 @@ def halving_study(settings: HalvingSettings) -> dict[str, Any]:
     last = max(1, round(depth * settings.share))
     files = split_pairs(settings.pairs, settings.pairs_count, settings.held_out, work)
     for file, view in zip(files, ("train", "held-out"), strict=True):
-        options = {
-            "pairs": (file,),
-            "name": view,
-            "model": str(source.folder),
-            "cache": work / "cache",
-            "dtype": "float32",
-            "device": "cpu",
-            "max_length": settings.max_length,
-            "max_prompt_length": settings.max_prompt_length,
-            "trunk_layer": depth - last,
-        }
-        precompute_reference(PrecomputeConfig.model_validate(options), Told())
+        score_file(settings, work / "cache", file, view, dtype="float32", trunk_layer=depth - last)
     grids = [_grid(settings, work, last, seed) for seed in range(settings.seeds)]
     draw = random.Random(0)
     parts = [

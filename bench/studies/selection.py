@@ -20,13 +20,11 @@ import torch
 
 from dpoeng.bench.measuring.records import named_settings, show, stamp
 from dpoeng.bench.studies.quality import split_pairs
-from dpoeng.bench.studies.trunk import METRICS, Told, over_seeds, paired_difference, seed_means
+from dpoeng.bench.studies.trunk import METRICS, Told, over_seeds, paired_difference, score_file, seed_means
 from dpoeng.cache.reader import View
 from dpoeng.cache.selection.rules import Rule, Rules, choose
 from dpoeng.cache.selection.views import write_rows
-from dpoeng.engine.config.fields import Dtype, PrecomputeConfig, TrainConfig
-from dpoeng.engine.models.sources import find_model
-from dpoeng.engine.recipes.precompute import precompute_reference
+from dpoeng.engine.config.fields import Dtype, TrainConfig
 from dpoeng.engine.recipes.train import train
 from dpoeng.engine.runs.folder import ADAPTER_FOLDER
 from dpoeng.engine.runs.metrics import HELD_OUT_FILE, read_lines
@@ -82,9 +80,10 @@ def selection_study(settings: SelectionSettings) -> dict[str, Any]:
     files = split_pairs(settings.pairs, settings.pairs_count, settings.held_out, work)
     cache = work / "cache"
     for file, view in zip(files, ("train", "held-out"), strict=True):
-        _score(settings, cache, file, view)
+        score_file(settings, cache, file, view, dtype=settings.dtype)
     whole = _run(settings, cache, "train", 0, work / "runs" / "all")
-    _score(settings, cache, files[0], "trained", str(work / "runs" / "all" / ADAPTER_FOLDER))
+    trained = str(work / "runs" / "all" / ADAPTER_FOLDER)
+    score_file(settings, cache, files[0], "trained", dtype=settings.dtype, adapter=trained)
     runs: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in CHOICES}
     for seed in range(settings.seeds):  # a stopped study has complete seeds
         for name, (rule, learnt) in CHOICES.items():
@@ -107,21 +106,6 @@ def selection_study(settings: SelectionSettings) -> dict[str, Any]:
         "all": seed_means(whole),
         "choices": choices,
     }
-
-
-def _score(settings: SelectionSettings, cache: Path, file: Path, view: str, adapter: str | None = None) -> None:
-    options = {
-        "pairs": (file,),
-        "name": view,
-        "model": str(find_model(settings.model).folder),
-        "adapter": adapter,
-        "cache": cache,
-        "dtype": settings.dtype,
-        "device": "cpu",
-        "max_length": settings.max_length,
-        "max_prompt_length": settings.max_prompt_length,
-    }
-    precompute_reference(PrecomputeConfig.model_validate(options), Told())
 
 
 def _choose(cache: Path, view: str, rules: Rules, learnt: bool) -> int:

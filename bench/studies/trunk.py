@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import click
 import numpy as np
@@ -36,7 +36,7 @@ from dpoeng.engine.recipes.precompute import precompute_reference
 from dpoeng.engine.recipes.train import train
 from dpoeng.engine.runs.metrics import HELD_OUT_FILE, read_lines
 from dpoeng.engine.runtime.outputs import scratch_folder
-from dpoeng.engine.runtime.progress import Advance
+from dpoeng.engine.runtime.progress import Advance, NoProgress
 from dpoeng.engine.training.intervals import Floats
 
 SHARES: Final = {"all layers": 1, "top half": 2, "top third": 3, "top sixth": 6}
@@ -184,18 +184,7 @@ def _quality(settings: TrunkSettings, depth: int, train_file: Path, held_out: Pa
     cache = work / "cache"
     for share in (2, 3, 6):
         for file, name in ((train_file, "train"), (held_out, "held-out")):
-            options = {
-                "pairs": (file,),
-                "name": name,
-                "model": str(find_model(settings.model).folder),
-                "cache": cache,
-                "dtype": settings.dtype,
-                "device": "cpu",
-                "max_length": settings.max_length,
-                "max_prompt_length": settings.max_prompt_length,
-                "trunk_layer": depth - depth // share,
-            }
-            precompute_reference(PrecomputeConfig.model_validate(options), Told())
+            score_file(settings, cache, file, name, dtype=settings.dtype, trunk_layer=depth - depth // share)
     all_runs: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in SHARES}
     for seed in range(settings.seeds):  # a study that is stopped has whole seeds
         for name, share in SHARES.items():
@@ -266,14 +255,47 @@ def _over_prompts(
     return with_intervals(values, longer=longer, prompts=prompts, paired=paired)
 
 
-class Told:
+class Scored(Protocol):
+    """Settings of a study that phase one needs."""
+
+    @property
+    def model(self) -> str:
+        """A directory or a hub id."""
+        ...
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of prompt + response."""
+        ...
+
+    @property
+    def max_prompt_length(self) -> int:
+        """Most tokens of a prompt."""
+        ...
+
+
+def score_file(settings: Scored, cache: Path, file: Path, view: str, **more: Any) -> None:
+    """Phase one of a file, on a CPU; `more`: further fields of its configuration."""
+    options = {
+        "pairs": (file,),
+        "name": view,
+        "model": str(find_model(settings.model).folder),
+        "cache": cache,
+        "device": "cpu",
+        "max_length": settings.max_length,
+        "max_prompt_length": settings.max_prompt_length,
+        **more,
+    }
+    precompute_reference(PrecomputeConfig.model_validate(options), Told())
+
+
+class Told(NoProgress):
     """Progress of a long study: notes on stderr, no bars."""
 
     def task(self, title: str, total: int, unit: str, done: int = 0) -> contextlib.AbstractContextManager[Advance]:
         """See `Progress.task`."""
-        del total, unit, done
         self.note(title)
-        return contextlib.nullcontext(lambda amount, shown: None)
+        return super().task(title, total, unit, done)
 
     def note(self, text: str) -> None:
         """See `Progress.note`."""

@@ -6,9 +6,11 @@ import contextlib
 import hashlib
 import json
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 SENTENCES = [
     "The tide rises twice a day because the moon pulls on the sea.",
@@ -95,3 +97,31 @@ def room_for(n_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def resumes_to_the_same_bytes(
+    run: Callable[[Path], Any], folder: Path, monkeypatch: pytest.MonkeyPatch, *, killed_at: int
+) -> None:
+    """A run is killed in a forward of its second step, and then leaves the bytes of an undisturbed one.
+
+    `run`: trains three steps into a folder; `killed_at`: the call of `batch_sums` that ends it, from 1.
+    """
+    from dpoeng.engine.training import step as step_module
+
+    run(folder / "whole")
+    real, calls = step_module.batch_sums, 0
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == killed_at:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(step_module, "batch_sums", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder / "cut")
+    monkeypatch.undo()
+    assert run(folder / "cut").resumed_from == 1
+    for name in ("metrics.jsonl", "adapter/adapter_model.safetensors", "checkpoint-00000003/state.json"):
+        assert (folder / "cut" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dpoeng_testing import pair_rows, write_jsonl
+from dpoeng_testing import pair_rows, resumes_to_the_same_bytes, write_jsonl
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
@@ -20,7 +20,6 @@ from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
 from dpoeng.engine.recipes.evaluate import evaluate_trained, find_trained
 from dpoeng.engine.recipes.precompute import precompute_reference
 from dpoeng.engine.recipes.train import TrainSummary, train
-from dpoeng.engine.training import step as step_module
 
 
 def unpaired_rows(count: int) -> list[dict[str, Any]]:
@@ -79,23 +78,8 @@ def test_a_step_is_the_same_however_it_is_cut(tmp_path: Path, cache: Path, name:
 
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fields: dict[str, Any] = {"loss_type": ("bco", "kto"), "lora_dropout": 0.2, "eval_share": 0}
-    run(cache, tmp_path / "whole", **fields)
-    real, calls = step_module.batch_sums, 0
-
-    def dying(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 11:  # in the second pass of the second step
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(step_module, "batch_sums", dying)
-    with pytest.raises(KeyboardInterrupt):
-        run(cache, tmp_path / "cut", **fields)
-    monkeypatch.undo()
-    assert run(cache, tmp_path / "cut", **fields).resumed_from == 1
-    for name in ("metrics.jsonl", "adapter/adapter_model.safetensors", "checkpoint-00000003/state.json"):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    # in the second pass of the second step
+    resumes_to_the_same_bytes(lambda out: run(cache, out, **fields), tmp_path, monkeypatch, killed_at=11)
 
 
 def test_learns_and_evaluates(tmp_path: Path, cache: Path) -> None:
