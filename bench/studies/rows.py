@@ -1,14 +1,15 @@
 """Memory and time of everything that goes through all rows, against the number of rows.
 
     python -m dpoeng.bench.studies.rows                                   # 1e4 and 1e5 pairs; some minutes
-    python -m dpoeng.bench.studies.rows --rows 1000000                    # about an hour, 15 GB of disk
+    python -m dpoeng.bench.studies.rows --rows 1000000 --without scratch  # about an hour, 12 GB of disk
     python -m dpoeng.bench.studies.rows --rows 1000000 --only check       # only some of it
+    ... --record bench/results/rows-cpu.jsonl                             # a record for each number of rows
 
-Pairs of 300 tokens (100 each of prompt, chosen, rejected), a tokenizer of 2,000 words, and a tiny model whose log-probs
-are made up: reading, tokenising, looking up and storing are measured, not the model. Each piece of work runs in a
-process of its own. Its time is CPU seconds without imports. Its memory is the most that was resident at any time,
-libraries included: all of it, and the part that is the process's own. The rest is mapped files, which the system takes
-back when it needs the memory.
+Pairs of 300 tokens (100 each of prompt, chosen, rejected), a tokenizer of 2,000 words, and log-probs that are made up:
+reading, tokenising, looking up and storing are measured, not the model; `scratch` alone runs one, of one layer. Each
+piece of work runs in a process of its own. Its time is CPU seconds of all threads, without imports. Its memory is the
+most that was resident at any time, libraries included: all of it (the kernel's high-water mark), and the part that is
+the process's own, sampled. The rest is mapped files, which the system takes back when it needs the memory.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -36,16 +37,15 @@ WORDS: Final = 2000
 SAMPLED_EVERY_S: Final = 0.02
 
 
-class Resident(AbstractContextManager["Resident"]):
-    """Samples the resident memory of this process while it is open. Linux only.
+class OwnMemory(AbstractContextManager["OwnMemory"]):
+    """Samples this process's resident memory that does not belong to a file, while it is open. Linux only.
 
     Attributes:
-        total: maximum of resident bytes.
-        own: maximum of those that do not belong to a file.
+        peak: the maximum, in bytes.
     """
 
     def __init__(self) -> None:
-        self.total = self.own = 0
+        self.peak = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
@@ -59,14 +59,14 @@ class Resident(AbstractContextManager["Resident"]):
 
     def _sample(self) -> None:
         while True:
-            fields = dict(
-                line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if line[:3] == "Rss"
-            )
-            sizes = {name: int(value.split()[0]) * 1024 for name, value in fields.items()}
-            self.own = max(self.own, sizes["RssAnon"] + sizes["RssShmem"])
-            self.total = max(self.total, sum(sizes.values()))
+            self.peak = max(self.peak, _status_bytes("RssAnon") + _status_bytes("RssShmem"))
             if self._done.wait(SAMPLED_EVERY_S):
                 return
+
+
+def _status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def make_pairs(path: Path, count: int, tokens: int = TOKENS) -> None:
@@ -137,11 +137,10 @@ def _plan(folder: Path) -> Callable[[], object]:
     return work
 
 
-def fill(folder: Path) -> None:
-    """Commits made-up log-probs for all pairs: what scoring would leave."""
+def fill(work: Any) -> None:
+    """Commits made-up log-probs for all planned pairs: what scoring would leave."""
     from dpoeng.cache.schema import ScoredPair
 
-    work: Any = _plan(folder)()
     random = np.random.default_rng(0)
     for shard in work.mine:
         rows = []
@@ -171,10 +170,10 @@ def make_cache(folder: Path, count: int, tokens: int = TOKENS) -> None:
     store.write_view(digest, "rows", entries, {"files": {}})
 
 
-def _again(folder: Path) -> Callable[[], object]:
+def _precompute(folder: Path, cache: str) -> Callable[[], object]:
     from dpoeng.engine.recipes.precompute import precompute_reference
 
-    config = _config(folder)
+    config = _config(folder).model_copy(update={"cache": folder / cache})
     _import_tokenizers(folder)
     return lambda: precompute_reference(config)
 
@@ -245,8 +244,9 @@ def _training(folder: Path) -> Callable[[], object]:
 WORKS: Final[dict[str, tuple[str, Callable[[Path], Callable[[], object]]]]] = {
     "check": ("`check PAIRS`", lambda folder: _check(folder, model=False)),
     "check-model": ("`check PAIRS --model`", lambda folder: _check(folder, model=True)),
-    "plan": ("phase one: read, tokenise, look up (all missing)", _plan),
-    "again": ("phase one again: the same (all found), write the view", _again),
+    "scratch": ("phase one, a model of one layer", lambda folder: _precompute(folder, "scratch")),
+    "plan": ("phase one before its model: read, tokenise, look up, none found", _plan),
+    "again": ("phase one again: the same, all found; write the view", lambda folder: _precompute(folder, "cache")),
     "info": ("`cache info`", lambda folder: _cache(folder, "info")),
     "verify": ("`cache verify`", lambda folder: _cache(folder, "verify")),
     "stats": ("`cache stats`", lambda folder: _cache(folder, "stats")),
@@ -259,33 +259,41 @@ WORKS: Final[dict[str, tuple[str, Callable[[Path], Callable[[], object]]]]] = {
 }
 
 
-_READING: Final = {"check", "check-model", "plan", "again"}
+_READING: Final = {"check", "check-model", "scratch", "plan", "again"}
 
 
 def measure(name: str, folder: Path) -> dict[str, float]:
-    """One piece of work in this process: CPU seconds, and the most bytes resident, in all and of its own."""
+    """One piece of work in this process: CPU seconds, and the most bytes resident, in all and of its own.
+
+    What was planned is committed afterwards with made-up log-probs, for phase one again.
+    """
     work = WORKS[name][1](folder)
-    with Resident() as resident:
+    with OwnMemory() as own:
         began = time.process_time()
-        work()
+        done = work()
         spent = time.process_time() - began
-    return {"cpu_s": spent, "resident_mib": resident.total / MIB, "own_mib": resident.own / MIB}
+    resident = _status_bytes("VmHWM")
+    if name == "plan":
+        fill(done)
+    return {"cpu_s": spent, "resident_mib": resident / MIB, "own_mib": own.peak / MIB}
 
 
-def run(rows: tuple[int, ...], works: tuple[str, ...], tokens: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Measures every piece of work at every size."""
+def run(count: int, works: Iterable[str], tokens: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Measures each piece of work over `count` pairs."""
     found = []
-    for count in rows:
+    reading = [name for name in WORKS if name in works and name in _READING]
+    others = [name for name in WORKS if name in works and name not in _READING]
+    for names in filter(None, (reading, others)):
         with tempfile.TemporaryDirectory(prefix="dpoeng-rows-") as scratch:
             folder = Path(scratch)
-            if set(works) & _READING:
+            if names is reading:
                 make_pairs(folder / "pairs.jsonl", count, tokens)
                 make_model(folder / "model")
-            if set(works) - _READING and "again" not in works:
+            else:
                 make_cache(folder, count, tokens)
-            for name in works:
-                if name == "again":
-                    _child("fill", folder)
+            if "again" in names and "plan" not in names:
+                _child("plan", folder)
+            for name in names:
                 result = {"work": name, "rows": count, "tokens": 3 * tokens, **json.loads(_child(name, folder))}
                 say(line(result))
                 found.append(result)
@@ -305,29 +313,30 @@ def _child(name: str, folder: Path) -> bytes:
 
 
 def main() -> None:
-    """Prints a table; `--json` prints one object a line."""
+    """Prints a table, and writes a record for each number of rows."""
     parser = argparse.ArgumentParser(description="Memory and time against the number of rows.")
     parser.add_argument("--rows", type=int, action="append", help="a number of pairs; may be repeated (1e4 and 1e5)")
     parser.add_argument("--only", action="append", choices=WORKS, help="only this piece of work; may be repeated")
+    parser.add_argument("--without", action="append", choices=WORKS, help="not this one; may be repeated")
     parser.add_argument("--tokens", type=int, default=TOKENS, help=f"of the prompt, and of each response ({TOKENS})")
-    parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
+    parser.add_argument("--record", type=Path, help="append the records to this file")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.work == "fill":
-        fill(options.folder)
-    elif options.work:
+    if options.work:
         print(json.dumps(measure(options.work, options.folder)))
-    else:
+        return
+    import torch
 
-        def say(text: str) -> None:
-            if not options.json:
-                print(text, flush=True)
+    from dpoeng.bench.measuring.records import append, stamp
 
-        say("| work | rows | CPU-µs a row | own MiB | resident MiB |\n|---|---|---|---|---|")
-        found = run(tuple(options.rows or (10_000, 100_000)), tuple(options.only or WORKS), options.tokens, say)
-        if options.json:
-            print("\n".join(map(json.dumps, found)))
+    works = [name for name in options.only or WORKS if name not in (options.without or ())]
+    head = stamp("rows", torch.device("cpu"), {"tokens": 3 * options.tokens, "works": works})
+    print("| work | rows | CPU-µs a row | own MiB | resident MiB |\n|---|---|---|---|---|", flush=True)
+    for count in options.rows or (10_000, 100_000):
+        found = run(count, works, options.tokens, lambda text: print(text, flush=True))
+        if options.record:
+            append({**head, "results": found}, options.record)
 
 
 if __name__ == "__main__":
