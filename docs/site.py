@@ -10,6 +10,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
 FROM_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+INLINE_CODE = re.compile(r"(?<!</span>)<code>([^<]*)</code>")  # a block's <code> follows an empty span
 TABLE_CODE = re.compile(r"<code>([^<]*)</code>(?=(?:(?!<table|</table>).)*</table>)", re.DOTALL)
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
 
@@ -41,10 +42,21 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
-    """Code in a table: `a\\|b`, as GitHub wants it there, is `a|b`; each word is a span, which site.css keeps whole."""
+    """Keeps words of commands whole: all words of code in a table, options elsewhere. site.css does not break spans.
 
-    def rewritten(match: re.Match[str]) -> str:
-        words = match[1].replace("\\|", "|").split()
-        return f"<code>{' '.join(f'<span>{word}</span>' for word in words)}</code>"
+    `a\\|b` in a table, as GitHub wants it there, becomes `a|b`.
+    """
 
-    return TABLE_CODE.sub(rewritten, html)
+    def in_table(match: re.Match[str]) -> str:
+        return _spans(match[1].replace("\\|", "|"), "")
+
+    def elsewhere(match: re.Match[str]) -> str:
+        return _spans(match[1], "-")
+
+    return INLINE_CODE.sub(elsewhere, TABLE_CODE.sub(in_table, html))
+
+
+def _spans(code: str, beginning: str) -> str:
+    """Inline code with a span around each word that begins so."""
+    words = (f"<span>{word}</span>" if word.startswith(beginning) else word for word in code.split())
+    return f"<code>{' '.join(words)}</code>"
