@@ -1,6 +1,7 @@
-"""Limits how much of the mapped files is resident: gives pages back to the system while reading continues.
+"""Limits the resident memory of mapped files by releasing their pages while reading continues.
 
-The system takes mapped pages back by itself when it needs the memory; until then they count as this process's.
+The system reclaims mapped pages when it needs memory. Until then they count as this process's memory, and a container's
+limit or `ps` shows them.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from collections.abc import Sequence
 from typing import Final
 
 RESIDENT_LIMIT: Final = 256 << 20
-"""Bytes of mapped files that may become resident before all of them are given back."""
+"""Bytes of mapped files that may become resident before all pages are released."""
 
-# A page brings its neighbours along: up to 2 MiB where the system keeps the file in pieces of that size. A row lies in
-# five columns, so 16 rows may bring in 160 MiB.
+# Reading one page also maps its neighbours: up to 2 MiB if the page cache uses large folios. A row has data in five
+# columns, so 16 rows may map 160 MiB.
 _ROWS_BETWEEN: Final = 16
 _NEVER: Final = 1 << 62
 
@@ -23,7 +24,7 @@ class MappedPages:
     """Some mapped files, read row by row in any order.
 
     Args:
-        maps: the whole of each file.
+        maps: the complete mapping of each file.
     """
 
     def __init__(self, maps: Sequence[memoryview]) -> None:
@@ -32,9 +33,9 @@ class MappedPages:
         self._base = 0 if self._bounded else _resident_file_bytes()
 
     def look(self) -> int:
-        """Gives all pages back if many became resident; returns after how many rows to look again.
+        """Releases all pages if many became resident; returns the number of rows until the next call.
 
-        Values stay valid: a page that is used again is read again, usually from the system's page cache.
+        Values stay valid: the system reads a released page again on access, usually from its page cache.
         """
         if self._bounded or (resident := _resident_file_bytes()) < 0:
             return _NEVER
@@ -48,14 +49,14 @@ class MappedPages:
 
 
 def release(data: memoryview) -> None:
-    """Gives the pages of a mapped file back to the system, which reads them again on access."""
+    """Releases the pages of a mapped file; the system reads them again on access."""
     mapped = data.obj
     if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _resident_file_bytes() -> int:
-    """Bytes of files that are resident in this process; -1 where the system does not say, as on macOS."""
+    """Resident bytes of mapped files in this process; -1 if the system does not tell, as on macOS."""
     try:
         descriptor = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

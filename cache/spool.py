@@ -1,4 +1,4 @@
-"""Records of bytes in a temporary file: as many as there are, with 8 bytes of memory for each."""
+"""A list of byte records in a temporary file, with 8 bytes of memory per record."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Final
 from dpoeng.cache.errors import UserError
 
 IN_MEMORY_BYTES: Final = 16 << 20
-"""So much stays in memory; more goes to a file without a name in the system's temporary folder (TMPDIR)."""
+"""Up to this size everything stays in memory; beyond, in an unnamed file in the temporary folder (TMPDIR)."""
 
 
 class Spool:
@@ -23,10 +23,10 @@ class Spool:
         self._ends = array("q", [0])
 
     def append(self, record: bytes) -> None:
-        """Keep one more record.
+        """Appends a record.
 
         Raises:
-            UserError: the temporary folder has no room.
+            UserError: the temporary folder is full.
         """
         try:
             self._ends.append(self._file.seek(0, 2) + self._file.write(record))
@@ -37,7 +37,7 @@ class Spool:
         return len(self._ends) - 1
 
     def __getitem__(self, i: int) -> bytes:
-        """Record i. Raises IndexError outside."""
+        """Returns record i; raises IndexError if there is none."""
         if not -len(self) <= i < len(self):
             raise IndexError(f"record {i} of {len(self)}")
         i %= len(self)
@@ -48,11 +48,11 @@ class Spool:
 
 def _no_room(error: OSError) -> UserError:
     return UserError(
-        "the temporary folder cannot hold the pairs' tokens",
+        "the temporary folder has no room for the pairs' tokens",
         code="system-temporary-full",
         where=str(Path(tempfile.gettempdir())),
-        expected="4 bytes free for each token, and the rows' other columns",
+        expected="4 free bytes per token, and room for the rows' other columns",
         found=error.strerror or str(error),
-        remedy="free some space, or name a folder with more room in the environment variable TMPDIR",
+        remedy="free some space, or set the environment variable TMPDIR to a folder with more",
         exit_status=5,
     )

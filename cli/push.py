@@ -19,13 +19,13 @@ Examples:
 @click.command("push", epilog=EPILOG)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("repo")
-@click.option("--public", is_flag=True, help="Everybody may read a repository that is made now.  [default: private]")
-@click.option("--force", is_flag=True, help="Replace files that are there; the hub keeps the earlier commit.")
+@click.option("--public", is_flag=True, help="Make a new repository public.  [default: private]")
+@click.option("--force", is_flag=True, help="Replace existing files; the hub keeps the earlier commit.")
 @click.option(
     "--rename",
     multiple=True,
     type=KeyValue("PATH=ORG/NAME", "/models/base=Qwen/Qwen2.5-32B"),
-    help="What a folder of this machine is called on the hub, in the model card and the adapter's config.",
+    help="Replace a path of this machine by its name on the hub, in the model card and the adapter's config.",
 )
 @json_option
 def push(
@@ -34,7 +34,7 @@ def push(
     """Upload a result to the Hugging Face hub: an adapter or a checkpoint, with its model card.
 
     FOLDER is the output folder of a complete run, its adapter, or a merged checkpoint; REPO is organisation/name. The
-    token is that of `hf auth login` or HF_TOKEN.
+    token comes from `hf auth login` or HF_TOKEN.
     """
     from dpoeng.engine.recipes.push import push as upload
 

@@ -1,1 +1,1 @@
-"""Rows out of a cache and into one: columns in JSON Lines, Parquet or Arrow, and whole caches merged."""
+"""Exports and imports rows as JSON Lines, Parquet or Arrow, and merges whole caches."""

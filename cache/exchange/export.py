@@ -34,11 +34,11 @@ EXPORT_SCHEMA: Final = pa.schema(
     ]
 )
 TRL_SCHEMA: Final = pa.schema([EXPORT_SCHEMA.field(i) for i in range(5)])
-"""The columns of TRL's data set once it has precomputed its reference."""
+"""The columns of TRL's data set after it precomputed its reference."""
 IDS: Final = ("prompt_ids", "chosen_ids", "rejected_ids")
 TOKENS: Final = ("ref_chosen_token_logps", "ref_rejected_token_logps")
 GAPS: Final = ("chosen_gaps", "rejected_gaps")
-"""Columns of conversations, where a row has such gaps."""
+"""Additional columns if a response contains unscored turns of others."""
 
 
 RESPONSES_SCHEMA: Final = pa.schema(
@@ -53,16 +53,16 @@ RESPONSES_SCHEMA: Final = pa.schema(
         ("source_row", pa.int64()),
     ]
 )
-"""Columns of rows that are no pairs: all responses of a ranked row and their scores; of an unpaired row its response,
-the mismatched one, and the label as a score, 1 or 0. Gaps are as in shards."""
+"""Columns of ranked rows (all responses and their scores) and of unpaired rows (the response, the mismatched one, and
+the label as a score, 1 or 0). Gaps are as in shards."""
 
 
 def export_view(view: View, path: Path) -> int:
-    """Writes `EXPORT_SCHEMA`, or `RESPONSES_SCHEMA` for other rows than pairs: one row for each row of the source.
+    """Writes a view with the columns of `EXPORT_SCHEMA`, or of `RESPONSES_SCHEMA` if its rows are not pairs.
 
     Args:
-        view: what to write.
-        path: ends in `.jsonl` or `.parquet`. The file appears once it is complete.
+        view: the view.
+        path: ends in `.jsonl` or `.parquet`. The file appears when it is complete.
 
     Returns:
         The number of rows.
@@ -80,7 +80,7 @@ def export_view(view: View, path: Path) -> int:
 
 
 def export_sums(view: View, path: Path) -> int:
-    """Writes the columns of `TRL_SCHEMA`; else as `export_view`."""
+    """Writes the columns of `TRL_SCHEMA`; otherwise like `export_view`."""
     return _write(view, path, TRL_SCHEMA)
 
 
@@ -100,12 +100,12 @@ def is_export(path: Path) -> bool:
 
 
 def is_sums_export(path: Path) -> bool:
-    """Whether `export_sums` wrote this file; as `is_export`."""
+    """Whether `export_sums` wrote this file. Raises like `is_export`."""
     return _names(path) == list(TRL_SCHEMA.names)
 
 
 def _names(path: Path) -> list[str]:
-    """The columns of a file, in their order; of JSON Lines those of the first line."""
+    """The column names of a file, in order; for JSON Lines those of the first line."""
     if path.suffix == ".parquet":
         from pyarrow import parquet
 
@@ -170,7 +170,7 @@ def _write_parquet(view: View, path: Path, schema: pa.Schema) -> None:
 def _batch(
     rows: Sequence[ScoredPair], sources: Sequence[tuple[str, int]], view: View, schema: pa.Schema
 ) -> pa.RecordBatch:
-    """Rows as arrays: numbers as objects of Python's would take ten times their memory, and as much of the time."""
+    """Converts rows to arrays. Python lists of numbers would take ten times the memory and the time."""
     columns = {name: list_column([getattr(row.ids, name) for row in rows], pa.int32()) for name in IDS}
     for side in ("chosen", "rejected"):
         columns[f"ref_{side}_logps"] = pa.array([getattr(row, f"{side}_sum") for row in rows], pa.float64())
@@ -189,14 +189,14 @@ def _edges(gaps: Gaps) -> list[int]:
 
 
 def batched(items: Iterable[T]) -> Iterator[list[T]]:
-    """Lists of `BATCH_ROWS` items, the last one shorter."""
+    """Yields lists of `BATCH_ROWS` items; the last one may be shorter."""
     rest = iter(items)
     while batch := list(islice(rest, BATCH_ROWS)):
         yield batch
 
 
 def bad_suffix(path: Path) -> UserError:
-    """The error for a file whose ending names no format that is known here."""
+    """The error for an unknown file ending."""
     return UserError(
         "unknown file ending",
         code="export-format",

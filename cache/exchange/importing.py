@@ -1,6 +1,6 @@
-"""Takes rows that somebody else computed into a cache: all of them are looked at before the first is committed.
+"""Imports rows that another program computed; checks all of them before it commits the first.
 
-Meanwhile they are in a temporary file, so memory contains only some bytes per row.
+In between they are in a temporary file, so memory holds only a few bytes per row.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from dpoeng.cache.spool import Spool
 from dpoeng.cache.store import Store
 from dpoeng.cache.table import ViewEntry
 
-_MAX_LISTS: Final = 1 << 20  # of a line: an export has seven; empty ones take 64 bytes of memory for 3 of the file
-# Names under which a sum is written: TRL's (and ours), and those of older TRL and open-instruct.
+_MAX_LISTS: Final = (
+    1 << 20
+)  # lists in one line: an export has seven; each empty list takes 3 bytes in the file, but 64 in memory
+# Column names of the sums: in TRL and dpoeng, and in older TRL and open-instruct.
 _SUMS: Final = (("ref_chosen_logps", "ref_rejected_logps"), ("reference_chosen_logps", "reference_rejected_logps"))
 
 
@@ -66,17 +68,17 @@ def import_rows(
 ) -> Imported:
     """Imports rows that another program computed, under a reference that the caller vouches for.
 
-    The file has the columns that `export_view` writes. Sources are optional. So are sums, or log-probs of tokens if the
-    spec is one of sums. Nothing in the file proves which model computed its numbers. Therefore the records say that
-    they were imported; the parity check before training, or `verify --recompute`, finds a wrong claim. Of equal pairs
-    the first one's numbers are taken.
+    The file has the columns that `export_view` writes; source columns are optional. It needs token log-probs, or sums
+    if the spec is one of sums. Nothing in the file proves which model computed its numbers. Therefore the records mark
+    them as imported; the parity check before training, or `verify --recompute`, finds a wrong claim. For equal pairs
+    the first row's numbers count.
 
     Args:
         store: the cache.
         spec: the reference; `spec.of_sums()` for a file with sums only.
         path: `.jsonl`, `.parquet` or `.arrow`.
-        view: name of a view to write over all rows of the file, in their order.
-        meta: what the view says besides that it was imported.
+        view: name of a view to write, with all rows of the file in order; None for no view.
+        meta: further fields of the view's metadata.
 
     Raises:
         UserError: columns are missing, or a row's numbers cannot be correct; the message names the row.
@@ -98,7 +100,8 @@ def import_rows(
     return Imported(len(rows), len(missing), view)
 
 
-# source row; bytes of the file's name; lengths of prompt, chosen, rejected, and of their log-probs; starts; gaps
+# source row; bytes of the file name; lengths of prompt, chosen, rejected, chosen log-probs, rejected log-probs; both
+# starts; number of gaps on both sides
 _HEAD: Final = struct.Struct("<q10i")
 
 
@@ -141,31 +144,31 @@ class _Rows:
         return ViewEntry(data[_HEAD.size :][:name].decode(), source_row, bytes(self._keys[16 * i : 16 * i + 16]))
 
     def missing_in(self, index: KeyIndex) -> list[int]:
-        """The first row of each pair that the index lacks."""
+        """The first row of each pair that the index does not have."""
         first = first_of_each(np.frombuffer(self._keys, np.uint8).reshape(-1, 16))
         return [i for i in first.tolist() if self.pair(i).ids not in index]
 
 
 def _read(path: Path, *, sums: bool) -> Iterator[tuple[ScoredPair, tuple[str, int]]]:
-    """Rows of a file, each with its source: the one it names, or else this file and the row's number."""
+    """Yields a file's rows with their sources: the named one, or else this file and the row number."""
     for number, columns in enumerate(_read_columns(path), 1):
         values = _sum_columns(columns) if sums else TOKENS
         if not values or any(columns.get(name) is None for name in (*IDS, *values)):
             raise _lacking(path, number, columns)
         try:
-            with np.errstate(over="ignore"):  # what overflows is infinite, which the row's check finds
+            with np.errstate(over="ignore"):  # overflow gives infinity, which row.check() refuses
                 row = _row(columns, values)
             source = str(columns.get("source_file") or path.name), int(columns.get("source_row") or number)
             if not 0 <= source[1] < 1 << 63:
                 raise ValueError(f"source_row {source[1]}"[:100])
-            source[0].encode()  # half a character is none
+            source[0].encode()  # raises for an unpaired surrogate, which UTF-8 cannot express
         except (ValueError, TypeError, OverflowError) as error:
             raise _bad_row(path, number, str(error)) from None
         yield row, source
 
 
 def _sum_columns(columns: Mapping[str, Any]) -> Sequence[str]:
-    """The names under which a row has the sums of both sides; empty where it has none."""
+    """The column names of a row's sums; empty if it has none."""
     return next((names for names in _SUMS if all(columns.get(name) is not None for name in names)), ())
 
 
@@ -173,7 +176,7 @@ def _read_columns(path: Path) -> Iterator[dict[str, Any]]:
     if path.suffix == ".jsonl":
         with reading(path, "JSON Lines"):
             yield from _json_columns(path)
-    elif path.suffix in (".parquet", ".arrow"):  # Arrow is what the datasets library writes
+    elif path.suffix in (".parquet", ".arrow"):  # the datasets library writes .arrow
         with reading(path, path.suffix[1:].capitalize()):
             batches = parquet_batches(path) if path.suffix == ".parquet" else arrow_batches(path)
             yield from _table_columns(batches, path)

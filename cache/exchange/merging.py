@@ -1,4 +1,4 @@
-"""Merges whole caches: copies another cache's content, and changes nothing that exists."""
+"""Merges caches: copies another cache's content without changing what exists."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dpoeng.cache.trunk.index import open_states
 
 
 def merge(target: Store, source: Store) -> tuple[int, list[str]]:
-    """Copies everything sound of another cache: specs, objects, trunks, records, views. Nothing in the target changes.
+    """Copies another cache's specs, undamaged objects, trunks, records and views. Existing content does not change.
 
     Returns:
-        (number of objects that were new, names of the views that were copied).
+        (number of new objects, names of the copied views).
 
     Raises:
-        CacheError: the target has another view of the same name; or something in the source is damaged. What was
-            copied before stays, and the same call continues.
+        CacheError: the target has a different view of the same name; or a record or table in the source is damaged.
+            Objects that were already copied stay, and the same call continues.
     """
     copied = 0
     target.raise_format(source.format)

@@ -1,4 +1,4 @@
-"""Rows of any kind as a prompt and its responses: what other programs read, and what is counted of them."""
+"""Converts rows of any kind to a prompt and its responses, for exports and statistics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dpoeng.cache.schema import Gaps, IdArray, LogpArray, ScoredGroup
 
 
 class Response(NamedTuple):
-    """One response of a row: `ids` [R], of which those from `start` on and outside of `gaps` have a log-prob."""
+    """One response: `ids` [R]; tokens from `start` on and outside `gaps` have a log-prob in `logps`."""
 
     ids: IdArray
     start: int
@@ -23,7 +23,7 @@ class Response(NamedTuple):
 
 
 def responses_of(view: View, place: int) -> list[Response]:
-    """The responses of the row that begins at a place: chosen and rejected; of unpaired rows own and mismatched."""
+    """The responses of the row that starts at `place`: chosen and rejected; own and mismatched if unpaired."""
     row = view.row(place)
     pairs = row.pairs if isinstance(row, ScoredGroup) else (row,)
     found = []

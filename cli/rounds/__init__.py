@@ -1,1 +1,1 @@
-"""dpoeng judge and round: answers that are judged, and trained on."""
+"""dpoeng judge and dpoeng round: judge a policy's answers, and train on them."""

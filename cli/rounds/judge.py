@@ -189,7 +189,7 @@ def print_judgement(found: Judgement) -> None:
     if found.length_controlled is not None:
         facts.append(("length-controlled", _rate(found.length_controlled, found.length_controlled_interval)))
     ties = [f"{found.same:,} equal answers"] if found.same else []
-    ties += [f"{found.contradictions:,} by position: each order named another answer"] if found.contradictions else []
+    ties += [f"{found.contradictions:,} decided by position only"] if found.contradictions else []
     facts += [
         ("after training", f"{found.wins:,} better, {found.losses:,} worse, {counted(found.ties, 'tie')}"),
         *([("of the ties", ", ".join(ties))] if ties else []),
@@ -198,13 +198,13 @@ def print_judgement(found: Judgement) -> None:
     if any(found.cut):
         facts.append(("cut off", f"by --max-new-tokens: {found.cut[0]:,} before, {found.cut[1]:,} after"))
     if found.first_share is not None:
-        facts.append(("shown first", f"{found.first_share:.0%} of the verdicts for one answer"))
-    facts.append(("questions", f"{found.asked:,} asked, {found.kept:,} answered before"))
+        facts.append(("position", f"{found.first_share:.0%} of the verdicts prefer the first answer"))
+    facts.append(("questions", f"{found.asked:,} asked, {found.kept:,} stored from before"))
     say(facts_table(facts))
     if found.unjudged:
         rows = [(line.prompt[:200].strip(), line.why) for line in found.unjudged[:10]]
         say(
-            f"\n{counted(len(found.unjudged), 'prompt')} without a verdict, in no rate:",
+            f"\n{counted(len(found.unjudged), 'prompt')} without a verdict, not counted above:",
             Table(rows, ("prompt", "instead of a verdict"), words=2, ruled=True),
         )
     say(f"\nEvery answer and verdict: {found.folder / 'judged.jsonl'}")

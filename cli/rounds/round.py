@@ -26,7 +26,7 @@ Examples:
   dpoeng round out --judge reward-model --reference first --server http://gpu2:8000/v1
 """
 
-# Fields of a training that rounds may have otherwise than the run that they begin with.
+# Training fields that rounds may set differently from the run they start from.
 FIELDS = frozenset(
     "cache device seed optim learning_rate lr_scheduler_type warmup_ratio warmup_steps weight_decay max_grad_norm "
     "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps per_device_eval_batch_size "
@@ -44,51 +44,59 @@ _SAMPLING = ("max_new_tokens", "temperature", "top_p", "repetition_penalty", "st
     "--reference",
     type=click.Choice(["first", "last"]),
     required=True,
-    help="Each round's reference: first, the run's own; or last, the policy that was sampled. The policy goes on from "
-    "the last one either way.",
+    help="Each round's reference: first, the run's own; or last, the policy that was sampled. Training continues from "
+    "the last policy either way.",
 )
-@click.option("--rounds", type=click.IntRange(1), default=1, show_default=True, help="Rounds in all, with those done.")
-@click.option("--samples", type=click.IntRange(2), default=4, show_default=True, help="Answers to a prompt.")
+@click.option("--rounds", type=click.IntRange(1), default=1, show_default=True, help="Total number of rounds.")
+@click.option("--samples", type=click.IntRange(2), default=4, show_default=True, help="Answers per prompt.")
 @click.option(
     "--prompts",
     "file",
     type=click.Path(path_type=Path),
-    help="A text file with a prompt a line, or rows with `prompt`.  [default: those of the run's training pairs]",
+    help="A text file with one prompt per line, or rows with `prompt`.  [default: prompts of the run's training pairs]",
 )
-@click.option("--count", type=click.IntRange(1), help="Prompts a round, the next ones in each.  [default: all]")
+@click.option(
+    "--count", type=click.IntRange(1), help="Prompts per round; each round takes the next ones.  [default: all]"
+)
 @click.option(
     "--train-on",
     type=click.Choice(["all", "new"]),
     default="all",
     show_default=True,
-    help="all: the run's pairs and those of every round; new: those of the round alone.",
+    help="all: the run's pairs and those of every round; new: this round's pairs only.",
 )
 @click.option(
     "--keep-cut",
     is_flag=True,
-    help="Also use answers that --max-new-tokens cut off: the end token is trained behind them.",
+    help="Also use answers that --max-new-tokens cut off; training then teaches the policy to stop there.",
 )
-@click.option("--max-new-tokens", default=256, show_default=True, help="Most tokens of an answer.")
-@click.option("--temperature", default=1.0, show_default=True, help="Of the sampling; above 0.")
-@click.option("--top-p", default=1.0, show_default=True, help="Sample among the likeliest tokens of this probability.")
-@click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1 keeps small models from circling.")
-@click.option("--stop", multiple=True, help="A text at which an answer ends; may be given several times.")
+@click.option("--max-new-tokens", default=256, show_default=True, help="Maximum tokens of an answer.")
+@click.option("--temperature", default=1.0, show_default=True, help="Sampling temperature; above 0.")
 @click.option(
-    "--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Prompts answered at once here."
+    "--top-p", default=1.0, show_default=True, help="Sample from the most likely tokens with this total probability."
 )
-@click.option("--server", metavar="URL", help="Sample on this vLLM or SGLang server, up to /v1, and not here.")
+@click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1: fewer repetitions.")
+@click.option("--stop", multiple=True, help="A text that ends an answer; may be given several times.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Prompts answered at once; not for a server.",
+)
+@click.option("--server", metavar="URL", help="Sample on this vLLM or SGLang server; the URL ends in /v1.")
 @click.option(
     "--server-key-env",
     default="VLLM_API_KEY",
     show_default=True,
-    help="The environment variable that holds that server's key.",
+    help="The environment variable with that server's key.",
 )
 @click.option(
     "--output-dir",
     type=click.Path(path_type=Path),
     default=Path("rounds"),
     show_default=True,
-    help="The rounds' folder: pairs, runs, and a cache of their own.",
+    help="Folder for the rounds' pairs, runs and cache.",
 )
 @json_option
 @config_options(TrainConfig, skip=frozenset(TrainConfig.model_fields) - FIELDS)
@@ -105,10 +113,10 @@ def round_(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Sample answers from a run's policy, have them judged, and train on the best against the worst; several times.
+    """Sample answers from a run's policy, let a judge score them, and train on best-against-worst pairs, in rounds.
 
-    Settings of the training that are not given are those of RUN, whose folder and cache stay as they are. Interrupt the
-    command and run it again: it goes on within the step. A larger --rounds adds rounds.
+    Training settings default to those of RUN; its folder and cache stay unchanged. Run the command again after an
+    interruption, and it continues. Increase --rounds to add rounds.
     """
     from dpoeng.cli.progress import TerminalProgress, importing
 
@@ -141,7 +149,7 @@ def round_(
 
 
 def _server(options: dict[str, Any]) -> Endpoint | None:
-    """The server of --server, asked as the judge's is; its options are taken out of `options`."""
+    """The server of --server, with the judge's request settings; removes its options from `options`."""
     from dpoeng.engine.runtime.endpoint import Endpoint
 
     url, key_variable = options.pop("server"), options.pop("server_key_env")
@@ -150,7 +158,7 @@ def _server(options: dict[str, Any]) -> Endpoint | None:
 
 
 def print_rounds(done: Sequence[RoundSummary]) -> None:
-    """A line a round, why prompts have no pair, and where the last policy is."""
+    """Prints a line per round, why prompts have no pair, and where the last policy is."""
     scored = any(one.mean_score is not None for one in done)
     columns = (
         "round",
@@ -173,13 +181,13 @@ def print_rounds(done: Sequence[RoundSummary]) -> None:
         )
         for one in done
     ]
-    notes = ["Scores are of the answers before the round's training; held out: rewards/accuracies after it."]
+    notes = ["mean score: answers before the round's training. held out: rewards/accuracies after it."]
     say(Table(rows, columns, notes=notes))
     for one in done:
         why = ", ".join(f"{reason} ({number:,})" for reason, number in one.left_out.items())
-        told = [f"without a pair: {why}"] if why else []
-        told += [f"{counted(one.cut, 'answer')} cut off"] if one.cut else []
-        told += [f"{counted(one.rejected, 'row')} rejected by phase one"] if one.rejected else []
-        if told:
-            say(f"round {one.number}: {'; '.join(told)}")
-    say(f"\nThe last policy is in {done[-1].result}; left_out.jsonl beside its run lists prompts without a pair.")
+        parts = [f"without a pair: {why}"] if why else []
+        parts += [f"{counted(one.cut, 'answer')} cut off"] if one.cut else []
+        parts += [f"{counted(one.rejected, 'row')} rejected by phase one"] if one.rejected else []
+        if parts:
+            say(f"round {one.number}: {'; '.join(parts)}")
+    say(f"\nThe last policy is in {done[-1].result}; left_out.jsonl next to it lists the prompts without a pair.")

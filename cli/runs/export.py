@@ -34,7 +34,7 @@ _FIELDS = frozenset("cache view model device".split())
     "target",
     required=True,
     type=click.Choice(["merged", "gguf", "gguf-adapter", "vllm"]),
-    help="A checkpoint; a GGUF model or adapter for llama.cpp; an adapter for vLLM.",
+    help="A merged checkpoint; a GGUF model or adapter for llama.cpp; an adapter for vLLM.",
 )
 @click.option("--into", required=True, type=click.Path(path_type=Path), help="A new folder; for GGUF a file.")
 @click.option(
@@ -42,7 +42,7 @@ _FIELDS = frozenset("cache view model device".split())
     type=click.Choice(["auto", "float32", "bfloat16", "float16", "q8_0"]),
     default="auto",
     show_default=True,
-    help="Of a model's weights; auto is the base's own, q8_0 for gguf only.",
+    help="Dtype of the weights; auto is the base's, q8_0 only with gguf.",
 )
 @click.option(
     "--check-pairs",
@@ -67,7 +67,7 @@ def export(
     """Write the result of a finished run for another program, load it again, and compare it with the trained policy.
 
     The comparison scores pairs of the run's cache with the policy over its full-precision base, which must fit into
-    memory. A result that differs by more than rounding is not kept. `--to merged` is `dpoeng merge` and that check.
+    memory. A result that differs by more than rounding is deleted. `--to merged` is `dpoeng merge` with this check.
     """
     from dpoeng.cli.progress import TerminalProgress, importing
 
@@ -94,11 +94,11 @@ def export(
         facts.append(("rank", str(summary.rank)))
     if summary.check is not None:
         check = summary.check
-        told = f"{check.mean_diff:.2g} nats a token from the trained policy, on {check.pairs} pairs (allowed: "
-        facts.append(("loaded again", f"{told}{check.tolerance:g})"))
+        difference = f"{check.mean_diff:.2g} nats per token from the trained policy, on {check.pairs} pairs"
+        facts.append(("difference", f"{difference} (allowed: {check.tolerance:g})"))
     say(facts_table(facts))
     if summary.check is None:
-        say(Marked("Not compared", "warning"), " with the trained policy (--check-pairs 0).")
+        say(Marked("Not compared", "warning"), " with the trained policy, because of --check-pairs 0.")
     say(f"\n{_how_to_load(summary)}")
 
 

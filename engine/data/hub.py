@@ -1,7 +1,7 @@
-"""Data sets of the Hugging Face hub as files: `hf://org/name`, pinned to a commit when they are first named.
+"""Finds and downloads the files of a data set on the Hugging Face hub, `hf://org/name`, at one commit.
 
-The hub's cache holds the files, `hf://datasets/org/name@commit/path` is what records call them: the commit says which
-bytes they are, on any machine. Knows nothing of rows.
+The files are in the hub's local cache. Records call them `hf://datasets/org/name@commit/path`, which identifies their
+bytes on any machine. Independent of their rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.data.data_folders import check_parts, split_of
 
-# pathlib makes one slash of the two.
+# A pathlib.Path turns the two slashes into one.
 _SOURCE = re.compile(
     r"hf:/{1,2}(?:datasets/)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/?]+))?(?:/(?P<path>[^?]+))?(?:\?(?P<query>.*))?"
 )
@@ -27,7 +27,7 @@ _IN_CACHE = re.compile(r".*/datasets--(?P<repo>[^/]+)/snapshots/(?P<commit>[0-9a
 _NAMED = re.compile(r"hf://datasets/(?P<repo>[^/]+/[^/@]+)@(?P<commit>[^/]+)/(?P<path>.+)")
 _SECRET = re.compile(r"hf_\w{8,}")
 CONVERTED = "refs/convert/parquet"
-"""The branch where the hub keeps each data set as Parquet, config/split/0000.parquet."""
+"""The branch with the hub's own Parquet copy of each data set, config/split/0000.parquet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ class HubSource:
     Attributes:
         repo: organisation/name.
         revision: branch, tag or commit.
-        path: a file or folder in it.
-        config, split: as the data set's card, or its files' names, call them.
+        path: a file or folder in the data set.
+        config, split: their names in the data set's card or in its file names.
     """
 
     repo: str
@@ -48,7 +48,7 @@ class HubSource:
     split: str | None = None
 
     def url(self, **changed: str) -> str:
-        """How the user would write it, with other values for some fields."""
+        """The address as a user writes it, with some fields replaced."""
         fields = {"config": self.config, "split": self.split, **changed}
         query = urllib.parse.urlencode({name: value for name, value in fields.items() if value})
         at, path = f"@{self.revision}" if self.revision else "", f"/{self.path}" if self.path else ""
@@ -56,24 +56,24 @@ class HubSource:
 
 
 def is_hub(path: Path | str) -> bool:
-    """Whether this names a data set of the hub."""
+    """Whether this is the address of a data set on the hub."""
     return re.match(r"hf:/", str(path)) is not None
 
 
 def parse(path: Path | str) -> HubSource:
-    """`hf://org/name@revision/path?config=C&split=S`.
+    """Parses `hf://org/name@revision/path?config=C&split=S`.
 
     Raises:
-        UserError: it is not written so.
+        UserError: it has another form.
     """
     match = _SOURCE.fullmatch(str(path))
     query = urllib.parse.parse_qs(match["query"] or "", keep_blank_values=True) if match else {}
     if match is None or set(query) - {"config", "split"} or any(len(values) > 1 for values in query.values()):
         raise UserError(
-            "this is not how a data set of the hub is named",
+            "invalid address of a data set on the hub",
             code="hub-name",
             where=str(path),
-            expected="hf://org/name, with @revision, /path and ?config=C&split=S where they are needed",
+            expected="hf://org/name, optionally with @revision, /path and ?config=C&split=S",
             remedy="for example: hf://org/name?split=train",
             exit_status=3,
         )
@@ -83,13 +83,13 @@ def parse(path: Path | str) -> HubSource:
 
 @functools.cache
 def hub_files(path: Path, is_data: Callable[[Path], bool]) -> tuple[Path, ...]:
-    """The files of one split of a data set, in the hub's cache; downloaded where they are not there yet.
+    """Returns the local files of one split of a data set, and downloads those that are missing.
 
-    All later calls of a process get the same files, even if the hub gets a new commit meanwhile. Without a network a
-    commit that was downloaded before is taken: the one that is named, else the newest.
+    Later calls in the same process return the same files, even if the hub gets a new commit. Without a network it uses
+    a downloaded commit: the given one, else the newest.
 
     Raises:
-        UserError: the hub has no such data set, cannot be reached, or the name says too little to choose one split.
+        UserError: the hub has no such data set or is not reachable, or the address does not select one split.
     """
     source = parse(path)
     with _Hub(source) as hub:
@@ -104,7 +104,7 @@ def hub_files(path: Path, is_data: Callable[[Path], bool]) -> tuple[Path, ...]:
 
 
 def shown_name(path: Path) -> str:
-    """What records call a file: its path, or that of the data set of the hub that it is a file of."""
+    """The name of a file in records: its path, or its hf:// address if it is in the hub's cache."""
     match = _IN_CACHE.fullmatch(path.absolute().as_posix())
     return (
         f"hf://datasets/{match['repo'].replace('--', '/', 1)}@{match['commit']}/{match['path']}" if match else str(path)
@@ -112,7 +112,7 @@ def shown_name(path: Path) -> str:
 
 
 def local_file(name: str) -> Path | None:
-    """The file that `shown_name` has named so; None if it is not in the hub's cache."""
+    """The file with this `shown_name`; None if it is not in the hub's cache."""
     match = _NAMED.fullmatch(name)
     if match is None:
         return Path(name)
@@ -123,7 +123,7 @@ def local_file(name: str) -> Path | None:
 
 
 def hub_view_name(path: Path | str) -> str:
-    """`hf://org/pairs?split=train` -> `pairs-train`."""
+    """The default view name: `pairs-train` for `hf://org/pairs?split=train`."""
     source = parse(path)
     parts = [source.repo.rpartition("/")[2], source.config, source.split, PurePosixPath(source.path or "").name]
     return "-".join(part for part in parts if part)
@@ -133,7 +133,7 @@ def hub_view_name(path: Path | str) -> str:
 
 
 class _Hub:
-    """One data set at one commit: its files' names, its card, its files."""
+    """One data set at one commit: its file names, its card, its files."""
 
     def __init__(self, source: HubSource) -> None:
         self._source = source
@@ -142,7 +142,7 @@ class _Hub:
         self._commit = source.revision
 
     def __enter__(self) -> _Hub:
-        """Look at the data set; with `__exit__`, whatever the hub answers instead becomes a UserError."""
+        """Reads the list of files. Errors here and in the `with` block become a UserError."""
         try:
             self.take(self._source.revision)
         except Exception as error:
@@ -155,28 +155,28 @@ class _Hub:
             raise self._failed(error) from error
 
     def take(self, revision: str | None) -> None:
-        """Look at another revision."""
+        """Switches to a revision: reads its list of files and its card."""
         from huggingface_hub import HfApi, metadata_load
         from huggingface_hub.errors import HfHubHTTPError
 
         try:
             info = HfApi(endpoint=hub_endpoint()).dataset_info(self._source.repo, revision=revision)
         except HfHubHTTPError as error:
-            if error.response.status_code < 500:  # an answer: there is no such data set
+            if error.response.status_code < 500:  # the hub answered: there is no such data set
                 raise
             self._take_from_disk(revision, error)
-        except Exception as error:  # no network, in the words of whichever library is below
+        except Exception as error:  # no network; the type depends on the HTTP library
             self._take_from_disk(revision, error)
         else:
             self._commit, self.names = info.sha, [file.rfilename for file in info.siblings or []]
         self.card = (metadata_load(self.file("README.md")) or {}) if "README.md" in self.names else {}
 
     def _take_from_disk(self, revision: str | None, error: Exception) -> None:
-        """What was downloaded before; raises `error`, which has kept the hub from answering, if nothing was."""
+        """Uses a downloaded commit; raises `error`, the hub's failure, if there is none."""
         from huggingface_hub import constants
 
-        kept = Path(constants.HF_HUB_CACHE) / f"datasets--{self._source.repo.replace('/', '--')}"
-        commits = [kept / "snapshots" / revision] if revision else kept.glob("snapshots/*")
+        downloaded = Path(constants.HF_HUB_CACHE) / f"datasets--{self._source.repo.replace('/', '--')}"
+        commits = [downloaded / "snapshots" / revision] if revision else downloaded.glob("snapshots/*")
         found = sorted((path for path in commits if path.is_dir()), key=lambda path: path.stat().st_mtime)
         if not found:
             raise error
@@ -185,7 +185,7 @@ class _Hub:
         self.names = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()]
 
     def file(self, name: str) -> Path:
-        """One file, downloaded if it is not there."""
+        """The local path of one file, after a download if it is missing."""
         from huggingface_hub import hf_hub_download
 
         return Path(
@@ -195,22 +195,22 @@ class _Hub:
         )
 
     def _failed(self, error: Exception) -> UserError:
-        return hub_error(error, self._source.url(), "the hub has no such data set, or cannot be reached")
+        return hub_error(error, self._source.url(), "the hub has no such data set, or is not reachable")
 
 
 def hub_endpoint() -> str | None:
-    """Where the hub is, if not at its usual place; read each time, unlike by the library."""
+    """The hub's address from HF_ENDPOINT, read at each call; huggingface_hub reads it only once, at import."""
     return os.environ.get("HF_ENDPOINT")
 
 
 def hub_error(error: Exception, where: str, message: str) -> UserError:
-    """What the hub answered, in a line and without a token."""
-    said = " ".join(str(error).split())[:300]
+    """The UserError for the hub's answer, on one line and without tokens."""
+    answer = " ".join(str(error).split())[:300]
     return UserError(
         message,
         code="hub-failed",
         where=where,
-        found=f"{type(error).__name__}: {_SECRET.sub('hf_...', said)}",
+        found=f"{type(error).__name__}: {_SECRET.sub('hf_...', answer)}",
         remedy="check the name and the network; private and gated repositories need a token: run `hf auth login`, or "
         "set HF_TOKEN",
         exit_status=3,
@@ -223,10 +223,10 @@ def hub_error(error: Exception, where: str, message: str) -> UserError:
 def _choose(
     source: HubSource, names: Sequence[str], card: Mapping[str, Any], is_data: Callable[[Path], bool]
 ) -> list[str]:
-    """The files of one split: by the path that is named, by the data set's card, or by the names of its files.
+    """Selects the files of one split: by the given path, by the data set's card, or by its file names.
 
     Raises:
-        UserError: there are several configs or splits, and none is named; or not the one that is named.
+        UserError: the address must name a config or split and does not, or names one that is missing.
     """
     files = sorted(name for name in names if is_data(Path(name)))
     if not files:
@@ -248,7 +248,7 @@ def _choose(
 
 
 def _by_names(source: HubSource, files: Sequence[str]) -> list[str]:
-    """As the hub reads a data set without a card: folders are configs, and names of files or folders say the split."""
+    """Selects as the hub does without a card: folders are configs, file or folder names contain the split."""
     if source.config is not None:
         inside = [name for name in files if source.config in PurePosixPath(name).parts[:-1]]
         if not inside:
@@ -267,7 +267,7 @@ def _one_split(source: HubSource, of_split: Mapping[str, str | None], files: Seq
 
 
 def _data_files(value: Any) -> dict[str, list[str]]:
-    """`data_files` of a card: a pattern, several, or several with their splits."""
+    """Patterns by split from a card's `data_files`: one pattern, several, or several with their splits."""
     entries = value if isinstance(value, list) else [value]
     found: dict[str, list[str]] = {}
     for entry in entries:
@@ -292,18 +292,18 @@ def _unclear(source: HubSource, kind: str, names: Iterable[str]) -> UserError:
         where=source.url(),
         expected=f"one {kind}, so that you do not train on test data" if kind == "split" else f"one {kind}",
         found=", ".join(found) or "none",
-        remedy=f"name it: {example}",
+        remedy=f"name one, for example {example}",
         exit_status=3,
     )
 
 
 def _no_files(source: HubSource, names: Sequence[str]) -> UserError:
     return UserError(
-        "the data set has no file that can be read",
+        "the data set has no readable file",
         code="data-no-files",
         where=source.url(),
         expected="files ending in .jsonl, .json, .csv, .parquet or .arrow, or the hub's own Parquet files",
         found=", ".join(names[:5]) or "no files",
-        remedy="name a file of it, as in hf://org/name/data/train.jsonl",
+        remedy="name one of its files, for example hf://org/name/data/train.jsonl",
         exit_status=3,
     )

@@ -1,6 +1,6 @@
-"""A finished result on the Hugging Face hub: adapter or checkpoint with its model card, one commit.
+"""Uploads a finished adapter or checkpoint with its model card to the Hugging Face hub, in one commit.
 
-What the folder says of this machine stays here: a base or an adapter named by a path must get its name on the hub.
+Paths of this machine are not published: a base or adapter that is named by a path must get its name on the hub.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 _CONFIGS = ("adapter_config.json", "config.json")
 _PATH = re.compile(r"(?<![\w:/.~-])~?(?:/[\w.+@-]+){2,}")
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
-_OURS = frozenset({".gitattributes"})  # the hub makes it with the repository
+_OURS = frozenset({".gitattributes"})  # the hub creates it in every new repository
 
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """What the hub has now. `commit` is its hash, `replaced` are files that an earlier commit has too."""
+    """Result of a push. `commit` is its hash; `replaced` are the files that an earlier commit already had."""
 
     repo: str
     url: str
@@ -40,13 +40,13 @@ class Pushed:
 
 
 def check_target(repo: str, *, force: bool = False) -> list[str]:
-    """See that a result can be pushed there: before hours of training, not after them.
+    """Checks before training, which may take hours, that its result can be pushed.
 
     Returns:
-        the files that are there already.
+        The repository's files; empty if it does not exist yet.
 
     Raises:
-        UserError: the name is none, there is no token, the hub cannot be reached, or the repository has files and
+        UserError: the name is invalid, no token is set, the hub is not reachable, or the repository has files and
             `force` is not set.
     """
     from huggingface_hub import HfApi, get_token
@@ -54,18 +54,18 @@ def check_target(repo: str, *, force: bool = False) -> list[str]:
 
     if not _REPO.fullmatch(repo):
         raise UserError(
-            "this is not the name of a repository",
+            "invalid repository name",
             code="hub-name",
             where=repo,
             expected="organisation/name, or your user name and a name",
-            remedy="for example: --push-to my-name/my-adapter",
+            remedy="write it like my-name/my-adapter",
         )
     if get_token() is None:
         raise UserError(
-            "there is no token for the hub",
+            "no token for the hub",
             code="hub-failed",
             where=repo,
-            expected="a token that may write",
+            expected="a token with write access",
             remedy="run `hf auth login`, or set HF_TOKEN",
         )
     api = HfApi(endpoint=hub_endpoint())
@@ -75,15 +75,15 @@ def check_target(repo: str, *, force: bool = False) -> list[str]:
     except RepositoryNotFoundError:
         return []
     except Exception as error:
-        raise hub_error(error, repo, "the hub does not answer as it should") from error
+        raise hub_error(error, repo, "cannot check the repository on the hub") from error
     if found and not force:
         raise UserError(
-            "the repository has files already",
+            "the repository already has files",
             code="output-exists",
             where=repo,
             expected="a new or empty repository",
             found=", ".join(found[:5]) + (f" and {len(found) - 5} more" if found[5:] else ""),
-            remedy="name another one, or add --force: a commit then replaces them, and the hub keeps the earlier one",
+            remedy="choose another repository, or replace the files in a new commit with --force (the hub keeps both)",
         )
     return found
 
@@ -91,17 +91,17 @@ def check_target(repo: str, *, force: bool = False) -> list[str]:
 def push(
     folder: Path, repo: str, *, private: bool = True, force: bool = False, rename: Mapping[str, str] | None = None
 ) -> Pushed:
-    """Uploads a result in one commit; the repository is made if it is not there.
+    """Uploads a result in one commit, into a new repository if there is none.
 
     Args:
-        folder: of an adapter or a checkpoint, or the output folder of a run.
+        folder: folder of an adapter or a checkpoint, or the output folder of a run.
         repo: organisation/name.
-        private: of a repository that is made here.
-        force: whether files that are there already may be replaced.
-        rename: path on this machine -> its name on the hub, for the model card and the adapter's config.
+        private: whether a new repository is private.
+        force: replace existing files.
+        rename: hub name of each path on this machine, for the model card and the adapter's config.
 
     Raises:
-        UserError: the folder holds no result, names paths of this machine, or the hub refuses.
+        UserError: the folder has no result, its texts contain paths of this machine, or the hub refuses.
     """
     from huggingface_hub import HfApi
 
@@ -117,12 +117,12 @@ def push(
                 repo, _operations(result, changed), commit_message=f"{result.name} trained with dpoeng"
             )
         except Exception as error:
-            raise hub_error(error, repo, "the hub has not taken the result") from error
+            raise hub_error(error, repo, "the upload to the hub failed") from error
     return Pushed(repo, str(done.commit_url), done.oid, files, sorted(set(files) & set(there)))
 
 
 def find_result(folder: Path) -> Path:
-    """The folder of an adapter or a checkpoint, which may be in the output folder of a run.
+    """Finds the adapter or checkpoint in a folder, or in the output folder of a run.
 
     Raises:
         UserError: there is none.
@@ -131,32 +131,32 @@ def find_result(folder: Path) -> Path:
         if any((path / name).is_file() for name in _CONFIGS) and any(path.glob("*.safetensors")):
             return path
     raise UserError(
-        "there is no adapter and no checkpoint",
+        "no adapter or checkpoint found",
         code="run-not-found",
         where=str(folder),
         expected="the folder of a complete run, of its adapter, or of a merged checkpoint",
-        found="no such folder" if not folder.is_dir() else "a folder without one",
-        remedy="name the --output-dir of a run that is complete, or what `dpoeng merge --into` wrote",
+        found="no such folder" if not folder.is_dir() else "a folder without weights or config",
+        remedy="give the --output-dir of a complete run, or a folder that `dpoeng merge --into` wrote",
     )
 
 
 def _refuse_paths(result: Path, repo: str, text: str, where: str) -> None:
-    """Raises UserError where a text that is made public names a path of this machine."""
+    """Raises UserError if a text to publish contains a path that exists on this machine."""
     paths = sorted({path for path in _PATH.findall(text) if Path(path).expanduser().exists()})
     if paths:
         raise UserError(
-            f"{where} names paths of this machine",
+            f"{where} contains paths of this machine",
             code="hub-paths",
             where=str(result),
-            expected="names on the hub, which others can load",
+            expected="names on the hub, so that others can load them",
             found=", ".join(paths),
-            remedy="say what they are called there: "
+            remedy="give their names on the hub: "
             + shlex.join(["dpoeng", "push", str(result), repo, *(f"--rename={path}=ORG/NAME" for path in paths)]),
         )
 
 
 def _renamed(result: Path, repo: str, rename: Mapping[str, str], scratch: Path) -> dict[str, Path]:
-    """Copies of the texts that name models, with their names on the hub: file name -> copy."""
+    """Writes copies of the model card and configs with hub names instead of paths; returns them by file name."""
     changed = {}
     for name in (CARD_FILE, *_CONFIGS):
         source = result / name
@@ -174,7 +174,7 @@ def _renamed(result: Path, repo: str, rename: Mapping[str, str], scratch: Path) 
 
 
 def _with_base(card: str, result: Path, rename: Mapping[str, str]) -> str:
-    """The card with `base_model` in its header, by which the hub links it to its base."""
+    """Adds `base_model` to the card's header, so that the hub links the adapter to its base."""
     config = result / "adapter_config.json"
     if not config.is_file() or re.search(r"^base_model:", card, re.MULTILINE) or not card.startswith("---\n"):
         return card

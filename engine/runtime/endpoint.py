@@ -76,7 +76,7 @@ class Endpoint:
             settings: `timeout_s`, `retries`, `concurrency`.
 
         Raises:
-            UserError: it is not an address, or contains a secret, which would get into records.
+            UserError: it is not an address, or contains a secret, which would end up in records.
         """
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
@@ -85,21 +85,21 @@ class Endpoint:
                 "unusable address",
                 code="endpoint-address",
                 where=option,
-                expected="http(s)://HOST[:PORT]/v1" + (", without a name, a key or a ? in it" if secret else ""),
+                expected="http(s)://HOST[:PORT]/v1" + (", without user name, key or query" if secret else ""),
                 found=f"{parts.scheme}://{parts.hostname}" if secret else url,
-                remedy=f"give the address alone; put the key into the environment variable {key_variable}",
+                remedy=f"give only the address; put the key into the environment variable {key_variable}",
             )
         return Endpoint(url.rstrip("/"), os.environ.get(key_variable, "").strip(), **settings)
 
     def at(self, url: str) -> Endpoint:
-        """The same server at another address of its, asked without a second attempt."""
+        """The same server at another address, without retries."""
         return replace(self, url=url, retries=0)
 
     def models(self) -> list[str]:
         """The names of the server's models; asked once, without retries.
 
         Raises:
-            UserError: it is unreachable, or refuses the key.
+            UserError: the server is unreachable, or refuses the key.
         """
         try:
             found = self._send("/models", None)
@@ -109,7 +109,7 @@ class Endpoint:
         return [str(one["id"]) for one in data or () if isinstance(one, dict) and "id" in one]
 
     def post(self, path: str, body: Mapping[str, Any], stopped: threading.Event | None = None) -> Any:
-        """The answer to one request as JSON, or as text where it is none; or `Refused`.
+        """Returns the answer to one request as JSON, or as text if it is not JSON; or `Refused`.
 
         Args:
             path: path after the address, `/chat/completions`.
@@ -134,7 +134,7 @@ class Endpoint:
     def post_all(self, path: str, bodies: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Any]]:
         """Yields (place, answer) of many requests as the answers come; see `post`.
 
-        The threads end with the iterator. They are daemons, so that an interrupted program need not wait for answers.
+        The threads end with the iterator. They are daemons, so an interrupted program does not wait for answers.
         """
         stopped, todo, done = threading.Event(), iter(range(len(bodies))), queue.SimpleQueue[tuple[int, Any]]()
         taking = threading.Lock()
@@ -177,36 +177,36 @@ class Endpoint:
             raise _AgainError(f"{type(reason).__name__}: {reason}") from error
         try:
             return json.loads(text)
-        except ValueError:  # some requests are answered in words; who wants more finds nothing else in them
+        except ValueError:  # vLLM answers some requests in plain text
             return self._shown(text)
 
     def _refused(self, error: urllib.error.HTTPError, path: str) -> Refused:
-        """A request that this server will never answer; raises if it may, or if the server answers no request."""
+        """Returns `Refused` if only this request failed, permanently; raises for all other failures."""
         with error:
             text = b""
             with contextlib.suppress(OSError, http.client.HTTPException):
                 text = error.read(1 << 16)
-        said = f"HTTP {error.code}: {self._shown(text)}"
+        answer = f"HTTP {error.code}: {self._shown(text)}"
         if error.code in (408, 409, 425, 429) or error.code >= 500:
             after = error.headers.get("Retry-After") or ""
-            raise _AgainError(said, float(after) if after.isdecimal() else 0.0)
+            raise _AgainError(answer, float(after) if after.isdecimal() else 0.0)
         if error.code in (400, 413, 422):
-            return Refused(said)
+            return Refused(answer)
         if error.code in (401, 403):
             raise UserError(
                 "the server refuses the key",
                 code="endpoint-key",
                 where=self.url,
-                found=said + ("" if self.key else "; no key was sent"),
-                remedy="put the key into the environment variable, and name another variable with --api-key-env",
+                found=answer + ("" if self.key else "; no key was sent"),
+                remedy="put a valid key into the environment variable; --api-key-env names another variable",
                 exit_status=5,
             )
         raise UserError(
-            "the server does not know this request",
+            "the server does not support this request",
             code="endpoint-refused",
             where=self.url + path,
             expected="an OpenAI-compatible server and the name of one of its models",
-            found=said,
+            found=answer,
             remedy="check the address (it usually ends in /v1) and the model's name",
             exit_status=5,
         )
@@ -217,11 +217,11 @@ class Endpoint:
             code="endpoint-failed",
             where=self.url + path,
             found=why,
-            remedy="start it or wait, then run the same command again: received answers are stored",
+            remedy="start the server or wait, then run the same command again: received answers are stored",
             exit_status=5,
         )
 
     def _shown(self, text: bytes) -> str:
-        """The beginning of an answer without the key, which some servers repeat."""
+        """The beginning of an answer. The key is removed, because some servers repeat it."""
         shown = " ".join(text.decode(errors="replace").split())
         return (shown.replace(self.key, "***") if self.key else shown)[:300]

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer with a cached reference: one line, and no reference model. Install TRL 1.16 yourself."""
+"""Gives TRL's DPOTrainer cached reference log-probs. TRL is not a dependency: install version 1.16 yourself."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ def with_cached_reference(
     >>> trainer = DPOTrainer(model, args=DPOConfig(...), train_dataset=pairs, processing_class=tokenizer)
     >>> with_cached_reference(trainer, "refcache").train()
 
-    Every row is found by its tokens, as the trainer tokenised and truncates it. The columns `ref_chosen_logps` and
-    `ref_rejected_logps` are added to its data sets, weighted if `ld_alpha` is set, and the reference model is freed.
+    Each row is looked up by its token ids, after the trainer's own tokenisation and truncation. The columns
+    `ref_chosen_logps` and `ref_rejected_logps` are added to its data sets, weighted if `ld_alpha` is set, and the
+    reference model is freed.
 
     Args:
         trainer: constructed without `precompute_ref_log_probs`, not yet trained.
         cache: the folder that `dpoeng precompute-ref` wrote.
-        view: the set of pairs; None if there is only one. Rows may be in any view of the same reference.
+        view: a view of the cache; None if there is only one. Rows may be in any view with the same reference.
         check_pairs: number of rows that the trainer's own reference scores first, for comparison; 0 for none.
 
     Returns:

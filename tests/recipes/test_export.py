@@ -105,7 +105,7 @@ def test_an_adapter_for_vllm(stacked: TrainConfig, tmp_path: Path, capsys: pytes
     assert stop.value.code == 0
     said = capsys.readouterr().out
     assert f"--enable-lora --max-lora-rank 16 --lora-modules dpo={tmp_path / 'v'}" in said
-    assert "nats a token from the trained policy, on 4 pairs" in said
+    assert "nats per token from the trained policy, on 4 pairs" in said
     fields = json.loads((tmp_path / "v" / "adapter_config.json").read_text())
     assert (fields["r"], fields["lora_alpha"]) == (10, 10)
     assert not {"rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "modules_to_save"} & set(fields)
@@ -138,7 +138,7 @@ def test_what_differs_is_not_kept(
 
     monkeypatch.setattr(recipe, "merge", wrong_merge)
     monkeypatch.setattr(recipe, "one_lora", wrong_lora)
-    with pytest.raises(UserError, match="does not give the trained policy's") as caught:
+    with pytest.raises(UserError, match="log-probs differ from the trained policy's") as caught:
         export(of_run(stacked), target, tmp_path / "x", stacked)
     assert caught.value.code == "export-differs"
     assert list(tmp_path.iterdir()) == []

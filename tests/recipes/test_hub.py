@@ -140,7 +140,7 @@ def test_names_of_files_and_the_hubs_own_parquet(hub: FakeHub) -> None:
     assert found.count == 8
     assert list(found.files) == [f"hf://datasets/org/script@{CONVERTED_COMMIT}/default/train/0000.parquet"]
     hub.datasets["org/none"] = {"main": {"a.bin": b"x"}, "refs/convert/parquet": {}}
-    with pytest.raises(UserError, match="no file that can be read"):
+    with pytest.raises(UserError, match="no readable file"):
         texts("hf://org/none")
 
 

@@ -148,7 +148,7 @@ def test_the_file_for_open_instruct(cache: Path, tmp_path: Path) -> None:
         export_for("open-instruct", view, tmp_path / "x.pt", other)
     assert caught.value.code == "reference-tokens"
     twice = open_instruct_rows(view, tmp_path / "twice", order, index=1)
-    with pytest.raises(UserError, match="an index twice"):
+    with pytest.raises(UserError, match="a repeated or missing index"):
         export_for("open-instruct", view, tmp_path / "x.pt", twice)
     for rows_of, file, message in (
         (None, "x.pt", "cache_dataset_only"),
@@ -207,7 +207,7 @@ def test_what_is_no_trainer_for_it(cache: Path) -> None:
     for trainer, message in (
         (object(), "not a DPOTrainer"),
         (streamed, "token ids"),
-        (moving, "moves the reference"),
+        (moving, "changes the reference"),
         (own, "already has reference columns"),
     ):
         with pytest.raises(UserError, match=message) as caught:

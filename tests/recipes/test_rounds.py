@@ -102,7 +102,7 @@ def test_three_rounds(tmp_path: Path, run: Path, reference: str) -> None:
             assert view.spec.digest == start.spec.digest == one.reference
             assert one.computed == len(own - seen)  # nothing but the new rows
             ended = log[-1]["metrics"]
-            assert began == pytest.approx(ended, abs=1e-5)  # the policy goes on from the last one
+            assert began == pytest.approx(ended, abs=1e-5)  # training continues from the last policy
         else:
             assert one.reference not in (start.spec.digest, *(other.reference for other in done[: number - 1]))
             assert one.computed == len({view.key(row) for row in range(len(view))})
@@ -294,7 +294,7 @@ def scored(*scores: float | None) -> Judge:
         ((None, 1, 2), "abc", ("c", "b"), ""),
         ((None, 1), "ab", None, "no verdict"),
         ((1, 2), "aaa", None, "all answers are equal"),
-        ((1, 2), "", None, "no answer that ended"),
+        ((1, 2), "", None, "every answer was cut off or empty"),
     ],
 )
 def test_the_best_and_the_worst(tmp_path: Path, scores: Any, texts: str, pair: Any, why: str) -> None:

@@ -30,10 +30,10 @@ MEANINGS: dict[str, str] = {
     "usage": "The command line is not valid. `--help` after any command lists its options.",
     "config-missing": "Something without a default was not given. You can also put it into `dpoeng.yaml`.",
     "config-unreadable": "The configuration file does not exist, or is not YAML of `field: value` lines.",
-    "config-unknown": "A name that no command knows, or only the other phase; the message shows similar ones.",
+    "config-unknown": "No command has this field, or only the other phase has it; the message shows similar names.",
     "config-foreign": "A name of TRL, transformers or peft that dpoeng lacks; docs/trl-versions.md has them all.",
     "config-several": "More than one field is wrong; each is listed with its line.",
-    "config-twice": "A field appears twice in the configuration file, so which one is meant?",
+    "config-twice": "A field appears twice in the configuration file.",
     "config-exists": "`init` and `migrate` overwrite files only with `--force`.",
     "config-unwritable": "`init` or `migrate` cannot write its file at this path.",
     "init-missing": "A file or folder given to `init` does not exist.",
@@ -42,7 +42,7 @@ MEANINGS: dict[str, str] = {
     "config-value": "A field has an invalid value; the message names the field and where it was set.",
     "data-missing": "No such file. Paths are relative to the folder in which the command runs.",
     "data-no-files": "A folder means the data files directly in it, and there are none.",
-    "data-splits": "The splits of a folder are not read together: nobody wants to train on a test split.",
+    "data-splits": "dpoeng reads one split at a time, so that you do not train on test data.",
     "data-not-a-file": "Pipes and devices cannot be read twice, which resuming needs.",
     "data-unknown-kind": "The file ending decides how a file is read; docs/data.md lists the endings.",
     "data-empty": "There are no rows, or none is left after the filter and the unusable rows.",
@@ -51,7 +51,7 @@ MEANINGS: dict[str, str] = {
     "data-bad-json": "A JSON document is parsed as a whole, so one mistake spoils it; in JSON Lines only one row.",
     "data-bad-csv": "The first line of a CSV file must name the columns.",
     "data-too-large": "The file would need more memory than dpoeng allows; the message names the limit.",
-    "data-columns": "No row of the file has a column that is needed, mapped or filtered by.",
+    "data-columns": "No row of the file has a column that you map or filter by, or that dpoeng needs.",
     "data-unreadable": "The system does not let dpoeng read the file.",
     "data-changed": "The file changed while dpoeng read it. Computed values are kept: run again.",
     "data-where": "The filter does not follow the syntax in docs/data.md.",
@@ -59,16 +59,16 @@ MEANINGS: dict[str, str] = {
     "data-one-prompt": "KTO compares a response with those to other prompts, and all rows have one prompt.",
     "data-weight": "`pair_weight_column` needs a number of at least 0 in every training row.",
     "data-rejects": "More rows are unusable than allowed. `dpoeng check` shows the reasons with examples.",
-    "hub-name": "A name on the hub is organisation/name; docs/hub.md has the form for data sets.",
-    "hub-failed": "The hub did not answer, does not know the name, or refuses without a token that may do this.",
-    "hub-paths": "Others cannot load a base or an adapter by a path of your machine, and it tells who you are.",
+    "hub-name": "Names on the hub have the form organisation/name; docs/hub.md shows the form for data sets.",
+    "hub-failed": "The hub is not reachable, does not know the name, or needs a token with access.",
+    "hub-paths": "Others cannot load a model from a path on your machine, and the path may contain your name.",
     "model-not-found": "No folder, no GGUF file and no model on a reachable hub has this name.",
     "model-no-safetensors": "dpoeng reads only safetensors weights, because loading a pickle can run code.",
     "model-incomplete": "A file or tensor of the checkpoint is missing. transformers would fill in random numbers.",
     "model-unexpected-tensors": "The files contain tensors of the language model that do not fit config.json.",
     "adapter-unsavable": "peft cannot save the adapter that you want to train; found before the first step.",
     "model-ambiguous": "The folder contains more than one possible model: dpoeng must hash what transformers loads.",
-    "checkpoint-claims": "It states a size, a pattern or a file name that no real model has.",
+    "checkpoint-claims": "The checkpoint states a size, a pattern or a file name that no real model has.",
     "checkpoint-json": "config.json, adapter_config.json or the list of shards is damaged.",
     "model-unloadable": "transformers cannot load the folder: an unknown architecture, or files that do not fit.",
     "model-unsupported": "dpoeng's probe of this architecture differs from the model's own forward.",
@@ -77,11 +77,11 @@ MEANINGS: dict[str, str] = {
     "reference-tokens": "Another trainer tokenised or truncated a pair differently than phase one.",
     "reference-mismatch": "Another trainer's reference has another model, adapter or precision than phase one's.",
     "reference-trainer": "`with_cached_reference` needs TRL's DPOTrainer, before training.",
-    "reference-drifted": "With these library versions the same reference gives other numbers than the cache has.",
+    "reference-drifted": "With your library versions, the same reference gives other numbers than those in the cache.",
     "tokenizer-missing": "The tokenizer's files are not next to the model, or are not readable.",
     "tokenizer-mismatch": "The tokenizer gives ids that the embedding does not have: it belongs to another model.",
     "tokenizer-no-eos": "Texts end with the end token, and the tokenizer names none.",
-    "tokenizer-claims": "It is too large, makes texts endless, or does not finish on some.",
+    "tokenizer-claims": "The tokenizer is too large, could make texts endless, or may never finish on some.",
     "tokenizer-template-limits": "A chat template is a program. One that runs away is stopped at its limits.",
     "tokenizer-failed": "The tokenizer's library gave up, usually because a pattern can match in too many ways.",
     "tokenizer-no-template": "Messages need the SFT model's chat template.",
@@ -101,7 +101,7 @@ MEANINGS: dict[str, str] = {
     "weights-gguf": "An optional package is missing.",
     "gguf-output-exists": "The folder for a converted model is in use.",
     "quantization-stored": "The checkpoint is quantised already, and differently than requested.",
-    "gguf-unwritable": "llama.cpp has keys for this model that dpoeng does not write; its own converter does.",
+    "gguf-unwritable": "dpoeng cannot write this model as GGUF; llama.cpp's own converter may.",
     "gguf-quantization": "A GGUF file is quantised already.",
     "cache-not-found": "There is no reference cache in this folder. Phase one makes it.",
     "cache-not-empty": "A cache needs an empty or new folder, so that it cannot mix with your files.",
@@ -113,7 +113,7 @@ MEANINGS: dict[str, str] = {
     "cache-no-view": "The cache has no set of pairs of this name.",
     "cache-no-spec": "The cache is empty.",
     "cache-view-unnamed": "The cache contains several sets of pairs: name one.",
-    "cache-view-name": "The name of a set of pairs becomes a file name.",
+    "cache-view-name": "The name of a set of pairs becomes a file name, so some characters are not allowed.",
     "cache-view-exists": "Two caches have a set of pairs of the same name; only one can keep it.",
     "cache-which-spec": "The start of a digest must match exactly one reference.",
     "cache-spec-in-use": "A set of pairs still uses this reference.",
@@ -125,7 +125,7 @@ MEANINGS: dict[str, str] = {
     "cache-read-only": "The cache is not writable. A complete cache may be read-only.",
     "cache-disk-error": "The disk failed. Committed results are kept.",
     "cache-too-many-files": "The system's limit of open files is reached.",
-    "cache-rows": "A view contains pairs, unpaired rows (with a label) or ranked ones; not every command takes all.",
+    "cache-rows": "A view contains pairs, unpaired (labelled) or ranked rows; not every command supports all three.",
     "cache-sums-only": "The cache has only imported sums, and this loss needs the log-prob of each token.",
     "ranks-differ": "All processes of a run need the same files and settings.",
     "ranks-one-gpu": "Training in several processes needs a GPU for each.",
@@ -139,10 +139,10 @@ MEANINGS: dict[str, str] = {
     "select-column": "A column to select or group by is missing, or contains no number.",
     "import-row": "A row contains numbers that no model can give. Nothing was imported.",
     "export-format": "The file ending decides the format: .jsonl or .parquet.",
-    "export-adapter": "vLLM and llama.cpp load plain LoRA on linear layers; the message names what is more.",
-    "export-dtype": "An adapter is written in float32, a checkpoint in a dtype of its own, GGUF in 8 bits too.",
-    "export-differs": "What was written was loaded again and gave other log-probs or ids; nothing of it is left.",
-    "export-trainer": "Trainers read different formats; dpoeng writes no file that a trainer would ignore.",
+    "export-adapter": "vLLM and llama.cpp load only plain LoRA on linear layers; the message names the difference.",
+    "export-dtype": "`--dtype` sets the dtype of a checkpoint or a GGUF model; adapters are always float32.",
+    "export-differs": "The export was loaded again and gave other log-probs or token ids. It was deleted.",
+    "export-trainer": "Each trainer has its own format, and some ignore such files: then dpoeng writes none.",
     "full-finetuning": "The option cannot be combined with training all weights (`use_peft: false`).",
     "parity-failed": "Policy and cache disagree before the first step: another model, adapter or precision.",
     "mix-reference": "One run has one reference: numbers of two cannot be mixed.",
@@ -179,17 +179,17 @@ MEANINGS: dict[str, str] = {
     "round-pairs": "The cache does not contain texts: dpoeng reads them again from the files of phase one.",
     "endpoint-address": "dpoeng writes the address into records, so it must not contain a secret.",
     "endpoint-model": "A server may have several models, or not name its model.",
-    "endpoint-key": "The server needs a key, or another one.",
-    "endpoint-refused": "The server does not know this path or model.",
+    "endpoint-key": "The server needs a valid key.",
+    "endpoint-refused": "The server does not have this path or model.",
     "endpoint-failed": "The server was repeatedly unreachable, busy or failing.",
     "page-unwritable": "The page's file is not writable.",
-    "round-start": "Rounds go on from a run's policy; not every kind of training can be gone on with so.",
+    "round-start": "Rounds start from a run's policy, and some kinds of training cannot be continued this way.",
     "round-prompts": "The prompts of a round come from the run's pairs or from a file.",
-    "round-reference": "A round's pairs must have the tokens, and `first` the reference, of the run.",
+    "round-reference": "A round's pairs must have the run's tokens; with `first`, its reference must be the run's.",
     "round-changed": "Rounds in one folder share their settings; only their number may grow.",
-    "round-damaged": "The record of the rounds that are done cannot be read.",
-    "round-empty": "No prompt has two answers of which one is better, so there is nothing to train on.",
-    "round-server": "A server samples from the policy of the round, which it must have under the name that is told.",
+    "round-damaged": "rounds.json cannot be read.",
+    "round-empty": "No prompt has a better and a worse answer, so there is nothing to train on.",
+    "round-server": "The server must offer the round's policy under the name in the message.",
     "no-gpu": "torch finds no CUDA device. `dpoeng doctor` says why.",
     "system-temporary-full": "Phase one keeps tokens of many pairs in the temporary folder while it runs.",
     "triton-unusable": "Triton could not compile or run a kernel; usually a C compiler is missing.",
@@ -198,8 +198,8 @@ MEANINGS: dict[str, str] = {
     "memory-full": "The process ran out of memory.",
     "offload-room": "There is no room for hidden states between two layers. Checked before anything was computed.",
     "system-error": "The operating system refused to read or write a file.",
-    "system-warning": "Libraries warn about future changes; PYTHONWARNINGS=error makes each warning an error.",
-    "internal-error": "A mistake in dpoeng.",
+    "system-warning": "PYTHONWARNINGS=error turns a library's warning about future changes into an error.",
+    "internal-error": "A bug in dpoeng.",
     "bench-no-peer": "Comparing with TRL needs a Python that has it.",
     "bench-disk-small": "The measured model is first written to the disk. Nothing was written yet.",
     "bench-peer-failed": "The compared process failed; its last lines are shown.",
@@ -210,14 +210,14 @@ MEANINGS: dict[str, str] = {
 # The usual remedy of codes that are raised in several places, or whose remedy depends on the input.
 REMEDIES: dict[str, str] = {
     "data-no-files": "name the files, or the folder with the files",
-    "data-splits": "name the files or the folder of one split",
+    "data-splits": "name one split, or its files",
     "hub-name": "write organisation/name, as the message shows",
     "hub-failed": "check name and network; run `hf auth login` for private and gated repositories",
     "hub-paths": "run the command that the message prints",
     "data-bad-csv": "write the file with a CSV library, column names first",
     "lora-no-target": "name modules of this model",
     "usage": "`--help` after the command lists its options",
-    "config-value": "correct the value, or leave the field out",
+    "config-value": "correct the value, or remove the field",
     "config-unknown": "write the name that the message proposes, or remove the field",
     "config-foreign": "write the field that the message names",
     "parity-failed": "train with the model, adapter and precision that the cache names, or run precompute-ref again",
@@ -253,7 +253,7 @@ REMEDIES: dict[str, str] = {
     "reference-not-finite": "use --dtype bfloat16 or float32; else the weights are damaged",
     "quantization-stored": "leave --quantization out, or name the full-precision checkpoint",
     "export-dtype": "leave --dtype out",
-    "export-differs": "use the adapter as peft loads it, or `dpoeng export OUT --to merged --into merged`",
+    "export-differs": "load the adapter with peft, or use `dpoeng export OUT --to merged --into merged`",
     "gguf-unwritable": "merge, then use llama.cpp's convert_hf_to_gguf.py",
     "gguf-format": "download the file again, or give the model as safetensors",
     "bitsandbytes-unusable": "pip install 'bitsandbytes>=0.50', or use --quantization none",
@@ -296,7 +296,7 @@ REMEDIES: dict[str, str] = {
     "over here (this removes the old run's checkpoints)",
     "memory-full": "use smaller batches; `dpoeng plan` shows what fits",
     "round-start": "change the setting that the message names",
-    "round-prompts": "correct the file, or leave --prompts out",
+    "round-prompts": "correct the file, or remove --prompts",
     "memory-short": "use one of the changes in the message; `dpoeng plan` shows what each saves",
     "bench-peer-failed": "read the last lines of the peer's output",
 }
@@ -310,8 +310,8 @@ error: no pairs given [config-missing]
 
 HEAD = f"""# Errors
 
-Every mistake that you can correct gives one message on stderr: what is wrong and its `[code]`, where, what was
-expected, what was found, and what to do. `--debug`, anywhere in the command, adds the traceback.
+Each error that you can correct is one message on stderr: what is wrong and its `[code]`, where, what dpoeng expected,
+what it found, and what to do. `--debug` anywhere in the command adds the traceback.
 
 ```text
 {EXAMPLE}```
@@ -319,13 +319,13 @@ expected, what was found, and what to do. `--debug`, anywhere in the command, ad
 | exit status | |
 |---|---|
 | 0 | done |
-| 1 | a mistake in dpoeng |
+| 1 | a bug in dpoeng |
 | 2 | the command, the configuration or the model |
 | 3 | the data (also: `dpoeng check` found an error) |
 | 4 | the cache (also: `cache verify` found damage) |
 | 5 | the machine: disk, memory, GPU, libraries (also: `dpoeng doctor` found an error) |
 | 6 | a measurement is worse than allowed (`bench checks`) |
-| 141 | nobody reads the output any more, as with `| head` |
+| 141 | the output's reader ended, as with `| head` |
 | 130, 138, 143 | stopped by Ctrl-C, SIGUSR1 or SIGTERM; the same command continues ([how](resume.md)) |
 
 `make docs-errors` generates this page from the sources. A test compares them, and triggers every code.

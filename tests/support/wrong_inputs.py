@@ -1267,7 +1267,7 @@ JUDGES = (
           act=begun(retokenised=True)),
     Wrong("rounds with another reference", "round-changed", 2, "", ("reference", "first"), act=begun(after=True)),
     Wrong("a damaged record of rounds", "round-damaged", 3, "", ("rounds.json",), act=begun(damaged=True)),
-    Wrong("answers that are all cut off", "round-empty", 3, "", ("no answer that ended", "--keep-cut"),
+    Wrong("answers that are all cut off", "round-empty", 3, "", ("every answer was cut off or empty", "--keep-cut"),
           act=begun(keep_cut=False)),
     Wrong("a server without the policy", "round-server", 5, "", ("--lora-modules dpoeng-",), act=begun(server="STUB")),
     Wrong("an address with a secret", "endpoint-address", 2, JUDGE + " https://h/v1?key=1", ("OPENAI_API_KEY",)),

@@ -1,7 +1,7 @@
-"""`dpoeng export`: what was trained, for llama.cpp, vLLM or plain transformers; loaded again and compared.
+"""Exports a trained policy for llama.cpp, vLLM or plain transformers, and verifies what it wrote.
 
-Whatever is written is read back and scores some pairs of the run's cache. It must give the log-probs of the trained
-policy over the full-precision base, within the rounding of its dtype; else nothing is left of it.
+The written model or adapter is loaded again and scores some pairs of the run's cache. Its log-probs must equal those of
+the trained policy over the full-precision base, within the rounding of its dtype. Otherwise it is deleted.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Target = Literal["merged", "gguf", "gguf-adapter", "vllm"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 
 _TOLERANCE = {"float32": 2e-3, "float16": 2e-2, "bfloat16": 0.1, "q8_0": 0.3}
-"""Mean difference a token, nats, that rounding the weights explains."""
+"""Largest accepted mean difference in nats per token, by the dtype to which the weights were rounded."""
 _KINDS: dict[str, GgufType] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
 
 
@@ -49,13 +49,13 @@ class ExportSummary:
     """Result of an export.
 
     Attributes:
-        target: whom it is for.
-        path: the file or folder.
-        base: the base that an adapter stands on, or was merged into.
-        dtype: of the weights.
-        rank: of an adapter.
-        max_lora_rank: what vLLM is to be told.
-        check: the trained policy against what was written, on pairs of the cache; None where it was left out.
+        target: the program that the export is for.
+        path: the written file or folder.
+        base: the adapter's base model, or the model that it was merged into.
+        dtype: dtype of the weights.
+        rank: rank of an adapter; else None.
+        max_lora_rank: value for vLLM's --max-lora-rank; None for other targets.
+        check: comparison with the trained policy on pairs of the cache; None if skipped.
     """
 
     target: Target
@@ -68,26 +68,26 @@ class ExportSummary:
 
 
 @dataclass(frozen=True, slots=True)
-class _Judge:
-    """The log-probs that the trained policy gives to some pairs, and how to score what was written."""
+class _Expected:
+    """The trained policy's log-probs of some pairs, and the config for scoring the same pairs with an export."""
 
     config: PrecomputeConfig
-    expected: Sequence[ScoredPair]
+    pairs: Sequence[ScoredPair]
 
     def check(self, dtype: str, model: ModelSource, adapter: ModelSource | None = None) -> ParityReport:
-        """Loads a model, or an adapter on it, as phase one does, and compares. Raises UserError where it differs."""
+        """Loads a model, or an adapter on it, as phase one does. Raises UserError if its log-probs differ."""
         lm = load_reference(self.config, model, adapter, pick_device(self.config.device))
         tolerance = max(_TOLERANCE[dtype], _TOLERANCE[self.config.dtype])
-        rows = range(len(self.expected))
-        found = compare_with_cache(lm, self.expected, rows, beta=0.1, batch_tokens=4096, tolerance=tolerance)
+        rows = range(len(self.pairs))
+        found = compare_with_cache(lm, self.pairs, rows, beta=0.1, batch_tokens=4096, tolerance=tolerance)
         if not found.ok:
             raise UserError(
-                "what was written does not give the trained policy's log-probs",
+                "the export's log-probs differ from the trained policy's",
                 code="export-differs",
                 where=str(adapter.folder if adapter else model.folder),
-                expected=f"at most {tolerance:g} nats a token from it, on average",
+                expected=f"a mean difference of at most {tolerance:g} nats per token",
                 found=f"{found.mean_diff:.3g} nats over {found.tokens} tokens",
-                remedy="use the adapter as peft loads it, and please report the architecture",
+                remedy="load the adapter with peft instead, and please report the model's architecture",
             )
         return found
 
@@ -103,20 +103,20 @@ def export(
     force: bool = False,
     progress: Progress = QUIET,
 ) -> ExportSummary:
-    """Writes the result of a run for another program, and loads it again.
+    """Writes the result of a run for another program, loads it again and compares it.
 
     Args:
         output_dir: the run's folder.
-        target: whom it is for.
+        target: the program.
         into: a new folder for `merged` and `vllm`, a file for `gguf` and `gguf-adapter`.
-        config: of the run, with what is to be otherwise; its cache, view, model, dtype and device are read.
-        dtype: of the weights of `merged` and `gguf`; `auto` is the base's own, `q8_0` for `gguf` only.
-        check_pairs: pairs of the cache to compare on; 0 for none.
-        force: whether another file may be replaced.
-        progress: told of the work.
+        config: the run's config with your changes; its cache, view, model, dtype and device are used.
+        dtype: dtype of the weights for `merged` and `gguf`; `auto` is the base's, `q8_0` is for `gguf` only.
+        check_pairs: number of pairs of the cache to compare; 0 for none.
+        force: replace an existing file.
+        progress: receives bars and notes.
 
     Raises:
-        UserError: no finished run, something that the program cannot load, or a result that differs.
+        UserError: the run is not complete, the program cannot load the result, or its log-probs differ.
     """
     whole = (output_dir / MODEL_FOLDER).is_dir()
     base, adapters = (
@@ -130,16 +130,16 @@ def export(
         _refuse_no_gguf(base, target)
     lora = one_lora(base, adapters, "vLLM" if target == "vllm" else "llama.cpp") if target in _ADAPTERS else {}
     max_rank = max_lora_rank(max(len(a) for a, _ in lora.values())) if target == "vllm" else None
-    judge = _judge(find_trained(output_dir), config, check_pairs) if check_pairs else None
+    expected = _score(find_trained(output_dir), config, check_pairs) if check_pairs else None
     if target == "vllm":
-        return replace(_vllm(base, lora, into, judge), max_lora_rank=max_rank)
+        return replace(_vllm(base, lora, into, expected), max_lora_rank=max_rank)
     if target == "gguf-adapter":
         with writing(into, _kind_of_file(), force=force) as path:
-            return replace(_gguf_adapter(base, lora, path, judge), path=into)
+            return replace(_gguf_adapter(base, lora, path, expected), path=into)
     if target == "merged":
-        return _merged(base, adapters, into, dtype, judge, progress)
+        return _merged(base, adapters, into, dtype, expected, progress)
     with writing(into, _kind_of_file(), force=force) as path:
-        return replace(_gguf(base, adapters, path, dtype, judge, progress), path=into)
+        return replace(_gguf(base, adapters, path, dtype, expected, progress), path=into)
 
 
 _ADAPTERS = ("vllm", "gguf-adapter")
@@ -150,45 +150,45 @@ def _kind_of_file() -> Kind:
 
 
 def _refuse_unfit(target: Target, dtype: str, base: ModelSource, *, whole: bool) -> None:
-    told = {
-        "merged": f"{base.folder} is a checkpoint already: use it as it is",
-        "vllm": f"`vllm serve {base.folder}` loads the checkpoint as it is",
-        "gguf-adapter": "name --to gguf",
+    remedies = {
+        "merged": f"use the checkpoint {base.folder} directly",
+        "vllm": f"`vllm serve {base.folder}` loads the checkpoint directly",
+        "gguf-adapter": "use --to gguf",
     }
-    if whole and target in told:
+    if whole and target in remedies:
         raise UserError(
             "this run trained all weights and has no adapter",
             code="full-finetuning",
             where=f"--to {target}",
             found=str(base.folder),
-            remedy=told[target],
+            remedy=remedies[target],
         )
     fixed = target in _ADAPTERS and dtype != "auto"
     if fixed or (target == "merged" and dtype == "q8_0"):
         raise UserError(
-            "the dtype does not go with this target",
+            "this target does not support the dtype",
             code="export-dtype",
             where=f"--dtype {dtype}, --to {target}",
-            expected="--dtype for gguf and merged; q8_0 for gguf alone" if fixed else "q8_0 for gguf alone",
-            remedy="leave --dtype out" if fixed else "name --to gguf, or quantise the merged checkpoint",
+            expected="--dtype only with gguf and merged" if fixed else "q8_0 only with gguf",
+            remedy="remove --dtype" if fixed else "use --to gguf, or another --dtype",
         )
 
 
 def _refuse_no_gguf(base: ModelSource, target: Target) -> None:
-    """Raises UserError before anything is merged for a file that cannot be written."""
+    """Raises UserError before merging if the GGUF file cannot be written."""
     if base.gguf:
         raise UserError(
-            "the base is a GGUF file, into which nothing can be merged",
+            "the base is a GGUF file, and dpoeng cannot merge into one",
             code="model-unloadable",
             where=base.name,
-            remedy="name the original with --model",
+            remedy="give the original checkpoint with --model",
         )
     architecture_of(base.folder)
     if target == "gguf":
         read_tokenizer(base.folder)
     if importlib.util.find_spec("gguf") is None:
         raise UserError(
-            "GGUF files need the package gguf",
+            "writing GGUF files needs the package gguf",
             code="gguf-package",
             where="--to gguf",
             remedy="pip install 'gguf>=0.17'",
@@ -196,14 +196,14 @@ def _refuse_no_gguf(base: ModelSource, target: Target) -> None:
         )
 
 
-def _judge(trained: Trained, config: TrainConfig, count: int) -> _Judge:
-    """The trained policy over the full-precision base, asked for the log-probs of some pairs."""
+def _score(trained: Trained, config: TrainConfig, count: int) -> _Expected:
+    """Scores some pairs with the trained policy over its full-precision base."""
     view, _ = open_views(config)
     reference = view.meta["reference"]
     exact = config.model_copy(update={"quantization": "none"})
     lm = load_trained(trained, exact, view)
     pairs = [view[row].ids for row in spread(range(len(view)), count)]
-    expected = score_within_memory(lm, pairs)
+    scored = score_within_memory(lm, pairs)
     phase_one = PrecomputeConfig.model_validate(
         {
             "model": config.model or reference["model"],
@@ -213,32 +213,32 @@ def _judge(trained: Trained, config: TrainConfig, count: int) -> _Judge:
             "batch_tokens": 4096,
         }
     )
-    del lm  # gone before what was written is loaded
+    del lm  # the export is loaded next: two models need not fit
     release_memory()
-    return _Judge(phase_one, expected)
+    return _Expected(phase_one, scored)
 
 
-def _vllm(base: ModelSource, lora: Matrices, into: Path, judge: _Judge | None) -> ExportSummary:
+def _vllm(base: ModelSource, lora: Matrices, into: Path, expected: _Expected | None) -> ExportSummary:
     rank = 0
     check: ParityReport | None = None
 
     def fill(folder: Path) -> None:
         nonlocal rank, check
         rank = save_peft(folder, lora, base.name)
-        check = judge.check("float32", base, find_adapter(str(folder))) if judge else None
+        check = expected.check("float32", base, find_adapter(str(folder))) if expected else None
 
     write_new(into, fill)
     return ExportSummary("vllm", into, base.name, "float32", rank, check=check)
 
 
-def _gguf_adapter(base: ModelSource, lora: Matrices, path: Path, judge: _Judge | None) -> ExportSummary:
+def _gguf_adapter(base: ModelSource, lora: Matrices, path: Path, expected: _Expected | None) -> ExportSummary:
     architecture = architecture_of(base.folder)
     write_gguf_adapter(path, architecture, lora, name=f"{Path(base.name).name} DPO")
     check = None
-    if judge is not None:
+    if expected is not None:
         with tempfile.TemporaryDirectory() as folder:
             save_peft(Path(folder), read_gguf_adapter(path, architecture, lora), base.name)
-            check = judge.check("float32", base, find_adapter(folder))
+            check = expected.check("float32", base, find_adapter(folder))
     return ExportSummary("gguf-adapter", path, base.name, "float32", max(len(a) for a, _ in lora.values()), check=check)
 
 
@@ -247,13 +247,13 @@ def _merged(
     adapters: Sequence[ModelSource],
     into: Path,
     dtype: str,
-    judge: _Judge | None,
+    expected: _Expected | None,
     progress: Progress,
 ) -> ExportSummary:
     merge(base, adapters, into, dtype=dtype, progress=progress)
     try:
         written = find_model(str(into))
-        check = judge.check(_dtype_of(written), written) if judge else None
+        check = expected.check(_dtype_of(written), written) if expected else None
     except BaseException:
         shutil.rmtree(into)
         raise
@@ -265,10 +265,10 @@ def _gguf(
     adapters: Sequence[ModelSource],
     path: Path,
     dtype: str,
-    judge: _Judge | None,
+    expected: _Expected | None,
     progress: Progress,
 ) -> ExportSummary:
-    """Merges into a folder beside the file, which goes again, in the file's dtype so that weights are rounded once."""
+    """Merges into a temporary folder next to the file, in the file's dtype, so that weights are rounded only once."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".gguf-") as folder:
         source = base
         if adapters:
@@ -278,30 +278,30 @@ def _gguf(
         kind = _dtype_of(source) if dtype == "auto" else dtype
         architecture, name = architecture_of(source.folder), Path(base.name).name
         write_gguf(path, source, architecture, name=name, kind=_KINDS[kind], progress=progress)
-        check = _read_back(path, source, kind, judge) if judge else None
+        check = _read_back(path, source, kind, expected) if expected else None
     return ExportSummary("gguf", path, base.name, kind, check=check)
 
 
-def _read_back(path: Path, source: ModelSource, kind: str, judge: _Judge) -> ParityReport:
-    """The written file as transformers reads it: the same ids of the pairs' texts, and the policy's log-probs."""
+def _read_back(path: Path, source: ModelSource, kind: str, expected: _Expected) -> ParityReport:
+    """Loads the GGUF file with transformers; checks the tokenizer on the pairs' texts, then the log-probs."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".gguf-") as folder:
-        linked = Path(folder, "model.gguf")  # transformers goes by the ending
+        linked = Path(folder, "model.gguf")  # transformers recognises the format by this ending
         linked.symlink_to(path.resolve())
         model = find_model(str(linked))
         original, written = load_tokenizer(source), load_tokenizer(model)
-        for pair in judge.expected:
+        for pair in expected.pairs:
             text = original.decode([*pair.ids.prompt_ids.tolist(), *pair.ids.chosen_ids.tolist()])
             ids = [one(text, add_special_tokens=False)["input_ids"] for one in (original, written)]
             if ids[0] != ids[1]:
                 raise UserError(
-                    "the tokenizer in the GGUF file gives other ids",
+                    "the GGUF file's tokenizer gives other token ids",
                     code="export-differs",
                     where=str(path),
                     expected=f"{ids[0][:8]} ... for a text of the cache",
                     found=f"{ids[1][:8]} ...",
                     remedy="`dpoeng export OUT --to merged --into merged`, then llama.cpp's convert_hf_to_gguf.py",
                 )
-        return judge.check(kind, model)
+        return expected.check(kind, model)
 
 
 def _dtype_of(source: ModelSource) -> str:

@@ -1,4 +1,4 @@
-"""Finds another trainer's rows among those of a cached reference by their tokens. Independent of the trainer."""
+"""Finds another trainer's rows in a cache by their token ids. Independent of the trainer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dpoeng.cache.words import counted
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One prompt with a response, as another trainer reads it.
+    """One prompt with a response, as another trainer tokenised it.
 
     Attributes:
         ids: [T], token ids of prompt and response.
@@ -30,9 +30,10 @@ class Side:
 
 
 def pair_of(chosen: Side, rejected: Side) -> PairIds | None:
-    """The cache's pair with these tokens; None if a side has no scored token.
+    """The pair in the cache's form; None if a side has no scored token.
 
-    Tokens after the last scored one are left out: no log-prob depends on them.
+    Trainers need not tell prompt and response apart, so the prompt is the longest beginning that both sides share
+    before the first scored token. Tokens after the last scored one are dropped: no log-prob depends on them.
     """
     places = [np.flatnonzero(side.scored) for side in (chosen, rejected)]
     if not all(len(place) for place in places):
@@ -53,30 +54,30 @@ def _gaps(places: npt.NDArray[np.int64]) -> Gaps:
 
 
 def sums_of(pair: ScoredPair, ld_alpha: float | None = None) -> tuple[float, float]:
-    """log p_ref of both responses in nats; with `ld_alpha`, tokens beyond the shorter one's length count less.
+    """Sums log p_ref over each response, in nats.
 
-    LD-DPO, https://arxiv.org/abs/2409.06411.
+    `ld_alpha` weights the tokens beyond the shorter response's length, as in LD-DPO, https://arxiv.org/abs/2409.06411.
     """
     if ld_alpha is None:
         return pair.chosen_sum, pair.rejected_sum
     shared = min(len(pair.chosen_logps), len(pair.rejected_logps))
 
-    def weighed(logps: LogpArray) -> float:
+    def weighted(logps: LogpArray) -> float:
         head, tail = logps[:shared].sum(dtype=np.float64), logps[shared:].sum(dtype=np.float64)
         return float(head + ld_alpha * tail)
 
-    return weighed(pair.chosen_logps), weighed(pair.rejected_logps)
+    return weighted(pair.chosen_logps), weighted(pair.rejected_logps)
 
 
 class Lookup:
-    """All rows of a view's reference, including those of other views."""
+    """All rows that a view's reference has scored, including those of other views."""
 
     def __init__(self, view: View) -> None:
         self.view = view
         self._index = Store.open(view.root).lookup(view.spec.digest)
 
     def find(self, pairs: Sequence[PairIds | None], *, where: str, remedy: str) -> list[ScoredPair]:
-        """The rows of these pairs, in their order.
+        """Returns the rows of these pairs, in order.
 
         Args:
             pairs: None for a row without a scored token.
@@ -84,7 +85,7 @@ class Lookup:
             remedy: the message's remedy.
 
         Raises:
-            UserError: the cache lacks one of them.
+            UserError: the cache does not have one of them.
         """
         found = [None if ids is None else self._index.get(ids) for ids in pairs]
         lacking = [i for i, row in enumerate(found) if row is None]
@@ -94,13 +95,13 @@ class Lookup:
                 code="reference-tokens",
                 where=f"{where}, row {lacking[0] + 1}",
                 expected=f"the tokens of a pair that the reference of view {self.view.name} scored",
-                found=self._told(pairs[lacking[0]]),
+                found=self._describe(pairs[lacking[0]]),
                 remedy=remedy,
                 exit_status=3,
             )
         return [row for row in found if row is not None]
 
-    def _told(self, ids: PairIds | None) -> str:
+    def _describe(self, ids: PairIds | None) -> str:
         """Describes how a missing pair differs from the nearest one of the view."""
         if ids is None:
             return "one response has no scored token: truncation removed it"
@@ -124,5 +125,5 @@ def _difference(ids: PairIds, cached: PairIds) -> str:
             differ = np.flatnonzero(here[:shared] != there[:shared])
             at = int(differ[0]) if len(differ) else shared
             ends = [side[at : at + 4].tolist() or "the end" for side in (here, there)]
-            return f"another {name} response: from its token {at + 1} on {ends[0]} here, {ends[1]} in the cache"
-    return "these responses with other scored tokens"
+            return f"another {name} response: from token {at + 1} on, {ends[0]} here and {ends[1]} in the cache"
+    return "the same responses, but with other scored tokens"

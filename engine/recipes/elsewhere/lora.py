@@ -1,4 +1,4 @@
-"""The adapters of a run as one plain LoRA: what vLLM and llama.cpp load beside the base."""
+"""Combines a run's adapters into one plain LoRA, which vLLM and llama.cpp can load."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from dpoeng.engine.recipes.merge import Update, read_updates
 from dpoeng.engine.runtime.folders import saving_tensors
 
 Matrices = dict[str, tuple[torch.Tensor, torch.Tensor]]
-"""By the name of a weight: A [r, in] and B [out, r]; the update is B A."""
+"""A [r, in] and B [out, r] by weight name; the weight's update is B A."""
 
-# Fields of adapter_config.json by which an adapter is more than `b @ a`, in the words of a message.
+# Fields of adapter_config.json that make an adapter more than B A, with their names in messages.
 _MORE: Final = {
     "use_dora": "DoRA",
     "modules_to_save": "whole modules",
@@ -30,35 +30,35 @@ _MORE: Final = {
     "layer_replication": "repeated layers",
 }
 VLLM_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's --max-lora-rank takes."""
+"""The values that vLLM's --max-lora-rank accepts."""
 
 
 def one_lora(base: ModelSource, adapters: Sequence[ModelSource], runtime: str) -> Matrices:
-    """One LoRA that does what the adapters do together, its scale in B.
+    """Combines adapters into one LoRA with the scale in B.
 
-    Two adapters of ranks r and s on one weight are one of rank r + s: their matrices side by side.
+    Two adapters of ranks r and s on the same weight become one of rank r + s by concatenation of their matrices.
 
     Args:
-        base: of both.
-        adapters: one, or the frozen SFT adapter and the trained one.
-        runtime: that is to load it, for messages.
+        base: the adapters' base model.
+        adapters: one adapter, or the frozen SFT adapter and the trained one.
+        runtime: the program that will load it, for messages.
 
     Raises:
-        UserError: an adapter is more than a plain LoRA, named by its setting.
+        UserError: an adapter is not a plain LoRA; the message names the setting.
     """
     for adapter in adapters:
         _refuse_more(adapter, runtime)
     if base.gguf:
-        raise _refused(runtime, base.name, "a base in a GGUF file, whose layers have no names of their own")
+        raise _refused(runtime, base.name, "a base in a GGUF file, which has no peft names for its layers")
     names = stored_names(base)
     if named_class(base, names.model) is not None:
-        raise _refused(runtime, base.name, "the text part of a multimodal model, which it loads under other names")
+        raise _refused(runtime, base.name, "the text part of a multimodal model, whose layers have other names there")
     with contextlib.ExitStack() as stack:
         own = [stack.enter_context(as_peft_reads(adapter, names.model)) for adapter in adapters]
         plain, updates, replaced = read_updates(own)
     if not plain or replaced or any(".experts." in name for name in updates):
-        told = "LoRA on embeddings, biases, experts, or a start that changes the base (PiSSA, OLoRA)"
-        raise _refused(runtime, adapters[-1].name, told)
+        unsupported = "LoRA on embeddings, biases, experts, or a start that changes the base (PiSSA, OLoRA)"
+        raise _refused(runtime, adapters[-1].name, unsupported)
     return {name: _joined(parts) for name, parts in sorted(updates.items())}
 
 
@@ -78,20 +78,20 @@ def _refuse_more(adapter: ModelSource, runtime: str) -> None:
 
 def _refused(runtime: str, where: str, found: str) -> UserError:
     return UserError(
-        f"{runtime} does not load this adapter",
+        f"{runtime} cannot load this adapter",
         code="export-adapter",
         where=where,
         expected="a plain LoRA on linear layers",
         found=found,
-        remedy="`dpoeng export OUT --to merged --into merged` writes a whole checkpoint, which every runtime loads",
+        remedy="`dpoeng export OUT --to merged --into merged` writes a merged checkpoint, which needs no adapter",
     )
 
 
 def save_peft(folder: Path, matrices: Mapping[str, tuple[torch.Tensor, torch.Tensor]], base: str) -> int:
-    """Writes one LoRA as peft and vLLM read it; returns its rank.
+    """Writes a LoRA in peft's format and returns its rank.
 
-    vLLM scales all modules by one alpha / r, and reads no rank_pattern: every module gets the largest rank, filled with
-    zeros, and alpha equals it, since the scale is in B.
+    vLLM has one alpha / r for all modules and ignores rank_pattern. Therefore smaller modules are padded with zeros to
+    the largest rank. alpha equals that rank, because B already contains the scale.
     """
     rank = max(len(a) for a, _ in matrices.values())
     tensors: dict[str, torch.Tensor] = {}
@@ -118,12 +118,12 @@ def save_peft(folder: Path, matrices: Mapping[str, tuple[torch.Tensor, torch.Ten
 
 
 def max_lora_rank(rank: int) -> int:
-    """The smallest --max-lora-rank of vLLM that holds this rank.
+    """The smallest value of vLLM's --max-lora-rank for this rank.
 
     Raises:
-        UserError: none does.
+        UserError: the rank is too large for vLLM.
     """
     for allowed in VLLM_RANKS:
         if rank <= allowed:
             return allowed
-    raise _refused("vLLM", "--max-lora-rank", f"rank {rank}, and vLLM's largest is {VLLM_RANKS[-1]}")
+    raise _refused("vLLM", "--max-lora-rank", f"rank {rank}; vLLM supports at most {VLLM_RANKS[-1]}")

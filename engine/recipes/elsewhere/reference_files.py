@@ -24,12 +24,12 @@ from dpoeng.engine.recipes.elsewhere.lookup import Lookup, Side, pair_of
 _READ_NONE: Final = {
     "axolotl": (
         "it passes its rows to TRL, which computes its own and ignores such columns",
-        "call dpoeng.trl.with_cached_reference(trainer, CACHE) in a plugin's post_trainer_create, as "
-        "docs/other-trainers.md shows; or train here: `dpoeng migrate CONFIG.yml`",
+        "call dpoeng.trl.with_cached_reference(trainer, CACHE) in a plugin's post_trainer_create (see "
+        "docs/other-trainers.md); or train with dpoeng: `dpoeng migrate CONFIG.yml`",
     ),
     "ms-swift": (
         "its templates drop such columns, and its loss does not read them from a file",
-        "train here: `dpoeng train --cache CACHE`; ms-swift with LoRA computes its reference in every step",
+        "train with dpoeng: `dpoeng train --cache CACHE`; ms-swift with LoRA computes its reference in every step",
     ),
 }
 _SIDES: Final = ("chosen", "rejected")
@@ -50,12 +50,12 @@ def export_for(trainer: OtherTrainer, view: View, path: Path, rows: Path | None 
         The number of rows.
 
     Raises:
-        UserError: the trainer reads no such file, its format cannot express a row, or the view lacks one of `rows`.
+        UserError: the trainer cannot read such files, its format cannot express a row, or a row of `rows` is missing.
     """
     if trainer in _READ_NONE:
         why, remedy = _READ_NONE[trainer]
         raise UserError(
-            f"{trainer} reads no reference log-probs from a file",
+            f"{trainer} cannot read reference log-probs from a file",
             code="export-trainer",
             where=f"--for {trainer}",
             found=why,
@@ -71,13 +71,13 @@ def export_for(trainer: OtherTrainer, view: View, path: Path, rows: Path | None 
             raise _unfit(
                 f"{trainer} does not support unscored response tokens",
                 f"{file}:{number}",
-                "a merged prompt boundary, or turns of others within the response",
+                "a token across the prompt's end, or a user's turn within the response",
             )
     return export_sums(view, path)
 
 
 def is_file_for(trainer: OtherTrainer, path: Path) -> bool:
-    """Whether a file was written for this trainer. Raises ValueError if it is not what its name says."""
+    """Whether a file was written for this trainer. Raises ValueError if its content does not fit its ending."""
     return trainer == "trl" and is_sums_export(path)
 
 
@@ -92,7 +92,7 @@ def _plain(ids: PairIds) -> bool:
 
 
 def _for_open_instruct(view: View, path: Path, rows: Path | None) -> int:
-    """Its TensorCache: two float32 tensors, by the `index` of its tokenised rows."""
+    """Writes open-instruct's TensorCache: two float32 tensors [N], in the order of its rows' `index`."""
     import torch
 
     if rows is None or path.suffix != ".pt":
@@ -102,7 +102,7 @@ def _for_open_instruct(view: View, path: Path, rows: Path | None) -> int:
             where="--for open-instruct",
             expected="FILE as its log names it ('Reference logprobs cache path'), and --rows: the folder of its rows",
             found=f"{path.name}, " + ("no --rows" if rows is None else f"--rows {rows}"),
-            remedy="run open_instruct/dpo.py with your options and `--cache_dataset_only`: it writes rows, logs FILE",
+            remedy="run open_instruct/dpo.py with your options and `--cache_dataset_only`; it writes rows, logs FILE",
         )
     indices: list[int] = []
     pairs: list[PairIds | None] = []
@@ -111,7 +111,7 @@ def _for_open_instruct(view: View, path: Path, rows: Path | None) -> int:
         sides = [_side(row[f"{side}_input_ids"], row[f"{side}_labels"]) for side in _SIDES]
         pairs.append(pair_of(sides[0], sides[1]))
     if sorted(indices) != list(range(len(indices))):
-        raise _unfit("some rows are missing", f"{rows}, column index", "an index twice, or one left out")
+        raise _unfit("some rows are missing", f"{rows}, column index", "a repeated or missing index")
     found = Lookup(view).find(
         pairs, where=str(rows), remedy="score these rows with open-instruct's model, chat template and --max-length"
     )
@@ -128,7 +128,7 @@ def _side(ids: list[int], labels: list[int]) -> Side:
 
 
 def _tokenised(folder: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a folder that `datasets` saved."""
+    """Reads the rows of a folder that the datasets library saved."""
     needed = {f"{side}_{name}" for side in _SIDES for name in ("input_ids", "labels")}
     files = data_files(folder, lambda file: file.suffix == ".arrow") if folder.is_dir() else []
     for file in files:
@@ -147,6 +147,6 @@ def _unfit(message: str, where: str, found: str) -> UserError:
         code="export-trainer",
         where=where,
         found=found,
-        remedy="name rows that open-instruct tokenised, or a view of plain prompts and responses; "
+        remedy="use rows that open-instruct tokenised, or a view of plain prompts and responses; "
         "docs/other-trainers.md lists each trainer's formats",
     )

@@ -45,7 +45,9 @@ def use_cached_reference(trainer: Any, cache: Path, view: str | None, *, check_p
     lookup = Lookup(View.open(cache, view))
     alpha = getattr(trainer.args, "ld_alpha", None)
     if alpha is not None and lookup.view.spec.holds_sums:
-        raise _unfit("ld_alpha weights tokens", "a cache with log-probs of tokens", "one that was imported as sums")
+        raise _unfit(
+            "ld_alpha needs token log-probs", "a cache with token log-probs", "a cache that was imported as sums"
+        )
     found = {name: _found(trainer, rows, name, lookup) for name, rows in _data_sets(trainer).items()}
     if check_pairs:
         _check_model(trainer, found["train_dataset"], lookup.view, check_pairs, alpha)
@@ -71,7 +73,7 @@ def _refuse_unfit(trainer: Any) -> None:
             "the trainer already computed its reference", "precompute_ref_log_probs=False", "True, or a second call"
         )
     if getattr(trainer.args, "sync_ref_model", False):
-        raise _unfit("sync_ref_model moves the reference while it trains", "a fixed reference", "sync_ref_model")
+        raise _unfit("sync_ref_model changes the reference during training", "a fixed reference", "sync_ref_model")
     for name, rows in _data_sets(trainer).items():
         columns = getattr(rows, "column_names", None) or []
         if not hasattr(rows, "add_column") or not hasattr(rows, "__len__") or not set(_IDS) <= set(columns):
@@ -87,7 +89,7 @@ def _unfit(message: str, expected: str, found: str) -> UserError:
         where="with_cached_reference",
         expected=expected,
         found=found,
-        remedy="call it once, on DPOTrainer(model, args=DPOConfig(...), train_dataset=pairs, ...) before train()",
+        remedy="call it once, after DPOTrainer(model, args=DPOConfig(...), train_dataset=pairs, ...) before train()",
     )
 
 
@@ -123,7 +125,7 @@ def _check_model(trainer: Any, found: Sequence[ScoredPair], view: View, count: i
     """Lets the trainer compute some of the values. Raises UserError if they differ from the cache's."""
     if getattr(trainer, "is_deepspeed_enabled", False) or getattr(trainer, "is_fsdp_enabled", False):
         logging.getLogger("dpoeng").warning(
-            "with_cached_reference: the tokens were checked, but not the model: it is sharded over processes"
+            "with_cached_reference checked the tokens, but not the model, because it is sharded over processes"
         )
         return
     differences = []
@@ -146,8 +148,8 @@ def _check_model(trainer: Any, found: Sequence[ScoredPair], view: View, count: i
             code="reference-mismatch",
             where=f"view {view.name}, {reference['model']}"
             + (f" + {reference['adapter']}" if reference["adapter"] else ""),
-            expected=f"log-probs within {allowed:g} nats a token",
-            found=f"{mean:.3g} nats a token, on average over {min(count, len(found))} pairs",
+            expected=f"a mean difference of at most {allowed:g} nats per token",
+            found=f"{mean:.3g} nats per token over {min(count, len(found))} pairs",
             remedy="give the trainer the model and adapter that phase one scored, or score with the trainer's; "
             "check_pairs=0 if you want another reference",
             exit_status=3,

@@ -1,1 +1,1 @@
-"""Judged answers: before and after training, and the best and the worst as pairs for another round."""
+"""Judges answers: before against after training, or best against worst as pairs for another round."""

@@ -1,4 +1,4 @@
-"""The run that rounds begin with: whether they can, its pairs as texts, its prompts, and the rounds' own cache."""
+"""Prepares rounds from a run: checks it, reads its pairs and prompts again, and copies its cache."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from dpoeng.engine.runtime.progress import Progress
 
 @dataclass(frozen=True, slots=True)
 class RoundSettings:
-    """How rounds are done.
+    """Settings of the rounds.
 
     Attributes:
-        reference: of each round: `first`, that of the run they begin with; `last`, the policy that is sampled.
-        rounds: how many are to be done, with those that are done already.
-        train_on: `all` pairs, those of the run and of every round; or the `new` ones of the round alone.
-        prompts: a file of prompts; without it those of the run's training pairs.
-        count: prompts a round; None for all.
-        keep_cut: whether answers count that the limit of tokens ended.
-        sampling: of the answers.
-        server: where the policy is sampled; None for here.
+        reference: each round's reference: `first`, the starting run's; `last`, the policy that was sampled.
+        rounds: total number of rounds, finished ones included.
+        train_on: `all` trains on the run's pairs and those of every round; `new` on this round's pairs only.
+        prompts: a file of prompts; None takes those of the run's training pairs.
+        count: prompts per round; None for all.
+        keep_cut: also use answers that `max_new_tokens` cut off.
+        sampling: settings for the answers.
+        server: the server that samples; None samples in this process.
     """
 
     reference: Literal["first", "last"]
@@ -58,7 +58,7 @@ class RoundSettings:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The run that the rounds begin with, its prompts, and its pairs as files in the rounds' folder."""
+    """The starting run, its prompts, and its pairs as files in the rounds' folder."""
 
     view: AnyView
     config: TrainConfig
@@ -70,47 +70,47 @@ class Start:
 
 
 def check_start(trained: Trained, config: TrainConfig, settings: RoundSettings) -> None:
-    """Raises UserError where rounds cannot begin with this run, before anything is done."""
+    """Raises UserError if rounds cannot start from this run, before any work is done."""
     why = ""
     if group_size(os.environ) > 1:
-        why = "rounds are one process: start them without torchrun"
+        why = "rounds run in one process: start them without torchrun"
     elif trained.run is None or trained.mode is None:
-        why = "rounds begin with the folder of a run, whose cache and settings they take"
+        why = "this is not the folder of a run: rounds need its cache and settings"
     elif settings.reference == "first" and trained.mode == "full":
-        why = "all weights are trained, and begin with the reference's: use --reference last"
+        why = "full fine-tuning always starts from its reference's weights: use --reference last"
     elif settings.reference == "last" and trained.mode == "stack":
-        why = "the last policy has two adapters, and a reference has one: use --reference first"
+        why = "the last policy has two adapters, and a reference can have only one: use --reference first"
     elif settings.server is not None and trained.mode == "stack":
-        why = "a server loads one adapter, and this policy has two: leave --server out"
+        why = "a server loads one adapter, and this policy has two: remove --server"
     elif config.pair_weight_column is not None or config.order_by.startswith("column:"):
-        why = "new pairs lack the column that --pair-weight-column or --order-by names"
+        why = "new pairs do not have the column that --pair-weight-column or --order-by names"
     elif settings.sampling.count < 2 or settings.sampling.temperature <= 0:
         why = "a pair needs two different answers: --samples of 2 or more, --temperature above 0"
     if why:
         raise UserError(
-            "these rounds cannot be done",
+            "cannot start rounds from this run",
             code="round-start",
             where=str(trained.folder.parent),
             found=why,
-            remedy="change what is named here",
+            remedy="change the run or the option named above",
         )
 
 
 def begin(trained: Trained, config: TrainConfig, settings: RoundSettings, folder: Path, progress: Progress) -> Start:
-    """Reads the run's pairs as texts, and the prompts; makes the rounds' cache of the run's, where it is not there yet.
+    """Reads the run's pairs and the prompts as texts, and copies the run's cache on the first call.
 
     Raises:
-        UserError: the pairs cannot be read again, or are no pairs.
+        UserError: the rows are not pairs, or cannot be read again.
     """
     view, eval_view = open_views(config)
     if view.rows != "pairs":
         raise UserError(
-            "rounds make pairs, and this run was trained on other rows",
+            "rounds create pairs, but this run was trained on other rows",
             code="round-start",
             where=f"view {view.name}",
             expected="a view of pairs",
             found=f"{view.rows} rows",
-            remedy="begin with a run on pairs",
+            remedy="start from a run that was trained on pairs",
         )
     rows, held_out = split(view, eval_view, config)
     pairs = source_pairs(view, rows)
@@ -119,7 +119,7 @@ def begin(trained: Trained, config: TrainConfig, settings: RoundSettings, folder
         write_lines(folder / "first.jsonl", [as_row(pair) for pair in pairs])
         if held_out_file is not None:
             write_lines(held_out_file, [as_row(pair) for pair in source_pairs(eval_view or view, held_out)])
-        progress.note(f"the rounds' own cache begins with a copy of {config.cache}")
+        progress.note(f"copying {config.cache} to the rounds' own cache")
         merge(Store.open(folder / "cache", create=True), Store.open(config.cache))
     reference = view.meta["reference"]
     source = find_model(config.model or reference["model"], revision=reference.get("revision"))
@@ -130,18 +130,18 @@ def begin(trained: Trained, config: TrainConfig, settings: RoundSettings, folder
     prompts, unusable = distinct_prompts(asked, tokenizer, view.meta["tokens"]["max_length"])
     if not prompts:
         raise UserError(
-            "no prompt can be answered",
+            "no prompt is usable",
             code="round-prompts",
             where=str(settings.prompts or view.name),
-            expected="prompts that leave room for an answer",
+            expected="prompts shorter than --max-length, so that an answer fits",
             found=unusable[0][1] if unusable else "none",
-            remedy="name others with --prompts",
+            remedy="give other prompts with --prompts",
             exit_status=3,
         )
     if unusable:
         lines = [{"prompt": shown_prompt(pair.prompt), "why": why} for pair, why in unusable]
         write_lines(folder / "unusable_prompts.jsonl", lines)
-        progress.note(f"{counted(len(unusable), 'prompt')} cannot be used; unusable_prompts.jsonl says why")
+        progress.note(f"{counted(len(unusable), 'prompt')} skipped; unusable_prompts.jsonl gives the reasons")
     assert trained.mode is not None
     return Start(
         view=view,
@@ -155,7 +155,7 @@ def begin(trained: Trained, config: TrainConfig, settings: RoundSettings, folder
 
 
 def rounds_identity(trained: Trained, start: Start, judge: Judge, settings: RoundSettings) -> dict[str, Any]:
-    """What rounds in one folder have in common; more of them may be asked for."""
+    """The settings that all rounds in one folder share; their number may grow."""
     config, defaults = start.config, TrainConfig.model_validate({}).model_dump(mode="json")
     training = {
         name: value

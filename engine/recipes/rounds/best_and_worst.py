@@ -1,4 +1,4 @@
-"""From scored answers to pairs: the best answer to a prompt against the worst, and why a prompt has none."""
+"""Turns scored answers into pairs: each prompt's best answer against its worst."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Chosen:
     """Pairs of a round.
 
     Attributes:
-        rows: as phase one reads them, with both scores.
-        left_out: prompts without a pair, with why, their answers and scores.
-        answers: of all prompts, how many; `cut` of them were ended by the limit of tokens, `empty` have no text.
-        mean_score: of all answers with a score; None of a judge that compares.
+        rows: the pairs with both scores, as phase one reads them.
+        left_out: prompts without a pair: the reason, the answers and their scores.
+        answers: number of answers; `max_new_tokens` cut off `cut` of them, `empty` have no text.
+        mean_score: mean over all scored answers; None if the judge compares.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Chosen:
     mean_score: float | None = None
 
     def reasons(self) -> dict[str, int]:
-        """Why prompts were left out -> how many."""
+        """Number of prompts per reason for leaving them out."""
         return dict(Counter(line["why"] for line in self.left_out).most_common())
 
 
@@ -52,15 +52,16 @@ def choose_pairs(
     """Score the answers to each prompt, and pair the best with the worst.
 
     Args:
-        judge: who scores.
+        judge: the judge.
         prompts: N prompts.
-        answers: of each.
-        kept: what the judge has said before.
-        progress: where the work is shown.
-        keep_cut: whether answers count that the limit of tokens ended: the end token behind them would be trained.
+        answers: the answers to each, N sequences.
+        kept: the judge's stored replies.
+        progress: shows the work.
+        keep_cut: also use answers that `max_new_tokens` cut off. Phase one adds an end token to every response, so
+            training would teach the policy to stop in the middle of a sentence.
 
     Raises:
-        UserError: the judge cannot be asked.
+        UserError: see `ask_all`.
     """
     found = Chosen(
         answers=sum(map(len, answers)),
@@ -78,8 +79,8 @@ def choose_pairs(
     for place, prompt in enumerate(prompts):
         why = _pair_of(found, prompt, texts[place], scores.get(place))
         if why:
-            told = {"prompt": shown_prompt(prompt.pair.prompt), "answers": texts[place], "scores": scores.get(place)}
-            found.left_out.append({"why": why, **told})
+            shown = {"prompt": shown_prompt(prompt.pair.prompt), "answers": texts[place], "scores": scores.get(place)}
+            found.left_out.append({"why": why, **shown})
     known = [score for of in scored for score in of if score is not None]
     if known and not judge.compares:
         found.mean_score = sum(known) / len(known)
@@ -87,9 +88,9 @@ def choose_pairs(
 
 
 def _pair_of(found: Chosen, prompt: RoundPrompt, texts: Sequence[str], scores: Sequence[float | None] | None) -> str:
-    """Adds the pair of a prompt; returns why there is none."""
+    """Adds a prompt's pair; returns the reason if it has none."""
     if scores is None:
-        return "all answers are equal" if texts else "no answer that ended"
+        return "all answers are equal" if texts else "every answer was cut off or empty"
     known = [(score, text) for score, text in zip(scores, texts, strict=True) if score is not None]
     if len(known) < 2:
         return "no verdict"

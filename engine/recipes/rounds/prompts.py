@@ -1,4 +1,4 @@
-"""The prompts of a round: as texts that pairs are written with, and as the token ids that the policy goes on from."""
+"""The prompts of a round: texts for the new pairs, token ids for sampling."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from dpoeng.engine.data.strict_json import RowFault
 
 @dataclass(frozen=True, slots=True)
 class RoundPrompt:
-    """A prompt: the pair that it comes from, whose responses do not matter here, and its token ids."""
+    """A prompt: a pair that contains it, whose responses are not used, and its token ids, int32 [P]."""
 
     pair: PreferencePair
     ids: IdArray
 
     def row(self, chosen: str, rejected: str) -> dict[str, Any]:
-        """A row of pairs with these answers, as phase one reads it."""
+        """The row that pairs these answers, as phase one reads it."""
         return as_row(replace(self.pair, chosen=_turns(self.pair, chosen), rejected=_turns(self.pair, rejected)))
 
 
 def as_row(pair: PreferencePair) -> dict[str, Any]:
-    """A pair as a row of JSON Lines that is read as the same pair."""
+    """The JSON Lines row from which phase one reads this pair again."""
     row: dict[str, Any] = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
     row |= {"tools": pair.tools} if pair.tools is not None else {}
     row |= {"chat_template_kwargs": pair.chat_template_kwargs} if pair.chat_template_kwargs is not None else {}
@@ -40,12 +40,12 @@ def as_row(pair: PreferencePair) -> dict[str, Any]:
 def distinct_prompts(
     pairs: Iterable[PreferencePair], tokenizer: Any, max_length: int
 ) -> tuple[list[RoundPrompt], list[tuple[PreferencePair, str]]]:
-    """Each prompt once, in order; and those that cannot be used, with why.
+    """Returns each prompt once, in order, and the unusable ones with the reason.
 
     Args:
-        pairs: of which the prompts are taken.
-        tokenizer: of the reference.
-        max_length: tokens of prompt and response, of which the prompt must leave one.
+        pairs: pairs with the prompts.
+        tokenizer: the reference's tokenizer.
+        max_length: limit for prompt and response in tokens; the prompt must leave at least one.
     """
     found: dict[bytes, RoundPrompt] = {}
     left_out: dict[str, tuple[PreferencePair, str]] = {}
@@ -62,20 +62,20 @@ def distinct_prompts(
         if 0 < len(ids) < max_length:
             found.setdefault(ids.tobytes(), RoundPrompt(asked, ids))
         else:
-            left_out.setdefault(str(pair.prompt), (asked, f"{len(ids)} tokens, of at most {max_length - 1}"))
+            left_out.setdefault(str(pair.prompt), (asked, f"{len(ids)} tokens; the limit is {max_length - 1}"))
     return list(found.values()), list(left_out.values())
 
 
 def read_prompt_file(file: Path, example: PreferencePair, prompt_format: str | None) -> list[PreferencePair]:
-    """Prompts of a file: a text file has one a line, another file a `prompt` in each row as files of pairs have it.
+    """Reads prompts: one per line of a text file, or `prompt` in each row of a file as for pairs.
 
     Args:
         file: the file.
-        example: a pair of the run; where its prompt is messages, a text becomes a user's message.
-        prompt_format: what the run's pairs have around texts, or None.
+        example: a pair of the run; if its prompt is messages, a text becomes a user's message.
+        prompt_format: the run's prompt format, applied to texts; or None.
 
     Raises:
-        UserError: the file cannot be read, or one of its rows holds no prompt.
+        UserError: the file cannot be read, or a row has no prompt.
     """
     chat = isinstance(example.prompt, list)
 
@@ -96,7 +96,7 @@ def read_prompt_file(file: Path, example: PreferencePair, prompt_format: str | N
                 raise row
             given = read_prompt(row, {}, single_answers=True)
             if not given.prompt:
-                raise RowFault("empty-prompt", f"row {number} holds no prompt")
+                raise RowFault("empty-prompt", f"row {number} has no prompt")
             more = {name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name)}
             found.append(pair_of(place_prompt(given, given.prompt, prompt_format), number, more))
     except (OSError, UnicodeDecodeError, RowFault) as error:
@@ -104,16 +104,16 @@ def read_prompt_file(file: Path, example: PreferencePair, prompt_format: str | N
             "cannot read the prompts of this round",
             code="round-prompts",
             where=f"--prompts {file}",
-            expected="a text file with a prompt a line, or a file of rows with `prompt`",
+            expected="a text file with one prompt per line, or a file of rows with `prompt`",
             found=error.detail if isinstance(error, RowFault) else str(error),
-            remedy="correct the file, or leave --prompts out to use the run's own prompts",
+            remedy="correct the file, or remove --prompts to use the run's own prompts",
             exit_status=3,
         ) from error
     return found
 
 
 def of_round(prompts: Sequence[RoundPrompt], count: int | None, number: int) -> list[RoundPrompt]:
-    """The prompts of a round, counted from 1: all, or the next `count`, from the beginning again behind the last."""
+    """The prompts of round `number`, from 1: all, or the next `count`, starting again after the last prompt."""
     if count is None or count >= len(prompts):
         return list(prompts)
     first = (number - 1) * count

@@ -1,4 +1,4 @@
-"""What rounds have done, on disk: rounds.json, and the files of each round, written whole."""
+"""The record of finished rounds, rounds.json, and atomic writes of each round's files."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ STATE = "rounds.json"
 
 @dataclass(slots=True)
 class RoundSummary:
-    """What one round did.
+    """The results of one round.
 
     Attributes:
         number: from 1.
-        sampled: the policy that answered.
+        sampled: folder of the policy that answered.
         reference: digest of the round's reference.
-        prompts, answers, cut, empty: of the sampling; see `Chosen`.
-        mean_score: of the answers, by a judge that scores: the round before shows in it.
-        pairs: new ones; `left_out` counts prompts without one by why.
-        train_pairs, computed, rejected: rows of the round's view, those that phase one had to compute, and those that
-            it could not use.
-        asked, kept: questions to the judge that were new, and that had been answered before.
-        evaluation: held-out metrics after the round.
-        result: the folder of the policy that it trained.
+        prompts, answers, cut, empty: counts of the sampling; see `Chosen`.
+        mean_score: mean score of the answers, sampled before this round's training; None if the judge compares.
+        pairs: new pairs; `left_out` counts the prompts without one, by reason.
+        train_pairs, computed, rejected: rows of the round's view, rows that phase one computed for it, and rows that it
+            rejected.
+        asked, kept: new questions to the judge, and stored replies.
+        evaluation: held-out metrics after the round's training.
+        result: folder of the trained policy.
     """
 
     number: int
@@ -54,32 +54,32 @@ class RoundSummary:
 
 
 def open_state(folder: Path, identity: Mapping[str, Any]) -> list[RoundSummary]:
-    """The rounds that are done.
+    """Reads the finished rounds, and creates rounds.json in a new folder.
 
     Raises:
-        UserError: they were done with other settings, or the file is damaged.
+        UserError: the folder's rounds have other settings, or the file is damaged.
     """
     file = folder / STATE
     if not file.is_file():
         write_state(folder, identity, [])
         return []
     try:
-        held = json.loads(file.read_text(encoding="utf-8"))
-        before, done = held["settings"], [RoundSummary(**one) for one in held["rounds"]]
+        record = json.loads(file.read_text(encoding="utf-8"))
+        before, done = record["settings"], [RoundSummary(**one) for one in record["rounds"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            "the record of these rounds is damaged",
+            "the record of these rounds is unreadable",
             code="round-damaged",
             where=str(file),
             found=str(error),
-            remedy="name another folder with --output-dir",
+            remedy="choose another folder with --output-dir",
             exit_status=3,
         ) from error
     now = json.loads(json.dumps(identity))
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if changed:
         raise UserError(
-            "this folder holds rounds with other settings",
+            "this folder has rounds with other settings",
             code="round-changed",
             where=str(folder),
             expected="; ".join(f"{name} = {_short(before.get(name), now.get(name))}" for name in changed),
@@ -90,20 +90,20 @@ def open_state(folder: Path, identity: Mapping[str, Any]) -> list[RoundSummary]:
 
 
 def _short(one: Any, other: Any) -> str:
-    """A setting; of several together those that differ."""
+    """A setting as JSON; of a dict only the fields that differ."""
     if isinstance(one, dict) and isinstance(other, dict):
         one = {name: value for name, value in one.items() if other.get(name) != value}
     return json.dumps(one)[:200]
 
 
 def write_state(folder: Path, identity: Mapping[str, Any], done: Sequence[RoundSummary]) -> None:
-    """Write rounds.json; raises UserError where the folder cannot be written."""
+    """Writes rounds.json; raises UserError if the folder is not writable."""
     record = {"command": STUDY, "settings": dict(identity), "rounds": [asdict(one) for one in done]}
     _write(folder / STATE, json.dumps(record, indent=2) + "\n")
 
 
 def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Write JSON lines, whole; raises UserError where the folder cannot be written."""
+    """Writes a JSON Lines file atomically; raises UserError if the folder is not writable."""
     _write(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 

@@ -1,8 +1,8 @@
-"""Another round: sample answers from the policy, have them judged, and train on the best against the worst.
+"""Rounds of training on the policy's own answers: sample, judge, pair the best with the worst, train.
 
-Each round goes through the same steps: answers, scores, pairs, phase one, phase two. Every step finds what it has done
-before, so a round that was killed anywhere is gone on with by the same command, to the same bytes where sampling and
-judge give the same again. rounds.json says which rounds are done, and with what settings.
+Each round has the same steps: answers, scores, pairs, phase one, phase two. Every step stores its results, so the same
+command continues a killed round. The bytes are the same if the sampling and the judge are deterministic. rounds.json
+lists the finished rounds and their settings.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from dpoeng.engine.runtime.progress import QUIET, Progress
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What all rounds have in common."""
+    """What all rounds share."""
 
     start: Start
     judge: Judge
@@ -57,18 +57,18 @@ def train_rounds(
     folder: Path,
     progress: Progress = QUIET,
 ) -> list[RoundSummary]:
-    """Do every round that is not done: sample, judge, pair, phase one, phase two.
+    """Runs all unfinished rounds: sample, judge, pair, phase one, phase two.
 
     Args:
-        trained: a run's policy; see `find_trained`.
-        config: of its run, with what is to be otherwise in the rounds' trainings.
+        trained: the starting run's policy; see `find_trained`.
+        config: its run's config, with the changes for the rounds' trainings.
         judge: see `find_judge`.
-        settings: of the rounds.
-        folder: where everything goes: a folder a round, and a cache of the rounds' own.
-        progress: where bars and notes go.
+        settings: settings of the rounds.
+        folder: output folder: a folder per round, and the rounds' own cache.
+        progress: receives bars and notes.
 
     Raises:
-        UserError: the run cannot be gone on from so; its pairs cannot be read again; the folder holds rounds of other
+        UserError: rounds cannot start from this run; its pairs cannot be read again; the folder has rounds with other
             settings; or a step fails.
     """
     check_start(trained, config, settings)
@@ -89,7 +89,7 @@ def train_rounds(
 
 
 def _round(work: _Work, number: int, policy: Trained, own: TrainConfig) -> RoundSummary:
-    """One round, of which `policy` answers; `own` is the config of its run."""
+    """Runs one round. `policy` answers the prompts; `own` is the config of its run."""
     prompts = of_round(work.start.prompts, work.settings.count, number)
     answers, refused = _sample(work, number, policy, own, prompts)
     kept = Kept(work.folder / "verdicts.jsonl")
@@ -99,7 +99,7 @@ def _round(work: _Work, number: int, policy: Trained, own: TrainConfig) -> Round
         line["why"] = refused.get(line["prompt"], line["why"])
     write_lines(work.place(number) / "pairs.jsonl", [{**row, "round": number} for row in chosen.rows])
     write_lines(work.place(number) / "left_out.jsonl", chosen.left_out)
-    work.progress.note(_told(number, chosen))
+    work.progress.note(_describe(number, chosen))
     if not chosen.rows:
         raise _no_pairs(work.place(number), chosen)
     scored = _score(work, number, policy)
@@ -126,11 +126,11 @@ def _round(work: _Work, number: int, policy: Trained, own: TrainConfig) -> Round
     )
 
 
-def _told(number: int, chosen: Chosen) -> str:
+def _describe(number: int, chosen: Chosen) -> str:
     without = ", ".join(f"{why} ({count:,})" for why, count in chosen.reasons().items())
-    told = f"round {number}: {counted(len(chosen.rows), 'pair')} of {counted(chosen.answers, 'answer')}"
-    told += f"; prompts without one: {without}" if without else ""
-    return told + (f"; {counted(chosen.cut, 'answer')} cut off by --max-new-tokens" if chosen.cut else "")
+    text = f"round {number}: {counted(len(chosen.rows), 'pair')} from {counted(chosen.answers, 'answer')}"
+    text += f"; prompts without a pair: {without}" if without else ""
+    return text + (f"; {counted(chosen.cut, 'answer')} cut off by --max-new-tokens" if chosen.cut else "")
 
 
 # --------------------------------------------------------------------------- steps
@@ -139,7 +139,7 @@ def _told(number: int, chosen: Chosen) -> str:
 def _sample(
     work: _Work, number: int, policy: Trained, config: TrainConfig, prompts: Sequence[RoundPrompt]
 ) -> tuple[list[Answers], dict[str, str]]:
-    """The policy's answers to each prompt; and why a server refused some, by prompt as it is shown."""
+    """Returns the policy's answers to each prompt, and the server's reasons by shown prompt if it refused some."""
     view, _ = open_views(config)
     settings, ids = work.settings, [prompt.ids for prompt in prompts]
     kept = Kept(work.place(number) / "answers.jsonl")
@@ -154,7 +154,7 @@ def _sample(
     else:
         lm = load_trained(policy, config, view, tokenizer=True)
         answer_here(lm, ids, keys, settings.sampling, kept, work.progress)
-        del lm  # the memory is the reference's now
+        del lm  # phase one needs this memory for the reference
         release_memory()
     shown = {
         shown_prompt(prompt.pair.prompt): refused[key]
@@ -165,10 +165,10 @@ def _sample(
 
 
 def _score(work: _Work, number: int, policy: Trained) -> PrecomputeSummary:
-    """Phase one on the round's pairs and on the held-out ones: only what the cache lacks is computed.
+    """Runs phase one on the round's pairs and the held-out ones; the cache already has most rows.
 
     Raises:
-        UserError: the texts have other tokens than the run's, or the reference is another one.
+        UserError: the run's pairs have other token ids than in its cache, or the reference has changed.
     """
     start, every = work.start, work.settings.train_on == "all"
     files = [work.place(k) / "pairs.jsonl" for k in (range(1, number + 1) if every else [number])]
@@ -179,16 +179,16 @@ def _score(work: _Work, number: int, policy: Trained) -> PrecomputeSummary:
         precompute_reference(config_of(PrecomputeConfig, held_out), work.progress)
     pairs = (*([start.train_file] if every else []), *files)
     found = precompute_reference(config_of(PrecomputeConfig, {**values, "pairs": pairs, "name": name}), work.progress)
-    held = {bytes(key) for key in found.data.keys}
-    changed = every and not start.keys <= held
+    scored_keys = {bytes(key) for key in found.data.keys}
+    changed = every and not start.keys <= scored_keys
     if changed or (work.settings.reference == "first" and found.spec != start.view.spec.digest):
         raise UserError(
-            "the run's pairs have other tokens now" if changed else "the reference is another one now",
+            "the tokens of the run's pairs have changed" if changed else "the reference has changed",
             code="round-reference",
             where=f"view {start.view.name}",
             expected="the tokenizer, chat template, model and adapter that phase one used",
-            found=f"{len(start.keys - held)} of {len(start.keys)} pairs differ" if changed else found.spec,
-            remedy="put the files of the model back as they were",
+            found=f"{len(start.keys - scored_keys)} of {len(start.keys)} pairs differ" if changed else found.spec,
+            remedy="restore the model's files",
         )
     return found
 
@@ -200,7 +200,7 @@ def _reference_values(start: Start, settings: RoundSettings, policy: Trained) ->
         "bnb_4bit_quant_type bnb_4bit_use_double_quant batch_tokens layout attention quantization dtype model adapter"
     )
     values: dict[str, Any] = {name: reference[name] for name in same.split()}
-    if "chat_template" not in reference:  # which is found again beside the adapter
+    if "chat_template" not in reference:  # a recorded template comes from the adapter's folder, where it is found again
         values["tokenizer"] = reference.get("tokenizer")
     if settings.reference == "last":
         values |= {"model": config.model or reference["model"], "adapter": str(policy.folder)}
@@ -214,7 +214,7 @@ def _reference_values(start: Start, settings: RoundSettings, policy: Trained) ->
 
 
 def _train_config(work: _Work, number: int, policy: Trained) -> TrainConfig:
-    """The config of a round's training, of which `policy` is what it goes on from."""
+    """The config of a round's training, which starts from `policy`."""
     start, config = work.start, work.start.config
     values = {name: getattr(config, name) for name in config.model_fields_set}
     for name in ("mix_with", "mix", "resume", "init_adapter", "eval_share", "eval_view"):
@@ -234,11 +234,11 @@ def _train_config(work: _Work, number: int, policy: Trained) -> TrainConfig:
 
 def _no_pairs(place: Path, chosen: Chosen) -> UserError:
     return UserError(
-        "this round has no pair to train on",
+        "this round produced no pairs",
         code="round-empty",
         where=str(place / "left_out.jsonl"),
-        expected="prompts with two answers of which one is better",
+        expected="two answers to a prompt, one better than the other",
         found=", ".join(f"{why} ({count})" for why, count in chosen.reasons().items()),
-        remedy="raise --max-new-tokens or --samples, or add --keep-cut, in another --output-dir",
+        remedy="increase --max-new-tokens or --samples, or add --keep-cut; use another --output-dir",
         exit_status=3,
     )

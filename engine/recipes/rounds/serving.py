@@ -1,4 +1,4 @@
-"""Answers of a policy that a server runs: vLLM, SGLang, or another with OpenAI's completions that takes token ids."""
+"""Samples from a policy on a server: vLLM, SGLang, or another whose OpenAI completions accept token ids."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from dpoeng.engine.runtime.progress import Progress
 
 
 def serve(endpoint: Endpoint, trained: Trained, base: str) -> str:
-    """The name under which the server has this policy; an adapter is loaded there if it can be.
+    """Returns the policy's name on the server, after loading its adapter there if the server allows that.
 
-    The name is of the weights: an answer of an earlier policy cannot be taken for one of this.
+    The name contains a digest of the weights, so an earlier policy on the same server cannot answer for this one.
 
     Args:
         endpoint: the server.
         trained: the policy.
-        base: the model that an adapter lies on.
+        base: the adapter's base model.
 
     Raises:
-        UserError: the server cannot be reached, or has not this policy.
+        UserError: the server is not reachable, or does not have this policy.
     """
     folder = str(trained.folder.resolve())
     adapter = None if trained.mode == "full" else find_adapter(folder)
     name = f"dpoeng-{weights_identity(adapter or find_model(folder))[:12]}"
     if name in endpoint.models():
         return name
-    # vLLM has the path below /v1, SGLang beside it.
+    # vLLM loads adapters at /v1/load_lora_adapter, SGLang at /load_lora_adapter.
     for url in (endpoint.url, endpoint.url.removesuffix("/v1")) if adapter else ():
         try:
             endpoint.at(url).post("/load_lora_adapter", {"lora_name": name, "lora_path": folder})
@@ -47,13 +47,13 @@ def serve(endpoint: Endpoint, trained: Trained, base: str) -> str:
         rank = read_adapter_fields(adapter).get("r", 16)
         command = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={folder}"
     raise UserError(
-        "the server does not have the policy of this round",
+        "the server does not have this round's policy",
         code="round-server",
         where=endpoint.url,
-        expected=f"a model called {name}, as by: {command}",
+        expected=f"a model called {name}, for example from: {command}",
         found=", ".join(endpoint.models()) or "no models",
-        remedy="start the server so, then run the same command again: it goes on; vLLM and SGLang can also be "
-        "allowed to load adapters while they run",
+        remedy="start the server with that command, then run yours again: it continues; or allow the server to load "
+        "adapters while it runs",
         exit_status=5,
     )
 
@@ -67,13 +67,13 @@ def answer_on_server(
     kept: Kept,
     progress: Progress,
 ) -> dict[str, str]:
-    """Have the prompts continued whose answers are not kept, and keep `[{text, ended}]` of each, whole.
+    """Samples answers to the prompts without stored ones, and stores `[{text, ended}]` for each complete prompt.
 
-    Prompts are sent as token ids, so that the server's template does not matter. Each answer is a request of its own,
-    with a seed of its own; servers compute the common prompt once.
+    Prompts are sent as token ids, so the server's chat template does not matter. Each answer is a separate request with
+    its own seed; servers cache the common prompt.
 
     Returns:
-        key -> why the server refused the prompt.
+        The server's reason for each prompt that it refused, by key.
 
     Raises:
         UserError: the server fails.
