@@ -150,7 +150,7 @@ def bench_compare(settings: CompareSettings, progress: Progress = QUIET) -> dict
 
 
 def in_folder(job: Job, folder: Path) -> Job:
-    """The job with a new folder of its own."""
+    """The job with a new folder."""
     folder.mkdir(parents=True, exist_ok=True)
     return replace(job, scratch=str(folder))
 

@@ -85,7 +85,7 @@ def cache(results: Path) -> str:
     reached = [
         ["", "reached", "asked for"],
         [f"open {found['pairs']:,} pairs, structure checked", f"{found['open_ms'] / 1e3:.2f} s", "≤ 1 s"],
-        ["the same, every byte hashed and every log-prob looked at", f"{found['open_verified_ms'] / 1e3:.2f} s", ""],
+        ["the same, every byte hashed and every log-prob checked", f"{found['open_verified_ms'] / 1e3:.2f} s", ""],
         [
             "rows a second, one process, zero-copy: in order / shuffled",
             f"{found['rows_per_s']:,.0f} / {found['random_rows_per_s']:,.0f}",

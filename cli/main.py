@@ -43,7 +43,10 @@ COMMANDS = {
     ),
     "quantize": ("dpoeng.cli.quantize:quantize", "Store a model in 8 or 4 bits for faster loading."),
     "init": ("dpoeng.cli.init:init", "Write a commented dpoeng.yaml for your model, pairs and GPU."),
-    "migrate": ("dpoeng.cli.migrate:migrate", "Turn a TRL, Axolotl or LLaMA-Factory set-up into a dpoeng.yaml."),
+    "migrate": (
+        "dpoeng.cli.migrate:migrate",
+        "Turn a TRL script, or an Axolotl or LLaMA-Factory configuration, into a dpoeng.yaml.",
+    ),
     "config": ("dpoeng.cli.config:config", "Print every setting and its origin; a schema for editors."),
     "cache": ("dpoeng.cli.cache.commands:cache", "Inspect a reference cache: info, verify, export and more."),
     "demo": ("dpoeng.cli.demo:demo", "Run both phases on a small real model and 80 pairs, in minutes."),

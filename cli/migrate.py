@@ -42,7 +42,7 @@ Examples:
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 @json_option
 def migrate(file: Path, output: Path, trl_version: str | None, force: bool, as_json: bool) -> None:
-    """Turn another trainer's set-up into a dpoeng.yaml.
+    """Turn another trainer's script or configuration into a dpoeng.yaml.
 
     FILE is a TRL script (read, never run), a DPOConfig in JSON or YAML, or a DPO configuration of Axolotl or
     LLaMA-Factory; - reads stdin. A comment marks each line whose meaning changed. Settings without an equivalent are
@@ -71,7 +71,7 @@ def _text(file: Path) -> str:
         return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            "cannot read the set-up",
+            "cannot read the script or configuration",
             code="migrate-unreadable",
             where=str(file),
             found=getattr(error, "strerror", None) or str(error),
@@ -87,7 +87,7 @@ def print_result(result: Migration, output: Path) -> None:
     say(f"{output}: {len(result.lines)} fields from {KINDS[result.kind]}")
     for title, items in (
         (f"Why the newest TRL and transformers refuse it ({result.fits}):", result.refused),
-        ("No equivalent, or computed at run time:", result.lost),
+        ("Not migrated, because it has no equivalent or is computed at run time:", result.lost),
         ("Notes:", result.notes),
     ):
         if items:

@@ -164,19 +164,19 @@ def compact(known: dict[str, object]) -> str:
 
 
 def page(known: dict[str, object]) -> str:
-    """docs/trl-versions.md: names with an answer of their own, then those that need nothing, by the reason."""
+    """Renders docs/trl-versions.md: names with an equivalent, then names that dpoeng does not need, by reason."""
     names = known["names"]
     assert isinstance(names, dict)
     lines = [
-        "# Every argument name of TRL's DPO, and what it is in dpoeng",
+        "# Arguments of TRL's DPO and their names in dpoeng",
         "",
         "Look up a name of `DPOConfig`, `DPOTrainer`, `TrainingArguments`, `ModelConfig` or `ScriptArguments` here;",
-        "`dpoeng train` and `dpoeng.yaml` answer it with the same words. Made by",
-        "`python docs/make_trl_versions.py WHEELS` from the signatures in the wheels.",
+        "dpoeng's error messages give the same answers. `python docs/make_trl_versions.py WHEELS` generates this page",
+        "from the signatures in the wheels.",
         "",
         f"TRL releases read: {', '.join(TRL)}. Releases of transformers read: {', '.join(TRANSFORMERS)}.",
-        "So a range of TRL ends with a minor version; one of transformers may reach up to the next release read.",
-        "A release without a class before it is one of transformers, and the class is `TrainingArguments`.",
+        "So a range may in fact end later, before the next release read.",
+        "Releases without a class name are those of transformers' `TrainingArguments`.",
         "",
     ]
     needless: dict[str, list[str]] = {}
@@ -197,7 +197,7 @@ def page(known: dict[str, object]) -> str:
             )
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         lines.append("")
-    lines += ["## Names that need nothing here", "", "| why | names and their releases |", "|---|---|"]
+    lines += ["## Names that dpoeng does not need", "", "| why | names and their releases |", "|---|---|"]
     for why, group in needless.items():
         parts = [f"`{name}` ({releases_of(names[name])})" for name in group]
         lines.append(f"| {why} | {', '.join(parts)} |")

@@ -164,7 +164,7 @@ def compile_for(build: Build, gpu_name: str) -> Report:
     from triton.compiler import ASTSource
 
     if triton.knobs.runtime.interpret:
-        raise RuntimeError("TRITON_INTERPRET is set: compile in a process of its own without it")
+        raise RuntimeError("TRITON_INTERPRET is set: compile in another process, without it")
     gpu = GPUS[gpu_name]
     function = _kernels()[build.kernel]
     constants = {"ignore_index": -100, **build.constants}

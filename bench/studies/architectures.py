@@ -60,7 +60,7 @@ class Outcome:
         model_type: transformers' name of it.
         prompt: `shared`, or `separate` with the reason, or why the model is refused or could not be made.
         stages: stage -> `yes`, or what stopped it.
-        difference: largest difference of phase one from a plain forward, nats a token.
+        difference: largest difference of phase one from a plain forward, nats per token.
     """
 
     model_type: str

@@ -72,7 +72,7 @@ def usable_ranks(device: torch.device) -> int:
 
 
 def default_ranks(device: torch.device) -> tuple[int, ...]:
-    """1, 2, 4, ... as far as each process has a core or a GPU of its own; none where there is only one."""
+    """1, 2, 4, ... up to the number of cores or GPUs; empty if there is only one."""
     sizes = tuple(2**i for i in range(usable_ranks(device).bit_length()))
     return sizes if len(sizes) > 1 else ()
 

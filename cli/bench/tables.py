@@ -307,7 +307,7 @@ def quality_tables(record: dict[str, Any]) -> list[Table]:
         [
             "as trained: with its own precision and reference. In float32: the adapter alone, on the float32 model "
             f"and reference, and how that differs from {results[0]['way']}, pair by pair. 95 % intervals over held-out "
-            "prompts. parity: mean difference of policy and reference before training, nats a token."
+            "prompts. parity: mean difference of policy and reference before training, nats per token."
         ],
     )
     failed = [facts_table([(f"{way} failed", why) for way, why in record["failed"].items()])]

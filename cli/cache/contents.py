@@ -122,13 +122,13 @@ def verify(
         report = run(folder, depth=depth, progress=progress)
     if not as_json:
         _print_verified(report)
-    anew = None
+    recomputed = None
     if recompute is not None and report.ok:
         from dpoeng.cache.reader import View
         from dpoeng.cache.records import ROW_KINDS
         from dpoeng.engine.recipes.recompute import recompute_pairs
 
-        anew = recompute_pairs(
+        recomputed = recompute_pairs(
             View.open(folder, view, rows=ROW_KINDS),
             recompute,
             model=model,
@@ -137,10 +137,10 @@ def verify(
             progress=TerminalProgress(),
         )
     if as_json:
-        say_json({"ok": report.ok, **as_data(report), "recomputed": anew})
-    elif anew is not None:
-        _print_recomputed(anew)
-    if not report.ok or (anew is not None and not anew.ok):
+        say_json({"ok": report.ok, **as_data(report), "recomputed": recomputed})
+    elif recomputed is not None:
+        _print_recomputed(recomputed)
+    if not report.ok or (recomputed is not None and not recomputed.ok):
         sys.exit(4)
 
 
@@ -163,12 +163,12 @@ def _print_verified(report: VerifyReport) -> None:
 def _print_recomputed(parity: ParityReport) -> None:
     say(
         f"{counted(parity.pairs, 'pair')} scored again: mean difference {parity.mean_diff:.2g}, largest "
-        f"{parity.max_diff:.2g} nats a token (allowed mean: {parity.tolerance:g})"
+        f"{parity.max_diff:.2g} nats per token (allowed mean: {parity.tolerance:g})"
     )
     for layer, one in parity.trunks.items():
         say(
             f"{counted(one.pairs, 'pair')} run from the states that enter layer {layer}: mean difference "
-            f"{one.mean_diff:.2g}, largest {one.max_diff:.2g} nats a token"
+            f"{one.mean_diff:.2g}, largest {one.max_diff:.2g} nats per token"
         )
     if parity.ok:
         say(Marked("they are this model's log-probs", "ok"))
@@ -228,7 +228,7 @@ def _print_response_stats(found: ResponseStats) -> None:
         facts.append(("labels", f"{found.desirable:,} desirable, {found.rows - found.desirable:,} not"))
     if found.best_less_worst is not None:
         sides = "best less worst response" if found.desirable is None else "desirable less other responses"
-        facts.append(("reference", f"{sides}: {found.best_less_worst:+.3f} nats a token"))
+        facts.append(("reference", f"{sides}: {found.best_less_worst:+.3f} nats per token"))
     if found.accuracy is not None:
         per_token = f"per token {found.accuracy_per_token:.1%}"
         facts.append(("prefers the better", f"{found.accuracy:.1%} of a row's pairs (sums); {per_token}"))

@@ -339,7 +339,7 @@ class Finding:
 
     Attributes:
         count: number of pairs (of rows, if they are left out).
-        of: number of pairs looked at.
+        of: number of pairs checked.
         detail: figures, if the count alone does not tell enough.
         examples: (file:line, text) of the first ones.
     """

@@ -308,7 +308,7 @@ class TrainConfig(_Config):
     )
     output_dir: Path = Field(Path("out"), description="Folder for the adapter, the log and the checkpoints.")
     resume: bool | None = Field(
-        None, description="true: require a checkpoint; false: start anew; default: continue if there is one."
+        None, description="true: require a checkpoint; false: start over; default: continue if there is one."
     )
 
     model: str | None = Field(None, description="Overrides the base that the cache names, for example if it moved.")

@@ -24,7 +24,7 @@ KINDS = {
 
 @dataclass(slots=True)
 class Migration:
-    """A set-up as fields of dpoeng, and what could not be carried over.
+    """A script or configuration as fields of dpoeng, and what has no equivalent.
 
     Attributes:
         kind: a key of KINDS.
@@ -32,7 +32,7 @@ class Migration:
         lost: settings without an equivalent, or computed ones: one message each.
         needless: names of settings that dpoeng does not need.
         notes: remarks beyond single settings.
-        refused: why the newest releases refuse the set-up as it is.
+        refused: why the newest releases refuse it.
         fits: the releases that it was written for.
     """
 

@@ -47,7 +47,7 @@ TRIED = (
 
 @dataclass(frozen=True, slots=True)
 class Releases:
-    """The releases that accept a set-up.
+    """The releases that accept a script or configuration.
 
     Attributes:
         trl: releases of TRL, oldest first. Only the first of each minor version was read.
@@ -66,7 +66,7 @@ class Releases:
         if self.without_plain_arguments:
             text = f"no release accepts all of it; with DPOConfig instead of TrainingArguments {text}"
         pair = self.tried()
-        return text + (f"; TRL {pair[0]} was tried with transformers {pair[1]}" if pair else "")
+        return text + (f"; TRL {pair[0]} was tested with transformers {pair[1]}" if pair else "")
 
     def tried(self) -> tuple[str, str] | None:
         """The newest pair of TRIED within these releases."""
@@ -234,16 +234,16 @@ def refusals(given: Sequence[Given]) -> list[str]:
         newest = {o: versions["transformers" if o == "TrainingArguments" else "trl"][-1] for o in accepting}
         if any(o in owners and owners[o]["in"][-1][1] == newest[o] for o in accepting):
             continue
-        last = next((f"{o} took it to {owners[o]['in'][-1][1]}" for o in accepting if o in owners), "")
+        last = next((f"{o} accepted it up to {owners[o]['in'][-1][1]}" for o in accepting if o in owners), "")
         known = meaning(item.name, fields=known_fields())
         renamed = f"; now {known.renamed[0]}" if known and known.renamed else ""
         moved = "DPOConfig" in owners and owners["DPOConfig"]["in"][-1][1] == versions["trl"][-1]
         if item.owner == "DPOTrainer" and moved:
             renamed = "; now an argument of DPOConfig"
-        reasons.append(f"{at(item)}{item.name}: {last or f'{item.owner} never took it'}{renamed}")
+        reasons.append(f"{at(item)}{item.name}: {last or f'{item.owner} never accepted it'}{renamed}")
     if _plain_arguments(given):
         reasons.append(
-            "DPOTrainer gets TrainingArguments and reads fields that only DPOConfig has: "
+            "args are TrainingArguments, but DPOTrainer reads fields that only DPOConfig has: "
             "'TrainingArguments' object has no attribute 'padding_value' or 'model_init_kwargs'"
         )
     return reasons

@@ -39,7 +39,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "arrow_config": ("Arrow chooses among several adapters token by token", "give one adapter, a plain LoRA"),
     "kasa_config": ("KaSA takes the smallest singular values out of the base", _MERGE),
     "velora_config": ("VeLoRA's backward pass is not LoRA's", "remove velora_config: its weights are a plain LoRA's"),
-    "monteclora_config": ("a Monte Carlo LoRA draws its weights anew in every forward", _MERGE),
+    "monteclora_config": ("a Monte Carlo LoRA draws new weights in every forward", _MERGE),
     "megatron_config": ("Megatron's parallel layers are not transformers' layers", _MERGE),
     "loftq_config": ("LoftQ changes the base while the adapter is loaded", _CONVERT),
     "corda_config": ("CorDA changes the base by data that is not in the adapter", _CONVERT),

@@ -350,7 +350,7 @@ class _Run:
         )
         for key, of_row in rows:
             pair, row = pairs[key], list(of_row)
-            # What is found in any pair of the row's responses is told of the row once.
+            # Report a finding once per row, not once per pair of its responses.
             faults = {code: example for tokens in row[::-1] for code, example in self._token_faults(pair, tokens)}
             for code, example in faults.items():
                 self.tally.add(code, pair, example)

@@ -1,4 +1,4 @@
-"""Converts another trainer's set-up to a dpoeng.yaml: equivalents, losses, and why the set-up failed there.
+"""Converts another trainer's script or configuration to a dpoeng.yaml, and explains why it failed there.
 
 Reads TRL scripts, a DPOConfig in JSON or YAML, and DPO configurations of Axolotl and LLaMA-Factory.
 """
@@ -30,11 +30,11 @@ from dpoeng.engine.migration.scripts import Given, Unread, read_script
 
 
 def migrate(path: Path, text: str, trl_version: str | None = None) -> Migration:
-    """Reads another trainer's set-up as fields of dpoeng.
+    """Reads another trainer's script or configuration as fields of dpoeng.
 
     Args:
         path: source of `text`; its ending tells the kind, and errors name it.
-        text: the whole set-up.
+        text: its whole content.
         trl_version: the release of TRL that a script was written for; None derives it from the script's calls.
 
     Raises:
@@ -79,7 +79,7 @@ def migrate(path: Path, text: str, trl_version: str | None = None) -> Migration:
 
 
 def read_setup(path: Path, text: str) -> tuple[str, list[Given]]:
-    """The kind of a set-up, and its settings.
+    """Returns the kind of a file and its settings.
 
     Raises:
         UserError: it is neither Python nor a mapping in JSON or YAML.
@@ -127,7 +127,7 @@ def _kind_of(entries: dict[str, Entry]) -> str:
 
 def _not_read(path: Path, found: str) -> UserError:
     return UserError(
-        "cannot read the set-up",
+        "cannot read the script or configuration",
         code="migrate-unreadable",
         where=str(path),
         expected="Python, or a mapping in JSON or YAML",
@@ -178,7 +178,7 @@ def _adapter(by_name: dict[str, Given], result: Migration) -> None:
 
 
 def _all_weights(by_name: dict[str, Given], result: Migration) -> None:
-    """Sets full fine-tuning if no LoRA appeared in the set-up, as far as that can be known."""
+    """Sets full fine-tuning if the script or configuration has no LoRA, as far as that can be known."""
     trainer = any(item.owner == "DPOTrainer" for item in by_name.values())
     computed = "model" in by_name and isinstance(by_name["model"].value, Unread)
     if result.kind == "script" and trainer and not computed and "quantization" not in result.lines:
@@ -296,8 +296,6 @@ def _held_out(by_name: dict[str, Given], result: Migration) -> None:
         or "eval_steps" in result.lines
         or any(item.owner == "eval_dataset" for item in by_name.values())
     ):
-        result.notes.append(
-            "The evaluation pairs were not found in the set-up: dpoeng holds out a tenth of the prompts (eval_share)."
-        )
+        result.notes.append("No evaluation pairs found: dpoeng holds out a tenth of the prompts (eval_share).")
     else:
         result.put("eval_share", 0.0, "the script evaluates nothing; dpoeng's default holds out a tenth of the prompts")

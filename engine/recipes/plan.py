@@ -101,7 +101,7 @@ class Plan:
         ways: phase two in the ways that were tried, the fastest first.
         trunk_layer: the requested first layer of phase two; 0 for all layers.
         trunk_bytes: disk space for the hidden states of all pairs, for any trunk.
-        tokens: computed for a row, with its prompt once, and with a row of its own for each response.
+        tokens: computed for a row, with its prompt once, and with a separate row for each response.
     """
 
     request: PlanConfig

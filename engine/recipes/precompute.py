@@ -69,7 +69,7 @@ class PrecomputeSummary:
     """Result of phase one. `pairs` counts those of the view; `computed` and `reused` count distinct pairs.
 
     `rows` are those of the files that were used: a ranked one is several pairs of responses. `computed_tokens` went
-    through the model, padding included; `apart_tokens` would have if each response had a row of its own.
+    through the model, padding included; `apart_tokens` would have if each response had a separate row.
 
     `layers_read_bytes` is set if layers were loaded one at a time. `pending` pairs belong to other parts that are not
     done; while there are any, the view is not written, and `views` counts the cache's views. `trunk_texts` and

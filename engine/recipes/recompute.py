@@ -25,7 +25,7 @@ def recompute_pairs(
     layer_offloading: LayerOffloading = "auto",
     progress: Progress = QUIET,
 ) -> ParityReport:
-    """Scores some rows of a view anew with its reference, and compares; see `recompute`.
+    """Scores some rows of a view again with its reference, and compares; see `recompute`.
 
     Args:
         view: an open view.

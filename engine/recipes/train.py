@@ -176,7 +176,7 @@ def _pairs_of_begun(config: TrainConfig, identity: Mapping[str, Any], checkpoint
     file = config.output_dir / RUN_FILE
     if config.resume is False or not file.is_file():
         return None
-    with contextlib.suppress(UserError):  # a damaged record is written anew
+    with contextlib.suppress(UserError):  # a damaged record is written again
         record = read_json(file, dict)
         return record.get("micro_batch") if record.get("identity") == identity else None
     return None

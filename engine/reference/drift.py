@@ -70,7 +70,7 @@ def check_drift(
         )
     progress.note(
         f"{len(foreign)} reused pairs were computed by {changes}: {report.pairs} of them were scored again "
-        f"and agree (mean difference {report.mean_diff:.2g} nats a token)"
+        f"and agree (mean difference {report.mean_diff:.2g} nats per token)"
     )
 
 

@@ -127,7 +127,7 @@ def stored_states(index: TrunkIndex, lm: CausalLM) -> StatesOf:
         )
 
     def states(prompt_ids: IdArray, response_ids: IdArray | None) -> torch.Tensor:
-        # Copy, since tensors on a read-only map are not allowed; a forward's rows are assembled anew anyway.
+        # Copy, since tensors on a read-only map are not allowed; each forward copies its rows anyway.
         return torch.from_numpy(index.states(prompt_ids, response_ids).copy()).view(dtype)
 
     return states

@@ -187,7 +187,7 @@ def rehearse(lm: CausalLM, layer: int, pairs: Sequence[PairIds]) -> None:
         with rehearsing(lm, layer):
             recomputed, _ = score_groups(lm, groups)
         difference = float((recomputed - expected).abs().mean())
-        problem = f"mean difference {difference:.3g} nats a token"
+        problem = f"mean difference {difference:.3g} nats per token"
     except Exception as error:
         if is_out_of_memory(error):
             raise

@@ -1,7 +1,7 @@
 """Fixed summation order on a GPU, so that a repeated or resumed run gives the same bytes.
 
 CPUs do this by default. On a GPU, the backward pass of fused attention and sums by index (a shared prompt's keys, the
-log-probs of a response) add up in the order in which blocks finish, unless PyTorch is told otherwise. Its
+log-probs of a response) add up in the order in which blocks finish, unless PyTorch is set to be deterministic. Its
 FlashAttention reads the same switch.
 (https://docs.pytorch.org/docs/stable/generated/torch.use_deterministic_algorithms.html)
 """

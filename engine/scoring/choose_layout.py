@@ -214,7 +214,7 @@ def _try_shared(lm: CausalLM, probe: _Probe, attention: Attention, tree: bool) -
         lm.attention, lm.tree = name, 0
         try:
             error_of_way = probe.difference(lm)
-            reason = f"sharing the prompt changes log-probs by {error_of_way:.3g} nats a token"
+            reason = f"sharing the prompt changes log-probs by {error_of_way:.3g} nats per token"
         except _CANNOT as error:
             if is_out_of_memory(error):
                 raise
@@ -244,7 +244,7 @@ def _try_tree(lm: CausalLM, probe: _Probe, stateful: int, told: str) -> None:
         lm.tree, lm.scored_end = 2, False
         try:
             error = probe.difference(lm)
-            why = "" if error <= probe.tolerance else f"that changes log-probs by {error:.3g} nats a token"
+            why = "" if error <= probe.tolerance else f"that changes log-probs by {error:.3g} nats per token"
         except _CANNOT as failure:
             if is_out_of_memory(failure):
                 raise

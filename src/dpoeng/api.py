@@ -338,38 +338,38 @@ def judge(
 ) -> Judgement:
     """Let a judge compare answers before and after training, in both orders, and count wins with an interval.
 
-    Answers and verdicts are kept by their content: call it again after an interruption and it goes on, call it once
-    more and nobody is asked.
+    Answers and verdicts are stored by their content. Call it again after an interruption, and it continues; call it
+    once more, and it asks no judge.
 
     >>> found = dpoeng.judge("out", judge="http://gpu1:8000/v1")
     >>> found.win_rate, found.win_rate_interval, found.length_controlled, found.unjudged
 
     Args:
         trained: as for `evaluate`.
-        judge: an OpenAI-compatible server, up to /v1; your function (prompt, answer) -> number, or its place
-            `my_rule.py:score`; or a model here, a reward model or one that compares.
-        prompts: texts; without any, the prompts that the run held out.
-        count: how many of these; None for all.
+        judge: an OpenAI-compatible server, up to /v1; a function (prompt, answer) -> number, also as
+            `my_rule.py:score`; or a local model: a reward model or one that compares.
+        prompts: texts; if empty, the prompts that the run held out.
+        count: number of held-out prompts; None for all.
         chat: as for `compare`.
-        judge_model: the model's name on the server; its only one by default.
-        api_key_env: the environment variable that holds the server's key.
-        template: what a model is asked: a text with {prompt}, {first} and {second}.
-        judge_max_tokens: most tokens of a reply.
-        timeout: seconds until a request is sent again.
-        retries: how often it is.
-        concurrency: requests at a time.
-        max_new_tokens: most tokens of an answer.
-        temperature: 0 takes the likeliest token each time.
-        repetition_penalty: above 1 keeps small models from circling.
-        stop: texts at which an answer ends.
-        seed: of the draws.
+        judge_model: the model's name on the server; by default its only one.
+        api_key_env: the environment variable with the server's key.
+        template: the judge's prompt, a text with {prompt}, {first} and {second}.
+        judge_max_tokens: maximum tokens of a reply.
+        timeout: seconds before a request is sent again.
+        retries: maximum number of retries.
+        concurrency: number of parallel requests.
+        max_new_tokens: maximum tokens of an answer.
+        temperature: 0 takes the most likely token; above 0 samples.
+        repetition_penalty: above 1: fewer repetitions.
+        stop: texts that end an answer.
+        seed: seed of the sampling.
         batch_size: prompts answered at once.
-        output_dir: where answers and verdicts are kept; None: `judge` in the run's folder.
+        output_dir: folder for answers and verdicts; None: `judge` in the run's folder.
         progress: as for `precompute_reference`.
-        settings: in place of what the run had, e.g. cache, view, device.
+        settings: override settings of the run, e.g. cache, view, device.
 
     Raises:
-        UserError: the cache or the model cannot be used, or the judge not be asked.
+        UserError: the cache, the model or the judge is not usable.
     """
     from dpoeng.engine.config.settings import CompareSettings
     from dpoeng.engine.recipes.evaluate import find_trained
@@ -440,22 +440,22 @@ def train_rounds(
     progress: bool | Progress = False,
     **settings: Unpack[RoundFields],
 ) -> list[RoundSummary]:
-    """Sample answers from a run's policy, have them judged, and train on the best against the worst; several times.
+    """Sample answers from a run's policy, let a judge score them, and train on best-against-worst pairs, in rounds.
 
-    Call it again after an interruption: it goes on within the step. More `rounds` are added to those that are done.
+    Call it again after an interruption, and it continues. Increase `rounds` to add rounds.
 
     >>> for one in dpoeng.train_rounds("out", judge=score, reference="first", rounds=3):
     ...     print(one.number, one.mean_score, one.pairs, one.result)
 
     Args:
-        trained: a run's folder, which stays as it is.
+        trained: a run's folder; it does not change.
         judge: as for `judge`; a judge that compares sees every two answers in both orders.
-        reference: of each round: the run's own, or the policy that was sampled.
-        rounds: in all, with those that are done.
-        samples: answers to a prompt.
+        reference: each round's reference: `first`, the run's own; `last`, the policy that was sampled.
+        rounds: total number of rounds.
+        samples: answers per prompt.
         prompts: a file of prompts; None: those of the run's training pairs.
-        count: prompts a round, the next ones in each; None for all.
-        train_on: the run's pairs and those of every round, or the new ones alone.
+        count: prompts per round; each round takes the next ones; None for all.
+        train_on: `all`: the run's pairs and those of every round; `new`: this round's pairs only.
         keep_cut: also use answers that `max_new_tokens` cut off.
         judge_model: as for `judge`, and so are `api_key_env`, `template`, `judge_max_tokens`, `timeout`, `retries` and
             `concurrency`.
@@ -465,20 +465,20 @@ def train_rounds(
         timeout: see `judge_model`.
         retries: see `judge_model`.
         concurrency: see `judge_model`.
-        max_new_tokens: most tokens of an answer.
-        temperature: of the sampling; above 0.
-        top_p: sample among the likeliest tokens of this probability.
-        repetition_penalty: above 1 keeps small models from circling.
-        stop: texts at which an answer ends.
-        batch_size: prompts answered at once here.
-        server: a vLLM or SGLang server, up to /v1, that samples in place of this machine.
-        server_key_env: the environment variable that holds its key.
-        output_dir: the rounds' folder: pairs, runs, and a cache of their own.
+        max_new_tokens: maximum tokens of an answer.
+        temperature: sampling temperature; above 0.
+        top_p: sample from the most likely tokens with this total probability.
+        repetition_penalty: above 1: fewer repetitions.
+        stop: texts that end an answer.
+        batch_size: prompts answered at once; not for a server.
+        server: a vLLM or SGLang server, up to /v1, that samples instead of this machine.
+        server_key_env: the environment variable with its key.
+        output_dir: folder for the rounds' pairs, runs and cache.
         progress: as for `precompute_reference`.
-        settings: of the rounds' trainings, in place of what the run had, e.g. learning_rate, max_steps, beta.
+        settings: override settings of the run for the rounds' trainings, e.g. learning_rate, max_steps, beta.
 
     Raises:
-        UserError: rounds cannot begin with this run, or a step fails.
+        UserError: rounds cannot start from this run, or a step fails.
     """
     from dpoeng.engine.config.settings import RoundFields
     from dpoeng.engine.recipes.evaluate import find_trained

@@ -176,10 +176,10 @@ def test_init_leaves_open_what_it_cannot_know(run: Run, tmp_path: Path) -> None:
         (["migrate", "."], ["cannot read"]),
         (["migrate", "empty.py"], ["no DPO settings in this file", "dpoeng init"]),
         (["migrate", "bad.py"], ["cannot read the script", "bad.py:1"]),
-        (["migrate", "bad.json"], ["cannot read the set-up"]),
-        (["migrate", "list.yaml"], ["cannot read the set-up", "a list"]),
+        (["migrate", "bad.json"], ["cannot read the script or configuration"]),
+        (["migrate", "list.yaml"], ["cannot read the script or configuration", "a list"]),
         (["migrate", "bytes.py"], ["cannot read"]),
-        (["migrate", "run.ipynb"], ["cannot read the set-up", "nbconvert --to script"]),
+        (["migrate", "run.ipynb"], ["cannot read the script or configuration", "nbconvert --to script"]),
         (["migrate", "good.py", "--output", "none/x.yaml"], ["cannot be written"]),
         (["config", "sho"], ["No such command 'sho'"]),
     ],
@@ -264,8 +264,8 @@ def test_the_three_failing_calls_become_a_config_that_trains(run: Run, tmp_path:
     (tmp_path / "train.py").write_text(CALLS.replace("MODEL", "sft"))
     status, out, err = run("migrate", "train.py")
     assert status == 0, err
-    assert "evaluation_strategy: TrainingArguments took it to 4.50.0; now eval_strategy" in out
-    assert "beta: DPOTrainer took it to 0.12.0; now an argument of DPOConfig" in out
+    assert "evaluation_strategy: TrainingArguments accepted it up to 4.50.0; now eval_strategy" in out
+    assert "beta: DPOTrainer accepted it up to 0.12.0; now an argument of DPOConfig" in out
     assert "'TrainingArguments' object has no attribute 'padding_value'" in out
     assert "it fits TRL 0.7.0 to 0.8.0 with transformers 4.31.0 to 4.50.0" in out
     assert "No equivalent" not in out
@@ -301,7 +301,7 @@ def test_the_releases_follow_what_is_imported(run: Run, tmp_path: Path, argument
     """DPOConfig came with 0.9 and `tokenizer` went after 0.11: 0.8 would end in an ImportError, 1.16 in a TypeError."""
     written, out = migrated(run, tmp_path, "train.py", REQUEST.replace("ARGS", arguments))
     fits = (
-        "it fits TRL 0.9.2 to 0.11.0 with transformers 4.40.0 to 4.50.0; TRL 0.11.4 was tried with transformers 4.45.2"
+        "it fits TRL 0.9.2 to 0.11.0 with transformers 4.40.0 to 4.50.0; TRL 0.11.4 was tested with transformers 4.45.2"
     )
     assert fits in out
     assert ("no release accepts all of it; with DPOConfig instead" in out) == (arguments == "TrainingArguments")
@@ -380,11 +380,11 @@ def migrated(run: Run, tmp_path: Path, name: str, text: str) -> tuple[dict[str, 
         (
             "DPOConfig(eval_strategy='steps', eval_steps=50)",
             {"eval_steps": 50, "eval_share": None},
-            ["evaluation pairs were not found"],
+            ["No evaluation pairs found"],
         ),
         ("DPOConfig(eval_steps=50)", {"eval_steps": None, "eval_share": 0.0}, ["Not needed here: eval_steps"]),
         ("DPOConfig(eval_strategy='steps', eval_steps=0.5)", {}, ["eval_steps 0.5: must be a whole number"]),
-        ("DPOConfig(eval_strategy='epoch')", {"eval_share": None}, ["once an epoch"]),
+        ("DPOConfig(eval_strategy='epoch')", {"eval_share": None}, ["once per epoch"]),
         ("DPOConfig(loss_type=['sigmoid', 'sft'], loss_weights=[1, 0.2])", {"loss_weights": [1, 0.2]}, []),
         ("DPOConfig(loss_type='kto_pair')", {}, ["kto_pair"]),
         ("DPOConfig(load_best_model_at_end=True)", {"load_best_model_at_end": True, "eval_share": None}, []),
@@ -406,10 +406,10 @@ def migrated(run: Run, tmp_path: Path, name: str, text: str) -> tuple[dict[str, 
         ("DPOConfig(report_to='wandb')", {"report_to": "wandb"}, []),
         ("DPOConfig(report_to='swanlab')", {}, ["report_to 'swanlab': must be one of"]),
         ("DPOConfig(report_to='none')", {}, ["Not needed here: report_to"]),
-        ("DPOConfig(padding_value=0)", {}, ["padding_value: DPOConfig took it to 0.25.0", "Not needed here"]),
+        ("DPOConfig(padding_value=0)", {}, ["padding_value: DPOConfig accepted it up to 0.25.0", "Not needed here"]),
         ("DPOConfig(max_length=None)", {}, ["always has a limit"]),
         ("DPOConfig(save_total_limit=0)", {}, ["save_total_limit 0: must be at least 1"]),
-        ("DPOConfig(nonsense=1)", {}, ["nonsense: unknown", "DPOConfig never took it"]),
+        ("DPOConfig(nonsense=1)", {}, ["nonsense: unknown", "DPOConfig never accepted it"]),
         ("DPOTrainer(m, ref_model='other', args=DPOConfig())", {}, ["is not where the policy starts"]),
         ("DPOTrainer('m', ref_model='m')", {"model": "m"}, ["Not needed here: ref_model"]),
         # what is trained

@@ -73,7 +73,7 @@ def test_numbers_of_another_model_are_refused_before_the_first_step(
 
 
 def test_sums_that_are_off_are_noticed(tmp_path: Path, tiny_model: Path, computed: Path) -> None:
-    """A sum that lacks 5 nats of 20 tokens is 0.25 nats a token."""
+    """A sum that lacks 5 nats of 20 tokens is 0.25 nats per token."""
     path = rows_of(computed, tmp_path / "rows.jsonl", without=TOKENS, shift=-5.0)
     import_reference(PrecomputeConfig(model=str(tiny_model), cache=tmp_path / "cache"), path)
     assert not recompute(View.open(tmp_path / "cache"), 4).ok

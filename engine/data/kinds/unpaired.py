@@ -52,7 +52,7 @@ class Mismatcher:
 
 
 def _with(row: PreferencePair, response: Turns) -> PreferencePair:
-    """The row with a mismatched response, in the form (text or messages) of its own."""
+    """The row with a mismatched response, as text or messages like its own response."""
     if isinstance(row.chosen, str) and not isinstance(response, str):
         response = "\n".join(message["content"] for message in response if message["role"] == "assistant")
     elif isinstance(response, str) and not isinstance(row.chosen, str):

@@ -62,9 +62,9 @@ def rung_count(runs: int, factor: int) -> int:
             "too few runs for successive halving",
             code="config-value",
             where="--halving-factor",
-            expected=f"at least {factor} runs, of which one in {factor} continues",
+            expected=f"at least {factor} runs: one in {factor} continues",
             found=f"{runs}",
-            remedy="vary more values, or leave --halving-factor out to train every run to its end",
+            remedy="vary more values, or remove --halving-factor to train every run to its end",
         )
     count = 1
     while runs >= factor:

@@ -61,7 +61,7 @@ class SweepPlan:
         root: the folder of the sweep.
         vary: field -> its values as text.
         rank_by: held-out metric.
-        halving_factor: one run in so many goes on at each rung; None trains all to the end.
+        halving_factor: one run in so many continues at each rung; None trains all to the end.
     """
 
     root: Path
