@@ -409,7 +409,7 @@ def check_parity(config: TrainConfig, lm: CausalLM, rows: Rows) -> ParityReport:
 def parity_text(report: ParityReport) -> str:
     """The result of the comparison in one line."""
     return (
-        f"policy = cache on {counted(report.pairs, 'pair')}: mean difference {report.mean_diff:.2g}, largest "
+        f"the policy matches the cache on {counted(report.pairs, 'pair')}: mean difference {report.mean_diff:.2g}, largest "
         f"{report.max_diff:.2g} nats per token; reward noise {report.reward_noise:.2g}"
         + (f"; allowed: {report.tolerance:.2g}{noise_text(report)}" if report.noise is not None else "")
     )
