@@ -409,8 +409,8 @@ def check_parity(config: TrainConfig, lm: CausalLM, rows: Rows) -> ParityReport:
 def parity_text(report: ParityReport) -> str:
     """The result of the comparison in one line."""
     return (
-        f"the policy matches the cache on {counted(report.pairs, 'pair')}: mean difference {report.mean_diff:.2g}, largest "
-        f"{report.max_diff:.2g} nats per token; reward noise {report.reward_noise:.2g}"
+        f"the policy matches the cache on {counted(report.pairs, 'pair')}: mean difference {report.mean_diff:.2g}, "
+        f"largest {report.max_diff:.2g} nats per token; reward noise {report.reward_noise:.2g}"
         + (f"; allowed: {report.tolerance:.2g}{noise_text(report)}" if report.noise is not None else "")
     )
 

@@ -71,7 +71,7 @@ def test_what_the_image_runs_is_understood() -> None:
     words = dict(instructions())
     parse([*json.loads(words["ENTRYPOINT"])])
     assert json.loads(words["CMD"]) == ["--help"]
-    files = [ROOT / "Dockerfile", ROOT / "docs" / "where-it-runs.md"]
+    files = [ROOT / "Dockerfile", ROOT / "docs" / "requirements.md"]
     lines = [line for file in files for line in re.findall(r"docker run .*", file.read_text(encoding="utf-8"))]
     assert len(lines) == 3
     for line in lines:
@@ -120,8 +120,8 @@ def test_the_skypilot_job_runs_both_phases_and_keeps_them(task: dict[str, object
 def test_torchrun_and_accelerate_both_start_it(tmp_path: Path, tiny_model: Path) -> None:
     pairs = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(12))
     precompute_reference(PrecomputeConfig(pairs=(pairs,), model=str(tiny_model), cache=tmp_path / "refcache"))
-    text = (ROOT / "docs" / "where-it-runs.md").read_text(encoding="utf-8")
-    lines = re.findall(r"^(?:torchrun|accelerate) .*", text, re.MULTILINE)
+    text = (ROOT / "docs" / "several-gpus.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^(?:torchrun --nproc-per-node 2|accelerate) .*", text, re.MULTILINE)
     assert len(lines) == 2
     programs = tmp_path / "bin"
     programs.mkdir()
