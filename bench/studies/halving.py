@@ -3,7 +3,7 @@
     python -m dpoeng.bench.studies.halving --model M --pairs FILE [--work DIR] [--record FILE]
 
 Trains every run of a grid to its end, with an evaluation at each rung. Then it replays halving on these
-evaluations, for the whole grid and for random parts of it, with several factors. A case finds the best run if its
+evaluations, for the whole grid and for random parts of it. A case finds the best run if its
 last run has the best value at the end of training; else the record says how much worse it is.
 """
 
@@ -33,12 +33,13 @@ from dpoeng.engine.recipes.train import train
 from dpoeng.engine.reference.loading import KeptBase
 from dpoeng.engine.runtime.outputs import scratch_folder
 
-RANKED = "rewards/accuracies"
+RANKED = "loss"
+"""The held-out loss: with few pairs accuracy has few values, and all runs of the grid share their beta."""
 
 
 @dataclass(frozen=True, slots=True)
 class HalvingSettings:
-    """The grid: every learning rate with every beta.
+    """The grid: every learning rate with every LoRA rank.
 
     Attributes:
         pairs_count: number of pairs to use, the first ones of the files.
@@ -56,15 +57,14 @@ class HalvingSettings:
     pairs_count: int = 200
     held_out: float = 0.33
     steps: int = 36
-    learning_rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
-    betas: tuple[float, ...] = (0.05, 0.3)
+    learning_rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+    lora_ranks: tuple[int, ...] = (4, 32)
     factor: int = 3
     share: float = 1 / 6
     seeds: int = 2
     part: int = 9
     parts: int = 100
     batch_size: int = 4
-    lora_r: int = 16
     max_length: int = 96
     max_prompt_length: int = 48
 
@@ -111,7 +111,6 @@ def _grid(settings: HalvingSettings, work: Path, last: int, seed: int) -> dict[s
         "eval_view": "held-out",
         "output_dir": work / f"grid-{seed}",
         "train_last_layers": last,
-        "lora_r": settings.lora_r,
         "max_steps": settings.steps,
         "per_device_train_batch_size": settings.batch_size,
         "gradient_accumulation_steps": 1,
@@ -121,7 +120,7 @@ def _grid(settings: HalvingSettings, work: Path, last: int, seed: int) -> dict[s
         "seed": seed,
         "device": "cpu",
     }
-    vary = {"learning_rate": settings.learning_rates, "beta": settings.betas}
+    vary = {"learning_rate": settings.learning_rates, "lora_r": settings.lora_ranks}
     sweep = {"vary": vary, "rank_by": RANKED, "halving_factor": settings.factor}
     plan: SweepPlan = plan_sweep(SweepConfig.model_validate(sweep), options)
     base = KeptBase()
@@ -140,7 +139,8 @@ def replay(scores: Mapping[str, Sequence[Score]], factor: int) -> dict[str, Any]
 
     Returns:
         `found`: whether the run that is trained to the end has the best value there; `regret`: its distance from the
-        best; `share`: steps, as a share of the steps of all runs; `run`: its name.
+        best; `spread`: distance of the worst from the best; `share`: steps, as a share of the steps of all runs; `run`:
+        its name.
     """
     top = len(next(iter(scores.values())))
     rungs = min(top, rung_count(len(scores), factor))
@@ -162,16 +162,20 @@ def replay(scores: Mapping[str, Sequence[Score]], factor: int) -> dict[str, Any]
     ends = {name: own[-1][0] for name, own in scores.items()}
     last = max((name for name in scores if reached[name] == rungs), key=lambda name: ends[name])
     steps = sum(float(factor) ** (count - rungs) for count in reached.values())
-    regret = max(ends.values()) - ends[last]
-    return {"run": last, "found": regret == 0, "regret": regret, "share": steps / len(scores)}
+    return {"run": last, **_distance(ends, last), "share": steps / len(scores)}
+
+
+def _distance(ends: Mapping[str, float], run: str) -> dict[str, Any]:
+    """How far a run ends from the best one, and how far the worst does; larger values are better."""
+    best = max(ends.values())
+    return {"found": ends[run] == best, "regret": best - ends[run], "spread": best - min(ends.values())}
 
 
 def _chance(scores: Mapping[str, Sequence[Score]], draw: random.Random) -> dict[str, Any]:
     """One random run, trained to its end: the baseline for halving."""
     ends = {name: own[-1][0] for name, own in scores.items()}
     run = draw.choice(sorted(ends))
-    regret = max(ends.values()) - ends[run]
-    return {"run": run, "found": regret == 0, "regret": regret, "share": 1 / len(scores)}
+    return {"run": run, **_distance(ends, run), "share": 1 / len(scores)}
 
 
 def _summary(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -179,6 +183,7 @@ def _summary(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "cases": len(cases),
         "found": float(np.mean([case["found"] for case in cases])),
         "regret": float(np.mean([case["regret"] for case in cases])),
+        "spread": float(np.mean([case["spread"] for case in cases])),
         "share": float(np.mean([case["share"] for case in cases])),
     }
 
@@ -188,13 +193,12 @@ def table(record: Mapping[str, Any]) -> Any:
     from rich.table import Table
 
     result_table = Table(title=f"halving of grids of {len(record['grids'][0])} runs, {record['rungs']} rungs")
-    for heading in ("", "cases", "the best run", "accuracy below the best", "steps of the grid"):
+    for heading in ("", "cases", "the best run", "loss above the best", "worst above best", "steps of the grid"):
         result_table.add_column(heading)
     rows = [("whole grids", _summary(record["whole"])), ("parts of them", record["parts"])]
     for name, one in [*rows, ("one run by chance", record["by_chance"])]:
-        result_table.add_row(
-            name, str(one["cases"]), f"{one['found']:.0%}", f"{one['regret']:.3f}", f"{one['share']:.0%}"
-        )
+        distances = (f"{one[key]:.4f}" for key in ("regret", "spread"))
+        result_table.add_row(name, str(one["cases"]), f"{one['found']:.0%}", *distances, f"{one['share']:.0%}")
     return result_table
 
 

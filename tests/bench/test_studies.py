@@ -251,9 +251,10 @@ def test_halving_is_replayed_by_hand() -> None:
     scores = {"a": [(3.0,), (1.0,), (1.0,)], "b": [(2.0,), (2.0,), (3.0,)], "c": [(1.0,), (9.0,), (2.0,)],
               "d": [(0.0,), (9.0,), (4.0,)]}  # fmt: skip
     # 4 runs to a quarter, 2 of them to a half, 1 to the end: (2 * 1/4 + 1/2 + 1) / 4
-    assert halving.replay(scores, 2) == {"run": "b", "found": False, "regret": 1.0, "share": 0.5}
+    assert halving.replay(scores, 2) == {"run": "b", "found": False, "regret": 1.0, "spread": 3.0, "share": 0.5}
     del scores["d"]  # three runs have two rungs, the last two: c leads there, and one in two of three is one
-    assert halving.replay(scores, 2) == {"run": "c", "found": False, "regret": 1.0, "share": (2 * 0.5 + 1) / 3}
+    share = (2 * 0.5 + 1) / 3
+    assert halving.replay(scores, 2) == {"run": "c", "found": False, "regret": 1.0, "spread": 2.0, "share": share}
 
 
 @pytest.mark.slow
@@ -261,7 +262,7 @@ def test_the_halving_study(tmp_path: Path, tiny_model: Path) -> None:
     file = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(24))
     settings = HalvingSettings(
         str(tiny_model), (file,), tmp_path / "work", pairs_count=24, steps=4, learning_rates=(1e-4, 1e-3), seeds=1,
-        factor=2, part=3, parts=4, lora_r=4,
+        factor=2, part=3, parts=4, lora_ranks=(2, 4),
     )  # fmt: skip
     record = halving.halving_study(settings)
     assert [len(values) for values in record["grids"][0].values()] == [3] * 4
