@@ -4,10 +4,10 @@
         [--record FILE]
 
 Both programs get the same token ids in the same order, the same start of the LoRA, the same precision of the base, and
-train one epoch, each in a process of its own. Both adapters are then looked at by the same code, in that precision, on
-pairs of prompts that neither has seen. Each program takes its own numbers of the reference: dpoeng from phase one, TRL
-by switching the adapter off in every step, which is its default. (Precomputed ones it takes in eval(), where LLM.int8()
-quantises activations too: other numbers than the policy's, and on a CPU many times slower to get.)
+train one epoch, each in a separate process. The same code then evaluates both adapters, in that precision, on pairs of
+prompts that neither has seen. Each program computes its own reference: dpoeng in phase one, TRL by switching the
+adapter off in every step, its default. (TRL precomputes in eval(), where LLM.int8() also quantises activations: these
+numbers differ from the policy's, and take many times as long on a CPU.)
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Every causal architecture of this transformers through both phases, as a tiny random model: docs/models.md.
+"""Runs both phases for every causal architecture in transformers, as a tiny random model; writes docs/models.md.
 
     python -m dpoeng.bench.studies.architectures [--only llama,gpt2] [--output docs/models.md]
 
-Each model runs in a process of its own with a time limit: phase one against a plain forward in float64, a step of
-training, evaluation, merge, the merged checkpoint loaded by plain transformers, and the forecast as on a GPU. Knows no
-architecture by name; what a model is refused for is what users would be told.
+Each model runs in a separate process with a time limit: phase one against a plain forward in float64, a step of
+training, evaluation, merge, the merged checkpoint loaded by plain transformers, and the forecast as on a GPU. No
+architecture is treated by name, and refusals are those that users get.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from dpoeng.cache.reader import View
 from dpoeng.engine.runtime.outputs import Kind, writing
 
 LIMIT_S = 120.0
-"""Seconds for one architecture, after which it is given up."""
+"""Time limit for one architecture, in seconds."""
 
 TOLERANCE = 1e-3
-"""Nats a token between phase one and a plain forward, in float32; and between the policy and its merged checkpoint."""
+"""Largest difference in nats per token: phase one to a plain forward in float32; policy to its merged checkpoint."""
 
 GPU_BYTES = 24 * 2**30
-"""Free memory of the card that the forecast is asked about."""
+"""Free memory of the card in the forecast."""
 
 STAGES = ("phase one", "training", "evaluation", "merge", "forecast")
 
@@ -318,6 +318,7 @@ def _is_study(path: Path) -> bool:
 
 _PLACE = re.compile(r" at \S+\.py:\d+( < \S+\.py:\d+)*$")
 """Where an error was raised: for the log, not for the page."""
+_MOVED = re.compile(r"separate: sharing the prompt moves the model's numbers by ([\d.e+-]+) nats")
 
 
 def page(outcomes: Sequence[Outcome]) -> str:
@@ -331,8 +332,8 @@ def page(outcomes: Sequence[Outcome]) -> str:
         "",
         "Every causal architecture that transformers registers, as a tiny random model, taken through phase one "
         "(against a plain forward in float64), training, evaluation, merge (against plain peft) and the "
-        "memory forecast. Made by "
-        "`python -m dpoeng.bench.studies.architectures --output docs/models.md`; do not edit it by hand.",
+        "memory forecast. "
+        "`python -m dpoeng.bench.studies.architectures --output docs/models.md` generates this page.",
         "",
         f"Versions: torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}, "
         f"peft {peft.__version__}.",
@@ -347,19 +348,26 @@ def page(outcomes: Sequence[Outcome]) -> str:
         "",
         "**shared**: a prompt runs once for both responses; recurrent and convolution layers hand their state on from "
         "the prompt to each response. **separate**: each response runs with its own copy of the prompt; the numbers "
-        "are the same. **refused**: dpoeng stops with a message. **not made**: this study found no small config "
-        "for it, so nothing is known. **failed**: a stage did not end.",
+        "are the same. **refused**: dpoeng stops with a message. **not made**: not tried, because this study found no "
+        "small config for it. **failed**: a stage failed.",
         "",
     ]
     ordered = sorted(outcomes, key=lambda one: one.model_type)
-    plain = [one.model_type for one in ordered if one.prompt == "shared" and one.stages.get("forecast") == OK and
-             all(text == OK for text in one.stages.values())]  # fmt: skip
-    if plain:
-        lines += [f"Shared, and every stage ends right: {', '.join(plain)}.", ""]
+    right = [one for one in ordered if one.stages.get("forecast") == OK and set(one.stages.values()) == {OK}]
+    shared = [one.model_type for one in right if one.prompt == "shared"]
+    moved = {one.model_type: match[1] for one in right if (match := _MOVED.match(one.prompt))}
+    if shared:
+        lines += [f"Shared, and all stages pass: {', '.join(shared)}.", ""]
+    if moved:
+        lines += [
+            "Separate, and all stages pass. Sharing the prompt would move the model's numbers by so many nats per "
+            "token: " + ", ".join(f"{name} {nats}" for name, nats in moved.items()) + ".",
+            "",
+        ]  # fmt: skip
     lines += ["| model type | prompt | training, evaluation, merge, forecast |", "|---|---|---|"]
-    for outcome in (one for one in ordered if one.model_type not in plain):
-        said = {stage: _PLACE.sub("", told) for stage, told in outcome.stages.items() if told != OK}
-        stopped = [f"{stage}: {told}" for stage, told in said.items() if not outcome.prompt.startswith("refused")]
+    for outcome in (one for one in ordered if one.model_type not in {*shared, *moved}):
+        failed = {stage: _PLACE.sub("", text) for stage, text in outcome.stages.items() if text != OK}
+        stopped = [f"{stage}: {text}" for stage, text in failed.items() if not outcome.prompt.startswith("refused")]
         rest = "; ".join(stopped) if stopped else (OK if outcome.stages.get("forecast") == OK else "-")
         cells = (outcome.model_type, outcome.prompt, rest)
         lines.append("| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |")

@@ -2,9 +2,9 @@
 
     python -m dpoeng.bench.studies.cache_vs_trl [--peer-python PYTHON] [--record FILE]
 
-Each case runs a program, changes something, and runs it again on the same cache. Counted is how many pairs the second
-run scores; and its values are compared with those of a run on an empty cache, which no cache can have made wrong. Every
-run is a process of its own. Model and pairs are small and random: neither decides what is computed again.
+Each case runs a program, changes one thing, and runs it again on the same cache. The study counts the pairs that the
+second run scores, and compares its values with those of a run on an empty cache. Every run is a separate process. Model
+and pairs are small and random, because they do not decide what is computed again.
 """
 
 from __future__ import annotations
@@ -299,7 +299,7 @@ def flip_bit(files: list[str], stored: float) -> None:
 
 
 def _isolated(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a function in a process of its own, or None if that was killed."""
+    """The result of a function in a separate process, or None if that was killed."""
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
 

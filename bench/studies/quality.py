@@ -1,9 +1,9 @@
 """Compares the same training in several precisions by held-out accuracy and margin.
 
-Every way is phase one and phase two on the same pairs, in a process of its own, one after another. It is then looked at
-twice: as it was trained, with its own precision and reference; and its adapter alone, on the float32 model against the
-float32 reference, where all ways can be compared pair by pair. Intervals are over held-out prompts; the
-difference from the first way is paired, and so much narrower than two intervals side by side suggest.
+Each precision runs phase one and phase two on the same pairs, in a separate process, one after another. The result is
+evaluated twice: as trained, with its own precision and reference; and its adapter on the float32 model against the
+float32 reference, where all can be compared pair by pair. Intervals are over held-out prompts; differences from the
+first precision are paired, so their intervals are much narrower than two separate ones suggest.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 
 Pairs of 300 tokens (100 each of prompt, chosen, rejected), a tokenizer of 2,000 words, and log-probs that are made up:
 reading, tokenising, looking up and storing are measured, not the model; `scratch` alone runs one, of one layer. Each
-piece of work runs in a process of its own. Its time is CPU seconds of all threads, without imports. Its memory is the
+piece of work runs in a separate process. Its time is CPU seconds of all threads, without imports. Its memory is the
 most that was resident at any time, libraries included: all of it (the kernel's high-water mark), and the part that is
 the process's own, sampled. The rest is mapped files, which the system takes back when it needs the memory.
 """
@@ -263,7 +263,7 @@ _READING: Final = {"check", "check-model", "scratch", "plan", "again"}
 
 
 def measure(name: str, folder: Path) -> dict[str, float]:
-    """One piece of work in this process: CPU seconds, and the most bytes resident, in all and of its own.
+    """Runs one piece of work in this process: CPU seconds, peak resident bytes, and the peak without mapped files.
 
     What was planned is committed afterwards with made-up log-probs, for phase one again.
     """

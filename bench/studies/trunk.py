@@ -3,7 +3,7 @@
     python -m dpoeng.bench.studies.trunk --model M --pairs FILE [--peer-python PYTHON] [--work DIR] [--record FILE]
 
 Cost: a step of the top third from a trunk, of the same layers in the whole model, and of TRL with the same
-`layers_to_transform`, each in a process of its own, with the same token ids, order and start of the LoRA; so the losses
+`layers_to_transform`, each in a separate process, with the same token ids, order and start of the LoRA; so the losses
 are equal, which the record shows. Peak memory is that of tensors, by the allocator, with the weights.
 
 Quality: held-out accuracy and margin after the same number of steps, for all layers, the top half, third and sixth, and

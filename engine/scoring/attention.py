@@ -121,7 +121,7 @@ def shared_prompt_attention(
     parts = zip(*(torch.split(states, sizes, dim=2) for states in (query, key, value)), strict=True)
     for group in dpoeng_plan.groups:
         keys: list[Keys] = []
-        beginnings: dict[tuple[int, int], Keys] = {}  # each is cut off once, however many texts go on from it
+        beginnings: dict[tuple[int, int], Keys] = {}  # each is cut off once, for all texts that continue it
         for text, (q, k, v) in zip(group.texts, islice(parts, len(group.texts)), strict=True):
             if text.after >= 0:  # the first text lies in the row in one piece, so nothing is copied for it
                 place = (text.after, text.shared)

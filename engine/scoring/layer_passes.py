@@ -187,7 +187,7 @@ class _Told:
         self._now: list[int] = []
 
     def of(self, tokens: Sequence[int]) -> _Told:
-        """Begins a pass over so many tokens, or begins one anew."""
+        """Starts a pass over so many tokens, or repeats one."""
         self._tokens, self._now = tokens, [0] * len(tokens)
         return self
 

@@ -6,7 +6,7 @@ prompt and itself. The last prompt position predicts the first token of every br
 The reference pass and training use the same rows, which makes their numbers comparable.
 
 If branches begin alike, their common beginnings can occur once too, at any depth: a tree. Its nodes lie in the row
-parent before child. Each token keeps the position, and sees the tokens, that it would in a row of its own.
+parent before child. Each token keeps the position, and sees the tokens, that it would in a separate row.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Text:
 class GroupSpan:
     """Position of a group in a row: `[prompt_begin, prompt_end)`, then each branch's `[begin, end)`.
 
-    `tree`: its texts if common beginnings of branches occur once; a branch's span is then that of its own end.
+    `tree`: its texts if common beginnings of branches occur once; a branch's span then covers only its own end.
     """
 
     prompt_begin: int
@@ -246,9 +246,9 @@ def positions_of(groups: Sequence[PromptGroup], shortest: int = 0) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Node:
-    """Tokens [begin, end) of branch `of`, which go on from node `parent` (-1: from the prompt).
+    """Tokens [begin, end) of branch `of`, which continue node `parent` (-1: the prompt).
 
-    `leaf`: whether they end the branch; else at least two branches have them.
+    `leaf`: whether the branch ends here; otherwise at least two branches share these tokens.
     """
 
     of: int

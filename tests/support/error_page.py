@@ -238,7 +238,7 @@ REMEDIES: dict[str, str] = {
     "model-incomplete": "download or save the checkpoint again",
     "model-unloadable": "check config.json, or install a newer transformers",
     "adapter-unsavable": "use --adapter-mode continue, or merge the SFT adapter into the base first",
-    "model-ambiguous": "move the adapter's files to a folder of their own and give that as --adapter",
+    "model-ambiguous": "move the adapter's files to a separate folder and give that as --adapter",
     "model-unsupported": "please report the architecture",
     "tokenizer-missing": "copy the tokenizer files from the model that this one was trained from",
     "adapter-not-found": "name the folder that peft's `save_pretrained` wrote",

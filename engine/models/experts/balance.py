@@ -23,16 +23,16 @@ from dpoeng.engine.models.model_config import text_config
 
 @dataclass(frozen=True, slots=True)
 class Balance:
-    """How a model's routers are held in balance.
+    """A model's balancing loss for its routers.
 
     Attributes:
-        coefficient: what the loss is multiplied by.
+        coefficient: factor of the loss.
         routers: modules, in the order of the layers.
-        backbone: the decoder, which is told which tokens are padding.
-        index: of the logits in what a router returns.
-        function: (logits [T, E] of each layer, experts, experts a token, mask or None) -> the loss.
-        experts: to choose from.
-        each: experts a token.
+        backbone: the decoder; its attention mask marks padding.
+        index: position of the logits in a router's output.
+        function: (logits [T, E] of each layer, experts, experts per token, mask or None) -> the loss.
+        experts: number of experts.
+        each: experts per token.
     """
 
     coefficient: float
@@ -45,7 +45,7 @@ class Balance:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[Seen]:
-        """Collects what the routers say in the forwards of the block; layers recomputed later are not looked at."""
+        """Collects the routers' logits in the forwards of the block, without those of layers recomputed later."""
         seen = Seen(self)
         hooks = [router.register_forward_hook(seen.look) for router in self.routers]
         hooks.append(self.backbone.register_forward_pre_hook(seen.look_at_mask, with_kwargs=True))
@@ -117,7 +117,7 @@ def balance_of(lm: CausalLM, coefficient: float, *, whole_batch: bool = False) -
             f"transformers has no balancing loss for {type(base).__name__}",
             code="config-value",
             where=where,
-            expected="a mixture of experts with an auxiliary loss of its own: Mixtral, Qwen3-MoE, gpt-oss, OLMoE, ...",
+            expected="a mixture of experts with an auxiliary loss: Mixtral, Qwen3-MoE, gpt-oss, OLMoE, ...",
             remedy="leave the coefficient out",
         )
     return Balance(coefficient, routers, lm.backbone, index, function, experts, each)

@@ -36,7 +36,7 @@ class Architecture:
 
     @property
     def tied(self) -> bool:
-        """Whether the head is the embedding, and has no tensor of its own."""
+        """Whether the head is the embedding, and has no separate tensor."""
         return bool(self.config.get("tie_word_embeddings"))
 
     def keys(self) -> dict[str, int | float]:
