@@ -116,9 +116,11 @@ class Files:
         with self._explained(name), contextlib.ExitStack() as stack:
             folder = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             stack.callback(os.close, folder)
+            # Relative to the folder opened before, so that no part of the path can become a link in between.
             for part in folders:
                 folder = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
                 stack.callback(os.close, folder)
+            # O_NONBLOCK, because opening a pipe would otherwise wait for a writer.
             descriptor = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 os.close(descriptor)
@@ -146,6 +148,8 @@ class Files:
         with self._explained(name):
             self._durable_dir(target.parent)
             if not os.path.lexists(target):
+                # Write and sync first, then link: the name appears with all its bytes, or not at all. A link fails if
+                # the name is taken, while a rename would replace a file that others may have mapped.
                 with self._temporary(target.name, data) as temporary:
                     if self._link(temporary, target):
                         return True
@@ -154,7 +158,7 @@ class Files:
         return False
 
     def replace(self, name: str, data: bytes | memoryview) -> None:
-        """Replace `name` by `data`, atomically and durably."""
+        """Replaces `name` by `data`, atomically and durably."""
         target = self.root / name
         with self._explained(name):
             self._durable_dir(target.parent)
@@ -219,6 +223,7 @@ class Files:
                 raise
             if os.path.lexists(target):
                 return False
+            # Another writer may come first in between. Objects are named by their hash, so it wrote the same bytes.
             self.disk.rename(temporary, target)
         try:
             self.disk.sync_dir(target.parent)

@@ -33,15 +33,15 @@ def run_stage(name: str, device: str, small: bool) -> dict[str, Any]:
     took = round(time.perf_counter() - began, 1)
     if done.returncode:
         words = done.stderr.strip().splitlines()
-        return {"stage": name, "ok": False, "ended": f"status {done.returncode}", "said": words[-12:], "took_s": took}
+        return {"stage": name, "ok": False, "ended": f"status {done.returncode}", "stderr": words[-12:], "took_s": took}
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return {"stage": name, **result, "took_s": took}
 
 
 def page_of(record: dict[str, Any], results: list[dict[str, Any]]) -> str:
-    """The results as Markdown: one line per stage, then all details."""
+    """Renders the results as Markdown: one line per stage, then all details."""
     small = ", with tiny sizes: figures mean nothing" if record["settings"]["small"] else ""
-    lines = [f"# Evidence from {record['device']}{small}", "", "| stage | as it should be | seconds |", "|---|---|---|"]
+    lines = [f"# Evidence from {record['device']}{small}", "", "| stage | as expected | seconds |", "|---|---|---|"]
     lines += [f"| {r['stage']} | {'yes' if r['ok'] else 'NO'} | {r.get('took_s', '')} |" for r in results]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines += ["", f"Commit {record['commit']}, {record['date']}; {versions}.", ""]
@@ -80,7 +80,7 @@ def main(output: Path | None, device: str, small: bool, stage: str | None) -> No
             if "stage" in line:
                 results.append(line)
                 page.write_text(page_of(record, results), encoding="utf-8")
-                click.echo(f"{line['stage']}: {'ok' if line['ok'] else 'NOT as it should be'}")
+                click.echo(f"{line['stage']}: {'ok' if line['ok'] else 'NOT as expected'}")
     failed = [result["stage"] for result in results if not result["ok"]]
     click.echo(f"results in {page}")
     sys.exit(1 if failed else 0)

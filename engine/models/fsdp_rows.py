@@ -76,6 +76,7 @@ def clip_gradients(lm: CausalLM, whole: Sequence[nn.Parameter], group: Group, li
     """
     if not lm.parts:
         return float(nn.utils.clip_grad_norm_(whole, limit))
+    # Each row of a sharded weight is in exactly one process; whole parameters are equal in all, and count once.
     squares = group.gather(_norm(list(lm.parts.values())) ** 2)
     norm = math.sqrt(math.fsum([*squares, _norm(whole) ** 2]))
     if norm > limit:
@@ -109,6 +110,7 @@ def make_whole(lm: CausalLM, group: Group, tensors: Mapping[str, torch.Tensor]) 
     for key, tensor in tensors.items():
         weight = weights.get(_parameter(key)) if tensor.dim() else None
         if weight is not None:
+            # No run_check, which would be another message between the processes for each tensor.
             tensor = DTensor.from_local(
                 tensor, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape,
                 stride=weight.stride(),
@@ -133,6 +135,7 @@ def own_rows(lm: CausalLM, group: Group, tensors: Mapping[str, torch.Tensor]) ->
         whole = whole.to(lm.device, copy=True)
         group.copy_first([whole])
         if weight is not None:
+            # No src_data_rank: every process has the whole tensor and takes its own rows without another message.
             rows = distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None)
             whole = local(rows).clone()  # only the rows, not a view of the whole
         rows_by_name[key] = whole.cpu()

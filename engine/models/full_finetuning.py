@@ -122,7 +122,7 @@ def _hand_over(master: nn.Parameter) -> Callable[[torch.Tensor], None]:
             master.grad = gradient.float()
         else:
             master.grad.add_(gradient)
-        weight.grad = None
+        weight.grad = None  # so only one weight at a time has a gradient in its own dtype
 
     return hand_over
 

@@ -110,6 +110,7 @@ def _add_update(
         return low_rank.add_update(result.view(-1, b.shape[0]), x.reshape(-1, a.shape[1]), a, b, scale)
     rows, before, after = x.reshape(-1, x.shape[-1]), out.view(-1, b.shape[0]), result.view(-1, b.shape[0])
     low = rows.new_empty((rows.shape[0], a.shape[0]), dtype=a.dtype)
+    # In chunks, so that the float32 copies of x and of the update exist for a few rows only.
     for part in _chunks(rows, max(a.shape[1], b.shape[0]), a.element_size()):
         low[part] = rows[part].to(a.dtype) @ a.T
         if out.dtype == b.dtype:

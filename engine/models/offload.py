@@ -56,6 +56,7 @@ class HostInputs:
         """A copy in (pinned) host memory; of a tensor without values, its shape."""
         beside, host = self._copies_of(tensor.device), None
         if not tensor.is_meta:
+            # Only copies from and to pinned memory run beside the computation.
             host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
             if beside is not None:
                 beside.copy(host, tensor, on_device=tensor)

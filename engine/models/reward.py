@@ -1,6 +1,6 @@
-"""Reward models: transformers checkpoints that give one number for a prompt with an answer.
+"""Reward models: transformers checkpoints with one output for a prompt and an answer.
 
-They score one text at a time, as they are usually used: with padding some of them read the wrong last token.
+They score one text at a time, because some of them read the wrong last token if texts are padded.
 Independent of the use of the numbers.
 """
 
@@ -77,15 +77,15 @@ def load_reward_model(source: ModelSource, device: torch.device, dtype: str = "a
             where=source.name,
             expected="a checkpoint for transformers' AutoModelForSequenceClassification",
             found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            remedy="name another model with --judge",
+            remedy="use another model with --judge",
         ) from error
     if model.config.num_labels != 1:
         raise UserError(
-            "the model gives more than one number",
+            "the reward model has more than one output",
             code="judge-model",
             where=source.name,
             expected="a reward model with one output (num_labels 1)",
             found=f"num_labels {model.config.num_labels}",
-            remedy="name a reward model with --judge",
+            remedy="use another reward model with --judge",
         )
     return RewardModel(model.to(device).eval().requires_grad_(False), load_tokenizer(source))

@@ -94,6 +94,7 @@ class Group:
         """
         if self.size == 1 or in_step:
             return self.gather(work())
+        # All report before one raises; otherwise the others would wait for it until the timeout.
         outcomes = self.gather(attempt(work, tries=1))
         for rank, (_, problem) in enumerate(outcomes):
             if problem:
@@ -146,6 +147,7 @@ class Group:
         """Replaces each tensor by its sum over the processes, with the same bits in all of them."""
         if self.size == 1:
             return
+        # One flat tensor per bucket, since each all-reduce costs a round trip: an adapter has hundreds of tensors.
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
             with self._meeting():
@@ -215,6 +217,7 @@ def process_group(environment: Mapping[str, str] = os.environ) -> Iterator[Group
     group = Group(int(environment["RANK"]), size, int(environment.get("LOCAL_RANK", environment["RANK"])))
     owner = not torch.distributed.is_initialized()
     if owner:
+        # NCCL moves only GPU tensors; pickled messages are CPU tensors.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         with group._meeting():
             torch.distributed.init_process_group(backend, timeout=_TIMEOUT)

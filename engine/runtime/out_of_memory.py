@@ -32,7 +32,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def release_memory() -> None:
     """Releases unused memory. Call it outside the `except`, because the traceback keeps tensors alive."""
-    gc.collect()
+    gc.collect()  # modules and autograd graphs form cycles, which keep their tensors until then
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

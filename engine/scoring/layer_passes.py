@@ -1,7 +1,7 @@
-"""Passes over the layers of a model that is run by layer: as many forwards as their hidden states have room for.
+"""Runs forwards layer by layer, in passes: as many forwards at once as their hidden states have room for.
 
-A pass that runs out of memory is done again; then the forward that was at work is cut in half, as in the ordinary
-order, and with the same numbers as there. Where forwards have no room to wait, the pass is cut, which moves no number.
+A pass that runs out of memory is repeated. If it runs out again, the forward at work is halved, with the same numbers
+as without layer offloading. If hidden states have no room, the pass is halved, which changes no number.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from dpoeng.engine.scoring.layout import PromptGroup, positions_of, separate
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Describe = Callable[[Sequence[Any], str], UserError]
-"""The error for items of one forward that do not fit, with what torch said."""
+"""The error for items of one forward that do not fit, with torch's message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Forwards(Generic[Item]):
-    """What goes through the layers.
+    """The forwards to run through the layers.
 
     Attributes:
-        items: of each forward.
-        groups_of: what a forward runs for some items.
+        items: the items of each forward.
+        groups_of: the prompt groups that a forward runs for some items.
         describe: the error for one item that does not fit alone.
-        note: told of what is cut because memory ran out.
+        note: receives a note if something is halved because memory ran out.
     """
 
     items: Sequence[Sequence[Item]]
@@ -56,15 +56,15 @@ def in_passes(
     advance: Advance = lambda _amount, _shown: None,
     pause: Callable[[], None] = lambda: None,
 ) -> Iterator[list[Result]]:
-    """What `finish` makes of the items of each forward, of a model that is run by layer; without gradient.
+    """Yields the results of `finish` for each forward of a model that is run by layer; without gradient.
 
     Args:
-        lm: the model.
-        forwards: what is run.
-        finish: runs a forward over some items after the layers. Of one that was cut, its results stand together.
-        ends: forwards behind which something is stored: a pass ends there rather than elsewhere.
-        advance: told of tokens that are done.
-        pause: called behind one of `ends`; it may raise.
+        lm: the model, with its layers in the files.
+        forwards: the forwards.
+        finish: computes the results of some items after the layers. Results of a halved forward are joined.
+        ends: forwards after which the caller stores results; a pass ends there if it can.
+        advance: receives the number of finished tokens.
+        pause: called after a pass that ends at one of `ends`; it may raise.
 
     Raises:
         UserError: an item alone does not fit into memory.
@@ -72,8 +72,8 @@ def in_passes(
     by_layer = lm.by_layer
     assert by_layer is not None
 
-    def run(pass_: _Pass[Item], waiting: Waiting, told: _Told) -> list[list[Result]]:
-        slots = through_layers(by_layer, waiting, pass_.jobs, told)
+    def run(pass_: _Pass[Item], waiting: Waiting, progress: _Progress) -> list[list[Result]]:
+        slots = through_layers(by_layer, waiting, pass_.jobs, progress)
         at_head = lambda at: pass_.at_work(at, lambda: finish(pass_.items[at]))  # noqa: E731
         return list(after_layers(by_layer, waiting, slots, at_head))
 
@@ -81,18 +81,18 @@ def in_passes(
     passes = plan_passes(sizes, by_layer.limit_bytes, ends)
     for number, some in enumerate(passes):
         title = f"pass {number + 1} of {len(passes)}, " if len(passes) > 1 else ""
-        told = _Told(by_layer.gates.count, advance, title)
-        yield from _within_memory(lm, forwards, [forwards.items[i] for i in some], run, told)
+        progress = _Progress(by_layer.gates.count, advance, title)
+        yield from _within_memory(lm, forwards, [forwards.items[i] for i in some], run, progress)
         if some[-1] in ends:
             pause()
 
 
 @torch.no_grad()
 def up_to_layer(lm: CausalLM, forwards: Forwards[Item], end: int) -> Iterator[None]:
-    """Takes forwards of a model that is run by layer to the entry of layer `end`, where a watch ends them.
+    """Runs forwards of a model that is run by layer up to the input of layer `end`, where a watch stops them.
 
     Yields:
-        once for each forward, when its pass is done.
+        Once per forward, when its pass is done.
 
     Raises:
         UserError: an item alone does not fit into memory.
@@ -100,8 +100,8 @@ def up_to_layer(lm: CausalLM, forwards: Forwards[Item], end: int) -> Iterator[No
     by_layer = lm.by_layer
     assert by_layer is not None
 
-    def run(pass_: _Pass[Item], waiting: Waiting, told: _Told) -> list[list[Item]]:
-        slots = through_layers(by_layer, waiting, pass_.jobs, told, end=end)
+    def run(pass_: _Pass[Item], waiting: Waiting, progress: _Progress) -> list[list[Item]]:
+        slots = through_layers(by_layer, waiting, pass_.jobs, progress, end=end)
         for own, job in zip(slots, pass_.jobs, strict=True):
             by_layer.gates.run_layer(end, [waiting.get(slot) for slot in own], job)
             waiting.drop(own)
@@ -109,14 +109,14 @@ def up_to_layer(lm: CausalLM, forwards: Forwards[Item], end: int) -> Iterator[No
 
     sizes = [by_layer.bytes_per_position * computed_positions(lm, forwards.groups_of(some)) for some in forwards.items]
     for some in plan_passes(sizes, by_layer.limit_bytes):
-        told = _Told(end, lambda _amount, _shown: None, "")
-        for _ in _within_memory(lm, forwards, [forwards.items[i] for i in some], run, told):
+        progress = _Progress(end, lambda _amount, _shown: None, "")
+        for _ in _within_memory(lm, forwards, [forwards.items[i] for i in some], run, progress):
             yield
 
 
 @dataclass(slots=True)
 class _Pass(Generic[Item]):
-    """The forwards of one pass, and which of them is at work: None while hidden states are put away or taken out."""
+    """The forwards of one pass. `working` is the one being computed; None while hidden states are stored or fetched."""
 
     lm: CausalLM
     items: Sequence[Sequence[Item]]
@@ -131,7 +131,7 @@ class _Pass(Generic[Item]):
         return lambda: self.at_work(at, lambda: predict_groups(self.lm, self.groups[at]))
 
     def at_work(self, at: int, work: Callable[[], Result]) -> Result:
-        """Does some work of a forward; `working` names it still where that has failed."""
+        """Does some work of a forward. If it fails, `working` still names this forward."""
         self.working = at
         try:
             result = work()
@@ -146,39 +146,39 @@ def _within_memory(
     lm: CausalLM,
     forwards: Forwards[Item],
     items: Sequence[Sequence[Item]],
-    run: Callable[[_Pass[Item], Waiting, _Told], list[list[Result]]],
-    told: _Told,
+    run: Callable[[_Pass[Item], Waiting, _Progress], list[list[Result]]],
+    progress: _Progress,
 ) -> list[list[Result]]:
-    """The results of each forward of a pass, which is cut where memory does not suffice."""
+    """The results of each forward of a pass, which is halved if memory runs out."""
     assert lm.by_layer is not None
     by_layer: ByLayer = lm.by_layer
     pass_ = _Pass(lm, items, [forwards.groups_of(some) for some in items])
 
     def once() -> list[list[Result]]:
         pass_.working = None
-        return run(pass_, by_layer.waiting(lm.device), told.of([sum_positions(groups) for groups in pass_.groups]))
+        return run(pass_, by_layer.waiting(lm.device), progress.of([sum_positions(groups) for groups in pass_.groups]))
 
-    done, said = attempt(once)
+    done, problem = attempt(once)
     if done is not None:
-        told.finish()
+        progress.finish()
         return done
     at = pass_.working
     if at is not None and len(items[at]) > 1:
         count, middle = len(items[at]), (len(items[at]) + 1) // 2
         forwards.note(f"out of memory with {count} pairs in one forward: computing them in halves")
         halves = [items[at][:middle], items[at][middle:]]
-        cut = _within_memory(lm, forwards, [*items[:at], *halves, *items[at + 1 :]], run, told)
+        cut = _within_memory(lm, forwards, [*items[:at], *halves, *items[at + 1 :]], run, progress)
         return [*cut[:at], [*cut[at], *cut[at + 1]], *cut[at + 2 :]]
     if len(items) > 1:
         forwards.note(f"out of memory with {counted(len(items), 'forward')} in a pass: running it in halves")
         middle = (len(items) + 1) // 2
-        first = _within_memory(lm, forwards, items[:middle], run, told)
-        return [*first, *_within_memory(lm, forwards, items[middle:], run, told)]
-    raise forwards.describe(items[0], said)
+        first = _within_memory(lm, forwards, items[:middle], run, progress)
+        return [*first, *_within_memory(lm, forwards, items[middle:], run, progress)]
+    raise forwards.describe(items[0], problem)
 
 
-class _Told:
-    """Tells of tokens that are through a layer, so that the last layer makes all of them done; of each only once."""
+class _Progress:
+    """Reports progress: a token counts by the share of layers that it passed, and never twice."""
 
     def __init__(self, layers: int, advance: Advance, title: str) -> None:
         self._layers, self._advance, self._title = layers, advance, title
@@ -186,13 +186,13 @@ class _Told:
         self._finished = self._most = 0
         self._now: list[int] = []
 
-    def of(self, tokens: Sequence[int]) -> _Told:
+    def of(self, tokens: Sequence[int]) -> _Progress:
         """Starts a pass over so many tokens, or repeats one."""
         self._tokens, self._now = tokens, [0] * len(tokens)
         return self
 
     def finish(self) -> None:
-        """A pass, or a part of one, is done."""
+        """Ends a pass, or a part of one."""
         self._finished += sum(self._now)
 
     def __call__(self, layer: int, at: int) -> None:
@@ -204,7 +204,7 @@ class _Told:
 
 
 def plan_passes(sizes: Sequence[int], limit: int, ends: Collection[int] = ()) -> list[range]:
-    """Cuts batches into passes of at most `limit` bytes, behind one of `ends` where a pass has any."""
+    """Divides forwards into passes of at most `limit` bytes; a pass that contains one of `ends` ends after it."""
     passes: list[range] = []
     begin = 0
     while begin < len(sizes):

@@ -1,7 +1,7 @@
-"""The end of a decoder for scored positions only: its last layer after the keys and values, and its last norm.
+"""Computes the end of a decoder only for scored positions: its last layer after the keys and values, and its last norm.
 
-Other positions need a hidden state that predicts no scored token only as key and value, and after the last attention
-not at all. So in the last layer every position computes its key and value, while queries, output projection, MLP and
+A position that predicts no scored token serves others only as key and value, and after the last attention not at all.
+So in the last layer every position computes its key and value, while queries, output projection, MLP and
 norms are computed only for positions that predict a scored token. Only for packed rows through FlashAttention
 (`varlen`) on a GPU: products of fewer rows may round differently, so a CPU's numbers stay unchanged.
 
@@ -37,7 +37,7 @@ def end_at_scored(lm: CausalLM, run: Callable[[], Any]) -> bool:
         run: a forward over packed rows.
 
     Returns:
-        whether the last layer has one attention that takes a row's plan, followed by an output projection.
+        Whether the last layer has one attention that takes a row's plan, followed by an output projection.
     """
     layer: Any = decoder_layers(lm.backbone)[-1]
     if isinstance(layer.forward, partial) and layer.forward.func is _over_scored:

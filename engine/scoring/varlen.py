@@ -44,7 +44,7 @@ class Texts:
 
 
 def texts(groups: Sequence[GroupSpan], device: torch.device, needed: IndexArray | None = None) -> Texts:
-    """The texts of a row's spans; with `asked`, from `queries_of`, only these positions are queries."""
+    """The texts of a row's spans; with `needed` [M], only these positions are queries."""
     keys = [rows for group in groups for rows in _key_rows(group)]
     queries = [size for group in groups for size in group.text_sizes]
     if needed is not None:
@@ -108,6 +108,7 @@ def varlen(
     # torch 2.11 has no such argument; its kernel accepts fewer key heads directly.
     has_argument = "enable_gqa" in inspect.signature(varlen_attn).parameters
     grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if has_argument else {}
+    # A window of transformers counts the token itself; FlashAttention counts only its neighbours.
     output = varlen_attn(
         q.contiguous(),
         k.contiguous(),

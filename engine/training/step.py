@@ -140,7 +140,7 @@ def _gradient_within_memory(run: Run, step: int) -> tuple[list[PreferenceLoss], 
         run.micro_batch = (run.micro_batch + 1) // 2
         run.progress.note(
             f"out of memory at step {step + 1}: repeating the step, and continuing, with "
-            f"{counted(run.micro_batch, 'pair')} a forward; a step keeps its pairs"
+            f"{counted(run.micro_batch, 'pair')} per forward; the pairs of a step stay the same"
         )
 
 
@@ -206,10 +206,10 @@ def _backward_of_parts(run: Run, step: int, micros: Sequence[Micro], begin: Begi
 
 
 def _with_balance(part: PreferenceLoss, seen: Seen) -> tuple[PreferenceLoss, torch.Tensor]:
-    """The loss of a forward with its routers' balancing loss beside it; and that, times its coefficient."""
+    """Returns the part with its routers' balancing loss for the log, and that loss times its coefficient."""
     auxiliary = seen.loss()
-    told = auxiliary.detach().to(part.losses).expand_as(part.losses)
-    return replace(part, auxiliary=told), seen.balance.coefficient * auxiliary
+    logged = auxiliary.detach().to(part.losses).expand_as(part.losses)
+    return replace(part, auxiliary=logged), seen.balance.coefficient * auxiliary
 
 
 def _add_gradients(run: Run, parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -271,6 +271,7 @@ def _backward_of_whole_batch(run: Run, step: int, micros: Sequence[Micro], begin
                 if pull is not None:
                     pull = pull[cuts[name == "row_ratios"][micro]]
                     pulls.append((x, (pull if counts else 0.0 * pull).to(x.device)))
+            # Chain rule: the whole loss's derivatives by this part's sums, carried back through the part's forward.
             torch.autograd.backward([x for x, _ in pulls], [pull for _, pull in pulls])
 
     run.group.each(carry, in_step=run.lm.sharded)

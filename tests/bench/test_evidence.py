@@ -55,7 +55,7 @@ def test_what_ends_in_an_error_or_late_is_a_line_and_the_rest_goes_on(
     by_stage = {line["stage"]: line for line in lines[1:]}
     assert list(by_stage) == list(STAGES)
     assert by_stage["head"]["ended"] == "not done after 120 s"
-    assert by_stage["rows"]["said"] == ["CUDA error: an illegal memory access"]
+    assert by_stage["rows"]["stderr"] == ["CUDA error: an illegal memory access"]
     assert [name for name, line in by_stage.items() if not line["ok"]] == ["head", "rows"]
     page = (tmp_path / "evidence.md").read_text()
     assert "| rows | NO |" in page

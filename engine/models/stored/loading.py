@@ -71,8 +71,8 @@ class Matrix:
 
     def shape(self) -> tuple[int, ...]:
         """Shape of the widened weight: (O, I), or (E, O, I)."""
-        held = self.parts["codes"]
-        sizes, bits = list(held.get_shape()), self.stored.bits
+        codes = self.parts["codes"]
+        sizes, bits = list(codes.get_shape()), self.stored.bits
         if self.stored.method == "gptq":
             groups = list(self.parts["scales"].get_shape())
             inputs = self.parts["groups"].get_shape()[0] if "groups" in self.parts else sizes[0] * 32 // bits
@@ -84,9 +84,9 @@ class Matrix:
         if "shape" in self.parts:
             rows, columns = self.parts["shape"][...].tolist()
             return int(rows), int(columns)
-        if str(held.get_dtype()) == "U8":
+        if str(codes.get_dtype()) == "U8":
             return sizes[0], sizes[1] * 2
-        return sizes[0], sizes[1] * (32 // bits if str(held.get_dtype()) == "I32" else 1)
+        return sizes[0], sizes[1] * (32 // bits if str(codes.get_dtype()) == "I32" else 1)
 
     def _telling(self) -> Any:
         return _Telling(self)
@@ -105,13 +105,13 @@ class _Telling:
         if isinstance(error, (ValueError, KeyError, RuntimeError, IndexError)):
             matrix = self._matrix
             raise UserError(
-                f"a quantised weight of {matrix.source.name} cannot be widened",
+                f"cannot widen a quantised weight of {matrix.source.name}",
                 code="quantization-stored",
                 where=f"{matrix.source.folder}, {matrix.name}",
                 expected=matrix.stored.words + ", as its own tools write it",
                 found=str(error),
-                remedy="download the checkpoint again; or name the full-precision checkpoint, with --quantization 4bit "
-                "or 8bit where memory is short",
+                remedy="download the checkpoint again; or use the full-precision checkpoint, with --quantization 4bit "
+                "or 8bit if memory is short",
             ) from error
 
 
@@ -156,12 +156,12 @@ class Found:
 
     def remarks(self, stored: Format) -> tuple[str, ...]:
         """Notes for the user."""
-        told = f"{counted(self.kept, 'weight')} in {stored.words} kept as stored, widened for each product"
+        kept = f"{counted(self.kept, 'weight')} in {stored.words} kept as stored, widened for each product"
         if stored.activations:
-            told += f"; activations are not rounded (the checkpoint's own kernels round them {stored.activations})"
+            kept += f"; activations are not rounded (the checkpoint's own kernels round them {stored.activations})"
         first = f": {self.widened[0]}" if self.widened else ""
         more = f"{counted(len(self.widened), 'quantised weight')} widened while loading{first}"
-        return (told, more) if self.widened else (told,)
+        return (kept, more) if self.widened else (kept,)
 
 
 def matrices(
@@ -200,12 +200,12 @@ def matrices(
 
 def _refused(source: ModelSource, name: str, stored: Format, why: str) -> UserError:
     return UserError(
-        f"the files of {source.name} are not quantised as its config.json says",
+        f"the files of {source.name} do not match the quantisation in its config.json",
         code="quantization-stored",
         where=f"{source.folder}, {name}",
         expected=f"{stored.words}: {stored.marker} and its other parts",
         found=why,
-        remedy="use the config.json that belongs to these weights, or name the full-precision checkpoint",
+        remedy="use the config.json that belongs to these weights, or the full-precision checkpoint",
     )
 
 
