@@ -52,7 +52,7 @@ def test_more_families_go_all_the_way(model_type: str) -> None:
     assert outcome_of(model_type).stages == dict.fromkeys(STAGES, OK)
 
 
-def test_a_stage_that_fails_is_told_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_stage_is_reported_and_the_others_continue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise ZeroDivisionError("no")
 
@@ -67,7 +67,7 @@ def test_a_stage_that_fails_is_told_and_the_others_go_on(tmp_path: Path, monkeyp
     assert "| llama | shared | merge: ZeroDivisionError: no" in text
 
 
-def test_what_does_not_answer_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_architecture_that_hangs_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     def wait(model_type: str) -> Outcome:
         time.sleep(60 if model_type == "slow" else 0)
         return Outcome(model_type, "not made: quickly")

@@ -100,7 +100,7 @@ def test_ratios_of_tensors_stand_beside_those_of_processes() -> None:
     assert tensor_ratios({}, PEER) == tensor_bytes({}, PEER) == {}  # a GPU, whose peaks are of tensors as it is
 
 
-def test_speed_at_other_losses_is_not_told() -> None:
+def test_different_losses_give_no_speed() -> None:
     ours = {"dpoeng": figures(1.0), "dpoeng reference": reference(1.0)}
     for loss, ok in ((0.6801, True), (0.66, False)):
         rounds = [{PEER: {**ours, PEER: figures(2.0, losses=(0.69, loss, 0.67))}}]
@@ -280,7 +280,7 @@ def test_a_planted_leak_is_noticed(clean: dict[str, Figures], job: Job) -> None:
 # --------------------------------------------------------------------------- processes
 
 
-def test_a_missing_peer_is_said_to_be_missing(tmp_path: Path) -> None:
+def test_a_missing_peer_is_reported(tmp_path: Path) -> None:
     without_trl = tmp_path / "python"
     without_trl.write_text("#!/bin/sh\necho \"ModuleNotFoundError: No module named 'trl'\" >&2\nexit 1\n")
     without_trl.chmod(0o755)

@@ -36,9 +36,7 @@ def test_a_wrong_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stages.layers(HERE)["disagrees"] == "a gated activation differs from PyTorch's on this GPU"
 
 
-def test_what_ends_in_an_error_or_late_is_a_line_and_the_rest_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_errors_and_timeouts_are_a_line_and_the_rest_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def answer(command: list[str], **_: Any) -> Any:
         name = command[command.index("--stage") + 1]
         if name == "head":

@@ -45,7 +45,7 @@ def test_another_record_makes_another_text(tmp_path: Path) -> None:
         rewritten("<!-- figures: nonsense -->\n<!-- end of figures -->")
 
 
-def test_of_other_losses_no_ratio_is_told(tmp_path: Path) -> None:
+def test_different_losses_give_no_ratio(tmp_path: Path) -> None:
     results = shutil.copytree(RESULTS, tmp_path / "results")
     file = results / "compare-cpu.jsonl"
     record = json.loads(file.read_text().splitlines()[0])

@@ -164,7 +164,7 @@ def test_energy_of_an_older_card_is_its_power_over_time(one_card: None, monkeypa
     assert "power" in meter.method
 
 
-def test_where_nothing_tells_the_energy_there_is_none(one_card: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_energy_is_reported_without_a_counter(one_card: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "nvml", lambda: None)
     for device, library in ((CUDA, nvml(None, None)), (CUDA, None), (CPU, None)):
         with EnergyMeter(device, library) as meter:

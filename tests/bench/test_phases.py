@@ -56,7 +56,7 @@ def test_rates_are_counts_over_time(record: dict[str, Any]) -> None:
     assert min(rates) <= record["gemm_flops"] <= max(rates)
 
 
-def test_a_missing_layout_is_said_not_measured(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_layout_is_reported_and_not_measured(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dpoeng.engine.scoring.attention import use_layout
 
     def refuse(lm: Any, wanted: str = "auto") -> None:

@@ -67,7 +67,7 @@ def test_a_process_does_both_phases(tmp_path: Path, tiny_model: Path) -> None:
     assert found["reference"].loss is None
 
 
-def test_other_losses_are_not_told() -> None:
+def test_different_losses_are_an_error() -> None:
     assert largest_difference({1: [0.5, 0.5], 2: [0.5, 0.50001]}) == pytest.approx(2e-5)
     for other in (0.51, float("nan")):
         with pytest.raises(UserError, match="do not compute the losses of one"):

@@ -134,7 +134,7 @@ def test_held_out_pairs_are_not_trained_on_and_the_same_for_all(tmp_path: Path, 
         split_pairs([one_prompt], asked.pairs_count, asked.held_out, tmp_path)
 
 
-def test_other_settings_do_not_go_on_with_a_run(tmp_path: Path, tiny_model: Path, runs: list[str]) -> None:
+def test_other_settings_do_not_continue_a_run(tmp_path: Path, tiny_model: Path, runs: list[str]) -> None:
     """A run of another learning rate has a folder of its own; the cache is shared."""
     few: dict[str, Any] = {"ways": ("float32",), "epochs": 0.5}
     one = bench_quality(settings(tmp_path, tiny_model, **few))

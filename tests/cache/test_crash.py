@@ -326,7 +326,7 @@ def test_a_failing_disk_is_reported_and_the_next_run_ends_the_same(
     ("number", "code"),
     [(errno.EMFILE, "cache-too-many-files"), (errno.EROFS, "cache-read-only"), (errno.EACCES, "cache-read-only")],
 )
-def test_a_machine_that_does_not_let_us_is_told_so(
+def test_a_system_that_refuses_an_operation_is_reported(
     tmp_path: Path, undisturbed: tuple[dict[str, str], list[str]], operation: str, number: int, code: str
 ) -> None:
     """Fault 43."""

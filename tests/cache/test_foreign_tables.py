@@ -174,7 +174,7 @@ def test_a_value_that_a_dictionary_repeats_is_limited(tmp_path: Path, monkeypatc
         list(read_rows(path))
 
 
-def test_what_compressed_buffers_say_they_expand_to_is_summed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_declared_sizes_of_compressed_buffers_are_summed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.arrow"
     content = arrow(pa.table({"x": ["a" * 100_000], "y": ["b" * 100_000]}), compression="zstd")
     path.write_bytes(content)

@@ -83,7 +83,7 @@ def test_the_two_newest_generations_stay(store: Store) -> None:
     assert len(store.lookup(SPEC.digest)) == 12
 
 
-def test_what_is_young_or_from_the_future_stays(store: Store) -> None:
+def test_new_files_and_files_from_the_future_stay(store: Store) -> None:
     """Fault 46: a clock set back must not make a live writer's object look old."""
     path = orphan(store)
     assert collect(store.root, dry_run=False) == []

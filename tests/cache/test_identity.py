@@ -152,7 +152,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_what_is_no_weight_file_is_refused(tmp_path: Path, kind: str) -> None:
+def test_a_file_without_weights_is_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(BAD[kind])
     with pytest.raises(CacheError) as caught:
@@ -395,7 +395,7 @@ def test_a_spec_cannot_be_changed_through_its_fields() -> None:
 
 
 @pytest.mark.parametrize("bad", [{"x": float("nan")}, {"x": float("inf")}, {"x": b"y"}, {"x": Path("y")}, {1: 2}])
-def test_what_has_no_one_spelling_is_refused(bad: Any) -> None:
+def test_json_without_a_canonical_form_is_refused(bad: Any) -> None:
     with pytest.raises((TypeError, ValueError)):
         ReferenceSpec.from_fields(bad)
 

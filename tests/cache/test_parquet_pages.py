@@ -125,7 +125,7 @@ def test_columns_that_share_their_pages_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "data", [b"", b"\x15", b"\x1c" * 20 + b"\0", b"\x19\xf5\xff\xff\xff\xff\x0f", b"\x18\x7fab", b"\x1b\x01"]
 )
-def test_headers_that_are_none_are_refused(tmp_path: Path, data: bytes) -> None:
+def test_invalid_headers_are_refused(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "header"
     path.write_bytes(data)
     with path.open("rb") as file, pytest.raises(FramingError):

@@ -210,7 +210,7 @@ def test_an_option_without_effect_is_refused(view: View, tmp_path: Path, more: t
 
 
 @pytest.mark.parametrize("extra", [b"[" * 100_000, b"[]", b"\xff"])
-def test_columns_that_are_no_object_are_named(view: View, monkeypatch: pytest.MonkeyPatch, extra: bytes) -> None:
+def test_columns_that_are_not_objects_are_named(view: View, monkeypatch: pytest.MonkeyPatch, extra: bytes) -> None:
     monkeypatch.setattr(view._table, "_extra", pa.array([extra] * len(view), pa.large_binary()))
     with pytest.raises(CacheError, match="damaged"):
         view.extra(0)

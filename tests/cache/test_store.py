@@ -205,7 +205,7 @@ def test_a_key_collision_is_a_miss_and_a_view_refuses_to_guess(tmp_path: Path, m
     assert caught.value.code == "cache-key-collision"
 
 
-def test_pairs_that_share_half_a_key_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_that_share_half_a_key_are_distinguished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The index sorts by the first 8 bytes; equal ones must be told apart by the rest."""
     real = schema.pair_key
 
@@ -227,7 +227,7 @@ def test_pairs_that_share_half_a_key_are_told_apart(tmp_path: Path, monkeypatch:
         assert_same(view[i], rows[i])
 
 
-def test_a_key_of_which_only_half_is_known_is_missing(tmp_path: Path) -> None:
+def test_a_key_with_only_half_a_match_is_missing(tmp_path: Path) -> None:
     [row] = rows = synthetic_rows(1)
     store = filled(tmp_path, rows)
     with pytest.raises(CacheError) as caught:
@@ -370,7 +370,7 @@ def test_an_empty_shard_and_a_pair_twice_are_bugs(tmp_path: Path) -> None:
         store.commit_shard(SPEC.digest, rows * 2, {})
 
 
-def test_opening_what_is_no_cache(tmp_path: Path) -> None:
+def test_opening_a_folder_that_is_not_a_cache(tmp_path: Path) -> None:
     with pytest.raises(CacheError) as caught:
         Store.open(tmp_path / "none")
     assert caught.value.code == "cache-not-found"

@@ -25,14 +25,14 @@ def test_figures_have_no_powers_of_ten_where_people_have_words() -> None:
     assert number(math.nan) == "nan"
 
 
-def test_speeds_below_one_a_second_are_told_the_other_way_round() -> None:
+def test_speeds_below_one_per_second_are_shown_as_seconds_each() -> None:
     assert speed(2, 100, "pairs") == "50 s/pair"
     assert speed(1234, 1, "pairs") == "1,234 pairs/s"
     assert speed(25, 10, "tokens") == "2.5 tokens/s"
     assert speed(0, 3, "pairs") == "0 pairs/s"
 
 
-def test_what_is_one_is_told_as_one(
+def test_a_count_of_one_is_singular(
     tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

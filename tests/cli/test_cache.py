@@ -145,7 +145,7 @@ def test_stats(folder: Path, tmp_path: Path, run: Run) -> None:
     assert len(found["strongly_right"]) + len(found["strongly_wrong"]) <= 4
 
 
-def test_a_folder_that_is_no_cache(tmp_path: Path, run: Run) -> None:
+def test_a_folder_that_is_not_a_cache(tmp_path: Path, run: Run) -> None:
     for command in ("info", "verify", "stats", "gc", "explain"):
         with pytest.raises(UserError) as caught:
             run(command, tmp_path)

@@ -336,7 +336,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(desk: Desk, capsys: pytest
         assert said.rstrip().splitlines()[-1].startswith("  remedy:")
 
 
-def test_what_dpoeng_did_not_expect_is_a_message_too(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_internal_error_is_a_message_too(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("flux capacitor")
 
@@ -364,7 +364,7 @@ def test_an_error_says_all_that_it_knows() -> None:
         *(pytest.param(command, marks=pytest.mark.slow) for command in ("check pairs.jsonl --json", "train --help")),
     ],
 )
-def test_output_that_nobody_reads_ends_quietly(desk: Desk, command: str) -> None:
+def test_a_closed_output_pipe_ends_quietly(desk: Desk, command: str) -> None:
     """As a tool that SIGPIPE ends; what is printed goes through click in some commands, through rich in others."""
     program = f"{shlex.quote(sys.executable)} -c 'from dpoeng.cli.main import main; main()' {command}"
     done = subprocess.run(

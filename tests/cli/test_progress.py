@@ -86,13 +86,13 @@ def test_the_figures_stand_under_the_bar_and_notes_break_between_words() -> None
     assert any(path in line for line in lines)
 
 
-def test_what_takes_long_is_seen_to_have_begun() -> None:
+def test_long_work_shows_that_it_has_begun() -> None:
     output = io.StringIO()
     with TerminalProgress(Console(file=output, width=120)).task("loading the base", 8, "B"):
         assert output.getvalue() == "loading the base ...\n"
 
 
-def test_imports_that_take_long_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_slow_imports_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
     with importing(60.0):
         pass
     assert capsys.readouterr().err == ""

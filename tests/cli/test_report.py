@@ -128,7 +128,7 @@ def test_a_run_that_is_still_going(out: Path) -> None:
     assert "0</b><span>steps" in report_page(read_run(out))
 
 
-def test_what_is_no_run_is_refused(out: Path, tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused(out: Path, tmp_path: Path) -> None:
     def code(folder: Path) -> str:
         with pytest.raises(UserError) as caught:
             read_run(folder)
@@ -195,7 +195,7 @@ def test_ticks_are_round_and_hold_all_values(values: list[float], ticks: list[st
     assert all(8 <= y <= 170 for _, y in coordinates(chart))
 
 
-def test_a_gap_in_a_curve_stays_a_gap_and_no_values_are_said() -> None:
+def test_a_gap_in_a_curve_stays_a_gap_and_missing_values_are_reported() -> None:
     chart = svgs(line_chart("t", [Curve("a", [(0, 1.0), (1, math.nan), (2, 2.0), (3, 1.0)])]))["t"]
     assert next(path.attrib["d"] for path in chart.iter("path")).count("M") == 2
     assert "no values" in line_chart("t", [Curve("a", [(0, math.nan)])])
@@ -278,7 +278,7 @@ def test_a_browser_draws_the_page(out: Path, tmp_path: Path, scheme: str) -> Non
     assert {ink, curve} <= colours, "text and curves are drawn in the scheme's colours"
 
 
-def test_runs_share_charts_and_their_settings_that_differ_are_told(
+def test_runs_share_charts_and_differing_settings_are_listed(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second run is the first with another beta and one step more on its record; its log stands as it was."""

@@ -496,12 +496,12 @@ def test_a_script_is_never_run(run: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
 
 
-def test_a_data_set_is_told_once(run: Run, tmp_path: Path) -> None:
+def test_a_data_set_is_reported_once(run: Run, tmp_path: Path) -> None:
     _, out = migrated(run, tmp_path, "train.py", "DPOTrainer('m', train_dataset=load_dataset('org/d', split='train'))")
     assert out.count("org/d") == 2, "its name, and the call that saves it"
 
 
-def test_nothing_untrue_is_said_of_a_reference_that_is_passed(run: Run, tmp_path: Path) -> None:
+def test_the_note_about_the_reference_needs_a_missing_ref_model(run: Run, tmp_path: Path) -> None:
     load = "b = AutoModelForCausalLM.from_pretrained('base')\nm = PeftModel.from_pretrained(b, 'sft')\n"
     _, out = migrated(run, tmp_path, "train.py", f"{load}DPOTrainer(m, ref_model=b)")
     assert "no ref_model" not in out
@@ -527,7 +527,7 @@ def test_a_dpo_config_in_json_and_yaml(run: Run, tmp_path: Path) -> None:
         assert "a DPOConfig of TRL" in out
 
 
-def test_what_does_not_fit_together_is_said(run: Run, tmp_path: Path) -> None:
+def test_conflicting_fields_are_reported(run: Run, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text("DPOConfig(load_best_model_at_end=True, eval_strategy='no')\n")
     status, out, _ = run("migrate", "train.py")
     assert status == 0

@@ -182,7 +182,7 @@ def test_misplaced_and_misspelt_options(refused: Run, command: str, option: str,
         assert word in text
 
 
-def test_several_unknown_options_are_told_at_once(refused: Run) -> None:
+def test_several_unknown_options_are_reported_at_once(refused: Run) -> None:
     status, text = refused("train", "--fp16", "--padding_value=0", "--beta", "0.1", "--betta", "2")
     assert status == 2
     assert "3 fields are wrong" in text
@@ -341,7 +341,7 @@ def test_wrong_values_as_options(refused: Run, arguments: list[str], words: list
         assert word in text
 
 
-def test_a_file_that_is_no_text(refused: Run, tmp_path: Path) -> None:
+def test_a_file_that_is_not_text(refused: Run, tmp_path: Path) -> None:
     (tmp_path / "dpoeng.yaml").write_bytes(b"beta: \xff\xfe\n")
     status, text = refused("train")
     assert status == 2

@@ -116,7 +116,7 @@ def test_a_new_line_written_in_a_shell() -> None:
     assert config.prompt_format == "Instruction: {prompt}\nResponse:"
 
 
-def test_a_pipe_is_no_configuration(tmp_path: Path) -> None:
+def test_a_pipe_is_not_a_configuration(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.yaml")
     with pytest.raises(UserError, match="regular file"):
         load_config(TrainConfig, {}, tmp_path / "pipe.yaml")

@@ -195,7 +195,7 @@ def test_what_belongs_to_the_prompt_and_has_no_place_is_refused(
     assert [(reject.reason, f"`{column}" in reject.detail) for reject in found.rejects] == [("unused-column", True)]
 
 
-def test_a_guessed_transcript_is_told_with_an_example(tmp_path: Path) -> None:
+def test_a_guessed_transcript_is_reported_with_an_example(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text(json.dumps({"chosen": "Q: 2+2?\nA: four", "rejected": "Q: 2+2?\nA: five"}) + "\n")
     remark = read_pairs([path]).column_remark()
@@ -327,7 +327,7 @@ def test_28_text_columns_of_any_type_are_text(name: str) -> None:
     }
 
 
-def test_28_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+def test_28_bytes_that_are_not_text_are_refused(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -433,7 +433,7 @@ def test_13_special_tokens_that_take_white_space_stay_in_the_prompt() -> None:
     assert data.counts.swallowed == 2
 
 
-def test_15_a_template_that_refuses_is_told_by_reason() -> None:
+def test_15_a_refusing_template_is_reported_by_reason() -> None:
     file, data = tokens_of("15-gemma-system/p.jsonl", "gemma2")
     assert [reason for reason, _ in rejects(file, data).values()] == ["template-error"] * 2
     file, data = tokens_of("15-gemma-system/ok.jsonl", "gemma2")
@@ -444,7 +444,7 @@ def test_15_a_template_that_refuses_is_told_by_reason() -> None:
 
 
 @pytest.mark.parametrize("style", ["chatml", "llama3", "phi3", "phi4", "zephyr", "llama4", "qwen3"])
-def test_16_an_answer_goes_on_in_the_turn_that_the_prompt_begins(style: str) -> None:
+def test_16_an_answer_continues_the_turn_that_the_prompt_begins(style: str) -> None:
     tokenizer = styled_tokenizer(style)
     file, data = tokens_of("16-prefill/p.jsonl", style)
     prompt: Any = file.pairs[0].prompt
@@ -545,7 +545,7 @@ def test_scored_are_the_assistants_own_tokens(style: str, train_on: Any, chosen:
 
 
 @pytest.mark.parametrize("style", ["phi3", "harmony"])
-def test_turns_that_cannot_be_told_apart_are_refused(style: str) -> None:
+def test_ambiguous_turns_are_refused(style: str) -> None:
     # Both write the end of the last turn otherwise than the end of those before it.
     data = tokenize_pairs(pairs_of([TURNS]), styled_tokenizer(style))
     assert [reject.reason for reject in data.rejects] == ["template-turns"]

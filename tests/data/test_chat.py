@@ -154,7 +154,7 @@ def test_a_template_whose_answers_cannot_be_found_rejects_the_row() -> None:
     assert [(reject.source_row, reject.reason) for reject in data.rejects] == [(1, "template-boundary")]
 
 
-def test_a_template_that_refuses_rejects_the_row_and_goes_on() -> None:
+def test_a_refusing_template_rejects_only_the_row() -> None:
     tokenizer = chat_tokenizer(
         "{% if messages[0]['content'] == 'bad' %}{{ raise_exception('no such role') }}{% endif %}" + CHATML
     )

@@ -197,7 +197,7 @@ def test_fault_5_line_separators_inside_texts(tmp_path: Path, separator: str) ->
     assert (pair.prompt, pair.chosen, pair.rejected) == tuple(rows[0].values())
 
 
-def test_blank_lines_count_as_lines_but_are_no_rows(tmp_path: Path) -> None:
+def test_blank_lines_count_as_lines_but_not_as_rows(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(b"\n \r\n" + good_lines()[0] + b"\n\n")
     found = read_pairs([path])
@@ -365,7 +365,7 @@ def test_parquet_values_that_json_does_not_know(tmp_path: Path) -> None:
     assert read_pairs([path]).pairs[0].extra == {"nan": None, "day": "1970-01-01", "bytes": "/w=="}
 
 
-def test_parquet_with_a_text_that_is_no_utf8(tmp_path: Path) -> None:
+def test_parquet_with_invalid_utf8(tmp_path: Path) -> None:
     path = tmp_path / "pairs.parquet"
     chosen = pa.array([b"a"] * 50 + [b"\xff\xfe"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"prompt": ["p"] * 51, "chosen": chosen, "rejected": ["b"] * 51}), path)

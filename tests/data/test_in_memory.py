@@ -158,7 +158,7 @@ def test_values_of_python_become_those_of_json() -> None:
     ],
     ids=["columns", "number", "nothing", "one-name-twice", "no-chosen"],
 )
-def test_what_is_no_rows_is_refused(rows: Any, code: str, says: str) -> None:
+def test_data_without_rows_is_refused(rows: Any, code: str, says: str) -> None:
     with pytest.raises(UserError) as caught:
         read(rows)
     assert caught.value.code == code

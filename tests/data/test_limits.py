@@ -220,6 +220,6 @@ def test_counts_and_length_table() -> None:
     )
 
 
-def test_no_pairs_at_all_is_no_error_here() -> None:
+def test_no_pairs_are_not_an_error_here() -> None:
     data = tokenize_pairs([], words())
     assert (list(data.pairs), data.rejects, data.counts.lengths) == ([], [], {})

@@ -88,7 +88,7 @@ def test_an_empty_system_prompt_makes_no_text_of_a_question_among_conversations(
 
 
 @pytest.mark.parametrize("text", ["nan", " NaN", "None"])
-def test_a_missing_value_written_as_text_is_no_system_prompt(tmp_path: Path, text: str) -> None:
+def test_a_missing_value_written_as_text_is_not_a_system_prompt(tmp_path: Path, text: str) -> None:
     """As pandas leaves them in CSV. It is refused, not dropped: a row would be trained on another text than SFT saw."""
     rows = [{"system": text, "question": QUESTION, **TEXTS}, {"system": "Be brief.", "question": QUESTION, **TEXTS}]
     file = read(tmp_path, *rows)

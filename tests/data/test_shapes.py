@@ -111,7 +111,7 @@ def test_transcripts_share_their_beginning(chosen: str, rejected: str, prompt: s
     ("chosen", "rejected"),
     [("The answer is 4", "The answer is 5"), ("yes", "no"), ("", "b"), ("\nyes", "\nno"), ("a\n b", "c\n d")],
 )
-def test_answers_that_begin_alike_are_no_transcripts(chosen: str, rejected: str) -> None:
+def test_answers_with_a_common_beginning_are_not_transcripts(chosen: str, rejected: str) -> None:
     with pytest.raises(RowFault) as caught:
         parts({"chosen": chosen, "rejected": rejected})
     assert caught.value.reason == "no-common-prompt"

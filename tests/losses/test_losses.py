@@ -273,7 +273,7 @@ def test_kl_is_zero_at_the_reference_and_positive_beside_it() -> None:
     assert kl_per_token(policy, reference).tolist() == pytest.approx([0.0, 0.5 + LN2 - 1, 2 - LN2 - 1])
 
 
-def test_there_is_no_kl_where_only_sums_are_known() -> None:
+def test_there_is_no_kl_with_sums_only() -> None:
     """A cache that was imported from sums carries each in the response's first token; all else is the same."""
     tokens = batch([-1.0, -2.0, -3.0], [-2.0, -2.5, -1.0], [0, 0, 1])
     whole = batch([-1.0, -2.0, -3.0], [-4.5, 0.0, -1.0], [0, 0, 1], per_token=False)
@@ -286,7 +286,7 @@ def test_there_is_no_kl_where_only_sums_are_known() -> None:
     assert summed == pytest.approx(known)
 
 
-def test_what_losses_remember_by_hand() -> None:
+def test_states_of_losses_by_hand() -> None:
     pairs = sums([1.0, 3.0], [-2.0, 0.0])  # rewards at beta 1/2: 0.5, 1.5, -1, 0; margins 1.5, 1.5
     shifted = settings("bco_pair", beta=0.5, bco_reward_shift=True)
     once = next_state({}, pairs, shifted)

@@ -51,7 +51,7 @@ def settings(cache: Path, out: Path, **fields: Any) -> dict[str, Any]:
     } | fields
 
 
-def test_what_a_loss_is_given() -> None:
+def test_the_arguments_of_a_loss() -> None:
     """Two pairs by hand: the first of 2 and 1 tokens, the second of 1 and 2."""
     policy = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0, -6.0])
     batch = PreferenceBatch(policy, policy - 0.5, torch.tensor([0, 0, 1, 2, 3, 3]), 2)

@@ -343,7 +343,7 @@ def test_the_plan_in_tables_and_as_a_picture(tmp_path: Path) -> None:
     assert f"<b>{peak[2]}</b>" in page
 
 
-def test_what_cannot_be_divided_over_cards_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_sharded_is_refused(tmp_path: Path) -> None:
     line = ["--model", small_folder(tmp_path), "--gpu", "a100-80gb"]
     assert CliRunner().invoke(plan_command, [*line, "--fsdp"]).exit_code == 2
 
@@ -393,7 +393,7 @@ def test_a_divided_base_by_hand(checkpointing: bool) -> None:
     assert max(peak.by_kind.get("gathered layers", 0) for peak in gloo.values()) == 3 * a_layer
 
 
-def test_a_model_that_does_not_fit_is_said_to(tmp_path: Path) -> None:
+def test_a_model_that_does_not_fit_is_reported(tmp_path: Path) -> None:
     model = small_folder(tmp_path, vocab_size=2_000_000, hidden_size=512)
     shown = (
         CliRunner()

@@ -67,7 +67,7 @@ def test_the_dockerfile_is_whole() -> None:
     assert not set(ignored) & {"src", "engine", "cli", "cache", "kernels", "bench", "constraints.txt", "pyproject.toml"}
 
 
-def test_what_the_image_runs_is_understood() -> None:
+def test_the_image_runs_valid_commands() -> None:
     words = dict(instructions())
     parse([*json.loads(words["ENTRYPOINT"])])
     assert json.loads(words["CMD"]) == ["--help"]

@@ -248,7 +248,7 @@ def loaded_by(path: Path, seen: set[Path]) -> set[str]:
 
 
 @pytest.mark.parametrize("wing", WITHOUT_TORCH)
-def test_what_needs_no_torch_is_tested_without_it(wing: str) -> None:
+def test_packages_without_torch_are_tested_without_it(wing: str) -> None:
     heavy = {"torch", *MODEL_LIBRARIES} - WITHOUT_TORCH[wing]
     files = [ROOT / "tests" / "conftest.py", *sorted((ROOT / "tests" / wing).glob("test_*.py"))]
     found = {str(file.relative_to(ROOT)): loads for file in files if (loads := loaded_by(file, set()) & heavy)}
@@ -261,7 +261,7 @@ def test_an_import_by_way_of_another_module_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["", "kernels", "tests"])
-def test_these_folders_are_no_packages(folder: str) -> None:
+def test_these_folders_are_not_packages(folder: str) -> None:
     # With an __init__.py, `kernels` would hide the installed package of that name that transformers imports, for
     # anything that is run with the repository's root on sys.path.
     assert not (ROOT / folder / "__init__.py").exists()
@@ -299,7 +299,7 @@ def test_the_oldest_versions_are_the_lower_bounds() -> None:
         assert Version(version) == Version(bounds[name]), name
 
 
-def test_the_newest_versions_are_no_older_than_the_tested_ones() -> None:
+def test_the_newest_versions_are_at_least_the_tested_ones() -> None:
     """What `make test-newest` installs lies within the ranges that pip accepts, at or above what is tested."""
     tested, newest = pins_of("constraints.txt"), pins_of("constraints-newest.txt")
     project = PROJECT["project"]

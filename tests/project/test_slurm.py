@@ -91,7 +91,7 @@ def test_a_job_that_was_stopped_is_queued_again_and_no_other(script: str, tmp_pa
         assert sum(words == ["requeue", "42"] for _, words, _ in calls) == again
 
 
-def test_each_process_is_told_its_place(tmp_path: Path) -> None:
+def test_each_process_gets_its_rank(tmp_path: Path) -> None:
     _, calls = run_script("train_several_nodes.sbatch", tmp_path, SLURM_NTASKS="3")
     ranks = [ranks for program, _, ranks in calls if program == "dpoeng"]
     assert ranks == [

@@ -177,7 +177,7 @@ def test_both_phases_of_a_family_leave_the_same_bytes(model_type: str, tmp_path:
     assert one == other
 
 
-def test_a_killed_run_goes_on_in_either_way(
+def test_a_killed_run_continues_either_way(
     tmp_path: Path, caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings: dict[str, Any] = {"lora_dropout": 0.3, "save_steps": 1}
@@ -229,7 +229,7 @@ def test_weights_are_read_twice_a_step_and_hidden_states_may_wait_in_a_file(
     assert of_steps[-3:] in ([[0, 1, 0], [1, 0], [1, 0]], [[1, 0], [1, 0], [1, 0]])
 
 
-def test_what_lies_outside_the_layers_is_not_trained_so(tmp_path: Path, caches: dict[str, Path]) -> None:
+def test_a_lora_outside_the_layers_is_refused(tmp_path: Path, caches: dict[str, Path]) -> None:
     with pytest.raises(UserError, match="lm_head"):
         trained(tmp_path, caches["base"], layer_offloading="on", lora_target_modules=("q_proj", "lm_head"))
 

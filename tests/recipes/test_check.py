@@ -534,7 +534,7 @@ def renamed(rows: list[Row], **names: str) -> list[Row]:
         (renamed(clean_rows(), chosen="answer"), {"columns": {"chosen": "answer"}}, {}),
     ],
 )
-def test_a_prompt_from_elsewhere_and_a_misspelt_column_are_told(
+def test_a_prompt_from_another_column_and_a_misspelt_column_are_reported(
     tmp_path: Path, rows: list[Row], fields: dict[str, Any], found: dict[str, str]
 ) -> None:
     told = {

@@ -190,7 +190,7 @@ def test_the_kept_copy_is_taken_again_without_hub_or_index(no_hub: list[dict[str
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing", "added", "no hashes"])
-def test_a_damaged_copy_is_said_and_fetched_again(damage: str, no_hub: list[dict[str, Any]]) -> None:
+def test_a_damaged_copy_is_reported_and_fetched_again(damage: str, no_hub: list[dict[str, Any]]) -> None:
     folder = Path(obtain()[0])
     weights = folder / "model.safetensors"
     match damage:
@@ -209,7 +209,7 @@ def test_a_damaged_copy_is_said_and_fetched_again(damage: str, no_hub: list[dict
     assert obtain() == (name, "")
 
 
-def test_a_cache_folder_that_cannot_be_written_is_said(no_hub: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_an_unwritable_cache_folder_is_reported(no_hub: list[dict[str, Any]], tmp_path: Path) -> None:
     (tmp_path / "home").write_text("a file")
     with pytest.raises(UserError, match="output-unwritable") as caught:
         obtain()

@@ -89,7 +89,7 @@ def test_a_crash_of_a_library_is_a_finding(
     assert "--quantization none" in check.remedy
 
 
-def test_a_probe_runs_in_a_process_of_its_own() -> None:
+def test_a_probe_runs_in_a_separate_process() -> None:
     found = run_probe("nonsense")
     assert found.pop("seconds") < 120
     assert found == {"ok": False, "problem": "KeyError: 'nonsense'"}
@@ -168,7 +168,7 @@ def test_the_older_build_is_of_the_tested_torch() -> None:
 @pytest.mark.parametrize(
     ("flags", "status"), [({"avx2", "avx512f"}, "warning"), ({"avx512_bf16"}, "ok"), ({"amx_bf16"}, "ok"), (None, "ok")]
 )
-def test_a_processor_without_bfloat16_is_told_to_use_float32(
+def test_a_processor_without_bfloat16_is_advised_to_use_float32(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: set[str] | None, status: str
 ) -> None:
     monkeypatch.setattr(module, "_nvidia_driver", lambda: (None, ""))

@@ -72,7 +72,7 @@ def test_both_phases_agree_to_the_bit_over_quantized_experts(
     _is_base_and_adapter(tmp_path)
 
 
-def test_a_run_with_lora_on_experts_goes_on_as_if_never_interrupted(tmp_path: Path) -> None:
+def test_a_run_with_lora_on_experts_continues_as_if_never_interrupted(tmp_path: Path) -> None:
     """Interrupted after its first step, over experts in 4 bits, with their balancing loss: the same adapter, byte for
     byte."""
     save_tiny("qwen3_moe", tmp_path / "model")

@@ -145,7 +145,7 @@ def check_stopped(status: int, said: str, number: signal.Signals) -> None:
         (signal.SIGUSR1, scoring_pairs, "score_pairs", 2),
     ],
 )
-def test_phase_one_stopped_goes_on_to_the_same_bytes(
+def test_phase_one_stopped_continues_to_the_same_bytes(
     command: Callable[..., tuple[int, str]],
     tmp_path: Path,
     tiny_model: Path,
@@ -201,7 +201,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, whole: Path) -> dict[s
         (signal.SIGINT, folders, "write_durably", 8),
     ],
 )
-def test_phase_two_stopped_goes_on_to_the_same_bytes(
+def test_phase_two_stopped_continues_to_the_same_bytes(
     command: Callable[..., tuple[int, str]],
     tmp_path: Path,
     whole: Path,
@@ -250,7 +250,7 @@ def test_the_same_signal_again_ends_at_once(
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
-def test_a_handler_that_returns_lets_the_work_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_continues_after_a_handler_that_returns(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program of the user's may count signals; one that it ignores is left alone; other threads keep none."""
     seen: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, _: seen.append(number))
@@ -332,7 +332,7 @@ MISSES: dict[str, tuple[dict[str, Any], dict[str, Any], Edit | None, set[str]]] 
 
 
 @pytest.mark.parametrize("name", MISSES)
-def test_what_moves_a_number_misses(tmp_path: Path, tiny_model: Path, adapter: Path, name: str) -> None:
+def test_a_change_that_moves_a_number_misses(tmp_path: Path, tiny_model: Path, adapter: Path, name: str) -> None:
     """Faults 47, 50 and 54: the field that changed, and no other, makes another identity."""
     before, after, edit, fields = MISSES[name]
     model, lora = shutil.copytree(tiny_model, tmp_path / "model"), shutil.copytree(adapter, tmp_path / "adapter")
@@ -404,7 +404,7 @@ HITS: dict[str, tuple[dict[str, Any], dict[str, Any], Edit | None]] = {
 
 
 @pytest.mark.parametrize("name", HITS)
-def test_what_moves_no_number_hits(tmp_path: Path, tiny_model: Path, adapter: Path, name: str) -> None:
+def test_a_change_that_moves_no_number_hits(tmp_path: Path, tiny_model: Path, adapter: Path, name: str) -> None:
     before, after, edit = HITS[name]
     model, lora = shutil.copytree(tiny_model, tmp_path / "model"), shutil.copytree(adapter, tmp_path / "adapter")
     old = spec_of(model, lora, **before)
@@ -703,7 +703,7 @@ def test_a_read_only_cache_from_another_machine(
     assert all("read-only" in note for note in notes.said)
 
 
-def test_what_a_read_only_cache_lacks_is_refused(tmp_path: Path, tiny_model: Path, whole: Path) -> None:
+def test_missing_rows_in_a_read_only_cache_are_refused(tmp_path: Path, tiny_model: Path, whole: Path) -> None:
     """Fault 79: new pairs, another order of the pairs, or another view would have to be written."""
     cache = shutil.copytree(whole, tmp_path / "cache")
     rows = pair_rows(25)

@@ -130,7 +130,7 @@ def planned(cache: Path, out: Path, rates: Sequence[float] = (1e-5, 1e-3, 1e-4, 
     return plan_sweep(SweepConfig.model_validate(sweep), given)
 
 
-def test_the_best_goes_on_and_is_the_run_alone_and_kills_change_nothing(
+def test_the_best_run_continues_equals_a_run_alone_and_kills_change_nothing(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = planned(cache, tmp_path / "whole")

@@ -58,7 +58,7 @@ def texts(source: str) -> list[tuple[Any, Any, Any]]:
 # --------------------------------------------------------------------------- names
 
 
-def test_what_a_name_says() -> None:
+def test_addresses_of_data_sets() -> None:
     assert parse(Path("hf://org/name")) == HubSource("org/name")
     whole = parse("hf://datasets/org/n-a.me@v1/data/x.jsonl?config=c&split=train_prefs")
     assert whole == HubSource("org/n-a.me", "v1", "data/x.jsonl", "c", "train_prefs")
@@ -155,7 +155,7 @@ def test_without_a_network_what_was_downloaded_is_taken(hub: FakeHub) -> None:
         texts("hf://org/others")
 
 
-def test_what_the_hub_answers_is_told_without_the_token(hub: FakeHub) -> None:
+def test_the_hubs_answer_is_shown_without_the_token(hub: FakeHub) -> None:
     with pytest.raises(UserError, match="hub-failed") as refused:
         texts("hf://org/missing")
     assert TOKEN not in refused.value.text()

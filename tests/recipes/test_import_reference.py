@@ -94,7 +94,7 @@ def test_an_import_without_a_model_says_what_is_needed(tmp_path: Path, computed:
     assert (caught.value.code, caught.value.where) == ("config-missing", "--model")
 
 
-def test_a_view_that_gets_other_rows_is_told(tmp_path: Path, tiny_model: Path, computed: Path) -> None:
+def test_a_view_with_changed_rows_is_reported(tmp_path: Path, tiny_model: Path, computed: Path) -> None:
     notes: list[str] = []
     progress: Any = SimpleNamespace(note=notes.append, task=QUIET.task)
     config = PrecomputeConfig(model=str(tiny_model), cache=tmp_path / "cache", name="rows")

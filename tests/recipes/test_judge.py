@@ -49,7 +49,7 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
         ("", None),
     ],
 )
-def test_a_verdict_is_read_or_it_is_none(reply: str, verdict: str | None) -> None:
+def test_verdicts_are_parsed(reply: str, verdict: str | None) -> None:
     assert parse_verdict(reply) == verdict
 
 
@@ -89,7 +89,7 @@ def test_both_orders_make_one_outcome(
     assert (found.why == "") == (value is not None)
 
 
-def test_equal_answers_are_a_tie_that_nobody_is_asked_of(tmp_path: Path) -> None:
+def test_equal_answers_are_a_tie_without_a_question(tmp_path: Path) -> None:
     found, asked = compare_answers(by_texts({}), [("p", "x", "x")], Kept(tmp_path / "k"), QUIET)
     assert (found[0].value, found[0].same, asked.new) == (0, True, 0)
 
@@ -104,7 +104,7 @@ def test_several_answers_are_scored_by_their_wins(tmp_path: Path) -> None:
     assert score_answers(by_texts(table), [("p", ["x", "y"])], Kept(tmp_path / "l"), QUIET)[0] == [[None, None]]
 
 
-def test_what_was_said_is_kept_by_content_and_what_was_refused_is_not(tmp_path: Path) -> None:
+def test_replies_are_stored_by_content_and_refusals_are_not(tmp_path: Path) -> None:
     calls: list[Any] = []
 
     def ask(questions: Any) -> Any:
@@ -278,7 +278,7 @@ def likes_short(path: str, body: dict[str, Any]) -> str:
     return f"It is short.\nVerdict: {'A' if len(first) < len(second) else 'B' if len(second) < len(first) else 'tie'}"
 
 
-def test_wins_are_counted_with_an_interval_and_nobody_is_asked_twice(
+def test_wins_are_counted_with_an_interval_and_questions_are_asked_once(
     tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
@@ -308,14 +308,14 @@ def test_wins_are_counted_with_an_interval_and_nobody_is_asked_twice(
     assert b"sk-very-secret" not in everything
 
 
-def test_a_judge_of_places_is_told_as_one(tmp_path: Path, run: Path) -> None:
+def test_a_judge_that_prefers_a_position_is_reported(tmp_path: Path, run: Path) -> None:
     with stub_server(lambda path, body: A) as stub:
         found = dpoeng.judge(run, judge=stub.url, max_new_tokens=8, output_dir=tmp_path / "judge", count=4)
     assert (found.wins, found.losses, found.first_share) == (0, 0, 1.0)
     assert found.contradictions == found.ties - found.same > 0
 
 
-def test_killed_anywhere_it_goes_on_and_no_answer_is_made_twice(
+def test_killed_anywhere_it_continues_and_samples_no_answer_twice(
     tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ends in each batch of answers and after each reply; the files end as those of an undisturbed call."""

@@ -91,7 +91,7 @@ def test_from_an_8_bit_run_in_bfloat16(
     assert float((found - expected).abs().mean()) < 0.02
 
 
-def test_what_cannot_be_merged_is_a_message(tmp_path: Path, tiny_model: Path) -> None:
+def test_an_unmergeable_adapter_is_a_message(tmp_path: Path, tiny_model: Path) -> None:
     with pytest.raises(UserError, match="no finished run"):
         merge_run(tmp_path, tmp_path / "merged")
     out = trained(tmp_path, tiny_model, None)
@@ -153,7 +153,7 @@ def with_biases(folder: Path, *, tied: bool) -> Path:
         {"target_modules": ["q_proj", "v_proj"], "use_rslora": True, "r": 4, "rank_pattern": {"v_proj": 2}},
     ],
 )
-def test_what_an_adapter_holds_beside_lora_is_merged(tmp_path: Path, lora: dict[str, Any]) -> None:
+def test_parts_of_an_adapter_besides_lora_are_merged(tmp_path: Path, lora: dict[str, Any]) -> None:
     merged, peft = _merged_and_peft(tmp_path, with_biases(tmp_path / "model", tied=False), **lora)
     torch.testing.assert_close(logits(merged), logits(peft), atol=1e-4, rtol=0)
 

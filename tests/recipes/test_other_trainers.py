@@ -101,7 +101,7 @@ def test_what_trl_cannot_express_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("trainer", "way_out"), [("axolotl", "post_trainer_create"), ("ms-swift", "dpoeng train")])
-def test_who_reads_nothing_is_told_so(cache: Path, tmp_path: Path, trainer: Any, way_out: str) -> None:
+def test_a_trainer_that_reads_no_file_is_refused(cache: Path, tmp_path: Path, trainer: Any, way_out: str) -> None:
     with pytest.raises(UserError, match=way_out) as caught:
         export_for(trainer, View.open(cache), tmp_path / "x.parquet")
     assert caught.value.code == "export-trainer"
@@ -199,7 +199,7 @@ def test_another_reference_is_refused(cache: Path) -> None:
     assert with_cached_reference(stand_in(view, wrong=2.0), cache, check_pairs=0).precompute_ref_logps
 
 
-def test_what_is_no_trainer_for_it(cache: Path) -> None:
+def test_an_unsuitable_trainer_is_refused(cache: Path) -> None:
     view = View.open(cache)
     streamed, moving, own = stand_in(view), stand_in(view, sync_ref_model=True), stand_in(view)
     streamed.train_dataset = iter([])

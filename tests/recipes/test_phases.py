@@ -150,7 +150,7 @@ class Killed(BaseException):
     """Stands for SIGKILL where a real one would cost a process."""
 
 
-def test_a_prompt_that_is_not_the_one_that_was_meant_is_told(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_prompt_that_may_not_be_the_intended_one_is_reported(tmp_path: Path, tiny_model: Path) -> None:
     rows = [{("promt" if name == "prompt" else name): value for name, value in row.items()} for row in pair_rows(4)]
     notes: list[str] = []
     config = PrecomputeConfig(
@@ -254,7 +254,7 @@ def test_the_first_step_is_ln_2_and_training_learns(tmp_path: Path, cache: Path)
     assert run["versions"]["torch"] == torch.__version__
 
 
-def test_what_takes_long_is_told_before_it_begins(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_work_is_announced(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In lines, as in a log file; and the policy's agreement with the cache before the first step."""
     output = io.StringIO()
     progress = TerminalProgress(Console(file=output, width=80))

@@ -74,7 +74,9 @@ def killed_in_phase_one(pairs: Path, model: Path, cache: Path, output: Path) -> 
     precompute(pairs, model, cache)
 
 
-def test_phase_one_killed_goes_on_to_the_same_bytes(tmp_path: Path, tiny_model: Path, pairs: Path, cache: Path) -> None:
+def test_phase_one_killed_continues_to_the_same_bytes(
+    tmp_path: Path, tiny_model: Path, pairs: Path, cache: Path
+) -> None:
     killed = start_process(killed_in_phase_one, pairs, tiny_model, tmp_path / "cache", tmp_path / "killed")
     killed.join(240)
     assert killed.exitcode == -signal.SIGKILL, (tmp_path / "killed.err").read_text("utf-8")
@@ -89,7 +91,7 @@ def killed_in_phase_two(cache: Path, out: Path, output: Path) -> None:
     train(quick(cache, out))
 
 
-def test_phase_two_killed_goes_on_to_the_same_bytes(tmp_path: Path, cache: Path, undisturbed: dict[str, str]) -> None:
+def test_phase_two_killed_continues_to_the_same_bytes(tmp_path: Path, cache: Path, undisturbed: dict[str, str]) -> None:
     killed = start_process(killed_in_phase_two, cache, tmp_path / "out", tmp_path / "killed")
     killed.join(240)
     assert killed.exitcode == -signal.SIGKILL, (tmp_path / "killed.err").read_text("utf-8")
@@ -108,7 +110,7 @@ def stopped_in_phase_one(folder: Path, model: Path) -> None:
         sys.stderr.flush()
 
 
-def test_sigterm_stops_with_a_word_on_how_to_go_on(tmp_path: Path, tiny_model: Path) -> None:
+def test_sigterm_stops_and_prints_how_to_continue(tmp_path: Path, tiny_model: Path) -> None:
     write_jsonl(tmp_path / "pairs.jsonl", pair_rows(24))
     stopped = start_process(stopped_in_phase_one, tmp_path, tiny_model)
     stopped.join(240)

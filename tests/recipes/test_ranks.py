@@ -304,7 +304,7 @@ def test_what_is_read_in_parts_is_what_is_read_whole(tmp_path: Path, tokenizer: 
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == []
 
 
-def test_what_cannot_be_read_in_parts_is_said(tmp_path: Path, sft_adapter: Path) -> None:
+def test_checkpoints_that_cannot_be_read_in_parts_are_reported(tmp_path: Path, sft_adapter: Path) -> None:
     from transformers import AutoConfig, MixtralConfig
 
     def reason(config: Any, processes: int = 2) -> str:
@@ -586,7 +586,7 @@ def raises_in_a_step() -> None:
         pytest.param(raises_in_a_step, 1, ["--fsdp"], marks=pytest.mark.slow),
     ],
 )
-def test_a_process_that_ends_ends_the_others_and_the_same_command_goes_on(
+def test_a_process_that_ends_ends_the_others_and_the_same_command_continues(
     tmp_path: Path, cache: Path, two: Path, last: Callable[[], None], status: int, more: list[str]
 ) -> None:
     """Faults 61 and 68: within 60 s, with a message; and the run that goes on ends with the undisturbed one's bytes."""
@@ -618,7 +618,7 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path: Path, ca
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
-def test_another_number_of_processes_goes_on(
+def test_another_number_of_processes_continues(
     tmp_path: Path, cache: Path, one: Path, monkeypatch: pytest.MonkeyPatch, before: int, after: int
 ) -> None:
     """Fault 63 for phase two: the same steps, so the same adapter up to the rounding of sums."""

@@ -380,7 +380,7 @@ def test_the_policy_is_sampled_on_a_server_that_loads_it(tmp_path: Path, run: Pa
         assert "maximum context length" in line["why"]
 
 
-def test_a_server_without_the_policy_is_told_how_to_get_it(tmp_path: Path, run: Path) -> None:
+def test_a_server_without_the_policy_gives_the_command_to_load_it(tmp_path: Path, run: Path) -> None:
     with stub_server(lambda path, body: (404, {}, {}), ("base",)) as stub:
         with pytest.raises(UserError, match="round-server") as caught:
             rounds(run, tmp_path / "rounds", number=1, server=Endpoint(stub.url))

@@ -74,7 +74,7 @@ def test_a_model_that_computes_otherwise_in_training_stops_at_step_one(
     assert not (tmp_path / "out" / "adapter").exists()
 
 
-def test_dropout_of_the_adapter_itself_is_no_mistake(tiny_model: Path, tmp_path: Path) -> None:
+def test_dropout_of_the_adapter_itself_is_not_an_error(tiny_model: Path, tmp_path: Path) -> None:
     cache_of(tmp_path, tiny_model)
     train(settings(tmp_path, lora_dropout=0.5))
 
@@ -97,7 +97,7 @@ def sft(model: Path, folder: Path, **lora: Any) -> Path:
 
 
 @pytest.mark.parametrize("lora", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"bias": "all"}])
-def test_a_start_that_changes_the_base_goes_on_and_is_evaluated(
+def test_a_start_that_changes_the_base_continues_and_is_evaluated(
     tiny_model: Path, tmp_path: Path, lora: dict[str, Any]
 ) -> None:
     """The reference and the policy each take the start out of a base of their own."""
@@ -110,7 +110,7 @@ def test_a_start_that_changes_the_base_goes_on_and_is_evaluated(
     assert found.evaluation.metrics["loss"] < 0.6931
 
 
-def test_what_cannot_be_saved_is_found_before_the_first_step(
+def test_an_unsavable_adapter_is_found_before_the_first_step(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = sft(tiny_model, tmp_path / "sft", trainable_token_indices=[3, 4])

@@ -116,7 +116,7 @@ def _is_plain_base_and_adapter(work: Path) -> None:
     torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=2e-4, rtol=1e-4)
 
 
-def test_what_codes_cannot_have_is_refused(tmp_path: Path) -> None:
+def test_impossible_codes_are_refused(tmp_path: Path) -> None:
     make(tmp_path, "awq", "qwen3")
     with pytest.raises(UserError) as caught:
         precompute(tmp_path, "stored", layer_offloading="on")

@@ -129,7 +129,7 @@ def test_losses_of_the_users_are_looked_at_before_the_first_run(cache: Path, tmp
     assert not (tmp_path / "other").exists()
 
 
-def test_another_base_is_loaded_anew_and_the_old_one_let_go(cache: Path, tmp_path: Path) -> None:
+def test_another_base_is_loaded_and_the_old_one_released(cache: Path, tmp_path: Path) -> None:
     plan = planned(cache, tmp_path, {"dtype": ["float32", "bfloat16"]}, parity_tolerance=1.0)
     kept = KeptBase()
     for point in plan.points:

@@ -186,9 +186,7 @@ def save_adapter(folder: Path, model: Path, layers: list[int] | None) -> Path:
     return folder
 
 
-def test_a_run_that_is_killed_goes_on_from_the_trunk(
-    stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_continues_from_the_trunk(stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {**QUICK, "cache": stored, "save_steps": 1}
     train(TrainConfig(**settings, output_dir=tmp_path / "whole"))
 
@@ -484,7 +482,7 @@ def empty_layers(model: Path) -> list[Any]:
 # --------------------------------------------------------------------------- refusals and notes
 
 
-def test_what_a_run_cannot_begin_from_is_refused(stored: Path, tmp_path: Path) -> None:
+def test_an_unsuitable_start_of_a_run_is_refused(stored: Path, tmp_path: Path) -> None:
     def refused(**options: Any) -> str:
         with pytest.raises(UserError) as caught:
             train(TrainConfig(cache=stored, output_dir=tmp_path / "out", **{**QUICK, **options}))

@@ -40,7 +40,9 @@ from dpoeng.engine.scoring.pairs import score_pairs
         ("bfloat16", "4bit", ("8bit", "bfloat16"), 1.0),
     ],
 )
-def test_what_rounding_explains(dtype: str, quantization: str, reference: tuple[str, str], nats: float) -> None:
+def test_differences_that_rounding_explains(
+    dtype: str, quantization: str, reference: tuple[str, str], nats: float
+) -> None:
     policy: Any = SimpleNamespace(dtype=getattr(torch, dtype), quantization=quantization)
     assert parity_tolerance(policy, *reference) == nats
 

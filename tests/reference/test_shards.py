@@ -190,7 +190,7 @@ def test_a_part_whose_job_died_is_done_by_whoever_comes(
 
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "2", "a/b", "1/0", "-1/4", "1/4/2"])
-def test_a_part_that_is_none(text: str) -> None:
+def test_an_invalid_shard_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="needs a part of the work") as caught:
         Part.parse(text)
     assert caught.value.where == "--shard"

@@ -27,7 +27,7 @@ def test_a_field_that_is_newer_than_the_run_had_its_default(field: str) -> None:
     assert (field, default, different) in changes(old, identity(**loss, **{field: different}))
 
 
-def test_what_an_old_run_had_and_a_new_one_has_not_is_a_change() -> None:
+def test_a_removed_setting_is_a_change() -> None:
     old = identity()
     old["settings"]["gone"] = 3
     assert changes(old, identity()) == [("gone", 3, None)]

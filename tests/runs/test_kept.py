@@ -10,7 +10,7 @@ from dpoeng.cache.errors import UserError
 from dpoeng.engine.runs.kept import Kept, content_key
 
 
-def test_what_was_kept_is_there_again_and_a_torn_line_is_not(tmp_path: Path) -> None:
+def test_stored_values_are_read_again_and_torn_lines_are_not(tmp_path: Path) -> None:
     file = tmp_path / "new" / "kept.jsonl"
     kept = Kept(file)
     assert kept.get("a") is None

@@ -79,7 +79,7 @@ def test_a_tracker_gets_every_line_of_the_log(tmp_path: Path, cache: Path, monke
     assert "adapter" not in kept.settings
 
 
-def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(
+def test_a_failing_tracker_is_dropped_and_the_run_continues(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Notes(NoProgress):
@@ -104,7 +104,7 @@ def test_names_are_those_of_transformers_callbacks() -> None:
     assert names_in("mlflow", line, 3) == line  # MLflowCallback.on_log hands them on as they are
 
 
-def test_what_is_no_number_is_left_to_the_log() -> None:
+def test_values_that_are_not_numbers_stay_in_the_log() -> None:
     kept = Kept()
     Trackers({"tensorboard": kept}).log(1, {"loss": 0.5, "bad": float("nan"), "table": {"a": 1}, "word": "w"})
     assert kept.lines == [(1, {"train/loss": 0.5})]

@@ -48,7 +48,7 @@ def test_it_gives_up_with_what_the_server_said_without_the_key(monkeypatch: pyte
 
 @pytest.mark.parametrize(("status", "code"), [(401, "endpoint-key"), (403, "endpoint-key"), (404, "endpoint-refused"),
                                               (302, "endpoint-refused")])  # fmt: skip
-def test_what_will_not_pass_stops_at_once(status: int, code: str) -> None:
+def test_a_permanent_failure_stops_at_once(status: int, code: str) -> None:
     """A redirect too: it could lead the key elsewhere."""
     with stub_server(lambda path, body: (status, {}, {"Location": "http://127.0.0.1:9/"})) as stub:
         with pytest.raises(UserError) as caught:

@@ -103,7 +103,7 @@ def test_running_out_once_leaves_no_trace(
         assert (tmp_path / name).read_bytes() == (undisturbed / name).read_bytes(), name
 
 
-def test_running_out_twice_goes_on_as_if_configured_with_fewer_pairs(
+def test_running_out_twice_continues_as_if_configured_with_fewer_pairs(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four pairs never fit, nor three; two do. From there on the run is that of two pairs a forward, to the byte."""

@@ -473,7 +473,7 @@ def test_an_adapter_of_another_model_is_refused(
     assert "adapter-not-found" in shown
 
 
-def test_what_is_told_of_the_best_model_is_told_of_what_is_saved(tmp_path: Path, cache: Path) -> None:
+def test_reported_metrics_are_those_of_the_saved_best_model(tmp_path: Path, cache: Path) -> None:
     """The last evaluation is of another adapter."""
     summary = run(cache, tmp_path / "out", **FIRST_IS_BEST)
     evaluations = [json.loads(line) for line in (tmp_path / "out" / "evaluations.jsonl").read_text().splitlines()]

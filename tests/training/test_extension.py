@@ -84,7 +84,7 @@ def test_at_a_constant_rate_an_extended_run_is_one_of_that_length(cache: Path, t
     assert train(config(cache, out, max_steps=10)).already_complete
 
 
-def test_a_schedule_is_stretched_and_the_rates_are_told(
+def test_a_schedule_is_stretched_and_the_rates_are_reported(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = {"lr_scheduler_type": "cosine", "num_train_epochs": 1.0, "max_steps": -1, "save_steps": 1}

@@ -158,7 +158,7 @@ def loads_whole() -> None:
     policy_module.loads_whole_because = lambda *_: "a test says so"  # type: ignore[attr-defined]
 
 
-def test_parts_go_on_to_the_same_bytes(tmp_path: Path, cache: Path, two: Path) -> None:
+def test_sharded_runs_continue_to_the_same_bytes(tmp_path: Path, cache: Path, two: Path) -> None:
     """From the first step's checkpoint; one process then reads its rows, the other one everything before it divides."""
     out = cut_off(two, tmp_path / "out")
     together(cache, out, last=loads_whole)
@@ -166,7 +166,7 @@ def test_parts_go_on_to_the_same_bytes(tmp_path: Path, cache: Path, two: Path) -
     assert outcome(out) == outcome(two)
 
 
-def test_parts_and_whole_runs_go_on_with_each_other(tmp_path: Path, cache: Path, one: Path, two: Path) -> None:
+def test_sharded_and_whole_runs_continue_each_other(tmp_path: Path, cache: Path, one: Path, two: Path) -> None:
     """Three processes, which cannot share the rows evenly, go on with what one has done, and one with what two have."""
     check_same(together(cache, cut_off(one, tmp_path / "three"), size=3), one)
     check_same(alone(cache, cut_off(two, tmp_path / "alone")), one)

@@ -30,7 +30,7 @@ def cache(tmp_path: Path, tiny_model: Path, sft_adapter: Path, pairs_file: Path,
     return precompute_reference(config).cache
 
 
-def test_it_goes_on_where_the_other_run_ended(tmp_path: Path, cache: Path, mode: str) -> None:
+def test_it_continues_where_the_other_run_ended(tmp_path: Path, cache: Path, mode: str) -> None:
     shape = {} if mode == "continue" else {"lora_r": 4, "lora_alpha": 8}
     config = TrainConfig(cache=cache, output_dir=tmp_path / "one", adapter_mode=mode, **FIELDS, **shape)
     first = train(config)

@@ -81,7 +81,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("call", [7, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 12))])
-def test_what_losses_remember_survives_a_kill(
+def test_states_of_losses_survive_a_kill(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
     """Killed in either of the two passes of a step; with dropout, which must draw the same in both passes."""

@@ -132,7 +132,7 @@ def test_layouts_give_the_same_training(tmp_path: Path, cache: Path) -> None:
             assert line[name] == pytest.approx(expected[name], rel=2e-4, abs=1e-6)
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_continues_to_the_same_bytes(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fields: dict[str, Any] = {"loss_type": ("aot", "listnet"), "lora_dropout": 0.2, "eval_share": 0,
                               "gradient_accumulation_steps": 2}  # fmt: skip
     # in the second pass of the second step

@@ -112,7 +112,7 @@ def test_the_step_after_any_checkpoint_leaves_the_same_bytes(
 
 
 @pytest.mark.parametrize("step", [4, 13, 19])
-def test_a_run_goes_on_to_the_same_end(tmp_path: Path, cache: Path, whole: Path, step: int) -> None:
+def test_a_run_continues_to_the_same_end(tmp_path: Path, cache: Path, whole: Path, step: int) -> None:
     out = cut_back(whole, tmp_path / "out", step)
     assert train(config(cache, out)).resumed_from == step
     assert outcome(out) == outcome(whole)

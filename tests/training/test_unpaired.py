@@ -76,7 +76,7 @@ def test_a_step_is_the_same_however_it_is_cut(tmp_path: Path, cache: Path, name:
         assert line == pytest.approx(expected, rel=2e-4, abs=1e-6)
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_continues_to_the_same_bytes(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fields: dict[str, Any] = {"loss_type": ("bco", "kto"), "lora_dropout": 0.2, "eval_share": 0}
     # in the second pass of the second step
     resumes_to_the_same_bytes(lambda out: run(cache, out, **fields), tmp_path, monkeypatch, killed_at=11)
