@@ -26,6 +26,7 @@ FEW = 30
 
 ACCURACY = "rewards/accuracies"
 CONTROLLED = "rewards/accuracies_length_controlled"
+TOP = "rewards/top_accuracies"
 
 _Z = 1.959964  # normal distribution, two-sided for CONFIDENCE
 # Student's t for 1 to 28 degrees of freedom, two-sided for CONFIDENCE.
@@ -73,12 +74,12 @@ def intervals(
             name: _hull(bounds, _student(values[name], cluster)) if name in values else bounds
             for name, bounds in found.items()
         }
+    if not paired and "rewards/margins" in values and not values["rewards/margins"].any():
+        return {name: bounds for name, bounds in found.items() if name not in (ACCURACY, TOP, CONTROLLED)}
+    share_interval = _difference_of_shares if paired else _share
+    found |= {name: share_interval(values[name], cluster) for name in (ACCURACY, TOP) if name in values}
     if ACCURACY not in values:
         return found
-    if not paired and "rewards/margins" in values and not values["rewards/margins"].any():
-        return {name: bounds for name, bounds in found.items() if name not in (ACCURACY, CONTROLLED)}
-    share_interval = _difference_of_shares if paired else _share
-    found[ACCURACY] = share_interval(values[ACCURACY], cluster)
     controlled = _controlled(values[ACCURACY], longer, cluster, share_interval)
     if controlled is not None:
         found[CONTROLLED] = _hull(controlled, found.get(CONTROLLED, controlled))
@@ -144,10 +145,11 @@ def _share(right: Floats, cluster: Ints) -> Bounds:
 def _difference_of_shares(differences: Floats, cluster: Ints) -> Bounds:
     """Interval of a difference of paired shares, from -1, 0 or 1 for each pair.
 
-    Agresti and Min 2005, Statistics in Medicine 24, 729-740.
+    Agresti and Min 2005, Statistics in Medicine 24, 729-740. Of ranked rows a difference of two shares of a row's pairs
+    counts as such a part of a pair, which is never too narrow: values between vary less than those at the ends.
     """
     n = effective_pairs(differences, cluster)
-    better, worse = (float((differences * sign > 0).mean()) * n + 0.5 for sign in (1, -1))
+    better, worse = (float(np.maximum(sign * differences, 0).mean()) * n + 0.5 for sign in (1, -1))
     mean = (better - worse) / (n + 2)
     half = _Z * math.sqrt(max(better + worse - (better - worse) ** 2 / (n + 2), 0.0)) / (n + 2)
     return max(-1.0, mean - half), min(1.0, mean + half)

@@ -24,7 +24,7 @@ from dpoeng.engine.models.full_finetuning import check_full
 from dpoeng.engine.recipes.inputs import Inputs, Split, open_inputs, open_split
 from dpoeng.engine.recipes.phase_two.mode import resolve_mode
 from dpoeng.engine.recipes.sweeps.halving import rung_count, rung_steps
-from dpoeng.engine.recipes.sweeps.ranking import PER_PAIR
+from dpoeng.engine.recipes.sweeps.ranking import rankable
 
 DEFAULT_FOLDER = Path("sweep")
 
@@ -108,7 +108,7 @@ def plan_sweep(sweep: SweepConfig, options: Mapping[str, Any], file: Path | None
         raise _wrong_combinations(unfit, count)
     points = [point for point, _ in looked]
     _check_held_out(points, [digest for _, digest in looked])
-    _check_metric(sweep)
+    _check_metric(sweep, looker.rows)
     vary = {name: list(dict.fromkeys(point.values[name] for point in points)) for name in sweep.vary}
     for name, distinct in vary.items():
         if len(distinct) < len(sweep.vary[name]):
@@ -203,12 +203,16 @@ class _Looker:
     """Looks up the training pairs and held-out pairs of each point in the cache.
 
     Opening a view hashes it and a split reads every row, so each is done once for all points.
+
+    Attributes:
+        rows: the kind of rows of the held-out pairs.
     """
 
     def __init__(self, factor: int, rungs: int) -> None:
         self._factor, self._rungs = factor, rungs
         self._open_view = functools.cache(View.open)
         self._splits: dict[tuple[Any, ...], tuple[Split, str]] = {}
+        self.rows = "pairs"
 
     def __call__(self, point: Point) -> tuple[Point, str]:
         """The point with its pairs and rungs, and a hash over its held-out pairs (empty without any)."""
@@ -232,6 +236,7 @@ class _Looker:
         if key not in self._splits:
             split = open_split(config, self._open_view)
             held_out = split.held_out
+            self.rows = held_out.view.rows
             keys = b"".join(held_out.view.key(row) for row in held_out.indices)
             self._splits[key] = split, xxhash.xxh3_128_hexdigest(keys) if held_out else ""
         return self._splits[key]
@@ -302,11 +307,11 @@ def _check_held_out(points: Sequence[Point], digests: Sequence[str]) -> None:
             )
 
 
-def _check_metric(sweep: SweepConfig) -> None:
-    """Raises UserError for a metric without a value per pair, or with a different meaning in each run."""
+def _check_metric(sweep: SweepConfig, rows: str) -> None:
+    """Raises UserError for a metric without a value per row of this kind, or with a different meaning in each run."""
     varied = sorted(set(LOSS_FIELDS) & set(sweep.vary))
-    if sweep.rank_by not in PER_PAIR:
-        expected = ", ".join(PER_PAIR)
+    if sweep.rank_by not in rankable(rows):
+        expected = f"for {rows if rows == 'pairs' else rows + ' rows'} one of {', '.join(rankable(rows))}"
     elif sweep.rank_by in _OF_THE_LOSS and varied:
         expected = f"one that does not depend on {' and '.join(varied)}: rewards/accuracies, logps/... or kl/..."
     else:

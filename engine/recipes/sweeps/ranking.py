@@ -8,6 +8,7 @@ difficulty of a pair is the same in both. Reads the folders of runs; needs no mo
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,12 +24,21 @@ from dpoeng.engine.runs.reading import read_held_out, read_run
 from dpoeng.engine.runtime.folders import write_durably
 from dpoeng.engine.runtime.outputs import Kind, writing
 from dpoeng.engine.training.early_stopping import more_is_better
-from dpoeng.engine.training.intervals import CONFIDENCE, CONTROLLED, FEW, Floats, intervals, length_controlled_accuracy
+from dpoeng.engine.training.intervals import (
+    CONFIDENCE,
+    CONTROLLED,
+    FEW,
+    TOP,
+    Floats,
+    intervals,
+    length_controlled_accuracy,
+)
 
 SWEEP_FILE = "sweep.json"
 
 PER_PAIR = (
     "rewards/accuracies",
+    TOP,
     CONTROLLED,
     "rewards/margins",
     "rewards/chosen",
@@ -40,6 +50,14 @@ PER_PAIR = (
     "kl/rejected",
 )
 """Held-out metrics to rank runs by."""
+
+_NOT_OF = {"pairs": (TOP,), "ranked": (CONTROLLED,), "unpaired": (TOP, CONTROLLED, "rewards/margins")}
+
+
+def rankable(rows: str) -> tuple[str, ...]:
+    """The metrics with a value for each held-out row of a kind: only these can be compared row by row."""
+    return tuple(name for name in PER_PAIR if name not in _NOT_OF[rows])
+
 
 Interval = tuple[float, float]
 
@@ -150,29 +168,48 @@ def evaluation_from(folder: Path, step: int) -> dict[str, Any] | None:
     return min(lines, key=lambda line: int(line["step"]), default=None)
 
 
-def score_at(folder: Path, step: int, rank_by: str) -> Score | None:
-    """What a run is compared by at a rung; None before its evaluation there.
+def scores_at(folder: Path, steps: Sequence[int], rank_by: str, *, ended: bool = False) -> list[Score]:
+    """What a run is compared by at each rung, up to the last one with an evaluation at its step or after it.
 
-    That is the metric; of equal ones the margin in units of its interval, which does not depend on beta.
+    With `ended`, for a run that early stopping has ended, its last evaluation is that of the later rungs too.
 
     Raises:
         UserError: the record is damaged.
     """
-    line = evaluation_from(folder, step)
-    if line is None:
-        return None
+    lines = sorted(read_lines(folder / EVALUATIONS_FILE), key=lambda line: int(line["step"]))
+    found = []
+    for step in steps:
+        line = next((line for line in lines if line["step"] >= step), lines[-1] if ended and lines else None)
+        if line is None:
+            break
+        found.append(_score(line, rank_by))
+    return found
+
+
+def score_at(folder: Path, step: int, rank_by: str) -> Score | None:
+    """The same at one step; None before its evaluation there."""
+    return next(iter(scores_at(folder, [step], rank_by)), None)
+
+
+def _score(line: Mapping[str, Any], rank_by: str) -> Score:
+    """The metric; of equal ones the margin in units of its interval, which does not depend on beta."""
     sign = 1.0 if more_is_better(rank_by, None) else -1.0
     margin, bounds = line["metrics"].get("rewards/margins", 0.0), line["intervals"].get("rewards/margins")
     noise = bounds[1] - bounds[0] if bounds else 0.0
-    return sign * line["metrics"][rank_by], margin / noise if noise > 0 else 0.0
+    value = line["metrics"].get(rank_by)
+    worst = -sys.float_info.max  # finite, since promotions are written as JSON
+    return worst if value is None else sign * value, margin / noise if noise > 0 else 0.0
 
 
 def _pairs(lines: Sequence[Mapping[str, Any]]) -> _HeldOut:
-    names = [name for name in PER_PAIR if name in lines[0]]
+    """Values of each held-out row: NaN where it has none, as desirable rows have none of the others' rewards."""
+    of_pairs = {"chosen_tokens", "rejected_tokens"} <= lines[0].keys()  # other rows have no two lengths
+    longer = [line["chosen_tokens"] - line["rejected_tokens"] if of_pairs else 0 for line in lines]
+    names = [name for name in PER_PAIR if any(name in line for line in lines)]
     return _HeldOut(
         pairs=[(line["source"], line["prompt"]) for line in lines],
-        longer=np.array([line["chosen_tokens"] - line["rejected_tokens"] for line in lines], dtype=np.float64),
-        values={name: np.array([line[name] for line in lines], dtype=np.float64) for name in names},
+        longer=np.array(longer, dtype=np.float64),
+        values={name: np.array([line.get(name, np.nan) for line in lines], dtype=np.float64) for name in names},
     )
 
 
@@ -184,10 +221,12 @@ def _against(result: RunResult, best: RunResult, held_out: Mapping[str, _HeldOut
     if source not in run_values.values or source not in other.values:
         return result
     values = run_values.values[source] - other.values[source]
+    known = np.flatnonzero(~np.isnan(values))
+    values, longer = values[known], run_values.longer[known]
     # Control for length in the differences, as in the values.
-    mean = length_controlled_accuracy(values, run_values.longer) if name == CONTROLLED else float(values.mean())
-    prompts = [prompt.encode() for _, prompt in run_values.pairs]
-    interval = intervals({source: values}, run_values.longer, prompts, seed=0, paired=True).get(name)
+    mean = length_controlled_accuracy(values, longer) if name == CONTROLLED else float(values.mean())
+    prompts = [run_values.pairs[place][1].encode() for place in known]
+    interval = intervals({source: values}, longer, prompts, seed=0, paired=True).get(name)
     differs = interval is not None and not interval[0] <= 0 <= interval[1]
     return replace(result, difference=mean, difference_interval=interval, differs=differs)
 

@@ -18,7 +18,6 @@ from dpoeng.cache.files import lock
 from dpoeng.cache.words import counted
 from dpoeng.engine.recipes.sweeps.halving import (
     Promotion,
-    Score,
     Standing,
     ended_early,
     next_job,
@@ -27,7 +26,7 @@ from dpoeng.engine.recipes.sweeps.halving import (
     write_promotions,
 )
 from dpoeng.engine.recipes.sweeps.plan import Point, SweepPlan
-from dpoeng.engine.recipes.sweeps.ranking import RunResult, compare_runs, score_at, write_sweep
+from dpoeng.engine.recipes.sweeps.ranking import RunResult, compare_runs, scores_at, write_sweep
 from dpoeng.engine.recipes.train import train
 from dpoeng.engine.reference.loading import KeptBase
 from dpoeng.engine.runs.folder import has_result
@@ -50,7 +49,7 @@ def run_sweep(
     Args:
         plan: from `plan_sweep`.
         progress: receives bars and notes.
-        on_results: called after each run with the results of all so far, best first.
+        on_results: called after each run that was trained with the results of all so far, best first.
         alone: whether no other process works on this sweep. Then runs that failed before are tried again, and one whose
             folder is in use counts as failed; otherwise it is left to the process that trains it.
 
@@ -64,10 +63,10 @@ def run_sweep(
     if alone:
         forget_failures(plan)
     worker = _Worker(plan, progress, alone)
-    while worker.takes_a_run():
-        on_results(worker.compare())
-    results = worker.compare()
-    on_results(results)
+    results: list[RunResult] = []
+    while worker.takes_a_run() or not results:
+        results = worker.compare()
+        on_results(results)
     return results
 
 
@@ -92,13 +91,17 @@ class _Worker:
         self._waits = False
 
     def takes_a_run(self) -> bool:
-        """Trains the next run to its next rung; False if none is left. Waits for runs that decide a promotion."""
+        """Trains the next run to its next rung; False if none is left. Waits for runs that decide a promotion.
+
+        On the way it opens runs that are there already, so that other settings are noticed.
+        """
         while True:
             standings = [self._standing(point) for point in self._plan.points]
             job = next_job(standings, self._promotions(), self._rungs, self._done)
             if job is not None:
-                self._train(self._points[job[0]], job[1])
-                return True
+                if self._train(self._points[job[0]], job[1]):
+                    return True
+                continue
             if self._promotes(standings):
                 continue
             busy = [standing.name for standing in standings if standing.busy]
@@ -112,17 +115,10 @@ class _Worker:
     def _standing(self, point: Point) -> Standing:
         folder = point.config.output_dir
         failed = point.name in self._failed or (folder / ERROR_FILE).is_file()
-        scores = [score for step in point.rungs if (score := self._score(point, step)) is not None]
+        complete, rungs = has_result(folder), point.rungs[:-1]
+        scores = scores_at(folder, rungs, self._plan.rank_by, ended=complete) if rungs else []
+        scores += [(0.0,)] if complete else []
         return Standing(point.name, scores, busy=not self._alone and is_held(folder), failed=failed)
-
-    def _score(self, point: Point, step: int) -> Score | None:
-        folder = point.config.output_dir
-        if step >= point.rungs[-1] or self._rungs == 1:
-            return (0.0,) if has_result(folder) else None
-        score = score_at(folder, step, self._plan.rank_by)
-        if score is None and has_result(folder):  # early stopping ended it before the rung
-            return score_at(folder, 1, self._plan.rank_by)
-        return score
 
     # ----------------------------------------------------------------------- decisions
 
@@ -157,11 +153,13 @@ class _Worker:
 
     # ----------------------------------------------------------------------- one run
 
-    def _train(self, point: Point, rung: int) -> None:
+    def _train(self, point: Point, rung: int) -> bool:
+        """Trains a run to a rung; False if there was nothing to train."""
         plan, step = self._plan, point.rungs[rung]
         number = list(self._points).index(point.name) + 1
         until = f", to step {step} of {point.rungs[-1]}" if rung + 1 < self._rungs else ""
-        self._progress.note(f"run {number} of {len(plan.points)}: {point.name}{until}")
+        if len(self._standing(point).scores) <= rung:
+            self._progress.note(f"run {number} of {len(plan.points)}: {point.name}{until}")
         began = time.perf_counter()
         pause_at = step if rung + 1 < self._rungs else None
         try:
@@ -171,16 +169,19 @@ class _Worker:
             if code == "resume-changed":
                 raise
             if code == "output-in-use" and not self._alone:
-                return  # another process was faster
+                return False  # another process was faster
             self._fails(point, error)
+            trained = True
         else:
             (point.config.output_dir / ERROR_FILE).unlink(missing_ok=True)
-            if not summary.already_complete:
+            trained = not summary.already_complete
+            if trained:
                 self._seconds += time.perf_counter() - began
                 steps = summary.steps - summary.resumed_from
                 self._pairs += round(point.pairs * steps / max(1, summary.planned_steps))
         self._done.append((point.name, rung))
         release_memory()  # a run's modules form reference cycles, and the next run's forecast needs the memory
+        return trained
 
     def _fails(self, point: Point, error: Exception) -> None:
         """Writes the error to the run's folder, unless it is another process's; other runs continue."""
