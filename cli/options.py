@@ -55,7 +55,7 @@ _METAVARS = {
     "loss_weights": "NUMBER[,NUMBER...]",
     "mix": "NUMBER[,NUMBER...]",
     "mix_with": "VIEW[,VIEW...]",
-    "order_by": "margin|margin_per_token|column:NAME",
+    "order_by": "SCORE|column:NAME",
     "eval_group_by": "COLUMN[,COLUMN...]",
     "lora_target_modules": "MODULE[,MODULE...]",
     "lora_target_parameters": "PARAMETER[,PARAMETER...]",

@@ -9,7 +9,7 @@ import click
 
 from dpoeng.cache.words import counted, gib, speed
 from dpoeng.cli.options import ConfigCommand, config_options, given
-from dpoeng.cli.tables import Table, command_line, facts_table, json_option, say, say_json
+from dpoeng.cli.tables import Table, facts_table, json_option, say, say_json, training_command
 from dpoeng.engine.config.fields import PrecomputeConfig
 from dpoeng.engine.config.files import load_config
 from dpoeng.engine.data.where import GRAMMAR
@@ -74,7 +74,8 @@ def summary_record(summary: PrecomputeSummary) -> dict[str, Any]:
 def print_summary(summary: PrecomputeSummary) -> None:
     """Prints lengths, what was computed and left out, and the next command."""
     say(length_table(summary.data))
-    what = "rows" if summary.source.kind == "ranked" else "pairs"
+    kind = summary.source.kind
+    what = "pairs" if kind == "pairs" else "rows"
     facts = [(what, _counts(summary))]
     if summary.quarantined:
         facts.append(("damaged", f"{counted(summary.quarantined, 'object')} moved to quarantine and recomputed"))
@@ -97,7 +98,7 @@ def print_summary(summary: PrecomputeSummary) -> None:
         facts.append(("trunk", f"states that enter layer {summary.trunk_layer}: {stored}"))
     if summary.peak_bytes is not None:
         facts.append(("peak memory", f"{gib(summary.peak_bytes)} allocated on the device"))
-    if summary.source.kind == "unpaired":
+    if kind == "unpaired":
         desirable = sum(pair.extra["label"] for pair in summary.data.pairs)
         facts.append(("labels", f"{desirable:,} desirable, {len(summary.data.pairs) - desirable:,} not"))
     elif not summary.pending:
@@ -124,8 +125,8 @@ def print_summary(summary: PrecomputeSummary) -> None:
             "once without --shard."
         )
         return
-    view = ("--view", summary.view) if summary.views > 1 else ()
-    say("\nNext: ", command_line("train", "--cache", summary.cache, *view))
+    view = summary.view if summary.views > 1 else None
+    say("\nNext: ", training_command(summary.cache, summary.source.kind, view))
 
 
 def _counts(summary: PrecomputeSummary) -> str:
@@ -160,5 +161,5 @@ def length_table(data: TokenizedData) -> Table:
     if data.rejects:
         notes.append(f"{len(data.rejects):,} left out")
     note = [", ".join(notes)] if notes else []
-    number = "number" if "response" in data.counts.lengths else "pairs"
+    number = "pairs" if "chosen" in data.counts.lengths else "number"
     return Table(rows, ("", number, "mean", "p50", "p95", "max"), "tokens", note)

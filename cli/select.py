@@ -1,8 +1,7 @@
-"""`dpoeng select`: a view of the pairs that are worth training on, judged by the cache's log-probs."""
+"""`dpoeng select`: a view of the rows that are worth training on, judged by the cache's log-probs."""
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +10,15 @@ import click
 from dpoeng.cache.words import counted
 from dpoeng.cli.cache.words import FOLDER, example
 from dpoeng.cli.options import force_option
-from dpoeng.cli.tables import Table, facts_table, json_option, say, say_json
+from dpoeng.cli.tables import Table, facts_table, json_option, say, say_json, training_command
 
 if TYPE_CHECKING:
     from dpoeng.cache.selection.rules import Chosen
 
-_MEASURES = "margin, margin_per_token, length_difference"
+_SCORES = (
+    "margin, margin_per_token, length_difference; of ranked rows also spread, agreement; of unpaired ones logp, "
+    "logp_per_token, length"
+)
 
 
 @click.command(
@@ -29,44 +31,49 @@ _MEASURES = "margin, margin_per_token, length_difference"
 @click.option("--cache", "folder", type=FOLDER, default=Path("refcache"), show_default=True, help="The cache.")
 @click.option("--view", help="The view to select from.  [default: the only one]")
 @click.option("--output", required=True, help="Name of the new view.")
-@click.option("--by", default="margin", show_default=True,
-              help=f"The score of a pair: {_MEASURES}, or column:NAME for your own number. Margins are those of the "
-                   "reference, in nats.")  # fmt: skip
-@click.option("--against", help="A view of the same pairs by another model, e.g. after training: margins are then "
+@click.option("--by", help=f"The score of a row: {_SCORES}; or column:NAME for your own number. Log-probs are those "
+                           "of the reference, in nats.  [default: margin; logp of unpaired rows]")  # fmt: skip
+@click.option("--against", help="A view of the same rows by another model, e.g. after training: margins are then "
                                 "DPO's implicit reward gaps (policy minus reference).")  # fmt: skip
 @click.option("--rule", type=click.Choice(["large", "small", "random"]),
               help="Which scores to take first: the largest (arXiv 2502.14560), those nearest to 0 (2508.04149), or "
-                   "any. [default: all pairs that pass the filters]")  # fmt: skip
-@click.option("--share", type=click.FloatRange(0, 1, min_open=True), help="Share of the pairs that pass the filters.")
-@click.option("--count", type=click.IntRange(1), help="Number of pairs, instead of --share.")
+                   "any. [default: all rows that pass the filters]")  # fmt: skip
+@click.option("--share", type=click.FloatRange(0, 1, min_open=True), help="Share of the rows that pass the filters.")
+@click.option("--count", type=click.IntRange(1), help="Number of rows, instead of --share.")
 @click.option("--group-by", help="A column, e.g. category: apply the rule within each of its values; each keeps "
                                  "its share of the whole.")  # fmt: skip
 @click.option(
-    "--balanced", is_flag=True, help="Take equally many pairs of each value of --group-by, as far as available."
+    "--balanced", is_flag=True, help="Take equally many rows of each value of --group-by, as far as available."
 )
-@click.option("--min-score", type=float, help="Drop pairs with a lower score.")
-@click.option("--max-score", type=float, help="Drop pairs with a higher score.")
-@click.option("--max-tokens", type=click.IntRange(1), help="Drop longer pairs, counting prompt and both responses.")
-@click.option("--drop-duplicates", is_flag=True, help="Keep the first of equal pairs.")
+@click.option("--min-score", type=float, help="Drop rows with a lower score.")
+@click.option("--max-score", type=float, help="Drop rows with a higher score.")
+@click.option("--max-tokens", type=click.IntRange(1), help="Drop longer rows, counting prompt and all responses.")
+@click.option("--drop-duplicates", is_flag=True, help="Keep the first of equal rows.")
 @click.option(
     "--drop-contradictions",
     is_flag=True,
-    help="Drop both of two pairs that are equal but for a swap of chosen and rejected.",
+    help="Drop both of two rows with the same texts that say the opposite: a swapped pair, another order or label.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed for --rule random.")
 @force_option
 @json_option
 def select(folder: Path, view: str | None, output: str, against: str | None, force: bool, as_json: bool,
            **options: Any) -> None:  # fmt: skip
-    """Select pairs by their reference log-probs, as a new view. Copies no log-probs and loads no model."""
+    """Select rows by their reference log-probs, as a new view. Copies no log-probs and loads no model.
+
+    Of a ranked row the best response is compared with the worst one.
+    """
     _check(options)
     from dpoeng.cache.reader import View
+    from dpoeng.cache.records import ROW_KINDS
     from dpoeng.cache.selection.rules import Rules, choose
+    from dpoeng.cache.selection.scores import MEASURES
     from dpoeng.cache.selection.views import write_rows
 
+    opened = View.open(folder, view, beside=output if view is None else None, rows=ROW_KINDS)
+    other = View.open(folder, against, rows=(opened.rows,)) if against is not None else None
+    options["by"] = options["by"] or MEASURES[opened.rows][0]
     rules = Rules(least=options.pop("min_score"), most=options.pop("max_score"), **options)
-    opened = View.open(folder, view, beside=output if view is None else None)
-    other = View.open(folder, against) if against is not None else None
     chosen = choose(opened, rules, other)
     about = {**rules.record(), **({"against": against, "against_spec": other.spec.digest} if other else {})}
     write_rows(folder, opened, chosen.rows, output, about, force=force)
@@ -74,20 +81,18 @@ def select(folder: Path, view: str | None, output: str, against: str | None, for
         say_json(_record(opened.name, output, chosen))
         return
     _print(opened.name, output, chosen, rules.by)
-    say(f"\nNext: {shlex.join(['dpoeng', 'train', '--cache', str(folder), '--view', output])}")
+    say("\nNext: ", training_command(folder, opened.rows, output))
 
 
 def _check(options: dict[str, Any]) -> None:
     """Raises click.UsageError for contradictory options, and for options without effect."""
-    by, rule, sized = options["by"], options["rule"], [n for n in ("share", "count") if options[n] is not None]
+    rule, sized = options["rule"], [n for n in ("share", "count") if options[n] is not None]
     if wrong := [name for name in ("share", "min_score", "max_score") if options[name] != options[name]]:
         raise click.UsageError(f"--{wrong[0].replace('_', '-')} takes a number, not nan")
-    if by not in _MEASURES.split(", ") and not by.startswith("column:"):
-        raise click.UsageError(f"--by {by} is none of {_MEASURES}, column:NAME")
     if len(sized) > 1 or (rule is None) != (not sized):
-        raise click.UsageError("--rule says which pairs, --share or --count how many: give --rule and one of these two")
+        raise click.UsageError("--rule says which rows, --share or --count how many: give --rule and one of these two")
     if options["balanced"] and options["group_by"] is None:
-        raise click.UsageError("--balanced needs --group-by, the column whose values get equally many pairs")
+        raise click.UsageError("--balanced needs --group-by, the column whose values get equally many rows")
     if rule is None and options["group_by"] is not None:
         raise click.UsageError("--group-by has no effect without --rule")
 

@@ -105,6 +105,12 @@ def command_line(*words: object) -> Marked:
     return Marked(shlex.join(["dpoeng", *map(str, words)]), "bold")
 
 
+def training_command(cache: Path, rows: str, view: str | None = None) -> Marked:
+    """The command that trains on rows of a kind; the default loss does not fit unpaired ones."""
+    named = ("--view", view) if view is not None else ()
+    return command_line("train", "--cache", cache, *named, *(("--loss-type", "kto") if rows == "unpaired" else ()))
+
+
 def say(*parts: Cell | Table, err: bool = False) -> None:
     """Prints sentences made of parts, and tables, on stdout or stderr."""
     for is_table, group in itertools.groupby(parts, lambda part: isinstance(part, Table)):

@@ -1,10 +1,11 @@
-"""Selects rows of a view: filters first, then a rule that ranks the rest, group by group. Pure arithmetic."""
+"""Selects rows of a view: filters first, then a rule that ranks the rest, group by group. Pure arithmetic.
+
+Rows are those of the data set: a ranked row is one, however many responses it has.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,16 +16,15 @@ import numpy.typing as npt
 
 from dpoeng.cache.analytics import contradictions
 from dpoeng.cache.errors import CacheError
+from dpoeng.cache.exchange.responses import row_key, rows_in_numbers
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import first_of_each, whole_keys
-from dpoeng.cache.selection.mixed import AnyView
+from dpoeng.cache.selection.scores import row_scores
 from dpoeng.cache.words import counted
 
 Floats = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
 Rule = Literal["large", "small", "random"]
-MEASURES = ("margin", "margin_per_token", "length_difference")
-COLUMN = "column:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Rules:
     """Which rows to keep.
 
     Attributes:
-        by: the score of a pair: one of `MEASURES`, or `column:NAME` for one of the user's columns.
+        by: the score of a row: one of `scores.MEASURES`, or `column:NAME` for one of the user's columns.
         rule: "large" takes the largest scores first, "small" those nearest to 0, "random" any; None keeps all that pass
             the filters. Deng et al. 2025 take large margins, https://arxiv.org/abs/2502.14560; Qi et al. 2025 small
             gaps, https://arxiv.org/abs/2508.04149.
@@ -40,9 +40,10 @@ class Rules:
         group_by: a column; groups keep their shares of the whole. With `balanced` all groups get equally many rows, as
             far as they have them.
         least, most: bounds of the score, both inclusive.
-        max_tokens: limit for prompt and both responses together.
-        drop_duplicates: keep the first of equal pairs.
-        drop_contradictions: drop both of two pairs that are equal but for chosen and rejected being swapped.
+        max_tokens: limit for prompt and all responses together.
+        drop_duplicates: keep the first of equal rows.
+        drop_contradictions: drop both of two rows with the same texts of which one says the opposite of the other:
+            chosen and rejected are swapped, two responses are ordered the other way, or the label is the other.
         seed: for "random".
     """
 
@@ -70,8 +71,8 @@ class Chosen:
     """The selected rows.
 
     Attributes:
-        rows: ascending, in the order of the source.
-        scores: [N], of all rows of the view.
+        rows: numbers of rows of the data set, ascending.
+        scores: [R], of all of them.
         left_out: reason -> number of rows; a row counts under the first reason that applies.
         groups: value of `group_by` -> (rows kept, rows of the view).
     """
@@ -86,16 +87,15 @@ def choose(view: View, rules: Rules, against: View | None = None) -> Chosen:
     """Selects the rows of `view` that fit `rules`.
 
     Args:
-        view: pairs.
+        view: rows of any kind.
         rules: filters, rule and size.
-        against: a view of the same pairs scored by another model, such as the trained policy. Margins are then
-            log pi/ref of chosen minus that of rejected: DPO's implicit reward gap without its factor beta.
+        against: see `row_scores`.
 
     Raises:
-        CacheError: a column is missing or has no number; `against` lacks a pair; or no row is left.
+        CacheError: as `row_scores`; no row has the column to group by; or no row is left.
     """
-    scores = pair_scores(view, rules.by, against)
-    open_rows = np.ones(len(view), bool)
+    scores = row_scores(view, rules.by, against)
+    open_rows = np.ones(len(scores), bool)
     left_out: dict[str, int] = {}
 
     def drop(reason: str, rows: npt.NDArray[np.bool_]) -> None:
@@ -107,16 +107,16 @@ def choose(view: View, rules: Rules, against: View | None = None) -> Chosen:
     _filter(view, rules, scores, drop)
     groups = _groups(view, rules.group_by)
     if rules.rule is not None:
-        kept = np.zeros(len(view), bool)
+        kept = np.zeros(len(scores), bool)
         kept[_ranked(rules, scores, groups, open_rows)] = True
         drop(f"not among the {_in_words(rules.rule)}", ~kept)
     rows = np.flatnonzero(open_rows)
     if not len(rows):
         raise CacheError(
-            "no pair is left",
+            "no row is left",
             code="select-nothing",
             where=f"view {view.name}",
-            expected="at least one pair",
+            expected="at least one row",
             found="; ".join(f"{count} {reason}" for reason, count in left_out.items()),
             remedy="widen the bounds, or keep a larger share",
             exit_status=2,
@@ -131,88 +131,67 @@ def _in_words(rule: Rule) -> str:
     return {"large": "largest scores", "small": "scores nearest to 0", "random": "rows drawn"}[rule]
 
 
+_SAID_OTHERWISE = {
+    "pairs": "swapped in another pair",
+    "ranked": "ordered otherwise in another row",
+    "unpaired": "labelled otherwise in another row",
+}
+
+
 def _filter(view: View, rules: Rules, scores: Floats, drop: Any) -> None:
-    if rules.drop_duplicates:
-        again = np.ones(len(view), bool)
-        again[first_of_each(view.keys())] = False
-        drop("equal to an earlier pair", again)
-    if rules.drop_contradictions:
-        both = np.array(contradictions(view, first_of_each(view.keys())), np.int64).ravel()
-        drop("swapped in another pair", np.isin(whole_keys(view.keys()), whole_keys(view.keys()[both])))
-    numbers = view.numbers()
+    if rules.drop_duplicates or rules.drop_contradictions:
+        again, both = _repeated(view) if view.rows == "pairs" else _repeated_rows(view)
+        if rules.drop_duplicates:
+            drop(f"equal to an earlier {'pair' if view.rows == 'pairs' else 'row'}", again)
+        if rules.drop_contradictions:
+            drop(_SAID_OTHERWISE[view.rows], both)
     if rules.max_tokens is not None:
-        total = numbers.prompt_tokens + numbers.chosen_tokens + numbers.rejected_tokens
-        drop(f"longer than {counted(rules.max_tokens, 'token')}", total > rules.max_tokens)
+        drop(f"longer than {counted(rules.max_tokens, 'token')}", _total_tokens(view) > rules.max_tokens)
     if rules.least is not None:
         drop(f"{rules.by} below {rules.least:g}", scores < rules.least)
     if rules.most is not None:
         drop(f"{rules.by} above {rules.most:g}", scores > rules.most)
 
 
-def pair_scores(view: AnyView, by: str, against: View | None = None) -> Floats:
-    """The score of every row, [N]; see `Rules.by` and `choose`. Margins in nats. Raises CacheError like `choose`."""
-    if by.startswith(COLUMN):
-        return np.fromiter((_number(view, row, by.removeprefix(COLUMN)) for row in range(len(view))), np.float64)
+def _total_tokens(view: View) -> npt.NDArray[np.int64]:
+    """Tokens of each row: its prompt and the scored ones of all its responses."""
     numbers = view.numbers()
-    if by == "length_difference":
-        return (numbers.chosen_tokens - numbers.rejected_tokens).astype(np.float64)
-    assert by in MEASURES, by
-    chosen, rejected = numbers.chosen_sum, numbers.rejected_sum
-    if against is not None:
-        other = against.numbers().at(_same_pairs(view, against))
-        chosen, rejected = other.chosen_sum - chosen, other.rejected_sum - rejected
-    if by == "margin_per_token":
-        chosen, rejected = chosen / numbers.chosen_tokens, rejected / numbers.rejected_tokens
-    return chosen - rejected
+    if view.rows == "pairs":
+        total: npt.NDArray[np.int64] = numbers.prompt_tokens + numbers.chosen_tokens + numbers.rejected_tokens
+        return total
+    responses = np.array([int(row.tokens.sum()) for row in rows_in_numbers(view)])
+    return numbers.prompt_tokens[np.asarray(view.row_starts())] + responses
 
 
-def _number(view: AnyView, row: int, column: str) -> float:
-    value = view.extra(row).get(column)
-    number = math.nan
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        with contextlib.suppress(OverflowError):  # an integer that no float holds
-            number = float(value)
-    if not math.isfinite(number):
-        file, line = view.source(row)
-        raise CacheError(
-            "a column to select by needs a number in every row",
-            code="select-column",
-            where=f"{file}:{line}",
-            expected=f"a number under {column!r}",
-            found=repr(value)[:100] if column in view.extra(row) else f"columns {', '.join(view.extra(row)) or 'none'}",
-            remedy="name another column, or run phase one on rows that all have it",
-            exit_status=2,
-        )
-    return number
+def _repeated(view: View) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Pairs that are equal to an earlier one, and those that are swapped in another; [R] each."""
+    first = first_of_each(view.keys())
+    again = np.ones(len(view), bool)
+    again[first] = False
+    both = np.array(contradictions(view, first), np.int64).ravel()
+    return again, np.isin(whole_keys(view.keys()), whole_keys(view.keys()[both]))
 
 
-def _same_pairs(view: AnyView, against: View) -> Rows:
-    """For every row, the row of `against` with the same pair."""
-    _, pair = np.unique(whole_keys(np.concatenate([against.keys(), view.keys()])), return_inverse=True)
-    place = np.full(len(pair), -1)
-    place[pair[: len(against)]] = np.arange(len(against))
-    places: Rows = place[pair[len(against) :]]
-    if (missing := np.flatnonzero(places < 0)).size:
-        file, line = view.source(int(missing[0]))
-        raise CacheError(
-            "the other view lacks pairs of this one",
-            code="select-against",
-            where=f"view {against.name}",
-            expected=f"every pair of view {view.name}, with the same token ids",
-            found=f"{counted(len(missing), 'pair')} missing, the first from {file}:{line}",
-            remedy="run phase one with the other model on the same pairs, tokenizer, template and lengths",
-            exit_status=2,
-        )
-    return places
+def _repeated_rows(view: View) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """The same of other rows."""
+    keys = [row_key(view, place) for place in view.row_starts()]
+    seen: dict[bytes, set[tuple[float, ...]]] = {}
+    again = []
+    for key in keys:
+        known = seen.setdefault(key.texts, set())
+        again.append(key.scores in known)
+        known.add(key.scores)
+    both = [any(key.contradicts(other) for other in seen[key.texts]) for key in keys]
+    return np.array(again), np.array(both)
 
 
 def _groups(view: View, column: str | None) -> dict[str, Rows]:
     """Value of a column -> its rows, in order of first appearance; without a column all rows are one group."""
     if column is None:
-        return {"": np.arange(len(view))}
+        return {"": np.arange(len(view.row_starts()))}
     rows_of_value: dict[str, array[int]] = {}
-    for row in range(len(view)):
-        value = view.extra(row).get(column)
+    for row, place in enumerate(view.row_starts()):
+        value = view.extra(place).get(column)
         rows_of_value.setdefault(value if isinstance(value, str) else json.dumps(value), array("q")).append(row)
     if rows_of_value.keys() == {"null"}:
         raise CacheError(

@@ -27,7 +27,7 @@ def write_rows(
     Args:
         root: the cache.
         view: a view of it.
-        rows: [n], at least one.
+        rows: [n], at least one, numbers of rows of the data set; of a ranked row all responses are taken.
         name: name of the new view.
         about: how the rows were selected; stored in `meta` under `selection`.
         force: replace another view of that name. A view with the same bytes is always replaced.
@@ -38,8 +38,11 @@ def write_rows(
     view_name(name)
     store = Store.open(root)
     source = store.view_record(view.name)
-    entries = Entries(ViewEntry(*view.source(row), view.key(row), view.extra(row)) for row in rows.tolist())
-    shards, places = view.places(rows)
+    starts = np.append(np.asarray(view.row_starts(), np.int64), len(view))
+    counts = starts[rows + 1] - starts[rows]
+    chosen = np.repeat(starts[rows] - (counts.cumsum() - counts), counts) + np.arange(counts.sum())
+    entries = Entries(ViewEntry(*view.source(i), view.key(i), view.extra(i)) for i in chosen.tolist())
+    shards, places = view.places(chosen)
     used = np.unique(shards)
     data = encode_table(entries, np.searchsorted(used, shards).astype(np.int32), places)
     record = ViewRecord(

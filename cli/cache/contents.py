@@ -182,29 +182,30 @@ def _print_recomputed(parity: ParityReport) -> None:
 @click.option("--html", type=FILE, help="Write a page with plots; it needs no network.")
 @force_option
 @json_option
-@click.option("--pairs", default=10, show_default=True, help="Number of strongly ranked pairs to list.")
+@click.option("--pairs", default=10, show_default=True, help="Number of strongly ranked pairs or rows to list.")
 def stats(folder: Path, view: str | None, html: Path | None, force: bool, as_json: bool, pairs: int) -> None:
-    """Show the reference's margins on the data, lengths, and pairs that look mislabelled.
+    """Show the reference's margins on the data, lengths, and rows that look mislabelled.
 
-    Of rows with labels or scores: lengths, log-probs, and how often the reference agrees with the scores.
+    Of rows with labels or scores: lengths, log-probs, and how often the reference agrees with labels and scores.
     """
-    from dpoeng.cache.analytics import reference_stats
+    from dpoeng.cache.analytics import ReferenceStats, reference_stats
     from dpoeng.cache.exchange.responses import response_stats
     from dpoeng.cache.reader import View
     from dpoeng.cache.records import ROW_KINDS
 
-    opened = View.open(folder, view, rows=ROW_KINDS if html is None else ("pairs",))
-    if opened.rows != "pairs":
-        of_responses = response_stats(opened)
-        say_json(of_responses) if as_json else _print_response_stats(of_responses)
-        return
-    statistics = reference_stats(opened, notes=pairs)
+    opened = View.open(folder, view, rows=ROW_KINDS)
+    of_pairs = opened.rows == "pairs"
+    statistics = reference_stats(opened, notes=pairs) if of_pairs else response_stats(opened, notes=pairs)
     if html:
         from dpoeng.cli.pages.html import write_page
-        from dpoeng.cli.pages.reference import html_report
+        from dpoeng.cli.pages.reference import html_report, responses_report
 
         facts = [("view", opened.name), ("reference", opened.spec.digest)]
-        content = html_report(statistics, f"The reference on {opened.name}", facts)
+        title = f"The reference on {opened.name}"
+        if isinstance(statistics, ReferenceStats):
+            content = html_report(statistics, title, facts)
+        else:
+            content = responses_report(statistics, title, facts)
         write_page(html, content, inputs=sources_of(opened), force=force)
     if as_json:
         say_json(statistics)
@@ -214,31 +215,16 @@ def stats(folder: Path, view: str | None, html: Path | None, force: bool, as_jso
         say(f"Plots written to {html}")
 
 
-def _print_response_stats(found: ResponseStats) -> None:
-    from dpoeng.cli.pages.reference import distributions_table
+def _print_stats(statistics: ReferenceStats | ResponseStats) -> None:
+    from dpoeng.cache.analytics import ReferenceStats
+    from dpoeng.cli.pages import reference
 
-    shown = (
-        ("prompt", "tokens", "prompt_tokens"),
-        ("response", "scored tokens", "response_tokens"),
-        ("responses a row", "", "responses_a_row"),
-        ("log-prob per token", "nats", "logp_per_token"),
-    )
-    facts = [("rows", f"{counted(found.rows, f'{found.kind} row')} of {counted(found.responses, 'response')}")]
-    if found.desirable is not None:
-        facts.append(("labels", f"{found.desirable:,} desirable, {found.rows - found.desirable:,} not"))
-    if found.best_less_worst is not None:
-        sides = "best less worst response" if found.desirable is None else "desirable less other responses"
-        facts.append(("reference", f"{sides}: {found.best_less_worst:+.3f} nats per token"))
-    if found.accuracy is not None:
-        per_token = f"per token {found.accuracy_per_token:.1%}"
-        facts.append(("prefers the better", f"{found.accuracy:.1%} of a row's pairs (sums); {per_token}"))
-    say(distributions_table(found, (1, 3, 5), shown), facts_table(facts))
-
-
-def _print_stats(statistics: ReferenceStats) -> None:
-    from dpoeng.cli.pages.reference import distributions_table, notes_table, reference_facts
-
-    say(distributions_table(statistics, (1, 3, 5)), facts_table(reference_facts(statistics)))
+    if isinstance(statistics, ReferenceStats):
+        shown, facts, margin = reference.SHOWN, reference.reference_facts(statistics), reference.MARGIN
+    else:
+        shown, facts = reference.shown_of(statistics), reference.responses_facts(statistics)
+        margin = reference.MARGIN_OF_ROW
+    say(reference.distributions_table(statistics, (1, 3, 5), shown), facts_table(facts))
     for title, notes in (("strongly wrong", statistics.strongly_wrong), ("strongly right", statistics.strongly_right)):
         if notes:
-            say(notes_table(notes, title))
+            say(reference.notes_table(notes, title, margin))

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from dpoeng.cache.analytics import PairNote, ReferenceStats
 from dpoeng.cache.exchange.responses import ResponseStats
-from dpoeng.cache.words import number
+from dpoeng.cache.words import counted, number
 from dpoeng.cli.pages.charts import histogram
 from dpoeng.cli.pages.html import Html, heading, page, paragraph, plots, table
 from dpoeng.cli.tables import Table, facts_table
 
 # title, unit, attribute
-_SHOWN = (
+SHOWN = (
     ("margin", "nats, sums", "margin"),
     ("margin per token", "nats, means", "margin_per_token"),
     ("length difference", "tokens, chosen − rejected", "length_difference"),
@@ -23,6 +23,20 @@ _SHOWN = (
 MARGIN = (
     "Margin: log p_ref(chosen) − log p_ref(rejected), sums over each response, as in DPO's loss; per token: the "
     "same for means."
+)
+MARGIN_OF_ROW = (
+    "Margin: log p_ref(a best response) − log p_ref(a worst one), sums over each response; per token: the same for "
+    "means."
+)
+# title, unit, attribute of rows that are no pairs; not every kind has all
+_SHOWN_OF_RESPONSES = (
+    ("margin", "nats, sums, best − worst", "margin"),
+    ("margin per token", "nats, means", "margin_per_token"),
+    ("spread of scores", "best − worst", "spread"),
+    ("prompt", "tokens", "prompt_tokens"),
+    ("response", "scored tokens", "response_tokens"),
+    ("responses a row", "", "responses_a_row"),
+    ("log-prob per token", "nats", "logp_per_token"),
 )
 _QUANTILES = ("least", "5 %", "25 %", "median", "75 %", "95 %", "greatest")
 
@@ -39,7 +53,7 @@ def html_report(stats: ReferenceStats, title: str, facts: Sequence[tuple[str, st
         table(facts_table([*facts, *reference_facts(stats)])),
         heading("Distributions"),
         table(distributions_table(stats)),
-        plots(_histogram(stats, title, unit, name) for title, unit, name in _SHOWN),
+        plots(_histogram(stats, title, unit, name) for title, unit, name in SHOWN),
         heading("Pairs that the reference ranks strongly wrong"),
         paragraph(f"{MARGIN} Mislabelled pairs are often among these: read some before you train on them.", "dim"),
         _notes(stats.strongly_wrong),
@@ -55,7 +69,47 @@ def html_report(stats: ReferenceStats, title: str, facts: Sequence[tuple[str, st
     return page(title, parts)
 
 
-def _histogram(stats: ReferenceStats, title: str, unit: str, name: str) -> Html:
+def responses_report(stats: ResponseStats, title: str, facts: Sequence[tuple[str, str]] = ()) -> str:
+    """The same page of rows that are no pairs."""
+    parts = [
+        table(facts_table([*facts, *responses_facts(stats)])),
+        heading("Distributions"),
+        table(distributions_table(stats, shown=shown_of(stats))),
+        plots(_histogram(stats, title, unit, name) for title, unit, name in shown_of(stats)),
+    ]
+    if stats.margin is not None:
+        parts += [
+            heading("Rows that the reference ranks strongly wrong"),
+            paragraph(
+                f"{MARGIN_OF_ROW} Wrong scores are often among these: read some before you train on them.", "dim"
+            ),
+            _notes(stats.strongly_wrong),
+            heading("Rows that the reference ranks strongly right"),
+            _notes(stats.strongly_right),
+        ]
+    return page(title, parts)
+
+
+def shown_of(stats: ResponseStats) -> list[tuple[str, str, str]]:
+    """The distributions that such rows have: title, unit, attribute."""
+    return [one for one in _SHOWN_OF_RESPONSES if getattr(stats, one[2]) is not None]
+
+
+def responses_facts(stats: ResponseStats) -> list[tuple[str, str]]:
+    """Counts, and how far the reference agrees with labels or scores."""
+    facts = [("rows", f"{counted(stats.rows, f'{stats.kind} row')} of {counted(stats.responses, 'response')}")]
+    if stats.desirable is not None:
+        facts.append(("labels", f"{stats.desirable:,} desirable, {stats.rows - stats.desirable:,} not"))
+    if stats.best_less_worst is not None:
+        sides = "best less worst response" if stats.desirable is None else "desirable less other responses"
+        facts.append(("reference", f"{sides}: {stats.best_less_worst:+.3f} nats per token"))
+    if stats.accuracy is not None:
+        per_token = f"per token {stats.accuracy_per_token:.1%}"
+        facts.append(("prefers the better", f"{stats.accuracy:.1%} of a row's pairs (sums); {per_token}"))
+    return facts
+
+
+def _histogram(stats: ReferenceStats | ResponseStats, title: str, unit: str, name: str) -> Html:
     item = getattr(stats, name)
     return histogram(title, unit, item.edges, item.counts, whole="tokens" in unit)
 
@@ -74,7 +128,7 @@ def reference_facts(stats: ReferenceStats) -> list[tuple[str, str]]:
 def distributions_table(
     stats: ReferenceStats | ResponseStats,
     quantiles: Sequence[int] = range(7),
-    shown: Sequence[tuple[str, str, str]] = _SHOWN,
+    shown: Sequence[tuple[str, str, str]] = SHOWN,
 ) -> Table:
     """Mean, standard deviation and quantiles of margins and lengths, or of the attributes in `shown`."""
     items = [(title, getattr(stats, name)) for title, _, name in shown]
@@ -85,13 +139,13 @@ def distributions_table(
     return Table(rows, ("", "mean", "std", *(_QUANTILES[place] for place in quantiles)))
 
 
-def notes_table(notes: Sequence[PairNote], title: str = "") -> Table:
-    """Strongly ranked pairs, with their sources."""
+def notes_table(notes: Sequence[PairNote], title: str = "", margin: str = MARGIN) -> Table:
+    """Strongly ranked pairs or rows, with their sources; `margin` says what a margin is."""
     rows = [
         (note.source_file, f"{note.source_row}", f"{note.margin:+.2f}", f"{note.margin_per_token:+.3f}")
         for note in notes
     ]
-    return Table(rows, ("source", "row", "margin", "margin per token"), title, [MARGIN] if title else [])
+    return Table(rows, ("source", "row", "margin", "margin per token"), title, [margin] if title else [])
 
 
 def _notes(notes: Sequence[PairNote]) -> Html:

@@ -308,7 +308,7 @@ KINDS: dict[str, Kind] = {
         "info",
         "rows of several responses with scores",
         "they are kept whole: losses of pairs compare responses as pairs_in_row says, others look at all of them",
-        "--ranked-pairs best or all makes pairs of them, for commands that work on pairs (select, --order)",
+        "--ranked-pairs best or all makes pairs of them, for commands that work on pairs (round, other trainers)",
     ),
     "equal-scores": Kind(
         "info",

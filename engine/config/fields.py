@@ -298,9 +298,9 @@ class TrainConfig(_Config):
     )
     order_by: str = Field(
         "margin",
-        pattern="^(margin|margin_per_token|column:.+)$",
-        description="With order: the reference's margin or margin_per_token in nats, or column:NAME, a number in "
-        "yours.",
+        pattern="^(margin|margin_per_token|length_difference|spread|agreement|logp|logp_per_token|length|column:.+)$",
+        description="With order: a score of the row as in dpoeng select, such as the reference's margin_per_token, or "
+        "column:NAME, a number of yours.",
     )
     eval_view: str | None = Field(None, description="A set of pairs in the cache to evaluate on.")
     eval_share: float = Field(

@@ -9,20 +9,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import xxhash
 
 from dpoeng.cache.errors import UserError
+from dpoeng.cache.exchange.responses import row_key
 from dpoeng.cache.reader import View
 from dpoeng.cache.records import ROW_KINDS, damaged
-from dpoeng.cache.schema import as_ids, pair_key
+from dpoeng.cache.schema import pair_key
 from dpoeng.cache.selection.mixed import AnyView
-from dpoeng.cache.trunk.texts import text_key
 from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import TrainConfig
 from dpoeng.engine.losses.names import LOSS_FACTS, fitting_rows, rows_of
 from dpoeng.engine.recipes.phase_two.mixing import arrangement_of, with_others
-from dpoeng.engine.scoring.layout import row_group
 from dpoeng.engine.training.order import Schedule, hold_out, plan_schedule
 from dpoeng.engine.training.rows import HeldOut, Rows, WeightArray
 
@@ -231,19 +229,6 @@ def check_held_out(config: TrainConfig, count: int) -> None:
         )
 
 
-def _row_key(view: AnyView, place: int) -> bytes:
-    """Identifies a row by what it contains itself, and a ranked row by its responses in any order."""
-    if view.rows == "pairs":
-        return view.key(place)
-    ids = view[place].ids
-    if view.rows == "unpaired":  # the mismatched response differs between files
-        return text_key(ids.prompt_ids, ids.chosen_ids)
-    responses = sorted(branch.ids.tobytes() for branch in row_group(view.row(place)).branches)
-    return xxhash.xxh3_128_digest(
-        b"".join(text_key(ids.prompt_ids, as_ids(np.frombuffer(r, "<i4"))) for r in responses)
-    )
-
-
 def _prompt_digest(view: AnyView, place: int) -> bytes:
     return xxhash.xxh3_128_digest(view.prompt_ids(place).tobytes())
 
@@ -257,13 +242,13 @@ def check_apart(view: AnyView, eval_view: View) -> str:
     Raises:
         UserError: every evaluation pair is also a training pair.
     """
-    trained = {_row_key(view, place) for place in view.row_starts()}
+    trained = {row_key(view, place).texts for place in view.row_starts()}
     prompts = {_prompt_digest(view, place) for place in view.row_starts()}
     rows = eval_view.row_starts()
     pairs = also = 0
     for place in rows:
         swapped = view.rows == "pairs" and pair_key(eval_view[place].ids.swapped()) in trained
-        if swapped or _row_key(eval_view, place) in trained:
+        if swapped or row_key(eval_view, place).texts in trained:
             pairs += 1
         elif _prompt_digest(eval_view, place) in prompts:
             also += 1

@@ -10,7 +10,7 @@ import xxhash
 from dpoeng.cache.files import hash_file
 from dpoeng.cache.reader import View
 from dpoeng.cache.selection.mixed import AnyView, MixedView
-from dpoeng.cache.selection.rules import pair_scores
+from dpoeng.cache.selection.scores import row_scores
 from dpoeng.engine.config.fields import Mode, TrainConfig
 from dpoeng.engine.losses.own import OwnLoss
 
@@ -54,7 +54,7 @@ def run_identity(
     if isinstance(view, MixedView):
         identity["mixed"] = [len(part) for part in view.parts]
     if config.order != "random":
-        identity["order_scores"] = xxhash.xxh3_128_hexdigest(pair_scores(view, config.order_by).tobytes())
+        identity["order_scores"] = xxhash.xxh3_128_hexdigest(row_scores(view, config.order_by).tobytes())
     if user_losses := [name for name in config.loss_type if isinstance(name, OwnLoss)]:
         identity["own_loss"] = {str(name): name.digest for name in user_losses}
     if config.pair_weight_column is not None:

@@ -18,6 +18,7 @@ from dpoeng.cache.errors import CacheError, UserError
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import PairIds, ScoredPair, as_ids, pair_key
 from dpoeng.cache.selection.rules import Rules, choose, quotas
+from dpoeng.cache.selection.views import write_rows
 from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.store import Store
 from dpoeng.cache.table import ViewEntry
@@ -219,3 +220,106 @@ def test_columns_that_are_not_objects_are_named(view: View, monkeypatch: pytest.
 def test_no_torch_is_imported() -> None:
     program = "import sys, dpoeng.cli.select, dpoeng.cache.selection.views; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "False"
+
+
+# --------------------------------------------------------------------------- rows that are no pairs
+
+
+def ranked_view(root: Path) -> View:
+    """Four rows of three or two responses.
+
+    Sums and scores of its responses, of which the first named has 1 token, and so on:
+
+    - row 0: (-1, score 2), (-4, 1), (-3, 3): best is the third, worst the second
+    - row 1: (-2, 1), (-8, 5)
+    - row 2: as row 0, in another order
+    - row 3: the texts of row 0, with the best and the worst exchanged
+    """
+    rows = [
+        (1, [(1, -1.0, 2.0), (2, -4.0, 1.0), (3, -3.0, 3.0)]),
+        (2, [(1, -2.0, 1.0), (4, -8.0, 5.0)]),
+        (1, [(3, -3.0, 3.0), (1, -1.0, 2.0), (2, -4.0, 1.0)]),
+        (1, [(1, -1.0, 2.0), (2, -4.0, 3.0), (3, -3.0, 1.0)]),
+    ]
+    store = Store.open(root, create=True)
+    digest = store.put_spec(ReferenceSpec.from_fields({"model": "reference"}))
+    pairs, entries = [], []
+    for number, (prompt, responses) in enumerate(rows):
+        scores = [score for _, _, score in responses]
+        for first in range(0, len(responses), 2):
+            both = [responses[first], responses[(first + 1) % len(responses)]]
+            sides = [as_ids([7] * tokens) for tokens, _, _ in both]
+            logps = [np.full(tokens, total / tokens, np.float32) for tokens, total, _ in both]
+            pairs.append(ScoredPair(PairIds(as_ids([prompt]), *sides), *logps))
+            extra = {} if first else {"scores": scores, "topic": "ab"[number % 2]}
+            entries.append(ViewEntry("rows.jsonl", number + 1, pair_key(pairs[-1].ids), extra))
+    distinct = {pair_key(pair.ids): pair for pair in pairs}
+    store.commit_shard(digest, list(distinct.values()), {})
+    store.seal(digest)
+    store.write_view(digest, "ranked", entries, {"rows": "ranked"})
+    return View.open(root, "ranked", rows=("ranked",))
+
+
+@pytest.mark.parametrize(
+    ("by", "scores"),
+    [
+        ("margin", [1.0, -6.0, 1.0, -1.0]),
+        ("margin_per_token", [1.0, 0.0, 1.0, -1.0]),
+        ("length_difference", [1.0, 3.0, 1.0, -1.0]),
+        ("spread", [2.0, 4.0, 2.0, 2.0]),
+        # Row 0: 3 over 2 (-3, -1) is wrong, 3 over 1 (-3, -4) and 2 over 1 (-1, -4) are right.
+        ("agreement", [2 / 3, 0.0, 2 / 3, 1 / 3]),
+    ],
+)
+def test_scores_of_ranked_rows_by_hand(tmp_path: Path, by: str, scores: list[float]) -> None:
+    assert choose(ranked_view(tmp_path), Rules(by=by)).scores.tolist() == pytest.approx(scores)
+
+
+def test_a_ranked_row_is_taken_with_all_its_responses(tmp_path: Path) -> None:
+    view = ranked_view(tmp_path)
+    assert view.row_starts() == [0, 2, 3, 5]
+    for rules, rows, left_out in (
+        (Rules(rule="large", count=1, by="spread"), [1], {"not among the largest scores": 3}),
+        (Rules(drop_duplicates=True), [0, 1, 3], {"equal to an earlier row": 1}),  # in any order
+        (Rules(drop_contradictions=True), [1], {"ordered otherwise in another row": 3}),
+        (Rules(max_tokens=6), [1], {"longer than 6 tokens": 3}),  # 1 + 1 + 2 + 3, and 1 + 1 + 4
+        (Rules(rule="large", count=2, group_by="topic", balanced=True), [0, 3], {"not among the largest scores": 2}),
+    ):
+        chosen = choose(view, rules)
+        assert (chosen.rows.tolist(), chosen.left_out) == (rows, left_out)
+    write_rows(tmp_path, view, np.array([1, 3]), "some", {})
+    some = View.open(tmp_path, "some", rows=("ranked",))
+    assert (len(some), list(some.row_starts())) == (3, [0, 1])
+    assert [some.scores(place) for place in some.row_starts()] == [(1.0, 5.0), (2.0, 3.0, 1.0)]
+    assert len(some.row(1).pairs) == 2  # type: ignore[union-attr]
+    assert verify(tmp_path, depth="all").ok
+
+
+def test_unpaired_rows_by_hand(tmp_path: Path) -> None:
+    """Rows 0 and 2 give the same response another label, 1 and 3 are equal; mismatched responses do not count."""
+    rows = [(1, 1, True), (2, 2, True), (1, 1, False), (2, 2, True)]
+    store = Store.open(tmp_path, create=True)
+    digest = store.put_spec(ReferenceSpec.from_fields({"model": "reference"}))
+    pairs = [
+        ScoredPair(
+            PairIds(as_ids([prompt]), as_ids([7] * tokens), as_ids([8] * (i + 1))),
+            np.full(tokens, -prompt, np.float32), np.full(i + 1, -9, np.float32),
+        )
+        for i, (prompt, tokens, _) in enumerate(rows)
+    ]  # fmt: skip
+    store.commit_shard(digest, pairs, {})
+    store.seal(digest)
+    entries = [
+        ViewEntry("rows.jsonl", i + 1, pair_key(pairs[i].ids), {"label": label}) for i, (*_, label) in enumerate(rows)
+    ]
+    store.write_view(digest, "labels", entries, {"rows": "unpaired"})
+    view = View.open(tmp_path, "labels", rows=("unpaired",))
+    for by, scores in (("logp", [-1, -4, -1, -4]), ("logp_per_token", [-1, -2, -1, -2]), ("length", [1, 2, 1, 2])):
+        assert choose(view, Rules(by=by)).scores.tolist() == pytest.approx(scores)
+    assert choose(view, Rules(by="logp", drop_duplicates=True)).rows.tolist() == [0, 1, 2]
+    chosen = choose(view, Rules(by="logp", drop_contradictions=True))
+    assert (chosen.rows.tolist(), chosen.left_out) == ([1, 3], {"labelled otherwise in another row": 2})
+    assert choose(view, Rules(by="logp", max_tokens=2)).rows.tolist() == [0, 2]
+    with pytest.raises(CacheError) as caught:
+        choose(view, Rules(by="margin"))
+    assert caught.value.code == "select-score"

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.cache.records import ROW_KINDS
 from dpoeng.cache.selection.mixed import AnyView, MixedView
-from dpoeng.cache.selection.rules import pair_scores
+from dpoeng.cache.selection.scores import row_scores
 from dpoeng.engine.config.fields import TrainConfig
 from dpoeng.engine.training.arrangement import Arrangement
 
@@ -55,19 +56,10 @@ def arrangement_of(config: TrainConfig, view: AnyView, rows: Sequence[int]) -> A
             remedy="lower --eval-share, hold out other pairs with --eval-view, or leave the view out",
         )
     shares = None if config.mix is None else tuple(weight / sum(config.mix) for weight in config.mix)
-    return Arrangement(tuple(sizes), shares, None if config.order == "random" else _ranks(config, view)[list(rows)])
+    return Arrangement(tuple(sizes), shares, None if config.order == "random" else _ranks(config, view, rows))
 
 
-def _ranks(config: TrainConfig, view: AnyView) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """A number for every row of the view; smaller numbers come earlier."""
-    if view.rows != "pairs":
-        raise UserError(
-            "only pairs have a margin to order by",
-            code="config-value",
-            where=f"--order {config.order}",
-            expected="a view of pairs",
-            found=f"view {view.name}, {view.rows} rows",
-            remedy="leave --order out",
-        )
-    scores = pair_scores(view, config.order_by)
+def _ranks(config: TrainConfig, view: AnyView, rows: Sequence[int]) -> npt.NDArray[np.float64]:
+    """A number for each of some rows, given by their places; smaller numbers come earlier."""
+    scores = row_scores(view, config.order_by)[np.searchsorted(np.asarray(view.row_starts()), rows)]
     return -scores if config.order == "easy_first" else scores

@@ -15,6 +15,7 @@ from typing import Any
 import xxhash
 
 from dpoeng.cache.errors import UserError
+from dpoeng.cache.exchange.responses import row_key
 from dpoeng.cache.reader import View
 from dpoeng.engine.config.fields import LOSS_FIELDS, SweepConfig, TrainConfig, bare_type, unknown
 from dpoeng.engine.config.files import load_config
@@ -237,8 +238,8 @@ class _Looker:
             split = open_split(config, self._open_view)
             held_out = split.held_out
             self.rows = held_out.view.rows
-            keys = b"".join(held_out.view.key(row) for row in held_out.indices)
-            self._splits[key] = split, xxhash.xxh3_128_hexdigest(keys) if held_out else ""
+            keys = [row_key(held_out.view, row) for row in held_out.indices]
+            self._splits[key] = split, xxhash.xxh3_128_hexdigest(repr(keys).encode()) if keys else ""
         return self._splits[key]
 
 
