@@ -6,6 +6,7 @@ In between they are in a temporary file, so memory holds only a few bytes per ro
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,11 +36,19 @@ _SUMS: Final = (("ref_chosen_logps", "ref_rejected_logps"), ("reference_chosen_l
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """Result of an import: rows read, rows that were new to the cache, and the view if the rows named a source."""
+    """Result of an import.
+
+    Attributes:
+        rows: rows of the file.
+        added: pairs of responses that were new to the cache; a ranked row has several.
+        view: the view, if the rows named a source.
+        kind: of the rows.
+    """
 
     rows: int
     added: int
     view: str | None
+    kind: str
 
 
 def file_holds_sums(path: Path) -> bool:
@@ -51,6 +60,8 @@ def file_holds_sums(path: Path) -> bool:
     for columns in _read_columns(path):
         if all(columns.get(name) is not None for name in TOKENS):
             return False
+        if columns.get("response_ids") is not None and columns.get("ref_logps") is not None:
+            return columns.get("ref_token_logps") is None
         if _sum_columns(columns):
             return True
         raise _lacking(path, 1, columns)
@@ -68,10 +79,10 @@ def import_rows(
 ) -> Imported:
     """Imports rows that another program computed, under a reference that the caller vouches for.
 
-    The file has the columns that `export_view` writes; source columns are optional. It needs token log-probs, or sums
-    if the spec is one of sums. Nothing in the file proves which model computed its numbers. Therefore the records mark
-    them as imported; the parity check before training, or `verify --recompute`, finds a wrong claim. For equal pairs
-    the first row's numbers count.
+    The file has the columns that `export_view` writes, for one kind of rows; source columns are optional. It needs
+    token log-probs, or sums if the spec is one of sums. Nothing in the file proves which model computed its numbers.
+    Therefore the records mark them as imported; the parity check before training, or `verify --recompute`, finds a
+    wrong claim. For equal pairs the first row's numbers count.
 
     Args:
         store: the cache.
@@ -83,9 +94,13 @@ def import_rows(
     Raises:
         UserError: columns are missing, or a row's numbers cannot be correct; the message names the row.
     """
-    rows, bytes_read = _Rows(), hash_file(path)
-    for row, source in _read(path, sums=spec.holds_sums):
-        rows.append(row, *source)
+    rows, bytes_read, number, kind = _Rows(), hash_file(path), 0, "pairs"
+    for number, found in enumerate(_read(path, sums=spec.holds_sums), 1):
+        if number > 1 and found.kind != kind:
+            raise _bad_row(path, number, f"{found.kind}, after {kind}")
+        kind = found.kind
+        for pair, extra in found.pairs:
+            rows.append(pair, *found.source, extra)
     if hash_file(path) != bytes_read:
         raise _changed(path)
     digest = store.put_spec(spec)
@@ -96,13 +111,23 @@ def import_rows(
         store.commit_shard(digest, [rows.pair(i) for i in some], provenance)
     store.seal(digest)
     if view is not None:
-        store.write_view(digest, view, map(rows.entry, range(len(rows))), {**(meta or {}), **provenance}, known=index)
-    return Imported(len(rows), len(missing), view)
+        about = {**(meta or {}), **provenance, **({"rows": kind} if kind != "pairs" else {})}
+        store.write_view(digest, view, map(rows.entry, range(len(rows))), about, known=index)
+    return Imported(number, len(missing), view, kind)
 
 
-# source row; bytes of the file name; lengths of prompt, chosen, rejected, chosen log-probs, rejected log-probs; both
-# starts; number of gaps on both sides
-_HEAD: Final = struct.Struct("<q10i")
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A row of the file: its pairs of responses, each with its columns in the view; its source; and its kind."""
+
+    pairs: Sequence[tuple[ScoredPair, Mapping[str, Any]]]
+    source: tuple[str, int]
+    kind: str
+
+
+# source row; bytes of the file name and of the columns; lengths of prompt, chosen, rejected, chosen log-probs, rejected
+# log-probs; both starts; number of gaps on both sides
+_HEAD: Final = struct.Struct("<q11i")
 
 
 class _Rows:
@@ -114,20 +139,20 @@ class _Rows:
     def __len__(self) -> int:
         return len(self._spool)
 
-    def append(self, row: ScoredPair, source_file: str, source_row: int) -> None:
-        ids, name = row.ids, source_file.encode()
+    def append(self, row: ScoredPair, source_file: str, source_row: int, extra: Mapping[str, Any]) -> None:
+        ids, name, columns = row.ids, source_file.encode(), json.dumps(dict(extra)).encode()
         parts = (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids, row.chosen_logps, row.rejected_logps)
         gaps = as_ids([edge for gap in (*ids.chosen_gaps, *ids.rejected_gaps) for edge in gap])
         counts = (ids.chosen_start, ids.rejected_start, len(ids.chosen_gaps), len(ids.rejected_gaps))
-        head = _HEAD.pack(source_row, len(name), *map(len, parts), *counts)
-        self._spool.append(b"".join((head, name, *(part.tobytes() for part in (*parts, gaps)))))
+        head = _HEAD.pack(source_row, len(name), len(columns), *map(len, parts), *counts)
+        self._spool.append(b"".join((head, name, columns, *(part.tobytes() for part in (*parts, gaps)))))
         self._keys += pair_key(ids)
 
     def pair(self, i: int) -> ScoredPair:
         data = self._spool[i]
-        _, name, *lengths, chosen_start, rejected_start, first, second = _HEAD.unpack_from(data)
+        _, name, columns, *lengths, chosen_start, rejected_start, first, second = _HEAD.unpack_from(data)
         ends = [0, *accumulate(4 * length for length in (*lengths, 2 * first, 2 * second))]
-        behind = data[_HEAD.size + name :]
+        behind = data[_HEAD.size + name + columns :]
         kinds = ("<i4",) * 3 + ("<f4",) * 2 + ("<i4",) * 2
         parts: list[Any] = [
             np.frombuffer(behind[a:b], kind) for (a, b), kind in zip(pairwise(ends), kinds, strict=True)
@@ -140,8 +165,10 @@ class _Rows:
 
     def entry(self, i: int) -> ViewEntry:
         data = self._spool[i]
-        source_row, name, *_ = _HEAD.unpack_from(data)
-        return ViewEntry(data[_HEAD.size :][:name].decode(), source_row, bytes(self._keys[16 * i : 16 * i + 16]))
+        source_row, name, columns, *_ = _HEAD.unpack_from(data)
+        rest = data[_HEAD.size :]
+        key, extra = bytes(self._keys[16 * i : 16 * i + 16]), json.loads(rest[name : name + columns])
+        return ViewEntry(rest[:name].decode(), source_row, key, extra)
 
     def missing_in(self, index: KeyIndex) -> list[int]:
         """The first row of each pair that the index does not have."""
@@ -149,22 +176,64 @@ class _Rows:
         return [i for i in first.tolist() if self.pair(i).ids not in index]
 
 
-def _read(path: Path, *, sums: bool) -> Iterator[tuple[ScoredPair, tuple[str, int]]]:
+def _read(path: Path, *, sums: bool) -> Iterator[_Row]:
     """Yields a file's rows with their sources: the named one, or else this file and the row number."""
+    before: tuple[str, int] | None = None
     for number, columns in enumerate(_read_columns(path), 1):
+        of_responses = columns.get("response_ids") is not None
         values = _sum_columns(columns) if sums else TOKENS
-        if not values or any(columns.get(name) is None for name in (*IDS, *values)):
+        needed = ("prompt_ids", "scores", _RESPONSE_VALUES[sums]) if of_responses else (*IDS, *values)
+        if (not values and not of_responses) or any(columns.get(name) is None for name in needed):
             raise _lacking(path, number, columns)
         try:
             with np.errstate(over="ignore"):  # overflow gives infinity, which row.check() refuses
-                row = _row(columns, values)
+                if of_responses:
+                    kind, pairs = _of_responses(columns, sums=sums)
+                else:
+                    kind, pairs = "pairs", [(_row(columns, values), {})]
             source = str(columns.get("source_file") or path.name), int(columns.get("source_row") or number)
             if not 0 <= source[1] < 1 << 63:
                 raise ValueError(f"source_row {source[1]}"[:100])
             source[0].encode()  # raises for an unpaired surrogate, which UTF-8 cannot express
-        except (ValueError, TypeError, OverflowError) as error:
+            if kind == "ranked" and source == before:
+                raise ValueError(f"the source {source[0][:80]}:{source[1]} of the row before")
+        except (ValueError, TypeError, OverflowError, KeyError, IndexError) as error:
             raise _bad_row(path, number, str(error)) from None
-        yield row, source
+        yield _Row(pairs, source, kind)
+        before = source
+
+
+_RESPONSE_VALUES: Final = {False: "ref_token_logps", True: "ref_logps"}
+
+
+def _of_responses(columns: Mapping[str, Any], *, sums: bool) -> tuple[str, list[tuple[ScoredPair, Mapping[str, Any]]]]:
+    """The kind of a row of `RESPONSES_SCHEMA`, and its responses two by two; an odd last one has the first beside it.
+
+    Raises:
+        ValueError: its lists do not fit together.
+    """
+    responses, scores = columns["response_ids"], [float(score) for score in columns["scores"]]
+    unpaired = len(scores) == 1
+    values, gaps = columns[_RESPONSE_VALUES[sums]], columns.get("response_gaps") or [()] * len(responses)
+    count = 2 if unpaired else len(scores)
+    if {len(responses), len(values), len(gaps)} != {count}:
+        raise ValueError(f"{len(responses)} responses, {len(values)} log-probs and {len(scores)} scores")
+    if not all(map(math.isfinite, scores)) or (unpaired and scores[0] not in (0, 1)):
+        raise ValueError(f"scores {scores}"[:100])
+    if not unpaired and len(set(scores)) < 2:
+        raise ValueError(f"scores {scores} of which none is better than another"[:100])
+    names = _SUMS[0] if sums else TOKENS
+    pairs = []
+    for first in range(0, count, 2):
+        both = (first, (first + 1) % count)
+        sides = {
+            **{name: responses[place] for name, place in zip(IDS[1:], both, strict=True)},
+            **{name: values[place] for name, place in zip(names, both, strict=True)},
+            **{name: gaps[place] for name, place in zip(GAPS, both, strict=True)},
+        }
+        extra: dict[str, Any] = {} if first else {"label": scores[0] == 1} if unpaired else {"scores": scores}
+        pairs.append((_row({"prompt_ids": columns["prompt_ids"], **sides}, names), extra))
+    return "unpaired" if unpaired else "ranked", pairs
 
 
 def _sum_columns(columns: Mapping[str, Any]) -> Sequence[str]:
@@ -274,7 +343,8 @@ def _lacking(path: Path, number: int, columns: Mapping[str, Any]) -> UserError:
         "the file to import lacks columns",
         code="import-columns",
         where=f"{path}:{number}",
-        expected=", ".join(IDS) + f"; and {' and '.join(TOKENS)}, or sums: {' and '.join(_SUMS[0])}",
+        expected=", ".join(IDS) + f"; and {' and '.join(TOKENS)}, or sums: {' and '.join(_SUMS[0])}; or, of several "
+        "responses or labels, prompt_ids, response_ids, scores, and ref_token_logps or ref_logps",
         found=", ".join(name for name, value in columns.items() if value is not None) or "none",
         remedy="write these columns; from TRL: trainer.train_dataset.to_parquet(FILE) once it has precomputed",
         exit_status=3,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import click
 from dpoeng.cache.words import counted
 from dpoeng.cli.cache.words import FILE, FOLDER, choose, example, size, sources_of
 from dpoeng.cli.options import config_options, force_option, given
-from dpoeng.cli.tables import json_option, say, say_json
+from dpoeng.cli.tables import json_option, say, say_json, training_command
 from dpoeng.engine.config.fields import PrecomputeConfig
 from dpoeng.engine.config.files import load_config
 from dpoeng.engine.config.other_trainers import OTHER_TRAINERS, OtherTrainer
@@ -111,9 +110,11 @@ def import_(file: Path, as_json: bool, **options: Any) -> None:
     """Import reference log-probs from FILE (.jsonl, .parquet, .arrow), written by `dpoeng cache export` or by TRL.
 
     FILE needs prompt_ids, chosen_ids, rejected_ids, and either log-probs of tokens (ref_chosen_token_logps,
-    ref_rejected_token_logps) or sums (ref_chosen_logps, ref_rejected_logps). From TRL, after it has precomputed them:
-    `trainer.train_dataset.to_parquet(FILE)`. You vouch that the model named here gave these numbers; `dpoeng train`
-    checks a sample before its first step. Sums work for every loss that does not weigh tokens (ld_alpha).
+    ref_rejected_token_logps) or sums (ref_chosen_logps, ref_rejected_logps). Rows of other kinds have prompt_ids,
+    response_ids, scores, and ref_token_logps or ref_logps, each with a list of the responses. From TRL, after it has
+    precomputed them: `trainer.train_dataset.to_parquet(FILE)`. You vouch that the model named here gave these numbers;
+    `dpoeng train` checks a sample before its first step. Sums work for every loss that does not weigh tokens
+    (ld_alpha).
     """
     config = load_config(PrecomputeConfig, given(options))
 
@@ -124,11 +125,10 @@ def import_(file: Path, as_json: bool, **options: Any) -> None:
     if as_json:
         say_json({"cache": config.cache, "view": done.view, "rows": done.rows, "added": done.added, "sums_only": sums})
         return
-    say(
-        f"{counted(done.rows, 'row')} read, {done.added:,} of them new; view {done.view!r} written"
-        + (" (sums only)" if sums else "")
-        + f"\n\nNext: {shlex.join(['dpoeng', 'train', '--cache', str(config.cache), '--view', str(done.view)])}"
-    )
+    new = f"{done.added:,} of them new" if done.kind == "pairs" else f"{counted(done.added, 'pair')} of responses new"
+    only = " (sums only)" if sums else ""
+    say(f"{counted(done.rows, 'row')} read, {new}; view {done.view!r} written{only}")
+    say("\nNext: ", training_command(config.cache, done.kind, done.view))
 
 
 @click.command(epilog=example("dpoeng cache merge refcache other-cache third-cache"))
