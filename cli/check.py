@@ -1,10 +1,10 @@
-"""`dpoeng check`."""
+"""`dpoeng check`: of pairs, and of a loss of the user's own."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,8 @@ import click
 from dpoeng.cache.words import counted
 from dpoeng.cli.options import ConfigCommand, as_words, config_options, force_option, given
 from dpoeng.cli.tables import Marked, command_line, facts_table, json_option, say, say_json
-from dpoeng.engine.config.fields import PrecomputeConfig
-from dpoeng.engine.config.files import load_config
+from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
+from dpoeng.engine.config.files import config_of, load_config
 from dpoeng.engine.data.where import GRAMMAR
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ Examples:
   dpoeng check pairs.jsonl
   dpoeng check pairs.jsonl --model sft-model --eval held-out.jsonl --html check.html
   dpoeng check pairs.jsonl --model sft-model --json --strict
+  dpoeng check --loss-type my_loss.py:my_loss
 
 \b
 Conditions of --where, over the columns of a row:
@@ -55,6 +56,9 @@ _MARKS = ("[[", "]]")
 @force_option
 @json_option
 @click.option("--strict", is_flag=True, help="Exit with status 3 on warnings too.")
+@click.option("--loss-type", metavar="LOSS[,LOSS...]", help="Instead of pairs, try your own losses: FILE.py:FUNCTION "
+              "or MODULE:FUNCTION.")  # fmt: skip
+@click.option("--beta", type=float, help="For --loss-type.  [default: 0.1]")
 @config_options(PrecomputeConfig, skip=frozenset(PrecomputeConfig.model_fields) - _USED)
 def check(
     pairs: tuple[Path, ...],
@@ -65,14 +69,26 @@ def check(
     force: bool,
     as_json: bool,
     strict: bool,
+    loss_type: str | None,
+    beta: float | None,
     **options: Any,
 ) -> None:
     """Check PAIRS for anything that could spoil a run, before you use a GPU.
 
     With --model, lengths are in tokens, and the tokenizer is checked, too (truncation, boundaries, template, end
     tokens); no weights are loaded. The exit status is 3 if an error was found, with --strict also for a warning.
+
+    With --loss-type, check losses of your own instead, as `dpoeng train` does before a run: one finite loss a pair, a
+    gradient that is its slope, and no dependence on a pair's neighbours.
     """
     values = given(options)
+    if loss_type is not None:
+        if pairs or eval_files or html or values or strict or config_file:
+            raise click.UsageError("--loss-type tries a loss without pairs: leave the other options out")
+        _check_losses({"loss_type": loss_type, **({} if beta is None else {"beta": beta})}, as_json=as_json)
+        return
+    if beta is not None:
+        raise click.UsageError("--beta goes with --loss-type")
     then = [*map(str, pairs), *(["--config", str(config_file)] if config_file else []), *as_words(values)]
     if pairs:
         values["pairs"] = pairs
@@ -98,6 +114,34 @@ def check(
     else:
         print_report(report, html, then)
     if report.count("error") or (strict and report.count("warning")):
+        sys.exit(EXIT_FOUND)
+
+
+def _check_losses(fields: Mapping[str, Any], *, as_json: bool) -> None:
+    """Tries losses, and shows what each check saw; the exit status is 3 if one cannot be trained with."""
+    from dpoeng.cache.errors import UserError
+    from dpoeng.engine.losses.own import OwnLoss
+    from dpoeng.engine.losses.own_check import try_loss
+
+    config = config_of(TrainConfig, fields)
+    results: list[dict[str, Any]] = []
+    for name in config.loss_type:
+        seen: list[dict[str, str]] = []
+        error = None
+        try:
+            for asked, found in try_loss(name, config.beta) if isinstance(name, OwnLoss) else ():
+                seen.append({"asked": asked, "found": found})  # one by one, so that those before a fault are shown
+        except UserError as fault:
+            error = fault.text()
+        results.append({"loss": name, "ok": error is None, "seen": seen, "error": error})
+    for one in () if as_json else results:
+        say(Marked(one["loss"], "bold"), "" if isinstance(one["loss"], OwnLoss) else ": built in, nothing to try")
+        if one["seen"]:
+            say(facts_table([(line["asked"], line["found"]) for line in one["seen"]]))
+        say(Marked("fine" if one["ok"] else one["error"], "ok" if one["ok"] else "error"))
+    if as_json:
+        say_json(results)
+    if not all(one["ok"] for one in results):
         sys.exit(EXIT_FOUND)
 
 

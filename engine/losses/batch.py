@@ -134,6 +134,7 @@ def _of_ranked_rows(terms: _Terms) -> PreferenceLoss:
         sums=sums.detached(),
         accuracies=rows.means((pair_rewards[0] > pair_rewards[1]).double()),
         top=(~at_top | (scores == best)).all(-1).double(),  # of equal rewards each has to be a best one
+        pair_margins=pair_rewards[0] - pair_rewards[1],
     )
 
 

@@ -5,8 +5,9 @@ The made-up pairs are the same each time. Gradients are compared with finite dif
 
 from __future__ import annotations
 
+import inspect
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -39,24 +40,36 @@ def check_own_losses(names: Sequence[str], beta: float, *, per_token: bool = Tru
     """
     for name in names:
         if isinstance(name, OwnLoss):
-            _ = name.digest  # raises if there is no source: a resumed run could not recognise the loss
-            _check(name, beta, per_token)
+            for _ in try_loss(name, beta, per_token=per_token):
+                pass
 
 
-def _check(own: OwnLoss, beta: float, per_token: bool) -> None:
+def try_loss(own: OwnLoss, beta: float, *, per_token: bool = True) -> Iterator[tuple[str, str]]:
+    """The checks of `check_own_losses` one after the other: what each asks, and what it saw. Raises at the first fault.
+
+    Yields:
+        (question, finding) of a check that the loss has passed.
+    """
+    yield "found", f"{inspect.getsourcefile(inspect.unwrap(own.function)) or 'a function'}, code {own.digest[:16]}"
     pairs = _made_up_pairs(per_token)
     at_the_start = replace(pairs, policy=pairs.reference.clone().requires_grad_())
     for batch, when in ((at_the_start, "while the policy still equals the reference"), (pairs, "after some training")):
         batch.policy.grad = None
         losses = _losses(own, batch, beta, when)
+        yield "one finite loss a pair", f"{_shown(losses)}, {when}"
         if not losses.requires_grad:
             raise _unfit(own, "a loss with a gradient", "a constant: it was detached, or uses only the reference")
         (gradient,) = torch.autograd.grad(losses.sum(), batch.policy)
         if not bool(gradient.isfinite().all()):
             raise _unfit(own, "a loss with a finite gradient", f"NaN or infinity, {when}")
+        yield "finite gradient", f"at most {float(gradient.abs().max()):.3g} a token, {when}"
     _check_neighbours(own, pairs, beta)
-    if not getattr(own.function, CONSTANT_PARTS, False):
-        _check_gradient(own, pairs, beta)
+    yield "independent of neighbours", f"{len(_LENGTHS)} pairs one by one, in another order and called again"
+    if getattr(own.function, CONSTANT_PARTS, False):
+        yield "gradient is the slope", f"not compared: {CONSTANT_PARTS} says that parts are detached on purpose"
+        return
+    difference, tokens = _check_gradient(own, pairs, beta), len(pairs.policy)
+    yield "gradient is the slope", f"within {difference:.1g} of finite differences, at {tokens} tokens"
 
 
 def _made_up_pairs(per_token: bool) -> PreferenceBatch:
@@ -108,8 +121,9 @@ def _check_neighbours(own: OwnLoss, pairs: PreferenceBatch, beta: float) -> None
             raise _unfit(own, "a loss that does not change with a pair's neighbours", difference)
 
 
-def _check_gradient(own: OwnLoss, pairs: PreferenceBatch, beta: float) -> None:
-    """Compares the derivative by every token with the difference of the losses on both sides of it."""
+def _check_gradient(own: OwnLoss, pairs: PreferenceBatch, beta: float) -> float:
+    """Compares each token's derivative with the slope between both sides of it; returns the largest difference."""
+    largest = 0.0
     (gradient,) = torch.autograd.grad(_losses(own, pairs, beta, "").sum(), pairs.policy)
     with torch.no_grad():
         for token in range(len(gradient)):
@@ -122,6 +136,7 @@ def _check_gradient(own: OwnLoss, pairs: PreferenceBatch, beta: float) -> None:
             slope = float((up - down) / (2 * _STEP))
             # Rounding error of the losses, divided by the step.
             noise = 1e-12 * (1 + float(up.abs())) / _STEP
+            largest = max(largest, abs(slope - float(gradient[token])))
             if abs(slope - float(gradient[token])) > _TOLERANCE * max(1.0, abs(slope)) + noise:
                 raise _unfit(
                     own,
@@ -129,6 +144,7 @@ def _check_gradient(own: OwnLoss, pairs: PreferenceBatch, beta: float) -> None:
                     "are detached on purpose)",
                     f"gradient {float(gradient[token]):.6g}, slope {slope:.6g} at a token",
                 )
+    return largest
 
 
 def _some(batch: PreferenceBatch, pairs: Sequence[int]) -> PreferenceBatch:

@@ -170,7 +170,8 @@ class PreferenceLoss:
     `threshold` is the reward above which an unpaired response counts as desirable (None for pairs).
 
     Of ranked rows all are [G], a number a row: the mean over its pairs, which `sums` holds. `top` is 1 where a best
-    response has the highest reward, and `accuracies` the share of pairs in the right order; None of other rows.
+    response has the highest reward, and `accuracies` the share of pairs in the right order; `pair_margins`,
+    [B], has the difference of rewards of each pair. None of other rows.
     `auxiliary` is the balancing loss of the forward's routers, the same for all its pairs; None if none is added.
     """
 
@@ -184,6 +185,7 @@ class PreferenceLoss:
     auxiliary: torch.Tensor | None = None
     accuracies: torch.Tensor | None = None
     top: torch.Tensor | None = None
+    pair_margins: torch.Tensor | None = None
 
     def on_host(self) -> PreferenceLoss:
         """Like `PairSums.on_host`."""

@@ -16,7 +16,15 @@ import xxhash
 from dpoeng.cache.analytics import correlation
 from dpoeng.engine.losses.batch import PreferenceLoss
 from dpoeng.engine.losses.metrics import pair_values, with_margin
-from dpoeng.engine.training.intervals import CONFIDENCE, RESAMPLES, Floats, intervals, length_controlled_accuracy
+from dpoeng.engine.training.intervals import (
+    ACCURACY,
+    CONFIDENCE,
+    CONTROLLED,
+    RESAMPLES,
+    Floats,
+    intervals,
+    length_controlled_accuracy,
+)
 
 _OF_GROUPS = ("loss", "rewards/accuracies", "rewards/margins")
 
@@ -76,37 +84,46 @@ def summarise(
     values = {name: tensor.cpu().numpy() for name, tensor in pair_values(losses).items()}
     if losses.threshold is not None:
         return _summarise_unpaired(values, prompts, labels, seed=seed)
-    longer = _longer(losses)
+    of_pairs, longer = _of_pairs(losses, values)
     metrics = {name: float(value.mean()) for name, value in values.items()}
-    controlled = length_controlled_accuracy(values["rewards/accuracies"], longer)
-    length_correlation = correlation(values["rewards/margins"], longer)
+    controlled = length_controlled_accuracy(of_pairs[ACCURACY], longer)
+    length_correlation = correlation(of_pairs["rewards/margins"], longer)
     if controlled is not None:
-        metrics["rewards/accuracies_length_controlled"] = controlled
+        metrics[CONTROLLED] = controlled
     if length_correlation is not None:
         metrics["rewards/margins_length_correlation"] = length_correlation
-    bounds = intervals(values, longer, prompts, seed=seed)
+    rows = losses.sums.ranked
+    if rows is not None:  # lengths are of pairs, everything else of rows
+        of_prompt = [prompt for prompt, size in zip(prompts, rows.pairs.tolist(), strict=True) for _ in range(size)]
+        by_pair = intervals(of_pairs, longer, of_prompt, seed=seed)
+        longer = np.zeros(len(prompts))
+        bounds = intervals(values, longer, prompts, seed=seed)
+        bounds |= {name: by_pair[name] for name in (CONTROLLED,) if name in by_pair}
+    else:
+        bounds = intervals(values, longer, prompts, seed=seed)
     groups: dict[str, dict[str, Group]] = {}
     names = [name for name in _OF_GROUPS if per_pair_loss or name != "loss"]
     for column, column_labels in labels.items():
         groups[column] = {}
         for label in sorted(set(column_labels)):
-            rows = [row for row, found_label in enumerate(column_labels) if found_label == label]
-            part = {name: values[name][rows] for name in names}
+            places = [row for row, found_label in enumerate(column_labels) if found_label == label]
+            part = {name: values[name][places] for name in names}
             groups[column][label] = Group(
-                len(rows),
+                len(places),
                 {name: float(value.mean()) for name, value in part.items()},
-                intervals(part, longer[rows], [prompts[row] for row in rows], seed=seed),
+                intervals(part, longer[places], [prompts[row] for row in places], seed=seed),
             )
     ties = int((values["rewards/margins"] == 0).sum())
     return Evaluation(len(prompts), len(set(prompts)), ties, metrics, bounds, groups)
 
 
-def _longer(found: PreferenceLoss) -> Floats:
-    """Tokens by which a pair's chosen response is the longer one; 0 of ranked rows, whose numbers are of many pairs."""
-    if found.accuracies is not None:
-        return np.zeros(len(found.accuracies))
+def _of_pairs(found: PreferenceLoss, values: Mapping[str, Floats]) -> tuple[dict[str, Floats], Floats]:
+    """Accuracy and margin of each pair, of ranked rows those made of them; and the tokens by which chosen is longer."""
     longer: Floats = (found.sums.chosen_tokens - found.sums.rejected_tokens).cpu().numpy()
-    return longer
+    if found.pair_margins is None:
+        return {name: values[name] for name in (ACCURACY, "rewards/margins")}, longer
+    margins: Floats = found.pair_margins.cpu().numpy()
+    return {ACCURACY: (margins > 0).astype(np.float64), "rewards/margins": margins}, longer
 
 
 def _summarise_unpaired(

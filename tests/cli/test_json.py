@@ -64,6 +64,7 @@ CASES: dict[str, Check] = {
         [one["number"] for one in v] == [1] and v[0]["pairs"] > 0 and v[0]["result"].endswith("run/adapter")
     ),
     "check pairs.jsonl --max-reject-share 0.2": lambda v: v["pairs"] == 12 and v["findings"],
+    "check --loss-type sigmoid": lambda v: v == [{"loss": "sigmoid", "ok": True, "seen": [], "error": None}],
     "doctor": lambda v: {check["status"] for check in v["checks"]} <= {"ok", "info", "warning", "error"},
     "merge out --into merged": lambda v: v["merged"] > 0 and v["folder"] == "merged",
     "export out --to vllm --into served": lambda v: v["rank"] == 16 and v["check"]["mean_diff"] < 1e-4,

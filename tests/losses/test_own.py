@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,45 @@ def test_what_cannot_be_trained_with_is_refused(expected: str) -> None:
         check_own_losses([as_own_loss(WRONG[expected])], 0.1)
     assert caught.value.code == "loss-own-unfit"
     assert expected.strip() in caught.value.message
+
+
+def test_check_tries_a_loss_and_shows_what_it_saw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The docs' example is fine; a mean is not, and what it passed before is shown; exit statuses 0 and 3."""
+    code = re.search(r"## A loss of your own.*?```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    typed = re.search(r"```sh\n(dpoeng check --loss-type .*?)\n```", DOCS.read_text())
+    assert code is not None
+    assert typed is not None
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    Path("my_loss.py").write_text(code[1])
+    Path("mine.py").write_text(
+        "def detached(x):\n    return -x.chosen_logps * x.chosen_logps.detach()\n\n\n"
+        "def mean(x):\n    return -x.chosen_logps.mean()\n"
+    )
+    with pytest.raises(SystemExit, match="0"):
+        main(typed[1].split()[1:])
+    said = capsys.readouterr().out
+    # -log sigmoid(0), whatever bounds the ratios, and beta / 2 for each token where the policy is the reference
+    assert "[0.693147, 0.693147, 0.693147, 0.693147], while" in said
+    assert "at most 0.05 a token, while" in said
+    for asked in ("found", "one finite loss a pair", "finite gradient", "independent of neighbours"):
+        assert asked in said
+    assert "of finite differences, at 26 tokens" in said
+    assert said.rstrip().endswith("fine")
+    with pytest.raises(SystemExit, match="3"):
+        main("check --loss-type sigmoid,mine.py:detached,mine.py:mean,mine.py:other --beta 0.2 --json".split())
+    built_in, detached, mean, other = json.loads(capsys.readouterr().out)
+    assert (built_in["ok"], built_in["seen"]) == (True, [])
+    assert [line["asked"] for line in detached["seen"]][-1] == "independent of neighbours"
+    assert "the slope of its value" in detached["error"]
+    assert [line["asked"] for line in mean["seen"]] == ["found"]
+    assert "do not take the mean" in mean["error"]
+    assert (other["ok"], other["seen"]) == (False, [])
+    for words in ("check pairs.jsonl --loss-type sigmoid", "check --beta 0.2", "check --loss-type sigmoid --strict"):
+        with pytest.raises(SystemExit, match="2"):
+            main(words.split())
 
 
 def test_what_can_be_trained_with_is_not() -> None:
