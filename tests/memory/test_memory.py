@@ -59,11 +59,14 @@ SOME = {
     ("qwen2", "4bit", False, "separate"),
 }
 EVEN, UNEVEN = [Pair(64, 96, 96)] * 2, [Pair(64, 96, 70), Pair(120, 200, 96)]
+# A row of four responses, of which the step compares each with each worse one.
+RANKED = [Pair(64, 96, 80, (70, 96))]
 # Rows that are padded have a mask, of which every layer's attention makes one that it keeps.
 PADDED = [("qwen2", "float32", False), ("llama", "bfloat16", True)]
 CASES = [
     *(pytest.param(*case, EVEN, marks=() if case in SOME else pytest.mark.slow) for case in EVERY),
     *((*case, "separate", UNEVEN) for case in PADDED),
+    *((*case, RANKED) for case in (("llama", "float32", False, "shared"), ("qwen2", "bfloat16", True, "separate"))),
 ]
 
 
@@ -341,6 +344,35 @@ def test_the_plan_in_tables_and_as_a_picture(tmp_path: Path) -> None:
     peak = re.search(r"simulated peak[^0-9]+([0-9.]+)[^0-9]+([0-9.]+)", shown)
     assert peak
     assert f"<b>{peak[2]}</b>" in page
+
+
+def test_the_plan_of_rows_with_several_responses(tmp_path: Path) -> None:
+    """Tokens by hand, and the peak of the step on such a row, which the allocator confirms above."""
+    arguments = ["--model", small_folder(tmp_path), "--max-length", "160", "--prompt-length", "64", "--no-compare"]
+
+    def found(responses: int) -> Any:
+        line = [*arguments, "--responses", str(responses), "--json"]
+        return json.loads(CliRunner().invoke(plan_command, line, catch_exceptions=False).stdout)
+
+    two, four, five = map(found, (2, 4, 5))
+    assert four["tokens"] == {"prompt_once": 64 + 4 * 96, "a_row_for_each_response": 4 * 160}
+    request = PlanConfig.model_validate({"model": str(tmp_path), "max_length": 160, "prompt_length": 64})
+    for planned, more in ((two, 0), (four, 2), (five, 3)):
+        setup = Setup(
+            model=fields("qwen2", num_hidden_layers=3),
+            dtype=torch.bfloat16,
+            config=request.train_config(),
+            accumulates=request.batch > 1,
+        )
+        peak = trace_step(setup, [Pair(64, 96, 96, (96,) * more)]).peak()
+        assert planned["phase2"]["peak_gib"] == pytest.approx(peak.n_bytes / GIB, abs=0.001)
+    assert two["phase2"]["peak_gib"] < four["phase2"]["peak_gib"] < five["phase2"]["peak_gib"]
+    for phase in (0, 1):  # as many rows take longer, by their tokens and what these attend to
+        hours = [plan_["cards"][0]["time"][phase]["hours"] for plan_ in (two, four)]
+        assert hours[1] == pytest.approx(hours[0] * (64 + 4 * 96) / (64 + 2 * 96), rel=0.1)
+    shown = CliRunner().invoke(plan_command, [*arguments, "--responses", "4"], catch_exceptions=False).stdout
+    assert "one row of 4 x 160 tokens" in shown
+    assert "a row computes 448 tokens, 1.4 times fewer than the 640" in shown
 
 
 def test_a_model_that_cannot_be_sharded_is_refused(tmp_path: Path) -> None:

@@ -110,8 +110,7 @@ def begin(trained: Trained, config: TrainConfig, settings: RoundSettings, folder
             where=f"view {view.name}",
             expected="a view of pairs",
             found=f"{view.rows} rows",
-            remedy="start from a run that was trained on pairs; precompute-ref --ranked-pairs best makes pairs of ranked "
-            "rows",
+            remedy="start from a run on pairs; precompute-ref --ranked-pairs best makes pairs of ranked rows",
         )
     rows, held_out = split(view, eval_view, config)
     pairs = source_pairs(view, rows)
