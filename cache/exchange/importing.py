@@ -223,7 +223,7 @@ def _of_responses(columns: Mapping[str, Any], *, sums: bool) -> tuple[str, list[
     if not unpaired and len(set(scores)) < 2:
         raise ValueError(f"scores {scores} of which none is better than another"[:100])
     names = _SUMS[0] if sums else TOKENS
-    pairs = []
+    pairs: list[tuple[ScoredPair, Mapping[str, Any]]] = []
     for first in range(0, count, 2):
         both = (first, (first + 1) % count)
         sides = {

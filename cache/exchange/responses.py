@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy.typing as npt
 
 from dpoeng.cache.analytics import Distribution, Floats, PairNote, distribution
 from dpoeng.cache.reader import View
+from dpoeng.cache.records import damaged
 from dpoeng.cache.schema import Gaps, IdArray, LogpArray, ScoredGroup
 from dpoeng.cache.selection.mixed import AnyView
 from dpoeng.cache.trunk.texts import text_key
@@ -61,16 +63,22 @@ class OfRow(NamedTuple):
 
 
 def rows_in_numbers(view: AnyView, sums: Floats | None = None) -> list[OfRow]:
-    """The rows of a view of unpaired or ranked rows. `sums`: other values than log-probs, [rows of the view, 2]."""
+    """The rows of a view of unpaired or ranked rows. `sums`: other values than log-probs, [rows of the view, 2].
+
+    Raises:
+        CacheError: a row's responses do not fit its scores.
+    """
     numbers = view.numbers()
     tokens = np.stack([numbers.chosen_tokens, numbers.rejected_tokens], 1)
     if sums is None:
         sums = np.stack([numbers.chosen_sum, numbers.rejected_sum], 1)
     found = []
-    for place in view.row_starts():
+    for place, end in pairwise([*view.row_starts(), len(view)]):
         scores = np.array(view.scores(place))
         # Responses are stored two by two; the last one of an odd number has the first beside it.
-        of_row = slice(place, place + len(scores))
+        if (len(scores) + 1) // 2 != end - place:
+            raise damaged(f"view {view.name}, row {place}", "a row with all its responses", f"{len(scores)} scores")
+        of_row = slice(place, end)
         found.append(OfRow(scores, tokens[of_row].ravel()[: len(scores)], sums[of_row].ravel()[: len(scores)]))
     return found
 

@@ -158,9 +158,10 @@ def _total_tokens(view: View) -> npt.NDArray[np.int64]:
     numbers = view.numbers()
     if view.rows == "pairs":
         total: npt.NDArray[np.int64] = numbers.prompt_tokens + numbers.chosen_tokens + numbers.rejected_tokens
-        return total
-    responses = np.array([int(row.tokens.sum()) for row in rows_in_numbers(view)])
-    return numbers.prompt_tokens[np.asarray(view.row_starts())] + responses
+    else:
+        responses = np.array([int(row.tokens.sum()) for row in rows_in_numbers(view)])
+        total = numbers.prompt_tokens[np.asarray(view.row_starts())] + responses
+    return total
 
 
 def _repeated(view: View) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
 from dpoeng.cache.analytics import Floats
 from dpoeng.cache.errors import CacheError
-from dpoeng.cache.exchange.responses import rows_in_numbers
+from dpoeng.cache.exchange.responses import OfRow, rows_in_numbers
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import whole_keys
 from dpoeng.cache.selection.mixed import AnyView
@@ -72,13 +73,15 @@ def _ranked_scores(view: AnyView, by: str, sums: Floats) -> Floats:
     if by == "agreement":
         shares = [right / pairs for right, pairs in (row.in_order(row.sums) for row in rows)]
         return np.array(shares)
-    values = {
-        "margin": lambda row: row.sums,
-        "margin_per_token": lambda row: row.sums / row.tokens,
-        "length_difference": lambda row: row.tokens.astype(np.float64),
-        "spread": lambda row: row.scores,
-    }[by]
-    return np.array([row.margin(values(row)) for row in rows])
+    return np.array([row.margin(_VALUES[by](row)) for row in rows])
+
+
+_VALUES: dict[str, Callable[[OfRow], Floats]] = {
+    "margin": lambda row: row.sums,
+    "margin_per_token": lambda row: row.sums / row.tokens,
+    "length_difference": lambda row: row.tokens.astype(np.float64),
+    "spread": lambda row: row.scores,
+}
 
 
 def _number(view: AnyView, place: int, column: str) -> float:

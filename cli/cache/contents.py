@@ -220,11 +220,10 @@ def _print_stats(statistics: ReferenceStats | ResponseStats) -> None:
     from dpoeng.cli.pages import reference
 
     if isinstance(statistics, ReferenceStats):
-        shown, facts, margin = reference.SHOWN, reference.reference_facts(statistics), reference.MARGIN
+        facts, margin = reference.reference_facts(statistics), reference.MARGIN
     else:
-        shown, facts = reference.shown_of(statistics), reference.responses_facts(statistics)
-        margin = reference.MARGIN_OF_ROW
-    say(reference.distributions_table(statistics, (1, 3, 5), shown), facts_table(facts))
+        facts, margin = reference.responses_facts(statistics), reference.MARGIN_OF_ROW
+    say(reference.distributions_table(statistics, (1, 3, 5)), facts_table(facts))
     for title, notes in (("strongly wrong", statistics.strongly_wrong), ("strongly right", statistics.strongly_right)):
         if notes:
             say(reference.notes_table(notes, title, margin))

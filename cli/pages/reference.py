@@ -12,7 +12,7 @@ from dpoeng.cli.pages.html import Html, heading, page, paragraph, plots, table
 from dpoeng.cli.tables import Table, facts_table
 
 # title, unit, attribute
-SHOWN = (
+_SHOWN = (
     ("margin", "nats, sums", "margin"),
     ("margin per token", "nats, means", "margin_per_token"),
     ("length difference", "tokens, chosen − rejected", "length_difference"),
@@ -53,7 +53,7 @@ def html_report(stats: ReferenceStats, title: str, facts: Sequence[tuple[str, st
         table(facts_table([*facts, *reference_facts(stats)])),
         heading("Distributions"),
         table(distributions_table(stats)),
-        plots(_histogram(stats, title, unit, name) for title, unit, name in SHOWN),
+        plots(_histogram(stats, title, unit, name) for title, unit, name in shown_of(stats)),
         heading("Pairs that the reference ranks strongly wrong"),
         paragraph(f"{MARGIN} Mislabelled pairs are often among these: read some before you train on them.", "dim"),
         _notes(stats.strongly_wrong),
@@ -74,7 +74,7 @@ def responses_report(stats: ResponseStats, title: str, facts: Sequence[tuple[str
     parts = [
         table(facts_table([*facts, *responses_facts(stats)])),
         heading("Distributions"),
-        table(distributions_table(stats, shown=shown_of(stats))),
+        table(distributions_table(stats)),
         plots(_histogram(stats, title, unit, name) for title, unit, name in shown_of(stats)),
     ]
     if stats.margin is not None:
@@ -90,9 +90,10 @@ def responses_report(stats: ResponseStats, title: str, facts: Sequence[tuple[str
     return page(title, parts)
 
 
-def shown_of(stats: ResponseStats) -> list[tuple[str, str, str]]:
-    """The distributions that such rows have: title, unit, attribute."""
-    return [one for one in _SHOWN_OF_RESPONSES if getattr(stats, one[2]) is not None]
+def shown_of(stats: ReferenceStats | ResponseStats) -> list[tuple[str, str, str]]:
+    """The distributions of such rows: title, unit, attribute."""
+    every = _SHOWN if isinstance(stats, ReferenceStats) else _SHOWN_OF_RESPONSES
+    return [one for one in every if getattr(stats, one[2]) is not None]
 
 
 def responses_facts(stats: ResponseStats) -> list[tuple[str, str]]:
@@ -125,13 +126,9 @@ def reference_facts(stats: ReferenceStats) -> list[tuple[str, str]]:
     ]
 
 
-def distributions_table(
-    stats: ReferenceStats | ResponseStats,
-    quantiles: Sequence[int] = range(7),
-    shown: Sequence[tuple[str, str, str]] = SHOWN,
-) -> Table:
-    """Mean, standard deviation and quantiles of margins and lengths, or of the attributes in `shown`."""
-    items = [(title, getattr(stats, name)) for title, _, name in shown]
+def distributions_table(stats: ReferenceStats | ResponseStats, quantiles: Sequence[int] = range(7)) -> Table:
+    """Mean, standard deviation and quantiles of margins and lengths."""
+    items = [(title, getattr(stats, name)) for title, _, name in shown_of(stats)]
     rows = [
         (title, *map(number, (item.mean, item.std, *(item.quantiles[place] for place in quantiles))))
         for title, item in items

@@ -18,9 +18,11 @@ import torch.nn.functional as F
 
 
 def padded(values: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values of rows one after the other [K], and how many each row has [G] -> [G, N] with 0 behind, mask [G, N]."""
-    places = torch.arange(int(sizes.max()), device=values.device)
-    mask = places < sizes[:, None]
+    """Values of rows one after the other [K] -> [G, N] with 0 behind, mask [G, N].
+
+    `sizes`, how many each row has [G], is on the host: reading its maximum does not wait for the device.
+    """
+    mask = (torch.arange(int(sizes.max())) < sizes[:, None]).to(values.device)
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values), mask
 
 

@@ -20,7 +20,7 @@ class RankedRows:
     """G ranked rows of K responses, and the B pairs that are made of them, row after row.
 
     Attributes:
-        pairs: [G] int64, pairs of each row.
+        pairs: [G] int64, pairs of each row; on the host, as `sizes`, since shapes depend on them.
         margins: [B] float64, the score of a pair's chosen response less that of its rejected one.
         weights: [G] float64, the user's weight of each row.
         sizes: [G] int64, responses of each row.
@@ -37,9 +37,9 @@ class RankedRows:
 
     def means(self, values: torch.Tensor) -> torch.Tensor:
         """Values of pairs [B] -> their mean in each row [G]."""
-        row = torch.repeat_interleave(torch.arange(len(self.pairs), device=values.device), self.pairs)
+        row = torch.repeat_interleave(torch.arange(len(self.pairs)), self.pairs).to(values.device)
         total = torch.zeros(len(self.pairs), dtype=values.dtype, device=values.device)
-        return total.index_add(0, row, values) / self.pairs
+        return total.index_add(0, row, values) / self.pairs.to(values.device)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

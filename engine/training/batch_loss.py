@@ -110,10 +110,10 @@ def _ranked_batch(
         log_collision=None if collision is None else collision.index_select(0, index),
         per_token=per_token,
         ranked=RankedRows(
-            pairs=on_device(lm, np.array([len(some) for some in compared])),
+            pairs=torch.tensor([len(some) for some in compared]),
             margins=on_device(lm, scores[places[:, 0]] - scores[places[:, 1]]),
             weights=on_device(lm, weights),
-            sizes=on_device(lm, sizes),
+            sizes=torch.from_numpy(sizes),
             ratios=total.index_add(0, response, (policy - reference).double()),
             scores=on_device(lm, scores),
         ),

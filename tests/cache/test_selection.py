@@ -202,7 +202,7 @@ def test_what_is_refused(view: View, tmp_path: Path, run: Any, more: tuple[objec
 
 
 @pytest.mark.parametrize(
-    "more", [("--rule", "large"), ("--share", 0.5), ("--rule", "large", "--share", 0.5, "--count", 1), ("--by", "x"),
+    "more", [("--rule", "large"), ("--share", 0.5), ("--rule", "large", "--share", 0.5, "--count", 1),
              ("--balanced",), ("--group-by", "kind"), ("--rule", "large", "--share", "nan"), ("--min-score", "nan")],
 )  # fmt: skip
 def test_an_option_without_effect_is_refused(view: View, tmp_path: Path, more: tuple[object, ...]) -> None:

@@ -347,30 +347,18 @@ def test_the_plan_in_tables_and_as_a_picture(tmp_path: Path) -> None:
 
 
 def test_the_plan_of_rows_with_several_responses(tmp_path: Path) -> None:
-    """Tokens by hand, and the peak of the step on such a row, which the allocator confirms above."""
-    arguments = ["--model", small_folder(tmp_path), "--max-length", "160", "--prompt-length", "64", "--no-compare"]
-
-    def found(responses: int) -> Any:
-        line = [*arguments, "--responses", str(responses), "--json"]
-        return json.loads(CliRunner().invoke(plan_command, line, catch_exceptions=False).stdout)
-
-    two, four, five = map(found, (2, 4, 5))
-    assert four["tokens"] == {"prompt_once": 64 + 4 * 96, "a_row_for_each_response": 4 * 160}
-    request = PlanConfig.model_validate({"model": str(tmp_path), "max_length": 160, "prompt_length": 64})
-    for planned, more in ((two, 0), (four, 2), (five, 3)):
-        setup = Setup(
-            model=fields("qwen2", num_hidden_layers=3),
-            dtype=torch.bfloat16,
-            config=request.train_config(),
-            accumulates=request.batch > 1,
-        )
-        peak = trace_step(setup, [Pair(64, 96, 96, (96,) * more)]).peak()
-        assert planned["phase2"]["peak_gib"] == pytest.approx(peak.n_bytes / GIB, abs=0.001)
-    assert two["phase2"]["peak_gib"] < four["phase2"]["peak_gib"] < five["phase2"]["peak_gib"]
-    for phase in (0, 1):  # as many rows take longer, by their tokens and what these attend to
-        hours = [plan_["cards"][0]["time"][phase]["hours"] for plan_ in (two, four)]
+    """Tokens by hand; each response adds as much memory and time. The allocator confirms a step above."""
+    request = {"model": small_folder(tmp_path), "max_length": 160, "prompt_length": 64, "compare": False}
+    two, four, six = (plan.make_plan(PlanConfig.model_validate({**request, "responses": n})) for n in (2, 4, 6))
+    assert four.tokens == (64 + 4 * 96, 4 * 160)
+    peaks = [made.step.n_bytes for made in (two, four, six)]
+    assert peaks[0] < peaks[1] < peaks[2]
+    assert peaks[2] - peaks[1] == pytest.approx(peaks[1] - peaks[0], rel=0.1)
+    for phase in (0, 1):
+        hours = [made.cards[0].times[phase].hours or 0.0 for made in (two, four)]
         assert hours[1] == pytest.approx(hours[0] * (64 + 4 * 96) / (64 + 2 * 96), rel=0.1)
-    shown = CliRunner().invoke(plan_command, [*arguments, "--responses", "4"], catch_exceptions=False).stdout
+    line = [f"--{name.replace('_', '-')}={request[name]}" for name in ("model", "max_length", "prompt_length")]
+    shown = CliRunner().invoke(plan_command, [*line, "--responses=4", "--no-compare"], catch_exceptions=False).stdout
     assert "one row of 4 x 160 tokens" in shown
     assert "a row computes 448 tokens, 1.4 times fewer than the 640" in shown
 

@@ -157,7 +157,7 @@ def test_a_second_cache_is_not_dropped_in_silence(capsys: pytest.CaptureFixture[
         ({"mix": (1, 0, 1)}, "above 0"),
         ({"mix_with": ("one",), "mix": None}, "named twice"),
         ({"order_by": "margin_per_token"}, "no effect"),
-        ({"order": "easy_first", "order_by": "length"}, "pattern"),
+        ({"order": "easy_first", "order_by": "likelihood"}, "pattern"),
     ],
 )
 def test_settings_that_do_not_fit(caches: Path, tmp_path: Path, fields: dict[str, Any], said: str) -> None:

@@ -13,9 +13,11 @@ from dpoeng_testing import SENTENCES, pair_rows, resumes_to_the_same_bytes, writ
 from rank_processes import ends, run_alone, start, train_command
 
 from dpoeng.cache.errors import CacheError, UserError
+from dpoeng.cache.exchange.responses import response_stats
 from dpoeng.cache.reader import View
 from dpoeng.cache.records import ROW_KINDS
 from dpoeng.cache.schema import ScoredGroup
+from dpoeng.cache.selection.rules import Rules, choose
 from dpoeng.cache.verify import verify
 from dpoeng.cli.main import main
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
@@ -327,5 +329,6 @@ def test_a_view_whose_rows_do_not_fit_together_is_refused(tmp_path: Path, cache:
     ):
         entries = [ViewEntry("f.jsonl", 1, view.key(i), extra if i == 0 else {}) for i in range(2)]
         store.write_view(view.spec.digest, name, entries, view.meta, known=store.lookup(view.spec.digest))
-        with pytest.raises(CacheError, match="damaged"):
-            View.open(copy, name, rows=ROW_KINDS).row(0)
+        for read in (lambda view: view.row(0), response_stats, lambda view: choose(view, Rules(by="spread"))):
+            with pytest.raises(CacheError, match="damaged"):
+                read(View.open(copy, name, rows=ROW_KINDS))
