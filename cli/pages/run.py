@@ -9,9 +9,10 @@ from typing import Any
 from dpoeng.cache.words import counted, number
 from dpoeng.cli.pages.charts import Curve, line_chart
 from dpoeng.cli.pages.html import Html, cards, details, heading, page, paragraph, plots, pre, section, table, tag, text
+from dpoeng.cli.rounds.judgement import judgement_table
 from dpoeng.cli.tables import Table, accuracy_line, facts_table, interval
 from dpoeng.engine.config.fields import TrainConfig
-from dpoeng.engine.runs.reading import EVAL, Points, RunRecord
+from dpoeng.engine.runs.reading import EVAL, JUDGED_FILE, Points, RunRecord
 
 # Charts, the most important first: (title, unit, metrics). Every other metric gets its own chart.
 CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -24,7 +25,16 @@ CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("KL to the reference", "an estimate", ("kl/chosen", "kl/rejected")),
     ("gradient norm", "before clipping", ("grad_norm",)),
     ("learning rate", "", ("learning_rate",)),
+    ("reward accuracy, length-controlled", "share of pairs", ("rewards/accuracies_length_controlled",)),
+    ("reward margin and length", "correlation", ("rewards/margins_length_correlation",)),
 )
+_PARITY = {
+    "mean_diff": "mean difference, nats a token",
+    "max_diff": "largest difference, nats a token",
+    "reward_noise": "noise of rewards, beta × nats",
+    "tolerance": "largest allowed mean difference, nats a token",
+    "noise": "these pairs alone and packed, nats a token",
+}
 _CHARTED = {name for _, _, names in CHARTS for name in names}
 
 # metric -> the format that shows its meaningful digits
@@ -43,6 +53,7 @@ _FORMATS = {
     "kl/rejected": ".4f",
     "rewards/threshold": ".3f",
 }
+_JUDGED_AT_MOST = 20
 _OF_STEPS = [name for name in _FORMATS if not name.startswith("kl/") and "length" not in name]
 
 Metrics = Mapping[str, float]
@@ -73,6 +84,7 @@ def report_page(run: RunRecord, window: int | None = None) -> str:
     if run.evaluations:
         last = run.evaluations[-1]
         parts += section("The last evaluation", *map(table, (evaluation_table(last), *group_tables(last))))
+    parts += section("Answers before and after, judged", *_judgement(run))
     parts += section("Samples", *map(_sample, run.samples))
     parts += [heading("Configuration"), configuration(run.record.get("config", {})), *_identity(run)]
     return page(f"Run {run.folder.name or run.folder}", parts, subtitle)
@@ -251,13 +263,46 @@ def _bounds(intervals: Mapping[str, Sequence[float]], name: str) -> str:
     return interval(intervals.get(name), _FORMATS.get(name, ".4g"))
 
 
+def _judgement(run: RunRecord) -> list[Html]:
+    """The figures of `dpoeng judge`, and the first of its answers."""
+    if not run.judgement:
+        return []
+    old = "The run was trained further since: these are answers of an earlier policy. Run dpoeng judge again."
+    count = len(run.judged)
+    more = (
+        f"The first {_JUDGED_AT_MOST} of {count:,} prompts; judge/{JUDGED_FILE} has all."
+        if count > _JUDGED_AT_MOST
+        else ""
+    )
+    return [
+        *([paragraph(old, "bad")] if run.judged_before else []),
+        table(judgement_table(run.judgement)),
+        *map(_judged, run.judged[:_JUDGED_AT_MOST]),
+        *([paragraph(more, "dim")] if more else []),
+    ]
+
+
+def _judged(line: Mapping[str, Any]) -> Html:
+    verdict = {"after": "better after", "before": "better before"}.get(line["better"], line["better"])
+    shown = {"prompt": line["prompt"], "before training": line["before"], "after training": line["after"]}
+    if line.get("why"):
+        shown["instead of a verdict"] = line["why"]
+    return details(f"{verdict}: {str(line['prompt']).strip()[:120]}", _texts(shown))
+
+
+def _texts(texts: Mapping[str, Any]) -> Html:
+    """Texts with their names."""
+    return Html(
+        "".join(
+            f"<h3>{text(str(name))}</h3>{pre(value if isinstance(value, str) else json.dumps(value))}"
+            for name, value in texts.items()
+        )
+    )
+
+
 def _sample(sample: dict[str, Any]) -> Html:
     title = str(sample.get("prompt", ""))[:120] or "sample"
-    inner = "".join(
-        f"<h3>{text(str(name))}</h3>{pre(value if isinstance(value, str) else json.dumps(value))}"
-        for name, value in sample.items()
-    )
-    return details(title, inner)
+    return details(title, _texts(sample))
 
 
 def configuration(config: Mapping[str, Any]) -> Html:
@@ -289,7 +334,7 @@ def _identity(run: RunRecord) -> list[str]:
     facts += [(f"file {name}", digest) for name, digest in (record.get("files") or {}).items()]
     parity = record.get("parity") or {}
     parts = section("Reference and data", table(facts_table([(name, str(value)) for name, value in facts if value])))
-    rows = [(name.replace("_", " "), number(value)) for name, value in parity.items()]
+    rows = [(_PARITY.get(name, name), number(value)) for name, value in parity.items()]
     parts += section("Policy against cache, before the first step", table(Table(rows)))
     versions = dict(record.get("versions") or {})
     versions |= {name: record[name] for name in ("python", "platform", "device") if name in record}

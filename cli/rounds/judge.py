@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,8 @@ from dpoeng.cache.words import counted
 from dpoeng.cli.compare import read_prompts
 from dpoeng.cli.evaluate import run_config
 from dpoeng.cli.options import Command, config_options, given
-from dpoeng.cli.tables import Cell, Table, facts_table, interval, json_option, say, say_json
+from dpoeng.cli.rounds.judgement import judgement_table
+from dpoeng.cli.tables import Table, json_option, say, say_json
 from dpoeng.engine.config.fields import TrainConfig
 
 if TYPE_CHECKING:
@@ -182,25 +184,7 @@ def judge(
 
 def print_judgement(found: Judgement) -> None:
     """Prints the win rate, its parts, and prompts without a verdict."""
-    judged = found.wins + found.losses + found.ties
-    facts: list[tuple[str, Cell]] = [("trained", str(found.trained)), ("judge", found.judge)]
-    if found.win_rate is not None:
-        facts.append(("win rate", f"{_rate(found.win_rate, found.win_rate_interval)} (n = {judged:,})"))
-    if found.length_controlled is not None:
-        facts.append(("length-controlled", _rate(found.length_controlled, found.length_controlled_interval)))
-    ties = [f"{found.same:,} equal answers"] if found.same else []
-    ties += [f"{found.contradictions:,} decided by position only"] if found.contradictions else []
-    facts += [
-        ("after training", f"{found.wins:,} better, {found.losses:,} worse, {counted(found.ties, 'tie')}"),
-        *([("of the ties", ", ".join(ties))] if ties else []),
-        ("tokens", f"{found.before_tokens:.0f} before, {found.after_tokens:.0f} after, on average"),
-    ]
-    if any(found.cut):
-        facts.append(("cut off", f"by --max-new-tokens: {found.cut[0]:,} before, {found.cut[1]:,} after"))
-    if found.first_share is not None:
-        facts.append(("position", f"{found.first_share:.0%} of the verdicts prefer the first answer"))
-    facts.append(("questions", f"{found.asked:,} asked, {found.kept:,} stored from before"))
-    say(facts_table(facts))
+    say(judgement_table(asdict(found)))
     if found.unjudged:
         rows = [(line.prompt[:200].strip(), line.why) for line in found.unjudged[:10]]
         say(
@@ -208,7 +192,3 @@ def print_judgement(found: Judgement) -> None:
             Table(rows, ("prompt", "instead of a verdict"), words=2, ruled=True),
         )
     say(f"\nEvery answer and verdict: {found.folder / 'judged.jsonl'}")
-
-
-def _rate(value: float, bounds: tuple[float, float] | None) -> str:
-    return f"{value:.3f}" + (f", 95 % interval {interval(bounds, '.3f')}" if bounds else "")

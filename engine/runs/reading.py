@@ -13,10 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from dpoeng.cache.errors import UserError
-from dpoeng.engine.runs.folder import ADVICE_FILE, RUN_FILE, SAMPLES_FILE, has_result
+from dpoeng.engine.runs.folder import ADAPTER_FOLDER, ADVICE_FILE, MODEL_FOLDER, RUN_FILE, SAMPLES_FILE, has_result
 from dpoeng.engine.runs.metrics import EVALUATIONS_FILE, HELD_OUT_FILE, METRICS_FILE, TIMINGS_FILE, read_lines
 
 EVAL = "eval_"
+
+JUDGE_FOLDER = "judge"
+JUDGEMENT_FILE = "judgement.json"
+JUDGED_FILE = "judged.jsonl"
+"""Where `dpoeng judge` writes in the folder of a run: its figures, and a line per prompt."""
 
 Points = list[tuple[float, float]]
 
@@ -34,6 +39,9 @@ class RunRecord:
         complete: whether the result exists: the trained adapter, or the checkpoint.
         advice: the remarks of advice.json.
         evaluations: the lines of evaluations.jsonl, with intervals and groups.
+        judgement: the figures of `dpoeng judge`; empty if it has not judged this run.
+        judged: its prompts, each with both answers and the better one.
+        judged_before: whether the result was written after that, so that another policy was judged.
     """
 
     folder: Path
@@ -44,6 +52,9 @@ class RunRecord:
     complete: bool = False
     advice: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    judgement: dict[str, Any] = field(default_factory=dict)
+    judged: list[dict[str, Any]] = field(default_factory=list)
+    judged_before: bool = False
 
     def names(self) -> list[str]:
         """Every numeric metric, without `eval_`, in the order of first occurrence."""
@@ -107,6 +118,8 @@ def read_run(folder: Path) -> RunRecord:
             found="no such folder" if not folder.is_dir() else "a folder without it",
             remedy="name the --output-dir of a run",
         )
+    judgement = folder / JUDGE_FOLDER / JUDGEMENT_FILE
+    judged = judgement.is_file()
     return RunRecord(
         folder=folder,
         record=read_json(path, dict),
@@ -116,7 +129,16 @@ def read_run(folder: Path) -> RunRecord:
         complete=has_result(folder),
         advice=read_json(folder / ADVICE_FILE, list) if (folder / ADVICE_FILE).is_file() else [],
         evaluations=read_lines(folder / EVALUATIONS_FILE),
+        judgement=read_json(judgement, dict) if judged else {},
+        judged=read_lines(judgement.with_name(JUDGED_FILE)) if judged else [],
+        judged_before=judged and _written_later(folder, judgement),
     )
+
+
+def _written_later(folder: Path, file: Path) -> bool:
+    """Whether the run's result is newer than a file."""
+    results = [folder / name for name in (ADAPTER_FOLDER, MODEL_FOLDER) if (folder / name).is_dir()]
+    return any(result.stat().st_mtime > file.stat().st_mtime for result in results)
 
 
 def read_held_out(folder: Path) -> list[dict[str, Any]]:
@@ -175,6 +197,7 @@ def _points(lines: Iterable[dict[str, Any]], name: str) -> Points:
 
 _REMEDIES = {
     RUN_FILE: "train again in another folder (--output-dir), or in this one with --no-resume",
+    JUDGEMENT_FILE: f"remove {JUDGEMENT_FILE}, and run dpoeng judge again: it asks only what is missing",
     ADVICE_FILE: f"remove {ADVICE_FILE}: it contains remarks on the run, and nothing depends on it",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import struct
@@ -114,6 +115,37 @@ def test_warnings_samples_and_unknown_metrics_are_shown_and_escaped(out: Path) -
     assert "eval_categories" not in text
     assert "The last evaluation" in text
     assert re.search(r"<td>[-\d.e]+ to [-\d.e]+</td>", text), "the intervals of evaluations.jsonl"
+
+
+def test_a_judgement_is_shown_and_told_if_the_run_was_trained_further(out: Path) -> None:
+    assert "judged" not in report_page(read_run(out))
+    figures = {
+        **{"trained": "out/adapter", "judge": "<rule>", "wins": 12, "losses": 8, "ties": 2, "same": 1, "cut": [0, 3]},
+        **{"win_rate": 0.591, "win_rate_interval": [0.39, 0.77], "length_controlled": None, "contradictions": 1},
+        **{"length_controlled_interval": None, "first_share": 0.55, "before_tokens": 9.0, "after_tokens": 11.0},
+        **{"asked": 42, "kept": 0},
+    }
+    lines = [
+        {"prompt": f"<p> {number}", "before": "old words", "after": "new words", "better": "after", "why": ""}
+        for number in range(22)
+    ]
+    (out / "judge").mkdir()
+    (out / "judge" / "judgement.json").write_text(json.dumps(figures))
+    (out / "judge" / "judged.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = report_page(read_run(out))
+    assert "0.591, 95 % interval 0.390 to 0.770 (n = 22)" in text
+    assert "<summary>better after: &lt;p&gt; 0</summary>" in text
+    assert "new words" in text
+    assert text.count("<summary>better after") == 20
+    assert "The first 20 of 22 prompts" in text
+    assert "earlier policy" not in text
+    os.utime(out / "judge" / "judgement.json", (0, 0))  # written before the adapter
+    assert "earlier policy" in report_page(read_run(out))
+    (out / "judge" / "judgement.json").write_text("{")
+    with pytest.raises(UserError) as caught:
+        read_run(out)
+    assert caught.value.code == "run-damaged"
+    assert "dpoeng judge" in caught.value.remedy
 
 
 def test_a_run_that_is_still_going(out: Path) -> None:

@@ -27,6 +27,7 @@ from dpoeng.engine.recipes.rounds.outcomes import Outcome, compare_answers
 from dpoeng.engine.recipes.rounds.source_pairs import source_pairs
 from dpoeng.engine.runs.kept import Kept
 from dpoeng.engine.runs.lock import holding
+from dpoeng.engine.runs.reading import JUDGE_FOLDER, JUDGED_FILE, JUDGEMENT_FILE
 from dpoeng.engine.runtime.folders import unwritable, write_durably
 from dpoeng.engine.runtime.outputs import scratch_folder
 from dpoeng.engine.runtime.progress import QUIET, Progress
@@ -149,7 +150,7 @@ def judge_trained(
 
 def judge_folder(trained: Trained) -> Path:
     """The default folder for answers and verdicts: `judge` in the run's folder, else in the current one."""
-    return (trained.folder.parent if trained.run is not None else Path()) / "judge"
+    return (trained.folder.parent if trained.run is not None else Path()) / JUDGE_FOLDER
 
 
 def _given(view: AnyView, prompts: Sequence[str], chat: bool | None) -> tuple[list[Prompt], list[IdArray]]:
@@ -247,8 +248,8 @@ def _summarise(
 
 def _write(folder: Path, found: Judgement, lines: Sequence[Judged]) -> None:
     texts = {
-        "judged.jsonl": "".join(json.dumps(asdict(line), ensure_ascii=False) + "\n" for line in lines),
-        "judgement.json": json.dumps(asdict(found), indent=2, default=str) + "\n",
+        JUDGED_FILE: "".join(json.dumps(asdict(line), ensure_ascii=False) + "\n" for line in lines),
+        JUDGEMENT_FILE: json.dumps(asdict(found), indent=2, default=str) + "\n",
     }
     try:
         for name, text in texts.items():
