@@ -96,7 +96,10 @@ def print_evaluation(summary: EvaluationSummary) -> None:
         ("pairs", f"{summary.evaluation.pairs} of view {summary.view!r} ({summary.which.replace('-', ' ')})"),
         ("loss", f"{' + '.join(summary.loss_type)}, beta {summary.beta:g}"),
         ("device", summary.device),
-        ("parity", f"before training {summary.parity.mean_diff:.2g} nats per token from the cache"),
+        (
+            "parity",
+            f"the policy before training differs from the cache by {summary.parity.mean_diff:.2g} nats per token",
+        ),
     ]
     record = summary.evaluation.record()
     say(facts_table(facts), evaluation_table(record), *group_tables(record))

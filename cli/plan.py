@@ -79,12 +79,12 @@ def show(result: Plan) -> None:
     once, apart = result.tokens
     if request.responses > 2:
         say(
-            f"a row computes {once:,} tokens, {apart / once:.1f} times fewer than the {apart:,} of a row for each "
-            "response"
+            f"a row computes {once:,} tokens, {apart / once:.1f} times fewer than the {apart:,} with a separate row "
+            "for each response"
         )
     if result.trunk_layer:
         say(
-            f"phase two begins at layer {result.trunk_layer}, and trains from there on; its input, hidden states, "
+            f"phase two starts at layer {result.trunk_layer} and trains the layers from there on; their input states "
             f"take {result.trunk_bytes / GIB:.1f} GiB on disk for {request.pairs:,} such pairs"
         )
     say(_cards_table(result), _parts_table(result))
