@@ -166,7 +166,7 @@ def clean(job: Job) -> dict[str, Figures]:
 
 
 def run_with(job: Job, change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Figures:
-    """Phase one with another `score_groups`, into a cache of its own."""
+    """Phase one with another `score_groups`, into a separate cache."""
     import dpoeng.engine.scoring.pairs as engine
 
     with pytest.MonkeyPatch.context() as patch:
@@ -358,7 +358,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tup
 
 
 def test_programs_take_turns(worker: Callable[..., tuple[list[Job], Job, str, Path]], job: Job) -> None:
-    """The one that has done fewer pairs goes on; the peer waits with its second phase for dpoeng's."""
+    """The one that has done fewer pairs continues; the peer waits with its second phase for dpoeng's."""
     ours, theirs, python, log = worker(job)
     found = in_turns(ours, theirs, python)
     assert found == dict.fromkeys(("dpoeng reference", "dpoeng", PEER), figures(1.0))

@@ -25,7 +25,7 @@ MIB = 2**20
 def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """On a model that is wide enough for activations and logits, and not bookkeeping, to decide.
 
-    In a process of its own: this one's resident memory moves with what the tests before it left behind.
+    In a separate process: this one's resident memory moves with what the tests before it left behind.
     """
     folder = tmp_path_factory.mktemp("memory")
     model = save_small_model(folder / "model", layers=2, width=128, vocabulary=16384)
@@ -125,7 +125,7 @@ def test_the_command_and_a_step_that_takes_more_than_planned(
 def test_bench_without_a_command_measures_and_writes_a_page(
     record: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path
 ) -> None:
-    """Both measurements with their defaults, which have tests of their own: here phases on a tiny model."""
+    """Both measurements with their defaults, which have other tests: here phases on a tiny model."""
     from dpoeng.bench import phases
 
     real = phases.bench_phases

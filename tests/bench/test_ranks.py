@@ -133,7 +133,7 @@ def test_numbers_of_processes_that_compare_nothing(sizes: str) -> None:
 
 @pytest.mark.slow
 def test_torchrun(tmp_path: Path, tiny_model: Path) -> None:
-    """Two processes through gloo: the loss of one, and a process that fails is told with its own words."""
+    """Two processes through gloo: the loss of one, and a failed process is reported with its own message."""
     kept = tmp_path / "kept.jsonl"
     line = f"scale --model {tiny_model} {ONLY} --ranks 1,2 --repeats 1 --record {kept}"
     done = CliRunner().invoke(bench, line.split())

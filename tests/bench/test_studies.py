@@ -83,7 +83,7 @@ def settings(tmp_path: Path, model: Path, **changes: Any) -> QualitySettings:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Ways are run in this process: what a process of their own adds is tested with `bench compare`."""
+    """Runs in this process; separate processes are tested with `bench compare`."""
     seen: list[str] = []
 
     def here(python: str, module: str, job: dict[str, Any], folder: Path, *, name: str) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def test_held_out_pairs_are_not_trained_on_and_the_same_for_all(tmp_path: Path, 
 
 
 def test_other_settings_do_not_continue_a_run(tmp_path: Path, tiny_model: Path, runs: list[str]) -> None:
-    """A run of another learning rate has a folder of its own; the cache is shared."""
+    """A run of another learning rate has a separate folder; the cache is shared."""
     few: dict[str, Any] = {"ways": ("float32",), "epochs": 0.5}
     one = bench_quality(settings(tmp_path, tiny_model, **few))
     two = bench_quality(settings(tmp_path, tiny_model, learning_rate=1e-2, **few))

@@ -264,7 +264,7 @@ def test_attacks_under_a_true_hash_are_refused(root: Path, path: Path) -> None:
     reference = plant(root, path.read_bytes())
     used = pa.default_memory_pool().max_memory()
     values_only = "log-prob" in path.stem or path.stem == "ids-negative"
-    for depth in DEPTHS[values_only:]:  # a wrong structure is found before any value is looked at
+    for depth in DEPTHS[values_only:]:  # a wrong structure is found before any value is read
         report = verify(root, depth=depth)
         assert [reference.name in problem.where for problem in report.problems] == [True]
     index = Store.open(root).lookup(SPEC.digest)

@@ -1,4 +1,4 @@
-"""Arrow and Parquet from strangers: damage is told, bombs are refused by their limit, and nothing ends the process."""
+"""Arrow and Parquet from strangers: damage is reported, bombs exceed their limit, nothing ends the process."""
 
 from __future__ import annotations
 

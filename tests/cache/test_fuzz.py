@@ -1,6 +1,6 @@
 """Random rows, random operations and random damage. `DPOENG_FUZZ=10000` turns the small default count up.
 
-Inputs that could end the interpreter are tried in a process of their own, so that a crash is a failure and not the end.
+Inputs that could end the interpreter are tried in a separate process, so that a crash is a failure and not the end.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ def test_json_holds_no_control_characters(desk: Path, capsys: pytest.CaptureFixt
 
 
 def test_only_one_module_prints() -> None:
-    """A command that used rich or click.echo for text of its own would bring markup back."""
+    """A command that calls rich or click.echo itself would bring markup back."""
     allowed = {ROOT / "cli" / name for name in ("main.py", "progress.py", "tables.py")}
     wrong = []
     for path in sorted({*(ROOT / "cli").rglob("*.py")} - allowed):

@@ -48,7 +48,7 @@ def test_no_line_without_a_terminal_before_its_time(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_bar_of_80_columns_shows_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with steps of 30 s, and while one of them is still going on; figures are on a line of their own."""
+    """Also with steps of 30 s, and while one of them still runs; figures are on a separate line."""
     now = [0.0]
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
     pace = Pace(6, "steps")

@@ -314,7 +314,7 @@ def test_a_file_with_many_mistakes_tells_them_all(refused: Run) -> None:
     assert "6 fields are wrong" in text
     for line, word in ((1, "beta"), (2, "learning_rte"), (4, "max_length"), (5, "padding_value"), (6, "lora_r")):
         assert re.search(rf"dpoeng.yaml:{line}  [^\n]*{word}", text), word
-    assert text.count("quantization: must be") == 1, "a field of both phases is told once"
+    assert text.count("quantization: must be") == 1, "a field of both phases is reported once"
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def test_a_boundary_between_tokens_is_not_counted_as_merged() -> None:
 
 
 def test_a_character_in_several_tokens_is_not_torn() -> None:
-    # 🙂 and 🙃 share their first bytes, which are tokens of their own; those belong to the response.
+    # 🙂 and 🙃 share their first bytes, which are separate tokens; those belong to the response.
     tokenizer = byte_level(trim=False)
     ids = tokenize(tokenizer, ("a", "\U0001f9ff", "\U0001f9fe")).pairs[0].ids
     assert tokenizer.decode(ids.prompt_ids) == "a"

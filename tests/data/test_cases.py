@@ -551,7 +551,7 @@ def test_ambiguous_turns_are_refused(style: str) -> None:
     assert [reject.reason for reject in data.rejects] == ["template-turns"]
 
 
-# Tags with and without `-`, on lines of their own and in the middle of one.
+# Tags with and without `-`, on separate lines and in the middle of one.
 MARKED = {
     "in one line": (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"

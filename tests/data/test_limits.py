@@ -102,7 +102,7 @@ ROW = (count(1, 6), count(11, 14), count(21, 22))
             True,
         ),
         ({"max_length": 6, "truncation_mode": "keep_end"}, [6], [11, 12, 13, 14, EOS], [21, 22, EOS], True),
-        # max_prompt_length: the prompt's end stays, in either mode, before max_length is looked at
+        # max_prompt_length: the prompt's end stays, in either mode, before max_length counts
         ({"max_prompt_length": 2}, [5, 6], [11, 12, 13, 14, EOS], [21, 22, EOS], True),
         ({"max_prompt_length": 6}, [1, 2, 3, 4, 5, 6], [11, 12, 13, 14, EOS], [21, 22, EOS], False),
         ({"max_prompt_length": 2, "max_length": 4}, [5, 6], [11, 12], [21, 22], True),

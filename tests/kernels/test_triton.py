@@ -1,6 +1,6 @@
 """The Triton kernels without a GPU: the interpreter's tests, and what the compilers make of every configuration.
 
-Both need processes of their own: the interpreter must be chosen before triton is imported, and compiling needs a triton
+Both need separate processes: the interpreter must be chosen before triton is imported, and compiling needs a triton
 that was imported without it. They are started together, so two cores share the work.
 """
 
@@ -34,7 +34,7 @@ Running = dict[str, "subprocess.Popen[str]"]
 
 
 def start(*command: str, **environment: str) -> "subprocess.Popen[str]":
-    """A child with one thread of its own and no inherited choice between interpreter and compiler."""
+    """A child with one thread and no inherited choice between interpreter and compiler."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_INTERPRET", "PYTEST_", "COV_CORE"))}
     return subprocess.Popen(
         [sys.executable, *command],
@@ -55,7 +55,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("triton")
     children = {
         "interpreter": interpreted(FEW),
-        # A cache of its own: what is judged is what this compiler makes of this source, today.
+        # A separate cache: what is judged is what this compiler makes of this source, today.
         "compiler": start("-m", "dpoeng.kernels.aot", "--gpu", *QUICK, TRITON_CACHE_DIR=str(folder / "cache")),
     }
     yield children

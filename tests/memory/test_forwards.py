@@ -108,7 +108,7 @@ def test_fewer_tokens_in_phase_one_where_more_do_not_fit(source: ModelSource, mo
 def test_the_result_is_that_of_a_run_configured_so(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Byte for byte; and one that is killed goes on with as many pairs, whatever fits by then."""
+    """Byte for byte; and a killed run continues with as many pairs, whatever fits by then."""
     pairs = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(8))
     precompute_reference(PrecomputeConfig(pairs=(pairs,), model=str(tiny_model), cache=tmp_path / "cache"))
     given: list[int | None] = []

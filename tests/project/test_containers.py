@@ -43,7 +43,7 @@ def parse(words: list[str]) -> None:
 
 
 def instructions() -> list[tuple[str, str]]:
-    """The Dockerfile's instructions and what follows each, lines that go on joined."""
+    """The Dockerfile's instructions with their arguments; continued lines are joined."""
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     lines = "\n".join(line for line in text.splitlines() if not line.startswith("#")).replace("\\\n", " ").splitlines()
     return [(line.split()[0], line.split(maxsplit=1)[1]) for line in lines if line.strip()]

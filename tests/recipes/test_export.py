@@ -53,7 +53,7 @@ def of_run(config: TrainConfig) -> Path:
 
 @pytest.mark.parametrize("dtype", ["auto", "q8_0"])
 def test_a_gguf_model(stacked: TrainConfig, tmp_path: Path, dtype: str) -> None:
-    """transformers reads it back by code of its own; its log-probs are those of base and both adapters."""
+    """transformers reads it back by its own code; its log-probs are those of base and both adapters."""
     summary = export(of_run(stacked), "gguf", tmp_path / "m.gguf", stacked, dtype=dtype)
     assert summary.check is not None
     assert summary.check.pairs == 4

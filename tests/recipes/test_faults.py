@@ -99,7 +99,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 def command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., tuple[int, str]]]:
-    """Runs a command line in a folder of its own -> (exit status, stderr). Signals are handled as in a terminal."""
+    """Runs a command line in a separate folder -> (exit status, stderr). Signals are handled as in a terminal."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits "ignore"
     monkeypatch.chdir(tmp_path)
@@ -755,7 +755,7 @@ def half_by_old_versions(tmp_path: Path, model: Path, **fields: Any) -> Path:
 def test_a_changed_library_is_checked_on_a_sample(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fault 81: the values agree; the run goes on and says what it found."""
+    """Fault 81: the values agree; the run continues and reports it."""
     file, notes = half_by_old_versions(tmp_path, tiny_model), Notes()
     scored: list[int] = []
     real = scoring_pairs.score_pairs

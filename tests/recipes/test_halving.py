@@ -79,7 +79,7 @@ def test_equal_scores_keep_their_order_and_the_second_number_decides() -> None:
 
 
 def test_a_process_that_would_wait_promotes_from_those_that_are_there() -> None:
-    """4 of 6 are there and two are busy: one in two of the 4 goes on, and no more; the rest when all are there."""
+    """4 of 6 are there and two are busy: one in two of the 4 continues, and no more; the rest when all are there."""
     busy = [Standing("e", [], busy=True), Standing("f", [], busy=True)]
     there = at([3.0], [1.0], [2.0], [0.0])
     first = promote([*there, *busy], [], 2, 2)
@@ -95,7 +95,7 @@ def test_a_process_that_would_wait_promotes_from_those_that_are_there() -> None:
 def test_failed_runs_have_no_place_and_busy_ones_are_not_taken() -> None:
     standings = [Standing("a", [(1.0,)]), Standing("b", [], failed=True), Standing("c", [], busy=True)]
     assert next_job(standings, [], 2, [("a", 0)]) is None
-    assert next_job(standings, [], 2, []) == ("a", 0)  # looked at once, even where its score is there
+    assert next_job(standings, [], 2, []) == ("a", 0)  # opened once, even if its score exists
     assert promote([*at([1.0], [2.0]), Standing("c", [], failed=True)], [], 2, 2)[0] == Promotion("b", 1, (2.0,), 2)
 
 

@@ -116,7 +116,7 @@ def test_other_tokens_are_refused(tmp_path: Path, tiny_model: Path, fields: Any)
 
 
 def test_trl_takes_no_columns_of_a_data_set(tmp_path: Path, tiny_model: Path) -> None:
-    """Why there is a function: TRL 1.16 ignores such columns, or computes anew and stops."""
+    """Why there is a function: TRL 1.16 ignores such columns, or computes them again and stops."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer

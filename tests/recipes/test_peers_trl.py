@@ -1,6 +1,6 @@
 """dpoeng against TRL 1.16 on the same token ids: reference log-probs, and the first ten steps of training.
 
-Not in the default suite: `make test-peers` installs TRL beside dpoeng in an environment of its own and runs this file.
+Not in the default suite: `make test-peers` installs TRL beside dpoeng in a separate environment and runs this file.
 The model is SmolLM2-135M-Instruct and the pairs are the demo's, or what PEER_MODEL and PEER_PAIRS name.
 """
 

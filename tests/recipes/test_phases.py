@@ -136,7 +136,7 @@ def test_a_complete_cache_needs_no_model(
 
 
 def test_recomputing_finds_what_hashes_cannot(tmp_path: Path, tiny_model: Path, pairs_file: Path) -> None:
-    """Values that were stored whole and are wrong all the same: only scoring them anew can tell."""
+    """Values that were stored whole and are wrong all the same: only scoring them again can show it."""
     precompute(pairs_file, tiny_model, tmp_path / "cache")
     view = View.open(tmp_path / "cache")
     report = parity.recompute(view, 8)

@@ -1,4 +1,4 @@
-"""What only a process of its own can show: a real SIGKILL, a lock whose owner is gone, another seed and locale."""
+"""What only a separate process can show: a real SIGKILL, a lock whose owner is gone, another seed and locale."""
 
 from __future__ import annotations
 

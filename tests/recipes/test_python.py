@@ -183,7 +183,7 @@ def test_check_names_fields(made: Path, tiny_model: Path) -> None:
 
 
 def test_plan_asks_what_the_command_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The answer itself is looked at in tests/memory."""
+    """tests/memory checks the answer itself."""
     from dpoeng.engine.config.plan import PlanConfig
 
     monkeypatch.setattr("dpoeng.engine.recipes.plan.make_plan", lambda request: request)

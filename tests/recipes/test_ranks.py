@@ -212,7 +212,7 @@ def host_memory_of_the_last() -> None:
 
     def begin(*arguments: Any, **settings: Any) -> Any:
         rose.append(-n_bytes("VmRSS:"))
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
         loaded = load(*arguments, **settings)
         rose.append(n_bytes("VmHWM:") + rose[0])
         Path("/proc/self/clear_refs").write_text("5")
@@ -589,7 +589,7 @@ def raises_in_a_step() -> None:
 def test_a_process_that_ends_ends_the_others_and_the_same_command_continues(
     tmp_path: Path, cache: Path, two: Path, last: Callable[[], None], status: int, more: list[str]
 ) -> None:
-    """Faults 61 and 68: within 60 s, with a message; and the run that goes on ends with the undisturbed one's bytes."""
+    """Faults 61 and 68: within 60 s, with a message; and the continued run ends with the undisturbed one's bytes."""
     out = tmp_path / "out"
     began = time.monotonic()
     first, second = together(2, cache, out, *more, last=last)

@@ -341,7 +341,7 @@ def test_prompts_are_those_of_a_file_as_the_run_has_its_own(tmp_path: Path, toke
 
 
 def test_the_policy_is_sampled_on_a_server_that_loads_it(tmp_path: Path, run: Path) -> None:
-    """vLLM's way, in words and not in JSON; each round's policy has a name of its own."""
+    """vLLM's way, in words and not in JSON; each round's policy has its own name."""
     loaded: dict[str, str] = {}
 
     def answer(path: str, body: dict[str, Any]) -> Any:

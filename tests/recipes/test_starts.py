@@ -100,7 +100,7 @@ def sft(model: Path, folder: Path, **lora: Any) -> Path:
 def test_a_start_that_changes_the_base_continues_and_is_evaluated(
     tiny_model: Path, tmp_path: Path, lora: dict[str, Any]
 ) -> None:
-    """The reference and the policy each take the start out of a base of their own."""
+    """The reference and the policy each take the start out of their own base."""
     adapter = sft(tiny_model, tmp_path / "sft", **lora)
     cache_of(tmp_path, tiny_model, adapter)
     summary = train(settings(tmp_path, adapter_mode="continue", learning_rate=1e-2, max_steps=3))

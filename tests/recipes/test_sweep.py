@@ -76,7 +76,7 @@ def left_by(folder: Path) -> dict[str, str]:
         ({}, {"loss_type": ["sigmoid", "ipo"]}, {}),
         ({}, {"use_dora": [True, False], "layout": ["separate", "shared"]}, {"gradient_checkpointing": True}),
         ({"adapter": True}, {"adapter_mode": ["stack", "continue"], "beta": [0.2]}, {}),
-        # bitsandbytes' layers keep state of their own beside the weights.
+        # bitsandbytes' layers keep their own state besides the weights.
         pytest.param(
             {"quantization": "8bit", "hidden": 64},
             {"beta": [0.1, 0.3]},
@@ -207,7 +207,7 @@ def test_killed_and_started_again(cache: Path, tmp_path: Path, monkeypatch: pyte
     states = {run["name"]: run["state"] for run in json.loads((plan.root / "sweep.json").read_text())["runs"]}
     assert states == {"beta=0.1": "complete", "beta=0.2": "stopped", "beta=0.3": "stopped"}
     run_sweep(plan)
-    # The second run goes on from the checkpoint after its first step; the first is not begun again.
+    # The second run continues from the checkpoint after its first step; the first is not started again.
     assert steps[5:] == [(0.2, 1), (0.2, 2), (0.3, 0), (0.3, 1), (0.3, 2)]
     for point, other in zip(plan.points, whole.points, strict=True):
         assert left_by(point.config.output_dir) == left_by(other.config.output_dir)
@@ -415,7 +415,7 @@ def test_all_mistakes_of_all_combinations_in_one_message(cache: Path, tmp_path: 
         f"--beta beta: must be greater than 0.0; {mend}; in beta=-1,lora_r=8,optim=adamw_torch and 3 more",
     ]
     assert not tmp_path.joinpath("sweep.json").exists()
-    with pytest.raises(UserError) as caught:  # what is wrong in all of them is told as by train
+    with pytest.raises(UserError) as caught:  # an error in all of them is reported as by train
         planned(cache, tmp_path, {"beta": [0.1, 0.2]}, view="nowhere")
     assert caught.value.code == "cache-no-view"
 

@@ -139,7 +139,7 @@ def test_gaps_make_another_pair_and_must_lie_between_scored_tokens() -> None:
 
 @pytest.fixture
 def sft_with_tokenizer(tmp_path: Path, sft_adapter: Path, tokenizer: Any) -> Path:
-    """The SFT adapter as trainers save it: beside it the tokenizer, with a template and an end token of its own."""
+    """The SFT adapter as trainers save it: beside it the tokenizer, with its own template and end token."""
     folder = tmp_path / "sft"
     shutil.copytree(sft_adapter, folder)
     tokenizer.save_pretrained(folder)

@@ -196,7 +196,7 @@ def test_a_killed_run_continues_from_the_trunk(stored: Path, tmp_path: Path, mon
 
     with pytest.raises(KeyboardInterrupt):
         train(TrainConfig(**settings, output_dir=tmp_path / "killed"), on_metrics=stop)
-    with pytest.raises(UserError, match="trunk_layer"):  # it would go on with other rounding
+    with pytest.raises(UserError, match="trunk_layer"):  # it would continue with other rounding
         train(TrainConfig(**settings, output_dir=tmp_path / "killed", trunk_layer=0))
     train(TrainConfig(**settings, output_dir=tmp_path / "killed"))
     assert adapter_bytes(tmp_path / "whole") == adapter_bytes(tmp_path / "killed")

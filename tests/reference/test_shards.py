@@ -133,7 +133,7 @@ def test_several_negatives_a_prompt_are_run_once_and_give_the_same_numbers(
     assert sum(computed) == sum(prompts.values()) + sum(responses.values())
     assert sum(computed) < 0.6 * sum(row.ids.total_tokens for row in each)
 
-    precompute(file, tiny_model, tmp_path / "alone", batch_tokens=1)  # every pair in a forward of its own
+    precompute(file, tiny_model, tmp_path / "alone", batch_tokens=1)  # every pair in a separate forward
     alone = View.open(tmp_path / "alone")
     for i, row in enumerate(each):
         np.testing.assert_allclose(row.chosen_logps, alone[i].chosen_logps, atol=2e-5)

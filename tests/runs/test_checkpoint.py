@@ -86,7 +86,7 @@ def test_a_pickle_in_the_place_of_tensors_is_not_run(tmp_path: Path) -> None:
 def test_a_kill_or_full_disk_at_any_operation_keeps_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: int
 ) -> None:
-    """Every file operation of a save fails once; the run must be able to go on from one of the two steps, whole."""
+    """Every file operation of a save fails once; the run must be able to continue from one of the two steps."""
     save(tmp_path, 1)
     count = 0
 

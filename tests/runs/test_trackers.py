@@ -34,7 +34,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 
 
 class Kept:
-    """A tracker that keeps what it is told."""
+    """A tracker that keeps its calls."""
 
     def __init__(self, fails_at: int | None = None) -> None:
         self.lines: list[tuple[int, dict[str, Any]]] = []
@@ -111,7 +111,7 @@ def test_values_that_are_not_numbers_stay_in_the_log() -> None:
 
 
 def test_trackers_move_no_weight(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a run that was begun without one goes on with one."""
+    """And a run that was started without one continues with one."""
     monkeypatch.setattr(module, "_tracker", lambda *_: Kept())
     monkeypatch.setattr("dpoeng.engine.recipes.train.check_trackers", lambda names: None)
     for name, tracker in (("with", ("wandb",)), ("without", ())):
@@ -167,7 +167,7 @@ train(TrainConfig(cache=Path(sys.argv[1]), output_dir=Path(sys.argv[2]), max_ste
 
 
 def really(tmp_path: Path, cache: Path, name: str, **environment: str) -> list[dict[str, Any]]:
-    """A run with a real tracker, in a process of its own, without a network; gives metrics.jsonl."""
+    """A run with a real tracker, in a separate process, without a network; gives metrics.jsonl."""
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM, str(cache), str(tmp_path / "out"), name]
     done = subprocess.run(
         command, cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, check=False
@@ -241,7 +241,7 @@ def test_wandb_is_written_offline_and_read_back(tmp_path: Path, cache: Path) -> 
 
 
 def leveldb_records(data: bytes) -> Iterator[bytes]:
-    """The records of a .wandb file: LevelDB's log format behind seven bytes of its own.
+    """The records of a .wandb file: LevelDB's log format behind seven more bytes.
 
     https://github.com/google/leveldb/blob/main/doc/log_format.md
     """

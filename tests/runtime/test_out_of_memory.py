@@ -95,7 +95,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 def test_running_out_once_leaves_no_trace(
     tmp_path: Path, cache: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, stage: str, call: int
 ) -> None:
-    """Memory that was only badly cut up: the step is begun anew, and the adapter is the same byte for byte."""
+    """Memory that was only fragmented: the step starts again, and the adapter is the same byte for byte."""
     place, name, error = STAGES[stage]
     monkeypatch.setattr(place, name, failing(getattr(place, name), lambda n, _: n == call, error))
     run(cache, tmp_path, eval_share=0)

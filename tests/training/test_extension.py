@@ -1,4 +1,4 @@
-"""A run that is made longer: the bytes of one of that length at a constant rate; else the change of rate is told."""
+"""A run that is made longer: the bytes of one of that length at a constant rate; else a note on the change of rate."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 
 
 def config(cache: Path, out: Path, **fields: Any) -> TrainConfig:
-    """With what goes on from step to step: momentum, dropout, and a loss that remembers."""
+    """With state that steps pass on: momentum, dropout, and a loss that remembers."""
     values: dict[str, Any] = {
         "max_steps": 6,
         "per_device_train_batch_size": 1,

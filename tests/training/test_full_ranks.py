@@ -167,7 +167,7 @@ def test_sharded_runs_continue_to_the_same_bytes(tmp_path: Path, cache: Path, tw
 
 
 def test_sharded_and_whole_runs_continue_each_other(tmp_path: Path, cache: Path, one: Path, two: Path) -> None:
-    """Three processes, which cannot share the rows evenly, go on with what one has done, and one with what two have."""
+    """Three processes, which cannot share the rows evenly, continue one process's run, and one process that of two."""
     check_same(together(cache, cut_off(one, tmp_path / "three"), size=3), one)
     check_same(alone(cache, cut_off(two, tmp_path / "alone")), one)
 

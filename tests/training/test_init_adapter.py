@@ -42,7 +42,7 @@ def test_it_continues_where_the_other_run_ended(tmp_path: Path, cache: Path, mod
     assert began["metrics"] == pytest.approx(ended, abs=1e-5)
     assert abs(ended["rewards/margins"]) > 0.01
 
-    # A run that is killed after its first step goes on to the same bytes.
+    # A run that is killed after its first step continues to the same bytes.
     class KilledError(Exception):
         pass
 

@@ -26,7 +26,7 @@ def test_each_epoch_sees_each_row_once(rows: int, batch: int, epochs: int, seed:
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 99), st.integers(0, 60))
 def test_the_order_of_a_step_is_a_slice_of_a_seeded_permutation(rows: int, batch: int, seed: int, step: int) -> None:
-    """The definition, computed anew for every step: a run that is resumed at any step must meet the same rows."""
+    """The definition, computed again for every step: a run that is resumed at any step must meet the same rows."""
     schedule = plan_schedule(rows, batch=batch, epochs=9, max_steps=-1, seed=seed)
     epoch, within = divmod(step, schedule.steps_per_epoch)
     order = np.random.default_rng([seed, epoch]).permutation(rows)

@@ -1,4 +1,4 @@
-"""A run of twenty steps, gone on with from every one of them; and killed at random. Samples of what it brought."""
+"""A run of twenty steps, continued from each of them, and killed at random; samples of the results."""
 
 from __future__ import annotations
 

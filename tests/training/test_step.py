@@ -79,7 +79,7 @@ def test_adamw_is_fused_on_a_gpu_unless_the_user_chose() -> None:
     usual, chosen = TrainConfig.model_validate({}), TrainConfig.model_validate({"optim": "adamw_torch"})
     assert [optimizer_on(usual, on_gpu=on_gpu) for on_gpu in (True, False)] == ["adamw_torch_fused", "adamw_torch"]
     assert optimizer_on(chosen, on_gpu=True) == "adamw_torch"
-    assert usual.model_dump() == chosen.model_dump()  # a run's identity is of these: it goes on from either device
+    assert usual.model_dump() == chosen.model_dump()  # a run's identity is of these: it continues on either device
 
 
 @pytest.mark.parametrize("on_host", [False, True])
