@@ -123,7 +123,7 @@ class ResponseStats:
         desirable: unpaired rows with a desirable response; else None.
         prompt_tokens: lengths.
         response_tokens: scored tokens of each response.
-        responses_a_row: how many.
+        responses_a_row: how many; None for unpaired rows, which have one.
         logp_per_token: mean log p_ref of each response, in nats.
         margin: of ranked rows, log p_ref of a best response less that of a worst one, in nats; else None, as are the
             others that follow.
@@ -142,7 +142,7 @@ class ResponseStats:
     desirable: int | None
     prompt_tokens: Distribution
     response_tokens: Distribution
-    responses_a_row: Distribution
+    responses_a_row: Distribution | None
     logp_per_token: Distribution
     margin: Distribution | None
     margin_per_token: Distribution | None
@@ -165,7 +165,7 @@ def response_stats(view: View, *, notes: int = 10) -> ResponseStats:
         "responses": len(totals),
         "prompt_tokens": distribution(view.numbers().prompt_tokens[starts]),
         "response_tokens": distribution(lengths),
-        "responses_a_row": distribution(np.array([len(row.scores) for row in rows])),
+        "responses_a_row": distribution(np.array([len(row.scores) for row in rows])) if ranked else None,
         "logp_per_token": distribution(means),
     }
     if not ranked:

@@ -35,7 +35,7 @@ _SHOWN_OF_RESPONSES = (
     ("spread of scores", "best − worst", "spread"),
     ("prompt", "tokens", "prompt_tokens"),
     ("response", "scored tokens", "response_tokens"),
-    ("responses a row", "", "responses_a_row"),
+    ("responses a row", "responses", "responses_a_row"),
     ("log-prob per token", "nats", "logp_per_token"),
 )
 _QUANTILES = ("least", "5 %", "25 %", "median", "75 %", "95 %", "greatest")
@@ -112,7 +112,9 @@ def responses_facts(stats: ResponseStats) -> list[tuple[str, str]]:
 
 def _histogram(stats: ReferenceStats | ResponseStats, title: str, unit: str, name: str) -> Html:
     item = getattr(stats, name)
-    return histogram(title, unit, item.edges, item.counts, whole="tokens" in unit)
+    of_responses = name in ("response_tokens", "logp_per_token")
+    of = "pair" if isinstance(stats, ReferenceStats) else "response" if of_responses else "row"
+    return histogram(title, unit, item.edges, item.counts, of=of, whole="tokens" in unit or unit == "responses")
 
 
 def reference_facts(stats: ReferenceStats) -> list[tuple[str, str]]:

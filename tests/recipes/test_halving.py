@@ -209,7 +209,7 @@ def test_two_processes_share_a_sweep(cache: Path, tmp_path: Path, capfd: pytest.
     with pytest.raises(SystemExit) as stop:
         main((command + more).split())
     assert stop.value.code == 0
-    # Each process also looks at the runs of the other one, which says the same line again and trains nothing.
+    # Where both take the same run at once, both say so, and one of them trains it.
     begun = {line for line in capfd.readouterr().err.splitlines() if line.startswith("cpu: run ")}
     assert len(begun) == (4 if more else 3), begun
     for log in (tmp_path / "out").glob("*/timings.jsonl"):

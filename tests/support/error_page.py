@@ -137,7 +137,7 @@ MEANINGS: dict[str, str] = {
     "select-exists": "`select` replaces a view only with `--force`, and never one that it selects from.",
     "select-against": "Gaps between two models need the log-probs of both on every pair.",
     "select-column": "A column to select or group by is missing, or contains no number.",
-    "select-score": "Each kind of rows has scores of its own: a single response has no margin.",
+    "select-score": "Each kind of rows has its own scores: a single response has no margin.",
     "import-row": "A row contains numbers that no model can give. Nothing was imported.",
     "export-format": "The file ending decides the format: .jsonl or .parquet.",
     "export-adapter": "vLLM and llama.cpp load only plain LoRA on linear layers; the message names the difference.",
