@@ -16,7 +16,7 @@ import xxhash
 from dpoeng.cache.errors import CacheError
 from dpoeng.cache.folder import object_name, table_name, view_name
 from dpoeng.cache.mapped import RESIDENT_LIMIT
-from dpoeng.cache.records import ROW_KINDS, ViewRecord, damaged
+from dpoeng.cache.records import MAX_RESPONSES, ROW_KINDS, ViewRecord, damaged
 from dpoeng.cache.schema import IdArray, ScoredGroup, ScoredPair, ScoredRow
 from dpoeng.cache.shard import Numbers, Shard, check_hash
 from dpoeng.cache.spec import ReferenceSpec
@@ -121,8 +121,9 @@ class View:
     def _ranking(self, row: int) -> tuple[float, ...]:
         scores = self.extra(row).get("scores", ())
         fits = all(isinstance(score, int | float) and math.isfinite(score) for score in scores)
-        if not fits or (scores and len(scores) < 2):
-            raise damaged(f"view {self.name}, row {row}: scores", "two finite numbers or more", repr(scores)[:200])
+        if not fits or (scores and not 2 <= len(scores) <= MAX_RESPONSES):
+            expected = f"2 to {MAX_RESPONSES:,} finite numbers"
+            raise damaged(f"view {self.name}, row {row}: scores", expected, repr(scores)[:200])
         return tuple(map(float, scores))
 
     def row_starts(self) -> Sequence[int]:

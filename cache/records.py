@@ -22,6 +22,8 @@ DIGEST = re.compile(r"[0-9a-f]{32}")
 VIEW_NAME = re.compile(r"[A-Za-z0-9._-]{1,200}")
 ROW_KINDS = ("pairs", "unpaired", "ranked")
 """The kinds of a view's rows: `rows` in its `meta`, pairs if absent. See docs/cache-format.md."""
+MAX_RESPONSES = 1024
+"""Limit for the responses of a ranked row: all are compared with each other. Published rows have some ten."""
 
 
 def canonical_json(value: Any) -> bytes:

@@ -21,6 +21,7 @@ from dpoeng.cache.exchange.export import GAPS, IDS, TOKENS, bad_suffix, batched
 from dpoeng.cache.files import hash_file
 from dpoeng.cache.foreign.tables import MAX_ROW_BYTES, Batch, arrow_batches, parquet_batches, reading
 from dpoeng.cache.index import KeyIndex
+from dpoeng.cache.records import MAX_RESPONSES
 from dpoeng.cache.schema import Gaps, PairIds, ScoredPair, as_ids, first_of_each, gap_tokens, pair_key
 from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.spool import Spool
@@ -220,6 +221,8 @@ def _of_responses(columns: Mapping[str, Any], *, sums: bool) -> tuple[str, list[
         raise ValueError(f"{len(responses)} responses, {len(values)} log-probs and {len(scores)} scores")
     if not all(map(math.isfinite, scores)) or (unpaired and scores[0] not in (0, 1)):
         raise ValueError(f"scores {scores}"[:100])
+    if count > MAX_RESPONSES:
+        raise ValueError(f"{count:,} responses are more than the {MAX_RESPONSES:,} that a row may have")
     if not unpaired and len(set(scores)) < 2:
         raise ValueError(f"scores {scores} of which none is better than another"[:100])
     names = _SUMS[0] if sums else TOKENS

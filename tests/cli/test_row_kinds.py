@@ -206,6 +206,9 @@ WRONG: dict[str, tuple[str, Callable[[list[dict[str, Any]]], Any], str]] = {
     "a score that is none": ("ranked", lambda rows: rows[1].update(scores=[1, float("nan"), 2]), "scores [1.0, nan"),
     "no list": ("ranked", lambda rows: rows[1].update(response_ids=7), "int"),
     "a log-prob above 0": ("ranked", lambda rows: rows[1]["ref_token_logps"][2].__setitem__(0, 0.5), "positive"),
+    "1,025 responses": ("ranked", lambda rows: rows[1].update(
+        {name: values * 1025 for name, values in (("scores", [1]), ("response_ids", [[1]]), ("response_gaps", [[]]),
+                                                  ("ref_token_logps", [[-1.0]]))}), "more than the 1,024"),
     "two rows of one source": ("ranked", lambda rows: rows[1].update(source_row=1), "of the row before"),
     "another kind": ("ranked", lambda rows: rows[1].update(scores=[1], response_ids=rows[1]["response_ids"][:2],
                                                            ref_token_logps=rows[1]["ref_token_logps"][:2],

@@ -188,6 +188,16 @@ def test_a_row_makes_no_more_pairs_than_it_may(tmp_path: Path) -> None:
     assert len(read(tmp_path, [row], ranked_pairs="best").pairs) == 1999
 
 
+def test_a_whole_row_has_no_more_responses_than_it_may(tmp_path: Path) -> None:
+    """Training compares all of them with each other, and reading looks for equal ones."""
+    rows = [{"prompt": "Q:", "responses": [f" {i}" for i in range(n)], "scores": list(range(n))} for n in (1024, 1025)]
+    found = whole(tmp_path, rows)
+    assert [len(pair.responses) for pair in found.pairs] == [1024]
+    assert [(reject.source_row, reject.reason) for reject in found.rejects] == [(2, "bad-ranking")]
+    assert "1,025 responses are more than the 1,024" in found.rejects[0].detail
+    assert len(read(tmp_path, rows[1:]).pairs) == 1024  # --ranked-pairs best
+
+
 def test_check_looks_at_every_pair_of_a_row(tmp_path: Path, tiny_model: Path, tokenizer: Any) -> None:
     rows = [{**ROW, "prompt": f"Instruction: {i}?\nResponse:"} for i in range(3)]
     file = write_jsonl(tmp_path / "rows.jsonl", rows)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Literal
 
+from dpoeng.cache.records import MAX_RESPONSES
 from dpoeng.engine.data.shapes import PreferencePair, Shape, fields_of, to_pair, to_row, turns_of
 from dpoeng.engine.data.strict_json import RowFault, json_type
 from dpoeng.engine.data.structured import parse_structure
@@ -24,8 +25,8 @@ RankedPairs = Literal["best", "all"]
 COLUMNS = ("score_chosen", "score_rejected", "score_margin", "pair_share", "pair_of_row")
 """Columns that each pair of a ranked row gets, besides the row's own."""
 
-MAX_COMPARED: Final = 1 << 20
-"""Comparisons of responses in one row: 1,024 responses with each other. Published rows have some ten."""
+MAX_COMPARED: Final = MAX_RESPONSES**2
+"""Limit for the comparisons of responses that make pairs of one row."""
 
 _SCORES_OF_COMPLETIONS = ("overall_score", "score", "rating")
 
@@ -47,6 +48,9 @@ def to_ranked(row: Mapping[str, Any], shape: Shape, source_file: str, source_row
     """
     responses, scores, used = _ranking(row, shape)
     _check_that_one_is_better(scores)
+    if len(responses) > MAX_RESPONSES:
+        found = f"{len(responses):,} responses are more than the {MAX_RESPONSES:,} that a row may have"
+        raise RowFault("bad-ranking", f"{found}; --ranked-pairs best makes pairs of them")
     rest = {name: value for name, value in row.items() if name not in used}
     if "scores" in rest:
         raise RowFault("unused-column", "`scores` is a column that ranked rows get: rename yours")
