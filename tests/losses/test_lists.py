@@ -16,6 +16,7 @@ from dpoeng.engine.losses.metrics import pair_values
 from dpoeng.engine.losses.names import LOSS_FACTS, LossSettings
 from dpoeng.engine.losses.pairwise import sigmoid_loss, soft_sigmoid_loss
 from dpoeng.engine.training.batch_loss import compared_in
+from dpoeng.engine.training.evaluation import summarise
 
 LN2, LN3 = math.log(2), math.log(3)
 OF_LISTS = [name for name, known in LOSS_FACTS.items() if known.of_list]
@@ -112,6 +113,18 @@ def test_rows_of_unequal_size_count_alike() -> None:
     assert preference_loss(sums, both).losses.tolist() == pytest.approx(
         [2.5 * math.log(4 / 3), second / 2 + 2 * LN3], abs=1e-14
     )
+
+
+def test_the_length_controlled_accuracy_is_over_all_pairs() -> None:
+    """Where chosen is longer, both pairs are right; of the two where it is shorter, one. Rows: all right, none."""
+    sums = ranked_sums([list(REWARDS), [0.0, 1.0]], [[2, 1, 3], [1, 0]])
+    found = summarise(preference_loss(sums, LossSettings(beta=1.0)), [b"a", b"b"], {})
+    assert found.metrics["rewards/accuracies"] == pytest.approx(0.5)
+    assert found.metrics["rewards/accuracies_length_controlled"] == pytest.approx((1 + 1 / 2) / 2)
+    # Pairs 0 over 1, 2 over 0, 2 over 1, and 0 over 1 of the second row; a response has one token more than the last.
+    margins, longer = [LN2, LN3 - LN2, LN3, -1.0], [-1, 2, 1, -1]
+    expected = np.corrcoef(margins, longer)[0, 1]
+    assert found.metrics["rewards/margins_length_correlation"] == pytest.approx(expected)
 
 
 def test_the_best_against_the_rest_and_shares_of_pairs() -> None:

@@ -26,6 +26,7 @@ from dpoeng.engine.recipes.sweeps.halving import (
     write_promotions,
 )
 from dpoeng.engine.recipes.sweeps.plan import SweepPlan, plan_sweep
+from dpoeng.engine.recipes.sweeps.ranking import scores_at
 from dpoeng.engine.recipes.sweeps.run import run_sweep
 from dpoeng.engine.recipes.train import train
 from dpoeng.engine.training import step as step_module
@@ -97,6 +98,22 @@ def test_failed_runs_have_no_place_and_busy_ones_are_not_taken() -> None:
     assert next_job(standings, [], 2, [("a", 0)]) is None
     assert next_job(standings, [], 2, []) == ("a", 0)  # opened once, even if its score exists
     assert promote([*at([1.0], [2.0]), Standing("c", [], failed=True)], [], 2, 2)[0] == Promotion("b", 1, (2.0,), 2)
+
+
+def test_what_a_run_is_compared_by(tmp_path: Path) -> None:
+    """The first evaluation at a rung or after it; the last one of a run that ended before; the margin breaks ties."""
+    lines = [
+        {"step": step, "metrics": {"rewards/accuracies": value, "rewards/margins": 0.6, "loss": 1 - value},
+         "intervals": {"rewards/margins": [0.5, 0.8]}}
+        for step, value in ((0, 0.0), (2, 0.5), (4, 0.7))
+    ]  # fmt: skip
+    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tie = pytest.approx(2.0)
+    assert scores_at(tmp_path, [1, 3, 6], "rewards/accuracies") == [(0.5, tie), (0.7, tie)]
+    assert scores_at(tmp_path, [1, 6, 9], "rewards/accuracies", ended=True) == [(0.5, tie), (0.7, tie), (0.7, tie)]
+    assert scores_at(tmp_path, [1], "loss") == [(-0.5, tie)]  # less of it is better
+    assert scores_at(tmp_path, [1], "rewards/accuracies_length_controlled")[0] < (-1e300, 0.0)  # without it: the worst
+    assert scores_at(tmp_path / "nowhere", [1], "loss", ended=True) == []
 
 
 def test_decisions_of_another_ladder_are_refused(tmp_path: Path) -> None:

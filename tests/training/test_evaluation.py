@@ -148,6 +148,18 @@ def test_paired_differences_of_few_pairs_are_not_certain() -> None:
     assert low < 0 < high
 
 
+def test_parts_of_rows_count_as_parts() -> None:
+    """40 ranked rows: of half of them a third more pairs is right, of a tenth a third fewer. Worked as above."""
+    differences = [1 / 3] * 20 + [-1 / 3] * 4 + [0.0] * 16
+    low, high = of(differences, [0.0] * 40, list(range(40)), paired=True)[ACCURACY]
+    better, worse = 20 / 3 + 0.5, 4 / 3 + 0.5
+    half = 1.96 * math.sqrt(better + worse - (better - worse) ** 2 / 42) / 42
+    assert (low, high) == pytest.approx(((better - worse) / 42 - half, (better - worse) / 42 + half), abs=1e-4)
+    top = "rewards/top_accuracies"
+    found = intervals({top: np.array([1.0] * 7 + [0.0] * 3)}, np.zeros(10), [bytes([i]) for i in range(10)], seed=0)
+    assert found[top] == pytest.approx(wilson(0.7, 10))
+
+
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
 def test_intervals_cover_what_they_promise(share: float) -> None:
     """In 300 data sets of 24 pairs, two a prompt and equal with probability 1/2, near 95 % hold the true share."""
