@@ -116,7 +116,7 @@ def _cards_table(result: Plan) -> Table:
         )
         for card in result.cards
     ]
-    heads = ("card", "GiB", "phase one", "phase two", "pairs a forward", "hours, one + two", "cost")
+    heads = ("card", "GiB", "phase one", "phase two", "pairs per forward", "hours, one + two", "cost")
     return Table(rows, heads, "does it fit?", [f"{driver_note()}; docs/requirements.md has builds for older ones."])
 
 
@@ -131,7 +131,7 @@ def _parts_table(result: Plan) -> Table:
     for name, n_bytes in result.estimates.items():
         rows.append((f"{name} (estimate)", *(2 * [f"{n_bytes / GIB:.2f}"])))
     rows.append(("with fragmentation (estimate)", *(f"{result.needed(peak) / GIB:.2f}" for peak in (one, two))))
-    return Table(rows, ("", "phase one", "phase two"), "one pair a forward, GiB at the peak")
+    return Table(rows, ("", "phase one", "phase two"), "one pair per forward, GiB at the peak")
 
 
 def _others_table(result: Plan, two_models: int) -> Table:

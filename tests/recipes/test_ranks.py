@@ -670,7 +670,7 @@ def test_all_take_fewer_pairs_when_one_runs_out(tmp_path: Path, cache: Path) -> 
     finished(together(2, cache, tmp_path / "half", *half), tmp_path / "half")
     out = tmp_path / "out"
     finished(together(2, cache, out, *short, last=out_of_memory_with_two_pairs), out)
-    assert "1 pair a forward" in (out / "rank0.err").read_text()
+    assert "1 pair per forward" in (out / "rank0.err").read_text()
     left, right = (tree(root, "adapter") for root in (out, tmp_path / "half"))
     for files in (left, right):
         del files["adapter/README.md"]  # which tells the batch that was asked for

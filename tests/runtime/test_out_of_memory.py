@@ -112,7 +112,7 @@ def test_running_out_twice_continues_as_if_configured_with_fewer_pairs(
     monkeypatch.setattr(batch, "predict_groups", too_many)
     notes = Notes()
     assert run(cache, tmp_path / "b", notes, eval_share=0) == expected
-    assert sum("2 pairs a forward" in text for text in notes.texts) == 1
+    assert sum("2 pairs per forward" in text for text in notes.texts) == 1
 
 
 def test_the_smaller_size_is_kept_through_a_resume(
