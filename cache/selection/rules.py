@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from dpoeng.cache.analytics import contradictions
 from dpoeng.cache.errors import CacheError
-from dpoeng.cache.exchange.responses import row_key, rows_in_numbers
+from dpoeng.cache.exchange.responses import RowKey, row_key, rows_in_numbers
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import first_of_each, whole_keys
 from dpoeng.cache.selection.scores import row_scores
@@ -139,12 +139,10 @@ _SAID_OTHERWISE = {
 
 
 def _filter(view: View, rules: Rules, scores: Floats, drop: Any) -> None:
-    if rules.drop_duplicates or rules.drop_contradictions:
-        again, both = _repeated(view) if view.rows == "pairs" else _repeated_rows(view)
-        if rules.drop_duplicates:
-            drop(f"equal to an earlier {'pair' if view.rows == 'pairs' else 'row'}", again)
-        if rules.drop_contradictions:
-            drop(_SAID_OTHERWISE[view.rows], both)
+    if rules.drop_duplicates:
+        drop(f"equal to an earlier {'pair' if view.rows == 'pairs' else 'row'}", _repeated(view))
+    if rules.drop_contradictions:
+        drop(_SAID_OTHERWISE[view.rows], _contradicted(view))
     if rules.max_tokens is not None:
         drop(f"longer than {counted(rules.max_tokens, 'token')}", _total_tokens(view) > rules.max_tokens)
     if rules.least is not None:
@@ -164,26 +162,27 @@ def _total_tokens(view: View) -> npt.NDArray[np.int64]:
     return total
 
 
-def _repeated(view: View) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Pairs that are equal to an earlier one, and those that are swapped in another; [R] each."""
-    first = first_of_each(view.keys())
-    again = np.ones(len(view), bool)
-    again[first] = False
-    both = np.array(contradictions(view, first), np.int64).ravel()
-    return again, np.isin(whole_keys(view.keys()), whole_keys(view.keys()[both]))
+def _repeated(view: View) -> npt.NDArray[np.bool_]:
+    """Rows that are equal to an earlier one, [R]."""
+    if view.rows == "pairs":
+        again = np.ones(len(view), bool)
+        again[first_of_each(view.keys())] = False
+        return again
+    first: dict[RowKey, int] = {}
+    keys = (row_key(view, place) for place in view.row_starts())
+    return np.array([first.setdefault(key, row) != row for row, key in enumerate(keys)])
 
 
-def _repeated_rows(view: View) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """The same of other rows."""
+def _contradicted(view: View) -> npt.NDArray[np.bool_]:
+    """Rows of which another one says the opposite, [R]."""
+    if view.rows == "pairs":
+        both = np.array(contradictions(view, first_of_each(view.keys())), np.int64).ravel()
+        return np.isin(whole_keys(view.keys()), whole_keys(view.keys()[both]))
     keys = [row_key(view, place) for place in view.row_starts()]
-    seen: dict[bytes, set[tuple[float, ...]]] = {}
-    again = []
+    said: dict[bytes, set[tuple[float, ...]]] = {}
     for key in keys:
-        known = seen.setdefault(key.texts, set())
-        again.append(key.scores in known)
-        known.add(key.scores)
-    both = [any(key.contradicts(other) for other in seen[key.texts]) for key in keys]
-    return np.array(again), np.array(both)
+        said.setdefault(key.texts, set()).add(key.scores)
+    return np.array([any(key.contradicts(scores) for scores in said[key.texts]) for key in keys])
 
 
 def _groups(view: View, column: str | None) -> dict[str, Rows]:
