@@ -522,6 +522,11 @@ class TrainConfig(_Config):
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
         (), description="Trackers that also receive the metrics, besides metrics.jsonl."
     )
+    report_samples: int = Field(
+        0,
+        ge=0,
+        description="Held-out pairs whose texts, with their reward margins, trackers receive at the end.",
+    )
     run_name: str | None = Field(None, description="Name of the run in trackers. Default: the output folder's name.")
     logging_steps: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
     eval_steps: int | None = Field(None, ge=1, description="Steps between evaluations. Default: once an epoch.")

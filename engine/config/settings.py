@@ -152,6 +152,7 @@ class TrainSettings(LossFields, total=False):
         Literal["tensorboard", "wandb", "mlflow", "trackio"]
         | Sequence[Literal["tensorboard", "wandb", "mlflow", "trackio"]]
     )
+    report_samples: int
     run_name: str | None
     logging_steps: int
     eval_steps: int | None
@@ -198,6 +199,15 @@ class CompareSettings(TypedDict, total=False):
     model: str | PathLike[str] | None
     quantization: Quantization | None
     dtype: Dtype | None
+    device: str
+
+
+class ExportSettings(TypedDict, total=False):
+    """Arguments of `dpoeng.export`; they replace the run's."""
+
+    cache: str | PathLike[str]
+    view: str | None
+    model: str | PathLike[str] | None
     device: str
 
 

@@ -22,6 +22,7 @@ from dpoeng.engine.models.tokenizer import TokenizerChoice, has_tokenizer, recor
 from dpoeng.engine.recipes.inputs import Inputs, check_held_out, open_inputs
 from dpoeng.engine.recipes.phase_two.extension import Extension, extension_text, find_extension
 from dpoeng.engine.recipes.phase_two.summary import TrainSummary, add_results, finished_summary
+from dpoeng.engine.recipes.phase_two.tracked import run_steps_tracked
 from dpoeng.engine.recipes.policy import Choice, Policy, choose_policy, load_policy
 from dpoeng.engine.reference.loading import KeptBase
 from dpoeng.engine.runs.card import model_card
@@ -41,11 +42,10 @@ from dpoeng.engine.runs.lock import holding
 from dpoeng.engine.runs.metrics import MetricsLog
 from dpoeng.engine.runs.reading import read_json
 from dpoeng.engine.runs.result import write_result
-from dpoeng.engine.runs.trackers import check_trackers, open_trackers
+from dpoeng.engine.runs.trackers import check_trackers
 from dpoeng.engine.runtime.determinism import full_determinism
 from dpoeng.engine.runtime.distributed import Group, process_group
 from dpoeng.engine.runtime.progress import QUIET, Progress
-from dpoeng.engine.training.loop import run_steps
 from dpoeng.engine.training.optimizer import build_optimizer, build_scheduler
 from dpoeng.engine.training.run import OnMetrics, Run, best_parameters, restore_run, save_run
 
@@ -131,7 +131,7 @@ def _train(
     if policy.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(policy.device)
     pause = None if pause_at is None else max(pause_at, first_step + 1)
-    done = _run_steps_tracked(run, first_step, identity, pause)
+    done = run_steps_tracked(run, first_step, identity, pause, policy.source, inputs.reference)
     if done != pause or done == run.schedule.total_steps:
         write_results(run, done, identity, choice, policy, inputs.reference)
     return summarise(run, inputs, policy, choice.mode, first_step, done, time.perf_counter() - began)
@@ -295,24 +295,6 @@ def _has_paused(config: TrainConfig, checkpoint: Checkpoint, pause_at: int | Non
     if pause_at is None or checkpoint.step < pause_at:
         return False
     return any(pause_at <= line["step"] <= checkpoint.step for line in MetricsLog(config.output_dir).read_evaluations())
-
-
-def _run_steps_tracked(run: Run, first_step: int, identity: dict[str, Any], pause: int | None) -> int:
-    """`run_steps` with every line of metrics also sent to the trackers; returns the number of steps done."""
-    config = run.config
-    trackers = open_trackers(
-        config.report_to if run.group.is_first else (),
-        run_name=config.run_name or config.output_dir.resolve().name,
-        output_dir=config.output_dir,
-        settings=config.model_dump(mode="json"),
-        first_step=first_step,
-        progress=run.progress,
-    )
-    run.log.also = trackers.log
-    try:
-        return run_steps(run, first_step, identity, pause)
-    finally:
-        trackers.finish()
 
 
 def write_results(

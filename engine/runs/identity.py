@@ -18,7 +18,7 @@ from dpoeng.engine.losses.own import OwnLoss
 FREE_TO_CHANGE = frozenset(
     "cache output_dir resume model adapter init_adapter device logging_steps eval_steps save_steps save_total_limit "
     "fsdp per_device_eval_batch_size parity_pairs parity_tolerance eval_group_by report_to run_name "
-    "activation_offloading layer_offloading offload_gib offload_folder mix_with".split()
+    "activation_offloading layer_offloading offload_gib offload_folder mix_with report_samples".split()
 )
 
 

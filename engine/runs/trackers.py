@@ -10,8 +10,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ from dpoeng.engine.runtime.progress import QUIET, Progress
 PROJECT = "dpoeng"
 """Name of the project (wandb, Trackio) or experiment (MLflow); their environment variables take precedence."""
 
+
+Table = tuple[Sequence[str], Sequence[Sequence[str | float]]]
+"""Headings, and rows of texts and numbers."""
 
 _STEP = "train/global_step"
 """Value that transformers logs with each line to W&B and Trackio, as the x axis of their curves."""
@@ -57,6 +62,15 @@ class Trackers:
         for name, tracker in list(self.opened.items()):
             try:
                 tracker.log(names_in(name, numbers, step), step=step)
+            except Exception as error:
+                self._give_up(name, error)
+
+    def show(self, step: int, tables: Mapping[str, Table]) -> None:
+        """Logs tables by name, as text in TensorBoard and as a file in MLflow, which have none."""
+        for name, tracker in list(self.opened.items()):
+            try:
+                for title, (columns, rows) in tables.items():
+                    _show(name, tracker, step, title, columns, rows)
             except Exception as error:
                 self._give_up(name, error)
 
@@ -117,10 +131,18 @@ def open_trackers(
         try:
             tracker = _tracker(name, run_name, output_dir, first_step)
             tracker.start()
+            flat = _flat(settings)
             if name == "wandb":  # the x axis that transformers uses
                 tracker.tracker.define_metric(_STEP)
                 tracker.tracker.define_metric("*", step_metric=_STEP, step_sync=True)
-            tracker.store_init_configuration(_flat(settings))
+            if name == "trackio":  # accelerate's method stores an argument of W&B's among the settings
+                tracker.tracker.config.update(flat)
+            else:
+                tracker.store_init_configuration(flat)
+            if name == "tensorboard":  # its page of hyperparameters has a column per setting
+                tracker.tracker.add_text(
+                    "configuration", _markdown(("setting", "value"), [(k, str(v)) for k, v in flat.items()]), first_step
+                )
         except Exception as error:
             trackers.finish()
             raise UserError(
@@ -149,6 +171,43 @@ def _tracker(name: str, run_name: str, output_dir: Path, first_step: int) -> Any
             return tracking.MLflowTracker(PROJECT, run_name=run_name)
         case _:
             return tracking.TrackioTracker(PROJECT, name=run_name)
+
+
+def _show(
+    name: str, tracker: Any, step: int, title: str, columns: Sequence[str], rows: Sequence[Sequence[str | float]]
+) -> None:
+    match name:
+        case "tensorboard":
+            tracker.tracker.add_text(title, _markdown(columns, rows), step)
+        case "wandb":
+            tracker.log_table(title, columns=list(columns), data=[list(row) for row in rows], step=step)
+        case "mlflow":
+            import mlflow
+
+            run = tracker.tracker.info.run_id
+            mlflow.MlflowClient().log_text(run, _markdown(columns, rows), f"{title}.md")
+        case _:
+            import trackio
+
+            cells = [dict(zip(columns, row, strict=True)) for row in rows]
+            tracker.tracker.log({title: trackio.Table(data=cells)}, step=step)
+
+
+# Characters that Markdown reads as emphasis, links, code, headings or the border of a cell.
+_MARKUP = re.compile(r"([\\`*_{}\[\]#|!~])")
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table in Markdown whose texts stay as they are."""
+
+    def cell(value: Any) -> str:
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        return _MARKUP.sub(r"\\\1", escape(text, quote=False)).replace("\r", "").replace("\n", "<br>")
+
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(
+        f"| {' | '.join(str(text) if at == 1 else cell(text) for text in line)} |" for at, line in enumerate(lines)
+    )
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         CheckSettings,
         CompareSettings,
         EvaluateSettings,
+        ExportSettings,
         PlanSettings,
         PrecomputeSettings,
         RoundFields,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from dpoeng.engine.recipes.cache_rows import CacheRows, ResponsesRows
     from dpoeng.engine.recipes.check import CheckReport
     from dpoeng.engine.recipes.compare import Generation
+    from dpoeng.engine.recipes.elsewhere.export import ExportSummary
     from dpoeng.engine.recipes.evaluate import EvaluationSummary
     from dpoeng.engine.recipes.phase_two.summary import TrainSummary
     from dpoeng.engine.recipes.plan import Plan
@@ -309,6 +311,53 @@ def compare(
         repetition_penalty=repetition_penalty,
         stop=stop,
         seed=seed,
+    )
+
+
+def export(
+    output_dir: StrPath,
+    into: StrPath,
+    *,
+    to: Literal["merged", "gguf", "gguf-adapter", "vllm"],
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "q8_0"] = "auto",
+    check_pairs: int = 4,
+    force: bool = False,
+    progress: bool | Progress = False,
+    **settings: Unpack[ExportSettings],
+) -> ExportSummary:
+    """Write the result of a finished run for another program, load it again, and compare it with the trained policy.
+
+    >>> written = dpoeng.export("out", "adapter.gguf", to="gguf-adapter")
+    >>> written.path, written.rank, written.check.mean_diff
+
+    Args:
+        output_dir: the run's folder.
+        into: a new folder; for `gguf` and `gguf-adapter` a file.
+        to: a merged checkpoint, a GGUF model or adapter for llama.cpp, or an adapter for vLLM.
+        dtype: dtype of the weights for `merged` and `gguf`; `auto` is the base's, `q8_0` is for `gguf` only.
+        check_pairs: pairs of the cache on which the result is compared with the trained policy; 0 for none.
+        force: replace an existing file.
+        progress: as for `precompute_reference`.
+        settings: override the run's, e.g. cache, view, model, device.
+
+    Raises:
+        UserError: the run is not complete, the program cannot load the result, or its log-probs differ.
+    """
+    from dpoeng.engine.config.settings import ExportSettings
+    from dpoeng.engine.recipes.elsewhere.export import export as write
+    from dpoeng.engine.recipes.evaluate import find_trained
+
+    _refuse_others("export", ExportSettings, settings)
+    config = _config_of_run(find_trained(Path(output_dir)).run, settings)
+    return write(
+        Path(output_dir),
+        to,
+        Path(into),
+        config,
+        dtype=dtype,
+        check_pairs=check_pairs,
+        force=force,
+        progress=_shown(progress),
     )
 
 

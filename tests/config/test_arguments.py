@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from dpoeng.cache.errors import CacheError, UserError
 from dpoeng.cli import check, compare, evaluate
 from dpoeng.cli.rounds import round as round_command
+from dpoeng.cli.runs import export as export_command
 from dpoeng.engine.config import settings
 from dpoeng.engine.config.arguments import as_arguments
 from dpoeng.engine.config.fields import LOSS_FIELDS, PrecomputeConfig, TrainConfig
@@ -98,6 +99,7 @@ TRAIN, PRECOMPUTE = set(TrainConfig.model_fields), set(PrecomputeConfig.model_fi
         (settings.TrainSettings, TrainConfig, TRAIN - {"cache", "output_dir"}),
         (settings.EvaluateSettings, TrainConfig, set(evaluate._FIELDS)),
         (settings.CompareSettings, TrainConfig, set(compare._FIELDS)),
+        (settings.ExportSettings, TrainConfig, set(export_command._FIELDS)),
         (settings.RoundFields, TrainConfig, set(round_command.FIELDS)),
         (settings.PlanSettings, PlanConfig, set(PlanConfig.model_fields) - {"model"}),
     ],

@@ -42,6 +42,13 @@ def test_everything_that_is_offered_is_there() -> None:
     assert (ROOT / "src" / "dpoeng" / "py.typed").is_file()
 
 
+def test_python_m_runs_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "dpoeng", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith(version("dpoeng"))
+    helped = subprocess.run([sys.executable, "-m", "dpoeng", "train", "-h"], capture_output=True, text=True, check=True)
+    assert helped.stdout.startswith("Usage: dpoeng train [OPTIONS]")
+
+
 @pytest.mark.slow  # mypy reads all of dpoeng, and torch
 def test_type_checkers_know_the_arguments(tmp_path: Path) -> None:
     pytest.importorskip("mypy")

@@ -13,6 +13,7 @@ import torch
 from dpoeng_testing import pair_rows, write_jsonl
 from safetensors.torch import load_file
 
+import dpoeng
 from dpoeng.cache.errors import UserError
 from dpoeng.cli.main import main
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
@@ -121,6 +122,20 @@ def test_merged_is_compared_too(stacked: TrainConfig, tmp_path: Path) -> None:
     assert summary.check is not None
     assert summary.check.mean_diff < 1e-5
     assert (tmp_path / "m" / "tokenizer.json").is_file()
+
+
+def test_the_python_function_does_what_the_command_does(
+    stacked: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = dpoeng.export(stacked.output_dir, tmp_path / "one.gguf", to="gguf-adapter", check_pairs=2)
+    assert written.check is not None
+    assert (written.path, written.check.pairs) == (tmp_path / "one.gguf", 2)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(SystemExit):
+        main(["export", str(stacked.output_dir), "--to", "gguf-adapter", "--into", str(tmp_path / "two.gguf")])
+    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
+    with pytest.raises(UserError, match="beta"):
+        dpoeng.export(stacked.output_dir, tmp_path / "three.gguf", to="gguf", beta=0.3)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("target", ["merged", "gguf", "gguf-adapter", "vllm"])

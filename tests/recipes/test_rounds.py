@@ -423,6 +423,18 @@ def test_the_command_tells_what_each_round_did(
     shutil.rmtree("rounds")
 
 
+def test_a_missing_tracker_is_refused_before_anything_is_sampled(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpoeng.engine.runs.trackers.importlib.util.find_spec", lambda name: None)
+    config = TrainConfig(cache=run.parent / "cache", output_dir=run, report_to=("wandb",), **FIELDS)
+    judge = find_judge(many_vowels, JudgeSettings())
+    with pytest.raises(UserError) as caught:
+        train_rounds(find_trained(run), config, judge, RoundSettings("first", 1), tmp_path / "rounds")
+    assert caught.value.code == "tracker-missing"
+    assert not (tmp_path / "rounds").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("reference", ["first", "last"])
 def test_three_rounds_of_a_real_model(tmp_path: Path, demo_model: Path, reference: Any) -> None:

@@ -119,7 +119,7 @@ def test_an_unsavable_adapter_is_found_before_the_first_step(
     def steps(*_: Any) -> None:
         raise AssertionError("a step was done")
 
-    monkeypatch.setattr("dpoeng.engine.recipes.train.run_steps", steps)
+    monkeypatch.setattr("dpoeng.engine.recipes.phase_two.tracked.run_steps", steps)
     with pytest.raises(UserError) as caught:
         train(settings(tmp_path, adapter_mode="stack"))
     assert caught.value.code == "adapter-unsavable"

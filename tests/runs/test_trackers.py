@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -39,6 +41,7 @@ class Kept:
     def __init__(self, fails_at: int | None = None) -> None:
         self.lines: list[tuple[int, dict[str, Any]]] = []
         self.settings: dict[str, Any] = {}
+        self.tables: dict[str, Any] = {}
         self.finished = False
         self.fails_at = fails_at
 
@@ -48,7 +51,7 @@ class Kept:
     @property
     def tracker(self) -> Any:
         """The library's own object."""
-        return SimpleNamespace(define_metric=lambda *_, **__: None)
+        return SimpleNamespace(define_metric=lambda *_, **__: None, add_text=lambda *_: None)
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         self.settings = values
@@ -57,6 +60,9 @@ class Kept:
         if step == self.fails_at:
             raise ConnectionError("the server is gone")
         self.lines.append((step, dict(values)))
+
+    def log_table(self, name: str, *, columns: list[str], data: list[list[Any]], step: int) -> None:
+        self.tables[name] = (columns, data)
 
     def finish(self) -> None:
         self.finished = True
@@ -74,6 +80,7 @@ def test_a_tracker_gets_every_line_of_the_log(tmp_path: Path, cache: Path, monke
         assert rewrite_logs(numbers).items() <= told.items()
         assert told["train/global_step"] == line["step"]
     assert kept.finished
+    assert list(kept.tables) == ["held_out"]
     assert kept.settings["learning_rate"] == 1e-5
     assert kept.settings["report_to"] == '["wandb"]'
     assert "adapter" not in kept.settings
@@ -95,6 +102,45 @@ def test_a_failing_tracker_is_dropped_and_the_run_continues(
     assert summary.steps == 3
     assert {step for step, _ in kept.lines} == {0, 1}
     assert any("mlflow failed" in note and "the server is gone" in note for note in notes.said)
+
+
+def test_texts_of_pairs_are_sent_only_when_asked_for(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: dict[int, dict[str, Any]] = {}
+    monkeypatch.setattr(module, "_tracker", lambda *_: Kept())
+    monkeypatch.setattr("dpoeng.engine.recipes.train.check_trackers", lambda names: None)
+    for count in (0, 1):
+        monkeypatch.setattr(Trackers, "show", lambda _, step, tables, count=count: sent.update({count: tables}))
+        out = tmp_path / str(count)
+        train(TrainConfig(cache=cache, output_dir=out, max_steps=2, report_to=("wandb",), report_samples=count))
+    assert list(sent[0]) == ["held_out"]
+    heads, rows = sent[1]["held_out_pairs"]
+    (line, *_) = (out / "held_out.jsonl").read_text().splitlines()
+    pair = json.loads(line)
+    row = dict(zip(heads, rows[0], strict=True))
+    assert (row["source"], row["reward margin"]) == (pair["source"], pair["rewards/margins"])
+    number = int(pair["source"].rsplit(" ", 1)[-1])
+    texts = json.loads((cache.parent / "pairs.jsonl").read_text().splitlines()[number - 1])
+    assert row["prompt"].strip() == str(texts["prompt"]).strip()
+    assert str(texts["chosen"]).strip() in row["chosen"]
+    figures = {name: bounds for name, *bounds in sent[1]["held_out"][1]}
+    last = json.loads((out / "evaluations.jsonl").read_text().splitlines()[-1])
+    for name, mean in last["metrics"].items():
+        assert figures[name] == [mean, *last["intervals"].get(name, ("", ""))]
+
+
+@pytest.mark.slow  # TensorBoard brings this renderer
+def test_a_markdown_table_keeps_texts_as_they_are() -> None:
+    import markdown
+
+    texts = ["a|b", "<b>*x*</b>", "two\nlines", "a_b_c `code` [l](u) # h"]
+    shown = markdown.markdown(module._markdown(("name",), [(text,) for text in texts]), extensions=["tables"])
+    cells = [
+        html.unescape(cell.replace("<br>", "\n").replace("<br />", "\n"))
+        for cell in re.findall(r"<td>(.*?)</td>", shown, re.DOTALL)
+    ]
+    assert cells == texts
 
 
 def test_names_are_those_of_transformers_callbacks() -> None:
@@ -162,7 +208,9 @@ import sys
 from pathlib import Path
 from dpoeng.engine.config.fields import TrainConfig
 from dpoeng.engine.recipes.train import train
-train(TrainConfig(cache=Path(sys.argv[1]), output_dir=Path(sys.argv[2]), max_steps=3, report_to=sys.argv[3]))
+train(TrainConfig(
+    cache=Path(sys.argv[1]), output_dir=Path(sys.argv[2]), max_steps=3, report_to=sys.argv[3], report_samples=1
+))
 """
 
 
@@ -189,6 +237,12 @@ def test_tensorboard_is_written_and_read_back(tmp_path: Path, cache: Path, metri
     read = EventAccumulator(str(tmp_path / "out" / "runs" / "out")).Reload()
     found = [(event.step, event.value) for event in read.Scalars(f"train/{metric}")]
     assert found == [(step, pytest.approx(value, rel=1e-6)) for step, value in series(lines, metric)]
+    texts = {name: read.Tensors(f"{name}/text_summary") for name in ("configuration", "held_out", "held_out_pairs")}
+    shown = {name: events[-1].tensor_proto.string_val[0].decode() for name, events in texts.items()}
+    assert "| learning\\_rate | 1e-05 |" in shown["configuration"]
+    assert "| rewards/margins | " in shown["held_out"]
+    assert shown["held_out_pairs"].count("\n") == 2
+    assert "pairs.jsonl, row" in shown["held_out_pairs"]
 
 
 @pytest.mark.slow
@@ -209,6 +263,8 @@ def test_mlflow_is_written_and_read_back(tmp_path: Path, cache: Path) -> None:
     points, rate, name = json.loads(shown.splitlines()[-1])
     assert [tuple(point) for point in points] == series(lines, "loss")
     assert (float(rate), name) == (1e-5, "out")
+    (table,) = (tmp_path / "mlruns").rglob("held_out.md")
+    assert "| rewards/margins | " in table.read_text()
 
 
 @pytest.mark.slow
@@ -219,8 +275,14 @@ def test_trackio_is_written_and_read_back(tmp_path: Path, cache: Path) -> None:
     (database,) = (tmp_path / "trackio").glob("dpoeng*.db")
     with sqlite3.connect(database) as connection:
         rows = connection.execute("select step, metrics from metrics order by id").fetchall()
+        config = json.loads(connection.execute("select config from configs").fetchone()[0])
     found = [(step, held["train/loss"]) for step, text in rows if "train/loss" in (held := json.loads(text))]
     assert found == [(step, pytest.approx(value)) for step, value in series(lines, "loss")]
+    assert "allow_val_change" not in config
+    assert config["learning_rate"] == 1e-5
+    tables = {name: value for _, text in rows for name, value in json.loads(text).items() if name.startswith("held")}
+    assert {cells["metric"] for cells in tables["held_out"]["_value"]} >= {"loss", "rewards/margins"}
+    assert tables["held_out_pairs"]["_value"][0]["prompt"]
 
 
 @pytest.mark.slow
@@ -238,6 +300,8 @@ def test_wandb_is_written_offline_and_read_back(tmp_path: Path, cache: Path) -> 
             if "train/loss" in held:
                 found.append((record.history.step.num, held["train/loss"]))
     assert found == [(step, pytest.approx(value)) for step, value in series(lines, "loss")]
+    (table,) = file.parent.glob("files/media/table/held_out_[0-9]*.table.json")
+    assert "rewards/margins" in [row[0] for row in json.loads(table.read_text())["data"]]
 
 
 def leveldb_records(data: bytes) -> Iterator[bytes]:

@@ -26,6 +26,7 @@ from dpoeng.engine.recipes.rounds.prompts import RoundPrompt, as_row, distinct_p
 from dpoeng.engine.recipes.rounds.record import STATE, write_lines
 from dpoeng.engine.recipes.rounds.source_pairs import source_pairs
 from dpoeng.engine.runs.identity import FREE_TO_CHANGE, rows_digest
+from dpoeng.engine.runs.trackers import check_trackers
 from dpoeng.engine.runtime.endpoint import Endpoint
 from dpoeng.engine.runtime.host import group_size
 from dpoeng.engine.runtime.progress import Progress
@@ -71,6 +72,7 @@ class Start:
 
 def check_start(trained: Trained, config: TrainConfig, settings: RoundSettings) -> None:
     """Raises UserError if rounds cannot start from this run, before any work is done."""
+    check_trackers(config.report_to)
     why = ""
     if group_size(os.environ) > 1:
         why = "rounds run in one process: start them without torchrun"
