@@ -62,7 +62,8 @@ class Releases:
     def __str__(self) -> str:
         if not self.trl:
             return "no release accepts all of it"
-        text = f"it fits TRL {_range(self.trl)} with transformers {_range(self.transformers)}"
+        trl = _range([_minor(release) for release in self.trl])
+        text = f"it fits TRL {trl} with transformers {_range(self.transformers)}"
         if self.without_plain_arguments:
             text = f"no release accepts all of it; with DPOConfig instead of TrainingArguments {text}"
         pair = self.tried()
@@ -152,6 +153,11 @@ def _within(version: str, stretches: list[list[str]], known: list[str]) -> bool:
     return any(known.index(first) <= place <= known.index(last) for first, last in stretches)
 
 
+def _minor(release: str) -> str:
+    """A release of TRL without its patch number, because only one release of each minor version was read."""
+    return ".".join(release.split(".")[:2])
+
+
 def _range(versions: Sequence[str]) -> str:
     return versions[0] if len(versions) == 1 else f"{versions[0]} to {versions[-1]}"
 
@@ -234,7 +240,8 @@ def refusals(given: Sequence[Given]) -> list[str]:
         newest = {o: versions["transformers" if o == "TrainingArguments" else "trl"][-1] for o in accepting}
         if any(o in owners and owners[o]["in"][-1][1] == newest[o] for o in accepting):
             continue
-        last = next((f"{o} accepted it up to {owners[o]['in'][-1][1]}" for o in accepting if o in owners), "")
+        ends = ((o, owners[o]["in"][-1][1]) for o in accepting if o in owners)
+        last = next((f"{o} accepted it up to {v if o == 'TrainingArguments' else _minor(v)}" for o, v in ends), "")
         known = meaning(item.name, fields=known_fields())
         renamed = f"; now {known.renamed[0]}" if known and known.renamed else ""
         moved = "DPOConfig" in owners and owners["DPOConfig"]["in"][-1][1] == versions["trl"][-1]
