@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +36,7 @@ SHORTEST = 8
 _SPARE_TOKENS = 24
 """How much longer than a window its probe is."""
 
-_CANNOT = (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError, AttributeError, IndexError, KeyError)
+CANNOT = (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError, AttributeError, IndexError, KeyError)
 """Errors that models raise when they run in a way that they were not made for."""
 
 
@@ -132,7 +132,7 @@ class _Probe:
         try:
             expected = _expected(lm, groups)
             later = _looks_ahead(lm, groups[0])
-        except _CANNOT as error:
+        except CANNOT as error:
             raise _refused(lm, error) from error
         tolerance = _tolerance(lm)
         if later > tolerance:
@@ -155,7 +155,7 @@ class _Probe:
         use_layout(lm, "separate")
         try:
             return _Probe(groups, _expected(lm, groups), _tolerance(lm))
-        except _CANNOT as error:
+        except CANNOT as error:
             raise _refused(lm, error) from error
 
     def difference(self, lm: CausalLM) -> float:
@@ -186,7 +186,7 @@ def _try_separate(lm: CausalLM, probe: _Probe) -> None:
         lm.padding = padding
         try:
             error = probe.difference(lm)
-        except _CANNOT as failure:
+        except CANNOT as failure:
             if is_out_of_memory(failure):
                 raise
             if not padding:
@@ -215,7 +215,7 @@ def _try_shared(lm: CausalLM, probe: _Probe, attention: Attention, tree: bool) -
         try:
             error_of_way = probe.difference(lm)
             reason = f"sharing the prompt changes log-probs by {error_of_way:.3g} nats per token"
-        except _CANNOT as error:
+        except CANNOT as error:
             if is_out_of_memory(error):
                 raise
             error_of_way = float("inf")
@@ -223,7 +223,7 @@ def _try_shared(lm: CausalLM, probe: _Probe, attention: Attention, tree: bool) -
         if error_of_way <= probe.tolerance:
             if tree:
                 _try_tree(lm, probe, layers, told)
-            _try_scored_end(lm, probe)
+            try_scored_end(lm, lambda: probe.difference(lm) <= probe.tolerance)
             lm.tree = SHORTEST if lm.tree else 0
             return ""
         without = f" ({name}: {reason})"
@@ -245,7 +245,7 @@ def _try_tree(lm: CausalLM, probe: _Probe, stateful: int, told: str) -> None:
         try:
             error = probe.difference(lm)
             why = "" if error <= probe.tolerance else f"that changes log-probs by {error:.3g} nats per token"
-        except _CANNOT as failure:
+        except CANNOT as failure:
             if is_out_of_memory(failure):
                 raise
             why = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
@@ -256,14 +256,17 @@ def _try_tree(lm: CausalLM, probe: _Probe, stateful: int, told: str) -> None:
     lm.layout_reason = f"each prompt runs once for all its responses{shared}; {told}"
 
 
-def _try_scored_end(lm: CausalLM, probe: _Probe) -> None:
-    """With varlen, computes only scored positions in the last layer, if that reproduces the model's own numbers."""
+def try_scored_end(lm: CausalLM, reproduces: Callable[[], bool]) -> None:
+    """With varlen, computes only scored positions in the last layer, if that reproduces the model's own numbers.
+
+    `reproduces` scores packed rows, and says whether the numbers are right.
+    """
     lm.scored_end = False
-    if lm.attention != "varlen" or lm.by_layer is not None:
+    if lm.attention != "varlen":
         return
     try:
-        lm.scored_end = end_at_scored(lm, lambda: probe.difference(lm)) and probe.difference(lm) <= probe.tolerance
-    except _CANNOT as error:
+        lm.scored_end = end_at_scored(lm, reproduces) and reproduces()
+    except CANNOT as error:
         if is_out_of_memory(error):
             raise
         lm.scored_end = False

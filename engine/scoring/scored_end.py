@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpoeng.engine.models.layers.gates import forward_inside, put_inside
 from dpoeng.engine.models.model import CausalLM, decoder_layers
 from dpoeng.engine.scoring.attention import AttentionPlan
 
@@ -30,7 +31,8 @@ class _Reached(Exception):  # noqa: N818  (no error)
 def end_at_scored(lm: CausalLM, run: Callable[[], Any]) -> bool:
     """Makes the last decoder layer compute scored positions only, for packed rows through varlen.
 
-    Call it before `enable_gradient_checkpointing`, which then wraps it.
+    Call it before `enable_gradient_checkpointing`, which then wraps it. A layer that is loaded when it runs keeps its
+    gate outside, so that both orders of the loops compute the same positions.
 
     Args:
         lm: the model, in the shared layout, with `attention` varlen.
@@ -40,13 +42,14 @@ def end_at_scored(lm: CausalLM, run: Callable[[], Any]) -> bool:
         Whether the last layer has one attention that takes a row's plan, followed by an output projection.
     """
     layer: Any = decoder_layers(lm.backbone)[-1]
-    if isinstance(layer.forward, partial) and layer.forward.func is _over_scored:
+    forward = forward_inside(layer)
+    if isinstance(forward, partial) and forward.func is _over_scored:
         lm.scored_end = True
         return True
     names = _parts(layer, run)
     if names is None:
         return False
-    layer.forward = partial(_over_scored, layer, *names, layer.forward)
+    put_inside(layer, partial(_over_scored, layer, *names, forward))
     lm.scored_end = True
     return True
 

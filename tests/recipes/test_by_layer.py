@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from dpoeng_testing import pair_rows, tree, write_jsonl
+from plain_varlen import use_plain_arithmetic
 
 from dpoeng.bench.studies.tiny_models import save_tiny
 from dpoeng.cache.errors import UserError
@@ -16,6 +18,7 @@ from dpoeng.engine.models.sources import find_model
 from dpoeng.engine.recipes.precompute import precompute_reference
 from dpoeng.engine.recipes.quantize import quantize
 from dpoeng.engine.recipes.train import train
+from dpoeng.engine.scoring import scored_end
 
 
 def cached(folder: Path, pairs: Path, model: Path, **settings: Any) -> dict[str, str]:
@@ -129,6 +132,39 @@ def test_an_adapter_has_the_same_bytes(
     ordinary = trained(tmp_path / "a", caches[cache], **settings)
     assert any(name.endswith("adapter_model.safetensors") for name in ordinary)
     assert trained(tmp_path / "b", caches[cache], layer_offloading="on", **settings) == ordinary
+
+
+def test_the_short_last_layer_of_a_gpu_has_the_same_bytes(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both phases with varlen attention, of which a CPU has a stand-in here: by layer, too, only scored positions."""
+    pytest.importorskip("torch.nn.attention.varlen", reason="not in the oldest torch that is accepted")
+    use_plain_arithmetic()
+    monkeypatch.setattr("dpoeng.engine.recipes.policy.refuse_attention_on_cpu", lambda *_: None)
+    rows: list[tuple[bool, int, int]] = []
+    over_scored = scored_end._over_scored
+
+    def noting(layer: Any, *given: Any, **named: Any) -> Any:
+        plan, out = named.get("dpoeng_plan"), over_scored(layer, *given, **named)
+        if plan is not None and plan.last is not None:
+            rows.append((torch.is_grad_enabled(), given[3].shape[1], out.shape[1]))
+        return out
+
+    monkeypatch.setattr(scored_end, "_over_scored", noting)
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(24))
+    ways: Any = ("off", "on")
+    caches = [
+        cached(tmp_path / way, pairs, tiny_model, attention="varlen", layer_offloading=way, batch_tokens=128)
+        for way in ways
+    ]
+    assert caches[0] == caches[1]
+    found = []
+    for way in ways:
+        rows.clear()
+        settings: Any = {"attention": "varlen", "layer_offloading": way, "lora_dropout": 0.1}
+        found.append(trained(tmp_path / f"out-{way}", tmp_path / "off", **settings))
+        assert {grad for grad, before, after in rows if after < before} == {False, True}
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])

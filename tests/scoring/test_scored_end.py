@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import SHARED_FAMILIES, make, own_logps, some_groups
+from families import SHARED_FAMILIES, VOCAB, make, own_logps, some_groups
 from plain_varlen import use_plain_arithmetic
 
 from dpoeng.engine.models.model import CausalLM, decoder_layers, enable_gradient_checkpointing
@@ -100,6 +100,61 @@ def test_gradients_are_those_of_the_whole_layer(name: str, recomputed: bool) -> 
         gradients.append([weight.grad for weight in weights])
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-6)
+
+
+def ranked_groups() -> list[PromptGroup]:
+    """Six responses that fork at two depths, some scored late or with a gap, one inside another; and a plain pair."""
+    rng = np.random.default_rng(5)
+
+    def draw(n: int) -> Any:
+        return rng.integers(0, VOCAB, n, dtype=np.int32)
+
+    stem, fork = draw(9), draw(8)
+    long = np.concatenate([stem, fork, draw(6)])
+    ends = [Branch(long), Branch(np.concatenate([stem, fork, draw(4)]), start=3), Branch(long[:12])]
+    ends += [Branch(np.concatenate([stem, draw(9)]), start=1, gaps=((4, 11),)), Branch(draw(7)), Branch(draw(1))]
+    return [PromptGroup(draw(10), tuple(ends)), PromptGroup(draw(4), (Branch(draw(5)), Branch(draw(3))))]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("LlamaConfig", torch.float64),
+        ("MistralConfig", torch.float64),
+        ("MistralConfig", torch.float32),
+        ("Qwen3MoeConfig", torch.float32),  # torch has no grouped product in float64
+    ],
+)
+def test_beginnings_that_run_once_with_varlen_and_the_short_end(name: str, dtype: torch.dtype) -> None:
+    """All three together, as a GPU runs ranked rows: numbers and gradients are those of separate rows."""
+    lm, made = make(name, SHARED_FAMILIES[name], dtype), ranked_groups()
+    if dtype == torch.float32:
+        choose_layout(lm, "shared", "varlen")
+        lm.tree = 2
+    else:  # the probe knows no float64
+        use_layout(lm, "shared")
+        lm.attention, lm.tree = "varlen", 2
+        assert end_at_scored(lm, lambda: score_groups(lm, made))
+    assert (lm.attention, lm.scored_end) == ("varlen", True)
+    row = pack(made, lm.tree)
+    assert len(row.input_ids) < sum(one.total_tokens for one in made)
+    assert any(span.tree for span in row.groups)
+    rows: list[int] = []
+    rows_of_last_layer(lm, rows)
+    weights = [p.requires_grad_() for n, p in lm.base.named_parameters() if p.dim() > 1 and "embed" not in n]
+
+    def gradients() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        logps, _ = score_groups(lm, made)
+        loss = (logps * torch.linspace(-1, 1, len(logps))).sum()
+        return logps.detach(), list(torch.autograd.grad(loss, weights))
+
+    ours, our_gradients = gradients()
+    assert rows == [len(queries_of(row))]
+    use_layout(lm, "separate")
+    truth, expected = gradients()
+    torch.testing.assert_close(ours, truth, atol=1e-6 if dtype == torch.float64 else 2e-5, rtol=0)
+    for one, other in zip(our_gradients, expected, strict=True):
+        assert (one - other).norm() <= (1e-6 if dtype == torch.float64 else 1e-5) * other.norm() + 1e-6
 
 
 @pytest.mark.parametrize("name", ["LlamaConfig", "GPT2Config"])

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpoeng.engine.runtime.to_device import on_host, send
+
 States = list[torch.Tensor]
 """Hidden states between two layers, one tensor per call of the decoder in a forward (usually one)."""
 
@@ -83,7 +85,8 @@ class Gates:
                 before it returns.
 
         Returns:
-            the hidden states after the layer, in the shape of the input.
+            the hidden states after the layer, in the shape of the input; of a last layer that computes only some
+            positions (`engine/scoring/scored_end`), these.
         """
         calls = len(states) if states is not None else 0
         stretch = _Stretch(number, number + 1, deque(states or ()), takes=True, calls=calls)
@@ -180,7 +183,24 @@ class Gates:
         """Looks tokens up; returns zeros if the result is not used. A stand-in looks nothing up."""
         if self._stretch is not None and self._stretch.begin > 0 and words.weight.shape[-1]:
             return torch.zeros((*ids.shape, words.weight.shape[-1]), dtype=words.weight.dtype, device=self.device)
-        return forward(ids.to(words.weight.device), *more).to(self.device)
+        ids = on_host(ids) if words.weight.device.type == "cpu" else ids.to(words.weight.device)
+        return send(forward(ids, *more), self.device)
+
+
+def forward_inside(layer: nn.Module) -> Callable[..., Any]:
+    """What a layer computes: its forward, without the gate if it has one."""
+    forward: Callable[..., Any] = layer.forward
+    return forward.args[1] if _is_gate(forward) else forward  # type: ignore[attr-defined]
+
+
+def put_inside(layer: Any, forward: Callable[..., Any]) -> None:
+    """Replaces what a layer computes; a gate around it stays."""
+    gate = layer.forward
+    layer.forward = partial(gate.func, gate.args[0], forward) if _is_gate(gate) else forward
+
+
+def _is_gate(forward: Any) -> bool:
+    return isinstance(forward, partial) and getattr(forward.func, "__func__", None) is Gates._layer
 
 
 def hidden_states_of(output: Any) -> torch.Tensor:
