@@ -27,12 +27,11 @@ from dpoeng.engine.memory.cards import Gpu
 from dpoeng.engine.memory.overhead import model_fields
 from dpoeng.engine.memory.simulate import Pair, Setup, build
 from dpoeng.engine.memory.stand_ins import kernels_of
-from dpoeng.engine.models.model import decoder_layers, enable_gradient_checkpointing, set_mode
+from dpoeng.engine.models.model import decoder_layers, set_mode
 from dpoeng.engine.models.model_config import config_of, sizes
 from dpoeng.engine.models.quantized import quantized_tensors
 from dpoeng.engine.models.trunk.layers import trunk_layer
 from dpoeng.engine.runtime.distributed import ALONE
-from dpoeng.engine.scoring.scored_end import end_at_scored
 from dpoeng.engine.training.batch_loss import batch_loss, groups_of
 from dpoeng.engine.training.layer_step import Begin, gradient_by_layer
 from dpoeng.kernels.tiles import chunk_rows
@@ -194,9 +193,7 @@ def _count_optimizer(setup: Setup) -> Counts:
 
 
 def _count(setup: Setup, pairs: Sequence[Pair]) -> Counts:
-    # As in a run, layers are recomputed but for what the last one leaves out.
-    lm = build(replace(setup, config=setup.config.model_copy(update={"gradient_checkpointing": False})))
-    lm.attention = "varlen"
+    lm = build(setup)
     set_mode(lm, training=True)
     rows, settings = [pair.scored() for pair in pairs], LossSettings.of(setup.config)
     counter = _Counter(sizes(config_of(setup.model)).inner)
@@ -212,9 +209,6 @@ def _count(setup: Setup, pairs: Sequence[Pair]) -> Counts:
             with counter:
                 gradient_by_layer(lm, {0: groups_of(rows, settings)}, lambda _: None, head, group=ALONE)
             return counter.counts
-        end_at_scored(lm, lambda: batch_loss(lm, rows, settings))
-        if setup.config.gradient_checkpointing:
-            enable_gradient_checkpointing(lm)
         with counter:
             head(lambda _: None)
     return counter.counts

@@ -11,6 +11,7 @@ period counts as a layer.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -32,11 +33,13 @@ class Memory:
         peak: the peak of the whole work.
         stretches: the peak before, in and after the layers of each phase.
         timeline: (bytes, phase) after each operation if the whole model was simulated; else empty.
+        shared: whether prompts were shared.
     """
 
     peak: Peak
     stretches: Mapping[str, Peak]
     timeline: Sequence[tuple[int, str]] = ()
+    shared: bool = True
 
 
 def step_memory(setup: Setup, pairs: Sequence[Pair], *, whole: bool = False) -> Memory:
@@ -51,12 +54,10 @@ def forward_memory(setup: Setup, pairs: Sequence[Pair], *, policy: bool, whole: 
 
 def _as_laid_out(setup: Setup, trace: Callable[[Setup], MemoryTracker], whole: bool) -> Memory:
     """Uses separate prompts if the model's attention cannot be replaced, as `choose_layout` does."""
-    try:
-        return _memory(setup, trace, whole)
-    except (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError):
-        if setup.layout == "separate":
-            raise
-        return _memory(replace(setup, layout="separate"), trace, whole)
+    if setup.layout == "shared":
+        with contextlib.suppress(ValueError, TypeError, RuntimeError, NotImplementedError, ImportError):
+            return _memory(setup, trace, whole)
+    return replace(_memory(replace(setup, layout="separate"), trace, whole), shared=False)
 
 
 def _memory(setup: Setup, trace: Callable[[Setup], MemoryTracker], whole: bool) -> Memory:
@@ -86,8 +87,9 @@ def _by_layer(setup: Setup, trace: Callable[[Setup], MemoryTracker], period: int
 
     extended = None
     if period is not None and setup.layers % period == 0 and setup.layers > 4 * period:
-        few, more = (by_phase(setup.with_layers(depth * period)) for depth in (2, 3))
-        extended = _extend(few, more, (setup.layers - 2 * period) // period)
+        # Three have one in between: the first passes no gradient on, and the last may compute fewer positions.
+        few, more = (by_phase(setup.with_layers(depth * period)) for depth in (3, 4))
+        extended = _extend(few, more, (setup.layers - 3 * period) // period)
     if extended is None:
         extended = by_phase(setup)
     return Memory(max(extended.values(), key=lambda peak: peak.n_bytes), _in_words(extended))

@@ -18,16 +18,17 @@ import torch
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import PairIds, ScoredRow, lengths_of
 from dpoeng.cache.words import GIB, counted
-from dpoeng.engine.config.fields import PrecomputeConfig, Quantization, TrainConfig
+from dpoeng.engine.config.fields import Attention, PrecomputeConfig, Quantization, TrainConfig
 from dpoeng.engine.memory.any_depth import Memory, forward_memory, step_memory
 from dpoeng.engine.memory.overhead import estimate_overhead, needed_bytes
-from dpoeng.engine.memory.simulate import Pair, Setup
+from dpoeng.engine.memory.simulate import Pair, Setup, attention_of
 from dpoeng.engine.memory.tracker import SAVED, Peak
-from dpoeng.engine.models.loading import layer_period, resolve_dtype
+from dpoeng.engine.models.loading import gpu_multiplies_bf16, layer_period, resolve_dtype
 from dpoeng.engine.models.model_config import config_of, sizes
 from dpoeng.engine.models.sources import ModelSource, read_fields
 from dpoeng.engine.models.trunk.layers import chosen_layers
 from dpoeng.engine.runtime.host import available_memory
+from dpoeng.engine.runtime.out_of_memory import release_memory
 
 Forecast = TypeVar("Forecast")
 
@@ -43,11 +44,13 @@ class StepForecast:
         peak_bytes: the predicted peak of tensors.
         recompute: how many of the first layers to recompute in the backward pass; None: as configured.
         pairs: pairs per forward; None: as configured.
+        attention: with `recompute`: the attention that this is for. None over separate prompts.
     """
 
     peak_bytes: int
     recompute: int | None = None
     pairs: int | None = None
+    attention: Attention | None = None
 
 
 def ignore(_: str) -> None:
@@ -57,6 +60,7 @@ def ignore(_: str) -> None:
 def available_bytes(device: torch.device) -> int:
     """Memory available now: on the GPU, or on this machine within its container's limit."""
     if device.type == "cuda":
+        release_memory()  # what torch keeps of an earlier phase or run is taken by this one
         return int(torch.cuda.mem_get_info(device)[0])
     host = available_memory()
     return host if host is not None else sys.maxsize  # an unknown limit must not refuse a run
@@ -157,9 +161,9 @@ def _check_step(
     memory = step_memory(setup, longest)
     peak = memory.peak
     room = available_bytes(device) + held_bytes
-    if _needed(setup, longest, peak, device) > room:
+    if _needed(peak, device) > room:
         fewer = [n for n in (1, 2, 4) if advises and n < len(longest)]
-        fits = [n for n in fewer if _needed(setup, longest[:n], step_memory(setup, longest[:n]).peak, device) <= room]
+        fits = [n for n in fewer if _needed(step_memory(setup, longest[:n]).peak, device) <= room]
         changes = (
             [f"--per-device-train-batch-size {fits[-1]} (with more --gradient-accumulation-steps)"] if fits else []
         )
@@ -171,7 +175,7 @@ def _check_step(
             changes += _less_of_the_base(config, by_layer=by_layer, trunk_layer=trunk_layer)
         if not changes:
             changes = ["phase one again with fewer bits (--quantization) or a shorter --max-length", "a larger device"]
-        raise _no_room("phase two", peak, _needed(setup, longest, peak, device), room, longest, changes)
+        raise _no_room("phase two", peak, _needed(peak, device), room, longest, changes)
     chooses = config.gradient_checkpointing is None and not config.activation_offloading and not by_layer
     if device.type == "cuda" and chooses:
         return _with_fewest_recomputed(setup, longest, memory, room, device)
@@ -208,8 +212,9 @@ def _with_fewest_recomputed(
     for recompute in range(0, layers, period):
         more = (layers - recompute) * layer_bytes
         kinds = {**peak.by_kind, SAVED: peak.by_kind.get(SAVED, 0) + more}
-        if _needed(setup, pairs, Peak(peak.n_bytes + more, kinds), device) <= room:
-            return StepForecast(peak.n_bytes + more, recompute)
+        if _needed(Peak(peak.n_bytes + more, kinds), device) <= room:
+            attention = attention_of(setup) if recomputing.shared else None
+            return StepForecast(peak.n_bytes + more, recompute, attention=attention)
     return StepForecast(peak.n_bytes, layers)
 
 
@@ -236,15 +241,16 @@ def _check_forward(
         tokens += pair.tokens
     if _is_small(source, longest, device):
         return None
-    setup = _setup(TrainConfig.model_validate({}), source, device, config.quantization, config.dtype, False)
+    like = TrainConfig.model_validate({"layout": config.layout, "attention": config.attention})
+    setup = _setup(like, source, device, config.quantization, config.dtype, False)
     setup = replace(setup, by_layer=by_layer)
     peak = forward_memory(setup, longest, policy=config.adapter is not None).peak
     room = available_bytes(device)
-    if _needed(setup, longest, peak, device) > room:
+    if _needed(peak, device) > room:
         fewer = ["--batch-tokens with a smaller number"] if len(longest) > 1 else []
         off = ["--layer-offloading auto"] if config.layer_offloading == "off" else []
         changes = [*fewer, *off, "--quantization 8bit or 4bit", "a shorter --max-length"]
-        raise _no_room("phase one", peak, _needed(setup, longest, peak, device), room, longest, changes)
+        raise _no_room("phase one", peak, _needed(peak, device), room, longest, changes)
     return peak.n_bytes
 
 
@@ -256,12 +262,16 @@ def _setup(
     dtype: str,
     checkpointing: bool,
 ) -> Setup:
+    compute = resolve_dtype(source, dtype, device)
+    on_gpu_in_half = device.type == "cuda" and compute == torch.float16  # bfloat16 is refused before Ampere
     return Setup(
         model=read_fields(source),
-        dtype=resolve_dtype(source, dtype, device),
+        dtype=compute,
         quantization=quantization,
         config=config.model_copy(update={"gradient_checkpointing": checkpointing}),
+        layout="separate" if config.layout == "separate" else "shared",
         kernels="cuda" if device.type == "cuda" else "cpu",
+        ampere=not on_gpu_in_half or gpu_multiplies_bf16(device),
         accumulates=config.gradient_accumulation_steps > 1,
     )
 
@@ -293,8 +303,8 @@ def _is_small(source: ModelSource, pairs: Sequence[Pair], device: torch.device, 
     return 2 * (weights + activations) < available_bytes(device)
 
 
-def _needed(setup: Setup, pairs: Sequence[Pair], peak: Peak, device: torch.device) -> int:
-    estimates = estimate_overhead(setup, pairs[0])
+def _needed(peak: Peak, device: torch.device) -> int:
+    estimates = estimate_overhead()
     if device.type == "cuda":  # mem_get_info already excludes this process's context
         return needed_bytes(peak, {name: n for name, n in estimates.items() if name != "CUDA context"})
     return needed_bytes(peak, {})

@@ -12,10 +12,9 @@ import torch
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.words import GIB, MIB
 from dpoeng.engine.config.fields import Quantization
-from dpoeng.engine.memory.simulate import STAYING, Pair, Setup
+from dpoeng.engine.memory.simulate import STAYING
 from dpoeng.engine.memory.tracker import Peak
 from dpoeng.engine.models.loading import empty_model
-from dpoeng.engine.models.model_config import config_of, sizes
 
 KNOWN_MODELS = Path(__file__).with_name("known_models.jsonl")
 
@@ -64,18 +63,13 @@ def weights_bytes(parts: Mapping[str, int], quantization: Quantization) -> int:
     )
 
 
-def estimate_overhead(setup: Setup, pair: Pair) -> dict[str, int]:
+def estimate_overhead() -> dict[str, int]:
     """Estimates GPU memory besides live tensors, which is not simulated.
 
     - The CUDA context with the kernels of torch, triton and bitsandbytes: 0.5 to 0.6 GiB on recent cards.
     - cuBLAS's and cuBLASLt's workspaces: 32 MiB each on Hopper, less on older cards.
-    - FlashAttention's backward sums dQ in float32.
     """
-    return {
-        "CUDA context": int(0.6 * GIB),
-        "cuBLAS workspaces": 64 * MIB,
-        "attention backward": 4 * sizes(config_of(setup.model)).attention * (pair.prompt + pair.chosen),
-    }
+    return {"CUDA context": int(0.6 * GIB), "cuBLAS workspaces": 64 * MIB}
 
 
 FRAGMENTATION = 0.05

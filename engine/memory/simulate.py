@@ -1,8 +1,9 @@
 """One forward of phase one, or one step of phase two, on the `meta` device: gives their memory without using it.
 
 The real code runs: the model's own modules, bitsandbytes' layers, peft's adapters, `scoring.forward`, and the loop's
-step with its checkpointing and optimizer. Only what needs a device is replaced: the choice of attention kernel, and the
-internal memory of the log-prob kernels and bitsandbytes' products.
+step with its checkpointing and optimizer. Only what needs a device is replaced: PyTorch's choice of attention kernel,
+and the internal memory of attention, of the log-prob kernels and of bitsandbytes' products. The attention of shared
+prompts is the one that a run would choose (`_choose_attention`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import PairIds, ScoredGroup, ScoredPair, ScoredRow
-from dpoeng.engine.config.fields import Quantization, TrainConfig
+from dpoeng.engine.config.fields import Attention, Quantization, TrainConfig
 from dpoeng.engine.memory.divided_layers import gather_layers, part_bytes
 from dpoeng.engine.memory.stand_ins import handlers, head_of, kernels_of
 from dpoeng.engine.memory.tracker import MemoryTracker
@@ -35,6 +36,7 @@ from dpoeng.engine.models.trunk.stand_ins import cut_below
 from dpoeng.engine.runs.metrics import MetricsLog
 from dpoeng.engine.runtime.progress import QUIET
 from dpoeng.engine.scoring.attention import use_layout
+from dpoeng.engine.scoring.choose_layout import CANNOT, try_scored_end, ways_to_attend
 from dpoeng.engine.scoring.forward import score_groups
 from dpoeng.engine.scoring.layer_passes import Forwards, in_passes
 from dpoeng.engine.scoring.layout import row_group
@@ -97,10 +99,11 @@ class Setup:
         dtype: compute dtype.
         quantization: precision of the base.
         double_quant: 4bit: whether the scales are quantised.
-        config: what is trained, the optimizer, and whether layers are recomputed (`gradient_checkpointing` True or
-            False).
+        config: what is trained, the optimizer, the attention, and whether layers are recomputed
+            (`gradient_checkpointing` True or False).
         layout: whether a prompt is computed once for both branches.
         kernels: the kernels of a GPU or of a CPU.
+        ampere: whether the GPU has compute capability 8.0, which FlashAttention and the fused scoring of the head need.
         accumulates: whether gradients of an earlier forward exist already.
         full_logits: log-probs from whole float32 logits, as in plain PyTorch.
         second_model: a reference model of the same precision next to the policy.
@@ -119,6 +122,7 @@ class Setup:
     double_quant: bool = True
     layout: Layout = "shared"
     kernels: Literal["cuda", "cpu"] = "cuda"
+    ampere: bool = True
     accumulates: bool = True
     full_logits: bool = False
     second_model: bool = False
@@ -156,8 +160,6 @@ def build(setup: Setup, *, policy: bool = True) -> CausalLM:
         lm.states = lambda prompt, response: state.expand(len(prompt if response is None else response), width)
     if policy:
         lm = make_trainable(lm, setup.config, "new" if setup.config.use_peft else "full")
-        if setup.config.gradient_checkpointing and not setup.by_layer:
-            enable_gradient_checkpointing(lm, inputs_on_host=setup.config.activation_offloading, layers=setup.recompute)
     if setup.stock:
         use_peft_product(lm.model)
     if setup.by_layer:
@@ -165,7 +167,41 @@ def build(setup: Setup, *, policy: bool = True) -> CausalLM:
         lm.by_layer = _by_layer(lm)
         lm.by_layer.keeps_meta = setup.kernels == "cpu" and setup.config.offload_folder is None
     use_layout(lm, setup.layout)
+    if setup.layout == "shared":
+        _choose_attention(lm, setup)
+    if policy and setup.config.gradient_checkpointing and not setup.by_layer:
+        enable_gradient_checkpointing(lm, inputs_on_host=setup.config.activation_offloading, layers=setup.recompute)
     return lm
+
+
+def _choose_attention(lm: CausalLM, setup: Setup) -> None:
+    """Sets the attention, and whether the last layer computes scored positions only, as `choose_layout` would.
+
+    Here it is known what fails without values. A run also compares numbers: it may take a later one of the ways, and
+    then recomputes all layers, because its forecast was for another (`recipes/policy`).
+    """
+    groups = [row_group(Pair(3, 2, 2).scored())]
+
+    def runs() -> bool:
+        score_groups(lm, groups)
+        return True
+
+    with torch.no_grad(), kernels_of(setup.kernels), MemoryTracker("meta", handlers=handlers(setup.kernels)):
+        for way in ways_to_attend(setup.config.attention, setup.kernels, setup.dtype):
+            if way == "varlen" and setup.kernels == "cuda" and not setup.ampere:
+                continue
+            lm.attention = way
+            if way == "segments":  # if even these fail, prompts are not shared: see `any_depth`
+                return
+            with contextlib.suppress(*CANNOT):
+                runs()
+                try_scored_end(lm, runs)
+                return
+
+
+def attention_of(setup: Setup) -> Attention:
+    """The attention over shared prompts that a run is expected to choose."""
+    return build(setup.with_layers(1)).attention
 
 
 def _by_layer(lm: CausalLM) -> ByLayer:
@@ -277,7 +313,8 @@ def model_bytes(setup: Setup, lm: CausalLM) -> dict[str, int]:
 
 
 def _tracker(setup: Setup, lm: CausalLM) -> MemoryTracker:
-    tracker = MemoryTracker("meta", handlers=handlers(setup.kernels), vocabulary=lm.vocab_size)
+    inside = handlers(setup.kernels, deterministic=setup.config.full_determinism, fused_head=setup.ampere)
+    tracker = MemoryTracker("meta", handlers=inside, vocabulary=lm.vocab_size)
     _hold_model(tracker, setup, lm)
     if not setup.by_layer:
         tracker.watch_layers(decoder_layers(lm.backbone))

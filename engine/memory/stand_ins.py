@@ -107,7 +107,7 @@ def _full_logits(lm: CausalLM, hidden: torch.Tensor, targets: torch.Tensor) -> t
 def _gpu_train_logps(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     from dpoeng.kernels.tiles import chunk_shape
 
-    hidden, weight, narrow = args[0], args[1], args[8]
+    hidden, weight, narrow = args[0], args[1], len(args) > 8 and args[8]  # scoring has no such argument
     rows, columns = chunk_shape(hidden.shape[0], weight.shape[0])
     tracker.scratch(rows * columns * (hidden.element_size() if narrow else 4))
     return func(*args, **kwargs)
@@ -172,6 +172,67 @@ def _cpu_head_gradients(tracker: MemoryTracker, func: Any, args: tuple[Any, ...]
         return tiled_gradients(hidden, Head(weight, bias, softcap, scale, temperature), targets, sums, upstream)
 
 
+# FlashAttention 2 as torch calls it: `mha_bwd` and `mha_varlen_bwd` in ATen's cuda/flash_attn/flash_api.cpp.
+# The gradient of queries is summed in float32, in rows of whole tiles. With grouped heads, the gradients of keys and
+# values exist for every query head first.
+_TILE = 128
+_MOST_MULTIPROCESSORS = 160  # a B200 has 148
+
+
+def _flash_backward(query: torch.Tensor, key: torch.Tensor, rows: int, texts: int, splits: bool) -> int:
+    """Bytes inside FlashAttention's backward for queries [..., Hq, D] in so many rows, and keys [..., Hkv, D]."""
+    heads, size = query.shape[-2:]
+    step = 32 if size <= _TILE else 64
+    wide = -(-size // step) * step
+    # With deterministic algorithms each share of the multiprocessors has its own sum.
+    sums = -(-_MOST_MULTIPROCESSORS // (texts * heads)) if splits else 1
+    grouped = 2 * key.numel() // key.shape[-2] * heads * key.element_size() if key.shape[-2] != heads else 0
+    return 4 * rows * heads * (sums * wide + 1) + grouped
+
+
+def _varlen_backward(
+    tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, splits: bool = False
+) -> Any:
+    query, key, query_offsets = args[1], args[2], args[6]
+    result = func(*args, **kwargs)
+    texts = len(query_offsets) - 1
+    inside = _flash_backward(query, key, query.shape[0] + _TILE * texts, texts, splits)
+    tracker.scratch(inside, *(tensor.nbytes for tensor in result))
+    return result
+
+
+def _dense_flash_backward(
+    tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, splits: bool = False
+) -> Any:
+    query, key = (states.transpose(1, 2) for states in args[1:3])  # [B, T, H, D]
+    result = func(*args, **kwargs)
+    batch, tokens = query.shape[:2]
+    inside = _flash_backward(query, key, batch * -(-tokens // _TILE) * _TILE, batch, splits)
+    tracker.scratch(inside, *(tensor.nbytes for tensor in result))
+    return result
+
+
+def _efficient_backward(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # xFormers' kernel, with a mask: the gradient of queries is summed in float32, and 16-bit ones of keys and values
+    # too if a head is wider than a tile; and one number for each query.
+    query, key, value = args[1:4]
+    result = func(*args, **kwargs)
+    more = query.shape[-1] > _TILE and query.dtype != torch.float32
+    sums = query.numel() + (key.numel() + value.numel() if more else 0)
+    delta = query.numel() // query.shape[-1]
+    written = [tensor.nbytes for tensor in result if isinstance(tensor, torch.Tensor)]
+    tracker.scratch(4 * (sums + delta), *written)
+    return result
+
+
+def _efficient_forward(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    result = func(*args, **kwargs)
+    query = args[0]
+    if query.dtype != torch.float32 and query.shape[-1] > _TILE:  # the output does not stay in registers
+        tracker.scratch(4 * query.numel(), result[0].nbytes)
+    return result
+
+
 def _cpu_add(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     # A CPU first copies the addend to the sum's dtype; a GPU widens it while adding.
     result = func(*args, **kwargs)
@@ -183,6 +244,10 @@ def _cpu_add(tracker: MemoryTracker, func: Any, args: tuple[Any, ...], kwargs: d
 _INSIDE: dict[str, dict[str, Any]] = {
     "cuda": {
         "aten::bincount": _bincount,
+        "aten::_scaled_dot_product_flash_attention_backward": _dense_flash_backward,
+        "aten::_scaled_dot_product_efficient_attention": _efficient_forward,
+        "aten::_scaled_dot_product_efficient_attention_backward": _efficient_backward,
+        "torch_attn::_varlen_attn_backward": _varlen_backward,
         "dpoeng::token_logps_train": _gpu_train_logps,
         "dpoeng::token_logps_score": _gpu_score_logps,
         "dpoeng::token_logps_head": _gpu_score_logps,
@@ -201,10 +266,16 @@ _INSIDE: dict[str, dict[str, Any]] = {
 }
 
 
-def handlers(device_type: str) -> dict[Any, Any]:
+def handlers(device_type: str, *, deterministic: bool = False, fused_head: bool = True) -> dict[Any, Any]:
     """Operation -> handler, for the libraries that are loaded."""
     handler_of = {}
+    with contextlib.suppress(ImportError):  # not in the oldest torch that is accepted
+        from torch.nn.attention import varlen  # noqa: F401  (registers its operations)
     for name, handler in _INSIDE[device_type].items():
+        if deterministic and handler in (_varlen_backward, _dense_flash_backward):
+            handler = functools.partial(handler, splits=True)
+        if handler is _gpu_score_logps and not fused_head:
+            handler = _gpu_train_logps
         library, operation = name.split("::")
         operation, _, overload = operation.partition(".")
         with contextlib.suppress(AttributeError):

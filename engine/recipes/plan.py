@@ -25,7 +25,7 @@ from dpoeng.engine.memory.overhead import (
     model_fields,
     needed_bytes,
 )
-from dpoeng.engine.memory.simulate import Pair, Setup
+from dpoeng.engine.memory.simulate import Pair, Setup, attention_of
 from dpoeng.engine.memory.tracker import Peak
 from dpoeng.engine.memory.ways import Way, find_ways
 from dpoeng.engine.models.loading import stored_whole
@@ -154,7 +154,7 @@ def make_plan(request: PlanConfig) -> Plan:
         setup = replace(setup, trunk_layer=trunk_layer(request.trunk_layer, setup.layers))
     answers = request.max_length - request.prompt_length
     pair = Pair(request.prompt_length, answers, answers, (answers,) * (request.responses - 2))
-    estimates, parts = estimate_overhead(setup, pair), count_parameters(fields)
+    estimates, parts = estimate_overhead(), count_parameters(fields)
     if request.gpus > 1:
         estimates["gradients of all cards"] = BUCKET_BYTES
     # Phase one has the whole base on every card.
@@ -257,6 +257,7 @@ def _options(setup: Setup, pair: Pair) -> list[Option]:
     ]
     as_lora = config.model_copy(update={"use_peft": True})
     without = replace(setup, config=config.model_copy(update={"gradient_checkpointing": False}))
+    in_segments = config.model_copy(update={"attention": "segments"})
     offloading = config.model_copy(update={"gradient_checkpointing": True, "activation_offloading": True})
     changes += [
         *([] if setup.shards == 1 else [("without fsdp", replace(setup, shards=1), pair)]),
@@ -268,6 +269,11 @@ def _options(setup: Setup, pair: Pair) -> list[Option]:
             if name != config.optim and (name != "adamw_torch_fused" or not config.use_peft)
         ),
         ("activation_offloading", replace(setup, config=offloading), pair),
+        *(
+            [("attention segments, if a card refuses FlashAttention", replace(setup, config=in_segments), pair)]
+            if setup.layout == "shared" and attention_of(setup) == "varlen"
+            else []
+        ),
         ("without gradient checkpointing", without, pair),
         ("whole logits", replace(setup, full_logits=True), pair),
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -219,6 +219,13 @@ def _recompute_layers(
 
     All processes use the largest number that one needs, since they gather sharded layers together.
     """
+    took = lm.attention if lm.layout == "shared" else None
+    if forecast is not None and forecast.recompute is not None and took != forecast.attention:
+        progress.note(
+            f"recomputing all layers: the forecast was for {forecast.attention or 'separate'} attention, and this run "
+            f"takes {took or 'separate prompts'}"
+        )
+        forecast = replace(forecast, recompute=None)
     counts = group.gather(forecast.recompute if forecast is not None else None)
     given_counts = [count for count in counts if count is not None]
     recompute = max(given_counts) if len(given_counts) == len(counts) else None

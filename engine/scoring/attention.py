@@ -78,7 +78,9 @@ class AttentionPlan:
             visible = keys <= queries
             if window is not None:
                 visible &= keys > queries - window
-            mask = torch.zeros(q_len, k_len, dtype=like.dtype, device=like.device)
+            # On a GPU rows begin at multiples of 16 entries: torch would otherwise copy the mask for every layer.
+            width = k_len if like.device.type == "cpu" else -(-k_len // 16) * 16
+            mask = torch.zeros(q_len, width, dtype=like.dtype, device=like.device)[:, :k_len]
             mask.masked_fill_(~visible, float("-inf"))
             self.masks[key] = mask
         return mask

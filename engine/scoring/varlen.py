@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,9 @@ import torch
 
 from dpoeng.engine.runtime.to_device import to_device
 from dpoeng.engine.scoring.layout import GroupSpan, IndexArray, queries_within
+
+MOST_OF_A_HEAD = 256
+"""The widest head of FlashAttention 2."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,10 +97,14 @@ def varlen(
     If only some rows are needed, the others are 0.
 
     Raises:
-        ValueError: soft-capped scores or attention sinks, which this kernel does not have.
+        ValueError: soft-capped scores, attention sinks, or heads of a size that this kernel does not have.
     """
     if softcap is not None or sinks is not None:
         raise ValueError("FlashAttention's kernel has neither soft-capped scores nor attention sinks")
+    size = query.shape[-1]
+    # Checked here too, so that a step simulated without a GPU takes the same attention.
+    if size > MOST_OF_A_HEAD or size % 8 or value.shape[-1] != size:
+        raise ValueError(f"FlashAttention's kernel does not have heads of {size} and {value.shape[-1]}")
     from torch.nn.attention.varlen import varlen_attn
 
     if rows.query_rows is not None:
@@ -105,9 +113,7 @@ def varlen(
     q, k, v = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
     if rows.key_rows is not None:
         k, v = k.index_select(0, rows.key_rows), v.index_select(0, rows.key_rows)
-    # torch 2.11 has no such argument; its kernel accepts fewer key heads directly.
-    has_argument = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if has_argument else {}
+    grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if _names_groups() else {}
     # A window of transformers counts the token itself; FlashAttention counts only its neighbours.
     output = varlen_attn(
         q.contiguous(),
@@ -125,3 +131,11 @@ def varlen(
     if rows.query_rows is None:
         return attended
     return attended.new_zeros(1, value.shape[2], *attended.shape[2:]).index_copy(1, rows.query_rows, attended)
+
+
+@cache  # every layer of every forward asks
+def _names_groups() -> bool:
+    """Whether torch's function has an argument for grouped heads. torch 2.11's accepts fewer key heads without one."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters

@@ -59,7 +59,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelSource:
     model = fields("qwen2", num_hidden_layers=8, hidden_size=64, intermediate_size=256)
     (tmp_path / "config.json").write_text(json.dumps(model))
     monkeypatch.setattr(fit, "resolve_dtype", lambda *_: torch.bfloat16)
-    monkeypatch.setattr(fit, "_needed", lambda setup, pairs, peak, device: peak.n_bytes)
+    monkeypatch.setattr(fit, "_needed", lambda peak, device: peak.n_bytes)
     return ModelSource("model", tmp_path, ())
 
 

@@ -529,7 +529,7 @@ def test_as_few_layers_are_recomputed_as_fit(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "config.json").write_text(json.dumps(model))
     source, config, gpu = ModelSource("model", tmp_path, ()), TrainConfig(lora_r=2), torch.device("cuda")
     monkeypatch.setattr(fit, "resolve_dtype", lambda *_: torch.bfloat16)
-    monkeypatch.setattr(fit, "_needed", lambda setup, pairs, peak, device: peak.n_bytes)
+    monkeypatch.setattr(fit, "_needed", lambda peak, device: peak.n_bytes)
 
     def forecast(room: int, config: TrainConfig) -> fit.StepForecast:
         monkeypatch.setattr(fit, "available_bytes", lambda _: room)
@@ -543,7 +543,7 @@ def test_as_few_layers_are_recomputed_as_fit(tmp_path: Path, monkeypatch: pytest
     assert none_recomputed.recompute == 0
     layer = (none_recomputed.peak_bytes - all_recomputed.peak_bytes) // 8
     room = all_recomputed.peak_bytes + kept * layer
-    assert forecast(room, config) == fit.StepForecast(room, 8 - kept)
+    assert forecast(room, config) == fit.StepForecast(room, 8 - kept, attention="varlen")
     assert forecast(room - 1, config).recompute == 9 - kept
     setup = Setup(
         model=model, dtype=torch.bfloat16, quantization="none", recompute=8 - kept, config=always, accumulates=False
