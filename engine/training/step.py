@@ -43,6 +43,9 @@ from dpoeng.engine.training.run import Run
 Micro = tuple[Sequence[ScoredRow], WeightArray | None]
 """Rows of one forward, and the user's weights of them."""
 
+_FACTORS = (2.0**12, 2.0**8, 2.0**4, 1.0)
+"""Factors of a float16 step's loss."""
+
 _SMALLER = "use a smaller --per-device-train-batch-size with more --gradient-accumulation-steps"
 
 
@@ -145,7 +148,21 @@ def _gradient_within_memory(run: Run, step: int) -> tuple[list[PreferenceLoss], 
 
 
 def _gradient(run: Run, step: int) -> tuple[list[PreferenceLoss], float]:
-    """Forward and backward of one step from the beginning: its losses, and the norm of its gradient."""
+    """Forward and backward of one step from the beginning: its losses, and the norm of its gradient.
+
+    float16 has no numbers below 6e-8, and loses most of a gradient that is divided by a step's pairs. There the loss
+    is multiplied by a power of two, and the gradient of the trained float32 divided by it; by a smaller one if anything
+    overflows. Each step begins with the largest, so that a resumed run does as well.
+    (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740, section 3.2)
+    """
+    for factor in _FACTORS if run.lm.dtype == torch.float16 else (1.0,):
+        parts, norm = _scaled_gradient(run, step, factor)
+        if math.isfinite(norm):
+            break
+    return parts, norm
+
+
+def _scaled_gradient(run: Run, step: int, factor: float) -> tuple[list[PreferenceLoss], float]:
     run.optimizer.zero_grad(set_to_none=True)  # an attempt that ran out of memory may have left gradients
     for weight in (*run.lm.masters, *run.lm.parts):
         weight.grad = None  # may remain if memory ran out before its master took it over
@@ -154,7 +171,7 @@ def _gradient(run: Run, step: int) -> tuple[list[PreferenceLoss], float]:
     weights = None if run.train_weights is None else run.train_weights[indices]
     micros = list(_chunks(rows, weights, run.micro_batch))
     whole = run.settings.whole_batch and len(micros) > 1
-    head = partial(_backward_of_whole_batch if whole else _backward_of_parts, run, step, micros)
+    head = partial(_backward_of_whole_batch if whole else _backward_of_parts, run, step, micros, factor)
     begin = partial(_seed, run.config.seed, step)
     if run.lm.by_layer is None:
         parts = head(begin)
@@ -163,6 +180,9 @@ def _gradient(run: Run, step: int) -> tuple[list[PreferenceLoss], float]:
         tell = partial(_tell, run, step)
         parts = gradient_by_layer(run.lm, own_groups, begin, head, group=run.group, tell=tell)
     take_gradients(run.lm)
+    for parameter in run.whole if factor != 1 else ():
+        if parameter.grad is not None:
+            parameter.grad.div_(factor)
     limit = run.config.max_grad_norm if run.config.max_grad_norm > 0 else math.inf
     where = f"phase two, step {step + 1}, gradients of all processes"
     with no_way_back("out of memory", where, _SMALLER) if run.group.size > 1 else contextlib.nullcontext():
@@ -170,7 +190,9 @@ def _gradient(run: Run, step: int) -> tuple[list[PreferenceLoss], float]:
         return parts, clip_gradients(run.lm, run.whole, run.group, limit)
 
 
-def _backward_of_parts(run: Run, step: int, micros: Sequence[Micro], begin: Begin) -> list[PreferenceLoss]:
+def _backward_of_parts(
+    run: Run, step: int, micros: Sequence[Micro], factor: float, begin: Begin
+) -> list[PreferenceLoss]:
     """Forward and backward of each part, one after the other; the loss is the mean over all their pairs."""
     rows = [pair for batch, _ in micros for pair in batch]
     mean_tokens = mean_chosen_tokens(rows, run.settings)
@@ -197,7 +219,8 @@ def _backward_of_parts(run: Run, step: int, micros: Sequence[Micro], begin: Begi
                 loss = loss + added * (len(batch) / len(rows))
             # A forward that is repeated for other processes also runs its backward, which gathers layers, too;
             # multiplied by 0, the loss adds nothing to the gradient.
-            torch.autograd.backward(loss if counts else 0.0 * loss)
+            factor_here = factor if counts else 0.0
+            torch.autograd.backward(loss if factor_here == 1 else factor_here * loss)
             if counts:
                 parts.append((micro, part))
         return parts
@@ -238,7 +261,9 @@ def _update(run: Run) -> None:
         run.lm.take_masters()
 
 
-def _backward_of_whole_batch(run: Run, step: int, micros: Sequence[Micro], begin: Begin) -> list[PreferenceLoss]:
+def _backward_of_whole_batch(
+    run: Run, step: int, micros: Sequence[Micro], factor: float, begin: Begin
+) -> list[PreferenceLoss]:
     """The exact gradient of a loss that combines the pairs of a step, however many forwards the step is split into.
 
     Each part runs twice: without gradient, for the sums that the loss and its derivatives need; and with gradient, to
@@ -270,7 +295,8 @@ def _backward_of_whole_batch(run: Run, step: int, micros: Sequence[Micro], begin
                 pull = leaves.with_gradient[name].grad
                 if pull is not None:
                     pull = pull[cuts[name == "row_ratios"][micro]]
-                    pulls.append((x, (pull if counts else 0.0 * pull).to(x.device)))
+                    factor_here = factor if counts else 0.0
+                    pulls.append((x, (pull if factor_here == 1 else factor_here * pull).to(x.device)))
             # Chain rule: the whole loss's derivatives by this part's sums, carried back through the part's forward.
             torch.autograd.backward([x for x, _ in pulls], [pull for _, pull in pulls])
 
