@@ -109,7 +109,7 @@ def attention(place: Place) -> Result:
         result[way] = {"errors": errors, "repeats": same, "seconds": place.seconds(partial(run, way, torch.bfloat16))}
         result["ok"] &= max(errors) < 2e-2 and same[0]
     if place.device.type != "cuda":
-        result["varlen"] = "needs a GPU"
+        result["varlen"] = "not run: needs a GPU"
     return result
 
 
@@ -211,7 +211,8 @@ def steps(place: Place) -> Result:
             settings = StepSettings(str(model), quantization, prompt=prompt, chosen=chosen, rejected=rejected)
             seconds, launches = time_a_step(settings, place.device)
             counted = count_step(settings)
-        result[f"{name}, {quantization}, {counted.tokens} tokens, {counted.layers} layers"] = {
+        base = "bfloat16" if quantization == "none" else quantization
+        result[f"{name}, {base}, {counted.tokens} tokens, {counted.layers} layers"] = {
             "seconds": seconds,
             "estimated_s": counted.seconds(card) if card else None,
             "launches": launches,
@@ -246,7 +247,7 @@ def suite(place: Place) -> Result:
     import sys
 
     if place.device.type != "cuda":
-        return {"ok": True, "tests": "need a GPU"}
+        return {"ok": True, "ran": False, "tests": "need a GPU"}
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
@@ -261,7 +262,7 @@ STAGES: dict[str, tuple[Callable[[Place], Result], int]] = {
     "rows": (rows, 60),
     "layers": (layers, 120),
     "steps": (steps, 240),
-    "offloading": (offloading, 60),
+    "offloading": (offloading, 120),
     "suite": (suite, 300),
 }
 """Name -> (stage, time limit in seconds)."""

@@ -38,16 +38,18 @@ def test_a_wrong_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_errors_and_timeouts_are_a_line_and_the_rest_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def answer(command: list[str], **_: Any) -> Any:
+        assert "--small" in command, "a CPU would take hours for the sizes of a GPU"
         name = command[command.index("--stage") + 1]
         if name == "head":
             raise evidence.subprocess.TimeoutExpired(command, 120)
-        status, out = (1, "") if name == "rows" else (0, 'noise\n{"ok": true, "seen": 1}\n')
+        ran = "false" if name == "suite" else "true"
+        status, out = (1, "") if name == "rows" else (0, f'noise\n{{"ok": true, "seen": 0.123456, "ran": {ran}}}\n')
         return evidence.subprocess.CompletedProcess(command, status, out, "CUDA error: an illegal memory access")
 
     monkeypatch.setattr(evidence.subprocess, "run", answer)
-    monkeypatch.setattr(evidence, "stamp", lambda *_: {"device": "cpu", "settings": {"small": True}, "versions": {},
-                                                       "commit": "c", "date": "d"})  # fmt: skip
-    done = CliRunner().invoke(evidence.main, ["--output", str(tmp_path), "--device", "cpu", "--small"])
+    monkeypatch.setattr(evidence, "stamp", lambda *_: {"device": "cpu", "settings": {"small": True, "device": "cpu"},
+                                                       "versions": {}, "commit": "c+", "date": "d"})  # fmt: skip
+    done = CliRunner().invoke(evidence.main, ["--output", str(tmp_path), "--device", "cpu"])
     assert done.exit_code == 1
     lines = [json.loads(line) for line in (tmp_path / "evidence.jsonl").read_text().splitlines()]
     by_stage = {line["stage"]: line for line in lines[1:]}
@@ -57,6 +59,10 @@ def test_errors_and_timeouts_are_a_line_and_the_rest_continues(tmp_path: Path, m
     assert [name for name, line in by_stage.items() if not line["ok"]] == ["head", "rows"]
     page = (tmp_path / "evidence.md").read_text()
     assert "| rows | NO |" in page
+    assert "| suite | not run |" in page
+    assert "No GPU's kernel ran" in page
+    assert "Commit c with uncommitted changes" in page
+    assert '"seen": 0.1235' in page
     assert "figures mean nothing" in page
     again = CliRunner().invoke(evidence.main, ["--output", str(tmp_path)])
     assert "already exists" in again.output
