@@ -188,7 +188,7 @@ def _choose_allocator(environment: MutableMapping[str, str]) -> None:
     it.
     """
     if not any(name in environment for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")):
-        environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # torch warns of the older name
 
 
 def _unread(streams: Iterable[TextIO]) -> int:

@@ -9,8 +9,9 @@ products of the parts in float32; lo * lo is below float32's rounding of the sum
 launches forward and four backward. Plain products took seven and eighteen, most of them to split.
 
 `low_rank_rows` divides the columns into spans of fixed width, so that few rows also fill a GPU; the next kernel adds
-the spans in order. A row's numbers depend on that row alone, and every sum has one order. The tiles were chosen by the
-compilers' reports (`python -m dpoeng.kernels.aot`); they were not timed.
+the spans in order. A row's numbers depend on that row alone, and every sum has one order. The number of rows is not
+part of what is compiled. The tiles were chosen by the compilers' reports (`python -m dpoeng.kernels.aot`), and not
+timed.
 """
 
 # Triton parses these signatures itself, and its decorator has no types.
@@ -34,7 +35,7 @@ def _load_factor(factor, ranks, cols, width, rank, BY_RANK: tl.constexpr):
     return tl.load(factor + at, mask=inside, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def low_rank_rows(
     x,
     factor,
@@ -70,7 +71,7 @@ def low_rank_rows(
     tl.store(sums + at, total * scale, mask=(rows < n)[:, None] & (ranks < rank)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def add_low_rank(
     out,
     sums,
@@ -114,7 +115,7 @@ def add_low_rank(
     tl.store(place, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def low_rank_gradient(
     low,
     y,

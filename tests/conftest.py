@@ -17,6 +17,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # imports it: tests of what needs no torch run without it. The processes that tests start have the same number, since it
 # is part of what a cache records about the machine.
 os.environ["OMP_NUM_THREADS"] = "1"
+# On a GPU torch looks at this at its first product, which may be a test's own.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 # Tests of these files start processes. One worker runs them all, since the server that processes are forked from

@@ -40,6 +40,8 @@ from dpoeng.engine.models.sources import (
 from dpoeng.engine.models.stored.loading import Found, store_empty, stored_class
 from dpoeng.engine.models.tokenizer import load_tokenizer
 from dpoeng.engine.models.trunk.stand_ins import NoEmbedding, cut_below, entry_of, without_stand_ins
+from dpoeng.engine.runtime.determinism import fix_workspaces
+from dpoeng.engine.runtime.to_device import on_host, send
 from dpoeng.kernels.cpu_linear import linear, native_bf16, product_dtype
 
 # --------------------------------------------------------------------------- loading
@@ -105,9 +107,10 @@ def load_model(
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)  # for the kernels of others; ours are launched on their tensors' device
+        fix_workspaces()
         require_triton(device)
     compute = resolve_dtype(source, dtype, device)
-    ready = exact_float32_products() if device.type == "cuda" else ()
+    ready = exact_products() if device.type == "cuda" else ()
     remarks: tuple[str, ...] = ()
     files: list[LayerFiles] = []
     store = None
@@ -162,12 +165,16 @@ def require_triton(device: torch.device) -> None:
         ) from error
 
 
-def exact_float32_products() -> tuple[str, ...]:
-    """Turns TF32 off for float32 products on a GPU; returns a remark for the user if it was on.
+def exact_products() -> tuple[str, ...]:
+    """Makes a GPU add products up in float32, and multiply float32 as it is; returns remarks for the user.
 
-    TF32 keeps 10 bits of each factor: a float32 reference, and LoRA, would only have bfloat16's precision.
+    TF32 keeps 10 bits of each factor: a float32 reference, and LoRA, would only have bfloat16's precision. And torch
+    lets cuBLAS add up the parts of a long 16-bit product in 16 bits. The gradient of the head is a sum over the
+    vocabulary, the longest of all; how it is cut into parts also depends on the number of rows.
     """
     products: Any = torch.backends.cuda.matmul
+    products.allow_bf16_reduced_precision_reduction = products.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cudnn.allow_tf32 = False  # the convolutions of layers with a state
     # torch before 2.9 has only the older name; reading it raises if the newer one was set.
     on = products.fp32_precision not in ("none", "ieee") if hasattr(products, "fp32_precision") else products.allow_tf32
     if not on:
@@ -436,8 +443,8 @@ def keep_embedding_on_host(base: Any, device: torch.device) -> None:
     positions there: the model's inputs are moved to `device`.
     """
     embedding = base.get_input_embeddings().to("cpu")
-    embedding.register_forward_pre_hook(lambda _module, inputs: (inputs[0].cpu(), *inputs[1:]))
-    embedding.register_forward_hook(lambda _module, _inputs, output: output.to(device))
+    embedding.register_forward_pre_hook(lambda _module, inputs: (on_host(inputs[0]), *inputs[1:]))
+    embedding.register_forward_hook(lambda _module, _inputs, output: send(output, device))
 
     def to_device(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return inputs, {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in named.items()}

@@ -82,7 +82,7 @@ def _last_hidden(
         lm.watch.told = places()
     try:
         hidden: torch.Tensor = lm.backbone(
-            input_ids=on_device(lm, row.input_ids).view(shape),
+            input_ids=on_device(lm, row.input_ids.reshape(shape)),  # not a view: see `runtime/to_device.on_host`
             position_ids=on_device(lm, row.position_ids).view(shape),
             use_cache=False,
             **inputs,

@@ -77,7 +77,7 @@ def in_passes(
         at_head = lambda at: pass_.at_work(at, lambda: finish(pass_.items[at]))  # noqa: E731
         return list(after_layers(by_layer, waiting, slots, at_head))
 
-    sizes = [by_layer.bytes_per_position * computed_positions(lm, forwards.groups_of(some)) for some in forwards.items]
+    sizes = [_waiting_bytes(lm, by_layer, forwards.groups_of(some)) for some in forwards.items]
     passes = plan_passes(sizes, by_layer.limit_bytes, ends)
     for number, some in enumerate(passes):
         title = f"pass {number + 1} of {len(passes)}, " if len(passes) > 1 else ""
@@ -107,11 +107,16 @@ def up_to_layer(lm: CausalLM, forwards: Forwards[Item], end: int) -> Iterator[No
             waiting.drop(own)
         return [[] for _ in slots]
 
-    sizes = [by_layer.bytes_per_position * computed_positions(lm, forwards.groups_of(some)) for some in forwards.items]
+    sizes = [_waiting_bytes(lm, by_layer, forwards.groups_of(some)) for some in forwards.items]
     for some in plan_passes(sizes, by_layer.limit_bytes):
         progress = _Progress(end, lambda _amount, _shown: None, "")
         for _ in _within_memory(lm, forwards, [forwards.items[i] for i in some], run, progress):
             yield
+
+
+def _waiting_bytes(lm: CausalLM, by_layer: ByLayer, groups: Sequence[PromptGroup]) -> int:
+    """Bytes that the hidden states of a forward take between two layers."""
+    return by_layer.taken(by_layer.bytes_per_position * computed_positions(lm, groups))
 
 
 @dataclass(slots=True)

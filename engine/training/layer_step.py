@@ -152,7 +152,7 @@ class _Step:
         if layer != self.first:
             return
         each = sum(
-            slot.shape.numel() * slot.dtype.itemsize
+            self.by_layer.taken(slot.shape.numel() * slot.dtype.itemsize)
             for forward_slots in self.entering.values()
             for slot in forward_slots[-1]
         )

@@ -1,6 +1,7 @@
 """The Triton kernels of `rms_norm`, `rotary` and `gated`, forward and backward.
 
-Each row is read once and stays in registers. Its numbers depend on that row alone, and every sum has one order.
+Each row is read once and stays in registers. Its numbers depend on that row alone, and every sum has one order. The
+number of rows is not part of what is compiled: another number would not be another program.
 """
 
 # Triton parses these signatures itself, and its decorator has no types.
@@ -18,7 +19,7 @@ ELEMENTS = 4096  # per program
 GATED_BLOCK = {"cuda": 1024, "hip": 2048}  # 16 bytes a thread; AMD's warps have twice as many
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def rms_norm_forward(x, weight, out, n, width, eps, OFFSET: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
@@ -30,7 +31,7 @@ def rms_norm_forward(x, weight, out, n, width, eps, OFFSET: tl.constexpr, ROWS: 
     tl.store(out + at, (values * inverse[:, None] * factor[None, :]).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def rms_norm_backward(
     upstream, x, weight, out, n, width, eps, OFFSET: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
@@ -65,7 +66,7 @@ def _rotate_heads(x, out, token, cos, cos_2, sin, sin_2, cols, heads, half, INVE
     tl.store(out + at + half, new_second.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["angles"])
 def rotate(
     q,
     k,

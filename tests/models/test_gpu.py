@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cli.main import _choose_allocator
-from dpoeng.engine.models.loading import exact_float32_products, keep_embedding_on_host, load_model, require_triton
+from dpoeng.engine.models.loading import exact_products, keep_embedding_on_host, load_model, require_triton
 from dpoeng.engine.models.sources import find_model
 from dpoeng.engine.runtime.to_device import to_device
 
@@ -93,19 +94,43 @@ def by_newer_name() -> None:
 
 @pytest.mark.parametrize("turn_on", [by_older_name, by_newer_name])
 def test_float32_is_not_tf32(turn_on: Callable[[], None]) -> None:
-    assert exact_float32_products() == ()
+    assert exact_products() == ()
     turn_on()
-    (remark,) = exact_float32_products()
+    (remark,) = exact_products()
     assert "TF32" in remark
     assert torch.backends.cuda.matmul.fp32_precision in ("none", "ieee")
-    assert exact_float32_products() == ()
+    assert exact_products() == ()
+
+
+def test_long_products_are_not_added_up_in_16_bits() -> None:
+    """torch's own setting allows it; the head's gradient is a sum over the vocabulary."""
+    products: Any = torch.backends.cuda.matmul
+    products.allow_bf16_reduced_precision_reduction = products.allow_fp16_reduced_precision_reduction = True
+    exact_products()
+    assert not products.allow_bf16_reduced_precision_reduction
+    assert not products.allow_fp16_reduced_precision_reduction
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_both_phases_in_one_process_can_be_deterministic(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch looks at cuBLAS's workspaces at the first product on a GPU, which may be phase one's."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+
+    def at_first_kernel(_: torch.device) -> None:
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
+        raise LoadedError
+
+    monkeypatch.setattr("dpoeng.engine.models.loading.require_triton", at_first_kernel)
+    with pytest.raises(LoadedError):
+        load_model(find_model(str(tiny_model)), quantization="none", dtype="auto", device=torch.device("cuda", 0))
 
 
 def test_memory_grows_in_place_unless_the_user_chose() -> None:
     """Every step has another number of tokens: blocks of a fixed size would be left over from each."""
     empty: dict[str, str] = {}
     _choose_allocator(empty)
-    assert empty == {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    assert empty == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         chosen = {name: "max_split_size_mb:128"}
         _choose_allocator(chosen)
@@ -119,3 +144,28 @@ def test_a_copy_to_a_gpu_is_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **how: seen.append(str(how)) or tensor)
     to_device(np.arange(3), torch.device("cuda", 0))
     assert seen == ["pinned", "{'non_blocking': True}"]
+
+
+def test_an_embedding_on_the_host_does_not_wait_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token ids come from the host, and are looked up there without asking the GPU for them."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    to = torch.Tensor.to
+    sent: list[torch.Tensor] = []
+
+    def copied(tensor: torch.Tensor, device: Any, **how: Any) -> torch.Tensor:
+        assert device.type == "cuda"
+        assert how == {"non_blocking": True}, "else the host waits until all queued work is done"
+        sent.append(tensor)
+        return to(tensor, "meta")
+
+    monkeypatch.setattr(torch.Tensor, "to", copied)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda _: pytest.fail("waits for the GPU"))
+    gpu = torch.device("cuda", 0)
+    words = torch.nn.Embedding(9, 4)
+    base = SimpleNamespace(get_input_embeddings=lambda: words, register_forward_pre_hook=lambda *_, **__: None)
+    monkeypatch.setattr(torch.nn.Embedding, "to", lambda words, _: words)
+    keep_embedding_on_host(base, gpu)
+    ids = to_device(np.array([[3, 1, 4]]), gpu)
+    assert words(ids).is_meta
+    assert len(sent) == 2
+    assert torch.equal(sent[1], words.weight[[3, 1, 4]][None])

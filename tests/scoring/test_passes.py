@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import PairIds, ScoredPair
 from dpoeng.engine.memory.tracker import MemoryTracker
+from dpoeng.engine.models.layers.by_layer import ByLayer
 from dpoeng.engine.models.layers.waiting import Waiting
 from dpoeng.engine.models.loading import load_model
 from dpoeng.engine.models.model import CausalLM, set_mode
@@ -229,3 +233,15 @@ def test_memory_does_not_grow_with_the_depth(tmp_path: Path) -> None:
     layer = 4 * sum(parameter.numel() for parameter in lm.backbone.layers[0].parameters())
     assert layer > 10_000
     assert abs(peaks[1] - peaks[0]) < layer / 10
+
+
+def test_what_waits_in_pinned_memory_counts_as_torch_allocates_it(tmp_path: Path) -> None:
+    """72 MB become 128: a limit of half the host's memory would be all of it."""
+    gates: Any = SimpleNamespace(device=torch.device("cuda", 0))
+    by_layer = ByLayer(gates, contextlib.nullcontext, lambda: 0, bytes_per_position=2 * 5120)
+    assert by_layer.taken(2 * 5120 * 7000) == 2**27
+    assert (by_layer.taken(2**26), by_layer.taken(0)) == (2**26, 0)
+    assert replace(by_layer, folder=tmp_path).taken(2 * 5120 * 7000) == 2 * 5120 * 7000
+    host: Any = SimpleNamespace(device=torch.device("cpu"))
+    on_host = replace(by_layer, gates=host)
+    assert on_host.taken(2 * 5120 * 7000) == 2 * 5120 * 7000

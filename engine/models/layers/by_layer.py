@@ -40,6 +40,11 @@ class ByLayer:
     bytes_per_position: int = 0
     keeps_meta: bool = False
 
+    def taken(self, n_bytes: int) -> int:
+        """Bytes that hidden states of so many take while they wait: torch rounds pinned memory up to a power of two."""
+        pinned = self.gates.device.type == "cuda" and self.folder is None
+        return 1 << (n_bytes - 1).bit_length() if pinned and n_bytes else n_bytes
+
     def waiting(self, device: torch.device) -> Waiting:
         """Storage for hidden states."""
         return Waiting(device, self.folder, keeps_meta=self.keeps_meta)
