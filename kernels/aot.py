@@ -98,7 +98,7 @@ def builds(gpu: str, linear: LinearTile | None = None) -> list[Build]:
     widen_types = {"codes": "*i8", "scales": f32, "inverse": "fp32"}
     for dtype in ("bf16", "fp16"):
         out.append(Build("widen_int8", "", dtype, widen_types, {"BLOCK": widen.block}, widen.warps))
-    out += _layer_builds(gpu) if gpu != "sm_75" else []
+    out += _layer_builds(gpu)
     # Training: float32 logits whose gradient is written in 16 bits over them; Gemma's softcap; a bias.
     unit = {**row_types, "raw": f32}
     out.append(Build("unit_gradient_rows", "", "bf16", unit, {**plain, "bias": None, "SOFTCAP": False}, row.warps))
@@ -128,18 +128,21 @@ def builds(gpu: str, linear: LinearTile | None = None) -> list[Build]:
 
 
 def _layer_builds(gpu: str) -> list[Build]:
-    """A layer's own operations and LoRA's products over bfloat16, for the shapes of Qwen2.5-7B."""
+    """A layer's own operations, and LoRA's products over bfloat16, for the shapes of Qwen2.5-7B; Turing has float16."""
     from dpoeng.kernels.fused.kernels import GATED_BLOCK, norm_warps
 
     norm = {"ROWS": 1, "COLS": 4096, "OFFSET": 0.0}
     heads = {"Q_HEADS": 32, "K_HEADS": 4, "HALF": 64}
     gate = {"TANH": False, "BLOCK": GATED_BLOCK[GPUS[gpu].backend]}
     norms, gates = ("rms_norm_forward", "rms_norm_backward"), ("gated_forward", "gated_backward")
-    out = [Build(name, "", "bf16", {"eps": "fp32"}, norm, norm_warps(4096)) for name in norms]
+    dtype = "fp16" if gpu == "sm_75" else "bf16"
+    out = [Build(name, "", dtype, {"eps": "fp32"}, norm, norm_warps(4096)) for name in norms]
     out += [
-        Build("rotate", "gradient" * turned, "bf16", {}, {**heads, "INVERSE": turned}, 4) for turned in (False, True)
+        Build("rotate", "gradient" * turned, dtype, {}, {**heads, "INVERSE": turned}, 4) for turned in (False, True)
     ]
-    out += [Build(name, "", "bf16", {}, gate, 4) for name in gates]
+    out += [Build(name, "", dtype, {}, gate, 4) for name in gates]
+    if dtype != "bf16":
+        return out
     f32 = {"factor": "*fp32", "sums": "*fp32", "low": "*fp32", "grad": "*fp32", "scale": "fp32"}
     for name, kernel, extra in (
         ("low_rank_rows", "rows", {"SPAN": SPAN, "BY_RANK": True}),
