@@ -293,6 +293,11 @@ class LossSettings:
         return "kto" in self.loss_type
 
     @property
+    def remembers(self) -> bool:
+        """Whether a loss depends on means over earlier optimizer steps."""
+        return bool({"bco", "beta_dpo"} & set(self.loss_type)) or self.bco_reward_shift
+
+    @property
     def sorts_pairs(self) -> bool:
         """Whether the i-th loss belongs to the i-th quantile instead of the i-th pair."""
         return any(name.startswith("aot") for name in self.loss_type)

@@ -11,7 +11,7 @@ from dpoeng.cache.errors import UserError
 from dpoeng.cache.selection.mixed import AnyView
 from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import Mode, PrecomputeConfig, TrainConfig
-from dpoeng.engine.losses.batch import PreferenceLoss
+from dpoeng.engine.losses.batch import LossState, PreferenceLoss
 from dpoeng.engine.losses.names import LossSettings
 from dpoeng.engine.losses.own_check import check_own_losses
 from dpoeng.engine.memory.offloading import decide_scoring
@@ -30,6 +30,7 @@ from dpoeng.engine.recipes.policy import check_parity
 from dpoeng.engine.reference.limits import longest_text
 from dpoeng.engine.reference.loading import load_policy_base
 from dpoeng.engine.reference.parity import ParityReport
+from dpoeng.engine.runs.checkpoint import read_finished
 from dpoeng.engine.runs.folder import ADAPTER_FOLDER, MODEL_FOLDER, RUN_FILE
 from dpoeng.engine.runs.identity import rows_digest
 from dpoeng.engine.runs.reading import read_json
@@ -218,6 +219,7 @@ def evaluate_trained(
     weights, labels = rows.weights(config.pair_weight_column), rows.labels(config.eval_group_by)
     check_own_losses(config.loss_type, config.beta, per_token=not view.spec.holds_sums)
     settings = LossSettings.of(config)
+    state = _loss_state(trained, settings, progress) if settings.remembers else {}
 
     def compare(lm: CausalLM) -> tuple[ParityReport, str]:
         return check_parity(config, lm, Rows.all_of(view)), device_name(lm.device)
@@ -230,6 +232,7 @@ def evaluate_trained(
             settings,
             weights,
             batch_size=config.per_device_eval_batch_size,
+            state=state,
             per_token=not rows.view.spec.holds_sums,
         )
 
@@ -248,6 +251,19 @@ def evaluate_trained(
         beta=config.beta,
         advice=advise([], [line], loss_type=config.loss_type, beta=config.beta, held_out_pairs=result.pairs),
     )
+
+
+def _loss_state(trained: Trained, settings: LossSettings, progress: Progress) -> LossState:
+    """The means over the run's steps that its losses compare with, as they were at its end."""
+    finished = read_finished(trained.folder.parent) if trained.run is not None else None
+    if trained.run is None or finished is None or tuple(trained.run["loss_type"]) != settings.loss_type:
+        progress.note(
+            f"{' + '.join(settings.loss_type)} compares with means over a run's steps; there is no such run, so these "
+            "are the evaluated pairs' own"
+        )
+        return {}
+    state: LossState = finished.state.get("losses", {})
+    return state
 
 
 def _open_rows(trained: Trained, config: TrainConfig, which: Which) -> tuple[AnyView, Rows]:

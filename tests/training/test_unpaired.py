@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
 from dpoeng.engine.recipes.evaluate import evaluate_trained, find_trained
 from dpoeng.engine.recipes.precompute import precompute_reference
 from dpoeng.engine.recipes.train import TrainSummary, train
+from dpoeng.engine.runtime.progress import QUIET
 
 
 def unpaired_rows(count: int) -> list[dict[str, Any]]:
@@ -63,6 +66,27 @@ def test_the_mismatched_response_is_scored_by_the_reference_too(cache: Path, tin
     assert row.rejected_logps.tolist() == pytest.approx(expected.tolist(), abs=1e-4)
     assert (cache / "FORMAT").read_bytes() == b"dpoeng-refcache 4\n"  # older readers would take them for pairs
     assert verify(cache, depth="all").ok
+
+
+def test_eval_alone_compares_with_what_the_loss_remembers(tmp_path: Path, cache: Path) -> None:
+    """BCO's threshold is the mean over the run's steps, which an adapter without its run does not have."""
+    fields: dict[str, Any] = {"loss_type": ("bco",), "beta": 1.0, "eval_share": 0.4}
+    run(cache, tmp_path / "out", max_steps=5, **fields)
+    last = json.loads((tmp_path / "out" / "evaluations.jsonl").read_text().splitlines()[-1])
+    notes: list[str] = []
+    progress: Any = SimpleNamespace(note=notes.append, task=QUIET.task)
+    config = TrainConfig(cache=cache, view="rows", **fields)
+    found = evaluate_trained(find_trained(tmp_path / "out"), config, progress=progress).evaluation
+    assert found.metrics == pytest.approx(last["metrics"], rel=1e-4, abs=1e-5)
+    assert not any("no such run" in note for note in notes)
+    shutil.copytree(tmp_path / "out" / "adapter", tmp_path / "moved")
+    alone = evaluate_trained(find_trained(tmp_path / "moved"), config, "all", progress=progress).evaluation
+    assert any("no such run" in note for note in notes)
+    view = View.open(cache, "rows", rows=ROW_KINDS)
+    share = float(np.mean([view.scores(row) for row in range(len(view))]))
+    rewards = share * alone.metrics["rewards/chosen"] + (1 - share) * alone.metrics["rewards/rejected"]
+    assert alone.metrics["rewards/threshold"] == pytest.approx(rewards, rel=1e-6)
+    assert found.metrics["rewards/threshold"] != pytest.approx(alone.metrics["rewards/threshold"], rel=1e-2)
 
 
 @pytest.mark.parametrize("name", ["kto", "bco"])
