@@ -29,11 +29,11 @@ CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("reward margin and length", "correlation", ("rewards/margins_length_correlation",)),
 )
 _PARITY = {
-    "mean_diff": "mean difference, nats a token",
-    "max_diff": "largest difference, nats a token",
+    "mean_diff": "mean difference, nats per token",
+    "max_diff": "largest difference, nats per token",
     "reward_noise": "noise of rewards, beta × nats",
-    "tolerance": "largest allowed mean difference, nats a token",
-    "noise": "these pairs alone and packed, nats a token",
+    "tolerance": "largest allowed mean difference, nats per token",
+    "noise": "these pairs alone and packed, nats per token",
 }
 _CHARTED = {name for _, _, names in CHARTS for name in names}
 
