@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -182,15 +183,11 @@ def _show(
         case "wandb":
             tracker.log_table(title, columns=list(columns), data=[list(row) for row in rows], step=step)
         case "mlflow":
-            import mlflow
-
             run = tracker.tracker.info.run_id
-            mlflow.MlflowClient().log_text(run, _markdown(columns, rows), f"{title}.md")
+            import_module("mlflow").MlflowClient().log_text(run, _markdown(columns, rows), f"{title}.md")
         case _:
-            import trackio
-
             cells = [dict(zip(columns, row, strict=True)) for row in rows]
-            tracker.tracker.log({title: trackio.Table(data=cells)}, step=step)
+            tracker.tracker.log({title: import_module("trackio").Table(data=cells)}, step=step)
 
 
 # Characters that Markdown reads as emphasis, links, code, headings or the border of a cell.
