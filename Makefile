@@ -109,7 +109,7 @@ coverage: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest $(WORKERS) --cov --cov-report=term-missing:skip-covered --cov-fail-under=85
 
 mutants: $(VENV)/.installed
-	$(VENV)/bin/python tests/support/mutants.py
+	$(VENV)/bin/python tests/support/mutants.py --record tests/mutants.md
 
 attacks: $(VENV)/.installed
 	$(VENV)/bin/python tests/support/attacks.py

@@ -68,7 +68,12 @@ def parse(path: Path | str) -> HubSource:
     """
     match = _SOURCE.fullmatch(str(path))
     query = urllib.parse.parse_qs(match["query"] or "", keep_blank_values=True) if match else {}
-    if match is None or set(query) - {"config", "split"} or any(len(values) > 1 for values in query.values()):
+    if (
+        match is None
+        or _leads_up(match)
+        or set(query) - {"config", "split"}
+        or any(len(values) > 1 for values in query.values())
+    ):
         raise UserError(
             "invalid address of a data set on the hub",
             code="hub-name",
@@ -79,6 +84,12 @@ def parse(path: Path | str) -> HubSource:
         )
     values = {name: query[name][0] or None for name in query}
     return HubSource(match["repo"], match["revision"], (match["path"] or "").strip("/") or None, **values)
+
+
+def _leads_up(match: re.Match[str]) -> bool:
+    """Whether a part of a name is `..`, which is another folder in the hub's cache."""
+    parts = [*match["repo"].split("/"), match["revision"], *(match["path"] or "").split("/")]
+    return any(part in (".", "..") for part in parts)
 
 
 @functools.cache
@@ -116,6 +127,8 @@ def local_file(name: str) -> Path | None:
     match = _NAMED.fullmatch(name)
     if match is None:
         return Path(name)
+    if any(part in (".", "..") for part in re.split("[/@]", name)):  # not a name that `shown_name` gives
+        return None
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(match["repo"], match["path"], revision=match["commit"], repo_type="dataset")

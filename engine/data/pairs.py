@@ -5,6 +5,7 @@ Independent of tokens: here two pairs are equal if their texts are.
 
 from __future__ import annotations
 
+import bisect
 import difflib
 import json
 from collections import deque
@@ -535,7 +536,8 @@ def content_key(pair: PreferencePair, *, swapped: bool = False) -> bytes:
     """
     if pair.kind == "ranked":
         scores = [-score for score in pair.scores] if swapped else pair.scores
-        places = [sum(other > score for other in scores) for score in scores]
+        ordered = sorted(scores)
+        places = [len(ordered) - bisect.bisect_right(ordered, score) for score in scores]  # how many are better
         parts = [_essence(pair.prompt), [_essence(side) for side in pair.sides], places]
         content = json.dumps([*parts, pair.tools, pair.chat_template_kwargs], sort_keys=True)
         return xxhash.xxh3_128_digest(content.encode())

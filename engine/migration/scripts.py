@@ -65,6 +65,7 @@ class Given:
 
 @dataclass(slots=True)
 class _Script:
+    steps: int = 0  # of following constants
     assigned: dict[str, list[ast.expr]] = field(default_factory=dict)
     defaults: dict[str, list[ast.expr]] = field(default_factory=dict)  # of command-line arguments
 
@@ -73,10 +74,10 @@ def read_script(text: str, path: Path) -> list[Given]:
     """Everything in a script that matters for DPO, in the order of its lines.
 
     Raises:
-        UserError: not Python.
+        UserError: not Python, or nested too deeply.
     """
     try:
-        tree = ast.parse(textwrap.dedent(text), str(path))
+        return _read(ast.parse(textwrap.dedent(text), str(path)))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", None)
         raise UserError(
@@ -87,6 +88,9 @@ def read_script(text: str, path: Path) -> list[Given]:
             found=str(getattr(error, "msg", error)),
             remedy="pass the whole script, or only its calls of DPOConfig, TrainingArguments and DPOTrainer",
         ) from error
+
+
+def _read(tree: ast.Module) -> list[Given]:
     script = _collect(tree)
     given: list[Given] = []
     trainers = [call for call in _calls(tree) if _called(call) == "DPOTrainer"]
@@ -184,21 +188,26 @@ def _values(node: ast.expr, script: _Script) -> list[ast.expr]:
     return script.assigned.get(node.id, [node]) if isinstance(node, ast.Name) else [node]
 
 
-def _made_by(node: ast.expr | None, script: _Script, seen: frozenset[str] = frozenset()) -> list[ast.Call]:
-    """The calls that created an object: followed through variables, subscripts, and methods that return it changed."""
-    if isinstance(node, ast.Name):
-        if node.id in seen:
-            return []
-        values = script.assigned.get(node.id, [])
-        return [call for value in values for call in _made_by(value, script, seen | {node.id})]
-    if isinstance(node, ast.Subscript | ast.Attribute):
-        return _made_by(node.value, script, seen)
-    if not isinstance(node, ast.Call):
-        return []
-    calls = [node]
-    inner = node.func.value if isinstance(node.func, ast.Attribute) else None
-    for passed in (inner, node.args[0] if node.args else None):
-        calls += _made_by(passed, script, seen) if passed is not None else []
+def _made_by(node: ast.expr | None, script: _Script) -> list[ast.Call]:
+    """The calls that created an object: followed through variables, subscripts, and methods that return it changed.
+
+    Each variable is followed once: of 60 that are each made of two of the one before, no path but one is new.
+    """
+    calls: list[ast.Call] = []
+    seen: set[str] = set()
+    left = [node]
+    while left:
+        one = left.pop()
+        if isinstance(one, ast.Name) and one.id not in seen:
+            seen.add(one.id)
+            left += reversed(script.assigned.get(one.id, []))
+        elif isinstance(one, ast.Subscript | ast.Attribute):
+            left.append(one.value)
+        elif isinstance(one, ast.Call):
+            calls.append(one)
+            left += reversed(one.args[:1])
+            if isinstance(one.func, ast.Attribute):
+                left.append(one.func.value)
     return calls
 
 
@@ -207,6 +216,7 @@ def _made_by(node: ast.expr | None, script: _Script, seen: frozenset[str] = froz
 
 def _evaluate(node: ast.expr, script: _Script, depth: int = 0) -> Any:
     """The constant value of an expression, or Unread."""
+    script.steps = 0
     try:
         return _constant(node, script, depth)
     except (LookupError, TypeError, ValueError):
@@ -219,8 +229,13 @@ def _setting(name: str, node: ast.expr, owner: str, source: str, script: _Script
     return Given(name, value, owner, source, node.lineno, default)
 
 
+_MAX_STEPS = 10_000
+"""Expressions that one value may be made of: variables that hold variables many times grow without end."""
+
+
 def _constant(node: ast.expr, script: _Script, depth: int) -> Any:
-    if depth > 20:
+    script.steps += 1
+    if depth > 20 or script.steps > _MAX_STEPS:
         raise LookupError
 
     def inner(part: ast.expr) -> Any:

@@ -211,7 +211,7 @@ def read_format(name: str, where: str, record: Mapping[str, Any]) -> Format:
     mlx = "group_size" in record and "quant_method" not in record
     try:
         stored = format_of(record)
-    except (NotWidenedError, TypeError, ValueError, AttributeError) as error:
+    except (NotWidenedError, TypeError, ValueError, AttributeError, LookupError, OverflowError) as error:
         instead = getattr(error, "instead", "")
         raise UserError(
             f"{name} is quantised by {'MLX' if mlx else record.get('quant_method', 'a method without a name')}",

@@ -7,12 +7,13 @@ once, so that a kill loses only the current result. Independent of the kind of r
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from dpoeng.engine.runs.metrics import read_lines
+from dpoeng.engine.runs.metrics import append_line, damaged_line, read_lines, refuse_link
 from dpoeng.engine.runtime.folders import unwritable
 
 
@@ -28,15 +29,23 @@ class Kept:
     If several lines have the same key, the last one counts. One process writes at a time: see `runs/lock`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, fits: Callable[[Any], bool] = lambda value: True) -> None:
         """Reads the file if it exists, and cuts off a last line that a kill left incomplete.
 
+        Args:
+            path: the file.
+            fits: whether a value is of the kind that is stored here.
+
         Raises:
-            UserError: a line is damaged, or the file cannot be written.
+            UserError: a line is damaged, the file is a link, or it cannot be written.
         """
+        refuse_link(path)
         self._path = path
-        lines = read_lines(path)
-        self._values: dict[str, Any] = {str(line.get("key")): line.get("value") for line in lines}
+        self._values: dict[str, Any] = {}
+        for number, line in enumerate(read_lines(path), 1):
+            if not fits(line.get("value")):
+                raise damaged_line(path, number, f"not what is stored here: {str(line.get('value'))[:80]}")
+            self._values[str(line.get("key"))] = line["value"]
         try:
             if path.is_file():
                 data = path.read_bytes()
@@ -58,8 +67,7 @@ class Kept:
         """
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "value": value}) + "\n")
+            append_line(self._path, {"key": key, "value": value})
         except OSError as error:
             raise unwritable(self._path.parent, error) from error
         self._values[key] = value

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, *, writes: bool = True) -> None:
+        """Raises UserError if a log is a link."""
+        for name in (*_BY_STEP, HELD_OUT_FILE):
+            refuse_link(folder / name)
         self._writes = writes
         self._metrics = folder / METRICS_FILE
         self._timings = folder / TIMINGS_FILE
@@ -83,8 +87,30 @@ class MetricsLog:
 
     def _append(self, path: Path, record: dict[str, Any]) -> None:
         if self._writes:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            append_line(path, record)
+
+
+def refuse_link(path: Path) -> None:
+    """Raises UserError if a log is a link: in a stranger's folder it could make other files grow."""
+    if path.is_symlink():
+        raise UserError(
+            "a log in this folder is a link",
+            code="output-unwritable",
+            where=str(path),
+            found=f"a link to {path.readlink()}",
+            remedy="put the file itself there, or name another folder with --output-dir",
+            exit_status=5,
+        )
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Appends a JSON object. A link could lead out of the folder, and a pipe would never end: OSError for both."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+
+    with open(path, "a", encoding="utf-8", opener=opener) as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -127,20 +153,61 @@ def _int64(digits: str) -> int:
 def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         value = json.loads(line, parse_int=_int64)
-        step = value.get("step") if isinstance(value, dict) else None
-        counts = isinstance(step, int | float) and not isinstance(step, bool) and 0 <= step < math.inf
-        if isinstance(value, dict) and (path.name not in _BY_STEP or counts):
-            return value
-        problem = "not a JSON object with a step" if path.name in _BY_STEP else "not a JSON object"
+        problem = _fault(path.name, value) if isinstance(value, dict) else "not a JSON object"
     except (ValueError, RecursionError) as error:
         problem = str(error)
-    raise UserError(
+    if problem:
+        raise damaged_line(path, number, problem)
+    return value  # type: ignore[no-any-return]
+
+
+def _fault(name: str, line: Mapping[str, Any]) -> str:
+    """Describes what no run writes into a log of this name; empty if there is nothing."""
+    step: Any = line.get("step")
+    if name in (*_BY_STEP, HELD_OUT_FILE) and not (_is_number(step) and 0 <= step < math.inf):
+        return "not a JSON object with a step"
+    texts = ("source", "prompt")
+    if name == HELD_OUT_FILE and not (
+        all(isinstance(line.get(text), str) for text in texts)
+        and all(_is_number(value) for field, value in line.items() if field not in texts)
+    ):
+        return "not a held-out pair"
+    return "not an evaluation" if name == EVALUATIONS_FILE and not _is_evaluation(line, "step") else ""
+
+
+def _is_evaluation(line: Any, *more: str) -> bool:
+    """Whether a line, or a group in it, has numbers, metrics and intervals where evaluations have them."""
+    if not isinstance(line, dict):
+        return False
+    metrics: Any = line.get("metrics")
+    bounds: Any = line.get("intervals")
+    groups: Any = line.get("groups", {})
+    counts = [line[name] for name in ("pairs", "prompts", "ties", *more) if name in line]
+    return (
+        all(isinstance(one, dict) for one in (metrics, bounds, groups))
+        and all(_is_number(value) for value in (*counts, *metrics.values()))
+        and all(isinstance(both, list) and len(both) == 2 and all(map(_is_number, both)) for both in bounds.values())
+        and all(isinstance(column, dict) and all(map(_is_evaluation, column.values())) for column in groups.values())
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def damaged_line(path: Path, number: int, problem: str) -> UserError:
+    """The error for a line of a log that nothing here has written."""
+    if path.name == HELD_OUT_FILE:
+        remedy = "train this run again with --no-resume: comparisons need each of its held-out pairs"
+    elif path.name in _BY_STEP:
+        remedy = f"remove this line from {path.name}: its figures are lost; checkpoints and result do not depend on it"
+    else:
+        remedy = f"remove this line from {path.name}: what it holds is then asked or computed again"
+    return UserError(
         "the run's log is damaged",
         code="run-damaged",
         where=f"{path}:{number}",
         found=problem,
-        remedy="train this run again with --no-resume: comparisons need each of its held-out pairs"
-        if path.name == HELD_OUT_FILE
-        else f"remove this line from {path.name}: its figures are lost; checkpoints and result do not depend on it",
+        remedy=remedy,
         exit_status=3,
     )

@@ -14,7 +14,16 @@ from dpoeng.cache.errors import UserError
 
 
 def refuse_filled(into: Path) -> None:
-    """Raises UserError unless `into` is missing or an empty folder."""
+    """Raises UserError unless `into` is missing or an empty folder. A link could lead out of a stranger's folder."""
+    if into.is_symlink():
+        raise UserError(
+            "the target folder is a link",
+            code="output-unwritable",
+            where=str(into),
+            found=f"a link to {into.readlink()}",
+            remedy="name the folder itself, or a new one, with --into",
+            exit_status=5,
+        )
     if into.exists() and (not into.is_dir() or any(into.iterdir())):
         raise UserError(
             "the target folder is not empty" if into.is_dir() else "the target is a file, not a folder",

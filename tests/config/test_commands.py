@@ -487,6 +487,30 @@ def test_trl_scripts(run: Run, tmp_path: Path, text: str, fields: dict[str, Any]
         assert word in out
 
 
+def grown(step: str, times: int) -> str:
+    """Variables that are each made of the one before, several times."""
+    chain = "".join(f"x{i} = {step.format(f'x{i - 1}')}\n" for i in range(1, times))
+    return f"x0 = 'a'\n{chain}DPOTrainer(model=x{times - 1})\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        (grown("{0}.map({0})", 60), "model: computed"),
+        (grown("[" + "{0}, " * 40 + "]", 19), "model: computed"),
+        (grown("f'" + "{{{0}}}" * 40 + "'", 19), "model: computed"),
+        ("x = x\ny = [y]\nDPOTrainer(model=[x, y])\n", "model: computed"),
+        ("DPOTrainer(model=m" + ".a" * 5000 + ")\n", "cannot read the script"),
+        ("DPOTrainer(model=" + "+".join(["a"] * 50_000) + ")\n", "cannot read the script"),
+    ],
+    ids=["objects", "lists", "texts", "itself", "deep", "long"],
+)
+def test_a_script_that_grows_is_read_in_a_moment(run: Run, tmp_path: Path, text: str, word: str) -> None:
+    (tmp_path / "train.py").write_text(text)
+    _, out, err = run("migrate", "train.py")
+    assert word in out + err
+
+
 def test_a_script_is_never_run(run: Run, tmp_path: Path) -> None:
     text = "import os\nos.makedirs('made')\nraise SystemExit('ran')\nDPOConfig(beta=__import__('os').getpid())\n"
     _, out = migrated(run, tmp_path, "train.py", text)

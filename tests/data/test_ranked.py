@@ -9,6 +9,7 @@ import pytest
 from dpoeng_testing import write_jsonl
 
 from dpoeng.engine.config.fields import PrecomputeConfig
+from dpoeng.engine.data.kinds import ranked
 from dpoeng.engine.data.pairs import PairFile, read_pairs
 from dpoeng.engine.data.tokenization import tokenize_pairs
 from dpoeng.engine.recipes.check import check_pairs
@@ -196,6 +197,15 @@ def test_a_whole_row_has_no_more_responses_than_it_may(tmp_path: Path) -> None:
     assert [(reject.source_row, reject.reason) for reject in found.rejects] == [(2, "bad-ranking")]
     assert "1,025 responses are more than the 1,024" in found.rejects[0].detail
     assert len(read(tmp_path, rows[1:]).pairs) == 1024  # --ranked-pairs best
+
+
+@pytest.mark.parametrize("wanted", ["best", "all", None])
+def test_a_prompt_is_repeated_no_more_than_it_may(tmp_path: Path, wanted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranked, "MAX_REPEATED", 400)
+    long = {**ROW, "prompt": "p" * 134}
+    found = read(tmp_path, [long, {**ROW, "prompt": "q" * 66}], ranked_pairs=wanted)
+    assert [reject.reason for reject in found.rejects] == ["bad-ranking"]
+    assert "the limit of one row is 400 characters" in found.rejects[0].detail
 
 
 def test_check_looks_at_every_pair_of_a_row(tmp_path: Path, tiny_model: Path, tokenizer: Any) -> None:

@@ -153,6 +153,16 @@ def test_a_zero_point_that_programs_read_in_two_ways_is_refused(tmp_path: Path) 
         ),
         ({"quant_method": "hqq"}, "cannot read its method"),
         ({"quant_method": "gptq", "bits": "four"}, "four"),
+        ({"quant_method": "gptq", "bits": 0}, "codes of 0 bits"),
+        ({"quant_method": "gptq", "bits": [4]}, "int()"),
+        ({"quant_method": "gptq", "group_size": 10**40}, "not two sizes"),
+        ({"quant_method": "fp8", "weight_block_size": [0, 16]}, "not two sizes"),
+        ({"quant_method": "fp8", "weight_block_size": [16]}, "not two sizes"),
+        ({"quant_method": "fp8", "modules_to_not_convert": [["a"]]}, "no texts"),
+        (
+            {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"g": 5}},
+            "no attribute",
+        ),
     ],
 )
 def test_what_cannot_be_had_is_named(record: dict[str, Any], why: str, tmp_path: Path) -> None:
@@ -163,6 +173,35 @@ def test_what_cannot_be_had_is_named(record: dict[str, Any], why: str, tmp_path:
     assert caught.value.code == "quantization-stored"
     assert why in f"{caught.value} {caught.value.found}"
     assert "full-precision" in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "damage", "said"),
+    [
+        ("gptq, any order", "g_idx", lambda t: torch.cat([t[:1] * 0 - 1, t[1:]]), "groups -1 to"),
+        ("gptq, any order", "g_idx", lambda t: t + 10**9, "groups 1000000000 to"),
+        ("gptq, any order", "g_idx", lambda t: t[: len(t) // 2].clone(), "groups ("),
+        ("gptq", "g_idx", lambda t: t.float(), "groups in torch.float32"),
+        ("gptq", "qweight", lambda t: t.reshape(-1), ""),
+        ("gptq", "qzeros", lambda t: t[:0], "zero points"),
+        ("gptq", "qweight", lambda t: t.to(torch.int64), "codes in torch.int64"),
+        ("awq", "qzeros", lambda t: t.to(torch.int64), "zero points in torch.int64"),
+        ("pack-quantized, zero points", "weight_zero_point", lambda t: t.to(torch.int64), "zero points in torch.int64"),
+        ("fp8 blocks", "weight_scale_inv", lambda t: t[None, None], "4 dimensions"),
+        ("fp8 blocks", "weight_scale_inv", lambda t: t[:0], ""),
+    ],
+)
+def test_wild_parts_are_refused(name: str, part: str, damage: Any, said: str, tmp_path: Path) -> None:
+    """Of every kind; an index of -1 beside others once made them all count as unused, without a word."""
+    _, folder = make(tmp_path, name, "qwen3")
+    tensors = load_file(folder / "model.safetensors")
+    key = next(key for key in tensors if key.endswith(part))
+    tensors[key] = damage(tensors[key])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError) as caught:
+        load(folder, "stored")
+    assert caught.value.code == "quantization-stored"
+    assert said in str(caught.value.found)
 
 
 def test_codes_without_scales_are_refused(tmp_path: Path) -> None:

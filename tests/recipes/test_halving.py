@@ -124,6 +124,12 @@ def test_decisions_of_another_ladder_are_refused(tmp_path: Path) -> None:
     assert read_promotions(tmp_path, ladder) == decided
     with pytest.raises(UserError, match="halving_factor = 2"):
         read_promotions(tmp_path, {**ladder, "halving_factor": 3})
+    right = {"run": "a", "rung": 1, "score": [0.5], "among": 2}
+    edits: list[dict[str, Any]] = [{"run": "../x"}, {"run": 1}, {"rung": "x"}, {"rung": 0}, {"score": 7}, {"among": []}]
+    for edit in edits:
+        (tmp_path / "promotions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (ladder, right | edit)))
+        with pytest.raises(UserError, match=r"promotions.jsonl:2"):
+            read_promotions(tmp_path, ladder)
 
 
 # --------------------------------------------------------------------------- with training

@@ -19,7 +19,7 @@ from dpoeng.cache.errors import UserError
 from dpoeng.cli.main import main
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
 from dpoeng.engine.data import hub as hub_module
-from dpoeng.engine.data.hub import HubSource, hub_view_name, parse, shown_name
+from dpoeng.engine.data.hub import HubSource, hub_view_name, local_file, parse, shown_name
 from dpoeng.engine.data.pairs import ensure_unchanged, read_pairs
 from dpoeng.engine.recipes.precompute import precompute_reference
 from dpoeng.engine.recipes.push import push
@@ -64,9 +64,18 @@ def test_addresses_of_data_sets() -> None:
     assert whole == HubSource("org/n-a.me", "v1", "data/x.jsonl", "c", "train_prefs")
     assert whole.url(split="test") == "hf://org/n-a.me@v1/data/x.jsonl?config=c&split=test"
     assert hub_view_name("hf://org/pairs?split=train") == "pairs-train"
-    for wrong in ("hf://name", "hf://org/name?part=2", "hf://org/name?split=a&split=b", "hf:///org/name"):
+    for wrong in ("hf://name", "hf://org/name?part=2", "hf://org/name?split=a&split=b", "hf:///org/name",
+                  "hf://../..", "hf://org/..", "hf://org/name@..", "hf://org/name/../../x.jsonl"):  # fmt: skip
         with pytest.raises(UserError, match="hub-name"):
             parse(wrong)
+
+
+@pytest.mark.parametrize("name", ["org/name@c/../../../../../x.jsonl", "org/..@c/x", "org/name@../x"])
+def test_a_recorded_name_leads_to_no_other_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's library joins the parts of a name to a path, and looks whether that is a file."""
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(tmp_path / "x.jsonl"))
+    assert local_file(f"hf://datasets/{name}") is None
+    assert local_file("hf://datasets/org/name@c/x.jsonl") == tmp_path / "x.jsonl"
 
 
 # --------------------------------------------------------------------------- which files

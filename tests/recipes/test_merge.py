@@ -101,6 +101,11 @@ def test_an_unmergeable_adapter_is_a_message(tmp_path: Path, tiny_model: Path) -
         merge_run(out, tmp_path / "merged")
     with pytest.raises(UserError, match="not empty"):
         merge_run(out, out)
+    (tmp_path / "outside").mkdir()
+    (out / "linked").symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match="is a link"):
+        merge_run(out, out / "linked")
+    assert not list((tmp_path / "outside").iterdir())
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path: Path, tiny_model: Path) -> None:

@@ -212,9 +212,15 @@ def test_more_rounds_are_added_and_other_settings_refused(
         with pytest.raises(UserError, match="round-changed") as caught:
             rounds(run, folder, **{"number": 1, **quick, **changed})
         assert word in str(caught.value)
-    (folder / "rounds.json").write_text("{")
-    with pytest.raises(UserError, match="round-damaged"):
-        rounds(run, folder, number=1, **quick)
+    record = json.loads((folder / "rounds.json").read_text())
+    number = record["rounds"][0]
+    for damage in ("{", "[]", "[" * 100_000, json.dumps({**record, "settings": [1]}),
+                   json.dumps({**record, "rounds": [{**number, "pairs": "3"}]}),
+                   json.dumps({**record, "rounds": [{**number, "mean_score": 10**400}]}),
+                   json.dumps({**record, "rounds": [{**number, "evaluation": []}]})):  # fmt: skip
+        (folder / "rounds.json").write_text(damage)
+        with pytest.raises(UserError, match="round-damaged"):
+            rounds(run, folder, number=1, **quick)
 
 
 def test_all_weights_against_the_last_policy(tmp_path: Path, tiny_model: Path) -> None:

@@ -286,7 +286,9 @@ def fabricate(folder: Path, right: Sequence[float], margins: Sequence[float], pr
     (folder / "run.json").write_text("{}")
     means = {"rewards/accuracies": float(np.mean(right)), "rewards/margins": float(np.mean(margins))}
     evaluation = {"step": 4, "metrics": means, "intervals": {"rewards/accuracies": [0.1, 0.9]}}
-    (folder / "evaluations.jsonl").write_text(json.dumps(evaluation) + "\n" + json.dumps({"step": 6}) + "\n")
+    (folder / "evaluations.jsonl").write_text(
+        json.dumps(evaluation) + "\n" + json.dumps({"step": 6, "metrics": {}, "intervals": {}}) + "\n"
+    )
     lines = [
         {"step": 4, "source": f"row {i}", "prompt": prompt, "rewards/accuracies": a, "rewards/margins": m,
          "chosen_tokens": 5 + i % 2, "rejected_tokens": 5}
@@ -354,10 +356,39 @@ def test_less_of_a_loss_is_better_and_length_can_be_taken_out(tmp_path: Path) ->
     assert verdict([]) == "No run is complete."
     for name, loss in (("low", 0.1), ("high", 0.5)):
         folder = fabricate(tmp_path / name, [1.0, 0.0], [1.0, -1.0], ["p", "q"])
-        text = (folder / "evaluations.jsonl").read_text().replace('"metrics": {', f'"metrics": {{"loss": {loss}, ')
+        text = (folder / "evaluations.jsonl").read_text().replace('"metrics": {', f'"metrics": {{"loss": {loss}, ', 1)
         (folder / "evaluations.jsonl").write_text(text)
     runs: list[Any] = [("high", {}, tmp_path / "high"), ("low", {}, tmp_path / "low")]
     assert [result.name for result in compare_runs(runs, "loss", {})] == ["low", "high"]
+
+
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        ("held_out.jsonl", lambda lines: []),
+        ("held_out.jsonl", lambda lines: [{}]),
+        ("held_out.jsonl", lambda lines: [lines[0] | {"rewards/margins": "x"}, lines[1]]),
+        ("held_out.jsonl", lambda lines: [lines[0] | {"prompt": "other"}, lines[1]]),
+        ("held_out.jsonl", lambda lines: [line | {"step": 5} for line in lines]),
+        ("evaluations.jsonl", lambda lines: [{"step": 4}]),
+        ("evaluations.jsonl", lambda lines: [lines[0] | {"metrics": [1]}]),
+        ("evaluations.jsonl", lambda lines: [lines[0] | {"metrics": {"rewards/margins": "x"}}]),
+        ("evaluations.jsonl", lambda lines: [lines[0] | {"intervals": {"rewards/margins": 3}}]),
+        ("evaluations.jsonl", lambda lines: [lines[0] | {"groups": {"topic": 3}}]),
+        ("evaluations.jsonl", lambda lines: [lines[0] | {"pairs": "3"}]),
+    ],
+)
+def test_edited_records_are_named(name: str, edit: Any, tmp_path: Path) -> None:
+    runs: list[Any] = [
+        (run, {}, fabricate(tmp_path / run, [1.0, 0.0], [at, -1.0], ["p", "q"])) for run, at in (("a", 1.0), ("b", 0.5))
+    ]
+    assert [result.name for result in compare_runs(runs, "rewards/margins", {})] == ["a", "b"]
+    file = tmp_path / "b" / name
+    lines = edit([json.loads(line) for line in file.read_text().splitlines()])
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match="run-damaged") as caught:
+        compare_runs(runs, "rewards/margins", {})
+    assert str(tmp_path / "b") in str(caught.value.where)
 
 
 def test_the_values_of_each_pair_are_those_of_the_saved_adapter(cache: Path, tmp_path: Path) -> None:

@@ -4,29 +4,37 @@
     python tests/support/attacks.py --tree ../other       # against other sources
     python tests/support/attacks.py --only template       # of one kind
 
-Each command runs in a folder of its own with a sound model, adapter, cache and run, may take 60 s and 2 GiB, and finds
-files outside of its folder that it must neither read nor change.
+Each command runs in a process and a folder of its own with a sound model, adapter, cache and run, may take 60 s and 2
+GiB, and finds files outside of its folder that it must neither read nor change. The process is a fork of this one,
+since imports take longer than most commands. Commands with another environment are started anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
+import pkgutil
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE)]
-from hostile_files import Attack, attacks  # noqa: E402 - found by the line above
+import hostile_files  # noqa: E402 - found by the line above
+import hostile_results  # noqa: E402
+from hostile_files import Attack  # noqa: E402
 
 MAX_SECONDS = 60
 MAX_MIB = 2048
@@ -64,11 +72,17 @@ def prepare(folder: Path) -> None:
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(folder / "model")
     get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder / "adapter")
+    (folder / "rule.py").write_text(hostile_results.RULE)
     for command in (
         "precompute-ref pairs.jsonl --model model --cache cache",
         "train --cache cache --output-dir run --max-steps 2",
+        *hostile_results.PREPARED,
     ):
-        subprocess.run(dpoeng(command), cwd=folder, check=True, capture_output=True, env=environment(ROOT))
+        with tempfile.TemporaryFile() as said:
+            _, status = os.waitpid(forked(command, folder, said.fileno()), 0)
+            said.seek(0)
+            if status:
+                sys.exit(f"dpoeng {command}:\n{said.read().decode('utf-8', 'replace')}")
 
 
 def dpoeng(command: str) -> list[str]:
@@ -98,42 +112,93 @@ def run(attack: Attack, folder: Path, tree: Path, seconds: int) -> Outcome:
             os.utime(path, (1, 2))  # an access older than the change: the next read is noted whatever the mount says
     before, began = outside_of(folder), time.monotonic()
     with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(
-            dpoeng(attack.command),
-            cwd=folder,
-            stdout=said,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env={**environment(tree), **attack.environment},
-            start_new_session=True,
-        )
-        verdict, peak = watch(process, began, seconds)
+        if attack.environment:
+            process = subprocess.Popen(
+                dpoeng(attack.command),
+                cwd=folder,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**environment(tree), **attack.environment},
+                start_new_session=True,
+            )
+            verdict, peak, status = watch(process.pid, process.poll, began, seconds)
+        else:
+            pid = forked(attack.command, folder, said.fileno())
+            verdict, peak, status = watch(pid, lambda: poll(pid), began, seconds)
         said.seek(0)
         text = said.read(1 << 20).decode("utf-8", "replace")
     code = re.search(r"\[([a-z0-9-]+)\]\n", text)
-    if not verdict and process.returncode < 0:
-        verdict = f"crash: signal {-process.returncode}"
+    if not verdict and status < 0:
+        verdict = f"crash: signal {-status}"
     elif not verdict and ("internal-error]" in text or "Traceback (most recent call last)" in text):
         verdict = "internal error"
     elif not verdict and outside_of(folder) != before:
         verdict = "outside: " + ", ".join(sorted(dict(outside_of(folder).items() ^ before.items())))
     elif not verdict:
-        verdict = f"refused: {code[1]}" if process.returncode and code else f"read, status {process.returncode}"
+        verdict = f"refused: {code[1]}" if status and code else f"read, status {status}"
     return Outcome(verdict, time.monotonic() - began, peak >> 20, text)
 
 
-def watch(process: subprocess.Popen[bytes], began: float, seconds: int) -> tuple[str, int]:
-    """Ends a process that passes a limit. Returns what it passed, or nothing, and its most resident bytes."""
-    peak = 0
-    while process.poll() is None:
-        peak = max(peak, resident(process.pid))
+def import_all(tree: Path) -> None:
+    """What commands import, from the sources to attack."""
+    sys.path.insert(0, str(tree / "src"))
+    os.environ.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
+    import dpoeng
+
+    for module in pkgutil.walk_packages(dpoeng.__path__, "dpoeng."):
+        if module.name.startswith(("dpoeng.cli", "dpoeng.engine", "dpoeng.cache")):
+            importlib.import_module(module.name)
+    import transformers
+
+    for name in ("LlamaForCausalLM", "PreTrainedTokenizerFast", "AutoModelForCausalLM", "AutoTokenizer"):
+        getattr(transformers, name)
+
+
+def forked(command: str, folder: Path, said: int) -> int:
+    """Starts a command in a copy of this process; returns the process's number."""
+    sys.stdout.flush()
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        os.setsid()
+        os.chdir(folder)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        sys.argv = ["dpoeng", *shlex.split(command)]
+        importlib.import_module("dpoeng.cli.main").main()
+        status = 0
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def poll(pid: int) -> int | None:
+    """The status of a process that has ended, negative for a signal; else None."""
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if ended else None
+
+
+def watch(pid: int, ended: Callable[[], int | None], began: float, seconds: int) -> tuple[str, int, int]:
+    """Ends a process that passes a limit. Returns what it passed, or nothing, its most resident bytes, its status."""
+    peak, base = 0, resident(os.getpid())
+    while (status := ended()) is None:
+        peak = max(peak, resident(pid))
         late = time.monotonic() - began > seconds
-        if late or peak > MAX_MIB << 20:
-            process.kill()
-            process.wait()
-            return ("hang" if late else "memory"), peak
+        if late or peak > base + (MAX_MIB << 20):
+            os.killpg(pid, signal.SIGKILL)
+            while ended() is None:
+                time.sleep(0.02)
+            return ("hang" if late else "memory"), peak, 0
         time.sleep(0.02)
-    return "", peak
+    return "", peak, status
 
 
 def resident(pid: int) -> int:
@@ -154,8 +219,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the outcomes here")
     options = parser.parse_args()
     words = (options.only or "").split("|")
-    chosen = [one for one in attacks() if any(word in f"{one.kind} {one.name}" for word in words)]
+    every = [*hostile_files.attacks(), *hostile_results.attacks()]
+    chosen = [one for one in every if any(word in f"{one.kind} {one.name}" for word in words)]
     outcomes = []
+    import_all(options.tree.resolve())
     with tempfile.TemporaryDirectory(prefix="dpoeng-attacks-") as scratch:
         sound = Path(scratch) / "sound"
         sound.mkdir()

@@ -1,12 +1,13 @@
 """Makes each mistake of mutants.toml in a copy of the sources, runs the tests that should notice, prints the kill rate.
 
-make mutants                                        # before a release; some minutes
+make mutants                                        # before a release; some minutes; rewrites tests/mutants.md
 python tests/support/mutants.py --only kernels      # those whose file or description holds this
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
 import shlex
 import shutil
@@ -33,6 +34,13 @@ def copy_sources(into: Path) -> None:
             shutil.copy2(source, target, follow_symlinks=False)
 
 
+def compile_sources(tree: Path) -> None:
+    """Compiles each file once. Python compares hashes: a changed file is compiled again, and a stale one never runs."""
+    folders = [name for name in ("bench", "cache", "cli", "engine", "kernels", "src") if (tree / name).is_dir()]
+    command = [sys.executable, "-m", "compileall", "-q", "--invalidation-mode", "checked-hash", *folders]
+    subprocess.run(command, cwd=tree, check=True)
+
+
 def is_killed(tree: Path, tests: str) -> bool:
     """Whether the tests fail, do not end, or end the interpreter. They must run at all: pytest's status 1."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *shlex.split(tests)]
@@ -48,19 +56,47 @@ def is_killed(tree: Path, tests: str) -> bool:
     return done.returncode != 0
 
 
+def report(outcomes: list[tuple[dict[str, str], bool]]) -> str:
+    """The kill rate by folder, the commit, and the mistakes that no test noticed."""
+    commit = subprocess.check_output(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, text=True).strip()
+    by_folder: dict[str, list[bool]] = {}
+    for one, found in outcomes:
+        by_folder.setdefault(one["file"].split("/")[0], []).append(found)
+    by_folder["all"] = [found for _, found in outcomes]
+    rows = [f"| {name} | {len(of)} | {sum(of)} | {sum(of) / len(of):.0%} |" for name, of in by_folder.items()]
+    left = [f"- {one['file']}: {one['what']}" for one, found in outcomes if not found]
+    return "\n".join(
+        [
+            "# Planted mistakes that the tests notice",
+            "",
+            f"`make mutants` on {datetime.date.today()}, commit {commit}. Each mistake in",
+            "[mutants.toml](support/mutants.toml) is made alone in a copy of the sources, where its tests must fail.",
+            "",
+            "| Folder | Mistakes | Noticed | Share |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            *(["Not noticed:", "", *left] if left else ["All are noticed."]),
+            "",
+        ]
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Plant mistakes and see whether the tests notice.")
     parser.add_argument("--only", help="only those whose file or description holds this")
+    parser.add_argument("--record", type=Path, help="write the kill rate by folder to this Markdown file")
     parser.add_argument("--part", default="1/1", help="every N-th, e.g. 1/2 and 2/2, to share the work")
     options = parser.parse_args()
     first, parts = map(int, options.part.split("/"))
     listed = tomllib.loads((HERE / "mutants.toml").read_text(encoding="utf-8"))["mutant"]
     chosen = [one for one in listed if not options.only or options.only in f"{one['file']} {one['what']}"]
     chosen = chosen[first - 1 :: parts]
-    killed = 0
+    outcomes: list[tuple[dict[str, str], bool]] = []
     with tempfile.TemporaryDirectory(prefix="dpoeng-mutants-") as scratch:
         tree = Path(scratch)
         copy_sources(tree)
+        compile_sources(tree)
         for tests in sorted({one["tests"] for one in chosen}):
             if is_killed(tree, tests):
                 sys.exit(f"without any mistake, these tests fail: {tests}")
@@ -71,10 +107,13 @@ def main() -> None:
             began = time.monotonic()
             found = is_killed(tree, one["tests"])
             path.write_text(sound, encoding="utf-8")
-            killed += found
+            outcomes.append((one, found))
             took = f"{time.monotonic() - began:.0f} s"
             print(f"{'killed  ' if found else 'SURVIVED'} {one['file']}: {one['what']} ({took})", flush=True)
+    killed = sum(found for _, found in outcomes)
     print(f"\n{killed} of {len(chosen)} killed: {killed / len(chosen):.0%}")
+    if options.record:
+        options.record.write_text(report(outcomes), encoding="utf-8")
     sys.exit(0 if killed >= AIM * len(chosen) else 1)
 
 

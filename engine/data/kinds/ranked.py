@@ -10,12 +10,14 @@ might be lost. Independent of files and tokens.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Literal
 
 from dpoeng.cache.records import MAX_RESPONSES
+from dpoeng.engine.data.prompts import plain
 from dpoeng.engine.data.shapes import PreferencePair, Shape, fields_of, to_pair, to_row, turns_of
 from dpoeng.engine.data.strict_json import RowFault, json_type
 from dpoeng.engine.data.structured import parse_structure
@@ -27,6 +29,9 @@ COLUMNS = ("score_chosen", "score_rejected", "score_margin", "pair_share", "pair
 
 MAX_COMPARED: Final = MAX_RESPONSES**2
 """Limit for the comparisons of responses that make pairs of one row."""
+
+MAX_REPEATED: Final = 1 << 28
+"""Characters of a row's prompt times its responses or pairs. Published rows have less than a million."""
 
 _SCORES_OF_COMPLETIONS = ("overall_score", "score", "rating")
 
@@ -56,12 +61,24 @@ def to_ranked(row: Mapping[str, Any], shape: Shape, source_file: str, source_row
         raise RowFault("unused-column", "`scores` is a column that ranked rows get: rename yours")
     named = {f"response {number}": response for number, response in enumerate(responses, 1)}
     pair = to_row(rest, shape, {name: turns_of(named, name) for name in named}, source_file, source_row)
-    sides = pair.sides
-    if twice := next((side for i, side in enumerate(sides) if side in sides[:i]), None):
-        first, second, *_ = (number for number, side in enumerate(sides, 1) if side == twice)
-        raise RowFault("same-response", f"responses {first} and {second} are equal")
+    _check_repetition(pair, len(scores))
+    numbers: dict[str, int] = {}
+    for number, side in enumerate(pair.sides, 1):
+        first = numbers.setdefault(json.dumps(side, sort_keys=True), number)
+        if first != number:
+            raise RowFault("same-response", f"responses {first} and {number} are equal")
     # The scores are kept among the columns too, where the cache's view finds them.
     return replace(pair, scores=tuple(scores), extra=pair.extra | {"scores": scores})
+
+
+def _check_repetition(pair: PreferencePair, times: int) -> None:
+    size = len(plain(pair.prompt))
+    if size * times > MAX_REPEATED:
+        raise RowFault(
+            "bad-ranking",
+            f"a prompt of {size:,} characters would be stored {times:,} times; the limit of one row is "
+            f"{MAX_REPEATED:,} characters",
+        )
 
 
 def _check_that_one_is_better(scores: Sequence[float]) -> None:
@@ -96,10 +113,12 @@ def to_pairs(
     rest = {name: value for name, value in row.items() if name not in used}
     if taken := [name for name in COLUMNS if name in rest]:
         raise RowFault("unused-column", f"pairs of ranked rows get a column `{taken[0]}`: rename yours")
-    plain = replace(shape, columns={k: v for k, v in shape.columns.items() if k not in ("chosen", "rejected")})
-    pairs = []
+    unmapped = replace(shape, columns={k: v for k, v in shape.columns.items() if k not in ("chosen", "rejected")})
+    pairs: list[PreferencePair] = []
     for place, (i, j) in enumerate(places):
-        pair = to_pair({**rest, "chosen": responses[i], "rejected": responses[j]}, plain, source_file, source_row)
+        pair = to_pair({**rest, "chosen": responses[i], "rejected": responses[j]}, unmapped, source_file, source_row)
+        if not pairs:
+            _check_repetition(pair, len(places))
         numbers = (scores[i], scores[j], scores[i] - scores[j], 1 / len(places), place)
         pairs.append(replace(pair, extra=pair.extra | dict(zip(COLUMNS, numbers, strict=True))))
     return pairs

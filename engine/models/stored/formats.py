@@ -45,10 +45,22 @@ class Format:
     activations: str = ""
     record: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        sizes = [size for size in self.block if size is not None]
+        if not 1 <= self.bits <= 32:
+            raise NotWidenedError(f"codes of {str(self.bits)[:20]} bits")
+        if len(self.block) != 2 or not all(type(size) is int and 0 < size <= _MOST for size in sizes):
+            raise NotWidenedError(f"{str(self.block)[:80]} weights share a scale: not two sizes")
+        if not all(isinstance(name, str) for name in (*self.targets, *self.ignored)):
+            raise NotWidenedError("names of modules that are no texts")
+
     def covers(self, module: str) -> bool:
         """Whether a linear layer of this name is quantised, according to config.json; for `dpoeng plan`."""
         named = not self.targets or any(_matches(target, module) for target in self.targets)
         return named and not any(_matches(pattern, module) for pattern in self.ignored)
+
+
+_MOST = 1 << 31
 
 
 class NotWidenedError(ValueError):

@@ -102,7 +102,7 @@ class _Telling:
         return None
 
     def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
-        if isinstance(error, (ValueError, KeyError, RuntimeError, IndexError)):
+        if isinstance(error, (ValueError, TypeError, LookupError, RuntimeError, ArithmeticError)):
             matrix = self._matrix
             raise UserError(
                 f"cannot widen a quantised weight of {matrix.source.name}",

@@ -34,10 +34,12 @@ def read_weight(stored: Format, parts: Mapping[str, torch.Tensor], shape: tuple[
     codes, scales = parts["codes"], _as_floats(parts["scales"])
     if codes.dtype == torch.int8 and stored.method == "fp8":  # experts of four bits in an FP8 checkpoint
         codes = codes.view(torch.uint8)
+    if any(size != 1 for size in scales.shape[2:]):
+        raise ValueError(f"scales of {scales.dim()} dimensions, {tuple(scales.shape)}")
     scales = scales.reshape(1, 1) if scales.numel() == 1 else scales.reshape(len(scales), -1)
     block = _block(stored, scales, shape)
     divisor = parts["divisor"].reshape(1).float() if "divisor" in parts else None
-    groups = _groups(parts.get("groups"), shape[1] // block[1], block[1])
+    groups = _groups(parts.get("groups"), shape[1], shape[1] // block[1], block[1])
     if codes.dtype in (*_FLOAT8, torch.int8):
         _expect("codes", codes.shape, shape)
         zeros = parts.get("zeros")
@@ -54,6 +56,7 @@ def read_weight(stored: Format, parts: Mapping[str, torch.Tensor], shape: tuple[
     _expect("codes", codes.shape, (shape[0], -(-shape[1] * bits // 32)))
     zeros = None
     if "zeros" in parts:  # packed along the rows
+        _expect_words("zero points", parts["zeros"])
         zeros = _unpacked(parts["zeros"].T.contiguous().view(torch.uint8), bits)[:, : shape[0]].T.contiguous()
         _expect("zero points", zeros.shape, scales.shape)
     table = code_table(bits, 0 if zeros is not None else 1 << (bits - 1), codes.device)
@@ -64,6 +67,8 @@ def _gptq(stored: Format, parts: Mapping[str, torch.Tensor], shape: tuple[int, i
     """Words [I / n, O] of n consecutive codes of a column, zero points [G, O / n], scales [G, O]."""
     rows, columns = shape
     words, scales = parts["codes"], parts["scales"].T.contiguous()
+    _expect_words("codes", words)
+    _expect_words("zero points", parts["zeros"])
     bits = 32 * words.shape[0] // columns
     _check_bits(bits)
     _expect("codes", words.shape, (columns * bits // 32, rows))
@@ -81,7 +86,7 @@ def _gptq(stored: Format, parts: Mapping[str, torch.Tensor], shape: tuple[int, i
     elif not stored.symmetric:
         zeros = torch.empty(scales.shape, dtype=torch.int16, device="meta")
     table = code_table(bits, offset if zeros is None else 0, words.device)
-    groups = _groups(parts.get("groups"), scales.shape[1], block[1])
+    groups = _groups(parts.get("groups"), columns, scales.shape[1], block[1])
     codes = words.T.contiguous().view(torch.uint8)
     return StoredWeight(codes, scales, shape, block, zeros, groups, table)
 
@@ -89,6 +94,8 @@ def _gptq(stored: Format, parts: Mapping[str, torch.Tensor], shape: tuple[int, i
 def _awq(stored: Format, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> StoredWeight:
     """Words [I, O / 8] of eight codes across columns in AWQ's order; zero points [G, O / 8] likewise, scales [G, O]."""
     rows, columns = shape
+    _expect_words("codes", parts["codes"])
+    _expect_words("zero points", parts["zeros"])
     _expect("codes", parts["codes"].shape, (columns, rows // 8))
     scales = parts["scales"].T.contiguous()
     codes = _awq_codes(parts["codes"]).T  # [O, I]
@@ -128,15 +135,19 @@ def _block(stored: Format, scales: torch.Tensor, shape: tuple[int, int]) -> tupl
     return found[0], found[1]
 
 
-def _groups(held: torch.Tensor | None, count: int, width: int) -> torch.Tensor | None:
-    """The scale's column of each input, or None if they are consecutive."""
+def _groups(held: torch.Tensor | None, inputs: int, count: int, width: int) -> torch.Tensor | None:
+    """The scale's column of each of `inputs`, of `count` columns, or None if they are consecutive."""
     if held is None or held.is_meta:
         return None
-    held = held.to(torch.int32)
-    if int(held.min()) == -1:  # compressed-tensors': not used
+    if held.is_floating_point():
+        raise ValueError(f"groups in {held.dtype}")
+    _expect("groups", held.shape, (inputs,))
+    if bool((held == -1).all()):  # compressed-tensors': not used
         return None
-    if int(held.min()) < 0 or int(held.max()) >= count:
-        raise ValueError(f"inputs of group {int(held.max())} where there are {count}")
+    low, high = int(held.min()), int(held.max())
+    if low < 0 or high >= count:
+        raise ValueError(f"inputs of groups {low} to {high} where there are {count}")
+    held = held.to(torch.int32)
     plain = torch.arange(len(held), dtype=torch.int32, device=held.device) // width
     return None if torch.equal(held, plain) else held
 
@@ -144,6 +155,11 @@ def _groups(held: torch.Tensor | None, count: int, width: int) -> torch.Tensor |
 def _check_bits(bits: int) -> None:
     if bits not in (2, 4, 8):
         raise ValueError(f"codes of {bits} bits, which cross bytes")
+
+
+def _expect_words(name: str, found: torch.Tensor) -> None:
+    if found.dtype != torch.int32:  # of another width, the bytes would be other codes
+        raise ValueError(f"{name} in {found.dtype}, not in words of 32 bits")
 
 
 def _expect(name: str, found: Any, wanted: tuple[int, ...] | torch.Size) -> None:

@@ -41,6 +41,17 @@ class Sampling:
         return {name: value for name, value in asdict(self).items() if name != "batch_size"}
 
 
+def are_answers(value: Any, *numbers: str) -> bool:
+    """Whether a stored value is the answers to a prompt, each with these numbers."""
+    return bool(isinstance(value, list) and value) and all(
+        isinstance(one, dict)
+        and isinstance(one.get("text"), str)
+        and isinstance(one.get("ended"), bool)
+        and all(type(one.get(name)) is int for name in numbers)
+        for one in value
+    )
+
+
 def policy_identity(trained: Trained | None, config: TrainConfig, spec: str) -> dict[str, Any]:
     """The identity of a policy: the reference, overrides of its parts, and the trained weights.
 

@@ -21,8 +21,8 @@ from dpoeng.engine.models.tokenizer import load_chosen, recorded_tokenizer
 from dpoeng.engine.recipes.compare import as_chat, encode_prompt, held_out_rows
 from dpoeng.engine.recipes.evaluate import Trained, before_and_after
 from dpoeng.engine.recipes.inputs import open_views
-from dpoeng.engine.recipes.rounds.answers import Sampling, answer_here, answer_keys, policy_identity
-from dpoeng.engine.recipes.rounds.judges import Judge, Prompt, note_origin, shown_prompt
+from dpoeng.engine.recipes.rounds.answers import Sampling, answer_here, answer_keys, are_answers, policy_identity
+from dpoeng.engine.recipes.rounds.judges import Judge, Prompt, is_reply, note_origin, shown_prompt
 from dpoeng.engine.recipes.rounds.outcomes import Outcome, compare_answers
 from dpoeng.engine.recipes.rounds.source_pairs import source_pairs
 from dpoeng.engine.runs.kept import Kept
@@ -136,11 +136,12 @@ def judge_trained(
             if not held_out:
                 progress.note("the run held out no prompts, so these are training prompts")
             asked_of, ids = _held_out(rows_view, rows, progress)
-        pairs = _answers(trained, config, view, ids, sampling, Kept(folder / "answers.jsonl"), progress)
+        kept = Kept(folder / "answers.jsonl", lambda value: are_answers(value, "tokens"))
+        pairs = _answers(trained, config, view, ids, sampling, kept, progress)
         items = [
             (prompt, before["text"], after["text"]) for prompt, (before, after) in zip(asked_of, pairs, strict=True)
         ]
-        outcomes, asked = compare_answers(judge, items, Kept(folder / "verdicts.jsonl"), progress)
+        outcomes, asked = compare_answers(judge, items, Kept(folder / "verdicts.jsonl", is_reply), progress)
         note_origin(asked, judge, progress)
         found = Judgement(trained.folder, judge.name, folder, len(ids), asked=asked.new, kept=asked.kept)
         lines = _summarise(found, asked_of, pairs, outcomes, [prompt.tobytes() for prompt in ids], config.seed)
@@ -149,8 +150,22 @@ def judge_trained(
 
 
 def judge_folder(trained: Trained) -> Path:
-    """The default folder for answers and verdicts: `judge` in the run's folder, else in the current one."""
-    return (trained.folder.parent if trained.run is not None else Path()) / JUDGE_FOLDER
+    """The default folder for answers and verdicts: `judge` in the run's folder, else in the current one.
+
+    Raises:
+        UserError: that is a link, which could lead out of a stranger's run.
+    """
+    folder = (trained.folder.parent if trained.run is not None else Path()) / JUDGE_FOLDER
+    if folder.is_symlink():
+        raise UserError(
+            "the folder for answers and verdicts is a link",
+            code="output-unwritable",
+            where=str(folder),
+            found=f"a link to {folder.readlink()}",
+            remedy="name a folder with --output-dir",
+            exit_status=5,
+        )
+    return folder
 
 
 def _given(view: AnyView, prompts: Sequence[str], chat: bool | None) -> tuple[list[Prompt], list[IdArray]]:

@@ -155,6 +155,13 @@ def shown_prompt(prompt: Prompt) -> str:
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
+def is_reply(value: Any) -> bool:
+    """Whether a stored value is a judge's reply or score."""
+    return isinstance(value, dict) and (
+        isinstance(value.get("reply"), str) or (_finite(value.get("score")) and not isinstance(value["score"], bool))
+    )
+
+
 def ask_all(judge: Judge, questions: Sequence[Question], kept: Kept, progress: Progress) -> tuple[list[Said], Asked]:
     """The judge's reply to each question, new or stored; equal questions are asked once.
 
@@ -163,7 +170,8 @@ def ask_all(judge: Judge, questions: Sequence[Question], kept: Kept, progress: P
     """
     keys = [content_key(dict(judge.identity), *question) for question in questions]
     distinct = dict(zip(reversed(keys), reversed(questions), strict=True))
-    said = {key: known for key in distinct if (known := kept.get(key)) is not None}
+    wanted = "reply" if judge.compares else "score"
+    said = {key: known for key in distinct if wanted in (known := kept.get(key) or {})}
     asked = Asked(kept=len(said), elsewhere=sum(known.get("from", "") != judge.origin for known in said.values()))
     missing = [key for key in dict.fromkeys(keys) if key not in said]
     useless, first = 0, ""
@@ -348,7 +356,10 @@ def _rule(own: Any) -> Judge:
 
 
 def _finite(score: Any) -> bool:
-    return isinstance(score, int | float) and math.isfinite(score)
+    try:
+        return isinstance(score, int | float) and math.isfinite(score)
+    except OverflowError:  # a whole number beyond floats
+        return False
 
 
 def _failed(name: str, error: Exception, answer: str) -> UserError:

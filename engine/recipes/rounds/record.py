@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.files import replacing
 from dpoeng.engine.runtime.folders import unwritable, write_durably
@@ -65,13 +67,14 @@ def open_state(folder: Path, identity: Mapping[str, Any]) -> list[RoundSummary]:
         return []
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        before, done = record["settings"], [RoundSummary(**one) for one in record["rounds"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        before = TypeAdapter(dict[str, Any]).validate_python(record["settings"])
+        done = TypeAdapter(list[RoundSummary]).validate_python(record["rounds"], strict=True)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             "the record of these rounds is unreadable",
             code="round-damaged",
             where=str(file),
-            found=str(error),
+            found=" ".join(str(error).split())[:300],
             remedy="choose another folder with --output-dir",
             exit_status=3,
         ) from error

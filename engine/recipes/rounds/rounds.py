@@ -19,10 +19,10 @@ from dpoeng.engine.config.files import config_of
 from dpoeng.engine.recipes.evaluate import Trained, find_trained, load_trained
 from dpoeng.engine.recipes.inputs import open_views
 from dpoeng.engine.recipes.precompute import PrecomputeSummary, precompute_reference
-from dpoeng.engine.recipes.rounds.answers import answer_here, answer_keys, policy_identity
+from dpoeng.engine.recipes.rounds.answers import answer_here, answer_keys, are_answers, policy_identity
 from dpoeng.engine.recipes.rounds.begin import RoundSettings, Start, begin, check_start, rounds_identity
 from dpoeng.engine.recipes.rounds.best_and_worst import Answers, Chosen, choose_pairs
-from dpoeng.engine.recipes.rounds.judges import Judge, note_origin, shown_prompt
+from dpoeng.engine.recipes.rounds.judges import Judge, is_reply, note_origin, shown_prompt
 from dpoeng.engine.recipes.rounds.prompts import RoundPrompt, of_round
 from dpoeng.engine.recipes.rounds.record import STUDY, RoundSummary, open_state, write_lines, write_state
 from dpoeng.engine.recipes.rounds.serving import answer_on_server, serve
@@ -92,7 +92,7 @@ def _round(work: _Work, number: int, policy: Trained, own: TrainConfig) -> Round
     """Runs one round. `policy` answers the prompts; `own` is the config of its run."""
     prompts = of_round(work.start.prompts, work.settings.count, number)
     answers, refused = _sample(work, number, policy, own, prompts)
-    kept = Kept(work.folder / "verdicts.jsonl")
+    kept = Kept(work.folder / "verdicts.jsonl", is_reply)
     chosen, asked = choose_pairs(work.judge, prompts, answers, kept, work.progress, keep_cut=work.settings.keep_cut)
     note_origin(asked, work.judge, work.progress)
     for line in chosen.left_out:
@@ -142,7 +142,7 @@ def _sample(
     """Returns the policy's answers to each prompt, and the server's reasons by shown prompt if it refused some."""
     view, _ = open_views(config)
     settings, ids = work.settings, [prompt.ids for prompt in prompts]
-    kept = Kept(work.place(number) / "answers.jsonl")
+    kept = Kept(work.place(number) / "answers.jsonl", are_answers)
     identity = {**policy_identity(policy, config, view.spec.digest), "on_server": settings.server is not None}
     keys = answer_keys(identity, settings.sampling, ids)
     refused: dict[str, str] = {}

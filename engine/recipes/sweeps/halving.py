@@ -14,9 +14,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.files import replacing
-from dpoeng.engine.runs.metrics import read_lines
+from dpoeng.engine.runs.metrics import damaged_line, read_lines
 from dpoeng.engine.runtime.folders import write_durably
 
 PROMOTIONS_FILE = "promotions.jsonl"
@@ -164,7 +166,18 @@ def read_promotions(root: Path, ladder: dict[str, object]) -> list[Promotion]:
             remedy=f"use the same values to continue, or another --output-dir; or delete {PROMOTIONS_FILE}: runs keep "
             "their checkpoints, and promotions are decided again",
         )
-    return [Promotion(line["run"], line["rung"], tuple(line["score"]), line["among"]) for line in lines[1:]]
+    found = []
+    for number, line in enumerate(lines[1:], 2):
+        try:
+            found.append(_PROMOTION.validate_python(line))
+        except ValidationError as error:
+            raise damaged_line(root / PROMOTIONS_FILE, number, f"{len(error.errors())} wrong fields") from error
+        if found[-1].run not in ladder["runs"] or found[-1].rung < 1:  # type: ignore[operator]
+            raise damaged_line(root / PROMOTIONS_FILE, number, f"{found[-1].run!r:.80} at rung {found[-1].rung}")
+    return found
+
+
+_PROMOTION = TypeAdapter(Promotion)
 
 
 def write_promotions(root: Path, ladder: dict[str, object], promotions: Sequence[Promotion]) -> None:

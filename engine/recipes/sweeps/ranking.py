@@ -19,7 +19,7 @@ import numpy as np
 from dpoeng.cache.words import counted
 from dpoeng.engine.recipes.sweeps.halving import Score
 from dpoeng.engine.runs.folder import RUN_FILE, has_result
-from dpoeng.engine.runs.metrics import EVALUATIONS_FILE, read_lines
+from dpoeng.engine.runs.metrics import EVALUATIONS_FILE, HELD_OUT_FILE, damaged_line, read_lines
 from dpoeng.engine.runs.reading import read_held_out, read_run
 from dpoeng.engine.runtime.folders import write_durably
 from dpoeng.engine.runtime.outputs import Kind, writing
@@ -131,9 +131,8 @@ def compare_runs(
         elif not has_result(folder) or not (folder / RUN_FILE).is_file():
             results.append(_incomplete(run, values, folder, (early or {}).get(run)))
         else:
-            lines = read_held_out(folder)
-            step = int(lines[0]["step"])
-            saved = next(line for line in reversed(read_run(folder).evaluations) if line["step"] == step)
+            lines, saved = _last(folder)
+            step = int(saved["step"])
             held_out[run] = _pairs(lines)
             metrics, bounds = saved["metrics"], {key: (low, high) for key, (low, high) in saved["intervals"].items()}
             results.append(
@@ -147,6 +146,15 @@ def compare_runs(
     compared = ranked[:1] + [_against(result, ranked[0], held_out, rank_by) for result in ranked[1:]]
     others = [result for result in results if result.value is None]
     return compared + sorted(others, key=lambda result: (result.state != "ended early", -result.step))
+
+
+def _last(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The held-out pairs of a complete run, and the evaluation that they come from. Raises UserError without them."""
+    lines = read_held_out(folder)
+    for line in reversed(read_run(folder).evaluations):
+        if lines and line["step"] == lines[0]["step"]:
+            return lines, line
+    raise damaged_line(folder / HELD_OUT_FILE, 1, "no pairs of any evaluation of this run")
 
 
 def _incomplete(run: str, values: Mapping[str, str], folder: Path, step: int | None) -> RunResult:
@@ -203,7 +211,9 @@ def _score(line: Mapping[str, Any], rank_by: str) -> Score:
 
 def _pairs(lines: Sequence[Mapping[str, Any]]) -> _HeldOut:
     """Values of each held-out row: NaN where it has none, as desirable rows have none of the others' rewards."""
-    of_pairs = {"chosen_tokens", "rejected_tokens"} <= lines[0].keys()  # other rows have no two lengths
+    of_pairs = all(
+        {"chosen_tokens", "rejected_tokens"} <= line.keys() for line in lines
+    )  # other rows have no two lengths
     longer = [line["chosen_tokens"] - line["rejected_tokens"] if of_pairs else 0 for line in lines]
     names = [name for name in PER_PAIR if any(name in line for line in lines)]
     return _HeldOut(
@@ -216,7 +226,8 @@ def _pairs(lines: Sequence[Mapping[str, Any]]) -> _HeldOut:
 def _against(result: RunResult, best: RunResult, held_out: Mapping[str, _HeldOut], name: str) -> RunResult:
     """The run with its difference from the best one."""
     run_values, other = held_out[result.name], held_out[best.name]
-    assert run_values.pairs == other.pairs, "runs of one sweep are evaluated on the same pairs in the same order"
+    if run_values.pairs != other.pairs:  # runs of one sweep are evaluated on the same pairs in the same order
+        raise damaged_line(result.folder / HELD_OUT_FILE, 1, f"other pairs than those of {best.name}")
     source = "rewards/accuracies" if name == CONTROLLED else name
     if source not in run_values.values or source not in other.values:
         return result
