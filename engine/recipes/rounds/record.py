@@ -68,7 +68,7 @@ def open_state(folder: Path, identity: Mapping[str, Any]) -> list[RoundSummary]:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         before = TypeAdapter(dict[str, Any]).validate_python(record["settings"])
-        done = TypeAdapter(list[RoundSummary]).validate_python(record["rounds"], strict=True)
+        done = TypeAdapter(list[RoundSummary]).validate_json(json.dumps(record["rounds"]), strict=True)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             "the record of these rounds is unreadable",
