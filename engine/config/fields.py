@@ -291,7 +291,7 @@ class TrainConfig(_Config):
         None,
         min_length=2,
         description="Share of each set in training, view's first, e.g. 0.7,0.3; an epoch has as "
-        "many pairs as there are. Default: each pair once an epoch.",
+        "many pairs as there are. Default: each pair once per epoch.",
     )
     order: Literal["random", "easy_first", "hard_first"] = Field(
         "random", description="Order of the pairs within each epoch; easy ones have the largest order_by."
@@ -529,7 +529,7 @@ class TrainConfig(_Config):
     )
     run_name: str | None = Field(None, description="Name of the run in trackers. Default: the output folder's name.")
     logging_steps: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
-    eval_steps: int | None = Field(None, ge=1, description="Steps between evaluations. Default: once an epoch.")
+    eval_steps: int | None = Field(None, ge=1, description="Steps between evaluations. Default: once per epoch.")
     eval_group_by: tuple[str, ...] | None = Field(
         None,
         description="Columns to group held-out results by. Default: columns of text or yes/no with 2 to 12 values.",

@@ -152,7 +152,7 @@ def _evaluation(item: Given, by_name: dict[str, Given], result: Migration) -> No
             result.put("eval_steps", every, f"{item.name}: steps; without eval_steps transformers takes logging_steps")
     else:
         result.lines.pop("eval_steps", None)
-        result.notes.append(f"{item.name}: {item.value}: dpoeng evaluates before the first step and once an epoch.")
+        result.notes.append(f"{item.name}: {item.value}: dpoeng evaluates before the first step and once per epoch.")
 
 
 def _eval_steps(item: Given, by_name: dict[str, Given], result: Migration) -> None:
