@@ -12,7 +12,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +63,11 @@ class _Span:
 
 
 def weight_digests(
-    files: Sequence[Path], *, progress: Progress | None = None, memo: Path | None = None
+    files: Sequence[Path],
+    *,
+    progress: Progress | None = None,
+    memo: Path | None = None,
+    without: Collection[str] = (),
 ) -> dict[str, TensorDigest]:
     """Hashes every byte of every tensor in the files.
 
@@ -72,6 +76,7 @@ def weight_digests(
         progress: called with (bytes done, total bytes) after each tensor, from one thread at a time.
         memo: folder that stores digests by (device, inode, size, mtime, ctime) of a file. A file that changed less than
             two seconds ago is not stored, since it could change again within one tick of the clock.
+        without: names of tensors that are not hashed.
 
     Returns:
         Digests by tensor name, sorted. GGUF files add the entry `gguf:metadata` for the settings in their header.
@@ -83,7 +88,7 @@ def weight_digests(
     meter = _Meter(progress, sum(_stat(file).st_size for file in files))
     all_digests: dict[str, TensorDigest] = {}
     for file in files:
-        digests = _file_digests(file, meter, memo)
+        digests = _file_digests(file, meter, memo, frozenset(without))
         for name in digests.keys() & all_digests.keys():
             if name != _GGUF_METADATA or digests[name] != all_digests[name]:
                 raise _bad_weights(file, "each tensor in one file", f"{name} in a second one")
@@ -99,16 +104,18 @@ def combined_digest(digests: Mapping[str, TensorDigest]) -> str:
 _GGUF_METADATA: Final = "gguf:metadata"
 
 
-def _file_digests(file: Path, meter: _Meter, memo: Path | None) -> dict[str, TensorDigest]:
+def _file_digests(file: Path, meter: _Meter, memo: Path | None, without: frozenset[str]) -> dict[str, TensorDigest]:
     before = _stat(file)
-    if memo and (remembered := _recall(memo, before)) is not None:
-        meter.add(before.st_size)
-        return remembered
+    for part in dict.fromkeys((frozenset[str](), without)) if memo else ():
+        if (remembered := _recall(memo, before, part)) is not None:
+            meter.add(before.st_size)
+            return {name: digest for name, digest in remembered.items() if name not in without}
     with _mapped(file) as data:
         if bytes(data[:4]) == b"GGUF":
             spans, digests = _gguf_spans(file, before.st_size)
         else:
             spans, digests = _safetensors_spans(file, data), {}
+        spans = {name: span for name, span in spans.items() if name not in without}
 
         def hash_one(item: tuple[str, _Span]) -> tuple[str, TensorDigest]:
             name, span = item
@@ -124,7 +131,7 @@ def _file_digests(file: Path, meter: _Meter, memo: Path | None) -> dict[str, Ten
     if _identity(after) != _identity(before):
         raise _bad_weights(file, "a file at rest", "one that changed while it was hashed")
     if memo and time.time_ns() - max(after.st_mtime_ns, after.st_ctime_ns) > _SETTLED_NS:
-        _remember(memo, after, digests)
+        _remember(memo, after, without, digests)
     return digests
 
 
@@ -216,13 +223,18 @@ def _identity(status: os.stat_result) -> list[int]:
     return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _memo_file(memo: Path, identity: Sequence[int]) -> Path:
+def _memo_file(memo: Path, identity: Sequence[Any]) -> Path:
     return memo / f"{xxhash.xxh3_128_hexdigest(canonical_json(identity))}.json"
 
 
-def _recall(memo: Path, status: os.stat_result) -> dict[str, TensorDigest] | None:
+def _memo_key(status: os.stat_result, without: Collection[str]) -> list[Any]:
+    """Identity of a file's digests: the file, and the tensors that were not hashed if there are any."""
+    return [*_identity(status), *([sorted(without)] if without else [])]
+
+
+def _recall(memo: Path, status: os.stat_result, without: Collection[str]) -> dict[str, TensorDigest] | None:
     """Return the remembered digests of a file; None if there are none or they are damaged."""
-    identity = _identity(status)
+    identity = _memo_key(status, without)
     path = _memo_file(memo, identity)
     try:
         body = unseal(path.read_bytes(), str(path))
@@ -235,9 +247,11 @@ def _recall(memo: Path, status: os.stat_result) -> dict[str, TensorDigest] | Non
         return None
 
 
-def _remember(memo: Path, status: os.stat_result, digests: Mapping[str, TensorDigest]) -> None:
+def _remember(
+    memo: Path, status: os.stat_result, without: Collection[str], digests: Mapping[str, TensorDigest]
+) -> None:
     """Best effort: if the folder cannot be written, the next run only hashes again."""
-    identity = _identity(status)
+    identity = _memo_key(status, without)
     with contextlib.suppress(OSError):
         memo.mkdir(parents=True, exist_ok=True)
         with replacing(_memo_file(memo, identity)) as temporary:

@@ -1,4 +1,4 @@
-"""Runs both phases for every causal architecture in transformers, as a tiny random model; writes docs/models.md.
+"""Runs both phases for every architecture for text in transformers, as a tiny random model; writes docs/models.md.
 
     python -m dpoeng.bench.studies.architectures [--only llama,gpt2] [--output docs/models.md]
 
@@ -27,9 +27,10 @@ from typing import Any
 
 import torch
 
-from dpoeng.bench.studies.tiny_models import causal_types, save_tiny
+from dpoeng.bench.studies.tiny_models import model_types, save_tiny
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
+from dpoeng.engine.models.model_config import auto_class_of
 from dpoeng.engine.runtime.outputs import Kind, writing
 
 LIMIT_S = 120.0
@@ -150,9 +151,7 @@ def _phase_one(model: Path, pairs: Path, work: Path, outcome: Outcome) -> None:
 @torch.no_grad()
 def _largest_difference(model: Path, view: View) -> float:
     """Of cached values from transformers' own forward of each text by itself, log-softmax in float64."""
-    from transformers import AutoModelForCausalLM
-
-    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    plain = auto_class_of(model).from_pretrained(model, dtype=torch.float32).eval()
     largest = 0.0
     for row in range(len(view)):
         pair = view[row]
@@ -197,13 +196,12 @@ def _evaluation(work: Path) -> None:
 def _merge(model: Path, work: Path) -> None:
     """Merges, loads the result with plain transformers, and compares it with base and adapter in plain peft."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     from dpoeng.engine.recipes.merge import merge_run
 
     merge_run(work / "run", work / "merged")
-    merged = AutoModelForCausalLM.from_pretrained(work / "merged", dtype=torch.float32).eval()
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    merged = auto_class_of(model).from_pretrained(work / "merged", dtype=torch.float32).eval()
+    base = auto_class_of(model).from_pretrained(model, dtype=torch.float32)
     policy = PeftModel.from_pretrained(base, str(work / "run" / "adapter")).eval()
     ids = torch.arange(2, 42)[None]
     with policy.disable_adapter():
@@ -330,9 +328,9 @@ def page(outcomes: Sequence[Outcome]) -> str:
     lines = [
         "# Models",
         "",
-        "Every causal architecture that transformers registers, as a tiny random model, taken through phase one "
-        "(against a plain forward in float64), training, evaluation, merge (against plain peft) and the "
-        "memory forecast. "
+        "Every causal architecture that transformers registers, and every one for images and text, as a tiny random "
+        "model, taken through phase one (against a plain forward in float64), training, evaluation, merge (against "
+        "plain peft) and the memory forecast. Towers for images and sound are not loaded. "
         "`python -m dpoeng.bench.studies.architectures --output docs/models.md` generates this page.",
         "",
         f"Versions: torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}, "
@@ -399,7 +397,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with arguments_given.outcomes.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(outcome)) + "\n")
 
-    types = arguments_given.only.split(",") if arguments_given.only else causal_types()
+    types = arguments_given.only.split(",") if arguments_given.only else model_types()
     earlier = _read_outcomes(arguments_given.outcomes)
     fresh = study([one for one in types if one not in earlier], limit_s=arguments_given.limit_s, tell=tell)
     outcomes = earlier | {outcome.model_type: outcome for outcome in fresh}

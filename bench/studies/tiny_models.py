@@ -1,4 +1,4 @@
-"""A tiny random model of every causal architecture that transformers registers, with a tokenizer: saved in a folder.
+"""A tiny random model of every architecture for text that transformers registers, with a tokenizer: saved in a folder.
 
 It uses names and meanings of config fields; independent of the use of the models.
 """
@@ -131,7 +131,18 @@ _EXTRA: dict[str, dict[str, Any]] = {
         "pronunciation_embed_dim": 8,
         "shape_embed_dim": 8,
     },
-    "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+    **{
+        f"{name}_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+        for name in ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "glm4v", "glm_ocr", "paddleocr_vl")
+    },
+    "glm4v_moe_text": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [0, 1, 1],
+            "partial_rotary_factor": 0.5,
+        }
+    },
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2},
     "zamba2": {
         "num_hidden_layers": 4,
@@ -140,6 +151,7 @@ _EXTRA: dict[str, dict[str, Any]] = {
         "n_mamba_heads": 4,
         "mamba_ngroups": 1,
     },
+    "gemma4": {"vision_config": {"model_type": "gemma4_vision", "head_dim": 8, "num_key_value_heads": 2, **_VISION}},
     "zaya": {"num_experts_per_tok": 1},
     "xmod": {"default_language": "en_XX"},
     "blt": {"encoder_hash_byte_group_vocab": 50},
@@ -218,8 +230,11 @@ def save_tiny(model_type: str, folder: Path) -> Path:
     return folder
 
 
-def causal_types() -> list[str]:
-    """The model types of every causal class that this transformers registers."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def model_types() -> list[str]:
+    """The model types of every causal class that this transformers registers, and of those for images and text."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
 
-    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return list(dict.fromkeys([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES]))

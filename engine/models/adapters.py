@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from dpoeng.cache.errors import UserError
+from dpoeng.cache.words import counted
 from dpoeng.engine.config.fields import Mode, TrainConfig
-from dpoeng.engine.models.checkpoint_names import as_peft_reads, of_other_tower, save_for_whole
+from dpoeng.engine.models.checkpoint_names import as_peft_reads, in_towers, save_for_whole
 from dpoeng.engine.models.experts.forward import use_stack_product
 from dpoeng.engine.models.experts.targets import beside_experts
 from dpoeng.engine.models.full_finetuning import train_all
@@ -134,8 +135,6 @@ def _add_new_adapter(
     if layers is not None:
         arguments.pop("exclude_modules", None)
         arguments = limit_to_layers(arguments, lm, layers, linear)
-    if towers := other_towers(lm):
-        arguments["exclude_modules"] = [*arguments.get("exclude_modules", ()), *towers]
     config = LoraConfig(**arguments)
     try:
         with warnings.catch_warnings():
@@ -186,13 +185,6 @@ def _check_over_stored(lm: CausalLM, name: str, fields: Mapping[str, Any]) -> No
             found=f"{found} {fields[found]}",
             remedy="train a plain LoRA, or name the full-precision checkpoint with --model",
         )
-
-
-def other_towers(lm: CausalLM) -> list[str]:
-    """Linear layers of the towers for images or sound, which text does not pass through: no LoRA lies in them."""
-    own = {id(module) for module in lm.backbone.modules()}
-    linear = (name for name, m in lm.base.named_modules() if isinstance(m, nn.Linear) and id(m) not in own)
-    return [name for name in linear if of_other_tower(name)]
 
 
 def _no_target(lora: dict[str, Any], names: list[str], why: str) -> UserError:
@@ -274,6 +266,10 @@ def _peft_from_pretrained(lm: CausalLM, adapter: ModelSource, name: str, *, trai
             lm.base, str(renamed.folder), adapter_name=name, is_trainable=trainable, torch_device=str(lm.device)
         )
         _check_weights(model, renamed, name)
+    if beside := in_towers(adapter, lm.base):
+        lm.carried = beside if trainable else {}
+        count, told = counted(len(beside), "tensor"), "are saved as they are" if trainable else "are not loaded"
+        lm.remarks += (f"{count} of {adapter.name} for images or sound {told}: text does not use them",)
     return model
 
 
@@ -496,7 +492,7 @@ def save_policy_adapter(lm: CausalLM, folder: Path) -> None:
     lm.model.save_pretrained(str(folder), selected_adapters=[POLICY_ADAPTER], safe_serialization=True)
     _sort_sets(folder / "adapter_config.json", lm.model.peft_config[POLICY_ADAPTER])
     if lm.source is not None:
-        save_for_whole(lm.source, lm.base, folder)
+        save_for_whole(lm.source, lm.base, folder, lm.carried)
     (folder / "README.md").unlink(missing_ok=True)  # peft's model card is an empty form; run.json contains more
 
 

@@ -15,9 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.models.fsdp_loading import empty_model_of
-from dpoeng.engine.models.model_config import auto_class_of
+from dpoeng.engine.models.model_config import auto_class_of, text_config
+from dpoeng.engine.models.multimodal.towers import left_out, linear_left_out, towers_of
 from dpoeng.engine.models.sources import ModelSource
 from dpoeng.engine.models.trunk.stand_ins import stood_for
 
@@ -53,40 +56,97 @@ class StoredNames:
 
 def stored_names(source: ModelSource) -> StoredNames:
     """The names in a checkpoint's files, and those of the model that `load_model` builds from them."""
+    _, model = empty_model_of(source)
+    state = model.state_dict()
+    in_memory: dict[str, str] = {}
+    converted: set[str] = set()
+    for stored, renamed, pattern in _renamed(source, model, state):
+        name = renamed if renamed in state else stored
+        if name in state:
+            in_memory[stored] = name
+            converted |= {name} if pattern is not None else set()
+    return StoredNames(model, in_memory, frozenset(converted))
+
+
+def _renamed(source: ModelSource, model: Any, state: dict[str, Any]) -> Iterator[tuple[str, str, str | None]]:
+    """Each name in the files, that of transformers in the model, and the pattern of its conversion if it has one."""
     from safetensors import safe_open
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    _, model = empty_model_of(source)
-    state = model.state_dict()
     conversions = get_model_conversion_mapping(model)
     renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
     converters = [one for one in conversions if isinstance(one, WeightConverter)]
-    in_memory: dict[str, str] = {}
-    converted: set[str] = set()
     for file in source.weight_files:
         with safe_open(file, framework="pt") as tensors:
             for stored in tensors.keys():  # noqa: SIM118  (a safetensors file is no dictionary)
-                name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
-                name = name if name in state else stored
-                if name in state:
-                    in_memory[stored] = name
-                    converted |= {name} if pattern is not None else set()
-    return StoredNames(model, in_memory, frozenset(converted))
+                yield stored, *rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
 
 
-def of_other_tower(name: str) -> bool:
-    """Whether a module is part of a tower for images or sound, by its name."""
-    return _OTHER_TOWERS.search(name) is not None
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Parts of a checkpoint beside its language model, which change no log-prob of a text.
+
+    Attributes:
+        tensors: names in the files.
+        fields: fields of config.json that describe these parts.
+    """
+
+    tensors: frozenset[str] = frozenset()
+    fields: frozenset[str] = frozenset()
+
+
+def beside_language(source: ModelSource) -> Beside:
+    """What a checkpoint has for images and sound; nothing if transformers cannot tell."""
+    from safetensors import SafetensorError
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as WITH_IMAGES
+
+    if source.gguf:
+        return Beside()
+    try:
+        config = AutoConfig.from_pretrained(source.folder)
+        if text_config(config) is config or type(config) not in WITH_IMAGES:
+            return Beside()
+        _, model = empty_model_of(source, WITH_IMAGES[type(config)])
+        towers = tuple(f"{name}." for name in towers_of(model))
+        names = list(_renamed(source, model, model.state_dict()))
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError, SafetensorError):
+        return Beside()  # hashing or loading, which follow, report the error
+    parts = (name for name in config.sub_configs if getattr(config, name, None) is not text_config(config))
+    return Beside(
+        frozenset(stored for stored, name, _ in names if name.startswith(towers)), frozenset(parts if towers else ())
+    )
+
+
+def in_towers(adapter: ModelSource, base: Any) -> dict[str, torch.Tensor]:
+    """An adapter's tensors in towers for images or sound, which `base` was loaded without."""
+    from safetensors import safe_open
+
+    modules, towers = _modules(base), tuple(f"{name}." for name in left_out(base))
+    with safe_open(adapter.weight_files[0], "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys() if _of_tower(key, modules, towers)}  # noqa: SIM118
+
+
+def _of_tower(key: str, modules: Collection[str], towers: tuple[str, ...]) -> bool:
+    """Whether a tensor of an adapter belongs to a tower that is not among these modules."""
+    bare = _key_in_model(key, modules).removeprefix(PREFIX)
+    match = _MODULE.match(bare)
+    path = match.group(1) if match else bare
+    return path not in modules and (bare.startswith(towers) or _OTHER_TOWERS.search(path) is not None)
+
+
+def _modules(base: Any) -> frozenset[str]:
+    return frozenset(name for name, _ in base.named_modules() if ".base_layer" not in name)
 
 
 @contextlib.contextmanager
-def as_peft_reads(adapter: ModelSource, base: Any) -> Iterator[ModelSource]:
+def as_peft_reads(adapter: ModelSource, base: Any, *, whole: bool = False) -> Iterator[ModelSource]:
     """Yields an adapter that peft can load onto this model: the adapter itself, or a copy with renamed weights.
 
     Adapters carry the names of the class they were trained on, which may nest the decoder differently
     (`language_model`) or be a compiled model (`_orig_mod`). For a model that begins at a trunk, weights of missing
-    layers are left out.
+    layers are left out, and those in towers for images and sound (`in_towers`), unless the adapter is needed `whole`.
 
     Raises:
         UserError: the adapter has empty tensors, as DeepSpeed's ZeRO-3 leaves them.
@@ -106,15 +166,17 @@ def as_peft_reads(adapter: ModelSource, base: Any) -> Iterator[ModelSource]:
             found=f"{len(empty)} of {len(keys)} tensors without a number: DeepSpeed's ZeRO-3 had divided them",
             remedy="save it with stage3_gather_16bit_weights_on_model_save, or convert with zero_to_fp32.py",
         )
-    modules = [name for name, _ in base.named_modules() if ".base_layer" not in name]
-    renamed = {key: _key_in_model(key, modules) for key in keys}
+    modules, towers = _modules(base), () if whole else tuple(f"{name}." for name in left_out(base))
+    renamed = {key: _key_in_model(key, modules) for key in keys if whole or not _of_tower(key, modules, towers)}
     places = tuple(f".{place}" for place in stood_for(base))
     selected = {key: new for key, new in renamed.items() if not any(place in f".{new}" for place in places)}
-    fields = json.loads((adapter.folder / "adapter_config.json").read_text(encoding="utf-8"))
-    targets = fields.get("target_modules")
-    if isinstance(targets, list):
+    stored = json.loads((adapter.folder / "adapter_config.json").read_text(encoding="utf-8"))
+    fields = dict(stored)
+    if isinstance(targets := stored.get("target_modules"), list):
         fields["target_modules"] = [_in_model(target, modules) if "." in target else target for target in targets]
-    if selected == {key: key for key in keys} and fields.get("target_modules") == targets:
+    if isinstance(excluded := stored.get("exclude_modules"), list) and towers:
+        fields["exclude_modules"] = [name for name in excluded if not name.startswith(towers)]
+    if selected == {key: key for key in keys} and fields == stored:
         yield adapter
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -144,9 +206,10 @@ def class_to_load(source: ModelSource, base: Any) -> str:
     return whole.__name__ if whole is not None else str(auto_class_of(source.folder).__name__)
 
 
-def save_for_whole(source: ModelSource, base: Any, folder: Path) -> None:
+def save_for_whole(source: ModelSource, base: Any, folder: Path, carried: Mapping[str, torch.Tensor]) -> None:
     """Renames a saved adapter for the way in which the user will load it.
 
+    - It fits the whole model: no LoRA is expected in towers, except for the `carried` tensors, which are added.
     - The class in config.json nests the decoder differently from the trained text class: peft ignores names that it
     does
       not find, with only a warning.
@@ -157,13 +220,22 @@ def save_for_whole(source: ModelSource, base: Any, folder: Path) -> None:
     file, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     fields = json.loads(settings.read_text(encoding="utf-8"))
     whole = None if source.gguf else named_class(source, base)
-    if fields.get("base_model_name_or_path") == source.name and whole is None:
+    excluded = set(linear_left_out(base))
+    if fields.get("base_model_name_or_path") == source.name and whole is None and not excluded and not carried:
         return
     fields |= {"base_model_name_or_path": source.name, "revision": source.revision}
+    adapted = {match.group(1) for key in carried if (match := _MODULE.match(key.removeprefix(PREFIX)))}
     if whole is not None:
         modules = [name for name, _ in empty_model_of(source, whole)[1].named_modules()]
-        save_file({_key_in_model(k, modules): t for k, t in load_file(file).items()}, file, metadata={"format": "pt"})
-        fields |= {"auto_mapping": None, "target_modules": _targets_in(fields.get("target_modules"), modules, base)}
+        tensors = {_key_in_model(k, modules): t for k, t in load_file(file).items()}
+        save_file({**tensors, **carried}, file, metadata={"format": "pt"})
+        targets = _targets_in(fields.get("target_modules"), modules, base)
+        more = adapted if isinstance(targets, list) else ()
+        fields |= {"auto_mapping": None, "target_modules": sorted({*targets, *more}) if more else targets}
+    elif carried:
+        save_file({**load_file(file), **carried}, file, metadata={"format": "pt"})
+    if excluded - adapted and not isinstance(fields.get("exclude_modules"), str):
+        fields["exclude_modules"] = sorted({*(fields.get("exclude_modules") or ()), *(excluded - adapted)})
     settings.write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
 
 

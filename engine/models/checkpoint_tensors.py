@@ -13,6 +13,7 @@ from typing import Any
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.words import counted
+from dpoeng.engine.models.multimodal.towers import left_out
 from dpoeng.engine.models.sources import ModelSource, has_stored_quantization
 
 _SCALES = re.compile(
@@ -85,7 +86,8 @@ def check_loaded(model: Any, loaded: Mapping[str, Any], source: ModelSource) -> 
     scales = [name for name in unexpected if _SCALES.search(name)]
     if scales and not has_stored_quantization(source):
         raise _quantized(source, scales)
-    wrong = [name for name in unexpected if _is_of_language_model(name, model)]
+    towers = tuple(left_out(model))
+    wrong = [name for name in unexpected if not _tower(name, towers) and _is_of_language_model(name, model)]
     if wrong:
         raise UserError(
             f"the checkpoint contains {counted(len(wrong), 'tensor')} that its config.json does not describe",
@@ -96,7 +98,7 @@ def check_loaded(model: Any, loaded: Mapping[str, Any], source: ModelSource) -> 
             remedy="use the config.json that belongs to these weights (it may disable a bias or layers); if the model "
             "is right without these tensors, load it with transformers and save_pretrained() it into a new folder",
         )
-    parts = Counter(_part(name) for name in unexpected)
+    parts = Counter(_tower(name, towers) or _part(name) for name in unexpected)
     if not parts:
         return ()
     named = ", ".join(f"{part} ({counted(count, 'tensor')})" for part, count in parts.most_common(5))
@@ -115,6 +117,11 @@ def _is_of_language_model(name: str, model: Any) -> bool:
     holder = name.rpartition(".")[0]
     modules = dict(model.named_modules())
     return holder in modules and not any(modules[holder].children())
+
+
+def _tower(name: str, towers: Collection[str]) -> str:
+    """Last name of the left-out tower that a tensor belongs to; empty if to none."""
+    return next((tower.rpartition(".")[2] for tower in towers if name.startswith(f"{tower}.")), "")
 
 
 def _part(name: str) -> str:

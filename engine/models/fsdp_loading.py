@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from dpoeng.engine.models.model import decoder_layers, decoder_of
-from dpoeng.engine.models.model_config import auto_class, without_quantization
+from dpoeng.engine.models.model_config import auto_class, of_class, without_quantization
+from dpoeng.engine.models.multimodal.towers import leave_out, towers_of
 from dpoeng.engine.models.sources import ModelSource
 
 
@@ -69,22 +70,23 @@ def _keeps_rows(converter: Any) -> bool:
     )
 
 
-def class_and_config(source: ModelSource) -> tuple[Any, Any]:
-    """The class that is loaded, and the config as stored: it says how bitsandbytes quantised the files."""
+def prepared_class(source: ModelSource, prepare: Callable[[Any], Any] | None = None) -> tuple[Any, Any]:
+    """A checkpoint's model class that leaves out towers, and calls `prepare` with each model; and its config.
+
+    Both happen before loading. transformers has no hook there. The subclass uses its parent's name, by which
+    conversions are looked up. The config says how bitsandbytes quantised the files.
+    """
     from transformers import AutoConfig
 
-    return type(empty_model_of(source)[1]), AutoConfig.from_pretrained(source.folder)
-
-
-def prepared_class(source: ModelSource, prepare: Callable[[Any], Any]) -> tuple[Any, Any]:
-    """A checkpoint's model class that calls `prepare` with each model before loading; and its config.
-
-    transformers has no hook there. The subclass uses its parent's name, by which conversions are looked up.
-    """
-    parent, config = class_and_config(source)
+    _, model = empty_model_of(source)
+    parent, towers = type(model), towers_of(model)
 
     def make(self: Any, *arguments: Any, **settings: Any) -> None:
         parent.__init__(self, *arguments, **settings)
-        prepare(self)
+        leave_out(self, towers)
+        if prepare is not None:
+            prepare(self)
 
-    return type(parent.__name__, (parent,), {"__init__": make, "__module__": parent.__module__}), config
+    fields = {"__init__": make, "__module__": parent.__module__}
+    loaded = type(parent.__name__, (parent,), fields) if towers or prepare is not None else parent
+    return loaded, of_class(AutoConfig.from_pretrained(source.folder), parent)

@@ -26,6 +26,7 @@ from dpoeng.engine.config.fields import Quantization, TrainConfig, why_not_train
 from dpoeng.engine.models.checkpoint_names import named_class
 from dpoeng.engine.models.fsdp_rows import make_whole, train_parts
 from dpoeng.engine.models.model import CausalLM
+from dpoeng.engine.models.multimodal.towers import left_out
 from dpoeng.engine.models.sources import ModelSource, copy_beside, write_config
 from dpoeng.engine.runtime.distributed import Group
 
@@ -147,7 +148,7 @@ def save_model(
     `weights` is the result of `whole_weights`.
     """
     lm.base.save_pretrained(str(folder), state_dict=None if weights is None else dict(weights))
-    if named_class(source, lm.base) is not None:
+    if left_out(lm.base) or named_class(source, lm.base) is not None:
         add_left_out(source, folder)
     # The loaded model's own config was changed for scoring, so take the stored one.
     write_config(source, folder, str(lm.dtype).removeprefix("torch."))

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from dpoeng.engine.models.model import CausalLM
+from dpoeng.engine.models.multimodal.towers import set_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +141,11 @@ class _StopAt:
 def _ordinary_attention(lm: CausalLM) -> Iterator[None]:
     """Switches to the architecture's own attention, which has a key-value cache; restores the layout's afterwards."""
     before = lm.base.config._attn_implementation
-    lm.base.set_attn_implementation(lm.native_attention)
+    set_attention(lm.base, lm.native_attention)
     try:
         yield
     finally:
-        lm.base.set_attn_implementation(before)
+        set_attention(lm.base, before)
 
 
 def _pad_left(

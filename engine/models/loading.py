@@ -26,7 +26,15 @@ from dpoeng.engine.models.fused.install import use_fused_kernels
 from dpoeng.engine.models.layers.files import LayerFiles, layered_class
 from dpoeng.engine.models.layers.setting_up import gguf_by_layer, layer_store, run_by_layer
 from dpoeng.engine.models.model import DTYPES, CausalLM, decoder_layers, device_name
-from dpoeng.engine.models.model_config import auto_class, auto_class_of, config_of, layer_lists, with_layers
+from dpoeng.engine.models.model_config import (
+    auto_class,
+    auto_class_of,
+    config_of,
+    has_text_part,
+    layer_lists,
+    with_layers,
+)
+from dpoeng.engine.models.multimodal.towers import leave_out, towers_of
 from dpoeng.engine.models.quantized import compute_in, multiply_exactly, quantization_config, quantize_empty
 from dpoeng.engine.models.sources import (
     ModelSource,
@@ -94,13 +102,13 @@ def load_model(
     by_layer: bool = False,
     layers_later: bool = False,
     trunk_layer: int | None = None,
+    whole: bool = False,
 ) -> CausalLM:
     """Loads the base model, frozen, on `device`, which becomes the current one; other functions add adapters.
 
     With `shard` (from `fsdp`) this process reads only its share of the sharded weights; only for checkpoints that allow
-    it: see `whole_because`. With `by_layer` the decoder's layers stay in the files; see `layers`. With `layers_later`
-    they are read when the model is sharded (`fsdp.shard_base`). With `trunk_layer` nothing below that layer is read;
-    see `trunk`.
+    it: see `whole_because`. With `by_layer` the decoder's layers stay in the files; with `layers_later` they are read
+    by `fsdp.shard_base`. With `trunk_layer` nothing below that layer is read; towers only if `whole`, to save them.
 
     Raises:
         UserError: the files cannot be loaded, or bitsandbytes does not work here.
@@ -125,7 +133,9 @@ def load_model(
             raise stored_whole(source.name, "--layer-offloading on" if by_layer else "--fsdp")
         prepare = shard if trunk_layer is None else partial(cut_below, number=trunk_layer)
         layers = files if by_layer or layers_later else None
-        base, remarks = _load_safetensors(source, bits, compute, device, prepare, layers, divided=shard is not None)
+        base, remarks = _load_safetensors(
+            source, bits, compute, device, prepare, layers, divided=shard is not None, whole=whole
+        )
         store = layer_store(base, files[0], device) if files else None
         if quantization == "none" and shard is None:
             base = base.to(device)
@@ -225,11 +235,12 @@ def _load_safetensors(
     layer_files: list[LayerFiles] | None = None,
     *,
     divided: bool,
+    whole: bool,
 ) -> tuple[Any, tuple[str, ...]]:
     """Loads transformers' model from a folder; also returns remarks on parts that were left out.
 
     `prepare` changes the model before it gets weights; it may then be `divided` over processes. With `layer_files` the
-    decoder's layers are not loaded, and the locations of their weights are added to it.
+    decoder's layers are not loaded, and the locations of their weights are added to it. `whole` loads towers too.
     """
     import transformers
 
@@ -250,7 +261,7 @@ def _load_safetensors(
         loader, prepared = auto_class_of(source.folder), None
         if codes:
             loader, kwargs["config"] = stored_class(source, stored_format(source), found, prepare)
-        elif prepare is not None:
+        elif prepare is not None or (not whole and has_text_part(source.folder)):
             assert bits is None or not divided, "bitsandbytes quantises whole tensors"
             loader, kwargs["config"] = prepared = prepared_class(source, prepare)
         if layer_files is not None:
@@ -309,6 +320,7 @@ def empty_model(
             config = with_layers(config, layers)
         with torch.device("meta"):
             base = auto_class(config).from_config(config, dtype=dtype)
+        leave_out(base, towers_of(base))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             "cannot build a model from this config.json",

@@ -60,6 +60,7 @@ class CausalLM:
         by_layer: how to run its layers one at a time, if their weights are not all in memory; else None.
         in_files: the layers' weights, if they are not loaded yet: `fsdp.shard_base` reads and shards each.
         entry: for a model that begins at a trunk, the stand-in below its first layer; see `engine/models/trunk`.
+        carried: tensors of the trained adapter in parts that are not loaded; they are saved unchanged.
         watch: sees the states that enter a layer while a trunk is made; else None.
         states: for a model that begins at a trunk, returns the stored states [tokens, H] of a prompt, or of a
             response after it, on the host.
@@ -86,6 +87,7 @@ class CausalLM:
     by_layer: ByLayer | None = None
     in_files: Any = None
     entry: Any = None
+    carried: dict[str, torch.Tensor] = field(default_factory=dict)
     watch: Any = None
     states: StatesOf | None = None
 

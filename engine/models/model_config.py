@@ -81,6 +81,31 @@ def auto_class_of(folder: Path) -> Any:
     return auto_class(AutoConfig.from_pretrained(folder))
 
 
+def has_text_part(folder: Path) -> bool:
+    """Whether a checkpoint's config describes a text decoder as one of several parts.
+
+    Raises:
+        ValueError, KeyError, OSError: as `auto_class_of`.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    return text_config(config) is not config
+
+
+def of_class(config: Any, model_class: Any) -> Any:
+    """A stored config as the model's class takes it: a class for text alone takes the text part.
+
+    transformers' auto classes do the same.
+    """
+    if model_class.config_class is not config.sub_configs.get("text_config"):
+        return config
+    text = config.get_text_config()
+    if getattr(config, "quantization_config", None) is not None:
+        text.quantization_config = config.quantization_config
+    return text
+
+
 def without_quantization(config: Any) -> Any:
     """A config, itself changed, that does not tell transformers how the files are quantised: dpoeng reads that."""
     for part in (config, text_config(config)):

@@ -11,7 +11,7 @@ from dpoeng.engine.config.fields import PrecomputeConfig
 from dpoeng.engine.models.loading import pick_device, with_stored_quantization
 from dpoeng.engine.models.sources import find_adapter, find_model
 from dpoeng.engine.recipes.precompute import default_batch_tokens, default_view_name, required_model
-from dpoeng.engine.reference.identity import reference_spec
+from dpoeng.engine.reference.identity import spec_in_cache
 from dpoeng.engine.reference.view import reference_record
 from dpoeng.engine.runtime.progress import QUIET, Progress
 
@@ -37,9 +37,9 @@ def import_reference(config: PrecomputeConfig, path: Path, progress: Progress = 
         update={"batch_tokens": config.batch_tokens or default_batch_tokens(pick_device(config.device))}
     )
     sums = file_holds_sums(path)
-    spec = reference_spec(config, source, adapter, progress)
-    meta = {"reference": reference_record(config, source, adapter, spec)}
     store = Store.open(config.cache, create=True)
+    spec = spec_in_cache(store, config, source, adapter, progress)
+    meta = {"reference": reference_record(config, source, adapter, spec)}
     name = config.name or default_view_name(path)
     before = store.view_record(name).table if name in store.views() else None
     done = import_rows(store, spec.of_sums() if sums else spec, path, name, meta)

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dpoeng.cache.errors import UserError
-from dpoeng.engine.models.checkpoint_names import PREFIX, as_peft_reads, stored_names
+from dpoeng.engine.models.checkpoint_names import PREFIX, as_peft_reads, in_towers, stored_names
 from dpoeng.engine.models.lora_fields import start_changes_base
 from dpoeng.engine.models.model import DTYPES
 from dpoeng.engine.models.sources import (
@@ -48,6 +48,8 @@ from dpoeng.engine.runtime.progress import QUIET, Progress
 class Update:
     """An adapter's update of one weight: `scale * b @ a`, transposed for layers that store [in, out].
 
+    For a convolution a is [r, in, ...], b is [out, r, 1, ...], and their product has the weight's shape.
+
     With a `magnitude` [out] the sum's rows are then given these norms (DoRA, Liu et al. 2024,
     https://arxiv.org/abs/2402.09353, equation 5).
     """
@@ -60,8 +62,8 @@ class Update:
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight [out, in], or [in, out], with the update, in float32."""
-        delta = self.scale * (self.b.float() @ self.a.float())
-        weight = weight + (delta.T if self.transposed else delta)
+        delta = self.scale * (self.b.float().flatten(1) @ self.a.float().flatten(1))
+        weight = weight + (delta.T if self.transposed else delta.view_as(weight))
         if self.magnitude is None:
             return weight
         rows = 1 if self.transposed else 0
@@ -149,11 +151,15 @@ def merge(
     tokenizer = choose_tokenizer(base, str(adapters[-1].folder), None)  # the tokenizer of the last adapter's training
     with contextlib.ExitStack() as stack:
         # Use the loaded model's names: the adapter may have been trained on another class of the same model.
-        renamed_adapters = [stack.enter_context(as_peft_reads(adapter, names.model)) for adapter in adapters]
+        renamed_adapters = [
+            stack.enter_context(as_peft_reads(adapter, names.model, whole=True)) for adapter in adapters
+        ]
         plain, updates, replaced = read_updates(renamed_adapters)
         adapted = {*updates, *replaced}
         tied = {name for name in adapted - {*names.in_memory.values()} if name in names.model.state_dict()}
         if not plain or names.converted & adapted or tied:
+            for adapter in adapters:
+                _refuse_towers(adapter, names.model)
             return merge_whole(base, renamed_adapters, into, dtype=dtype, tokenizer=tokenizer, progress=progress)
     on_disk = names.on_disk()
     updates = {on_disk.get(name, name): one for name, one in updates.items()}
@@ -227,6 +233,19 @@ def _write_merged(
         )
     copy_rest(base, folder, dtype, total_bytes)
     return tensors
+
+
+def _refuse_towers(adapter: ModelSource, model: Any) -> None:
+    """Raises UserError if the adapter has weights in a tower that the loaded class does not have."""
+    if lost := in_towers(adapter, model):
+        raise UserError(
+            "this adapter cannot be merged: peft would have to load the whole model with its part for images or sound",
+            code="adapter-mismatch",
+            where=f"{adapter.name}, {min(lost)}",
+            expected="LoRA on linear layers with separate weights, or an adapter of the language model alone",
+            found=f"{len(lost)} tensors in such parts, beside experts, embeddings or trained tokens",
+            remedy="load the class that config.json names, then the adapter with peft, and call merge_and_unload()",
+        )
 
 
 def _refuse_more_layers(adapter: ModelSource) -> None:

@@ -38,7 +38,7 @@ from dpoeng.engine.models.quantized import require_bitsandbytes
 from dpoeng.engine.models.sources import ModelSource, find_adapter, find_model
 from dpoeng.engine.models.tokenizer import TokenizerChoice, choose_tokenizer, load_chosen, remark_on
 from dpoeng.engine.reference.drift import check_drift
-from dpoeng.engine.reference.identity import reference_spec
+from dpoeng.engine.reference.identity import spec_in_cache
 from dpoeng.engine.reference.limits import check_disk, check_ids, check_positions, longest_text
 from dpoeng.engine.reference.loading import load_reference
 from dpoeng.engine.reference.shards import Part, plan_shards
@@ -222,7 +222,7 @@ def plan_work(config: PrecomputeConfig, group: Group, progress: Progress) -> Wor
 
     store = Store.open(config.cache, create=True)
     with group.first_on_machine():  # hashes the weights and stores the result for the others
-        spec = reference_spec(config, source, adapter, progress)
+        spec = spec_in_cache(store, config, source, adapter, progress)
     store.put_spec(spec)
     distinct = SomeIds(data.pairs, first_of_each(data.keys))
     keys = data.keys[distinct.places]

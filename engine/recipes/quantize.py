@@ -74,6 +74,7 @@ def quantize(
             quant_type=quant_type,
             double_quant=double_quant,
             tokenizer=False,
+            whole=True,
         )
         _refuse_stacks(source, lm)
         advance(1, "loaded")

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from dpoeng.engine.config.fields import Attention
 from dpoeng.engine.models.model import CausalLM, Layout, register_attention
+from dpoeng.engine.models.multimodal.towers import set_attention
 from dpoeng.engine.scoring.forks import Forks, fork_states, forks
 from dpoeng.engine.scoring.layout import GroupSpan, IndexArray
 from dpoeng.engine.scoring.varlen import Texts, texts, varlen
@@ -195,4 +196,4 @@ def use_layout(lm: CausalLM, layout: Layout, reason: str = "") -> None:
     fork_states(lm.backbone)
     register_attention(SHARED_PROMPT, shared_prompt_attention)
     lm.layout, lm.layout_reason = layout, reason
-    lm.base.set_attn_implementation(SHARED_PROMPT if layout == "shared" else lm.native_attention)
+    set_attention(lm.base, SHARED_PROMPT if layout == "shared" else lm.native_attention)

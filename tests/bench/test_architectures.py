@@ -10,7 +10,7 @@ import pytest
 
 from dpoeng.bench.studies import architectures
 from dpoeng.bench.studies.architectures import OK, STAGES, Outcome, outcome_of, page, study, try_architecture
-from dpoeng.bench.studies.tiny_models import causal_types, save_tiny
+from dpoeng.bench.studies.tiny_models import model_types, save_tiny
 
 # Other names of sizes, stacked experts, latent attention, recurrence, an indexer and padding, dropout
 # by the layer's flag, masks of the model's own; the others are slow tests, and the command takes all of them.
@@ -80,5 +80,5 @@ def test_an_architecture_that_hangs_is_stopped(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_every_causal_type_is_asked_for() -> None:
-    assert {"llama", "gpt2", "qwen3_5", "deepseek_v4"} < set(causal_types())
-    assert len(causal_types()) > 150
+    assert {"llama", "gpt2", "qwen3_5", "deepseek_v4", "qwen3_vl"} < set(model_types())
+    assert len(model_types()) > 150

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from dpoeng_testing import save_multimodal
 from safetensors.torch import load_file, save_file
 
 from dpoeng.bench.studies.tiny_models import save_tiny
@@ -98,7 +99,7 @@ def test_names_of_other_classes_of_a_multimodal_model(multimodal: dict[str, Path
 def test_an_adapter_of_the_whole_class_on_the_text_class(multimodal: dict[str, Path], tmp_path: Path) -> None:
     from transformers import AutoModelForImageTextToText
 
-    model = save_whole(multimodal["qwen3_5"], tmp_path / "whole")
+    model = save_multimodal("qwen3_5", tmp_path / "whole")
     truth = adapter_of(model, tmp_path / "adapter", AutoModelForImageTextToText)
     assert any(".language_model." in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
     assert type(load(model).base).__name__ == "Qwen3_5ForCausalLM"
@@ -137,7 +138,10 @@ def test_experts_that_were_adapted_one_by_one(tmp_path: Path) -> None:
         ("qwen3_5", ["down_proj"]),
         ("llama4", ["q_proj", "o_proj"]),
         ("gemma3", ["q_proj", "down_proj"]),
-        *(pytest.param(name, ["q_proj", "down_proj"], marks=pytest.mark.slow) for name in ("qwen2_5_vl", "mistral3")),
+        *(
+            pytest.param(name, ["q_proj", "down_proj"], marks=pytest.mark.slow)
+            for name in ("qwen2_5_vl", "mistral3", "qwen3_vl")
+        ),
     ],
 )
 def test_a_saved_adapter_loads_in_the_class_that_the_config_names(
@@ -146,7 +150,7 @@ def test_a_saved_adapter_loads_in_the_class_that_the_config_names(
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
 
-    model = save_whole(Path(model_type), tmp_path / "whole")
+    model = save_multimodal(model_type, tmp_path / "whole")
     lm = add_policy_adapter(load(model), "new", None, {"r": 2, "target_modules": targets})
     for _, parameter in lm.trainable_parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -173,7 +177,7 @@ def test_a_saved_adapter_loads_in_the_class_that_the_config_names(
 def test_a_model_trained_whole_keeps_the_parts_that_its_config_promises(tmp_path: Path) -> None:
     from transformers import AutoModelForImageTextToText
 
-    model = save_whole(Path("qwen3_5"), tmp_path / "whole")
+    model = save_multimodal("qwen3_5", tmp_path / "whole")
     lm = train_all(load(model))
     with torch.no_grad():
         lm.base.lm_head.weight += 0.1 * torch.randn_like(lm.base.lm_head.weight)
@@ -196,22 +200,6 @@ def test_the_base_is_named_as_the_user_named_it(tiny_model: Path, tmp_path: Path
     save_policy_adapter(lm, tmp_path)
     fields = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (fields["base_model_name_or_path"], fields["revision"]) == ("someone/tiny", "abc123")
-
-
-def save_whole(source: Path, folder: Path) -> Path:
-    """The multimodal checkpoint of a type, with its vision tower, as its config names it."""
-    from transformers import AutoModelForImageTextToText
-
-    from dpoeng.bench.studies.tiny_models import tiny_config, tiny_tokenizer
-
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(tiny_config(source.name)).float()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.15)
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def test_empty_tensors_say_what_they_are(sft_adapter: Path, tmp_path: Path, tiny_model: Path) -> None:

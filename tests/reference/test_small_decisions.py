@@ -12,14 +12,14 @@ from dpoeng.engine.reference.parity import spread
 
 
 def digest(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> str:
-    monkeypatch.setattr(identity, "weights_identity", lambda source, progress: "weights")
+    monkeypatch.setattr(identity, "weights_identity", lambda source, progress, without: "weights")
     monkeypatch.setattr(identity, "forward_config", lambda source: {"hidden_size": 8})
     monkeypatch.setattr(identity, "resolve_dtype", lambda source, dtype, device: "torch.bfloat16")
     monkeypatch.setattr(identity, "stored_quantization", lambda source: None)
     monkeypatch.setattr(identity, "has_routed_experts", lambda source: False)
     source: Any = None
     config = PrecomputeConfig.model_validate({"pairs": ["p.jsonl"], "device": "cpu", **fields})
-    return identity.reference_spec(config, source, None).digest
+    return identity.reference_spec(config, source, None, beside=identity.Beside()).digest
 
 
 def test_every_way_to_quantise_is_another_reference(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,3 +125,20 @@ def resumes_to_the_same_bytes(
     assert run(folder / "cut").resumed_from == 1
     for name in ("metrics.jsonl", "adapter/adapter_model.safetensors", "checkpoint-00000003/state.json"):
         assert (folder / "cut" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
+
+
+def save_multimodal(model_type: str, folder: Path) -> Path:
+    """The tiny multimodal checkpoint of a type, with its towers and a tokenizer, as its config names it."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from dpoeng.bench.studies.tiny_models import tiny_config, tiny_tokenizer
+
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(tiny_config(model_type)).float()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from dpoeng.engine.models.checkpoint_tensors import refuse_mismatched, refuse_missing
-from dpoeng.engine.models.fsdp_loading import class_and_config
+from dpoeng.engine.models.fsdp_loading import prepared_class
 from dpoeng.engine.models.model import decoder_layers, decoder_of
 from dpoeng.engine.models.sources import ModelSource
 
@@ -131,7 +131,7 @@ def layered_class(
     After a model has been loaded with the class, `made` contains the files of its layers. `prepared`: class and config
     of a model that is changed before loading (`fsdp_loading.prepared_class`), such as one that begins at a trunk.
     """
-    parent, config = prepared or class_and_config(source)
+    parent, config = prepared or prepared_class(source)
 
     def load(
         model: Any, state_dict: Any, checkpoint_files: Sequence[str], load_config: Any, expected_keys: Any = None

@@ -18,7 +18,8 @@ from torch import nn
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.words import counted
 from dpoeng.engine.models.experts.stacks import placeholder, stack_names
-from dpoeng.engine.models.fsdp_loading import empty_model_of
+from dpoeng.engine.models.fsdp_loading import prepared_class
+from dpoeng.engine.models.model_config import without_quantization
 from dpoeng.engine.models.sources import ModelSource
 from dpoeng.engine.models.stored.formats import Format
 from dpoeng.engine.models.stored.reading import read_weight, stored_parts
@@ -214,16 +215,9 @@ def stored_class(
 ) -> tuple[Any, Any]:
     """A checkpoint's model class that keeps quantised weights, and its config.
 
-    `prepare` changes the model before it is loaded. transformers offers no hook for either, so the class imitates its
-    parent, as in `layers/files`.
+    `prepare` changes the model before it is loaded. transformers has no hook for this either: see `prepared_class`.
     """
-    config, model = empty_model_of(source)
-    parent = type(model)
-
-    def make(self: Any, *arguments: Any, **settings: Any) -> None:
-        parent.__init__(self, *arguments, **settings)
-        if prepare is not None:
-            prepare(self)
+    parent, config = prepared_class(source, prepare)
 
     def load(
         model: Any, state_dict: Any, checkpoint_files: Sequence[str], load_config: Any, expected_keys: Any = None
@@ -251,8 +245,8 @@ def stored_class(
             found.kept += len(those)
         return info, None
 
-    fields = {"__init__": make, "_load_pretrained_model": staticmethod(load), "__module__": parent.__module__}
-    return type(parent.__name__, (parent,), fields), config
+    fields = {"_load_pretrained_model": staticmethod(load), "__module__": parent.__module__}
+    return type(parent.__name__, (parent,), fields), without_quantization(config)
 
 
 class _Plan:

@@ -54,7 +54,7 @@ def one_lora(base: ModelSource, adapters: Sequence[ModelSource], runtime: str) -
     if named_class(base, names.model) is not None:
         raise _refused(runtime, base.name, "the text part of a multimodal model, whose layers have other names there")
     with contextlib.ExitStack() as stack:
-        own = [stack.enter_context(as_peft_reads(adapter, names.model)) for adapter in adapters]
+        own = [stack.enter_context(as_peft_reads(adapter, names.model, whole=True)) for adapter in adapters]
         plain, updates, replaced = read_updates(own)
     if not plain or replaced or any(".experts." in name for name in updates):
         unsupported = "LoRA on embeddings, biases, experts, or a start that changes the base (PiSSA, OLoRA)"
