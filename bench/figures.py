@@ -16,7 +16,8 @@ from pathlib import Path
 
 from dpoeng.bench.compare import PEERS, CompareSettings
 from dpoeng.bench.figure_offload import offload, offload_cost, small_cards, small_cards_trunk
-from dpoeng.bench.figure_tables import cache, halving, kernels, memory, plan, responses, scale, sharing, step, trunk
+from dpoeng.bench.figure_studies import halving, selection, trunk
+from dpoeng.bench.figure_tables import cache, kernels, memory, plan, responses, scale, sharing, step
 from dpoeng.bench.figure_text import BASES, RESULTS, ROOT, Record, ranged, read, table, threads, where
 from dpoeng.cache.words import gib
 
@@ -251,6 +252,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "small-cards-trunk": small_cards_trunk,
     "trunk": trunk,
     "halving": halving,
+    "selection": selection,
     "responses": responses,
 }
 
