@@ -25,8 +25,8 @@ PROJECT = "dpoeng"
 """Name of the project (wandb, Trackio) or experiment (MLflow); their environment variables take precedence."""
 
 
-Table = tuple[Sequence[str], Sequence[Sequence[str | float]]]
-"""Headings, and rows of texts and numbers."""
+Table = tuple[Sequence[str], Sequence[Sequence[str | float | None]]]
+"""Headings, and rows of texts and numbers; None leaves a cell empty."""
 
 _STEP = "train/global_step"
 """Value that transformers logs with each line to W&B and Trackio, as the x axis of their curves."""
@@ -175,7 +175,7 @@ def _tracker(name: str, run_name: str, output_dir: Path, first_step: int) -> Any
 
 
 def _show(
-    name: str, tracker: Any, step: int, title: str, columns: Sequence[str], rows: Sequence[Sequence[str | float]]
+    name: str, tracker: Any, step: int, title: str, columns: Sequence[str], rows: Sequence[Sequence[str | float | None]]
 ) -> None:
     match name:
         case "tensorboard":
@@ -198,7 +198,7 @@ def _markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table in Markdown whose texts stay as they are."""
 
     def cell(value: Any) -> str:
-        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        text = "" if value is None else str(value)
         return _MARKUP.sub(r"\\\1", escape(text, quote=False)).replace("\r", "").replace("\n", "<br>")
 
     lines = [columns, ["---"] * len(columns), *rows]

@@ -20,6 +20,7 @@ from transformers.integrations.integration_utils import rewrite_logs
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
+from dpoeng.engine.recipes.phase_two.tracked import held_out_tables
 from dpoeng.engine.recipes.precompute import precompute_reference
 from dpoeng.engine.recipes.train import train
 from dpoeng.engine.runs import trackers as module
@@ -119,7 +120,8 @@ def test_texts_of_pairs_are_sent_only_when_asked_for(
     (line, *_) = (out / "held_out.jsonl").read_text().splitlines()
     pair = json.loads(line)
     row = dict(zip(heads, rows[0], strict=True))
-    assert (row["source"], row["reward margin"]) == (pair["source"], pair["rewards/margins"])
+    assert row["source"] == pair["source"]
+    assert row["reward margin"] == pytest.approx(pair["rewards/margins"], rel=1e-3)
     number = int(pair["source"].rsplit(" ", 1)[-1])
     texts = json.loads((cache.parent / "pairs.jsonl").read_text().splitlines()[number - 1])
     assert row["prompt"].strip() == str(texts["prompt"]).strip()
@@ -127,7 +129,20 @@ def test_texts_of_pairs_are_sent_only_when_asked_for(
     figures = {name: bounds for name, *bounds in sent[1]["held_out"][1]}
     last = json.loads((out / "evaluations.jsonl").read_text().splitlines()[-1])
     for name, mean in last["metrics"].items():
-        assert figures[name] == [mean, *last["intervals"].get(name, ("", ""))]
+        whole = [mean, *last["intervals"].get(name, (None, None))]
+        assert figures[name] == [value if value is None else pytest.approx(value, rel=1e-3) for value in whole]
+
+
+def test_a_metric_without_an_interval_leaves_numbers_alone_in_its_columns() -> None:
+    """W&B refuses a column of numbers and texts: a correlation over few pairs has no interval."""
+    last = {"step": 3, "pairs": 9, "metrics": {"loss": 0.693147, "r": -0.5}, "intervals": {"loss": [0.61, 0.77]}}
+    run = SimpleNamespace(
+        log=SimpleNamespace(read_evaluations=lambda: [last]),
+        config=SimpleNamespace(output_dir=Path("none"), report_samples=0),
+    )
+    _, rows = held_out_tables(run, lambda: None)["held_out"]  # type: ignore[arg-type]
+    assert rows == [("loss", 0.6931, 0.61, 0.77), ("r", -0.5, None, None)]
+    assert module._markdown(("m", "v"), [("r", None)]).splitlines()[-1] == "| r |  |"
 
 
 @pytest.mark.slow  # TensorBoard brings this renderer

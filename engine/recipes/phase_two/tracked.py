@@ -55,7 +55,9 @@ def held_out_tables(run: Run, load_tokenizer: Callable[[], Any]) -> dict[str, Ta
         return {}
     last = evaluations[-1]
     bounds = last["intervals"]
-    figures = [(name, value, *(bounds.get(name) or ("", ""))) for name, value in last["metrics"].items()]
+    figures = [
+        (name, *map(_short, (value, *(bounds.get(name) or (None, None))))) for name, value in last["metrics"].items()
+    ]
     heads = ("metric", f"mean of {last['pairs']} pairs", "95 % interval from", "to")
     tables: dict[str, Table] = {"held_out": (heads, figures)}
     pairs = read_held_out(run.config.output_dir)[: run.config.report_samples]
@@ -67,6 +69,11 @@ def held_out_tables(run: Run, load_tokenizer: Callable[[], Any]) -> dict[str, Ta
                 str(tokenizer.decode(ids)) for ids in (row.ids.prompt_ids, row.ids.chosen_ids, row.ids.rejected_ids)
             ]
             shown = (texts[0][-_LONGEST:], *(text[:_LONGEST] for text in texts[1:]))
-            rows.append((pair["source"], *shown, pair.get("rewards/margins", "")))
+            rows.append((pair["source"], *shown, _short(pair.get("rewards/margins"))))
         tables["held_out_pairs"] = (("source", "prompt", "chosen", "rejected", "reward margin"), rows)
     return tables
+
+
+def _short(value: float | None) -> float | None:
+    """Four digits; trackers show every digit. W&B refuses a column of numbers and texts, so a gap stays None."""
+    return None if value is None else float(f"{value:.4g}")
