@@ -106,8 +106,11 @@ _GGUF_METADATA: Final = "gguf:metadata"
 
 def _file_digests(file: Path, meter: _Meter, memo: Path | None, without: frozenset[str]) -> dict[str, TensorDigest]:
     before = _stat(file)
-    for part in dict.fromkeys((frozenset[str](), without)) if memo else ():
-        if (remembered := _recall(memo, before, part)) is not None:
+    if memo:
+        remembered = _recall(memo, before, ())
+        if remembered is None and without:
+            remembered = _recall(memo, before, without)
+        if remembered is not None:
             meter.add(before.st_size)
             return {name: digest for name, digest in remembered.items() if name not in without}
     with _mapped(file) as data:

@@ -80,7 +80,8 @@ def _renamed(source: ModelSource, model: Any, state: dict[str, Any]) -> Iterator
     for file in source.weight_files:
         with safe_open(file, framework="pt") as tensors:
             for stored in tensors.keys():  # noqa: SIM118  (a safetensors file is no dictionary)
-                yield stored, *rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
+                name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
+                yield stored, name, pattern
 
 
 @dataclass(frozen=True, slots=True)
