@@ -41,13 +41,13 @@ def compile_sources(tree: Path) -> None:
     subprocess.run(command, cwd=tree, check=True)
 
 
-def is_killed(tree: Path, tests: str) -> bool:
+def is_killed(tree: Path, tests: str, seconds: int = MAX_SECONDS) -> bool:
     """Whether the tests fail, do not end, or end the interpreter. They must run at all: pytest's status 1."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *shlex.split(tests)]
     environment = {**os.environ, "PYTHONPATH": str(tree / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(
-            command, cwd=tree, env=environment, capture_output=True, text=True, timeout=MAX_SECONDS, check=False
+            command, cwd=tree, env=environment, capture_output=True, text=True, timeout=seconds, check=False
         )
     except subprocess.TimeoutExpired:
         return True
@@ -86,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Plant mistakes and see whether the tests notice.")
     parser.add_argument("--only", help="only those whose file or description holds this")
     parser.add_argument("--record", type=Path, help="write the kill rate by folder to this Markdown file")
+    parser.add_argument("--seconds", type=int, default=MAX_SECONDS, help="after which tests count as noticing")
     parser.add_argument("--part", default="1/1", help="every N-th, e.g. 1/2 and 2/2, to share the work")
     options = parser.parse_args()
     first, parts = map(int, options.part.split("/"))
@@ -98,14 +99,14 @@ def main() -> None:
         copy_sources(tree)
         compile_sources(tree)
         for tests in sorted({one["tests"] for one in chosen}):
-            if is_killed(tree, tests):
-                sys.exit(f"without any mistake, these tests fail: {tests}")
+            if is_killed(tree, tests, options.seconds):
+                sys.exit(f"without any mistake, these tests fail or take more than {options.seconds} s: {tests}")
         for one in chosen:
             path = tree / one["file"]
             sound = path.read_text(encoding="utf-8")
             path.write_text(sound.replace(one["old"], one["new"]), encoding="utf-8")
             began = time.monotonic()
-            found = is_killed(tree, one["tests"])
+            found = is_killed(tree, one["tests"], options.seconds)
             path.write_text(sound, encoding="utf-8")
             outcomes.append((one, found))
             took = f"{time.monotonic() - began:.0f} s"
