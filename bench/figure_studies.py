@@ -1,10 +1,12 @@
-"""Tables of the studies of training: upper layers, halving, and selection of pairs."""
+"""Tables of studies: upper layers, halving, selection of pairs, and rows up to a million."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from dpoeng.bench.figure_text import Record, read, table, where
+from dpoeng.bench.studies.rows import WORKS
 from dpoeng.cache.words import MIB
 
 
@@ -124,3 +126,26 @@ def _with_interval(value: Record) -> str:
         return f"{value['mean']:.3f}"
     low, high = value["interval"]
     return f"{value['mean']:.3f} ({low:.3f} to {high:.3f})"
+
+
+def rows(results: Path) -> str:
+    """Memory and time of what reads every row: the newest result of each piece of work and number of rows."""
+    records = read("rows", results)
+    newest = {(one["work"], one["rows"]): one for record in records for one in record["results"]}
+    sizes = sorted({count for _, count in newest})
+
+    def cells(work: str, show: Callable[[Record], str]) -> list[str]:
+        return [show(newest[work, count]) if (work, count) in newest else "" for count in sizes]
+
+    head = [f"{what}, {count:,}" for what in ("resident MiB", "CPU µs a row") for count in sizes]
+    body = [
+        [
+            name,
+            *cells(work, lambda one: f"{one['resident_mib']:.0f} ({one['own_mib']:.0f})"),
+            *cells(work, lambda one: f"{1e6 * one['cpu_s'] / one['rows']:.3g}"),
+        ]
+        for work, (name, _) in WORKS.items()
+        if any(work == measured for measured, _ in newest)
+    ]
+    places = list(dict.fromkeys(where(record) for record in records))
+    return f"{'; '.join(places)}:\n\n{table([['over rows', *head], *body])}"
