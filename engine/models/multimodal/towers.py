@@ -77,7 +77,7 @@ def _called_before(decoder: nn.Module, model: Any, modules: Mapping[str, nn.Modu
     ]
     hooks.append(decoder.register_forward_pre_hook(enter))
     try:
-        with _AnsweringZero():
+        with _AnsweringZero():  # type: ignore[no-untyped-call]
             model(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"), use_cache=False)
     except _Entered:
         return called
