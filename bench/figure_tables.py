@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from dpoeng.bench.figure_text import BASES, Record, lines_of, read, table, where
@@ -12,6 +13,7 @@ _OPTIONS = {
     "quantization none": "bfloat16 base",
     "quantization 4bit": "4-bit base",
     "half of max_length": "2 x 1024 tokens",
+    "the upper third trained": "`--train-last-layers` a third of all, from a trunk",
     "optim adamw_8bit": "`--optim adamw_8bit`",
     "activation_offloading": "`--activation-offloading`",
 }
@@ -130,6 +132,11 @@ def kernels(results: Path) -> str:
     return "\n\n".join(tables)
 
 
+def _without_layer(option: str) -> str:
+    """The trunk's option without the number of its layer, which depends on the model's depth."""
+    return re.sub(r"^trunk_layer \d+, ", "", option)
+
+
 def plan(results: Path) -> str:
     """Models of four sizes: peaks of phase two, and the batch that fits on each card. Calculated."""
     record = lines_of(results / "plan-calculated.jsonl")[-1]
@@ -144,10 +151,8 @@ def plan(results: Path) -> str:
     rows += [[f"of it: {part}", *(f"{r['breakdown_gib'].get(part, 0):.1f}" for r in eight)] for part in parts]
     needed = (f"{r['phase2_needed_gib']:.1f}" for r in eight)
     rows.append(["with context, workspaces, fragmentation (estimates)", *needed])
-    rows += [
-        [_OPTIONS.get(option, option), *(f"{r['options_gib'][option]:.1f}" for r in eight)]
-        for option in eight[0]["options_gib"]
-    ]
+    options = [{_without_layer(name): gib for name, gib in r["options_gib"].items()} for r in eight]
+    rows += [[_OPTIONS.get(name, name), *(f"{one[name]:.1f}" for one in options)] for name in options[0]]
     rows.append(["two models in 8 bits, whole logits", *(f"{r['two_model_gib']:.1f}" for r in eight)])
     cards = [["base", *(card["name"] for card in eight[0]["cards"])]]
     for (model, quantization), result in found.items():

@@ -118,8 +118,8 @@ def spec_in_cache(
     if older.digest not in known:
         return spec
     progress.note(
-        f"this cache knows {source.name} with its parts for images and sound, and goes on so: for a checkpoint with "
-        "other such parts, its numbers are computed anew"
+        f"this cache identifies {source.name} together with its parts for images and sound, as older versions did; a "
+        "checkpoint with other such parts counts as another reference"
     )
     return older
 

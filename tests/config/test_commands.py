@@ -122,7 +122,7 @@ def test_every_commented_field_of_init_shows_its_default(run: Run, tmp_path: Pat
     ("gpu", "kind", "words"),
     [
         ("a100-80gb", "none", "of the 79.1 GiB of a100-80gb"),
-        ("1.9gib", "8bit", "calculated by dpoeng plan: at least 1.44"),
+        ("1.9gib", "8bit", "calculated by dpoeng plan: at least 1.42"),
         ("1gib", "4bit", "this will not fit"),
     ],
 )

@@ -50,7 +50,10 @@ def test_the_adapter_is_the_same(tmp_path: Path, tiny_model: Path, monkeypatch: 
 
 
 def test_the_plan_knows_what_it_saves() -> None:
-    """The inputs of all layers but the one at work leave the device."""
+    """The inputs of all layers but the one at work leave the device.
+
+    The peak of all eight is in the last but one: the last layer computes scored positions only.
+    """
     peaks = []
     for activation_offloading in (False, True):
         config = TrainConfig(gradient_checkpointing=True, activation_offloading=activation_offloading)
@@ -58,7 +61,7 @@ def test_the_plan_knows_what_it_saves() -> None:
         setup = Setup(model=model, dtype=torch.bfloat16, quantization="none", config=config)
         peaks.append(trace_step(setup, [Pair(64, 96, 96)]).peak().n_bytes)
     a_layer = 128 * 256 * 2  # hidden size x tokens x bytes
-    assert 6 * a_layer <= peaks[0] - peaks[1] <= 9 * a_layer
+    assert 5 * a_layer <= peaks[0] - peaks[1] <= 9 * a_layer
 
 
 def test_it_needs_checkpointing() -> None:

@@ -33,6 +33,7 @@ from dpoeng.engine.recipes import precompute as precompute_module
 from dpoeng.engine.recipes.precompute import PrecomputeSummary, default_view_name, precompute_reference
 from dpoeng.engine.recipes.train import train
 from dpoeng.engine.reference import drift as drift_module
+from dpoeng.engine.reference import identity as identity_module
 from dpoeng.engine.reference import identity as reference_module
 from dpoeng.engine.reference.identity import reference_spec
 from dpoeng.engine.reference.view import portable_name
@@ -564,7 +565,7 @@ def test_a_forgotten_field_is_refused_in_phase_two(
 ) -> None:
     """Fault 59: the stale hit happens, as it must without the field, and training refuses it."""
     model, lora = shutil.copytree(tiny_model, tmp_path / "model"), shutil.copytree(adapter, tmp_path / "adapter")
-    monkeypatch.setattr(precompute_module, "reference_spec", without(field))
+    monkeypatch.setattr(identity_module, "reference_spec", without(field))
     file = write_jsonl(tmp_path / "pairs.jsonl", pair_rows(12))
     precompute(file, model, tmp_path / "cache", adapter=str(lora))
     assert train(quick(tmp_path / "cache", tmp_path / "sound", max_steps=1)).parity is not None
