@@ -199,8 +199,8 @@ def metrics_table(heads: Sequence[str], columns: Sequence[Metrics], names: Itera
 
 
 def figure(name: str, value: float | None) -> str:
-    """A metric with its meaningful digits."""
-    return "" if value is None else f"{value:{_FORMATS[name]}}" if name in _FORMATS else number(value)
+    """A metric with its meaningful digits; what rounds to zero has no sign."""
+    return "" if value is None else f"{value:z{_FORMATS[name]}}" if name in _FORMATS else number(value)
 
 
 def _evaluations(lines: list[dict[str, Any]]) -> Html:

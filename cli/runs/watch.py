@@ -145,7 +145,8 @@ def _progress(state: State, run: RunRecord, width: int) -> str:
         facts.append(f"{clock(left)} left")
     if step_s is not None:
         facts.append(f"{number(step_s, 3)} s/step" if step_s >= 0.1 else f"{number(1e3 * step_s, 3)} ms/step")
-    words = "  ".join(facts)
+    while len(words := "  ".join(facts)) > width and len(facts) > 1:
+        facts.pop()
     columns = min(_WIDEST, width - len(words) - 2)
     if not total or columns < 8:
         return words
@@ -154,11 +155,11 @@ def _progress(state: State, run: RunRecord, width: int) -> str:
 
 
 def _curves(run: RunRecord, width: int) -> Table:
-    """One row per metric: its curve over the steps, its last value, and the held-out value."""
+    """One row per metric: its curve over the steps if that fits, its last value, and the held-out value."""
     from dpoeng.cli.pages.run import figure
     from dpoeng.engine.runs.reading import EVAL
 
-    columns = max(8, min(_WIDEST, width - 48))
+    columns = min(_WIDEST, width - 48)
     rows = []
     for name in _SHOWN:
         training, held_out = run.curve(name), run.curve(EVAL + name)
@@ -169,12 +170,14 @@ def _curves(run: RunRecord, width: int) -> Table:
         rows.append(
             (name, sparkline([y for _, y in points], columns), last, figure(name, held_out[-1][1]) if held_out else "")
         )
+    if columns < 8:
+        return Table([(name, last, held_out) for name, _, last, held_out in rows], ("", "last", "held out"))
     return Table(rows, ("", "training", "last", "held out"), words=2)
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
     """At most `width` blocks from the smallest to the largest value; each is a mean, and a gap means no number."""
-    count = min(width, len(values))
+    count = max(0, min(width, len(values)))
     means = []
     for k in range(count):
         part = [v for v in values[k * len(values) // count : (k + 1) * len(values) // count] if math.isfinite(v)]

@@ -88,7 +88,7 @@ def sample(
     ids, mask = _pad_left(prompts, pad_id=_pad_id(lm), device=lm.base.device)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0, "min_p": 0.0}
     drawing = [lm.device] if lm.device.type == "cuda" else []  # not the other GPUs, of which torch would warn
     with _ordinary_attention(lm), torch.random.fork_rng(drawing):
         torch.manual_seed(seed)

@@ -17,6 +17,7 @@ import pytest
 from dpoeng_testing import pair_rows, tree, write_jsonl
 
 from dpoeng.cli.main import main
+from dpoeng.cli.pages.run import figure
 from dpoeng.cli.runs import watch as module
 from dpoeng.cli.runs.watch import frame, look, sparkline, standing
 from dpoeng.cli.tables import Table, plain
@@ -112,11 +113,12 @@ def test_what_is_shown_fits_the_terminal_and_agrees_with_the_records(out: Path) 
     found = standing(out)
     assert (found["step"], found["total_steps"], found["seconds_left"], found["peak_bytes"]) == (6, 6, None, peak)
     assert found["last"] == json.loads((out / "metrics.jsonl").read_text().splitlines()[-2 if run.evaluations else -1])
-    for width in (60, 80, 200):
+    for width in (40, 56, 60, 80, 200):
         parts = frame(out, state, run, width=width)
         table = next(part for part in parts if isinstance(part, Table) and part.columns)
-        widths = [max(len(plain(row[k])) for row in table.rows) for k in range(4)]
-        assert sum(widths) + 3 * 3 + len("held out") <= width + 8
+        widths = [max(len(plain(row[k])) for row in [*table.rows, table.columns]) for k in range(len(table.columns))]
+        assert sum(widths) + 3 * (len(widths) - 1) + 2 <= width, "no word is broken"
+        assert ("training" in table.columns) == (width > 50)
         assert len(str(parts[1])) <= width
         assert [row[0] for row in table.rows][:3] == ["loss", "rewards/margins", "rewards/accuracies"]
 
@@ -134,6 +136,10 @@ def test_without_a_terminal_it_tells_once_and_touches_nothing(out: Path, capsys:
     assert "step 6 of 6, 100 %" in said
     assert "held-out accuracy" in said
     assert tree(out) == before
+
+
+def test_a_figure_that_rounds_to_zero_has_no_sign() -> None:
+    assert [figure("rewards/margins", value) for value in (-1e-5, 0.0, -0.001)] == ["0.000", "0.000", "-0.001"]
 
 
 def test_sparklines() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dpoeng.engine.models.adapters import add_policy_adapter, as_reference
-from dpoeng.engine.models.generate import cut_at, generate
+from dpoeng.engine.models.generate import cut_at, generate, sample
 from dpoeng.engine.models.loading import load_model
 from dpoeng.engine.models.model import CausalLM, set_mode
 from dpoeng.engine.models.sources import find_model
@@ -48,6 +48,14 @@ def by_hand(tiny_model: Path, prompt: np.ndarray, count: int, penalty: float = 1
             break
         ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
     return made
+
+
+def test_samples_are_the_models_own_whatever_its_generation_config_recommends(lm: CausalLM) -> None:
+    drawn = sample(lm, PROMPTS[:1], count=8, max_new_tokens=4, temperature=1.0, seed=1)
+    recommended = {"do_sample": True, "top_k": 1, "top_p": 0.01, "min_p": 1.0, "temperature": 0.01}
+    lm.base.generation_config.update(**recommended, repetition_penalty=3.0)
+    assert sample(lm, PROMPTS[:1], count=8, max_new_tokens=4, temperature=1.0, seed=1) == drawn
+    assert len({one.text for one in drawn[0]}) > 1
 
 
 def test_greedy_text_is_that_of_whole_forwards_and_independent_of_the_batch(lm: CausalLM, tiny_model: Path) -> None:

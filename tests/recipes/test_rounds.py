@@ -355,7 +355,9 @@ def test_the_policy_is_sampled_on_a_server_that_loads_it(tmp_path: Path, run: Pa
             stub.models.append(body["lora_name"])
             return 200, b"Success: LoRA adapter added successfully.", {}
         assert body["model"] in loaded
-        assert body["temperature"] == 1.0
+        asked = {name: body[name] for name in ("temperature", "top_p", "top_k", "min_p", "repeat_penalty")}
+        assert asked == {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0, "repeat_penalty": 1.0}
+        assert body["repetition_penalty"] == body["repeat_penalty"], "vLLM's name, and llama.cpp's"
         if body["prompt"] == refused:
             return 400, {"error": "this model's maximum context length"}, {}
         return " " + "aeiou"[body["seed"] % 5] * (1 + body["seed"] % 3) + "xyz"

@@ -1,4 +1,4 @@
-"""Samples from a policy on a server: vLLM, SGLang, or another whose OpenAI completions accept token ids."""
+"""Samples from a policy on a server: vLLM, SGLang, llama.cpp, or another whose OpenAI completions take token ids."""
 
 from __future__ import annotations
 
@@ -79,6 +79,7 @@ def answer_on_server(
         UserError: the server fails.
     """
     missing = [place for place, key in enumerate(keys) if kept.get(key) is None]
+    # All that shapes the distribution is sent: vLLM takes the rest from generation_config.json, llama.cpp has top-k 40.
     bodies = [
         {
             "model": model,
@@ -86,9 +87,13 @@ def answer_on_server(
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
+            "top_k": -1,
+            "min_p": 0,
+            "repetition_penalty": sampling.repetition_penalty,
+            "repeat_penalty": sampling.repetition_penalty,  # llama.cpp's name; it looks back at 64 tokens by itself
+            "repeat_last_n": len(prompts[place]) + sampling.max_new_tokens,
             "seed": int(content_key(keys[place], number)[:7], 16),
             **({"stop": list(sampling.stop)} if sampling.stop else {}),
-            **({"repetition_penalty": sampling.repetition_penalty} if sampling.repetition_penalty != 1 else {}),
         }
         for place in missing
         for number in range(sampling.count)
