@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from dpoeng.cache.words import counted
 from dpoeng.cli.evaluate import run_config
 from dpoeng.cli.options import config_options, force_option, given
 from dpoeng.cli.tables import Marked, facts_table, json_option, say, say_json
@@ -94,7 +95,7 @@ def export(
         facts.append(("rank", str(summary.rank)))
     if summary.check is not None:
         check = summary.check
-        difference = f"{check.mean_diff:.2g} nats per token from the trained policy, on {check.pairs} pairs"
+        difference = f"{check.mean_diff:.2g} nats per token from the trained policy, on {counted(check.pairs, 'pair')}"
         facts.append(("difference", f"{difference} (allowed: {check.tolerance:g})"))
     say(facts_table(facts))
     if summary.check is None:
