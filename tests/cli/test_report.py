@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from dpoeng.cache.analytics import histogram as histogram_of
 from dpoeng.cache.errors import UserError
 from dpoeng.cli.main import main
 from dpoeng.cli.pages.charts import Curve, histogram, line_chart
-from dpoeng.cli.pages.html import page, paragraph, table
+from dpoeng.cli.pages.html import page, paragraph, plots, table
 from dpoeng.cli.pages.run import report_page
 from dpoeng.cli.pages.runs import runs_page
 from dpoeng.cli.tables import Table
@@ -308,6 +309,26 @@ def test_a_browser_draws_the_page(out: Path, tmp_path: Path, scheme: str) -> Non
     ink = {"light": b"\x1c\x20\x24", "dark": b"\xec\xee\xf0"}[scheme]
     curve = {"light": b"\x2f\x6f\xd0", "dark": b"\x6f\xa8\xf5"}[scheme]
     assert {ink, curve} <= colours, "text and curves are drawn in the scheme's colours"
+
+
+@pytest.mark.slow  # needs Chromium
+def test_a_telephone_shows_long_names_without_sideways_scrolling(tmp_path: Path) -> None:
+    """In a frame, since Chromium makes no window under 500 pixels."""
+    chromium = next((path for name in ("chromium", "google-chrome", "chrome") if (path := shutil.which(name))), None)
+    assert chromium, "install chromium to run this test"
+    curves = [Curve("peak of a step, layers recomputed, simulated: 0.89", [(1.0, 1.0), (2.0, 2.0)]) for _ in range(2)]
+    chart = line_chart("cost by pairs in the cache, with exponents", curves, unit="bytes")
+    inner = page("Plan for /models/an-organisation/SmolLM2-135M-Instruct-bcc81830-float32", [plots([chart])])
+    told = "document.title = 'wide ' + this.contentDocument.documentElement.scrollWidth"
+    frame = (
+        f'<iframe style="border:0;width:390px;height:2000px" onload="{told}" srcdoc="{html.escape(inner)}"></iframe>'
+    )
+    (tmp_path / "frame.html").write_text(f"<!doctype html><title></title>{frame}")
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    done = subprocess.run(
+        [*command, "--dump-dom", (tmp_path / "frame.html").as_uri()], check=True, capture_output=True, timeout=120
+    )
+    assert "<title>wide 390</title>" in done.stdout.decode()
 
 
 def test_runs_share_charts_and_differing_settings_are_listed(
