@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import click
@@ -15,6 +16,7 @@ import pytest
 import yaml
 from dpoeng_testing import pair_rows, write_jsonl
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from dpoeng.cli.main import dpoeng
 from dpoeng.engine.checks.driver import TESTED_CUDA
@@ -92,6 +94,26 @@ def test_the_skypilot_file_has_the_fields_of_a_task(task: dict[str, object]) -> 
     assert set(task["resources"]) == {"accelerators", "use_spot", "disk_size"}  # type: ignore[call-overload]
     for part in ("setup", "run"):
         assert subprocess.run(["bash", "-n", "-c", str(task[part])], check=False).returncode == 0
+
+
+def test_the_skypilot_setup_makes_one_environment_with_a_python_that_is_new_enough(
+    task: dict[str, object], tmp_path: Path
+) -> None:
+    programs = tmp_path / ".local" / "bin"
+    programs.mkdir(parents=True)
+    log = tmp_path / "calls"
+    program = RECORDER.format(python=sys.executable, log=str(log))
+    (tmp_path / "program").write_text(program)
+    (tmp_path / "program").chmod(0o755)
+    made = 'mkdir -p "${@: -1}/bin"; for name in pip dpoeng; do cp ~/program "${@: -1}/bin/$name"; done'
+    (programs / "uv").write_text(f'#!/usr/bin/env bash\necho "[\\"uv\\", \\"$4\\"]" >> {log}\n{made}\n')
+    (programs / "uv").chmod(0o755)
+    for _ in range(2):  # `sky launch` on a machine that is there runs it again
+        subprocess.run(["bash", "-c", str(task["setup"])], env={**os.environ, "HOME": str(tmp_path)}, check=True)
+    calls = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [call[0] for call in calls] == ["uv", "pip", "dpoeng", "pip", "dpoeng"]
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert calls[0][1] in SpecifierSet(wanted)
 
 
 def test_the_skypilot_job_runs_both_phases_and_keeps_them(task: dict[str, object], tmp_path: Path) -> None:

@@ -97,18 +97,24 @@ def test_each_process_gets_its_rank(tmp_path: Path) -> None:
     assert ranks == [
         {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "3", "MASTER_ADDR": "node7"} for rank in range(3)
     ]
-    _, calls = run_script("precompute_array.sbatch", tmp_path, SLURM_ARRAY_TASK_ID="2", SLURM_ARRAY_TASK_COUNT="4")
-    assert calls[0][1][-2:] == ["--shard", "2/4"]
+
+
+def test_a_job_of_the_array_that_is_submitted_again_alone_has_its_own_part(tmp_path: Path) -> None:
+    assert options_of("precompute_array.sbatch")["array"] == "1-4"
+    for count in ("4", "1"):  # sbatch --array=2
+        array = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": count}
+        _, calls = run_script("precompute_array.sbatch", tmp_path, **array)
+        assert calls[0][1][-2:] == ["--shard", "2/4"]
 
 
 def test_the_array_and_then_the_training_run(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their very commands, one process each, over an array of two."""
+    """Their very commands, one process each, over the whole array."""
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "pairs.jsonl", pair_rows(16))
     Path("sft-model").symlink_to(tiny_model)
     commands = []
-    for task in ("1", "2"):
-        array = {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_COUNT": "2"}
+    for task in ("1", "2", "3", "4"):
+        array = {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_COUNT": "4"}
         commands += run_script("precompute_array.sbatch", tmp_path, **array)[1]
     commands += run_script("train_one_node.sbatch", tmp_path)[1]
     for _, words, ranks in [call for call in commands if call[0] == "dpoeng"]:
