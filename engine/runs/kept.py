@@ -13,7 +13,7 @@ from typing import Any
 
 import xxhash
 
-from dpoeng.engine.runs.metrics import append_line, damaged_line, read_lines, refuse_link
+from dpoeng.engine.runs.metrics import append_line, damaged_line, read_lines, refuse_linked_log
 from dpoeng.engine.runtime.folders import unwritable
 
 
@@ -39,7 +39,7 @@ class Kept:
         Raises:
             UserError: a line is damaged, the file is a link, or it cannot be written.
         """
-        refuse_link(path)
+        refuse_linked_log(path)
         self._path = path
         self._values: dict[str, Any] = {}
         for number, line in enumerate(read_lines(path), 1):

@@ -14,6 +14,7 @@ from typing import Any
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.files import replacing
+from dpoeng.engine.runtime.folders import refuse_link
 
 METRICS_FILE = "metrics.jsonl"
 TIMINGS_FILE = "timings.jsonl"
@@ -35,7 +36,7 @@ class MetricsLog:
     def __init__(self, folder: Path, *, writes: bool = True) -> None:
         """Raises UserError if a log is a link."""
         for name in (*_BY_STEP, HELD_OUT_FILE):
-            refuse_link(folder / name)
+            refuse_linked_log(folder / name)
         self._writes = writes
         self._metrics = folder / METRICS_FILE
         self._timings = folder / TIMINGS_FILE
@@ -90,17 +91,9 @@ class MetricsLog:
             append_line(path, record)
 
 
-def refuse_link(path: Path) -> None:
+def refuse_linked_log(path: Path) -> None:
     """Raises UserError if a log is a link: in a stranger's folder it could make other files grow."""
-    if path.is_symlink():
-        raise UserError(
-            "a log in this folder is a link",
-            code="output-unwritable",
-            where=str(path),
-            found=f"a link to {path.readlink()}",
-            remedy="put the file itself there, or name another folder with --output-dir",
-            exit_status=5,
-        )
+    refuse_link(path, "a log in this folder", "put the file itself there, or name another folder with --output-dir")
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:

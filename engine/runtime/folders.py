@@ -13,17 +13,22 @@ from safetensors import SafetensorError
 from dpoeng.cache.errors import UserError
 
 
-def refuse_filled(into: Path) -> None:
-    """Raises UserError unless `into` is missing or an empty folder. A link could lead out of a stranger's folder."""
-    if into.is_symlink():
+def refuse_link(path: Path, what: str, remedy: str) -> None:
+    """Raises UserError if `path`, that is `what`, is a link: it could lead out of a stranger's folder."""
+    if path.is_symlink():
         raise UserError(
-            "the target folder is a link",
+            f"{what} is a link",
             code="output-unwritable",
-            where=str(into),
-            found=f"a link to {into.readlink()}",
-            remedy="name the folder itself, or a new one, with --into",
+            where=str(path),
+            found=f"a link to {path.readlink()}",
+            remedy=remedy,
             exit_status=5,
         )
+
+
+def refuse_filled(into: Path) -> None:
+    """Raises UserError unless `into` is missing or an empty folder."""
+    refuse_link(into, "the target folder", "name the folder itself, or a new one, with --into")
     if into.exists() and (not into.is_dir() or any(into.iterdir())):
         raise UserError(
             "the target folder is not empty" if into.is_dir() else "the target is a file, not a folder",

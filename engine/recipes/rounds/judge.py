@@ -28,7 +28,7 @@ from dpoeng.engine.recipes.rounds.source_pairs import source_pairs
 from dpoeng.engine.runs.kept import Kept
 from dpoeng.engine.runs.lock import holding
 from dpoeng.engine.runs.reading import JUDGE_FOLDER, JUDGED_FILE, JUDGEMENT_FILE
-from dpoeng.engine.runtime.folders import unwritable, write_durably
+from dpoeng.engine.runtime.folders import refuse_link, unwritable, write_durably
 from dpoeng.engine.runtime.outputs import scratch_folder
 from dpoeng.engine.runtime.progress import QUIET, Progress
 from dpoeng.engine.training.intervals import ACCURACY, CONTROLLED, intervals, length_controlled_accuracy
@@ -156,15 +156,7 @@ def judge_folder(trained: Trained) -> Path:
         UserError: that is a link, which could lead out of a stranger's run.
     """
     folder = (trained.folder.parent if trained.run is not None else Path()) / JUDGE_FOLDER
-    if folder.is_symlink():
-        raise UserError(
-            "the folder for answers and verdicts is a link",
-            code="output-unwritable",
-            where=str(folder),
-            found=f"a link to {folder.readlink()}",
-            remedy="name a folder with --output-dir",
-            exit_status=5,
-        )
+    refuse_link(folder, "the folder for answers and verdicts", "name a folder with --output-dir")
     return folder
 
 
