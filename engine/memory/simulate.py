@@ -9,8 +9,9 @@ prompts is the one that a run would choose (`_choose_attention`).
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +41,7 @@ from dpoeng.engine.scoring.choose_layout import CANNOT, try_scored_end, ways_to_
 from dpoeng.engine.scoring.forward import score_groups
 from dpoeng.engine.scoring.layer_passes import Forwards, in_passes
 from dpoeng.engine.scoring.layout import row_group
+from dpoeng.engine.scoring.scored_end import end_of, put_end
 from dpoeng.engine.training.optimizer import Named, build_optimizer, build_scheduler, optimizer_on
 from dpoeng.engine.training.order import plan_schedule
 from dpoeng.engine.training.rows import HeldOut
@@ -159,7 +161,8 @@ def build(setup: Setup, *, policy: bool = True) -> CausalLM:
         state = torch.empty(1, width, dtype=setup.dtype, device="meta")  # states are kept in host memory
         lm.states = lambda prompt, response: state.expand(len(prompt if response is None else response), width)
     if policy:
-        lm = make_trainable(lm, setup.config, "new" if setup.config.use_peft else "full")
+        with torch.device("meta"):  # peft makes a LoRA on the default device, with random numbers
+            lm = make_trainable(lm, setup.config, "new" if setup.config.use_peft else "full")
     if setup.stock:
         use_peft_product(lm.model)
     if setup.by_layer:
@@ -180,6 +183,12 @@ def _choose_attention(lm: CausalLM, setup: Setup) -> None:
     Here it is known what fails without values. A run also compares numbers: it may take a later one of the ways, and
     then recomputes all layers, because its forecast was for another (`recipes/policy`).
     """
+    key = _as_chosen(lm, setup)
+    if key in _chosen:
+        lm.attention, names = _chosen[key]
+        if names is not None:
+            put_end(lm, names)
+        return
     groups = [row_group(Pair(3, 2, 2).scored())]
 
     def runs() -> bool:
@@ -192,11 +201,26 @@ def _choose_attention(lm: CausalLM, setup: Setup) -> None:
                 continue
             lm.attention = way
             if way == "segments":  # if even these fail, prompts are not shared: see `any_depth`
-                return
+                break
             with contextlib.suppress(*CANNOT):
                 runs()
                 try_scored_end(lm, runs)
-                return
+                break
+    _chosen[key] = (lm.attention, end_of(lm) if lm.scored_end else None)
+
+
+_chosen: dict[str, tuple[Attention, tuple[str, str] | None]] = {}
+"""A setup as `_as_chosen` writes it -> its attention, and the names of the parts of its last layer (`end_of`)."""
+
+
+def _as_chosen(lm: CausalLM, setup: Setup) -> str:
+    """All that a setup's attention depends on, with the kind of the last layer: some models have several."""
+    training = {"optim", "gradient_checkpointing", "activation_offloading", "per_device_train_batch_size"}
+    written = ("model", "config")
+    unlike = ("depth", "recompute", "accumulates", "shards")
+    rest = [str(getattr(setup, field.name)) for field in fields(setup) if field.name not in written + unlike]
+    last = list(dict(decoder_layers(lm.backbone)[-1].named_children()))
+    return json.dumps([setup.model, setup.config.model_dump(mode="json", exclude=training), rest, last], default=str)
 
 
 def attention_of(setup: Setup) -> Attention:

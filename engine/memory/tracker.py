@@ -22,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from dpoeng.engine.memory.meta_results import result_of
+
 Phase = Literal["forward", "backward", "optimizer"]
 
 SAVED = "saved activations"
@@ -101,11 +103,11 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _COPY and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
             return torch.ones(args[0].shape, dtype=args[0].dtype)  # a step's metrics
         handler = self.handlers.get(func)
-        result = func(*args, **kwargs) if handler is None else handler(self, func, args, kwargs)
-        for leaf in tree_leaves(result):
+        result = result_of(func, args, kwargs) if handler is None else handler(self, func, args, kwargs)
+        for leaf in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self.see(leaf)
-        if handler is None and isinstance(result, torch.Tensor) and result.is_meta:
+        if handler is None and isinstance(result, torch.Tensor) and result.is_meta and not result.is_floating_point():
             self._follow(result, func, args, kwargs)
         return result
 
@@ -118,11 +120,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func._schema.is_mutable:
             for tensor in inputs:
                 self._values.pop(tensor, None)
-        elif (
-            inputs
-            and not result.is_floating_point()
-            and all(t.device.type == "cpu" or t in self._values for t in inputs)
-        ):
+        elif inputs and all(t.device.type == "cpu" or t in self._values for t in inputs):
             on_host = {**kwargs, "device": torch.device("cpu")} if "device" in kwargs else kwargs
             values, named = tree_map_only(torch.Tensor, lambda t: self._values.get(t, t), (args, on_host))
             self._values[result] = func(*values, **named)

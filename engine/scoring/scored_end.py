@@ -42,16 +42,27 @@ def end_at_scored(lm: CausalLM, run: Callable[[], Any]) -> bool:
         Whether the last layer has one attention that takes a row's plan, followed by an output projection.
     """
     layer: Any = decoder_layers(lm.backbone)[-1]
-    forward = forward_inside(layer)
-    if isinstance(forward, partial) and forward.func is _over_scored:
-        lm.scored_end = True
-        return True
-    names = _parts(layer, run)
-    if names is None:
-        return False
-    put_inside(layer, partial(_over_scored, layer, *names, forward))
+    names = end_of(lm) or _parts(layer, run)
+    if names is not None:
+        put_end(lm, names)
+    return names is not None
+
+
+def put_end(lm: CausalLM, names: tuple[str, str]) -> None:
+    """Makes the last decoder layer compute scored positions only, given the names that `end_of` returns."""
+    layer: Any = decoder_layers(lm.backbone)[-1]
+    if end_of(lm) is None:
+        put_inside(layer, partial(_over_scored, layer, *names, forward_inside(layer)))
     lm.scored_end = True
-    return True
+
+
+def end_of(lm: CausalLM) -> tuple[str, str] | None:
+    """The last layer's attention and the part of it that runs last, by name; None if `end_at_scored` has not run."""
+    forward = forward_inside(decoder_layers(lm.backbone)[-1])
+    if isinstance(forward, partial) and forward.func is _over_scored:
+        _, attention, output, _ = forward.args
+        return attention, output
+    return None
 
 
 def _parts(layer: nn.Module, run: Callable[[], Any]) -> tuple[str, str] | None:

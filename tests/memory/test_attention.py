@@ -14,6 +14,7 @@ from plain_varlen import use_plain_arithmetic
 
 from dpoeng.bench.memory import training_run
 from dpoeng.engine.config.fields import TrainConfig
+from dpoeng.engine.memory import simulate
 from dpoeng.engine.memory.simulate import Pair, Setup, attention_of, build, trace_forward, trace_step
 from dpoeng.engine.memory.stand_ins import handlers, kernels_of
 from dpoeng.engine.memory.tracker import MemoryTracker
@@ -154,3 +155,31 @@ def test_layer_by_layer_it_ends_short_too() -> None:
     lm = build(replace(setup_of(fields("llama")), by_layer=True))
     assert lm.by_layer is not None
     assert (lm.attention, lm.scored_end) == ("varlen", True)
+
+
+def test_the_attention_is_determined_once_for_all_depths(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = setup_of(fields("llama", num_hidden_layers=6))
+    monkeypatch.setattr(simulate, "_chosen", {})
+    probes = []
+    score = simulate.score_groups
+    monkeypatch.setattr(simulate, "score_groups", lambda lm, groups: probes.append(lm) or score(lm, groups))
+    built = [build(setup.with_layers(depth)) for depth in (3, 4, 6)]
+    assert len({id(lm) for lm in probes}) == 1
+    assert {(lm.attention, lm.scored_end) for lm in built} == {("varlen", True)}
+    assert list(simulate._chosen.values()) == [("varlen", ("self_attn", "o_proj"))]
+    float32 = build(replace(setup, dtype=torch.float32).with_layers(3))
+    assert (float32.attention, float32.scored_end) == ("segments", False)
+    in_segments = build(setup_of(fields("llama", num_hidden_layers=6), attention="segments").with_layers(3))
+    assert (in_segments.attention, in_segments.scored_end) == ("segments", False)
+
+
+def test_layers_of_two_kinds_end_in_two_ways() -> None:
+    """A model of one recurrent layer has no attention whose result it could use again; four layers end in one."""
+    from dpoeng.bench.studies.tiny_models import tiny_config
+
+    model = tiny_config("qwen3_5_text").to_dict()
+    kinds = model["layer_types"]
+    setup = setup_of(model)
+    ends = {depth: build(replace(setup, depth=depth)).scored_end for depth in range(1, len(kinds) + 1)}
+    assert ends == {depth: kind == "full_attention" for depth, kind in enumerate(kinds, 1)}
+    assert set(ends.values()) == {True, False}

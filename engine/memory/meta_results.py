@@ -1,0 +1,93 @@
+"""Remembers the results of operations on the meta device: their shapes depend on the shapes of the arguments alone.
+
+PyTorch computes the shapes of many operations in Python, in about 0.4 ms each, and a simulated step repeats the same
+operations in every layer and every chunk of a recurrence.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+_MOST = 100_000
+"""Results that are remembered; a plan has some thousands."""
+
+_Result = tuple[tuple[int, ...], tuple[int, ...], torch.dtype | None]
+"""Size, stride and dtype of a tensor with a storage that nothing else uses; no dtype: a view of the first argument."""
+
+_results: dict[Hashable, _Result | None] = {}
+"""Operation and arguments -> its result; None if it must be computed each time."""
+
+
+def result_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `func(*args, **kwargs)` returns, with new tensors where all its tensors are on the meta device."""
+    if not _makes_new_tensor(func):
+        return func(*args, **kwargs)
+    try:
+        key = (func, torch.get_default_dtype(), _described(args), _described(tuple(kwargs.items())))
+        known = _results[key]
+    except (_NotOnMetaError, TypeError):  # a TypeError: an argument that cannot be a key
+        return func(*args, **kwargs)
+    except KeyError:
+        result = func(*args, **kwargs)
+        if len(_results) >= _MOST:
+            _results.clear()
+        _results[key] = _read(result, args)
+        return result
+    if known is None:
+        return func(*args, **kwargs)
+    size, stride, dtype = known
+    if dtype is None:
+        return args[0].as_strided(size, stride)
+    return torch.empty_strided(size, stride, dtype=dtype, device="meta")
+
+
+class _NotOnMetaError(Exception):
+    """A tensor has values, or is of a class that may do something else."""
+
+
+@functools.cache
+def _makes_new_tensor(func: Any) -> bool:
+    """Whether an operation, as its schema says, takes a tensor, changes none and returns one that shares no memory."""
+    schema = func._schema
+    returns = [str(value.type) for value in schema.returns]
+    aliases = any(value.alias_info is not None for value in (*schema.arguments, *schema.returns))
+    return not aliases and returns == ["Tensor"] and any("Tensor" in str(value.type) for value in schema.arguments)
+
+
+def _described(values: tuple[Any, ...] | list[Any]) -> Hashable:
+    found: list[Hashable] = []
+    for value in values:
+        kind = type(value)
+        if kind is torch.Tensor or kind is nn.Parameter:
+            if not value.is_meta:
+                raise _NotOnMetaError
+            found.append((value.shape, value.stride(), value.dtype))
+        elif isinstance(value, torch.Tensor):
+            raise _NotOnMetaError
+        elif kind is tuple or kind is list:
+            found.append(_described(value))
+        else:
+            found.append((kind, value))  # 1 and 1.0 are one key otherwise
+    return tuple(found)
+
+
+def _read(result: Any, args: tuple[Any, ...]) -> _Result | None:
+    """The result if `torch.empty_strided` makes the same one."""
+    if type(result) is not torch.Tensor or not result.is_meta:
+        return None
+    tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+    if not tensors or any(tensor.is_complex() for tensor in (result, *tensors)):  # views of these carry flags
+        return None
+    if any(tensor.untyped_storage()._cdata == result.untyped_storage()._cdata for tensor in tensors):
+        # Not in the schema of `_unsafe_view`. The tensor whose memory it is gives its offset too.
+        return (tuple(result.shape), result.stride(), None) if len(tensors) == 1 and args[0] is tensors[0] else None
+    again = torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device="meta")
+    if result.storage_offset() or again.untyped_storage().nbytes() != result.untyped_storage().nbytes():
+        return None
+    return tuple(result.shape), result.stride(), result.dtype
