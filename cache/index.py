@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,12 @@ class KeyIndex:
         self._head_at = self._heads.data  # a memoryview's items are plain ints: faster single look-ups
         self._pages = MappedPages([shard.data for shard in self._shards])
         self._unseen = 0  # rows until the next look at what is resident
+
+    def with_damage(self, quarantined: Sequence[Damage]) -> KeyIndex:
+        """The same rows with other damage; nothing of a million rows is copied."""
+        found = copy.copy(self)
+        found.quarantined = list(quarantined)
+        return found
 
     def shards(self) -> dict[ObjectRef, Shard]:
         """The open objects by name."""

@@ -30,7 +30,14 @@ class MappedPages:
     def __init__(self, maps: Sequence[memoryview]) -> None:
         self._maps = maps
         self._bounded = sum(map(len, maps)) <= RESIDENT_LIMIT
-        self._base = 0 if self._bounded else _resident_file_bytes()
+        self._base = 0
+        if not self._bounded:
+            self._release()  # opening them has read some of each
+            self._base = _resident_file_bytes()
+
+    def _release(self) -> None:
+        for data in self._maps:
+            release(data)
 
     def look(self) -> int:
         """Releases all pages if many became resident; returns the number of rows until the next call.
@@ -40,8 +47,7 @@ class MappedPages:
         if self._bounded or (resident := _resident_file_bytes()) < 0:
             return _NEVER
         if resident - self._base > RESIDENT_LIMIT:
-            for data in self._maps:
-                release(data)
+            self._release()
             resident = _resident_file_bytes()
             self._base = resident
         self._base = min(self._base, resident)

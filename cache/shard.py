@@ -277,6 +277,7 @@ class Shard:
             )
             for batch in self._batches
         ]
+        self.release()  # before the next shard is read, not when all of a view's maps are dropped
         return found
 
     def release(self) -> None:

@@ -134,7 +134,10 @@ class Store:
             CacheError: something that no accident causes: a link, a device, a record of a later version.
         """
         open_shards = known.shards() if known is not None else {}
-        return KeyIndex(*self.sound_objects(spec_digest, self.open_shard, sealed=sealed, held=open_shards))
+        opened, damage = self.sound_objects(spec_digest, self.open_shard, sealed=sealed, held=open_shards)
+        if known is not None and known.objects == [reference for reference, _ in opened]:
+            return known.with_damage(damage)
+        return KeyIndex(opened, damage)
 
     def sound_objects(
         self, spec_digest: str, open_object: Callable[[ObjectRef], T], *, sealed: bool, held: Mapping[ObjectRef, T]

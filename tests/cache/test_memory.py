@@ -17,13 +17,14 @@ from pyarrow import parquet
 
 from dpoeng.bench.cache import synthetic_rows
 from dpoeng.bench.studies.rows import make_cache
-from dpoeng.cache import mapped, reader
+from dpoeng.cache import mapped, reader, shard
 from dpoeng.cache.errors import CacheError, UserError
 from dpoeng.cache.exchange import importing
 from dpoeng.cache.foreign.tables import parquet_batches
 from dpoeng.cache.mapped import MappedPages
 from dpoeng.cache.reader import View
 from dpoeng.cache.schema import PairIds, ScoredPair, as_ids, pair_key
+from dpoeng.cache.shard import Shard
 from dpoeng.cache.spec import ReferenceSpec
 from dpoeng.cache.store import Store
 from dpoeng.cache.table import ViewEntry
@@ -65,6 +66,45 @@ def test_a_large_view_is_read_from_its_files(tmp_path: Path, monkeypatch: pytest
     assert view.keys().tobytes() == of_maps.keys().tobytes()
     for of_file, of_map in zip(view.numbers(), of_maps.numbers(), strict=True):
         assert np.array_equal(of_file, of_map)
+
+
+def test_what_opening_has_read_is_given_back_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With large pages in the page cache, reading some of each of a hundred files makes all of them resident."""
+    a_cache(tmp_path)
+    monkeypatch.setattr(reader, "RESIDENT_LIMIT", 100)
+    monkeypatch.setattr(mapped, "RESIDENT_LIMIT", 100)
+    happened: list[str] = []
+    release, keys = mapped.release, Shard.keys
+    monkeypatch.setattr(shard, "release", lambda data: happened.append("released") or release(data))
+    monkeypatch.setattr(mapped, "release", lambda data: happened.append("released") or release(data))
+    unmapped = Shard.unmapped
+    monkeypatch.setattr(
+        Shard, "unmapped", lambda self, descriptor: happened.append("read") or unmapped(self, descriptor)
+    )
+    View.open(tmp_path, verify="open")
+    assert happened == ["read", "released"] * 2
+    happened.clear()
+    monkeypatch.setattr(Shard, "keys", lambda self: happened.append("read") or keys(self))
+    Store.open(tmp_path).lookup(SPEC.digest)
+    assert happened[-4:] == ["read", "read", "released", "released"]
+
+
+def test_an_index_of_the_same_objects_is_not_made_twice(tmp_path: Path) -> None:
+    rows = a_cache(tmp_path)
+    store = Store.open(tmp_path)
+    store.seal(SPEC.digest)
+    first = store.lookup(SPEC.digest)
+    for again in (store.lookup(SPEC.digest, known=first), store.lookup(SPEC.digest, sealed=True, known=first)):
+        assert np.shares_memory(again._keys, first._keys)
+        assert all(row.ids in again for row in rows)
+    new = synthetic_rows(3, seed=9, mean_prompt=6, mean_response=6)
+    store.commit_shard(SPEC.digest, new, {})
+    sealed = store.lookup(SPEC.digest, sealed=True, known=first)
+    later = store.lookup(SPEC.digest, known=first)
+    assert len(later) == len(first) + 3 == len(sealed) + 3
+    assert new[0].ids in later
+    assert new[0].ids not in sealed
+    assert new[0].ids not in first
 
 
 def test_a_large_view_whose_file_is_cut_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
