@@ -32,7 +32,8 @@ CALLS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]], dict[str, Any]]] = {
     "complex": (aten.mul.Tensor, lambda: (meta(2, dtype=torch.complex64).conj(), meta(2)), {}),
     "several results": (aten.sort.default, lambda: (meta(2, 3),), {}),
     "a view": (aten.view.default, lambda: (meta(2, 3), [6]), {}),
-    "a view that its schema does not declare": (aten._unsafe_view.default, lambda: (meta(3, 4)[1:], [2, 4, 1]), {}),
+    "a view that its schema does not declare": (aten._unsafe_view.default, lambda: (meta(2, 4), [2, 4, 1]), {}),
+    "such a view of a part": (aten._unsafe_view.default, lambda: (meta(3, 4)[1:], [2, 4, 1]), {}),
     "in place": (aten.add_.Tensor, lambda: (meta(2, 3), meta(3)), {}),
 }
 
