@@ -55,12 +55,16 @@ class KeyIndex:
         self.quarantined = list(quarantined)
         self._shards = [shard for _, shard in shards]
         self._starts = [0, *np.cumsum([len(shard) for shard in self._shards], dtype=np.int64).tolist()]
-        self._keys = np.concatenate([np.empty((0, 16), np.uint8), *(shard.keys() for shard in self._shards)])  # [N, 16]
+        self._pages = MappedPages([shard.data for shard in self._shards])
+        self._keys = np.empty((self._starts[-1], 16), np.uint8)
+        for begin, shard in zip(self._starts, self._shards, strict=False):
+            self._keys[begin : begin + len(shard)] = shard.keys()
+            if not self._pages.bounded:
+                shard.release()  # reading the keys may have mapped all of it
         heads = _heads(self._keys)
         self._order = np.argsort(heads, kind="stable")  # stable: among equal heads the first row wins
         self._heads = heads[self._order]
         self._head_at = self._heads.data  # a memoryview's items are plain ints: faster single look-ups
-        self._pages = MappedPages([shard.data for shard in self._shards])
         self._unseen = 0  # rows until the next look at what is resident
 
     def with_damage(self, quarantined: Sequence[Damage]) -> KeyIndex:

@@ -25,29 +25,26 @@ class MappedPages:
 
     Args:
         maps: the complete mapping of each file.
+
+    Attributes:
+        bounded: whether even all of their pages are few enough to stay.
     """
 
     def __init__(self, maps: Sequence[memoryview]) -> None:
         self._maps = maps
-        self._bounded = sum(map(len, maps)) <= RESIDENT_LIMIT
-        self._base = 0
-        if not self._bounded:
-            self._release()  # opening them has read some of each
-            self._base = _resident_file_bytes()
-
-    def _release(self) -> None:
-        for data in self._maps:
-            release(data)
+        self.bounded = sum(map(len, maps)) <= RESIDENT_LIMIT
+        self._base = 0 if self.bounded else _resident_file_bytes()
 
     def look(self) -> int:
         """Releases all pages if many became resident; returns the number of rows until the next call.
 
         Values stay valid: the system reads a released page again on access, usually from its page cache.
         """
-        if self._bounded or (resident := _resident_file_bytes()) < 0:
+        if self.bounded or (resident := _resident_file_bytes()) < 0:
             return _NEVER
         if resident - self._base > RESIDENT_LIMIT:
-            self._release()
+            for data in self._maps:
+                release(data)
             resident = _resident_file_bytes()
             self._base = resident
         self._base = min(self._base, resident)

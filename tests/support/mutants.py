@@ -93,6 +93,8 @@ def main() -> None:
     listed = tomllib.loads((HERE / "mutants.toml").read_text(encoding="utf-8"))["mutant"]
     chosen = [one for one in listed if not options.only or options.only in f"{one['file']} {one['what']}"]
     chosen = chosen[first - 1 :: parts]
+    if not chosen:
+        sys.exit(f"no mistake in mutants.toml has a file or description with {options.only!r}")
     outcomes: list[tuple[dict[str, str], bool]] = []
     with tempfile.TemporaryDirectory(prefix="dpoeng-mutants-") as scratch:
         tree = Path(scratch)
