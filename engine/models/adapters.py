@@ -466,6 +466,8 @@ def before_training(lm: CausalLM) -> Iterator[None]:
 def check_savable(lm: CausalLM) -> None:
     """Saves the untrained adapter once to a temporary folder, so that an error appears now, not at the end.
 
+    Adds a remark if plain peft does not load what it saves.
+
     Raises:
         UserError: peft cannot save it.
     """
@@ -485,6 +487,31 @@ def check_savable(lm: CausalLM) -> None:
                 found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
                 remedy="use --adapter-mode continue instead of stack, or merge the SFT adapter into the base first",
             ) from error
+    lost, count = _lost_by_peft(lm)
+    if lost:
+        lm.remarks += (
+            f"plain peft loads {lost} of the {counted(count, 'tensor')} of the trained adapter under wrong names and "
+            "ignores them; dpoeng loads all: serve the model that `dpoeng merge` writes, not the adapter",
+        )
+
+
+def _lost_by_peft(lm: CausalLM) -> tuple[int, int]:
+    """How many of the adapter's tensors peft loads under names that the model lacks, and how many it has.
+
+    peft renames what older versions saved, and takes some newer names for older ones (Laguna's experts).
+    """
+    from peft import get_peft_model_state_dict
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    saved = get_peft_model_state_dict(lm.model, adapter_name=POLICY_ADAPTER, save_embedding_layers=False)
+    loaded = convert_peft_adapter_state_dict_for_transformers(
+        model=lm.model,
+        peft_config=lm.model.peft_config[POLICY_ADAPTER],
+        adapter_state_dict={key: tensor.detach() for key, tensor in saved.items()},
+        adapter_name=POLICY_ADAPTER,
+    )
+    names = {key.replace(f".{POLICY_ADAPTER}.", ".").removesuffix(f".{POLICY_ADAPTER}") for key in loaded}
+    return len(saved.keys() - names), len(saved)
 
 
 def save_policy_adapter(lm: CausalLM, folder: Path) -> None:

@@ -161,10 +161,10 @@ def load_policy(
     lm, loaded = _load_trainable(config, inputs, choice, group, progress, source, device, load, by_layer)
     if by_layer:
         check_trained(lm)
-    for remark in lm.remarks:
-        progress.note(remark)
     if choice.mode != "full" and group.is_first:
         check_savable(lm)
+    for remark in lm.remarks:
+        progress.note(remark)
     parity = _compare(lm, config, inputs, choice.mode, progress)
     if config.checkpoints_on(device.type) and not by_layer:  # by_layer recomputes layers by itself
         _recompute_layers(lm, config, forecast, group, progress)

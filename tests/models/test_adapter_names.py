@@ -17,7 +17,14 @@ from safetensors.torch import load_file, save_file
 
 from dpoeng.bench.studies.tiny_models import save_tiny
 from dpoeng.cache.errors import UserError
-from dpoeng.engine.models.adapters import add_policy_adapter, load_reference_adapter, save_policy_adapter
+from dpoeng.engine.config.fields import TrainConfig
+from dpoeng.engine.models.adapters import (
+    add_policy_adapter,
+    check_savable,
+    load_reference_adapter,
+    make_trainable,
+    save_policy_adapter,
+)
 from dpoeng.engine.models.checkpoint_names import class_to_load
 from dpoeng.engine.models.full_finetuning import save_model, train_all
 from dpoeng.engine.models.loading import load_model
@@ -221,3 +228,30 @@ def test_another_size_shows_the_tensor(sft_adapter: Path, tmp_path: Path, tiny_m
         through_dpoeng(tiny_model, tmp_path)
     assert "size mismatch" in str(caught.value.found)
     assert "resize" in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [("laguna", {}), ("llama", {}), ("qwen3_moe", {"lora_target_parameters": ["gate_up_proj", "down_proj"]})],
+)
+def test_what_plain_peft_would_lose_is_told_before_training(
+    model_type: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    from peft import PeftModel, get_peft_model_state_dict
+
+    model = save_tiny(model_type, tmp_path / "model")
+    lm = make_trainable(load(model), TrainConfig.model_validate({"lora_r": 2, **settings}), "new")
+    for _, parameter in lm.trainable_parameters():
+        torch.nn.init.normal_(parameter)
+    save_policy_adapter(lm, tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = PeftModel.from_pretrained(auto_class_of(model).from_pretrained(model), str(tmp_path / "adapter"))
+    read = get_peft_model_state_dict(plain, save_embedding_layers=False)
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    lost = sum(not torch.equal(read[name], tensor) for name, tensor in saved.items())
+    before = lm.remarks
+    check_savable(lm)
+    told = [remark for remark in lm.remarks[len(before) :] if "plain peft" in remark]
+    assert lost == {"laguna": 6}.get(model_type, 0)
+    assert [f"loads {lost} of the {len(saved)} tensors" in remark for remark in told] == [True] * bool(lost)
