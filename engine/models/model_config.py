@@ -125,10 +125,20 @@ def sizes(config: Any) -> Sizes:
         AttributeError: the number of layers or a width is missing.
     """
     text = text_config(config)
-    hidden, heads = _largest(text.hidden_size), _largest(getattr(text, "num_attention_heads", None) or 0)
-    head = _largest(getattr(text, "head_dim", None) or (hidden // heads if heads else 0))
-    inner = _largest(getattr(text, "intermediate_size", None) or 4 * hidden)
-    return Sizes(_largest(text.num_hidden_layers), hidden, inner, heads * head, _largest(text.vocab_size))
+    # Gemma 4's full attention has wider heads, and transformers tells a width that differs only for one layer.
+    layers = list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
+    return Sizes(
+        _largest(text.num_hidden_layers),
+        max(_largest(layer.hidden_size) for layer in layers),
+        max(_largest(getattr(layer, "intermediate_size", None) or 4 * _largest(layer.hidden_size)) for layer in layers),
+        max(map(_attention_width, layers)),
+        _largest(text.vocab_size),
+    )
+
+
+def _attention_width(layer: Any) -> int:
+    heads = _largest(getattr(layer, "num_attention_heads", None) or 0)
+    return heads * _largest(getattr(layer, "head_dim", None) or (_largest(layer.hidden_size) // heads if heads else 0))
 
 
 def _largest(size: Any) -> int:

@@ -25,7 +25,7 @@ from dpoeng.engine.models.sources import ModelSource
 CUDA = torch.device("cuda")
 
 # The number of layers under other names and nested; experts as stacked parameters; values narrower than keys; a number
-# that JSON does not have; masks of the model's own.
+# that JSON does not have; masks of the model's own; heads of two widths.
 TYPES = (
     "gpt2",
     "gptj",
@@ -37,6 +37,7 @@ TYPES = (
     "deepseek_v3",
     "mamba2",
     "stablelm",
+    "gemma4_text",
 )
 
 
@@ -106,16 +107,29 @@ def test_what_does_not_fit_is_still_refused(model_type: str, tmp_path: Path, mon
     assert caught.value.code == "memory-short"
 
 
-def test_a_deep_model_whose_layers_take_turns_follows_from_shallow_ones() -> None:
-    """Three sliding layers and a full one, again and again: 24 layers from 12 and 16, byte by byte."""
-    from transformers import Cohere2Config
+_TWO_WIDTHS = {
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "vocab_size_per_layer_input": 320,
+    "hidden_size_per_layer_input": 8,
+}
 
-    config = Cohere2Config(
-        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=24, num_attention_heads=4,
-        num_key_value_heads=2, sliding_window=16, layer_types=(["sliding_attention"] * 3 + ["full_attention"]) * 6,
-    )  # fmt: skip
-    fields = json.loads(config.to_json_string(use_diff=False))
-    assert layer_period(fields) == 4
+
+@pytest.mark.parametrize(
+    ("turn", "more"),
+    [
+        (["sliding_attention"] * 3 + ["full_attention"], {"model_type": "cohere2"}),
+        (["sliding_attention", "full_attention"], {"model_type": "gemma4_text", **_TWO_WIDTHS}),
+    ],
+    ids=["cohere2", "gemma4"],
+)
+def test_a_deep_model_whose_layers_take_turns_follows_from_shallow_ones(turn: list[str], more: dict[str, Any]) -> None:
+    """For example three sliding layers and a full one, again and again: 24 layers from 12 and 16, byte by byte."""
+    fields = {
+        "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6 * len(turn),
+        "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 16, "layer_types": turn * 6, **more,
+    }  # fmt: skip
+    assert layer_period(fields) == len(turn)
     setup = Setup(
         fields, torch.bfloat16, "none", TrainConfig(gradient_checkpointing=True), kernels="cpu", accumulates=False
     )
@@ -131,3 +145,9 @@ def test_sizes_are_those_of_the_model(model_type: str) -> None:
     found = sizes(config_of(fields))
     assert (found.layers, found.hidden, found.vocabulary) == (2, 32, 320)
     assert sum(count_parameters(fields).values()) == sum(p.numel() for p in lm.base.parameters())
+
+
+def test_sizes_of_layers_that_differ_are_the_largest() -> None:
+    fields = fields_of("gemma4_text")
+    assert [layer.head_dim for layer in config_of(fields).per_layer_config] == [8, 16]
+    assert sizes(config_of(fields)).attention == 4 * 16
