@@ -295,8 +295,20 @@ def test_known_models_have_the_published_number_of_parameters() -> None:
         assert total == record["parameters"], record["name"]
 
 
-# Hybrids, and mixtures of experts whose first layers are dense: counted whole.
-UNLIKE_LAYERS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "glm4_moe", "deepseek_v3")
+# Hybrids, kinds of attention of other widths, and mixtures of experts whose first layers are dense: counted whole.
+UNLIKE_LAYERS = (
+    "qwen3_next",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "deepseek_v3",
+    "gemma4_text",
+    "gemma4_unified_text",
+    "lfm2",
+    "lfm2_moe",
+    "nemotron_h",
+)
 
 
 @pytest.mark.slow
