@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ def known_models() -> dict[str, dict[str, Any]]:
 
 
 def model_fields(name: str) -> dict[str, Any]:
-    """The fields of config.json in a folder, or of a known model by its full or short name.
+    """The fields of config.json in a folder, or of a known model by its full or short name, or a variant's.
 
     Raises:
         UserError: there is no such folder, and the name is unknown.
@@ -39,18 +41,44 @@ def model_fields(name: str) -> dict[str, Any]:
     if file.is_file():
         fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return fields
-    wanted = name.lower().removesuffix("-instruct")
-    for known, fields in known_models().items():
-        if wanted in (known.lower(), known.lower().split("/")[1]):
-            return fields
+    models = known_models()
+    known = _find_known(name, models)
+    if known is not None:
+        return known
+    short = {_shape_name(model.split("/")[1]): model for model in reversed(models)}
+    wanted = _shape_name(name.split("/")[-1])
+    parts = sorted(filter(wanted.startswith, short), key=len, reverse=True)  # qwen3-8b of qwen3-8b-bnb-4bit
+    near = [short[n] for n in parts[:1] or difflib.get_close_matches(wanted, short, n=3)]
     raise UserError(
         f"dpoeng does not know the size of {name}",
         code="model-not-found",
         where="--model",
-        expected="a folder with config.json, or one of: " + ", ".join(known_models()),
+        expected=(f"perhaps {', '.join(near)}; " if near else "")
+        + f"a folder with config.json, or one of: {', '.join(models)}",
         found=name,
-        remedy="download config.json (a few hundred bytes) into a folder and name that folder",
+        remedy=(f"write --model {near[0]} if the layers have the same sizes, or " if near else "")
+        + "download config.json (a few hundred bytes) into a folder and name that folder",
     )
+
+
+# Stages of training and dates of release, which change no shape. Not here: -fp8, -awq, -4bit and the like, because
+# weights in another format need other memory.
+_VARIANT = re.compile(r"-(it|pt|base|chat|instruct|think|thinking|reasoning|sft|dpo|bf16|\d{4})(?=-|$)")
+
+
+def _shape_name(name: str) -> str:
+    """The name that all variants of one shape share: qwen3-4b for Qwen3-4B-Instruct-2507."""
+    return _VARIANT.sub("", name.lower())
+
+
+def _find_known(name: str, models: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """The fields of the model with this full or short name, or else of the first with the same shape."""
+    names = {form.lower(): fields for model, fields in models.items() for form in (model, model.split("/")[1])}
+    shapes = {_shape_name(form): fields for form, fields in reversed(names.items())}
+    fields = names.get(name.lower()) or shapes.get(_shape_name(name))
+    if fields is None or "-bf16" not in name.lower():
+        return fields
+    return {key: value for key, value in fields.items() if key != "quantization_config"}
 
 
 def weights_bytes(parts: Mapping[str, int], quantization: Quantization) -> int:

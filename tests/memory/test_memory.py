@@ -456,11 +456,63 @@ def test_a_smaller_optimizer_is_tried_where_none_was_named(tmp_path: Path) -> No
 
 
 def test_what_the_plan_does_not_know_is_a_message() -> None:
-    with pytest.raises(UserError, match="size of nobody/nothing"):
+    with pytest.raises(UserError, match="size of nobody/nothing") as caught:
         overhead.model_fields("nobody/nothing")
+    assert str(caught.value.expected).startswith("a folder with config.json, or one of: Qwen/Qwen2.5-0.5B, ")
     with pytest.raises(UserError, match="unknown card voodoo"):
         find_gpu("voodoo")
-    assert overhead.model_fields("qwen2.5-7b-instruct")["hidden_size"] == 3584
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("qwen2.5-7b-instruct", "Qwen/Qwen2.5-7B"),
+        ("google/gemma-3-12b-it", "google/gemma-3-12b"),
+        ("GEMMA-3-12B-PT", "google/gemma-3-12b"),
+        ("Qwen/Qwen3-4B-Base", "Qwen/Qwen3-4B"),
+        ("Qwen/Qwen3-4B-Instruct-2507", "Qwen/Qwen3-4B"),
+        ("Qwen/Qwen3-30B-A3B-Thinking-2507", "Qwen/Qwen3-30B-A3B"),
+        ("Qwen3-Next-80B-A3B-Thinking", "Qwen/Qwen3-Next-80B-A3B-Instruct"),
+        ("mistralai/Mistral-Small-24B-Instruct-2501", "mistralai/Mistral-Small-24B-Base-2501"),
+        ("mistralai/Mistral-7B-Instruct-v0.3", "mistralai/Mistral-7B-v0.3"),
+        ("mistralai/Ministral-3-14B-Reasoning-2512", "mistralai/Ministral-3-14B-Base-2512"),
+        ("mistralai/Ministral-3-14B-Instruct-2512-BF16", "mistralai/Ministral-3-14B-Base-2512"),
+        ("mistralai/Ministral-3-14B-Instruct-2512", "mistralai/Ministral-3-14B-Instruct-2512"),
+        ("allenai/Olmo-3-1025-7B", "allenai/Olmo-3-7B"),
+        ("allenai/Olmo-3-7B-Think-SFT", "allenai/Olmo-3-7B"),
+        ("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-Base-BF16", "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"),
+    ],
+)
+def test_a_variant_has_the_known_shape(name: str, known: str) -> None:
+    assert overhead.model_fields(name) == overhead.known_models()[known]
+
+
+def test_weights_in_bfloat16_are_not_in_the_known_format() -> None:
+    stored = overhead.known_models()["openai/gpt-oss-20b"]
+    found = overhead.model_fields("gpt-oss-20b-BF16")
+    assert stored == {**found, "quantization_config": stored["quantization_config"]}
+    assert "quantization_config" not in found
+
+
+def test_variants_of_known_models_differ_in_their_format_only() -> None:
+    for name, known in overhead.known_models().items():
+        variant = overhead.model_fields(f"{name}-it-bf16")
+        assert variant == {key: value for key, value in known.items() if key != "quantization_config"}, name
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("unsloth/gemma-3-12b-it-unsloth-bnb-4bit", "google/gemma-3-12b; "),  # other bits: not the same memory
+        ("Qwen/Qwen3-8B-AWQ", "Qwen/Qwen3-8B; "),
+        ("unsloth/Qwen3-8B", "Qwen/Qwen3-8B; "),
+        ("Qwen/Qwn3-8B", "Qwen/Qwen3-8B, "),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(UserError, match=f"perhaps {near}") as caught:
+        overhead.model_fields(name)
+    assert f"write --model {near[:-2]} if" in caught.value.remedy
 
 
 def test_operations_by_hand() -> None:
