@@ -16,7 +16,7 @@ import xxhash
 from dpoeng.cache.errors import CacheError
 from dpoeng.cache.folder import object_name, table_name, view_name
 from dpoeng.cache.mapped import RESIDENT_LIMIT
-from dpoeng.cache.records import MAX_RESPONSES, ROW_KINDS, ViewRecord, damaged
+from dpoeng.cache.records import MAX_RESPONSES, ROW_KINDS, ObjectRef, ViewRecord, damaged
 from dpoeng.cache.schema import IdArray, ScoredGroup, ScoredPair, ScoredRow
 from dpoeng.cache.shard import Numbers, Shard, check_hash
 from dpoeng.cache.spec import ReferenceSpec
@@ -77,12 +77,15 @@ class View:
         record = _record(store, name)
         _check_rows(record, rows)
         full = verify == "full"
+        # In any order maps would soon be resident as a whole; and bringing a page in takes longer than a copy.
+        large = sum(reference.bytes for reference in record.objects) > RESIDENT_LIMIT
+
+        def opened(reference: ObjectRef) -> Shard:
+            shard = store.open_shard(reference, check=full)
+            return shard.unmapped(store.files.open(object_name(reference.name), reference.bytes)) if large else shard
+
         with ThreadPoolExecutor(THREADS) as pool:
-            shards = list(pool.map(lambda reference: store.open_shard(reference, check=full), record.objects))
-        if sum(reference.bytes for reference in record.objects) > RESIDENT_LIMIT:
-            # In any order a map would soon be resident as a whole; and bringing a page in takes longer than a copy.
-            files = (store.files.open(object_name(reference.name), reference.bytes) for reference in record.objects)
-            shards = [shard.unmapped(descriptor) for shard, descriptor in zip(shards, files, strict=True)]
+            shards = list(pool.map(opened, record.objects))
         return cls(store, record, store.spec(record.spec), open_table(store, record, check=full), shards)
 
     @property

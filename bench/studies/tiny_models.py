@@ -12,6 +12,7 @@ VOCABULARY = 320
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
+    "unpadded_vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -104,6 +105,8 @@ _VISION = {
 _GEMMA = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8}
 
 _EXTRA: dict[str, dict[str, Any]] = {
+    "beam": {"mlp_layer_types": ["dense", "sparse"]},
+    "mistral4": {"head_dim": 16},  # of which half is rotated
     "dots1": {"moe_intermediate_size": 16, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": {"num_key_value_heads": 4},
     "fuyu": {"vocab_size": VOCABULARY, "hidden_size": 32, "num_attention_heads": 4, "patch_size": 4},

@@ -164,7 +164,7 @@ def _add_new_adapter(
         if "arget" not in str(error):
             raise
         raise _no_target(lora, names, str(error).splitlines()[0]) from error
-    missed = _unmatched(lm.model, named=lora.get("target_modules") != "all-linear")
+    missed = _unmatched(lm.model, lora)
     if missed:
         raise _no_target(lora, names, f"nothing is named {', '.join(missed)}")
 
@@ -227,19 +227,20 @@ def _mamba_refuses(base: Any, name: str) -> bool:
     return False
 
 
-def _unmatched(model: Any, *, named: bool) -> list[str]:
+def _unmatched(model: Any, lora: Mapping[str, Any]) -> list[str]:
     """The new adapter's targets that match nothing; peft itself accepts targets if one of them matches.
 
-    Modules count only if the user `named` them.
-
-    Names of experts that transformers keeps as stacked parameters are excluded: peft has turned these into
-    `target_parameters`.
+    Only those that the user named in `lora` count: to `all-linear` peft adds stacks of experts by the architecture's
+    name, which a checkpoint with dense layers alone lacks. Experts that transformers keeps as stacked parameters do not
+    count as modules: peft has turned their names into `target_parameters`.
     """
     config = model.peft_config[POLICY_ADAPTER]
+    named = lora.get("target_modules") != "all-linear"
     modules = config.target_modules if named and not isinstance(config.target_modules, str) else ()
+    parameters = config.target_parameters if named or lora.get("target_parameters") else ()
     wanted = [
         *((target, model.base_model.targeted_module_names) for target in modules or ()),
-        *((target, model.base_model.targeted_parameter_names) for target in config.target_parameters or ()),
+        *((target, model.base_model.targeted_parameter_names) for target in parameters or ()),
     ]
     return sorted(t for t, candidates in wanted if not any(name == t or name.endswith(f".{t}") for name in candidates))
 

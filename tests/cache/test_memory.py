@@ -80,8 +80,11 @@ def test_what_opening_has_read_is_given_back_at_once(tmp_path: Path, monkeypatch
     monkeypatch.setattr(
         Shard, "unmapped", lambda self, descriptor: happened.append("read") or unmapped(self, descriptor)
     )
+    opened = Store.open_shard
+    monkeypatch.setattr(Store, "open_shard", lambda *args, **named: happened.append("mapped") or opened(*args, **named))
+    monkeypatch.setattr(reader, "THREADS", 1)
     View.open(tmp_path, verify="open")
-    assert happened == ["read", "released"] * 2
+    assert happened == ["mapped", "read", "released"] * 2
     happened.clear()
     monkeypatch.setattr(Shard, "keys", lambda self: happened.append("read") or keys(self))
     Store.open(tmp_path).lookup(SPEC.digest)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dpoeng.bench.studies.tiny_models import save_tiny, tiny_config, tiny_model
+from dpoeng.cache.errors import UserError
 from dpoeng.engine.config.fields import Quantization, TrainConfig
 from dpoeng.engine.models.adapters import add_policy_adapter, lora_arguments
 from dpoeng.engine.models.experts.forward import experts_forward
@@ -152,3 +153,20 @@ def test_a_token_meets_its_own_experts_only() -> None:
     gate, up = (experts.gate_up_proj[2] @ x[0]).chunk(2)
     expected = 0.5 * (experts.down_proj[2] @ (torch.nn.functional.silu(gate) * up))
     torch.testing.assert_close(found[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_all_linear_on_a_mixture_of_experts_without_experts() -> None:
+    """peft adds stacks of experts to `all-linear` by the model's type; a checkpoint may have dense layers alone."""
+
+    def dense() -> CausalLM:
+        config = tiny_config("beam")
+        config.mlp_layer_types = ["dense"] * config.num_hidden_layers
+        model = tiny_model(config)
+        return CausalLM(model, model, None, CPU, torch.float32, "none", model.config._attn_implementation)
+
+    lm = add_policy_adapter(dense(), "new", None, {"r": 2, "target_modules": "all-linear"})
+    adapted = {name.split(".lora_")[0].rsplit(".", 1)[1] for name, _ in lm.trainable_parameters()}
+    assert adapted == {"down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"}
+    named = {"r": 2, "target_modules": ["q_proj"], "target_parameters": ["gate_up_proj"]}
+    with pytest.raises(UserError, match="targets are missing"):
+        add_policy_adapter(dense(), "new", None, named)
