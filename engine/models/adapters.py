@@ -139,6 +139,7 @@ def _add_new_adapter(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=_PATTERNS_OF_STACKS)
+            warnings.filterwarnings("ignore", message="target_parameters=.* no parameter was matched")  # told below
             if below is None:
                 lm.model = get_peft_model(lm.base, config, adapter_name=POLICY_ADAPTER)
             else:
@@ -164,8 +165,21 @@ def _add_new_adapter(
         if "arget" not in str(error):
             raise
         raise _no_target(lora, names, str(error).splitlines()[0]) from error
-    missed = _unmatched(lm.model, lora)
-    if missed:
+    _check_targets(lm, lora, names)
+
+
+def _check_targets(lm: CausalLM, lora: Mapping[str, Any], names: list[str]) -> None:
+    """Checks that all targets exist that the user named; remarks on those that peft added to `all-linear`.
+
+    Raises:
+        UserError: some match nothing.
+    """
+    named = lora.get("target_modules") != "all-linear"
+    missed = _unmatched(lm.model, named=named)
+    if missed and not named and not lora.get("target_parameters"):
+        # By the architecture's name; a checkpoint may have dense layers alone.
+        lm.remarks += (f"all-linear leaves out {', '.join(missed)}: peft expects stacks of experts under these names",)
+    elif missed:
         raise _no_target(lora, names, f"nothing is named {', '.join(missed)}")
 
 
@@ -187,7 +201,7 @@ def _check_over_stored(lm: CausalLM, name: str, fields: Mapping[str, Any]) -> No
         )
 
 
-def _no_target(lora: dict[str, Any], names: list[str], why: str) -> UserError:
+def _no_target(lora: Mapping[str, Any], names: list[str], why: str) -> UserError:
     return UserError(
         "some of the LoRA's targets are missing in this model, or peft cannot adapt them",
         code="lora-no-target",
@@ -227,20 +241,19 @@ def _mamba_refuses(base: Any, name: str) -> bool:
     return False
 
 
-def _unmatched(model: Any, lora: Mapping[str, Any]) -> list[str]:
+def _unmatched(model: Any, *, named: bool) -> list[str]:
     """The new adapter's targets that match nothing; peft itself accepts targets if one of them matches.
 
-    Only those that the user named in `lora` count: to `all-linear` peft adds stacks of experts by the architecture's
-    name, which a checkpoint with dense layers alone lacks. Experts that transformers keeps as stacked parameters do not
-    count as modules: peft has turned their names into `target_parameters`.
+    Modules count only if the user `named` them.
+
+    Names of experts that transformers keeps as stacked parameters are excluded: peft has turned these into
+    `target_parameters`.
     """
     config = model.peft_config[POLICY_ADAPTER]
-    named = lora.get("target_modules") != "all-linear"
     modules = config.target_modules if named and not isinstance(config.target_modules, str) else ()
-    parameters = config.target_parameters if named or lora.get("target_parameters") else ()
     wanted = [
         *((target, model.base_model.targeted_module_names) for target in modules or ()),
-        *((target, model.base_model.targeted_parameter_names) for target in parameters or ()),
+        *((target, model.base_model.targeted_parameter_names) for target in config.target_parameters or ()),
     ]
     return sorted(t for t, candidates in wanted if not any(name == t or name.endswith(f".{t}") for name in candidates))
 
