@@ -209,6 +209,7 @@ def test_a_long_line_of_an_import_is_refused(tmp_path: Path, monkeypatch: pytest
     [
         (pa.array(["ab", None, "cde"]), [2, 0, 3]),
         (pa.array(["ab", "cde", "ab"]).dictionary_encode(), [2, 3, 2]),
+        (pa.array(["ab", None]).dictionary_encode(), [2, 2]),
         (pa.array(["", "ab", "cde" * 9]).cast(pa.string_view())[1:], [2, 27]),
         (pa.array([["ab"], None, ["c", "de"]])[1:], [8, 11]),
         (pa.array([[1, 2], None, []]), [24, 8, 8]),

@@ -10,7 +10,7 @@ import torch
 
 from dpoeng.kernels import rows, tiled_logps
 from dpoeng.kernels.row_logps import token_logps_from_logits
-from dpoeng.kernels.tiles import chunk_rows
+from dpoeng.kernels.tiles import LINEAR_16, LINEAR_32, candidates, chunk_rows
 
 
 def test_the_chunk_of_logits_is_at_most_640_mib_in_whole_tiles() -> None:
@@ -46,3 +46,15 @@ def test_logits_are_left_as_they_are() -> None:
     before = logits.detach().clone()
     token_logps_from_logits(logits, torch.tensor([1, 2, -100, 3])).sum().backward()
     assert torch.equal(logits.detach(), before)
+
+
+def test_a_gpu_is_tuned_among_tiles_of_powers_of_two() -> None:
+    """Triton takes no others, and tuning skips what it refuses."""
+    for table_tile in (LINEAR_32, *LINEAR_16.values()):
+        near = candidates(table_tile)
+        assert near[0] == table_tile
+        assert len(set(near)) == len(near) >= 6
+        sizes = {size for tile in near for size in (tile.rows, tile.cols, tile.depth, tile.group)}
+        assert all(size & (size - 1) == 0 for size in sizes), sizes
+        assert all(tile.stages >= 1 for tile in near)
+        assert min(tile.cols * tile.depth for tile in near) < table_tile.cols * table_tile.depth
