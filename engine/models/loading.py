@@ -32,6 +32,7 @@ from dpoeng.engine.models.model_config import (
     config_of,
     has_text_part,
     layer_lists,
+    text_config,
     with_layers,
 )
 from dpoeng.engine.models.multimodal.towers import leave_out, towers_of
@@ -41,6 +42,7 @@ from dpoeng.engine.models.sources import (
     has_stored_quantization,
     quantization_record,
     quantized_otherwise,
+    read_fields,
     read_format,
     stored_format,
     stored_quantization,
@@ -476,8 +478,7 @@ def resolve_dtype(source: ModelSource, dtype: str, device: torch.device) -> torc
     if dtype == "auto":
         if source.gguf:
             return torch.float32
-        raw = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-        dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+        dtype = stored_dtype(read_fields(source)) or "float32"
     if dtype not in DTYPES:
         raise UserError(
             f"{dtype} is not usable as compute dtype",
@@ -500,6 +501,17 @@ def resolve_dtype(source: ModelSource, dtype: str, device: torch.device) -> torc
             "stops if a log-prob is not finite",
         )
     return DTYPES[dtype]
+
+
+def stored_dtype(fields: Mapping[str, Any]) -> str | None:
+    """The dtype in a config.json; a model with several parts may name it for its text decoder alone (Qwen3.5)."""
+    found = fields.get("dtype") or fields.get("torch_dtype")
+    if found is None:
+        try:
+            found = text_config(config_of(fields)).dtype
+        except (KeyError, ValueError, TypeError, AttributeError):
+            return None  # loading says what is wrong with this config
+    return str(found).removeprefix("torch.") if found else None
 
 
 def gpu_multiplies_bf16(device: torch.device) -> bool:

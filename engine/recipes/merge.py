@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from dpoeng.cache.errors import UserError
 from dpoeng.engine.models.checkpoint_names import PREFIX, as_peft_reads, in_towers, stored_names
+from dpoeng.engine.models.loading import stored_dtype
 from dpoeng.engine.models.lora_fields import start_changes_base
 from dpoeng.engine.models.model import DTYPES
 from dpoeng.engine.models.sources import (
@@ -181,7 +182,7 @@ def _merge_widened(
     base: ModelSource, adapters: Sequence[ModelSource], into: Path, *, dtype: str, progress: Progress
 ) -> MergeSummary:
     """The same over a base whose files are quantised: its codes are widened first, into a folder that goes again."""
-    held = read_fields(base).get("dtype") or read_fields(base).get("torch_dtype")
+    held = stored_dtype(read_fields(base))
     wide = DTYPES.get(str(held) if dtype == "auto" else dtype, torch.bfloat16)
     named = str(wide).removeprefix("torch.")
     progress.note(

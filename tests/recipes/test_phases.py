@@ -16,6 +16,7 @@ import torch
 from dpoeng_testing import pair_rows, save_tiny_model, tree, write_jsonl
 from rich.console import Console
 
+from dpoeng.bench.studies.tiny_models import save_tiny
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
 from dpoeng.cache.store import Store
@@ -649,6 +650,28 @@ def test_a_loss_that_is_not_a_number_stops_before_saving(
 
 def _rest(part: Any) -> tuple[Any, ...]:
     return part.chosen_logps, part.rejected_logps, part.chosen_rewards, part.rejected_rewards, part.sums
+
+
+@pytest.mark.parametrize("fields", [{"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"}, {"text_config": "bfloat16"}])
+def test_the_dtype_of_a_checkpoint_may_stand_in_its_text_part(tmp_path: Path, fields: dict[str, str]) -> None:
+    """Qwen3.5's config.json names none at its top; float32 would take twice the memory without a word."""
+    model = save_tiny("gemma3", tmp_path / "model")
+    file = model / "config.json"
+    config = json.loads(file.read_text())
+    for part in (config, config["text_config"], config["vision_config"]):
+        part.pop("dtype", None)
+    if "text_config" in fields:
+        config["text_config"]["dtype"] = fields["text_config"]
+    else:
+        config.update(fields)
+    file.write_text(json.dumps(config))
+    cuda = torch.device("cuda", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+        assert resolve_dtype(find_model(str(model)), "auto", cuda) == torch.bfloat16
+    config["text_config"].pop("dtype", None)
+    file.write_text(json.dumps({name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}))
+    assert resolve_dtype(find_model(str(model)), "auto", cuda) == torch.float32
 
 
 @pytest.mark.parametrize(
