@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,13 +20,17 @@ _MOST = 100_000
 _Result = tuple[tuple[int, ...], tuple[int, ...], torch.dtype | None]
 """Size, stride and dtype of a tensor with a storage that nothing else uses; no dtype: a view of the first argument."""
 
+_UNCHANGED: _Result = ((), (), None)
+"""For an operation that wrote into tensors and changed neither shape nor storage of any."""
+
 _results: dict[Hashable, _Result | None] = {}
 """Operation and arguments -> its result; None if it must be computed each time."""
 
 
 def result_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What `func(*args, **kwargs)` returns, with new tensors where all its tensors are on the meta device."""
-    if not _makes_new_tensor(func):
+    kind = _kind(func)
+    if kind == "other" or not args:
         return func(*args, **kwargs)
     try:
         key = (func, torch.get_default_dtype(), _described(args), _described(tuple(kwargs.items())))
@@ -34,13 +38,19 @@ def result_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     except (_NotOnMetaError, TypeError):  # a TypeError: an argument that cannot be a key
         return func(*args, **kwargs)
     except KeyError:
-        result = func(*args, **kwargs)
         if len(_results) >= _MOST:
             _results.clear()
-        _results[key] = _read(result, args)
+        before = _memory((args, kwargs)) if kind == "in place" else []
+        result = func(*args, **kwargs)
+        if kind == "new":
+            _results[key] = _read(result, args)
+        else:
+            _results[key] = _UNCHANGED if _memory((args, kwargs)) == before else None
         return result
     if known is None:
         return func(*args, **kwargs)
+    if known is _UNCHANGED:  # without values there is nothing to do
+        return kwargs.get("out", args[0]) if func._schema.returns else None
     size, stride, dtype = known
     if dtype is None:
         return args[0].as_strided(size, stride)
@@ -52,12 +62,32 @@ class _NotOnMetaError(Exception):
 
 
 @functools.cache
-def _makes_new_tensor(func: Any) -> bool:
-    """Whether an operation, as its schema says, takes a tensor, changes none and returns one that shares no memory."""
+def _kind(func: Any) -> Literal["new", "in place", "other"]:
+    """What an operation on tensors does, as its schema says.
+
+    Returns one tensor that shares no memory; or writes into its first argument or `out`, and returns that or nothing.
+    """
     schema = func._schema
     returns = [str(value.type) for value in schema.returns]
-    aliases = any(value.alias_info is not None for value in (*schema.arguments, *schema.returns))
-    return not aliases and returns == ["Tensor"] and any("Tensor" in str(value.type) for value in schema.arguments)
+    takes_tensors = any("Tensor" in str(value.type) for value in schema.arguments)
+    aliases = [value.alias_info for value in (*schema.arguments, *schema.returns) if value.alias_info is not None]
+    if not aliases:
+        return "new" if takes_tensors and returns == ["Tensor"] else "other"
+    written = [at for at, value in enumerate(schema.arguments) if value.alias_info is not None]
+    one = len(written) == 1 and (
+        written == [0] or (schema.arguments[written[0]].name, func._overloadname) == ("out",) * 2
+    )
+    returned = all(value.alias_info is not None for value in schema.returns) and returns in ([], ["Tensor"])
+    return "in place" if one and returned and all(alias.is_write for alias in aliases) else "other"
+
+
+def _memory(values: Any) -> list[Any]:
+    """Shape and storage of each tensor."""
+    leaves = [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+    return [
+        (t.shape, t.stride(), t.storage_offset(), t.untyped_storage()._cdata, t.untyped_storage().nbytes())
+        for t in leaves
+    ]
 
 
 def _described(values: tuple[Any, ...] | list[Any]) -> Hashable:

@@ -90,6 +90,10 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive: dict[int, tuple[_Storage, Any]] = {}
         self._values: MutableMapping[torch.Tensor, torch.Tensor] = WeakTensorKeyDictionary()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and torch's wrapper takes a twentieth of the time
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -35,10 +35,15 @@ CALLS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]], dict[str, Any]]] = {
     "a view that its schema does not declare": (aten._unsafe_view.default, lambda: (meta(2, 4), [2, 4, 1]), {}),
     "such a view of a part": (aten._unsafe_view.default, lambda: (meta(3, 4)[1:], [2, 4, 1]), {}),
     "in place": (aten.add_.Tensor, lambda: (meta(2, 3), meta(3)), {}),
+    "in place, of many": (aten._foreach_add_.Scalar, lambda: ([meta(2, 3), meta(3)], 1.0), {}),
+    "another shape in place": (aten.unsqueeze_.default, lambda: (meta(2, 3), 0), {}),
+    "another memory in place": (aten.set_.source_Tensor, lambda: (meta(2, 3), meta(2, 3)), {}),
 }
 
 
 def shape(result: Any, args: tuple[Any, ...]) -> Any:
+    if result is None:
+        return [shape(one, args) for one in args[0]]
     if isinstance(result, (tuple, list)):
         return [shape(one, args) for one in result]
     storage = result.untyped_storage()
@@ -73,6 +78,18 @@ def test_an_operation_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
         result_of(func, (meta(2, 3), meta(3)), {})
     result_of(func, (meta(2, 4), meta(4)), {})
     assert len(ran) == 2
+
+
+def test_an_operation_in_place_returns_what_it_wrote() -> None:
+    for _ in range(3):
+        into, narrow = meta(2, 5), meta(0)
+        assert result_of(aten.add_.Tensor, (into, meta(5)), {}) is into
+        assert result_of(aten.mm.out, (meta(2, 3), meta(3, 5)), {"out": into}) is into
+        assert result_of(aten.mm.out, (meta(2, 3), meta(3, 5)), {"out": narrow}) is narrow
+        assert narrow.shape == (2, 5)
+        assert result_of(aten._foreach_add_.Scalar, ([into], 1.0), {}) is None
+        with pytest.raises(RuntimeError):
+            result_of(aten.add_.Tensor, (into, meta(7)), {})
 
 
 def test_equal_numbers_of_two_kinds_are_two_results() -> None:
