@@ -12,6 +12,7 @@ period counts as a layer.
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -54,10 +55,22 @@ def forward_memory(setup: Setup, pairs: Sequence[Pair], *, policy: bool, whole: 
 
 def _as_laid_out(setup: Setup, trace: Callable[[Setup], MemoryTracker], whole: bool) -> Memory:
     """Uses separate prompts if the model's attention cannot be replaced, as `choose_layout` does."""
-    if setup.layout == "shared":
-        with contextlib.suppress(ValueError, TypeError, RuntimeError, NotImplementedError, ImportError):
-            return _memory(setup, trace, whole)
-    return replace(_memory(replace(setup, layout="separate"), trace, whole), shared=False)
+    with _rare_collections():
+        if setup.layout == "shared":
+            with contextlib.suppress(ValueError, TypeError, RuntimeError, NotImplementedError, ImportError):
+                return _memory(setup, trace, whole)
+        return replace(_memory(replace(setup, layout="separate"), trace, whole), shared=False)
+
+
+@contextlib.contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Lets Python look for cycles less often: a trace makes many objects that stay, and each look walks them again."""
+    before = gc.get_threshold()
+    gc.set_threshold(20_000, 20, 10)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _memory(setup: Setup, trace: Callable[[Setup], MemoryTracker], whole: bool) -> Memory:

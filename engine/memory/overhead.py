@@ -9,14 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.words import GIB, MIB
 from dpoeng.engine.config.fields import Quantization
 from dpoeng.engine.memory.simulate import STAYING
 from dpoeng.engine.memory.tracker import Peak
-from dpoeng.engine.models.loading import empty_model
+from dpoeng.engine.models.loading import whole_model
 
 KNOWN_MODELS = Path(__file__).with_name("known_models.jsonl")
 
@@ -112,7 +110,7 @@ def needed_bytes(peak: Peak, estimates: Mapping[str, int]) -> int:
 
 def count_parameters(fields: Mapping[str, Any]) -> dict[str, int]:
     """Parameters of the base: `layers`, `head`, `embedding`."""
-    lm = empty_model(fields, quantization="none", dtype=torch.bfloat16)
+    lm = whole_model(fields)
     embedding, head = lm.base.get_input_embeddings().weight, lm.base.get_output_embeddings().weight
     total = sum(parameter.numel() for parameter in lm.base.parameters())
     apart = 0 if head is embedding else int(embedding.numel())

@@ -377,9 +377,19 @@ def layer_period(fields: Mapping[str, Any]) -> int | None:
     return _layer_period(json.dumps(fields, sort_keys=True, default=str))
 
 
+def whole_model(fields: Mapping[str, Any]) -> CausalLM:
+    """The empty model of a config.json in bfloat16, the same one for each call: to look at, not to change."""
+    return _whole_model(json.dumps(fields, sort_keys=True, default=str))
+
+
+@functools.lru_cache(maxsize=1)
+def _whole_model(fields: str) -> CausalLM:
+    return empty_model(json.loads(fields), quantization="none", dtype=torch.bfloat16)
+
+
 @functools.lru_cache(maxsize=32)
 def _layer_period(fields: str) -> int | None:
-    lm = empty_model(json.loads(fields), quantization="none", dtype=torch.bfloat16)
+    lm = _whole_model(fields)
     layers = decoder_layers(lm.backbone)
     lists = layer_lists(lm.base.config)
     if len(lists) != len(layers):
