@@ -319,7 +319,7 @@ def _put_in_place(model: Any, tensors: Mapping[str, torch.Tensor], name: str) ->
 
     peft has done so already, except where its conversion of old names mistakes new names for old (Laguna's experts).
     """
-    parameters = {key.replace(f".{name}.", ".").removesuffix(f".{name}"): p for key, p in model.named_parameters()}
+    parameters = {_without_name(key, name): p for key, p in model.named_parameters()}
     for key, tensor in tensors.items():
         place = parameters.get(key)
         if place is not None and place.shape == tensor.shape:
@@ -333,27 +333,14 @@ def _check_weights(model: Any, adapter: ModelSource, name: str) -> None:
         ValueError: the file lacks weights of this adapter in this model, or has others.
     """
     from peft import get_peft_model_state_dict
-    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
     from safetensors.torch import load_file
 
     tensors = load_file(adapter.weight_files[0])
     wanted = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
-    if wanted <= set(tensors):
+    whole = wanted <= set(tensors)
+    if whole:
         _put_in_place(model, {key: tensors[key] for key in wanted}, name)
-    # As peft converts them: separately adapted experts become stacks.
-    adapter_weights = (
-        set(tensors)
-        if wanted <= set(tensors)
-        else set(
-            convert_peft_adapter_state_dict_for_transformers(
-                model=model,
-                peft_config=model.peft_config[name],
-                adapter_state_dict=tensors,
-                adapter_name=name,
-            )
-        )
-    )
-    adapter_weights = {key.replace(f".{name}.", ".").removesuffix(f".{name}") for key in adapter_weights}
+    adapter_weights = {_without_name(key, name) for key in tensors} if whole else _as_peft_names(model, tensors, name)
     lacking = sorted(wanted - adapter_weights)
     if lacking:
         raise ValueError(f"its file lacks {lacking[0]}" + (f" and {len(lacking) - 1} more" if lacking[1:] else ""))
@@ -361,6 +348,21 @@ def _check_weights(model: Any, adapter: ModelSource, name: str) -> None:
     over = sorted(key for key in adapter_weights - wanted if "lora_" in key)
     if over:
         raise ValueError(f"the base has no place for {over[0]}" + (f" and {len(over) - 1} more" if over[1:] else ""))
+
+
+def _as_peft_names(model: Any, tensors: Mapping[str, torch.Tensor], name: str) -> set[str]:
+    """The names under which peft loads an adapter's tensors: separately adapted experts become stacks."""
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    loaded = convert_peft_adapter_state_dict_for_transformers(
+        model=model, peft_config=model.peft_config[name], adapter_state_dict=dict(tensors), adapter_name=name
+    )
+    return {_without_name(key, name) for key in loaded}
+
+
+def _without_name(key: str, name: str) -> str:
+    """A parameter's key as an adapter's file has it, without the adapter's own name."""
+    return key.replace(f".{name}.", ".").removesuffix(f".{name}")
 
 
 @torch.no_grad()
@@ -515,17 +517,10 @@ def _lost_by_peft(lm: CausalLM) -> tuple[int, int]:
     peft renames what older versions saved, and takes some newer names for older ones (Laguna's experts).
     """
     from peft import get_peft_model_state_dict
-    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 
     saved = get_peft_model_state_dict(lm.model, adapter_name=POLICY_ADAPTER, save_embedding_layers=False)
-    loaded = convert_peft_adapter_state_dict_for_transformers(
-        model=lm.model,
-        peft_config=lm.model.peft_config[POLICY_ADAPTER],
-        adapter_state_dict={key: tensor.detach() for key, tensor in saved.items()},
-        adapter_name=POLICY_ADAPTER,
-    )
-    names = {key.replace(f".{POLICY_ADAPTER}.", ".").removesuffix(f".{POLICY_ADAPTER}") for key in loaded}
-    return len(saved.keys() - names), len(saved)
+    tensors = {key: tensor.detach() for key, tensor in saved.items()}
+    return len(saved.keys() - _as_peft_names(lm.model, tensors, POLICY_ADAPTER)), len(saved)
 
 
 def save_policy_adapter(lm: CausalLM, folder: Path) -> None:

@@ -40,11 +40,15 @@ def config_of(fields: Mapping[str, Any]) -> Any:
         KeyError, ValueError, TypeError, AttributeError: transformers does not know the model type, or the fields
             contradict each other.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     # The quantisation of a stored checkpoint is passed separately, as for any other.
     plain = {name: _decoded(value) for name, value in fields.items() if name != "quantization_config"}
-    return CONFIG_MAPPING[plain["model_type"]].from_dict(plain)
+    try:
+        return CONFIG_MAPPING[plain["model_type"]].from_dict(plain)
+    except StrictDataclassError as error:  # no ValueError, though the validator in it raised one
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def _decoded(value: Any) -> Any:

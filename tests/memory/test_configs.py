@@ -18,7 +18,7 @@ from dpoeng.engine.memory import any_depth, fit
 from dpoeng.engine.memory.overhead import count_parameters
 from dpoeng.engine.memory.simulate import WEIGHTS, Pair, Setup
 from dpoeng.engine.models import loading
-from dpoeng.engine.models.loading import empty_model, layer_period
+from dpoeng.engine.models.loading import empty_model, layer_period, stored_dtype
 from dpoeng.engine.models.model_config import config_of, sizes
 from dpoeng.engine.models.sources import ModelSource
 
@@ -151,3 +151,13 @@ def test_sizes_of_layers_that_differ_are_the_largest() -> None:
     fields = fields_of("gemma4_text")
     assert [layer.head_dim for layer in config_of(fields).per_layer_config] == [8, 16]
     assert sizes(config_of(fields)).attention == 4 * 16
+
+
+def test_fields_that_contradict_each_other_are_a_value_error() -> None:
+    """transformers validates some fields with errors of another class, which callers would let through."""
+    fields = fields_of("gemma3_text") | {"layer_types": ["nonsense"] * 2, "dtype": None}
+    with pytest.raises(ValueError, match="layer_types"):
+        config_of(fields)
+    assert stored_dtype(fields) is None
+    with pytest.raises(UserError, match=r"cannot build a model from this config\.json"):
+        count_parameters(fields)
