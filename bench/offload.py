@@ -167,7 +167,9 @@ def save_random_model(settings: OffloadSettings, folder: Path, progress: Progres
 
     dtype = DTYPES["float32" if settings.dtype == "auto" else settings.dtype]
     fields = model_fields(settings.model)
-    lm = empty_model(fields, quantization="none", dtype=dtype, layers=settings.layers)
+    lm = empty_model(
+        fields, quantization="none", dtype=dtype, layers=None if settings.layers is None else range(settings.layers)
+    )
     tied = lm.base.config.tie_word_embeddings
     shapes = {n: t.shape for n, t in lm.base.state_dict().items() if not (tied and n == "lm_head.weight")}
     parts: dict[str, dict[str, torch.Size]] = {}

@@ -158,16 +158,21 @@ def count_step(settings: StepSettings) -> StepCounts:
         setup = replace(setup, trunk_layer=trunk_layer(settings.trunk_layer, setup.layers))
     setup = replace(setup, by_layer=settings.layer_offloading)
     pairs = [Pair(settings.prompt, settings.chosen, settings.rejected)] * settings.batch_size
-    two, three = (_count(setup.with_layers(depth), pairs) for depth in (2, 3))
+    two, three = (_count(_shallow(setup, depth), pairs) for depth in (2, 3))
     layer = three.less(two)
     tokens = settings.batch_size * (settings.prompt + settings.chosen + settings.rejected)
     outside, bus_bytes = two.less(layer).less(layer), _bus_bytes(setup, tokens) if setup.by_layer else 0
     return StepCounts(layer, outside, _count_optimizer(setup), setup.layers, tokens, bus_bytes)
 
 
+def _shallow(setup: Setup, depth: int) -> Setup:
+    """The first layers of a model, the last one again where it has fewer."""
+    return setup.with_layers([min(layer, setup.layers - 1) for layer in range(depth)])
+
+
 def _bus_bytes(setup: Setup, tokens: int) -> int:
     """Of a layer in a step of one forward: its weights twice; the states that enter it three times, gradients twice."""
-    lm = build(setup.with_layers(2))
+    lm = build(_shallow(setup, 2))
     layer = decoder_layers(lm.backbone)[0]
     held = [*(p for name, p in layer.named_parameters() if ".lora_" not in name), *quantized_tensors(layer)]
     weights = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in held}
@@ -180,8 +185,7 @@ def _count_optimizer(setup: Setup) -> Counts:
     It reads weight, gradient and two moments and writes all but the gradient, each in float32.
     """
     two, three = (
-        [parameter.numel() for _, parameter in build(setup.with_layers(depth)).trainable_parameters()]
-        for depth in (2, 3)
+        [parameter.numel() for _, parameter in build(_shallow(setup, depth)).trainable_parameters()] for depth in (2, 3)
     )
     layer = three[: len(three) - len(two)] if len(three) > len(two) else []
     per_layer = (sum(three) - sum(two), len(three) - len(two), sum(-(-n // 65536) for n in layer))

@@ -56,7 +56,7 @@ def measure_step(settings: StepSettings, layers: int, device: torch.device) -> d
 
 def random_model(name: str, folder: Path, layers: int, device: torch.device) -> Path:
     """Writes a bfloat16 checkpoint of a known model's shape, or of a folder's, with this many layers."""
-    config = with_layers(config_of(model_fields(name)), layers)
+    config = with_layers(config_of(model_fields(name)), range(layers))
     torch.manual_seed(0)
     with device:
         model = auto_class(config).from_config(config, dtype=torch.bfloat16)

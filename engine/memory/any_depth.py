@@ -1,29 +1,31 @@
-"""Memory of a step or forward for a model of any depth: simulated whole, or derived exactly from two shallow models.
+"""Memory of a step or forward for a model of any depth: simulated whole, or derived exactly from a shallow model.
 
-Equal layers add equal bytes. With each additional layer of the model, the memory alive at an operation of one layer
-grows by the same amount, as it does from one layer to the next; and every layer's peak is at the same operation. Only
-the first and last layer differ, because other work comes before and after them. A model with a first layer, a last one
-and one in between has all of these; together with one that has a layer more, it determines all others. The highest of
-the layers in between is the second or the second last, as a straight line is highest at an end. Tests compare with
-whole models, kind by kind and byte by byte. Models with unlike layers are simulated whole; if kinds alternate, one
-period counts as a layer.
+Equal layers add equal bytes. While one layer runs, those that have run hold something (activations that the backward
+will need, later in the step gradients), those still to run hold something, and all hold their weights. The tracker
+knows which layer owns or has made each tensor. So a shallow model tells how many bytes a layer of each kind holds, seen
+from the first layer and from the last, and thereby the memory at each layer of a deep one. It has all layers up to the
+one with which each kind has begun, since that one may make what others of its kind share; then others of each kind; and
+the last layer, because other work comes after it, with kinds that begin late. A layer's neighbours tell nothing of it,
+as it uses their results. Tests compare with whole models, kind by kind and byte by byte. A model is simulated whole if
+its equal layers do not add equal bytes, or if it runs layers more than once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from dpoeng.cache.errors import UserError
+from dpoeng.engine.config.fields import Attention
 from dpoeng.engine.memory.simulate import Pair, Setup, trace_forward, trace_step
-from dpoeng.engine.memory.tracker import MemoryTracker, Peak
-from dpoeng.engine.models.loading import layer_period
+from dpoeng.engine.memory.tracker import MemoryTracker, Peak, Phase
+from dpoeng.engine.models.loading import can_leave_out, layer_kinds
 from dpoeng.engine.models.trunk.layers import names_layers
-
-Stretches = dict[tuple[str, str], Peak]
-"""(phase, place) -> the peak there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +37,14 @@ class Memory:
         stretches: the peak before, in and after the layers of each phase.
         timeline: (bytes, phase) after each operation if the whole model was simulated; else empty.
         shared: whether prompts were shared.
+        attention: over shared prompts: the one that a run is expected to choose; else None.
     """
 
     peak: Peak
     stretches: Mapping[str, Peak]
     timeline: Sequence[tuple[int, str]] = ()
     shared: bool = True
+    attention: Attention | None = None
 
 
 def step_memory(setup: Setup, pairs: Sequence[Pair], *, whole: bool = False) -> Memory:
@@ -59,7 +63,8 @@ def _as_laid_out(setup: Setup, trace: Callable[[Setup], MemoryTracker], whole: b
         if setup.layout == "shared":
             with contextlib.suppress(ValueError, TypeError, RuntimeError, NotImplementedError, ImportError):
                 return _memory(setup, trace, whole)
-        return replace(_memory(replace(setup, layout="separate"), trace, whole), shared=False)
+        separate = _memory(replace(setup, layout="separate"), trace, whole)
+        return replace(separate, shared=False, attention=None)
 
 
 @contextlib.contextmanager
@@ -74,95 +79,149 @@ def _rare_collections() -> Iterator[None]:
 
 
 def _memory(setup: Setup, trace: Callable[[Setup], MemoryTracker], whole: bool) -> Memory:
-    # With a LoRA in only some layers, layers are not equal.
-    period = None if whole or names_layers(setup.config) else layer_period(setup.model)
-    if setup.by_layer:
-        return _by_layer(setup, trace, period)
-    if period is not None and setup.layers % period == 0 and setup.layers > 5 * period:
-        extended = _from_two_shallow(setup, trace, period)
-        if extended is not None:
-            return Memory(max(extended.values(), key=lambda peak: peak.n_bytes), _in_words(extended))
+    # With a LoRA in only some layers, or if only some are recomputed, layers are not equal.
+    unequal = names_layers(setup.config) or setup.recompute is not None
+    cut = None if whole or unequal else _cut_of(setup)
+    if cut is not None:
+        shallow = None
+        with contextlib.suppress(UserError, ValueError, LookupError, AttributeError, TypeError):
+            # If layers refer to others by number, the whole model reports an error, if there is one.
+            shallow = trace(setup.with_layers(cut.chosen))
+        if shallow is not None and not shallow.loops and (highest := _extend(shallow.stretches(), cut, setup.by_layer)):
+            top = max(highest.values(), key=lambda peak: peak.n_bytes)
+            return Memory(top, highest, attention=shallow.attention)
     tracker = trace(setup)
-    stretches = _in_words(_by_place(tracker, setup.layers, period or 1))
-    return Memory(tracker.peak(), stretches, list(zip(tracker.samples, tracker.phases, strict=True)))
+    stretches = _highest(
+        (_in_words(phase, layer, setup.layers, setup.by_layer), peak)
+        for (phase, layer), peak in tracker.stretches().items()
+    )
+    timeline = list(zip(tracker.samples, tracker.phases, strict=True))
+    return Memory(tracker.peak(), stretches, timeline, attention=tracker.attention)
 
 
-def _by_layer(setup: Setup, trace: Callable[[Setup], MemoryTracker], period: int | None) -> Memory:
-    """For layers that are loaded one at a time: per layer only its trained weights add memory, in every phase."""
-
-    def by_phase(some: Setup) -> Stretches:
-        peaks: Stretches = {}
-        for (phase, _), peak in trace(some).stretches().items():
-            before = peaks.get((phase, "all"))
-            if before is None or peak.n_bytes > before.n_bytes:
-                peaks[phase, "all"] = peak
-        return peaks
-
-    extended = None
-    if period is not None and setup.layers % period == 0 and setup.layers > 4 * period:
-        # Three have one in between: the first passes no gradient on, and the last may compute fewer positions.
-        few, more = (by_phase(setup.with_layers(depth * period)) for depth in (3, 4))
-        extended = _extend(few, more, (setup.layers - 3 * period) // period)
-    if extended is None:
-        extended = by_phase(setup)
-    return Memory(max(extended.values(), key=lambda peak: peak.n_bytes), _in_words(extended))
+_Tops = Mapping[tuple[Phase, int], Peak]
+"""Phase and layer of a shallow model -> the peak there."""
 
 
-def _from_two_shallow(setup: Setup, trace: Callable[[Setup], MemoryTracker], period: int) -> Stretches | None:
-    """The places of the whole model; None if its config cannot be cut, or the two models do not fit together."""
-    depths = (3 * period, 4 * period)
-    try:
-        few, more = (_by_place(trace(setup.with_layers(depth)), depth, period) for depth in depths)
-    except (UserError, ValueError, IndexError, AttributeError, TypeError):
-        return None  # layers refer to others by number: the whole model reports an error, if there is one
-    return _extend(few, more, (setup.layers - depths[0]) // period)
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """A shallow model that tells of a deep one.
+
+    Attributes:
+        kinds: the kind of each layer of the deep one.
+        chosen: those of its layers that the shallow one has.
+        begin: how many of the first layers both have: until each kind has begun.
+        end: how many of the last ones: the last, and kinds that begin late.
+    """
+
+    kinds: Sequence[int]
+    chosen: Sequence[int]
+    begin: int
+    end: int
+
+    @property
+    def shallow(self) -> list[int]:
+        """The kinds of the shallow model's layers."""
+        return [self.kinds[layer] for layer in self.chosen]
+
+    def telling(self, *, first: int, last: int) -> dict[int, int]:
+        """Kind -> the shallow model's first such layer of these, `last` included."""
+        kinds = self.shallow
+        return {kinds[layer]: layer for layer in range(last, max(self.begin, first) - 1, -1)}
+
+    def like(self, layer: int) -> int:
+        """The shallow model's layer that is like one of the deep model."""
+        if layer >= len(self.kinds) - self.end:
+            return len(self.chosen) - len(self.kinds) + layer
+        within = self.chosen[: -self.end]
+        return within.index(layer) if layer in within else self.shallow.index(self.kinds[layer], self.begin)
 
 
-def _by_place(tracker: MemoryTracker, depth: int, period: int) -> Stretches:
-    """The peaks at the places that models of every depth have."""
-    peaks: Stretches = {}
-    for (phase, layer), peak in tracker.stretches().items():
-        for place in _places(phase, layer, depth, period):
-            peaks[phase, place] = peak
-    return peaks
-
-
-def _places(phase: str, layer: int, depth: int, period: int) -> Iterator[str]:
-    """A layer's names, counted from either end; the middle layer of three is the second and the second last."""
-    if phase == "optimizer":
-        yield "all"
-    elif layer < 0:
-        yield "before the layers"
-    elif layer >= depth:
-        yield "head" if layer == depth else "gradients"
-    else:
-        if layer < 2 * period:
-            yield f"layer {layer + 1}"
-        if layer >= depth - 2 * period:
-            yield f"layer {layer - depth}"
-
-
-def _extend(few: Stretches, more: Stretches, steps: int) -> Stretches | None:
-    """The places of a deeper model, or None if the two shallow ones do not fit together."""
-    if few.keys() != more.keys():
+def _cut_of(setup: Setup) -> _Cut | None:
+    """The shallowest model that tells of this one; None if only the whole one does."""
+    kinds = layer_kinds(setup.model)
+    if kinds is None:
         return None
-    extended = {}
-    for place, low in few.items():
-        by_kind = {}
-        for kind in {*low.by_kind, *more[place].by_kind}:
-            slope = more[place].by_kind.get(kind, 0) - low.by_kind.get(kind, 0)
-            by_kind[kind] = low.by_kind.get(kind, 0) + slope * steps
-            if slope < 0:
-                return None
-        extended[place] = Peak(sum(by_kind.values()), {kind: n for kind, n in by_kind.items() if n})
-    return extended
+    numbers = setup.chosen or range(len(kinds))
+    kinds = [kinds[layer] for layer in numbers][setup.trunk_layer :]
+    if len(kinds) < 2:
+        return None
+    begin, late = max(map(partial(_ordinary, kinds), range(1, len(kinds))), key=lambda part: part[1] - part[0])
+    again = sorted({kinds.index(kind, begin) for kind in kinds[begin:late]})
+    beside = again[-1] + 1 if again else late  # so that none of these is the last one's neighbour
+    last = kinds[late:]
+    first_ones = next((i for i in range(beside + 1, late) if kinds[i : i + len(last)] == last), late)
+    for chosen in ([*range(begin), *again, beside, *range(late, len(kinds))], [*range(first_ones + len(last))]):
+        in_file = [numbers[setup.trunk_layer + layer] for layer in chosen]
+        if beside < late and len(chosen) < len(kinds) and can_leave_out(setup.model, in_file):
+            return _Cut(kinds, chosen, begin, len(last))
+    return None
 
 
-def _in_words(stretches: Stretches) -> dict[str, Peak]:
-    """`forward, layers` and so on: the highest of all layers under one name."""
-    peaks: dict[str, Peak] = {}
-    for (phase, place), peak in stretches.items():
-        name = phase if place == "all" else f"{phase}, {'layers' if place.startswith('layer ') else place}"
-        if name not in peaks or peak.n_bytes > peaks[name].n_bytes:
-            peaks[name] = peak
-    return peaks
+def _ordinary(kinds: Sequence[int], begin: int) -> tuple[int, int]:
+    """The layers from `begin` on whose kinds have begun before, without the last one."""
+    late = next((layer for layer in range(begin, len(kinds)) if kinds[layer] not in kinds[:begin]), len(kinds))
+    return begin, min(late, len(kinds) - 1)
+
+
+def _extend(tops: _Tops, cut: _Cut, by_layer: bool) -> dict[str, Peak]:
+    """The highest peaks of the deep model.
+
+    Empty if the shallow model's equal layers do not tell of each other, for example since each uses all before it.
+    """
+    deep, shallow, last = cut.kinds, cut.shallow, len(cut.chosen) - 1
+    after, before = cut.telling(first=2, last=last - 1), cut.telling(first=1, last=last - 2)
+    phases = dict.fromkeys(phase for phase, layer in tops if 0 <= layer <= last)
+    if any((phase, layer) not in tops for phase in phases for layer in range(last + 1)):
+        return {}
+
+    def moved(phase: Phase, layer: int, kinds: Sequence[int], to: int) -> Peak:
+        """The peak at a layer of the shallow model, if it were at another place of a model with these layers."""
+        seen = _with_more(tops[phase, layer], tops[phase, last], before, kinds[:to], shallow[:layer])
+        return _with_more(seen, tops[phase, 0], after, kinds[to + 1 :], shallow[layer + 1 :])
+
+    for phase, layer in itertools.product(phases, range(cut.begin, last)):
+        like = shallow.index(shallow[layer], cut.begin)
+        if moved(phase, like, shallow, layer).n_bytes != tops[phase, layer].n_bytes:
+            return {}
+
+    def deeper() -> Iterator[tuple[str, Peak]]:
+        for (phase, layer), peak in tops.items():
+            if not 0 <= layer <= last:
+                name = _in_words(phase, layer, len(shallow), by_layer)
+                yield name, _with_more(peak, peak, after, deep, shallow)
+        for phase, layer in itertools.product(phases, range(len(deep))):
+            yield _in_words(phase, layer, len(deep), by_layer), moved(phase, cut.like(layer), deep, layer)
+
+    return _highest(deeper())
+
+
+def _with_more(
+    peak: Peak, seen_from: Peak, telling: Mapping[int, int], wanted: Sequence[int], there: Sequence[int]
+) -> Peak:
+    """A peak with the wanted kinds of layers instead of those that are there."""
+    by_kind = dict(peak.by_kind)
+    more = Counter(wanted)
+    more.subtract(there)
+    for layer_kind, layer in telling.items():
+        for kind, n_bytes in seen_from.by_layer.get(layer, {}).items():
+            by_kind[kind] = by_kind.get(kind, 0) + more[layer_kind] * n_bytes
+    by_kind = {kind: n_bytes for kind, n_bytes in by_kind.items() if n_bytes}
+    return Peak(sum(by_kind.values()), by_kind)
+
+
+def _in_words(phase: Phase, layer: int, depth: int, by_layer: bool) -> str:
+    """Where a peak is: `forward, layers` and so on."""
+    if by_layer or phase == "optimizer":
+        return phase
+    place = "before the layers" if layer < 0 else "layers" if layer < depth else "head"
+    return f"{phase}, {'gradients' if layer > depth else place}"
+
+
+def _highest(peaks: Iterable[tuple[str, Peak]]) -> dict[str, Peak]:
+    """The highest of all peaks with the same name."""
+    highest: dict[str, Peak] = {}
+    for name, peak in peaks:
+        if name not in highest or peak.n_bytes > highest[name].n_bytes:
+            highest[name] = peak
+    return highest

@@ -21,7 +21,7 @@ from dpoeng.cache.words import GIB, counted
 from dpoeng.engine.config.fields import Attention, PrecomputeConfig, Quantization, TrainConfig
 from dpoeng.engine.memory.any_depth import Memory, forward_memory, step_memory
 from dpoeng.engine.memory.overhead import estimate_overhead, needed_bytes
-from dpoeng.engine.memory.simulate import Pair, Setup, attention_of
+from dpoeng.engine.memory.simulate import Pair, Setup
 from dpoeng.engine.memory.tracker import SAVED, Peak
 from dpoeng.engine.models.loading import gpu_multiplies_bf16, layer_period, resolve_dtype
 from dpoeng.engine.models.model_config import config_of, sizes
@@ -213,8 +213,7 @@ def _with_fewest_recomputed(
         more = (layers - recompute) * layer_bytes
         kinds = {**peak.by_kind, SAVED: peak.by_kind.get(SAVED, 0) + more}
         if _needed(Peak(peak.n_bytes + more, kinds), device) <= room:
-            attention = attention_of(setup) if recomputing.shared else None
-            return StepForecast(peak.n_bytes + more, recompute, attention=attention)
+            return StepForecast(peak.n_bytes + more, recompute, attention=recomputing.attention)
     return StepForecast(peak.n_bytes, layers)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -23,8 +23,8 @@ _Result = tuple[tuple[int, ...], tuple[int, ...], torch.dtype | None]
 _UNCHANGED: _Result = ((), (), None)
 """For an operation that wrote into tensors and changed neither shape nor storage of any."""
 
-_results: dict[Hashable, _Result | None] = {}
-"""Operation and arguments -> its result; None if it must be computed each time."""
+_results: dict[Hashable, _Result | list[_Result] | None] = {}
+"""Operation and arguments -> its result, or its results; None if they must be computed each time."""
 
 
 def result_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -43,7 +43,7 @@ def result_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         before = _memory((args, kwargs)) if kind == "in place" else []
         result = func(*args, **kwargs)
         if kind == "new":
-            _results[key] = _read(result, args)
+            _results[key] = _read(result, args) if isinstance(result, torch.Tensor) else _read_all(result, args)
         else:
             _results[key] = _UNCHANGED if _memory((args, kwargs)) == before else None
         return result
@@ -51,9 +51,13 @@ def result_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
     if known is _UNCHANGED:  # without values there is nothing to do
         return kwargs.get("out", args[0]) if func._schema.returns else None
+    return [_made(one, args) for one in known] if isinstance(known, list) else _made(known, args)
+
+
+def _made(known: _Result, args: tuple[Any, ...]) -> torch.Tensor:
     size, stride, dtype = known
     if dtype is None:
-        return args[0].as_strided(size, stride)
+        return cast("torch.Tensor", args[0].as_strided(size, stride))
     return torch.empty_strided(size, stride, dtype=dtype, device="meta")
 
 
@@ -65,14 +69,14 @@ class _NotOnMetaError(Exception):
 def _kind(func: Any) -> Literal["new", "in place", "other"]:
     """What an operation on tensors does, as its schema says.
 
-    Returns one tensor that shares no memory; or writes into its first argument or `out`, and returns that or nothing.
+    Returns tensors that share no memory; or writes into its first argument or `out`, and returns that or nothing.
     """
     schema = func._schema
     returns = [str(value.type) for value in schema.returns]
     takes_tensors = any("Tensor" in str(value.type) for value in schema.arguments)
     aliases = [value.alias_info for value in (*schema.arguments, *schema.returns) if value.alias_info is not None]
     if not aliases:
-        return "new" if takes_tensors and returns == ["Tensor"] else "other"
+        return "new" if takes_tensors and returns in (["Tensor"], ["List[Tensor]"]) else "other"
     written = [at for at, value in enumerate(schema.arguments) if value.alias_info is not None]
     one = len(written) == 1 and (
         written == [0] or (schema.arguments[written[0]].name, func._overloadname) == ("out",) * 2
@@ -105,6 +109,13 @@ def _described(values: tuple[Any, ...] | list[Any]) -> Hashable:
         else:
             found.append((kind, value))  # 1 and 1.0 are one key otherwise
     return tuple(found)
+
+
+def _read_all(results: list[Any], args: tuple[Any, ...]) -> list[_Result] | None:
+    found = [_read(result, args) for result in results]
+    known = [one for one in found if one is not None]
+    alone = len({result.untyped_storage()._cdata for result in results}) == len(results)
+    return known if alone and len(known) == len(found) else None
 
 
 def _read(result: Any, args: tuple[Any, ...]) -> _Result | None:

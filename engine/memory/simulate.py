@@ -111,7 +111,7 @@ class Setup:
         second_model: a reference model of the same precision next to the policy.
         stock: peft's and transformers' defaults: their LoRA product, the embedding on the device.
         shards: number of devices that share the frozen layers (FSDP2); the result is one device's memory.
-        depth: use only this many of the first layers; None for all.
+        chosen: use only these layers; None for all.
         trunk_layer: the model begins at this layer, from stored states, without the layers below.
         recompute: recompute only this many of the first layers; None for all.
         by_layer: load the layers' weights one at a time; two layers are in memory at once.
@@ -130,7 +130,7 @@ class Setup:
     second_model: bool = False
     stock: bool = False
     shards: int = 1
-    depth: int | None = None
+    chosen: tuple[int, ...] | None = None
     trunk_layer: int = 0
     recompute: int | None = None
     by_layer: bool = False
@@ -138,12 +138,15 @@ class Setup:
     @property
     def layers(self) -> int:
         """Decoder layers that run."""
-        return (self.depth or sizes(config_of(self.model)).layers) - self.trunk_layer
+        depth = sizes(config_of(self.model)).layers if self.chosen is None else len(self.chosen)
+        return depth - self.trunk_layer
 
-    def with_layers(self, count: int) -> Setup:
-        """The same setup with only this many of the layers that run."""
+    def with_layers(self, chosen: Sequence[int]) -> Setup:
+        """The same setup with only these of the layers that run; 0 is the first, above a trunk if there is one."""
+        numbers = self.chosen or range(self.layers + self.trunk_layer)
         below = min(1, self.trunk_layer)  # stand-ins are all equal and have no weights
-        return replace(self, depth=count + below, trunk_layer=below)
+        kept = [*range(self.trunk_layer - below, self.trunk_layer), *(layer + self.trunk_layer for layer in chosen)]
+        return replace(self, chosen=tuple(numbers[layer] for layer in kept), trunk_layer=below)
 
 
 def build(setup: Setup, *, policy: bool = True) -> CausalLM:
@@ -153,7 +156,7 @@ def build(setup: Setup, *, policy: bool = True) -> CausalLM:
         quantization=setup.quantization,
         dtype=setup.dtype,
         double_quant=setup.double_quant,
-        layers=setup.depth,
+        layers=setup.chosen,
     )
     if setup.trunk_layer:
         lm.entry = cut_below(lm.base, setup.trunk_layer)
@@ -217,15 +220,10 @@ def _as_chosen(lm: CausalLM, setup: Setup) -> str:
     """All that a setup's attention depends on, with the kind of the last layer: some models have several."""
     training = {"optim", "gradient_checkpointing", "activation_offloading", "per_device_train_batch_size"}
     written = ("model", "config")
-    unlike = ("depth", "recompute", "accumulates", "shards")
+    unlike = ("chosen", "recompute", "accumulates", "shards")
     rest = [str(getattr(setup, field.name)) for field in fields(setup) if field.name not in written + unlike]
     last = list(dict(decoder_layers(lm.backbone)[-1].named_children()))
     return json.dumps([setup.model, setup.config.model_dump(mode="json", exclude=training), rest, last], default=str)
-
-
-def attention_of(setup: Setup) -> Attention:
-    """The attention over shared prompts that a run is expected to choose."""
-    return build(setup.with_layers(1)).attention
 
 
 def _by_layer(lm: CausalLM) -> ByLayer:
@@ -250,7 +248,7 @@ def trace_step(setup: Setup, pairs: Sequence[Pair]) -> MemoryTracker:
     config = setup.config.model_copy(
         update={"per_device_train_batch_size": len(pairs), "gradient_accumulation_steps": 1, "max_steps": 2}
     )
-    optimizer, state_bytes = _optimizer(setup, config, trainable)
+    optimizer, moments = _optimizer(setup, config, trainable)
     if setup.accumulates:
         # As if left by an earlier forward of the step.
         optimizer.zero_grad = lambda set_to_none=True: None  # type: ignore[method-assign]
@@ -270,12 +268,11 @@ def trace_step(setup: Setup, pairs: Sequence[Pair]) -> MemoryTracker:
         progress=QUIET,
     )
     tracker = _tracker(setup, lm)
-    tracker.hold((p.grad for _, p in trainable if p.grad is not None), GRADIENTS)
-    tracker.hold((t for state in optimizer.state.values() for t in state.values()), OPTIMIZER)
-    tracker.hold_bytes(state_bytes, OPTIMIZER)
+    _hold_gradients(tracker, trainable)
+    _hold_moments(tracker, optimizer, moments)
 
     def before_optimizer(*_: Any) -> None:
-        tracker.hold((p.grad for _, p in trainable if p.grad is not None), GRADIENTS)
+        _hold_gradients(tracker, trainable)
         tracker.in_optimizer = True
 
     optimizer.register_step_pre_hook(before_optimizer)
@@ -284,8 +281,25 @@ def trace_step(setup: Setup, pairs: Sequence[Pair]) -> MemoryTracker:
     return tracker
 
 
-def _optimizer(setup: Setup, config: TrainConfig, trainable: Named) -> tuple[torch.optim.Optimizer, int]:
-    """The optimizer with its moments, and the bytes of moments that are not tensors here."""
+def _hold_gradients(tracker: MemoryTracker, trainable: Named) -> None:
+    for _, parameter in trainable:
+        if parameter.grad is not None:
+            tracker.hold([parameter.grad], GRADIENTS, of=parameter)
+
+
+def _hold_moments(
+    tracker: MemoryTracker, optimizer: torch.optim.Optimizer, moments: Mapping[torch.Tensor, int]
+) -> None:
+    for parameter, state in optimizer.state.items():
+        tracker.hold(state.values(), OPTIMIZER, of=parameter)
+    for parameter, n_bytes in moments.items():
+        tracker.hold_bytes(n_bytes, OPTIMIZER, of=parameter)
+
+
+def _optimizer(
+    setup: Setup, config: TrainConfig, trainable: Named
+) -> tuple[torch.optim.Optimizer, dict[torch.Tensor, int]]:
+    """The optimizer with its moments, and for each tensor the bytes of its moments if they are not tensors here."""
     for _, parameter in trainable:
         parameter.grad = torch.zeros_like(parameter)
     name = optimizer_on(config, on_gpu=setup.kernels == "cuda")
@@ -293,15 +307,15 @@ def _optimizer(setup: Setup, config: TrainConfig, trainable: Named) -> tuple[tor
         # bitsandbytes and torch's fused kernel update in place: two 8-bit moments with a float32 for each block of 256,
         # or two of 32 bits; paged ones can leave the device.
         paged, narrow = "paged" in name, "8bit" in name
-        sizes = [0 if paged else parameter.numel() for _, parameter in trainable]
-        moments = sum(2 * (n + n // 64 if narrow and n >= 4096 else 4 * n) for n in sizes)
+        sizes: dict[torch.Tensor, int] = {parameter: 0 if paged else parameter.numel() for _, parameter in trainable}
+        moments = {p: 2 * (n + n // 64 if narrow and n >= 4096 else 4 * n) for p, n in sizes.items()}
         return torch.optim.SGD([parameter for _, parameter in trainable], lr=0.1), moments
     optimizer = build_optimizer(config, trainable)
     if setup.kernels == "cuda":
         for group in optimizer.param_groups:
             group["foreach"] = True  # AdamW's default on a GPU
     optimizer.step()
-    return optimizer, 0
+    return optimizer, {}
 
 
 def trace_forward(setup: Setup, pairs: Sequence[Pair], *, policy: bool) -> MemoryTracker:
@@ -310,9 +324,8 @@ def trace_forward(setup: Setup, pairs: Sequence[Pair], *, policy: bool) -> Memor
     set_mode(lm, training=False)
     tracker = _tracker(setup, lm)
     if policy and not setup.config.use_peft:  # an adapter's moments are negligible
-        optimizer, state_bytes = _optimizer(setup, setup.config, lm.trainable_parameters())
-        tracker.hold((t for state in optimizer.state.values() for t in state.values()), OPTIMIZER)
-        tracker.hold_bytes(state_bytes, OPTIMIZER)
+        optimizer, moments = _optimizer(setup, setup.config, lm.trainable_parameters())
+        _hold_moments(tracker, optimizer, moments)
         optimizer.zero_grad(set_to_none=True)
     with torch.no_grad(), kernels_of(setup.kernels), head_of(full_logits=setup.full_logits), tracker:
         groups = [row_group(pair.scored()) for pair in pairs]
@@ -329,23 +342,22 @@ def _does_not_fit(_groups: Sequence[Any], said: str) -> UserError:
     raise AssertionError(said)
 
 
-def model_bytes(setup: Setup, lm: CausalLM) -> dict[str, int]:
-    """Bytes of the base, its masters and all adapters on the device, each storage once."""
-    tracker = MemoryTracker(lm.device.type)
-    _hold_model(tracker, setup, lm)
-    return dict(tracker.peak().by_kind)
-
-
 def _tracker(setup: Setup, lm: CausalLM) -> MemoryTracker:
     inside = handlers(setup.kernels, deterministic=setup.config.full_determinism, fused_head=setup.ampere)
     tracker = MemoryTracker("meta", handlers=inside, vocabulary=lm.vocab_size)
+    tracker.attention = lm.attention
+    layers = decoder_layers(lm.backbone)[-setup.layers :]  # without the stand-ins below a trunk
+    for number, layer in enumerate(layers):
+        tracker.own([*layer.parameters(), *layer.buffers(), *quantized_tensors(layer)], number)
     _hold_model(tracker, setup, lm)
-    if not setup.by_layer:
-        tracker.watch_layers(decoder_layers(lm.backbone))
-    if setup.shards > 1:
-        gather_layers(tracker, decoder_layers(lm.backbone), setup.shards, through_gloo=setup.kernels == "cpu")
     if setup.second_model:
-        tracker.hold_bytes(model_bytes(setup, lm)[WEIGHTS], REFERENCE)
+        for number, kinds in tracker.peak().by_layer.items():
+            tracker.hold_bytes(kinds.get(WEIGHTS, 0), REFERENCE, layer=number)
+    tracker.watch_layers(layers, lm.backbone, told=lm.by_layer is not None)
+    if lm.by_layer is not None:
+        lm.by_layer.gates.need = tracker.enter
+    if setup.shards > 1:
+        gather_layers(tracker, layers, setup.shards, through_gloo=setup.kernels == "cpu")
     return tracker
 
 
@@ -362,7 +374,8 @@ def _hold_model(tracker: MemoryTracker, setup: Setup, lm: CausalLM) -> None:
     for name, tensor in [*lm.model.named_parameters(), *lm.model.named_buffers()]:
         if not (elsewhere and tensor is embedding):
             tracker.hold([tensor], ADAPTERS if ".lora_" in name else WEIGHTS)
-    tracker.hold(lm.masters.values(), MASTERS)
+    for weight, master in lm.masters.items():
+        tracker.hold([master], MASTERS, of=weight)
     tracker.hold(quantized_tensors(lm.model), WEIGHTS)
 
 

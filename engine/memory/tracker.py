@@ -11,9 +11,11 @@ rounding and fragmentation.
 from __future__ import annotations
 
 import bisect
+import itertools
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -22,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from dpoeng.engine.config.fields import Attention
 from dpoeng.engine.memory.meta_results import result_of
 
 Phase = Literal["forward", "backward", "optimizer"]
@@ -36,21 +39,23 @@ _ITEM = torch.ops.aten._local_scalar_dense.default
 
 @dataclass(slots=True)
 class _Storage:
-    """One storage: its bytes, the first and last sample of its life, and its kind if known."""
+    """One storage: its bytes, the first and last sample of its life, the layers that made it, and its kind if known."""
 
     n_bytes: int
     born: int
     phase: Phase
+    layers: tuple[int, ...]
     kind: str | None
     died: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """A peak: bytes alive, in total and by kind."""
+    """A peak: bytes alive, in total and by kind; and for each layer, by kind, the bytes that it owns or has made."""
 
     n_bytes: int
     by_kind: Mapping[str, int]
+    by_layer: Mapping[int, Mapping[str, int]] = field(default_factory=dict, compare=False, repr=False)
 
 
 class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -69,6 +74,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         live_bytes: bytes alive now.
         in_optimizer: set it while the optimizer runs.
         layer: the running decoder layer, updated by `watch_layers`.
+        attention: how the simulated model attends over shared prompts.
     """
 
     def __init__(
@@ -84,7 +90,10 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live_bytes = 0
         self.in_optimizer = False
         self.layer = -1
+        self.attention: Attention | None = None
         self._count = 0
+        self._owner: dict[int, int] = {}
+        self._entered: Counter[int | str] = Counter()
         self._backward_begins: list[int] = []
         self._storages: list[_Storage] = []
         self._alive: dict[int, tuple[_Storage, Any]] = {}
@@ -106,14 +115,31 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return 1.0 if args[0].is_floating_point() else 1
         if func is _COPY and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
             return torch.ones(args[0].shape, dtype=args[0].dtype)  # a step's metrics
+        self._end_backward()
         handler = self.handlers.get(func)
         result = result_of(func, args, kwargs) if handler is None else handler(self, func, args, kwargs)
-        for leaf in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
+        leaves = (result,) if isinstance(result, torch.Tensor) else tree_leaves(result)
+        inside = 0 <= self.layer < self._count
+        for leaf, layers in zip(leaves, itertools.repeat(None) if inside else self._makers(leaves, args), strict=False):
             if isinstance(leaf, torch.Tensor):
-                self.see(leaf)
+                self.see(leaf, layers=layers)
         if handler is None and isinstance(result, torch.Tensor) and result.is_meta and not result.is_floating_point():
             self._follow(result, func, args, kwargs)
         return result
+
+    def _makers(self, leaves: Sequence[Any], args: tuple[Any, ...]) -> Iterable[tuple[int, ...] | None]:
+        """For each result outside the layers, the layers from whose tensors it is made: of a list, one by one."""
+        first = next((a for a in args if isinstance(a, torch.Tensor) or (isinstance(a, (list, tuple)) and a)), None)
+        if isinstance(first, torch.Tensor):
+            return itertools.repeat(self._layers_of(first))
+        if first is None or not isinstance(first[0], torch.Tensor):
+            return itertools.repeat(None)
+        each = [self._layers_of(tensor) for tensor in first]
+        return each if len(leaves) == len(each) else itertools.repeat(tuple(itertools.chain(*each)))
+
+    def _layers_of(self, tensor: torch.Tensor) -> tuple[int, ...]:
+        key = tensor.untyped_storage()._cdata
+        return self._alive[key][0].layers if key in self._alive else (self._owner.get(key, self.layer),)
 
     def _follow(self, result: torch.Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keeps the values of integers that come from the host, and of tensors computed only from them.
@@ -129,15 +155,26 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             values, named = tree_map_only(torch.Tensor, lambda t: self._values.get(t, t), (args, on_host))
             self._values[result] = func(*values, **named)
 
-    def hold(self, tensors: Iterable[torch.Tensor], kind: str) -> None:
-        """Counts tensors that exist already, or sets their kind."""
+    def own(self, tensors: Iterable[torch.Tensor], layer: int) -> None:
+        """Says which layer some tensors belong to, before they are counted."""
         for tensor in tensors:
-            self.see(tensor, kind)
+            self._owner[tensor.untyped_storage()._cdata] = layer
 
-    def see(self, tensor: torch.Tensor, kind: str | None = None, n_bytes: int | None = None) -> None:
+    def hold(self, tensors: Iterable[torch.Tensor], kind: str, *, of: torch.Tensor | None = None) -> None:
+        """Counts tensors that exist already, or sets their kind; they belong to the layer of the tensor `of`."""
+        for tensor in tensors:
+            self.see(tensor, kind, layers=None if of is None else self._layers_of(of))
+
+    def see(
+        self,
+        tensor: torch.Tensor,
+        kind: str | None = None,
+        n_bytes: int | None = None,
+        layers: tuple[int, ...] | None = None,
+    ) -> None:
         """Counts a tensor's storage if it is new, and sets its kind if given.
 
-        `n_bytes` is the size to count if this device has only a part.
+        `n_bytes` is the size to count if this device has only a part; `layers` made it, by default the running one.
         """
         if tensor.device.type != self.device_type:
             return
@@ -149,49 +186,68 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         if kind is None and self.vocabulary and tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary:
             kind = LOGITS
-        record = _Storage(storage.nbytes() if n_bytes is None else n_bytes, len(self.samples), self._phase(), kind)
+        made_by = layers or (self._owner.get(key, self.layer),)
+        size = storage.nbytes() if n_bytes is None else n_bytes
+        record = _Storage(size, len(self.samples), self._phase(), made_by, kind)
         self._storages.append(record)
         self._alive[key] = (record, weakref.ref(storage, lambda _: self._forget(key)))
         self.live_bytes += record.n_bytes
         self._sample(0)
 
-    def hold_bytes(self, n_bytes: int, kind: str) -> None:
+    def hold_bytes(self, n_bytes: int, kind: str, *, of: torch.Tensor | None = None, layer: int = -1) -> None:
         """Counts memory that stays until the end and is not a tensor here."""
-        self._storages.append(_Storage(n_bytes, len(self.samples), self._phase(), kind))
+        layers = (layer,) if of is None else self._layers_of(of)
+        self._storages.append(_Storage(n_bytes, len(self.samples), self._phase(), layers, kind))
         self.live_bytes += n_bytes
         self._sample(0)
 
     def scratch(self, *n_bytes: int, kind: str = TRANSIENT) -> None:
         """Memory that one operation uses and frees before it ends, besides its result."""
         now = len(self.samples)
-        self._storages.append(_Storage(sum(n_bytes), now, self._phase(), kind, died=now))
+        self._storages.append(_Storage(sum(n_bytes), now, self._phase(), (self.layer,), kind, died=now))
         self._sample(sum(n_bytes))
 
     def _sample(self, extra: int) -> None:
+        self._end_backward()
         phase, before = self._phase(), self.phases[-1] if self.phases else None
-        if phase == "forward" and before == "backward":
-            self.layer = self._count + 1
         if phase == "backward" and before not in (None, "backward"):
             self._backward_begins.append(len(self.samples))
         self.samples.append(self.live_bytes + extra)
         self.phases.append(phase)
         self.layers.append(self.layer)
 
-    def watch_layers(self, layers: Sequence[nn.Module]) -> None:
-        """Records which of these modules is running; they run in order in the forward, in reverse in the backward."""
+    def _end_backward(self) -> None:
+        if self.phases and self.phases[-1] == "backward" and self._phase() == "forward":
+            self.layer = self._count + 1
+
+    def watch_layers(self, layers: Sequence[nn.Module], decoder: nn.Module, *, told: bool = False) -> None:
+        """Records which of a decoder's layers is running; in order in the forward, in reverse in the backward.
+
+        If `told`, only calls of `enter` say so.
+        """
         self._count = len(layers)
-        for number, layer in enumerate(layers):
-            layer.register_forward_pre_hook(lambda *_, number=number: self._at(number))
+        decoder.register_forward_pre_hook(lambda *_: self._entered.update(["decoder"]))
+        for number, layer in enumerate(() if told else layers):
+            layer.register_forward_pre_hook(lambda *_, number=number: self.enter(number))
             layer.register_forward_hook(lambda _layer, _inputs, output, number=number: self._after(number, output))
 
-    def _at(self, number: int) -> None:
+    def enter(self, number: int) -> None:
+        """A layer begins to run."""
         if self._phase() == "forward":  # in the backward, a layer rerun by checkpointing is already set
             self.layer = number
+            self._entered[number] += 1
+
+    @property
+    def loops(self) -> bool:
+        """Whether a layer ran more than once in a forward of the decoder."""
+        return self._entered["decoder"] < max(self._entered[number] for number in range(self._count))
 
     def _after(self, number: int, output: Any) -> None:
-        self._at(number + 1)
+        if self._phase() != "forward":
+            return
+        self.layer = number + 1
         for leaf in tree_leaves(output):
-            if isinstance(leaf, torch.Tensor) and leaf.requires_grad and self._phase() == "forward":
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
                 leaf.register_hook(lambda _: setattr(self, "layer", number))  # type: ignore[no-untyped-call]
 
     def _phase(self) -> Phase:
@@ -218,14 +274,18 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         top = max(window)
         at = first + window.index(top)
         by_kind: dict[str, int] = {}
+        by_layer: dict[int, dict[str, int]] = {}
         for storage in self._storages:
             if storage.born > at:
                 break
             if storage.died is None or storage.died >= at:
                 kind = storage.kind or (SAVED if _kept_for_backward(storage, self._backward_begins) else TRANSIENT)
                 by_kind[kind] = by_kind.get(kind, 0) + storage.n_bytes
+                for layer in storage.layers:
+                    kinds = by_layer.setdefault(layer, {})
+                    kinds[kind] = kinds.get(kind, 0) + storage.n_bytes // len(storage.layers)
         assert sum(by_kind.values()) == top, "every storage that was alive is counted once"
-        return Peak(top, by_kind)
+        return Peak(top, by_kind, by_layer)
 
 
 def in_backward() -> bool:

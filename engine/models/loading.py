@@ -7,7 +7,7 @@ import functools
 import json
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -301,7 +301,7 @@ def empty_model(
     dtype: torch.dtype,
     quant_type: str = "nf4",
     double_quant: bool = True,
-    layers: int | None = None,
+    layers: Sequence[int] | None = None,
 ) -> CausalLM:
     """Builds the model of a config.json without weights, on the `meta` device, with the modules of `load_model`.
 
@@ -311,7 +311,7 @@ def empty_model(
         dtype: compute dtype.
         quant_type: 4bit: the number format.
         double_quant: 4bit: whether the scales are quantised too.
-        layers: use only this many of its first layers.
+        layers: use only these of its layers.
 
     Raises:
         UserError: transformers does not know the architecture.
@@ -366,20 +366,41 @@ def stored_whole(name: str, option: str) -> UserError:
     )
 
 
-MAX_PERIOD = 8
+def layer_kinds(fields: Mapping[str, Any]) -> list[int] | None:
+    """The kind of each decoder layer as a number: 0 for the first and all equal ones; None if they cannot be told.
+
+    Layers are equal if they have the same parameters, the same words and switches, and the same entries in the config's
+    lists.
+    """
+    layers, _ = _described(_as_text(fields), None)
+    numbers = {layer: number for number, layer in enumerate(dict.fromkeys(layers or ()))}
+    return [numbers[layer] for layer in layers] if layers is not None else None
+
+
+def can_leave_out(fields: Mapping[str, Any], chosen: Sequence[int]) -> bool:
+    """Whether a model with only these layers is like the whole one in them, and in all that belongs to no layer.
+
+    It is not if a layer's kind depends on its number alone, or if there are tensors with something for each layer.
+    """
+    whole, around = _described(_as_text(fields), None)
+    with contextlib.suppress(UserError, ValueError, LookupError, AttributeError, TypeError):
+        return whole is not None and _described(_as_text(fields), tuple(chosen)) == ([whole[i] for i in chosen], around)
+    return False
 
 
 def layer_period(fields: Mapping[str, Any]) -> int | None:
-    """The number of decoder layers after which their kinds repeat: 1 if all are equal; None if they do not repeat.
-
-    Layers are equal if they have the same parameters and the same entries in the config's lists.
-    """
-    return _layer_period(json.dumps(fields, sort_keys=True, default=str))
+    """The number of decoder layers after which their kinds repeat: 1 if all are equal; None if they do not repeat."""
+    kinds = layer_kinds(fields) or []
+    return next((n for n in range(1, len(kinds)) if kinds[n:] == kinds[:-n]), len(kinds) or None)
 
 
 def whole_model(fields: Mapping[str, Any]) -> CausalLM:
     """The empty model of a config.json in bfloat16, the same one for each call: to look at, not to change."""
-    return _whole_model(json.dumps(fields, sort_keys=True, default=str))
+    return _whole_model(_as_text(fields))
+
+
+def _as_text(fields: Mapping[str, Any]) -> str:
+    return json.dumps(fields, sort_keys=True, default=str)
 
 
 @functools.lru_cache(maxsize=1)
@@ -388,18 +409,32 @@ def _whole_model(fields: str) -> CausalLM:
 
 
 @functools.lru_cache(maxsize=32)
-def _layer_period(fields: str) -> int | None:
+def _described(fields: str, chosen: tuple[int, ...] | None) -> tuple[list[Hashable] | None, list[torch.Size]]:
+    """What tells each layer of a model, or of one with only some layers; and the shapes of all other tensors."""
     lm = _whole_model(fields)
+    if chosen is not None:
+        lm = empty_model(json.loads(fields), quantization="none", dtype=torch.bfloat16, layers=chosen)
     layers = decoder_layers(lm.backbone)
     lists = layer_lists(lm.base.config)
+    inside = {id(tensor) for layer in layers for tensor in [*layer.parameters(), *layer.buffers()]}
+    around = [tensor.shape for tensor in [*lm.base.parameters(), *lm.base.buffers()] if id(tensor) not in inside]
     if len(lists) != len(layers):
-        return None
-    kinds = [
-        (type(layer), listed, tuple((name, parameter.shape) for name, parameter in layer.named_parameters()))
+        return None, around
+    kinds: list[Hashable] = [
+        (type(layer), listed, _marks(layer), tuple((name, tensor.shape) for name, tensor in layer.named_parameters()))
         for layer, listed in zip(layers, lists, strict=True)
     ]
-    periods = range(1, MAX_PERIOD + 1)
-    return next((p for p in periods if all(kind == kinds[i % p] for i, kind in enumerate(kinds))), None)
+    return kinds, around
+
+
+def _marks(layer: nn.Module) -> tuple[tuple[str, str, str | bool], ...]:
+    """Words and switches of a layer's modules, such as `attention_type`, `is_sliding` or `use_rope`."""
+    return tuple(
+        (module_name, name, value)
+        for module_name, module in layer.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, (str, bool)) and name != "training"
+    )
 
 
 def _frozen(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,15 +149,24 @@ def _largest(size: Any) -> int:
     return int(max(size) if isinstance(size, (list, tuple)) else size)
 
 
-def with_layers(config: Any, count: int) -> Any:
-    """A copy of a config with only its first `count` layers; truncates lists with one entry per layer."""
+def with_layers(config: Any, chosen: Sequence[int]) -> Any:
+    """A copy of a config with only these of its layers; lists with one entry per layer keep those entries.
+
+    Layers whose kind a config tells otherwise, for example by the number of dense ones, may be of another kind then.
+    """
     cut = copy.deepcopy(config)
     text = text_config(cut)
     depth = int(text.num_hidden_layers)
+    by_number: Mapping[str, Any] = {}
+    if getattr(text, "is_heterogeneous", False):  # transformers' word for sizes by a layer's number
+        by_number = text.to_dict()["per_layer_config"]
+        text.per_layer_config = None
     for name, value in list(vars(text).items()):
         if isinstance(value, (list, tuple)) and len(value) == depth and depth > 1:
-            setattr(text, name, value[:count])
-    text.num_hidden_layers = count
+            setattr(text, name, [value[layer] for layer in chosen])
+    text.num_hidden_layers = len(chosen)
+    own = {int(layer): values for layer, values in by_number.items()}
+    text.per_layer_config = {new: own[old] for new, old in enumerate(chosen) if old in own} or None
     return cut
 
 
@@ -209,8 +218,9 @@ def rotary_limit(config: Any) -> int | None:
 
 
 def layer_lists(config: Any) -> list[tuple[Any, ...]]:
-    """For each layer, its entries in all lists of the config that have one entry per layer."""
+    """For each layer, its entries in all lists of the config that have one entry per layer, other than its number."""
     text = text_config(config)
     depth = int(text.num_hidden_layers)
     lists = [v for v in vars(text).values() if isinstance(v, (list, tuple)) and len(v) == depth and depth > 1]
+    lists = [values for values in lists if list(values) != list(range(depth))]
     return [tuple(repr(values[layer]) for values in lists) for layer in range(depth)]

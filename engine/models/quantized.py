@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import types
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -75,10 +75,13 @@ def quantize_empty(model: Any, config: Any) -> None:
     # bitsandbytes creates its 8-bit code on the first tensor's device and keeps it: on meta it would have no values.
     functional = import_bitsandbytes("dpoeng plan", "plan without quantization").functional
     functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
+    dtype = model.dtype
     replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=config)
     for module in quantized_layers(model):
         weight: Any = module.weight
         module.weight = weight._quantize(torch.device("meta"))
+        if module.bias is not None:  # made in float32, and loaded in the model's dtype
+            module.bias.data = cast("torch.Tensor", module.bias.data).to(dtype)
     if config.load_in_8bit:
         model.is_loaded_in_8bit = True  # peft reads this attribute
     else:

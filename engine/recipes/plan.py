@@ -15,6 +15,7 @@ from typing import Any
 
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.words import GIB
+from dpoeng.engine.config.fields import Attention
 from dpoeng.engine.config.plan import PlanConfig
 from dpoeng.engine.memory.any_depth import Memory, forward_memory, step_memory
 from dpoeng.engine.memory.cards import Gpu, PhaseTime, Roads, beside_loading, find_gpu, layer_bytes, phase_times
@@ -25,7 +26,7 @@ from dpoeng.engine.memory.overhead import (
     model_fields,
     needed_bytes,
 )
-from dpoeng.engine.memory.simulate import Pair, Setup, attention_of
+from dpoeng.engine.memory.simulate import Pair, Setup
 from dpoeng.engine.memory.tracker import Peak
 from dpoeng.engine.memory.ways import Way, find_ways
 from dpoeng.engine.models.loading import stored_whole
@@ -163,15 +164,16 @@ def make_plan(request: PlanConfig) -> Plan:
     rooms = {card.name: partial(_has_room, card.n_bytes, estimates) for card in cards}
     found = find_ways(request, setup, pair, rooms)
     as_asked = found[0] if not found[0].by_layer else None
+    steps = dict(as_asked.steps) if as_asked else {1: step_memory(setup, [pair])}
     plan = Plan(
         request=request,
         parameters=sum(parts.values()),
         phase1=_by_tokens(reference, pair),
-        phase2=dict(as_asked.steps) if as_asked else {1: step_memory(setup, [pair])},
+        phase2=steps,
         evaluation=as_asked.evaluation if as_asked else forward_memory(setup, [pair], policy=True),
         two_models=step_memory(_two_models(setup), [pair]) if request.compare else None,
         estimates=estimates,
-        options=_options(setup, pair) if request.compare else [],
+        options=_options(setup, pair, steps[min(steps)].attention) if request.compare else [],
         cards=[],
         ways=found,
         trunk_layer=setup.trunk_layer,
@@ -246,7 +248,7 @@ def _two_models(setup: Setup) -> Setup:
     return replace(setup, second_model=True, full_logits=True, stock=True, layout="separate", trunk_layer=0)
 
 
-def _options(setup: Setup, pair: Pair) -> list[Option]:
+def _options(setup: Setup, pair: Pair, attention: Attention | None) -> list[Option]:
     """Phase two with one pair per forward and one changed setting."""
     config = setup.config
     half = Pair(max(1, pair.prompt // 2), pair.chosen // 2, pair.rejected // 2, tuple(n // 2 for n in pair.more))
@@ -271,7 +273,7 @@ def _options(setup: Setup, pair: Pair) -> list[Option]:
         ("activation_offloading", replace(setup, config=offloading), pair),
         *(
             [("attention segments, if a card refuses FlashAttention", replace(setup, config=in_segments), pair)]
-            if setup.layout == "shared" and attention_of(setup) == "varlen"
+            if attention == "varlen"
             else []
         ),
         ("without gradient checkpointing", without, pair),

@@ -15,7 +15,7 @@ from plain_varlen import use_plain_arithmetic
 from dpoeng.bench.memory import training_run
 from dpoeng.engine.config.fields import TrainConfig
 from dpoeng.engine.memory import simulate
-from dpoeng.engine.memory.simulate import Pair, Setup, attention_of, build, trace_forward, trace_step
+from dpoeng.engine.memory.simulate import Pair, Setup, build, trace_forward, trace_step
 from dpoeng.engine.memory.stand_ins import handlers, kernels_of
 from dpoeng.engine.memory.tracker import MemoryTracker
 from dpoeng.engine.models.loading import load_model
@@ -138,14 +138,14 @@ def test_it_attends_as_a_card_would(
     model: dict[str, Any], dtype: torch.dtype, settings: dict[str, Any], expected: str
 ) -> None:
     setup = setup_of(model, dtype, **settings)
-    assert attention_of(setup) == expected
+    assert build(setup).attention == expected
     assert trace_forward(setup, [Pair(5, 4, 3)], policy=False).peak().n_bytes > 0
 
 
 def test_a_card_before_ampere_has_neither_flash_attention_nor_the_fused_head() -> None:
     setup = setup_of(fields("llama", vocab_size=20000), torch.float16)
     old = replace(setup, ampere=False)
-    assert (attention_of(setup), attention_of(old)) == ("varlen", "segments")
+    assert (build(setup).attention, build(old).attention) == ("varlen", "segments")
     new_peak, old_peak = (trace_forward(some, [Pair(5, 400, 300)], policy=False).peak() for some in (setup, old))
     # The rows of both responses in one chunk of float32 logits.
     assert old_peak.n_bytes - new_peak.n_bytes > 0.9 * 4 * 700 * 20000
@@ -163,13 +163,13 @@ def test_the_attention_is_determined_once_for_all_depths(monkeypatch: pytest.Mon
     probes = []
     score = simulate.score_groups
     monkeypatch.setattr(simulate, "score_groups", lambda lm, groups: probes.append(lm) or score(lm, groups))
-    built = [build(setup.with_layers(depth)) for depth in (3, 4, 6)]
+    built = [build(setup.with_layers(range(depth))) for depth in (3, 4, 6)]
     assert len({id(lm) for lm in probes}) == 1
     assert {(lm.attention, lm.scored_end) for lm in built} == {("varlen", True)}
     assert list(simulate._chosen.values()) == [("varlen", ("self_attn", "o_proj"))]
-    float32 = build(replace(setup, dtype=torch.float32).with_layers(3))
+    float32 = build(replace(setup, dtype=torch.float32).with_layers(range(3)))
     assert (float32.attention, float32.scored_end) == ("segments", False)
-    in_segments = build(setup_of(fields("llama", num_hidden_layers=6), attention="segments").with_layers(3))
+    in_segments = build(setup_of(fields("llama", num_hidden_layers=6), attention="segments").with_layers(range(3)))
     assert (in_segments.attention, in_segments.scored_end) == ("segments", False)
 
 
@@ -180,6 +180,6 @@ def test_layers_of_two_kinds_end_in_two_ways() -> None:
     model = tiny_config("qwen3_5_text").to_dict()
     kinds = model["layer_types"]
     setup = setup_of(model)
-    ends = {depth: build(replace(setup, depth=depth)).scored_end for depth in range(1, len(kinds) + 1)}
+    ends = {depth: build(replace(setup, chosen=tuple(range(depth)))).scored_end for depth in range(1, len(kinds) + 1)}
     assert ends == {depth: kind == "full_attention" for depth, kind in enumerate(kinds, 1)}
     assert set(ends.values()) == {True, False}

@@ -14,11 +14,10 @@ from dpoeng.bench.studies.tiny_models import tiny_config
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.schema import PairIds
 from dpoeng.engine.config.fields import PrecomputeConfig, TrainConfig
-from dpoeng.engine.memory import any_depth, fit
+from dpoeng.engine.memory import fit
 from dpoeng.engine.memory.overhead import count_parameters
-from dpoeng.engine.memory.simulate import WEIGHTS, Pair, Setup
 from dpoeng.engine.models import loading
-from dpoeng.engine.models.loading import empty_model, layer_period, stored_dtype
+from dpoeng.engine.models.loading import empty_model, stored_dtype
 from dpoeng.engine.models.model_config import config_of, sizes
 from dpoeng.engine.models.sources import ModelSource
 
@@ -105,37 +104,6 @@ def test_what_does_not_fit_is_still_refused(model_type: str, tmp_path: Path, mon
     with pytest.raises(UserError) as caught:
         fit.check_forward(PrecomputeConfig(dtype="bfloat16"), source, pairs(), CUDA)
     assert caught.value.code == "memory-short"
-
-
-_TWO_WIDTHS = {
-    "head_dim": 8,
-    "global_head_dim": 16,
-    "vocab_size_per_layer_input": 320,
-    "hidden_size_per_layer_input": 8,
-}
-
-
-@pytest.mark.parametrize(
-    ("turn", "more"),
-    [
-        (["sliding_attention"] * 3 + ["full_attention"], {"model_type": "cohere2"}),
-        (["sliding_attention", "full_attention"], {"model_type": "gemma4_text", **_TWO_WIDTHS}),
-    ],
-    ids=["cohere2", "gemma4"],
-)
-def test_a_deep_model_whose_layers_take_turns_follows_from_shallow_ones(turn: list[str], more: dict[str, Any]) -> None:
-    """For example three sliding layers and a full one, again and again: 24 layers from 12 and 16, byte by byte."""
-    fields = {
-        "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6 * len(turn),
-        "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 16, "layer_types": turn * 6, **more,
-    }  # fmt: skip
-    assert layer_period(fields) == len(turn)
-    setup = Setup(
-        fields, torch.bfloat16, "none", TrainConfig(gradient_checkpointing=True), kernels="cpu", accumulates=False
-    )
-    short, whole = (any_depth.step_memory(setup, [Pair(20, 12, 9)], whole=whole).peak for whole in (False, True))
-    assert short.by_kind == whole.by_kind
-    assert short.by_kind[WEIGHTS] > 0
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gemma3", "mpt", "qwen3_moe"])

@@ -50,10 +50,10 @@ def test_weights_are_two_layers_and_what_lies_outside() -> None:
     assert peak.n_bytes < ordinary.n_bytes
 
 
-def test_two_shallow_models_tell_of_a_deep_one() -> None:
+def test_a_shallow_model_tells_of_a_deep_one() -> None:
     extended = step_memory(setup(by_layer=True), [Pair(3, 20, 10)]).peak
     assert extended == step_memory(setup(by_layer=True), [Pair(3, 20, 10)], whole=True).peak
-    deeper = step_memory(setup(by_layer=True, depth=8), [Pair(3, 20, 10)]).peak
+    deeper = step_memory(setup(by_layer=True, chosen=tuple(range(8))), [Pair(3, 20, 10)]).peak
     grown = {kind for kind in extended.by_kind if extended.by_kind[kind] != deeper.by_kind.get(kind)}
     assert grown <= {ADAPTERS, GRADIENTS, OPTIMIZER}
 

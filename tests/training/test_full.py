@@ -444,6 +444,7 @@ def test_depth_is_extended_exactly(accumulates: bool) -> None:
     )
     extended, whole = (step_memory(setup, [Pair(40, 60, 50)], whole=way) for way in (False, True))
     assert whole.timeline
+    assert not extended.timeline
     assert extended.stretches == whole.stretches
     assert extended.peak == whole.peak
 
