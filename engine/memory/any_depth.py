@@ -26,6 +26,7 @@ from dpoeng.engine.memory.simulate import Pair, Setup, trace_forward, trace_step
 from dpoeng.engine.memory.tracker import MemoryTracker, Peak, Phase
 from dpoeng.engine.models.loading import can_leave_out, layer_kinds
 from dpoeng.engine.models.trunk.layers import names_layers
+from dpoeng.engine.scoring.choose_layout import CANNOT
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +59,28 @@ def forward_memory(setup: Setup, pairs: Sequence[Pair], *, policy: bool, whole: 
 
 
 def _as_laid_out(setup: Setup, trace: Callable[[Setup], MemoryTracker], whole: bool) -> Memory:
-    """Uses separate prompts if the model's attention cannot be replaced, as `choose_layout` does."""
+    """Uses separate prompts if the model's attention cannot be replaced, as `choose_layout` does.
+
+    Raises:
+        UserError: the model cannot begin at the setup's trunk.
+    """
     with _rare_collections():
         if setup.layout == "shared":
-            with contextlib.suppress(ValueError, TypeError, RuntimeError, NotImplementedError, ImportError):
+            with contextlib.suppress(*CANNOT):
                 return _memory(setup, trace, whole)
-        separate = _memory(replace(setup, layout="separate"), trace, whole)
+        try:
+            separate = _memory(replace(setup, layout="separate"), trace, whole)
+        except CANNOT as error:
+            if not setup.trunk_layer:
+                raise
+            raise UserError(
+                "the upper layers of this model need more from below than hidden states",
+                code="trunk-unsupported",
+                where=f"--trunk-layer {setup.trunk_layer}, simulated",
+                expected="layers that run from the states that enter them",
+                found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+                remedy="leave --trunk-layer out: phase two then runs all layers",
+            ) from error
         return replace(separate, shared=False, attention=None)
 
 
@@ -84,7 +101,7 @@ def _memory(setup: Setup, trace: Callable[[Setup], MemoryTracker], whole: bool) 
     cut = None if whole or unequal else _cut_of(setup)
     if cut is not None:
         shallow = None
-        with contextlib.suppress(UserError, ValueError, LookupError, AttributeError, TypeError):
+        with contextlib.suppress(UserError, *CANNOT):
             # If layers refer to others by number, the whole model reports an error, if there is one.
             shallow = trace(setup.with_layers(cut.chosen))
         if shallow is not None and not shallow.loops and (highest := _extend(shallow.stretches(), cut, setup.by_layer)):

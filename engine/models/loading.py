@@ -383,7 +383,7 @@ def can_leave_out(fields: Mapping[str, Any], chosen: Sequence[int]) -> bool:
     It is not if a layer's kind depends on its number alone, or if there are tensors with something for each layer.
     """
     whole, around = _described(_as_text(fields), None)
-    with contextlib.suppress(UserError, ValueError, LookupError, AttributeError, TypeError):
+    with contextlib.suppress(UserError, ValueError, LookupError, AttributeError, TypeError, RuntimeError):
         return whole is not None and _described(_as_text(fields), tuple(chosen)) == ([whole[i] for i in chosen], around)
     return False
 

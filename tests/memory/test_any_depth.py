@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dpoeng.bench.studies.tiny_models import tiny_config
+from dpoeng.cache.errors import UserError
 from dpoeng.engine.config.fields import TrainConfig
 from dpoeng.engine.memory import any_depth
 from dpoeng.engine.memory.any_depth import forward_memory, step_memory
@@ -105,6 +106,13 @@ def test_above_a_trunk_the_layers_take_turns_from_there(trunk: int, simulated: l
     assert simulated[0] < simulated[1] == 20 - trunk
     assert short.stretches == whole.stretches
     assert short.peak == whole.peak
+
+
+def test_upper_layers_that_use_keys_from_below_cannot_begin_at_a_trunk() -> None:
+    changes = {"layer_types": [SLIDING, FULL] * 4, "num_kv_shared_layers": 4}
+    with pytest.raises(UserError, match="more from below than hidden states") as caught:
+        step_memory(setup_of("gemma4_text", changes, trunk_layer=5), PAIRS)
+    assert caught.value.code == "trunk-unsupported"
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
