@@ -1,4 +1,4 @@
-"""Tables of studies: upper layers, halving, selection of pairs, and rows up to a million."""
+"""Tables of studies: upper layers, halving, selection of pairs, the time of plans, and rows up to a million."""
 
 from __future__ import annotations
 
@@ -126,6 +126,19 @@ def _with_interval(value: Record) -> str:
         return f"{value['mean']:.3f}"
     low, high = value["interval"]
     return f"{value['mean']:.3f} ({low:.3f} to {high:.3f})"
+
+
+def plan_time(results: Path) -> str:
+    """Time and memory of `dpoeng plan` itself."""
+    record = read("plan-time", results)[-1]
+    settings = record["settings"]
+    cells = [
+        [one["model"].split("/")[-1], f"{one['cpu_s']:.0f}", f"{one['peak_bytes'] / MIB:,.0f}"]
+        for one in record["results"]
+    ]
+    head = ["`dpoeng plan` of", "CPU s", "resident MiB"]
+    what = f"All options compared, {settings['quantization']}, one card"
+    return f"{what}. {where(record)}:\n\n{table([head, *cells])}"
 
 
 def rows(results: Path) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dpoeng.bench.compare import PEERS, CompareSettings
 from dpoeng.bench.figure_offload import offload, offload_cost, small_cards, small_cards_trunk
-from dpoeng.bench.figure_studies import halving, rows, selection, trunk
+from dpoeng.bench.figure_studies import halving, plan_time, rows, selection, trunk
 from dpoeng.bench.figure_tables import cache, kernels, memory, plan, responses, scale, sharing, step
 from dpoeng.bench.figure_text import BASES, RESULTS, ROOT, Record, ranged, read, table, threads, where
 from dpoeng.cache.words import gib
@@ -243,6 +243,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "cache": cache,
     "kernels": kernels,
     "plan": plan,
+    "plan-time": plan_time,
     "memory": memory,
     "scale": scale,
     "step": step,

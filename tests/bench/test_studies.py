@@ -13,13 +13,14 @@ import pytest
 from click.testing import CliRunner
 from dpoeng_testing import pair_rows, write_jsonl
 
-from dpoeng.bench.studies import halving, quality
+from dpoeng.bench.studies import halving, plan_time, quality
 from dpoeng.bench.studies.halving import HalvingSettings
 from dpoeng.bench.studies.quality import QualitySettings, bench_quality, run_way, split_pairs, summarise, with_intervals
 from dpoeng.bench.studies.scale import power_law
 from dpoeng.bench.studies.selection import SelectionSettings, selection_study, table
 from dpoeng.cache.errors import UserError
 from dpoeng.cache.reader import View
+from dpoeng.cache.words import MIB
 from dpoeng.cli.bench.commands import bench
 from dpoeng.cli.bench.tables import quality_tables
 from dpoeng.cli.pages.bench import bench_page
@@ -269,3 +270,13 @@ def test_the_halving_study(tmp_path: Path, tiny_model: Path) -> None:
     assert record["whole"][0]["share"] == 0.5
     assert record["parts"]["cases"] == 4
     assert halving.table(record).row_count == 3
+
+
+@pytest.mark.slow
+def test_the_time_of_a_plan_is_that_of_its_process() -> None:
+    found = plan_time.measure("HuggingFaceTB/SmolLM2-135M")
+    assert found["cpu_s"] > 1
+    assert 100 * MIB < found["peak_bytes"] < 4000 * MIB
+    assert 0 < found["phase2_gib"] < 10
+    with pytest.raises(SystemExit, match="exit status 2"):
+        plan_time.measure("no/such-model")
