@@ -1,4 +1,4 @@
-"""Time and memory of `dpoeng plan`, each as a process of its own.
+"""Time and memory of `dpoeng plan`, each in a separate process.
 
     python -m dpoeng.bench.studies.plan_time     # some minutes; appends to bench/results/plan-time-cpu.jsonl
 
