@@ -118,14 +118,22 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._end_backward()
         handler = self.handlers.get(func)
         result = result_of(func, args, kwargs) if handler is None else handler(self, func, args, kwargs)
-        leaves = (result,) if isinstance(result, torch.Tensor) else tree_leaves(result)
+        if not isinstance(result, torch.Tensor):
+            self._see_all(tree_leaves(result), args)
+            return result
+        if 0 <= self.layer < self._count:
+            self.see(result)
+        else:
+            self._see_all([result], args)
+        if handler is None and result.is_meta and not result.is_floating_point():
+            self._follow(result, func, args, kwargs)
+        return result
+
+    def _see_all(self, leaves: Sequence[Any], args: tuple[Any, ...]) -> None:
         inside = 0 <= self.layer < self._count
         for leaf, layers in zip(leaves, itertools.repeat(None) if inside else self._makers(leaves, args), strict=False):
             if isinstance(leaf, torch.Tensor):
                 self.see(leaf, layers=layers)
-        if handler is None and isinstance(result, torch.Tensor) and result.is_meta and not result.is_floating_point():
-            self._follow(result, func, args, kwargs)
-        return result
 
     def _makers(self, leaves: Sequence[Any], args: tuple[Any, ...]) -> Iterable[tuple[int, ...] | None]:
         """For each result outside the layers, the layers from whose tensors it is made: of a list, one by one."""
@@ -208,10 +216,11 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._sample(sum(n_bytes))
 
     def _sample(self, extra: int) -> None:
-        self._end_backward()
         phase, before = self._phase(), self.phases[-1] if self.phases else None
-        if phase == "backward" and before not in (None, "backward"):
-            self._backward_begins.append(len(self.samples))
+        if phase != before and before is not None:
+            self._end_backward()
+            if phase == "backward":
+                self._backward_begins.append(len(self.samples))
         self.samples.append(self.live_bytes + extra)
         self.phases.append(phase)
         self.layers.append(self.layer)
