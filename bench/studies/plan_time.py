@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -60,11 +59,13 @@ def measure(model: str) -> dict[str, Any]:
     seconds = time.perf_counter() - begin
     if status:
         raise SystemExit(f"dpoeng plan --model {model} ended with exit status {os.waitstatus_to_exitcode(status)}")
-    return {"model": model, **_used(used), "seconds": seconds, "phase2_gib": json.loads(said)["phase2"]["peak_gib"]}
-
-
-def _used(used: resource.struct_rusage) -> dict[str, float]:
-    return {"cpu_s": used.ru_utime + used.ru_stime, "peak_bytes": used.ru_maxrss * 1024}
+    return {
+        "model": model,
+        "cpu_s": used.ru_utime + used.ru_stime,
+        "peak_bytes": used.ru_maxrss * 1024,
+        "seconds": seconds,
+        "phase2_gib": json.loads(said)["phase2"]["peak_gib"],
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -37,14 +37,12 @@ class Memory:
         peak: the peak of the whole work.
         stretches: the peak before, in and after the layers of each phase.
         timeline: (bytes, phase) after each operation if the whole model was simulated; else empty.
-        shared: whether prompts were shared.
-        attention: over shared prompts: the one that a run is expected to choose; else None.
+        attention: the one over shared prompts that a run is expected to choose; None if prompts are not shared.
     """
 
     peak: Peak
     stretches: Mapping[str, Peak]
     timeline: Sequence[tuple[int, str]] = ()
-    shared: bool = True
     attention: Attention | None = None
 
 
@@ -69,7 +67,7 @@ def _as_laid_out(setup: Setup, trace: Callable[[Setup], MemoryTracker], whole: b
             with contextlib.suppress(*CANNOT):
                 return _memory(setup, trace, whole)
         try:
-            separate = _memory(replace(setup, layout="separate"), trace, whole)
+            return _memory(replace(setup, layout="separate"), trace, whole)
         except CANNOT as error:
             if not setup.trunk_layer:
                 raise
@@ -81,7 +79,6 @@ def _as_laid_out(setup: Setup, trace: Callable[[Setup], MemoryTracker], whole: b
                 found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
                 remedy="leave --trunk-layer out: phase two then runs all layers",
             ) from error
-        return replace(separate, shared=False, attention=None)
 
 
 @contextlib.contextmanager

@@ -345,7 +345,7 @@ def _does_not_fit(_groups: Sequence[Any], said: str) -> UserError:
 def _tracker(setup: Setup, lm: CausalLM) -> MemoryTracker:
     inside = handlers(setup.kernels, deterministic=setup.config.full_determinism, fused_head=setup.ampere)
     tracker = MemoryTracker("meta", handlers=inside, vocabulary=lm.vocab_size)
-    tracker.attention = lm.attention
+    tracker.attention = lm.attention if setup.layout == "shared" else None
     layers = decoder_layers(lm.backbone)[-setup.layers :]  # without the stand-ins below a trunk
     for number, layer in enumerate(layers):
         tracker.own([*layer.parameters(), *layer.buffers(), *quantized_tensors(layer)], number)

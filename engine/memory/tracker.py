@@ -74,7 +74,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         live_bytes: bytes alive now.
         in_optimizer: set it while the optimizer runs.
         layer: the running decoder layer, updated by `watch_layers`.
-        attention: how the simulated model attends over shared prompts.
+        attention: how the simulated model attends over shared prompts; None over separate ones.
     """
 
     def __init__(
@@ -118,22 +118,14 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._end_backward()
         handler = self.handlers.get(func)
         result = result_of(func, args, kwargs) if handler is None else handler(self, func, args, kwargs)
-        if not isinstance(result, torch.Tensor):
-            self._see_all(tree_leaves(result), args)
-            return result
-        if 0 <= self.layer < self._count:
-            self.see(result)
-        else:
-            self._see_all([result], args)
-        if handler is None and result.is_meta and not result.is_floating_point():
-            self._follow(result, func, args, kwargs)
-        return result
-
-    def _see_all(self, leaves: Sequence[Any], args: tuple[Any, ...]) -> None:
+        leaves = (result,) if isinstance(result, torch.Tensor) else tree_leaves(result)
         inside = 0 <= self.layer < self._count
         for leaf, layers in zip(leaves, itertools.repeat(None) if inside else self._makers(leaves, args), strict=False):
             if isinstance(leaf, torch.Tensor):
                 self.see(leaf, layers=layers)
+        if handler is None and isinstance(result, torch.Tensor) and result.is_meta and not result.is_floating_point():
+            self._follow(result, func, args, kwargs)
+        return result
 
     def _makers(self, leaves: Sequence[Any], args: tuple[Any, ...]) -> Iterable[tuple[int, ...] | None]:
         """For each result outside the layers, the layers from whose tensors it is made: of a list, one by one."""

@@ -382,9 +382,14 @@ def can_leave_out(fields: Mapping[str, Any], chosen: Sequence[int]) -> bool:
 
     It is not if a layer's kind depends on its number alone, or if there are tensors with something for each layer.
     """
-    whole, around = _described(_as_text(fields), None)
+    return _can_leave_out(_as_text(fields), tuple(chosen))
+
+
+@functools.lru_cache(maxsize=32)
+def _can_leave_out(fields: str, chosen: tuple[int, ...]) -> bool:
+    whole, around = _described(fields, None)
     with contextlib.suppress(UserError, ValueError, LookupError, AttributeError, TypeError, RuntimeError):
-        return whole is not None and _described(_as_text(fields), tuple(chosen)) == ([whole[i] for i in chosen], around)
+        return whole is not None and _described(fields, chosen) == ([whole[i] for i in chosen], around)
     return False
 
 
@@ -411,8 +416,9 @@ def _whole_model(fields: str) -> CausalLM:
 @functools.lru_cache(maxsize=32)
 def _described(fields: str, chosen: tuple[int, ...] | None) -> tuple[list[Hashable] | None, list[torch.Size]]:
     """What tells each layer of a model, or of one with only some layers; and the shapes of all other tensors."""
-    lm = _whole_model(fields)
-    if chosen is not None:
+    if chosen is None:
+        lm = _whole_model(fields)
+    else:
         lm = empty_model(json.loads(fields), quantization="none", dtype=torch.bfloat16, layers=chosen)
     layers = decoder_layers(lm.backbone)
     lists = layer_lists(lm.base.config)

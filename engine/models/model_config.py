@@ -157,7 +157,7 @@ def with_layers(config: Any, chosen: Sequence[int]) -> Any:
     cut = copy.deepcopy(config)
     text = text_config(cut)
     depth = int(text.num_hidden_layers)
-    by_number: Mapping[str, Any] = {}
+    by_number: Mapping[str, Any] | None = None
     if getattr(text, "is_heterogeneous", False):  # transformers' word for sizes by a layer's number
         by_number = text.to_dict()["per_layer_config"]
         text.per_layer_config = None
@@ -165,8 +165,9 @@ def with_layers(config: Any, chosen: Sequence[int]) -> Any:
         if isinstance(value, (list, tuple)) and len(value) == depth and depth > 1:
             setattr(text, name, [value[layer] for layer in chosen])
     text.num_hidden_layers = len(chosen)
-    own = {int(layer): values for layer, values in by_number.items()}
-    text.per_layer_config = {new: own[old] for new, old in enumerate(chosen) if old in own} or None
+    if by_number is not None:
+        own = {int(layer): values for layer, values in by_number.items()}
+        text.per_layer_config = {new: own[old] for new, old in enumerate(chosen) if old in own} or None
     return cut
 
 

@@ -119,7 +119,7 @@ def test_upper_layers_that_use_keys_from_below_cannot_begin_at_a_trunk() -> None
 def test_a_model_of_few_layers_is_simulated_whole(depth: int) -> None:
     memory = step_memory(setup_of("cohere2", {"layer_types": [FULL] * depth}), PAIRS)
     assert memory.timeline
-    assert memory.shared
+    assert memory.attention is not None
 
 
 @pytest.mark.parametrize("times", [1, 2])
